@@ -1,0 +1,224 @@
+"""Strict JSON (RFC 8259) to nodes with places, and faults that say in plain words what to change.
+
+Enters: text and the name of its source. Leaves: a `Node`, or `ConfigError` with the first fault of syntax, or with
+every key that is given twice. Left out: comments, trailing commas, NaN and all else that JSON does not have; what the
+keys mean.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]  # typeshed lacks scanstring
+from typing import NoReturn
+
+from loopos.config.faults import ConfigError, Fault
+from loopos.config.nodes import MOST_LEVELS, LineTable, ListNode, MappingNode, Mark, Node, ScalarNode
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_WORD = re.compile(r"[+\-.\w]+")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_CONSTANTS: dict[str, None | bool] = {"null": None, "true": True, "false": False}
+_FOREIGN_WORDS = {
+    **{"True": "true", "TRUE": "true", "yes": "true", "on": "true"},
+    **{"False": "false", "FALSE": "false", "no": "false", "off": "false"},
+    **{"None": "null", "NULL": "null", "Null": "null", "nil": "null", "undefined": "null"},
+}
+_CURLY_QUOTES = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_COMMENT_HINT = "remove the comment, or write the config as .yaml, where # begins one"
+
+
+def parse_json(text: str, source: str) -> Node:
+    """The tree of a whole JSON text.
+
+    Raises `ConfigError`: one fault for the first mistake of syntax, else one for each key given twice.
+    """
+    scanner = _Scanner(text, source)
+    node, end = scanner.value(scanner.skip(0), 0)
+    end = scanner.skip(end)
+    if end < len(text):
+        scanner.stop_at_comment(end)
+        scanner.stop(end, f"{scanner.seen(end)} after the end of the value", "nothing more", "remove it")
+    if scanner.repeated:
+        raise ConfigError(scanner.repeated)
+    return node
+
+
+class _Scanner:
+    """Recursive descent; every method takes an offset and gives the node and the offset after it."""
+
+    def __init__(self, text: str, source: str) -> None:
+        self.text = text
+        self.lines = LineTable(text, source)
+        self.repeated: list[Fault] = []
+
+    def mark(self, offset: int) -> Mark:
+        return self.lines.mark(offset)
+
+    def skip(self, offset: int) -> int:
+        match = _SPACE.match(self.text, offset)
+        assert match is not None
+        return match.end()
+
+    def seen(self, offset: int) -> str:
+        """What stands at `offset`, as the user sees it."""
+        if offset >= len(self.text):
+            return "the end of the text"
+        word = _WORD.match(self.text, offset)
+        return json.dumps(word.group()[:40] if word else self.text[offset], ensure_ascii=False)
+
+    def stop(self, offset: int, given: str, wanted: str, hint: str = "") -> NoReturn:
+        place = self.mark(offset)
+        raise ConfigError([Fault(place.source, place.line, place.column, "", given, wanted, hint)])
+
+    def stop_at_comment(self, offset: int) -> None:
+        if self.text.startswith(("//", "/*", "#"), offset):
+            self.stop(offset, "a comment", "JSON, which has no comments", _COMMENT_HINT)
+
+    def stop_at_quote(self, offset: int) -> None:
+        if self.text[offset] in "'`" + _CURLY_QUOTES:
+            self.stop(offset, f"the quote {self.text[offset]}", 'double quotes "', 'write "..." around text')
+
+    def value(self, offset: int, level: int) -> tuple[Node, int]:
+        if offset >= len(self.text):
+            self.stop(offset, "the end of the text", "a value")
+        if level > MOST_LEVELS:
+            self.stop(offset, f"more than {MOST_LEVELS} levels of brackets", "fewer")
+        first = self.text[offset]
+        if first == "{":
+            return self.mapping(offset, level)
+        if first == "[":
+            return self.list(offset, level)
+        if first == '"':
+            value, end = self.string(offset)
+            return ScalarNode(value, self.text[offset:end], self.mark(offset)), end
+        return self.word(offset)
+
+    def word(self, offset: int) -> tuple[Node, int]:
+        """A number, true, false or null."""
+        match = _WORD.match(self.text, offset)
+        if match is None:
+            self.stop_at_comment(offset)
+            self.stop_at_quote(offset)
+            self.stop(offset, self.seen(offset), "a value: text in double quotes, a number, true, false, null, [ or {")
+        word = match.group()
+        if word in _CONSTANTS:
+            return ScalarNode(_CONSTANTS[word], word, self.mark(offset)), match.end()
+        number = _NUMBER.fullmatch(word)
+        if number is None:
+            self.stop_at_word(offset, word)
+        if number.group(1) or number.group(2):
+            return ScalarNode(float(word), word, self.mark(offset)), match.end()
+        if len(word) > 4000:  # Python refuses to convert more than 4300 digits
+            self.stop(offset, f"a number of {len(word)} digits", "a shorter number")
+        return ScalarNode(int(word), word, self.mark(offset)), match.end()
+
+    def stop_at_word(self, offset: int, word: str) -> NoReturn:
+        if word.lstrip("+-").lower() in ("nan", "inf", "infinity"):
+            self.stop(
+                offset, word, "a finite number", "JSON has no NaN and no infinity; leave the key out for its default"
+            )
+        if word in _FOREIGN_WORDS:
+            self.stop(offset, word, _FOREIGN_WORDS[word], f"JSON writes it {_FOREIGN_WORDS[word]}")
+        if word[0] in "+-.0123456789":
+            hint = "write it as 0.5, 16 or 1e-5: no +, no leading zero, no _, a digit on both sides of the point"
+            self.stop(offset, word[:40], "a number", hint)
+        self.stop(offset, f"{word[:40]} without quotes", "a value", f'text stands in double quotes: "{word[:40]}"')
+
+    def string(self, offset: int) -> tuple[str, int]:
+        try:
+            value, end = scanstring(self.text, offset + 1, True)
+        except JSONDecodeError as error:
+            self.stop_in_string(offset, error)
+        if _SURROGATE.search(value):
+            self.stop(offset, r"text with half of a character (a lone \ud800-\udfff)", "whole characters")
+        return value, end
+
+    def stop_in_string(self, offset: int, error: JSONDecodeError) -> NoReturn:
+        at = error.pos
+        if error.msg.startswith("Unterminated"):
+            self.stop(offset, "text whose quote is never closed", 'a closing "', 'write " at its end')
+        if error.msg.startswith("Invalid control"):
+            if self.text[at] in "\r\n":
+                self.stop(offset, "text that runs over the end of its line", 'a closing " on the same line')
+            name = "a tab" if self.text[at] == "\t" else f"the control character {ord(self.text[at]):#04x}"
+            self.stop(at, f"{name} inside text", f"its escape, {json.dumps(self.text[at])[1:-1]}")
+        back = self.text.rfind("\\", offset, at + 1)
+        escape = self.text[back : back + 2]
+        hint = r"a backslash is written \\; paths may be written with /"
+        self.stop(back, f"the escape {escape}", r"\" \\ \/ \b \f \n \r \t or \u and four hexadecimal digits", hint)
+
+    def list(self, opened: int, level: int) -> tuple[Node, int]:
+        items: list[Node] = []
+        offset = self.skip(opened + 1)
+        while not self.text.startswith("]", offset):
+            item, offset = self.value(offset, level + 1)
+            items.append(item)
+            offset = self.separator(opened, offset, "]")
+        return ListNode(tuple(items), self.mark(opened)), offset + 1
+
+    def mapping(self, opened: int, level: int) -> tuple[Node, int]:
+        entries: dict[str, Node] = {}
+        keys: dict[str, Mark] = {}
+        offset = self.skip(opened + 1)
+        while not self.text.startswith("}", offset):
+            place = self.mark(offset)
+            key, offset = self.key(opened, offset)
+            entry, offset = self.value(offset, level + 1)
+            if key in keys:
+                self.repeated.append(repeated_key(key, keys[key], place))
+            else:
+                entries[key], keys[key] = entry, place
+            offset = self.separator(opened, offset, "}")
+        return MappingNode(entries, keys, self.mark(opened)), offset + 1
+
+    def key(self, opened: int, offset: int) -> tuple[str, int]:
+        """A key and its colon."""
+        self.stop_at_end(opened, offset, "}")
+        if self.text[offset] != '"':
+            self.stop_at_comment(offset)
+            self.stop_at_quote(offset)
+            word = _WORD.match(self.text, offset)
+            hint = f'keys stand in double quotes: "{word.group()[:40]}"' if word else ""
+            self.stop(offset, self.seen(offset), 'a key in double quotes, or "}"', hint)
+        key, end = self.string(offset)
+        colon = self.skip(end)
+        if not self.text.startswith(":", colon):
+            self.stop(colon, f"{self.seen(colon)} after the key {json.dumps(key)}", 'a colon ":"', 'write "key": value')
+        return key, self.skip(colon + 1)
+
+    def separator(self, opened: int, end: int, closing: str) -> int:
+        """The offset of the next entry, or of `closing`, after an entry that ended at `end`."""
+        offset = self.skip(end)
+        self.stop_at_end(opened, offset, closing)
+        if self.text[offset] == closing:
+            return offset
+        if self.text[offset] == ",":
+            after = self.skip(offset + 1)
+            self.stop_at_end(opened, after, closing)
+            if self.text[after] in "]}":
+                self.stop(
+                    offset, f'a comma before "{self.text[after]}"', "no comma after the last entry", "remove the comma"
+                )
+            return after
+        self.stop_at_comment(offset)
+        if self.text[offset] in "]}":
+            hint = f'the "{self.text[opened]}" of line {self.mark(opened).line} is still open'
+            self.stop(offset, f'"{self.text[offset]}"', f'"{closing}"', hint)
+        self.stop(
+            offset, f"{self.seen(offset)} after a value", f'a comma or "{closing}"', "entries are parted by commas"
+        )
+
+    def stop_at_end(self, opened: int, offset: int, closing: str) -> None:
+        if offset >= len(self.text):
+            hint = f'the "{self.text[opened]}" of line {self.mark(opened).line} is never closed'
+            self.stop(offset, "the end of the text", f'"{closing}"', hint)
+
+
+def repeated_key(key: str, first: Mark, again: Mark) -> Fault:
+    """The fault of a key that stands twice in one mapping."""
+    given = f"the key {json.dumps(key, ensure_ascii=False)} a second time"
+    return Fault(
+        again.source, again.line, again.column, key, given, "each key once", f"it stands in line {first.line} too"
+    )

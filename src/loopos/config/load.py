@@ -1,0 +1,230 @@
+"""A config file and overrides to the frozen config of its method, or to every fault at once.
+
+Enters: a path, `key.path=value` words, and the table of methods. Leaves: `LoadedConfig`, or `ConfigError`. Faults of
+syntax come alone; else those of single keys, of keys together and of files come in one list, by line. Left out: running
+the method. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from loopos.config.faults import ConfigError, Fault, Finding
+from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
+from loopos.config.sections import ALSO_UNDER_DATA, MethodConfig
+from loopos.config.source import COMMAND_LINE, apply_overrides, as_mapping, close_matches, read_source
+from loopos.config.wording import Schema, faults_of, shown
+
+Methods = Mapping[tuple[str, str], type[MethodConfig]]
+
+_MOST_REPAIRS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A valid config, the path and text it was read from (before overrides), and sentences that the user should see."""
+
+    config: MethodConfig
+    path: str
+    text: str
+    notes: list[str]
+
+
+def load(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str],
+    methods: Methods,
+    *,
+    check_files: bool = True,
+) -> LoadedConfig:
+    """Read, override and check a config.
+
+    `methods` gives the config class of each (mode, method). With `check_files` false, files that the config names need
+    not be there (a finished run is opened without its training data). Raises `ConfigError` with every fault, by line,
+    those of the command line last.
+    """
+    assert methods, "a table of methods has at least one row"
+    source = read_source(path)
+    root = without_entry(apply_overrides(source.root, overrides), "$schema")
+    root, renamed, faults = _moved_to_training(root)
+    row, method_faults = _choose(root, methods)
+    faults.extend(method_faults)
+    if row is None:
+        raise ConfigError(_by_line(faults))
+    config, found = _validated(methods[row], root, renamed, {fault.field for fault in faults}, check_files)
+    faults.extend(found)
+    if faults:
+        raise ConfigError(_by_line(faults))
+    assert config is not None
+    return LoadedConfig(config, source.path, source.text, config.notes())
+
+
+def _by_line(faults: Sequence[Fault]) -> list[Fault]:
+    def order(fault: Fault) -> tuple[bool, int, int, str]:
+        return fault.source == COMMAND_LINE, fault.line or 0, fault.column or 0, fault.field
+
+    return sorted(faults, key=order)
+
+
+def _fault_at(root: MappingNode, path: Path, field: str, given: str, wanted: str, hint: str = "") -> Fault:
+    place = value_mark(root, path)
+    return Fault(place.source, place.line, place.column, field, given, wanted, hint)
+
+
+def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], list[Fault]]:
+    """`root` with the keys that may stand under `data` too under `training`, and the names they had.
+
+    Where both are given, the command line wins over the file; two different values of one source are a fault.
+    """
+    data = as_mapping(root, "data")
+    training = as_mapping(root, "training")
+    if data is None or ("training" in root.entries and training is None):
+        return root, {}, []
+    training = training or MappingNode({}, {}, root.mark)
+    renamed: dict[str, str] = {}
+    faults: list[Fault] = []
+    for key in ALSO_UNDER_DATA:
+        if key not in data.entries:
+            continue
+        moved, kept = data.entries[key], training.entries.get(key)
+        place = data.keys[key]
+        data = without_entry(data, key)
+        if kept is None or (moved.mark.source == COMMAND_LINE != kept.mark.source):
+            training = with_entry(training, key, moved, place)
+            renamed[f"training.{key}"] = f"data.{key}"
+        elif moved.mark.source == kept.mark.source and json.dumps(plain(moved)) != json.dumps(plain(kept)):
+            mark = moved.mark
+            given = f"{shown(moved, with_kind=False)}, but training.{key} is {shown(kept, with_kind=False)}"
+            faults.append(
+                Fault(mark.source, mark.line, mark.column, f"data.{key}", given, "one value", "remove one of the two")
+            )
+    if "training" in root.entries or training.entries:
+        root = with_entry(root, "training", training, root.keys.get("training", root.mark))
+    return with_entry(root, "data", data, root.keys["data"]), renamed, faults
+
+
+def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Fault]]:
+    """The row of the table that the config means, also where it has to be guessed, and the faults of its names."""
+    modes = list(dict.fromkeys(mode for mode, _ in methods))
+    mode, method = (find(root, ("computation", key)) for key in ("mode", "method"))
+    mode_name = mode.value if isinstance(mode, ScalarNode) else None
+    method_name = method.value if isinstance(method, ScalarNode) else None
+    rows = [row for row in methods if (mode_name, method_name) == row]
+    if rows:
+        return rows[0], []
+    faults: list[Fault] = []
+    known_mode = mode_name in modes
+    if isinstance(mode_name, str) and not known_mode:
+        faults.append(_name_fault(root, "mode", mode_name, modes, ""))
+    names = list(dict.fromkeys(name for row_mode, name in methods if row_mode == mode_name or not known_mode))
+    guess: str | None = None
+    if isinstance(method_name, str):
+        close = [method_name] if method_name in names else close_matches(method_name, names)
+        guess = close[0] if close else None
+        if method_name not in names:
+            owners = [row_mode for row_mode, name in methods if name == method_name]
+            hint = f'"{method_name}" goes with mode "{owners[0]}"' if owners else ""
+            faults.append(_name_fault(root, "method", method_name, names, hint))
+    elif len(names) == 1:
+        guess = names[0]
+    return next(
+        (row for row in methods if row[1] == guess and (row[0] == mode_name or not known_mode)), None
+    ), faults or ([] if guess is not None else _missing_method(root, names))
+
+
+def _name_fault(root: MappingNode, key: str, name: str, allowed: Sequence[str], hint: str) -> Fault:
+    close = close_matches(name, allowed)
+    hint = hint or (f'did you mean "{close[0]}"?' if close else "")
+    wanted = f"one of {', '.join(json.dumps(each) for each in allowed)}" if len(allowed) > 1 else json.dumps(allowed[0])
+    node = find(root, ("computation", key))
+    assert node is not None
+    return _fault_at(root, ("computation", key), f"computation.{key}", shown(node, with_kind=False), wanted, hint)
+
+
+def _missing_method(root: MappingNode, names: Sequence[str]) -> list[Fault]:
+    """The fault of a method that is not named at all, or not by text, and that cannot be guessed."""
+    node = find(root, ("computation", "method"))
+    given = "nothing" if node is None else shown(node, with_kind=True)
+    wanted = f"one of {', '.join(json.dumps(name) for name in names)}"
+    hint = 'a config names its method: "computation": {"mode": "posttraining", "method": "fine_tuning"}'
+    return [_fault_at(root, ("computation", "method"), "computation.method", given, wanted, hint)]
+
+
+def _validated(
+    config_class: type[MethodConfig],
+    root: MappingNode,
+    renamed: Mapping[str, str],
+    told: set[str],
+    check_files: bool,
+) -> tuple[MethodConfig | None, list[Fault]]:
+    """The config, if its shape is valid, and all faults; `told` are fields whose fault is known already."""
+    values = plain(root)
+    assert isinstance(values, dict)
+    faults: list[Fault] = []
+    faulty: set[str] = set(told)
+    config: MethodConfig | None = None
+    try:
+        config = config_class.model_validate(values)
+        whole: MethodConfig | None = config
+    except ValidationError as error:
+        schema = config_class.model_json_schema()
+        described = faults_of(error, root, schema, renamed)
+        faults.extend(fault for path, fault in described if fault.field not in told)
+        faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
+        whole = _repaired(config_class, values, schema)
+    if whole is not None:
+        findings = [*whole.check(), *(whole.check_files() if check_files else ())]
+        faults.extend(_placed(findings, root, faulty, renamed))
+    return config, faults
+
+
+def _repaired(config_class: type[MethodConfig], values: dict[str, Plain], schema: Schema) -> MethodConfig | None:
+    """A valid config from the valid values alone, so that the checks of several keys can run too.
+
+    Faulty keys take their defaults, missing ones a stand-in; what was found through either is not reported.
+    """
+    values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
+    for _ in range(_MOST_REPAIRS):
+        try:
+            return config_class.model_validate(values)
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+        for detail in details:
+            section, *keys = detail["loc"]
+            part = values.get(str(section))
+            if not keys or not isinstance(part, dict):
+                values.pop(str(section), None)
+                if detail["type"] == "missing":
+                    values[str(section)] = {}
+            elif detail["type"] == "missing" and len(keys) == 1:
+                part[str(keys[0])] = _stand_in(schema, str(section), str(keys[0]))
+            else:
+                part.pop(str(keys[0]), None)
+    return None
+
+
+def _stand_in(schema: Schema, section: str, key: str) -> Plain:
+    reference = str(schema["properties"][section].get("$ref", ""))
+    field: Schema = schema["$defs"].get(reference.rsplit("/", 1)[-1], {}).get("properties", {}).get(key, {})
+    if "enum" in field:
+        value: Plain = field["enum"][0]
+        return value
+    return 1 if field.get("type") in ("integer", "number") else "stand-in"
+
+
+def _placed(
+    findings: Sequence[Finding], root: MappingNode, faulty: set[str], renamed: Mapping[str, str]
+) -> Iterator[Fault]:
+    """Findings as faults, without those that rest on a faulty key."""
+    for finding in findings:
+        names = [(field, tuple(field.split("."))) for field in finding.fields]
+        if any(".".join(path[:2]) in faulty or path[0] in faulty for _, path in names):
+            continue
+        written = next((path for _, path in names if find(root, path) is not None), names[0][1])
+        field = renamed.get(finding.fields[0], finding.fields[0])
+        yield _fault_at(root, written, field, finding.given, finding.wanted, finding.hint)

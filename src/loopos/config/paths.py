@@ -1,0 +1,135 @@
+"""Whether the files and folders that a config names are there, without opening them.
+
+Enters: a field's name and its value. Leaves: `Finding`s that say what is missing and how to get it. Relative paths
+begin at the current directory. Left out: what the files hold, and hub ids, which are not looked up.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+
+from loopos.config.faults import Finding
+from loopos.config.source import close_files, close_matches
+
+EMBEDDED_WEIGHTS = "smollm2-135m"
+NEW_WEIGHTS = "new"
+WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow")
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+_WEIGHTS_WANTED = (
+    f'"{EMBEDDED_WEIGHTS}", "{NEW_WEIGHTS}", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
+)
+_WEIGHTS_HINT = (
+    f'write "{EMBEDDED_WEIGHTS}" for the embedded model, or make weights first: loopos train configs/pretraining.json'
+)
+_DATA_WANTED = (
+    "a file, folder or glob of csv, tsv, json, jsonl, txt, parquet or arrow (text also .gz, .zst), or a hub id"
+)
+
+
+def looks_like_path(value: str, suffixes: Sequence[str]) -> bool:
+    """Whether `value` names a file or folder rather than a hub id `org/name`.
+
+    It does when it exists, ends in one of `suffixes`, begins with `.`, `/` or `~`, has a backslash or more than one
+    slash, or when its first part is a folder.
+    """
+    if os.path.exists(value) or value.lower().endswith(tuple(suffixes)):
+        return True
+    if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
+        return True
+    return "/" in value and os.path.isdir(value.split("/", maxsplit=1)[0])
+
+
+def is_hub_id(value: str) -> bool:
+    """Whether `value` has the form `org/name`."""
+    organisation, slash, name = value.partition("/")
+    allowed = organisation and name and not set(value) & set(" \t\n:*?[]\0")
+    return bool(slash and allowed and "/" not in name)
+
+
+def is_bare_weights(value: str) -> bool:
+    """Whether `value` is a file of weights alone, with no config.json beside it to tell the sizes."""
+    bare = value.lower().endswith((".safetensors", ".bin", ".pt")) and os.path.isfile(value)
+    return bare and not os.path.isfile(os.path.join(os.path.dirname(value), "config.json"))
+
+
+def check_weights(field: str, value: str) -> Iterator[Finding]:
+    """Faults of a value of `pretrained_weights`."""
+    if value in (EMBEDDED_WEIGHTS, NEW_WEIGHTS):
+        return
+    if looks_like_path(value, WEIGHT_SUFFIXES):
+        if not os.path.exists(value):
+            yield Finding((field,), _missing(value), _WEIGHTS_WANTED, _with_close(value, _WEIGHTS_HINT))
+        elif os.path.isfile(value) and not value.lower().endswith(WEIGHT_SUFFIXES):
+            yield Finding((field,), f'"{value}", a file of another kind', _WEIGHTS_WANTED)
+        elif not os.access(value, os.R_OK):
+            yield Finding((field,), f'"{value}", which may not be read', _WEIGHTS_WANTED, "change its permissions")
+    elif not is_hub_id(value):
+        close = close_matches(value, (EMBEDDED_WEIGHTS, NEW_WEIGHTS))
+        hint = f'did you mean "{close[0]}"?' if close else f'a hub id has the form "org/name"; {_WEIGHTS_HINT}'
+        yield Finding((field,), f'"{value}"', _WEIGHTS_WANTED, hint)
+
+
+def check_tokenizer(field: str, value: str) -> Iterator[Finding]:
+    """Faults of a value of `tokenizer`."""
+    wanted = f'"{EMBEDDED_WEIGHTS}", a folder, a tokenizer.json or .gguf file, or a hub id "org/name"'
+    if value == EMBEDDED_WEIGHTS:
+        return
+    if looks_like_path(value, (".json", ".gguf", ".model")):
+        if not os.path.exists(value):
+            yield Finding((field,), _missing(value), wanted, _with_close(value, f'or write "{EMBEDDED_WEIGHTS}"'))
+    elif not is_hub_id(value):
+        yield Finding((field,), f'"{value}"', wanted, 'a hub id has the form "org/name"')
+
+
+def check_rows(field: str, value: str, example: str) -> Iterator[Finding]:
+    """Faults of a source of rows; `example` is one row as JSON, for the hint."""
+    hint = f"one row looks like {example}"
+    is_glob = glob.has_magic(value) and not os.path.exists(value)
+    if "\0" in value:
+        yield Finding((field,), f'"{value}"', _DATA_WANTED, hint)
+    elif is_glob:
+        if next(glob.iglob(value, recursive=True), None) is None:
+            yield Finding((field,), f'"{value}", a glob that no file matches', _DATA_WANTED, hint)
+    elif looks_like_path(value, (*DATA_SUFFIXES, *COMPRESSED_SUFFIXES)):
+        if not os.path.exists(value):
+            yield Finding((field,), _missing(value), _DATA_WANTED, _with_close(value, hint))
+        elif not os.access(value, os.R_OK):
+            yield Finding((field,), f'"{value}", which may not be read', _DATA_WANTED, "change its permissions")
+    elif not is_hub_id(value):
+        yield Finding(
+            (field,), f'"{value}", where no file is', _DATA_WANTED, f'a hub id has the form "org/name"; {hint}'
+        )
+
+
+def check_output_folder(field: str, value: str) -> Iterator[Finding]:
+    """Faults of the folder that a run is to write."""
+    wanted = "a folder, new or of an earlier run"
+    if "\0" in value:
+        yield Finding((field,), f'"{value}"', wanted)
+        return
+    above = os.path.abspath(value)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        which = "a file" if above == os.path.abspath(value) else f'below "{os.path.relpath(above)}", which is a file'
+        yield Finding((field,), f'"{value}", {which}', wanted, "choose another name")
+    elif not os.access(above, os.W_OK | os.X_OK):
+        yield Finding((field,), f'"{value}", in "{above}", which may not be written', wanted, "choose another folder")
+
+
+def _missing(value: str) -> str:
+    """What is missing: the file, or already a folder on the way to it."""
+    folder = os.path.dirname(value.rstrip("/"))
+    if value.startswith("~"):
+        return f'"{value}" (~ is not expanded in a config)'
+    if folder and not os.path.isdir(folder):
+        return f'"{value}" (there is no folder "{folder}")'
+    return f'"{value}", which does not exist'
+
+
+def _with_close(value: str, hint: str) -> str:
+    close = close_files(value)
+    return f'did you mean "{close[0]}"? Or {hint}' if close else hint

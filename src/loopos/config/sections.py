@@ -1,0 +1,304 @@
+"""The sections of a config as frozen models: every key, its type, its bounds, its unit and its default.
+
+Enters: plain values. Leaves: frozen, keyword-only sections; pydantic's errors rise and `wording` puts them into words.
+Types are strict: a whole number is not taken from true, "16" or 16.0. Left out: what no single key can tell
+(`fine_tuning`), files (`paths`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from loopos.config.faults import Finding
+
+Task: TypeAlias = Literal["classification", "multi_label", "regression"]
+Pooling: TypeAlias = Literal["mean", "last", "first", "max"]
+Optimizer: TypeAlias = Literal["sgd", "adam", "adamw", "adafactor", "muon"]
+Schedule: TypeAlias = Literal[
+    "constant", "linear", "cosine", "cosine_restarts", "warmup_stable_decay", "plateau", "inverse_sqrt"
+]
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+Trainable: TypeAlias = Literal["all", "head", "lora"]
+Role: TypeAlias = Literal["text", "text_pair", "label"]
+Metric: TypeAlias = Literal[
+    "loss",
+    "accuracy",
+    "macro_f1",
+    "micro_f1",
+    "auroc",
+    "log_loss",
+    "ece",
+    "subset_accuracy",
+    "mae",
+    "rmse",
+    "r2",
+    "pearson",
+    "spearman",
+]
+
+METRICS: dict[Metric, tuple[Task, ...]] = {
+    "loss": ("classification", "multi_label", "regression"),
+    "accuracy": ("classification",),
+    "macro_f1": ("classification", "multi_label"),
+    "micro_f1": ("classification", "multi_label"),
+    "auroc": ("classification", "multi_label"),
+    "log_loss": ("classification", "multi_label"),
+    "ece": ("classification",),
+    "subset_accuracy": ("multi_label",),
+    "mae": ("regression",),
+    "rmse": ("regression",),
+    "r2": ("regression",),
+    "pearson": ("regression",),
+    "spearman": ("regression",),
+}
+"""The tasks that have each metric."""
+
+ALSO_UNDER_DATA = ("shuffle", "num_workers", "prefetch_batches", "max_length")
+"""Keys of `training` that the guide's configs have under `data`; taken there too."""
+
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h)")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: object) -> object:
+    """ "90s", "30m" and "2h" as seconds; anything else as it is, for the type to judge."""
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    return float(match.group(1)) * _SECONDS[match.group(2)] if match else value
+
+
+def _warmup(value: object) -> object:
+    """Whole steps as int, a share as float; 1.0 and 10.0 would be either, and are refused."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or (isinstance(value, float) and value != 0 and not 0 < value < 1):
+        raise ValueError("neither steps nor a share")
+    return value
+
+
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+ClassWeights: TypeAlias = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+Duration: TypeAlias = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(_seconds),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": f"^{_DURATION.pattern}$", "examples": ["90s", "30m", "2h"]},
+            ]
+        }
+    ),
+]
+Warmup: TypeAlias = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)],
+    BeforeValidator(_warmup),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
+    ),
+]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, strict types, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
+class ComputationSection(Section):
+    """Which method runs."""
+
+    mode: Literal["posttraining", "pretraining"] = Field(description="stage of training that the method belongs to")
+    method: Text = Field(description="name of the method, as `loopos train --help` lists them")
+    description: str = Field(default="", description="free text, for people")
+
+
+class ModelSection(Section):
+    """The model's sizes (needed for new weights and bare files alone) and its head."""
+
+    type: Literal["transformer"] = Field(default="transformer", description="kind of model")
+    d_model: Count | None = Field(default=None, description="width of the hidden states (features)")
+    num_heads: Count | None = Field(default=None, description="attention heads of a layer")
+    num_layers: Count | None = Field(default=None, description="transformer layers")
+    d_ff: Count | None = Field(default=None, description="width of the feed-forward layers (features)")
+    vocab_size: Count | None = Field(default=None, description="token ids of the vocabulary")
+    num_key_value_heads: Count | None = Field(
+        default=None, description="key and value heads of a layer; as many as num_heads when absent"
+    )
+    num_classes: Count | None = Field(
+        default=None, description="classes of the head, at least 2, or 1 for regression; read off the data when absent"
+    )
+    task: Task | None = Field(default=None, description="what the head predicts; read off the labels when absent")
+    pooling: Pooling = Field(default="mean", description="how hidden states of one sequence become one vector")
+    labels: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="names of the classes, in order"
+    )
+    attention: Literal["auto", "packed", "padded"] = Field(default="auto", description="how sequences share a batch")
+    class_weights: ClassWeights | Literal["balanced"] | None = Field(
+        default=None, description="weight of each class in the loss (factor), or from the classes' counts"
+    )
+    label_smoothing: Share = Field(default=0.0, description="share of the target spread over all classes")
+    regression_loss: Literal["mse", "huber"] = Field(default="mse", description="loss of a regression head")
+    huber_delta: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
+    )
+    multi_label_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="probability from which a label counts as predicted"
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: Count = Field(default=16, description="rank of the adapters (features)")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=32.0, description="scale of the adapters; they count alpha / rank"
+    )
+    dropout: Share = Field(default=0.0, description="share of the adapters' inputs set to 0")
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default="all-linear", description="names of the layers that get adapters"
+    )
+
+
+class EarlyStoppingSection(Section):
+    """When to stop before the last epoch."""
+
+    patience: Count = Field(description="validations without a better metric before training stops")
+    min_delta: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="gain that counts as better (unit of the metric)"
+    )
+    metric: Metric | None = Field(default=None, description="metric that is watched; training.metric when absent")
+
+
+class TrainingSection(Section):
+    """The optimizer, its schedule, what trains, and when to validate, save and stop."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="peak learning rate (change per unit gradient)")
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="peak learning rate of the head; learning_rate when absent"
+    )
+    batch_size: Count = Field(default=16, description="sequences per process and forward pass")
+    gradient_accumulation: Count = Field(default=1, description="forward passes per optimizer step")
+    num_epochs: Count = Field(default=3, description="passes over the training data")
+    max_steps: Count | None = Field(default=None, description="optimizer steps after which training ends")
+    max_time: Duration | None = Field(
+        default=None, description='time after which training ends (seconds, or "90s", "30m", "2h")'
+    )
+    optimizer: Optimizer = Field(default="sgd", description="rule of the weight updates")
+    momentum: Share = Field(default=0.0, description="share of the last update kept (sgd and muon)")
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        default=(0.9, 0.999), description="decay per step of the two moment averages (adam, adamw, muon's adamw part)"
+    )
+    epsilon: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="added to the second moment's root (unit of the gradient)"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="share of each weight taken off per unit of learning rate"
+    )
+    schedule: Schedule = Field(default="constant", description="shape of the learning rate over the steps")
+    warmup: Warmup = Field(
+        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+    )
+    minimum_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="last learning rate / peak learning rate"
+    )
+    num_cycles: Count = Field(default=1, description="cycles of cosine_restarts")
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="share of all steps in which warmup_stable_decay decays"
+    )
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="factor on the learning rate at a plateau"
+    )
+    plateau_patience: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="validations without a better metric before that"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="L2 norm that gradients are clipped to; null is no clipping"
+    )
+    precision: Precision = Field(default="auto", description="number format of the forward and backward pass")
+    gradient_checkpointing: bool = Field(default=False, description="compute activations twice to save memory")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where training runs")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="start of all random numbers")
+    trainable: Trainable = Field(default="all", description="which weights train")
+    freeze_layers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="lowest layers, with the embeddings, that do not train; 0 freezes nothing"
+    )
+    unfreeze_step: Count | None = Field(
+        default=None, description="optimizer step at which the frozen layers begin to train"
+    )
+    lora: LoraSection | None = Field(default=None, description="adapters of trainable: lora; its defaults when absent")
+    shuffle: bool = Field(default=True, description="new order of the rows in each epoch")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="taken from the guide's configs; has no effect"
+    )
+    prefetch_batches: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="taken from the guide's configs; has no effect"
+    )
+    max_length: Count | None = Field(
+        default=None, description="longest sequence (tokens); the model's limit when absent"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description="what a loss or gradient that is NaN or infinite does"
+    )
+    validate_every: Count | Literal["epoch", "never"] = Field(
+        default="epoch", description="when to validate (optimizer steps)"
+    )
+    early_stopping: EarlyStoppingSection | None = Field(default=None, description="when to stop early; null is never")
+    metric: Metric | None = Field(
+        default=None, description="metric that says which checkpoint is best; the task's own when absent"
+    )
+    save_every: Count | Literal["validation", "epoch", "never"] = Field(
+        default="validation", description="when to save a checkpoint (optimizer steps)"
+    )
+    keep_last: Count = Field(default=1, description="newest checkpoints that are kept")
+    keep_best: bool = Field(default=True, description="keep the best checkpoint too")
+    log_every: Count = Field(default=1, description="optimizer steps between two lines of the log")
+    tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
+
+
+class DataSection(Section):
+    """Where the weights and rows come from, and where the run goes."""
+
+    pretrained_weights: Text = Field(
+        description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
+    )
+    tokenizer: Text | None = Field(
+        default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
+    )
+    training_data: Text = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
+    validation_data: Text | None = Field(default=None, description="the same for validation; split off when absent")
+    validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
+    output_dir: Text = Field(description="folder of the run")
+    columns: dict[Role, Text] = Field(default={}, description="column of each role; detected when absent")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
+    on_truncation: Literal["truncate", "error"] = Field(
+        default="truncate", description="what a row over max_length does"
+    )
+    streaming: bool = Field(default=False, description="read rows as they are needed, without keeping them")
+    max_rows: Count | None = Field(default=None, description="rows after which reading ends")
+    training_split: Text = Field(default="train", description="split of a hub id to train on")
+    validation_split: Text | None = Field(default=None, description="split of a hub id to validate on")
+    subset: Text | None = Field(default=None, description="subset of a hub id")
+
+
+class MethodConfig(Section):
+    """What `load` asks of a method's config: its sections as fields, and these checks of valid values."""
+
+    section_order: ClassVar[tuple[str, ...]] = ("model", "computation", "training", "data")
+
+    def check(self) -> Iterator[Finding]:
+        """Contradictions between keys."""
+        return iter(())
+
+    def check_files(self) -> Iterator[Finding]:
+        """Files and folders that are missing or of the wrong kind."""
+        return iter(())
+
+    def notes(self) -> list[str]:
+        """Sentences on keys that were given but have no effect."""
+        return []

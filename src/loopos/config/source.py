@@ -1,0 +1,220 @@
+"""A config file, and the overrides of the command line, to one tree of nodes.
+
+Enters: a path and `key.path=value` words. Leaves: `Source` (the text as it stands in the file, and its tree), or
+`ConfigError`. `.json` is read as JSON, `.yaml` and `.yml` as YAML, any other name by content. Left out: what the keys
+mean.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loopos.config.faults import ConfigError, Fault
+from loopos.config.json_text import parse_json
+from loopos.config.nodes import (
+    LineTable,
+    ListNode,
+    MappingNode,
+    Mark,
+    Node,
+    ScalarNode,
+    child,
+    dotted,
+    find,
+    with_entry,
+)
+
+MOST_BYTES = 10_000_000
+COMMAND_LINE = "command line"
+_OVERRIDE_KEY = re.compile(r"[A-Za-z0-9_$-]+(?:\.[A-Za-z0-9_$-]+)*")
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One config file: its path as given, its text, its tree."""
+
+    path: str
+    text: str
+    root: MappingNode
+
+
+def read_source(path: str | os.PathLike[str]) -> Source:
+    """Read and parse a config file.
+
+    Raises `ConfigError` for a file that is missing, unreadable, no UTF-8 text, empty, over 10 MB, of broken syntax, or
+    whose top level is no mapping.
+    """
+    name = os.fspath(path)
+    text = _read_text(name)
+    root = parse_text(text, name)
+    if root is None:
+        raise _file_error(
+            name, "a file with no settings in it", 'a mapping with "model", "computation", "training" and "data"'
+        )
+    if not isinstance(root, MappingNode):
+        given = "a list" if isinstance(root, ListNode) else "a single value"
+        wanted = 'a mapping with "model", "computation", "training" and "data"'
+        raise ConfigError(
+            [Fault(name, root.mark.line, root.mark.column, "", given, wanted, "put { and } around the settings")]
+        )
+    return Source(name, text, root)
+
+
+def parse_text(text: str, name: str) -> Node | None:
+    """The tree of `text`, read as the suffix of `name` says, else by content; None when it holds no value."""
+    suffix = os.path.splitext(name)[1].lower()
+    start = text.lstrip()
+    if not start:
+        return None
+    if suffix == ".json" or (suffix not in (".yaml", ".yml") and start[0] in "{["):
+        return parse_json(text, name)
+    from loopos.config.yaml_text import parse_yaml  # 30 ms that a JSON config does not pay
+
+    return parse_yaml(text, name)
+
+
+def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
+    """`root` with each `key.path=value` set, later ones last; a value is read as JSON, or else taken as text.
+
+    A missing section on the way is made; an item of a list is named by its number from 0 (`model.labels.0=spam`).
+    Raises `ConfigError` with every override that has no such form or leads nowhere.
+    """
+    faults: list[Fault] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not _OVERRIDE_KEY.fullmatch(key):
+            given = f'"{override}"' if equals else f'"{override}", without ='
+            faults.append(_override_fault("", given, "key.path=value", "for example training.learning_rate=1e-5"))
+            continue
+        try:
+            changed = _with_value(root, key.split("."), _override_value(text), ())
+        except ConfigError as error:
+            faults.extend(error.faults)
+            continue
+        assert isinstance(changed, MappingNode)
+        root = changed
+    if faults:
+        raise ConfigError(faults)
+    return root
+
+
+def close_matches(name: str, names: Sequence[str]) -> list[str]:
+    """At most three of `names` that `name` may have meant, best first; letter case is ignored."""
+    by_folded = {candidate.lower(): candidate for candidate in reversed(names)}
+    return [by_folded[match] for match in difflib.get_close_matches(name.lower(), list(by_folded), n=3, cutoff=0.6)]
+
+
+def close_files(path: str) -> list[str]:
+    """Files or folders beside `path` whose names are close to it, with their folder as `path` gives it."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        beside = sorted(os.listdir(folder or "."))[:2000]
+    except (OSError, ValueError):
+        return []
+    return [os.path.join(folder, match) for match in close_matches(name, beside)]
+
+
+def _file_error(name: str, given: str, wanted: str, hint: str = "") -> ConfigError:
+    return ConfigError([Fault(name, None, None, "", given, wanted, hint)])
+
+
+def _read_text(name: str) -> str:
+    wanted = "a config file (.json, .yaml or .yml)"
+    if "\0" in name:
+        raise _file_error(name, "a path with a NUL character", wanted)
+    try:
+        with open(name, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        close = close_files(name)
+        hint = f"did you mean {close[0]}?" if close else "check the path; relative paths begin at the current directory"
+        raise _file_error(name, "a path where no file is", wanted, hint) from None
+    except IsADirectoryError:
+        raise _file_error(name, "a folder", wanted, "name the file inside it") from None
+    except OSError as error:
+        raise _file_error(name, f"a file that cannot be read ({error.strerror})", wanted) from None
+    if len(data) > MOST_BYTES:
+        raise _file_error(name, f"a file of more than {MOST_BYTES:,} bytes", wanted, "is this a data file?")
+    return _decode(data, name)
+
+
+def _decode(data: bytes, name: str) -> str:
+    wanted = "plain text in UTF-8"
+    if data.startswith(_UTF16_MARKS):
+        raise ConfigError([Fault(name, 1, 1, "", "text in UTF-16", wanted, "save the file as UTF-8")])
+    if data.startswith(b"\xef\xbb\xbf"):
+        given = "a byte-order mark (BOM) before the text"
+        raise ConfigError([Fault(name, 1, 1, "", given, "plain UTF-8", "save the file as UTF-8 without BOM")])
+    try:
+        text = data.decode("utf-8")
+        offset = text.find("\0")
+        given = "a NUL byte: a binary file?"
+    except UnicodeDecodeError as error:
+        text = data[: error.start].decode("utf-8")
+        offset = error.start
+        given = f"the byte {data[offset]:#04x} at offset {offset}, which is not UTF-8"
+        offset = len(text)
+    else:
+        if offset < 0:
+            return text
+    place = LineTable(text, name).mark(offset)
+    raise ConfigError([Fault(name, place.line, place.column, "", given, wanted, "save the file as UTF-8")])
+
+
+def _override_fault(field: str, given: str, wanted: str, hint: str = "") -> Fault:
+    return Fault(COMMAND_LINE, None, None, field, given, wanted, hint)
+
+
+def _override_value(text: str) -> Node:
+    mark = Mark(COMMAND_LINE)
+    try:
+        return _without_places(parse_json(text, COMMAND_LINE))
+    except ConfigError:
+        return ScalarNode(text, text, mark)
+
+
+def _without_places(node: Node) -> Node:
+    """Lines and columns inside one override would be taken for those of the file."""
+    mark = Mark(COMMAND_LINE)
+    if isinstance(node, ScalarNode):
+        return ScalarNode(node.value, node.text, mark)
+    if isinstance(node, ListNode):
+        return ListNode(tuple(_without_places(item) for item in node.items), mark)
+    entries = {key: _without_places(entry) for key, entry in node.entries.items()}
+    return MappingNode(entries, dict.fromkeys(entries, mark), mark)
+
+
+def _with_value(node: Node, steps: Sequence[str], value: Node, above: tuple[str, ...]) -> Node:
+    """A copy of `node` in which the part that `steps` names is `value`."""
+    if not steps:
+        return value
+    mark = Mark(COMMAND_LINE)
+    step, rest = steps[0], steps[1:]
+    here = (*above, step)
+    if isinstance(node, MappingNode):
+        part = child(node, step)
+        if rest and (part is None or (isinstance(part, ScalarNode) and part.value is None)):
+            part = MappingNode({}, {}, mark)
+        return with_entry(node, step, value if part is None else _with_value(part, rest, value, here), mark)
+    field = dotted((*above, *steps))
+    if isinstance(node, ListNode):
+        if not step.isascii() or not step.isdigit() or int(step[:9]) >= len(node.items):
+            wanted = f"a number from 0 to {len(node.items) - 1}" if node.items else "no number: the list is empty"
+            given = f"item {step} of {dotted(above)}"
+            raise ConfigError([_override_fault(field, given, wanted, f"or give the whole list: {dotted(above)}=[...]")])
+        index = int(step)
+        changed = _with_value(node.items[index], rest, value, here)
+        return ListNode((*node.items[:index], changed, *node.items[index + 1 :]), node.mark)
+    given = f"a path below {dotted(above)}, which is a single value"
+    raise ConfigError([_override_fault(field, given, "a path that ends there")])
+
+
+def as_mapping(node: Node, step: str) -> MappingNode | None:
+    """The section `step` of `node`, if it is one."""
+    section = find(node, (step,))
+    return section if isinstance(section, MappingNode) else None

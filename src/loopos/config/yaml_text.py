@@ -1,0 +1,157 @@
+"""YAML to nodes with places, with the scalars of YAML 1.2's core schema.
+
+Enters: text and the name of its source. Leaves: a `Node` (None for a text of comments alone), or `ConfigError`. 1e-5 is
+a number and yes, no, on, off are text, unlike in PyYAML's YAML 1.1. Left out: merge keys, tags of any other type,
+several documents in one file.
+"""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from loopos.config.faults import ConfigError, Fault
+from loopos.config.json_text import repeated_key
+from loopos.config.nodes import MOST_LEVELS, LineTable, ListNode, MappingNode, Mark, Node, ScalarNode
+
+MOST_NODES = 100_000  # aliases of aliases can make a tree of any size from a few lines
+_TAG = "tag:yaml.org,2002:"
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_BOOLEAN = re.compile(r"true|True|TRUE|false|False|FALSE")
+_NULL = re.compile(r"~|null|Null|NULL|")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's core schema instead of its own resolvers."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+for _name, _pattern, _firsts in (
+    ("bool", _BOOLEAN, "tTfF"),
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("int", _INTEGER, "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern.pattern})\Z"), list(_firsts))
+
+
+def parse_yaml(text: str, source: str) -> Node | None:
+    """The tree of a YAML text; None when it holds no value.
+
+    Raises `ConfigError`: one fault for the first mistake of syntax, else one for each key given twice and each tag or
+    key of another type.
+    """
+    lines = LineTable(text, source)
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([_syntax_fault(error, lines, text)]) from None
+    except RecursionError:
+        place = lines.mark(0)
+        given = f"more than {MOST_LEVELS} levels"
+        raise ConfigError([Fault(source, place.line, place.column, "", given, "fewer")]) from None
+    if root is None:
+        return None
+    builder = _Builder(lines)
+    node = builder.node(root, 0)
+    if builder.faults:
+        raise ConfigError(builder.faults)
+    return node
+
+
+def _syntax_fault(error: yaml.YAMLError, lines: LineTable, text: str) -> Fault:
+    """PyYAML's error in our words."""
+    if isinstance(error, yaml.reader.ReaderError):
+        place = lines.mark(error.position)
+        return Fault(
+            place.source, place.line, place.column, "", f"the character {error.character:#x}", "printable text"
+        )
+    assert isinstance(error, yaml.MarkedYAMLError)
+    at = error.problem_mark or error.context_mark
+    offset = at.index if at is not None else 0
+    place = lines.mark(offset)
+    problem = " ".join(part for part in (error.problem, error.context) if part)
+    hint = ""
+    if "\\t" in problem or text[offset : offset + 1] == "\t":
+        problem, hint = "a tab", "YAML is indented by spaces"
+    elif "mapping values are not allowed" in problem:
+        hint = 'text with ": " in it stands in quotes; check the indentation'
+    elif "single document" in problem:
+        hint = "remove the second document, after ---"
+    return Fault(place.source, place.line, place.column, "", f"text that is no YAML ({problem})", "YAML", hint)
+
+
+class _Builder:
+    """PyYAML's nodes to ours; the faults are collected so that all are told at once."""
+
+    def __init__(self, lines: LineTable) -> None:
+        self.lines = lines
+        self.faults: list[Fault] = []
+        self.num_nodes = 0
+
+    def fault(self, node: yaml.Node, given: str, wanted: str, hint: str = "") -> None:
+        place = self.mark(node)
+        self.faults.append(Fault(place.source, place.line, place.column, "", given, wanted, hint))
+
+    def mark(self, node: yaml.Node) -> Mark:
+        return self.lines.mark(node.start_mark.index)
+
+    def node(self, node: yaml.Node, level: int) -> Node:
+        self.num_nodes += 1
+        if level > MOST_LEVELS or self.num_nodes > MOST_NODES:
+            given = f"more than {MOST_LEVELS} levels" if level > MOST_LEVELS else f"more than {MOST_NODES} values"
+            self.fault(node, given, "fewer", "an alias (*name) may hold itself or be repeated too often")
+            raise ConfigError(self.faults)
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, level)
+        if isinstance(node, yaml.SequenceNode):
+            self.check_tag(node, "seq")
+            return ListNode(tuple(self.node(item, level + 1) for item in node.value), self.mark(node))
+        assert isinstance(node, yaml.ScalarNode)
+        return self.scalar(node)
+
+    def check_tag(self, node: yaml.Node, name: str) -> None:
+        if node.tag != _TAG + name:
+            self.fault(node, f"the tag {node.tag.replace(_TAG, '!!')}", "a plain value", "remove the tag")
+
+    def mapping(self, node: yaml.MappingNode, level: int) -> Node:
+        self.check_tag(node, "map")
+        entries: dict[str, Node] = {}
+        keys: dict[str, Mark] = {}
+        for key_node, value_node in node.value:
+            place = self.mark(key_node)
+            if key_node.tag != _TAG + "str":
+                self.fault(key_node, "a key that is no text", "a key of text", "put it in quotes if it is meant")
+                continue
+            key = str(key_node.value)
+            if key == "<<" and key_node.style is None:
+                self.fault(key_node, "a merge key <<", "keys written out", "YAML 1.2 has no merge keys")
+                continue
+            entry = self.node(value_node, level + 1)
+            if key in keys:
+                self.faults.append(repeated_key(key, keys[key], place))
+            else:
+                entries[key], keys[key] = entry, place
+        return MappingNode(entries, keys, self.mark(node))
+
+    def scalar(self, node: yaml.ScalarNode) -> Node:
+        text, tag = str(node.value), node.tag.removeprefix(_TAG)
+        value: None | bool | int | float | str = text
+        if tag == "null" and _NULL.fullmatch(text):
+            value = None
+        elif tag == "bool" and _BOOLEAN.fullmatch(text):
+            value = text.lower() == "true"
+        elif tag == "int" and _INTEGER.fullmatch(text) and len(text) <= 4000:  # Python refuses more than 4300 digits
+            value = int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+        elif tag == "float" and _FLOAT.fullmatch(text):
+            value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        elif tag != "str":
+            self.fault(
+                node, f"{text[:40]} with the tag {node.tag.replace(_TAG, '!!')}", "a plain value", "remove the tag"
+            )
+        return ScalarNode(value, text, self.mark(node))

@@ -1,0 +1,156 @@
+"""Encoded examples → the micro-batches of each optimizer step, without pads, resumable at any step.
+
+Enters: encoded examples, their targets, the layout of the run (rows a forward, accumulation, ranks). Leaves:
+`Batch`es. Left out: tokenising.
+
+A step takes the next `batch_size × accumulation × world` rows of the epoch's order. Which rows a step holds never
+depends on how they are split, so one process
+and several give the same sums. Within a step, rows are dealt to the slots (rank, micro-batch) longest first, each to
+the slot with the fewest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopos.data.tokens import Encoded
+from loopos.functional.packing import PackedLayout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass, flat.
+
+    `ids` `[T]` int64; `layout` of N sequences; `token_types` `[T]` or None; `targets` `[N]` or `[N, C]`, or None when
+    predicting; `rows` `[N]`: places in the data.
+    """
+
+    ids: Tensor
+    layout: PackedLayout
+    token_types: Tensor | None
+    targets: Tensor | None
+    rows: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layout.num_tokens
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where in the data a run stands: `epoch` from 0 and the optimizer steps done in it."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+def collate(examples: Sequence[Encoded], targets: Tensor | None, rows: Sequence[int], device: torch.device) -> Batch:
+    """Packs the examples at `rows` into one flat row. targets: of all examples, indexed by row."""
+    chosen = [examples[row] for row in rows]
+    types = None
+    if chosen[0].token_types is not None:
+        types = torch.tensor([t for example in chosen for t in example.token_types or ()], device=device)
+    return Batch(
+        ids=torch.tensor([token for example in chosen for token in example.ids], device=device),
+        layout=PackedLayout(tuple(len(example.ids) for example in chosen), device),
+        token_types=types,
+        targets=None if targets is None else targets[torch.as_tensor(list(rows))].to(device),
+        rows=tuple(rows),
+    )
+
+
+def deal(lengths: Sequence[int], slots: int, capacity: int) -> list[list[int]]:
+    """Splits rows over slots so that their token counts are close: longest first, to the lightest slot with room
+    (greedy; Graham 1969).
+
+    Returns the places in `lengths` of each slot's rows, longest first; a slot may stay empty.
+    """
+    assert len(lengths) <= slots * capacity
+    filled: list[list[int]] = [[] for _ in range(slots)]
+    tokens = [0] * slots
+    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        slot = min((s for s in range(slots) if len(filled[s]) < capacity), key=lambda s: (tokens[s], s))
+        filled[slot].append(place)
+        tokens[slot] += lengths[place]
+    return filled
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The training data, a step at a time, for one rank.
+
+    `batch_size`: rows of one forward pass on one rank. `accumulation`: forward passes a step. The last step of an
+    epoch takes what is left.
+    """
+
+    examples: Sequence[Encoded]
+    targets: Tensor | None
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
+    shuffle: bool = True
+    seed: int = 42
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.batch_size * self.accumulation * self.world
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return -(-len(self.examples) // self.rows_a_step)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's order of rows, from seed and epoch alone."""
+        if not self.shuffle:
+            return np.arange(len(self.examples))
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.examples))
+
+    def rows_of(self, cursor: Cursor) -> list[list[int]]:
+        """The rows of this rank's micro-batches in the step at `cursor`."""
+        group = self.order(cursor.epoch)[cursor.step * self.rows_a_step :][: self.rows_a_step].tolist()
+        slots = deal([len(self.examples[row].ids) for row in group], self.accumulation * self.world, self.batch_size)
+        return [[group[place] for place in slot] for slot in slots[self.rank :: self.world]]
+
+    def step(self, cursor: Cursor) -> list[Batch]:
+        """This rank's micro-batches of the step at `cursor`; micro-batches without rows are left out."""
+        return [collate(self.examples, self.targets, rows, self.device) for rows in self.rows_of(cursor) if rows]
+
+    def after(self, cursor: Cursor) -> Cursor:
+        """The cursor one step on."""
+        return (
+            Cursor(cursor.epoch, cursor.step + 1)
+            if cursor.step + 1 < self.steps_an_epoch
+            else Cursor(cursor.epoch + 1, 0)
+        )
+
+
+def in_order(
+    examples: Sequence[Encoded],
+    targets: Tensor | None,
+    *,
+    tokens: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Batches for evaluation: neighbours in length share a batch of about `tokens` tokens; every row comes once
+    over all ranks.
+    """
+    by_length = sorted(range(len(examples)), key=lambda row: (len(examples[row].ids), row))
+    group: list[int] = []
+    number = 0
+    for row in by_length:
+        if group and sum(len(examples[r].ids) for r in group) + len(examples[row].ids) > tokens:
+            if number % world == rank:
+                yield collate(examples, targets, group, device)
+            group, number = [], number + 1
+        group.append(row)
+    if group and number % world == rank:
+        yield collate(examples, targets, group, device)

@@ -1,0 +1,243 @@
+"""JSON and JSON Lines → records, each with the line it begins on.
+
+Enters: numbered lines (JSON Lines) or a whole text (a JSON array of objects, or an object with such an array under
+"data"). Leaves: a `Record` for each object, a `Fault` for a value that is no object, holds a name twice or NaN.
+A line of JSON Lines that is no JSON is a bad row; a syntax error in an array makes the file unreadable, since nothing
+marks where the next row begins. Left out: pandas' column-oriented JSON, refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Generator, Iterator
+
+from loopos.config.faults import DataError, Fault
+from loopos.data.record import ReadReport, Record, Records, file_fault, shown
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+_OBJECT_WANTED = 'an object such as {"text": "...", "label": "..."}'
+_DOCUMENT_WANTED = 'an array of objects, {"data": [...]}, or one object a line (JSON Lines)'
+
+
+class JsonReader:
+    """Decodes JSON values and keeps what the standard decoder lets through: names given twice, NaN and Infinity."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._doubled: list[str] = []
+        self._constants: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._members, parse_constant=self._constant)
+
+    def _members(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._doubled.append(next(name for name in names if names.count(name) > 1))
+        return members
+
+    def _constant(self, name: str) -> float:
+        self._constants.append(name)
+        return float(name.replace("Infinity", "inf"))
+
+    def decode(self, text: str, position: int, line: int | None = None) -> tuple[object, int]:
+        """The value at `position` and the position behind it.
+
+        Args:
+            line: the number of the only line that `text` is; None where `text` is a whole file.
+        Raises:
+            DataError: one fault, at line and column of the syntax error.
+        """
+        self._doubled.clear()
+        self._constants.clear()
+        start = _skip(text, position)
+        try:
+            return self._decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise DataError([self.syntax_fault(text, error.pos, error.msg, line)]) from error
+        except RecursionError as error:
+            raise DataError([self.syntax_fault(text, start, "nested too deeply", line)]) from error
+        except ValueError as error:
+            raise DataError([self.syntax_fault(text, start, "a number of too many digits", line)]) from error
+
+    def syntax_fault(self, text: str, position: int, reason: str, line: int | None) -> Fault:
+        """The fault of a syntax error at `position` of `text`."""
+        before = text.rfind("\n", 0, position) + 1
+        number = line if line is not None else text.count("\n", 0, position) + 1
+        end = text.find("\n", position)
+        rest = text[position : end if end >= 0 else len(text)].rstrip("\r")
+        given = f"{shown(rest, 40)} ({reason})" if rest else f"the end of the line ({reason})"
+        return Fault(
+            self.source,
+            number,
+            position - before + 1,
+            "JSON",
+            given,
+            "valid JSON",
+            _syntax_hint(rest, reason, line is not None),
+        )
+
+    def record(self, value: object, line: int) -> Record | Fault:
+        """The last decoded value as a row, or why it is none."""
+        if not isinstance(value, dict):
+            hint = "a row's values need names" if isinstance(value, list) else ""
+            return Fault(self.source, line, None, "row", shown(value), _OBJECT_WANTED, hint)
+        if self._doubled:
+            name = self._doubled[0]
+            return Fault(self.source, line, None, name, f"the name {shown(name)} twice in one object", "distinct names")
+        if self._constants:
+            field = next((name for name, item in value.items() if _holds_constant(item)), "row")
+            wanted = "a number, or null (JSON has no NaN and no Infinity)"
+            return Fault(self.source, line, None, field, self._constants[0], wanted)
+        return Record(line, value)
+
+
+def json_lines(lines: Iterator[tuple[int, str]], source: str, report: ReadReport) -> Records:
+    """Yields one row for each line that is not blank; blank lines are counted in `report`."""
+    reader = JsonReader(source)
+    for number, line in lines:
+        text = line.strip()
+        if not text:
+            report.blank_lines += 1
+            continue
+        try:
+            value, end = reader.decode(line, 0, number)
+        except DataError as error:
+            yield error.faults[0]
+            continue
+        rest = line[end:].strip()
+        if rest:
+            position = line.index(rest, end)
+            yield reader.syntax_fault(line, position, "more text behind the value", number)
+        else:
+            yield reader.record(value, number)
+
+
+def is_json_lines(text: str) -> bool:
+    """Whether `text`, which begins with an object, is JSON Lines: a second line that is not blank begins an object too,
+    or follows a whole one."""
+    lines = re.finditer(r"[^\n]*\S[^\n]*", text)
+    first, second = next(lines, None), next(lines, None)
+    if first is None or second is None:
+        return False
+    if second.group().lstrip().startswith("{"):
+        return True
+    try:
+        return isinstance(json.loads(first.group()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def json_document(text: str, source: str) -> Records:
+    """Yields the rows of a JSON array of objects, or of the array under "data" of an object.
+
+    Raises:
+        DataError: a syntax error (line and column), another kind of document.
+    """
+    start = _skip(text, 0)
+    if start == len(text):
+        file_fault(source, "blank text", _DOCUMENT_WANTED, line=1)
+    reader = JsonReader(source)
+    if text[start] == "[":
+        end = yield from _array(reader, text, start)
+    elif text[start] == "{":
+        end = yield from _object_with_data(reader, text, start)
+    else:
+        file_fault(source, shown(text[start : start + 40]), _DOCUMENT_WANTED, line=text.count("\n", 0, start) + 1)
+    behind = _skip(text, end)
+    if behind < len(text):
+        raise DataError([reader.syntax_fault(text, behind, "more text behind the document", None)])
+
+
+def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Fault, None, int]:
+    """Yields the elements of the array whose bracket is at `start`; returns the position behind it."""
+    position = _skip(text, start + 1)
+    line, counted = text.count("\n", 0, position) + 1, position
+    if text.startswith("]", position):
+        return position + 1
+    while True:
+        value, end = reader.decode(text, position)
+        yield reader.record(value, line)
+        position, closed = _after_member(reader, text, end, "]")
+        if closed:
+            return position
+        line += text.count("\n", counted, position)
+        counted = position
+
+
+def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Record | Fault, None, int]:
+    """Yields the elements of the array under "data" of the object at `start`; returns the place behind the object."""
+    names: list[str] = []
+    rows_found = False
+    position, closed = _skip(text, start + 1), False
+    if text.startswith("}", position):
+        position, closed = position + 1, True
+    while not closed:
+        name, end = reader.decode(text, position)
+        if not isinstance(name, str):
+            raise DataError([reader.syntax_fault(text, position, "a name in double quotes is wanted", None)])
+        colon = _skip(text, end)
+        if not text.startswith(":", colon):
+            raise DataError([reader.syntax_fault(text, colon, "a colon is wanted", None)])
+        if name in names:
+            line = text.count("\n", 0, position) + 1
+            file_fault(reader.source, f"the name {shown(name)} twice", "distinct names", line=line, field=name)
+        names.append(name)
+        value = _skip(text, colon + 1)
+        if name == "data" and text.startswith("[", value):
+            rows_found = True
+            end = yield from _array(reader, text, value)
+        else:
+            _, end = reader.decode(text, value)
+        position, closed = _after_member(reader, text, end, "}")
+    if not rows_found:
+        line = text.count("\n", 0, start) + 1
+        given = (
+            f"an object with {', '.join(shown(name) for name in names[:8])}" if names else "an object without a list"
+        )
+        hint = 'put the rows into a list: {"data": [{"text": "...", "label": "..."}, ...]}'
+        file_fault(reader.source, f"{given} and no list of rows", _DOCUMENT_WANTED, hint, line=line, field="data")
+    return position
+
+
+def _after_member(reader: JsonReader, text: str, position: int, closing: str) -> tuple[int, bool]:
+    """The place of the next member, behind the comma at `position`, or behind the closing bracket; and which it is."""
+    position = _skip(text, position)
+    if text.startswith(closing, position):
+        return position + 1, True
+    if position == len(text):
+        raise DataError([reader.syntax_fault(text, position, f"no closing {closing}: is the file cut off?", None)])
+    if text[position] != ",":
+        raise DataError([reader.syntax_fault(text, position, f"a comma or {closing} is wanted", None)])
+    following = _skip(text, position + 1)
+    if text.startswith(closing, following):
+        raise DataError([reader.syntax_fault(text, position, f"a comma before the closing {closing}", None)])
+    return following, False
+
+
+def _skip(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    assert match is not None, "the pattern matches the empty string"
+    return match.end()
+
+
+def _holds_constant(value: object) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(_holds_constant(item) for item in value.values())
+    return isinstance(value, list) and any(_holds_constant(item) for item in value)
+
+
+def _syntax_hint(rest: str, reason: str, is_line: bool) -> str:
+    if "property name" in reason and rest.startswith("'"):
+        return "JSON strings stand in double quotes"
+    if rest.startswith(","):
+        return "a line of JSON Lines ends without a comma" if "behind the value" in reason else ""
+    if "control character" in reason:
+        return r"write a line end inside a string as \n and a tab as \t"
+    if "Unterminated" in reason or not rest:
+        part = "the line may be cut off; JSON Lines wants each object whole, on one line"
+        return part if is_line else "the file may be cut off"
+    return ""

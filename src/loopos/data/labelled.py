@@ -1,0 +1,82 @@
+"""The labelled data of a run: rows read, columns found, labels understood, validation rows set apart.
+
+Enters: the `data` section and what the config says of the task. Leaves: `LabelledData`. Left out: tokens
+(`tokens.py`), batches (`batches.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loopos.config.sections import DataSection, ModelSection
+from loopos.data import rows
+from loopos.data.formats import FormatReport, Labelled, read_labelled
+from loopos.data.labels import LabelSpace, infer_task
+from loopos.data.split import stratified_split
+
+Target = int | float | list[int]
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Training and validation examples with their encoded labels. `said`: what was decided, a sentence each;
+    `reports`: the account of each source.
+    """
+
+    space: LabelSpace
+    train: list[Labelled]
+    train_targets: list[Target]
+    validation: list[Labelled]
+    validation_targets: list[Target]
+    said: list[str]
+    reports: list[FormatReport]
+
+
+def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> LabelledData:
+    """Reads `data.training_data` and the validation rows: their own file, their own split of a hub id, or a seeded
+    stratified share of the training rows.
+
+    Raises `DataError` for unreadable files, bad rows (unless skipped), labels that contradict the config or each other.
+    """
+    examples, report = _read(data, data.training_data, data.training_split)
+    space = infer_task(examples, model.task, model.num_classes, model.labels, column=data.columns.get("label", "label"))
+    targets = encode_all(space, examples)
+    said, reports = [*report.said, space.said, account(report)], [report]
+    held_out: list[Labelled] = []
+    held_out_targets: list[Target] = []
+    if data.validation_data is not None or data.validation_split is not None:
+        source = data.validation_data or data.training_data
+        held_out, held_out_report = _read(data, source, data.validation_split or data.training_split)
+        held_out_targets = encode_all(space, held_out)
+        said.append(f"validation: {source}, {account(held_out_report)}")
+        reports.append(held_out_report)
+    elif data.validation_share > 0:
+        kept, chosen = stratified_split(targets, data.validation_share, seed, source=data.training_data)  # type: ignore[arg-type]
+        held_out, held_out_targets = [examples[i] for i in chosen], [targets[i] for i in chosen]
+        examples, targets = [examples[i] for i in kept], [targets[i] for i in kept]
+        said.append(f"validation: {len(chosen)} of the rows, split off by label with seed {seed}; {len(kept)} train")
+    return LabelledData(space, examples, targets, held_out, held_out_targets, said, reports)
+
+
+def account(report: FormatReport) -> str:
+    """read = used + dropped, in words."""
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
+    return f"{report.read} rows read, {report.used} used{dropped}"
+
+
+def encode_all(space: LabelSpace, examples: Sequence[Labelled]) -> list[Target]:
+    """The label of every example in the space's numbers."""
+    return [space.encode(example.label, example.row) for example in examples]
+
+
+def _read(data: DataSection, source: str, split: str) -> tuple[list[Labelled], FormatReport]:
+    reader = rows.read(
+        source,
+        split=split,
+        subset=data.subset,
+        streaming=data.streaming,
+        max_rows=data.max_rows,
+        on_bad_row=data.on_bad_row,
+    )
+    return read_labelled(reader, data.columns)

@@ -1,0 +1,217 @@
+"""All labels of a data set → its `LabelSpace`: the task and the classes.
+
+Enters: labelled examples and what the config says (`model.task`, `num_classes`, `labels`). Leaves: the space that
+encodes every one of them, with the sentence that says how the labels were read.
+Without a task: whole numbers, text or true/false mean classification; a number with a fraction means regression; lists
+mean multi_label. Classes of whole numbers are 0 to n - 1 where num_classes is given or the numbers run on from 0, else
+the distinct numbers in order; classes of text are its distinct values, sorted.
+Left out: class weights, and what a single label encodes to (`label_space`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from loopos.config.faults import DataError, Fault
+from loopos.data.formats import Labelled
+from loopos.data.label_space import Kind, LabelSpace, Task, key_of, kind_of, label_error, members_of
+from loopos.data.record import MAXIMUM_FAULTS, BadRows, shown
+
+__all__ = ["LabelSpace", "infer_task"]
+_PLURALS: dict[Kind, str] = {"whole number": "whole numbers", "text": "text", "true or false": "true or false"}
+_NUMBERS = frozenset[Kind]({"whole number", "number"})
+
+
+def infer_task(
+    examples: Sequence[Labelled],
+    task: Task | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    column: str = "label",
+) -> LabelSpace:
+    """Reads the task and the classes off the labels, or checks the labels against those given.
+
+    Args:
+        examples: every one with a label.
+        task: as the config says it; None to read it off.
+        num_classes: as the config says it; 1 means regression.
+        class_names: names in the order of the classes (`model.labels`): the labels themselves, or names for 0 to n - 1.
+        column: the label's column, for faults.
+    Raises:
+        DataError: labels of several kinds, or other than the task, num_classes or class_names say; a single class.
+    """
+    if not examples:
+        raise DataError([Fault("data", None, None, column, "no labelled row", "at least two rows of different labels")])
+    source = examples[0].row.source
+    if class_names is not None and num_classes not in (None, len(class_names)):
+        given = f"{num_classes} and {len(class_names)} names"
+        raise DataError(
+            [Fault(source, None, None, "model.num_classes", given, "as many classes as model.labels names")]
+        )
+    if task is None:
+        task = _task_of(examples, num_classes, column)
+    if task == "regression":
+        return _regression(examples, num_classes, class_names, column)
+    members = _members(examples, task, column)
+    kind = _member_kind(examples, members, task, column)
+    counts = Counter(
+        key for listed in members for key in (key_of(member, kind) for member in listed) if key is not None
+    )
+    keys, names = _classes(counts, kind, num_classes, class_names, source)
+    space = LabelSpace(task, names, keys, kind, len(keys), _said(task, kind, keys, names, counts, len(examples)))
+    _encode_all(space, examples, column)
+    if len(counts) < (2 if task == "classification" else 1):
+        given = f"every row labelled {next(iter(counts))}" if counts else "no row with a class"
+        hint = "nothing can be learned from a single class; is the right column the label (data.columns.label)?"
+        raise DataError([Fault(source, None, None, column, given, "rows of at least 2 classes", hint)])
+    return space
+
+
+def _task_of(examples: Sequence[Labelled], num_classes: int | None, column: str) -> Task:
+    kinds = _first_of_each_kind(examples, column)
+    if set(kinds) <= _NUMBERS:
+        return "regression" if "number" in kinds or num_classes == 1 else "classification"
+    if set(kinds) == {"list"}:
+        return "multi_label"
+    if len(kinds) == 1 or all(isinstance(example.label, str) for example in examples):
+        return "classification"
+    raise _mixed(kinds, column)
+
+
+def _first_of_each_kind(examples: Sequence[Labelled], column: str) -> dict[Kind, Labelled]:
+    kinds: dict[Kind, Labelled] = {}
+    for example in examples:
+        kind = kind_of(example.label)
+        if kind is None:
+            raise label_error(example.row, column, example.label, "a class, a number or a list of classes")
+        kinds.setdefault(kind, example)
+    return kinds
+
+
+def _mixed(kinds: dict[Kind, Labelled], column: str) -> DataError:
+    wanted = "labels of one kind in all rows"
+    hint = "write all labels alike"
+    faults = []
+    for kind, example in kinds.items():
+        given = f"{shown(example.label)} (the first {kind})"
+        faults.append(Fault(example.row.place, example.row.line, None, column, given, wanted, hint))
+    return DataError(faults)
+
+
+def _regression(
+    examples: Sequence[Labelled], num_classes: int | None, class_names: Sequence[str] | None, column: str
+) -> LabelSpace:
+    if num_classes not in (None, 1) or class_names is not None:
+        numbered = [example for example in examples if kind_of(example.label) == "number"]
+        first = (numbered or list(examples))[0]
+        field = "model.num_classes" if class_names is None else "model.labels"
+        hint = f"leave {field} out for regression, or correct the label"
+        raise label_error(first.row, column, first.label, f"a class, as {field} is given", hint)
+    space = LabelSpace("regression", (), (), "number", 1, "")
+    values = [value for value in _encode_all(space, examples, column) if isinstance(value, float)]
+    if min(values) == max(values):
+        given = f"the value {values[0]:g} in every row"
+        raise DataError([Fault(examples[0].row.source, None, None, column, given, "values that differ")])
+    said = f"task: regression, {len(values)} values from {min(values):g} to {max(values):g}"
+    return LabelSpace("regression", (), (), "number", 1, said)
+
+
+def _members(examples: Sequence[Labelled], task: Task, column: str) -> list[list[object]]:
+    """The classes that each row lists: one for classification."""
+    if task == "classification":
+        return [[example.label] for example in examples]
+    listed = [members_of(example.label) for example in examples]
+    faults = [
+        Fault(example.row.place, example.row.line, None, column, shown(example.label),
+              "a list of classes, or a|b in CSV (task: multi_label)")
+        for example, members in zip(examples, listed, strict=True)
+        if members is None
+    ]  # fmt: skip
+    _raise(faults)
+    return [members for members in listed if members is not None]
+
+
+def _member_kind(examples: Sequence[Labelled], members: Sequence[Sequence[object]], task: Task, column: str) -> Kind:
+    """The one kind of all classes; numbers among text are text, if all are strings."""
+    kinds: dict[Kind, Labelled] = {}
+    only_strings = True
+    for example, listed in zip(examples, members, strict=True):
+        for member in listed:
+            kind = kind_of(member)
+            if kind is None or kind == "list":
+                raise label_error(example.row, column, example.label, f"one class (task: {task})")
+            only_strings = only_strings and isinstance(member, str)
+            kinds.setdefault(kind, example)
+    if not kinds:
+        return "text"
+    if only_strings and set(kinds) != {"whole number"}:
+        return "text"
+    if "number" in kinds:
+        example = kinds["number"]
+        hint = "set model.task to regression to learn the value itself"
+        raise label_error(example.row, column, example.label, f"a class (task: {task}), not a fraction", hint)
+    if len(kinds) > 1:
+        raise _mixed(kinds, column)
+    return next(iter(kinds))
+
+
+def _classes(
+    counts: Counter[str], kind: Kind, num_classes: int | None, class_names: Sequence[str] | None, source: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys and names of the classes, in order."""
+    given = tuple(class_names) if class_names is not None else None
+    if kind == "whole number":
+        numbers = sorted(int(key) for key in counts)
+        if given is not None and set(counts) <= set(given):
+            return given, given
+        size = num_classes if given is None else len(given)
+        if size is None and numbers == list(range(len(numbers))):
+            size = len(numbers)
+        keys = tuple(map(str, range(size))) if size is not None else tuple(map(str, numbers))
+        return keys, given or keys
+    keys = ("false", "true") if kind == "true or false" else tuple(sorted(counts))
+    if given is not None:
+        is_renamed = kind == "true or false" and len(given) == 2 and set(given) != set(keys)
+        return (keys, given) if is_renamed else (given, given)
+    if num_classes is not None and num_classes != len(keys):
+        listed = ", ".join(f"{shown(key)}: {count}" for key, count in sorted(counts.items(), key=_by_count)[:20])
+        found = f"{len(keys)} different labels ({listed}{', ...' if len(counts) > 20 else ''})"
+        hint = f"set model.num_classes to {len(keys)}, list every class in model.labels, or correct the rare labels"
+        raise DataError([Fault(source, None, None, "model.num_classes", found, f"{num_classes} classes", hint)])
+    return keys, keys
+
+
+def _by_count(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+def _encode_all(space: LabelSpace, examples: Sequence[Labelled], column: str) -> list[int | float | list[int]]:
+    encoded, faults = [], list[Fault]()
+    for example in examples:
+        try:
+            encoded.append(space.encode(example.label, example.row, column))
+        except DataError as error:
+            faults.extend(error.faults)
+    _raise(faults)
+    return encoded
+
+
+def _raise(faults: Sequence[Fault]) -> None:
+    if faults:
+        advice = "correct the labels, or model.task, model.num_classes and model.labels"
+        raise BadRows(faults[:MAXIMUM_FAULTS], len(faults), advice)
+
+
+def _said(
+    task: Task, kind: Kind, keys: Sequence[str], names: Sequence[str], counts: Counter[str], num_rows: int
+) -> str:
+    listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    said = f"task: {task}, {len(keys)} classes ({listed}), from labels that are {_PLURALS[kind]}"
+    unseen = [name for key, name in zip(keys, names, strict=True) if key not in counts]
+    if unseen:
+        said += f"; no row is labelled {', '.join(unseen[:12])}{', ...' if len(unseen) > 12 else ''}"
+    if len(keys) > max(20, num_rows // 2):
+        said += f"; {len(keys)} classes for {num_rows} rows: is {shown('label')} the right column?"
+    return said

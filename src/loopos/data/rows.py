@@ -1,0 +1,200 @@
+"""Files, folders, globs and hub ids → rows, each of which knows its file and line.
+
+Enters: the value of `data.training_data` (csv, tsv, json, jsonl, ndjson or txt, plain, .gz or .zst; parquet, arrow; a
+folder or glob of such files; a `save_to_disk` folder; a hub id). Leaves: an iterable of `Row` and a `ReadReport`.
+Text files are read here, with the standard library, and not by `datasets`: its readers lose the line a row came from,
+and guess one type for a whole column ("01" becomes 1, a missing cell turns whole numbers into floats). `datasets`
+serves what it alone can open: its saved folders and the hub.
+Left out: what the columns mean (`formats`), and shuffling (`batches`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from loopos.config.faults import Fault
+from loopos.data import sniff
+from loopos.data.decoding import read_lines, read_text
+from loopos.data.delimited import delimited_records
+from loopos.data.json_records import is_json_lines, json_document, json_lines
+from loopos.data.record import MAXIMUM_FAULTS, BadRows, ReadReport, Record, Records, file_fault
+from loopos.data.sources import FileFormat, Location, locate
+from loopos.data.tables import arrow_records, check_columns, hub_records, parquet_records, saved_records
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its values by column and its place.
+
+    `source` is the file (or hub id), `line` the 1-based first physical line of the row in it, None where it has no
+    lines; `index` counts the rows over all files from 0, bad ones too, so that it names the place in the input.
+    """
+
+    values: dict[str, object]
+    source: str
+    line: int | None
+    index: int
+
+    @property
+    def place(self) -> str:
+        """The source as a fault names it: with the row's number where there is no line."""
+        return self.source if self.line is not None else f"{self.source} (row {self.index})"
+
+
+class RowReader:
+    """An iterable of the rows of one source; each pass reads anew and fills a new `report`.
+
+    A bad row is counted, and under the policy "error" the pass ends in a `BadRows` error with the first
+    `MAXIMUM_FAULTS` faults: at the end of the source, or at once when streaming, where there may be no end.
+    """
+
+    def __init__(
+        self,
+        location: Location,
+        *,
+        columns: Sequence[str] | None,
+        split: str,
+        subset: str | None,
+        streaming: bool,
+        max_rows: int | None,
+        on_bad_row: Literal["error", "skip"],
+    ) -> None:
+        assert on_bad_row in ("error", "skip"), on_bad_row
+        assert max_rows is None or max_rows > 0, max_rows
+        self.location, self.columns, self.split, self.subset = location, columns, split, subset
+        self.streaming, self.max_rows, self.on_bad_row = streaming, max_rows, on_bad_row
+        self.report = self._new_report()
+
+    def __iter__(self) -> Iterator[Row]:
+        yield from self.rows()
+        self.finish()
+
+    def rows(self) -> Iterator[Row]:
+        """A pass without the error at its end: for a caller that rejects more rows first, and then calls `finish`."""
+        report = self.report = self._new_report()
+        with closing(self._records(report)) as records:
+            for index, (source, record) in enumerate(itertools.islice(records, self.max_rows)):
+                report.rows_read += 1
+                if isinstance(record, Fault):
+                    numbered = record if record.line is not None else replace(record, source=f"{source} (row {index})")
+                    self.reject([numbered])
+                else:
+                    yield Row(record.values, source, record.line, index)
+
+    def reject(self, faults: Sequence[Fault]) -> None:
+        """Counts one row of the running pass as bad, for `faults`: a reader's own, or those that `formats` finds.
+
+        Raises:
+            BadRows: at once when streaming under the policy "error"; else `finish` raises.
+        """
+        report = self.report
+        report.bad_rows += 1
+        report.num_faults += len(faults)
+        room = len(faults) if self.on_bad_row == "skip" else max(0, MAXIMUM_FAULTS - len(report.faults))
+        report.faults.extend(faults[:room])
+        if self.streaming:
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends a pass: raises `BadRows` if it met a bad row under the policy "error"."""
+        if self.report.bad_rows and self.on_bad_row == "error":
+            advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
+            raise BadRows(self.report.faults, self.report.num_faults, advice)
+
+    def _new_report(self) -> ReadReport:
+        files = [path for path, _ in self.location.files] or [self.location.name]
+        return ReadReport(self.location.name, files, said=list(self.location.said))
+
+    def _records(self, report: ReadReport) -> Generator[tuple[str, Record | Fault], None, None]:
+        for source, records in self._sources(report):
+            empty = True
+            for record in records:
+                empty = False
+                yield source, self._select(record, source)
+            if empty:
+                file_fault(source, "no rows", "at least one row", "a header alone is no data", field="rows")
+
+    def _sources(self, report: ReadReport) -> Iterator[tuple[str, Records]]:
+        name, columns = self.location.name, self.columns
+        match self.location.kind:
+            case "files":
+                for path, file_format in self.location.files:
+                    yield path, _file_records(path, file_format, columns, report)
+            case "saved":
+                yield name, saved_records(name, self.split, columns, report)
+            case "hub":
+                yield name, hub_records(name, self.split, self.subset, columns, self.streaming, report)
+
+    def _select(self, record: Record | Fault, source: str) -> Record | Fault:
+        if self.columns is None or isinstance(record, Fault):
+            return record
+        check_columns(list(record.values), self.columns, source, record.line)
+        return Record(record.line, {name: record.values[name] for name in self.columns})
+
+
+def read(
+    source: str,
+    *,
+    columns: Sequence[str] | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    streaming: bool = False,
+    max_rows: int | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> RowReader:
+    """Opens a source of rows.
+
+    Args:
+        source: a file, a folder, a glob or a hub id "org/name".
+        columns: names of the columns to keep; all if None.
+        split: which split of a hub id, of a saved data set, or of a folder whose file names state one.
+        subset: the configuration of a hub id that has several.
+        streaming: read a hub id while it arrives; raise at the first bad row instead of the end.
+        max_rows: rows read at most, bad ones included.
+        on_bad_row: "error" raises at the end of a pass that met one; "skip" counts them in `report`.
+    Raises:
+        DataError: nothing there or nothing readable, now or while iterating; bad rows as `BadRows`, a `DataError` too.
+        EnvironmentFault: a package that the format needs is not installed.
+    """
+    return RowReader(
+        locate(source, split),
+        columns=columns,
+        split=split,
+        subset=subset,
+        streaming=streaming,
+        max_rows=max_rows,
+        on_bad_row=on_bad_row,
+    )
+
+
+def _file_records(path: str, file_format: FileFormat, columns: Sequence[str] | None, report: ReadReport) -> Records:
+    delimiter = "\t" if file_format == "tsv" else ","
+    chosen: str = file_format
+    if file_format == "txt":
+        with closing(read_lines(path)) as lines:
+            chosen, delimiter = sniff.sniff(list(itertools.islice(lines, sniff.SAMPLE_LINES)), path)
+        report.say(f"{path}: read as {sniff.describe(chosen, delimiter)}, by its content")
+    match chosen:
+        case "csv" | "tsv":
+            yield from delimited_records(read_lines(path), path, delimiter, report)
+        case "jsonl":
+            yield from json_lines(read_lines(path), path, report)
+        case "json":
+            yield from _json_records(path, report)
+        case "parquet":
+            yield from parquet_records(path, columns, report)
+        case "arrow":
+            yield from arrow_records(path, columns, report)
+
+
+def _json_records(path: str, report: ReadReport) -> Records:
+    text = read_text(path)
+    if text.lstrip().startswith("{") and is_json_lines(text):
+        report.say(f"{path}: read as JSON Lines, by its content")
+        yield from json_lines(enumerate(text.split("\n"), start=1), path, report)
+    else:
+        yield from json_document(text, path)

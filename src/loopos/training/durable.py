@@ -1,0 +1,87 @@
+"""Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
+
+A full disk becomes one `DiskFull` line. Left out: what the bytes mean (see `tensor_file`, `checkpoint`, `events`);
+nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from loopos.config.faults import UserError
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+_DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(UserError):
+    """The disk, or the user's quota of it, is full; what was being written is not there, what was there before is."""
+
+    exit_code = 74
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hexadecimal) of a file's content."""
+
+    size: int
+    sha256: str
+
+
+@contextmanager
+def disk_full_said(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
+    """Turn "no space left" (ENOSPC, EDQUOT) inside the block into a `DiskFull` that gives needed and free bytes.
+
+    Every other `OSError` passes through unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL_CODES:
+            raise
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free_bytes = shutil.disk_usage(existing).free
+        reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        raise DiskFull(
+            f"{folder}: {reason}: {what} needs {needed_bytes:,} bytes, {free_bytes:,} are free; "
+            "what was saved before is whole: free some space, then continue with --resume"
+        ) from error
+
+
+def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write a new file, hash it in the same pass and fsync it. Raises `FileExistsError` if it is there already."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("xb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file as it lies on the disk, read once in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileRecord(size=file.tell(), sha256=digest.hexdigest())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names inside a folder durable: a rename survives a power cut only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

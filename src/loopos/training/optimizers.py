@@ -1,0 +1,147 @@
+"""Optimizers by name, over the fp32 masters: torch's own, fused where torch has a fused kernel.
+
+Enters: named parameters and the settings. Leaves: an `OptimizerSet` (one or two torch optimizers behind one name).
+Left out: schedules, clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
+
+_SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """`name`: sgd, adam, adamw, adafactor or muon. `learning_rate` is the peak; `head_learning_rate` that of the
+    head, None = the same.
+    """
+
+    name: str
+    learning_rate: float
+    head_learning_rate: float | None = None
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class OptimizerSet:
+    """One update rule over all parameters. Weight decay leaves out biases, norms and every other parameter of fewer
+    than two dimensions.
+
+    Muon orthogonalises the update of the backbone's weight matrices (Jordan et al. 2024); embeddings, heads, norms and
+    biases take AdamW, as its authors advise.
+    """
+
+    def __init__(
+        self,
+        settings: OptimizerSettings,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        head: Collection[str],
+        embeddings: Collection[str] = (),
+    ) -> None:
+        """head: names with the head's learning rate. embeddings: names of embedding matrices, which Muon leaves to
+        AdamW.
+        """
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        matrices = {
+            n
+            for n, p in parameters.items()
+            if settings.name == "muon" and p.ndim == 2 and n not in head and n not in embeddings
+        }
+        rest = {n: p for n, p in parameters.items() if n not in matrices}
+        self._optimizers: list[Optimizer] = []
+        if matrices:
+            self._optimizers.append(
+                _build(
+                    settings, _groups(settings, {n: parameters[n] for n in parameters if n in matrices}, head), "muon"
+                )
+            )
+        if rest:
+            self._optimizers.append(
+                _build(settings, _groups(settings, rest, head), "adamw" if settings.name == "muon" else settings.name)
+            )
+
+    def set_factor(self, factor: float) -> None:
+        """Sets every learning rate to its peak times `factor`."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+
+    def step(self) -> None:
+        """Applies the gradients. Parameters without one rest."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors by `parameter|key`, for a checkpoint. Numbers are 0-d tensors."""
+        kept: dict[str, Tensor] = {}
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if value is not None:
+                        kept[f"{self._names[id(parameter)]}{_SEPARATOR}{key}"] = (
+                            value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                        )
+        return kept
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `tensors` gave. Every entry must belong to a parameter of this set."""
+        owner = {
+            name: (optimizer, p)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            for name in [self._names[id(p)]]
+        }
+        for entry, value in tensors.items():
+            name, _, key = entry.rpartition(_SEPARATOR)
+            optimizer, parameter = owner[name]
+            number = value.ndim == 0 and value.dtype == torch.float64
+            optimizer.state[parameter][key] = (
+                value.item() if number else value.to(parameter.device if value.ndim else value.device)
+            )
+
+
+def _groups(
+    settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter], head: Collection[str]
+) -> list[dict[str, object]]:
+    groups: list[dict[str, object]] = []
+    for is_head in (False, True):
+        for decays in (True, False):
+            members = [p for name, p in parameters.items() if (name in head) == is_head and (p.ndim >= 2) == decays]
+            rate = (
+                settings.head_learning_rate
+                if is_head and settings.head_learning_rate is not None
+                else settings.learning_rate
+            )
+            if members:
+                groups.append(
+                    {
+                        "params": members,
+                        "lr": rate,
+                        "peak": rate,
+                        "weight_decay": settings.weight_decay if decays else 0.0,
+                    }
+                )
+    return groups
+
+
+def _build(settings: OptimizerSettings, groups: list[dict[str, object]], name: str) -> Optimizer:
+    if name == "sgd":
+        return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
+    if name == "adam":
+        return Adam(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+    if name == "adamw":
+        return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+    if name == "adafactor":
+        return Adafactor(groups, lr=settings.learning_rate)
+    assert name == "muon", name
+    return Muon(groups, lr=settings.learning_rate, momentum=settings.momentum or 0.95, adjust_lr_fn="match_rms_adamw")

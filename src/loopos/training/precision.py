@@ -1,0 +1,131 @@
+"""Number formats of training: half-precision weights with fp32 masters, or autocast with a loss scale.
+
+Enters: the named parameters of a model. Leaves: what the optimizer trains (`Masters`). Half-precision weights halve
+the memory that each forward and backward
+reads, while the optimizer and the sum of gradients over micro-batches and ranks stay in fp32. Left out: the step
+itself (`update.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def resolve(precision: str, device: torch.device) -> str:
+    """ "auto" → bf16 where the device multiplies it natively, else fp32; other values stay."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        capable = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if capable and _has_bf16_instructions() else "fp32"
+    return "fp32"
+
+
+def _has_bf16_instructions() -> bool:
+    """AVX-512 BF16 or AMX: without them bf16 products are emulated and slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Masters:
+    """fp32 masters of the parameters that train, and the fp32 sum of their gradients.
+
+    `parameters` (name → fp32 parameter) is what the optimizer trains. Where a model's parameter is fp32 it is its own
+    master. Otherwise the master takes the
+    fp32 values, the model's parameter becomes half precision, and each micro-batch's gradient is added to the master's
+    and freed at once.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        may_train: Collection[str],
+        half: Callable[[str], torch.dtype | None],
+    ) -> None:
+        """named: every parameter of the model. may_train: names that train now or later. half: the format of a
+        parameter by name, None to keep it as it is.
+        """
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._fresh: set[str] = set()
+        for name, parameter in named.items():
+            dtype = half(name)
+            whole = parameter.data
+            if dtype is not None:
+                parameter.data = whole.to(dtype)
+            if name not in may_train:
+                parameter.requires_grad_(False)
+            elif dtype is None:
+                self.parameters[name] = parameter
+            else:
+                self.parameters[name] = nn.Parameter(whole)
+                self._pairs[name] = (parameter, self.parameters[name])
+        self.set_training(may_train)
+
+    def set_training(self, names: Collection[str]) -> None:
+        """From now on the parameters of these names train, and the rest of `may_train` rest."""
+        for name, master in self.parameters.items():
+            master.requires_grad_(name in names)
+            if name not in names:
+                master.grad = None
+        for name, (parameter, master) in self._pairs.items():
+            parameter.requires_grad_(name in names)
+            if name in names and not parameter._post_accumulate_grad_hooks:
+                parameter.register_post_accumulate_grad_hook(self._collector(name, master))
+
+    def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            elif name in self._fresh:
+                master.grad.copy_(parameter.grad)
+            else:
+                master.grad.add_(parameter.grad)
+            self._fresh.discard(name)
+            parameter.grad = None
+
+        return collect
+
+    def begin(self) -> None:
+        """Forgets the gradients of the last step. Masters keep their buffers: the first micro-batch overwrites them."""
+        self._fresh = set(self._pairs)
+        for name, parameter in self.parameters.items():
+            if name not in self._pairs:
+                parameter.grad = None
+
+    def finish(self) -> None:
+        """Zeroes the gradients that no micro-batch of this step wrote, so that every rank sums the same set."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif parameter.requires_grad and name in self._fresh:
+                assert parameter.grad is not None
+                parameter.grad.zero_()
+        self._fresh = set()
+
+    def trained(self) -> list[nn.Parameter]:
+        """The masters that train now, in the model's order."""
+        return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Rounds the masters into the model."""
+        for parameter, master in self._pairs.values():
+            if master.requires_grad:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the weights of a checkpoint into masters and model. Raises `ValueError` when names or shapes differ."""
+        if set(tensors) != set(self.parameters):
+            raise ValueError(f"weights of other parameters: {sorted(set(tensors) ^ set(self.parameters))[:3]}")
+        for name, master in self.parameters.items():
+            master.copy_(tensors[name])
+        for parameter, master in self._pairs.values():
+            parameter.copy_(master)

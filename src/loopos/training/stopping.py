@@ -1,0 +1,75 @@
+"""When a run ends before its last step: signals, a time limit, and a metric that no longer improves.
+
+Enters: signals of the system, validation metrics. Leaves: the reason to stop, or none. Left out: what is saved then
+(`fit.py`).
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+# How a run that a signal ended exits, after its checkpoint: a scheduler's SIGTERM is an orderly end, Ctrl-C is not.
+EXIT_CODES = {"SIGTERM": 0, "SIGINT": 130}
+
+
+class StopSignals:
+    """Remembers the first SIGTERM or SIGINT, so that the step in progress ends and a checkpoint is written. A
+    second SIGINT interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+@dataclass
+class Best:
+    """The best validation so far. `mode`: "min" or "max". `stale`: validations since it improved by more than
+    `min_delta`.
+    """
+
+    mode: str
+    min_delta: float = 0.0
+    metric: float | None = None
+    step: int | None = None
+    stale: int = 0
+
+    def observe(self, metric: float, step: int) -> bool:
+        """Takes one validation's metric; whether it is a new best. Equal metrics and nan are none."""
+        gain = (
+            float("inf")
+            if self.metric is None
+            else (metric - self.metric if self.mode == "max" else self.metric - metric)
+        )
+        if metric == metric and gain > self.min_delta:
+            self.metric, self.step, self.stale = metric, step, 0
+            return True
+        self.stale += 1
+        return False
+
+    def state(self) -> dict[str, float | int | None]:
+        """What a checkpoint needs to go on; JSON."""
+        return {"metric": self.metric, "step": self.step, "stale": self.stale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        self.metric, self.step, self.stale = state["metric"], state["step"], state["stale"]

@@ -1,0 +1,142 @@
+"""The one optimizer step of every method: accumulate, count, divide, clip, check, step.
+
+Enters: the micro-batches of a step and a method's loss. Leaves: a `StepResult`, and changed weights. Left out: where
+batches come from, schedules, validation.
+
+A method's loss returns named sums. Each name's count over the whole step (all micro-batches, all ranks) is known before the first forward, and here alone sums
+are divided by counts, so a step is the same however its rows are split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from loopos.config.faults import UserError
+from loopos.functional.reduce import weighted_mean
+from loopos.training.distributed import World
+from loopos.training.optimizers import OptimizerSet
+from loopos.training.precision import Masters
+
+BatchT = TypeVar("BatchT", contravariant=True)
+
+
+class Objective(Protocol[BatchT]):
+    """What a method gives to `update`. `weights`: the names that are trained and their weights; other names are
+    reported only.
+    """
+
+    weights: Mapping[str, float]
+
+    def counts(self, batch: BatchT) -> Mapping[str, float]:
+        """The count of every name in this batch, without a forward pass."""
+        ...
+
+    def loss(self, batch: BatchT) -> Mapping[str, Tensor]:
+        """The sum of every name over this batch, scalars."""
+        ...
+
+
+class NonFiniteStep(UserError):
+    """A loss or gradient that is not a finite number. The weights are those before the step."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`losses`: mean of each name over the step. `gradient_norm`: of all trained parameters, before clipping.
+    `skipped`: not finite, so not stepped on.
+    """
+
+    losses: dict[str, float]
+    gradient_norm: float
+    skipped: bool = False
+
+
+class Update:
+    """Holds what a step needs and applies it. In fp16 the loss is scaled by a dynamic factor (Micikevicius et al.
+    2018); an overflow lowers it and is no fault.
+    """
+
+    def __init__(
+        self,
+        masters: Masters,
+        optimizer: OptimizerSet,
+        *,
+        max_gradient_norm: float | None,
+        on_nonfinite: str = "stop",
+        world: World = World(),  # noqa: B008 (frozen)
+        autocast: tuple[str, torch.dtype] | None = None,
+    ) -> None:
+        """autocast: device type and format, for fp16 with fp32 weights; None where the weights have the format
+        themselves.
+        """
+        self.masters, self.optimizer, self.world = masters, optimizer, world
+        self.max_gradient_norm, self.on_nonfinite = max_gradient_norm, on_nonfinite
+        self._autocast = autocast
+        self.loss_scale = 2.0**16 if autocast is not None and autocast[1] == torch.float16 else 1.0
+        self._scales = self.loss_scale != 1.0
+        self.steps_since_overflow = 0
+
+    def __call__(
+        self, batches: Sequence[BatchT], objective: Objective[BatchT], learning_rate_factor: float
+    ) -> StepResult:
+        """One step over this rank's micro-batches (none, if this rank has no rows of the step).
+
+        Raises `NonFiniteStep` when a loss or gradient is not finite and `on_nonfinite` is "stop".
+        """
+        counts = self._counts(batches, objective)
+        self.masters.begin()
+        sums = dict.fromkeys(counts, 0.0)
+        for batch in batches:
+            with torch.autocast(self._autocast[0], self._autocast[1]) if self._autocast else nullcontext():
+                parts = objective.loss(batch)
+            (weighted_mean(parts, counts, objective.weights) * self.loss_scale).backward()
+            for name, part in parts.items():
+                sums[name] += float(part.detach())
+        self.masters.finish()
+        gradients = [parameter.grad for parameter in self.masters.trained() if parameter.grad is not None]
+        self.world.sum_tensors(gradients)
+        losses = {
+            name: total / counts[name] if counts[name] else 0.0 for name, total in self.world.sum_floats(sums).items()
+        }
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
+        return self._apply(gradients, losses, norm, learning_rate_factor)
+
+    def _counts(self, batches: Sequence[BatchT], objective: Objective[BatchT]) -> dict[str, float]:
+        names = dict.fromkeys(objective.weights, 0.0)
+        for batch in batches:
+            for name, count in objective.counts(batch).items():
+                names[name] = names.get(name, 0.0) + count
+        return self.world.sum_floats(names)
+
+    def _apply(self, gradients: Sequence[Tensor], losses: dict[str, float], norm: float, factor: float) -> StepResult:
+        finite = all(math.isfinite(loss) for loss in losses.values())
+        if not (finite and math.isfinite(norm)):
+            if self._scales and finite:
+                self.loss_scale, self.steps_since_overflow = self.loss_scale / 2, 0
+                return StepResult(losses, norm, skipped=True)
+            if self.on_nonfinite == "skip":
+                return StepResult(losses, norm, skipped=True)
+            named = ", ".join(f"{name} {loss}" for name, loss in losses.items())
+            raise NonFiniteStep(f"not a finite number: {named}, gradient norm {norm}; the step was not taken")
+        scale = 1.0 / self.loss_scale
+        if self.max_gradient_norm is not None and norm > self.max_gradient_norm:
+            scale *= self.max_gradient_norm / (norm + 1e-6)
+        if scale != 1.0:
+            torch._foreach_mul_(list(gradients), scale)
+        self.optimizer.set_factor(factor)
+        self.optimizer.step()
+        self.masters.write_back()
+        if self._scales:
+            self.steps_since_overflow += 1
+            if self.steps_since_overflow % 2000 == 0:
+                self.loss_scale *= 2
+        return StepResult(losses, norm)

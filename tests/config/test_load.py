@@ -1,0 +1,353 @@
+"""Loading: all faults at once and in order, the choice of the method, moved keys, files, and that nothing but faults rises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from loopos.config.faults import ConfigError, Fault
+from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.load import LoadedConfig, Methods, load
+from loopos.config.sections import ComputationSection, MethodConfig
+
+Loads = Callable[..., LoadedConfig]
+Faults = Callable[..., tuple[Fault, ...]]
+
+REPOSITORY = Path(__file__).parents[2]
+METHODS: Methods = {("posttraining", "fine_tuning"): FineTuningConfig}
+
+
+class OtherConfig(MethodConfig):
+    computation: ComputationSection
+    size: int = Field(default=1)
+
+
+TWO_METHODS: Methods = {**METHODS, ("pretraining", "autoregressive"): OtherConfig}
+
+
+def config_of(loaded: LoadedConfig) -> FineTuningConfig:
+    assert isinstance(loaded.config, FineTuningConfig)
+    return loaded.config
+
+
+def test_a_good_config_loads_with_its_values_and_defaults(load_text: Loads, good: str) -> None:
+    loaded = load_text(good)
+    config = config_of(loaded)
+    assert (loaded.path, loaded.text, loaded.notes) == ("run.json", good, [])
+    assert (config.model.d_model, config.model.num_classes, config.model.pooling) == (384, 10, "mean")
+    assert (config.training.learning_rate, config.training.batch_size, config.training.num_epochs) == (1e-5, 16, 5)
+    assert (config.training.optimizer, config.training.schedule, config.training.betas) == (
+        "sgd",
+        "constant",
+        (0.9, 0.999),
+    )
+    assert config.data.validation_share == 0.1
+    assert config.description == config.computation.description == ""
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.batch_size = 2  # type: ignore[misc]
+
+
+def test_the_same_config_in_yaml_is_equal(load_text: Loads, good: str) -> None:
+    sections = json.loads(good)
+    lines = [
+        line for name, keys in sections.items() for line in [f"{name}:", *(f"  {key}: {keys[key]}" for key in keys)]
+    ]
+    text = "\n".join(lines).replace("1e-05", "1e-5  # a number in YAML 1.2")
+    assert "1e-5" in text
+    assert load_text(text, name="run.yaml").config == load_text(good).config
+
+
+def test_the_guides_config_without_its_files_names_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = REPOSITORY / "configs" / "fine_tuning.json"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "fine_tuning.json").write_bytes(config.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load("configs/fine_tuning.json", [], METHODS)
+    weights, data = caught.value.faults
+    assert (weights.field, weights.line, weights.column) == ("data.pretrained_weights", 21, 27)
+    assert (data.field, data.line, data.column) == ("data.training_data", 22, 22)
+    assert '"smollm2-135m"' in weights.hint
+    assert "configs/pretraining.json" in weights.hint
+    assert '"label"' in data.hint
+    assert len(str(caught.value).splitlines()) <= 12
+    assert caught.value.exit_code == 2
+
+
+def test_the_guides_config_loads_once_its_files_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/pretrained_model.bin", "data/classification_train.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    config = config_of(load(REPOSITORY / "configs" / "fine_tuning.json", [], METHODS))
+    assert (config.model.vocab_size, config.data.output_dir) == (16000, "outputs/fine_tuned")
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, loopos.config.load, loopos.config.fine_tuning, loopos.config.json_schema;"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy', 'yaml', 'rich') if name in sys.modules])"
+    )
+    source = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=source)
+    assert result.stdout.strip() == "[]"
+
+
+def test_faults_of_shape_of_several_keys_and_of_files_come_together_by_line(faults_in: Faults, good: str) -> None:
+    text = good.replace('"num_heads": 8', '"num_heads": 7').replace('"batch_size": 16', '"batch_size": "x"')
+    text = text.replace('"rows.jsonl"', '"row.jsonl"').replace('"num_epochs"', '"epochs"')
+    faults = faults_in(text, ["training.momentum=2"])
+    assert [(fault.field, fault.line) for fault in faults] == [
+        ("model.d_model", 4),
+        ("training.batch_size", 17),
+        ("training.epochs", 18),
+        ("data.training_data", 22),
+        ("training.momentum", None),
+    ]
+    assert 'did you mean "rows.jsonl"?' in faults[3].hint
+    assert 'did you mean "num_epochs"?' in faults[2].hint
+
+
+def test_missing_sections_are_told_with_what_they_need(faults_in: Faults) -> None:
+    text = '{"computation": {"mode": "posttraining", "method": "fine_tuning"}}'
+    assert [(fault.field, fault.given) for fault in faults_in(text)] == [("data", "nothing"), ("training", "nothing")]
+    assert "learning_rate" in faults_in(text)[1].wanted
+    assert [fault.field for fault in faults_in("{}")] == ["computation", "data", "training"]
+    assert [fault.field for fault in faults_in('{"data": 3, "training": []}')] == ["computation", "data", "training"]
+
+
+def test_a_key_of_another_section_is_sent_there(faults_in: Faults, good: str) -> None:
+    hints = {
+        '"pooling": "max"': 'it belongs under "model"',
+        '"lr": 1': 'did you mean "learning_rate"?',
+        '"d_modell": 1': 'did you mean "d_model" under "model"?',
+        '"zzzzzz": 1': "remove it",
+        '"num_labels": 1': 'did you mean "num_classes" under "model"?',
+    }
+    for entry, hint in hints.items():
+        (fault,) = faults_in(good.replace('"num_epochs": 5', f'"num_epochs": 5, {entry}'))
+        assert hint in fault.hint, entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ('"batch_size": "16"', "write 16, without quotes"),
+        ('"batch_size": 1e3', "write 1000"),
+        ('"shuffle": "yes"', "write true"),
+        ('"shuffle": 0', "write false"),
+        ('"optimizer": "AdamW"', 'did you mean "adamw"?'),
+        ('"batch_size": null', "leave the key out for its default, 16"),
+        ('"max_time": "none"', "write null, without quotes"),
+        ('"learning_rate": 1e999', "finite"),
+        ('"precision": 32', ""),
+    ],
+)
+def test_hints_say_what_to_write(faults_in: Faults, good: str, entry: str, hint: str) -> None:
+    key = json.loads(f"{{{entry}}}").popitem()[0]
+    sections = json.loads(good)
+    sections["training"].pop(key, None)
+    text = json.dumps(sections).replace('"training": {', f'"training": {{{entry}, ').replace(", }", "}")
+    (fault,) = faults_in(text)
+    assert fault.field == f"training.{key}"
+    assert hint in fault.hint
+
+
+def test_text_keys_given_as_numbers_are_to_be_quoted(faults_in: Faults, good: str) -> None:
+    (fault,) = faults_in(good, ["data.subset=2024"])
+    assert "in quotes" in fault.hint
+    (fault,) = faults_in(good.replace('"outputs/run"', "2024"))
+    assert '"2024"' in fault.hint
+
+
+def test_at_most_fifty_faults_are_listed(faults_in: Faults, good: str, load_text: Loads) -> None:
+    keys = ", ".join(f'"key_{index}": 1' for index in range(60))
+    text = good.replace('"num_epochs": 5', f'"num_epochs": 5, {keys}')
+    assert len(faults_in(text)) == 60
+    with pytest.raises(ConfigError) as caught:
+        load_text(text)
+    lines = str(caught.value).splitlines()
+    assert lines[-1] == "... and 10 more"
+    assert sum(line.startswith("run.json:") for line in lines) == 50
+
+
+def test_what_rests_on_a_faulty_key_is_not_told_twice(faults_in: Faults, good: str) -> None:
+    text = good.replace('"num_heads": 8', '"num_heads": "7"')
+    assert [fault.field for fault in faults_in(text)] == ["model.num_heads"]
+
+
+def test_an_unknown_method_of_two(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def faults(mode: str, method: str) -> list[tuple[str, str, str]]:
+        path.write_text(json.dumps({"computation": {"mode": mode, "method": method}}))
+        with pytest.raises(ConfigError) as caught:
+            load(path, [], TWO_METHODS)
+        return [(fault.field, fault.wanted, fault.hint) for fault in caught.value.faults]
+
+    assert faults("pretraining", "fine_tuning") == [
+        ("computation.method", '"autoregressive"', '"fine_tuning" goes with mode "posttraining"')
+    ]
+    assert (
+        faults("pre", "sleep")
+        == [
+            ("computation.method", 'one of "fine_tuning", "autoregressive"', ""),
+            ("computation.mode", 'one of "posttraining", "pretraining"', ""),
+        ]
+        or faults("pre", "sleep")[0][0] == "computation.mode"
+    )
+    assert faults("pretrainin", "autoregressiv") == [
+        ("computation.mode", 'one of "posttraining", "pretraining"', 'did you mean "pretraining"?'),
+        ("computation.method", 'one of "fine_tuning", "autoregressive"', 'did you mean "autoregressive"?'),
+    ]
+    path.write_text('{"size": 2}')
+    with pytest.raises(ConfigError, match='one of "fine_tuning", "autoregressive"'):
+        load(path, [], TWO_METHODS)
+    path.write_text('{"computation": {"mode": "pretraining", "method": "autoregressive"}, "size": 2}')
+    loaded = load(path, ["size=3"], TWO_METHODS)
+    assert isinstance(loaded.config, OtherConfig)
+    assert loaded.config.size == 3
+
+
+def test_keys_of_the_original_under_data_move_to_training(load_text: Loads, faults_in: Faults, good: str) -> None:
+    keys = '"shuffle": false, "num_workers": 4, "prefetch_batches": 3, "max_length": 64'
+    text = good.replace('"outputs/run"', f'"outputs/run",\n {keys}')
+    loaded = load_text(text)
+    training = config_of(loaded).training
+    assert (training.shuffle, training.num_workers, training.prefetch_batches, training.max_length) == (False, 4, 3, 64)
+    assert [note.split(" has no effect")[0] for note in loaded.notes] == [
+        "training.num_workers",
+        "training.prefetch_batches",
+    ]
+
+    both = text.replace('"num_epochs": 5', '"num_epochs": 5, "max_length": 65')
+    (fault,) = faults_in(both)
+    assert (fault.field, fault.line, fault.wanted) == ("data.max_length", 24, "one value")
+    assert faults_in(both.replace("65", "64")) == ()
+    assert config_of(load_text(both, ["data.max_length=66"])).training.max_length == 66
+    assert config_of(load_text(text, ["training.max_length=67"])).training.max_length == 67
+
+
+def test_schema_key_descriptions_and_overrides(load_text: Loads, good: str) -> None:
+    text = good.replace("{\n", '{\n  "$schema": "schema.json", "description": "mine",\n', 1)
+    loaded = load_text(
+        text, ["training.lora.rank=4", "training.trainable=lora", "data.columns.text=body", "model.labels=null"]
+    )
+    config = config_of(loaded)
+    assert config.description == "mine"
+    assert config.training.lora is not None
+    assert (config.training.lora.rank, config.training.lora.alpha) == (4, 32.0)
+    assert config.data.columns == {"text": "body"}
+    assert loaded.text == text
+
+
+@pytest.mark.parametrize(
+    ("entries", "seconds"), [('"90s"', 90.0), ('"30m"', 1800.0), ('"1.5h"', 5400.0), ("12", 12.0), ("0.5", 0.5)]
+)
+def test_durations_are_seconds(load_text: Loads, good: str, entries: str, seconds: float) -> None:
+    text = good.replace('"num_epochs": 5', f'"num_epochs": 5, "max_time": {entries}')
+    assert config_of(load_text(text)).training.max_time == seconds
+
+
+@pytest.mark.parametrize(("written", "kind"), [("0", int), ("10", int), ("0.1", float)])
+def test_warmup_is_steps_or_a_share(load_text: Loads, good: str, written: str, kind: type) -> None:
+    warmup = config_of(load_text(good, [f"training.warmup={written}"])).training.warmup
+    assert type(warmup) is kind
+    assert warmup == kind(written)
+
+
+def test_a_resolved_config_loads_to_itself(load_text: Loads, good: str) -> None:
+    overrides = ["training.max_time=2h", "training.lora={}", "training.trainable=lora", "training.warmup=0.1"]
+    config = load_text(good, [*overrides, "model.class_weights=balanced"]).config
+    assert load_text(config.model_dump_json(indent=1)).config == config
+
+
+def test_files_need_not_be_there_when_not_asked(tmp_path: Path, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.json").write_text(good)
+    assert config_of(load("run.json", [], METHODS, check_files=False)).data.training_data == "rows.jsonl"
+    with pytest.raises(ConfigError, match="data.training_data"):
+        load("run.json", [], METHODS)
+
+
+ANY_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["a/b", "/", "*", "~", "new"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["model", "computation", "training", "data", "mode", "method", "columns", "lora", "$schema", "betas"]
+            )
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="session")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("any")
+
+
+def config_or_faults(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    try:
+        loaded = load(path, [], TWO_METHODS)
+    except ConfigError as error:
+        assert str(error).encode()
+        assert all(fault.wanted and fault.given and fault.source == str(path) for fault in error.faults)
+        return
+    assert isinstance(loaded.config, MethodConfig)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(value=ANY_JSON)
+def test_any_json_is_a_config_or_faults(held: Path, value: object) -> None:
+    config_or_faults(held / "any.json", json.dumps(value).encode())
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_good_config_with_swapped_values_is_a_config_or_faults(held: Path, good: str, data: st.DataObject) -> None:
+    sections = json.loads(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        section = data.draw(st.sampled_from(sorted(sections)))
+        if isinstance(sections[section], dict) and sections[section]:
+            known = FineTuningConfig.model_fields[section].annotation
+            assert known is not None
+            key = data.draw(st.sampled_from(sorted({*sections[section], *known.model_fields})))
+            sections[section][key] = data.draw(ANY_JSON)
+        else:
+            sections[section] = data.draw(ANY_JSON)
+    config_or_faults(held / "swapped.json", json.dumps(sections).encode())
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_good_config_with_changed_bytes_is_a_config_or_faults(held: Path, good: str, data: st.DataObject) -> None:
+    text = bytearray(good.encode())
+    for _ in range(data.draw(st.integers(1, 5))):
+        start = data.draw(st.integers(0, len(text) - 1))
+        end = min(len(text), start + data.draw(st.integers(0, 3)))
+        text[start:end] = data.draw(
+            st.binary(max_size=3) | st.sampled_from([b"{", b'"', b",", b"9", b"-", b"\\", b"e"])
+        )
+    name = data.draw(st.sampled_from(["bytes.json", "bytes.yaml"]))
+    config_or_faults(held / name, bytes(text))

@@ -1,0 +1,48 @@
+"""A broken data file, and the demand that it ends in one clear fault. Enters: a `Case`. Leaves: nothing, or a failed test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from loopos.config.faults import DataError
+from loopos.data.formats import read_labelled
+from loopos.data.label_space import Task
+from loopos.data.labels import infer_task
+from loopos.data.rows import read
+
+
+@dataclass(frozen=True)
+class Case:
+    """`content` in a file named `file` must give a first fault at `line` about `about`, with `piece` in the message."""
+
+    name: str
+    file: str
+    content: bytes | str
+    line: int | None
+    about: str
+    piece: str
+    column: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    task: Task | None = None
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    faults: int = 1
+
+
+def demand_fault(case: Case, folder: Path) -> None:
+    """Reads the file as fine-tuning does, rows to label space, and checks the fault it ends in."""
+    path = folder / case.file
+    path.write_bytes(case.content.encode() if isinstance(case.content, str) else case.content)
+    with pytest.raises(DataError) as caught:
+        examples, _ = read_labelled(read(str(path)), case.columns)
+        infer_task(examples, case.task, case.num_classes, case.class_names)
+    first = caught.value.faults[0]
+    assert first.source.startswith(str(path))
+    assert (first.line, first.field) == (case.line, case.about), str(first)
+    assert case.column is None or first.column == case.column, str(first)
+    assert case.piece in str(caught.value)
+    assert len(caught.value.faults) == case.faults, str(caught.value)
+    assert "Traceback" not in str(caught.value)
