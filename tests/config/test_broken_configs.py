@@ -213,7 +213,6 @@ ADDED_TO_TRAINING: list[tuple[str, str, str]] = [
     ('"early_stopping": {"patience": 2, "mode": "max"}', "early_stopping.mode", "a key of training.early_stopping"),
     ('"early_stopping": {"patience": 2}, "validate_every": "never"', "early_stopping", "validation rows"),
     ('"schedule": "plateau", "validate_every": "never"', "schedule", "another schedule"),
-    ('"save_every": "validation", "validate_every": "never"', "save_every", '"epoch"'),
     ('"metric": "acuracy"', "metric", '"accuracy"'),
     ('"metric": 3', "metric", '"loss"'),
     ('"save_every": "always"', "save_every", '"validation", "epoch" or "never"'),

@@ -28,7 +28,7 @@ BROKEN = [
     ('{"a": [1 2]}', 1, 10, '"2" after a value', 'a comma or "]"', "commas"),
     ('{"a": 1\n "b": 2}', 2, 2, "after a value", 'a comma or "}"', "commas"),
     ('{"a": 1; "b": 2}', 1, 8, '";"', "a comma", ""),
-    ('{"a": [1, 2}}', 1, 12, '"}"', '"]"', '"[" of line 1 is still open'),
+    ('{"a": [1, 2}}', 1, 12, '"}"', 'or "]"', '"[" of line 1 is still open'),
     ('{"a": (1)}', 1, 7, '"("', "a value", ""),
     ('{"a" 1}', 1, 6, 'after the key "a"', "a colon", '"key": value'),
     ('{"a" = 1}', 1, 6, '"="', "a colon", ""),
@@ -145,7 +145,7 @@ def test_forms_of_numbers_and_empty_values(text: str) -> None:
     read, standard = plain(parse_json(text, "a.json")), json.loads(text)
     assert read == standard
     assert type(read) is type(standard)
-    if isinstance(read, float):
+    if isinstance(read, float) and isinstance(standard, float):
         assert math.copysign(1, read) == math.copysign(1, standard)
 
 

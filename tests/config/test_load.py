@@ -1,4 +1,4 @@
-"""Loading: all faults at once and in order, the choice of the method, moved keys, files, and that nothing but faults rises."""
+"""Loading: all faults at once and in order, the choice of the method, moved keys, files; nothing but faults rises."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import Field
 
 from loopos.config.faults import ConfigError, Fault
@@ -53,14 +51,14 @@ def test_a_good_config_loads_with_its_values_and_defaults(load_text: Loads, good
     assert config.data.validation_share == 0.1
     assert config.description == config.computation.description == ""
     with pytest.raises(ValueError, match="frozen"):
-        config.training.batch_size = 2  # type: ignore[misc]
+        config.training.batch_size = 2
 
 
 def test_the_same_config_in_yaml_is_equal(load_text: Loads, good: str) -> None:
     sections = json.loads(good)
-    lines = [
-        line for name, keys in sections.items() for line in [f"{name}:", *(f"  {key}: {keys[key]}" for key in keys)]
-    ]
+    lines: list[str] = []
+    for name, keys in sections.items():
+        lines += [f"{name}:", *(f"  {key}: {value}" for key, value in keys.items())]
     text = "\n".join(lines).replace("1e-05", "1e-5  # a number in YAML 1.2")
     assert "1e-5" in text
     assert load_text(text, name="run.yaml").config == load_text(good).config
@@ -95,7 +93,8 @@ def test_the_guides_config_loads_once_its_files_exist(monkeypatch: pytest.Monkey
 def test_loading_imports_nothing_heavy() -> None:
     code = (
         "import sys, loopos.config.load, loopos.config.fine_tuning, loopos.config.json_schema;"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy', 'yaml', 'rich') if name in sys.modules])"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'yaml', 'rich'};"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     source = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=source)
@@ -197,20 +196,16 @@ def test_an_unknown_method_of_two(tmp_path: Path) -> None:
     assert faults("pretraining", "fine_tuning") == [
         ("computation.method", '"autoregressive"', '"fine_tuning" goes with mode "posttraining"')
     ]
-    assert (
-        faults("pre", "sleep")
-        == [
-            ("computation.method", 'one of "fine_tuning", "autoregressive"', ""),
-            ("computation.mode", 'one of "posttraining", "pretraining"', ""),
-        ]
-        or faults("pre", "sleep")[0][0] == "computation.mode"
-    )
+    assert faults("pre", "sleep") == [
+        ("computation.mode", 'one of "posttraining", "pretraining"', ""),
+        ("computation.method", 'one of "fine_tuning", "autoregressive"', ""),
+    ]
     assert faults("pretrainin", "autoregressiv") == [
         ("computation.mode", 'one of "posttraining", "pretraining"', 'did you mean "pretraining"?'),
         ("computation.method", 'one of "fine_tuning", "autoregressive"', 'did you mean "autoregressive"?'),
     ]
     path.write_text('{"size": 2}')
-    with pytest.raises(ConfigError, match='one of "fine_tuning", "autoregressive"'):
+    with pytest.raises(ConfigError, match=r"computation\.method: given nothing"):
         load(path, [], TWO_METHODS)
     path.write_text('{"computation": {"mode": "pretraining", "method": "autoregressive"}, "size": 2}')
     loaded = load(path, ["size=3"], TWO_METHODS)
@@ -267,87 +262,15 @@ def test_warmup_is_steps_or_a_share(load_text: Loads, good: str, written: str, k
 
 def test_a_resolved_config_loads_to_itself(load_text: Loads, good: str) -> None:
     overrides = ["training.max_time=2h", "training.lora={}", "training.trainable=lora", "training.warmup=0.1"]
-    config = load_text(good, [*overrides, "model.class_weights=balanced"]).config
-    assert load_text(config.model_dump_json(indent=1)).config == config
+    for more in (["model.class_weights=balanced"], ["training.validate_every=never", "data.max_length=8"]):
+        loaded = load_text(good, [*overrides, *more])
+        again = load_text(loaded.config.model_dump_json(indent=1))
+        assert (again.config, again.notes) == (loaded.config, loaded.notes)
 
 
 def test_files_need_not_be_there_when_not_asked(tmp_path: Path, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.json").write_text(good)
     assert config_of(load("run.json", [], METHODS, check_files=False)).data.training_data == "rows.jsonl"
-    with pytest.raises(ConfigError, match="data.training_data"):
+    with pytest.raises(ConfigError, match=r"data\.training_data"):
         load("run.json", [], METHODS)
-
-
-ANY_JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=6)
-    | st.sampled_from(["a/b", "/", "*", "~", "new"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["model", "computation", "training", "data", "mode", "method", "columns", "lora", "$schema", "betas"]
-            )
-            | st.text(max_size=4),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)
-
-
-@pytest.fixture(scope="session")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("any")
-
-
-def config_or_faults(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    try:
-        loaded = load(path, [], TWO_METHODS)
-    except ConfigError as error:
-        assert str(error).encode()
-        assert all(fault.wanted and fault.given and fault.source == str(path) for fault in error.faults)
-        return
-    assert isinstance(loaded.config, MethodConfig)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(value=ANY_JSON)
-def test_any_json_is_a_config_or_faults(held: Path, value: object) -> None:
-    config_or_faults(held / "any.json", json.dumps(value).encode())
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.data())
-def test_a_good_config_with_swapped_values_is_a_config_or_faults(held: Path, good: str, data: st.DataObject) -> None:
-    sections = json.loads(good)
-    for _ in range(data.draw(st.integers(1, 4))):
-        section = data.draw(st.sampled_from(sorted(sections)))
-        if isinstance(sections[section], dict) and sections[section]:
-            known = FineTuningConfig.model_fields[section].annotation
-            assert known is not None
-            key = data.draw(st.sampled_from(sorted({*sections[section], *known.model_fields})))
-            sections[section][key] = data.draw(ANY_JSON)
-        else:
-            sections[section] = data.draw(ANY_JSON)
-    config_or_faults(held / "swapped.json", json.dumps(sections).encode())
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.data())
-def test_a_good_config_with_changed_bytes_is_a_config_or_faults(held: Path, good: str, data: st.DataObject) -> None:
-    text = bytearray(good.encode())
-    for _ in range(data.draw(st.integers(1, 5))):
-        start = data.draw(st.integers(0, len(text) - 1))
-        end = min(len(text), start + data.draw(st.integers(0, 3)))
-        text[start:end] = data.draw(
-            st.binary(max_size=3) | st.sampled_from([b"{", b'"', b",", b"9", b"-", b"\\", b"e"])
-        )
-    name = data.draw(st.sampled_from(["bytes.json", "bytes.yaml"]))
-    config_or_faults(held / name, bytes(text))

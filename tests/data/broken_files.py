@@ -1,4 +1,4 @@
-"""A broken data file, and the demand that it ends in one clear fault. Enters: a `Case`. Leaves: nothing, or a failed test."""
+"""A broken data file, and the demand that it ends in a clear fault. Enters: a `Case`. Leaves: a failed test, if any."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from loopos.config.faults import DataError
 from loopos.data.formats import read_labelled
-from loopos.data.label_space import Task
+from loopos.data.label_space import LabelSpace, Task
 from loopos.data.labels import infer_task
 from loopos.data.rows import read
 
@@ -32,13 +32,17 @@ class Case:
     faults: int = 1
 
 
+def _label_space(path: Path, case: Case) -> LabelSpace:
+    examples, _ = read_labelled(read(str(path)), case.columns)
+    return infer_task(examples, case.task, case.num_classes, case.class_names)
+
+
 def demand_fault(case: Case, folder: Path) -> None:
     """Reads the file as fine-tuning does, rows to label space, and checks the fault it ends in."""
     path = folder / case.file
     path.write_bytes(case.content.encode() if isinstance(case.content, str) else case.content)
     with pytest.raises(DataError) as caught:
-        examples, _ = read_labelled(read(str(path)), case.columns)
-        infer_task(examples, case.task, case.num_classes, case.class_names)
+        _label_space(path, case)
     first = caught.value.faults[0]
     assert first.source.startswith(str(path))
     assert (first.line, first.field) == (case.line, case.about), str(first)

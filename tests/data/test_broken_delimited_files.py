@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import zstandard
-
 from broken_files import Case, demand_fault
 
 GOOD = "text,label\ngood film,pos\nbad film,neg\n"
@@ -72,7 +71,9 @@ CASES = [
     Case("nameless last", "a.csv", "text,label,\na,b,c\n", 1, "header", "no name for column 3"),
     Case("nameless middle", "a.csv", "id,,label\na,b,c\n", 1, "header", "no name for column 2 of 3"),
     Case("NUL in header", "a.csv", "te\0xt,label\na,b\n", 1, "header", "NUL"),
-    Case("no header", "a.csv", "I love it,1\nI hate it,0\n", None, "data.columns.label", "first line must be the header"),
+    Case(
+        "no header", "a.csv", "I love it,1\nI hate it,0\n", None, "data.columns.label", "first line must be the header"
+    ),
     # Plain text
     Case("prose", "a.txt", "Dear Sir or Madam.\nI write to you.\n", 1, "format", "Dear Sir or Madam."),
     Case("prose with commas", "a.txt", "Well, yes.\nAnd no, no, no.\n", 1, "format", "plain text"),

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from broken_files import Case, demand_fault
 
 ROW = '{"text": "good", "label": "pos"}\n'
@@ -60,7 +59,7 @@ SYNTAX = [
     Case("array of strings", "a.json", '[\n"a",\n"b"\n]', 2, "row", "wanted an object", faults=2),
     Case("array of lists", "a.json", '[["a", 1]]', 1, "row", "a row's values need names"),
     Case("array, one null", "a.json", f"[{ROW},\nnull]", 3, "row", "None"),
-    Case("array, name twice", "a.json", '[{"text": "a"},\n{"text": "b", "text": "c"}]', 2, "text", "twice"),
+    Case("array, name twice", "a.json", '[{"text": "a", "label": 1},\n{"text": "b", "text": "c"}]', 2, "text", "twice"),
     Case("array, more behind", "a.json", f"[{ROW}]\nmore", 3, "JSON", "more text behind the document", 1),
     Case("empty array", "a.json", "[]", None, "rows", "no rows"),
     Case("empty json", "a.json", "", None, "file", "an empty file"),
@@ -76,7 +75,9 @@ SYNTAX = [
     Case("data cut", "a.json", f'{{"data": [{ROW}]', 2, "JSON", "no closing }", 2),
     Case("data, no colon", "a.json", '{"data" [1]}', 1, "JSON", "a colon is wanted", 9),
     Case("data, bad name", "a.json", "{5: []}", 1, "JSON", "a name in double quotes", 2),
-    Case("data, bad element", "a.json", '{"version": 1,\n"data": [\n{"text": "a"},\n7]}', 4, "row", "given 7"),
+    Case(
+        "data, bad element", "a.json", '{"version": 1,\n"data": [\n{"text": "a", "label": 1},\n7]}', 4, "row", "given 7"
+    ),
 ]
 
 TEXTS = [
@@ -114,7 +115,8 @@ LABELS = [
     Case("counted from 1", "a.csv", cells("1", "2", "3"), 4, "label", "counted from 0 to 2", num_classes=3),
     Case("negative", "a.jsonl", rows(1, -1), 2, "label", "given -1", num_classes=2),
     Case("far beyond", "a.csv", cells("0", "1", "99", "-5"), 4, "label", "10 classes", num_classes=10, faults=2),
-    Case("three strings for two", "a.csv", cells("b", "a", "b", "x"), None, "model.num_classes", "'b': 2", num_classes=2),
+    Case("three strings for two", "a.csv", cells("b", "a", "b", "x"), None, "model.num_classes", "'b': 2",
+         num_classes=2),
     Case("two strings for three", "a.csv", cells("a", "b"), None, "model.num_classes", "to 2", num_classes=3),
     Case("unknown name", "a.csv", cells("pos", "neg", "postive"), 4, "label", "'pos'", class_names=("neg", "pos")),
     Case("near name", "a.csv", cells("refund", "order", "refnd"), 4, "label", "did you mean 'refund'?",
@@ -159,8 +161,10 @@ COLUMNS = [
     Case("label and labels", "a.csv", "text,label,labels\na,b,c\n", None, "data.columns.label", "label, labels"),
     Case("two cases", "a.csv", "Text,text,label\na,b,c\n", None, "data.columns.text", "Text, text"),
     Case("two pairs", "a.csv", "question,answer,passage,label\na,b,c,d\n", None, "data.columns.text", "with"),
-    Case("unknown role", "a.csv", cells("a", "b"), None, "data.columns.txt", "mean text?", columns={"txt": "text"}),
-    Case("unknown column", "a.csv", cells("a", "b"), None, "data.columns.label", "'label'?", columns={"label": "lable"}),
+    Case("unknown role", "a.csv", cells("a", "b"), None, "data.columns.txt", "mean text?",
+         columns={"txt": "text"}),
+    Case("unknown column", "a.csv", cells("a", "b"), None, "data.columns.label", "'label'?",
+         columns={"label": "lable"}),
     Case("one for two", "a.csv", cells("a", "b"), None, "data.columns.text", "serves label too",
          columns={"text": "label", "label": "label"}),
 ]  # fmt: skip
@@ -174,5 +178,7 @@ def test_a_broken_file_ends_in_a_fault_with_its_place(case: Case, tmp_path: Path
 
 
 def test_the_cases_differ() -> None:
-    distinct = {(case.file, case.content, str(case.columns), case.task, case.num_classes, case.class_names) for case in CASES}
+    distinct = {
+        (case.file, case.content, str(case.columns), case.task, case.num_classes, case.class_names) for case in CASES
+    }
     assert len(distinct) == len(CASES) >= 120

@@ -86,7 +86,8 @@ def test_views_scalars_and_empty_tensors(tmp_path: Path) -> None:
     assert loaded["nothing"] == {}
     assert len(loaded["weights"]) == 8
     for name, tensor in group.items():
-        assert torch.equal(loaded["weights"][name], tensor) and loaded["weights"][name].shape == tensor.shape, name
+        # torch.equal compares shapes too.
+        assert torch.equal(loaded["weights"][name], tensor), name
 
 
 def test_our_safetensors_bytes_hold_what_the_packages_own_writer_holds() -> None:
@@ -147,7 +148,7 @@ def put_folder_in_place_of(path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "truncated weights": (lambda f: truncate(f / "weights.safetensors"), "weights.safetensors", "truncated"),
     "emptied state": (lambda f: os.truncate(f / "state.json", 0), "state.json", "truncated"),
-    "longer state": (lambda f: (f / "state.json").open("ab").write(b" "), "state.json", "longer"),
+    "longer state": (lambda f: os.truncate(f / "state.json", 9999), "state.json", "longer"),
     "bit of weights": (lambda f: flip_bit(f / "weights.safetensors", -1), "weights.safetensors", "SHA-256"),
     "bit of header": (lambda f: flip_bit(f / "optimizer.safetensors", 0), "optimizer.safetensors", "SHA-256"),
     "bit of state": (lambda f: flip_bit(f / "state.json", 5), "state.json", "SHA-256"),

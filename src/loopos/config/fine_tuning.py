@@ -95,11 +95,14 @@ class FineTuningConfig(MethodConfig):
             "model.huber_delta": (is_huber, f"regression_loss is {model.regression_loss}"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = []
+        said: list[str] = []
         for field, (effective, reason) in has_effect.items():
             section, key = field.split(".")
-            if not effective and key in getattr(self, section).model_fields_set:
+            values = getattr(self, section)
+            if not effective and getattr(values, key) != type(values).model_fields[key].default:
                 said.append(f"{field} has no effect: {reason}")
+        if training.save_every == "validation" and not self.validates:
+            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
         if data.validation_data is not None and _same_path(data.validation_data, data.training_data):
             said.append("data.validation_data is data.training_data: validation will score rows that were trained on")
         return said
@@ -243,10 +246,6 @@ def _check_validation(config: FineTuningConfig) -> Iterator[Finding]:
         yield Finding(("training.early_stopping", *cause), f"early stopping with {reason}", wanted)
     if training.schedule == "plateau":
         yield Finding(("training.schedule", *cause), f'"plateau" with {reason}', f"{wanted}, or another schedule")
-    if training.save_every == "validation" and "save_every" in training.model_fields_set:
-        yield Finding(
-            ("training.save_every", *cause), f'"validation" with {reason}', '"epoch", a number of steps or "never"'
-        )
 
 
 def _check_metrics(config: FineTuningConfig) -> Iterator[Finding]:
@@ -255,8 +254,8 @@ def _check_metrics(config: FineTuningConfig) -> Iterator[Finding]:
     if stopping is not None:
         named["training.early_stopping.metric"] = stopping.metric
     for field, metric in named.items():
-        if task is not None and metric is not None and task not in METRICS[metric]:
-            allowed = ", ".join(name for name, tasks in METRICS.items() if task in tasks)
+        if task is not None and metric is not None and metric not in METRICS[task]:
+            allowed = ", ".join(METRICS[task])
             yield Finding((field, "model.task"), f'"{metric}" with task {task}', f"one of {allowed}")
 
 

@@ -18,11 +18,11 @@ from loopos.config.nodes import MOST_LEVELS, LineTable, ListNode, MappingNode, M
 _SPACE = re.compile(r"[ \t\r\n]*")
 _WORD = re.compile(r"[+\-.\w]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_CONSTANTS: dict[str, None | bool] = {"null": None, "true": True, "false": False}
+_CONSTANTS: dict[str, bool | None] = {"null": None, "true": True, "false": False}
 _FOREIGN_WORDS = {
-    **{"True": "true", "TRUE": "true", "yes": "true", "on": "true"},
-    **{"False": "false", "FALSE": "false", "no": "false", "off": "false"},
-    **{"None": "null", "NULL": "null", "Null": "null", "nil": "null", "undefined": "null"},
+    **dict.fromkeys(("True", "TRUE", "yes", "on"), "true"),
+    **dict.fromkeys(("False", "FALSE", "no", "off"), "false"),
+    **dict.fromkeys(("None", "NULL", "Null", "nil", "undefined"), "null"),
 }
 _CURLY_QUOTES = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -194,21 +194,18 @@ class _Scanner:
         self.stop_at_end(opened, offset, closing)
         if self.text[offset] == closing:
             return offset
-        if self.text[offset] == ",":
-            after = self.skip(offset + 1)
-            self.stop_at_end(opened, after, closing)
-            if self.text[after] in "]}":
-                self.stop(
-                    offset, f'a comma before "{self.text[after]}"', "no comma after the last entry", "remove the comma"
-                )
-            return after
-        self.stop_at_comment(offset)
-        if self.text[offset] in "]}":
-            hint = f'the "{self.text[opened]}" of line {self.mark(opened).line} is still open'
-            self.stop(offset, f'"{self.text[offset]}"', f'"{closing}"', hint)
-        self.stop(
-            offset, f"{self.seen(offset)} after a value", f'a comma or "{closing}"', "entries are parted by commas"
-        )
+        if self.text[offset] != ",":
+            self.stop_at_comment(offset)
+            given, hint = f"{self.seen(offset)} after a value", "entries are parted by commas"
+            if self.text[offset] in "]}":
+                hint = f'the "{self.text[opened]}" of line {self.mark(opened).line} is still open'
+            self.stop(offset, given, f'a comma or "{closing}"', hint)
+        after = self.skip(offset + 1)
+        self.stop_at_end(opened, after, closing)
+        if self.text[after] in "]}":
+            given = f'a comma before "{self.text[after]}"'
+            self.stop(offset, given, "no comma after the last entry", "remove the comma")
+        return after
 
     def stop_at_end(self, opened: int, offset: int, closing: str) -> None:
         if offset >= len(self.text):

@@ -7,6 +7,7 @@ the method. Nothing heavy is imported.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,7 +173,7 @@ def _validated(
         config = config_class.model_validate(values)
         whole: MethodConfig | None = config
     except ValidationError as error:
-        schema = config_class.model_json_schema()
+        schema = _schema_of(config_class)
         described = faults_of(error, root, schema, renamed)
         faults.extend(fault for path, fault in described if fault.field not in told)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
@@ -181,6 +182,11 @@ def _validated(
         findings = [*whole.check(), *(whole.check_files() if check_files else ())]
         faults.extend(_placed(findings, root, faulty, renamed))
     return config, faults
+
+
+@functools.cache
+def _schema_of(config_class: type[MethodConfig]) -> Schema:
+    return config_class.model_json_schema()
 
 
 def _repaired(config_class: type[MethodConfig], values: dict[str, Plain], schema: Schema) -> MethodConfig | None:

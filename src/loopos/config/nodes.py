@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 Path: TypeAlias = tuple[str | int, ...]
-Plain: TypeAlias = "None | bool | int | float | str | list[Plain] | dict[str, Plain]"
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
 MOST_LEVELS = 64
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
@@ -32,7 +32,7 @@ class Mark:
 class ScalarNode:
     """A value with no parts; `text` is how it was written."""
 
-    value: None | bool | int | float | str
+    value: bool | int | float | str | None
     text: str
     mark: Mark
 

@@ -40,22 +40,12 @@ Metric: TypeAlias = Literal[
     "spearman",
 ]
 
-METRICS: dict[Metric, tuple[Task, ...]] = {
-    "loss": ("classification", "multi_label", "regression"),
-    "accuracy": ("classification",),
-    "macro_f1": ("classification", "multi_label"),
-    "micro_f1": ("classification", "multi_label"),
-    "auroc": ("classification", "multi_label"),
-    "log_loss": ("classification", "multi_label"),
-    "ece": ("classification",),
-    "subset_accuracy": ("multi_label",),
-    "mae": ("regression",),
-    "rmse": ("regression",),
-    "r2": ("regression",),
-    "pearson": ("regression",),
-    "spearman": ("regression",),
+METRICS: dict[Task, tuple[Metric, ...]] = {
+    "classification": ("loss", "accuracy", "macro_f1", "micro_f1", "auroc", "log_loss", "ece"),
+    "multi_label": ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "log_loss"),
+    "regression": ("loss", "mae", "rmse", "r2", "pearson", "spearman"),
 }
-"""The tasks that have each metric."""
+"""The metrics of each task."""
 
 ALSO_UNDER_DATA = ("shuffle", "num_workers", "prefetch_batches", "max_length")
 """Keys of `training` that the guide's configs have under `data`; taken there too."""

@@ -103,10 +103,13 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
     return root
 
 
-def close_matches(name: str, names: Sequence[str]) -> list[str]:
-    """At most three of `names` that `name` may have meant, best first; letter case is ignored."""
+def close_matches(name: str, names: Sequence[str], cutoff: float = 0.6) -> list[str]:
+    """At most three of `names` that `name` may have meant, best first; letter case is ignored.
+
+    `cutoff` is the least likeness, from 0 to 1 (difflib's ratio).
+    """
     by_folded = {candidate.lower(): candidate for candidate in reversed(names)}
-    return [by_folded[match] for match in difflib.get_close_matches(name.lower(), list(by_folded), n=3, cutoff=0.6)]
+    return [by_folded[match] for match in difflib.get_close_matches(name.lower(), list(by_folded), n=3, cutoff=cutoff)]
 
 
 def close_files(path: str) -> list[str]:

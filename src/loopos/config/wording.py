@@ -22,34 +22,34 @@ Schema: TypeAlias = dict[str, Any]
 
 _BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error", "value_error")
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-_OTHER_NAMES = {
-    **{"lr": "learning_rate", "epochs": "num_epochs", "num_train_epochs": "num_epochs", "bs": "batch_size"},
-    **{"per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation"},
-    **{"warmup_steps": "warmup", "warmup_ratio": "warmup", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule"},
-    **{"grad_clip": "max_grad_norm", "clip_grad": "max_grad_norm", "eps": "epsilon", "wd": "weight_decay"},
-    **{
-        "eval_steps": "validate_every",
-        "eval_every": "validate_every",
-        "save_steps": "save_every",
-        "dtype": "precision",
-    },
-    **{
-        "logging_steps": "log_every",
-        "save_total_limit": "keep_last",
-        "max_seq_length": "max_length",
-        "optim": "optimizer",
-    },
-    **{"hidden_size": "d_model", "n_embd": "d_model", "num_attention_heads": "num_heads", "n_head": "num_heads"},
-    **{
-        "num_hidden_layers": "num_layers",
-        "n_layer": "num_layers",
-        "intermediate_size": "d_ff",
-        "n_classes": "num_classes",
-    },
-    **{"num_labels": "num_classes", "classes": "labels", "class_names": "labels", "train_data": "training_data"},
-    **{"train_file": "training_data", "validation_file": "validation_data", "val_data": "validation_data"},
-    **{"model_name_or_path": "pretrained_weights", "checkpoint": "pretrained_weights", "weights": "pretrained_weights"},
+_OTHER_TOOLS_NAMES = {
+    "learning_rate": "lr",
+    "num_epochs": "epochs num_train_epochs",
+    "batch_size": "bs per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "warmup": "warmup_steps warmup_ratio",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "optimizer": "optim",
+    "epsilon": "eps adam_epsilon",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip clip_grad",
+    "precision": "dtype torch_dtype",
+    "validate_every": "eval_steps eval_every eval_strategy",
+    "save_every": "save_steps save_strategy",
+    "log_every": "logging_steps",
+    "keep_last": "save_total_limit",
+    "max_length": "max_seq_length max_seq_len",
+    "d_model": "hidden_size n_embd",
+    "num_heads": "num_attention_heads n_head n_heads",
+    "num_layers": "num_hidden_layers n_layer n_layers",
+    "d_ff": "intermediate_size",
+    "num_classes": "num_labels n_classes",
+    "labels": "classes class_names label_names",
+    "pretrained_weights": "model_name_or_path checkpoint weights",
+    "training_data": "train_data train_file",
+    "validation_data": "val_data validation_file",
 }
+_OTHER_NAMES = {other: name for name, others in _OTHER_TOOLS_NAMES.items() for other in others.split()}
 
 
 def faults_of(
@@ -213,16 +213,13 @@ def _hint_for_key(key: str, path: Path, schema: Schema) -> str:
     meant = key if key in owners else _OTHER_NAMES.get(key.lower(), "")
     if meant in own:
         return f'did you mean "{meant}"?'
+    if meant in owners:
+        owner = owners[meant]
+        return f'it belongs under "{owner}"' if meant == key else f'did you mean "{meant}" under "{owner}"?'
     close = close_matches(key, own)
-    if meant in owners and not (close and meant != key):
-        return (
-            f'it belongs under "{owners[meant]}"'
-            if meant == key
-            else f'did you mean "{meant}" under "{owners[meant]}"?'
-        )
     if close:
         return f"did you mean {_joined([json.dumps(match) for match in close[:2]])}?"
-    elsewhere = close_matches(key, list(owners))
+    elsewhere = close_matches(key, list(owners), cutoff=0.75)
     if elsewhere:
         return f'did you mean "{elsewhere[0]}" under "{owners[elsewhere[0]]}"?'
     return f"its keys: {', '.join(own)}" if len(own) <= 14 else "remove it; `loopos schema` lists the keys"
@@ -272,6 +269,8 @@ def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
 
 
 def _hint_for_text(node: ScalarNode, value: str, allowed: Schema, wanted: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "it holds a byte that is not UTF-8"
     folded = value.strip().lower()
     if "number" in wanted and _is_number(folded):
         return f"write {folded}, without quotes"
@@ -279,7 +278,7 @@ def _hint_for_text(node: ScalarNode, value: str, allowed: Schema, wanted: str) -
         return f"write {'true' if folded in ('true', 'yes', 'on', '1') else 'false'}, without quotes"
     if folded in ("null", "none") and "null" in wanted:
         return "write null, without quotes"
-    if wanted.startswith("a list"):
+    if wanted.startswith("a list") and "each text" in wanted:
         return f"write a list: [{json.dumps(value[:40], ensure_ascii=False)}]"
     return _close_value(value, allowed)
 

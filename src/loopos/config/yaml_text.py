@@ -28,7 +28,8 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's core schema instead of its own resolvers."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 for _name, _pattern, _firsts in (
@@ -141,7 +142,7 @@ class _Builder:
 
     def scalar(self, node: yaml.ScalarNode) -> Node:
         text, tag = str(node.value), node.tag.removeprefix(_TAG)
-        value: None | bool | int | float | str = text
+        value: bool | int | float | str | None = text
         if tag == "null" and _NULL.fullmatch(text):
             value = None
         elif tag == "bool" and _BOOLEAN.fullmatch(text):

@@ -13,10 +13,9 @@ import gzip
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from loopos.config.faults import EnvironmentFault
-from loopos.data.record import file_fault
+from loopos.config.faults import DataError, EnvironmentFault
+from loopos.data.record import file_error
 
 CHUNK_BYTES = 1 << 20
 _SIGNATURES = (
@@ -51,7 +50,7 @@ def read_lines(path: str) -> Generator[tuple[int, str], None, None]:
     chunks = _chunks(path)
     head = next(chunks, b"")
     if not head:
-        file_fault(path, "an empty file", "rows of data", "check the path, or how the file was made")
+        raise file_error(path, "an empty file", "rows of data", "check the path, or how the file was made")
     _check_signature(path, head)
     if head.startswith(_UTF16_MARKS):
         yield from _utf16_lines(path, b"".join([head, *chunks]))
@@ -71,7 +70,7 @@ def _utf8_lines(path: str, head: bytes, chunks: Iterator[bytes], offset: int) ->
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             place = offset + error.start
-            file_fault(
+            raise file_error(
                 path,
                 f"byte 0x{raw[error.start]:02x} at byte offset {place}, which is not UTF-8",
                 _TEXT_WANTED,
@@ -79,7 +78,7 @@ def _utf8_lines(path: str, head: bytes, chunks: Iterator[bytes], offset: int) ->
                 line=number,
                 column=len(raw[: error.start].decode("utf-8")) + 1,
                 field="encoding",
-            )
+            ) from error
         yield number, line
         offset += len(raw) + 1
 
@@ -89,14 +88,14 @@ def _utf16_lines(path: str, data: bytes) -> Iterator[tuple[int, str]]:
         text = data.decode("utf-16")
     except UnicodeDecodeError as error:
         readable = data[: error.start].decode("utf-16", errors="ignore")
-        file_fault(
+        raise file_error(
             path,
             f"bytes at byte offset {error.start} that are not UTF-16, as the byte order mark says",
             _TEXT_WANTED,
             "save the file again as UTF-8",
             line=readable.count("\n") + 1,
             field="encoding",
-        )
+        ) from error
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
@@ -122,7 +121,7 @@ def _byte_lines(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _check_signature(path: str, head: bytes) -> None:
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
-            file_fault(
+            raise file_error(
                 path,
                 name,
                 f"{_TEXT_WANTED}, as the file's name says",
@@ -134,7 +133,7 @@ def _check_signature(path: str, head: bytes) -> None:
     if len(sample) >= 8 and 0 in sample and not head.startswith(_UTF16_MARKS):
         even, odd = sample[0::2].count(0) * 2, sample[1::2].count(0) * 2
         if max(even, odd) > 0.8 * len(sample) and min(even, odd) < 0.2 * len(sample):
-            file_fault(
+            raise file_error(
                 path,
                 "what looks like UTF-16 without a byte order mark",
                 _TEXT_WANTED,
@@ -148,10 +147,10 @@ def _chunks(path: str) -> Iterator[bytes]:
     reader = {"gz": _gzip_chunks, "zst": _zstd_chunks}.get(compression(path), _plain_chunks)
     try:
         yield from reader(path)
-    except PermissionError:
-        file_fault(path, "a file that may not be read", "a readable file", "check its permissions")
+    except PermissionError as error:
+        raise file_error(path, "a file that may not be read", "a readable file", "check its permissions") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        _broken_compression(path, "gzip", str(error))
+        raise _broken_compression(path, "gzip", str(error)) from error
 
 
 def _plain_chunks(path: str) -> Iterator[bytes]:
@@ -186,13 +185,13 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
                     chunk, begun = decompressor.unused_data, False
                     decompressor = zstandard.ZstdDecompressor().decompressobj()
     except zstandard.ZstdError as error:
-        _broken_compression(path, "zstd", str(error))
+        raise _broken_compression(path, "zstd", str(error)) from error
     if begun:
-        _broken_compression(path, "zstd", "the data ends in the middle of a frame")
+        raise _broken_compression(path, "zstd", "the data ends in the middle of a frame")
 
 
-def _broken_compression(path: str, kind: str, reason: str) -> NoReturn:
-    file_fault(
+def _broken_compression(path: str, kind: str, reason: str) -> DataError:
+    return file_error(
         path,
         f"broken {kind} data ({reason})",
         f"a whole {kind} file",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from loopos.config.faults import DataError, Fault
-from loopos.data.record import ReadReport, Record, Records, file_fault, shown
+from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
@@ -125,7 +125,7 @@ def _header(
         except BrokenQuote as broken:
             raise DataError([_quote_fault(source, broken, [])]) from broken
         return _checked_header(names, number, source, report), number, delimiter
-    file_fault(source, "blank lines only", "a header line and rows", "for example: text,label", line=1)
+    raise file_error(source, "blank lines only", "a header line and rows", "for example: text,label", line=1)
 
 
 def _delimiter_of(line: str, source: str, delimiter: str, report: ReadReport) -> str:
@@ -144,7 +144,7 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
         report.say(f'{source}: the first column has no name and is called "column 1"')
     for position, name in enumerate(names, start=1):
         if not name:
-            file_fault(
+            raise file_error(
                 source,
                 f"no name for column {position} of {len(names)}",
                 "a name for every column",
@@ -153,7 +153,7 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
                 field="header",
             )
         if name in names[: position - 1]:
-            file_fault(
+            raise file_error(
                 source,
                 f"the column name {shown(name)} twice (columns {names.index(name) + 1} and {position})",
                 "distinct names",
@@ -162,7 +162,7 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
                 field="header",
             )
         if "\0" in name:
-            file_fault(source, "a NUL character (byte 0)", "text", "remove the byte", line=number, field="header")
+            raise file_error(source, "a NUL character (byte 0)", "text", "remove the byte", line=number, field="header")
     return names
 
 

@@ -1,8 +1,8 @@
 """Rows → labelled examples: which column is the text, which its partner, which the label.
 
 Enters: rows and, from `data.columns`, the user's own choice. Leaves: `Labelled` examples, a sentence that says the
-choice, and a report in which read = used + dropped. Columns are found by the names that data sets usually carry; two that
-fit equally well are a fault, for a guess could train on the wrong one.
+choice, and a report in which read = used + dropped. Columns are found by the names that data sets usually carry; two
+that fit equally well are a fault, for a guess could train on the wrong one.
 Left out: what a label means (`labels`); tokens (`tokens`).
 """
 
@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
@@ -83,7 +82,9 @@ def detect(
         if len(pairs) == 1 and not lone_text:
             text, pair = pairs[0]
         elif pairs:
-            _ambiguous("text", [*lone_text, *(f"{first} with {second}" for first, second in pairs)], columns, source)
+            raise _ambiguous(
+                "text", [*lone_text, *(f"{first} with {second}" for first, second in pairs)], columns, source
+            )
         else:
             text = _only("text", best, columns, source, True)
     assert text is not None, "a text column is required of `_only`"
@@ -101,12 +102,7 @@ def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
     problems = _problems(row, form)
     if problems:
         raise DataError([fault for _, fault in problems])
-    text, pair = row.values[form.text], row.values[form.text_pair] if form.text_pair is not None else None
-    assert isinstance(text, str) and (pair is None or isinstance(pair, str)), "checked by _problems"
-    label: object | None = None
-    if form.label is not None and _label_problem(row.values, form.label) is None:
-        label = row.values[form.label]
-    return Labelled(text, pair, label.strip() if isinstance(label, str) else label, row)
+    return _example(row, form)
 
 
 def read_labelled(
@@ -124,7 +120,10 @@ def read_labelled(
     said = report.said
     if rows:
         columns = list(dict.fromkeys(name for row in rows for name in row.values))
-        form = detect(columns, overrides, require_label=require_label, source=rows[0].source)
+        try:
+            form = detect(columns, overrides, require_label=require_label, source=rows[0].source)
+        except DataError as error:
+            raise DataError([*error.faults, *(report.faults if reader.on_bad_row == "error" else [])]) from error
         said = [*said, form.said]
         for row in rows:
             problems = _problems(row, form)
@@ -132,7 +131,7 @@ def read_labelled(
                 dropped[problems[0][0]] += 1
                 reader.reject([fault for _, fault in problems])
             else:
-                examples.append(to_labelled(row, form))
+                examples.append(_example(row, form))
     reader.finish()
     if not examples:
         given = f"{report.rows_read} rows, none of which can be used"
@@ -141,6 +140,16 @@ def read_labelled(
     account = FormatReport(report.rows_read, len(examples), dict(dropped), tuple(said), tuple(report.faults))
     assert account.read == account.used + sum(account.dropped.values()), account
     return examples, account
+
+
+def _example(row: Row, form: LabelledFormat) -> Labelled:
+    text, pair = row.values[form.text], row.values[form.text_pair] if form.text_pair is not None else None
+    assert isinstance(text, str), "checked by _problems"
+    assert pair is None or isinstance(pair, str), "checked by _problems"
+    label: object | None = None
+    if form.label is not None and (form.label_required or _label_problem(row.values, form.label) is None):
+        label = row.values[form.label]
+    return Labelled(text, pair, label.strip() if isinstance(label, str) else label, row)
 
 
 def _check_overrides(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> None:
@@ -182,7 +191,7 @@ def _only(role: str, candidates: Sequence[str], columns: Sequence[str], source: 
     if not required:
         return None
     if candidates:
-        _ambiguous(role, candidates, columns, source)
+        raise _ambiguous(role, candidates, columns, source)
     given = f"no column that is known as a {role}; there: {_listed(columns)}"
     hint = f'name it: data.columns: {{"{role}": "COLUMN"}}'
     if role == "label":
@@ -190,10 +199,10 @@ def _only(role: str, candidates: Sequence[str], columns: Sequence[str], source: 
     raise DataError([Fault(source, None, None, f"data.columns.{role}", given, f"a column such as {role}", hint)])
 
 
-def _ambiguous(role: str, candidates: Sequence[str], columns: Sequence[str], source: str) -> NoReturn:
+def _ambiguous(role: str, candidates: Sequence[str], columns: Sequence[str], source: str) -> DataError:
     given = f"{len(candidates)} that may be the {role}: {', '.join(candidates)} (columns: {_listed(columns)})"
     hint = f'name it: data.columns: {{"{role}": "{candidates[0].partition(" with ")[0]}"}}'
-    raise DataError([Fault(source, None, None, f"data.columns.{role}", given, "one column", hint)])
+    return DataError([Fault(source, None, None, f"data.columns.{role}", given, "one column", hint)])
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -243,11 +252,11 @@ def _label_problem(values: Mapping[str, object], column: str) -> tuple[str, str,
     if label is None or (isinstance(label, str) and not label.strip()):
         return "is null", "null" if label is None else f"an empty label ({shown(label)})", ""
     if isinstance(label, list):
-        wrong = next((item for item in label if not isinstance(item, str | int) or isinstance(item, bool)), None)
-        if wrong is not None:
-            nested = isinstance(wrong, list | dict)
+        wrong = [item for item in label if not isinstance(item, str | int) or isinstance(item, bool)]
+        if wrong:
+            nested = isinstance(wrong[0], list | dict)
             hint = "" if nested else "list the names or numbers of the classes that apply"
-            return ("is nested" if nested else "is of the wrong kind"), f"a list that holds {shown(wrong)}", hint
+            return ("is nested" if nested else "is of the wrong kind"), f"a list that holds {shown(wrong[0])}", hint
         return None
     if isinstance(label, dict):
         return "is nested", f"an object: {shown(label)}", "name a column that holds the label itself"
@@ -265,7 +274,11 @@ def _is_number(value: object) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: object) -> str:

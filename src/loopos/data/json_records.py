@@ -14,7 +14,7 @@ import re
 from collections.abc import Generator, Iterator
 
 from loopos.config.faults import DataError, Fault
-from loopos.data.record import ReadReport, Record, Records, file_fault, shown
+from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 _OBJECT_WANTED = 'an object such as {"text": "...", "label": "..."}'
@@ -137,14 +137,14 @@ def json_document(text: str, source: str) -> Records:
     """
     start = _skip(text, 0)
     if start == len(text):
-        file_fault(source, "blank text", _DOCUMENT_WANTED, line=1)
+        raise file_error(source, "blank text", _DOCUMENT_WANTED, line=1)
     reader = JsonReader(source)
     if text[start] == "[":
         end = yield from _array(reader, text, start)
     elif text[start] == "{":
         end = yield from _object_with_data(reader, text, start)
     else:
-        file_fault(source, shown(text[start : start + 40]), _DOCUMENT_WANTED, line=text.count("\n", 0, start) + 1)
+        raise file_error(source, shown(text[start : start + 40]), _DOCUMENT_WANTED, line=text.count("\n", 0, start) + 1)
     behind = _skip(text, end)
     if behind < len(text):
         raise DataError([reader.syntax_fault(text, behind, "more text behind the document", None)])
@@ -182,7 +182,7 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
             raise DataError([reader.syntax_fault(text, colon, "a colon is wanted", None)])
         if name in names:
             line = text.count("\n", 0, position) + 1
-            file_fault(reader.source, f"the name {shown(name)} twice", "distinct names", line=line, field=name)
+            raise file_error(reader.source, f"the name {shown(name)} twice", "distinct names", line=line, field=name)
         names.append(name)
         value = _skip(text, colon + 1)
         if name == "data" and text.startswith("[", value):
@@ -197,7 +197,7 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
             f"an object with {', '.join(shown(name) for name in names[:8])}" if names else "an object without a list"
         )
         hint = 'put the rows into a list: {"data": [{"text": "...", "label": "..."}, ...]}'
-        file_fault(reader.source, f"{given} and no list of rows", _DOCUMENT_WANTED, hint, line=line, field="data")
+        raise file_error(reader.source, f"{given} and no list of rows", _DOCUMENT_WANTED, hint, line=line, field="data")
     return position
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 
@@ -67,7 +67,7 @@ def shown(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit + 2 else text[:limit] + "..."
 
 
-def file_fault(
+def file_error(
     source: str,
     given: str,
     wanted: str,
@@ -76,9 +76,9 @@ def file_fault(
     line: int | None = None,
     column: int | None = None,
     field: str = "file",
-) -> NoReturn:
-    """Raises the `DataError` of a fault that makes the whole file unreadable, whatever the policy for bad rows."""
-    raise DataError([Fault(source, line, column, field, given, wanted, hint)])
+) -> DataError:
+    """The error of a fault that makes a whole file unreadable, whatever the policy for bad rows."""
+    return DataError([Fault(source, line, column, field, given, wanted, hint)])
 
 
 class BadRows(DataError):

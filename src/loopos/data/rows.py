@@ -21,7 +21,7 @@ from loopos.data import sniff
 from loopos.data.decoding import read_lines, read_text
 from loopos.data.delimited import delimited_records
 from loopos.data.json_records import is_json_lines, json_document, json_lines
-from loopos.data.record import MAXIMUM_FAULTS, BadRows, ReadReport, Record, Records, file_fault
+from loopos.data.record import MAXIMUM_FAULTS, BadRows, ReadReport, Record, Records, file_error
 from loopos.data.sources import FileFormat, Location, locate
 from loopos.data.tables import arrow_records, check_columns, hub_records, parquet_records, saved_records
 
@@ -116,7 +116,7 @@ class RowReader:
                 empty = False
                 yield source, self._select(record, source)
             if empty:
-                file_fault(source, "no rows", "at least one row", "a header alone is no data", field="rows")
+                raise file_error(source, "no rows", "at least one row", "a header alone is no data", field="rows")
 
     def _sources(self, report: ReadReport) -> Iterator[tuple[str, Records]]:
         name, columns = self.location.name, self.columns

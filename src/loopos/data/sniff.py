@@ -13,7 +13,7 @@ from typing import Literal
 
 from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, split_record
 from loopos.data.json_records import is_json_lines
-from loopos.data.record import file_fault, shown
+from loopos.data.record import file_error, shown
 
 SAMPLE_LINES = 20
 _NAME = re.compile(r"[^\W\d][\w .-]{0,39}")
@@ -27,7 +27,7 @@ def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[Literal["jsonl
     """
     filled = [(number, line.rstrip("\r")) for number, line in lines if line.strip()]
     if not filled:
-        file_fault(source, "blank lines only", "JSON Lines, CSV or TSV", line=1)
+        raise file_error(source, "blank lines only", "JSON Lines, CSV or TSV", line=1)
     number, first = filled[0]
     opening = first.lstrip()
     if opening.startswith("{"):
@@ -38,7 +38,7 @@ def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[Literal["jsonl
     for delimiter in ("\t", ",", ";"):
         if delimiter in first and _is_delimited(filled, delimiter):
             return ("tsv" if delimiter == "\t" else "csv"), delimiter
-    file_fault(
+    raise file_error(
         source,
         f"plain text: {shown(first)}",
         "JSON Lines, or CSV or TSV with a header line",

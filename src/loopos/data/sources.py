@@ -14,9 +14,10 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, TypeAlias
+from typing import Literal, TypeAlias
 
-from loopos.data.record import file_fault, shown
+from loopos.config.faults import DataError
+from loopos.data.record import file_error, shown
 
 FileFormat: TypeAlias = Literal["csv", "tsv", "json", "jsonl", "txt", "parquet", "arrow"]
 _FORMATS: dict[str, FileFormat] = {
@@ -65,7 +66,7 @@ def locate(source: str, split: str) -> Location:
         DataError: nothing there (with the names that come near), or nothing that can be read.
     """
     if not source.strip():
-        file_fault("data", "an empty path", "a file, a folder, a glob or a hub id")
+        raise file_error("data", "an empty path", "a file, a folder, a glob or a hub id")
     if os.path.isdir(source):
         return _folder(source, split)
     if os.path.exists(source):
@@ -74,7 +75,7 @@ def locate(source: str, split: str) -> Location:
         return _glob(source)
     if is_hub_id(source):
         return Location("hub", source)
-    _missing(source)
+    raise _missing(source)
 
 
 def is_hub_id(source: str) -> bool:
@@ -92,7 +93,7 @@ def file_format(path: str) -> FileFormat:
     found = _format_of(path)
     if found is None:
         suffix = "".join(Path(path).suffixes[-2:])
-        file_fault(
+        raise file_error(
             path,
             f"the suffix {shown(suffix)}" if suffix else "a file without a suffix",
             FORMATS_WANTED,
@@ -119,7 +120,7 @@ def _folder(folder: str, split: str) -> Location:
     files = [path for path in paths if os.path.isfile(path) and _format_of(path) is not None]
     if not files:
         kinds = ", ".join(shown(name) for name in names[:8]) if names else "nothing"
-        file_fault(folder, f"a folder that holds {kinds}", f"files named {FORMATS_WANTED}", field="folder")
+        raise file_error(folder, f"a folder that holds {kinds}", f"files named {FORMATS_WANTED}", field="folder")
     said = []
     if len(files) < len(paths):
         others = [os.path.basename(path) for path in paths if path not in files]
@@ -130,7 +131,7 @@ def _folder(folder: str, split: str) -> Location:
         chosen = [path for path in files if splits[path] == wanted]
         if not chosen:
             found = ", ".join(sorted({name for name in splits.values() if name}))
-            file_fault(
+            raise file_error(
                 folder,
                 f"the split {shown(split)}",
                 f"one of the splits that its file names state: {found}",
@@ -152,18 +153,18 @@ def _split_of(path: str) -> str | None:
 def _glob(pattern: str) -> Location:
     files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not files:
-        file_fault(pattern, "a pattern that no file matches", "at least one file", "quote the pattern in a shell")
+        raise file_error(pattern, "a pattern that no file matches", "at least one file", "quote the pattern in a shell")
     return Location("files", pattern, tuple((path, file_format(path)) for path in files))
 
 
-def _missing(source: str) -> NoReturn:
+def _missing(source: str) -> DataError:
     folder = os.path.dirname(source) or "."
     if not os.path.isdir(folder):
-        hint = f"there is no folder {shown(folder)}"
+        hint = f"there is no folder {folder!r}"
     else:
         near = difflib.get_close_matches(os.path.basename(source), sorted(os.listdir(folder)), n=3, cutoff=0.6)
-        named = " or ".join(shown(os.path.join(os.path.dirname(source), name)) for name in near)
-        hint = f"did you mean {named}?" if near else f"paths are relative to {shown(os.getcwd())}"
-    file_fault(
+        named = " or ".join(repr(os.path.join(os.path.dirname(source), name)) for name in near)
+        hint = f"did you mean {named}?" if near else f"paths are relative to {os.getcwd()!r}"
+    return file_error(
         source, "a path where nothing is", f'a file ({FORMATS_WANTED}), a folder, a glob or a hub id "org/name"', hint
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from loopos.data.record import ReadReport, Record, Records, file_fault, shown
+from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,7 +29,10 @@ def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport
     import pyarrow
     import pyarrow.parquet
 
-    with _damage(path, "parquet", (pyarrow.ArrowException, OSError)), pyarrow.parquet.ParquetFile(path) as table:
+    with (
+        _damage(path, "parquet", (pyarrow.ArrowException, OSError, ValueError)),
+        pyarrow.parquet.ParquetFile(path) as table,
+    ):
         schema = table.schema_arrow
         _note_schema(schema, path, columns, report)
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) if columns is not None else None):
@@ -46,7 +49,7 @@ def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) 
     import pyarrow
     import pyarrow.ipc
 
-    with _damage(path, "arrow", (pyarrow.ArrowException, OSError)), pyarrow.memory_map(path) as memory:
+    with _damage(path, "arrow", (pyarrow.ArrowException, OSError, ValueError)), pyarrow.memory_map(path) as memory:
         is_file = memory.read(6) == b"ARROW1"
         memory.seek(0)
         batches: Iterator[pyarrow.RecordBatch]
@@ -76,7 +79,7 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
         table = datasets.load_from_disk(folder)
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
-            file_fault(
+            raise file_error(
                 folder,
                 f"the split {shown(split)}",
                 f"one of the splits that are there: {', '.join(table)}",
@@ -104,14 +107,14 @@ def hub_records(
     except failures as error:
         wanted = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        file_fault(
+        raise file_error(
             name,
             f"a hub id that could not be loaded ({type(error).__name__}: {reason[:200]})",
             wanted,
             "check the id, data.subset and the split; set HF_TOKEN for a private or gated one; without a network, copy "
             "the data set to a folder (datasets: save_to_disk) and give its path",
             field="hub",
-        )
+        ) from error
 
 
 def check_columns(present: Sequence[str], columns: Sequence[str] | None, source: str, line: int | None = None) -> None:
@@ -119,7 +122,7 @@ def check_columns(present: Sequence[str], columns: Sequence[str] | None, source:
     for name in columns or ():
         if name not in present:
             there = ", ".join(shown(column) for column in present[:12])
-            file_fault(
+            raise file_error(
                 source, f"no column {shown(name)}", f"one of the columns that are there: {there}", line=line, field=name
             )
 
@@ -156,10 +159,10 @@ def _damage(path: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterat
         yield
     except errors as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        file_fault(
+        raise file_error(
             path,
             f"what can't be read as {kind} ({reason[:200]})",
             f"a whole {kind} file or folder",
             "the file is damaged, cut off or of another format: copy or write it again",
             field=kind,
-        )
+        ) from error

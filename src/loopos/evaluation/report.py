@@ -20,7 +20,7 @@ Event: TypeAlias = dict[str, Any]
 Series: TypeAlias = list[tuple[int, float]]
 
 STEP_CURVES = {
-    "loss": "Training loss",
+    "loss": "Loss",
     "learning_rate": "Learning rate",
     "gradient_norm": "Gradient norm before clipping",
 }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from loopos.config.faults import UserError
 from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, StepBatches
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
@@ -42,6 +43,7 @@ from loopos.training.fit import Fit, FitResult, Validation
 from loopos.training.optimizers import OptimizerSet, OptimizerSettings
 from loopos.training.precision import Masters, resolve
 from loopos.training.progress import RunProgress
+from loopos.training.random_states import seed_everything
 from loopos.training.update import Update
 
 _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "mae"}
@@ -114,6 +116,7 @@ class FineTuner:
             self.device = torch.device("cuda", world.local_rank)
         try:
             self.claim_folder(resume, world)
+            seed_everything(self.config.training.seed, world.rank)
             self.load_data()
             self.build_model()
             fit = self.build_fit(world)
@@ -176,12 +179,11 @@ class FineTuner:
     def build_model(self) -> PooledModel:
         """Backbone and head, what trains, and the number format."""
         settings, section = self.config.training, self.config.model
-        torch.manual_seed(settings.seed)
         backbone = Backbone(self.pretrained.model, attention=section.attention)
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
         later: list[nn.Parameter] = []
         if settings.trainable == "lora":
-            lora = settings.lora or type(self.config.training).model_fields["lora"].annotation.__args__[0]()  # type: ignore[union-attr]
+            lora = settings.lora or LoraSection()
             add_lora(
                 backbone.model,
                 rank=lora.rank,
@@ -196,7 +198,7 @@ class FineTuner:
         elif settings.freeze_layers:
             later = freeze_lower(backbone.model, settings.freeze_layers)
         if settings.gradient_checkpointing:
-            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.model.activation_checkpointing_enable()
         self.model = (
             PooledModel(backbone, num_outputs=self.data.space.num_outputs, pooling=section.pooling, seed=settings.seed)
             .to(self.device)

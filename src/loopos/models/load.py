@@ -87,7 +87,6 @@ def load_pretrained(
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
-        torch.manual_seed(0)
         model = AutoModel.from_config(config, dtype=torch.float32)
     elif source.kind in ("safetensors", "torch"):
         assert source.path is not None

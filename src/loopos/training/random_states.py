@@ -16,6 +16,13 @@ import torch
 from loopos.training.durable import JSON
 
 
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Starts every global generator from `seed`; ranks draw apart from each other."""
+    random.seed(seed + rank)
+    numpy.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
 def random_states() -> tuple[dict[str, torch.Tensor], dict[str, JSON]]:
     """All global random states of this process, as (tensors, state) ready for `checkpoint.save`."""
     version, words, next_gauss = random.getstate()

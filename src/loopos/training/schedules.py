@@ -41,7 +41,7 @@ def factor(
     inverse_sqrt is max(minimum_ratio, sqrt(w / step)) with w = 1 and step + 1 where there is no warm-up (Vaswani et al.
     2017, 5.3). plateau has the warm-up alone: multiply by `Plateau.scale`. Steps past the end stay at the floor.
     """
-    assert step >= 0 and total_steps >= 1 and warmup_steps >= 0, (step, total_steps, warmup_steps)
+    assert min(step, total_steps - 1, warmup_steps) >= 0, (step, total_steps, warmup_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "inverse_sqrt":
@@ -79,7 +79,9 @@ class Plateau:
     """
 
     def __init__(self, factor: float, patience: int, minimum_ratio: float, mode: Literal["min", "max"]) -> None:
-        assert 0.0 < factor < 1.0 and patience >= 0 and 0.0 <= minimum_ratio <= 1.0, (factor, patience, minimum_ratio)
+        assert 0.0 < factor < 1.0, factor
+        assert 0.0 <= minimum_ratio <= 1.0, minimum_ratio
+        assert patience >= 0, patience
         self._factor = factor
         self._patience = patience
         self._minimum_ratio = minimum_ratio

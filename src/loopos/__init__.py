@@ -1,0 +1,57 @@
+"""LoopOS: post-training of language models from one config and one command.
+
+The public names. Each is imported when it is first used, so that `import loopos` costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopos.config.fine_tuning import FineTuningConfig
+    from loopos.config.sections import MethodConfig
+    from loopos.evaluation.predictor import Predictor
+    from loopos.methods.fine_tuning import FineTuner
+
+__version__ = "0.1.0"
+__all__ = ["FineTuner", "FineTuningConfig", "Predictor", "__version__", "load", "read_config"]
+
+_PLACES = {
+    "FineTuner": "loopos.methods.fine_tuning",
+    "FineTuningConfig": "loopos.config.fine_tuning",
+    "Predictor": "loopos.evaluation.predictor",
+}
+
+
+def load(run: str | os.PathLike[str]) -> Predictor:
+    """Opens the result of a run: `loopos.load("outputs/run").predict(["some text"])`.
+
+    run: a run's output folder, or its folder model/. Raises `loopos.config.faults.UserError`.
+    """
+    from loopos.evaluation.predictor import Predictor
+
+    return Predictor.open(os.fspath(run))
+
+
+def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MethodConfig:
+    """The frozen config in a JSON or YAML file, for `FineTuner(read_config("run.json"))`.
+
+    overrides: "key.path=value" each. Raises `loopos.config.faults.ConfigError` with every fault.
+    """
+    from loopos.config.load import load as load_config
+    from loopos.methods.table import config_classes
+
+    return load_config(path, overrides, config_classes()).config
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'loopos' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

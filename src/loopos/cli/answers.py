@@ -1,0 +1,102 @@
+"""Answers on standard output: aligned tables for people, one JSON value for scripts.
+
+Enters: rows of values, or a JSON value. Leaves: text. Plain text and no box drawing, so that an answer reads the same on
+a terminal, in a file and in a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+
+def say(text: str = "") -> None:
+    """`text` on standard output."""
+    typer.echo(text)
+
+
+def say_json(value: object) -> None:
+    """`value` as JSON on standard output; nan and infinity, which JSON lacks, become null."""
+    typer.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=2))
+
+
+def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), indent: str = "  ") -> str:
+    """`rows` as aligned columns: numbers to the right, all else to the left."""
+    lines = [[shown(cell) for cell in row] for row in rows]
+    if not lines:
+        return ""
+    whole = [list(head), *lines] if head else lines
+    widths = [max(len(line[column]) for line in whole) for column in range(len(whole[0]))]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(widths))]
+    return "\n".join(
+        (
+            indent
+            + "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, numeric, strict=True)
+            )
+        ).rstrip()
+        for line in whole
+    )
+
+
+def confusion_table(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
+    """Counts with the true class in rows; columns are the predicted classes, by number to stay narrow."""
+    head = ["true class", "", *(str(number) for number in range(len(class_names)))]
+    rows = [
+        [name, str(number), *(count or "·" for count in counts)]
+        for number, (name, counts) in enumerate(zip(class_names, matrix, strict=True))
+    ]
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  " + "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def shown(value: object) -> str:
+    """A cell: four significant digits of a float, whole numbers grouped, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return str(value)
+
+
+def as_bytes(count: float) -> str:
+    """A count of bytes in a unit that fits, with three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def as_time(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _finite(value: object) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,89 @@
+"""The settings of the process itself: how glibc keeps freed memory, and where OpenMP puts its threads.
+
+Enters: the environment, before torch is imported. Leaves: the same command, started once more with the settings where
+they are missing. A training step frees and asks for the same large buffers again and again; glibc returns each to the
+kernel, whose page faults then halve the speed on a CPU. The variables are read when a process starts, hence the
+restart; `mallopt` inside the process was measured and did little. A variable that the user has set is never changed.
+Left out: settings of a run (the config's).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+RESTARTED_COMMANDS = frozenset({"train", "predict", "evaluate", "demo"})
+SCRIPTS = frozenset({"loopos", "loop_cli"})
+
+GUARD = "LOOPOS_PROCESS_SETTINGS"
+OPT_OUT = "LOOPOS_NO_REEXEC"
+MEMORY_SETTINGS: Mapping[str, str] = {
+    # Buffers below 4 GiB come from the heap, the heap shrinks only above 8 GiB of free memory and grows by 256 MiB.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+THREAD_SETTINGS: Mapping[str, str] = {"OMP_PROC_BIND": "close"}
+REPORTED = (*MEMORY_SETTINGS, *THREAD_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD")
+
+
+def wanted_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables to add to `environment`: none that it has, and no binding of threads beside other ranks, which
+    would all bind to the same cores.
+    """
+    settings = dict(MEMORY_SETTINGS)
+    if "WORLD_SIZE" not in environment:
+        settings |= THREAD_SETTINGS
+    return {name: value for name, value in settings.items() if name not in environment}
+
+
+def should_restart(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether the command with these arguments gains from a restart, and has had none."""
+    if GUARD in environment or environment.get(OPT_OUT, "") not in ("", "0"):
+        return False
+    if not is_glibc() or not wanted_settings(environment) or "--help" in arguments:
+        return False
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return command in RESTARTED_COMMANDS
+
+
+def restart_with_settings(arguments: Sequence[str]) -> None:
+    """Starts this process once more with the settings, if it is the command line's own and gains from them.
+
+    Does not return where it does. `sys.orig_argv` repeats the interpreter's own options too.
+    """
+    if not is_own_process() or not should_restart(arguments, os.environ):
+        return
+    assert "torch" not in sys.modules, "the settings come too late: torch has been imported"
+    added = wanted_settings(os.environ)
+    environment = {**os.environ, **added, GUARD: ",".join(added)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def is_own_process() -> bool:
+    """Whether this process was started as `loopos`, `loop_cli` or `python -m loopos`, and not by a test or a program
+    that embeds the command line.
+    """
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return spec.name == "loopos.__main__"
+    name = os.path.basename(getattr(main, "__file__", None) or "")
+    return name in SCRIPTS
+
+
+def is_glibc() -> bool:
+    """Whether the C library is the one whose variables these are."""
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def settings_in_force() -> dict[str, str]:
+    """The variables that are set, as they are, and under "set_by_loopos" the names of those that the restart added."""
+    found = {name: os.environ[name] for name in REPORTED if name in os.environ}
+    return {**found, "set_by_loopos": os.environ.get(GUARD, "")}

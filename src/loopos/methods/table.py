@@ -1,0 +1,69 @@
+"""The table of methods: what `computation.mode` and `computation.method` name.
+
+Enters: a mode and a method. Leaves: the class of its config, and the class that trains, both imported only when they
+are asked for: a config is checked without torch. To add a method, add a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from loopos.config.sections import MethodConfig
+    from loopos.training.fit import FitResult
+    from loopos.training.progress import RunProgress
+
+MethodName = tuple[str, str]
+
+
+class Method(Protocol):
+    """What every method offers the command line."""
+
+    def train(self, *, resume: bool = False) -> FitResult:
+        """Runs to the end. Raises `UserError` for a mistake of the user's."""
+
+
+class MethodClass(Protocol):
+    """The class of a method. `config` is of the method's own config class."""
+
+    def __call__(
+        self, config: Any, *, progress: RunProgress, trust_remote_code: bool, environment: Mapping[str, str]
+    ) -> Method:
+        """A method ready to train."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """Where the two classes of a method live ("module:Class"), and what the method does, in a line."""
+
+    config: str
+    trainer: str
+    said: str
+
+
+METHODS: Mapping[MethodName, MethodRow] = {
+    ("posttraining", "fine_tuning"): MethodRow(
+        config="loopos.config.fine_tuning:FineTuningConfig",
+        trainer="loopos.methods.fine_tuning:FineTuner",
+        said="a head over pooled hidden states: classification, multi-label, regression",
+    ),
+}
+
+
+def config_classes() -> dict[MethodName, type[MethodConfig]]:
+    """The config class of every method, as `config.load` takes them."""
+    return {name: _imported(row.config) for name, row in METHODS.items()}
+
+
+def method_class(mode: str, method: str) -> MethodClass:
+    """The class that runs a method of the table; importing it imports torch."""
+    trainer: MethodClass = _imported(METHODS[mode, method].trainer)
+    return trainer
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,145 @@
+"""Pico models and data, made offline: a byte-level BPE tokenizer trained on a few sentences and tiny random transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before torch is imported anywhere: tests run side by side, one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LOOPOS_NO_REEXEC"] = "1"
+
+SENTENCES = [
+    "the parcel came late and the box was open",
+    "a kind answer within the hour, thank you",
+    "my card was charged twice for one order",
+    "the film was slow but the ending is lovely",
+    "where is the invoice for march",
+    "I love this little lamp, it lights the whole room",
+    "never again: cold food and a rude waiter",
+    "please change the address on my order",
+    "it broke after two days and nobody replies",
+    "good value, works as described",
+]
+
+
+@pytest.fixture(scope="session")
+def pico_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a byte-level BPE tokenizer of at most 400 tokens; pad, bos and eos are three different tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=512
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico_folder(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path) -> Path:
+    """Folder of a random two-layer Llama (d_model 32, 4 heads, 2 key-value heads, d_ff 64) with the pico tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("pico")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(pico_tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
+    """Writes rows as JSON Lines in the test's folder and returns the file."""
+
+    def write(name: str, rows: list[dict[str, Any]]) -> Path:
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return file
+
+    return write
+
+
+def toy_rows(number: int) -> list[dict[str, Any]]:
+    """Sentences with a class (0, 1, 2) that their first word tells, of very uneven length; the same for the same number."""
+    openings = ("good", "bad", "where")
+    return [
+        {
+            "text": f"{openings[i % 3]} {' '.join([SENTENCES[(i * 7) % 10]] * (1 + (i * i) % 5))}"[: 12 + (i * 37) % 160],
+            "label": i % 3,
+        }
+        for i in range(number)
+    ]
+
+
+@pytest.fixture
+def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Callable[..., Any]:
+    """Builds a `FineTuningConfig` on the pico model; sections are given as keyword dictionaries over small defaults."""
+    from loopos.config.fine_tuning import FineTuningConfig
+
+    def build(*, model: Any = None, training: Any = None, data: Any = None, rows: int = 60) -> FineTuningConfig:
+        file = tmp_path / "train.jsonl"
+        if not file.exists():
+            write_rows("train.jsonl", toy_rows(rows))
+        sections = {
+            "model": model or {},
+            "computation": {"mode": "posttraining", "method": "fine_tuning"},
+            "training": {
+                "learning_rate": 0.01,
+                "optimizer": "adamw",
+                "batch_size": 8,
+                "num_epochs": 1,
+                "precision": "fp32",
+                **(training or {}),
+            },
+            "data": {
+                "pretrained_weights": str(pico_folder),
+                "training_data": str(file),
+                "output_dir": str(tmp_path / "run"),
+                **(data or {}),
+            },
+        }
+        return FineTuningConfig.model_validate(sections)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _single_threaded() -> Iterator[None]:
+    """Exact comparisons between runs need the same number of threads in both."""
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    yield

@@ -1,0 +1,97 @@
+"""The split into training and validation rows: sizes by hand, classes kept, the same on every machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopos.config.faults import DataError
+from loopos.data.split import stratified_split
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "validation"),
+    [
+        ({0: 50, 1: 50}, 0.1, {0: 5, 1: 5}),
+        ({0: 90, 1: 10}, 0.1, {0: 9, 1: 1}),
+        ({0: 96, 1: 4}, 0.1, {0: 9, 1: 1}),
+        ({0: 97, 1: 2, 2: 1}, 0.1, {0: 9, 1: 1}),
+        ({0: 3, 1: 2}, 0.9, {0: 2, 1: 1}),
+        ({0: 6, 1: 3}, 1 / 3, {0: 2, 1: 1}),
+        ({0: 5, 1: 3, 2: 2}, 0.2, {0: 1, 1: 1}),
+        ({0: 1, 1: 1, 2: 1, 3: 1}, 0.5, {0: 1, 1: 1}),
+    ],
+)
+def test_classes_share_validation(sizes: dict[int, int], share: float, validation: dict[int, int]) -> None:
+    labels = [label for label, size in sizes.items() for _ in range(size)]
+    training, chosen = stratified_split(labels, share, 42)
+    assert Counter(labels[row] for row in chosen) == validation
+    assert sorted([*training, *chosen]) == list(range(len(labels)))
+
+
+def test_the_draw_is_fixed() -> None:
+    # The first raw outputs of PCG64 seeded with 42; the two smallest of them are those of rows 1 and 3.
+    keys = [14276969152011380360, 8095878257575067585, 15838336090824644132, 12864169557245331597]
+    assert numpy.random.PCG64(42).random_raw(4).tolist() == keys
+    assert stratified_split(None, 0.5, 42, num_rows=4) == ([0, 2], [1, 3])
+
+
+def test_seeds_differ_and_repeat() -> None:
+    labels = [row % 3 for row in range(300)]
+    assert stratified_split(labels, 0.2, 1) == stratified_split(labels, 0.2, 1)
+    assert stratified_split(labels, 0.2, 1) != stratified_split(labels, 0.2, 2)
+
+
+def test_regression_takes_from_the_whole_range() -> None:
+    labels = [float((row * 37) % 100) + 0.5 for row in range(100)]
+    _, validation = stratified_split(labels, 0.1, 7)
+    assert sorted(int(labels[row] // 10) for row in validation) == list(range(10))
+
+
+def test_multi_label_rows_are_drawn_plainly() -> None:
+    labels = [[row % 2, 1] for row in range(10)]
+    assert stratified_split(labels, 0.3, 5) == stratified_split(None, 0.3, 5, num_rows=10)
+    assert len(stratified_split(labels, 0.3, 5)[1]) == 3
+
+
+@pytest.mark.parametrize("labels", [[], [1]])
+def test_too_few_rows(labels: list[int]) -> None:
+    with pytest.raises(DataError, match="at least 2 rows to split") as caught:
+        stratified_split(labels, 0.1, 42, source="rows.csv")
+    assert (caught.value.faults[0].source, caught.value.faults[0].field) == ("rows.csv", "data.validation_share")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=2, max_size=60),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32),
+)
+def test_every_row_once_and_every_class_where_there_is_room(labels: list[int], share: float, seed: int) -> None:
+    training, validation = stratified_split(labels, share, seed)
+    assert sorted([*training, *validation]) == list(range(len(labels)))
+    assert training == sorted(training)
+    assert validation == sorted(validation)
+    assert training
+    assert validation
+    sizes = Counter(labels)
+    pairs = {label for label, size in sizes.items() if size >= 2}
+    if pairs:
+        assert pairs <= {labels[row] for row in training}
+    wanted = min(max(1, int(share * len(labels) + 0.5)), len(labels) - 1)
+    most = sum(size - 1 for size in sizes.values())
+    assert len(validation) == (min(wanted, most) if pairs else wanted)
+    if len(pairs) <= len(validation):
+        assert pairs <= {labels[row] for row in validation}
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels=st.lists(st.floats(-5, 5), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
+def test_regression_gets_its_share(labels: list[float], share: float) -> None:
+    training, validation = stratified_split(labels, share, 3)
+    assert sorted([*training, *validation]) == list(range(len(labels)))
+    assert len(validation) == min(max(1, int(share * len(labels) + 0.5)), len(labels) - 1)

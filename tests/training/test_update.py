@@ -1,0 +1,167 @@
+"""Law 1: a step is the same however its rows are split over micro-batches and processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loopos.data.batches import Cursor, StepBatches, deal
+from loopos.data.tokens import Encoded
+from loopos.methods.fine_tuning import FineTuner
+from loopos.training.distributed import World
+from loopos.training.events import read
+from loopos.training.progress import RunProgress
+from loopos.training.update import NonFiniteStep
+
+Build = Callable[..., Any]
+
+ONE_RUN = """
+import json, sys
+from loopos.config.fine_tuning import FineTuningConfig
+from loopos.methods.fine_tuning import FineTuner
+from loopos.training.progress import RunProgress
+FineTuner(FineTuningConfig.model_validate(json.loads(sys.argv[1])), progress=RunProgress(quiet=True)).train()
+"""
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [event["metrics"] for event in read(run / "events.jsonl") if event["event"] == "step"]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    last = max((run / "checkpoints").iterdir())
+    return load_file(last / "weights.safetensors")
+
+
+def layouts(fine_tuning_config: Build, tmp_path: Path, **training: Any) -> dict[str, Any]:
+    """The same run as 1 × 1, as accumulate 4, and for 2 processes × accumulate 2: 16 rows a step in each."""
+    shapes = {"one": (16, 1), "accumulate": (4, 4), "two": (4, 2)}
+    return {
+        name: fine_tuning_config(
+            rows=70,
+            training={"batch_size": size, "gradient_accumulation": times, "num_epochs": 2, "seed": 7, **training},
+            data={"output_dir": str(tmp_path / name), "validation_share": 0.2},
+        )
+        for name, (size, times) in shapes.items()
+    }
+
+
+def run_two_processes(config: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", ONE_RUN, json.dumps(config.model_dump(mode="json"))]
+    processes = [
+        subprocess.Popen(arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-2000:]
+
+
+# SGD: Adam divides by the gradient's own size and would hide a gradient that is too large by a factor.
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_process_accumulation_and_two_processes_are_one_run(
+    optimizer: str, fine_tuning_config: Build, tmp_path: Path
+) -> None:
+    rate = {"sgd": 0.5, "adamw": 0.003}[optimizer]
+    configs = layouts(fine_tuning_config, tmp_path, optimizer=optimizer, learning_rate=rate, max_grad_norm=1.0)
+    FineTuner(configs["one"], progress=RunProgress(quiet=True)).train()
+    FineTuner(configs["accumulate"], progress=RunProgress(quiet=True)).train()
+    run_two_processes(configs["two"])
+    one = steps_of(tmp_path / "one")
+    assert len(one) == 8  # 56 rows, 16 a step, the last step of an epoch has 8
+    assert [step["rows"] for step in one[:4]] == [16, 32, 48, 56]
+    for other in ("accumulate", "two"):
+        steps = steps_of(tmp_path / other)
+        assert len(steps) == len(one)
+        for mine, theirs in zip(one, steps, strict=True):
+            assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-6)
+            assert theirs["gradient_norm"] == pytest.approx(mine["gradient_norm"], abs=2e-6, rel=2e-6)
+            assert theirs["tokens"] == mine["tokens"]
+        expected = weights_of(tmp_path / "one")
+        found = weights_of(tmp_path / other)
+        assert set(found) == set(expected)
+        # Adam's first steps divide nearly equal tiny gradients by themselves, so that rounding in the last bit is a full step.
+        tolerance = 1e-6 if optimizer == "sgd" else 1e-5
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=0)
+
+
+def test_every_row_comes_once_an_epoch_whatever_the_layout() -> None:
+    examples = [Encoded([1] * (1 + (i * 7) % 40), None, i) for i in range(45)]
+    for world, accumulation, size in ((1, 1, 16), (1, 4, 4), (2, 2, 4), (4, 1, 4)):
+        ranks = [StepBatches(examples, None, size, accumulation, rank, world, seed=3) for rank in range(world)]
+        for epoch in (0, 1):
+            steps = []
+            for number in range(ranks[0].steps_an_epoch):
+                rows = [row for r in ranks for slot in r.rows_of(Cursor(epoch, number)) for row in slot]
+                assert all(len(slot) <= size for r in ranks for slot in r.rows_of(Cursor(epoch, number)))
+                steps.append(set(rows))
+                assert len(rows) == len(set(rows))
+            assert sorted(row for step in steps for row in step) == list(range(45))
+            if world == 1 and accumulation == 1:
+                continue
+            single = StepBatches(examples, None, 16, seed=3)
+            assert steps == [set(single.rows_of(Cursor(epoch, n))[0]) for n in range(single.steps_an_epoch)]
+
+
+def test_epochs_have_different_orders() -> None:
+    batches = StepBatches([Encoded([1], None, i) for i in range(30)], None, 8)
+    assert batches.order(0).tolist() != batches.order(1).tolist()
+    assert batches.order(1).tolist() == batches.order(1).tolist()
+
+
+def test_deal_by_hand() -> None:
+    # 9 → slot 0; 7 → slot 1; 4 → slot 1 (7 < 9); 2 → slot 0 (9 < 11); 1 → slot 0 (11 = 11, the first).
+    assert deal([4, 9, 1, 7, 2], slots=2, capacity=3) == [[1, 4, 2], [3, 0]]
+
+
+def test_gradients_are_clipped_to_the_norm(fine_tuning_config: Build, tmp_path: Path) -> None:
+    """One SGD step moves the weights by learning rate × clipped norm exactly, whatever the gradient was."""
+    tuner = FineTuner(
+        fine_tuning_config(training={"optimizer": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.25}),
+        progress=RunProgress(quiet=True),
+    )
+    tuner.device = torch.device("cpu")
+    tuner.load_data()
+    tuner.build_model()
+    fit = tuner.build_fit(World())
+    before = {name: p.detach().clone() for name, p in tuner.masters.parameters.items()}
+    result = fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
+    moved = math.sqrt(sum(float((p.detach() - before[n]).square().sum()) for n, p in tuner.masters.parameters.items()))
+    assert result.gradient_norm > 0.25
+    assert moved == pytest.approx(0.1 * 0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_no_step_is_taken_on_a_loss_that_is_not_finite(policy: str, fine_tuning_config: Build) -> None:
+    tuner = FineTuner(fine_tuning_config(training={"on_nonfinite": policy}), progress=RunProgress(quiet=True))
+    tuner.device = torch.device("cpu")
+    tuner.load_data()
+    tuner.build_model()
+    fit = tuner.build_fit(World())
+    with torch.no_grad():
+        tuner.model.head.weight[0, 0] = float("inf")
+    before = {name: p.detach().clone() for name, p in tuner.masters.parameters.items()}
+    if policy == "stop":
+        with pytest.raises(NonFiniteStep, match="not a finite number"):
+            fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
+    else:
+        assert fit.update(fit.batches.step(Cursor()), fit.objective, 1.0).skipped
+    for name, parameter in tuner.masters.parameters.items():
+        assert torch.equal(parameter, before[name]), name
