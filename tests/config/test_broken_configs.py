@@ -238,7 +238,7 @@ ADDED_TO_DATA: list[tuple[str, str, str]] = [
     ('"on_bad_row": "ignore"', "on_bad_row", '"error" or "skip"'),
     ('"on_truncation": "cut"', "on_truncation", '"truncate" or "error"'),
     ('"streaming": "on"', "streaming", "true or false"),
-    ('"streaming": true', "streaming", "data.max_rows or training.max_steps"),
+    ('"streaming": true', "streaming", "data.max_rows with it"),
     ('"max_rows": 0', "max_rows", "a whole number >= 1 or null"),
     ('"max_rows": 1e6', "max_rows", "a whole number >= 1 or null"),
     ('"training_split": ""', "training_split", "text that is not empty"),

@@ -64,7 +64,6 @@ GOOD: list[list[str]] = [
     ["data.training_data=*.jsonl"],
     ["data.training_data=weights"],
     ["data.streaming=true", "data.max_rows=100"],
-    ["data.streaming=true", "training.max_steps=100"],
     ["data.validation_share=0"],
     ["data.validation_share=0", "data.validation_data=rows.jsonl", "training.early_stopping.patience=1"],
     ["training.optimizer=muon", "training.momentum=0.95"],

@@ -18,7 +18,7 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(st.lists(CELLS, min_size=2, max_size=2), min_size=1, max_size=6),
     delimiter=st.sampled_from([",", "\t"]),
@@ -51,7 +51,7 @@ VALUES = st.recursive(
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), min_size=1, max_size=5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows=OBJECTS, ascii_only=st.booleans(), indent=st.sampled_from([None, 1]), wrapped=st.booleans())
 def test_whatever_json_writes_reads_back_with_its_lines(
     rows: list[dict[str, object]], ascii_only: bool, indent: int | None, wrapped: bool,

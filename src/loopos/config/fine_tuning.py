@@ -64,7 +64,7 @@ class FineTuningConfig(MethodConfig):
         yield from _check_optimizer(self.training)
         yield from _check_validation(self)
         yield from _check_metrics(self)
-        yield from _check_data(self.data, self.training)
+        yield from _check_data(self.data)
 
     def check_files(self) -> Iterator[Finding]:
         data = self.data
@@ -259,12 +259,10 @@ def _check_metrics(config: FineTuningConfig) -> Iterator[Finding]:
             yield Finding((field, "model.task"), f'"{metric}" with task {task}', f"one of {allowed}")
 
 
-def _check_data(data: DataSection, training: TrainingSection) -> Iterator[Finding]:
-    if data.streaming and data.max_rows is None and training.max_steps is None:
-        fields = ("data.streaming", "data.max_rows", "training.max_steps")
-        yield Finding(
-            fields, "true, with no end", "data.max_rows or training.max_steps", "a stream does not tell its length"
-        )
+def _check_data(data: DataSection) -> Iterator[Finding]:
+    if data.streaming and data.max_rows is None:
+        fields = ("data.streaming", "data.max_rows")
+        yield Finding(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
     roles: dict[str, str] = {}
     for role, column in data.columns.items():
         if column in roles:

@@ -269,7 +269,10 @@ class DataSection(Section):
     on_truncation: Literal["truncate", "error"] = Field(
         default="truncate", description="what a row over max_length does"
     )
-    streaming: bool = Field(default=False, description="read rows as they are needed, without keeping them")
+    streaming: bool = Field(
+        default=False,
+        description="read a hub id while it arrives, without storing it on disk first; max_rows bounds what is taken",
+    )
     max_rows: Count | None = Field(default=None, description="rows after which reading ends")
     training_split: Text = Field(default="train", description="split of a hub id to train on")
     validation_split: Text | None = Field(default=None, description="split of a hub id to validate on")

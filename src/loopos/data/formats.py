@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
@@ -20,6 +21,7 @@ from loopos.data.record import shown
 from loopos.data.rows import Row, RowReader
 
 ROLES = ("text", "text_pair", "label")
+Overrides: TypeAlias = Mapping[str, str] | Mapping[Literal["text", "text_pair", "label"], str]
 UNREADABLE = "unreadable row"
 
 
@@ -46,17 +48,21 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class FormatReport:
-    """The account of a pass: `read` = `used` + the sum of `dropped`, which counts the rows dropped for each reason."""
+    """The account of a pass: `read` = `used` + the sum of `dropped`, which counts the rows dropped for each reason.
+
+    `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any.
+    """
 
     read: int
     used: int
     dropped: dict[str, int]
     said: tuple[str, ...]
     faults: tuple[Fault, ...] = field(default=())
+    class_names: tuple[str, ...] = field(default=())
 
 
 def detect(
-    columns: Sequence[str], overrides: Mapping[str, str], *, require_label: bool = True, source: str = "data"
+    columns: Sequence[str], overrides: Overrides, *, require_label: bool = True, source: str = "data"
 ) -> LabelledFormat:
     """Finds the column of each role by its name, without regard to case.
 
@@ -106,7 +112,7 @@ def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
 
 
 def read_labelled(
-    reader: RowReader, overrides: Mapping[str, str], require_label: bool = True
+    reader: RowReader, overrides: Overrides, require_label: bool = True
 ) -> tuple[list[Labelled], FormatReport]:
     """Reads a whole source into labelled examples, in its order.
 
@@ -137,7 +143,8 @@ def read_labelled(
         given = f"{report.rows_read} rows, none of which can be used"
         first = f"the first fault: {report.faults[0]}" if report.faults else ""
         raise DataError([Fault(report.source, None, None, "rows", given, "at least one good row", first)])
-    account = FormatReport(report.rows_read, len(examples), dict(dropped), tuple(said), tuple(report.faults))
+    names = report.class_names.get(form.label or "", ())
+    account = FormatReport(report.rows_read, len(examples), dict(dropped), tuple(said), tuple(report.faults), names)
     assert account.read == account.used + sum(account.dropped.values()), account
     return examples, account
 
@@ -152,7 +159,7 @@ def _example(row: Row, form: LabelledFormat) -> Labelled:
     return Labelled(text, pair, label.strip() if isinstance(label, str) else label, row)
 
 
-def _check_overrides(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> None:
+def _check_overrides(columns: Sequence[str], overrides: Overrides, source: str) -> None:
     for role, column in overrides.items():
         field = f"data.columns.{role}"
         if role not in ROLES:
@@ -164,7 +171,7 @@ def _check_overrides(columns: Sequence[str], overrides: Mapping[str, str], sourc
             hint = f"did you mean {shown(near[0])}?" if near else ""
             wanted = f"one of the columns that are there: {_listed(columns)}"
             raise DataError([Fault(source, None, None, field, shown(column), wanted, hint)])
-        doubled = next((other for other in overrides if other != role and overrides[other] == column), None)
+        doubled = next((other for other, taken in overrides.items() if other != role and taken == column), None)
         if doubled is not None:
             wanted = "a column for each role"
             given = f"{shown(column)}, which serves {doubled} too"

@@ -7,12 +7,14 @@ Enters: the `data` section and what the config says of the task. Leaves: `Labell
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from loopos.config.faults import DataError, Fault
 from loopos.config.sections import DataSection, ModelSection
 from loopos.data import rows
 from loopos.data.formats import FormatReport, Labelled, read_labelled
 from loopos.data.labels import LabelSpace, infer_task
+from loopos.data.record import BadRows
 from loopos.data.split import stratified_split
 
 Target = int | float | list[int]
@@ -40,15 +42,18 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
     Raises `DataError` for unreadable files, bad rows (unless skipped), labels that contradict the config or each other.
     """
     examples, report = _read(data, data.training_data, data.training_split)
-    space = infer_task(examples, model.task, model.num_classes, model.labels, column=data.columns.get("label", "label"))
-    targets = encode_all(space, examples)
+    names = model.labels or (report.class_names if model.task in (None, "classification") else None) or None
+    space = infer_task(examples, model.task, model.num_classes, names, column=data.columns.get("label", "label"))
+    examples, targets, report = encode_all(space, examples, report, on_bad_row=data.on_bad_row)
     said, reports = [*report.said, space.said, account(report)], [report]
     held_out: list[Labelled] = []
     held_out_targets: list[Target] = []
     if data.validation_data is not None or data.validation_split is not None:
         source = data.validation_data or data.training_data
         held_out, held_out_report = _read(data, source, data.validation_split or data.training_split)
-        held_out_targets = encode_all(space, held_out)
+        held_out, held_out_targets, held_out_report = encode_all(
+            space, held_out, held_out_report, on_bad_row=data.on_bad_row
+        )
         said.append(f"validation: {source}, {account(held_out_report)}")
         reports.append(held_out_report)
     elif data.validation_share > 0:
@@ -65,9 +70,30 @@ def account(report: FormatReport) -> str:
     return f"{report.read} rows read, {report.used} used{dropped}"
 
 
-def encode_all(space: LabelSpace, examples: Sequence[Labelled]) -> list[Target]:
-    """The label of every example in the space's numbers."""
-    return [space.encode(example.label, example.row) for example in examples]
+def encode_all(
+    space: LabelSpace, examples: Sequence[Labelled], report: FormatReport, *, on_bad_row: str
+) -> tuple[list[Labelled], list[Target], FormatReport]:
+    """The label of every example in the space's numbers; the examples and the account with those dropped whose label
+    the space does not hold.
+
+    Raises `DataError` with the faults of all such labels, unless `on_bad_row` is "skip".
+    """
+    kept: list[Labelled] = []
+    targets: list[Target] = []
+    faults: list[Fault] = []
+    for example in examples:
+        try:
+            targets.append(space.encode(example.label, example.row))
+        except DataError as problem:
+            faults += problem.faults
+        else:
+            kept.append(example)
+    if faults and (on_bad_row == "error" or not kept):
+        raise BadRows(faults, len(faults))
+    if faults:
+        dropped = {**report.dropped, "label of no class": len(faults)}
+        report = replace(report, used=len(kept), dropped=dropped, faults=(*report.faults, *faults))
+    return kept, targets, report
 
 
 def _read(data: DataSection, source: str, split: str) -> tuple[list[Labelled], FormatReport]:

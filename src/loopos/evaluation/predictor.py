@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.data import rows
 from loopos.data.formats import Labelled, read_labelled
+from loopos.data.labelled import encode_all
 from loopos.data.labels import LabelSpace
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labelled
@@ -75,7 +76,7 @@ class Predictor:
     ) -> dict[str, Any]:
         """Metrics on a labelled data file, with "rows" and, for classification, "confusion"."""
         examples, report = read_labelled(rows.read(source, on_bad_row=on_bad_row), columns or {})  # type: ignore[arg-type]
-        targets = [self.space.encode(example.label, example.row) for example in examples]
+        examples, targets, report = encode_all(self.space, examples, report, on_bad_row=on_bad_row)
         meaning = self._meaning(examples)
         metrics: dict[str, Any] = dict(
             measure(self.space.task, meaning, targets, threshold=self.description["threshold"])
