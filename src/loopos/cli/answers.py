@@ -1,7 +1,7 @@
 """Answers on standard output: aligned tables for people, one JSON value for scripts.
 
-Enters: rows of values, or a JSON value. Leaves: text. Plain text and no box drawing, so that an answer reads the same on
-a terminal, in a file and in a pipe.
+Enters: rows of values, or a JSON value. Leaves: text. Plain text and no box drawing, so that an answer reads the same
+on a terminal, in a file and in a pipe.
 """
 
 from __future__ import annotations
@@ -46,13 +46,10 @@ def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), indent:
 
 def confusion_table(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
     """Counts with the true class in rows; columns are the predicted classes, by number to stay narrow."""
-    head = ["true class", "", *(str(number) for number in range(len(class_names)))]
-    rows = [
-        [name, str(number), *(count or "·" for count in counts)]
-        for number, (name, counts) in enumerate(zip(class_names, matrix, strict=True))
-    ]
-    lines = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines = [["true class", "", *(str(number) for number in range(len(class_names)))]]
+    for number, (name, counts) in enumerate(zip(class_names, matrix, strict=True)):
+        lines.append([name, str(number), *(str(count) if count else "·" for count in counts)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  " + "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
@@ -82,7 +79,7 @@ def as_bytes(count: float) -> str:
 
 def as_time(seconds: float) -> str:
     """Seconds as a person says them."""
-    if seconds < 90:
+    if seconds < 300:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -29,7 +29,14 @@ _OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of me
 
 
 class Commands(TyperGroup):
-    """The group of all commands."""
+    """A group of commands."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option --help, false when absent: typer imports pydantic to read the None that it is otherwise."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command; turns its errors into an exit code."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-RESTARTED_COMMANDS = frozenset({"train", "predict", "evaluate", "demo"})
 SCRIPTS = frozenset({"loopos", "loop_cli"})
 
 GUARD = "LOOPOS_PROCESS_SETTINGS"
@@ -38,22 +37,20 @@ def wanted_settings(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in environment}
 
 
-def should_restart(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether the command with these arguments gains from a restart, and has had none."""
+def should_restart(environment: Mapping[str, str]) -> bool:
+    """Whether a process with this environment gains from a restart, and has had none."""
     if GUARD in environment or environment.get(OPT_OUT, "") not in ("", "0"):
         return False
-    if not is_glibc() or not wanted_settings(environment) or "--help" in arguments:
-        return False
-    command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    return command in RESTARTED_COMMANDS
+    return is_glibc() and bool(wanted_settings(environment))
 
 
-def restart_with_settings(arguments: Sequence[str]) -> None:
+def restart_with_settings() -> None:
     """Starts this process once more with the settings, if it is the command line's own and gains from them.
 
-    Does not return where it does. `sys.orig_argv` repeats the interpreter's own options too.
+    Called by the commands that compute, when all that needs no torch is checked and before anything is printed. Does
+    not return where it restarts. `sys.orig_argv` repeats the interpreter's own options too.
     """
-    if not is_own_process() or not should_restart(arguments, os.environ):
+    if not is_own_process() or not should_restart(os.environ):
         return
     assert "torch" not in sys.modules, "the settings come too late: torch has been imported"
     added = wanted_settings(os.environ)
@@ -70,7 +67,7 @@ def is_own_process() -> bool:
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     if spec is not None:
-        return spec.name == "loopos.__main__"
+        return bool(spec.name == "loopos.__main__")
     name = os.path.basename(getattr(main, "__file__", None) or "")
     return name in SCRIPTS
 

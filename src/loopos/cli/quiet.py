@@ -1,12 +1,13 @@
-"""The libraries' own progress bars and chatter, switched off before they are imported.
+"""The libraries' own progress bars and chatter, switched off.
 
 Enters: whether the user wants them. Leaves: environment variables that transformers, datasets and huggingface-hub read
-at import; those that the user has set stay.
+at import, and the same said to those that are imported already; what the user has set stays.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 SILENCE = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -17,7 +18,18 @@ SILENCE = {
 
 
 def hush_libraries(*, verbose: bool) -> None:
-    """Sets the variables, unless the user wants to see everything."""
-    if not verbose:
-        for name, value in SILENCE.items():
-            os.environ.setdefault(name, value)
+    """Silences the libraries, unless the user wants to see everything."""
+    if verbose:
+        return
+    for name, value in SILENCE.items():
+        os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()

@@ -8,12 +8,14 @@ Letters: N examples, C outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from loopos.config.faults import UserError
 from loopos.data.batches import in_order
 from loopos.data.tokens import Encoded
 from loopos.evaluation.metrics import classification_metrics, confusion_matrix, multi_label_metrics, regression_metrics
@@ -21,6 +23,14 @@ from loopos.models.heads import PooledModel
 
 # Tokens of one forward pass without gradients: enough to keep the matrix products busy, little enough for small memory.
 _TOKENS = 2048
+Meaning: TypeAlias = NDArray[np.float64]
+"""Probabilities `[N, C]`, or values `[N]` in the user's unit."""
+
+
+class NonFiniteOutputs(UserError):
+    """A model whose outputs are no finite numbers: nothing can be read off them."""
+
+    exit_code = 1
 
 
 @torch.no_grad()
@@ -39,10 +49,15 @@ def outputs_of(
     return outputs
 
 
-def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_std: float = 1.0) -> np.ndarray:
+def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_std: float = 1.0) -> Meaning:
     """What outputs `[N, C]` say: probabilities `[N, C]` (softmax, or a sigmoid each), or values `[N]` in the
-    user's unit: mean + std·output.
+    user's unit: mean + std·output. Raises `NonFiniteOutputs`.
     """
+    if bad := int((~outputs.isfinite().all(-1)).sum()):
+        raise NonFiniteOutputs(
+            f"the model's outputs for {bad} of {len(outputs)} rows are not finite numbers; wanted finite ones: lower "
+            "training.learning_rate if this is a run, use precision fp32 if it is a trained model"
+        )
     if task == "classification":
         return torch.softmax(outputs.double(), -1).numpy()
     if task == "multi_label":
@@ -50,7 +65,7 @@ def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_st
     return (outputs[:, 0].double() * target_std + target_mean).numpy()
 
 
-def measure(task: str, meaning: np.ndarray, targets: Sequence[Any], *, threshold: float = 0.5) -> dict[str, float]:
+def measure(task: str, meaning: Meaning, targets: Sequence[Any], *, threshold: float = 0.5) -> dict[str, float]:
     """The task's metrics of `interpret`'s result against encoded targets."""
     if task == "classification":
         return classification_metrics(meaning, targets)
@@ -59,7 +74,7 @@ def measure(task: str, meaning: np.ndarray, targets: Sequence[Any], *, threshold
     return regression_metrics(meaning, targets)
 
 
-def confusion(meaning: np.ndarray, targets: Sequence[int]) -> list[list[int]]:
+def confusion(meaning: Meaning, targets: Sequence[int]) -> list[list[int]]:
     """Counts `[C, C]` of true class (row) and predicted class (column)."""
     matrix: list[list[int]] = confusion_matrix(targets, meaning.argmax(-1), meaning.shape[1]).tolist()
     return matrix

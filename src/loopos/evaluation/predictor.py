@@ -7,26 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loopos.config.faults import UserError
 from loopos.data import rows
 from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labelled import encode_all
 from loopos.data.labels import LabelSpace
 from loopos.data.rows import Row
-from loopos.data.tokens import encode_labelled
-from loopos.evaluation.outputs import confusion, interpret, measure, outputs_of
+from loopos.data.tokens import TokenReport, encode_labelled
+from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
 from loopos.models.heads import PooledModel
+from loopos.models.load import NUMBER_FORMATS, cast_parameters
 from loopos.models.task_folder import open_task_model
-
-_FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Predictor:
-    """Opens the result of `FineTuner`: `loopos.load("outputs/run").predict(["some text"])`."""
+    """Opens the result of `FineTuner`: `loopos.load("outputs/run").predict(["some text"])`.
+
+    `tokens` is the account of the last call: how many examples were cut at the length that the model was trained with.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Predictor:
         device: torch.device,
     ) -> None:
         self.model, self.tokenizer, self.description, self.device = model.eval(), tokenizer, description, device
+        self.tokens = TokenReport()
         space = description["label_space"]
         self.space = LabelSpace(**{**space, "class_names": tuple(space["class_names"]), "keys": tuple(space["keys"])})
 
@@ -45,8 +49,10 @@ class Predictor:
         when absent. Raises `UserError`.
         """
         model, tokenizer, description = open_task_model(place)
-        dtype = _FORMATS[precision or description["precision"]]
-        model.backbone.to(dtype)
+        chosen = precision or description["precision"]
+        if chosen not in NUMBER_FORMATS:
+            raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
+        cast_parameters(model.backbone, NUMBER_FORMATS[chosen])
         return cls(model.to(device), tokenizer, description, torch.device(device))
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
@@ -72,24 +78,26 @@ class Predictor:
         return self._predictions(examples)
 
     def evaluate_file(
-        self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: str = "error"
+        self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> dict[str, Any]:
         """Metrics on a labelled data file, with "rows" and, for classification, "confusion"."""
-        examples, report = read_labelled(rows.read(source, on_bad_row=on_bad_row), columns or {})  # type: ignore[arg-type]
-        examples, targets, report = encode_all(self.space, examples, report, on_bad_row=on_bad_row)
+        read, report = read_labelled(rows.read(source, on_bad_row=on_bad_row), columns or {})
+        examples, targets, report = encode_all(self.space, read, report, on_bad_row=on_bad_row)
         meaning = self._meaning(examples)
-        metrics: dict[str, Any] = dict(
-            measure(self.space.task, meaning, targets, threshold=self.description["threshold"])
-        )
+        threshold = self.description["threshold"]
+        metrics: dict[str, Any] = dict(measure(self.space.task, meaning, targets, threshold=threshold))
         metrics["rows"] = report.used
         if report.dropped:
             metrics["dropped"] = dict(report.dropped)
+        if self.tokens.truncated:
+            metrics["truncated"] = self.tokens.truncated
         if self.space.task == "classification":
-            metrics["class_names"], metrics["confusion"] = list(self.space.class_names), confusion(meaning, targets)  # type: ignore[arg-type]
+            places = [target for target in targets if isinstance(target, int)]
+            metrics["class_names"], metrics["confusion"] = list(self.space.class_names), confusion(meaning, places)
         return metrics
 
-    def _meaning(self, examples: Sequence[Labelled]) -> Any:
-        encoded, _ = encode_labelled(self.tokenizer, examples, max_length=self.description["max_length"])
+    def _meaning(self, examples: Sequence[Labelled]) -> Meaning:
+        encoded, self.tokens = encode_labelled(self.tokenizer, examples, max_length=self.description["max_length"])
         outputs = outputs_of(self.model, encoded, self.device)
         return interpret(
             self.space.task,

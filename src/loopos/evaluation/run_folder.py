@@ -73,10 +73,28 @@ class Run:
         """Time spent in optimizer steps (s)."""
         return sum(float(event["timing"].get("seconds", 0.0)) for event in self.events if event["event"] == "step")
 
+    @property
+    def tokens_a_second(self) -> float | None:
+        """Real tokens trained on a second of optimizer steps, the first two left out where there are more: they warm
+        up. None without a timed step.
+        """
+        rates = [(event["timing"]["tokens_per_second"], event["timing"]["seconds"]) for event in self._timed_steps()]
+        seconds = sum(spent for _, spent in rates)
+        return sum(rate * spent for rate, spent in rates) / seconds if seconds > 0 else None
+
+    def _timed_steps(self) -> list[Event]:
+        steps = [event for event in self.events if event["event"] == "step" and "tokens_per_second" in event["timing"]]
+        return steps[2:] if len(steps) > 2 else steps
+
     @cached_property
     def first_metrics(self) -> dict[str, Any]:
         """Metrics of the first validation, before training; empty without one."""
         return next((dict(event["metrics"]) for event in self.events if event["event"] == "validation"), {})
+
+    @cached_property
+    def last_metrics(self) -> dict[str, Any]:
+        """Metrics of the last validation; empty without one."""
+        return next((dict(event["metrics"]) for event in self._of("validation")), {})
 
     @cached_property
     def best_metrics(self) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class PackedLayout:
     _masks: dict[object, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        assert self.lengths and min(self.lengths) >= 1, self.lengths
+        assert self.lengths, "a row without sequences"
+        assert min(self.lengths) >= 1, self.lengths
 
     @property
     def num_tokens(self) -> int:
@@ -58,7 +59,8 @@ class PackedLayout:
     def blocks(self) -> list[tuple[int, tuple[int, ...]]]:
         """(first token, lengths) of runs of neighbouring sequences that are attended to in one product."""
         blocks: list[tuple[int, tuple[int, ...]]] = []
-        start, run = 0, []
+        start = 0
+        run: list[int] = []
         for length in self.lengths:
             if run and sum(run) + length > BLOCK_TOKENS:
                 blocks.append((start, tuple(run)))

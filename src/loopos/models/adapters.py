@@ -8,14 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from loopos.config.faults import UserError
+from loopos.config.sections import LoraSection, TrainingSection
+
+# peft is imported where it is needed: it takes seconds, and only runs with adapters use it.
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
-def layer_list(model: nn.Module) -> nn.ModuleList:
+def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Parameter]:
+    """Sets what trains of a headless model, in place; returns the parameters that `freeze_layers` holds back."""
+    if settings.trainable == "lora":
+        add_lora(model, settings.lora or LoraSection(), seed=settings.seed)
+    elif settings.trainable == "head":
+        model.requires_grad_(False)
+    elif settings.freeze_layers:
+        return freeze_lower(model, settings.freeze_layers)
+    return []
+
+
+def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer layers, lowest first. Raises `UserError` for a model without a plain stack of
     `num_hidden_layers` layers.
     """
@@ -24,7 +44,8 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise UserError(
-        f"{type(model).__name__}: no stack of {wanted} layers found, so layers cannot be frozen by number; use training.freeze_layers = 0"
+        f"{type(model).__name__}: no stack of {wanted} layers found, so layers cannot be frozen by number; use "
+        "training.freeze_layers = 0"
     )
 
 
@@ -35,41 +56,40 @@ def freeze_lower(model: PreTrainedModel, num_layers: int) -> list[nn.Parameter]:
     layers = layer_list(model)
     if num_layers > len(layers):
         raise UserError(
-            f"training.freeze_layers: given {num_layers}, wanted at most {len(layers)}, the layers of this {type(model).__name__}"
+            f"training.freeze_layers: given {num_layers}, wanted at most {len(layers)}, the layers of this "
+            f"{type(model).__name__}"
         )
-    frozen = [
-        p for module in [_embeddings(model), *layers[:num_layers]] for p in module.parameters() if p.requires_grad
-    ]
+    held_back = [*_embeddings(model, layers), *layers[:num_layers]]
+    frozen = [parameter for module in held_back for parameter in module.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
 
 
-def _embeddings(model: PreTrainedModel) -> nn.Module:
-    """Token embeddings, or for encoders and GPT-2 whatever holds token, position and type embeddings together."""
-    for name in ("embeddings", "wpe"):
-        module = getattr(model, name, None)
-        if isinstance(module, nn.Module):
-            return module if name == "embeddings" else nn.ModuleList([model.get_input_embeddings(), module])
-    return model.get_input_embeddings()
+def _embeddings(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Module]:
+    """All that comes before the layers: an encoder's module `embeddings` (with its norm), else every embedding outside
+    the layers.
+    """
+    together = getattr(model, "embeddings", None)
+    if isinstance(together, nn.Module):
+        return [together]
+    inside = set(layers.modules())
+    return [module for module in model.modules() if isinstance(module, nn.Embedding) and module not in inside]
 
 
-def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, target_modules: str | Sequence[str], seed: int
-) -> None:
+def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> None:
     """Freezes the model and puts `W + (alpha/rank)·B·A` in the place of each target linear layer (Hu et al. 2021), in
     place.
 
     B starts at 0, so the model starts unchanged. Raises `UserError` when no module has a name that was asked for.
     """
-    import torch
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    targets = lora.target_modules
     if targets == "all-linear":
         targets = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
     model.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    config = _lora_config(model, lora, targets=list(targets), base=None)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -82,15 +102,40 @@ def add_lora(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def _lora_config(model: nn.Module, lora: LoraSection, *, targets: Sequence[str], base: str | None) -> LoraConfig:
+    from peft import LoraConfig
+
+    # peft asks to be told of layers that keep their weight transposed, as GPT-2's do.
+    transposed = any(name.rsplit(".", 1)[-1] in targets and _is_transposed(m) for name, m in model.named_modules())
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's own code divides it; only its annotation says int
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        fan_in_fan_out=transposed,
+        base_model_name_or_path=base,
+        task_type=None if base is None else "FEATURE_EXTRACTION",
+    )
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, Conv1D)
+
+
 def merge_lora(model: PreTrainedModel) -> None:
-    """Folds every adapter into its layer, W ← W + (alpha/rank)·B·A, and takes the wrappers out, in place."""
+    """Folds every adapter into its layer, W ← W + (alpha/rank)·B·A, and takes the wrappers out, in place.
+
+    The model becomes fp32 first: a low-rank change is small beside the weights, and bf16 would round much of it away
+    before it is added.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
@@ -98,13 +143,11 @@ def merge_lora(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent_name), child, module.get_base_layer())
 
 
-def save_lora(model: PreTrainedModel, folder: Path, *, base: str, rank: int, alpha: float, dropout: float) -> None:
+def save_lora(model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: str) -> None:
     """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that peft opens over the
     base model.
     """
-    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     targets = sorted(
@@ -116,11 +159,4 @@ def save_lora(model: PreTrainedModel, folder: Path, *, base: str, rank: int, alp
             tensors["base_model.model." + name.replace(".default", "")] = parameter.detach().contiguous().cpu()
     assert tensors, "no adapter in the model"
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        base_model_name_or_path=base,
-        task_type="FEATURE_EXTRACTION",
-    ).save_pretrained(folder)
+    _lora_config(model, lora, targets=targets, base=base).save_pretrained(str(folder))

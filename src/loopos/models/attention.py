@@ -1,12 +1,15 @@
 """Packed attention: many sequences in one flat row of tokens, no pads, no cross-talk.
 
 Enters: transformers' query, key and value `[1, H, T, D]` and the `PackedLayout` of the row, which travels as the
-keyword `packed_layout` through the
-model's forward. Leaves: the attention output `[1, T, H, D]`. Left out: attention over a key-value cache.
+keyword `packed_layout` through the model's forward. Leaves: the attention output `[1, T, H, D]`. Left out: attention
+over a key-value cache.
 Letters: T tokens of the row, n tokens of a block, H query heads, K key-value heads, r = H / K, D head size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +37,12 @@ class _BlockAttention(torch.autograd.Function):
     """softmax(scale·QKᵀ + mask)·V of every block, keeping the probabilities for the backward pass.
 
     On CPU this is faster than one fused kernel call a sequence, whose backward is slow for short rows. The r query
-    heads that share a key-value head are folded
-    into rows, so that grouped keys are never repeated.
+    heads that share a key-value head are folded into rows, so that grouped keys are never repeated.
     """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -48,7 +50,7 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
         causal: bool,
         window: int | None,
-    ) -> Tensor:  # type: ignore[no-untyped-def]
+    ) -> Tensor:
         num_heads, num_tokens, size = query.shape
         groups = key.shape[0]
         rows = num_heads // groups
@@ -75,7 +77,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         num_heads, groups, num_tokens, size = ctx.shape
         rows = num_heads // groups
         kept = ctx.saved_tensors
@@ -113,7 +115,8 @@ def _one_by_one(
     """
     outputs = []
     rows = query.shape[0] // key.shape[0]
-    for q, k, v, length in zip(*(t.split(layout.lengths, 1) for t in (query, key, value)), layout.lengths, strict=True):
+    for start, length in zip(layout.starts().tolist(), layout.lengths, strict=True):
+        q, k, v = (tensor[:, start : start + length] for tensor in (query, key, value))
         if softcap is None:
             mask = (
                 allowed_pairs((length,), causal=causal, window=window, device=q.device)
@@ -182,8 +185,8 @@ def packed_attention(
     """Attention within each sequence of a packed row; the signature is transformers' `AttentionInterface`.
 
     query `[1, H, T, D]`, key and value `[1, K, T, D]` → `[1, T, H, D]`. Raises `PackedUnsupported` where the model
-    asks for more than softmax attention with
-    a causal or two-sided band (attention sinks, a bias, cross-attention …), so that a caller can take the padded path.
+    asks for more than softmax attention with a causal or two-sided band (attention sinks, a bias, cross-attention …),
+    so that a caller can take the padded path.
     """
     assert packed_layout is not None, "the packed attention was called without packed_layout"
     extra = sorted(name for name, value in asked.items() if value is not None and name not in _WITHOUT_EFFECT)
@@ -196,7 +199,8 @@ def packed_attention(
     q, k, v = query[0], key[0], value[0]
     plain = softcap is None and dropout == 0.0
     if plain and q.device.type == "cpu" and max(packed_layout.lengths) < FUSED_FROM:
-        out = _BlockAttention.apply(q, k, v, packed_layout, scale, causal, sliding_window)
+        blocks: Callable[..., Tensor] = _BlockAttention.apply
+        out = blocks(q, k, v, packed_layout, scale, causal, sliding_window)
     elif plain and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
         out = _variable_length(q, k, v, packed_layout, scale=scale, causal=causal, window=sliding_window)
     else:

@@ -1,12 +1,13 @@
 """The transformer behind one name: a flat row of tokens in, hidden states out.
 
 Enters: token ids `[T]` and the row's `PackedLayout`. Leaves: hidden states of the last layer `[T, d]`. The packed path
-runs transformers' modules unchanged with
-our attention; a probe on the loaded weights proves it exact, and where it is not the padded path is taken, with the
-reason kept. Left out: heads, logits.
+runs transformers' modules unchanged with our attention; a probe on the loaded weights proves it exact, and where it is
+not the padded path is taken, with the reason kept. Left out: heads, logits.
 """
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.model = model
+        self.takes_token_types = _takes_token_types(model)
         self.path, self.reason = "padded", ""
         if attention == "padded":
             self.reason = 'model.attention is "padded"'
@@ -48,16 +50,27 @@ class Backbone(nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
-        """ids `[T]` int64, token_types `[T]` (segment ids of sentence pairs, for encoders that have them) → hidden
-        states `[T, d]`.
+        """ids `[T]` int64, token_types `[T]` (segment ids of sentence pairs; models without such embeddings do not
+        get them) → hidden states `[T, d]`.
         """
+        token_types = token_types if self.takes_token_types else None
         if self.path == "packed":
             return _packed_hidden_states(self.model, ids, layout, token_types)
         return _padded_hidden_states(self.model, ids, layout, token_types)
 
 
-def _packed_hidden_states(model: nn.Module, ids: Tensor, layout: PackedLayout, token_types: Tensor | None) -> Tensor:
-    extra = {} if token_types is None else {"token_type_ids": token_types[None]}
+def _takes_token_types(model: PreTrainedModel) -> bool:
+    """Whether the model has an embedding for each segment of a pair. GPT-2 takes the argument too, but adds the
+    embedding of token 0 or 1 to every token.
+    """
+    segments = getattr(model.config, "type_vocab_size", None) or 0
+    return segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def _packed_hidden_states(
+    model: PreTrainedModel, ids: Tensor, layout: PackedLayout, token_types: Tensor | None
+) -> Tensor:
+    extra: dict[str, Tensor | bool] = {} if token_types is None else {"token_type_ids": token_types[None]}
     if getattr(model.config, "use_cache", None) is not None:
         extra["use_cache"] = False
     output = model(input_ids=ids[None], position_ids=layout.positions()[None], packed_layout=layout, **extra)
@@ -65,7 +78,9 @@ def _packed_hidden_states(model: nn.Module, ids: Tensor, layout: PackedLayout, t
     return hidden
 
 
-def _padded_hidden_states(model: nn.Module, ids: Tensor, layout: PackedLayout, token_types: Tensor | None) -> Tensor:
+def _padded_hidden_states(
+    model: PreTrainedModel, ids: Tensor, layout: PackedLayout, token_types: Tensor | None
+) -> Tensor:
     """Sequences side by side with pads on the right, `[N, longest]`, and the real tokens' states taken back out in
     order.
     """
@@ -74,7 +89,7 @@ def _padded_hidden_states(model: nn.Module, ids: Tensor, layout: PackedLayout, t
     padded = torch.full(
         mask.shape, pad if isinstance(pad, int) and pad >= 0 else 0, dtype=ids.dtype, device=ids.device
     ).masked_scatter(mask, ids)
-    extra = {}
+    extra: dict[str, Tensor | bool] = {}
     if token_types is not None:
         extra["token_type_ids"] = torch.zeros_like(padded).masked_scatter(mask, token_types)
     if getattr(model.config, "use_cache", None) is not None:
@@ -93,13 +108,15 @@ def _why_not_packed(model: PreTrainedModel) -> str:
     if served:
         return f"its layers use {', '.join(sorted(served))}"
     before, was_training = model.config._attn_implementation, model.training
-    model.eval()
+    model.train(False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
         min(3, config.vocab_size - 1), config.vocab_size, (sum(_PROBE_LENGTHS),), generator=generator
     ).to(model.device)
     layout = PackedLayout(_PROBE_LENGTHS, model.device)
-    alone = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(_PROBE_LENGTHS)])
+    places = zip(layout.starts().tolist(), layout.lengths, strict=True)
+    parts = [ids[start : start + length] for start, length in places]
+    alone = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
     reason = ""
     try:
         model.set_attn_implementation(IMPLEMENTATION)
@@ -108,7 +125,7 @@ def _why_not_packed(model: PreTrainedModel) -> str:
         if not difference <= _PROBE_TOLERANCE:
             reason = f"its hidden states differ from each sequence alone by {difference:.1e}"
     except (PackedUnsupported, ValueError, TypeError, AssertionError, RuntimeError) as problem:
-        reason = str(problem).splitlines()[0]
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
     if reason:
         model.set_attn_implementation(before)
     model.train(was_training)

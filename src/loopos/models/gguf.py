@@ -1,9 +1,8 @@
 """GGUF files, converted once to an ordinary model folder in the user's cache.
 
 transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
-times over (config, tokenizer, weights). The
-folder (safetensors in fp32: the dequantised values exactly) then opens in under a second. It is named by the file's
-SHA-256, so a changed file is converted anew.
+times over (config, tokenizer, weights). The folder (safetensors in fp32: the dequantised values exactly) then opens in
+under a second. It is named by the file's SHA-256, so a changed file is converted anew.
 """
 
 from __future__ import annotations
@@ -68,7 +67,8 @@ def _convert(file: Path, folder: Path) -> None:
     for mark in ("quantization_config", "_name_or_path"):
         if hasattr(config, mark):
             delattr(config, mark)
-    plain = type(loaded)(config).to(torch.float32)
+    plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
+    assert plain.dtype == torch.float32
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,33 +1,30 @@
-"""Pretrained models in, from every kind of source, and out again.
+"""Pretrained models in, from every kind of source.
 
-Enters: a `WeightsSource`, and the sizes of `model` where the source has no config. Leaves: a headless model in fp32
-and its tokenizer. Left out: heads, adapters.
+Enters: the value of `data.pretrained_weights`, and the sizes of `model` where the source has no config. Leaves: a
+headless model in fp32 and its tokenizer. Left out: reading the files (`weight_files.py`), heads, adapters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.config.sections import ModelSection
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import WeightsSource, weights_source
+from loopos.models.tokenizers import open_tokenizer
+from loopos.models.weight_files import from_file, from_folder
 
+NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
 _SIZES = {
     "d_model": "hidden_size",
@@ -37,6 +34,8 @@ _SIZES = {
     "d_ff": "intermediate_size",
     "vocab_size": "vocab_size",
 }
+# What transformers or the place of a file adds to a config; the weights do not depend on it.
+_NOT_OF_THE_WEIGHTS = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,12 @@ class Sizes:
     vocab_size: int | None = None
     max_length: int = 2048
 
+    @classmethod
+    def of(cls, section: ModelSection, *, max_length: int | None = None) -> Sizes:
+        """Those of a config's `model` section; positions for `max_length` tokens, and 2048 at least."""
+        named = {ours: getattr(section, ours) for ours in _SIZES}
+        return cls(**named, max_length=max(cls.max_length, max_length or 0))
+
     def given(self) -> dict[str, int]:
         """transformers' name → size, of those that were given."""
         return {theirs: getattr(self, ours) for ours, theirs in _SIZES.items() if getattr(self, ours) is not None}
@@ -60,11 +65,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A headless model in fp32 on CPU, its tokenizer, and `said`: what was loaded, in words."""
+    """A headless model in fp32 on CPU, its tokenizer, `said`: what was loaded, in words, and `fingerprint`, which
+    tells these weights from others.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     said: str
+    fingerprint: str
 
 
 def load_pretrained(
@@ -73,53 +81,58 @@ def load_pretrained(
     """Loads what `data.pretrained_weights` names.
 
     Raises `UserError` for a missing or broken source, a file that wants to run code, tensors that are missing or of
-    other shapes than the config says, sizes that
-    disagree with the weights, and encoder-decoder models.
+    other shapes than the config says, sizes that disagree with the weights, and encoder-decoder models.
     """
     source = weights_source(given)
-    folder = converted_folder(source.path) if source.kind == "gguf" and source.path else source.path
-    config = _config(source, folder, sizes, trust_remote_code)
-    _check_config(config, sizes, given)
-    opened = _tokenizer(source, folder, tokenizer, trust_remote_code)
-    if len(opened) > config.get_text_config().vocab_size:
+    config = _config(source, sizes, trust_remote_code)
+    opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
+    embeddings = config.get_text_config().vocab_size
+    if len(opened) > embeddings:
         raise UserError(
-            f"the tokenizer has {len(opened)} tokens but the model of {given} only {config.get_text_config().vocab_size} embeddings: "
+            f"the tokenizer has {len(opened)} tokens but the model of {given} only {embeddings} embeddings: "
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        model = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     elif source.kind in ("safetensors", "torch"):
-        assert source.path is not None
-        model = AutoModel.from_config(config, dtype=torch.float32)
-        _fill(model, read_tensors(source), given)
+        model = from_file(source, config)
     else:
-        model = _from_pretrained(str(folder or given), config, trust_remote_code)
+        model = from_folder(str(_folder(source) or given), config, trust_remote_code=trust_remote_code)
+    assert isinstance(model, PreTrainedModel)
     parameters = sum(p.numel() for p in model.parameters())
-    return Pretrained(model, opened, f"{given}: {type(model).__name__}, {parameters:,} parameters")
+    said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
+    return Pretrained(model, opened, said, _fingerprint(model))
 
 
 def load_config(given: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The architecture alone, without weights: what a dry run needs."""
-    source = weights_source(given)
-    folder = converted_folder(source.path) if source.kind == "gguf" and source.path else source.path
-    config = _config(source, folder, sizes, trust_remote_code)
-    _check_config(config, sizes, given)
-    return config
+    """The architecture alone, without weights: what a dry run needs. Raises `UserError`."""
+    return _config(weights_source(given), sizes, trust_remote_code)
 
 
-def _config(source: WeightsSource, folder: Path | None, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
+def _folder(source: WeightsSource) -> Path | None:
+    """The folder with config.json of a source that is or becomes one."""
+    if source.kind == "gguf" and source.path is not None:
+        return converted_folder(source.path)
+    return source.path if source.kind == "folder" else None
+
+
+def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
     if source.kind == "new":
         return _new_config(sizes)
+    folder = _folder(source)
     if source.kind in ("safetensors", "torch"):
         assert source.path is not None
-        beside = source.path.parent / "config.json"
-        if not beside.is_file():
+        if not (source.path.parent / "config.json").is_file():
             return _new_config(sizes)
         folder = source.path.parent
+    place = str(folder or source.given)
     try:
-        return AutoConfig.from_pretrained(str(folder or source.given), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as problem:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as problem:
         raise UserError(_why(source, problem)) from problem
+    assert isinstance(config, PreTrainedConfig)
+    _check_config(config, sizes, source.given)
+    return config
 
 
 def _new_config(sizes: Sizes) -> LlamaConfig:
@@ -127,15 +140,22 @@ def _new_config(sizes: Sizes) -> LlamaConfig:
     missing = [ours for ours in _SIZES if ours != "num_key_value_heads" and getattr(sizes, ours) is None]
     if missing:
         raise UserError(
-            f"model: {', '.join(missing)} missing; a new model, or a weights file without config.json beside it, needs all of them"
+            f"model: {', '.join(missing)} missing; a new model, or a weights file without config.json beside it, "
+            "needs all of them"
         )
-    assert sizes.d_model is not None and sizes.num_heads is not None
-    return LlamaConfig(
-        **{"num_key_value_heads": sizes.num_heads, **sizes.given()},
-        head_dim=sizes.d_model // sizes.num_heads,
-        max_position_embeddings=sizes.max_length,
-        tie_word_embeddings=True,
+    assert sizes.d_model is not None
+    assert sizes.num_heads is not None
+    config = LlamaConfig.from_dict(
+        {
+            "num_key_value_heads": sizes.num_heads,
+            **sizes.given(),
+            "head_dim": sizes.d_model // sizes.num_heads,
+            "max_position_embeddings": sizes.max_length,
+            "tie_word_embeddings": True,
+        }
     )
+    assert isinstance(config, LlamaConfig)
+    return config
 
 
 def _check_config(config: PreTrainedConfig, sizes: Sizes, given: str) -> None:
@@ -156,115 +176,34 @@ def _check_config(config: PreTrainedConfig, sizes: Sizes, given: str) -> None:
         )
 
 
-def _tokenizer(
-    source: WeightsSource, folder: Path | None, named: str | None, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    place = named
-    if named is not None:
-        tokenizer_source = weights_source(named)
-        place = (
-            str(converted_folder(tokenizer_source.path))
-            if tokenizer_source.kind == "gguf" and tokenizer_source.path
-            else str(tokenizer_source.path or named)
-        )
-    elif source.kind in ("safetensors", "torch"):
-        assert source.path is not None
-        place = str(source.path.parent)
-    elif source.kind != "new":
-        place = str(folder or source.given)
-    if place is None:
-        raise UserError(
-            f'data.tokenizer is missing: a new model needs one; name a folder with tokenizer.json or "{"smollm2-135m"}"'
-        )
-    try:
-        opened = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as problem:
-        raise UserError(
-            f"no tokenizer in {place}: {str(problem).splitlines()[0]}; put tokenizer.json there or name one in data.tokenizer"
-        ) from problem
-    assert isinstance(opened, PreTrainedTokenizerBase)
-    return opened
-
-
-def _from_pretrained(place: str, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    try:
-        model, info = AutoModel.from_pretrained(
-            place, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(f"data.pretrained_weights: cannot load {place}: {str(problem).splitlines()[0]}") from problem
-    # A pooler that a checkpoint lacks is never read: pooling is ours.
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if missing or info["mismatched_keys"]:
-        names = missing or sorted(str(entry) for entry in info["mismatched_keys"])
-        raise UserError(
-            f"data.pretrained_weights: {place} does not fill {type(model).__name__}: {_some(names)} missing or of another shape"
-        )
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or zip-format torch file. A pickle that wants to run code is refused, with the
-    reason.
-    """
-    assert source.path is not None
-    try:
-        if source.kind == "safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(source.path)
-        if not zipfile.is_zipfile(source.path):
-            raise UserError(
-                f"{source.path}: not a zip-format torch file (an old pickle, or not weights at all); save it again as .safetensors"
-            )
-        loaded = torch.load(source.path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise UserError(
-            f"{source.path}: refused, since opening it would run code: {str(problem).splitlines()[0]}; save it as .safetensors"
-        ) from problem
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as problem:
-        raise UserError(f"{source.path}: cannot be read as weights: {str(problem).splitlines()[0]}") from problem
-    except Exception as problem:
-        if type(problem).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{source.path}: broken safetensors file: {problem}") from problem
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{source.path}: wanted a dictionary of tensors by name, found {type(loaded).__name__}")
-    return tensors
-
-
-def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], given: str) -> None:
-    """Copies tensors in by name, with or without the base model's prefix; language-model heads are left aside."""
-    prefix = model.base_model_prefix + "."
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(bare))
-    wrong = sorted(
-        f"{name} {tuple(bare[name].shape)} (wanted {tuple(wanted[name].shape)})"
-        for name in set(wanted) & set(bare)
-        if bare[name].shape != wanted[name].shape
-    )
-    if missing or wrong:
-        raise UserError(
-            f"data.pretrained_weights: {given} does not fill {type(model).__name__}: {_some(missing or wrong)} missing or of another shape"
-        )
-    model.load_state_dict({name: bare[name].float() for name in wanted})
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _why(source: WeightsSource, problem: Exception) -> str:
-    first = str(problem).splitlines()[0]
+    first = (str(problem).splitlines() or [type(problem).__name__])[0]
+    if isinstance(problem, StrictDataclassError):
+        first = " ".join(str(problem).split())
     if source.kind == "hub":
         return (
-            f"data.pretrained_weights: {source.given} is neither a file or folder here nor reachable on a hub: {first}\n"
+            f"data.pretrained_weights: {source.given} is neither a file or folder here nor reachable on a hub: "
+            f"{first}\n"
             'use the embedded model ("smollm2-135m"), a local folder, or set HF_TOKEN for a private model'
         )
     return f"data.pretrained_weights: cannot read the config of {source.given}: {first}"
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """The architecture and the first values of every tensor, as 16 hexadecimal digits."""
+    described = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_OF_THE_WEIGHTS}
+    digest = hashlib.sha256(repr(sorted(described.items())).encode())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def cast_parameters(model: nn.Module, number_format: torch.dtype) -> None:
+    """Takes the parameters to another number format, in place. Buffers stay: the frequencies of rotary positions must
+    keep fp32, and training leaves them there too.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(number_format)
 
 
 def save_json(path: Path, content: object) -> None:

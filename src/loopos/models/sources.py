@@ -32,8 +32,7 @@ def weights_source(given: str) -> WeightsSource:
     """Tells what a value of `data.pretrained_weights` names.
 
     Raises `EnvironmentFault` when the embedded model's package is missing, and `UserError` for a file of a kind that
-    holds no weights or an output folder of a run
-    without a finished model.
+    holds no weights or an output folder of a run without a finished model.
     """
     if given == EMBEDDED:
         return WeightsSource(given, "gguf", embedded_model())
@@ -49,11 +48,13 @@ def weights_source(given: str) -> WeightsSource:
         if suffix in _WEIGHT_FILES:
             return WeightsSource(given, _WEIGHT_FILES[suffix], path)
         raise UserError(
-            f"data.pretrained_weights: given the file {given}, wanted .gguf, .safetensors, .bin or a folder with config.json"
+            f"data.pretrained_weights: given the file {given}, wanted .gguf, .safetensors, .bin or a folder with "
+            "config.json"
         )
     if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UserError(
-            f'data.pretrained_weights: {given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id'
+            f'data.pretrained_weights: {given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a '
+            "weights file or a hub id"
         )
     return WeightsSource(given, "hub")
 
@@ -64,7 +65,8 @@ def _model_folder(path: Path) -> Path:
         if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
             return folder
     raise UserError(
-        f"data.pretrained_weights: {path} holds no model: wanted a config.json with model_type in it or in its folder model/"
+        f"data.pretrained_weights: {path} holds no model: wanted a config.json with model_type in it or in its folder "
+        "model/"
     )
 
 

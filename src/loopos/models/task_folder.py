@@ -4,33 +4,35 @@
              head.safetensors  loopos.json                the head, and what its outputs mean
 
 With pooling "last" on a causal model that transformers has a sequence classifier for, model.safetensors holds that
-classifier, so that
-`AutoModelForSequenceClassification` opens the folder too. Written beside and renamed, so that a folder is whole or
-absent.
+classifier, so that `AutoModelForSequenceClassification` opens the folder too. Written beside and renamed, so that a
+folder is whole or absent. Left out: checkpoints of a run in progress (`training.checkpoint`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
-from loopos.models.load import load_pretrained, save_json
+from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
 
+ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
 FORMAT = 1
 DESCRIPTION = "loopos.json"
 HEAD = "head.safetensors"
-_PROBLEM_TYPES = {
+_PROBLEM_TYPES: Mapping[str, ProblemType] = {
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",
     "regression": "regression",
@@ -42,21 +44,34 @@ def save_task_model(
     model: PooledModel,
     tokenizer: PreTrainedTokenizerBase,
     description: Mapping[str, Any],
-    dtype: torch.dtype,
 ) -> None:
-    """Writes backbone, head, tokenizer and `description` (needs task, pooling, class_names); replaces the folder
-    at once. LoRA layers must be merged before.
+    """Writes backbone, head, tokenizer and `description` (needs task, pooling, class_names and precision, the format
+    that the backbone takes); replaces the folder at once. LoRA layers must be merged before. Raises `OSError` when
+    the disk is full.
     """
+    # One process writes a run: what lies beside is left by one that was killed.
+    for left in folder.parent.glob(f".{folder.name}.*-*"):
+        shutil.rmtree(left)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     backbone = model.backbone.model
     _describe(backbone, tokenizer, description)
+    cast_parameters(backbone, NUMBER_FORMATS[description["precision"]])
     classifier = _sequence_classifier(backbone, model) if description["pooling"] == "last" else None
-    (classifier or backbone).to(dtype).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, partial / HEAD)
-    save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
+    try:
+        (backbone if classifier is None else classifier).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, partial / HEAD)
+        save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
+    except SafetensorError as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors hides the system's error number; a caller that handles a full disk needs it.
+        if f"os error {errno.ENOSPC}" in str(problem):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from problem
+        raise
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if folder.exists():
         folder.rename(old)
@@ -78,21 +93,20 @@ def _sequence_classifier(backbone: PreTrainedModel, model: PooledModel) -> PreTr
     """transformers' own sequence classifier around this backbone and head, or None where it has none of that shape."""
     try:
         with torch.device("meta"):
-            classifier = AutoModelForSequenceClassification.from_config(backbone.config)
+            classifier: PreTrainedModel = AutoModelForSequenceClassification.from_config(backbone.config)  # type: ignore[no-untyped-call]
     except ValueError:
         return None
-    score = getattr(classifier, "score", None)
-    prefix = classifier.base_model_prefix
-    if (
-        not isinstance(score, torch.nn.Linear)
-        or score.bias is not None
-        or type(getattr(classifier, prefix, None)) is not type(backbone)
-    ):
+    score, prefix = getattr(classifier, "score", None), classifier.base_model_prefix
+    if not isinstance(score, torch.nn.Linear) or getattr(score, "bias", None) is not None:
+        return None
+    if type(getattr(classifier, prefix, None)) is not type(backbone):
         return None
     setattr(classifier, prefix, backbone)
-    classifier.score = torch.nn.Linear(score.in_features, score.out_features, bias=False)
+    weight = model.head.weight.detach()
+    classifier.score = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
     with torch.no_grad():
-        classifier.score.weight.copy_(model.head.weight)
+        classifier.score.weight.copy_(weight)
+    classifier.score.to(backbone.dtype)
     assert isinstance(classifier, PreTrainedModel)
     return classifier
 
@@ -119,11 +133,14 @@ def open_task_model(
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         head = load_file(folder / HEAD)["weight"]
-    except (OSError, ValueError, KeyError) as problem:
-        raise UserError(f"{folder}: broken: {problem}") from problem
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+        raise UserError(f"{folder}: broken: {problem}; make it again: loopos train CONFIG --resume") from problem
+    if not isinstance(description, dict):
+        raise UserError(f"{folder / DESCRIPTION}: broken: no JSON object; make it again: loopos train CONFIG --resume")
     if description.get("format") != FORMAT:
         raise UserError(
-            f"{folder / DESCRIPTION}: format {description.get('format')}, wanted {FORMAT}: written by another version of LoopOS"
+            f"{folder / DESCRIPTION}: format {description.get('format')}, wanted {FORMAT}: written by another version "
+            "of LoopOS"
         )
     pretrained = load_pretrained(str(folder))
     model = PooledModel(

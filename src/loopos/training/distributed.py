@@ -51,10 +51,10 @@ class World:
         for tensor in tensors:
             bucket.append(tensor)
             if sum(t.numel() for t in bucket) >= _BUCKET:
-                _sum_bucket(bucket)
+                _sum_bucket(bucket, self.local_rank)
                 bucket = []
         if bucket:
-            _sum_bucket(bucket)
+            _sum_bucket(bucket, self.local_rank)
 
     def gather(self, value: object) -> list[object]:
         """The value of every rank, in rank order, on every rank."""
@@ -70,10 +70,12 @@ class World:
             dist.barrier()
 
 
-def _sum_bucket(bucket: Sequence[Tensor]) -> None:
+def _sum_bucket(bucket: Sequence[Tensor], local_rank: int) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    if dist.get_backend() == "nccl":
+        flat = flat.cuda(local_rank)
     dist.all_reduce(flat)
-    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+    for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 

@@ -1,7 +1,7 @@
 """The offline loop: step, log, validate, stop early, save, resume.
 
 Enters: the batches, an `Update`, a method's objective and validation. Leaves: checkpoints, `events.jsonl`, a
-`FitResult`. Left out: what a batch or a loss is.
+`FitResult`. Left out: what a batch or a loss is, and what a checkpoint holds (`run_state.py`).
 A run that was killed at any instant and resumed goes through the same numbers as one that was not, on the same machine
 and settings.
 """
@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from loopos.config.faults import UserError
 from loopos.config.sections import TrainingSection
-from loopos.data.batches import Batch, Cursor, StepBatches
+from loopos.data.batches import Batch, StepBatches
 from loopos.training import checkpoint
 from loopos.training.distributed import World
+from loopos.training.durable import JSON
 from loopos.training.events import EventLog, EventWriter, TensorBoardAdapter
 from loopos.training.progress import RunProgress
-from loopos.training.schedules import Plateau, factor, warmup_steps
-from loopos.training.stopping import Best, StopSignals
-from loopos.training.update import NonFiniteStep, Objective, Update
+from loopos.training.run_state import Position, RunState, identity_of
+from loopos.training.schedules import factor, warmup_steps
+from loopos.training.stopping import EXIT_CODES, Best, StopSignals
+from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
+from loopos.training.validation import Judges, Validation
 
 
 @dataclass(frozen=True)
 class FitResult:
     """How a run ended. `stopped_by`: "epochs", "max_steps", "max_time", "early stopping", "SIGTERM" or "SIGINT".
-    `best`: step and metric of the best validation.
+    `best`: step and metric of the best validation. `seconds`: in steps, validations and saves.
     """
 
     step: int
@@ -44,38 +43,11 @@ class FitResult:
     @property
     def interrupted(self) -> bool:
         """Ended by a signal: there is more to train, and `--resume` goes on."""
-        return self.stopped_by.startswith("SIG")
-
-
-@dataclass
-class Position:
-    """Where a run stands; all of it is in the checkpoint."""
-
-    step: int = 0
-    cursor: Cursor = field(default_factory=Cursor)
-    tokens: int = 0
-    rows: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    stopped_by: str | None = None
-
-
-@dataclass(frozen=True)
-class Validation:
-    """How a run is judged: `measure` gives the metrics, `metric` names the one that says what is best, `mode` whether
-    less ("min") or more ("max") is better.
-
-    `watched` and `watched_mode` are those of early stopping and of the plateau schedule."""
-
-    measure: Callable[[], Mapping[str, float]]
-    metric: str
-    mode: str
-    watched: str
-    watched_mode: str
+        return self.stopped_by in EXIT_CODES
 
 
 class Fit:
-    """One offline run in one folder. `unfreeze`: called once when `training.unfreeze_step` is reached."""
+    """One offline run in one folder: `open`, then `run`."""
 
     def __init__(
         self,
@@ -89,48 +61,59 @@ class Fit:
         progress: RunProgress,
         world: World,
         base: str,
+        facts: Mapping[str, JSON] | None = None,
         unfreeze: Callable[[], None] | None = None,
     ) -> None:
-        """base: what the weights that do not train are; a checkpoint of another base is refused."""
-        self.run_dir, self.settings, self.update, self.batches, self.objective = (
-            run_dir,
-            settings,
-            update,
-            batches,
-            objective,
-        )
-        self.validation, self.progress, self.world, self.base, self.unfreeze = (
-            validation,
-            progress,
-            world,
-            base,
-            unfreeze,
-        )
-        self.checkpoints = run_dir / "checkpoints"
+        """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the
+        log should say of each session. unfreeze: called once, when `training.unfreeze_step` is reached.
+        """
+        self.run_dir, self.settings, self.update, self.batches = run_dir, settings, update, batches
+        self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
+        self.facts, self.unfreeze = dict(facts or {}), unfreeze
         self.total_steps = total_steps(settings, batches.steps_an_epoch)
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
-        self.position = Position()
-        early = settings.early_stopping
-        self.best = Best(validation.mode) if validation else None
-        self.watched = Best(validation.watched_mode, early.min_delta) if validation and early else None
-        plateau = settings.schedule == "plateau" and validation is not None
-        self.plateau = (
-            Plateau(settings.plateau_factor, settings.plateau_patience, settings.minimum_ratio, validation.watched_mode)
-            if plateau
-            else None
-        )  # type: ignore[arg-type, union-attr]
+        self.judges = Judges(validation, settings) if validation is not None else None
+        identity = identity_of(base, settings, batches, update)
+        self.state = RunState(run_dir / "checkpoints", identity, update, self.judges, world)
         self.log: EventLog | None = None
         self.writers: list[EventWriter] = []
-        self.session_start = 0.0
 
-    def run(self, *, resume: bool) -> FitResult:
-        """Trains to the end, from the newest whole checkpoint if `resume` and there is one.
+    @property
+    def position(self) -> Position:
+        return self.state.position
 
-        Raises `NonFiniteStep`, `DiskFull`, `UserError` (a checkpoint of another run); a signal ends it in order, after
-        a checkpoint.
+    def open(self, *, resume: bool) -> None:
+        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one.
+
+        Raises `UserError` (a checkpoint of another run); nothing is changed in the folder then.
         """
-        self.session_start = time.monotonic()
-        self._open(resume)
+        found, said = checkpoint.newest_whole(self.state.folder) if resume else (None, [])
+        for line in said:
+            self.progress.warn(line)
+        if found is not None:
+            self._restore(found)
+        if self.world.is_first:
+            self.log = EventLog(self.run_dir / "events.jsonl")
+            self.writers = [self.log]
+            self.log.rewind(0 if found is None else found.state["events_offset"])
+            if self.settings.tensorboard:
+                resumed_step = found.step if found is not None else None
+                self.writers.append(TensorBoardAdapter(self.run_dir / "tensorboard", resumed_step=resumed_step))
+        if found is not None:
+            self.progress.say(f"resumed from the checkpoint of step {found.step}")
+        elif resume:
+            self.progress.say("no checkpoint to resume from: starting at step 0")
+        facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
+        self._event("session", facts, {"time": time.time()})
+
+    def run(self) -> FitResult:
+        """Trains to the end. Raises `NonFiniteStep` and `DiskFull`; a signal ends it in order, after a checkpoint."""
+        unfreeze_step = self.settings.unfreeze_step
+        if self.unfreeze is not None and unfreeze_step is not None and unfreeze_step >= self.total_steps:
+            self.progress.warn(
+                f"training.unfreeze_step is {unfreeze_step}, but the run has {self.total_steps} steps: the frozen "
+                "layers never train"
+            )
         self.progress.begin(self.total_steps, self.position.step)
         try:
             with StopSignals() as signals:
@@ -139,34 +122,25 @@ class Fit:
             self.progress.end()
             for writer in self.writers:
                 writer.close()
-        best = self.best or Best("min")
-        position = self.position
+        position, best = self.position, self.judges.best if self.judges is not None else Best("min")
         assert position.stopped_by is not None
         return FitResult(position.step, position.stopped_by, best.step, best.metric, position.tokens, position.seconds)
 
     def _loop(self, signals: StopSignals) -> None:
         position = self.position
-        if position.step == 0 and position.stopped_by is None:
-            self._validate()
+        if position.step == 0:
+            # Before training: the figure to compare with, never the best weights.
+            self._validate(judged=False)
+        if not position.concluded:
+            self._conclude(signals)
         while position.stopped_by is None:
-            epoch = position.cursor.epoch
             self._step()
-            ended_epoch = position.cursor.epoch != epoch
-            reason = self._reason_to_end(signals)
-            validated = self._due(self.settings.validate_every, ended_epoch, reason) and self.validation is not None
-            is_best = validated and self._validate()
-            if reason is None and self.watched is not None and self.settings.early_stopping is not None:
-                reason = "early stopping" if self.watched.stale >= self.settings.early_stopping.patience else None
-            # A signal's reason is not kept in the checkpoint: the run has more to do.
-            position.stopped_by = None if reason in ("SIGTERM", "SIGINT") else reason
-            if self._save_due(validated, ended_epoch, reason):
-                self._save(is_best)
-            position.stopped_by = reason
+            self._conclude(signals)
         self._event("end", {"stopped_by": position.stopped_by}, {"seconds": position.seconds})
 
     def _step(self) -> None:
-        position, settings = self.position, self.settings
-        if self.unfreeze is not None and settings.unfreeze_step == position.step:
+        position = self.position
+        if self.unfreeze is not None and self.settings.unfreeze_step == position.step:
             self.unfreeze()
             self.progress.say(f"step {position.step}: the frozen layers train from here on")
         began = time.monotonic()
@@ -175,14 +149,12 @@ class Fit:
         try:
             result = self.update(batches, self.objective, rate)
         except NonFiniteStep as problem:
-            whole, _ = checkpoint.newest_whole(self.checkpoints)
-            left = f"the checkpoint of step {whole.step} is whole" if whole else "there is no checkpoint yet"
             raise NonFiniteStep(
-                f"step {position.step + 1}: {problem}; {left}; lower training.learning_rate, or set training.on_nonfinite to skip"
+                f"step {position.step + 1}: {problem}; {self._last_saved()}; lower training.learning_rate, or set "
+                "training.on_nonfinite to skip"
             ) from None
-        counted = self.world.sum_floats(
-            {"tokens": sum(b.num_tokens for b in batches), "rows": sum(len(b.rows) for b in batches)}
-        )
+        own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
+        counted = self.world.sum_floats(own)
         seconds = time.monotonic() - began
         position.step += 1
         position.cursor = self.batches.after(position.cursor)
@@ -192,168 +164,128 @@ class Fit:
         position.seconds += seconds
         if result.skipped:
             self.progress.warn(f"step {position.step}: not finite, skipped ({position.skipped} so far)")
-        if position.step % settings.log_every == 0 or position.step == self.total_steps or result.skipped:
-            numbers = {
-                **result.losses,
-                "gradient_norm": result.gradient_norm,
-                "learning_rate": settings.learning_rate * rate,
-            }
-            counts = {
-                "epoch": position.cursor.epoch,
-                "rows": position.rows,
-                "tokens": position.tokens,
-                "skipped": position.skipped,
-            }
-            self._event(
-                "step", {**numbers, **counts}, {"seconds": seconds, "tokens_per_second": counted["tokens"] / seconds}
-            )
+        if result.skipped or position.step % self.settings.log_every == 0 or position.step == self.total_steps:
+            self._log_step(result, rate, counted["tokens"], seconds)
         self.progress.step(position.step, result.losses, int(counted["tokens"]), seconds)
+
+    def _log_step(self, result: StepResult, rate: float, tokens: float, seconds: float) -> None:
+        position = self.position
+        metrics: dict[str, JSON] = {
+            **result.losses,
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": self.settings.learning_rate * rate,
+            "epoch": position.cursor.epoch,
+            "rows": position.rows,
+            "tokens": position.tokens,
+            "skipped": position.skipped,
+        }
+        self._event("step", metrics, {"seconds": seconds, "tokens_per_second": tokens / seconds})
 
     def rate_factor(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0) as a share of its peak."""
         s = self.settings
         shape = factor(s.schedule, step, self.total_steps, self.warmup, s.minimum_ratio, s.num_cycles, s.decay_share)
-        return shape * (self.plateau.scale if self.plateau is not None else 1.0)
+        plateau = self.judges.plateau if self.judges is not None else None
+        return shape * (plateau.scale if plateau is not None else 1.0)
 
-    def _validate(self) -> bool:
-        """Measures, logs and judges; whether this is the best validation so far."""
-        if self.validation is None:
+    def _conclude(self, signals: StopSignals) -> None:
+        """All that is due after a step: validate, judge, stop, save."""
+        position, settings = self.position, self.settings
+        reason = self._reason_to_end(signals)
+        if reason in EXIT_CODES:
+            # There may be seconds left before a kill: the rest is done when the run is resumed.
+            position.concluded = False
+            self._save(is_best=False)
+            position.stopped_by = reason
+            return
+        validated = reason is not None or self._falls_due(settings.validate_every)
+        is_best = validated and self._validate()
+        if reason is None and validated and self.judges is not None and self.judges.gives_up:
+            reason = "early stopping"
+        position.concluded, position.stopped_by = True, reason
+        if reason is not None or self._save_falls_due(validated, is_best):
+            self._save(is_best)
+
+    def _save_falls_due(self, validated: bool, is_best: bool) -> bool:
+        every = self.settings.save_every
+        if every == "validation":
+            return validated and self.judges is not None
+        # The best weights are kept whenever they come, not only where a step to save falls on them.
+        return self._falls_due(every) or (is_best and self.settings.keep_best and every != "never")
+
+    def _falls_due(self, every: int | str) -> bool:
+        if every in ("epoch", "never"):
+            return every == "epoch" and self.position.cursor.step == 0
+        return self.position.step % int(every) == 0
+
+    def _validate(self, *, judged: bool = True) -> bool:
+        """Measures, logs and, if `judged`, judges; whether this is the best validation so far."""
+        if self.validation is None or self.judges is None:
             return False
         began = time.monotonic()
         metrics = dict(self.validation.measure())
-        assert self.best is not None
-        better = self.best.observe(metrics[self.validation.metric], self.position.step)
-        if self.watched is not None:
-            self.watched.observe(metrics[self.validation.watched], self.position.step)
-        if self.plateau is not None and self.position.step > 0:
-            self.plateau.observe(metrics[self.validation.watched])
-        self._event("validation", {**metrics, "best": better}, {"seconds": time.monotonic() - began})
+        for name in sorted({self.validation.metric, self.validation.watched} - set(metrics)):
+            self.progress.warn(
+                f"validation at step {self.position.step}: {name} is not defined on these rows and predictions, so "
+                "nothing is judged by it; name another metric in training.metric if this stays"
+            )
+        better = judged and self.judges.observe(metrics, self.position.step)
+        seconds = time.monotonic() - began
+        self.position.seconds += seconds
+        self._event("validation", {**metrics, "best": better}, {"seconds": seconds})
         self.progress.validation(self.position.step, metrics, better)
         return better
 
     def _reason_to_end(self, signals: StopSignals) -> str | None:
-        # A signal may have reached one rank alone; all must stop at the same step.
-        received = [name for name in self.world.gather(signals.received) if name is not None]
+        # A signal may have reached one rank alone, and clocks differ; all ranks must stop at the same step.
+        limit = self.settings.max_time
+        late = limit is not None and self.position.seconds >= limit
+        gathered = self.world.gather((signals.received, late))
+        told = [entry for entry in gathered if isinstance(entry, tuple)]
+        received = [name for name, _ in told if name is not None]
         if received:
             return str(received[0])
         if self.position.step >= self.total_steps:
-            return (
-                "max_steps"
-                if self.settings.max_steps is not None and self.total_steps == self.settings.max_steps
-                else "epochs"
-            )
-        if self.settings.max_time is not None and self.world.gather(self.position.seconds)[0] >= self.settings.max_time:  # type: ignore[operator]
-            return "max_time"
-        return None
-
-    def _due(self, every: int | str, ended_epoch: bool, reason: str | None) -> bool:
-        if reason in ("SIGTERM", "SIGINT") or every == "never":
-            return False
-        return reason is not None or (ended_epoch if every == "epoch" else self.position.step % int(every) == 0)
-
-    def _save_due(self, validated: bool, ended_epoch: bool, reason: str | None) -> bool:
-        every = self.settings.save_every
-        if reason is not None:
-            return True
-        return validated if every == "validation" else every != "never" and self._due(every, ended_epoch, reason)
+            return "max_steps" if self.total_steps == self.settings.max_steps else "epochs"
+        return "max_time" if told[0][1] else None
 
     def _save(self, is_best: bool) -> None:
-        """Writes all that resuming needs; rank 0 writes, every rank gives its random states."""
-        gathered = self.world.gather(checkpoint.random_states())
-        if self.world.is_first:
-            assert self.log is not None
-            began = time.monotonic()
-            tensors: dict[str, Mapping[str, torch.Tensor]] = {
-                "weights": self.update.masters.parameters,
-                "optimizer": self.update.optimizer.tensors(),
-            }
-            states = {}
-            for rank, (random_tensors, random_state) in enumerate(gathered):  # type: ignore[misc]
-                tensors[f"random-{rank}"] = random_tensors
-                states[str(rank)] = random_state
-            checkpoint.save(
-                self.checkpoints,
-                self.position.step,
-                tensors,
-                {**self._state(), "random": states, "events_offset": self.log.offset()},
-                metric=self.best.metric if self.best is not None else None,
-                is_best=is_best,
-            )
-            checkpoint.prune(self.checkpoints, self.settings.keep_last, self.settings.keep_best)
-            self._event("checkpoint", {"is_best": is_best}, {"seconds": time.monotonic() - began})
-        self.world.wait()
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "base": self.base,
-            "position": asdict(self.position),
-            "total_steps": self.total_steps,
-            "rows": len(self.batches.examples),
-            "rows_a_step": self.batches.rows_a_step,
-            "best": self.best.state() if self.best is not None else None,
-            "watched": self.watched.state() if self.watched is not None else None,
-            "plateau": self.plateau.state_dict() if self.plateau is not None else None,
-            "loss_scale": self.update.loss_scale,
-            "steps_since_overflow": self.update.steps_since_overflow,
-        }
-
-    def _open(self, resume: bool) -> None:
-        found, said = checkpoint.newest_whole(self.checkpoints) if resume else (None, [])
-        for line in said:
-            self.progress.warn(line)
-        if self.world.is_first:
-            self.log = EventLog(self.run_dir / "events.jsonl")
-            self.writers = [self.log]
-            self.log.rewind(0 if found is None else found.state["events_offset"])
-            if self.settings.tensorboard:
-                self.writers.append(
-                    TensorBoardAdapter(self.run_dir / "tensorboard", resumed_step=found.step if found else None)
-                )
-        if found is not None:
-            self._restore(found)
-            self.progress.say(f"resumed from the checkpoint of step {found.step}")
-        elif resume:
-            self.progress.say("no checkpoint to resume from: starting at step 0")
-        self._event("session", {"resumed": found is not None, "total_steps": self.total_steps}, {"time": time.time()})
+        began = time.monotonic()
+        self.state.save(
+            self.log.offset() if self.log is not None else 0,
+            is_best=is_best,
+            keep_last=self.settings.keep_last,
+            keep_best=self.settings.keep_best,
+        )
+        seconds = time.monotonic() - began
+        self.position.seconds += seconds
+        self._event("checkpoint", {"is_best": is_best}, {"seconds": seconds})
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        state = found.state
-        now = self._state()
-        changed = [
-            f"{name}: the checkpoint has {state[name]}, this run {now[name]}"
-            for name in ("base", "rows", "rows_a_step")
-            if state[name] != now[name]
-        ]
-        if changed:
-            raise UserError(
-                f"{found.path} belongs to another run ({'; '.join(changed)}); resume with the config and data it began with, or name another output_dir"
-            )
-        position = dict(state["position"])
-        self.position = Position(**{**position, "cursor": Cursor(**position["cursor"])})
-        for judge, name in ((self.best, "best"), (self.watched, "watched")):
-            if judge is not None and state[name] is not None:
-                judge.load(state[name])
-        if self.plateau is not None and state["plateau"] is not None:
-            self.plateau.load_state_dict(state["plateau"])
-        if (
-            self.unfreeze is not None
-            and self.settings.unfreeze_step is not None
-            and self.position.step > self.settings.unfreeze_step
-        ):
+        for line in self.state.restore(found):
+            self.progress.warn(line)
+        position, unfreeze_step = self.position, self.settings.unfreeze_step
+        if self.unfreeze is not None and unfreeze_step is not None and position.step > unfreeze_step:
             self.unfreeze()
-        self.update.masters.load(found.tensors["weights"])
-        self.update.optimizer.load(found.tensors.get("optimizer", {}))
-        self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
-        mine = str(self.world.rank)
-        if mine in state["random"]:
-            for line in checkpoint.restore_random_states(found.tensors[f"random-{mine}"], state["random"][mine]):
-                self.progress.warn(line)
-        else:
-            self.progress.warn(f"the checkpoint holds no random states for rank {mine}; it goes on from its seed")
-        if self.position.step >= self.total_steps and self.position.stopped_by is None:
-            self.position.stopped_by = "epochs"
+        if position.stopped_by is not None and not self._still_ends(position.stopped_by):
+            self.progress.say(f"the run had ended ({position.stopped_by}); with these settings it goes on")
+            position.stopped_by = None
+        elif position.stopped_by is None and position.step >= self.total_steps:
+            position.concluded = False
 
-    def _event(self, kind: str, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
+    def _still_ends(self, reason: str) -> bool:
+        """Whether the reason that ended a run still ends it under the settings it is resumed with."""
+        if reason == "max_time":
+            return self.settings.max_time is not None and self.position.seconds >= self.settings.max_time
+        if reason == "early stopping":
+            return self.judges is not None and self.judges.gives_up
+        return self.position.step >= self.total_steps
+
+    def _last_saved(self) -> str:
+        whole, _ = checkpoint.newest_whole(self.state.folder)
+        return f"the checkpoint of step {whole.step} is whole" if whole else "there is no checkpoint yet"
+
+    def _event(self, kind: str, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         for writer in self.writers:
             writer.write(kind, step=self.position.step, metrics=metrics, timing=timing)
 

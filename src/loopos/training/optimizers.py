@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 
+from loopos.config.sections import TrainingSection
+
 _SEPARATOR = "|"
 
 
@@ -30,10 +32,24 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
 
+    @classmethod
+    def of(cls, settings: TrainingSection) -> OptimizerSettings:
+        """Those of a config's `training` section."""
+        return cls(
+            settings.optimizer,
+            settings.learning_rate,
+            settings.head_learning_rate,
+            settings.momentum,
+            settings.betas,
+            settings.epsilon,
+            settings.weight_decay,
+        )
+
 
 class OptimizerSet:
     """One update rule over all parameters. Weight decay leaves out biases, norms and every other parameter of fewer
-    than two dimensions.
+    than two dimensions; it shrinks weights by learning rate × decay, but for sgd and adam, where it is added to the
+    gradient.
 
     Muon orthogonalises the update of the backbone's weight matrices (Jordan et al. 2024); embeddings, heads, norms and
     biases take AdamW, as its authors advise.
@@ -81,7 +97,7 @@ class OptimizerSet:
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as tensors by `parameter|key`, for a checkpoint. Numbers are 0-d tensors."""
+        """The state as tensors by `parameter|key`, for a checkpoint. Plain numbers are 0-d fp64 tensors."""
         kept: dict[str, Tensor] = {}
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
@@ -104,10 +120,13 @@ class OptimizerSet:
         for entry, value in tensors.items():
             name, _, key = entry.rpartition(_SEPARATOR)
             optimizer, parameter = owner[name]
-            number = value.ndim == 0 and value.dtype == torch.float64
-            optimizer.state[parameter][key] = (
-                value.item() if number else value.to(parameter.device if value.ndim else value.device)
-            )
+            if value.ndim == 0 and value.dtype == torch.float64:
+                optimizer.state[parameter][key] = value.item()
+            else:
+                # A fused kernel reads its step count on the device; other optimizers count on the CPU. The loaded
+                # tensor may be a read-only map of the file, and the optimizer writes into its state.
+                on_device = value.ndim > 0 or bool(optimizer.defaults.get("fused"))
+                optimizer.state[parameter][key] = value.to(parameter.device if on_device else "cpu", copy=True)
 
 
 def _groups(

@@ -1,9 +1,8 @@
-"""Number formats of training: half-precision weights with fp32 masters, or autocast with a loss scale.
+"""Device and number format of training: half-precision weights with fp32 masters, or autocast with a loss scale.
 
 Enters: the named parameters of a model. Leaves: what the optimizer trains (`Masters`). Half-precision weights halve
-the memory that each forward and backward
-reads, while the optimizer and the sum of gradients over micro-batches and ranks stay in fp32. Left out: the step
-itself (`update.py`).
+the memory that each forward and backward reads, while the optimizer and the sum of gradients over micro-batches and
+ranks stay in fp32. Left out: the step itself (`update.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +12,30 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from loopos.config.faults import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" → CUDA, else MPS, else CPU. Raises `UserError` for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if not there[name]:
+        raise UserError(
+            f"training.device: given {name}, but torch {torch.__version__} sees no such device; use auto or cpu"
+        )
+    return torch.device(name)
+
 
 def resolve(precision: str, device: torch.device) -> str:
-    """ "auto" → bf16 where the device multiplies it natively, else fp32; other values stay."""
+    """ "auto" → bf16 where the device multiplies it natively, else fp32 (fp16 on CUDA without bf16); other values
+    stay. Raises `UserError` for fp16 on another device than CUDA.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"training.precision: given fp16, but the device is {device.type}, and fp16 is for CUDA alone; wanted "
+            "auto, fp32 or bf16"
+        )
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -35,9 +55,8 @@ class Masters:
     """fp32 masters of the parameters that train, and the fp32 sum of their gradients.
 
     `parameters` (name → fp32 parameter) is what the optimizer trains. Where a model's parameter is fp32 it is its own
-    master. Otherwise the master takes the
-    fp32 values, the model's parameter becomes half precision, and each micro-batch's gradient is added to the master's
-    and freed at once.
+    master. Otherwise the master takes the fp32 values, the model's parameter becomes half precision, and each
+    micro-batch's gradient is added to the master's and freed at once.
     """
 
     def __init__(
@@ -76,7 +95,8 @@ class Masters:
         for name, (parameter, master) in self._pairs.items():
             parameter.requires_grad_(name in names)
             if name in names and not parameter._post_accumulate_grad_hooks:
-                parameter.register_post_accumulate_grad_hook(self._collector(name, master))
+                # torch leaves this method's annotations out.
+                parameter.register_post_accumulate_grad_hook(self._collector(name, master))  # type: ignore[no-untyped-call]
 
     def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:

@@ -6,7 +6,9 @@ Enters: signals of the system, validation metrics. Leaves: the reason to stop, o
 
 from __future__ import annotations
 
+import math
 import signal
+import threading
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,6 +27,9 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        # Python lets the main thread alone handle signals; a run in another one is stopped by its owner.
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -54,13 +59,13 @@ class Best:
     stale: int = 0
 
     def observe(self, metric: float, step: int) -> bool:
-        """Takes one validation's metric; whether it is a new best. Equal metrics and nan are none."""
+        """Takes one validation's metric; whether it is a new best. Equal metrics, nan and inf are none."""
         gain = (
             float("inf")
             if self.metric is None
             else (metric - self.metric if self.mode == "max" else self.metric - metric)
         )
-        if metric == metric and gain > self.min_delta:
+        if math.isfinite(metric) and gain > self.min_delta:
             self.metric, self.step, self.stale = metric, step, 0
             return True
         self.stale += 1

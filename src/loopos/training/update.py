@@ -3,36 +3,38 @@
 Enters: the micro-batches of a step and a method's loss. Leaves: a `StepResult`, and changed weights. Left out: where
 batches come from, schedules, validation.
 
-A method's loss returns named sums. Each name's count over the whole step (all micro-batches, all ranks) is known before the first forward, and here alone sums
-are divided by counts, so a step is the same however its rows are split.
+A method's loss returns named sums. Each name's count over the whole step (all micro-batches, all ranks) is known
+before the first forward, and here alone sums are divided by counts, so a step is the same however its rows are split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopos.config.faults import UserError
+from loopos.config.sections import TrainingSection
 from loopos.functional.reduce import weighted_mean
 from loopos.training.distributed import World
-from loopos.training.optimizers import OptimizerSet
+from loopos.training.optimizers import OptimizerSet, OptimizerSettings
 from loopos.training.precision import Masters
 
 BatchT = TypeVar("BatchT", contravariant=True)
 
 
 class Objective(Protocol[BatchT]):
-    """What a method gives to `update`. `weights`: the names that are trained and their weights; other names are
-    reported only.
-    """
+    """What a method gives to `update`. Names without a weight are reported only."""
 
-    weights: Mapping[str, float]
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Name → weight in the sum that is trained."""
+        ...
 
     def counts(self, batch: BatchT) -> Mapping[str, float]:
         """The count of every name in this batch, without a forward pass."""
@@ -98,7 +100,8 @@ class Update:
         for batch in batches:
             with torch.autocast(self._autocast[0], self._autocast[1]) if self._autocast else nullcontext():
                 parts = objective.loss(batch)
-            (weighted_mean(parts, counts, objective.weights) * self.loss_scale).backward()
+            share = weighted_mean(parts, counts, objective.weights)
+            torch.autograd.backward(share * self.loss_scale)
             for name, part in parts.items():
                 sums[name] += float(part.detach())
         self.masters.finish()
@@ -120,7 +123,8 @@ class Update:
     def _apply(self, gradients: Sequence[Tensor], losses: dict[str, float], norm: float, factor: float) -> StepResult:
         finite = all(math.isfinite(loss) for loss in losses.values())
         if not (finite and math.isfinite(norm)):
-            if self._scales and finite:
+            # Below a scale of 1 the gradients themselves overflow: no smaller scale makes them finite numbers.
+            if finite and self.loss_scale > 1.0:
                 self.loss_scale, self.steps_since_overflow = self.loss_scale / 2, 0
                 return StepResult(losses, norm, skipped=True)
             if self.on_nonfinite == "skip":
@@ -140,3 +144,25 @@ class Update:
             if self.steps_since_overflow % 2000 == 0:
                 self.loss_scale *= 2
         return StepResult(losses, norm)
+
+
+def build_update(
+    model: nn.Module,
+    masters: Masters,
+    settings: TrainingSection,
+    precision: str,
+    world: World,
+    *,
+    head: Collection[str],
+) -> Update:
+    """The update that a config's `training` section asks for. head: names with the head's learning rate."""
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    device = next(model.parameters()).device
+    return Update(
+        masters,
+        OptimizerSet(OptimizerSettings.of(settings), masters.parameters, head=head, embeddings=embeddings),
+        max_gradient_norm=settings.max_grad_norm,
+        on_nonfinite=settings.on_nonfinite,
+        world=world,
+        autocast=(device.type, torch.float16) if precision == "fp16" else None,
+    )

@@ -1,0 +1,225 @@
+"""The table of commands of `loopos`.
+
+Enters: the words of a command line. Leaves: the exit code. Here stand the names, options and help texts alone; what a
+command does is in its own module, imported when it runs, so that `--help` needs neither torch nor pydantic. Help is
+plain text (`rich_markup_mode=None`): rich's panels take three times as long to start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import loopos
+from loopos.cli.outcome import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    name="loopos",
+    help="Post-training of language models from one config and one command.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(
+    cls=Commands, help="Look at data before training on it.", no_args_is_help=True, rich_markup_mode=None
+)
+runs_app = typer.Typer(
+    cls=Commands, help="Look at finished and running runs.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+app.add_typer(runs_app, name="runs")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that win over the config's.", show_default=False),
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns", metavar="ROLE=COLUMN", help="Column of a role (text, text_pair, label); may be repeated."
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages and bars of the libraries below too.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a model from a hub run its own Python code, in this run.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Post-training of language models from one config and one command."""
+    if version:
+        typer.echo(f"loopos {loopos.__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, tokens, steps, memory, disk and time; start nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, warnings alone.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train as a config says."""
+    from loopos.cli import train as command
+
+    options = command.TrainOptions(resume, dry_run, quiet, trust_remote_code, json, verbose)
+    raise typer.Exit(command.run(config, overrides or [], options))
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+    """Check a config and report every fault at once, with its place."""
+    from loopos.cli import configs as command
+
+    raise typer.Exit(command.validate(config, overrides or [], as_json=json))
+
+
+@app.command()
+def schema(
+    method: Annotated[str, typer.Option("--method", help="Method whose config is described.")] = "fine_tuning",
+) -> None:
+    """Print the JSON Schema of a config."""
+    from loopos.cli import configs as command
+
+    raise typer.Exit(command.schema(method))
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="Data file, .txt of one text a line, or - for one text a line from standard input.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.")
+    ] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="jsonl, csv or tsv; by the suffix of -o, else jsonl.")
+    ] = None,
+    columns: Columns = None,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Predict every row of the input, in its order."""
+    from loopos.cli import predict as command
+
+    options = command.PredictOptions(output, file_format, tuple(columns or ()), device, verbose)
+    raise typer.Exit(command.run(run, source, options))
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    source: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data file.", show_default=False)],
+    columns: Columns = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
+    ] = False,
+    device: Device = "auto",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a trained model on labelled data."""
+    from loopos.cli import evaluate as command
+
+    options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose)
+    raise typer.Exit(command.run(run, source, options))
+
+
+@data_app.command("check")
+def data_check(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="File, folder, glob or hub id of rows.", show_default=False)
+    ],
+    columns: Columns = None,
+    json: Json = False,
+) -> None:
+    """Read a data file as training would, and report what is in it and what is wrong with it."""
+    from loopos.cli import data_check as command
+
+    raise typer.Exit(command.run(source, columns or [], as_json=json))
+
+
+@data_app.command("preview")
+def data_preview(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to show.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show the first training rows as tokens: what counts, what is cut, and the label's code."""
+    from loopos.cli import data_preview as command
+
+    raise typer.Exit(
+        command.run(config, overrides or [], num_rows=rows, trust_remote_code=trust_remote_code, verbose=verbose)
+    )
+
+
+@runs_app.command("list")
+def runs_list(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds runs.")] = Path("outputs"),
+    json: Json = False,
+) -> None:
+    """List the runs in a folder with their state and best metrics."""
+    from loopos.cli import runs as command
+
+    raise typer.Exit(command.list_runs(folder, as_json=json))
+
+
+@runs_app.command("show")
+def runs_show(run: RunFolder, json: Json = False) -> None:
+    """Show one run: its settings, its state, its best validation, its confusion table."""
+    from loopos.cli import runs as command
+
+    raise typer.Exit(command.show(run, as_json=json))
+
+
+@runs_app.command("diff")
+def runs_diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Output folder of a run.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Compare two runs: settings that differ, metrics side by side."""
+    from loopos.cli import runs as command
+
+    raise typer.Exit(command.diff(first, second, as_json=json))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine has: versions, cores, memory, devices, extras, settings in force."""
+    from loopos.cli import doctor as command
+
+    raise typer.Exit(command.run(as_json=json))
+
+
+@app.command()
+def demo(verbose: Verbose = False) -> None:
+    """Fine-tune a real model of 135M parameters on packaged data, in under three minutes on two cores."""
+    from loopos.cli import demo as command
+
+    raise typer.Exit(command.run(verbose=verbose))

@@ -1,0 +1,58 @@
+"""`loopos validate` and `loopos schema`: a config checked, and described, without torch.
+
+Enters: a config file and overrides, or a method's name. Leaves: faults or a confirmation, or a JSON Schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from loopos.cli.answers import say, say_json
+from loopos.cli.outcome import note
+from loopos.config.faults import ConfigError, UserError
+from loopos.config.load import LoadedConfig, load
+from loopos.methods.table import METHODS, config_classes
+
+
+def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
+    """The config, with its notes told. Raises `ConfigError`."""
+    loaded = load(path, overrides, config_classes())
+    tell_notes(loaded)
+    return loaded
+
+
+def tell_notes(loaded: LoadedConfig) -> None:
+    """What the user should know of a valid config, on standard error."""
+    for sentence in loaded.notes:
+        note(f"note: {sentence}")
+
+
+def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Prints whether the config is valid; with `as_json` its faults and notes as data."""
+    if not as_json:
+        config = read(path, overrides).config
+        computation = config.model_dump()["computation"]
+        say(f"{path}: valid ({computation['mode']}, {computation['method']})")
+        return 0
+    try:
+        loaded = load(path, overrides, config_classes())
+    except ConfigError as error:
+        faults = [dataclasses.asdict(fault) for fault in error.faults]
+        say_json({"file": str(path), "valid": False, "faults": faults, "notes": []})
+        return error.exit_code
+    say_json({"file": str(path), "valid": True, "faults": [], "notes": loaded.notes})
+    return 0
+
+
+def schema(method: str) -> int:
+    """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
+    from loopos.config.json_schema import schema as schema_of
+
+    rows = {name: config_class for (_, name), config_class in config_classes().items()}
+    if method not in rows:
+        known = ", ".join(name for _, name in METHODS)
+        raise UserError(f"--method: given {method}; wanted one of {known}")
+    say_json(schema_of(rows[method]))
+    return 0

@@ -1,0 +1,168 @@
+"""`loopos doctor`: what this machine has, and what is missing with the line that installs it.
+
+Enters: nothing. Leaves: versions, cores, memory, disk, devices, extras, the embedded model, and the process settings in
+force; exit code 1 if LoopOS cannot train here. It works where torch cannot be imported, and then says why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from typing import Any
+
+import loopos
+from loopos.cli.answers import as_bytes, say, say_json, table
+from loopos.cli.process import is_glibc, settings_in_force, wanted_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.config.faults import EnvironmentFault
+from loopos.models.sources import embedded_model
+
+REQUIRED = (
+    "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "peft", "pydantic", "typer",
+    "rich", "PyYAML", "numpy", "matplotlib", "psutil", "zstandard", "pyarrow",
+)  # fmt: skip
+EXTRAS = {"demo": ("gguf",), "track": ("tensorboard",), "bench": ("accelerate",)}
+
+
+def run(*, as_json: bool) -> int:
+    """Prints the findings; 0 if all that training needs is there, else 1."""
+    hush_libraries(verbose=False)
+    found = findings()
+    if as_json:
+        say_json(found)
+    else:
+        say(described(found))
+    return 0 if found["ready"] else 1
+
+
+def findings() -> dict[str, Any]:
+    """Everything, as one JSON object; `ready` says whether training can run."""
+    versions = {name: version_of(name) for name in REQUIRED}
+    missing = [name for name, version in versions.items() if version is None]
+    torch_found = inspect_torch()
+    return {
+        "ready": not missing and "error" not in torch_found,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "loopos": loopos.__version__,
+        "versions": versions,
+        "missing": missing,
+        "torch": torch_found,
+        "cores": usable_cores(),
+        "memory": memory(),
+        "disk": {"folder": os.getcwd(), "free": shutil.disk_usage(os.getcwd()).free},
+        "process_settings": settings_in_force(),
+        "process_settings_added_by_training": wanted_settings(os.environ) if is_glibc() else {},
+        "embedded_model": inspect_embedded(),
+        "extras": {extra: {name: version_of(name) for name in packages} for extra, packages in EXTRAS.items()},
+    }
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, without importing the package; None if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> dict[str, int] | None:
+    """Bytes of memory, all and available; None where psutil is missing."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    there = psutil.virtual_memory()
+    return {"all": there.total, "available": there.available}
+
+
+def inspect_torch() -> dict[str, Any]:
+    """Devices and number formats, or {"error": why torch cannot be imported}."""
+    try:
+        import torch
+
+        from loopos.training.precision import resolve
+    except (ImportError, OSError) as error:
+        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+    devices: list[dict[str, Any]] = [{"device": "cpu", "capability": torch.backends.cpu.get_cpu_capability()}]
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        devices.append(
+            {
+                "device": f"cuda:{number}",
+                "name": about.name,
+                "memory": about.total_memory,
+                "capability": f"{about.major}.{about.minor}",
+            }
+        )
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps"})
+    for each in devices:
+        each["auto_precision"] = resolve("auto", torch.device(each["device"]))
+    return {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "devices": devices}
+
+
+def inspect_embedded() -> dict[str, str]:
+    """Where the embedded model's file is, or {"error": how to install it}."""
+    try:
+        return {"file": str(embedded_model())}
+    except EnvironmentFault as fault:
+        return {"error": str(fault)}
+
+
+def described(found: dict[str, Any]) -> str:
+    """The findings in lines."""
+    there = found["memory"]
+    lines = [
+        f"loopos {found['loopos']} · Python {found['python']} · {found['platform']}",
+        table(sorted((name, version or "MISSING") for name, version in found["versions"].items())),
+        f"cores     {found['cores']}",
+        f"memory    {as_bytes(there['all'])}, {as_bytes(there['available'])} available"
+        if there
+        else "memory    unknown",
+        f"disk      {as_bytes(found['disk']['free'])} free in {found['disk']['folder']}",
+        *_torch_lines(found["torch"]),
+        *_settings_lines(found),
+    ]
+    embedded = found["embedded_model"]
+    lines.append(f"embedded  {embedded['file'] if 'file' in embedded else embedded['error']}")
+    for extra, packages in found["extras"].items():
+        absent = [name for name, version in packages.items() if version is None]
+        said = f'pip install "loopos[{extra}]" ({", ".join(absent)} missing)' if absent else "there"
+        lines.append(f"extra     {extra}: {said}")
+    if found["missing"]:
+        lines.append(f"missing   {', '.join(found['missing'])}: pip install loopos")
+    lines.append("ready to train" if found["ready"] else "not ready to train")
+    return "\n".join(lines)
+
+
+def _torch_lines(torch_found: dict[str, Any]) -> list[str]:
+    if "error" in torch_found:
+        return [f"torch     cannot be imported: {torch_found['error']}; pip install torch"]
+    lines = []
+    for device in torch_found["devices"]:
+        named = f" {device['name']}, {as_bytes(device['memory'])}" if "name" in device else ""
+        capability = f", {device['capability']}" if "capability" in device else ""
+        lines.append(f"device    {device['device']}{named}{capability}; precision auto is {device['auto_precision']}")
+    return [*lines, f"threads   {torch_found['threads']}"]
+
+
+def _settings_lines(found: dict[str, Any]) -> list[str]:
+    """Process settings: those in force, and those that training adds."""
+    force = {name: value for name, value in found["process_settings"].items() if name != "set_by_loopos"}
+    added = found["process_settings_added_by_training"]
+    told = ", ".join(f"{name}={value}" for name, value in force.items()) or "none"
+    lines = [f"settings  in force: {told}"]
+    if added:
+        adding = ", ".join(f"{name}={value}" for name, value in added.items())
+        lines.append(f"settings  train, predict, evaluate and demo add: {adding} (LOOPOS_NO_REEXEC=1 turns that off)")
+    return lines

@@ -1,0 +1,150 @@
+"""What a fine-tuning run will take, reckoned from shapes: memory, disk and time.
+
+Enters: counts of parameters and tokens, the number format, two measured rates. Leaves: bytes and seconds by name. Pure
+arithmetic; `dry_run` finds the counts. Left out: several processes, and time for reading data and saving.
+Letters: P parameters, of which R train; T tokens of the largest forward pass; L layers that keep activations; d width,
+k width of keys (or values), m feed-forward width, h heads, f bytes of a number in the run's format (2 or 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Forward and backward passes reach this share of the rate of large matrix products: the rest goes to norms, softmax,
+# attention over short sequences and small layers. Whole runs measured 0.41 to 0.68 on two cores.
+MATMUL_EFFICIENCY = 0.55
+# Passes over an fp32 copy of the trained weights in one optimizer step, reads and writes: gradients collected (1.5),
+# their norm (1), clipping (2), the weights updated (2) and rounded back (1.5).
+STEP_PASSES = 8.0
+# Buffers of ever other sizes are freed and kept for reuse (`process`), so the heap grows beyond the largest step: to
+# this many times its activations after 60 to 80 steps of SmolLM2-135M on a CPU. Other devices were not measured.
+HEAP_GROWTH = 3.0
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes of the transformer; `layers` counts those that keep activations for the backward pass."""
+
+    width: int
+    key_width: int
+    feed_forward: int
+    heads: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts. `trained` is matrices (2 dimensions, neither embedding nor head) and rest; `matrix_sides` is the sum of
+    rows and columns of the trained matrices and embeddings; `multiplied` counts those of linear layers, trained or not;
+    `largest` those of the largest trained tensor.
+    """
+
+    total: int
+    trained_matrices: int
+    trained_rest: int
+    matrix_sides: int
+    multiplied: int
+    largest: int
+
+    @property
+    def trained(self) -> int:
+        """Parameters that train, now or from `unfreeze_step` on."""
+        return self.trained_matrices + self.trained_rest
+
+
+def optimizer_bytes(optimizer: str, momentum: float, parameters: Parameters) -> int:
+    """State of the optimizer in fp32. sgd: none, or a momentum each; adam, adamw: two moments each; adafactor: a number
+    a row and a column; muon: one momentum each for matrices, two moments for the rest.
+    """
+    if optimizer == "sgd":
+        return _FP32 * parameters.trained if momentum > 0 else 0
+    if optimizer == "adafactor":
+        return _FP32 * parameters.matrix_sides
+    if optimizer == "muon":
+        return _FP32 * parameters.trained_matrices + 2 * _FP32 * parameters.trained_rest
+    return 2 * _FP32 * parameters.trained
+
+
+def activation_bytes(shape: Architecture, *, tokens: int, longest: int, number_bytes: int, recomputes: bool) -> int:
+    """Kept from the forward for the backward pass: T · L · (f·(8d + 2k + 4m + h·n) + e).
+
+    8d: twice what a norm gives and gets (4d), the query, what attention gives, and both residual sums; 2k: keys and
+    values; 4m: gate, its activation, its partner and their product; h·n: attention probabilities over at most n
+    (`longest`) tokens. e = 8d where the numbers are of 2 bytes: norms keep their input in fp32. With recomputation each
+    layer keeps its input alone, and one layer at a time is whole.
+    """
+    upcast = 8 * shape.width if number_bytes == 2 else 0
+    features = 8 * shape.width + 2 * shape.key_width + 4 * shape.feed_forward + shape.heads * longest
+    layer = tokens * (number_bytes * features + upcast)
+    if recomputes:
+        return min(shape.layers, 1) * layer + tokens * shape.layers * number_bytes * shape.width
+    return shape.layers * layer
+
+
+def memory_bytes(
+    *,
+    process: int,
+    parameters: Parameters,
+    half_precision: bool,
+    optimizer_state: int,
+    activations: int,
+    reloads_best: bool,
+    merges: bool,
+) -> dict[str, int]:
+    """Bytes by part; their sum is the peak, which comes at the end, when the model is exported from a full heap.
+
+    process: the interpreter with its libraries and the data. weights: f·P. masters: 4·R beside weights of 2 bytes.
+    gradients: 4·R. optimizer: as `optimizer_bytes`. buffers: `HEAP_GROWTH` times the activations, and the gradient of
+    the largest tensor in both formats. export: the best checkpoint read back, 4·R (`reloads_best`), and the weights
+    brought from 2 to 4 bytes for adapters to be folded in, 2·P (`merges`).
+    """
+    number_bytes = 2 if half_precision else _FP32
+    trained = _FP32 * parameters.trained
+    gradient = (number_bytes + _FP32 if half_precision else number_bytes) * parameters.largest
+    return {
+        "process": process,
+        "weights": number_bytes * parameters.total,
+        "masters": trained if half_precision else 0,
+        "gradients": trained,
+        "optimizer": optimizer_state,
+        "buffers": round(HEAP_GROWTH * activations) + gradient,
+        "export": (trained if reloads_best else 0) + (2 * parameters.total if merges and half_precision else 0),
+    }
+
+
+def disk_bytes(
+    parameters: Parameters, *, half_precision: bool, optimizer_state: int, checkpoints: int
+) -> dict[str, int]:
+    """Bytes by part: each checkpoint holds 4·R and the optimizer's state; one more is written before the oldest goes.
+    The model folder holds f·P.
+    """
+    return {
+        "checkpoint": _FP32 * parameters.trained + optimizer_state,
+        "checkpoints": checkpoints * (_FP32 * parameters.trained + optimizer_state),
+        "model": (2 if half_precision else _FP32) * parameters.total,
+    }
+
+
+def training_seconds(
+    parameters: Parameters,
+    *,
+    tokens: int,
+    validation_tokens: int,
+    steps: int,
+    optimizer_state: int,
+    backward_share: float,
+    operations_a_second: float,
+    bytes_a_second: float,
+) -> float:
+    """Time of the optimizer steps and validations (s).
+
+    A token costs 2 operations a multiplied parameter forward, 2 for the gradient of its input where the backward pass
+    comes by (`backward_share` of the layers), 2 for its own gradient where it trains. A step moves the trained weights
+    `STEP_PASSES` times and the optimizer's state twice.
+    """
+    forward = 2.0 * parameters.multiplied
+    backward = forward * backward_share + 2.0 * min(parameters.trained, parameters.multiplied)
+    operations = tokens * (forward + backward) + validation_tokens * forward
+    moved = steps * (STEP_PASSES * _FP32 * parameters.trained + 2.0 * optimizer_state)
+    return operations / (operations_a_second * MATMUL_EFFICIENCY) + moved / bytes_a_second

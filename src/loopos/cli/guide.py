@@ -1,0 +1,73 @@
+"""`loop_cli`: the guide's own command line, `loop_cli -c CONFIG`.
+
+Enters: the guide's options. Leaves: what `loopos train` and `loopos validate` do, with their messages and exit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIGS = Path("configs")
+
+
+def main() -> None:
+    """The entry of `loop_cli`: exits with the command's code."""
+    command = command_of(sys.argv[1:])
+    if command == ["list"]:
+        list_configs(CONFIGS)
+        return
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    from loopos.cli.commands import app
+
+    app(command, prog_name="loopos")
+
+
+def command_of(arguments: Sequence[str]) -> list[str]:
+    """The words of `loopos` that do what `arguments` ask, or ["list"]. Exits with 2 and the usage for other options."""
+    parser = argparse.ArgumentParser(
+        prog="loop_cli", description="Run, check or list configs. The same as loopos train and loopos validate."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-c", "--config", metavar="CONFIG", help="train as this config says")
+    what.add_argument("--validate", metavar="CONFIG", help="check this config and report every fault")
+    what.add_argument("--list-configs", action="store_true", help="list the configs in the folder configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="settings that win over the config's")
+    asked = parser.parse_args(arguments)
+    if asked.list_configs:
+        return ["list"]
+    if asked.validate is not None:
+        return ["validate", asked.validate, *asked.overrides]
+    return ["train", asked.config, *asked.overrides]
+
+
+def list_configs(folder: Path) -> None:
+    """Prints each config of `folder` with its mode, method and description; a broken one with the first fault."""
+    from loopos.cli.answers import say, table
+    from loopos.config.faults import ConfigError
+    from loopos.config.source import read_source
+
+    rows: list[tuple[object, ...]] = []
+    for path in sorted([*folder.glob("**/*.json"), *folder.glob("**/*.yaml"), *folder.glob("**/*.yml")]):
+        try:
+            values = _values(read_source(path).root)
+        except ConfigError as error:
+            rows.append((path, "broken", str(error).splitlines()[0], ""))
+            continue
+        computation = values.get("computation") if isinstance(values.get("computation"), dict) else {}
+        assert isinstance(computation, dict)
+        description = values.get("description") or computation.get("description") or ""
+        rows.append((path, computation.get("mode", ""), computation.get("method", ""), description))
+    say(table(rows, indent="") if rows else f"{folder}/: no configs here")
+
+
+def _values(root: object) -> dict[str, object]:
+    from loopos.config.nodes import MappingNode, plain
+
+    assert isinstance(root, MappingNode)
+    values = plain(root)
+    assert isinstance(values, dict)
+    return dict(values)

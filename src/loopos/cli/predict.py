@@ -1,0 +1,177 @@
+"""`loopos predict`: a prediction for every row of the input, in its order and number.
+
+Enters: a run and a data file, a text file of one text a line, or standard input. Leaves: JSON Lines, CSV or TSV. A row
+without text is an error and none is skipped, so that line n of the output always belongs to row n of the input.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from loopos.cli.columns import parse_columns
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.config.faults import DataError, Fault, UserError
+from loopos.data import sniff
+from loopos.data.decoding import read_lines
+from loopos.data.formats import detect
+from loopos.data.rows import read
+
+FORMATS = ("jsonl", "csv", "tsv")
+STANDARD_INPUT = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """The options of `loopos predict`."""
+
+    output: Path | None = None
+    format: str | None = None
+    columns: tuple[str, ...] = ()
+    device: str = "auto"
+    verbose: bool = False
+
+
+def run(place: Path, source: str, options: PredictOptions) -> int:
+    """Predicts and writes. Raises `UserError`."""
+    columns = parse_columns(options.columns)
+    file_format = output_format(options.output, options.format)
+    if options.output is not None and source != STANDARD_INPUT and _same_file(options.output, source):
+        raise UserError(f"--output: given {options.output}, which is the input; wanted another file")
+    restart_with_settings()
+    texts = read_texts(source, columns)
+    hush_libraries(verbose=options.verbose)
+    from loopos.evaluation.predictor import Predictor
+    from loopos.training.precision import pick_device
+
+    predictor = Predictor.open(place, device=pick_device(options.device).type)
+    predictions = predictor.predict(texts) if texts is not None else predictor.predict_file(source, columns)
+    written = rendered(predictions, file_format)
+    if options.output is None:
+        sys.stdout.write(written)
+        sys.stdout.flush()
+    else:
+        write_whole(options.output, written)
+        note(f"{options.output}: {len(predictions)} predictions")
+    return 0
+
+
+def output_format(output: Path | None, asked: str | None) -> str:
+    """The format that was asked for, or that the output's suffix says, or JSON Lines. Raises `UserError`."""
+    suffix = output.suffix.lower().lstrip(".") if output is not None else ""
+    found = asked or {"ndjson": "jsonl"}.get(suffix, suffix) or FORMATS[0]
+    if found not in FORMATS:
+        given = f"--format: given {asked}" if asked else f"--output: given the suffix .{suffix}"
+        raise UserError(f"{given}; wanted one of {', '.join(FORMATS)}")
+    return found
+
+
+def read_texts(source: str, columns: Mapping[str, str]) -> list[str] | None:
+    """The texts of standard input or of a .txt file of plain lines; None for a data file, which is read by columns.
+
+    A .txt file is data if `columns` are given, or if it holds JSON or a header that names a text column. Raises
+    `DataError` for a blank line: it has no prediction, and leaving it out would shift all that follow.
+    """
+    if source == STANDARD_INPUT:
+        return _checked("standard input", _standard_input_lines())
+    if not source.lower().endswith(".txt") or columns or not os.path.isfile(source) or _is_data(source):
+        return None
+    note(f"{source}: read as one text a line")
+    with closing(read_lines(source)) as lines:
+        return _checked(source, (line.rstrip("\r") for _, line in lines))
+
+
+def _standard_input_lines() -> list[str]:
+    content = sys.stdin.buffer.read()
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        given = f"the byte {content[error.start]:#04x}, which is not UTF-8"
+        raise DataError([Fault("standard input", number, None, "encoding", given, "text in UTF-8")]) from error
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def _is_data(path: str) -> bool:
+    try:
+        with closing(read_lines(path)) as lines:
+            chosen, _ = sniff.sniff(list(islice(lines, sniff.SAMPLE_LINES)), path)
+        if chosen not in ("csv", "tsv"):
+            return True
+        detect(list(next(iter(read(path, max_rows=1).rows())).values), {}, require_label=False, source=path)
+    except (DataError, StopIteration):
+        return False
+    return True
+
+
+def _checked(source: str, lines: Iterable[str]) -> list[str]:
+    texts = list(lines)
+    blank = [number for number, text in enumerate(texts, start=1) if not text.strip()]
+    if blank:
+        raise DataError([Fault(source, number, None, "text", "a blank line", "one text a line") for number in blank])
+    if not texts:
+        raise DataError([Fault(source, None, None, "text", "no line", "one text a line")])
+    return texts
+
+
+def rendered(predictions: Sequence[Mapping[str, Any]], file_format: str) -> str:
+    """The predictions as text, one a line."""
+    rows = [_with_probability(prediction) for prediction in predictions]
+    if file_format == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    flat = [_flat(row) for row in rows]
+    written = io.StringIO()
+    table = csv.DictWriter(written, list(flat[0]), delimiter="," if file_format == "csv" else "\t", lineterminator="\n")
+    table.writeheader()
+    table.writerows(flat)
+    return written.getvalue()
+
+
+def _with_probability(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction with the probability of the label that was chosen."""
+    if "label" not in prediction:
+        return dict(prediction)
+    return {
+        "label": prediction["label"],
+        "probability": max(prediction["probabilities"].values()),
+        "probabilities": prediction["probabilities"],
+    }
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table: the labels of one text joined by |, a column `probability_CLASS` for each class."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if name == "probabilities":
+            flat |= {f"probability_{each}": probability for each, probability in value.items()}
+        elif isinstance(value, list):
+            flat[name] = "|".join(map(str, value))
+        else:
+            flat[name] = value
+    return flat
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there. Raises `UserError` for a folder that is not there or not writable."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--output: {path}: cannot be written ({error.strerror}); wanted a writable place") from error
+
+
+def _same_file(output: Path, source: str) -> bool:
+    return output.exists() and os.path.exists(source) and os.path.samefile(output, source)

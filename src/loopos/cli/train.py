@@ -1,0 +1,120 @@
+"""`loopos train`: config checked, run claimed, method run, outcome told.
+
+Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
+on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C. All that can be checked without torch is
+checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopos.cli import configs
+from loopos.cli.answers import as_time, say, say_json
+from loopos.cli.process import restart_with_settings, settings_in_force
+from loopos.cli.quiet import hush_libraries
+from loopos.config.load import load
+from loopos.methods.table import config_classes, method_class
+
+if TYPE_CHECKING:
+    from loopos.training.fit import FitResult
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """The options of `loopos train`."""
+
+    resume: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+    trust_remote_code: bool = False
+    json: bool = False
+    verbose: bool = False
+
+
+def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
+    """Trains, or with `dry_run` only says what training would take. Raises `UserError`."""
+    loaded = load(path, overrides, config_classes())
+    # Typed by what every method's config has; its own class is checked by `load`.
+    config: Any = loaded.config
+    # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
+    from loopos.evaluation.run_folder import refuse_started
+    from loopos.models.sources import weights_source
+
+    weights_source(config.data.pretrained_weights)
+    if not options.resume and not options.dry_run:
+        refuse_started(Path(config.data.output_dir))
+    restart_with_settings()
+    configs.tell_notes(loaded)
+    hush_libraries(verbose=options.verbose)
+    if options.dry_run:
+        from loopos.cli import dry_run
+
+        return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
+    result = train(config, options)
+    if is_first_process():
+        tell(Path(config.data.output_dir), result, as_json=options.json)
+    return exit_code(result.stopped_by)
+
+
+def train(config: Any, options: TrainOptions) -> FitResult:
+    """Runs the config's method to its end."""
+    trainer_class = method_class(config.computation.mode, config.computation.method)
+    from loopos.training.progress import RunProgress
+
+    trainer = trainer_class(
+        config,
+        progress=RunProgress(quiet=options.quiet or not is_first_process()),
+        trust_remote_code=options.trust_remote_code,
+        environment=settings_in_force(),
+    )
+    return trainer.train(resume=options.resume)
+
+
+def exit_code(stopped_by: str) -> int:
+    """0, but for a run that Ctrl-C ended."""
+    from loopos.training.stopping import EXIT_CODES
+
+    return EXIT_CODES.get(stopped_by, 0)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the run: all but rank 0 under torchrun are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
+    """How the run ended, on standard output."""
+    from loopos.evaluation.run_folder import read_run
+
+    found = read_run(run_dir)
+    metrics = {name: value for name, value in found.best_metrics.items() if name != "best"}
+    if as_json:
+        say_json(
+            {
+                "run": str(run_dir),
+                "step": result.step,
+                "stopped_by": result.stopped_by,
+                "best_step": result.best_step,
+                "best_metric": result.best_metric,
+                "metrics": metrics,
+                "tokens": result.tokens,
+                "tokens_per_second": found.tokens_a_second,
+                "seconds": result.seconds,
+                "model": str(run_dir / "model") if found.has_model else None,
+            }
+        )
+        return
+    told_rate = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
+    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; ended by {result.stopped_by}")
+    if metrics:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+        say(f"  best validation, at step {result.best_step}: {told}")
+    if result.interrupted:
+        say("  go on with it: the same command with --resume")
+    elif found.has_model:
+        say(f"  predict with it: loopos predict {run_dir} INPUT")

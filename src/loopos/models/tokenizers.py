@@ -1,0 +1,88 @@
+"""The tokenizer of a run: the weights' own, or the one that `data.tokenizer` names.
+
+Enters: a `WeightsSource` and the configured name. Leaves: a transformers tokenizer. Left out: tokenising (`data`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from loopos.config.faults import UserError
+from loopos.models.gguf import converted_folder
+from loopos.models.sources import EMBEDDED, WeightsSource, embedded_model
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+
+
+def open_tokenizer(
+    source: WeightsSource, named: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Opens the tokenizer that `named` (a value of `data.tokenizer`) says, else the one that came with the weights.
+
+    Raises `UserError` where there is none or it cannot be read.
+    """
+    place = _named_place(named) if named is not None else _place_beside(source)
+    try:
+        if isinstance(place, Path):
+            _check_json(place if place.is_file() else place / "tokenizer.json")
+        if isinstance(place, Path) and place.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(place))  # type: ignore[no-untyped-call]
+        opened = AutoTokenizer.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as problem:
+        first = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(
+            f"no tokenizer in {place}: {first}; put tokenizer.json there or name one in data.tokenizer"
+        ) from problem
+    assert isinstance(opened, PreTrainedTokenizerBase)
+    return opened
+
+
+def _check_json(file: Path) -> None:
+    """Raises ValueError for a broken tokenizer.json, for which the library itself raises a bare `Exception`."""
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise ValueError(f"{file.name} describes no tokenizer")
+
+
+def _place_beside(source: WeightsSource) -> Path | str:
+    if source.kind == "new":
+        raise UserError(
+            f'data.tokenizer is missing: a new model needs one; name a folder with tokenizer.json or "{EMBEDDED}"'
+        )
+    if source.path is None:
+        return source.given
+    if source.kind == "gguf":
+        return converted_folder(source.path)
+    folder = source.path if source.kind == "folder" else source.path.parent
+    if not any((folder / name).is_file() for name in _FILES):
+        raise UserError(
+            f"no tokenizer in {folder}: wanted one of {', '.join(_FILES)}; put it there or name one in data.tokenizer"
+        )
+    return folder
+
+
+def _named_place(named: str) -> Path | str:
+    """A folder, a tokenizer file, or a hub id."""
+    if named == EMBEDDED:
+        return converted_folder(embedded_model())
+    path = Path(named).expanduser()
+    if path.is_dir():
+        for folder in (path, path / "model"):
+            if any((folder / name).is_file() for name in _FILES):
+                return folder
+        raise UserError(f"data.tokenizer: {named} holds no tokenizer; wanted one of {', '.join(_FILES)} in it")
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return converted_folder(path)
+        return path.parent if (path.parent / "tokenizer_config.json").is_file() else path
+    if named.startswith((".", "/", "~")) or named.count("/") > 1 or path.suffix.lower() in (".json", ".gguf", ".model"):
+        raise UserError(
+            f'data.tokenizer: {named} does not exist; name a folder, a tokenizer.json or .gguf file, "{EMBEDDED}" or a '
+            "hub id"
+        )
+    return named

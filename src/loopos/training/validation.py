@@ -1,0 +1,75 @@
+"""How a run is judged: what is measured, and what follows from it.
+
+Enters: the metrics of each validation. Leaves: whether these weights are the best so far, whether training has stopped
+getting better, the learning rate's scale at a plateau. Left out: the metrics themselves (`evaluation`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loopos.config.sections import TrainingSection
+from loopos.training.schedules import Plateau
+from loopos.training.stopping import Best
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`measure` gives the metrics, `metric` names the one that says what is best, `mode` whether less ("min") or more
+    ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule.
+    """
+
+    measure: Callable[[], Mapping[str, float]]
+    metric: str
+    mode: Literal["min", "max"]
+    watched: str
+    watched_mode: Literal["min", "max"]
+
+
+class Judges:
+    """What remembers validations: `best` always, early stopping and the plateau schedule where they are asked for."""
+
+    def __init__(self, validation: Validation, settings: TrainingSection) -> None:
+        self.validation = validation
+        self.best = Best(validation.mode)
+        early = settings.early_stopping
+        self.patience = early.patience if early is not None else None
+        self.watched = Best(validation.watched_mode, early.min_delta) if early is not None else None
+        self.plateau = (
+            Plateau(settings.plateau_factor, settings.plateau_patience, settings.minimum_ratio, validation.watched_mode)
+            if settings.schedule == "plateau"
+            else None
+        )
+
+    def observe(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Takes one validation; whether it is the best so far. A metric that is absent counts as not better."""
+        watched = metrics.get(self.validation.watched, math.nan)
+        if self.watched is not None:
+            self.watched.observe(watched, step)
+        if self.plateau is not None:
+            self.plateau.observe(watched)
+        return self.best.observe(metrics.get(self.validation.metric, math.nan), step)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether early stopping's patience is used up."""
+        return self.watched is not None and self.patience is not None and self.watched.stale >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on; JSON."""
+        return {
+            "best": self.best.state(),
+            "watched": self.watched.state() if self.watched is not None else None,
+            "plateau": self.plateau.state_dict() if self.plateau is not None else None,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`; what it does not hold starts anew."""
+        self.best.load(state["best"])
+        if self.watched is not None and state["watched"] is not None:
+            self.watched.load(state["watched"])
+        if self.plateau is not None and state["plateau"] is not None:
+            self.plateau.load_state_dict(state["plateau"])

@@ -1,0 +1,99 @@
+"""Help and docs/cli.md tell every command and every option; both fail here when one is forgotten."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from loopos.cli import process
+from loopos.cli.commands import app
+from tests.cli.conftest import Invoke
+
+DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def commands(group: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*above, name))
+        else:
+            yield (*above, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+def options(command: Any) -> list[str]:
+    return [name for parameter in command.params for name in parameter.opts if name.startswith("-")]
+
+
+def section(command: tuple[str, ...]) -> str:
+    """The part of the docs under the command's heading."""
+    heading = f"## loopos {' '.join(command)}\n"
+    assert heading in DOCS, f"docs/cli.md has no section {heading.strip()!r}"
+    return DOCS.split(heading, 1)[1].split("\n## ", 1)[0]
+
+
+def test_the_commands_are_these() -> None:
+    assert {" ".join(name) for name in COMMANDS} == {
+        *("train", "validate", "schema", "predict", "evaluate", "data check", "data preview"),
+        *("runs list", "runs show", "runs diff", "doctor", "demo"),
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_lists_every_option_and_says_what_it_does(command: tuple[str, ...], invoke: Invoke) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    for parameter in COMMANDS[command].params:
+        assert parameter.help, parameter.name
+    for name in options(COMMANDS[command]):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_docs_tell_every_option(command: tuple[str, ...]) -> None:
+    text = section(command)
+    missing = [name for name in options(COMMANDS[command]) if f"`{name}" not in text and name != "--help"]
+    assert missing == []
+
+
+def test_docs_tell_no_option_that_is_gone() -> None:
+    import re
+
+    known = {name for command in COMMANDS.values() for name in options(command)}
+    known |= {"--help", "--version", "--config", "--validate", "--list-configs", "-c"}
+    assert set(re.findall(r"`(--?[a-z][a-z-]*)", DOCS)) <= known
+
+
+def test_docs_tell_the_environment_variables() -> None:
+    names = [*process.MEMORY_SETTINGS, *process.THREAD_SETTINGS, process.OPT_OUT, process.GUARD, "LOOPOS_CACHE"]
+    assert [name for name in names if f"`{name}" not in DOCS] == []
+
+
+def test_version_and_help_import_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from loopos.cli.commands import app\n"
+        "for words in (['--version'], ['--help'], ['train', '--help'], ['data', 'check', '--help']):\n"
+        "    app(words, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    environment = {**os.environ, "COLUMNS": "100"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("loopos 0.")
+
+
+def test_python_m_loopos_is_the_command_line() -> None:
+    ended = subprocess.run([sys.executable, "-m", "loopos", "trian"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "Did you mean 'train'" in ended.stderr

@@ -1,0 +1,71 @@
+"""`loopos runs list|show|diff` over the pico run and a second one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+
+@pytest.fixture(scope="module")
+def two_runs(trained: Any, project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The trained run, and a copy whose config has another seed and a key less."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        for file in ("config.json", "events.jsonl"):
+            shutil.copy(project / "outputs" / "first" / file, folder / name / file)
+    changed = json.loads((folder / "second" / "config.json").read_text(encoding="utf-8"))
+    changed["training"]["seed"] = 7
+    del changed["training"]["momentum"]
+    (folder / "second" / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    return folder / "first", folder / "second"
+
+
+def test_list(two_runs: tuple[Path, Path], invoke: Invoke) -> None:
+    result = invoke("runs", "list", two_runs[0].parent)
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["run", "method", "ended", "by", "steps", "best", "time", "begun"]
+    assert [line.split()[0] for line in lines[1:]] == [str(path) for path in two_runs]
+    assert lines[1].split()[1:4] == ["fine_tuning", "epochs", "12/12"]
+    listed = json.loads(invoke("runs", "list", two_runs[0].parent, "--json").stdout)
+    assert [each["run"] for each in listed] == [str(path) for path in two_runs]
+    assert listed[0]["step"] == 12
+
+
+def test_list_of_a_folder_without_runs(tmp_path: Path, invoke: Invoke) -> None:
+    assert invoke("runs", "list", tmp_path).stdout == f"{tmp_path}: no runs\n"
+    assert invoke("runs", "list", tmp_path / "absent").exit_code == 2
+
+
+def test_show(trained: Any, project: Path, invoke: Invoke) -> None:
+    folder = project / "outputs" / "first"
+    result = invoke("runs", "show", folder)
+    assert result.stdout.startswith(f"{folder}: fine_tuning, 12/12 steps")
+    assert "training.learning_rate" in result.stdout
+    assert "true class" in result.stdout
+    shown = json.loads(invoke("runs", "show", folder, "--json").stdout)
+    assert shown["metrics"] == json.loads(trained.stdout)["metrics"]
+    assert shown["config"]["training"]["batch_size"] == 8
+
+
+def test_diff(two_runs: tuple[Path, Path], invoke: Invoke) -> None:
+    found = json.loads(invoke("runs", "diff", *two_runs, "--json").stdout)
+    assert found["settings"] == {"training.momentum": [0.0, None], "training.seed": [42, 7]}
+    assert found["metrics"]["accuracy"][0] == found["metrics"]["accuracy"][1]
+    said = invoke("runs", "diff", *two_runs).stdout
+    assert "settings that differ: 2" in said
+    assert invoke("runs", "diff", two_runs[0], two_runs[0]).stdout.startswith("settings that differ: none")
+
+
+def test_runs_need_no_torch() -> None:
+    import subprocess
+    import sys
+
+    program = "import sys, loopos.cli.runs, loopos.cli.data_check; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
