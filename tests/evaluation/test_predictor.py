@@ -164,7 +164,9 @@ def test_what_outputs_mean_by_hand() -> None:
     assert interpret("multi_label", logits).tolist() == [pytest.approx([0.5, 0.5]), pytest.approx([0.5, 0.75])]
     values = interpret("regression", torch.tensor([[2.0], [-1.0]]), target_mean=10.0, target_std=3.0)
     assert values.tolist() == [16.0, 7.0]
-    assert measure("multi_label", interpret("multi_label", logits), [[1, 0], [0, 1]], threshold=0.6)["micro_f1"] == pytest.approx(2 / 3)
+    assert measure("multi_label", interpret("multi_label", logits), [[1, 0], [0, 1]], threshold=0.6)[
+        "micro_f1"
+    ] == pytest.approx(2 / 3)
 
 
 def test_outputs_that_are_no_numbers_are_no_predictions(runs: dict[str, Path]) -> None:

@@ -20,7 +20,13 @@ RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "adafactor": 0.02, "muon": 0.0
 
 def some_parameters() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (7, 4), "layer.weight": (4, 4), "norm.weight": (4,), "layer.bias": (4,), "head.weight": (3, 4)}  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.weight": (7, 4),
+        "layer.weight": (4, 4),
+        "norm.weight": (4,),
+        "layer.bias": (4,),
+        "head.weight": (3, 4),
+    }
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -114,7 +120,10 @@ def test_adams_decay_is_part_of_the_gradient() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     torch.testing.assert_close(
-        parameters["layer.weight"].detach(), before["layer.weight"] - 0.1 * before["layer.weight"].sign(), atol=1e-5, rtol=0
+        parameters["layer.weight"].detach(),
+        before["layer.weight"] - 0.1 * before["layer.weight"].sign(),
+        atol=1e-5,
+        rtol=0,
     )
     assert torch.equal(parameters["norm.weight"].detach(), before["norm.weight"])
 

@@ -157,7 +157,7 @@ def test_gradients_that_overflow_at_a_scale_of_one_are_no_overflow_of_the_scale(
     weight.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
     batch, objective = torch.ones(1, 1), Linear16(weight)
     if policy == "stop":
-        with pytest.raises(NonFiniteStep, match="loss 1.0, gradient norm nan"):
+        with pytest.raises(NonFiniteStep, match=r"loss 1\.0, gradient norm nan"):
             update([batch], objective, 1.0)
     else:
         assert update([batch], objective, 1.0).skipped
@@ -190,7 +190,9 @@ def test_what_is_asked_for_is_taken_and_what_is_missing_is_said() -> None:
 def test_bf16_has_the_gradient_norm_of_fp32(tmp_path: Path, pico_folder: Path) -> None:
     norms, losses = {}, {}
     for precision in ("fp32", "bf16"):
-        config = config_of(tmp_path / precision, pico_folder, class_rows(64), training={"precision": precision, "batch_size": 32})
+        config = config_of(
+            tmp_path / precision, pico_folder, class_rows(64), training={"precision": precision, "batch_size": 32}
+        )
         tuner = prepared(config)
         dtypes = {parameter.dtype for parameter in tuner.model.backbone.parameters()}
         assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}

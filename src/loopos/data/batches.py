@@ -12,7 +12,7 @@ the slot with the fewest tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class StepBatches:
     world: int = 1
     shuffle: bool = True
     seed: int = 42
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def rows_a_step(self) -> int:

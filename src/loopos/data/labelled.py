@@ -89,7 +89,7 @@ def encode_all(
         else:
             kept.append(example)
     if faults and (on_bad_row == "error" or not kept):
-        raise BadRows(faults, len(faults))
+        raise BadRows(faults, len(faults), "correct these labels, or set data.on_bad_row to skip")
     if faults:
         dropped = {**report.dropped, "label of no class": len(faults)}
         report = replace(report, used=len(kept), dropped=dropped, faults=(*report.faults, *faults))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.faults import DataError, Fault, UserError
 from loopos.data.formats import Labelled
 
 _CHUNK = 1024
@@ -20,8 +20,9 @@ _CHUNK = 1024
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens. `ids` are never empty; `token_types` are the segment ids of sentence pairs, for
-    tokenizers that make them; `index` is the example's
-    place in its file or split; `cut` counts the tokens that were truncated."""
+    tokenizers that make them; `index` is the example's place in its file or split; `cut` counts the tokens that were
+    truncated.
+    """
 
     ids: list[int]
     token_types: list[int] | None
@@ -82,6 +83,8 @@ def encode_labelled(
         chunk = examples[first : first + _CHUNK]
         whole = _tokenise(tokenizer, chunk, None)
         over = [i for i, ids in enumerate(whole["input_ids"]) if max_length is not None and len(ids) > max_length]
+        if over:
+            _check_room(tokenizer, chunk, max_length)
         cut = (
             dict(zip(over, _rows(_tokenise(tokenizer, [chunk[i] for i in over], max_length)), strict=True))
             if over
@@ -110,6 +113,17 @@ def encode_labelled(
     report.examples, report.lengths = len(encoded), [len(example.ids) for example in encoded]
     report.tokens, report.tokens_cut = sum(report.lengths), sum(example.cut for example in encoded)
     return encoded, report
+
+
+def _check_room(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labelled], max_length: int | None) -> None:
+    """Raises `UserError` where the special tokens alone fill `max_length`: the tokenizer would not cut at all then."""
+    pairs = any(example.text_pair is not None for example in examples)
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length is not None and max_length <= special:
+        raise UserError(
+            f"training.max_length: given {max_length}, wanted at least {special + 1 + pairs}: this tokenizer adds "
+            f"{special} special tokens to {'a pair of texts' if pairs else 'a text'}"
+        )
 
 
 def _tokenise(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopos.config.faults import ConfigError, Fault
+from loopos.config.faults import ConfigError, Fault, UserError
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
@@ -96,6 +96,10 @@ class FineTuner:
         """Makes the run folder; refuses one that holds a run, unless it is resumed."""
         if not resume:
             refuse_started(self.run_dir)
+            if any((self.run_dir / "checkpoints").glob("step-*")):
+                raise UserError(
+                    f"data.output_dir: {self.run_dir} holds checkpoints of another run; wanted an empty or new folder"
+                )
         self.run_dir.mkdir(parents=True, exist_ok=True)
 
     def record_config(self, world: World) -> None:

@@ -1,0 +1,46 @@
+"""Encoded labels as the tensors that a loss takes.
+
+Enters: `LabelledData`. Leaves: `Targets`. Left out: the losses.
+Letters: N examples, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loopos.data.labelled import LabelledData, Target
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Class numbers `[N]`, multi-hot `[N, C]`, or values `[N]` standardised by the training rows: a value in the
+    user's unit is mean + std·output.
+    """
+
+    train: Tensor
+    validation: Tensor
+    mean: float = 0.0
+    std: float = 1.0
+
+
+def targets_of(data: LabelledData) -> Targets:
+    """The targets of training and validation rows, by `data.space.task`."""
+    train, validation = data.train_targets, data.validation_targets
+    if data.space.task == "classification":
+        return Targets(torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64))
+    if data.space.task == "multi_label":
+        return Targets(torch.tensor(train, dtype=torch.float32), torch.tensor(validation, dtype=torch.float32))
+    values = torch.tensor(train, dtype=torch.float64)
+    mean, std = float(values.mean()), float(values.std(unbiased=False))
+    # Training rows may all have one value where validation rows differ.
+    std = std if std > 0 else 1.0
+    return Targets(_standardised(train, mean, std), _standardised(validation, mean, std), mean, std)
+
+
+def _standardised(values: Sequence[Target], mean: float, std: float) -> Tensor:
+    """In fp64 until the end: large values with small differences keep them."""
+    return ((torch.tensor(values, dtype=torch.float64) - mean) / std).float()

@@ -1,0 +1,187 @@
+"""The rooms' arrows and the limits of style, read off the source itself."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import loopos
+
+SOURCE = Path(loopos.__file__).parent
+# functional and config are the ground floor: every room may stand on them.
+GROUND = {"functional", "config"}
+ARROWS: dict[str, set[str]] = {
+    "functional": set(),
+    "config": set(),
+    "data": GROUND,
+    "models": GROUND,
+    "generation": GROUND | {"models"},
+    "training": GROUND | {"data"},
+    "evaluation": GROUND | {"generation", "models", "data"},
+    "deploy": GROUND | {"evaluation", "generation", "models", "data"},
+    "methods": GROUND | {"training", "generation", "evaluation", "models", "data"},
+    # What a run would read and cost is told without running it: the command line looks into these rooms too.
+    "cli": GROUND | {"methods", "deploy", "evaluation", "data", "models", "training"},
+    # The packaged demo is data alone.
+    "demo": set(),
+}
+# rlhf runs reward_model and then ppo.
+METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}}
+MOST_LINES_OF_A_FILE = 300
+MOST_LINES_OF_A_FUNCTION = 80
+# The package's own front door and `python -m loopos`.
+FRONT = {"__init__.py", "__main__.py"}
+
+
+def modules() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    """The room of a file; "" for the files of the package itself."""
+    parts = file.relative_to(SOURCE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def imports_of(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a file imports, wherever in it, for types alone or not."""
+    package = ["loopos", *file.relative_to(SOURCE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+
+
+def told(file: Path, line: int, what: str) -> str:
+    return f"{file.relative_to(SOURCE)}:{line}: {what}"
+
+
+def test_the_whole_house_is_read() -> None:
+    found = {room_of(file) for file in modules()} - {""}
+    assert found <= set(ARROWS), f"rooms without arrows: {sorted(found - set(ARROWS))}"
+    assert {"functional", "config", "data", "models", "training", "evaluation", "methods", "cli"} <= found
+    assert len(modules()) >= 60
+    assert sum(name.startswith("loopos.") for file in modules() for _, name in imports_of(file)) >= 200
+
+
+def test_no_room_imports_against_the_arrows() -> None:
+    wrong = []
+    for file in modules():
+        room = room_of(file)
+        for line, name in imports_of(file):
+            parts = name.split(".")
+            if parts[0] != "loopos" or len(parts) < 2 or room == "" or parts[1] not in ARROWS:
+                continue
+            if parts[1] != room and parts[1] not in ARROWS[room]:
+                wrong.append(told(file, line, f"{room} imports {name}"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_methods_never_import_each_other() -> None:
+    wrong = []
+    for file in modules():
+        # The table names methods in strings, and imports none.
+        if room_of(file) != "methods":
+            continue
+        allowed = METHODS_THAT_RUN_OTHERS.get(file.stem, set()) | {file.stem}
+        for line, name in imports_of(file):
+            parts = name.split(".")
+            if parts[:2] == ["loopos", "methods"] and len(parts) > 2 and parts[2] not in allowed:
+                wrong.append(told(file, line, name))
+    assert not wrong, "\n".join(wrong)
+
+
+def outside_imports(room: str) -> set[str]:
+    """First names of the packages that a room imports, the standard library and the house itself left out."""
+    names = {name.split(".")[0] for file in modules() if room_of(file) == room for _, name in imports_of(file)}
+    return names - set(sys.stdlib_module_names) - {"loopos"}
+
+
+def test_functional_stands_on_torch_alone() -> None:
+    assert outside_imports("functional") == {"torch"}
+
+
+def test_config_imports_nothing_heavy() -> None:
+    assert {"pydantic", "yaml"} <= outside_imports("config") <= {"pydantic", "pydantic_core", "yaml"}
+
+
+def test_maths_and_models_know_no_rank_and_no_run() -> None:
+    for room in ("functional", "models", "data"):
+        for file in modules():
+            if room_of(file) == room:
+                heavy = [name for _, name in imports_of(file) if name.startswith("torch.distributed")]
+                assert not heavy, f"{file}: {heavy}"
+
+
+def test_files_and_functions_stay_short() -> None:
+    wrong = []
+    for file in modules():
+        text = file.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > MOST_LINES_OF_A_FILE:
+            wrong.append(told(file, lines, f"{lines} lines, at most {MOST_LINES_OF_A_FILE}"))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                length = node.end_lineno - node.lineno + 1
+                if length > MOST_LINES_OF_A_FUNCTION:
+                    wrong.append(told(file, node.lineno, f"{node.name} has {length} lines"))
+    assert not wrong, "\n".join(wrong)
+
+
+def catches_everything(node: ast.ExceptHandler) -> bool:
+    """Bare, or `Exception`, alone or among others; `BaseException` too, unless it rises again."""
+    names = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+    caught = {name.id for name in names if isinstance(name, ast.Name)}
+    rises = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+    return node.type is None or "Exception" in caught or ("BaseException" in caught and not rises)
+
+
+def test_nothing_is_caught_that_was_not_expected() -> None:
+    wrong = []
+    handlers = 0
+    for file in modules():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler):
+                handlers += 1
+                if catches_everything(node):
+                    wrong.append(told(file, node.lineno, "except of everything"))
+    assert handlers >= 30
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("try: f()\nexcept Exception: pass", True),
+        ("try: f()\nexcept (ValueError, Exception): pass", True),
+        ("try: f()\nexcept: pass", True),
+        ("try: f()\nexcept BaseException:\n    g()\n    raise", False),
+        ("try: f()\nexcept BaseException: g()", True),
+        ("try: f()\nexcept (OSError, ValueError): pass", False),
+    ],
+)
+def test_the_rule_itself_sees_what_it_should(code: str, expected: bool) -> None:
+    handler = next(node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ExceptHandler))
+    assert catches_everything(handler) == expected
+
+
+def test_every_module_says_what_it_is() -> None:
+    missing = [
+        str(file.relative_to(SOURCE)) for file in modules() if not ast.get_docstring(ast.parse(file.read_text()))
+    ]
+    assert not missing
+
+
+def test_no_room_is_called_after_nothing() -> None:
+    empty_names = {"utils", "helpers", "common", "core", "misc", "tools"}
+    assert not [file for file in modules() if file.stem in empty_names or room_of(file) in empty_names]
+
+
+def test_the_package_itself_has_only_its_front_doors() -> None:
+    assert {file.name for file in modules() if room_of(file) == ""} <= FRONT

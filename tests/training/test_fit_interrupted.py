@@ -1,0 +1,159 @@
+"""A nan, a full disk or a signal ends a run in order; the resumed run is the one that was left alone."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico_runs import events_of, last_weights
+from safetensors.torch import load_file
+
+from loopos.training import checkpoint
+from loopos.training.durable import DiskFull
+from loopos.training.events import fingerprint
+from loopos.training.fit import FitResult
+from loopos.training.progress import RunProgress
+from loopos.training.stopping import StopSignals
+from loopos.training.update import NonFiniteStep
+
+Run = Callable[..., tuple[FitResult, Path]]
+
+
+def validated_steps(folder: Path) -> list[int]:
+    return [event["step"] for event in events_of(folder, "validation")]
+
+
+def break_loss_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The loss of the `number`-th forward pass is nan."""
+    from loopos.training.task_objective import TaskObjective
+
+    whole, calls = TaskObjective.loss, [0]
+
+    def loss(self: TaskObjective, batch: Any) -> Any:
+        calls[0] += 1
+        parts = whole(self, batch)
+        return {"loss": parts["loss"] * math.nan} if calls[0] == number else parts
+
+    monkeypatch.setattr(TaskObjective, "loss", loss)
+
+
+def test_a_nan_stops_the_run_and_names_what_is_whole(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    break_loss_at(monkeypatch, 7)
+    with pytest.raises(NonFiniteStep, match=r"step 7: not a finite number: loss nan.*checkpoint of step 5 is whole"):
+        run()
+    assert [event["step"] for event in events_of(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6]
+    assert all(bool(tensor.isfinite().all()) for tensor in last_weights(tmp_path / "run").values())
+    monkeypatch.undo()
+    result, _ = run(resume=True)
+    assert result.step == 10
+
+
+def test_a_nan_is_skipped_and_counted_where_that_was_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_loss_at(monkeypatch, 3)
+    _, folder = run(on_nonfinite="skip", save_every=1, keep_last=99, validate_every="never")
+    steps = events_of(folder, "step")
+    assert [event["metrics"]["skipped"] for event in steps] == [0, 0, *[1] * 8]
+    assert steps[2]["metrics"]["loss"] == "nan"
+    states = [load_file(entry / "weights.safetensors") for entry in sorted((folder / "checkpoints").iterdir())]
+    name = "head.weight"
+    assert torch.equal(states[1][name], states[2][name])
+    assert not torch.equal(states[2][name], states[3][name])
+
+
+def test_weights_that_overflow_are_never_saved(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteStep, match=r"learning_rate"):
+        run(optimizer="sgd", learning_rate=1e38, max_grad_norm=None, save_every=1, validate_every="never")
+    for entry in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(entry / "weights.safetensors").values())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected, whole = run("whole", save_every=3, keep_best=False)
+    saves, written = [0], checkpoint.write_folder
+
+    def fill_up(folder: Path, *arguments: Any) -> None:
+        saves[0] += 1
+        if saves[0] == 2:
+            (folder / "weights.safetensors").write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        written(folder, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_folder", fill_up)
+        with pytest.raises(DiskFull, match=r"the disk is full: the checkpoint of step 6 needs [\d,]+ bytes") as caught:
+            run(save_every=3, keep_best=False)
+    assert caught.value.exit_code == 74
+    assert len(str(caught.value).splitlines()) == 1
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    result, _ = run(resume=True, save_every=3, keep_best=False)
+    assert result.step == expected.step
+    assert fingerprint(tmp_path / "run" / "events.jsonl") == fingerprint(whole / "events.jsonl")
+
+
+def test_a_full_disk_under_the_log_is_said_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = os.write
+
+    def fill_up(descriptor: int, content: bytes) -> int:
+        if b'"event":"step","step":4' in content:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(descriptor, content)
+
+    monkeypatch.setattr(os, "write", fill_up)
+    with pytest.raises(DiskFull, match="an event"):
+        run()
+
+
+# Signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [3, 5, 10])
+def test_a_signal_at_a_step_that_validates_loses_nothing(
+    step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation that was due is made up for when the run is resumed, also after the very last step."""
+    settings = {"schedule": "plateau", "plateau_patience": 0, "early_stopping": {"patience": 9}}
+    expected, whole = run("whole", **settings)
+    stepped = RunProgress.step
+
+    def stop(self: RunProgress, number: int, *arguments: Any) -> None:
+        stepped(self, number, *arguments)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunProgress, "step", stop)
+        result, folder = run(**settings)
+    assert (result.step, result.stopped_by, result.interrupted) == (step, "SIGTERM", True)
+    assert validated_steps(folder)[-1] < step
+    assert not (folder / "model").exists()
+    result, _ = run(resume=True, **settings)
+    assert (result.step, result.stopped_by, result.best_step) == (10, "epochs", expected.best_step)
+    assert fingerprint(folder / "events.jsonl") == fingerprint(whole / "events.jsonl")
+    for name in ("model.safetensors", "head.safetensors"):
+        assert (folder / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    entered: list[str | None] = []
+
+    def enter() -> None:
+        with StopSignals() as signals:
+            entered.append(signals.received)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [None]
+    assert signal.getsignal(signal.SIGTERM) is before
