@@ -66,13 +66,9 @@ def detect(
 ) -> LabelledFormat:
     """Finds the column of each role by its name, without regard to case.
 
-    Args:
-        columns: names of the columns that are there.
-        overrides: role (text, text_pair, label) to column, from `data.columns`; with `text` given, a pair is not
-        guessed. require_label: whether rows must have a label; without, one is read where there is just one candidate.
-        source: the file's name for faults.
-    Raises:
-        DataError: an override that fits no role or column, no candidate for a role, or several.
+    `overrides` (role to column, from `data.columns`) decide; with `text` given, a pair is not guessed. Without
+    `require_label` a label is read where there is just one candidate. `source` is the file's name for faults.
+    Raises `DataError`: an override that fits no role or column, no candidate for a role, or several.
     """
     _check_overrides(columns, overrides, source)
     free = [name for name in columns if name not in overrides.values()]
