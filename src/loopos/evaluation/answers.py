@@ -30,24 +30,28 @@ _NUMBER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _UNIT = re.compile(r"[^\W\d]+(?:[ /][^\W\d]+){0,2}")
+_PERCENT = re.compile(r"\s?per\s?cent\b", re.IGNORECASE)
+_MATH = re.compile(r"\$([^$]+)\$")
+# Longer runs of digits are a model that repeats itself, and Python refuses to read them.
+_MOST_CHARACTERS = 1000
 _LONE_CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?")
 _CHOICE_FORMS = (
     re.compile(r"\(?([A-Za-z])\)?[.:,]?"),
     re.compile(r"\(?([A-Z])[).:](?:\s.*)?", re.DOTALL),
     re.compile(r"\(([A-Za-z])\)(?:\s.*)?", re.DOTALL),
 )
-_CHOICE_SAID = re.compile(r"\b(?:answer|option|choice)\s*(?:is|:|=)?\s*\(?([A-Z])\b(?!')", re.IGNORECASE)
+_CHOICE_SAID = re.compile(r"\b(?i:answer|option|choice)\s*(?:is|:|=)?\s*\(?([A-Z])\b(?!')")
 _CHOICE_BRACKETED = re.compile(r"\(([A-Z])\)")
 
 
 class Quantity(NamedTuple):
-    """A number in a text. `unit`: the words or the currency beside it, in the singular, where the text holds nothing
-    else; `alone`: it holds nothing else. 50% has the value 50.
+    """A number in a text. `alone`: the text holds nothing else but its unit. `unit`: the currency or the words of it, in
+    the singular. 50% has the value 50.
     """
 
     value: Fraction
     is_percent: bool
-    unit: str
+    unit: frozenset[str]
     alone: bool
 
 
@@ -56,7 +60,7 @@ def normalise(text: str) -> str:
     Markdown's and LaTeX's marks around it, punctuation at its end.
     """
     plain = unicodedata.normalize("NFKC", _LATEX_TEXT.sub(r"\1", boxed(text))).casefold()
-    plain = " ".join(plain.removeprefix(r"\(").removesuffix(r"\)").split())
+    plain = " ".join(plain.split()).removeprefix(r"\(").removesuffix(r"\)")
     while plain != (stripped := plain.strip(_AROUND).rstrip(_ENDINGS)):
         plain = stripped
     return plain
@@ -93,9 +97,10 @@ def quantity(text: str) -> Quantity | None:
     if value is None:
         return None
     around = f"{plain[: match.start()]} {plain[match.end() :]}".strip(_AROUND + _ENDINGS)
-    is_unit = not plain[: match.start()].strip(_AROUND) and (not around or _UNIT.fullmatch(around) is not None)
-    unit = _singular(around) if is_unit and around else _CURRENCIES.get(match["currency"], "")
-    return Quantity(value, bool(match["percent"]), unit, is_unit)
+    alone = not plain[: match.start()].strip(_AROUND) and (not around or _UNIT.fullmatch(around) is not None)
+    words = [_singular(word) for word in re.split(r"[ /]", around.casefold()) if word] if alone else []
+    currency = [_CURRENCIES[match["currency"]]] if match["currency"] else []
+    return Quantity(value, bool(match["percent"]), frozenset([*words, *currency]), alone)
 
 
 def exact(given: str, wanted: str) -> bool:
@@ -106,15 +111,16 @@ def exact(given: str, wanted: str) -> bool:
 def numeric(given: str, wanted: str, *, tolerance: float = 1e-6) -> bool:
     """|given − wanted| <= tolerance · |wanted| (for a wanted 0: <= tolerance), for two texts with one number each.
 
-    Where both name a unit it must be the same. 50% equals 0.5, and 50 too, since the sign is often left out.
+    Where both name a unit they must share a word of it. 50% equals 0.5, and 50 too, since the sign is often left out.
     """
     said, asked = quantity(given), quantity(wanted)
-    if said is None or asked is None or (said.unit and asked.unit and said.unit != asked.unit):
+    if said is None or asked is None or (said.unit and asked.unit and not said.unit & asked.unit):
         return False
-    scale = Fraction(1, 100) if said.is_percent != asked.is_percent else Fraction(1)
     pairs = [(said.value, asked.value)]
-    if said.is_percent != asked.is_percent:
-        pairs.append((said.value * scale, asked.value) if said.is_percent else (said.value, asked.value * scale))
+    if said.is_percent and not asked.is_percent:
+        pairs.append((said.value / 100, asked.value))
+    if asked.is_percent and not said.is_percent:
+        pairs.append((said.value, asked.value / 100))
     allowed = Fraction(tolerance)
     return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in pairs)
 
@@ -136,22 +142,24 @@ def automatic(given: str, wanted: str, *, tolerance: float = 1e-6) -> bool:
 
 
 def vote_key(answer: str) -> str:
-    """What answers that mean the same share when chains vote: the value and unit of a number, else the normal form."""
+    """What answers that mean the same share when chains vote: the value of a number, else the normal form."""
     found = quantity(answer)
     if found is None or not found.alone:
         return normalise(answer)
-    return f"{found.value}{'%' if found.is_percent else ''} {found.unit}".strip()
+    return f"{found.value}%" if found.is_percent else str(found.value)
 
 
 def _plain_number(text: str) -> str:
     plain = unicodedata.normalize("NFKC", _LATEX_TEXT.sub(r" \1", boxed(text)))
     plain = plain.replace("−", "-").replace("⁄", "/").replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ",")
     plain = _LATEX_FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]}", plain)
-    plain = _LATEX_NOISE.sub("", plain)
+    plain = _PERCENT.sub("%", _MATH.sub(r" \1 ", _LATEX_NOISE.sub("", plain)))
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain).strip(_AROUND.replace("$", ""))
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > _MOST_CHARACTERS:
+        return None
     if match["whole"] is not None:
         top, bottom = Fraction(match["mixed_top"]), Fraction(match["mixed_bottom"])
         value = Fraction(match["whole"]) + top / bottom if bottom else None
@@ -160,13 +168,11 @@ def _value(match: re.Match[str]) -> Fraction | None:
         value = Fraction(match["top"]) / bottom if bottom else None
     else:
         power = int(match["exponent"] or match["power"] or 0)
-        # No answer has a thousand digits, and to write one out takes for ever.
-        value = Fraction(match["decimal"]) * Fraction(10) ** power if abs(power) <= 1000 else None
+        value = Fraction(match["decimal"]) * Fraction(10) ** power if abs(power) <= _MOST_CHARACTERS else None
     return -value if value is not None and match["sign"] == "-" else value
 
 
-def _singular(unit: str) -> str:
-    word = unit.casefold().split()[-1]
+def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
