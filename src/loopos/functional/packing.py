@@ -1,20 +1,47 @@
 """The layout of a packed row: where its sequences lie, and who may attend to whom.
 
-Letters: T tokens of the row, N sequences, n tokens of a block of neighbouring sequences.
+Letters: T tokens of the row, N sequences, H heads, K groups of r heads each that share a key and value; a bundle is G
+sequences of like length, each taken as n tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Neighbouring short sequences share one block-diagonal product up to this many tokens: fewer kernel launches outweigh
-# the masked scores.
-BLOCK_TOKENS = 128
+_Kept = TypeVar("_Kept")
+
+# Scores that a bundle may waste on pads before its next sequence starts a new one: one more bundle costs about as much
+# time in kernel launches as this many scores a head.
+WASTED_SCORES = 4096
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Sequences of like length that are attended to in one batched product, padded on the right to the longest.
+
+    `tokens` `[G, n]`: index of each token in the row; pads repeat the sequence's last token. `real` `[G, n]` bool:
+    True = a token, False = a pad; None where there are no pads.
+    """
+
+    tokens: Tensor
+    real: Tensor | None
+
+    def places(self, groups: int, rows: int) -> Tensor:
+        """Index into token-major rows `[T·H, D]` of every (group, sequence, head in group, token): `[K·G·r·n]`."""
+        heads = torch.arange(groups * rows, device=self.tokens.device).view(groups, 1, rows, 1)
+        return (self.tokens[None, :, None, :] * (groups * rows) + heads).reshape(-1)
+
+    def kept(self, groups: int, rows: int) -> Tensor | None:
+        """Which of `places` are tokens, `[K·G·r·n]` bool; None where all are."""
+        if self.real is None:
+            return None
+        return self.real[None, :, None, :].expand(groups, -1, rows, -1).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -26,7 +53,7 @@ class PackedLayout:
 
     lengths: tuple[int, ...]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _masks: dict[object, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.lengths, "a row without sequences"
@@ -56,31 +83,55 @@ class PackedLayout:
         """Cumulative lengths with a leading 0, `[N + 1]`, int32: what variable-length kernels call `cu_seqlens`."""
         return F.pad(self.lengths_tensor().cumsum(0), (1, 0)).to(torch.int32)
 
-    def blocks(self) -> list[tuple[int, tuple[int, ...]]]:
-        """(first token, lengths) of runs of neighbouring sequences that are attended to in one product."""
-        blocks: list[tuple[int, tuple[int, ...]]] = []
-        start = 0
-        run: list[int] = []
-        for length in self.lengths:
-            if run and sum(run) + length > BLOCK_TOKENS:
-                blocks.append((start, tuple(run)))
-                start, run = start + sum(run), []
-            run.append(length)
-        blocks.append((start, tuple(run)))
-        return blocks
+    def bundles(self) -> list[Bundle]:
+        """Every sequence once, longest first, in bundles of like length."""
+        starts = self.starts().tolist()
+        order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
+        runs: list[list[int]] = []
+        wasted = 0
+        for i in order:
+            longest = self.lengths[runs[-1][0]] if runs else 0
+            wasted += longest**2 - self.lengths[i] ** 2
+            if not runs or wasted > WASTED_SCORES:
+                runs.append([])
+                wasted = 0
+            runs[-1].append(i)
+        return [self._bundle(run, starts) for run in runs]
 
-    def mask(
-        self, lengths: tuple[int, ...], *, causal: bool, window: int | None, rows: int, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Additive mask `[rows·n, n]` of a block (0 = attends, −inf = does not), or None where every pair attends.
-        Kept for the row's other layers.
-        """
-        key = (lengths, causal, window, rows, dtype)
-        if key not in self._masks:
-            allowed = allowed_pairs(lengths, causal=causal, window=window, device=self.device)
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill_(~allowed, float("-inf"))
-            self._masks[key] = None if bool(allowed.all()) else mask.repeat(rows, 1)
-        return self._masks[key]
+    def _bundle(self, run: Sequence[int], starts: Sequence[int]) -> Bundle:
+        longest = self.lengths[run[0]]
+        column = torch.arange(longest, device=self.device)
+        lengths = torch.tensor([self.lengths[i] for i in run], device=self.device)[:, None]
+        first = torch.tensor([starts[i] for i in run], device=self.device)[:, None]
+        tokens = first + torch.minimum(column[None], lengths - 1)
+        return Bundle(tokens, None if self.lengths[run[-1]] == longest else column[None] < lengths)
+
+    def kept_for_layers(self, key: object, make: Callable[[], _Kept]) -> _Kept:
+        """What `make` gives, made once for the row and kept for its other layers."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[return-value]
+
+
+def additive_mask(
+    bundle: Bundle, *, groups: int, rows: int, causal: bool, window: int | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Mask added to a bundle's scores (0 = attends, −inf = does not), None where every pair attends.
+
+    `[r·n, n]` where all its sequences have the same one, else `[K·G, r·n, n]`. Pads stand on the right, so that a
+    causal mask hides them from every token by itself.
+    """
+    count, length = bundle.tokens.shape
+    allowed = allowed_pairs((length,), causal=causal, window=window, device=bundle.tokens.device)
+    if not causal and bundle.real is not None:
+        # A pad may attend to everything: a row that attends to nothing would be nan, and spoil its keys' gradient.
+        each = (allowed[None] & bundle.real[:, None, :]) | ~bundle.real[:, :, None]
+        mask = torch.zeros(each.shape, dtype=dtype, device=each.device).masked_fill_(~each, float("-inf"))
+        return mask[None, :, None].expand(groups, -1, rows, -1, -1).reshape(groups * count, rows * length, length)
+    if bool(allowed.all()):
+        return None
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+    return mask.repeat(rows, 1)
 
 
 def allowed_pairs(lengths: Sequence[int], *, causal: bool, window: int | None, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ Letters: T tokens of the row, n tokens of a block, H query heads, K key-value he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from loopos.functional.packing import PackedLayout, allowed_pairs
+from loopos.functional.packing import PackedLayout, additive_mask, allowed_pairs
 
 IMPLEMENTATION = "loopos_packed"
 # Above this length the saved probabilities (n² a head) cost more memory than the fused kernel's recomputation costs
@@ -33,11 +34,58 @@ class PackedUnsupported(ValueError):
     """The model asks its attention for something that the packed path cannot serve exactly."""
 
 
-class _BlockAttention(torch.autograd.Function):
-    """softmax(scale·QKᵀ + mask)·V of every block, keeping the probabilities for the backward pass.
+@dataclass(frozen=True)
+class _Plan:
+    """How one bundle runs in every layer: where its rows come from and go to, and its mask.
+
+    `query` and `key`: indices of gathered rows in token-major `[T·H, D]` and `[T·K, D]`. `query_back` and `key_back`:
+    where results go; pads go to the row behind the last. `pads`: `[K·G·r·n, 1]`, True = a pad; None without pads.
+    """
+
+    count: int
+    query: Tensor
+    key: Tensor
+    query_back: Tensor
+    key_back: Tensor
+    pads: Tensor | None
+    mask: Tensor | None
+
+
+def _plans(
+    layout: PackedLayout, groups: int, rows: int, causal: bool, window: int | None, dtype: torch.dtype
+) -> list[_Plan]:
+    plans = []
+    for bundle in layout.bundles():
+        query, key = bundle.places(groups, rows), bundle.places(groups, 1)
+        kept, key_kept = bundle.kept(groups, rows), bundle.kept(groups, 1)
+        behind, key_behind = layout.num_tokens * groups * rows, layout.num_tokens * groups
+        mask = additive_mask(bundle, groups=groups, rows=rows, causal=causal, window=window, dtype=dtype)
+        plans.append(
+            _Plan(
+                count=len(bundle.tokens),
+                query=query,
+                key=key,
+                query_back=query if kept is None else torch.where(kept, query, behind),
+                key_back=key if key_kept is None else torch.where(key_kept, key, key_behind),
+                pads=None if kept is None else ~kept[:, None],
+                mask=mask,
+            )
+        )
+    return plans
+
+
+def _token_major(heads_first: Tensor) -> Tensor:
+    """`[H, T, D]` → `[T·H, D]`: a view where the memory is token-major already, as transformers leaves it."""
+    return heads_first.transpose(0, 1).reshape(-1, heads_first.shape[-1])
+
+
+class _BundledAttention(torch.autograd.Function):
+    """softmax(scale·QKᵀ + mask)·V over bundles of sequences of like length, keeping the probabilities for the backward
+    pass.
 
     On CPU this is faster than one fused kernel call a sequence, whose backward is slow for short rows. The r query
-    heads that share a key-value head are folded into rows, so that grouped keys are never repeated.
+    heads that share a key-value head are folded into rows, so that grouped keys are never repeated; pads exist inside a
+    bundle alone, hidden by the mask, and get no gradient.
     """
 
     @staticmethod
@@ -54,48 +102,51 @@ class _BlockAttention(torch.autograd.Function):
         num_heads, num_tokens, size = query.shape
         groups = key.shape[0]
         rows = num_heads // groups
-        out = torch.empty(num_tokens, num_heads, size, dtype=query.dtype, device=query.device)
+        plans = layout.kept_for_layers(
+            ("plans", groups, rows, causal, window, query.dtype),
+            lambda: _plans(layout, groups, rows, causal, window, query.dtype),
+        )
+        queries, keys, values = _token_major(query), _token_major(key), _token_major(value)
+        out = query.new_empty(num_tokens * num_heads + 1, size)
         kept: list[Tensor] = []
-        for start, lengths in layout.blocks():
-            n = sum(lengths)
-            place = slice(start, start + n)
-            q = query[:, place].reshape(groups, rows * n, size)
-            k, v = key[:, place].contiguous(), value[:, place].contiguous()
-            mask = layout.mask(lengths, causal=causal, window=window, rows=rows, dtype=query.dtype)
-            scores = (
-                torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-                if mask is None
-                else torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
-            )
+        for plan in plans:
+            batch = groups * plan.count
+            q = queries.index_select(0, plan.query).view(batch, -1, size)
+            k = keys.index_select(0, plan.key).view(batch, -1, size)
+            v = values.index_select(0, plan.key).view(batch, -1, size)
+            if plan.mask is None:
+                scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+            else:
+                scores = torch.baddbmm(plan.mask, q, k.transpose(1, 2), alpha=scale)
             probabilities = torch.softmax(scores, -1)
-            out[place].view(n, groups, rows, size).copy_(
-                torch.bmm(probabilities, v).view(groups, rows, n, size).permute(2, 0, 1, 3)
-            )
+            out.index_copy_(0, plan.query_back, torch.bmm(probabilities, v).view(-1, size))
             kept += [q, k, v, probabilities]
         ctx.save_for_backward(*kept)
-        ctx.layout, ctx.scale, ctx.shape = layout, scale, (num_heads, groups, num_tokens, size)
-        return out
+        ctx.plans, ctx.scale, ctx.shape = plans, scale, (num_heads, groups, num_tokens, size)
+        return out[:-1].view(num_tokens, num_heads, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         num_heads, groups, num_tokens, size = ctx.shape
-        rows = num_heads // groups
         kept = ctx.saved_tensors
-        d_query = torch.empty(num_heads, num_tokens, size, dtype=gradient.dtype, device=gradient.device)
-        d_key = torch.empty(groups, num_tokens, size, dtype=gradient.dtype, device=gradient.device)
+        gradients = gradient.reshape(-1, size)
+        d_query = gradient.new_empty(num_tokens * num_heads + 1, size)
+        d_key = gradient.new_empty(num_tokens * groups + 1, size)
         d_value = torch.empty_like(d_key)
-        for index, (start, lengths) in enumerate(ctx.layout.blocks()):
-            n = sum(lengths)
-            place = slice(start, start + n)
-            q, k, v, probabilities = kept[4 * index : 4 * index + 4]
-            d_out = gradient[place].view(n, groups, rows, size).permute(1, 2, 0, 3).reshape(groups, rows * n, size)
+        for number, plan in enumerate(ctx.plans):
+            q, k, v, probabilities = kept[4 * number : 4 * number + 4]
+            d_out = gradients.index_select(0, plan.query)
+            if plan.pads is not None:
+                d_out.masked_fill_(plan.pads, 0.0)
+            d_out = d_out.view(q.shape)
             d_scores = torch.ops.aten._softmax_backward_data(
                 torch.bmm(d_out, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
-            )
-            d_value[:, place] = torch.bmm(probabilities.transpose(1, 2), d_out)
-            d_query[:, place] = torch.bmm(d_scores, k).mul_(ctx.scale).view(num_heads, n, size)
-            d_key[:, place] = torch.bmm(d_scores.transpose(1, 2), q).mul_(ctx.scale)
-        return d_query, d_key, d_value, None, None, None, None
+            ).mul_(ctx.scale)
+            d_value.index_copy_(0, plan.key_back, torch.bmm(probabilities.transpose(1, 2), d_out).view(-1, size))
+            d_query.index_copy_(0, plan.query_back, torch.bmm(d_scores, k).view(-1, size))
+            d_key.index_copy_(0, plan.key_back, torch.bmm(d_scores.transpose(1, 2), q).view(-1, size))
+        heads_first = [flat[:-1].view(num_tokens, -1, size).transpose(0, 1) for flat in (d_query, d_key, d_value)]
+        return *heads_first, None, None, None, None
 
 
 def _one_by_one(
@@ -199,8 +250,8 @@ def packed_attention(
     q, k, v = query[0], key[0], value[0]
     plain = softcap is None and dropout == 0.0
     if plain and q.device.type == "cpu" and max(packed_layout.lengths) < FUSED_FROM:
-        blocks: Callable[..., Tensor] = _BlockAttention.apply
-        out = blocks(q, k, v, packed_layout, scale, causal, sliding_window)
+        bundled: Callable[..., Tensor] = _BundledAttention.apply
+        out = bundled(q, k, v, packed_layout, scale, causal, sliding_window)
     elif plain and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
         out = _variable_length(q, k, v, packed_layout, scale=scale, causal=causal, window=sliding_window)
     else:
