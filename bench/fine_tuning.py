@@ -56,6 +56,11 @@ def demo_rows(number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _lines(file: str) -> list[str]:
+    """Lines ended by line feeds alone: str.splitlines would also cut at separators inside a text."""
+    return [line for line in Path(file).read_text(encoding="utf-8").split("\n") if line]
+
+
 def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -117,7 +122,7 @@ def run_trainer(case: str, options: argparse.Namespace) -> dict[str, Any]:
     settings = dict(CASES[case])
     settings.pop("allocator", None)
     weights = settings.pop("weights", "float32")
-    rows = [json.loads(line) for line in Path(options.data).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in _lines(options.data)]
     regression = isinstance(rows[0]["label"], float)
     names = sorted({row["label"] for row in rows}) if not regression else []
     place = _folder_of(options.model)
@@ -128,7 +133,7 @@ def run_trainer(case: str, options: argparse.Namespace) -> dict[str, Any]:
     model.config.pad_token_id = tokenizer.pad_token_id
 
     def dataset(file: str) -> Dataset:
-        read = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        read = [json.loads(line) for line in _lines(file)]
         ids = tokenizer([row["text"] for row in read])["input_ids"]
         labels = [row["label"] if regression else names.index(row["label"]) for row in read]
         return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(i) for i in ids]})

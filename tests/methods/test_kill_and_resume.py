@@ -65,7 +65,9 @@ def bits_of(run: Path) -> dict[str, str]:
     """SHA-256 of the last checkpoint's tensors, of the exported model and of the metrics."""
     last = max((run / "checkpoints").glob("step-*"))
     files = [*sorted(last.glob("*.safetensors")), *sorted((run / "model").glob("*.safetensors"))]
-    assert {"weights.safetensors", "optimizer.safetensors", "model.safetensors", "head.safetensors"} <= {f.name for f in files}
+    assert {"weights.safetensors", "optimizer.safetensors", "model.safetensors", "head.safetensors"} <= {
+        f.name for f in files
+    }
     return {**{f"{f.parent.name}/{f.name}": digest(f) for f in files}, "metrics": fingerprint(run / "events.jsonl")}
 
 
@@ -155,7 +157,9 @@ def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(fine_tuning_
     train(config, resume=False)
     expected = bits_of(tmp_path / "run")
 
-    other = fine_tuning_config(training={"num_epochs": 3, "save_every": "never"}, data={"output_dir": str(tmp_path / "other")})
+    other = fine_tuning_config(
+        training={"num_epochs": 3, "save_every": "never"}, data={"output_dir": str(tmp_path / "other")}
+    )
     tuner = FineTuner(other, progress=RunProgress(quiet=True))
     stepped = RunProgress.step
 

@@ -17,6 +17,7 @@ from loopos.cli import configs
 from loopos.cli.answers import as_time, say, say_json
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
+from loopos.config.faults import UserError
 from loopos.config.load import load
 from loopos.methods.table import config_classes, method_class
 
@@ -45,7 +46,9 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     from loopos.evaluation.run_folder import refuse_started
     from loopos.models.sources import weights_source
 
-    weights_source(config.data.pretrained_weights)
+    named = getattr(config.data, "pretrained_weights", None)
+    if named is not None:
+        weights_source(named)
     if not options.resume and not options.dry_run:
         refuse_started(Path(config.data.output_dir))
     restart_with_settings()
@@ -54,6 +57,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if options.dry_run:
         from loopos.cli import dry_run
 
+        if named is None:
+            raise UserError("--dry-run: reckons runs that begin from data.pretrained_weights; this one makes its own")
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
     result = train(config, options)
     if is_first_process():

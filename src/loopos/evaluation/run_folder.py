@@ -146,6 +146,17 @@ def refuse_started(folder: Path) -> None:
         )
 
 
+def claim(folder: Path, *, resume: bool) -> None:
+    """Makes a run's folder. Raises `UserError` if it holds a run or its checkpoints already, unless that is resumed."""
+    if not resume:
+        refuse_started(folder)
+        if any((folder / "checkpoints").glob("step-*")):
+            raise UserError(
+                f"data.output_dir: {folder} holds checkpoints of another run; wanted an empty or new folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises `UserError` for a folder without one, or with a broken config or event."""
     if not folder.is_dir():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopos.config.faults import ConfigError, Fault, UserError
+from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
@@ -28,25 +28,23 @@ from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import refuse_started
+from loopos.evaluation.run_folder import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
 from loopos.models.task_folder import save_task_model
 from loopos.training import checkpoint
-from loopos.training.distributed import World, join_world, leave_world
+from loopos.training.distributed import World
 from loopos.training.durable import disk_full_said
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
-from loopos.training.precision import Masters, pick_device, resolve
+from loopos.training.precision import Masters, resolve
 from loopos.training.progress import RunProgress
-from loopos.training.random_states import seed_everything
+from loopos.training.session import session
 from loopos.training.task_objective import TaskObjective, task_objective
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
-
-__all__ = ["FineTuner", "pick_device", "set_trained"]
 
 _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "mae"}
 
@@ -72,13 +70,9 @@ class FineTuner:
         """Data, model, update, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an
         earlier run is overwritten without `resume`.
         """
-        self.device = pick_device(self.config.training.device)
-        world = join_world(self.device.type)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", world.local_rank)
-        try:
-            self.claim_folder(resume)
-            seed_everything(self.config.training.seed, world.rank)
+        with session(self.config.training) as (device, world):
+            self.device = device
+            claim(self.run_dir, resume=resume)
             self.load_data()
             self.build_model()
             fit = self.build_fit(world)
@@ -88,19 +82,7 @@ class FineTuner:
             if world.is_first and not result.interrupted:
                 self.export()
             world.wait()
-            return result
-        finally:
-            leave_world(world)
-
-    def claim_folder(self, resume: bool) -> None:
-        """Makes the run folder; refuses one that holds a run, unless it is resumed."""
-        if not resume:
-            refuse_started(self.run_dir)
-            if any((self.run_dir / "checkpoints").glob("step-*")):
-                raise UserError(
-                    f"data.output_dir: {self.run_dir} holds checkpoints of another run; wanted an empty or new folder"
-                )
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        return result
 
     def record_config(self, world: World) -> None:
         """Writes the resolved config, once it is known that the folder's run is this one."""

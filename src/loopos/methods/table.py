@@ -50,6 +50,11 @@ METHODS: Mapping[MethodName, MethodRow] = {
         trainer="loopos.methods.fine_tuning:FineTuner",
         said="a head over pooled hidden states: classification, multi-label, regression",
     ),
+    ("pretraining", "autoregressive"): MethodRow(
+        config="loopos.config.pretraining:PretrainingConfig",
+        trainer="loopos.methods.pretraining:Pretrainer",
+        said="a tokenizer and a new causal language model from plain text",
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import WeightsSource, weights_source
@@ -53,7 +54,7 @@ class Sizes:
     max_length: int = 2048
 
     @classmethod
-    def of(cls, section: ModelSection, *, max_length: int | None = None) -> Sizes:
+    def of(cls, section: ModelSection | LanguageModelSection, *, max_length: int | None = None) -> Sizes:
         """Those of a config's `model` section; positions for `max_length` tokens, and 2048 at least."""
         named = {ours: getattr(section, ours) for ours in _SIZES}
         return cls(**named, max_length=max(cls.max_length, max_length or 0))
@@ -118,12 +119,12 @@ def _folder(source: WeightsSource) -> Path | None:
 
 def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
     if source.kind == "new":
-        return _new_config(sizes)
+        return new_config(sizes)
     folder = _folder(source)
     if source.kind in ("safetensors", "torch"):
         assert source.path is not None
         if not (source.path.parent / "config.json").is_file():
-            return _new_config(sizes)
+            return new_config(sizes)
         folder = source.path.parent
     place = str(folder or source.given)
     try:
@@ -135,7 +136,7 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
     return config
 
 
-def _new_config(sizes: Sizes) -> LlamaConfig:
+def new_config(sizes: Sizes) -> LlamaConfig:
     """A Llama-style decoder of the guide's sizes, with tied embeddings."""
     missing = [ours for ours in _SIZES if ours != "num_key_value_heads" and getattr(sizes, ours) is None]
     if missing:

@@ -10,9 +10,11 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -76,9 +78,7 @@ def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
     """
     assert source.path is not None
     try:
-        if source.kind == "safetensors":
-            from safetensors.torch import load_file
-
+        if source.kind == "safetensors" or _holds_safetensors(source.path):
             return load_file(source.path)
         if not zipfile.is_zipfile(source.path):
             raise UserError(
@@ -94,6 +94,13 @@ def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{source.path}: wanted a dictionary of tensors by name, found {type(loaded).__name__}")
     return tensors
+
+
+def _holds_safetensors(path: Path) -> bool:
+    """Whether a file named .bin holds safetensors: the length of a header, and a header that begins as JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def _refuse(

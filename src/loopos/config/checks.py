@@ -1,0 +1,201 @@
+"""What keys must not contradict, for every method alike.
+
+Enters: sections, each valid by itself. Leaves: `Finding`s, and sentences on keys that have no effect. Left out: keys of
+one method alone (its own config module), files (`paths`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from loopos.config.faults import Finding
+from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
+from loopos.config.sections import TrainingSection
+
+SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
+
+
+class ModelSizes(Protocol):
+    """The sizes under `model`, None where the config is silent."""
+
+    @property
+    def d_model(self) -> int | None: ...
+    @property
+    def num_heads(self) -> int | None: ...
+    @property
+    def num_layers(self) -> int | None: ...
+    @property
+    def d_ff(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def num_key_value_heads(self) -> int | None: ...
+
+
+def same_path(one: str, other: str) -> bool:
+    """Whether two paths name one place."""
+    return os.path.realpath(one.replace("\0", "")) == os.path.realpath(other.replace("\0", ""))
+
+
+def check_sizes(model: ModelSizes, *, is_new: bool) -> Iterator[Finding]:
+    """Sizes that do not fit each other; is_new: the weights are made from them."""
+    heads, key_heads = model.num_heads, model.num_key_value_heads
+    if model.d_model is not None and heads is not None and model.d_model % heads:
+        wanted = f"a multiple of num_heads ({heads})"
+        lower = model.d_model // heads * heads
+        hint = f"write {lower} or {lower + heads}" if lower else f"write {heads}"
+        yield Finding(("model.d_model", "model.num_heads"), str(model.d_model), wanted, hint)
+    elif is_new and model.d_model is not None and heads is not None and model.d_model // heads % 2:
+        given = f"{model.d_model}, which gives each of {heads} heads {model.d_model // heads} features"
+        yield Finding(
+            ("model.d_model", "model.num_heads"), given, "an even number a head (rotary positions turn pairs)"
+        )
+    if heads is not None and key_heads is not None and heads % key_heads:
+        fields = ("model.num_key_value_heads", "model.num_heads")
+        yield Finding(fields, str(key_heads), f"a divisor of num_heads ({heads})")
+
+
+def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | None) -> Iterator[Finding]:
+    """`check_sizes`, and what weights without sizes or without a tokenizer need beside them."""
+    yield from check_sizes(model, is_new=weights == NEW_WEIGHTS)
+    missing = [name for name in SIZES if getattr(model, name) is None]
+    if missing and (weights == NEW_WEIGHTS or is_bare_weights(weights)):
+        given = f'no {", ".join(missing)} with "{weights}"'
+        fields = ("model", "data.pretrained_weights", *(f"model.{name}" for name in missing))
+        yield Finding(fields, given, f"all of {', '.join(SIZES)}", "these weights come without their sizes")
+    if weights == NEW_WEIGHTS and tokenizer is None:
+        hint = 'for example "tokenizer": "smollm2-135m"'
+        yield Finding(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
+
+
+def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterator[Finding]:
+    """Frozen layers and adapters."""
+    frozen, trainable, unfreeze = training.freeze_layers, training.trainable, training.unfreeze_step
+    if trainable in ("head", "lora") and frozen > 0:
+        fields = ("training.freeze_layers", "training.trainable")
+        given = f"{frozen} with trainable {trainable}"
+        yield Finding(fields, given, "0, or trainable all", f"{trainable} already freezes every pretrained weight")
+    if trainable == "head" and training.lora is not None:
+        fields = ("training.lora", "training.trainable")
+        yield Finding(fields, "adapters with trainable head", 'no lora section, or "trainable": "lora"')
+    if num_layers is not None and frozen > num_layers:
+        given = f"{frozen} of {num_layers} layers"
+        yield Finding(("training.freeze_layers", "model.num_layers"), given, f"at most num_layers ({num_layers})")
+    if unfreeze is not None and frozen == 0:
+        fields = ("training.unfreeze_step", "training.freeze_layers")
+        yield Finding(fields, f"{unfreeze} with freeze_layers 0", "freeze_layers of at least 1, or null")
+    if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
+        fields = ("training.unfreeze_step", "training.max_steps")
+        yield Finding(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+
+
+def check_no_head(training: TrainingSection) -> Iterator[Finding]:
+    """Training a head alone, for methods whose models have none."""
+    if training.trainable == "head":
+        hint = "a language model has no head of its own"
+        yield Finding(("training.trainable",), '"head"', '"all" or "lora"', hint)
+
+
+def check_steps(training: TrainingSection) -> Iterator[Finding]:
+    """Warmup and schedule against the number of steps."""
+    warmup, max_steps = training.warmup, training.max_steps
+    fields: tuple[str, ...]
+    if isinstance(warmup, int) and max_steps is not None and warmup >= max_steps:
+        fields = ("training.warmup", "training.max_steps")
+        yield Finding(
+            fields, f"{warmup} steps", f"fewer than max_steps ({max_steps})", "or a share of all steps, such as 0.1"
+        )
+    if training.schedule == "warmup_stable_decay" and isinstance(warmup, float) and warmup + training.decay_share > 1:
+        fields = ("training.warmup", "training.decay_share", "training.schedule")
+        given = f"a warmup of {warmup} and a decay of {training.decay_share}"
+        yield Finding(fields, given, "shares that sum to at most 1")
+    if training.schedule == "cosine_restarts" and max_steps is not None and training.num_cycles > max_steps:
+        fields = ("training.num_cycles", "training.max_steps", "training.schedule")
+        yield Finding(fields, str(training.num_cycles), f"at most max_steps ({max_steps})")
+
+
+def check_optimizer(training: TrainingSection) -> Iterator[Finding]:
+    """Keys of one optimizer or device with another."""
+    if training.momentum > 0 and training.optimizer not in ("sgd", "muon"):
+        fields = ("training.momentum", "training.optimizer")
+        given = f"{training.momentum} with optimizer {training.optimizer}"
+        hint = "" if training.optimizer == "adafactor" else "its first decay is betas[0]"
+        yield Finding(fields, given, "0, or optimizer sgd or muon", hint)
+    if training.precision == "fp16" and training.device in ("cpu", "mps"):
+        fields = ("training.precision", "training.device")
+        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "fp16 is for CUDA alone")
+
+
+def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Finding]:
+    """What needs validation, where there is none. has_validation: rows are kept for it."""
+    cause: tuple[str, ...]
+    if has_validation and training.validate_every != "never":
+        return
+    if has_validation:
+        reason, cause = 'validate_every "never"', ("training.validate_every",)
+    else:
+        reason = "no validation rows"
+        cause = ("data.validation_share", "data.validation_data", "data.validation_split")
+    wanted = "validation rows (validation_data or validation_share) and validate_every"
+    if training.early_stopping is not None:
+        yield Finding(("training.early_stopping", *cause), f"early stopping with {reason}", wanted)
+    if training.schedule == "plateau":
+        yield Finding(("training.schedule", *cause), f'"plateau" with {reason}', f"{wanted}, or another schedule")
+
+
+def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
+    """Two names of one key under `data`, of which just one must be given; the first is the usual one."""
+    fields = tuple(f"data.{name}" for name in names)
+    given = [name for name, value in names.items() if value is not None]
+    if not given:
+        first = next(iter(names))
+        yield Finding(fields, "nothing", "the rows to train on", f'add "{first}" to data')
+    elif len(given) > 1:
+        fields = tuple(f"data.{name}" for name in reversed(names))
+        yield Finding(fields, f"{' and '.join(given)}", "one of the two", "both name the rows to train on")
+
+
+def check_reading(*, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str]]) -> Iterator[Finding]:
+    """A stream without an end, and a column in two roles; columns: (role, column)."""
+    if streaming and max_rows is None:
+        fields = ("data.streaming", "data.max_rows")
+        yield Finding(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
+    roles: dict[str, str] = {}
+    for role, column in columns:
+        if column in roles:
+            given = f'"{column}", which is {roles[column]} already'
+            yield Finding((f"data.columns.{role}",), given, "a column for one role")
+        roles[column] = role
+
+
+def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:
+    """Keys of `training` that may have no effect → whether they have one, and the reason why not."""
+    schedule, optimizer = training.schedule, training.optimizer
+    reason = f"the schedule is {schedule}"
+    return {
+        "training.num_workers": (False, "rows are read by the training process itself"),
+        "training.prefetch_batches": (False, "rows are read by the training process itself"),
+        "training.lora": (training.trainable == "lora", f"trainable is {training.trainable}"),
+        "training.betas": (optimizer in ("adam", "adamw", "muon"), f"the optimizer is {optimizer}"),
+        "training.num_cycles": (schedule == "cosine_restarts", reason),
+        "training.decay_share": (schedule == "warmup_stable_decay", reason),
+        "training.minimum_ratio": (schedule not in ("constant", "inverse_sqrt"), reason),
+        "training.plateau_factor": (schedule == "plateau", reason),
+        "training.plateau_patience": (schedule == "plateau", reason),
+    }
+
+
+def without_effect(config: BaseModel, has_effect: Mapping[str, tuple[bool, str]]) -> list[str]:
+    """A sentence for each key of `has_effect` ("section.key") that is not at its default and has no effect."""
+    said = []
+    for field, (effective, reason) in has_effect.items():
+        section, key = field.split(".")
+        values = getattr(config, section)
+        if values is None or effective or getattr(values, key) == type(values).model_fields[key].default:
+            continue
+        said.append(f"{field} has no effect: {reason}")
+    return said

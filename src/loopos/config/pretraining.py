@@ -1,0 +1,148 @@
+"""The config of pretraining: its sections, and what they must not contradict.
+
+Enters: the sections, each valid by itself. Leaves: `PretrainingConfig`, and `Finding`s for contradictions between keys
+and for missing files. Left out: what only the data can tell.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from loopos.config import checks
+from loopos.config.faults import Finding
+from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection, TextSourceSection
+from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
+from loopos.config.sections import ComputationSection, MethodConfig, Text
+
+EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
+DEFAULT_WEIGHTS = "models/pretrained_model.bin"
+# 256 bytes and the special tokens.
+SMALLEST_VOCABULARY = 260
+_WEIGHT_FILES = (".bin", ".safetensors")
+
+
+class PretrainingDataSection(TextSourceSection):
+    """Where the text comes from, where the run goes, and where the weights go."""
+
+    input_file: Text | None = Field(
+        default=None, description='file, folder, glob or hub id "org/name" of the text to train on'
+    )
+    training_data: Text | None = Field(default=None, description="another name of input_file")
+    tokenizer: Text | None = Field(
+        default=None,
+        description="folder, file or hub id of a tokenizer; one of vocab_size tokens is trained when absent",
+    )
+    columns: dict[Literal["text"], Text] = Field(default={}, description="column of the text; detected when absent")
+    output_weights: Text = Field(
+        default=DEFAULT_WEIGHTS,
+        description="folder, or .bin or .safetensors file, of the finished weights; tokenizer and config stand beside",
+    )
+
+    @property
+    def source(self) -> str:
+        """The text to train on, under whichever name it was given."""
+        found = self.input_file or self.training_data
+        assert found is not None, "checked by PretrainingConfig.check"
+        return found
+
+    @property
+    def weights_folder(self) -> str:
+        """The folder that the weights, their config and the tokenizer are written to."""
+        if self.output_weights.lower().endswith(_WEIGHT_FILES):
+            return os.path.dirname(self.output_weights) or "."
+        return self.output_weights
+
+
+class PretrainingConfig(MethodConfig):
+    """Everything that a pretraining run is told."""
+
+    description: str = Field(default="", description="free text, for people")
+    model: LanguageModelSection = Field(description="the sizes of the new model")
+    computation: ComputationSection = Field(description="which method runs")
+    training: LanguageTrainingSection = Field(description="how the weights are trained")
+    data: PretrainingDataSection = Field(description="where the text comes from, and where run and weights go")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation ever runs."""
+        return self.data.has_validation and self.training.validate_every != "never"
+
+    def check(self) -> Iterator[Finding]:
+        model, training, data = self.model, self.training, self.data
+        missing = [name for name in checks.SIZES if getattr(model, name) is None]
+        if missing:
+            fields = ("model", *(f"model.{name}" for name in missing))
+            yield Finding(fields, f"no {', '.join(missing)}", f"all of {', '.join(checks.SIZES)}")
+        yield from checks.check_sizes(model, is_new=True)
+        if data.tokenizer is None and model.vocab_size is not None and model.vocab_size < SMALLEST_VOCABULARY:
+            wanted = f"at least {SMALLEST_VOCABULARY}: 256 bytes and the special tokens"
+            yield Finding(("model.vocab_size", "data.tokenizer"), str(model.vocab_size), wanted)
+        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_steps(training)
+        yield from checks.check_optimizer(training)
+        yield from checks.check_validation(training, has_validation=data.has_validation)
+        yield from checks.check_source({"input_file": data.input_file, "training_data": data.training_data})
+        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from _check_new(self)
+
+    def check_files(self) -> Iterator[Finding]:
+        data = self.data
+        for field in ("input_file", "training_data", "validation_data"):
+            value = getattr(data, field)
+            if value is not None:
+                yield from check_rows(f"data.{field}", value, EXAMPLE_ROW)
+        if data.tokenizer is not None:
+            yield from check_tokenizer("data.tokenizer", data.tokenizer)
+        yield from check_output_folder("data.output_dir", data.output_dir)
+        yield from _check_output_weights(data)
+
+    def notes(self) -> list[str]:
+        data, training = self.data, self.training
+        has_effect = {
+            **checks.effects(training),
+            "training.head_learning_rate": (False, "a language model has no head of its own"),
+            "data.validation_share": (data.validation_data is None, "validation_data is given"),
+        }
+        said = checks.without_effect(self, has_effect)
+        if training.save_every == "validation" and not self.validates:
+            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+        return said
+
+
+def _check_new(config: PretrainingConfig) -> Iterator[Finding]:
+    """Keys that make sense for pretrained weights alone."""
+    training = config.training
+    if training.trainable != "all":
+        hint = "new weights must all be trained"
+        yield Finding(("training.trainable",), f'"{training.trainable}"', '"all"', hint)
+    if training.freeze_layers > 0:
+        yield Finding(("training.freeze_layers",), str(training.freeze_layers), "0", "new weights must all be trained")
+    stopping = training.early_stopping
+    named = {"training.metric": training.metric}
+    if stopping is not None:
+        named["training.early_stopping.metric"] = stopping.metric
+    for field, metric in named.items():
+        if metric not in (None, "loss"):
+            yield Finding((field,), f'"{metric}"', '"loss", or nothing')
+    if training.max_length is not None and training.max_length < 2:
+        yield Finding(("training.max_length",), str(training.max_length), "at least 2 tokens: one to predict another")
+
+
+def _check_output_weights(data: PretrainingDataSection) -> Iterator[Finding]:
+    value, field = data.output_weights, "data.output_weights"
+    suffix = os.path.splitext(value)[1].lower()
+    if suffix in (".pt", ".pth", ".gguf"):
+        yield Finding((field,), f'"{value}"', f"a folder, or a file that ends in {' or '.join(_WEIGHT_FILES)}")
+        return
+    for finding in check_output_folder(field, data.weights_folder):
+        yield Finding((field,), f'"{value}": {finding.given}', "a place that can be written", finding.hint)
+    is_file = suffix in _WEIGHT_FILES
+    if "\0" not in value and is_file and os.path.isdir(value):
+        yield Finding((field,), f'"{value}", a folder', "a file's name, or another folder")
+    if checks.same_path(data.weights_folder, data.output_dir):
+        fields = (field, "data.output_dir")
+        yield Finding(fields, f'"{value}", in the folder of the run', "another folder", "a run's folder is its own")

@@ -1,0 +1,74 @@
+"""The loss of a language model without its logits: cross-entropy over the vocabulary in chunks of rows.
+
+Enters: hidden states at the positions whose next token is trained, the output embedding, the targets. Leaves: a sum of
+negative log-likelihoods. Left out: which positions those are.
+Letters: M trained positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows whose logits are held at once: they and their gradient stay in the cache of a processor core.
+_CHUNK = 256
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in one pass over the chunks; the full `[M, V]` logits never exist.
+
+    The gradient of the output embedding is summed in fp32 over the chunks, whatever its own number format.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_hidden, wants_embedding = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_embedding = (
+            torch.zeros(embedding.shape, dtype=torch.float32, device=hidden.device) if wants_embedding else None
+        )
+        for first in range(0, len(targets), _CHUNK):
+            rows = slice(first, first + _CHUNK)
+            states, chosen, share = hidden[rows], targets[rows, None], weights[rows, None]
+            logits = (states @ embedding.t()).float()
+            log_normaliser = logits.logsumexp(-1, keepdim=True)
+            total += ((log_normaliser - logits.gather(1, chosen)) * share).sum()
+            if d_hidden is None and d_embedding is None:
+                continue
+            # d loss / d logits = weight · (softmax − one at the target)
+            d_logits = logits.sub_(log_normaliser).exp_()
+            d_logits.scatter_add_(1, chosen, torch.full_like(share, -1.0))
+            d_logits = d_logits.mul_(share).to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, embedding, out=d_hidden[rows])
+            if d_embedding is not None:
+                d_embedding += d_logits.t() @ states
+        ctx.save_for_backward(*(gradient for gradient in (d_hidden, d_embedding) if gradient is not None))
+        ctx.wants, ctx.embedding_dtype = (wants_hidden, wants_embedding), embedding.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kept = list(ctx.saved_tensors)
+        d_hidden = d_embedding = None
+        if ctx.wants[0]:
+            states = kept.pop(0)
+            d_hidden = states * gradient.to(states.dtype)
+        if ctx.wants[1]:
+            d_embedding = (kept.pop(0) * gradient).to(ctx.embedding_dtype)
+        return d_hidden, d_embedding, None, None
+
+
+def next_token_loss_sum(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ_i w_i·(logsumexp(E·h_i) − (E·h_i)_{t_i}): the weighted negative log-likelihood of the next tokens, in nats.
+
+    hidden `[M, d]`, embedding E `[V, d]`, targets t `[M]` int64, weights w `[M]` (1 where None) → scalar in fp32.
+    """
+    if weights is None:
+        weights = torch.ones(len(targets), dtype=torch.float32, device=hidden.device)
+    apply: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
+    return apply(hidden, embedding, targets, weights.float())

@@ -1,0 +1,201 @@
+"""Pretraining: a tokenizer and a new causal language model from plain text.
+
+    text → documents → byte-level BPE → pieces of tokens → next-token loss → update → weights that other configs name
+
+Enters: a `PretrainingConfig`. Leaves: a run folder, and at `data.output_weights` the weights with their config and
+tokenizer. Left out: the loop (`training.fit`), the reading of text (`data.corpus`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from loopos.config.pretraining import PretrainingConfig
+from loopos.data.batches import Batch, StepBatches, in_order
+from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
+from loopos.data.split import stratified_split
+from loopos.data.tokens import Encoded
+from loopos.evaluation.report import write_report
+from loopos.evaluation.run_folder import claim
+from loopos.models.language_model import LanguageModel
+from loopos.models.load import Sizes, new_config, save_json
+from loopos.models.pretrained_folder import save_pretrained
+from loopos.models.sources import weights_source
+from loopos.models.tokenizers import open_tokenizer
+from loopos.training import checkpoint
+from loopos.training.distributed import World
+from loopos.training.durable import disk_full_said
+from loopos.training.fit import Fit, FitResult
+from loopos.training.precision import Masters, resolve
+from loopos.training.progress import RunProgress
+from loopos.training.session import session
+from loopos.training.update import build_update
+from loopos.training.validation import Validation
+
+# Tokens of one forward pass of validation.
+_TOKENS = 2048
+
+
+class NextToken:
+    """The objective: the mean negative log-likelihood of the next token, nats. One name: "loss"."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.weights: Mapping[str, float] = {"loss": 1.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """Tokens that are predicted: all but the first of each piece."""
+        return {"loss": float(batch.num_tokens - len(batch.rows))}
+
+    def loss(self, batch: Batch) -> Mapping[str, Tensor]:
+        return {"loss": self.model(batch.ids, batch.layout)}
+
+
+class Pretrainer:
+    """Trains a tokenizer and a language model from nothing: `Pretrainer(config).train()`."""
+
+    def __init__(
+        self,
+        config: PretrainingConfig,
+        *,
+        progress: RunProgress | None = None,
+        trust_remote_code: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """environment: settings of the process, by name, for the log. trust_remote_code: for `data.tokenizer`."""
+        self.config, self.trust_remote_code = config, trust_remote_code
+        self.progress = progress or RunProgress()
+        self.environment = dict(environment or {})
+        self.run_dir = Path(config.data.output_dir)
+
+    def train(self, *, resume: bool = False) -> FitResult:
+        """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
+        with session(self.config.training) as (device, world):
+            self.device = device
+            claim(self.run_dir, resume=resume)
+            self.load_data()
+            self.build_model()
+            fit = self.build_fit(world)
+            fit.open(resume=resume)
+            if world.is_first:
+                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+            result = fit.run()
+            if world.is_first and not result.interrupted:
+                self.export()
+            world.wait()
+        return result
+
+    def load_data(self) -> None:
+        """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
+        data, settings = self.config.data, self.config.training
+        corpus = read_corpus(data.source, data.columns, max_rows=data.max_rows)
+        documents, held_out = list(corpus.documents), []
+        self.progress.say(corpus.said)
+        if data.validation_data is not None:
+            validation = read_corpus(data.validation_data, data.columns, max_rows=data.max_rows)
+            held_out = list(validation.documents)
+            self.progress.say(f"validation: {validation.said}")
+        elif data.validation_share > 0 and len(documents) > 1:
+            kept, chosen = stratified_split(None, data.validation_share, settings.seed, num_rows=len(documents))
+            documents, held_out = [documents[i] for i in kept], [documents[i] for i in chosen]
+            self.progress.say(f"validation: {len(held_out)} documents, split off with seed {settings.seed}")
+        self.tokenizer = self._tokenizer(documents)
+        self.max_length = settings.max_length or Sizes.max_length
+        self.pieces = encode_corpus(self.tokenizer, documents, max_length=self.max_length)
+        self.validation_pieces = encode_corpus(self.tokenizer, held_out, max_length=self.max_length)
+        tokens = sum(len(piece.ids) for piece in self.pieces)
+        self.progress.say(
+            f"tokenizer of {len(self.tokenizer)} tokens; {tokens:,} tokens in {len(self.pieces)} pieces of at most "
+            f"{self.max_length}"
+        )
+
+    def _tokenizer(self, documents: list[str]) -> PreTrainedTokenizerBase:
+        named = self.config.data.tokenizer
+        if named is not None:
+            return open_tokenizer(weights_source("new"), named, trust_remote_code=self.trust_remote_code)
+        vocab_size = self.config.model.vocab_size
+        assert vocab_size is not None, "checked by the config"
+        tokenizer = train_tokenizer(documents, vocab_size)
+        if len(tokenizer) < vocab_size:
+            self.progress.say(f"the text gives {len(tokenizer)} tokens, fewer than model.vocab_size = {vocab_size}")
+        return tokenizer
+
+    def build_model(self) -> LanguageModel:
+        """A new Llama-style model of the config's sizes, and the number format."""
+        settings, section = self.config.training, self.config.model
+        self.precision = resolve(settings.precision, self.device)
+        config = new_config(Sizes.of(section, max_length=self.max_length))
+        config.pad_token_id, config.bos_token_id = self.tokenizer.pad_token_id, self.tokenizer.bos_token_id
+        config.eos_token_id = self.tokenizer.eos_token_id
+        self.model = LanguageModel(LlamaForCausalLM(config), attention=section.attention).to(self.device).train()
+        if settings.gradient_checkpointing:
+            self.model.causal.activation_checkpointing_enable()
+        named = dict(self.model.named_parameters())
+        half = torch.bfloat16 if self.precision == "bf16" else None
+        self.masters = Masters(named, may_train=set(named), half=lambda name: half)
+        parameters = sum(parameter.numel() for parameter in named.values())
+        self.progress.say(f"trains {parameters:,} parameters in {self.precision} on {self.device}")
+        return self.model
+
+    def build_fit(self, world: World) -> Fit:
+        """Optimizer, update, batches and loop."""
+        settings = self.config.training
+        batches = StepBatches(
+            self.pieces,
+            None,
+            settings.batch_size,
+            settings.gradient_accumulation,
+            world.rank,
+            world.size,
+            settings.shuffle,
+            settings.seed,
+            self.device,
+        )
+        judged = self.config.validates and bool(self.validation_pieces)
+        return Fit(
+            run_dir=self.run_dir,
+            settings=settings,
+            update=build_update(self.model, self.masters, settings, self.precision, world, head=()),
+            batches=batches,
+            objective=NextToken(self.model),
+            validation=Validation(lambda: self.validate(world), "loss", "min", "loss", "min") if judged else None,
+            progress=self.progress,
+            world=world,
+            base="new",
+            facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
+        )
+
+    @torch.no_grad()
+    def validate(self, world: World = World()) -> dict[str, float]:  # noqa: B008 (frozen)
+        """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""
+        sums = {"loss": 0.0, "count": 0.0}
+        objective = NextToken(self.model)
+        for batch in self._in_order(self.validation_pieces, world):
+            sums["loss"] += float(objective.loss(batch)["loss"])
+            sums["count"] += objective.counts(batch)["loss"]
+        total = world.sum_floats(sums)
+        loss = total["loss"] / total["count"]
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def _in_order(self, pieces: list[Encoded], world: World) -> list[Batch]:
+        return list(in_order(pieces, None, tokens=_TOKENS, device=self.device, rank=world.rank, world=world.size))
+
+    def export(self) -> None:
+        """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report."""
+        best = checkpoint.best(self.run_dir / "checkpoints") if self.config.training.keep_best else None
+        if best is not None:
+            found = checkpoint.load(best)
+            self.masters.load(found.tensors["weights"])
+            self.progress.say(f"exporting the best weights, of step {found.step}")
+        place = Path(self.config.data.output_weights)
+        needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        with disk_full_said(self.run_dir, needed_bytes, "the weights"):
+            save_pretrained(place, self.model.causal, self.tokenizer)
+            write_report(self.run_dir)
+        self.progress.say(f"weights: {place} · report: {self.run_dir / 'report.md'}")
