@@ -52,13 +52,6 @@ def test_the_shipped_config(load_shipped: Loads) -> None:
     assert config.data.source == "data/pretraining.txt"
 
 
-def test_its_sizes_are_those_of_the_guide_s_chain_of_thought() -> None:
-    shipped, guide = SHIPPED.read_text(encoding="utf-8"), SHIPPED.with_name("chain_of_thought.json").read_text()
-    sizes = [line for line in guide.splitlines() if any(f'"{key}"' in line for key in ("d_model", "num_heads", "num_layers"))]
-    assert len(sizes) == 3
-    assert all(line in shipped.splitlines() for line in sizes)
-
-
 @pytest.mark.parametrize(
     ("overrides", "field", "wanted"),
     [

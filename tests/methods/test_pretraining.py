@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES, toy_rows
 from transformers import AutoModelForCausalLM
 
 from loopos.config.fine_tuning import FineTuningConfig
@@ -21,12 +20,19 @@ from loopos.models.language_model import LanguageModel
 from loopos.training.events import read
 from loopos.training.progress import RunProgress
 
+SENTENCES = (
+    "the parcel came late and the box was open",
+    "a kind answer within the hour, thank you",
+    "my card was charged twice for one order",
+    "where is the invoice for march",
+    "good value, works as described",
+)
 SIZES = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 64, "vocab_size": 300}
 
 
 def config_in(folder: Path, **training: Any) -> PretrainingConfig:
     text = folder / "text.txt"
-    text.write_text("\n\n".join(SENTENCES * 4), encoding="utf-8")
+    text.write_text("\n\n".join(SENTENCES * 8), encoding="utf-8")
     return PretrainingConfig.model_validate(
         {
             "model": SIZES,
@@ -55,7 +61,7 @@ def test_it_learns_and_fine_tuning_starts_from_its_weights(tmp_path: Path) -> No
     assert validations[-1]["perplexity"] == pytest.approx(math.exp(validations[-1]["loss"]))
 
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"text": "{row["text"]}", "label": {row["label"]}}}\n' for row in toy_rows(30)))
+    rows.write_text("".join(f'{{"text": "{SENTENCES[i % 3]} {i}", "label": {i % 3}}}\n' for i in range(30)))
     tuned = FineTuningConfig.model_validate(
         {
             "model": {**SIZES, "num_classes": 3},
