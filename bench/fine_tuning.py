@@ -99,10 +99,16 @@ def run_loopos(case: str, options: argparse.Namespace) -> dict[str, Any]:
         for event in events:
             steps.append((event["metrics"]["tokens"] - before, event["timing"]["seconds"]))
             before = event["metrics"]["tokens"]
-        answer = {"tokens_per_second": rate_of(steps), "peak_gib": peak_gib(), "losses": [e["metrics"]["loss"] for e in events]}
+        answer = {
+            "tokens_per_second": rate_of(steps),
+            "peak_gib": peak_gib(),
+            "losses": [e["metrics"]["loss"] for e in events],
+        }
         if options.test:
             measured = Predictor.open(f"{folder}/run").evaluate_file(options.test)
-            answer.update({name: measured[name] for name in ("accuracy", "macro_f1", "mae", "pearson") if name in measured})
+            answer.update(
+                {name: measured[name] for name in ("accuracy", "macro_f1", "mae", "pearson") if name in measured}
+            )
         return answer
 
 
@@ -173,7 +179,9 @@ def run_trainer(case: str, options: argparse.Namespace) -> dict[str, Any]:
             use_cpu=not torch.cuda.is_available(),
             **settings,
         )
-        trainer = Trainer(model, arguments, train_dataset=dataset(options.data), data_collator=collator, callbacks=[clock])
+        trainer = Trainer(
+            model, arguments, train_dataset=dataset(options.data), data_collator=collator, callbacks=[clock]
+        )
         trainer.train()
         steps = list(zip(collator.tokens, clock.seconds, strict=False))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -206,7 +214,12 @@ def child(case: str, options: argparse.Namespace) -> None:
 
 def environment_of(case: str) -> dict[str, str]:
     wants = case.startswith("loopos") or CASES[case].get("allocator")
-    return {**os.environ, **(ALLOCATOR if wants else {}), "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        **(ALLOCATOR if wants else {}),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def main() -> None:
@@ -246,7 +259,10 @@ def main() -> None:
     for case, answers in found.items():
         middle = {name: statistics.median(a[name] for a in answers) for name in answers[0] if name != "case"}
         told = {"case": case, "median": True, **middle, "loopos_is_faster_by": ours / middle["tokens_per_second"]}
-        print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}), flush=True)
+        print(
+            json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

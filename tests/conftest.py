@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,9 @@ def toy_rows(number: int) -> list[dict[str, Any]]:
     openings = ("good", "bad", "where")
     return [
         {
-            "text": f"{openings[i % 3]} {' '.join([SENTENCES[(i * 7) % 10]] * (1 + (i * i) % 5))}"[: 12 + (i * 37) % 160],
+            "text": f"{openings[i % 3]} {' '.join([SENTENCES[(i * 7) % 10]] * (1 + (i * i) % 5))}"[
+                : 12 + (i * 37) % 160
+            ],
             "label": i % 3,
         }
         for i in range(number)
@@ -136,10 +138,9 @@ def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Ca
 
 
 @pytest.fixture(autouse=True)
-def _single_threaded() -> Iterator[None]:
+def _single_threaded() -> None:
     """Exact comparisons between runs need the same number of threads in both."""
     import sys
 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    yield

@@ -106,7 +106,9 @@ def test_loss_and_gradients_equal_the_padded_forward(name: str) -> None:
             assert mine.grad is None or not mine.grad.any(), parameter_name
             continue
         assert mine.grad is not None, parameter_name
-        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=parameter_name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=parameter_name: f"{n}: {m}"
+        )
         compared += 1
     assert compared >= 14
 

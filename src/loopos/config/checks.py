@@ -155,7 +155,7 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
         first = next(iter(names))
         yield Finding(fields, "nothing", "the rows to train on", f'add "{first}" to data')
     elif len(given) > 1:
-        fields = tuple(f"data.{name}" for name in reversed(names))
+        fields = tuple(f"data.{name}" for name in reversed(list(names)))
         yield Finding(fields, f"{' and '.join(given)}", "one of the two", "both name the rows to train on")
 
 

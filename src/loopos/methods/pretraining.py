@@ -94,11 +94,12 @@ class Pretrainer:
     def load_data(self) -> None:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
         data, settings = self.config.data, self.config.training
-        corpus = read_corpus(data.source, data.columns, max_rows=data.max_rows)
+        columns = {str(role): column for role, column in data.columns.items()}
+        corpus = read_corpus(data.source, columns, max_rows=data.max_rows)
         documents, held_out = list(corpus.documents), []
         self.progress.say(corpus.said)
         if data.validation_data is not None:
-            validation = read_corpus(data.validation_data, data.columns, max_rows=data.max_rows)
+            validation = read_corpus(data.validation_data, columns, max_rows=data.max_rows)
             held_out = list(validation.documents)
             self.progress.say(f"validation: {validation.said}")
         elif data.validation_share > 0 and len(documents) > 1:

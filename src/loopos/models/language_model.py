@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
     @property
     def output_embedding(self) -> Tensor:
         """E `[V, d]`."""
-        weight = self.causal.get_output_embeddings().weight
+        weight = self.causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         assert isinstance(weight, Tensor)
         return weight
 
