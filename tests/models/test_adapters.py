@@ -146,6 +146,6 @@ def test_the_adapter_of_a_run_is_its_model(tmp_path: Path, pico_tokenizer: Path)
 
 def test_only_adapters_and_head_are_in_the_checkpoint(tmp_path: Path, pico_folder: Path) -> None:
     tuner = prepared(config_of(tmp_path / "run", pico_folder, class_rows(16), training={"trainable": "lora"}))
-    names = set(tuner.masters.parameters)
+    names = set(tuner.trained.masters.parameters)
     assert len(names) == 2 * 2 * 7 + 1
     assert all("lora_" in name or name == "head.weight" for name in names)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from loopos.config.faults import UserError
-from loopos.models.task_folder import model_folder, open_task_model, save_task_model
+from loopos.models.model_folder import model_folder
+from loopos.models.task_folder import open_task_model, save_task_model
 from loopos.training.durable import DiskFull
 
 

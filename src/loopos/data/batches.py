@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loopos.config.sections import TrainingSection
 from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
 
@@ -27,7 +28,8 @@ class Batch:
     """Rows of one forward pass, flat.
 
     `ids` `[T]` int64; `layout` of N sequences; `token_types` `[T]` or None; `targets` `[N]` or `[N, C]`, or None when
-    predicting; `rows` `[N]`: places in the data.
+    predicting; `rows` `[N]`: places in the data; `weights` `[T]` fp32: the factor on the loss of each token as a target,
+    or None.
     """
 
     ids: Tensor
@@ -35,6 +37,7 @@ class Batch:
     token_types: Tensor | None
     targets: Tensor | None
     rows: tuple[int, ...]
+    weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -55,12 +58,17 @@ def collate(examples: Sequence[Encoded], targets: Tensor | None, rows: Sequence[
     types = None
     if chosen[0].token_types is not None:
         types = torch.tensor([t for example in chosen for t in example.token_types or ()], device=device)
+    weights = None
+    if chosen[0].weights is not None:
+        factors = [factor for example in chosen for factor in example.weights or ()]
+        weights = torch.tensor(factors, dtype=torch.float32, device=device)
     return Batch(
         ids=torch.tensor([token for example in chosen for token in example.ids], device=device),
         layout=PackedLayout(tuple(len(example.ids) for example in chosen), device),
         token_types=types,
         targets=None if targets is None else targets[torch.as_tensor(list(rows))].to(device),
         rows=tuple(rows),
+        weights=weights,
     )
 
 
@@ -97,6 +105,30 @@ class StepBatches:
     shuffle: bool = True
     seed: int = 42
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def of(
+        cls,
+        settings: TrainingSection,
+        examples: Sequence[Encoded],
+        targets: Tensor | None,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ) -> StepBatches:
+        """The layout that a config's `training` section asks for."""
+        return cls(
+            examples,
+            targets,
+            settings.batch_size,
+            settings.gradient_accumulation,
+            rank,
+            world,
+            settings.shuffle,
+            settings.seed,
+            device,
+        )
 
     @property
     def rows_a_step(self) -> int:

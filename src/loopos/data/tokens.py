@@ -21,13 +21,15 @@ _CHUNK = 1024
 class Encoded:
     """One example as tokens. `ids` are never empty; `token_types` are the segment ids of sentence pairs, for
     tokenizers that make them; `index` is the example's place in its file or split; `cut` counts the tokens that were
-    truncated.
+    truncated. `weights`, as long as `ids`: the factor on the loss of each token as the target of those before it, 0 =
+    context, which the first token always is; None where a method says itself what is learned.
     """
 
     ids: list[int]
     token_types: list[int] | None
     index: int
     cut: int = 0
+    weights: list[float] | None = None
 
 
 @dataclass

@@ -8,23 +8,51 @@ Letters: M trained positions, d hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loopos.functional.gradient_sum import gradient_sum
+
 # Rows whose logits are held at once: they and their gradient stay in the cache of a processor core.
 _CHUNK = 256
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model does to E·h: z = scale · E·h, then, with a soft cap c, c · tanh(z / c)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """E·h → logits, in fp32, in place where it is that already."""
+        logits = products.float()
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def backward(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """d loss / d(E·h) from d loss / d logits, in place of `gradient`."""
+        if self.softcap is not None:
+            # d (c·tanh(z/c)) / dz = 1 − tanh²(z/c)
+            gradient = gradient.mul_(1 - (logits / self.softcap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; the full `[M, V]` logits never exist.
 
-    The gradient of the output embedding is summed in fp32 over the chunks, whatever its own number format.
+    The gradient of the output embedding is summed in fp32, whatever its own number format, and goes to the embedding's
+    own sum where it has one.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor, shape: LogitShape
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden, wants_embedding = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -34,21 +62,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), _CHUNK):
             rows = slice(first, first + _CHUNK)
             states, chosen, share = hidden[rows], targets[rows, None], weights[rows, None]
-            logits = (states @ embedding.t()).float()
+            logits = shape(states @ embedding.t())
             log_normaliser = logits.logsumexp(-1, keepdim=True)
             total += ((log_normaliser - logits.gather(1, chosen)) * share).sum()
             if d_hidden is None and d_embedding is None:
                 continue
             # d loss / d logits = weight · (softmax − one at the target)
-            d_logits = logits.sub_(log_normaliser).exp_()
+            d_logits = (logits - log_normaliser if shape.softcap else logits.sub_(log_normaliser)).exp_()
             d_logits.scatter_add_(1, chosen, torch.full_like(share, -1.0))
-            d_logits = d_logits.mul_(share).to(hidden.dtype)
+            d_logits = shape.backward(logits, d_logits.mul_(share)).to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, embedding, out=d_hidden[rows])
             if d_embedding is not None:
                 d_embedding += d_logits.t() @ states
         ctx.save_for_backward(*(gradient for gradient in (d_hidden, d_embedding) if gradient is not None))
         ctx.wants, ctx.embedding_dtype = (wants_hidden, wants_embedding), embedding.dtype
+        ctx.buffer = gradient_sum(embedding) if wants_embedding else None
         return total
 
     @staticmethod
@@ -58,17 +87,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.wants[0]:
             states = kept.pop(0)
             d_hidden = states * gradient.to(states.dtype)
-        if ctx.wants[1]:
+        if ctx.buffer is not None:
+            ctx.buffer().addcmul_(kept.pop(0), gradient)
+        elif ctx.wants[1]:
             d_embedding = (kept.pop(0) * gradient).to(ctx.embedding_dtype)
-        return d_hidden, d_embedding, None, None
+        return d_hidden, d_embedding, None, None, None
 
 
-def next_token_loss_sum(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Σ_i w_i·(logsumexp(E·h_i) − (E·h_i)_{t_i}): the weighted negative log-likelihood of the next tokens, in nats.
+def next_token_loss_sum(
+    hidden: Tensor,
+    embedding: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    shape: LogitShape = LogitShape(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """Σ_i w_i·(logsumexp(z_i) − z_i,t_i) with z_i = shape(E·h_i): the weighted negative log-likelihood of the next
+    tokens, in nats.
 
     hidden `[M, d]`, embedding E `[V, d]`, targets t `[M]` int64, weights w `[M]` (1 where None) → scalar in fp32.
     """
     if weights is None:
         weights = torch.ones(len(targets), dtype=torch.float32, device=hidden.device)
     apply: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
-    return apply(hidden, embedding, targets, weights.float())
+    return apply(hidden, embedding, targets, weights.float(), shape)

@@ -34,15 +34,15 @@ from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
 from loopos.models.task_folder import save_task_model
-from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.durable import disk_full_said
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
-from loopos.training.precision import Masters, resolve
+from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.session import session
 from loopos.training.task_objective import TaskObjective, task_objective
+from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
@@ -136,43 +136,24 @@ class FineTuner:
         self.precision = resolve(settings.precision, self.device)
         backbone = Backbone(self.pretrained.model, attention=section.attention)
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
-        held_back = {id(parameter) for parameter in set_trained(backbone.model, settings)}
+        held_back = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
         model = PooledModel(backbone, num_outputs=outputs, pooling=section.pooling, seed=settings.seed)
         self.model = model.to(self.device).train()
-        named = dict(self.model.named_parameters())
-        self.trains_now = {name for name, parameter in named.items() if parameter.requires_grad}
-        self.trains_later: set[str] = set()
-        if settings.unfreeze_step is not None:
-            self.trains_later = {name for name, parameter in named.items() if id(parameter) in held_back}
-        half = torch.bfloat16 if self.precision == "bf16" else None
-        self.masters = Masters(
-            named,
-            may_train=self.trains_now | self.trains_later,
-            half=lambda name: half if name.startswith("backbone.") else None,
+        self.trained = TrainedWeights(
+            self.model, settings, precision=self.precision, held_back=held_back, half_under="backbone."
         )
-        self.masters.set_training(self.trains_now)
-        trained = sum(named[name].numel() for name in self.trains_now)
-        everything = sum(parameter.numel() for parameter in named.values())
-        self.progress.say(f"trains {trained:,} of {everything:,} parameters in {self.precision} on {self.device}")
+        self.progress.say(self.trained.said())
         return self.model
 
     def build_fit(self, world: World) -> Fit:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
-        update = build_update(self.model, self.masters, settings, self.precision, world, head={"head.weight"})
-        batches = StepBatches(
-            self.train_rows,
-            self.targets.train,
-            settings.batch_size,
-            settings.gradient_accumulation,
-            world.rank,
-            world.size,
-            settings.shuffle,
-            settings.seed,
-            self.device,
+        update = build_update(self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"})
+        batches = StepBatches.of(
+            settings, self.train_rows, self.targets.train, rank=world.rank, world=world.size, device=self.device
         )
         return Fit(
             run_dir=self.run_dir,
@@ -185,16 +166,13 @@ class FineTuner:
             world=world,
             base=self.pretrained.fingerprint,
             facts=self._facts(),
-            unfreeze=self._unfreeze if self.trains_later else None,
+            unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
 
     def objective(self) -> TaskObjective:
         """The loss of this config's head."""
         space = self.data.space
         return task_objective(self.model, self.config.model, space.task, self.targets, space.num_outputs)
-
-    def _unfreeze(self) -> None:
-        self.masters.set_training(self.trains_now | self.trains_later)
 
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
@@ -246,11 +224,9 @@ class FineTuner:
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
 
     def _take_best(self) -> None:
-        best = checkpoint.best(self.run_dir / "checkpoints") if self.config.training.keep_best else None
-        if best is not None:
-            found = checkpoint.load(best)
-            self.masters.load(found.tensors["weights"])
-            self.progress.say(f"exporting the best weights, of step {found.step}")
+        step = self.trained.take_best(self.run_dir, self.config.training)
+        if step is not None:
+            self.progress.say(f"exporting the best weights, of step {step}")
         elif self.config.validates and self.validation_rows:
             self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
 

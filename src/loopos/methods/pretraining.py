@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loopos.config.pretraining import PretrainingConfig
@@ -28,33 +27,19 @@ from loopos.models.load import Sizes, new_config, save_json
 from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
-from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.durable import disk_full_said
 from loopos.training.fit import Fit, FitResult
-from loopos.training.precision import Masters, resolve
+from loopos.training.language_objective import NextToken
+from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.session import session
+from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 # Tokens of one forward pass of validation.
 _TOKENS = 2048
-
-
-class NextToken:
-    """The objective: the mean negative log-likelihood of the next token, nats. One name: "loss"."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-        self.weights: Mapping[str, float] = {"loss": 1.0}
-
-    def counts(self, batch: Batch) -> Mapping[str, float]:
-        """Tokens that are predicted: all but the first of each piece."""
-        return {"loss": float(batch.num_tokens - len(batch.rows))}
-
-    def loss(self, batch: Batch) -> Mapping[str, Tensor]:
-        return {"loss": self.model(batch.ids, batch.layout)}
 
 
 class Pretrainer:
@@ -137,32 +122,21 @@ class Pretrainer:
         self.model = LanguageModel(LlamaForCausalLM(config), attention=section.attention).to(self.device).train()
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        named = dict(self.model.named_parameters())
-        half = torch.bfloat16 if self.precision == "bf16" else None
-        self.masters = Masters(named, may_train=set(named), half=lambda name: half)
-        parameters = sum(parameter.numel() for parameter in named.values())
-        self.progress.say(f"trains {parameters:,} parameters in {self.precision} on {self.device}")
+        self.trained = TrainedWeights(self.model, settings, precision=self.precision)
+        self.progress.say(self.trained.said())
         return self.model
 
     def build_fit(self, world: World) -> Fit:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
-        batches = StepBatches(
-            self.pieces,
-            None,
-            settings.batch_size,
-            settings.gradient_accumulation,
-            world.rank,
-            world.size,
-            settings.shuffle,
-            settings.seed,
-            self.device,
+        batches = StepBatches.of(
+            settings, self.pieces, None, rank=world.rank, world=world.size, device=self.device
         )
         judged = self.config.validates and bool(self.validation_pieces)
         return Fit(
             run_dir=self.run_dir,
             settings=settings,
-            update=build_update(self.model, self.masters, settings, self.precision, world, head=()),
+            update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=NextToken(self.model),
             validation=Validation(lambda: self.validate(world), "loss", "min", "loss", "min") if judged else None,
@@ -189,11 +163,9 @@ class Pretrainer:
 
     def export(self) -> None:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report."""
-        best = checkpoint.best(self.run_dir / "checkpoints") if self.config.training.keep_best else None
-        if best is not None:
-            found = checkpoint.load(best)
-            self.masters.load(found.tensors["weights"])
-            self.progress.say(f"exporting the best weights, of step {found.step}")
+        step = self.trained.take_best(self.run_dir, self.config.training)
+        if step is not None:
+            self.progress.say(f"exporting the best weights, of step {step}")
         place = Path(self.config.data.output_weights)
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the weights"):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from loopos.functional.packing import PackedLayout
 from loopos.models.attention import IMPLEMENTATION, PackedUnsupported
+from loopos.models.embedding import use_summed_embedding
 
 # Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.model = model
+        use_summed_embedding(model)
         self.takes_token_types = _takes_token_types(model)
         self.path, self.reason = "padded", ""
         if attention == "padded":

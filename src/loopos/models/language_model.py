@@ -1,31 +1,39 @@
 """A causal language model over packed rows: backbone, output embedding, next-token loss.
 
-Enters: a transformers causal language model. Leaves: sums of next-token losses over packed rows; the model's folder.
-Left out: generation.
-Letters: T tokens of the row, N sequences, M positions with a next token.
+Enters: a transformers causal language model. Leaves: sums of next-token losses over packed rows. Left out: generation
+(`generation`), its folder (`language_folder.py`).
+Letters: T tokens of the row, N sequences, M positions whose next token is trained.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from loopos.functional.language_loss import next_token_loss_sum
+from loopos.config.faults import UserError
+from loopos.functional.language_loss import LogitShape, next_token_loss_sum
 from loopos.functional.packing import PackedLayout
 from loopos.models.backbone import Backbone
+
+_PROBE_TOLERANCE = 2e-4
 
 
 class LanguageModel(nn.Module):
     """`causal` is transformers' model, unchanged; its base runs as a `Backbone`, its output embedding E gives the loss
-    −log softmax(E·h_t)_{token t+1}. The parameters are those of `causal`, tied ones once.
+    −log softmax(shape(E·h_t))_{token t+1}. The parameters are those of `causal`, tied ones once.
     """
 
     def __init__(self, causal: PreTrainedModel, *, attention: str = "auto") -> None:
+        """attention: as `Backbone`'s. Raises `UserError` for a model that sees later tokens, or whose logits are made in
+        a way that is not known here.
+        """
         super().__init__()
         base = getattr(causal, causal.base_model_prefix)
         assert isinstance(base, PreTrainedModel)
         self.causal = causal
+        self.shape = _logit_shape(causal.config.get_text_config())
+        _check(causal, base, self.shape)
         # Kept out of the module tree: the backbone's parameters are those of `causal`, and are named once.
         self._backbone = (Backbone(base, attention=attention),)
 
@@ -36,17 +44,19 @@ class LanguageModel(nn.Module):
     @property
     def output_embedding(self) -> Tensor:
         """E `[V, d]`."""
-        weight = self.causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-        assert isinstance(weight, Tensor)
-        return weight
+        return _output_embedding(self.causal)
 
-    def forward(self, ids: Tensor, layout: PackedLayout) -> Tensor:
-        """Sum of the next-token losses of a row, nats. ids `[T]`; the last token of each sequence predicts nothing, so
-        that M = T − N.
+    def forward(self, ids: Tensor, layout: PackedLayout, weights: Tensor | None = None) -> Tensor:
+        """Weighted sum of the next-token losses of a row, nats. ids `[T]`; weights `[T]`: the factor on the loss of each
+        token as the target of those before it, 0 for the first of each sequence; None = 1 for all others, M = T − N.
         """
-        positions = next_token_positions(layout)
+        if weights is None:
+            targets = next_token_positions(layout) + 1
+        else:
+            targets = weights.nonzero().squeeze(1)
+            weights = weights[targets]
         hidden = self.backbone(ids, layout)
-        return next_token_loss_sum(hidden[positions], self.output_embedding, ids[positions + 1])
+        return next_token_loss_sum(hidden[targets - 1], self.output_embedding, ids[targets], weights, shape=self.shape)
 
 
 def next_token_positions(layout: PackedLayout) -> Tensor:
@@ -54,3 +64,41 @@ def next_token_positions(layout: PackedLayout) -> Tensor:
     has_next = torch.ones(layout.num_tokens, dtype=torch.bool, device=layout.device)
     has_next[layout.ends()] = False
     return has_next.nonzero().squeeze(1)
+
+
+def _output_embedding(causal: PreTrainedModel) -> Tensor:
+    weight = causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _logit_shape(config: PreTrainedConfig) -> LogitShape:
+    """Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitShape(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) -> None:
+    """Raises `UserError` unless on these weights logits are shape(E·h), and depend on no later token."""
+    config, was_training = causal.config.get_text_config(), causal.training
+    causal.train(False)
+    ids = torch.arange(config.vocab_size - 1, config.vocab_size - 7, -1, device=causal.device).clamp_(min=0)[None]
+    logits = causal(input_ids=ids).logits[0].float()
+    hidden = base(input_ids=ids).last_hidden_state[0]
+    expected = shape(hidden @ _output_embedding(causal).t())
+    before = causal(input_ids=ids[:, :-1]).logits[0].float()
+    causal.train(was_training)
+    tolerance = _PROBE_TOLERANCE if causal.dtype == torch.float32 else 0.05
+    largest = logits.abs().max().clamp_min(1e-6)
+    if not float((logits[:-1] - before).abs().max() / largest) <= tolerance:
+        raise UserError(
+            f"{type(causal).__name__} sees the tokens that it is to predict: an encoder; wanted a causal language model"
+        )
+    difference = float((logits - expected).abs().max() / largest)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{type(causal).__name__} makes its logits in a way that is not known here (other than E·h by "
+            f"{difference:.1e}); wanted a model whose output layer is a matrix without bias"
+        )

@@ -1,7 +1,7 @@
 """Pretrained models in, from every kind of source.
 
 Enters: the value of `data.pretrained_weights`, and the sizes of `model` where the source has no config. Leaves: a
-headless model in fp32 and its tokenizer. Left out: reading the files (`weight_files.py`), heads, adapters.
+model in fp32, headless or with its output embedding, and its tokenizer. Left out: reading the files (`weight_files.py`), heads, adapters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.language_sections import LanguageModelSection
@@ -23,7 +23,7 @@ from loopos.config.sections import ModelSection
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import WeightsSource, weights_source
 from loopos.models.tokenizers import open_tokenizer
-from loopos.models.weight_files import from_file, from_folder
+from loopos.models.weight_files import from_file, from_folder, new_model
 
 NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
@@ -66,7 +66,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A headless model in fp32 on CPU, its tokenizer, `said`: what was loaded, in words, and `fingerprint`, which
+    """A model in fp32 on CPU, its tokenizer, `said`: what was loaded, in words, and `fingerprint`, which
     tells these weights from others.
     """
 
@@ -77,9 +77,14 @@ class Pretrained:
 
 
 def load_pretrained(
-    given: str, *, sizes: Sizes = Sizes(), tokenizer: str | None = None, trust_remote_code: bool = False
+    given: str,
+    *,
+    causal: bool = False,
+    sizes: Sizes = Sizes(),
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Pretrained:
-    """Loads what `data.pretrained_weights` names.
+    """Loads what `data.pretrained_weights` names: the headless model, or with `causal` the language model.
 
     Raises `UserError` for a missing or broken source, a file that wants to run code, tensors that are missing or of
     other shapes than the config says, sizes that disagree with the weights, and encoder-decoder models.
@@ -94,12 +99,12 @@ def load_pretrained(
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
-        model = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = new_model(config, causal=causal)
     elif source.kind in ("safetensors", "torch"):
-        model = from_file(source, config)
+        model = from_file(source, config, causal=causal)
     else:
-        model = from_folder(str(_folder(source) or given), config, trust_remote_code=trust_remote_code)
-    assert isinstance(model, PreTrainedModel)
+        place = str(_folder(source) or given)
+        model = from_folder(place, config, causal=causal, trust_remote_code=trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
     said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
     return Pretrained(model, opened, said, _fingerprint(model))

@@ -10,10 +10,6 @@ folder is whole or absent. Left out: checkpoints of a run in progress (`training
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -27,10 +23,9 @@ from loopos.config.faults import UserError
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
+from loopos.models.model_folder import DESCRIPTION, FORMAT, model_folder, read_description, whole_folder
 
 ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
-FORMAT = 1
-DESCRIPTION = "loopos.json"
 HEAD = "head.safetensors"
 _PROBLEM_TYPES: Mapping[str, ProblemType] = {
     "classification": "single_label_classification",
@@ -49,34 +44,15 @@ def save_task_model(
     that the backbone takes); replaces the folder at once. LoRA layers must be merged before. Raises `OSError` when
     the disk is full.
     """
-    # One process writes a run: what lies beside is left by one that was killed.
-    for left in folder.parent.glob(f".{folder.name}.*-*"):
-        shutil.rmtree(left)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     backbone = model.backbone.model
     _describe(backbone, tokenizer, description)
     cast_parameters(backbone, NUMBER_FORMATS[description["precision"]])
     classifier = _sequence_classifier(backbone, model) if description["pooling"] == "last" else None
-    try:
+    with whole_folder(folder) as partial:
         (backbone if classifier is None else classifier).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, partial / HEAD)
         save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
-    except SafetensorError as problem:
-        shutil.rmtree(partial, ignore_errors=True)
-        # safetensors hides the system's error number; a caller that handles a full disk needs it.
-        if f"os error {errno.ENOSPC}" in str(problem):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from problem
-        raise
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _describe(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> None:
@@ -111,18 +87,6 @@ def _sequence_classifier(backbone: PreTrainedModel, model: PooledModel) -> PreTr
     return classifier
 
 
-def model_folder(place: str | Path) -> Path:
-    """The folder of a trained task model: `place` itself, or `model/` in a run's output folder. Raises `UserError`
-    when there is none.
-    """
-    for folder in (Path(place), Path(place) / "model"):
-        if (folder / DESCRIPTION).is_file():
-            return folder
-    if (Path(place) / "events.jsonl").is_file():
-        raise UserError(f"{place}: this run has no finished model yet; go on with loopos train CONFIG --resume")
-    raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or its folder model/")
-
-
 def open_task_model(
     place: str | Path, *, attention: str = "auto"
 ) -> tuple[PooledModel, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -130,18 +94,13 @@ def open_task_model(
     broken, or is of a newer format.
     """
     folder = model_folder(place)
+    description = read_description(folder)
+    if "pooling" not in description:
+        raise UserError(f"{folder}: a language model, without a head; loopos generate and loopos chat open it")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         head = load_file(folder / HEAD)["weight"]
-    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+    except (OSError, KeyError, SafetensorError) as problem:
         raise UserError(f"{folder}: broken: {problem}; make it again: loopos train CONFIG --resume") from problem
-    if not isinstance(description, dict):
-        raise UserError(f"{folder / DESCRIPTION}: broken: no JSON object; make it again: loopos train CONFIG --resume")
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / DESCRIPTION}: format {description.get('format')}, wanted {FORMAT}: written by another version "
-            "of LoopOS"
-        )
     pretrained = load_pretrained(str(folder))
     model = PooledModel(
         Backbone(pretrained.model, attention=attention), num_outputs=len(head), pooling=description["pooling"], seed=0

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loopos.config.faults import UserError
 from loopos.models.sources import WeightsSource
@@ -25,12 +26,38 @@ _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _PICKLE_REFUSED = "refused, since opening it would run code"
 
 
-def from_folder(place: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The headless model in a folder or at a hub id. Raises `UserError` for weights that cannot be read or that do
-    not fill the model.
+def model_class(config: PreTrainedConfig, *, causal: bool) -> type[AutoModel | AutoModelForCausalLM]:
+    """The class that opens a headless model, or a causal language model with its output embedding. Raises `UserError`
+    for an architecture that has no such model.
     """
+    if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
+        raise UserError(
+            f"data.pretrained_weights: {config.model_type} is no causal language model; wanted one that predicts the "
+            "next token, such as a Llama, Qwen, Gemma or GPT-2"
+        )
+    return AutoModelForCausalLM if causal else AutoModel
+
+
+def _remote(config: PreTrainedConfig) -> Collection[str]:
+    return getattr(config, "auto_map", None) or ()
+
+
+def new_model(config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
+    """A model with new weights, fp32, drawn from torch's generator."""
+    model = model_class(config, causal=causal).from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def from_folder(
+    place: str, config: PreTrainedConfig, *, causal: bool = False, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The headless model, or the causal language model, in a folder or at a hub id. Raises `UserError` for weights that
+    cannot be read or that do not fill the model.
+    """
+    opener = model_class(config, causal=causal)
     try:
-        model, info = AutoModel.from_pretrained(
+        model, info = opener.from_pretrained(
             place,
             config=config,
             dtype=torch.float32,
@@ -50,25 +77,28 @@ def from_folder(place: str, config: PreTrainedConfig, *, trust_remote_code: bool
     return model
 
 
-def from_file(source: WeightsSource, config: PreTrainedConfig) -> PreTrainedModel:
-    """The headless model of `config` with the tensors of one file, by name, with or without the base model's prefix.
-    Language-model heads are left aside. Raises `UserError` as `from_folder` does.
+def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:
+    """The headless model, or the causal language model, of `config` with the tensors of one file, by name, with or
+    without the base model's prefix. A headless model leaves language-model heads aside. Raises `UserError` as
+    `from_folder` does.
     """
     tensors = read_tensors(source)
-    model = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    assert isinstance(model, PreTrainedModel)
+    model = new_model(config, causal=causal)
     prefix = model.base_model_prefix + "."
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    wanted = model.state_dict()
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    wanted = {name.removeprefix(prefix): (name, tensor) for name, tensor in model.state_dict().items()}
     mismatched = [
-        f"{name} {list(bare[name].shape)} (wanted {list(tensor.shape)})"
-        for name, tensor in wanted.items()
-        if name in bare and bare[name].shape != tensor.shape
+        f"{name} {list(found[name].shape)} (wanted {list(tensor.shape)})"
+        for name, (_, tensor) in wanted.items()
+        if name in found and found[name].shape != tensor.shape
     ]
-    _refuse(
-        source.given, model, missing=set(wanted) - set(bare), mismatched=mismatched, left_over=set(bare) - set(wanted)
-    )
-    model.load_state_dict({name: bare[name] for name in wanted if name in bare}, strict=False)
+    # A weight that is another's twin is often saved once.
+    twins = {name.removeprefix(prefix) for name in getattr(model, "all_tied_weights_keys", None) or ()}
+    missing, left_over = set(wanted) - set(found) - twins, set(found) - set(wanted)
+    _refuse(source.given, model, missing=missing, mismatched=mismatched, left_over=left_over)
+    full_names = {full: found[name] for name, (full, _) in wanted.items() if name in found}
+    model.load_state_dict(full_names, strict=False)
+    model.tie_weights()
     return model
 
 
@@ -111,14 +141,15 @@ def _refuse(
     mismatched: Iterable[str],
     left_over: Collection[str],
 ) -> None:
-    """Raises `UserError` unless the weights fill the model and the model has a place for each of their layers."""
+    """Names come without the base model's prefix. Raises `UserError` unless the weights fill the model and the model has a place for each of their layers."""
     told: list[str] = []
     # A pooler that a checkpoint lacks is never read: pooling is ours.
     if absent := sorted(name for name in missing if not name.startswith("pooler.")):
         told.append(f"missing: {_some(absent)}")
     if wrong := sorted(mismatched):
         told.append(f"of another shape: {_some(wrong)}")
-    if surplus := _surplus_layers(set(model.state_dict()), left_over):
+    wanted = {name.removeprefix(model.base_model_prefix + ".") for name in model.state_dict()}
+    if surplus := _surplus_layers(wanted, left_over):
         told.append(f"layers that the model has no place for: {_some(surplus)}")
     if told:
         raise UserError(

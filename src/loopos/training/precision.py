@@ -8,11 +8,13 @@ ranks stay in fp32. Left out: the step itself (`update.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from loopos.config.faults import UserError
+from loopos.functional.gradient_sum import sum_gradient_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -97,10 +99,13 @@ class Masters:
             if name in names and not parameter._post_accumulate_grad_hooks:
                 # torch leaves this method's annotations out.
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))  # type: ignore[no-untyped-call]
+                sum_gradient_of(parameter, partial(self._sum, name, master))
 
     def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                # An operation added the gradient to the sum itself.
+                return
             if master.grad is None:
                 master.grad = parameter.grad.float()
             elif name in self._fresh:
@@ -111,6 +116,15 @@ class Masters:
             parameter.grad = None
 
         return collect
+
+    def _sum(self, name: str, master: nn.Parameter) -> Tensor:
+        """The sum of this step's gradients so far, for operations that add to it themselves."""
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        elif name in self._fresh:
+            master.grad.zero_()
+        self._fresh.discard(name)
+        return master.grad
 
     def begin(self) -> None:
         """Forgets the gradients of the last step. Masters keep their buffers: the first micro-batch overwrites them."""

@@ -1,0 +1,66 @@
+"""A trained causal language model as a folder, out and in.
+
+    model/   config.json  generation_config.json  model.safetensors  tokenizer…  chat_template
+             loopos.json   how reasoning and turns are written
+
+What `AutoModelForCausalLM.from_pretrained` opens, with the chat template that the model was trained with, so that other
+programs speak to it in the same format. Left out: checkpoints (`training.checkpoint`), generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loopos.config.faults import UserError
+from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
+from loopos.models.model_folder import DESCRIPTION, FORMAT, model_folder, read_description, whole_folder
+
+
+@dataclass(frozen=True)
+class OpenedLanguageModel:
+    """A causal language model in fp32 on CPU. `description`: what LoopOS wrote beside it; empty for other models."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: Mapping[str, Any]
+    said: str
+
+
+def save_language_model(
+    folder: Path, causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
+) -> None:
+    """Writes model, tokenizer and `description` (needs precision, the format that the weights take, and stop_tokens,
+    which end what the model says); replaces the folder at once. LoRA layers must be merged before. Raises `OSError`
+    when the disk is full.
+    """
+    cast_parameters(causal, NUMBER_FORMATS[description["precision"]])
+    if causal.generation_config is not None:
+        stops = list(description["stop_tokens"])
+        causal.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        causal.generation_config.pad_token_id = tokenizer.pad_token_id
+    with whole_folder(folder) as partial:
+        causal.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
+
+
+def open_language_model(place: str, *, trust_remote_code: bool = False) -> OpenedLanguageModel:
+    """place: the output folder of a run, a model folder, or whatever `data.pretrained_weights` may name. Raises
+    `UserError`.
+    """
+    description: Mapping[str, Any] = {}
+    if any((Path(place) / name).is_file() for name in (DESCRIPTION, f"model/{DESCRIPTION}", "events.jsonl")):
+        folder = model_folder(place)
+        description = read_description(folder)
+        if "pooling" in description:
+            raise UserError(
+                f"{folder}: a {description['task']} model, which says no text; loopos predict and loopos evaluate use it"
+            )
+        place = str(folder)
+    pretrained = load_pretrained(place, causal=True, trust_remote_code=trust_remote_code)
+    return OpenedLanguageModel(pretrained.model, pretrained.tokenizer, description, pretrained.said)
