@@ -38,7 +38,7 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     config: Any = configs.read(path, overrides).config
     hush_libraries(verbose=verbose)
     from loopos.cli.inputs import open_inputs
-    from loopos.data.labelled import account
+    from loopos.data.reading import account
     from loopos.data.tokens import encode_labelled
 
     inputs = open_inputs(config, trust_remote_code=trust_remote_code)

@@ -28,8 +28,8 @@ class Batch:
     """Rows of one forward pass, flat.
 
     `ids` `[T]` int64; `layout` of N sequences; `token_types` `[T]` or None; `targets` `[N]` or `[N, C]`, or None when
-    predicting; `rows` `[N]`: places in the data; `weights` `[T]` fp32: the factor on the loss of each token as a target,
-    or None.
+    predicting; `rows` `[N]`: places in the data; `weights` `[T]` fp32: the factor on the loss of each token as a
+    target, or None.
     """
 
     ids: Tensor

@@ -8,21 +8,21 @@ Left out: what a label means (`labels`); tokens (`tokens`).
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
+from loopos.data.columns import ambiguous, candidates, check_overrides, listed, plain_name
+from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.rows import Row, RowReader
+from loopos.data.values import Problem, kind_name, text_problem, unicode_problem
 
 ROLES = ("text", "text_pair", "label")
 Overrides: TypeAlias = Mapping[str, str] | Mapping[Literal["text", "text_pair", "label"], str]
-UNREADABLE = "unreadable row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +46,6 @@ class Labelled:
     row: Row
 
 
-@dataclass(frozen=True, slots=True)
-class FormatReport:
-    """The account of a pass: `read` = `used` + the sum of `dropped`, which counts the rows dropped for each reason.
-
-    `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any.
-    """
-
-    read: int
-    used: int
-    dropped: dict[str, int]
-    said: tuple[str, ...]
-    faults: tuple[Fault, ...] = field(default=())
-    class_names: tuple[str, ...] = field(default=())
-
-
 def detect(
     columns: Sequence[str], overrides: Overrides, *, require_label: bool = True, source: str = "data"
 ) -> LabelledFormat:
@@ -70,23 +55,22 @@ def detect(
     `require_label` a label is read where there is just one candidate. `source` is the file's name for faults.
     Raises `DataError`: an override that fits no role or column, no candidate for a role, or several.
     """
-    _check_overrides(columns, overrides, source)
+    check_overrides(columns, overrides.items(), ROLES, source)
     free = [name for name in columns if name not in overrides.values()]
     label = overrides.get("label")
     if label is None:
-        label = _only("label", _candidates(free, LABEL_TIERS), columns, source, require_label)
+        label = _only("label", candidates(free, LABEL_TIERS), columns, source, require_label)
         free = [name for name in free if name != label]
     text, pair = overrides.get("text"), overrides.get("text_pair")
     if text is None:
         pairs = [] if pair is not None else _pairs(free)
-        best = _candidates(free, TEXT_TIERS)
-        lone_text = [name for name in best if _plain(name) == "text" and all(name not in names for names in pairs)]
+        best = candidates(free, TEXT_TIERS)
+        lone_text = [name for name in best if plain_name(name) == "text" and all(name not in names for names in pairs)]
         if len(pairs) == 1 and not lone_text:
             text, pair = pairs[0]
         elif pairs:
-            raise _ambiguous(
-                "text", [*lone_text, *(f"{first} with {second}" for first, second in pairs)], columns, source
-            )
+            named = [*lone_text, *(f"{first} with {second}" for first, second in pairs)]
+            raise DataError([ambiguous("text", named, columns, source)])
         else:
             text = _only("text", best, columns, source, True)
     assert text is not None, "a text column is required of `_only`"
@@ -115,34 +99,18 @@ def read_labelled(
     Raises:
         DataError: as `rows.read` and `detect`; bad rows by the reader's policy, the file's and the format's together.
     """
-    rows = list(reader.rows())
-    report = reader.report
-    dropped = Counter({UNREADABLE: report.bad_rows} if report.bad_rows else {})
-    examples: list[Labelled] = []
-    said = report.said
-    if rows:
-        columns = list(dict.fromkeys(name for row in rows for name in row.values))
-        try:
-            form = detect(columns, overrides, require_label=require_label, source=rows[0].source)
-        except DataError as error:
-            raise DataError([*error.faults, *(report.faults if reader.on_bad_row == "error" else [])]) from error
-        said = [*said, form.said]
-        for row in rows:
-            problems = _problems(row, form)
-            if problems:
-                dropped[problems[0][0]] += 1
-                reader.reject([fault for _, fault in problems])
-            else:
-                examples.append(_example(row, form))
-    reader.finish()
-    if not examples:
-        given = f"{report.rows_read} rows, none of which can be used"
-        first = f"the first fault: {report.faults[0]}" if report.faults else ""
-        raise DataError([Fault(report.source, None, None, "rows", given, "at least one good row", first)])
-    names = report.class_names.get(form.label or "", ())
-    account = FormatReport(report.rows_read, len(examples), dict(dropped), tuple(said), tuple(report.faults), names)
-    assert account.read == account.used + sum(account.dropped.values()), account
-    return examples, account
+
+    def example_of(row: Row, form: LabelledFormat) -> Labelled | Unusable:
+        problems = _problems(row, form)
+        return Unusable(problems[0][0], [fault for _, fault in problems]) if problems else _example(row, form)
+
+    examples, form, report = read_examples(
+        reader,
+        lambda columns, source: detect(columns, overrides, require_label=require_label, source=source),
+        example_of,
+    )
+    names = reader.report.class_names.get(form.label or "", ())
+    return examples, replace(report, class_names=names)
 
 
 def _example(row: Row, form: LabelledFormat) -> Labelled:
@@ -155,61 +123,23 @@ def _example(row: Row, form: LabelledFormat) -> Labelled:
     return Labelled(text, pair, label.strip() if isinstance(label, str) else label, row)
 
 
-def _check_overrides(columns: Sequence[str], overrides: Overrides, source: str) -> None:
-    for role, column in overrides.items():
-        field = f"data.columns.{role}"
-        if role not in ROLES:
-            near = difflib.get_close_matches(role, ROLES, n=1)
-            hint = f"did you mean {near[0]}?" if near else ""
-            raise DataError([Fault(source, None, None, field, shown(role), f"one of {', '.join(ROLES)}", hint)])
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"did you mean {shown(near[0])}?" if near else ""
-            wanted = f"one of the columns that are there: {_listed(columns)}"
-            raise DataError([Fault(source, None, None, field, shown(column), wanted, hint)])
-        doubled = next((other for other, taken in overrides.items() if other != role and taken == column), None)
-        if doubled is not None:
-            wanted = "a column for each role"
-            given = f"{shown(column)}, which serves {doubled} too"
-            raise DataError([Fault(source, None, None, field, given, wanted)])
-
-
-def _candidates(columns: Sequence[str], tiers: Sequence[frozenset[str]]) -> list[str]:
-    """The columns named in the first tier that names any."""
-    for tier in tiers:
-        found = [name for name in columns if _plain(name) in tier]
-        if found:
-            return found
-    return []
-
-
 def _pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
-    named = {_plain(name): name for name in columns}
+    named = {plain_name(name): name for name in columns}
     return [(named[first], named[second]) for first, second in PAIRS if first in named and second in named]
 
 
-def _only(role: str, candidates: Sequence[str], columns: Sequence[str], source: str, required: bool) -> str | None:
-    if len(candidates) == 1:
-        return candidates[0]
+def _only(role: str, found: Sequence[str], columns: Sequence[str], source: str, required: bool) -> str | None:
+    if len(found) == 1:
+        return found[0]
     if not required:
         return None
-    if candidates:
-        raise _ambiguous(role, candidates, columns, source)
-    given = f"no column that is known as a {role}; there: {_listed(columns)}"
+    if found:
+        raise DataError([ambiguous(role, found, columns, source)])
+    given = f"no column that is known as a {role}; there: {listed(columns)}"
     hint = f'name it: data.columns: {{"{role}": "COLUMN"}}'
     if role == "label":
         hint += ". In CSV and TSV the first line must be the header"
     raise DataError([Fault(source, None, None, f"data.columns.{role}", given, f"a column such as {role}", hint)])
-
-
-def _ambiguous(role: str, candidates: Sequence[str], columns: Sequence[str], source: str) -> DataError:
-    given = f"{len(candidates)} that may be the {role}: {', '.join(candidates)} (columns: {_listed(columns)})"
-    hint = f'name it: data.columns: {{"{role}": "{candidates[0].partition(" with ")[0]}"}}'
-    return DataError([Fault(source, None, None, f"data.columns.{role}", given, "one column", hint)])
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(shown(name) for name in columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
 
 
 def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Fault]]:
@@ -229,28 +159,17 @@ def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Fault]]:
     ]
 
 
-def _text_problem(values: Mapping[str, object], column: str) -> tuple[str, str, str] | None:
-    if column not in values:
-        return "is missing", f"no such field (there: {_listed(list(values))})", ""
-    text = values[column]
-    if text is None:
-        return "is null", "null", ""
-    if not isinstance(text, str):
-        return (
-            "is not a string",
-            f"{shown(text)} ({_kind(text)})",
-            "put it into double quotes" if _is_number(text) else "",
-        )
-    if not text.strip():
-        return "is blank", shown(text), ""
-    if not _is_unicode(text):
-        return "is not Unicode", f"{shown(text)}, with half of a surrogate pair", r"a pair such as \ud83d\ude00 was cut"
-    return None
+def _text_problem(values: Mapping[str, object], column: str) -> Problem | None:
+    return text_problem(values[column]) if column in values else _missing(values)
 
 
-def _label_problem(values: Mapping[str, object], column: str) -> tuple[str, str, str] | None:
+def _missing(values: Mapping[str, object]) -> Problem:
+    return "is missing", f"no such field (there: {listed(list(values))})", ""
+
+
+def _label_problem(values: Mapping[str, object], column: str) -> Problem | None:
     if column not in values:
-        return "is missing", f"no such field (there: {_listed(list(values))})", ""
+        return _missing(values)
     label = values[column]
     if label is None or (isinstance(label, str) and not label.strip()):
         return "is null", "null" if label is None else f"an empty label ({shown(label)})", ""
@@ -266,35 +185,5 @@ def _label_problem(values: Mapping[str, object], column: str) -> tuple[str, str,
     if isinstance(label, float) and not math.isfinite(label):
         return "is not finite", str(label), ""
     if not isinstance(label, str | int | float):
-        return "is of the wrong kind", f"{shown(label)} ({_kind(label)})", ""
-    if isinstance(label, str) and not _is_unicode(label):
-        return "is not Unicode", f"{shown(label)}, with half of a surrogate pair", ""
-    return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: object) -> str:
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-        bytes: "bytes",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+        return "is of the wrong kind", f"{shown(label)} ({kind_name(label)})", ""
+    return unicode_problem(label) if isinstance(label, str) else None

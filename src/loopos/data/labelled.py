@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from loopos.config.faults import DataError, Fault
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data import rows
-from loopos.data.formats import FormatReport, Labelled, read_labelled
+from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labels import LabelSpace, infer_task
+from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.record import BadRows
 from loopos.data.split import stratified_split
 
@@ -41,20 +41,20 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
 
     Raises `DataError` for unreadable files, bad rows (unless skipped), labels that contradict the config or each other.
     """
-    examples, report = _read(data, data.training_data, data.training_split)
+    examples, report = read_labelled(opened(data, data.training_data, data.training_split), data.columns)
     names = model.labels or (report.class_names if model.task in (None, "classification") else None) or None
     space = infer_task(examples, model.task, model.num_classes, names, column=data.columns.get("label", "label"))
     examples, targets, report = encode_all(space, examples, report, on_bad_row=data.on_bad_row)
     said, reports = [*report.said, space.said, account(report)], [report]
     held_out: list[Labelled] = []
     held_out_targets: list[Target] = []
-    if data.validation_data is not None or data.validation_split is not None:
-        source = data.validation_data or data.training_data
-        held_out, held_out_report = _read(data, source, data.validation_split or data.training_split)
+    own = validation_source(data, data.training_data)
+    if own is not None:
+        held_out, held_out_report = read_labelled(opened(data, *own), data.columns)
         held_out, held_out_targets, held_out_report = encode_all(
             space, held_out, held_out_report, on_bad_row=data.on_bad_row
         )
-        said.append(f"validation: {source}, {account(held_out_report)}")
+        said.append(f"validation: {own[0]}, {account(held_out_report)}")
         reports.append(held_out_report)
     elif data.validation_share > 0:
         kept, chosen = stratified_split(targets, data.validation_share, seed, source=data.training_data)  # type: ignore[arg-type]
@@ -62,12 +62,6 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         examples, targets = [examples[i] for i in kept], [targets[i] for i in kept]
         said.append(f"validation: {len(chosen)} of the rows, split off by label with seed {seed}; {len(kept)} train")
     return LabelledData(space, examples, targets, held_out, held_out_targets, said, reports)
-
-
-def account(report: FormatReport) -> str:
-    """read = used + dropped, in words."""
-    dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
-    return f"{report.read} rows read, {report.used} used{dropped}"
 
 
 def encode_all(
@@ -94,15 +88,3 @@ def encode_all(
         dropped = {**report.dropped, "label of no class": len(faults)}
         report = replace(report, used=len(kept), dropped=dropped, faults=(*report.faults, *faults))
     return kept, targets, report
-
-
-def _read(data: DataSection, source: str, split: str) -> tuple[list[Labelled], FormatReport]:
-    reader = rows.read(
-        source,
-        split=split,
-        subset=data.subset,
-        streaming=data.streaming,
-        max_rows=data.max_rows,
-        on_bad_row=data.on_bad_row,
-    )
-    return read_labelled(reader, data.columns)

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
-from loopos.data.labelled import LabelledData, account, load_labelled
+from loopos.data.labelled import LabelledData, load_labelled
+from loopos.data.reading import account
 from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
@@ -194,7 +194,7 @@ class FineTuner:
             lambda: self.validate(world), metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched]
         )
 
-    def validate(self, world: World = World()) -> dict[str, float]:  # noqa: B008 (frozen)
+    def validate(self, world: World = World()) -> dict[str, float]:
         """Loss and metrics on the validation rows. Raises `NonFiniteOutputs`."""
         outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.rank, world=world.size)
         world.sum_tensors([outputs])

@@ -12,14 +12,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loopos.config.pretraining import PretrainingConfig
-from loopos.data.batches import Batch, StepBatches, in_order
+from loopos.data.batches import StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
 from loopos.data.split import stratified_split
-from loopos.data.tokens import Encoded
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_folder import claim
 from loopos.models.language_model import LanguageModel
@@ -30,16 +28,13 @@ from loopos.models.tokenizers import open_tokenizer
 from loopos.training.distributed import World
 from loopos.training.durable import disk_full_said
 from loopos.training.fit import Fit, FitResult
-from loopos.training.language_objective import NextToken
+from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
-
-# Tokens of one forward pass of validation.
-_TOKENS = 2048
 
 
 class Pretrainer:
@@ -129,9 +124,7 @@ class Pretrainer:
     def build_fit(self, world: World) -> Fit:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
-        batches = StepBatches.of(
-            settings, self.pieces, None, rank=world.rank, world=world.size, device=self.device
-        )
+        batches = StepBatches.of(settings, self.pieces, None, rank=world.rank, world=world.size, device=self.device)
         judged = self.config.validates and bool(self.validation_pieces)
         return Fit(
             run_dir=self.run_dir,
@@ -146,20 +139,10 @@ class Pretrainer:
             facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
         )
 
-    @torch.no_grad()
-    def validate(self, world: World = World()) -> dict[str, float]:  # noqa: B008 (frozen)
+    def validate(self, world: World = World()) -> dict[str, float]:
         """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""
-        sums = {"loss": 0.0, "count": 0.0}
-        objective = NextToken(self.model)
-        for batch in self._in_order(self.validation_pieces, world):
-            sums["loss"] += float(objective.loss(batch)["loss"])
-            sums["count"] += objective.counts(batch)["loss"]
-        total = world.sum_floats(sums)
-        loss = total["loss"] / total["count"]
+        loss = mean_loss(NextToken(self.model), self.validation_pieces, device=self.device, world=world)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-    def _in_order(self, pieces: list[Encoded], world: World) -> list[Batch]:
-        return list(in_order(pieces, None, tokens=_TOKENS, device=self.device, rank=world.rank, world=world.size))
 
     def export(self) -> None:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report."""

@@ -50,6 +50,11 @@ METHODS: Mapping[MethodName, MethodRow] = {
         trainer="loopos.methods.fine_tuning:FineTuner",
         said="a head over pooled hidden states: classification, multi-label, regression",
     ),
+    ("posttraining", "chain_of_thought"): MethodRow(
+        config="loopos.config.chain_of_thought:ChainOfThoughtConfig",
+        trainer="loopos.methods.chain_of_thought:ChainOfThought",
+        said="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
+    ),
     ("pretraining", "autoregressive"): MethodRow(
         config="loopos.config.pretraining:PretrainingConfig",
         trainer="loopos.methods.pretraining:Pretrainer",

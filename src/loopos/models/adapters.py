@@ -35,6 +35,15 @@ def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Pa
     return []
 
 
+def set_trained_language_model(
+    causal: PreTrainedModel, base: PreTrainedModel, settings: TrainingSection
+) -> list[nn.Parameter]:
+    """`set_trained` for a causal language model and its headless base: adapters leave the output embedding as it is."""
+    if settings.trainable == "lora":
+        causal.requires_grad_(False)
+    return set_trained(base, settings)
+
+
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer layers, lowest first. Raises `UserError` for a model without a plain stack of
     `num_hidden_layers` layers.
@@ -89,7 +98,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> None:
     if targets == "all-linear":
         targets = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
     model.requires_grad_(False)
-    config = _lora_config(model, lora, targets=list(targets), base=None)
+    config = _lora_config(model, lora, targets=list(targets))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -105,7 +114,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _lora_config(model: nn.Module, lora: LoraSection, *, targets: Sequence[str], base: str | None) -> LoraConfig:
+def _lora_config(
+    model: nn.Module, lora: LoraSection, *, targets: Sequence[str], base: str | None = None, task: str | None = None
+) -> LoraConfig:
     from peft import LoraConfig
 
     # peft asks to be told of layers that keep their weight transposed, as GPT-2's do.
@@ -117,7 +128,7 @@ def _lora_config(model: nn.Module, lora: LoraSection, *, targets: Sequence[str],
         target_modules=list(targets),
         fan_in_fan_out=transposed,
         base_model_name_or_path=base,
-        task_type=None if base is None else "FEATURE_EXTRACTION",
+        task_type=task,
     )
 
 
@@ -143,9 +154,11 @@ def merge_lora(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent_name), child, module.get_base_layer())
 
 
-def save_lora(model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: str) -> None:
+def save_lora(
+    model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: str, task: str = "FEATURE_EXTRACTION"
+) -> None:
     """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that peft opens over the
-    base model.
+    base model. task: peft's name of what the model is for ("CAUSAL_LM" for a language model).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -159,4 +172,4 @@ def save_lora(model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: 
             tensors["base_model.model." + name.replace(".default", "")] = parameter.detach().contiguous().cpu()
     assert tensors, "no adapter in the model"
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _lora_config(model, lora, targets=targets, base=base).save_pretrained(str(folder))
+    _lora_config(model, lora, targets=targets, base=base, task=task).save_pretrained(str(folder))

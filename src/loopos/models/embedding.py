@@ -34,6 +34,7 @@ def use_summed_embedding(model: PreTrainedModel) -> None:
     """
     embedding = model.get_input_embeddings()
     if type(embedding) is nn.Embedding and embedding.max_norm is None:
+        assert isinstance(embedding.weight, nn.Parameter)
         model.set_input_embeddings(TokenEmbedding(embedding.weight))
     elif isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None

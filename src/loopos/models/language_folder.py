@@ -59,7 +59,7 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
         description = read_description(folder)
         if "pooling" in description:
             raise UserError(
-                f"{folder}: a {description['task']} model, which says no text; loopos predict and loopos evaluate use it"
+                f"{folder}: a {description['task']} model, which says no text; use loopos predict and loopos evaluate"
             )
         place = str(folder)
     pretrained = load_pretrained(place, causal=True, trust_remote_code=trust_remote_code)

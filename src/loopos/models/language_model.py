@@ -25,8 +25,8 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(self, causal: PreTrainedModel, *, attention: str = "auto") -> None:
-        """attention: as `Backbone`'s. Raises `UserError` for a model that sees later tokens, or whose logits are made in
-        a way that is not known here.
+        """attention: as `Backbone`'s. Raises `UserError` for a model that sees later tokens, or whose logits are made
+        in a way that is not known here.
         """
         super().__init__()
         base = getattr(causal, causal.base_model_prefix)
@@ -47,8 +47,8 @@ class LanguageModel(nn.Module):
         return _output_embedding(self.causal)
 
     def forward(self, ids: Tensor, layout: PackedLayout, weights: Tensor | None = None) -> Tensor:
-        """Weighted sum of the next-token losses of a row, nats. ids `[T]`; weights `[T]`: the factor on the loss of each
-        token as the target of those before it, 0 for the first of each sequence; None = 1 for all others, M = T − N.
+        """Weighted sum of the next-token losses of a row, nats. ids `[T]`; weights `[T]`: the factor on the loss of
+        each token as the target of those before it, 0 for the first of each sequence; None = 1 for all others.
         """
         if weights is None:
             targets = next_token_positions(layout) + 1

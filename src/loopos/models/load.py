@@ -1,7 +1,8 @@
 """Pretrained models in, from every kind of source.
 
 Enters: the value of `data.pretrained_weights`, and the sizes of `model` where the source has no config. Leaves: a
-model in fp32, headless or with its output embedding, and its tokenizer. Left out: reading the files (`weight_files.py`), heads, adapters.
+model in fp32, headless or with its output embedding, and its tokenizer. Left out: reading the files
+(`weight_files.py`), heads, adapters.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,7 @@ _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _PICKLE_REFUSED = "refused, since opening it would run code"
 
 
-def model_class(config: PreTrainedConfig, *, causal: bool) -> type[AutoModel | AutoModelForCausalLM]:
+def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     """The class that opens a headless model, or a causal language model with its output embedding. Raises `UserError`
     for an architecture that has no such model.
     """
@@ -44,7 +45,7 @@ def _remote(config: PreTrainedConfig) -> Collection[str]:
 
 def new_model(config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
     """A model with new weights, fp32, drawn from torch's generator."""
-    model = model_class(config, causal=causal).from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model = model_class(config, causal=causal).from_config(config, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -135,20 +136,23 @@ def _holds_safetensors(path: Path) -> bool:
 
 def _refuse(
     given: str,
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     *,
     missing: Iterable[str],
     mismatched: Iterable[str],
     left_over: Collection[str],
 ) -> None:
-    """Names come without the base model's prefix. Raises `UserError` unless the weights fill the model and the model has a place for each of their layers."""
+    """Raises `UserError` unless the weights fill the model and the model has a place for each of their layers. Names
+    come without the base model's prefix.
+    """
     told: list[str] = []
     # A pooler that a checkpoint lacks is never read: pooling is ours.
     if absent := sorted(name for name in missing if not name.startswith("pooler.")):
         told.append(f"missing: {_some(absent)}")
     if wrong := sorted(mismatched):
         told.append(f"of another shape: {_some(wrong)}")
-    wanted = {name.removeprefix(model.base_model_prefix + ".") for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    wanted = {name.removeprefix(prefix) for name in model.state_dict()}
     if surplus := _surplus_layers(wanted, left_over):
         told.append(f"layers that the model has no place for: {_some(surplus)}")
     if told:

@@ -5,13 +5,19 @@ Enters: batches with or without the weights of their targets. Leaves: sums and c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from loopos.data.batches import Batch
+from loopos.data.batches import Batch, in_order
+from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
+from loopos.training.distributed import World
+
+# Tokens of one forward pass of validation.
+_TOKENS = 2048
 
 
 class NextTokenLoss(Protocol):
@@ -35,3 +41,14 @@ class NextToken:
 
     def loss(self, batch: Batch) -> Mapping[str, Tensor]:
         return {"loss": self.model(batch.ids, batch.layout, batch.weights)}
+
+
+@torch.no_grad()
+def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.device, world: World) -> float:
+    """Mean loss of rows (nats a trained token) over all ranks, in batches of rows of like length."""
+    sums = {"loss": 0.0, "count": 0.0}
+    for batch in in_order(rows, None, tokens=_TOKENS, device=device, rank=world.rank, world=world.size):
+        sums["loss"] += float(objective.loss(batch)["loss"])
+        sums["count"] += objective.counts(batch)["loss"]
+    total = world.sum_floats(sums)
+    return total["loss"] / total["count"]

@@ -1,7 +1,7 @@
 """Which of a model's weights train, now and later, and in what format.
 
 Enters: a model with `requires_grad` set, what `freeze_layers` holds back, the format of training. Leaves: the masters,
-and the model in its format. Left out: who set `requires_grad` (`models.adapters`), the masters themselves (`precision`).
+and the model in its format. Left out: who set `requires_grad` (`models.adapters`), the masters (`precision`).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Update:
         *,
         max_gradient_norm: float | None,
         on_nonfinite: str = "stop",
-        world: World = World(),  # noqa: B008 (frozen)
+        world: World = World(),
         autocast: tuple[str, torch.dtype] | None = None,
     ) -> None:
         """autocast: device type and format, for fp16 with fp32 weights; None where the weights have the format

@@ -7,7 +7,7 @@ getting better, the learning rate's scale at a plateau. Left out: the metrics th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,3 +73,10 @@ class Judges:
             self.watched.load(state["watched"])
         if self.plateau is not None and state["plateau"] is not None:
             self.plateau.load_state_dict(state["plateau"])
+
+
+def best_of(metrics: Sequence[float | None], mode: Literal["min", "max"]) -> int:
+    """The place of the best of several runs' metrics, the earliest of equals; the last where none is known."""
+    known = [place for place, metric in enumerate(metrics) if metric is not None]
+    sign = 1 if mode == "max" else -1
+    return max(known, key=lambda place: (sign * (metrics[place] or 0.0), -place), default=len(metrics) - 1)

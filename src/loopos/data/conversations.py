@@ -1,0 +1,178 @@
+"""Rows → conversations: messages with roles, whichever way a data set writes them.
+
+Enters: a row's fields. Leaves: a `Conversation`, or problems. Understood are `messages` (role and content, as OpenAI,
+TRL and Axolotl write them), ShareGPT's `conversations` (from and value), Alpaca's instruction, input, output (with
+LLaMA-Factory's history) and TRL's prompt and completion as lists of messages. What a message holds beside role and
+content (`name`, `tool_calls`, `reasoning_content` …) reaches the chat template unchanged. Left out: prompt and
+completion as strings, which no template touches (`supervised_rows`); the template (`templates`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.rows import Row
+from loopos.data.values import kind_name
+
+ASSISTANT = "assistant"
+_ROLES: Mapping[str, str] = {
+    "human": "user",
+    "user": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "model": ASSISTANT,
+    "assistant": ASSISTANT,
+    "function_call": ASSISTANT,
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""The names of speakers in data sets → the role that a chat template knows."""
+
+_NAMES = (("role", "content"), ("from", "value"))
+_MESSAGE_WANTED = 'a message such as {"role": "user", "content": "..."}'
+_WEIGHT = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `weight` scales the loss of an assistant's turn (0 = context alone) and means nothing for others.
+    `more` holds the other keys of the message for the chat template.
+    """
+
+    role: str
+    content: str
+    weight: float = 1.0
+    more: Mapping[str, object] = field(default_factory=dict)
+
+    def as_template(self) -> dict[str, object]:
+        """The message as chat templates take it."""
+        return {"role": self.role, "content": self.content, **self.more}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order; at least one behind the first `num_prompt`, which are context, is the assistant's."""
+
+    messages: tuple[Message, ...]
+    row: Row
+    num_prompt: int = 0
+
+
+def conversation(fields: RowFields) -> Conversation | None:
+    """The conversation of a row with `messages` or `conversations`; None, with `fields.problems` filled, else."""
+    messages = _messages(fields, "messages")
+    system = fields.optional_text("system")
+    if system is not None and messages and messages[0].role in ("system", "developer"):
+        wanted = "the system's words in one place"
+        given = "a system message at the start of the messages too"
+        fields.add("two system messages", fields.field("system"), given, wanted)
+    return _whole(fields, [*_spoken("system", system), *messages], "messages")
+
+
+def instruction(fields: RowFields) -> Conversation | None:
+    """The conversation of an Alpaca row: earlier turns of `history`, then instruction and, a line below, input."""
+    asked, output = fields.text("instruction"), fields.text("output")
+    given = fields.optional_text("input")
+    messages = [*_spoken("system", fields.optional_text("system")), *_history(fields)]
+    messages.append(Message("user", asked if given is None else f"{asked}\n{given}"))
+    return _whole(fields, [*messages, Message(ASSISTANT, output)], "output")
+
+
+def prompted(fields: RowFields) -> Conversation | None:
+    """The conversation of TRL's prompt and completion as lists of messages: the completion alone is learned."""
+    prompt, completion = _messages(fields, "prompt"), _messages(fields, "completion")
+    return _whole(fields, [*prompt, *completion], "completion", num_prompt=len(prompt))
+
+
+def _whole(fields: RowFields, messages: list[Message], role: str, *, num_prompt: int = 0) -> Conversation | None:
+    learned = messages[num_prompt:]
+    if not fields.problems and not any(message.role == ASSISTANT for message in learned):
+        roles = ", ".join(dict.fromkeys(message.role for message in learned))
+        wanted = "at least one message of the assistant"
+        fields.add("no assistant message", fields.field(role), f"messages of {roles} alone", wanted)
+    return None if fields.problems else Conversation(tuple(messages), fields.row, num_prompt)
+
+
+def _spoken(role: str, content: str | None) -> list[Message]:
+    return [] if content is None else [Message(role, content)]
+
+
+def _history(fields: RowFields) -> list[Message]:
+    """LLaMA-Factory's pairs of earlier instructions and answers, oldest first."""
+    value, messages = fields.value("history"), list[Message]()
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        given = f"{shown(value)} ({kind_name(value)})"
+        fields.add("history is no list of pairs", fields.field("history"), given, 'pairs [["asked", "answered"], ...]')
+        return []
+    for number, (asked, answered) in enumerate(value):
+        place = f"{fields.field('history')}[{number}]"
+        messages.append(Message("user", fields.checked("history", f"{place}[0]", asked)))
+        messages.append(Message(ASSISTANT, fields.checked("history", f"{place}[1]", answered)))
+    return messages
+
+
+def _messages(fields: RowFields, role: str) -> list[Message]:
+    """The messages of a role's column, as far as they can be read."""
+    found = []
+    for number, value in enumerate(fields.listed_values(role, "a list of messages")):
+        message = _message(fields, f"{fields.field(role)}[{number}]", value)
+        if message is not None:
+            found.append(message)
+    return found
+
+
+def _message(fields: RowFields, place: str, value: object) -> Message | None:
+    if not isinstance(value, dict):
+        fields.add("message is no object", place, f"{shown(value)} ({kind_name(value)})", _MESSAGE_WANTED)
+        return None
+    names = next((pair for pair in _NAMES if pair[0] in value), None)
+    if names is None:
+        given = f"an object with {', '.join(shown(name) for name in value) or 'nothing'}"
+        fields.add("message has no role", place, given, _MESSAGE_WANTED)
+        return None
+    speaker, told = names
+    role = _ROLES.get(value[speaker].strip().lower()) if isinstance(value[speaker], str) else None
+    if role is None:
+        wanted = f"one of {', '.join(_ROLES)}"
+        fields.add("unknown role", f"{place}.{speaker}", shown(value[speaker]), wanted)
+        return None
+    more = {key: item for key, item in value.items() if key not in (speaker, told, _WEIGHT) and item is not None}
+    content = _content(fields, f"{place}.{told}", value.get(told), is_optional="tool_calls" in more)
+    return Message(role, content, _weight(fields, place, role, value.get(_WEIGHT)), more)
+
+
+def _content(fields: RowFields, place: str, value: object, *, is_optional: bool) -> str:
+    """The words of a message: a text, or a list of text parts, which are joined."""
+    if is_optional and (value is None or value == ""):
+        return ""
+    if isinstance(value, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in value]
+        if not value or not all(isinstance(text, str) for text in texts):
+            given = f"a list of parts that are not all text: {shown(value)}"
+            fields.add("content is not text alone", place, given, 'text, or parts {"type": "text", "text": "..."}')
+            return ""
+        value = "".join(str(text) for text in texts)
+    return fields.checked("content", place, value)
+
+
+def _weight(fields: RowFields, place: str, role: str, value: object) -> float:
+    """The factor on the loss of an assistant's message: 1 where nothing is said."""
+    if role != ASSISTANT and value not in (None, 0):
+        given = f"{shown(value)} on a message of the {role}"
+        hint = "train_on all learns what users say too"
+        fields.add("weight on what is not learned", f"{place}.{_WEIGHT}", given, "0, or no weight", hint)
+    if value is None or role != ASSISTANT:
+        return 1.0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        fields.add("weight is no factor", f"{place}.{_WEIGHT}", shown(value), "a number >= 0")
+        return 1.0
+    return float(value)

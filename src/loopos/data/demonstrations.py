@@ -1,0 +1,119 @@
+"""Rows → demonstrations: a problem, the steps that solve it, the answer.
+
+Enters: a row's fields and the `StepFormat` that its chain will be written in. Leaves: a `Demonstration`, or problems.
+Reasoning is a list of steps, or one text that is split at the format's delimiter (else at line ends); the answer may
+stand behind `####` at the end of the worked solution, as in GSM8K (Cobbe et al. 2021). White space around steps and
+answer goes. Left out: the chain's text (`step_format`), chat templates (`templates`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.rows import Row
+from loopos.data.step_format import StepFormat
+from loopos.data.values import kind_name, unicode_problem
+
+HASHES = "####"
+_REASONING_WANTED = "a list of steps, or one text with a step a line"
+_ANSWER_WANTED = "a text or a number"
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One worked example (Wei et al. 2022): `steps` may be empty, then the answer alone is learned."""
+
+    problem: str
+    steps: tuple[str, ...]
+    answer: str
+    row: Row
+    system: str | None = None
+
+
+def demonstration(fields: RowFields, step_format: StepFormat) -> Demonstration | None:
+    """The demonstration that a row holds; None, with `fields.problems` filled, where it holds none."""
+    problem, system = fields.text("problem"), fields.optional_text("system")
+    steps, answer = _chain(fields, step_format.delimiter)
+    if not fields.problems:
+        reason = step_format.problem(steps, answer)
+        if reason is not None:
+            role = "reasoning" if reason.startswith("step ") and fields.has("reasoning") else "answer"
+            hint = "write one step an entry, or choose another data.step_format"
+            wanted = "steps and an answer that the step format can hold"
+            fields.add("reasoning does not fit the step format", fields.field(role), reason, wanted, hint)
+    if fields.problems:
+        return None
+    return Demonstration(problem.strip(), steps, answer, fields.row, system)
+
+
+def _chain(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
+    """Steps and answer, as far as they can be read."""
+    if not fields.has("answer"):
+        return _solution(fields, delimiter)
+    answer = _answer(fields)
+    before, hashes, after = answer.rpartition(HASHES)
+    if not fields.has("reasoning"):
+        return (_split(before, delimiter), after.strip()) if hashes else ((), answer)
+    if hashes and before.strip():
+        given = f"{shown(answer)}, with reasoning before {HASHES}, beside {shown(fields.field('reasoning'))}"
+        fields.add("answer holds reasoning", fields.field("answer"), given, "the reasoning in one place")
+    return _steps(fields, delimiter), after.strip() if hashes else answer
+
+
+def _solution(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
+    """Steps and answer of a worked solution that ends with "#### answer"."""
+    steps = _steps(fields, delimiter)
+    if fields.problems:
+        return (), ""
+    _, hashes, answer = "\n".join(steps).rpartition(HASHES)
+    if not hashes or not answer.strip() or "\n" in answer:
+        given = f"a solution that ends in {shown(steps[-1] if steps else '')}, and no answer column"
+        hint = 'or name its column: data.columns: {"answer": "COLUMN"}'
+        fields.add("answer is missing", fields.field("reasoning"), given, f"{HASHES} answer in the last line", hint)
+        return (), ""
+    kept = list(steps[:-1])
+    last = steps[-1].rpartition(HASHES)[0].strip()
+    return tuple([*kept, last] if last else kept), answer.strip()
+
+
+def _answer(fields: RowFields) -> str:
+    """The answer as text: a number is written as JSON writes it."""
+    value = fields.value("answer")
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, bool | float | list | dict):
+        given = f"{shown(value)} ({kind_name(value)})"
+        fields.add("answer is not a text", fields.field("answer"), given, _ANSWER_WANTED)
+        return ""
+    return fields.text("answer").strip()
+
+
+def _steps(fields: RowFields, delimiter: str) -> tuple[str, ...]:
+    """The steps of the reasoning column; an empty list means an answer without reasoning."""
+    value, field = fields.value("reasoning"), fields.field("reasoning")
+    if value == []:
+        return ()
+    if isinstance(value, list):
+        steps = [fields.checked("reasoning step", f"{field}[{place}]", step) for place, step in enumerate(value)]
+        return tuple(step.strip() for step in steps)
+    if isinstance(value, str) and value.strip():
+        problem = unicode_problem(value)
+        if problem is not None:
+            fields.add(f"reasoning {problem[0]}", field, problem[1], _REASONING_WANTED, problem[2])
+        return _split(value, delimiter)
+    if value is None or isinstance(value, str):
+        hint = "an empty list means an answer without reasoning"
+        given = "null" if value is None else shown(value)
+        fields.add("reasoning is blank", field, given, _REASONING_WANTED, hint)
+    else:
+        given = f"{shown(value)} ({kind_name(value)})"
+        fields.add("reasoning is not a text", field, given, _REASONING_WANTED)
+    return ()
+
+
+def _split(text: str, delimiter: str) -> tuple[str, ...]:
+    pieces = text.split(delimiter) if delimiter in text else text.split("\n")
+    return tuple(piece.strip() for piece in pieces if piece.strip())

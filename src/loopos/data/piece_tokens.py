@@ -1,0 +1,80 @@
+"""Pieces of text → token ids, each piece by itself.
+
+Enters: pieces (`templates`). Leaves: the ids of each. A piece that begins a text gets the special tokens that the
+tokenizer itself puts before one, unless it has them already; one that closes a text gets the end token, unless it ends
+with it. Left out: which of them are learned (`supervised_tokens`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.faults import UserError
+from loopos.data.record import shown
+from loopos.data.templates import Piece, end_token
+
+# What stands before a piece inside a text, for tokenizers that put a blank before whatever they take for a beginning.
+_ANCHORS = ("\n", "a", ".")
+_PROBE = "b"
+
+
+class PieceTokenizer:
+    """Tokenises pieces in few calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises `UserError` where the tokenizer has no end token."""
+        self.tokenizer, self.end = tokenizer, end_token(tokenizer)
+        self.leading = _leading(tokenizer)
+        spelled = "".join(tokenizer.convert_ids_to_tokens(self._ids([_PROBE])[0]))
+        self._marks_beginnings = spelled != _PROBE and spelled.endswith(_PROBE)
+
+    def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
+        """The ids of each piece of each row."""
+        flat = [(piece, place > 0) for row in rows for place, piece in enumerate(row)]
+        ids = iter(self._plain_ids([(piece.text, inside) for piece, inside in flat]))
+        return [[self._finished(piece, next(ids)) for piece in row] for row in rows]
+
+    def _finished(self, piece: Piece, ids: list[int]) -> list[int]:
+        if piece.begins and ids[: len(self.leading)] != self.leading:
+            ids = [*self.leading, *ids]
+        if piece.closes and ids[-1:] != [self.end]:
+            ids = [*ids, self.end]
+        return ids
+
+    def _plain_ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of (text, whether it stands inside a longer one)."""
+        plain = self._ids([text for text, _ in texts])
+        if self._marks_beginnings:
+            for place, (text, inside) in enumerate(texts):
+                if inside and text:
+                    plain[place] = self._inner_ids(text)
+        return plain
+
+    def _inner_ids(self, text: str) -> list[int]:
+        """The ids of a text that does not begin anything: what it adds to those of an anchor before it."""
+        for anchor in _ANCHORS:
+            before, both = self._ids([anchor, anchor + text])
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        raise UserError(
+            f"the tokenizer joins the text {shown(text)} with whatever stands before it, so that prompt and answer "
+            "have no border; name another tokenizer in data.tokenizer"
+        )
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        batch = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = batch["input_ids"]
+        return ids
+
+
+def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text by itself."""
+    whole: list[int] = tokenizer(_PROBE)["input_ids"]
+    bare: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    places = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+    assert places, "a tokenizer that changes a text when it adds special tokens"
+    return whole[: places[0]]

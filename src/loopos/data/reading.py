@@ -1,0 +1,139 @@
+"""A source → examples, whatever their kind: how it is opened, and the account of every row.
+
+Enters: the keys of a `data` section that say how rows are read; functions that find a format and make one example of a
+row. Leaves: examples in the rows' order and a `FormatReport` in which read = used + dropped. Left out: the formats
+themselves (`formats`, `supervised_formats`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+from loopos.config.faults import DataError, Fault
+from loopos.data import rows
+from loopos.data.rows import Row, RowReader
+
+UNREADABLE = "unreadable row"
+
+
+class SourceKeys(Protocol):
+    """The keys of `data` that say which rows are read, and how."""
+
+    @property
+    def validation_data(self) -> str | None: ...
+    @property
+    def training_split(self) -> str: ...
+    @property
+    def validation_split(self) -> str | None: ...
+    @property
+    def subset(self) -> str | None: ...
+    @property
+    def streaming(self) -> bool: ...
+    @property
+    def max_rows(self) -> int | None: ...
+    @property
+    def on_bad_row(self) -> Literal["error", "skip"]: ...
+
+
+class ColumnsFound(Protocol):
+    """A format: the sentence that says which column plays which role."""
+
+    @property
+    def said(self) -> str: ...
+
+
+Form = TypeVar("Form", bound=ColumnsFound)
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A row that holds no example: the reason to count it under, and its faults."""
+
+    reason: str
+    faults: list[Fault]
+
+
+@dataclass(frozen=True, slots=True)
+class FormatReport:
+    """The account of a pass: `read` = `used` + the sum of `dropped`, which counts the rows dropped for each reason.
+
+    `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any.
+    """
+
+    read: int
+    used: int
+    dropped: dict[str, int]
+    said: tuple[str, ...]
+    faults: tuple[Fault, ...] = field(default=())
+    class_names: tuple[str, ...] = field(default=())
+
+
+def account(report: FormatReport) -> str:
+    """read = used + dropped, in words."""
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
+    return f"{report.read} rows read, {report.used} used{dropped}"
+
+
+def opened(data: SourceKeys, source: str, split: str) -> RowReader:
+    """The rows of a source, read as the config says. Raises as `rows.read`."""
+    return rows.read(
+        source,
+        split=split,
+        subset=data.subset,
+        streaming=data.streaming,
+        max_rows=data.max_rows,
+        on_bad_row=data.on_bad_row,
+    )
+
+
+def validation_source(data: SourceKeys, training_source: str) -> tuple[str, str] | None:
+    """Source and split of the validation rows; None where they are a share of the training rows."""
+    if data.validation_data is None and data.validation_split is None:
+        return None
+    return data.validation_data or training_source, data.validation_split or data.training_split
+
+
+def read_examples(
+    reader: RowReader,
+    detect: Callable[[Sequence[str], str], Form],
+    example_of: Callable[[Row, Form], Example | Unusable],
+) -> tuple[list[Example], Form, FormatReport]:
+    """Reads a whole source into examples of one format.
+
+    Args:
+        detect: finds the format from the columns and the name of their source.
+        example_of: makes an example of a row, or says why there is none.
+    Raises:
+        DataError: as `rows.read` and `detect`; no row that can be used; bad rows by the reader's policy, the file's
+            and the format's together.
+    """
+    pass_rows = list(reader.rows())
+    report, examples = reader.report, list[Example]()
+    dropped = Counter({UNREADABLE: report.bad_rows} if report.bad_rows else {})
+    form: Form | None = None
+    if pass_rows:
+        columns = list(dict.fromkeys(name for row in pass_rows for name in row.values))
+        try:
+            form = detect(columns, pass_rows[0].source)
+        except DataError as error:
+            raise DataError([*error.faults, *(report.faults if reader.on_bad_row == "error" else [])]) from error
+        for row in pass_rows:
+            example = example_of(row, form)
+            if isinstance(example, Unusable):
+                dropped[example.reason] += 1
+                reader.reject(example.faults)
+            else:
+                examples.append(example)
+    reader.finish()
+    if form is None or not examples:
+        given = f"{report.rows_read} rows, none of which can be used"
+        first = f"the first fault: {report.faults[0]}" if report.faults else ""
+        raise DataError([Fault(report.source, None, None, "rows", given, "at least one good row", first)])
+    said = (*report.said, form.said)
+    counted = FormatReport(report.rows_read, len(examples), dict(dropped), said, tuple(report.faults))
+    assert counted.read == counted.used + sum(counted.dropped.values()), counted
+    return examples, form, counted

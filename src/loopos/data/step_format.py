@@ -1,0 +1,179 @@
+r"""How reasoning is written: steps and an answer to text, and back.
+
+    opening · step₁ · delimiter · … · stepₙ · delimiter · closing · answer_marker · answer
+
+Enters: steps and an answer, or the text that a model made. Leaves: the text, or what it holds. Three formats have
+names: "think" (one step a line inside `<think>` … `</think>`, then the answer), "hashes" (one step a line, then
+`#### answer`, as in GSM8K) and "lines" (one step a line; the last line is the answer).
+
+Nothing is escaped: a model learns the very text of the data. What could not be read back exactly is refused instead
+(`problem` says why): a step that is blank, or holds the delimiter, the closing tag, or begins as the answer does; an
+answer that is blank or has white space around it. So parse(render(steps, answer)) gives the same steps and answer.
+Left out: tokens (`supervised_tokens`), whether an answer is right (`evaluation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loopos.config.chain_of_thought import StepFormatSection
+from loopos.data.record import shown
+
+
+class Parsed(NamedTuple):
+    """What a text holds. `well_formed`: every part was where the format wants it, and the answer is not blank. Where
+    it was not, `steps` and `answer` are the best reading: without the closing tag there is no answer inside the
+    reasoning; without the marker the last line is the answer.
+    """
+
+    steps: tuple[str, ...]
+    answer: str
+    well_formed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFormat:
+    r"""The four strings around steps and answer. `delimiter` ends each step and is never empty. With an empty
+    `closing` the steps end at the first that begins with `answer_marker`; with both empty, before the last.
+    """
+
+    opening: str = "<think>\n"
+    closing: str = "</think>\n"
+    delimiter: str = "\n"
+    answer_marker: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.delimiter, "steps need a delimiter"
+
+    def render(self, steps: Sequence[str], answer: str) -> str:
+        """The text of a chain. Raises `ValueError` with the reason where `problem` has one."""
+        reason = self.problem(steps, answer)
+        if reason is not None:
+            raise ValueError(reason)
+        return self._written(steps, answer)
+
+    def problem(self, steps: Sequence[str], answer: str) -> str | None:
+        """Why these steps and this answer cannot be written so that they are read back exactly; None if they can."""
+        for number, step in enumerate(steps, start=1):
+            reason = self._step_problem(step)
+            if reason is not None:
+                return f"step {number} {reason}"
+        if not answer.strip():
+            return "the answer is blank"
+        if answer != answer.strip():
+            return f"the answer {shown(answer)} has white space around it"
+        if not self.closing.strip() and not self.answer_marker.strip() and self.delimiter in answer:
+            return f"the answer {shown(answer)} holds the delimiter {shown(self.delimiter)}"
+        read = self.parse(self._written(steps, answer))
+        if read != (tuple(steps), answer, True):
+            return f"it would be read back as the steps {shown(list(read.steps))} and the answer {shown(read.answer)}"
+        return None
+
+    def parse(self, text: str) -> Parsed:
+        """What `text` holds; any text has a reading.
+
+        A missing `opening` is no fault where `closing` is there: templates exist that write it into the prompt.
+        """
+        closing = self.closing.strip()
+        if not closing:
+            return self._parse_lines(text)
+        body, found, rest = text.partition(closing)
+        opened = self._opened(body)
+        if not found:
+            if opened is not None:
+                return Parsed(self._steps(opened), "", False)
+            return Parsed((), self._after_last_marker(text).strip(), False)
+        steps, answer = self._steps(body if opened is None else opened), rest.strip()
+        marker = self.answer_marker.strip()
+        marked = answer.startswith(marker)
+        answer = answer[len(marker) :].strip() if marked else self._after_last_marker(answer).strip()
+        return Parsed(steps, answer, marked and bool(answer))
+
+    def answer_start(self, text: str) -> int:
+        """Where the part of `text` begins that gives the answer (its marker included); 0 where all of it does."""
+        closing = self.closing.strip()
+        if closing:
+            place = text.find(closing)
+            rest = text[place + len(closing) :]
+            return 0 if place < 0 else len(text) - len(rest.lstrip())
+        place = self._marked_line(text) if self.answer_marker.strip() else text.rstrip().rfind(self.delimiter)
+        if place < 0:
+            return 0
+        return place if self.answer_marker.strip() else place + len(self.delimiter)
+
+    def _written(self, steps: Sequence[str], answer: str) -> str:
+        chain = "".join(step + self.delimiter for step in steps)
+        return f"{self.opening}{chain}{self.closing}{self.answer_marker}{answer}"
+
+    def _step_problem(self, step: str) -> str | None:
+        closing, marker = self.closing.strip(), self.answer_marker.strip()
+        if not step.strip():
+            return "is blank"
+        if self.delimiter in step:
+            return f"holds the delimiter {shown(self.delimiter)}: {shown(step)}"
+        if closing and closing in step:
+            return f"holds the closing {shown(closing)}: {shown(step)}"
+        if not closing and marker and step.lstrip().startswith(marker):
+            return f"begins with the answer marker {shown(marker)}: {shown(step)}"
+        return None
+
+    def _opened(self, body: str) -> str | None:
+        """`body` behind the opening, or None where there is no opening."""
+        if body.startswith(self.opening):
+            return body[len(self.opening) :]
+        opening = self.opening.strip()
+        bare = body.lstrip()
+        return bare[len(opening) :] if bare.startswith(opening) else None
+
+    def _steps(self, body: str) -> tuple[str, ...]:
+        return tuple(step for step in body.split(self.delimiter) if step.strip())
+
+    def _parse_lines(self, text: str) -> Parsed:
+        """Formats without a closing: the answer is the marked line and what follows it, or the last line."""
+        opened = self._opened(text)
+        body = text if opened is None else opened
+        marker = self.answer_marker.strip()
+        place = self._marked_line(body) if marker else -1
+        if place >= 0:
+            answer = body[place:].lstrip()[len(marker) :].strip()
+            return Parsed(self._steps(body[:place]), answer, opened is not None and bool(answer))
+        if marker and marker in body:
+            before, _, after = body.rpartition(marker)
+            return Parsed(self._steps(before), after.strip(), False)
+        *steps, answer = self._steps(body) or ("",)
+        return Parsed(tuple(steps), answer.strip(), not marker and opened is not None and bool(answer.strip()))
+
+    def _marked_line(self, text: str) -> int:
+        """Where the first step-like piece begins that starts with the answer marker; -1 where there is none."""
+        place = 0
+        for piece in text.split(self.delimiter):
+            if piece.lstrip().startswith(self.answer_marker.strip()):
+                return place
+            place += len(piece) + len(self.delimiter)
+        return -1
+
+    def _after_last_marker(self, text: str) -> str:
+        marker = self.answer_marker.strip()
+        return text.rpartition(marker)[2] if marker else text
+
+
+NAMED_FORMATS: Mapping[str, StepFormat] = {
+    "think": StepFormat(),
+    "hashes": StepFormat(opening="", closing="", answer_marker="#### "),
+    "lines": StepFormat(opening="", closing=""),
+}
+"""The formats that a config names with one word."""
+
+
+def chosen_format(section: str | StepFormatSection) -> StepFormat:
+    """The format of a config: one of the names, or its four strings."""
+    if isinstance(section, str):
+        return NAMED_FORMATS[section]
+    return StepFormat(
+        opening=section.opening,
+        closing=section.closing,
+        delimiter=section.delimiter,
+        answer_marker=section.answer_marker,
+    )

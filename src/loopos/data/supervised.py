@@ -1,0 +1,87 @@
+"""The examples of a language model's run: rows read, columns found, validation rows set apart, tokens made.
+
+Enters: the `data` section of chain-of-thought training. Leaves: `SupervisedData`, and a `SupervisedEncoder` that makes
+tokens by the section's rules. Left out: templates and tokens themselves (`templates`, `supervised_tokens`), batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.chain_of_thought import ReasoningDataSection
+from loopos.data.reading import FormatReport, account, opened, validation_source
+from loopos.data.split import stratified_split
+from loopos.data.step_format import StepFormat, chosen_format
+from loopos.data.supervised_rows import Example, read_supervised
+from loopos.data.supervised_tokens import Supervised, SupervisedReport, encode_supervised
+from loopos.data.templates import ChatTemplate
+
+
+@dataclass(frozen=True)
+class SupervisedData:
+    """Training and validation examples, and the format that their chains are written in. `said`: what was decided, a
+    sentence each; `reports`: the account of each source.
+    """
+
+    step_format: StepFormat
+    train: list[Example]
+    validation: list[Example]
+    said: list[str]
+    reports: list[FormatReport]
+
+
+def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
+    """Reads the training rows and the validation rows: their own file, their own split of a hub id, or a seeded share
+    of the training rows.
+
+    Raises `DataError` for unreadable files, columns of no known format and bad rows (unless skipped).
+    """
+    step_format = chosen_format(data.step_format)
+    columns = {str(role): column for role, column in data.columns.items()}
+    reader = opened(data, data.source, data.training_split)
+    train, report = read_supervised(reader, columns, step_format=step_format)
+    said, reports = [*report.said, account(report)], [report]
+    validation: list[Example] = []
+    own = validation_source(data, data.source)
+    if own is not None:
+        validation, validation_report = read_supervised(opened(data, *own), columns, step_format=step_format)
+        said.append(f"validation: {own[0]}, {account(validation_report)}")
+        reports.append(validation_report)
+    elif data.validation_share > 0:
+        kept, chosen = stratified_split(None, data.validation_share, seed, num_rows=len(train), source=data.source)
+        train, validation = [train[place] for place in kept], [train[place] for place in chosen]
+        said.append(f"validation: {len(validation)} of the rows, split off with seed {seed}; {len(train)} train")
+    return SupervisedData(step_format, train, validation, said, reports)
+
+
+class SupervisedEncoder:
+    """Makes the tokens of examples as a config says: by which template and step format, what is learned, how long."""
+
+    def __init__(
+        self,
+        data: ReasoningDataSection,
+        step_format: StepFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None,
+    ) -> None:
+        """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
+        self.data, self.step_format, self.tokenizer, self.max_length = data, step_format, tokenizer, max_length
+        self.template = ChatTemplate(tokenizer, data.chat_template)
+
+    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], SupervisedReport]:
+        """Raises `DataError` as `encode_supervised`."""
+        return encode_supervised(
+            self.tokenizer,
+            examples,
+            step_format=self.step_format,
+            train_on=self.data.train_on,
+            max_length=self.max_length,
+            over_length=self.data.over_length,
+            max_dropped_share=self.data.max_dropped_share,
+            on_bad_row=self.data.on_bad_row,
+            template=self.template,
+        )

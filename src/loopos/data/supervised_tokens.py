@@ -1,0 +1,257 @@
+"""Examples → token ids and, born with them, which tokens are learned. For language models, the only place.
+
+Enters: examples (`supervised_rows`), a tokenizer, the `StepFormat`, what to train on. Leaves: `Supervised` rows and a
+report in which read = used + dropped. Every piece of an example (context, reasoning, answer) is tokenised by itself, so
+that no token lies on both sides of a border and the ids of a prompt are those that generation starts from:
+
+    prompt_tokens(example) + what is said = the row's ids
+
+The end token is always part of what is learned; the begin token is never doubled; there are no pads.
+Left out: templates (`templates`), batches (`batches`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.faults import DataError, Fault
+from loopos.data.conversations import ASSISTANT, Conversation, Message
+from loopos.data.demonstrations import Demonstration
+from loopos.data.piece_tokens import PieceTokenizer
+from loopos.data.record import BadRows
+from loopos.data.step_format import StepFormat
+from loopos.data.supervised_parts import Part, TrainOn, before_answer, parts_of
+from loopos.data.supervised_rows import Completion, Example, PlainText
+from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
+from loopos.data.tokens import Encoded
+
+OverLength: TypeAlias = Literal["drop", "cut", "error"]
+OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """One row of tokens. `mask`, as long as `ids`: True = this token is a target, predicted from those before it; the
+    first never is. `weights`: the factor on the loss of each token, 0 where the mask is False; None where all are 1.
+    `index`: the example's place among those given.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    weights: list[float] | None
+    index: int
+
+    def encoded(self) -> Encoded:
+        """The row as batches take it, with a weight for every token."""
+        weights = self.weights if self.weights is not None else [float(learned) for learned in self.mask]
+        return Encoded(self.ids, None, self.index, weights=weights)
+
+
+@dataclass
+class SupervisedReport:
+    """What tokenising did: `read` = `used` + the sum of `dropped`, which counts rows by reason. `cut`: rows shortened
+    to `max_length`, with the tokens they lost.
+    """
+
+    read: int = 0
+    used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut: int = 0
+    tokens_cut: int = 0
+    max_length: int | None = None
+    faults: list[Fault] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list, repr=False)
+
+    def counts(self) -> dict[str, object]:
+        """The account in numbers, for logs."""
+        told = asdict(self)
+        return {name: value for name, value in told.items() if name not in ("faults", "lengths")}
+
+    def said(self) -> str:
+        """The account in words."""
+        ordered = sorted(self.lengths)
+        spread = f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}" if ordered else "no rows"
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
+        cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
+        share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+        return (
+            f"{self.read} examples, {self.used} used{dropped}; {self.tokens:,} tokens, {self.trained_tokens:,} "
+            f"trained{share}, {spread}{cut}"
+        )
+
+
+def encode_supervised(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    step_format: StepFormat,
+    train_on: TrainOn = "assistant",
+    max_length: int | None,
+    over_length: OverLength = "drop",
+    max_dropped_share: float = 0.01,
+    on_bad_row: Literal["error", "skip"] = "error",
+    template: ChatTemplate | None = None,
+) -> tuple[list[Supervised], SupervisedReport]:
+    """Tokenises examples and marks what is learned.
+
+    Args:
+        train_on: "assistant" learns what the assistant says, its end token included (of prompt and completion the
+            completion, of plain text all); "answer" of that the last turn's answer alone; "all" every token.
+        over_length: a row over `max_length` is dropped, cut at its end (so that the end token goes), or an error.
+        max_dropped_share: rows over `max_length` may be at most this share of all under "drop".
+        on_bad_row: what a conversation does that the template refuses.
+        template: the tokenizer's own if None.
+    Raises:
+        DataError: rows that are refused, over `max_length` under "error", or too many of them under "drop"; no row
+        left. Each fault names file and line.
+    """
+    template = template or ChatTemplate(tokenizer)
+    encoder = PieceTokenizer(tokenizer)
+    report = SupervisedReport(max_length=max_length)
+    rows: list[Supervised] = []
+    dropped: Counter[str] = Counter()
+    over: list[Fault] = []
+    for first in range(0, len(examples), _CHUNK):
+        parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
+        encoded = encoder.encode([[part.piece for part in row] for row in parts])
+        for place, row_parts, pieces in zip(places, parts, encoded, strict=True):
+            row = _joined(row_parts, pieces, place)
+            length = len(row.ids)
+            if max_length is not None and length > max_length:
+                over.append(_over_fault(examples[place], length, max_length))
+                if over_length == "drop":
+                    dropped[OVER_LENGTH] += 1
+                    continue
+                report.cut, report.tokens_cut = report.cut + 1, report.tokens_cut + length - max_length
+                row = _shortened(row, max_length)
+            if not any(row.mask):
+                dropped[UNTRAINED] += 1
+                continue
+            rows.append(row)
+    refused = list(report.faults)
+    dropped.update({REFUSED: len(refused)} if refused else {})
+    report.read, report.used, report.dropped = len(examples), len(rows), dict(dropped)
+    _fill(report, rows)
+    assert report.read == report.used + sum(report.dropped.values()), report
+    if refused and on_bad_row == "error":
+        raise BadRows(refused, len(refused), "correct the rows, or set data.on_bad_row to skip to go on without them")
+    _check_over(over, report, over_length, max_dropped_share)
+    if not rows:
+        raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row with a token to learn")])
+    return rows, report
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: str | Sequence[Message] | Example,
+    *,
+    template: ChatTemplate | None = None,
+) -> list[int]:
+    """The ids that generation starts from: those of a row of training before what the model is to say.
+
+    Args:
+        problem: a question (a user's message), the messages so far, or an example, whose last turn is left out.
+        template: the tokenizer's own if None.
+    Raises:
+        TemplateRefusal: the template cannot render these messages.
+    """
+    encoder = PieceTokenizer(tokenizer)
+    match problem:
+        case Completion(prompt=text):
+            pieces = [Piece(text, begins=True)]
+        case PlainText():
+            pieces = [Piece("", begins=True)]
+        case _:
+            pieces = (template or ChatTemplate(tokenizer)).prompt(_asked(problem))
+    return [token for ids in encoder.encode([pieces])[0] for token in ids]
+
+
+def _asked(problem: str | Sequence[Message] | Example) -> Sequence[Message]:
+    """The messages before the turn that is to be generated."""
+    if isinstance(problem, str):
+        return [Message("user", problem)]
+    if isinstance(problem, Demonstration):
+        return before_answer(problem)
+    assert not isinstance(problem, Completion | PlainText), "their prompts need no messages"
+    if not isinstance(problem, Conversation):
+        return problem
+    last = max(place for place, message in enumerate(problem.messages) if message.role == ASSISTANT)
+    return problem.messages[:last]
+
+
+def _chunk_parts(
+    examples: Sequence[Example],
+    first: int,
+    template: ChatTemplate,
+    step_format: StepFormat,
+    train_on: TrainOn,
+    report: SupervisedReport,
+) -> tuple[list[list[Part]], list[int]]:
+    """The parts of a chunk's examples and their places; those that the template refuses are noted as faults."""
+    found, places = [], []
+    for place in range(first, min(first + _CHUNK, len(examples))):
+        example = examples[place]
+        try:
+            found.append(parts_of(example, template, step_format, train_on))
+        except TemplateRefusal as problem:
+            row = example.row
+            wanted = "messages that the template renders turn by turn"
+            report.faults.append(Fault(row.place, row.line, None, "messages", str(problem), wanted, problem.hint))
+        else:
+            places.append(place)
+    return found, places
+
+
+def _joined(parts: Sequence[Part], pieces: Sequence[Sequence[int]], index: int) -> Supervised:
+    """One row of its parts; context behind the last target is left out, for nothing is learned from it."""
+    ids = [token for piece in pieces for token in piece]
+    weights = [part.weight for part, piece in zip(parts, pieces, strict=True) for _ in piece]
+    if weights:
+        weights[0] = 0.0  # nothing stands before it that could predict it
+    end = max((place + 1 for place, weight in enumerate(weights) if weight > 0), default=0)
+    return _row(ids[:end], weights[:end], index) if end else _row(ids, weights, index)
+
+
+def _row(ids: list[int], weights: list[float], index: int) -> Supervised:
+    mask = [weight > 0 for weight in weights]
+    is_plain = all(weight in (0.0, 1.0) for weight in weights)
+    return Supervised(ids, mask, None if is_plain else weights, index)
+
+
+def _shortened(row: Supervised, length: int) -> Supervised:
+    weights = None if row.weights is None else row.weights[:length]
+    return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
+
+
+def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
+    report.lengths = [len(row.ids) for row in rows]
+    report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
+
+
+def _over_fault(example: Example, length: int, max_length: int) -> Fault:
+    row = example.row
+    hint = 'raise training.max_length, or set data.over_length to "drop" or "cut"'
+    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)
+
+
+def _check_over(
+    over: Sequence[Fault], report: SupervisedReport, over_length: OverLength, max_dropped_share: float
+) -> None:
+    """Raises for rows over `max_length` that the policy does not allow."""
+    if over and over_length == "error":
+        raise BadRows(over[:20], len(over), 'shorten these rows, or set data.over_length to "drop" or "cut"')
+    if over_length == "drop" and len(over) > max_dropped_share * report.read:
+        advice = (
+            f"{len(over)} of {report.read} rows are over max_length {report.max_length}, more than "
+            f"data.max_dropped_share ({max_dropped_share:g}) allows to drop: raise training.max_length, set "
+            'data.over_length to "cut", or data.max_dropped_share to 1'
+        )
+        raise BadRows(over[:20], len(over), advice)

@@ -1,0 +1,162 @@
+"""Problems → chains of reasoning → answers, by a language model and a strategy.
+
+Enters: a model with its tokenizer, the chat template and step format that it speaks, problems. Leaves: an `Answered` a
+problem. The same prompts as in training, by the same code. Left out: whether answers are right (`answer_metrics`,
+`problem_metrics`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loopos.config.faults import UserError
+from loopos.config.strategies import Strategy
+from loopos.data.conversations import Message
+from loopos.data.step_format import NAMED_FORMATS, StepFormat
+from loopos.data.supervised_rows import Example
+from loopos.data.supervised_tokens import prompt_tokens
+from loopos.data.templates import ChatTemplate, TemplateRefusal
+from loopos.evaluation.answer_metrics import Sample, majority
+from loopos.generation.engine import Engine
+from loopos.generation.search import best_of_n, step_beam_search
+from loopos.generation.settings import SamplingSettings
+from loopos.generation.steps import Chain, StepLimits, reason
+from loopos.models.language_folder import open_language_model
+from loopos.models.load import NUMBER_FORMATS, cast_parameters
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was said to one problem. `chains`: all of them; `chosen`: the place of the one that speaks for them, None
+    where none has an answer; `confidence`: its share of the votes, or its mean logprob; None for a single chain.
+    """
+
+    chains: tuple[Chain, ...]
+    chosen: int | None
+    answer: str
+    confidence: float | None = None
+
+    def samples(self) -> list[Sample]:
+        """The chains as `answer_metrics` judges them."""
+        return [Sample(c.text, len(c.token_ids), c.finish_reason == "stop token") for c in self.chains]
+
+
+class Reasoner:
+    """Answers problems in steps: `Reasoner.open("outputs/run").answer(["What is 17 + 26?"])`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: ChatTemplate,
+        step_format: StepFormat,
+        max_rows: int = 64,
+    ) -> None:
+        """The model is used as it is, also while it trains: no second copy."""
+        self.model, self.tokenizer, self.template, self.step_format = model, tokenizer, template, step_format
+        self.engine = Engine(model, tokenizer, max_rows=max_rows)
+
+    @classmethod
+    def open(
+        cls,
+        place: str,
+        *,
+        device: str = "cpu",
+        precision: str | None = None,
+        step_format: StepFormat | None = None,
+        chat_template: str = "auto",
+        max_rows: int = 64,
+        trust_remote_code: bool = False,
+    ) -> Reasoner:
+        """place: the output folder of a run, or whatever `data.pretrained_weights` may name. precision: fp32, bf16 or
+        fp16; that of the training when absent, fp32 for other models. step_format: that of the training when absent,
+        "think" for other models. Raises `UserError`.
+        """
+        opened = open_language_model(place, trust_remote_code=trust_remote_code)
+        chosen = precision or opened.description.get("precision", "fp32")
+        if chosen not in NUMBER_FORMATS:
+            raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
+        cast_parameters(opened.model, NUMBER_FORMATS[chosen])
+        return cls(
+            opened.model.to(torch.device(device)),  # type: ignore[arg-type]
+            opened.tokenizer,
+            template=ChatTemplate(opened.tokenizer, chat_template),
+            step_format=step_format or _format_of(opened.description),
+            max_rows=max_rows,
+        )
+
+    def prompt(self, problem: str | Sequence[Message] | Example) -> list[int]:
+        """The tokens that generation starts from. Raises `UserError` where the chat template refuses the messages."""
+        try:
+            return prompt_tokens(self.tokenizer, problem, template=self.template)
+        except TemplateRefusal as refusal:
+            raise UserError(f"{refusal}; {refusal.hint}" if refusal.hint else str(refusal)) from refusal
+
+    def sampling(self, settings: SamplingSettings) -> SamplingSettings:
+        """The settings with the tokens that end a turn of this model's template."""
+        return replace(settings, stop_token_ids=(*settings.stop_token_ids, *self.template.stop_tokens))
+
+    def answer(
+        self,
+        problems: Sequence[str | Sequence[Message] | Example],
+        settings: SamplingSettings = SamplingSettings(),
+        *,
+        strategy: Strategy = Strategy(),
+        limits: StepLimits = StepLimits(),
+    ) -> list[Answered]:
+        """An answer to every problem, in order. Raises `UserError` for prompts that the model cannot take, and for
+        several chains at temperature 0.
+        """
+        prompts = [self.prompt(problem) for problem in problems]
+        sampling, marks = self.sampling(settings), self.step_format
+        if strategy.kind == "step_beam":
+            found = step_beam_search(
+                self.engine, prompts, marks, sampling, beams=strategy.beams, candidates=strategy.candidates,
+                limits=limits if limits.max_steps is not None else replace(limits, max_steps=32),
+            )  # fmt: skip
+            return [self._best(chains) for chains in found]
+        if strategy.kind == "best_of_n":
+            ranked = best_of_n(self.engine, prompts, marks, sampling, n=strategy.chains, limits=limits)
+            return [self._best(chains) for chains in ranked]
+        return self.sample(prompts, settings, n=strategy.chains, limits=limits)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        *,
+        n: int,
+        limits: StepLimits = StepLimits(),
+    ) -> list[Answered]:
+        """n chains of every prompt, with the answer that most of them give. Raises `UserError` as `answer` does."""
+        if n > 1 and settings.greedy:
+            raise UserError(f"{n} chains at temperature 0 are all the same: give a temperature above 0")
+        sampled = reason(self.engine, prompts, self.step_format, self.sampling(settings), limits=limits, n=n)
+        return [self._voted(chains) for chains in sampled]
+
+    def _best(self, chains: Sequence[Chain]) -> Answered:
+        """The first of chains that come best first."""
+        chosen = chains[0]
+        said = len(chosen.token_ids) - len(chosen.given)
+        mean = sum(chosen.logprobs) / said if said else None
+        return Answered(tuple(chains), 0, self.step_format.parse(chosen.text).answer, mean)
+
+    def _voted(self, chains: Sequence[Chain]) -> Answered:
+        answers = [self.step_format.parse(chain.text).answer for chain in chains]
+        if len(chains) == 1:
+            return Answered(tuple(chains), 0 if answers[0] else None, answers[0])
+        winner = majority(answers)
+        if winner is None:
+            return Answered(tuple(chains), None, "", 0.0)
+        return Answered(tuple(chains), winner[0], answers[winner[0]], winner[1])
+
+
+def _format_of(description: Mapping[str, Any]) -> StepFormat:
+    marks = description.get("step_format")
+    return NAMED_FORMATS["think"] if marks is None else StepFormat(**marks)

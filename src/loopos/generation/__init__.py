@@ -1,0 +1,1 @@
+"""Generation: prompts of token ids → completions; sampling, beams, and reasoning in steps."""

@@ -1,0 +1,156 @@
+"""Beam search: the completions of highest length-penalised logprob that a search of fixed width finds.
+
+Enters: an engine and prompts. Leaves: the best completions of each prompt, best first. The rules (candidates kept, when
+a beam is finished, when the search ends) are those of transformers' `generate(num_beams=...)`, so that the tokens are
+the same. Left out: sampling in beams, stop strings.
+Letters: P prompts searched together, b beams of each, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loopos.config.faults import UserError
+from loopos.generation.engine import Engine
+from loopos.generation.placing import fill
+from loopos.generation.rows import Rows
+from loopos.generation.text import decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSettings:
+    """`num_beams`: width of the search. `length_penalty`: the sum of logprobs is divided by length to this power; above
+    0 favours long completions. `early_stopping`: True ends with as many finished completions as beams; False also waits
+    while a running beam of the present length could be better; None waits while one of any allowed length could.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | None = False
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    stop_at_end: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1 or self.max_new_tokens < 1:
+            raise UserError(
+                f"num_beams {self.num_beams} and max_new_tokens {self.max_new_tokens}: wanted 1 or more of each"
+            )
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A completion found by the search. `score`: sum of logprobs / length ** length_penalty."""
+
+    token_ids: list[int]
+    text: str
+    score: float
+
+
+@dataclass
+class _Search:
+    """The state of one prompt: b running beams and at most b finished ones, best first."""
+
+    limit: int
+    running: list[tuple[float, list[int]]]
+    finished: list[tuple[float, list[int]]] = field(default_factory=list)
+    improvable: bool = True
+    done: bool = False
+
+
+def beam_search(engine: Engine, prompts: Sequence[Sequence[int]], settings: BeamSettings) -> list[list[Beam]]:
+    """At most `num_beams` beams of every prompt, best first. As many prompts as have room search together.
+
+    Raises `UserError` where the beams of one prompt are more rows than the engine has, and for prompts that the model
+    cannot take.
+    """
+    if settings.num_beams > engine.max_rows:
+        raise UserError(f"num_beams {settings.num_beams}: the engine has {engine.max_rows} rows")
+    together = engine.max_rows // settings.num_beams
+    found: list[list[Beam]] = []
+    with engine.serving():
+        for first in range(0, len(prompts), together):
+            for search in _search(engine, prompts[first : first + together], settings):
+                stop_ids = _stop_ids(engine, settings)
+                found.append(
+                    [
+                        Beam(ids, decoded(engine.tokenizer, ids[:-1] if ids[-1] in stop_ids else ids), score)
+                        for score, ids in search.finished
+                    ]
+                )
+    return found
+
+
+def _stop_ids(engine: Engine, settings: BeamSettings) -> frozenset[int]:
+    return frozenset((*settings.stop_token_ids, *(engine.end_tokens if settings.stop_at_end else ())))
+
+
+def _search(engine: Engine, prompts: Sequence[Sequence[int]], settings: BeamSettings) -> list[_Search]:
+    width, stop_ids = settings.num_beams, _stop_ids(engine, settings)
+    searches = [_Search(engine.limit(prompt, settings.max_new_tokens), [(0.0, [])] * width) for prompt in prompts]
+    rows = engine.rows(width * len(prompts), max(map(len, prompts)) + min(settings.max_new_tokens, 256))
+    places = range(width * len(prompts))
+    repeated = [prompt for prompt in prompts for _ in range(width)]
+    logits = fill(rows, places, repeated, most_tokens=engine.prefill_tokens)
+    while True:
+        best = _best_continuations(logits, searches, max(2, 1 + len(stop_ids)) * width)
+        sources = [
+            width * number + beam
+            for number, (search, candidates) in enumerate(zip(searches, best, strict=True))
+            for beam in _advance(search, candidates, settings, stop_ids)
+        ]
+        if all(search.done for search in searches):
+            return searches
+        logits = _step(rows, sources, [ids[-1] for search in searches for _, ids in search.running])
+
+
+def _step(rows: Rows, sources: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    rows.select(sources)
+    return rows.step(tokens)
+
+
+def _best_continuations(
+    logits: Tensor, searches: Sequence[_Search], num_kept: int
+) -> list[list[tuple[float, int, int]]]:
+    """(sum of logprobs, beam, token) of the best continuations of each prompt's beams, best first. logits `[P · b, V]`.
+    Before the first token all beams are the same, so only the first counts.
+    """
+    scores = logits.float().log_softmax(-1).view(len(searches), -1, logits.shape[1])
+    before = torch.tensor([[score for score, _ in search.running] for search in searches], device=logits.device)
+    if not searches[0].running[0][1]:
+        before[:, 1:] = -1e9
+    values, places = (scores + before[..., None]).flatten(1).topk(num_kept)
+    beams, tokens = (places // logits.shape[1]).tolist(), (places % logits.shape[1]).tolist()
+    return [list(zip(*row, strict=True)) for row in zip(values.tolist(), beams, tokens, strict=True)]
+
+
+def _advance(
+    search: _Search, candidates: Sequence[tuple[float, int, int]], settings: BeamSettings, stop_ids: frozenset[int]
+) -> list[int]:
+    """One step of a prompt's search; which beam each new running beam continues."""
+    width = settings.num_beams
+    if search.done:
+        return list(range(width))
+    length = len(search.running[0][1]) + 1
+    ended = [token in stop_ids or length >= search.limit for _, _, token in candidates]
+    # Of the candidates only the first b may finish: the others are there to keep b beams running.
+    full = len(search.finished) == width
+    for (score, beam, token), ends in list(zip(candidates, ended, strict=True))[:width]:
+        if ends and search.improvable and not (full and settings.early_stopping):
+            penalised = score / length**settings.length_penalty
+            search.finished.append((penalised, [*search.running[beam][1], token]))
+    search.finished = sorted(search.finished, key=lambda found: -found[0])[:width]
+    going = sorted(zip(ended, candidates, strict=True), key=lambda pair: pair[0])[:width]
+    before, search.running = search.running, []
+    for _, (score, beam, token) in going:
+        search.running.append((score, [*before[beam][1], token]))
+    full = len(search.finished) == width
+    reach = search.limit if settings.early_stopping is None and settings.length_penalty > 0 else length
+    if full and search.running[0][0] / reach**settings.length_penalty <= search.finished[-1][0]:
+        search.improvable = False
+    search.done = not search.improvable or all(ended) or (full and settings.early_stopping is True)
+    return [beam for _, (_, beam, _) in going]

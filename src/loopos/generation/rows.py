@@ -1,0 +1,257 @@
+"""Rows of tokens that a causal language model continues: the one place where generation calls the model.
+
+Enters: new token ids of some rows. Leaves: the logits after each row's last token. `CachedRows` runs many rows together
+over our cache; `PlainRows` runs any other model row by row with transformers' own cache. A probe on the loaded weights
+chooses, and keeps its reason. Left out: sampling, stopping, which prompt is in which row (`engine.py`).
+Letters: N rows given, B rows that decode, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loopos.functional.packing import PackedLayout
+from loopos.generation.cache import GROUP, IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
+from loopos.models.attention import PackedUnsupported
+
+# transformers' own attention that every model has.
+PLAIN = "eager"
+# Rows up to which a bf16 product on a CPU reads its weight in place.
+_FEW_ROWS = 2
+_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+# Frequencies that change with the longest row of the batch: a row's text would depend on its neighbours.
+_BATCH_DEPENDENT_ROTARY = frozenset({"dynamic", "longrope"})
+_PROBE_LENGTHS = (3, 7, 1, 5)
+# Largest difference of logits, relative to the largest logit: kernels round differently for different shapes.
+_PROBE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
+
+
+class Rows(Protocol):
+    """What the engine asks of rows. `fed[i]`: the tokens that row i holds."""
+
+    fed: list[list[int]]
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Appends tokens (at least one each) to these rows; logits after each row's last, `[N, V]`."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Appends tokens[i] to row i, for the first B rows; logits `[B, V]`."""
+        ...
+
+    def cut(self, row: int, length: int) -> None:
+        """Forgets all but the first `length` tokens of a row."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of one row replace what another holds."""
+        ...
+
+    def select(self, sources: Sequence[int]) -> None:
+        """Row i becomes what row sources[i] is, all at once."""
+        ...
+
+
+@contextmanager
+def prepared(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model in evaluation mode with this attention, and then as it was."""
+    before = model.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def serving(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model as generation needs it: prepared, and without gradients."""
+    with prepared(model, implementation), torch.no_grad():
+        yield
+
+
+def _streams_weights(model: PreTrainedModel) -> bool:
+    """Whether products of few rows should pass by oneDNN, which reorders a whole bf16 weight for each (measured, 1.8 MB
+    and one row: 0.19 ms; torch's own vector product 0.08 ms). GPT-2's transposed weights would be slower by far.
+    """
+    plain = not any(isinstance(module, Conv1D) for module in model.modules())
+    return plain and model.device.type == "cpu" and model.dtype is torch.bfloat16
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    enabled, *_ = torch.backends.mkldnn.set_flags(False, None, None, None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(enabled, None, None, None)
+
+
+class CachedRows:
+    """Rows that decode together over one cache, without pads. To be used while `serving(model, IMPLEMENTATION)`."""
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, *, num_columns: int) -> None:
+        self._model = model
+        self._cache = KeyValueCache(num_rows, num_columns)
+        self._device = model.device
+        self._extra: dict[str, bool] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
+        self._few = _FEW_ROWS if _streams_weights(model) else 0
+        self.fed: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        layout = PackedLayout(tuple(map(len, tokens)), self._device)
+        starts = tuple(len(self.fed[row]) for row in rows)
+        for row, new in zip(rows, tokens, strict=True):
+            self.fed[row] += new
+        self._cache.make_room(max(len(self.fed[row]) for row in rows))
+        prompt_pass = PromptPass(self._cache, layout, tuple(rows), starts)
+        ids = torch.tensor([token for new in tokens for token in new], device=self._device)
+        return self._logits(ids[None], prompt_pass.positions()[None], prompt_pass, layout.ends())[0]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        columns = torch.tensor([len(self.fed[row]) for row in range(len(tokens))], device=self._device)
+        for row, token in enumerate(tokens):
+            self.fed[row].append(token)
+        needed = max(len(self.fed[row]) for row in range(len(tokens)))
+        self._cache.make_room(needed)
+        token_pass = TokenPass(self._cache, columns, -(-needed // GROUP) * GROUP)
+        ids = torch.tensor(tokens, device=self._device)
+        return self._logits(ids[:, None], columns[:, None], token_pass, 0)[:, -1]
+
+    def _logits(self, ids: Tensor, positions: Tensor, cached: PromptPass | TokenPass, kept: Tensor | int) -> Tensor:
+        with _without_onednn() if ids.numel() <= self._few else nullcontext():
+            logits: Tensor = self._model(
+                input_ids=ids, position_ids=positions, cached_pass=cached, logits_to_keep=kept, **self._extra
+            ).logits
+        return logits
+
+    def cut(self, row: int, length: int) -> None:
+        del self.fed[row][length:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert length <= len(self.fed[source])
+        if source != target:
+            self._cache.copy(source, target, slice(0, length))
+        self.fed[target] = self.fed[source][:length]
+
+    def select(self, sources: Sequence[int]) -> None:
+        # Beams of one prompt share their first columns: only those from where two rows differ need to move.
+        moved = [(target, source) for target, source in enumerate(sources) if target != source]
+        first = min((common_length(self.fed[a], self.fed[b]) for a, b in moved), default=0)
+        longest = max((len(self.fed[source]) for _, source in moved), default=0)
+        self._cache.select(sources, slice(first, longest))
+        fed = [list(self.fed[source]) for _, source in moved]
+        for (target, _), tokens in zip(moved, fed, strict=True):
+            self.fed[target] = tokens
+
+
+class PlainRows:
+    """Rows run one by one, each with the cache that transformers makes for the model, or with none where the model
+    returns none. Slow, and as exact as the model itself. To be used while `serving(model, PLAIN)`.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+        self._model = model
+        self._caches: list[object | None] = [None] * num_rows
+        self.fed: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        return torch.stack([self._run(row, list(new)) for row, new in zip(rows, tokens, strict=True)])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return torch.stack([self._run(row, [token]) for row, token in enumerate(tokens)])
+
+    def cut(self, row: int, length: int) -> None:
+        """The cache cannot always be cut, so it is made anew with the next tokens."""
+        if length < len(self.fed[row]):
+            del self.fed[row][length:]
+            self._caches[row] = None
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        if source != target:
+            self._caches[target] = copy.deepcopy(self._caches[source])
+            self.fed[target] = list(self.fed[source])
+        self.cut(target, length)
+
+    def select(self, sources: Sequence[int]) -> None:
+        caches, fed = list(self._caches), [list(tokens) for tokens in self.fed]
+        for target, source in enumerate(sources):
+            if target != source:
+                self._caches[target], self.fed[target] = copy.deepcopy(caches[source]), list(fed[source])
+
+    def _run(self, row: int, new: list[int]) -> Tensor:
+        self.fed[row] += new
+        cache = self._caches[row]
+        ids = torch.tensor([self.fed[row] if cache is None else new], device=self._model.device)
+        extra: dict[str, object] = {} if getattr(self._model.config, "use_cache", None) is None else {"use_cache": True}
+        if cache is not None:
+            extra["past_key_values"] = cache
+        output = self._model(input_ids=ids, **extra)
+        self._caches[row] = getattr(output, "past_key_values", None)
+        logits: Tensor = output.logits
+        return logits[0, -1]
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows share from the beginning."""
+    shared = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared
+
+
+def why_not_cached(model: PreTrainedModel) -> str:
+    """Empty when `CachedRows` gives the logits of each sequence run alone, on these weights; else the reason in
+    words.
+    """
+    config = model.config.get_text_config()
+    unserved = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
+    if unserved:
+        return f"its layers use {', '.join(sorted(unserved))}"
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    if kinds & _BATCH_DEPENDENT_ROTARY:
+        kind = ", ".join(kinds & _BATCH_DEPENDENT_ROTARY)
+        return f"its rotary positions ({kind}) depend on the longest row of a batch"
+    generator = torch.Generator().manual_seed(0)
+    lengths = [length + 3 for length in _PROBE_LENGTHS]
+    drawn = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, (sum(lengths),), generator=generator)
+    sequences = [part.tolist() for part in drawn.split(lengths)]
+    with serving(model, PLAIN):
+        alone = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
+    try:
+        with serving(model, IMPLEMENTATION):
+            together = _probe(model, sequences)
+    except (PackedUnsupported, ValueError, TypeError, AssertionError, RuntimeError) as problem:
+        return (str(problem).splitlines() or [type(problem).__name__])[0]
+    expected = torch.cat([logits[-3 - 1 :] for logits in alone]).float()
+    difference = float((together.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    tolerance = _PROBE_TOLERANCE.get(model.dtype, 0.06)
+    return "" if difference <= tolerance else f"its logits differ from each row alone by {difference:.1e}"
+
+
+def _probe(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
+    """Logits after each sequence's last four tokens but for the rows' order, `[4N, V]`: packed, two tokens together
+    one by one, and the last as a continuation.
+    """
+    rows = CachedRows(model, len(sequences), num_columns=1)
+    every = range(len(sequences))
+    parts = [rows.extend(every, [ids[:-3] for ids in sequences])]
+    parts += [rows.step([ids[place] for ids in sequences]) for place in (-3, -2)]
+    parts.append(rows.extend(every, [ids[-1:] for ids in sequences]))
+    return torch.stack(parts, 1).flatten(0, 1)

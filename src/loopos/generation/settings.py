@@ -1,0 +1,87 @@
+"""How tokens are chosen and when a completion ends: one frozen record a prompt.
+
+Enters: values from a config, the command line or a method. Leaves: `SamplingSettings`, checked. Left out: the
+mathematics (`sampling.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from loopos.config.faults import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Every setting at its default leaves the distribution as it is.
+
+    `temperature`: 0 is greedy. `top_k`: the k likeliest tokens (0 = all). `top_p`: the fewest tokens whose probability
+    reaches p. `min_p`: tokens at least min_p times as likely as the likeliest. `typical_p`: tokens of typical surprise
+    whose probability reaches p. `repetition_penalty`: divides positive and multiplies negative logits of tokens in the
+    prompt or completion. `presence_penalty`, `frequency_penalty`: subtracted once, or once an occurrence, for tokens of
+    the completion. `no_repeat_ngram`: no n tokens in a row twice, prompt included (0 = off). `logit_bias`: token id →
+    added to its logit. `max_new_tokens`: the most tokens of a completion. `stop`: strings that end it; `keep_stop`
+    leaves the string in the text. `stop_token_ids`: tokens that end it besides the model's end tokens, which count
+    while `stop_at_end`. `seed`: with the prompt, fixes every draw.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_at_end: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` with every setting that is out of its range."""
+        ranges = (
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "above 0, at most 1 (off)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or more"),
+            ("logit_bias", all(token >= 0 for token in self.logit_bias), "token ids of 0 or more"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("stop", all(self.stop), "strings of at least one character"),
+        )
+        wrong = [f"{name}: given {getattr(self, name)!r}; wanted {wanted}" for name, holds, wanted in ranges if not holds]
+        if wrong:
+            raise UserError("\n".join(wrong))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the choice depends on the tokens before it, beyond the logits."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram)
+        return self.repetition_penalty != 1 or any(penalties)
+
+    @property
+    def shaped(self) -> bool:
+        """Whether anything but the temperature changes the distribution."""
+        filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+        return self.needs_history or bool(self.logit_bias) or (filters and not self.greedy)
+
+    def of_choice(self) -> SamplingSettings:
+        """What the choice of one token depends on: equal for rows that may be sampled together."""
+        return replace(
+            self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0
+        )

@@ -1,0 +1,300 @@
+"""Chain-of-thought training: problem → steps → answer, learned from demonstrations, checked by generating.
+
+    rows → chat template + step format → tokens with weights → next-token loss → update; validation generates and checks
+
+Enters: a `ChainOfThoughtConfig`. Leaves: a run folder with checkpoints, events, samples.jsonl, a report and the trained
+language model. After Wei et al. 2022; rounds of self-improvement after Zelikman et al. 2022 (STaR). Left out: the loop
+(`training.fit`), the reading of data (`data.supervised`), generation itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.faults import UserError
+from loopos.config.sections import LoraSection
+from loopos.data.batches import StepBatches
+from loopos.data.demonstrations import Demonstration
+from loopos.data.reading import account
+from loopos.data.supervised import SupervisedEncoder, load_supervised
+from loopos.data.supervised_rows import Example
+from loopos.data.supervised_tokens import SupervisedReport
+from loopos.data.tokens import Encoded, longest
+from loopos.evaluation.answer_check import AnswerCheck
+from loopos.evaluation.found_chains import find_chains
+from loopos.evaluation.metrics import METRIC_DIRECTION
+from loopos.evaluation.reasoning import Reasoner
+from loopos.evaluation.report import write_report
+from loopos.evaluation.run_folder import claim
+from loopos.models.adapters import merge_lora, save_lora, set_trained_language_model
+from loopos.models.language_folder import save_language_model
+from loopos.models.language_model import LanguageModel
+from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
+from loopos.training.durable import disk_full_said
+from loopos.training.fit import Fit, FitResult
+from loopos.training.language_objective import NextToken, mean_loss
+from loopos.training.precision import resolve
+from loopos.training.progress import RunProgress
+from loopos.training.random_states import seed_everything
+from loopos.training.samples import write_samples
+from loopos.training.session import session
+from loopos.training.trained_weights import TrainedWeights
+from loopos.training.update import build_update
+from loopos.training.validation import Validation, best_of
+
+ROUNDS = "rounds"
+
+
+class ChainOfThought:
+    """Teaches a language model to reason in steps: `ChainOfThought(config).train()`."""
+
+    def __init__(
+        self,
+        config: ChainOfThoughtConfig,
+        *,
+        progress: RunProgress | None = None,
+        trust_remote_code: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """environment: settings of the process, by name, for the log."""
+        self.config, self.trust_remote_code = config, trust_remote_code
+        self.progress = progress or RunProgress()
+        self.environment = dict(environment or {})
+        self.run_dir = Path(config.data.output_dir)
+
+    def train(self, *, resume: bool = False) -> FitResult:
+        """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
+        nothing of an earlier run is overwritten without `resume`.
+        """
+        with session(self.config.training) as (device, world):
+            self.device, self.world = device, world
+            claim(self.run_dir, resume=resume)
+            pretrained = self.load_data()
+            self.build_model(pretrained)
+            results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
+            rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0
+            while not results[-1].interrupted and len(results) <= rounds:
+                results.append(self.improve(len(results), resume=resume))
+            if world.is_first and not results[-1].interrupted:
+                self.export(results)
+            world.wait()
+        return results[-1]
+
+    def load_data(self) -> Pretrained:
+        """Reads the rows, loads the model, and tokenises by its template; says what was decided."""
+        config, settings, data = self.config, self.config.training, self.config.data
+        self.data = load_supervised(data, seed=settings.seed)
+        self.step_format = self.data.step_format
+        pretrained = self._load_pretrained()
+        self.tokenizer = pretrained.tokenizer
+        positions = getattr(pretrained.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = longest(self.tokenizer, positions, settings.max_length)
+        self.encoder = SupervisedEncoder(data, self.step_format, self.tokenizer, max_length=self.max_length)
+        self.template = self.encoder.template
+        self.train_rows, self.train_tokens = self.encode(self.data.train)
+        self.validation_rows: list[Encoded] = []
+        self.validation_tokens = SupervisedReport()
+        if config.validates and self.data.validation:
+            self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
+        problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
+        self.problems = problems[: config.evaluation.problems] if config.generates else []
+        for sentence in [pretrained.said, *self.data.said, self.template.said, f"tokens: {self.train_tokens.said()}"]:
+            self.progress.say(sentence)
+        if self.problems:
+            self.progress.say(f"validation generates answers to {len(self.problems)} problems")
+        return pretrained
+
+    def _load_pretrained(self) -> Pretrained:
+        data = self.config.data
+        return load_pretrained(
+            data.pretrained_weights,
+            causal=True,
+            sizes=Sizes.of(self.config.model, max_length=self.config.training.max_length),
+            tokenizer=data.tokenizer,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def encode(self, examples: Sequence[Example]) -> tuple[list[Encoded], SupervisedReport]:
+        """Tokens and weights of examples, by the config's rules. Raises `DataError`."""
+        rows, report = self.encoder(examples)
+        return [row.encoded() for row in rows], report
+
+    def build_model(self, pretrained: Pretrained) -> LanguageModel:
+        """The language model, what trains, the number format, and the reasoner that generates with the same weights."""
+        settings = self.config.training
+        self.precision = resolve(settings.precision, self.device)
+        self.base = pretrained.fingerprint
+        self.model = LanguageModel(pretrained.model, attention=self.config.model.attention)
+        backbone = self.model.backbone
+        self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
+        held_back = set_trained_language_model(self.model.causal, backbone.model, settings)
+        if settings.gradient_checkpointing:
+            self.model.causal.activation_checkpointing_enable()
+        self.model.to(self.device).train()
+        self.trained = TrainedWeights(self.model, settings, precision=self.precision, held_back=held_back)
+        self.progress.say(self.trained.said())
+        self.check: AnswerCheck | None = None
+        if self.problems or self.config.self_improvement is not None:
+            reasoner = Reasoner(self.model.causal, self.tokenizer, template=self.template, step_format=self.step_format)
+            self.check = AnswerCheck(reasoner, self.config.generation, self.config.evaluation, seed=settings.seed)
+            engine = reasoner.engine
+            self.progress.say(f"generation: {engine.path}" + (f" ({engine.reason})" if engine.reason else ""))
+        return self.model
+
+    def fit(self, folder: Path, rows: Sequence[Encoded], *, resume: bool) -> FitResult:
+        """One training of the model on these rows, in its own folder."""
+        fit = self.build_fit(folder, rows)
+        fit.open(resume=resume)
+        if self.world.is_first:
+            save_json(folder / "config.json", self.config.model_dump(mode="json"))
+        return fit.run()
+
+    def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit:
+        """Optimizer, update, batches and loop."""
+        settings, world = self.config.training, self.world
+        self.current = Fit(
+            run_dir=folder,
+            settings=settings,
+            update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
+            batches=StepBatches.of(settings, rows, None, rank=world.rank, world=world.size, device=self.device),
+            objective=NextToken(self.model),
+            validation=self._validation() if self.validation_rows else None,
+            progress=self.progress,
+            world=world,
+            base=self.base,
+            facts=self._facts(),
+            unfreeze=self.trained.unfreeze if self.trained.later else None,
+        )
+        return self.current
+
+    def _facts(self) -> dict[str, Any]:
+        """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
+        reports = {"training": self.train_tokens, "validation": self.validation_tokens}
+        return {
+            "rows": [account(report) for report in self.data.reports],
+            "tokens": {name: report.counts() for name, report in reports.items()},
+            "precision": self.precision,
+            "environment": self.environment,
+        }
+
+    def _validation(self) -> Validation:
+        settings = self.config.training
+        checked = bool(self.problems) and self.config.evaluation.every == 1
+        metric = settings.metric or ("accuracy" if checked else "loss")
+        early = settings.early_stopping
+        watched = (early.metric if early is not None else None) or metric
+        if "accuracy" in (metric, watched) and not self.problems:
+            raise UserError(
+                "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
+                "problem and answer, or the metric loss"
+            )
+        return Validation(self.validate, metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched])
+
+    def validate(self) -> dict[str, float]:
+        """Loss on the validation rows and, every `evaluation.every` validations, the metrics of generated answers."""
+        loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
+        if not self.problems or not self._generates_now():
+            return {"loss": loss}
+        assert self.check is not None
+        metrics, records = self.check.measure(
+            self.problems, share=(self.world.rank, self.world.size), gather=self.world.gather
+        )
+        if self.world.is_first:
+            write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
+        return {"loss": loss, **metrics}
+
+    def _generates_now(self) -> bool:
+        """Counted by the step, so that a resumed run generates at the same validations."""
+        settings, position = self.config.training, self.current.position
+        every = settings.validate_every
+        number = position.cursor.epoch if isinstance(every, str) else position.step // every
+        last = position.step >= self.current.total_steps
+        return last or number % self.config.evaluation.every == 0
+
+    def improve(self, number: int, *, resume: bool) -> FitResult:
+        """One round of self-improvement: chains sampled with the weights of the round before, the right ones kept, and
+        the pretrained model trained anew on the demonstrations and these.
+        """
+        section = self.config.self_improvement
+        assert section is not None
+        folder = self.run_dir / ROUNDS / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.trained.take_best(self._folder_of(number - 1), self.config.training)
+        problems = [example for example in self.data.train if isinstance(example, Demonstration)]
+        if not problems:
+            raise UserError("self_improvement: no training row is a problem with an answer; wanted problem and answer")
+        assert self.check is not None
+        with disk_full_said(folder, 1, "the chains found"):
+            found = find_chains(
+                folder,
+                self.check,
+                problems,
+                section,
+                number=number,
+                share=(self.world.rank, self.world.size),
+                gather=self.world.gather,
+                say=self.progress.say,
+            )
+        worked = [example for example in self.data.train if not _is_answer_alone(example)]
+        rows, report = self.encode([*worked, *found.chains])
+        self.progress.say(f"round {number} of {section.rounds}: {found.said()}; tokens: {report.said()}")
+        seed_everything(self.config.training.seed, self.world.rank)
+        self.build_model(self._load_pretrained())
+        return self.fit(folder, rows, resume=resume)
+
+    def _folder_of(self, number: int) -> Path:
+        return self.run_dir / ROUNDS / str(number) if number else self.run_dir
+
+    def export(self, results: Sequence[FitResult]) -> None:
+        """Takes the best weights of the best round, or the last, and writes the model folder and the reports.
+
+        Raises `DiskFull`; the run's checkpoints are whole then.
+        """
+        settings = self.config.training
+        judges, last = self.current.judges, len(results) - 1
+        number = last
+        if judges is not None and settings.keep_best:
+            number = best_of([result.best_metric for result in results], judges.validation.mode)
+        if number != last:
+            self.build_model(self._load_pretrained())
+        step = self.trained.take_best(self._folder_of(number), settings)
+        told = f" of round {number}" if len(results) > 1 else ""
+        if step is not None:
+            self.progress.say(f"exporting the best weights, of step {step}{told}")
+        elif self.validation_rows:
+            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
+        needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+            causal = self.model.causal
+            if settings.trainable == "lora":
+                base = self.config.data.pretrained_weights
+                save_lora(causal, self.run_dir / "adapter", settings.lora or LoraSection(), base=base, task="CAUSAL_LM")
+                merge_lora(causal)
+            # The model speaks its format wherever it is opened.
+            self.tokenizer.chat_template = self.template.source
+            save_language_model(self.run_dir / "model", causal, self.tokenizer, self.description())
+            for place in range(len(results)):
+                write_report(self._folder_of(place))
+        self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+
+    def description(self) -> dict[str, Any]:
+        """What the model folder says of how reasoning is written."""
+        return {
+            "method": "chain_of_thought",
+            "step_format": dataclasses.asdict(self.step_format),
+            "stop_tokens": list(self.template.stop_tokens),
+            "train_on": self.config.data.train_on,
+            "max_length": self.max_length,
+            "precision": "bf16" if self.precision == "bf16" else "fp32",
+            "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
+        }
+
+
+def _is_answer_alone(example: Example) -> bool:
+    """A problem whose steps are not told: it teaches no reasoning, but a chain may be found for it."""
+    return isinstance(example, Demonstration) and not example.steps

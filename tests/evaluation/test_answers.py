@@ -1,0 +1,180 @@
+"""Answers against wanted ones, pair by pair."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopos.evaluation.answers import automatic, boxed, choice, exact, normalise, numeric, quantity, vote_key
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  Yes. ", "yes"),
+        ("**42**", "42"),
+        ("“New   York”!", "new york"),
+        ("$x+1$", "x+1"),
+        (r"\boxed{\text{Blue}}", "blue"),
+        ("ﬁne", "fine"),
+        ("", ""),
+        ("...", ""),
+    ],
+)
+def test_normal_forms(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(max_size=20))
+def test_any_text_equals_itself_with_blanks_around_and_nothing_raises(text: str) -> None:
+    assert exact(f" {text}\n", text)
+    quantity(text)
+    vote_key(text)
+    choice(text, "A")
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"so \boxed{4}", "4"),
+        (r"\boxed{1} and then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{4", r"\boxed{4"),
+        ("4", "4"),
+    ],
+)
+def test_boxes(text: str, inside: str) -> None:
+    assert boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", "42"),
+        ("-7", "-7"),
+        ("−7", "-7"),
+        ("+7", "7"),
+        ("1,234,567", "1234567"),
+        ("1{,}000", "1000"),
+        ("3.50", "7/2"),
+        (".5", "1/2"),
+        ("3/4", "3/4"),
+        ("1 1/2", "3/2"),
+        ("½", "1/2"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"-\dfrac{3}{4}", "-3/4"),
+        (r"\frac12", "1/2"),
+        (r"$\boxed{12}$", "12"),
+        ("1e3", "1000"),
+        ("1.5 × 10^3", "1500"),
+        (r"2 * 10^{-1}", "1/5"),
+        ("$3.50", "7/2"),
+        ("-$5", "-5"),
+        ("50%", "50"),
+        ("50 percent", "50"),
+        ("12 km", "12"),
+        ("5kg", "5"),
+        ("She has 42 apples left.", "42"),
+        ("3 * 14 = 42", "42"),
+        ("007", "7"),
+    ],
+)
+def test_numbers_in_texts(text: str, value: str) -> None:
+    found = quantity(text)
+    assert found is not None
+    assert found.value == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "yes", "10-5", "3 and 4", "12:30", "1/0", "H2O", "3,14", "2024-05-01", "9" * 5000, "1e9999", "1 0/0"]
+)
+def test_texts_without_one_number(text: str) -> None:
+    assert quantity(text) is None
+
+
+@pytest.mark.parametrize(
+    ("given_answer", "wanted", "is_right"),
+    [
+        ("42.0", "42", True),
+        ("42.1", "42", False),
+        ("42.00004", "42", True),
+        ("1,000", "1000", True),
+        ("3/4", "0.75", True),
+        ("0.333", "1/3", False),
+        ("$18", "18", True),
+        ("18 dollars", "$18", True),
+        ("18 euros", "$18", False),
+        ("12 km", "12", True),
+        ("12 km", "12 m", False),
+        ("12 apples", "12 apple", True),
+        ("12 apples left", "12 apples", True),
+        ("50%", "0.5", True),
+        ("0.5", "50%", True),
+        ("50", "50%", True),
+        ("50%", "50%", True),
+        ("5%", "50%", False),
+        ("0", "0", True),
+        ("0.0000001", "0", True),
+        ("0.1", "0", False),
+        ("-5", "5", False),
+        ("no idea", "5", False),
+        ("5", "no idea", False),
+    ],
+)
+def test_numbers_with_tolerance(given_answer: str, wanted: str, is_right: bool) -> None:
+    assert numeric(given_answer, wanted) is is_right
+
+
+def test_the_tolerance_is_relative() -> None:
+    assert numeric("103", "100", tolerance=0.03)
+    assert not numeric("103.1", "100", tolerance=0.03)
+    assert numeric("0.103", "0.1", tolerance=0.031)
+    assert not numeric("1.000000001", "1", tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("given_answer", "wanted", "is_right"),
+    [
+        ("B", "B", True),
+        ("(b)", "B", True),
+        ("B) Paris", "(B)", True),
+        ("b.", "B", True),
+        ("The answer is (C), since ...", "C", True),
+        ("I choose option D.", "D", True),
+        ("Answer: A", "A", True),
+        ("A cat sat there", "A", False),
+        ("either (A) or (B)", "A", False),
+        ("Paris", "B", False),
+        ("C", "B", False),
+        ("", "B", False),
+        ("B", "", False),
+    ],
+)
+def test_choices(given_answer: str, wanted: str, is_right: bool) -> None:
+    assert choice(given_answer, wanted) is is_right
+
+
+@pytest.mark.parametrize(
+    ("given_answer", "wanted", "is_right"),
+    [
+        ("42 apples", "42", True),
+        ("the total is 42", "42", True),
+        ("(B) Paris", "B", True),
+        ("Yes", "yes", True),
+        ("nk", "nk", True),
+        ("no", "yes", False),
+        ("x + 2", "x + 1", False),
+        ("k", "k", True),
+    ],
+)
+def test_the_kind_of_the_wanted_answer_decides(given_answer: str, wanted: str, is_right: bool) -> None:
+    assert automatic(given_answer, wanted) is is_right
+
+
+def test_answers_that_mean_the_same_vote_together() -> None:
+    assert len({vote_key(answer) for answer in ("42", "42.0", "42 apples", " 42. ", r"\boxed{42}")}) == 1
+    assert len({vote_key(answer) for answer in ("Yes", "yes.", " YES ")}) == 1
+    assert len({vote_key(answer) for answer in ("42", "43", "yes", "", "42%")}) == 5

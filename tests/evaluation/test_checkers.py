@@ -1,0 +1,80 @@
+"""Checkers by name, those of other packages where they are installed, and a user's own function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from loopos.config.faults import EnvironmentFault, UserError
+from loopos.evaluation.checkers import checker
+
+
+def test_our_checkers_by_name() -> None:
+    assert checker("auto")("42.0", "42", {}) == 1.0
+    assert checker("exact")("42.0", "42", {}) == 0.0
+    assert checker("numeric", tolerance=0.1)("45", "42", {}) == 1.0
+    assert checker("choice")("(b)", "B", {}) == 1.0
+    with pytest.raises(UserError, match="given fuzzy, wanted one of auto, exact"):
+        checker("fuzzy")
+
+
+@pytest.mark.parametrize("name", ["math_verify", "reasoning_gym"])
+def test_a_missing_package_is_said_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'loopos\[rewards\]'"):
+        checker(name)
+
+
+def test_math_verify() -> None:
+    pytest.importorskip("math_verify")
+    check = checker("math_verify")
+    assert check(r"\boxed{\frac{1}{2}}", "0.5", {}) == 1.0
+    assert check("$x + 1$", "$1 + x$", {}) == 1.0
+    assert check("3", "4", {}) == 0.0
+    assert check("blue", "Blue", {}) == 1.0
+
+
+def stand_in(answer: str, entry: dict[str, object]) -> float:
+    return 1.0 if answer == entry["answer"] else 0.25
+
+
+def test_reasoning_gym_takes_the_scorer_of_the_row_s_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("reasoning_gym")
+    package.get_score_answer_fn = {"leg_counting": stand_in}.__getitem__  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+    check = checker("reasoning_gym")
+    row: dict[str, object] = {"metadata": {"source_dataset": "leg_counting"}}
+    assert check("8", "8", row) == 1.0
+    assert check("7", "8", {"metadata": '{"source_dataset": "leg_counting"}'}) == 0.25
+    with pytest.raises(UserError, match=r"without metadata\.source_dataset"):
+        check("8", "8", {})
+
+
+def test_the_real_reasoning_gym() -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    (entry,) = gym.create_dataset("leg_counting", size=1, seed=1)
+    check = checker("reasoning_gym")
+    assert check(entry["answer"], entry["answer"], entry) == 1.0
+    assert check("-1", entry["answer"], entry) < 1.0
+
+
+def test_a_user_s_function_runs_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_checks.py").write_text(
+        "def ends(answer, wanted, row):\n    return answer.endswith(wanted) and row['kind'] == 'x'\n"
+        "def half(answer, wanted, row):\n    return 0.5\n"
+        "def bad(answer, wanted, row):\n    return 'yes'\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert checker("own_checks:ends")("abc", "c", {"kind": "x"}) == 1.0
+    assert checker("own_checks:ends")("abc", "c", {"kind": "y"}) == 0.0
+    assert checker("own_checks:half")("abc", "c", {}) == 0.5
+    with pytest.raises(UserError, match="returned 'yes', wanted true, false or a number from 0 to 1"):
+        checker("own_checks:bad")("a", "b", {})
+    with pytest.raises(UserError, match="own_checks has no function number"):
+        checker("own_checks:number")
+    with pytest.raises(UserError, match="cannot import no_such_module"):
+        checker("no_such_module:f")
