@@ -96,18 +96,25 @@ class ChainOfThought:
         self.max_length = longest(self.tokenizer, positions, settings.max_length)
         self.encoder = SupervisedEncoder(data, self.step_format, self.tokenizer, max_length=self.max_length)
         self.template = self.encoder.template
-        self.train_rows, self.train_tokens = self.encode(self.data.train)
+        self.train_rows, self.train_tokens = self.encode(self._worked())
         self.validation_rows: list[Encoded] = []
         self.validation_tokens = SupervisedReport()
         if config.validates and self.data.validation:
             self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
-        for sentence in [pretrained.said, *self.data.said, self.template.said, f"tokens: {self.train_tokens.said()}"]:
+        told = [f"validation generates answers to {len(self.problems)} problems"] if self.problems else []
+        tokens = f"tokens: {self.train_tokens.said()}"
+        for sentence in [pretrained.said, *self.data.said, self.template.said, tokens, *told]:
             self.progress.say(sentence)
-        if self.problems:
-            self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
+
+    def _worked(self) -> list[Example]:
+        """The training rows that show how. Under self-improvement, problems whose steps are not told are there for
+        chains to be found: learned as they stand, they would teach to answer without reasoning.
+        """
+        worked = [e for e in self.data.train if not isinstance(e, Demonstration) or e.steps]
+        return worked if self.config.self_improvement is not None and worked else self.data.train
 
     def _load_pretrained(self) -> Pretrained:
         data = self.config.data
@@ -240,8 +247,7 @@ class ChainOfThought:
                 gather=self.world.gather,
                 say=self.progress.say,
             )
-        worked = [example for example in self.data.train if not _is_answer_alone(example)]
-        rows, report = self.encode([*worked, *found.chains])
+        rows, report = self.encode([*self._worked(), *found.chains])
         self.progress.say(f"round {number} of {section.rounds}: {found.said()}; tokens: {report.said()}")
         seed_everything(self.config.training.seed, self.world.rank)
         self.build_model(self._load_pretrained())
@@ -293,8 +299,3 @@ class ChainOfThought:
             "precision": "bf16" if self.precision == "bf16" else "fp32",
             "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
         }
-
-
-def _is_answer_alone(example: Example) -> bool:
-    """A problem whose steps are not told: it teaches no reasoning, but a chain may be found for it."""
-    return isinstance(example, Demonstration) and not example.steps
