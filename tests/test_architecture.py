@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "deploy": GROUND | {"evaluation", "generation", "models", "data"},
     "methods": GROUND | {"training", "generation", "evaluation", "models", "data"},
     # What a run would read and cost is told without running it: the command line looks into these rooms too.
-    "cli": GROUND | {"methods", "deploy", "evaluation", "data", "models", "training"},
+    "cli": GROUND | {"methods", "deploy", "evaluation", "generation", "data", "models", "training", "demo"},
     # The packaged demo is data alone.
     "demo": set(),
 }

@@ -43,8 +43,8 @@ class _SummedLookup(torch.autograd.Function):
 
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of an embedding, `[..., d]` of `[V, d]`. Where the weight has a sum, its gradient is added there, only to the
-    rows that were looked up.
+    """Rows of an embedding, `[..., d]` of `[V, d]`. Where the weight has a sum, its gradient is added there, only to
+    the rows that were looked up.
     """
     buffer = gradient_sum(weight)
     if buffer is None or not torch.is_grad_enabled():

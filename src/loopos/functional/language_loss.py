@@ -100,7 +100,7 @@ def next_token_loss_sum(
     targets: Tensor,
     weights: Tensor | None = None,
     *,
-    shape: LogitShape = LogitShape(),  # noqa: B008 (frozen)
+    shape: LogitShape = LogitShape(),
 ) -> Tensor:
     """Σ_i w_i·(logsumexp(z_i) − z_i,t_i) with z_i = shape(E·h_i): the weighted negative log-likelihood of the next
     tokens, in nats.

@@ -47,8 +47,6 @@ from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation, best_of
 
-ROUNDS = "rounds"
-
 
 class ChainOfThought:
     """Teaches a language model to reason in steps: `ChainOfThought(config).train()`."""
@@ -229,7 +227,7 @@ class ChainOfThought:
         """
         section = self.config.self_improvement
         assert section is not None
-        folder = self.run_dir / ROUNDS / str(number)
+        folder = self._folder_of(number)
         folder.mkdir(parents=True, exist_ok=True)
         self.trained.take_best(self._folder_of(number - 1), self.config.training)
         problems = [example for example in self.data.train if isinstance(example, Demonstration)]
@@ -254,7 +252,7 @@ class ChainOfThought:
         return self.fit(folder, rows, resume=resume)
 
     def _folder_of(self, number: int) -> Path:
-        return self.run_dir / ROUNDS / str(number) if number else self.run_dir
+        return self.run_dir / "rounds" / str(number) if number else self.run_dir
 
     def export(self, results: Sequence[FitResult]) -> None:
         """Takes the best weights of the best round, or the last, and writes the model folder and the reports.
