@@ -86,3 +86,49 @@ def trained(project: Path, invoke: Invoke) -> Any:
     result = invoke("train", project / "run.json", "--json", "--quiet")
     assert result.exit_code == 0, result.stderr
     return result
+
+
+@pytest.fixture(scope="session")
+def language_run(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
+    """The folder of a chain-of-thought run whose model is random; its tokenizer holds the plain chat template."""
+    import dataclasses
+
+    from loopos.data.step_format import StepFormat
+    from loopos.data.templates import ChatTemplate
+    from loopos.models.language_folder import save_language_model
+    from loopos.models.load import load_pretrained
+
+    folder = tmp_path_factory.mktemp("language") / "run"
+    pretrained = load_pretrained(str(pico_folder), causal=True)
+    pretrained.tokenizer.chat_template = ChatTemplate(pretrained.tokenizer, "plain").source
+    description = {
+        "method": "chain_of_thought",
+        "step_format": dataclasses.asdict(StepFormat()),
+        "stop_tokens": [2],
+        "precision": "fp32",
+    }
+    folder.mkdir()
+    save_language_model(folder / "model", pretrained.model, pretrained.tokenizer, description)
+    return folder
+
+
+Reference = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def greedy(language_run: Path) -> Reference:
+    """`greedy(messages, 12)`: what transformers' own greedy search says to messages, or to a text that goes on."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(language_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(language_run / "model")
+
+    def text(asked: list[dict[str, str]] | str, most: int) -> str:
+        if isinstance(asked, str):
+            ids = tokenizer(asked, return_tensors="pt")["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        made = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=most, do_sample=False)
+        return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return text

@@ -44,7 +44,7 @@ def section(command: tuple[str, ...]) -> str:
 def test_the_commands_are_these() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
         *("train", "validate", "schema", "predict", "evaluate", "data check", "data preview"),
-        *("runs list", "runs show", "runs diff", "doctor", "demo"),
+        *("runs list", "runs show", "runs diff", "doctor", "demo", "generate", "chat"),
     }
 
 
@@ -82,7 +82,7 @@ def test_version_and_help_import_nothing_heavy() -> None:
     program = (
         "import sys\n"
         "from loopos.cli.commands import app\n"
-        "for words in (['--version'], ['--help'], ['train', '--help'], ['data', 'check', '--help']):\n"
+        "for words in (['--version'], ['--help'], ['train', '--help'], ['chat', '--help'], ['data', 'check', '--help']):\n"
         "    app(words, standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -21,7 +21,7 @@ def test_findings_as_json(invoke: Invoke) -> None:
     assert found["torch"]["devices"][0]["auto_precision"] in ("bf16", "fp32")
     assert found["cores"] >= 1
     assert found["memory"]["all"] > found["memory"]["available"] > 0
-    assert set(found["extras"]) == {"demo", "track", "bench"}
+    assert set(found["extras"]) == set(doctor.EXTRAS)
 
 
 def test_the_required_packages_are_those_of_the_project() -> None:

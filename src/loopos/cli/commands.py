@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 import loopos
+from loopos.cli import language_commands
+from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
 from loopos.cli.outcome import Commands
 
 app = typer.Typer(
@@ -32,27 +34,6 @@ runs_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that win over the config's.", show_default=False),
-]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns", metavar="ROLE=COLUMN", help="Column of a role (text, text_pair, label); may be repeated."
-    ),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages and bars of the libraries below too.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a model from a hub run its own Python code, in this run.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -129,23 +110,9 @@ def predict(
     raise typer.Exit(command.run(run, source, options))
 
 
-@app.command()
-def evaluate(
-    run: RunFolder,
-    source: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data file.", show_default=False)],
-    columns: Columns = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
-    ] = False,
-    device: Device = "auto",
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Measure a trained model on labelled data."""
-    from loopos.cli import evaluate as command
-
-    options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose)
-    raise typer.Exit(command.run(run, source, options))
+app.command()(language_commands.evaluate)
+app.command()(language_commands.generate)
+app.command()(language_commands.chat)
 
 
 @data_app.command("check")
@@ -170,7 +137,7 @@ def data_preview(
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the first training rows as tokens: what counts, what is cut, and the label's code."""
+    """Show the first training rows as tokens: what is learned or pooled, what is context, what is cut."""
     from loopos.cli import data_preview as command
 
     raise typer.Exit(

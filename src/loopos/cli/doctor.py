@@ -24,7 +24,12 @@ REQUIRED = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "peft", "pydantic", "typer",
     "rich", "PyYAML", "numpy", "matplotlib", "psutil", "zstandard", "pyarrow",
 )  # fmt: skip
-EXTRAS = {"demo": ("gguf",), "track": ("tensorboard",), "bench": ("accelerate",)}
+EXTRAS = {
+    "rewards": ("math-verify", "reasoning-gym"),
+    "demo": ("gguf",),
+    "track": ("tensorboard",),
+    "bench": ("accelerate", "trl"),
+}
 
 
 def run(*, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""What a fine-tuning run will take, reckoned from shapes: memory, disk and time.
+"""What a run will take, reckoned from shapes: memory, disk and time.
 
 Enters: counts of parameters and tokens, the number format, two measured rates. Leaves: bytes and seconds by name. Pure
 arithmetic; `dry_run` finds the counts. Left out: several processes, and time for reading data and saving.
@@ -20,6 +20,8 @@ STEP_PASSES = 8.0
 # this many times its activations after 60 to 80 steps of SmolLM2-135M on a CPU. Other devices were not measured.
 HEAP_GROWTH = 3.0
 _FP32 = 4
+# Rows whose logits a language model's loss holds at once.
+_LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,20 @@ def activation_bytes(shape: Architecture, *, tokens: int, longest: int, number_b
     return shape.layers * layer
 
 
+def logit_bytes(*, width: int, vocabulary: int, number_bytes: int, trains_output: bool) -> int:
+    """A language model's loss over V tokens: 256 · V · (4 + 2f) for the logits of a chunk of targets in fp32, their
+    product and gradient; where the output embedding trains, its gradient in fp32 and that of one chunk:
+    (4 + f) · V · d.
+    """
+    chunk = _LOGIT_ROWS * vocabulary * (_FP32 + 2 * number_bytes)
+    return chunk + ((_FP32 + number_bytes) * vocabulary * width if trains_output else 0)
+
+
+def cache_bytes(shape: Architecture, *, layers: int, rows: int, columns: int, number_bytes: int) -> int:
+    """Keys and values of rows that are generated together: 2 · L · k · f for each of `columns` tokens of a row."""
+    return rows * columns * 2 * layers * shape.key_width * number_bytes
+
+
 def memory_bytes(
     *,
     process: int,
@@ -136,15 +152,21 @@ def training_seconds(
     backward_share: float,
     operations_a_second: float,
     bytes_a_second: float,
+    output: int = 0,
+    targets: int = 0,
+    validation_targets: int = 0,
+    trains_output: bool = True,
 ) -> float:
-    """Time of the optimizer steps and validations (s).
+    """Time of the optimizer steps and validations (s), without answers that are generated.
 
     A token costs 2 operations a multiplied parameter forward, 2 for the gradient of its input where the backward pass
-    comes by (`backward_share` of the layers), 2 for its own gradient where it trains. A step moves the trained weights
-    `STEP_PASSES` times and the optimizer's state twice.
+    comes by (`backward_share` of the layers), 2 for its own gradient where it trains. A language model multiplies its
+    output embedding (`output` parameters) for the targets alone. A step moves the trained weights `STEP_PASSES` times
+    and the optimizer's state twice.
     """
     forward = 2.0 * parameters.multiplied
     backward = forward * backward_share + 2.0 * min(parameters.trained, parameters.multiplied)
     operations = tokens * (forward + backward) + validation_tokens * forward
+    operations += targets * 2.0 * output * (3 if trains_output else 2) + validation_targets * 2.0 * output
     moved = steps * (STEP_PASSES * _FP32 * parameters.trained + 2.0 * optimizer_state)
     return operations / (operations_a_second * MATMUL_EFFICIENCY) + moved / bytes_a_second

@@ -1,33 +1,50 @@
-"""`loopos evaluate`: a trained model measured on labelled data.
+"""`loopos evaluate`: a trained model measured on data.
 
-Enters: a run and a data file. Leaves: one JSON object, or a table of metrics and the confusion table.
+Enters: a model and a data file. Leaves: one JSON object, or a table of metrics and, for classification, the confusion
+table. Left out: how language models are measured (`evaluate_language`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
+from loopos.cli import evaluate_language
 from loopos.cli.answers import confusion_table, say, say_json, table
 from loopos.cli.columns import parse_columns
+from loopos.cli.evaluate_language import LanguageOptions
+from loopos.cli.opened_models import is_task_model
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.cli.sampling_options import refuse
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """The options of `loopos evaluate`."""
+    """The options of `loopos evaluate`; `language`: those for language models."""
 
     columns: tuple[str, ...] = ()
     skip_bad_rows: bool = False
     device: str = "auto"
     json: bool = False
     verbose: bool = False
+    language: LanguageOptions = field(default_factory=LanguageOptions)
 
 
-def run(place: Path, source: str, options: EvaluateOptions) -> int:
+def run(place: str, source: str, options: EvaluateOptions) -> int:
     """Measures and prints. Raises `UserError`."""
     columns = parse_columns(options.columns)
+    if not is_task_model(place):
+        return evaluate_language.run(
+            place,
+            source,
+            columns,
+            options.language,
+            skip_bad_rows=options.skip_bad_rows,
+            device=options.device,
+            as_json=options.json,
+            verbose=options.verbose,
+        )
+    refuse([f"{name}: for language models; {place} is a model with a head" for name in options.language.changed()])
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.predictor import Predictor

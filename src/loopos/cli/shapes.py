@@ -11,36 +11,65 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loopos.cli import estimate
-from loopos.cli.inputs import Inputs
-from loopos.config.fine_tuning import FineTuningConfig
-from loopos.models.adapters import set_trained
+from loopos.cli.work import AnyConfig, Work
+from loopos.models.adapters import set_trained, set_trained_language_model
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model as shapes: its parameters counted, and the layers that keep activations."""
+    """The model as shapes: its parameters counted, and the layers that keep activations. `output`: numbers of the
+    output embedding, 0 where there is a head instead; `trains_output`: whether they train.
+    """
 
     name: str
     parameters: estimate.Parameters
     shape: estimate.Architecture
     num_layers: int
+    vocabulary: int = 0
+    trains_output: bool = False
+
+    @property
+    def output(self) -> int:
+        """Parameters that a trained target is multiplied with."""
+        return self.vocabulary * self.shape.width
 
 
-def meta_model(config: FineTuningConfig, inputs: Inputs, *, trust_remote_code: bool) -> Model:
-    """The headless model and its head as shapes, with what the config trains."""
+def meta_model(config: AnyConfig, work: Work, *, trust_remote_code: bool) -> Model:
+    """The model with its head or output embedding as shapes, with what the config trains."""
+    text = work.architecture.get_text_config()
+    builder = AutoModel if work.head is not None else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            inputs.architecture, dtype=torch.float32, trust_remote_code=trust_remote_code
+        model = builder.from_config(  # type: ignore[no-untyped-call]
+            work.architecture, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     assert isinstance(model, PreTrainedModel)
-    later = {id(parameter) for parameter in set_trained(model, config.training)}
+    output: nn.Parameter | None = None
+    if work.head is None:
+        base = getattr(model, model.base_model_prefix)
+        output = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+        later = {id(parameter) for parameter in set_trained_language_model(model, base, config.training)}
+    else:
+        later = {id(parameter) for parameter in set_trained(model, config.training)}
     if config.training.unfreeze_step is None:
         later = set()
+    parameters = counted(model, output, later, head=(work.head or 0) * text.hidden_size)
+    layers = text.num_hidden_layers
+    shape = architecture(config, work.architecture, layers)
+    if output is None:
+        return Model(type(model).__name__, parameters, shape, layers)
+    trains_output = output.requires_grad or id(output) in later
+    return Model(type(model).__name__, parameters, shape, layers, text.vocab_size, trains_output)
+
+
+def counted(model: PreTrainedModel, output: nn.Parameter | None, later: set[int], *, head: int) -> estimate.Parameters:
+    """The parameters by what becomes of them. output: the output embedding; later: those that train some day; head:
+    numbers of a head that the model has not yet.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = inputs.data.space.num_outputs * inputs.architecture.get_text_config().hidden_size
+    embeddings |= {id(output)} if output is not None else set()
     counts = Counter(total=head, rest=head)
     for parameter in model.parameters():
         size, matrix = parameter.numel(), parameter.ndim == 2 and id(parameter) not in embeddings
@@ -50,7 +79,7 @@ def meta_model(config: FineTuningConfig, inputs: Inputs, *, trust_remote_code: b
             counts["matrices" if matrix else "rest"] += size
             counts["largest"] = max(counts["largest"], size)
             counts["sides"] += sum(parameter.shape) if parameter.ndim == 2 else size
-    parameters = estimate.Parameters(
+    return estimate.Parameters(
         counts["total"],
         counts["matrices"],
         counts["rest"],
@@ -58,11 +87,9 @@ def meta_model(config: FineTuningConfig, inputs: Inputs, *, trust_remote_code: b
         counts["multiplied"],
         max(counts["largest"], head),
     )
-    layers = inputs.architecture.get_text_config().num_hidden_layers
-    return Model(type(model).__name__, parameters, architecture(config, inputs.architecture, layers), layers)
 
 
-def architecture(config: FineTuningConfig, described: PreTrainedConfig, num_layers: int) -> estimate.Architecture:
+def architecture(config: AnyConfig, described: PreTrainedConfig, num_layers: int) -> estimate.Architecture:
     """The sizes that activations depend on; frozen lower layers keep none, unless they train later."""
     training, text = config.training, described.get_text_config()
     kept = 0 if training.trainable == "head" else num_layers

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli import configs
 from loopos.cli.answers import as_time, say, say_json
+from loopos.cli.opened_models import is_task_model
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
-from loopos.config.faults import UserError
 from loopos.config.load import load
 from loopos.methods.table import config_classes, method_class
 
@@ -57,8 +57,6 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if options.dry_run:
         from loopos.cli import dry_run
 
-        if named is None:
-            raise UserError("--dry-run: reckons runs that begin from data.pretrained_weights; this one makes its own")
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
     result = train(config, options)
     if is_first_process():
@@ -85,6 +83,13 @@ def exit_code(stopped_by: str) -> int:
     from loopos.training.stopping import EXIT_CODES
 
     return EXIT_CODES.get(stopped_by, 0)
+
+
+def use_of(run_dir: Path) -> str:
+    """What the trained model is for, as a command."""
+    if is_task_model(str(run_dir)):
+        return f"predict with it: loopos predict {run_dir} INPUT"
+    return f'ask it: loopos generate {run_dir} -p "..." --steps'
 
 
 def is_first_process() -> bool:
@@ -122,4 +127,4 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     if result.interrupted:
         say("  go on with it: the same command with --resume")
     elif found.has_model:
-        say(f"  predict with it: loopos predict {run_dir} INPUT")
+        say(f"  {use_of(run_dir)}")

@@ -1,0 +1,136 @@
+"""The commands that speak with language models, and `evaluate`, which measures every kind of model.
+
+Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from loopos.cli import option_types as of
+
+# Answers of a chat at temperature 0 tend to repeat themselves.
+CHAT_TEMPERATURE = 0.7
+
+
+def generate(
+    model: of.LanguageModel,
+    prompts: of.Prompts = None,
+    source: of.Input = None,
+    output: of.LinesFile = None,
+    json: of.JsonLines = False,
+    steps: of.Steps = False,
+    samples: of.Completions = 1,
+    strategy: of.Strategy = "single",
+    num_beams: of.NumBeams = None,
+    temperature: of.Temperature = 0.0,
+    top_k: of.TopK = 0,
+    top_p: of.TopP = 1.0,
+    min_p: of.MinP = 0.0,
+    typical_p: of.TypicalP = 1.0,
+    repetition_penalty: of.RepetitionPenalty = 1.0,
+    presence_penalty: of.PresencePenalty = 0.0,
+    frequency_penalty: of.FrequencyPenalty = 0.0,
+    no_repeat_ngram: of.NoRepeatNgram = 0,
+    max_new_tokens: of.MaxNewTokens = 256,
+    stop: of.Stop = None,
+    seed: of.Seed = 0,
+    max_steps: of.MaxSteps = None,
+    max_step_tokens: of.MaxStepTokens = None,
+    min_thinking_tokens: of.MinThinkingTokens = 0,
+    max_thinking_tokens: of.MaxThinkingTokens = None,
+    raw: of.Raw = False,
+    system: of.SystemText = None,
+    columns: of.Columns = None,
+    device: of.Device = "auto",
+    precision: of.Precision = "auto",
+    trust_remote_code: of.TrustRemoteCode = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Generate text from prompts, or solve problems in steps."""
+    from loopos.cli import generate as command
+    from loopos.cli.sampling_options import SamplingOptions, StepOptions
+
+    sampling = SamplingOptions(
+        temperature, top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty,
+        no_repeat_ngram, max_new_tokens, tuple(stop or ()), seed,
+    )  # fmt: skip
+    limits = StepOptions(max_steps, max_step_tokens, min_thinking_tokens, max_thinking_tokens)
+    options = command.GenerateOptions(
+        prompts=tuple(prompts or ()), input=source, output=output, json=json, steps=steps, samples=samples, raw=raw,
+        strategy=strategy, num_beams=num_beams, system=system, columns=tuple(columns or ()), sampling=sampling,
+        limits=limits, device=device, precision=precision, trust_remote_code=trust_remote_code, verbose=verbose,
+    )  # fmt: skip
+    raise typer.Exit(command.run(model, options))
+
+
+def chat(
+    model: of.LanguageModel,
+    system: of.SystemText = None,
+    temperature: of.Temperature = CHAT_TEMPERATURE,
+    top_k: of.TopK = 0,
+    top_p: of.TopP = 1.0,
+    min_p: of.MinP = 0.0,
+    repetition_penalty: of.RepetitionPenalty = 1.0,
+    max_new_tokens: of.MaxNewTokens = 512,
+    stop: of.Stop = None,
+    seed: of.Seed = 0,
+    device: of.Device = "auto",
+    precision: of.Precision = "auto",
+    trust_remote_code: of.TrustRemoteCode = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Talk with a language model; /help lists the commands there."""
+    from loopos.cli import chat as command
+    from loopos.cli.sampling_options import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed,
+    )  # fmt: skip
+    options = command.ChatOptions(
+        system=system, device=device, precision=precision, trust_remote_code=trust_remote_code, verbose=verbose,
+        sampling=sampling,
+    )  # fmt: skip
+    raise typer.Exit(command.run(model, options))
+
+
+def evaluate(
+    model: of.Model,
+    source: of.Data,
+    metrics: of.Metrics = None,
+    strategy: of.Strategy = "single",
+    samples: of.Chains = 1,
+    pass_k: of.PassK = None,
+    checker: of.Checker = "auto",
+    temperature: of.Temperature = 0.0,
+    top_k: of.TopK = 0,
+    top_p: of.TopP = 1.0,
+    max_new_tokens: of.MaxNewTokens = 256,
+    seed: of.Seed = 0,
+    max_steps: of.MaxSteps = None,
+    max_step_tokens: of.MaxStepTokens = None,
+    min_thinking_tokens: of.MinThinkingTokens = 0,
+    max_thinking_tokens: of.MaxThinkingTokens = None,
+    limit: of.Limit = None,
+    output: of.RecordsFile = None,
+    columns: of.Columns = None,
+    skip_bad_rows: of.SkipBadRows = False,
+    device: of.Device = "auto",
+    precision: of.Precision = "auto",
+    json: of.Json = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Measure a model on data: predictions, answers to problems, or the loss of text."""
+    from loopos.cli import evaluate as command
+    from loopos.cli.evaluate_language import LanguageOptions
+    from loopos.cli.sampling_options import SamplingOptions, StepOptions
+
+    language = LanguageOptions(
+        metrics=tuple(metrics or ()), strategy=strategy, samples=samples, pass_k=tuple(pass_k or ()), checker=checker,
+        sampling=SamplingOptions(temperature, top_k, top_p, max_new_tokens=max_new_tokens, seed=seed),
+        limits=StepOptions(max_steps, max_step_tokens, min_thinking_tokens, max_thinking_tokens),
+        limit=limit, output=output, precision=precision,
+    )  # fmt: skip
+    options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose, language)
+    raise typer.Exit(command.run(model, source, options))

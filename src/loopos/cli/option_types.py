@@ -1,0 +1,112 @@
+"""The options and arguments that several commands share, with their help texts.
+
+Enters: nothing. Leaves: annotated types for the signatures of commands. Left out: what an option does (each command's
+own module).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that win over the config's.", show_default=False),
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        metavar="ROLE=COLUMN",
+        help="Column of a role (text, text_pair, label; problem, reasoning, answer, messages ...); may be repeated.",
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages and bars of the libraries below too.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a model from a hub run its own Python code, in this run.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Run folder or model folder; of a language model also a weights file or hub id.",
+        show_default=False,
+    ),
+]
+LanguageModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help='Run folder, model folder, "smollm2-135m", weights file or hub id of a language model.',
+        show_default=False,
+    ),
+]
+Precision = Annotated[
+    str, typer.Option("--precision", help="fp32, bf16 or fp16; auto: as trained, fp32 for other models.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="Divisor of the logits; 0 takes the likeliest.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest tokens; 0 is all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that hold this probability.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Draw from tokens this many times as likely as the likeliest.")]
+TypicalP = Annotated[float, typer.Option("--typical-p", help="Draw from tokens of typical surprise that hold this.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Divides the logits of tokens that were there; 1 is off.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option("--presence-penalty", help="Subtracted once from the logits of tokens said before.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option("--frequency-penalty", help="Subtracted for each time that a token was said before.")
+]
+NoRepeatNgram = Annotated[int, typer.Option("--no-repeat-ngram", help="No n tokens in a row twice; 0 is off.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest completion (tokens).")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends a completion; may be repeated.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Fixes every draw.")]
+Strategy = Annotated[
+    str,
+    typer.Option("--strategy", help="How an answer is made: single, self_consistency:8, best_of_n:4 or step_beam:2x4."),
+]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Steps after which the answer is forced.")]
+MaxStepTokens = Annotated[int | None, typer.Option("--max-step-tokens", help="Longest step (tokens).")]
+MinThinkingTokens = Annotated[
+    int, typer.Option("--min-thinking-tokens", help="Tokens of reasoning before its end is let through.")
+]
+MaxThinkingTokens = Annotated[
+    int | None, typer.Option("--max-thinking-tokens", help="Tokens of reasoning after which its end is forced.")
+]
+SystemText = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system's words to the model.")]
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; may be repeated.")]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", metavar="FILE", help="One prompt a line, a data file of problems, or - for stdin."),
+]
+LinesFile = Annotated[Path | None, typer.Option("--output", "-o", help="File to write JSON lines to.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines on standard output, one a completion.")]
+Steps = Annotated[bool, typer.Option("--steps", help="Show each step with its logprob, then the answer.")]
+Completions = Annotated[int, typer.Option("--samples", "-n", help="Completions of each prompt.")]
+Chains = Annotated[int, typer.Option("--samples", "-n", help="Chains of each problem, which vote.")]
+NumBeams = Annotated[int | None, typer.Option("--num-beams", help="Width of a beam search over tokens.")]
+Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the prompt is continued as it stands.")]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Data file.", show_default=False)]
+Metrics = Annotated[list[str] | None, typer.Option("--metric", help="accuracy, loss or perplexity; may be repeated.")]
+PassK = Annotated[list[int] | None, typer.Option("--pass-k", help="k of pass@k and majority@k; may be repeated.")]
+Checker = Annotated[
+    str, typer.Option("--checker", help="auto, exact, numeric, choice, math_verify, reasoning_gym, module:function.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="Rows to read at most.")]
+RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a problem.")]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
+]

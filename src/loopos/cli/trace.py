@@ -1,0 +1,88 @@
+"""Chains of reasoning as people and scripts read them.
+
+Enters: chains and how the answer was chosen. Leaves: numbered steps with their logprobs, or JSON records. Left out:
+making the chains (`evaluation.reasoning`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from loopos.config.strategies import Strategy
+from loopos.data.step_format import StepFormat
+from loopos.evaluation.reasoning import Answered
+from loopos.generation.completions import Completion
+from loopos.generation.steps import Chain, Step
+
+
+def described(chain: Chain, step_format: StepFormat) -> str:
+    """The trace of a chain: each step with its number and logprob (nats), then the answer."""
+    steps, answer = told_steps(chain, step_format), step_format.parse(chain.text).answer
+    lines = [f"{number}. {step.text.strip()}  [{step.logprob:.2f}]" for number, step in enumerate(steps, start=1)]
+    if answer:
+        logprob = f"  [{chain.answer.logprob:.2f}]" if chain.well_formed else "  (not where the step format has it)"
+        return "\n".join([*lines, f"answer: {answer}{logprob}"])
+    why = "the limit of tokens" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
+    return "\n".join([*lines, f"answer: none (ended by {why})"])
+
+
+def told_steps(chain: Chain, step_format: StepFormat) -> tuple[Step, ...]:
+    """The steps of a chain; none where its text is an answer without reasoning."""
+    return chain.steps if chain.well_formed or step_format.parse(chain.text).steps else ()
+
+
+def confidence_said(answered: Answered, strategy: Strategy) -> str:
+    """How sure an answer of several chains is."""
+    num_chains = len(answered.chains)
+    if answered.confidence is None:
+        return ""
+    if strategy.kind == "self_consistency":
+        return f"{round(answered.confidence * num_chains)} of {num_chains} chains agree"
+    return f"best of {num_chains} chains, mean logprob {answered.confidence:.3f}"
+
+
+def completion_record(prompt: str, completion: Completion) -> dict[str, Any]:
+    """One line of JSON for a completion."""
+    return {
+        "prompt": prompt,
+        "text": completion.text,
+        "logprob": sum(completion.logprobs),
+        "finish_reason": completion.finish_reason,
+        "tokens": len(completion.token_ids),
+    }
+
+
+def chain_record(prompt: str, chain: Chain, step_format: StepFormat) -> dict[str, Any]:
+    """One line of JSON for a chain."""
+    steps = told_steps(chain, step_format)
+    return {
+        "prompt": prompt,
+        "text": chain.text,
+        "steps": [{"text": step.text, "logprob": step.logprob, "tokens": step.tokens} for step in steps],
+        "answer": step_format.parse(chain.text).answer,
+        "logprob": sum(chain.logprobs),
+        "finish_reason": chain.finish_reason,
+        "tokens": len(chain.token_ids),
+    }
+
+
+def answered_record(prompt: str, answered: Answered, step_format: StepFormat) -> dict[str, Any]:
+    """One line of JSON for an answer that several chains gave: the chain that speaks for them, and all answers."""
+    chosen = answered.chains[answered.chosen or 0]
+    told = chain_record(prompt, chosen, step_format)
+    told["answer"] = answered.answer
+    told["confidence"] = answered.confidence
+    told["answers"] = [step_format.parse(chain.text).answer for chain in answered.chains]
+    return told
+
+
+def blocks(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> str:
+    """The texts of each prompt, one below the other: a lone text bare, several under their numbers."""
+    parts: list[str] = []
+    for number, (prompt, told) in enumerate(zip(prompts, texts, strict=True), start=1):
+        if len(prompts) > 1:
+            parts.append(f"=== {number}: {' '.join(prompt.split())[:100]}")
+        for sample, text in enumerate(told, start=1):
+            parts.append(f"--- {sample}\n{text}" if len(told) > 1 else text)
+    return "\n".join(parts)
