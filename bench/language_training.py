@@ -160,6 +160,7 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
             learning_rate=options.learning_rate,
             lr_scheduler_type="linear",
             max_length=LONGEST,
+            completion_only_loss=True,
             logging_steps=1,
             save_strategy="no",
             report_to="none",

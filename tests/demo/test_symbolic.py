@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,22 +20,24 @@ def test_items_as_written() -> None:
     assert name.problem == 'Take the last letters of the words in "Elon Musk" and concatenate them.'
     assert name.steps == ('"Elon" ends with "n": n', '"Musk" ends with "k": nk')
     assert name.answer == "nk"
-    coin = coin_flips([("Ka", True), ("Sherrie", False), ("Ida", True)])
+    coin = coin_flips([("Ka", "dime"), ("Sherrie", "penny"), ("Ida", "dime")])
     assert coin.problem == (
-        "A coin is heads up. Ka flips the coin. Sherrie does not flip the coin. Ida flips the coin. "
-        "Is the coin still heads up?"
+        "A penny, a dime and a quarter lie heads up. Ka flips the dime. Sherrie flips the penny. Ida flips the dime. "
+        "Which sides are up?"
     )
     assert coin.steps == (
-        "The coin starts heads up.", "Ka flips: tails up.", "Sherrie does not flip: tails up.", "Ida flips: heads up."
-    )  # fmt: skip
-    assert coin.answer == "yes"
+        "Ka flips the dime: heads, tails, heads",
+        "Sherrie flips the penny: tails, tails, heads",
+        "Ida flips the dime: tails, heads, heads",
+    )
+    assert coin.answer == "tails, heads, heads"
     total = addition(457, 86)
     assert total.problem == "What is 457 + 86?"
     assert total.steps == (
-        "7 + 6 = 13, write 3, carry 1: 3", "5 + 8 + 1 = 14, write 4, carry 1: 43", "4 + 0 + 1 = 5, write 5, carry 0: 543"
+        "7 + 6 = 13, carry 1: 3", "5 + 8 + 1 = 14, carry 1: 43", "4 + 0 + 1 = 5, carry 0: 543"
     )  # fmt: skip
     assert total.answer == "543"
-    assert addition(99, 1).steps[-1] == "write the carry 1: 100"
+    assert addition(99, 1).steps[-1] == "carry 1: 100"
 
 
 def recomputed(problem: str) -> str:
@@ -44,8 +47,8 @@ def recomputed(problem: str) -> str:
     if problem.startswith("Take"):
         quoted = problem.split('"')[1]
         return "".join(re.findall(r"(\w)\b", quoted)).lower()
-    flips = len(re.findall(r"\w+ flips the coin", problem))
-    return "yes" if flips % 2 == 0 else "no"
+    flips = [problem.count(f"flips the {coin}.") for coin in ("penny", "dime", "quarter")]
+    return ", ".join("tails" if number % 2 else "heads" for number in flips)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -54,8 +57,7 @@ def test_every_answer_is_right_and_the_chain_ends_with_it(task: Task, size: int)
     items = symbolic_items(20 if size == 1 else 150, task, size=size, seed=5)
     for item in items:
         assert item.answer == recomputed(item.problem)
-        side = {"yes": "heads", "no": "tails"}.get(item.answer, item.answer)
-        assert re.search(rf"\b{side}( up\.)?$", item.steps[-1])
+        assert item.steps[-1].endswith(f": {item.answer}")
     assert len({item.problem for item in items}) == len(items)
 
 
@@ -63,9 +65,11 @@ def test_each_column_of_an_addition_is_right() -> None:
     columns = 0
     for item in symbolic_items(100, "additions", size=4):
         for step in item.steps:
-            if found := re.fullmatch(r"([\d +]+) = (\d+), write (\d), carry (\d): \d+", step):
-                sides, result, digit, carry = found.groups()
-                assert sum(map(int, sides.split(" + "))) == int(result) == 10 * int(carry) + int(digit)
+            if found := re.fullmatch(r"([\d +]+) = (\d+), carry (\d): \d+", step):
+                sides, result, carry = found.groups()
+                assert sum(map(int, sides.split(" + "))) == int(result)
+                assert int(result) // 10 == int(carry)
+                assert step.split(": ")[1][0] == result[-1]
                 columns += 1
     assert columns == 400
 
@@ -87,9 +91,11 @@ def test_the_same_arguments_give_the_same_items(task: Task) -> None:
     assert {split_of(item) for item in symbolic_items(30, task)} == {"train"}
 
 
-def test_both_answers_to_a_coin_are_about_as_frequent() -> None:
-    yes = sum(item.answer == "yes" for item in symbolic_items(400, "coin_flips"))
-    assert 160 <= yes <= 240
+def test_every_way_that_the_coins_can_lie_is_about_as_frequent() -> None:
+    found = Counter(item.answer for item in symbolic_items(800, "coin_flips"))
+    # Five flips: an odd number of coins shows tails, so half of the eight ways.
+    assert len(found) == 4
+    assert min(found.values()) >= 120
 
 
 def test_more_than_there_are_is_an_error() -> None:

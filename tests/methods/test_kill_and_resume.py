@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shutil
@@ -18,9 +17,9 @@ from loopos.config.faults import UserError
 from loopos.methods.fine_tuning import FineTuner
 from loopos.training.events import fingerprint, read
 from loopos.training.progress import RunProgress
+from killed_runs import NUM_KILLS, digest, in_a_child
 
 Build = Callable[..., Any]
-NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "20"))
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"schedule": "cosine", "warmup": 3},
@@ -30,35 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def train(config: Any, *, resume: bool) -> Any:
     return FineTuner(config, progress=RunProgress(quiet=True)).train(resume=resume)
-
-
-def in_a_child(config: Any, kill_after: float | None) -> int | None:
-    """Trains with `resume` in a forked process; kills it after so many seconds. The exit status, or None if killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 2)
-            train(config, resume=True)
-            status = 0
-        finally:
-            os._exit(status)
-    deadline = None if kill_after is None else time.monotonic() + kill_after
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if deadline is not None and time.monotonic() >= deadline:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            code = os.waitstatus_to_exitcode(status)
-            return None if code == -signal.SIGKILL else code
-        time.sleep(0.002)
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def bits_of(run: Path) -> dict[str, str]:
@@ -90,13 +60,13 @@ def test_killed_at_random_moments(variant: str, fine_tuning_config: Build, tmp_p
     config = build(fine_tuning_config, tmp_path / "killed", variant)
     kills = 0
     while kills < NUM_KILLS:
-        if in_a_child(config, draw.uniform(0.05, 0.6) * seconds) is None:
+        if in_a_child(lambda: train(config, resume=True), draw.uniform(0.05, 0.6) * seconds) is None:
             kills += 1
         else:
             # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.
             assert bits_of(tmp_path / "killed") == expected
             shutil.rmtree(tmp_path / "killed")
-    assert in_a_child(config, None) == 0
+    assert in_a_child(lambda: train(config, resume=True), None) == 0
     assert bits_of(tmp_path / "killed") == expected
 
 

@@ -186,7 +186,7 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(verbose: Verbose = False) -> None:
-    """Fine-tune a real model of 135M parameters on packaged data, in under three minutes on two cores."""
+    """Train a real model of 135M parameters on packaged data: fine-tuning, then chain of thought."""
     from loopos.cli import demo as command
 
     raise typer.Exit(command.run(verbose=verbose))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, confusion_table, say, table
+from loopos.cli.demo_reasoning import chain_of_thought
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -45,7 +46,10 @@ def run(*, verbose: bool) -> int:
     restart_with_settings()
     if not any((cache_folder() / "gguf").glob("*/config.json")):
         note("the embedded model is converted first, once: about half a minute")
-    acts = (Act("fine-tuning: ten intents of customer messages", fine_tuning),)
+    acts = (
+        Act("fine-tuning: ten intents of customer messages", fine_tuning),
+        Act("chain of thought: last letters, coin flips, additions", chain_of_thought),
+    )
     for number, act in enumerate(acts, start=1):
         say(f"act {number} of {len(acts)}: {act.title}")
         code = act.perform()

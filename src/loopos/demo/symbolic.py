@@ -20,18 +20,17 @@ Task: TypeAlias = Literal["last_letters", "coin_flips", "additions"]
 Split: TypeAlias = Literal["train", "test"]
 
 TASKS: tuple[Task, ...] = ("last_letters", "coin_flips", "additions")
-DEFAULT_SIZES: dict[Task, int] = {"last_letters": 3, "coin_flips": 4, "additions": 2}
-"""Words of a name, people at the coin, digits of a summand."""
+DEFAULT_SIZES: dict[Task, int] = {"last_letters": 4, "coin_flips": 5, "additions": 2}
+"""Words of a name, people at the coins, digits of a summand."""
+COINS = ("penny", "dime", "quarter")
 
 # One item in this many is a test item.
 _TEST_SHARE = 4
-_NAMES = tuple(
-    """
+_NAMES = """
     Ada Alma Amir Anton Bruno Carla Cyrus Dana Diego Edith Elias Emil Erik Felix Flora Frank Greta Hana Hugo Ida
     Igor Ines Iris Ivan Jakob Jana Jonas Judith Klaus Lara Leon Lina Louis Magda Marek Mira Nadia Nils Nora Olga
     Oscar Paul Petra Rita Robin Ruth Selma Simon Sofia Sven Theo Tomas Vera Viktor Wanda Yusuf Zeno
-    """.split()
-)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +53,19 @@ def last_letters(names: Sequence[str]) -> SymbolicItem:
     return SymbolicItem("last_letters", problem, tuple(steps), letters)
 
 
-def coin_flips(people: Sequence[tuple[str, bool]]) -> SymbolicItem:
-    """Which way a coin lies that each person flips or does not: one step a person, with the side that is up."""
-    heads = True
-    told, steps = [], ["The coin starts heads up."]
-    for name, flips in people:
-        heads ^= flips
-        told.append(f"{name} {'flips' if flips else 'does not flip'} the coin.")
-        steps.append(f"{name} {'flips' if flips else 'does not flip'}: {'heads' if heads else 'tails'} up.")
-    problem = f"A coin is heads up. {' '.join(told)} Is the coin still heads up?"
-    return SymbolicItem("coin_flips", problem, tuple(steps), "yes" if heads else "no")
+def coin_flips(flips: Sequence[tuple[str, str]]) -> SymbolicItem:
+    """How three coins lie after each person (name, coin) flips one: one step a person, with the sides that are up.
+
+    Wei et al. 2022 flip one coin, where every second guess is right; with three it is one in four or fewer.
+    """
+    up = dict.fromkeys(COINS, "heads")
+    told, steps = [], []
+    for name, coin in flips:
+        up[coin] = "tails" if up[coin] == "heads" else "heads"
+        told.append(f"{name} flips the {coin}.")
+        steps.append(f"{name} flips the {coin}: {', '.join(up.values())}")
+    problem = f"A {', a '.join(COINS[:-1])} and a {COINS[-1]} lie heads up. {' '.join(told)} Which sides are up?"
+    return SymbolicItem("coin_flips", problem, tuple(steps), ", ".join(up.values()))
 
 
 def addition(first: int, second: int) -> SymbolicItem:
@@ -131,11 +133,11 @@ def write_items(path: Path, items: Sequence[SymbolicItem], *, with_steps: bool =
 
 
 def _draw_last_letters(generator: random.Random, size: int) -> SymbolicItem:
-    return last_letters(generator.sample(_NAMES, size))
+    return last_letters(generator.sample(_NAMES.split(), size))
 
 
 def _draw_coin_flips(generator: random.Random, size: int) -> SymbolicItem:
-    return coin_flips([(name, generator.random() < 0.5) for name in generator.sample(_NAMES, size)])
+    return coin_flips([(name, generator.choice(COINS)) for name in generator.sample(_NAMES.split(), size)])
 
 
 def _draw_addition(generator: random.Random, size: int) -> SymbolicItem:

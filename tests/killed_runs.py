@@ -1,0 +1,41 @@
+"""Runs that are killed: a forked process ended by SIGKILL at a chosen moment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "20"))
+
+
+def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | None:
+    """Does `work` in a forked process; kills it after so many seconds. The exit status, or None if killed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 2)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = None if kill_after is None else time.monotonic() + kill_after
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.monotonic() >= deadline:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == -signal.SIGKILL else code
+        time.sleep(0.002)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

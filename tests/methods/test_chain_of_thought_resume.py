@@ -1,0 +1,94 @@
+"""Law 4 for chain-of-thought: killed at any instant, in training, in generated validation or while chains are sampled, and
+resumed, a run ends with the very bits of the run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed_runs import NUM_KILLS, digest, in_a_child
+
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.methods.chain_of_thought import ChainOfThought
+from loopos.training.events import fingerprint, read
+from loopos.training.progress import RunProgress
+
+ROWS = [
+    {"problem": f"add {a} and {b}", "reasoning": [f"{a} + {b} = {a + b}"] * (a % 3), "answer": str(a + b)}
+    for a in range(1, 6)
+    for b in range(1, 5)
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "packed rows, generated validation": {
+        "training": {"num_epochs": 8, "validate_every": 6, "save_every": 4, "schedule": "cosine", "keep_last": 2},
+        "data": {"validation_share": 0.2, "streaming": True, "max_rows": 100},
+        "generation": {"max_new_tokens": 16, "temperature": 0.7},
+        "evaluation": {"problems": 4},
+    },
+    "a round of self-improvement": {
+        "training": {"num_epochs": 40, "save_every": 15, "validate_every": "never"},
+        "data": {"validation_share": 0.0},
+        "generation": {"max_new_tokens": 48},
+        "self_improvement": {"rounds": 1, "samples_per_problem": 4, "temperature": 0.6},
+    },
+}
+
+
+def config_of(run: Path, weights: Path, variant: str) -> ChainOfThoughtConfig:
+    sections = VARIANTS[variant]
+    training = {"learning_rate": 1e-2, "batch_size": 6, "precision": "fp32", "seed": 7, **sections["training"]}
+    data = {"pretrained_weights": str(weights), "reasoning_examples": str(run.parent / "rows.jsonl")}
+    written = {
+        **sections,
+        "computation": {"mode": "posttraining", "method": "chain_of_thought"},
+        "training": training,
+        "data": {**data, "output_dir": str(run), **sections["data"]},
+    }
+    return ChainOfThoughtConfig.model_validate(written)
+
+
+def train(config: ChainOfThoughtConfig, *, resume: bool) -> None:
+    ChainOfThought(config, progress=RunProgress(quiet=True)).train(resume=resume)
+
+
+def bits_of(run: Path) -> dict[str, str]:
+    """SHA-256 of all that a run leaves: last checkpoints, exported model, metrics, what was said, chains found."""
+    found = {"model": digest(run / "model" / "model.safetensors")}
+    for log in sorted(run.rglob("events.jsonl")):
+        folder, name = log.parent, str(log.parent.relative_to(run))
+        last = max((folder / "checkpoints").glob("step-*"))
+        found |= {f"{name}/{file.name}": digest(file) for file in sorted(last.glob("*.safetensors"))}
+        found[f"{name}/metrics"] = fingerprint(log)
+    said = [*run.rglob("samples.jsonl"), *run.rglob("chains-*.jsonl")]
+    return found | {str(file.relative_to(run)): digest(file) for file in said}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    began = time.monotonic()
+    train(config_of(tmp_path / "whole", pico_folder, variant), resume=False)
+    seconds = time.monotonic() - began
+    expected = bits_of(tmp_path / "whole")
+    assert any(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl"))
+    assert ("samples.jsonl" in expected) == ("evaluation" in VARIANTS[variant])
+    assert any("chains-" in name for name in expected) == ("self_improvement" in VARIANTS[variant])
+
+    draw = random.Random(f"{variant} moments")
+    config = config_of(tmp_path / "killed", pico_folder, variant)
+    kills = 0
+    while kills < NUM_KILLS:
+        if in_a_child(lambda: train(config, resume=True), draw.uniform(0.05, 0.7) * seconds) is None:
+            kills += 1
+        else:
+            # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.
+            assert bits_of(tmp_path / "killed") == expected
+            shutil.rmtree(tmp_path / "killed")
+    assert in_a_child(lambda: train(config, resume=True), None) == 0
+    assert bits_of(tmp_path / "killed") == expected
