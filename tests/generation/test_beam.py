@@ -18,7 +18,9 @@ NEW = 10
 ENDS = tuple(range(2, 60))
 
 
-def beams_of_transformers(model: PreTrainedModel, prompt: list[int], named: dict[str, Any]) -> list[tuple[list[int], float]]:
+def beams_of_transformers(
+    model: PreTrainedModel, prompt: list[int], named: dict[str, Any]
+) -> list[tuple[list[int], float]]:
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, num_beams=4, num_return_sequences=4,
@@ -39,12 +41,20 @@ def beams_of_transformers(model: PreTrainedModel, prompt: list[int], named: dict
     [(1.0, False, ENDS), (0.0, True, ENDS), (2.0, None, ENDS), (-1.0, False, ENDS), (1.0, False, (2,))],
 )
 def test_beams_equal_those_of_transformers(
-    name: str, length_penalty: float, early_stopping: bool | None, ends: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+    name: str,
+    length_penalty: float,
+    early_stopping: bool | None,
+    ends: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     model = pico_model(name)
     prompts = mixed_prompts(5)
     settings = BeamSettings(
-        num_beams=4, length_penalty=length_penalty, early_stopping=early_stopping, max_new_tokens=NEW, stop_token_ids=ends
+        num_beams=4,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        max_new_tokens=NEW,
+        stop_token_ids=ends,
     )
     # Two prompts of four beams at a time.
     found = beam_search(Engine(model, tokenizer, max_rows=9), prompts, settings)

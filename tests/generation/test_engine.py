@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from pico_language_models import FAMILIES, Scripted, mixed_prompts, pico_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.generation.completions import Completion
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
-from pico_language_models import FAMILIES, Scripted, mixed_prompts, pico_model
 
 NEW = 9
 SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=NEW, seed=11)
@@ -38,7 +38,9 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tokenizer: PreTrai
     assert [completion.token_ids for completion in together] == expected
     alone = [engine.generate([prompt], SamplingSettings(max_new_tokens=NEW))[0].token_ids for prompt in prompts]
     assert alone == expected
-    few = Engine(model, tokenizer, max_rows=5, prefill_tokens=16).generate(prompts, SamplingSettings(max_new_tokens=NEW))
+    few = Engine(model, tokenizer, max_rows=5, prefill_tokens=16).generate(
+        prompts, SamplingSettings(max_new_tokens=NEW)
+    )
     assert [completion.token_ids for completion in few] == expected
     assert len({tuple(ids) for ids in expected}) > 32
 
@@ -61,7 +63,9 @@ def test_logprobs_equal_a_fresh_forward(
     prompts = mixed_prompts(9)
     settings = SamplingSettings(temperature=temperature, max_new_tokens=NEW)
     compared = 0
-    for prompt, completion in zip(prompts, Engine(llama, tokenizer, max_rows=4).generate(prompts, settings), strict=True):
+    for prompt, completion in zip(
+        prompts, Engine(llama, tokenizer, max_rows=4).generate(prompts, settings), strict=True
+    ):
         with torch.no_grad():
             logits = llama(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
         full = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -72,7 +76,9 @@ def test_logprobs_equal_a_fresh_forward(
     assert compared > 45
 
 
-def test_filtered_logprobs_are_those_of_what_is_left(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_filtered_logprobs_are_those_of_what_is_left(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Of two tokens that are left, the filtered probabilities add up to one, in the ratio of the full ones."""
     prompt = mixed_prompts(1)[0]
     settings = SamplingSettings(temperature=1.0, top_k=2, max_new_tokens=1)
@@ -83,7 +89,9 @@ def test_filtered_logprobs_are_those_of_what_is_left(llama: PreTrainedModel, tok
     torch.testing.assert_close(drawn, full.log_softmax(0), atol=1e-5, rtol=0)
 
 
-def test_the_same_seed_gives_the_same_text_in_any_batch(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_same_seed_gives_the_same_text_in_any_batch(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     prompts = mixed_prompts(12)
     whole = tokens(Engine(llama, tokenizer).generate(prompts, SAMPLED))
     refilled = tokens(Engine(llama, tokenizer, max_rows=3).generate(prompts, SAMPLED))
@@ -155,7 +163,10 @@ def test_frequencies_through_the_engine_match_the_softmax(tokenizer: PreTrainedT
     often = wanted >= 5
     assert often.sum() > 40
     observed = seen.numpy()
-    assert stats.chisquare([*observed[often], observed[~often].sum()], [*wanted[often], 4000 - wanted[often].sum()]).pvalue > 0.01
+    assert (
+        stats.chisquare([*observed[often], observed[~often].sum()], [*wanted[often], 4000 - wanted[often].sum()]).pvalue
+        > 0.01
+    )
 
 
 def test_stop_tokens_and_limits(says: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -175,16 +186,25 @@ def test_stop_tokens_and_limits(says: Callable[..., Any], tokenizer: PreTrainedT
     assert on.token_ids[-3:] == [2, 2, 2]
 
 
-@pytest.mark.parametrize(("stop", "kept", "text"), [("x wa", False, "the bo"), ("x wa", True, "the box wa"), ("<eos>", False, "the box was open")])
-def test_stop_strings(stop: str, kept: bool, text: str, says: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(
+    ("stop", "kept", "text"),
+    [("x wa", False, "the bo"), ("x wa", True, "the box wa"), ("<eos>", False, "the box was open")],
+)
+def test_stop_strings(
+    stop: str, kept: bool, text: str, says: Callable[..., Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
     model, prompt = says("the box was open")
-    got = Engine(model, tokenizer).generate([prompt], SamplingSettings(stop=(stop, "zzz"), keep_stop=kept, stop_at_end=False))[0]
+    got = Engine(model, tokenizer).generate(
+        [prompt], SamplingSettings(stop=(stop, "zzz"), keep_stop=kept, stop_at_end=False)
+    )[0]
     assert got.text == text
     assert got.finish_reason == ("stop token" if stop == "<eos>" else "stop string")
     assert not got.token_ids or tokenizer.decode(got.token_ids[:-1]) in "the box was open"
 
 
-@pytest.mark.parametrize("settings", [SAMPLED, SamplingSettings(temperature=1.0, max_new_tokens=NEW, stop=("e", "\u0120"), seed=3)])
+@pytest.mark.parametrize(
+    "settings", [SAMPLED, SamplingSettings(temperature=1.0, max_new_tokens=NEW, stop=("e", "\u0120"), seed=3)]
+)
 def test_a_stream_makes_up_the_batch(
     settings: SamplingSettings, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -205,7 +225,9 @@ def test_a_stream_makes_up_the_batch(
         assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [completion.finish_reason]
 
 
-def test_a_stream_can_be_left_and_the_engine_used_again(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_stream_can_be_left_and_the_engine_used_again(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     engine = Engine(llama, tokenizer)
     stream = engine.stream(mixed_prompts(2), SAMPLED)
     next(stream)
@@ -215,7 +237,9 @@ def test_a_stream_can_be_left_and_the_engine_used_again(llama: PreTrainedModel, 
     assert len(engine.generate(mixed_prompts(1), SAMPLED)) == 1
 
 
-def test_places_are_refilled_and_the_longest_go_first(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_places_are_refilled_and_the_longest_go_first(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Rows of 4 and 12 tokens in two places: 12 beside 4, 4 and 4 are 12 steps, not the 16 of two batches."""
     calls: list[int] = []
     handle = llama.register_forward_hook(lambda _module, _args, output: calls.append(output.logits.shape[0]))
@@ -268,7 +292,9 @@ def test_the_weights_are_the_models_own(tokenizer: PreTrainedTokenizerBase) -> N
     ]
 
 
-def test_kept_prefixes_change_nothing_and_are_forgotten(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_kept_prefixes_change_nothing_and_are_forgotten(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     engine = Engine(llama, tokenizer)
     prompt = mixed_prompts(1, longest=200, seed=3)[0][:40]
     seen: list[int] = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico_language_models import COMMON, FAMILIES, mixed_prompts, pico_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +21,6 @@ from transformers import (
 from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.placing import fill
 from loopos.generation.rows import PLAIN, CachedRows, PlainRows, Rows, serving, why_not_cached
-from pico_language_models import COMMON, FAMILIES, mixed_prompts, pico_model
 
 
 def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -43,8 +43,7 @@ def test_prompts_and_steps_equal_plain_forwards(name: str, kind: str) -> None:
     follow = mixed_prompts(5, longest=1, seed=1), mixed_prompts(5, longest=1, seed=2)
     implementation = IMPLEMENTATION if kind == "cached" else PLAIN
     with serving(model, implementation):
-        # Room for a single column at first, so that the buffers grow.
-        rows: Rows = CachedRows(model, 5, num_columns=1) if kind == "cached" else PlainRows(model, 5)
+        rows: Rows = CachedRows(model, 5) if kind == "cached" else PlainRows(model, 5)
         logits = [rows.extend(range(5), prompts)]
         logits += [rows.step([token for [token] in tokens]) for tokens in follow]
         logits.append(rows.extend([3, 1], [[7, 8, 9], [10]]))
@@ -61,7 +60,7 @@ def test_prompts_and_steps_equal_plain_forwards(name: str, kind: str) -> None:
 def test_cut_copy_and_select(kind: str, llama: PreTrainedModel) -> None:
     prompts = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]
     with serving(llama, IMPLEMENTATION if kind == "cached" else PLAIN):
-        rows: Rows = CachedRows(llama, 4, num_columns=8) if kind == "cached" else PlainRows(llama, 4)
+        rows: Rows = CachedRows(llama, 4) if kind == "cached" else PlainRows(llama, 4)
         rows.extend([0, 1, 2], prompts)
         rows.cut(0, 2)
         rows.copy(0, 3, 1)
@@ -86,7 +85,7 @@ class Counting:
 
 
 def filled(model: PreTrainedModel, prompts: list[list[int]], *, most: int = 1000) -> tuple[Counting, Tensor]:
-    rows = Counting(CachedRows(model, 8, num_columns=8))
+    rows = Counting(CachedRows(model, 8))
     return rows, fill(rows, range(len(prompts)), prompts, most_tokens=most)
 
 
@@ -96,7 +95,9 @@ def test_equal_prompts_are_computed_once(llama: PreTrainedModel) -> None:
         rows, logits = filled(llama, prompts)
         assert rows.forwards == [5]
         assert_same(llama, logits, prompts)
-        assert_same(llama, rows.step([3, 4, 5, 6]), [[*ids, token] for ids, token in zip(prompts, (3, 4, 5, 6), strict=True)])
+        assert_same(
+            llama, rows.step([3, 4, 5, 6]), [[*ids, token] for ids, token in zip(prompts, (3, 4, 5, 6), strict=True)]
+        )
 
 
 def test_a_common_beginning_is_computed_once(llama: PreTrainedModel) -> None:
@@ -144,7 +145,9 @@ UNSERVED: dict[str, PreTrainedConfig] = {
     "bloom": BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
     "gpt-oss sinks": GptOssConfig(**COMMON, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
     "mamba": MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4),
-    "dynamic rotary": LlamaConfig(**COMMON, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
+    "dynamic rotary": LlamaConfig(
+        **COMMON, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    ),
 }
 
 

@@ -165,7 +165,11 @@ def test_drawn_frequencies_match_the_distribution(name: str) -> None:
     expected = _transformers_probabilities(logits, settings)
     many = History.of([[1]] * number, [[2, 2, 5]] * number, CPU)
     choice = choose(
-        logits.expand(number, -1), settings, history=many, uniforms=uniforms([99] * number, range(number)), with_logprobs=True
+        logits.expand(number, -1),
+        settings,
+        history=many,
+        uniforms=uniforms([99] * number, range(number)),
+        with_logprobs=True,
     )
     counts = np.bincount(choice.tokens.numpy(), minlength=300)
     assert counts[expected == 0].sum() == 0
@@ -246,7 +250,12 @@ def test_logits_that_are_no_numbers_are_refused(settings: SamplingSettings) -> N
 def test_settings_out_of_range_are_all_named() -> None:
     with pytest.raises(UserError) as caught:
         SamplingSettings(temperature=-1.0, top_p=0.0, max_new_tokens=0, stop=("",))
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["temperature", "top_p", "max_new_tokens", "stop"]
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        "stop",
+    ]
 
 
 def test_rows_are_sampled_together_where_only_limits_differ() -> None:

@@ -65,7 +65,10 @@ def test_self_consistency_finds_the_likelier_answer(tokenizer: PreTrainedTokeniz
 
 
 def test_best_of_n_ranks_by_the_score(tokenizer: PreTrainedTokenizerBase) -> None:
-    model = chain_model(tokenizer, {"1": {">": 1.0}, ">": {"3": 0.8, "4": 0.15, "5": 0.05}, "3": {".": 1.0}, "4": {".": 1.0}, "5": {".": 1.0}})
+    model = chain_model(
+        tokenizer,
+        {"1": {">": 1.0}, ">": {"3": 0.8, "4": 0.15, "5": 0.05}, "3": {".": 1.0}, "4": {".": 1.0}, "5": {".": 1.0}},
+    )
     engine, prompt = Engine(model, tokenizer), [identifier(tokenizer, "1")]
     [by_number] = best_of_n(engine, [prompt], Marks(), SAMPLED, n=100, score=lambda chain: float(chain.answer.text))
     assert [chain.answer.text for chain in by_number] == sorted((c.answer.text for c in by_number), reverse=True)
@@ -74,7 +77,14 @@ def test_best_of_n_ranks_by_the_score(tokenizer: PreTrainedTokenizerBase) -> Non
     assert by_logprob[0].answer.text == "3"
 
 
-STEPS = {"0": {"1": 0.5, "2": 0.5}, "1": {"\n": 1.0}, "2": {"\n": 1.0}, "\n": {"1": 0.4, "2": 0.4, ">": 0.2}, ">": {"9": 1.0}, "9": {".": 1.0}}
+STEPS = {
+    "0": {"1": 0.5, "2": 0.5},
+    "1": {"\n": 1.0},
+    "2": {"\n": 1.0},
+    "\n": {"1": 0.4, "2": 0.4, ">": 0.2},
+    ">": {"9": 1.0},
+    "9": {".": 1.0},
+}
 
 
 def twos(chain: Chain) -> float:

@@ -72,7 +72,9 @@ def test_a_chain_without_an_end_has_no_answer(chain: Callable[..., Chain]) -> No
 def test_limits_that_are_not_reached_change_nothing(chain: Callable[..., Chain]) -> None:
     text = "11\n22\n33\n>>\n7"
     free = chain(text)
-    limited = chain(text, max_steps=3, max_step_tokens=3, max_thinking_tokens=12, max_answer_tokens=5, min_thinking_tokens=9)
+    limited = chain(
+        text, max_steps=3, max_step_tokens=3, max_thinking_tokens=12, max_answer_tokens=5, min_thinking_tokens=9
+    )
     assert limited == free
     assert limited.given == ()
 
@@ -118,7 +120,12 @@ def test_the_answer_is_limited(chain: Callable[..., Chain]) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_steps": 0}, {"max_thinking_tokens": 3, "min_thinking_tokens": 4}, {"min_thinking_tokens": 1, "continuation": ""}]
+    "limits",
+    [
+        {"max_steps": 0},
+        {"max_thinking_tokens": 3, "min_thinking_tokens": 4},
+        {"min_thinking_tokens": 1, "continuation": ""},
+    ],
 )
 def test_limits_that_make_no_sense_are_named(limits: dict[str, Any]) -> None:
     with pytest.raises(UserError):
@@ -139,18 +146,24 @@ class TakesBack:
 
 
 @pytest.mark.parametrize("path", ["cached", "plain"])
-def test_what_was_taken_back_leaves_no_trace(path: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_what_was_taken_back_leaves_no_trace(
+    path: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     engine = Engine(llama, tokenizer, max_rows=2)
     engine.path = path
     prompts = mixed_prompts(3)
     settings = SamplingSettings(max_new_tokens=12, stop_at_end=False)
     free = engine.generate(prompts, settings)
     written = tokenizer.encode("the box", add_special_tokens=False)
-    for prompt, before, got in zip(prompts, free, engine.generate(prompts, settings, guide=lambda _p, _s: TakesBack()), strict=True):
+    for prompt, before, got in zip(
+        prompts, free, engine.generate(prompts, settings, guide=lambda _p, _s: TakesBack()), strict=True
+    ):
         assert got.token_ids[: 2 + len(written)] == before.token_ids[:2] + written
         assert got.given == tuple(range(2, 2 + len(written)))
         with torch.no_grad():
-            logits = llama(input_ids=torch.tensor([prompt + got.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logits = (
+                llama(input_ids=torch.tensor([prompt + got.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            )
         for place, (token, logprob) in enumerate(zip(got.token_ids, got.logprobs, strict=True)):
             if place not in got.given:
                 assert int(logits[place].argmax()) == token

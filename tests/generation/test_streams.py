@@ -11,7 +11,13 @@ from loopos.generation.streams import stream_key, uniforms
 
 def test_splitmix_reference_values() -> None:
     """The published generator, seeded with 1234567, begins with these numbers (Rosetta Code, "Pseudo-random numbers/Splitmix64")."""
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     got = uniforms([1234567] * 5, [1, 2, 3, 4, 5])
     assert got.tolist() == [(word >> 11) / 2**53 for word in expected]
 

@@ -22,7 +22,9 @@ def sentencepiece_like() -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=80, special_tokens=["<eos>"], show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=80, special_tokens=["<eos>"], show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
@@ -91,7 +93,9 @@ def test_the_first_of_two_stop_strings_counts(tokenizer: PreTrainedTokenizerBase
 def test_what_may_become_a_stop_string_is_not_final(tokenizer: PreTrainedTokenizerBase) -> None:
     growing = GrowingText(tokenizer, ("\n\nEnd",))
     lengths = []
-    for token in [token for part in ("ab", "\n", "\n", "E", "x") for token in tokenizer.encode(part, add_special_tokens=False)]:
+    for token in [
+        token for part in ("ab", "\n", "\n", "E", "x") for token in tokenizer.encode(part, add_special_tokens=False)
+    ]:
         growing.add(token)
         lengths.append(growing.final_length())
     assert growing.text == "ab\n\nEx"

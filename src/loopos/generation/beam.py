@@ -92,7 +92,7 @@ def _stop_ids(engine: Engine, settings: BeamSettings) -> frozenset[int]:
 def _search(engine: Engine, prompts: Sequence[Sequence[int]], settings: BeamSettings) -> list[_Search]:
     width, stop_ids = settings.num_beams, _stop_ids(engine, settings)
     searches = [_Search(engine.limit(prompt, settings.max_new_tokens), [(0.0, [])] * width) for prompt in prompts]
-    rows = engine.rows(width * len(prompts), max(map(len, prompts)) + min(settings.max_new_tokens, 256))
+    rows = engine.rows(width * len(prompts))
     places = range(width * len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(width)]
     logits = fill(rows, places, repeated, most_tokens=engine.prefill_tokens)

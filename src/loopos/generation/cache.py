@@ -4,12 +4,12 @@ Enters: transformers' query, key and value of the tokens that are new. Leaves: t
 values are kept, each row's at its own columns from 0, so that no row has pads. Left out: which row holds which prompt
 (`rows.py`).
 Letters: R rows that the cache has room for, B rows that decode, K key-value heads, H query heads, r = H / K, D head
-size, C columns of room, S columns in use, T tokens of a packed row, n new tokens of a row, m = columns before + n.
+size, C columns of room, S columns in use, T new tokens, n new tokens of one row, m = columns before + n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +22,10 @@ from loopos.functional.packing import PackedLayout
 from loopos.models.attention import packed_attention
 
 IMPLEMENTATION = "loopos_cached"
-# Columns are attended to in groups: shapes that stay for a while let the kernels be found again.
+# Room grows by so many columns: a group costs one copy of the cache, and whole buffers need none in the products below.
 GROUP = 32
-# From so many matrices of keys on, two batched products are faster than the fused kernel of a CPU (measured: 1.35 and
-# 0.82 ms a layer at 192 matrices of 96 columns; at 3 matrices 0.05 and 0.12).
+# From so many matrices of keys on, two batched products are faster than the fused kernel of a CPU (measured at 96
+# columns: 192 matrices 0.82 and 1.35 ms a layer, 48 matrices 0.30 and 0.34, 12 matrices 0.17 and 0.09).
 _PRODUCTS_FROM = 32
 _NEVER = float("-inf")
 
@@ -33,26 +33,28 @@ _NEVER = float("-inf")
 class KeyValueCache:
     """Keys and values `[R, K, C, D]` of every attention layer. Layers appear when they first write."""
 
-    def __init__(self, num_rows: int, num_columns: int) -> None:
-        self.num_rows, self.num_columns = num_rows, _up(num_columns)
+    def __init__(self) -> None:
+        self.num_rows, self.num_columns = 0, 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer; `like` `[1, K, T, D]` gives a new layer its sizes."""
+        """The buffers of a layer; `like` `[·, K, ·, D]` gives a new layer its sizes."""
         if index not in self.layers:
             shape = (self.num_rows, like.shape[1], self.num_columns, like.shape[3])
             # Zeros, since a masked column still takes part as 0 · value.
             self.layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.layers[index]
 
-    def make_room(self, num_columns: int) -> None:
-        """Room for at least so many columns a row; grows by half or more."""
-        if num_columns <= self.num_columns:
+    def make_room(self, num_rows: int, num_columns: int) -> None:
+        """Room for at least so many rows and columns."""
+        more_rows = max(0, num_rows - self.num_rows)
+        more_columns = max(0, -(-num_columns // GROUP) * GROUP - self.num_columns)
+        if not more_rows and not more_columns:
             return
-        added = _up(max(num_columns, self.num_columns * 3 // 2)) - self.num_columns
-        self.num_columns += added
+        self.num_rows, self.num_columns = self.num_rows + more_rows, self.num_columns + more_columns
+        added = (0, 0, 0, more_columns, 0, 0, 0, more_rows)
         for index, (keys, values) in self.layers.items():
-            self.layers[index] = (F.pad(keys, (0, 0, 0, added)), F.pad(values, (0, 0, 0, added)))
+            self.layers[index] = (F.pad(keys, added), F.pad(values, added))
 
     def copy(self, source: int, target: int, columns: slice) -> None:
         """Columns of one row over those of another."""
@@ -63,160 +65,169 @@ class KeyValueCache:
     def select(self, sources: Sequence[int], columns: slice) -> None:
         """Row i gets these columns of row sources[i], all at once."""
         targets = [target for target, source in enumerate(sources) if source != target]
-        if not targets:
-            return
-        taken = torch.tensor([sources[target] for target in targets])
+        taken = [sources[target] for target in targets]
         for buffers in self.layers.values():
             for buffer in buffers:
-                buffer[targets, :, columns] = buffer[:, :, columns][taken.to(buffer.device)]
-
-
-def _up(columns: int) -> int:
-    return -(-columns // GROUP) * GROUP
+                buffer[targets, :, columns] = buffer[taken, :, columns]
 
 
 @dataclass(frozen=True)
-class PromptPass:
-    """One forward over new tokens of several rows, packed without pads.
+class Scoring:
+    """scale · QKᵀ, then with a `softcap` c: c · tanh(scores / c); no column that lies `window` or more back."""
 
-    `layout`: how many new tokens each sequence has; `rows`: the cache row it goes to; `starts`: the columns that the
-    row holds already.
-    """
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward over new tokens. `rows`, `columns` `[T]`: the place of each in the cache."""
 
     cache: KeyValueCache
-    layout: PackedLayout
-    rows: tuple[int, ...]
-    starts: tuple[int, ...]
-    _kept: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    rows: Tensor
+    columns: Tensor
+    _kept: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False, init=False)
 
-    def positions(self) -> Tensor:
-        """`[T]`: the column of every new token."""
-        places = zip(self.starts, self.layout.lengths, strict=True)
-        return torch.cat([torch.arange(start, start + length) for start, length in places]).to(self.layout.device)
+    def kept_for_layers(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once for the forward and kept for its other layers."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
-    def _slots(self, num_heads: int) -> Tensor:
-        """Places of the new tokens in a buffer of `[R · K · C, D]`, `[K · T]`."""
-        if ("slots", num_heads) not in self._kept:
-            lengths = self.layout.lengths_tensor()
-            rows = torch.tensor(self.rows, device=lengths.device).repeat_interleave(lengths)
-            heads = torch.arange(num_heads, device=lengths.device)[:, None]
-            slots = (rows[None] * num_heads + heads) * self.cache.num_columns + self.positions()[None]
-            self._kept["slots", num_heads] = slots.reshape(-1)
-        return self._kept["slots", num_heads]
+    def slots(self, num_heads: int) -> Tensor:
+        """Index of every new token and head in a buffer of `[R · K · C, D]`, `[T, K]`."""
+        heads = torch.arange(num_heads, device=self.rows.device)[None]
+        return (self.rows[:, None] * num_heads + heads) * self.cache.num_columns + self.columns[:, None]
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """key, value `[1, K, T, D]` into the layer's buffers, which it returns."""
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads of new tokens, in the order of `slots`, into the layer's buffers, which it returns."""
         buffers = self.cache.layer(layer, key)
-        slots = self._slots(key.shape[1])
         for buffer, new in zip(buffers, (key, value), strict=True):
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, slots, new.reshape(-1, new.shape[-1]))
         return buffers
 
-    def continued(
-        self, query: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """Attention of new tokens over their row's columns, sequence by sequence. query `[H, T, D]` → `[T, H, D]`."""
-        outputs, first = [], 0
-        for row, start, length in zip(self.rows, self.starts, self.layout.lengths, strict=True):
-            end = start + length
-            mask = self._band(start, length, window, query.dtype)
-            attended = _attend(
-                query[None, :, first : first + length], keys[row, None, :, :end], values[row, None, :, :end], mask,
-                scale=scale, softcap=softcap,
-            )  # fmt: skip
-            outputs.append(attended[0].transpose(0, 1))
-            first += length
-        return torch.cat(outputs)
 
-    def _band(self, start: int, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask `[1, 1, n, m]`: no later column, and none `window` or more columns back."""
-        key = ("band", start, length, window, dtype)
-        if key not in self._kept:
-            device = self.layout.device
-            queries = torch.arange(start, start + length, device=device)[:, None]
-            columns = torch.arange(start + length, device=device)[None]
-            hidden = columns > queries
-            if window is not None:
-                hidden |= columns <= queries - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _NEVER)
-            self._kept[key] = mask[None, None]
-        return self._kept[key]
+@dataclass(frozen=True)
+class PromptPass(_Pass):
+    """One forward over new tokens of several rows, packed without pads.
+
+    `layout`: how many new tokens each sequence has; `targets`: its row; `starts`: the columns that the row holds
+    already.
+    """
+
+    layout: PackedLayout
+    targets: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @staticmethod
+    def of(cache: KeyValueCache, layout: PackedLayout, targets: Sequence[int], starts: Sequence[int]) -> PromptPass:
+        lengths = layout.lengths_tensor()
+        rows, first = (torch.tensor(given, device=layout.device) for given in (targets, starts))
+        columns = layout.positions() + first.repeat_interleave(lengths)
+        return PromptPass(cache, rows.repeat_interleave(lengths), columns, layout, tuple(targets), tuple(starts))
+
+    def keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """key, value `[1, K, T, D]` into the cache; the layer's buffers."""
+        groups = key.shape[1]
+        slots = self.kept_for_layers(("slots", groups), lambda: self.slots(groups).t().reshape(-1))
+        return self.write(layer, key, value, slots)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+        """Every row's new tokens over its columns, one row after the other. query `[1, H, T, D]` → `[1, T, H, D]`."""
+        outputs, first = [], 0
+        for row, start, length in zip(self.targets, self.starts, self.layout.lengths, strict=True):
+            heads = query[:, :, first : first + length]
+            held, worth = (buffer[row, None, :, : start + length] for buffer in (keys, values))
+            outputs.append(self._attend_row(heads, held, worth, scoring, start).transpose(1, 2))
+            first += length
+        return torch.cat(outputs, 1)
+
+    def _attend_row(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, start: int) -> Tensor:
+        groups, length = keys.shape[1], query.shape[2]
+        rows = query.reshape(1, groups, -1, query.shape[-1])
+        repeats = query.shape[1] // groups
+
+        def mask() -> Tensor:
+            columns = torch.arange(start + length, device=query.device)
+            band = _mask(columns[start:], columns, scoring.window, query.dtype)
+            return band.repeat(repeats, 1)[None, None]
+
+        kept = self.kept_for_layers((start, length, scoring.window, repeats, query.dtype), mask)
+        if scoring.softcap is None:
+            return _fused(rows, keys, values, kept, scoring.scale).view(query.shape)
+        return _products(rows, keys, values, _bias(kept, groups, rows.shape[2]), scoring).view(query.shape)
 
 
 @dataclass(frozen=True)
-class TokenPass:
-    """One forward over one new token in each of the first B rows. `columns` `[B]`: where it goes; `span`: the columns
-    in use, the new ones included.
-    """
+class TokenPass(_Pass):
+    """One forward over one new token in each of the first B rows. `span`: the columns in use, the new ones included."""
 
-    cache: KeyValueCache
-    columns: Tensor
     span: int
-    _kept: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    @staticmethod
+    def of(cache: KeyValueCache, columns: Tensor, longest: int) -> TokenPass:
+        """`columns` `[B]`: where the new tokens go; `longest`: the most columns that a row then has."""
+        rows = torch.arange(len(columns), device=columns.device)
+        return TokenPass(cache, rows, columns, min(cache.num_columns, -(-longest // GROUP) * GROUP))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """query `[B, H, 1, D]`, key and value `[B, K, 1, D]` → `[B, 1, H, D]`."""
-        buffers = self.cache.layer(layer, key)
-        slots = self._slots(key.shape[1])
-        for buffer, new in zip(buffers, (key, value), strict=True):
-            buffer.view(-1, buffer.shape[-1]).index_copy_(0, slots, new.reshape(-1, new.shape[-1]))
-        keys, values = (buffer[: len(query), :, : self.span] for buffer in buffers)
-        attended = _attend(query, keys, values, self._mask(window, query.dtype), scale=scale, softcap=softcap)
-        return attended.transpose(1, 2)
+        num_rows, groups = key.shape[:2]
+        slots = self.kept_for_layers(("slots", groups), lambda: self.slots(groups).view(-1))
+        keys, values = (buffer[:num_rows, :, : self.span] for buffer in self.write(layer, key, value, slots))
+        rows = query.view(num_rows, groups, -1, query.shape[-1])
+        if scoring.softcap is None and (query.device.type != "cpu" or num_rows * groups < _PRODUCTS_FROM):
+            out = _fused(rows, keys, values, self._hidden(scoring.window, query.dtype), scoring.scale)
+        else:
+            bias = self.kept_for_layers(
+                ("bias", groups, rows.shape[2], scoring.window, query.dtype),
+                lambda: _bias(self._hidden(scoring.window, query.dtype), groups, rows.shape[2]),
+            )
+            out = _products(rows, keys, values, bias, scoring)
+        return out.reshape(num_rows, 1, query.shape[1], values.shape[-1])
 
-    def _slots(self, num_heads: int) -> Tensor:
-        if ("slots", num_heads) not in self._kept:
-            rows = torch.arange(len(self.columns) * num_heads, device=self.columns.device).view(-1, num_heads)
-            slots = rows * self.cache.num_columns + self.columns[:, None]
-            self._kept["slots", num_heads] = slots.reshape(-1)
-        return self._kept["slots", num_heads]
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _hidden(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask `[B, 1, 1, S]`."""
-        key = ("mask", window, dtype)
-        if key not in self._kept:
-            last = self.columns[:, None]
-            columns = torch.arange(self.span, device=last.device)[None]
-            hidden = columns > last
-            if window is not None:
-                hidden |= columns <= last - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=last.device).masked_fill_(hidden, _NEVER)
-            self._kept[key] = mask[:, None, None]
-        return self._kept[key]
+
+        def mask() -> Tensor:
+            columns = torch.arange(self.span, device=self.columns.device)
+            return _mask(self.columns, columns, window, dtype)[:, None, None]
+
+        return self.kept_for_layers(("mask", window, dtype), mask)
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float, softcap: float | None
-) -> Tensor:
-    """softmax(scale · QKᵀ + mask) · V with grouped heads; with a soft cap c the scores are c · tanh(scores / c) first.
+def _mask(places: Tensor, columns: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[places, columns]`: −inf for later columns, and for those `window` or more back."""
+    hidden = columns[None] > places[:, None]
+    if window is not None:
+        hidden |= columns[None] <= places[:, None] - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=places.device).masked_fill_(hidden, _NEVER)
 
-    query `[B, H, n, D]`, keys and values `[B, K, m, D]`, mask `[B or 1, 1, n, m]` → `[B, H, n, D]`. The r query heads
-    of a group are folded into rows `[B, K, r·n, D]`, so that grouped keys are never repeated.
+
+def _bias(mask: Tensor, groups: int, num_rows: int) -> Tensor:
+    """A mask `[B, 1, M or 1, m]` as `_products` adds it, `[B · K, m, M]`."""
+    count, columns = mask.shape[0], mask.shape[-1]
+    return mask.transpose(2, 3).expand(count, groups, columns, num_rows).reshape(-1, columns, num_rows)
+
+
+def _fused(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale · QKᵀ + mask) · V. The query heads that share keys are rows `[B, K, M, D]`, so that no key is
+    repeated; keys and values `[B, K, m, D]` → `[B, K, M, D]`.
     """
-    groups = keys.shape[1]
-    rows = query.reshape(len(query), groups, -1, query.shape[-1])
-    if query.shape[2] > 1:
-        mask = mask.repeat(1, 1, query.shape[1] // groups, 1)
-    if softcap is None and (keys.device.type != "cpu" or len(keys) * groups < _PRODUCTS_FROM):
-        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+
+
+def _products(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scoring: Scoring) -> Tensor:
+    """The same as `_fused` by two batched products, with a soft cap if there is one. bias `[B · K, m, M]`."""
+    # Keys come first, since oneDNN reorders the second factor, which so is the small one.
+    large, small = keys.flatten(0, 1), rows.flatten(0, 1).transpose(1, 2)
+    if scoring.softcap is None:
+        scores = torch.baddbmm(bias, large, small, alpha=scoring.scale)
     else:
-        # Keys come first, since the kernel reorders the second factor, which here is the small one.
-        scores = torch.bmm(keys.flatten(0, 1), rows.flatten(0, 1).transpose(1, 2)).transpose(1, 2)
-        if softcap is not None:
-            scores = torch.tanh(scores * (scale / softcap)) * (softcap / scale)
-        scores = torch.add(mask, scores.view(*rows.shape[:3], -1), alpha=scale)
-        attended = torch.bmm(torch.softmax(scores, -1).flatten(0, 1), values.flatten(0, 1))
-    return attended.reshape(*query.shape[:3], values.shape[-1])
+        scores = torch.tanh(torch.bmm(large, small) * (scoring.scale / scoring.softcap)) * scoring.softcap + bias
+    attended = torch.bmm(torch.softmax(scores.transpose(1, 2), -1), values.flatten(0, 1))
+    return attended.view(*rows.shape[:3], values.shape[-1])
 
 
 def cached_attention(
@@ -241,13 +252,12 @@ def cached_attention(
     assert cached_pass is not None, "the cached attention was called without cached_pass"
     layer = getattr(module, "layer_idx", None)
     assert isinstance(layer, int), "an attention layer without its number"
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     if isinstance(cached_pass, TokenPass):
-        return cached_pass.attend(layer, query, key, value, scale=scale, window=sliding_window, softcap=softcap), None
-    keys, values = cached_pass.write(layer, key, value)
+        return cached_pass.attend(layer, query, key, value, scoring), None
+    keys, values = cached_pass.keep(layer, key, value)
     if any(cached_pass.starts):
-        out = cached_pass.continued(query[0], keys, values, scale=scale, window=sliding_window, softcap=softcap)
-        return out[None], None
+        return cached_pass.attend(query, keys, values, scoring), None
     return packed_attention(
         module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
         packed_layout=cached_pass.layout, **asked,

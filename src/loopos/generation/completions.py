@@ -134,9 +134,7 @@ class Running:
         assert self._text is not None
         sure = self._final_text() if self.finish_reason else self._text.text[: self._text.final_length()]
         new, self._told = sure[self._told :], len(sure)
-        return Piece(
-            self.prompt_index, self.sample_index, self.tokens[-1], new, self._logprobs[-1], self.finish_reason
-        )
+        return Piece(self.prompt_index, self.sample_index, self.tokens[-1], new, self._logprobs[-1], self.finish_reason)
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "a completion that is still being made"

@@ -20,13 +20,19 @@ from loopos.config.faults import UserError
 from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.completions import Completion, Guide, Piece, Running
 from loopos.generation.placing import fill
-from loopos.generation.rows import PLAIN, CachedRows, PlainRows, Rows, prepared, serving, why_not_cached
+from loopos.generation.rows import (
+    PLAIN,
+    CachedRows,
+    PlainRows,
+    Rows,
+    prepared,
+    serving,
+    why_not_cached,
+    without_gradients,
+)
 from loopos.generation.sampling import History, choose
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.streams import stream_key, uniforms
-
-# Room that a new cache has for tokens to come; it grows when more are made.
-_FIRST_COLUMNS = 256
 
 
 class Engine:
@@ -95,7 +101,7 @@ class Engine:
         with prepared(self.model, self._attention), closing(steps):
             while True:
                 # Between two tokens the caller has its own gradient mode.
-                with torch.no_grad():
+                with without_gradients(self._attention):
                     touched = next(steps, None)
                 if touched is None:
                     return
@@ -123,11 +129,11 @@ class Engine:
     def _attention(self) -> str:
         return IMPLEMENTATION if self.path == "cached" else PLAIN
 
-    def rows(self, num_rows: int, num_columns: int) -> Rows:
+    def rows(self, num_rows: int) -> Rows:
         """New rows of the path that the probe chose."""
         if self.path == "plain":
             return PlainRows(self.model, num_rows)
-        return CachedRows(self.model, num_rows, num_columns=num_columns)
+        return CachedRows(self.model, num_rows)
 
     def limit(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """Tokens that may follow a prompt: the last one is never fed, so it needs no position. Raises `UserError`."""
@@ -214,8 +220,7 @@ class Engine:
     def _rows_for(self, waiting: Sequence[Running]) -> Rows:
         if self._kept is not None:
             return self._kept
-        columns = max(len(running.prompt) for running in waiting) + min(waiting[0].limit, _FIRST_COLUMNS)
-        rows = self.rows(self.max_rows if self._keeping else min(self.max_rows, len(waiting)), columns)
+        rows = self.rows(self.max_rows if self._keeping else min(self.max_rows, len(waiting)))
         if self._keeping:
             self._kept = rows
         return rows

@@ -7,7 +7,6 @@ what an earlier row holds are computed once and copied. Left out: when a place i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -52,14 +51,15 @@ def _begin(rows: Rows, leaders: dict[tuple[int, ...], int], most_tokens: int) ->
     if len(leaders) == 1:
         return
     first, *others = leaders.values()
-    shared = os.path.commonprefix(list(leaders))[: min(map(len, leaders)) - 1]
-    missing = shared[len(rows.fed[first]) :]
+    beginning = next(iter(leaders))
+    shared = min(min(common_length(beginning, prompt), len(prompt) - 1) for prompt in leaders)
+    missing = beginning[len(rows.fed[first]) : shared]
     if len(missing) >= WORTH_COPYING:
         for start in range(0, len(missing), most_tokens):
             rows.extend([first], [missing[start : start + most_tokens]])
         for place in others:
-            if len(rows.fed[place]) < len(shared):
-                rows.copy(first, place, len(shared))
+            if len(rows.fed[place]) < shared:
+                rows.copy(first, place, shared)
 
 
 def _run(rows: Rows, leaders: dict[tuple[int, ...], int], most_tokens: int) -> Iterator[tuple[int, Tensor]]:

@@ -9,17 +9,18 @@ Letters: N rows given, B rows that decode, V tokens of the vocabulary.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.functional.packing import PackedLayout
-from loopos.generation.cache import GROUP, IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
+from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
 from loopos.models.attention import PackedUnsupported
 
 # transformers' own attention that every model has.
@@ -29,7 +30,8 @@ _FEW_ROWS = 2
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Frequencies that change with the longest row of the batch: a row's text would depend on its neighbours.
 _BATCH_DEPENDENT_ROTARY = frozenset({"dynamic", "longrope"})
-_PROBE_LENGTHS = (3, 7, 1, 5)
+# At least four tokens each.
+_PROBE_LENGTHS = (6, 10, 4, 8)
 # Largest difference of logits, relative to the largest logit: kernels round differently for different shapes.
 _PROBE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
 
@@ -76,10 +78,17 @@ def prepared(model: PreTrainedModel, implementation: str) -> Iterator[None]:
             module.training = True
 
 
+def without_gradients(implementation: str) -> torch.inference_mode | torch.no_grad:
+    """What a forward of generation runs under. Inference tensors cost less (5% of a decode step); they stay within our
+    cache, while transformers' own code may keep a tensor in the model, where training would meet it.
+    """
+    return torch.inference_mode() if implementation == IMPLEMENTATION else torch.no_grad()
+
+
 @contextmanager
 def serving(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """The model as generation needs it: prepared, and without gradients."""
-    with prepared(model, implementation), torch.no_grad():
+    with prepared(model, implementation), without_gradients(implementation):
         yield
 
 
@@ -93,19 +102,19 @@ def _streams_weights(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    enabled, *_ = torch.backends.mkldnn.set_flags(False, None, None, None)
+    enabled, *_ = torch.backends.mkldnn.set_flags(False, None, None, None)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(enabled, None, None, None)
+        torch.backends.mkldnn.set_flags(enabled, None, None, None)  # type: ignore[no-untyped-call]
 
 
 class CachedRows:
     """Rows that decode together over one cache, without pads. To be used while `serving(model, IMPLEMENTATION)`."""
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, *, num_columns: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
         self._model = model
-        self._cache = KeyValueCache(num_rows, num_columns)
+        self._cache = KeyValueCache()
         self._device = model.device
         self._extra: dict[str, bool] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
         self._few = _FEW_ROWS if _streams_weights(model) else 0
@@ -116,20 +125,20 @@ class CachedRows:
         starts = tuple(len(self.fed[row]) for row in rows)
         for row, new in zip(rows, tokens, strict=True):
             self.fed[row] += new
-        self._cache.make_room(max(len(self.fed[row]) for row in rows))
-        prompt_pass = PromptPass(self._cache, layout, tuple(rows), starts)
+        self._cache.make_room(1 + max(rows), max(len(self.fed[row]) for row in rows))
+        prompt_pass = PromptPass.of(self._cache, layout, rows, starts)
         ids = torch.tensor([token for new in tokens for token in new], device=self._device)
-        return self._logits(ids[None], prompt_pass.positions()[None], prompt_pass, layout.ends())[0]
+        return self._logits(ids[None], prompt_pass.columns[None], prompt_pass, layout.ends())[0]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        columns = torch.tensor([len(self.fed[row]) for row in range(len(tokens))], device=self._device)
-        for row, token in enumerate(tokens):
-            self.fed[row].append(token)
-        needed = max(len(self.fed[row]) for row in range(len(tokens)))
-        self._cache.make_room(needed)
-        token_pass = TokenPass(self._cache, columns, -(-needed // GROUP) * GROUP)
+        lengths = [len(held) for held in self.fed[: len(tokens)]]
+        for held, token in zip(self.fed, tokens, strict=False):
+            held.append(token)
+        longest = 1 + max(lengths)
+        self._cache.make_room(len(tokens), longest)
+        columns = torch.tensor(lengths, device=self._device)
         ids = torch.tensor(tokens, device=self._device)
-        return self._logits(ids[:, None], columns[:, None], token_pass, 0)[:, -1]
+        return self._logits(ids[:, None], columns[:, None], TokenPass.of(self._cache, columns, longest), 0)[:, -1]
 
     def _logits(self, ids: Tensor, positions: Tensor, cached: PromptPass | TokenPass, kept: Tensor | int) -> Tensor:
         with _without_onednn() if ids.numel() <= self._few else nullcontext():
@@ -144,14 +153,18 @@ class CachedRows:
     def copy(self, source: int, target: int, length: int) -> None:
         assert length <= len(self.fed[source])
         if source != target:
+            self._cache.make_room(1 + target, length)
             self._cache.copy(source, target, slice(0, length))
         self.fed[target] = self.fed[source][:length]
 
     def select(self, sources: Sequence[int]) -> None:
         # Beams of one prompt share their first columns: only those from where two rows differ need to move.
         moved = [(target, source) for target, source in enumerate(sources) if target != source]
-        first = min((common_length(self.fed[a], self.fed[b]) for a, b in moved), default=0)
-        longest = max((len(self.fed[source]) for _, source in moved), default=0)
+        if not moved:
+            return
+        first = min(common_length(self.fed[a], self.fed[b]) for a, b in moved)
+        longest = max(len(self.fed[source]) for _, source in moved)
+        self._cache.make_room(len(sources), longest)
         self._cache.select(sources, slice(first, longest))
         fed = [list(self.fed[source]) for _, source in moved]
         for (target, _), tokens in zip(moved, fed, strict=True):
@@ -219,37 +232,43 @@ def why_not_cached(model: PreTrainedModel) -> str:
     """Empty when `CachedRows` gives the logits of each sequence run alone, on these weights; else the reason in
     words.
     """
-    config = model.config.get_text_config()
-    unserved = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
+    unserved = _unserved(model.config.get_text_config())
     if unserved:
-        return f"its layers use {', '.join(sorted(unserved))}"
-    rotary = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
-    if kinds & _BATCH_DEPENDENT_ROTARY:
-        kind = ", ".join(kinds & _BATCH_DEPENDENT_ROTARY)
-        return f"its rotary positions ({kind}) depend on the longest row of a batch"
-    generator = torch.Generator().manual_seed(0)
-    lengths = [length + 3 for length in _PROBE_LENGTHS]
-    drawn = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, (sum(lengths),), generator=generator)
-    sequences = [part.tolist() for part in drawn.split(lengths)]
+        return unserved
+    draw, vocabulary = random.Random(0), model.config.get_text_config().vocab_size
+    first = min(3, vocabulary - 1)
+    sequences = [[draw.randrange(first, vocabulary) for _ in range(length)] for length in _PROBE_LENGTHS]
     with serving(model, PLAIN):
-        alone = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in sequences]
+        alone = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -4:] for ids in sequences]
     try:
         with serving(model, IMPLEMENTATION):
             together = _probe(model, sequences)
     except (PackedUnsupported, ValueError, TypeError, AssertionError, RuntimeError) as problem:
         return (str(problem).splitlines() or [type(problem).__name__])[0]
-    expected = torch.cat([logits[-3 - 1 :] for logits in alone]).float()
+    expected = torch.cat(alone).float()
     difference = float((together.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     tolerance = _PROBE_TOLERANCE.get(model.dtype, 0.06)
     return "" if difference <= tolerance else f"its logits differ from each row alone by {difference:.1e}"
 
 
+def _unserved(config: PreTrainedConfig) -> str:
+    """What the configuration asks for that the cache cannot give, in words."""
+    layers = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
+    if layers:
+        return f"its layers use {', '.join(sorted(layers))}"
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    moving = kinds & _BATCH_DEPENDENT_ROTARY
+    if moving:
+        return f"its rotary positions ({', '.join(sorted(moving))}) depend on the longest row of a batch"
+    return ""
+
+
 def _probe(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
-    """Logits after each sequence's last four tokens but for the rows' order, `[4N, V]`: packed, two tokens together
-    one by one, and the last as a continuation.
+    """Logits after each of every sequence's last four tokens, `[4N, V]`: all but three packed, the next two in steps,
+    the last as a continuation.
     """
-    rows = CachedRows(model, len(sequences), num_columns=1)
+    rows = CachedRows(model, len(sequences))
     every = range(len(sequences))
     parts = [rows.extend(every, [ids[:-3] for ids in sequences])]
     parts += [rows.step([ids[place] for ids in sequences]) for place in (-3, -2)]

@@ -107,8 +107,8 @@ def _check_finite(values: Tensor, tokens: Tensor) -> None:
     """Whether what was chosen is a number: one NaN in a row makes the largest and every probability NaN."""
     if not bool(values.gather(1, tokens[:, None]).isfinite().all()):
         raise NonFiniteLogits(
-            "the model's logits are not finite: its weights hold NaN or infinities, overflow this number format, or the "
-            "settings forbid every token"
+            "the model's logits are not finite: its weights hold NaN or infinities, overflow this number format, or "
+            "the settings forbid every token"
         )
 
 
@@ -120,7 +120,7 @@ def logprob_of(logits: Tensor, tokens: Tensor) -> Tensor:
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds u, `[B]`: inverse transform sampling.
 
-    probabilities `[B, V]`, need not sum to 1; uniforms `[B]` float64 in [0, 1). A token of probability 0 is never drawn.
+    probabilities `[B, V]`, need not sum to 1; uniforms `[B]` float64 in [0, 1). No token of probability 0 is drawn.
     """
     size = probabilities.shape[1]
     if size % _BLOCK:

@@ -46,9 +46,7 @@ def self_consistency(
     its thinking, or whose answer normalises to None, has no vote; of equal counts the answer that came first wins.
     """
     _check_sampling(settings, n)
-    return [
-        vote(chains, normalise) for chains in reason(engine, prompts, marks, settings, limits=limits, n=n)
-    ]
+    return [vote(chains, normalise) for chains in reason(engine, prompts, marks, settings, limits=limits, n=n)]
 
 
 def vote(chains: Sequence[Chain], normalise: Callable[[str], str | None] = str.strip) -> Vote:
@@ -137,8 +135,7 @@ def step_beam_search(
                 for index, found in enumerate(kept)
             ]
     return [
-        [replace(_chain(engine, beam, marks), sample_index=place) for place, beam in enumerate(found)]
-        for found in kept
+        [replace(_chain(engine, beam, marks), sample_index=place) for place, beam in enumerate(found)] for found in kept
     ]
 
 
@@ -223,7 +220,5 @@ def _joined(beam: _Beam, added: Completion) -> _Beam:
 def _chain(engine: Engine, beam: _Beam, marks: StepMarks) -> Chain:
     ids = list(beam.token_ids)
     text = decoded(engine.tokenizer, ids[:-1] if beam.finish_reason == "stop token" else ids)
-    completion = Completion(
-        beam.prompt_index, 0, ids, text, list(beam.logprobs), None, beam.given, beam.finish_reason
-    )
+    completion = Completion(beam.prompt_index, 0, ids, text, list(beam.logprobs), None, beam.given, beam.finish_reason)
     return chain_of(engine.tokenizer, completion, marks)

@@ -60,7 +60,9 @@ class SamplingSettings:
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("stop", all(self.stop), "strings of at least one character"),
         )
-        wrong = [f"{name}: given {getattr(self, name)!r}; wanted {wanted}" for name, holds, wanted in ranges if not holds]
+        wrong = [
+            f"{name}: given {getattr(self, name)!r}; wanted {wanted}" for name, holds, wanted in ranges if not holds
+        ]
         if wrong:
             raise UserError("\n".join(wrong))
 
@@ -82,6 +84,4 @@ class SamplingSettings:
 
     def of_choice(self) -> SamplingSettings:
         """What the choice of one token depends on: equal for rows that may be sampled together."""
-        return replace(
-            self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0
-        )
+        return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
