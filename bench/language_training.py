@@ -50,7 +50,7 @@ def config_of(case: str, options: argparse.Namespace, folder: str) -> Any:
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
 
     training = {"learning_rate": options.learning_rate, "batch_size": options.batch, "num_epochs": 100, "max_steps": options.steps, "schedule": "linear",
-                "shuffle": False, "validate_every": "never", "save_every": "never", "keep_best": False, "max_length": LONGEST, "log_every": 1}  # fmt: skip
+                "warmup": options.warmup, "validate_every": "never", "save_every": "never", "keep_best": False, "max_length": LONGEST, "log_every": 1}  # fmt: skip
     data = {
         "pretrained_weights": options.model,
         "reasoning_examples": options.data,
@@ -115,6 +115,7 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from loopos.data.batches import StepBatches
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.training.progress import RunProgress
 
@@ -124,7 +125,11 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         encoder = ChainOfThought(config_of("loopos", options, folder), progress=RunProgress(quiet=True))
         encoder.load_data()
-        rows = [(row.ids, [int(weight > 0) for weight in row.weights or ()]) for row in encoder.train_rows]
+        order = StepBatches.of(
+            encoder.config.training, encoder.train_rows, None, rank=0, world=1, device=torch.device("cpu")
+        ).order(0)
+        drawn = [encoder.train_rows[place] for place in order]
+        rows = [(row.ids, [int(weight > 0) for weight in row.weights or ()]) for row in drawn]
     for _, mask in rows:
         mask[0] = int(all(mask[1:]))
     dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": [mask for _, mask in rows]})
@@ -159,6 +164,7 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
             max_steps=options.steps,
             learning_rate=options.learning_rate,
             lr_scheduler_type="linear",
+            warmup_steps=options.warmup,
             max_length=LONGEST,
             completion_only_loss=True,
             logging_steps=1,
@@ -213,6 +219,7 @@ def main() -> None:
     parser.add_argument("--save", default="")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--cases", default="loopos,trl-defaults,trl-best")
@@ -230,7 +237,7 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {}
         for _, case in itertools.product(range(options.rounds), options.cases.split(",")):
             assert case in CASES, f"no case {case}; cases: {', '.join(CASES)}"
-            names = ("model", "data", "save", "steps", "batch", "learning_rate")
+            names = ("model", "data", "save", "steps", "batch", "warmup", "learning_rate")
             arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
             done = subprocess.run([sys.executable, __file__, "--child", case, *arguments], env=environment_of(case), stdout=subprocess.PIPE, check=True)  # fmt: skip
             answer = json.loads(done.stdout.decode().strip().splitlines()[-1])

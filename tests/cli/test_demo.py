@@ -18,7 +18,7 @@ CONFIGS = [path.name for path in files("loopos.demo").iterdir() if path.name.end
 
 
 def test_there_is_a_config() -> None:
-    assert CONFIGS == ["fine_tuning.json"]
+    assert sorted(CONFIGS) == ["chain_of_thought.json", "fine_tuning.json"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,15 @@ def test_items_as_written() -> None:
     assert name.problem == 'Take the last letters of the words in "Elon Musk" and concatenate them.'
     assert name.steps == ('"Elon" ends with "n": n', '"Musk" ends with "k": nk')
     assert name.answer == "nk"
-    coin = coin_flips([("Ka", "dime"), ("Sherrie", "penny"), ("Ida", "dime")])
+    coin = coin_flips([("Ka", True), ("Sherrie", False), ("Ida", True)])
     assert coin.problem == (
-        "A penny, a dime and a quarter lie heads up. Ka flips the dime. Sherrie flips the penny. Ida flips the dime. "
-        "Which sides are up?"
+        "A coin is heads up. Ka flips the coin. Sherrie does not flip the coin. Ida flips the coin. "
+        "Is the coin still heads up?"
     )
     assert coin.steps == (
-        "Ka flips the dime: heads, tails, heads",
-        "Sherrie flips the penny: tails, tails, heads",
-        "Ida flips the dime: tails, heads, heads",
-    )
-    assert coin.answer == "tails, heads, heads"
+        "The coin starts heads up.", "Ka flips: tails up.", "Sherrie does not flip: tails up.", "Ida flips: heads up."
+    )  # fmt: skip
+    assert coin.answer == "yes"
     total = addition(457, 86)
     assert total.problem == "What is 457 + 86?"
     assert total.steps == (
@@ -47,8 +44,8 @@ def recomputed(problem: str) -> str:
     if problem.startswith("Take"):
         quoted = problem.split('"')[1]
         return "".join(re.findall(r"(\w)\b", quoted)).lower()
-    flips = [problem.count(f"flips the {coin}.") for coin in ("penny", "dime", "quarter")]
-    return ", ".join("tails" if number % 2 else "heads" for number in flips)
+    flips = len(re.findall(r"\w+ flips the coin", problem))
+    return "yes" if flips % 2 == 0 else "no"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -57,7 +54,8 @@ def test_every_answer_is_right_and_the_chain_ends_with_it(task: Task, size: int)
     items = symbolic_items(20 if size == 1 else 150, task, size=size, seed=5)
     for item in items:
         assert item.answer == recomputed(item.problem)
-        assert item.steps[-1].endswith(f": {item.answer}")
+        side = {"yes": "heads", "no": "tails"}.get(item.answer, item.answer)
+        assert re.search(rf"\b{side}( up\.)?$", item.steps[-1])
     assert len({item.problem for item in items}) == len(items)
 
 
@@ -91,11 +89,9 @@ def test_the_same_arguments_give_the_same_items(task: Task) -> None:
     assert {split_of(item) for item in symbolic_items(30, task)} == {"train"}
 
 
-def test_every_way_that_the_coins_can_lie_is_about_as_frequent() -> None:
-    found = Counter(item.answer for item in symbolic_items(800, "coin_flips"))
-    # Five flips: an odd number of coins shows tails, so half of the eight ways.
-    assert len(found) == 4
-    assert min(found.values()) >= 120
+def test_both_answers_to_a_coin_are_about_as_frequent() -> None:
+    yes = sum(item.answer == "yes" for item in symbolic_items(400, "coin_flips"))
+    assert 160 <= yes <= 240
 
 
 def test_more_than_there_are_is_an_error() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_runs import NUM_KILLS, digest, in_a_child
 
 from loopos.config.faults import UserError
 from loopos.methods.fine_tuning import FineTuner
 from loopos.training.events import fingerprint, read
 from loopos.training.progress import RunProgress
-from killed_runs import NUM_KILLS, digest, in_a_child
 
 Build = Callable[..., Any]
 

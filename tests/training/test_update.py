@@ -149,7 +149,9 @@ def test_gradients_are_clipped_to_the_norm(fine_tuning_config: Build, tmp_path: 
     fit = tuner.build_fit(World())
     before = {name: p.detach().clone() for name, p in tuner.trained.masters.parameters.items()}
     result = fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
-    moved = math.sqrt(sum(float((p.detach() - before[n]).square().sum()) for n, p in tuner.trained.masters.parameters.items()))
+    moved = math.sqrt(
+        sum(float((p.detach() - before[n]).square().sum()) for n, p in tuner.trained.masters.parameters.items())
+    )
     assert result.gradient_norm > 0.25
     assert moved == pytest.approx(0.1 * 0.25, rel=1e-4)
 

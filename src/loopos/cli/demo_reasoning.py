@@ -1,4 +1,4 @@
-"""The demo's second act: one model trained twice on the same number of tokens, with worked steps and with answers alone.
+"""The demo's second act: one model trained twice on equally many tokens, with worked steps and with answers alone.
 
 Enters: the packaged config. Leaves: two run folders, and what both answer to problems that neither has seen. The tasks
 are those of Wei et al. 2022, drawn by `loopos.demo.symbolic`. Left out: the other acts (`demo`).
@@ -23,9 +23,9 @@ from loopos.evaluation.run_folder import holds_run
 from loopos.methods.table import config_classes
 
 PACKAGE, CONFIG = "loopos.demo", "chain_of_thought.json"
-# Coin flips are learned soonest, additions last.
-TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 60, "coin_flips": 45, "additions": 190}
-TEST_ITEMS: Mapping[Task, int] = {"last_letters": 67, "coin_flips": 66, "additions": 67}
+# Additions take the most examples to learn, and a coin is guessed right every second time.
+TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 30, "coin_flips": 60, "additions": 250}
+TEST_ITEMS: Mapping[Task, int] = {"last_letters": 40, "coin_flips": 60, "additions": 100}
 # Answers alone are short: so many times more problems make up for the tokens of the steps.
 _MORE_PROBLEMS = 6
 _CHAINS_SHOWN = 2

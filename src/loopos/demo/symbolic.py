@@ -20,24 +20,16 @@ Task: TypeAlias = Literal["last_letters", "coin_flips", "additions"]
 Split: TypeAlias = Literal["train", "test"]
 
 TASKS: tuple[Task, ...] = ("last_letters", "coin_flips", "additions")
-DEFAULT_SIZES: dict[Task, int] = {"last_letters": 4, "coin_flips": 4, "additions": 3}
+DEFAULT_SIZES: dict[Task, int] = {"last_letters": 3, "coin_flips": 4, "additions": 2}
 """Words of a name, people at the coin, digits of a summand."""
 
 # One item in this many is a test item.
 _TEST_SHARE = 4
-_FIRST_NAMES = """
-    Ada Alma Amir Anton Asta Bela Bruno Carla Cyrus Dana Diego Edith Elias Emil Erik Esra Fatima Felix Flora Frank
-    Greta Hamid Hana Hugo Ida Igor Ines Iris Ivan Jakob Jana Jonas Judith Kemal Klaus Lara Leon Lina Louis Luca
-    Magda Malik Marek Maya Milan Mira Nadia Nils Nora Olaf Olga Oscar Paul Petra Pia Quinn Rafael Rania Rita Robin
-    Ruth Samir Selma Simon Sofia Stella Sven Tamar Theo Tilda Tomas Ulf Uma Vera Viktor Wanda Wim Yara Yusuf Zeno
+_NAMES = """
+    Ada Alma Amir Anton Bruno Carla Cyrus Dana Diego Edith Elias Emil Erik Felix Flora Frank Greta Hana Hugo Ida
+    Igor Ines Iris Ivan Jakob Jana Jonas Judith Klaus Lara Leon Lina Louis Magda Marek Mira Nadia Nils Nora Olga
+    Oscar Paul Petra Rita Robin Ruth Selma Simon Sofia Sven Theo Tomas Vera Viktor Wanda Yusuf Zeno
 """
-_LAST_NAMES = """
-    Abbott Baker Becker Bishop Blum Carter Castro Cohen Costa Dupont Ekberg Farrow Fischer Fox Garcia Gupta Haddad
-    Hansen Holm Ito Jansen Kaplan Keller Kim Klein Kowalski Kruger Lang Levy Lopez Lund Marsh Meyer Moreau Moss
-    Nagy Novak Okafor Olsen Ortiz Park Patel Perez Quist Rahman Reyes Rossi Roth Santos Schmidt Silva Singh Stone
-    Sun Tanaka Torres Ueda Usman Vance Vogel Walsh Weber Wolf Wong Yilmaz Young Zhang Ziegler
-"""
-_NAMES = (*_FIRST_NAMES.split(), *_LAST_NAMES.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +74,10 @@ def addition(first: int, second: int) -> SymbolicItem:
         column = int(top) + int(bottom) + carry
         carried = f" + {carry}" if carry else ""
         digits, carry = str(column % 10) + digits, column // 10
-        steps.append(f"{top} + {bottom}{carried} = {column}, write {column % 10}, carry {carry}: {digits}")
+        steps.append(f"{top} + {bottom}{carried} = {column}, carry {carry}: {digits}")
     if carry:
         digits = str(carry) + digits
-        steps.append(f"write the carry {carry}: {digits}")
+        steps.append(f"carry {carry}: {digits}")
     return SymbolicItem("additions", f"What is {first} + {second}?", tuple(steps), digits)
 
 
@@ -137,11 +129,11 @@ def write_items(path: Path, items: Sequence[SymbolicItem], *, with_steps: bool =
 
 
 def _draw_last_letters(generator: random.Random, size: int) -> SymbolicItem:
-    return last_letters(generator.sample(_NAMES, size))
+    return last_letters(generator.sample(_NAMES.split(), size))
 
 
 def _draw_coin_flips(generator: random.Random, size: int) -> SymbolicItem:
-    return coin_flips([(name, generator.random() < 0.5) for name in generator.sample(_NAMES, size)])
+    return coin_flips([(name, generator.random() < 0.5) for name in generator.sample(_NAMES.split(), size)])
 
 
 def _draw_addition(generator: random.Random, size: int) -> SymbolicItem:
