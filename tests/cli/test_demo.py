@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli import demo
+from loopos.cli import demo, demo_reasoning
 from loopos.config.faults import EnvironmentFault
 from tests.cli.conftest import Invoke
 
@@ -71,13 +72,30 @@ def test_an_act_with_the_pico_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "load", load_pico)
     monkeypatch.setattr(demo, "embedded_model", lambda: None)
+    monkeypatch.setattr(demo, "chain_of_thought", lambda: 0)
     result = invoke("demo")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("act 1 of 1: fine-tuning")
+    assert lines[0].startswith("act 1 of 2: fine-tuning")
+    assert lines.pop().startswith("act 2 of 2: chain of thought")
     assert lines[1].startswith("accuracy on validation messages: ")
     assert lines[1].endswith("after 20 steps")
     assert "  order_status" in result.stdout
     live = lines[lines.index("live predictions") + 1 :]
     assert len(live) == 4
     assert live[-1].startswith("wall time ")
+
+
+def test_both_trainings_of_the_second_act_have_as_many_tokens(pico_folder: Path, tmp_path: Path) -> None:
+    written = json.loads(files("loopos.demo").joinpath("chain_of_thought.json").read_text(encoding="utf-8"))["data"]
+    tokens = demo_reasoning.write_data(tmp_path, {**written, "pretrained_weights": str(pico_folder)})
+    assert 0 <= tokens["chains"] - tokens["answers"] < 300
+    found = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("chains", "answers", "test")
+    }
+    assert len(found["test"]) == 200
+    assert all(row["reasoning"] for row in found["chains"])
+    assert not any(row["reasoning"] for row in found["answers"])
+    trained = {row["problem"] for name in ("chains", "answers") for row in found[name]}
+    assert not trained & {row["problem"] for row in found["test"]}

@@ -24,8 +24,8 @@ from loopos.methods.table import config_classes
 
 PACKAGE, CONFIG = "loopos.demo", "chain_of_thought.json"
 # Additions take the most examples to learn, and a coin is guessed right every second time.
-TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 30, "coin_flips": 60, "additions": 250}
-TEST_ITEMS: Mapping[Task, int] = {"last_letters": 40, "coin_flips": 60, "additions": 100}
+TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 60, "coin_flips": 40, "additions": 170}
+TEST_ITEMS: Mapping[Task, int] = {"last_letters": 80, "coin_flips": 30, "additions": 90}
 # Answers alone are short: so many times more problems make up for the tokens of the steps.
 _MORE_PROBLEMS = 6
 _CHAINS_SHOWN = 2
@@ -35,8 +35,9 @@ def chain_of_thought() -> int:
     """Trains both, then shows exact match by task, and two chains."""
     began = time.monotonic()
     with as_file(files(PACKAGE) / CONFIG) as path:
-        folder = _fresh(Path(json.loads(path.read_text(encoding="utf-8"))["data"]["reasoning_examples"]).parent)
-        tokens = write_data(folder, load(path, [], config_classes()).config)
+        written = json.loads(path.read_text(encoding="utf-8"))["data"]
+        folder = _fresh(Path(written["reasoning_examples"]).parent)
+        tokens = write_data(folder, written)
         say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, answers alone")
         answered = {}
         for name in ("chains", "answers"):
@@ -62,19 +63,19 @@ def _fresh(folder: Path) -> Path:
     return fresh
 
 
-def write_data(folder: Path, config: Any) -> dict[str, int]:
+def write_data(folder: Path, data: Mapping[str, Any]) -> dict[str, int]:
     """Training problems with their steps, others with answers alone, of as many tokens, and test problems that are in
-    neither. Returns the tokens of both trainings.
+    neither. data: the section of the config that says how rows become tokens. Returns the tokens of both trainings.
     """
     write_items(folder / "test.jsonl", _mixed(TEST_ITEMS, "test", seed=3))
     chains = _mixed(TRAINING_ITEMS, "train", seed=1)
     write_items(folder / "chains.jsonl", chains)
-    most = sum(_lengths(folder / "chains.jsonl", config))
+    most = sum(_lengths(folder / "chains.jsonl", data))
     more = _mixed({task: _MORE_PROBLEMS * number for task, number in TRAINING_ITEMS.items()}, "train", seed=2)
     file = folder / "answers.jsonl"
     write_items(file, more, with_steps=False)
     kept, tokens = 0, 0
-    for length in _lengths(file, config):
+    for length in _lengths(file, data):
         if tokens + length > most:
             break
         kept, tokens = kept + 1, tokens + length
@@ -89,8 +90,9 @@ def _mixed(numbers: Mapping[Task, int], split: Any, *, seed: int) -> list[Symbol
     return items
 
 
-def _lengths(file: Path, config: Any) -> list[int]:
+def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
     """Tokens of each row, as training makes them."""
+    from loopos.config.chain_of_thought import ReasoningDataSection
     from loopos.data import rows
     from loopos.data.step_format import chosen_format
     from loopos.data.supervised import SupervisedEncoder
@@ -98,10 +100,11 @@ def _lengths(file: Path, config: Any) -> list[int]:
     from loopos.models.sources import weights_source
     from loopos.models.tokenizers import open_tokenizer
 
-    step_format = chosen_format(config.data.step_format)
-    tokenizer = open_tokenizer(weights_source(config.data.pretrained_weights))
+    section = ReasoningDataSection.model_validate(data)
+    step_format = chosen_format(section.step_format)
+    tokenizer = open_tokenizer(weights_source(section.pretrained_weights))
     examples, _ = read_supervised(rows.read(str(file)), {}, step_format=step_format)
-    encoded, _ = SupervisedEncoder(config.data, step_format, tokenizer, max_length=None)(examples)
+    encoded, _ = SupervisedEncoder(section, step_format, tokenizer, max_length=None)(examples)
     return [len(row.ids) for row in encoded]
 
 

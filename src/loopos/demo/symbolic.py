@@ -20,7 +20,7 @@ Task: TypeAlias = Literal["last_letters", "coin_flips", "additions"]
 Split: TypeAlias = Literal["train", "test"]
 
 TASKS: tuple[Task, ...] = ("last_letters", "coin_flips", "additions")
-DEFAULT_SIZES: dict[Task, int] = {"last_letters": 3, "coin_flips": 4, "additions": 2}
+DEFAULT_SIZES: dict[Task, int] = {"last_letters": 3, "coin_flips": 4, "additions": 3}
 """Words of a name, people at the coin, digits of a summand."""
 
 # One item in this many is a test item.
