@@ -39,6 +39,8 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python bench/fine_tuning.py
+	$(BIN)/python bench/language_training.py
+	$(BIN)/python bench/generation.py
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel

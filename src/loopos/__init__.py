@@ -11,18 +11,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loopos.config.chain_of_thought import ChainOfThoughtConfig
     from loopos.config.fine_tuning import FineTuningConfig
     from loopos.config.sections import MethodConfig
     from loopos.evaluation.predictor import Predictor
+    from loopos.evaluation.reasoning import Reasoner
+    from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
 
 __version__ = "0.1.0"
-__all__ = ["FineTuner", "FineTuningConfig", "Predictor", "__version__", "load", "read_config"]
+__all__ = [
+    "ChainOfThought",
+    "ChainOfThoughtConfig",
+    "FineTuner",
+    "FineTuningConfig",
+    "Predictor",
+    "Reasoner",
+    "__version__",
+    "load",
+    "read_config",
+]
 
 _PLACES = {
+    "ChainOfThought": "loopos.methods.chain_of_thought",
+    "ChainOfThoughtConfig": "loopos.config.chain_of_thought",
     "FineTuner": "loopos.methods.fine_tuning",
     "FineTuningConfig": "loopos.config.fine_tuning",
     "Predictor": "loopos.evaluation.predictor",
+    "Reasoner": "loopos.evaluation.reasoning",
 }
 
 
