@@ -14,7 +14,8 @@ import loopos
 
 
 def test_the_public_names_are_pinned() -> None:
-    assert loopos.__all__ == ["FineTuner", "FineTuningConfig", "Predictor", "__version__", "load", "read_config"]
+    classes = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "Predictor", "Reasoner"]
+    assert loopos.__all__ == [*classes, "__version__", "load", "read_config"]
     assert all(getattr(loopos, name) is not None for name in loopos.__all__)
 
 
