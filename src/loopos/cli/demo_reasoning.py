@@ -126,7 +126,7 @@ def answers(config: Any, file: Path) -> list[dict[str, Any]]:
 
 def show(answered: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Exact match of both by task, and chains of right answers."""
-    rows = [("exact match on unseen problems", "answers alone", "with steps")]
+    rows: list[tuple[str, ...]] = [("exact match on unseen problems", "answers alone", "with steps")]
     for task in (*TASKS, "all"):
         shares = []
         for name in ("answers", "chains"):
