@@ -8,13 +8,13 @@ Letters: n samples of a problem, c of them right, k of them drawn.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loopos.data.step_format import Parsed, StepFormat
 from loopos.evaluation.answers import vote_key
 from loopos.evaluation.checkers import RIGHT, Checker
+from loopos.functional.voting import plurality
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,7 @@ def majority(answers: Sequence[str]) -> tuple[int, float] | None:
     Answers agree when their `vote_key` is equal; blank ones have no voice but count in the share; of equally many, the
     group that comes first wins. None where all are blank.
     """
-    keys = [vote_key(answer) for answer in answers]
-    votes = Counter(key for key in keys if key)
-    if not votes:
-        return None
-    winner, count = votes.most_common(1)[0]
-    return keys.index(winner), count / len(answers)
+    return plurality([vote_key(answer) or None for answer in answers])
 
 
 def _majority_is_right(verdicts: Sequence[Verdict]) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from loopos.config.faults import UserError
+from loopos.functional.voting import plurality
 from loopos.generation.completions import Completion, FinishReason
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
@@ -53,10 +54,11 @@ def vote(chains: Sequence[Chain], normalise: Callable[[str], str | None] = str.s
     """The majority of these chains' answers."""
     answers = [normalise(chain.answer.text) if chain.well_formed else None for chain in chains]
     counts = Counter(answer for answer in answers if answer is not None)
-    if not counts:
+    winner = plurality(answers)
+    if winner is None:
         return Vote(None, 0.0, {}, list(chains))
-    answer, votes = counts.most_common(1)[0]
-    return Vote(answer, votes / len(chains), dict(counts), list(chains))
+    place, share = winner
+    return Vote(answers[place], share, dict(counts), list(chains))
 
 
 def best_of_n(
