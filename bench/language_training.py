@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     # What a knowledgeable user would set: half-precision weights, packed rows, no recomputation, the allocator that keeps freed memory.
     "trl-best": {"weights": "bfloat16", "gradient_checkpointing": False, "packing": True, "allocator": True},
     "trl-lora-defaults": {"lora": True},
+    "trl-lora-bf16-weights": {"lora": True, "weights": "bfloat16", "gradient_checkpointing": False, "allocator": True},
     "trl-lora-best": {"lora": True, "weights": "bfloat16", "gradient_checkpointing": False, "packing": True, "allocator": True},
 }  # fmt: skip
 ALLOCATOR = {
