@@ -1,7 +1,7 @@
 """Encoded examples → the micro-batches of each optimizer step, without pads, resumable at any step.
 
 Enters: encoded examples, their targets, the layout of the run (rows a forward, accumulation, ranks). Leaves:
-`Batch`es. Left out: tokenising.
+`Batch`es, or what else `Rows` make. Left out: tokenising.
 
 A step takes the next `batch_size × accumulation × world` rows of the epoch's order. Which rows a step holds never
 depends on how they are split, so one process
@@ -11,8 +11,10 @@ the slot with the fewest tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,18 @@ from torch import Tensor
 from loopos.config.sections import TrainingSection
 from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
+
+BatchT = TypeVar("BatchT")
+MadeT_co = TypeVar("MadeT_co", covariant=True)
+
+
+class Rows(Protocol[MadeT_co]):
+    """The rows of a data set: how many tokens each has, and a batch of any of them."""
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+    def __call__(self, rows: Sequence[int]) -> MadeT_co: ...
 
 
 @dataclass(frozen=True)
@@ -52,24 +66,35 @@ class Cursor:
     step: int = 0
 
 
-def collate(examples: Sequence[Encoded], targets: Tensor | None, rows: Sequence[int], device: torch.device) -> Batch:
-    """Packs the examples at `rows` into one flat row. targets: of all examples, indexed by row."""
-    chosen = [examples[row] for row in rows]
-    types = None
-    if chosen[0].token_types is not None:
-        types = torch.tensor([t for example in chosen for t in example.token_types or ()], device=device)
-    weights = None
-    if chosen[0].weights is not None:
-        factors = [factor for example in chosen for factor in example.weights or ()]
-        weights = torch.tensor(factors, dtype=torch.float32, device=device)
-    return Batch(
-        ids=torch.tensor([token for example in chosen for token in example.ids], device=device),
-        layout=PackedLayout(tuple(len(example.ids) for example in chosen), device),
-        token_types=types,
-        targets=None if targets is None else targets[torch.as_tensor(list(rows))].to(device),
-        rows=tuple(rows),
-        weights=weights,
-    )
+@dataclass(frozen=True)
+class PackedRows:
+    """Encoded examples as `Rows`, packed into one flat row. targets: of all examples, indexed by row."""
+
+    examples: Sequence[Encoded]
+    targets: Tensor | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(example.ids) for example in self.examples]
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        chosen, device = [self.examples[row] for row in rows], self.device
+        types = None
+        if chosen[0].token_types is not None:
+            types = torch.tensor([t for example in chosen for t in example.token_types or ()], device=device)
+        weights = None
+        if chosen[0].weights is not None:
+            factors = [factor for example in chosen for factor in example.weights or ()]
+            weights = torch.tensor(factors, dtype=torch.float32, device=device)
+        return Batch(
+            ids=torch.tensor([token for example in chosen for token in example.ids], device=device),
+            layout=PackedLayout(tuple(self.lengths[row] for row in rows), device),
+            token_types=types,
+            targets=None if self.targets is None else self.targets[torch.as_tensor(list(rows))].to(device),
+            rows=tuple(rows),
+            weights=weights,
+        )
 
 
 def deal(lengths: Sequence[int], slots: int, capacity: int) -> list[list[int]]:
@@ -89,46 +114,31 @@ def deal(lengths: Sequence[int], slots: int, capacity: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class StepBatches:
+class StepBatches(Generic[BatchT]):
     """The training data, a step at a time, for one rank.
 
     `batch_size`: rows of one forward pass on one rank. `accumulation`: forward passes a step. The last step of an
     epoch takes what is left.
     """
 
-    examples: Sequence[Encoded]
-    targets: Tensor | None
+    rows: Rows[BatchT]
     batch_size: int
     accumulation: int = 1
     rank: int = 0
     world: int = 1
     shuffle: bool = True
     seed: int = 42
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def of(
-        cls,
-        settings: TrainingSection,
-        examples: Sequence[Encoded],
-        targets: Tensor | None,
-        *,
-        rank: int,
-        world: int,
-        device: torch.device,
-    ) -> StepBatches:
+    def of(cls, settings: TrainingSection, rows: Rows[BatchT], *, rank: int, world: int) -> StepBatches[BatchT]:
         """The layout that a config's `training` section asks for."""
         return cls(
-            examples,
-            targets,
-            settings.batch_size,
-            settings.gradient_accumulation,
-            rank,
-            world,
-            settings.shuffle,
-            settings.seed,
-            device,
+            rows, settings.batch_size, settings.gradient_accumulation, rank, world, settings.shuffle, settings.seed
         )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows.lengths)
 
     @property
     def rows_a_step(self) -> int:
@@ -136,26 +146,26 @@ class StepBatches:
 
     @property
     def steps_an_epoch(self) -> int:
-        return -(-len(self.examples) // self.rows_a_step)
+        return -(-self.num_rows // self.rows_a_step)
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's order of rows, from seed and epoch alone."""
         if not self.shuffle:
-            return np.arange(len(self.examples))
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.examples))
+            return np.arange(self.num_rows)
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.num_rows)
 
     def rows_of(self, cursor: Cursor) -> list[list[int]]:
         """The rows of this rank's micro-batches in the step at `cursor`."""
         group = self.order(cursor.epoch)[cursor.step * self.rows_a_step :][: self.rows_a_step].tolist()
-        slots = deal([len(self.examples[row].ids) for row in group], self.accumulation * self.world, self.batch_size)
+        slots = deal([self.rows.lengths[row] for row in group], self.accumulation * self.world, self.batch_size)
         return [[group[place] for place in slot] for slot in slots[self.rank :: self.world]]
 
-    def step(self, cursor: Cursor) -> list[Batch]:
+    def step(self, cursor: Cursor) -> list[BatchT]:
         """This rank's micro-batches of the step at `cursor`; micro-batches without rows are left out."""
-        return [collate(self.examples, self.targets, rows, self.device) for rows in self.rows_of(cursor) if rows]
+        return [self.rows(rows) for rows in self.rows_of(cursor) if rows]
 
-    def after(self, cursor: Cursor) -> Cursor:
-        """The cursor one step on."""
+    def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
+        """The cursor one step on, whatever the step's losses were."""
         return (
             Cursor(cursor.epoch, cursor.step + 1)
             if cursor.step + 1 < self.steps_an_epoch
@@ -163,26 +173,19 @@ class StepBatches:
         )
 
 
-def in_order(
-    examples: Sequence[Encoded],
-    targets: Tensor | None,
-    *,
-    tokens: int,
-    device: torch.device,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[Batch]:
+def in_order(rows: Rows[BatchT], *, tokens: int, rank: int = 0, world: int = 1) -> Iterator[BatchT]:
     """Batches for evaluation: neighbours in length share a batch of about `tokens` tokens; every row comes once
     over all ranks.
     """
-    by_length = sorted(range(len(examples)), key=lambda row: (len(examples[row].ids), row))
+    lengths = rows.lengths
+    by_length = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     group: list[int] = []
     number = 0
     for row in by_length:
-        if group and sum(len(examples[r].ids) for r in group) + len(examples[row].ids) > tokens:
+        if group and sum(lengths[r] for r in group) + lengths[row] > tokens:
             if number % world == rank:
-                yield collate(examples, targets, group, device)
+                yield rows(group)
             group, number = [], number + 1
         group.append(row)
     if group and number % world == rank:
-        yield collate(examples, targets, group, device)
+        yield rows(group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopos.functional.gradient_sum import gradient_sum
 
 # Rows whose logits are held at once: they and their gradient stay in the cache of a processor core.
-_CHUNK = 256
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_embedding = (
             torch.zeros(embedding.shape, dtype=torch.float32, device=hidden.device) if wants_embedding else None
         )
-        for first in range(0, len(targets), _CHUNK):
-            rows = slice(first, first + _CHUNK)
+        for first in range(0, len(targets), CHUNK):
+            rows = slice(first, first + CHUNK)
             states, chosen, share = hidden[rows], targets[rows, None], weights[rows, None]
             logits = shape(states @ embedding.t())
             log_normaliser = logits.logsumexp(-1, keepdim=True)

@@ -26,11 +26,13 @@ class Bundle:
     """Sequences of like length that are attended to in one batched product, padded on the right to the longest.
 
     `tokens` `[G, n]`: index of each token in the row; pads repeat the sequence's last token. `real` `[G, n]` bool:
-    True = a token, False = a pad; None where there are no pads.
+    True = a token, False = a pad; None where there are no pads. `branch` `[G, n]`: the branch of each token, 0 = the
+    trunk; None without branches.
     """
 
     tokens: Tensor
     real: Tensor | None
+    branch: Tensor | None = None
 
     def places(self, groups: int, rows: int) -> Tensor:
         """Index into token-major rows `[T·H, D]` of every (group, sequence, head in group, token): `[K·G·r·n]`."""
@@ -48,24 +50,41 @@ class Bundle:
 class PackedLayout:
     """Where each sequence of a flat row of tokens begins and ends.
 
-    `lengths`: tokens of each sequence, in order, each >= 1. Their sum is T.
+    `lengths`: tokens of each sequence, in order, each >= 1. Their sum is T. `branches`: where a sequence is a trunk
+    that several branches go on from, each as if it stood behind the trunk alone, the lengths of trunk and branches;
+    None where every sequence is one.
     """
 
     lengths: tuple[int, ...]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    branches: tuple[tuple[int, ...], ...] | None = None
     _kept: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.lengths, "a row without sequences"
         assert min(self.lengths) >= 1, self.lengths
+        assert self.branches is None or tuple(map(sum, self.branches)) == self.lengths, self.branches
+
+    @classmethod
+    def of_branches(cls, branches: Sequence[tuple[int, ...]], device: torch.device) -> PackedLayout:
+        """Sequences that each have a trunk (the first length) and branches that go on from it."""
+        return cls(tuple(map(sum, branches)), device, tuple(branches))
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
     def positions(self) -> Tensor:
-        """Positions that restart at 0 in each sequence, `[T]`."""
-        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
+        """Positions that restart at 0 in each sequence, and behind the trunk in each branch, `[T]`."""
+        if self.branches is None:
+            runs = [torch.arange(length) for length in self.lengths]
+        else:
+            runs = [
+                torch.arange(first, first + length)
+                for trunk, *rest in self.branches
+                for first, length in ((0, trunk), *((trunk, branch) for branch in rest))
+            ]
+        return torch.cat(runs).to(self.device)
 
     def lengths_tensor(self) -> Tensor:
         """`[N]`, int64."""
@@ -74,6 +93,14 @@ class PackedLayout:
     def ends(self) -> Tensor:
         """Index of the last token of each sequence, `[N]`."""
         return self.lengths_tensor().cumsum(0) - 1
+
+    def last_tokens(self) -> Tensor:
+        """Index of the last token of each sequence, or of each branch where there are branches, in order."""
+        if self.branches is None:
+            return self.ends()
+        ends = torch.tensor([length for parts in self.branches for length in parts]).cumsum(0) - 1
+        is_branch = torch.tensor([place > 0 for parts in self.branches for place in range(len(parts))])
+        return ends[is_branch].to(self.device)
 
     def starts(self) -> Tensor:
         """Index of the first token of each sequence, `[N]`."""
@@ -104,13 +131,22 @@ class PackedLayout:
         lengths = torch.tensor([self.lengths[i] for i in run], device=self.device)[:, None]
         first = torch.tensor([starts[i] for i in run], device=self.device)[:, None]
         tokens = first + torch.minimum(column[None], lengths - 1)
-        return Bundle(tokens, None if self.lengths[run[-1]] == longest else column[None] < lengths)
+        branch = None
+        if self.branches is not None:
+            branch = torch.stack([_branch_numbers(self.branches[i], longest) for i in run]).to(self.device)
+        return Bundle(tokens, None if self.lengths[run[-1]] == longest else column[None] < lengths, branch)
 
     def kept_for_layers(self, key: object, make: Callable[[], _Kept]) -> _Kept:
         """What `make` gives, made once for the row and kept for its other layers."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[return-value]
+
+
+def _branch_numbers(lengths: Sequence[int], longest: int) -> Tensor:
+    """The branch of each token of one sequence, 0 = its trunk, `[longest]`; pads continue the last."""
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return F.pad(numbers, (0, longest - len(numbers)), value=len(lengths) - 1)
 
 
 def additive_mask(
@@ -123,9 +159,14 @@ def additive_mask(
     """
     count, length = bundle.tokens.shape
     allowed = allowed_pairs((length,), causal=causal, window=window, device=bundle.tokens.device)
-    if not causal and bundle.real is not None:
+    each: Tensor | None = None
+    if bundle.branch is not None:
+        own, other = bundle.branch[:, :, None], bundle.branch[:, None, :]
+        each = allowed[None] & ((own == other) | (other == 0))
+    elif not causal and bundle.real is not None:
         # A pad may attend to everything: a row that attends to nothing would be nan, and spoil its keys' gradient.
         each = (allowed[None] & bundle.real[:, None, :]) | ~bundle.real[:, :, None]
+    if each is not None:
         mask = torch.zeros(each.shape, dtype=dtype, device=each.device).masked_fill_(~each, float("-inf"))
         return mask[None, :, None].expand(groups, -1, rows, -1, -1).reshape(groups * count, rows * length, length)
     if bool(allowed.all()):

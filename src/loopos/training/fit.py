@@ -1,9 +1,8 @@
-"""The offline loop: step, log, validate, stop early, save, resume.
+"""The loop of every method: step, log, validate, stop early, save, resume.
 
-Enters: the batches, an `Update`, a method's objective and validation. Leaves: checkpoints, `events.jsonl`, a
-`FitResult`. Left out: what a batch or a loss is, and what a checkpoint holds (`run_state.py`).
-A run that was killed at any instant and resumed goes through the same numbers as one that was not, on the same machine
-and settings.
+Enters: where batches come from, an `Update`, a method's objective and validation. Leaves: checkpoints, `events.jsonl`,
+a `FitResult`. Left out: what a batch or a loss is, and what a checkpoint holds (`run_state.py`). A run that was killed
+at any instant and resumed goes through the same numbers as one that was not, on the same machine and settings.
 """
 
 from __future__ import annotations
@@ -12,16 +11,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 from loopos.config.sections import TrainingSection
-from loopos.data.batches import Batch, StepBatches
 from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.durable import JSON
-from loopos.training.events import EventLog, EventWriter, TensorBoardAdapter
+from loopos.training.ending import Ending
 from loopos.training.progress import RunProgress
-from loopos.training.run_state import Position, RunState, identity_of
+from loopos.training.run_log import RunLog
+from loopos.training.run_state import Carried, Position, RunState, identity_of
 from loopos.training.schedules import factor, warmup_steps
+from loopos.training.step_source import BatchT, StepSource
 from loopos.training.stopping import EXIT_CODES, Best, StopSignals
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
 from loopos.training.validation import Judges, Validation
@@ -46,8 +47,10 @@ class FitResult:
         return self.stopped_by in EXIT_CODES
 
 
-class Fit:
-    """One offline run in one folder: `open`, then `run`."""
+class Fit(Generic[BatchT]):
+    """One run in one folder: `open`, then `run`. Steps are numbered by their place in the plan: a source that leaves
+    the rest of an epoch out goes on with the number of the next one's first step.
+    """
 
     def __init__(
         self,
@@ -55,28 +58,36 @@ class Fit:
         run_dir: Path,
         settings: TrainingSection,
         update: Update,
-        batches: StepBatches,
-        objective: Objective[Batch],
+        batches: StepSource[BatchT],
+        objective: Objective[BatchT],
         validation: Validation | None,
         progress: RunProgress,
         world: World,
         base: str,
         facts: Mapping[str, JSON] | None = None,
         unfreeze: Callable[[], None] | None = None,
+        planned_steps: int | None = None,
+        validation_unit: int = 1,
+        carried: Carried | None = None,
+        gives_up: Callable[[], str | None] = lambda: None,
     ) -> None:
         """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the
-        log should say of each session. unfreeze: called once, when `training.unfreeze_step` is reached.
+        log should say of each session. unfreeze: called once, when `training.unfreeze_step` is reached. planned_steps:
+        `num_epochs` × steps an epoch when None. validation_unit: steps that `validate_every` counts in. carried: what
+        else the checkpoints hold. gives_up: asked after each step; the reason to end the run, if there is one.
         """
         self.run_dir, self.settings, self.update, self.batches = run_dir, settings, update, batches
         self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
         self.facts, self.unfreeze = dict(facts or {}), unfreeze
-        self.total_steps = total_steps(settings, batches.steps_an_epoch)
+        planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
+        self.total_steps = planned if settings.max_steps is None else min(planned, settings.max_steps)
+        self.validation_unit = validation_unit
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.judges = Judges(validation, settings) if validation is not None else None
         identity = identity_of(base, settings, batches, update)
-        self.state = RunState(run_dir / "checkpoints", identity, update, self.judges, world)
-        self.log: EventLog | None = None
-        self.writers: list[EventWriter] = []
+        self.state = RunState(run_dir / "checkpoints", identity, update, self.judges, world, carried)
+        self.ending = Ending(settings, self.total_steps, self.judges, world, gives_up)
+        self.log = RunLog()
 
     @property
     def position(self) -> Position:
@@ -93,18 +104,14 @@ class Fit:
         if found is not None:
             self._restore(found)
         if self.world.is_first:
-            self.log = EventLog(self.run_dir / "events.jsonl")
-            self.writers = [self.log]
-            self.log.rewind(0 if found is None else found.state["events_offset"])
-            if self.settings.tensorboard:
-                resumed_step = found.step if found is not None else None
-                self.writers.append(TensorBoardAdapter(self.run_dir / "tensorboard", resumed_step=resumed_step))
+            offset, step = (found.state["events_offset"], found.step) if found is not None else (0, None)
+            self.log.open(self.run_dir, offset=offset, tensorboard=self.settings.tensorboard, resumed_step=step)
         if found is not None:
             self.progress.say(f"resumed from the checkpoint of step {found.step}")
         elif resume:
             self.progress.say("no checkpoint to resume from: starting at step 0")
         facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
-        self._event("session", facts, {"time": time.time()})
+        self.record("session", facts, {"time": time.time()})
 
     def run(self) -> FitResult:
         """Trains to the end. Raises `NonFiniteStep` and `DiskFull`; a signal ends it in order, after a checkpoint."""
@@ -120,8 +127,7 @@ class Fit:
                 self._loop(signals)
         finally:
             self.progress.end()
-            for writer in self.writers:
-                writer.close()
+            self.log.close()
         position, best = self.position, self.judges.best if self.judges is not None else Best("min")
         assert position.stopped_by is not None
         return FitResult(position.step, position.stopped_by, best.step, best.metric, position.tokens, position.seconds)
@@ -136,7 +142,7 @@ class Fit:
         while position.stopped_by is None:
             self._step()
             self._conclude(signals)
-        self._event("end", {"stopped_by": position.stopped_by}, {"seconds": position.seconds})
+        self.record("end", {"stopped_by": position.stopped_by}, {"seconds": position.seconds})
 
     def _step(self) -> None:
         position = self.position
@@ -156,15 +162,16 @@ class Fit:
         own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
         counted = self.world.sum_floats(own)
         seconds = time.monotonic() - began
-        position.step += 1
-        position.cursor = self.batches.after(position.cursor)
+        position.cursor = self.batches.after(position.cursor, result.losses)
+        position.previous_step = position.step
+        position.step = position.cursor.epoch * self.batches.steps_an_epoch + position.cursor.step
         position.tokens += int(counted["tokens"])
         position.rows += int(counted["rows"])
         position.skipped += result.skipped
         position.seconds += seconds
         if result.skipped:
             self.progress.warn(f"step {position.step}: not finite, skipped ({position.skipped} so far)")
-        if result.skipped or position.step % self.settings.log_every == 0 or position.step == self.total_steps:
+        if result.skipped or self._passes(self.settings.log_every) or position.step >= self.total_steps:
             self._log_step(result, rate, counted["tokens"], seconds)
         self.progress.step(position.step, result.losses, int(counted["tokens"]), seconds)
 
@@ -179,7 +186,7 @@ class Fit:
             "tokens": position.tokens,
             "skipped": position.skipped,
         }
-        self._event("step", metrics, {"seconds": seconds, "tokens_per_second": tokens / seconds})
+        self.record("step", metrics, {"seconds": seconds, "tokens_per_second": tokens / seconds})
 
     def rate_factor(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0) as a share of its peak."""
@@ -191,14 +198,14 @@ class Fit:
     def _conclude(self, signals: StopSignals) -> None:
         """All that is due after a step: validate, judge, stop, save."""
         position, settings = self.position, self.settings
-        reason = self._reason_to_end(signals)
+        reason = self.ending.reason(position, signals.received)
         if reason in EXIT_CODES:
             # There may be seconds left before a kill: the rest is done when the run is resumed.
             position.concluded = False
             self._save(is_best=False)
             position.stopped_by = reason
             return
-        validated = reason is not None or self._falls_due(settings.validate_every)
+        validated = reason is not None or self._falls_due(settings.validate_every, self.validation_unit)
         is_best = validated and self._validate()
         if reason is None and validated and self.judges is not None and self.judges.gives_up:
             reason = "early stopping"
@@ -213,10 +220,14 @@ class Fit:
         # The best weights are kept whenever they come, not only where a step to save falls on them.
         return self._falls_due(every) or (is_best and self.settings.keep_best and every != "never")
 
-    def _falls_due(self, every: int | str) -> bool:
-        if every in ("epoch", "never"):
-            return every == "epoch" and self.position.cursor.step == 0
-        return self.position.step % int(every) == 0
+    def _falls_due(self, every: int | str, unit: int = 1) -> bool:
+        if isinstance(every, str):
+            return every in ("epoch", "iteration") and self.position.cursor.step == 0
+        return self._passes(every * unit)
+
+    def _passes(self, every: int) -> bool:
+        """Whether the last step ended at or went over a multiple of `every`."""
+        return self.position.step // every > self.position.previous_step // every
 
     def _validate(self, *, judged: bool = True) -> bool:
         """Measures, logs and, if `judged`, judges; whether this is the best validation so far."""
@@ -232,34 +243,21 @@ class Fit:
         better = judged and self.judges.observe(metrics, self.position.step)
         seconds = time.monotonic() - began
         self.position.seconds += seconds
-        self._event("validation", {**metrics, "best": better}, {"seconds": seconds})
+        self.record("validation", {**metrics, "best": better}, {"seconds": seconds})
         self.progress.validation(self.position.step, metrics, better)
         return better
-
-    def _reason_to_end(self, signals: StopSignals) -> str | None:
-        # A signal may have reached one rank alone, and clocks differ; all ranks must stop at the same step.
-        limit = self.settings.max_time
-        late = limit is not None and self.position.seconds >= limit
-        gathered = self.world.gather((signals.received, late))
-        told = [entry for entry in gathered if isinstance(entry, tuple)]
-        received = [name for name, _ in told if name is not None]
-        if received:
-            return str(received[0])
-        if self.position.step >= self.total_steps:
-            return "max_steps" if self.total_steps == self.settings.max_steps else "epochs"
-        return "max_time" if told[0][1] else None
 
     def _save(self, is_best: bool) -> None:
         began = time.monotonic()
         self.state.save(
-            self.log.offset() if self.log is not None else 0,
+            self.log.offset(),
             is_best=is_best,
             keep_last=self.settings.keep_last,
             keep_best=self.settings.keep_best,
         )
         seconds = time.monotonic() - began
         self.position.seconds += seconds
-        self._event("checkpoint", {"is_best": is_best}, {"seconds": seconds})
+        self.record("checkpoint", {"is_best": is_best}, {"seconds": seconds})
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         for line in self.state.restore(found):
@@ -267,30 +265,16 @@ class Fit:
         position, unfreeze_step = self.position, self.settings.unfreeze_step
         if self.unfreeze is not None and unfreeze_step is not None and position.step > unfreeze_step:
             self.unfreeze()
-        if position.stopped_by is not None and not self._still_ends(position.stopped_by):
+        if position.stopped_by is not None and not self.ending.still_holds(position):
             self.progress.say(f"the run had ended ({position.stopped_by}); with these settings it goes on")
             position.stopped_by = None
         elif position.stopped_by is None and position.step >= self.total_steps:
             position.concluded = False
 
-    def _still_ends(self, reason: str) -> bool:
-        """Whether the reason that ended a run still ends it under the settings it is resumed with."""
-        if reason == "max_time":
-            return self.settings.max_time is not None and self.position.seconds >= self.settings.max_time
-        if reason == "early stopping":
-            return self.judges is not None and self.judges.gives_up
-        return self.position.step >= self.total_steps
-
     def _last_saved(self) -> str:
         whole, _ = checkpoint.newest_whole(self.state.folder)
         return f"the checkpoint of step {whole.step} is whole" if whole else "there is no checkpoint yet"
 
-    def _event(self, kind: str, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
-        for writer in self.writers:
-            writer.write(kind, step=self.position.step, metrics=metrics, timing=timing)
-
-
-def total_steps(settings: TrainingSection, steps_an_epoch: int) -> int:
-    """Optimizer steps of a whole run: epochs × steps an epoch, or `max_steps` where that is less."""
-    planned = settings.num_epochs * steps_an_epoch
-    return planned if settings.max_steps is None else min(planned, settings.max_steps)
+    def record(self, kind: str, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+        """Writes an event of the present step."""
+        self.log.write(kind, self.position.step, metrics, timing)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from loopos.config.faults import UserError
 from loopos.config.sections import TrainingSection
-from loopos.data.batches import Cursor, StepBatches
+from loopos.data.batches import Cursor
 from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.update import NonFiniteStep, Update
@@ -24,11 +25,13 @@ from loopos.training.validation import Judges
 
 @dataclass
 class Position:
-    """How far a run is. `seconds`: in steps, validations and saves. `concluded`: whether all that was due after the
-    last step (validation, best weights, the decision to stop) is done; a signal puts it off.
+    """How far a run is. `previous_step`: where the last step began. `seconds`: in steps, validations and saves.
+    `concluded`: whether all that was due after the last step (validation, best weights, the decision to stop) is done;
+    a signal puts it off.
     """
 
     step: int = 0
+    previous_step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     tokens: int = 0
     rows: int = 0
@@ -36,6 +39,26 @@ class Position:
     seconds: float = 0.0
     stopped_by: str | None = None
     concluded: bool = True
+
+
+class Carried(Protocol):
+    """What a method's run needs besides, to go on exactly: tensors and JSON, equal on every rank."""
+
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
+
+
+class RowCounts(Protocol):
+    """What of a run's batches tells it from another run."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def rows_a_step(self) -> int: ...
 
 
 @dataclass
@@ -47,6 +70,7 @@ class RunState:
     update: Update
     judges: Judges | None
     world: World
+    carried: Carried | None = None
     position: Position = field(default_factory=Position)
 
     def save(self, events_offset: int, *, is_best: bool, keep_last: int, keep_best: bool) -> None:
@@ -60,6 +84,8 @@ class RunState:
                 "weights": self.update.masters.parameters,
                 "optimizer": self.update.optimizer.tensors(),
             }
+            if self.carried is not None:
+                tensors["carried"] = self.carried.tensors()
             random: dict[str, Any] = {}
             for rank, states in enumerate(gathered):
                 assert isinstance(states, tuple)
@@ -87,6 +113,7 @@ class RunState:
             "judges": self.judges.state() if self.judges is not None else None,
             "loss_scale": self.update.loss_scale,
             "steps_since_overflow": self.update.steps_since_overflow,
+            "carried": self.carried.state() if self.carried is not None else None,
         }
 
     def restore(self, found: checkpoint.Checkpoint) -> list[str]:
@@ -103,6 +130,8 @@ class RunState:
         self.update.masters.load(found.tensors["weights"])
         self.update.optimizer.load(found.tensors.get("optimizer", {}))
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
+        if self.carried is not None:
+            self.carried.load(found.tensors.get("carried", {}), state["carried"])
         mine = str(self.world.rank)
         if mine not in state["random"]:
             return [f"the checkpoint holds no random states for rank {mine}; it goes on from its seed"]
@@ -123,13 +152,13 @@ class RunState:
 
 
 def identity_of(
-    base: str, settings: TrainingSection, batches: StepBatches, update: Update
+    base: str, settings: TrainingSection, batches: RowCounts, update: Update
 ) -> Mapping[str, str | int | bool]:
     """What makes a run this one: the weights below, the rows, what trains and how."""
     trained = update.masters.parameters.values()
     return {
         "base": base,
-        "rows": len(batches.examples),
+        "rows": batches.num_rows,
         "rows_a_step": batches.rows_a_step,
         "weights that train": f"{len(trained)} tensors of {sum(p.numel() for p in trained):,} numbers",
         "training.optimizer": settings.optimizer,

@@ -1,0 +1,48 @@
+"""The loss of a reward model: which of two responses people prefer.
+
+Letters: P pairs, N responses. All arithmetic in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bradley_terry_sum(
+    better: Tensor,
+    worse: Tensor,
+    *,
+    probabilities: Tensor | None = None,
+    margins: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Σ_i w_i·[−p_i·log σ(Δ_i) − (1 − p_i)·log σ(−Δ_i)] with Δ_i = r_better − r_worse − margin_i, in nats.
+
+    p is the probability that the better one is preferred (1 where None: Bradley and Terry 1952; Christiano et al. 2017,
+    section 2.2.3, with soft labels as there), the margin that of Touvron et al. 2023 (Llama 2, section 3.2.2; 0 where
+    None), w the weight of each pair (1 where None). All `[P]` → scalar. Its count is Σ w.
+    """
+    gap = better.float() - worse.float()
+    if margins is not None:
+        gap = gap - margins
+    loss = -F.logsigmoid(gap)
+    if probabilities is not None:
+        # −log σ(−Δ) = Δ − log σ(Δ)
+        loss = loss + (1.0 - probabilities) * gap
+    return loss.sum() if weights is None else (loss * weights).sum()
+
+
+def centring_sum(better: Tensor, worse: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Σ_i w_i·(r_better + r_worse)²: keeps scores near 0, which the Bradley–Terry loss leaves free (Eisenstein et al.
+    2023, section 4). All `[P]` → scalar. Its count is Σ w.
+    """
+    squares = (better.float() + worse.float()).square()
+    return squares.sum() if weights is None else (squares * weights).sum()
+
+
+def preferred(better: Tensor, worse: Tensor) -> Tensor:
+    """1 where the better response has the higher score, ½ where both are equal, else 0. `[P]` → `[P]` fp32."""
+    gap = better.float() - worse.float()
+    return (torch.sign(gap) + 1.0) / 2.0

@@ -1,0 +1,48 @@
+"""Why a run ends after a step, and whether that still holds when it is resumed.
+
+Enters: where the run stands, the signal received, what its judges and its method say. Leaves: a reason, or none. All
+ranks come to the same one. Left out: what is done then (`fit.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loopos.config.sections import TrainingSection
+from loopos.training.distributed import World
+from loopos.training.run_state import Position
+from loopos.training.validation import Judges
+
+
+@dataclass(frozen=True)
+class Ending:
+    """gives_up: the method's own reason to end the run, if it has one now."""
+
+    settings: TrainingSection
+    total_steps: int
+    judges: Judges | None
+    world: World
+    gives_up: Callable[[], str | None]
+
+    def reason(self, position: Position, received: str | None) -> str | None:
+        """received: the name of a signal that this process was sent."""
+        # A signal may have reached one rank alone, and clocks differ; all ranks must stop at the same step.
+        limit = self.settings.max_time
+        late = limit is not None and position.seconds >= limit
+        told = [entry for entry in self.world.gather((received, late)) if isinstance(entry, tuple)]
+        names = [name for name, _ in told if name is not None]
+        if names:
+            return str(names[0])
+        if position.step >= self.total_steps:
+            return "max_steps" if self.total_steps == self.settings.max_steps else "epochs"
+        return "max_time" if told[0][1] else self.gives_up()
+
+    def still_holds(self, position: Position) -> bool:
+        """Whether the reason that ended a run still ends it under the settings it is resumed with."""
+        reason, limit = position.stopped_by, self.settings.max_time
+        if reason == "max_time":
+            return limit is not None and position.seconds >= limit
+        if reason == "early stopping":
+            return self.judges is not None and self.judges.gives_up
+        return position.step >= self.total_steps or self.gives_up() == reason
