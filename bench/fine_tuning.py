@@ -34,6 +34,8 @@ CASES = {
     "trainer-bf16-weights": {"weights": "bfloat16"},
     # What a knowledgeable user would set besides: rows of like length together, and the allocator that keeps freed memory.
     "trainer-best": {"bf16": True, "train_sampling_strategy": "group_by_length", "allocator": True},
+    # The same adapters as loopos-lora's, through peft; the head trains beside them.
+    "trainer-lora": {"bf16": True, "train_sampling_strategy": "group_by_length", "allocator": True, "lora": True},
     "trainer-best-weights": {"weights": "bfloat16", "train_sampling_strategy": "group_by_length", "allocator": True},
 }
 ALLOCATOR = {
@@ -79,11 +81,13 @@ def run_loopos(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         training = {"learning_rate": options.learning_rate, "optimizer": "adamw", "batch_size": BATCH, "num_epochs": options.epochs,
-                    "validate_every": "never", "save_every": "never", **CASES[case]}  # fmt: skip
+                    "validate_every": "never", "save_every": "never", "schedule": options.schedule, "warmup": options.warmup or 0,
+                    "head_learning_rate": options.head_learning_rate, **CASES[case]}  # fmt: skip
         if options.steps:
             training["max_steps"] = options.steps
         if CASES[case].get("trainable") == "lora":
             training["learning_rate"] = options.lora_learning_rate
+            training["lora"] = {"rank": 16, "alpha": 32}
         config = FineTuningConfig.model_validate(
             {
                 "model": {},
@@ -127,7 +131,7 @@ def run_trainer(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     settings = dict(CASES[case])
     settings.pop("allocator", None)
-    weights = settings.pop("weights", "float32")
+    weights, lora = settings.pop("weights", "float32"), settings.pop("lora", False)
     rows = [json.loads(line) for line in _lines(options.data)]
     regression = isinstance(rows[0]["label"], float)
     names = sorted({row["label"] for row in rows}) if not regression else []
@@ -137,6 +141,10 @@ def run_trainer(case: str, options: argparse.Namespace) -> dict[str, Any]:
         place, num_labels=1 if regression else len(names), dtype=getattr(torch, weights)
     )
     model.config.pad_token_id = tokenizer.pad_token_id
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS"))
 
     def dataset(file: str) -> Dataset:
         read = [json.loads(line) for line in _lines(file)]
@@ -170,8 +178,9 @@ def run_trainer(case: str, options: argparse.Namespace) -> dict[str, Any]:
             per_device_train_batch_size=BATCH,
             num_train_epochs=options.epochs,
             max_steps=options.steps or -1,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="constant",
+            learning_rate=options.lora_learning_rate if lora else options.learning_rate,
+            lr_scheduler_type=options.schedule,
+            warmup_steps=options.warmup,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -232,6 +241,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--lora-learning-rate", type=float, default=4e-4)
+    parser.add_argument("--head-learning-rate", type=float, default=None, help="LoopOS alone; the Trainer has no such setting")
+    parser.add_argument("--schedule", default="constant")
+    parser.add_argument("--warmup", type=float, default=0, help="share of all steps")
     parser.add_argument("--cases", default="loopos,trainer-defaults,trainer-bf16,trainer-best")
     parser.add_argument("--child", default="")
     options = parser.parse_args()
@@ -249,8 +261,10 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {}
         for _, case in itertools.product(range(options.rounds), options.cases.split(",")):
             assert case in CASES, f"no case {case}; cases: {', '.join(CASES)}"
-            names = ("model", "data", "test", "steps", "epochs", "learning_rate", "lora_learning_rate")
+            names = ("model", "data", "test", "steps", "epochs", "learning_rate", "lora_learning_rate", "schedule", "warmup")
             arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+            if options.head_learning_rate is not None:
+                arguments.append(f"--head-learning-rate={options.head_learning_rate}")
             done = subprocess.run([sys.executable, __file__, "--child", case, *arguments], env=environment_of(case), stdout=subprocess.PIPE, check=True)  # fmt: skip
             line = done.stdout.decode().strip().splitlines()[-1]
             print(line, flush=True)

@@ -116,7 +116,7 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from loopos.data.batches import StepBatches
+    from loopos.data.batches import PackedRows, StepBatches
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.training.progress import RunProgress
 
@@ -126,9 +126,7 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         encoder = ChainOfThought(config_of("loopos", options, folder), progress=RunProgress(quiet=True))
         encoder.load_data()
-        order = StepBatches.of(
-            encoder.config.training, encoder.train_rows, None, rank=0, world=1, device=torch.device("cpu")
-        ).order(0)
+        order = StepBatches.of(encoder.config.training, PackedRows(encoder.train_rows), rank=0, world=1).order(0)
         drawn = [encoder.train_rows[place] for place in order]
         rows = [(row.ids, [int(weight > 0) for weight in row.weights or ()]) for row in drawn]
     for _, mask in rows:

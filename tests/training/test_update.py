@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from loopos.data.batches import Cursor, StepBatches, deal
+from loopos.data.batches import Cursor, PackedRows, StepBatches, deal
 from loopos.data.tokens import Encoded
 from loopos.methods.fine_tuning import FineTuner
 from loopos.training.distributed import World
@@ -111,7 +111,7 @@ def test_one_process_accumulation_and_two_processes_are_one_run(
 def test_every_row_comes_once_an_epoch_whatever_the_layout() -> None:
     examples = [Encoded([1] * (1 + (i * 7) % 40), None, i) for i in range(45)]
     for world, accumulation, size in ((1, 1, 16), (1, 4, 4), (2, 2, 4), (4, 1, 4)):
-        ranks = [StepBatches(examples, None, size, accumulation, rank, world, seed=3) for rank in range(world)]
+        ranks = [StepBatches(PackedRows(examples), size, accumulation, rank, world, seed=3) for rank in range(world)]
         for epoch in (0, 1):
             steps = []
             for number in range(ranks[0].steps_an_epoch):
@@ -122,12 +122,12 @@ def test_every_row_comes_once_an_epoch_whatever_the_layout() -> None:
             assert sorted(row for step in steps for row in step) == list(range(45))
             if world == 1 and accumulation == 1:
                 continue
-            single = StepBatches(examples, None, 16, seed=3)
+            single = StepBatches(PackedRows(examples), 16, seed=3)
             assert steps == [set(single.rows_of(Cursor(epoch, n))[0]) for n in range(single.steps_an_epoch)]
 
 
 def test_epochs_have_different_orders() -> None:
-    batches = StepBatches([Encoded([1], None, i) for i in range(30)], None, 8)
+    batches = StepBatches(PackedRows([Encoded([1], None, i) for i in range(30)]), 8)
     assert batches.order(0).tolist() != batches.order(1).tolist()
     assert batches.order(1).tolist() == batches.order(1).tolist()
 

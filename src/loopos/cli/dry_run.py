@@ -23,9 +23,8 @@ from loopos.cli.rates import measured_rates
 from loopos.cli.shapes import Model, meta_model
 from loopos.cli.work import AnyConfig, Work, work_of
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.data.batches import Cursor, StepBatches
+from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
 from loopos.data.tokens import Encoded
-from loopos.training.fit import total_steps
 from loopos.training.precision import pick_device, resolve
 
 # Enough steps of the first epoch to meet its largest batch, or one near it.
@@ -53,8 +52,9 @@ def plan_of(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, Any]:
     # This process has imported and read what training will have; beside a CUDA device it has memory of its own.
     process = psutil.Process().memory_info().rss if device.type != "cuda" else 0
     model = meta_model(config, work, trust_remote_code=trust_remote_code)
-    batches = StepBatches.of(training, work.train, None, rank=0, world=1, device=device)
-    steps = total_steps(training, batches.steps_an_epoch)
+    batches = StepBatches.of(training, PackedRows(work.train, None, device), rank=0, world=1)
+    planned = training.num_epochs * batches.steps_an_epoch
+    steps = planned if training.max_steps is None else min(planned, training.max_steps)
     epochs = steps / batches.steps_an_epoch
     largest, longest = largest_batch(batches)
     memory, disk = storage(config, model, work, precision, largest=largest, longest=longest, process=process)
@@ -186,12 +186,12 @@ def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes
     )
 
 
-def largest_batch(batches: StepBatches) -> tuple[int, int]:
+def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:
     """Tokens of the largest forward pass in the first epoch, and of the longest example."""
     looked_at = range(min(batches.steps_an_epoch, _MOST_STEPS_LOOKED_AT))
     passes = [rows for step in looked_at for rows in batches.rows_of(Cursor(0, step))]
-    largest = max(sum(len(batches.examples[row].ids) for row in rows) for rows in passes)
-    return largest, max(len(example.ids) for example in batches.examples)
+    largest = max(sum(batches.rows.lengths[row] for row in rows) for rows in passes)
+    return largest, max(batches.rows.lengths)
 
 
 def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int:

@@ -126,6 +126,11 @@ class Engine:
             yield
 
     @property
+    def said(self) -> str:
+        """The path, and why, in words."""
+        return f"generation: {self.path}" + (f" ({self.reason})" if self.reason else "")
+
+    @property
     def _attention(self) -> str:
         return IMPLEMENTATION if self.path == "cached" else PLAIN
 

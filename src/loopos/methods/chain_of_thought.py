@@ -18,7 +18,7 @@ from typing import Any
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
-from loopos.data.batches import StepBatches
+from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
 from loopos.data.reading import account
 from loopos.data.supervised import SupervisedEncoder, load_supervised
@@ -31,8 +31,8 @@ from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_folder import claim
-from loopos.models.adapters import merge_lora, save_lora, set_trained_language_model
-from loopos.models.language_folder import save_language_model
+from loopos.models.adapters import set_trained_language_model
+from loopos.models.language_folder import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
 from loopos.training.durable import disk_full_said
@@ -147,8 +147,7 @@ class ChainOfThought:
         if self.problems or self.config.self_improvement is not None:
             reasoner = Reasoner(self.model.causal, self.tokenizer, template=self.template, step_format=self.step_format)
             self.check = AnswerCheck(reasoner, self.config.generation, self.config.evaluation, seed=settings.seed)
-            engine = reasoner.engine
-            self.progress.say(f"generation: {engine.path}" + (f" ({engine.reason})" if engine.reason else ""))
+            self.progress.say(reasoner.engine.said)
         return self.model
 
     def fit(self, folder: Path, rows: Sequence[Encoded], *, resume: bool) -> FitResult:
@@ -159,14 +158,14 @@ class ChainOfThought:
             save_json(folder / "config.json", self.config.model_dump(mode="json"))
         return fit.run()
 
-    def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit:
+    def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
         settings, world = self.config.training, self.world
         self.current = Fit(
             run_dir=folder,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
-            batches=StepBatches.of(settings, rows, None, rank=world.rank, world=world.size, device=self.device),
+            batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=world.rank, world=world.size),
             objective=NextToken(self.model),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
@@ -274,14 +273,11 @@ class ChainOfThought:
             self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
-            causal = self.model.causal
-            if settings.trainable == "lora":
-                base = self.config.data.pretrained_weights
-                save_lora(causal, self.run_dir / "adapter", settings.lora or LoraSection(), base=base, task="CAUSAL_LM")
-                merge_lora(causal)
             # The model speaks its format wherever it is opened.
             self.tokenizer.chat_template = self.template.source
-            save_language_model(self.run_dir / "model", causal, self.tokenizer, self.description())
+            lora = settings.lora or LoraSection() if settings.trainable == "lora" else None
+            base, causal = self.config.data.pretrained_weights, self.model.causal
+            export_language_model(self.run_dir, causal, self.tokenizer, self.description(), lora=lora, base=base)
             for place in range(len(results)):
                 write_report(self._folder_of(place))
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
-from loopos.data.batches import StepBatches
+from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
@@ -148,12 +148,15 @@ class FineTuner:
         self.progress.say(self.trained.said())
         return self.model
 
-    def build_fit(self, world: World) -> Fit:
+    def build_fit(self, world: World) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
         update = build_update(self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"})
         batches = StepBatches.of(
-            settings, self.train_rows, self.targets.train, rank=world.rank, world=world.size, device=self.device
+            settings,
+            PackedRows(self.train_rows, self.targets.train, self.device),
+            rank=world.rank,
+            world=world.size,
         )
         return Fit(
             run_dir=self.run_dir,

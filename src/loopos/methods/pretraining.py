@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loopos.config.pretraining import PretrainingConfig
-from loopos.data.batches import StepBatches
+from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
 from loopos.data.split import stratified_split
 from loopos.evaluation.report import write_report
@@ -121,10 +121,12 @@ class Pretrainer:
         self.progress.say(self.trained.said())
         return self.model
 
-    def build_fit(self, world: World) -> Fit:
+    def build_fit(self, world: World) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
-        batches = StepBatches.of(settings, self.pieces, None, rank=world.rank, world=world.size, device=self.device)
+        batches = StepBatches.of(
+            settings, PackedRows(self.pieces, None, self.device), rank=world.rank, world=world.size
+        )
         judged = self.config.validates and bool(self.validation_pieces)
         return Fit(
             run_dir=self.run_dir,

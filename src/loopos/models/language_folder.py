@@ -17,6 +17,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.config.sections import LoraSection
+from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
 from loopos.models.model_folder import DESCRIPTION, FORMAT, model_folder, read_description, whole_folder
 
@@ -47,6 +49,24 @@ def save_language_model(
         causal.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
+
+
+def export_language_model(
+    run_dir: Path,
+    causal: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    description: Mapping[str, Any],
+    *,
+    lora: LoraSection | None,
+    base: str,
+) -> None:
+    """Writes `model/` of a run and, of one with adapters, `adapter/` too, which are then merged. base: the weights that
+    the adapters belong to. Raises `OSError` when the disk is full.
+    """
+    if lora is not None:
+        save_lora(causal, run_dir / "adapter", lora, base=base, task="CAUSAL_LM")
+        merge_lora(causal)
+    save_language_model(run_dir / "model", causal, tokenizer, description)
 
 
 def open_language_model(place: str, *, trust_remote_code: bool = False) -> OpenedLanguageModel:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loopos.data.batches import Batch, in_order
+from loopos.data.batches import Batch, PackedRows, in_order
 from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
 from loopos.training.distributed import World
@@ -47,7 +47,7 @@ class NextToken:
 def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.device, world: World) -> float:
     """Mean loss of rows (nats a trained token) over all ranks, in batches of rows of like length."""
     sums = {"loss": 0.0, "count": 0.0}
-    for batch in in_order(rows, None, tokens=_TOKENS, device=device, rank=world.rank, world=world.size):
+    for batch in in_order(PackedRows(rows, None, device), tokens=_TOKENS, rank=world.rank, world=world.size):
         sums["loss"] += float(objective.loss(batch)["loss"])
         sums["count"] += objective.counts(batch)["loss"]
     total = world.sum_floats(sums)

@@ -22,10 +22,9 @@ class Counted(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=Counted)
-MadeT_co = TypeVar("MadeT_co", bound=Counted, covariant=True)
 
 
-class StepSource(Protocol[MadeT_co]):
+class StepSource(Protocol[BatchT]):
     """Where the batches of each step come from: data (`StepBatches`), or what a policy has just written."""
 
     @property
@@ -37,7 +36,7 @@ class StepSource(Protocol[MadeT_co]):
     @property
     def steps_an_epoch(self) -> int: ...
 
-    def step(self, cursor: Cursor) -> list[MadeT_co]:
+    def step(self, cursor: Cursor) -> list[BatchT]:
         """This rank's micro-batches of the step at `cursor`."""
         ...
 

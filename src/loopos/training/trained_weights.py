@@ -27,7 +27,7 @@ class TrainedWeights:
         *,
         precision: str,
         held_back: Sequence[nn.Parameter] = (),
-        half_under: str = "",
+        half_under: str | tuple[str, ...] = "",
     ) -> None:
         """half_under: with bf16, parameters whose names begin so take it; the others stay in fp32."""
         named = dict(model.named_parameters())
