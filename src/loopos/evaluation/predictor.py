@@ -52,7 +52,7 @@ class Predictor:
         chosen = precision or description["precision"]
         if chosen not in NUMBER_FORMATS:
             raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
-        cast_parameters(model.backbone, NUMBER_FORMATS[chosen])
+        cast_parameters(model.backbone.model, NUMBER_FORMATS[chosen])
         return cls(model.to(device), tokenizer, description, torch.device(device))
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:

@@ -6,18 +6,26 @@ out: optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection, TrainingSection
+from loopos.functional.packing import PackedLayout
+from loopos.models.backbone import Backbone
+
+ADAPTER = "default"
+"""The name of the adapter that trains where there is one alone: peft's own."""
 
 # peft is imported where it is needed: it takes seconds, and only runs with adapters use it.
 if TYPE_CHECKING:
@@ -86,28 +94,107 @@ def _embeddings(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Module
     return [module for module in model.modules() if isinstance(module, nn.Embedding) and module not in inside]
 
 
-def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> None:
-    """Freezes the model and puts `W + (alpha/rank)·B·A` in the place of each target linear layer (Hu et al. 2021), in
-    place.
+def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str = ADAPTER) -> None:
+    """Freezes the model, earlier adapters too, and puts `W + (alpha/rank)·B·A` in the place of each target linear layer
+    (Hu et al. 2021), in place.
 
     B starts at 0, so the model starts unchanged. Raises `UserError` when no module has a name that was asked for.
     """
-    from peft import inject_adapter_in_model
-
     targets = lora.target_modules
     if targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
+        targets = linear_names(model)
     model.requires_grad_(False)
     config = _lora_config(model, lora, targets=list(targets))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model)
+            _inject(config, model, name)
     except ValueError as problem:
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
         raise UserError(
-            f"training.lora.target_modules: {problem}; linear layers of this {type(model).__name__}: {', '.join(names)}"
+            f"training.lora.target_modules: {problem}; linear layers of this {type(model).__name__}: "
+            f"{', '.join(linear_names(model))}"
         ) from problem
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last names of a model's linear layers, those that adapters wrap included, each once."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if name in wrapped
+            or (_is_linear(module) and not any(name.startswith(f"{outer}.") for outer in _outer(name, wrapped)))
+        }
+    )
+
+
+def _outer(name: str, wrapped: set[str]) -> list[str]:
+    """The wrapped layers that a module lies in."""
+    parts = name.split(".")
+    return [outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in wrapped]
+
+
+@contextmanager
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within, the model runs with the adapter of this name alone, or with None as it is without any; then as before.
+    What trains stays as it is.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    trains = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+
+    def put(layer: BaseTunerLayer, names: list[str], disabled: bool) -> None:
+        layer.set_adapter(names)
+        layer.enable_adapters(not disabled)
+
+    try:
+        for layer, names, _ in before:
+            put(layer, names if name is None else [name], name is None)
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+        yield
+    finally:
+        for layer, names, disabled in before:
+            put(layer, names, disabled)
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+
+
+class AdapterView:
+    """A backbone as it is with one of its adapters alone, or with None without any: one copy of the weights, several
+    models.
+    """
+
+    def __init__(self, backbone: Backbone, name: str | None) -> None:
+        self.backbone, self.name = backbone, name
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.backbone.model
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone.hidden_size
+
+    def __call__(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
+        """As `Backbone`."""
+        with active_adapter(self.backbone.model, self.name):
+            hidden: Tensor = self.backbone(ids, layout, token_types)
+        return hidden
+
+
+def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        # Several adapters over one copy of the weights are what is wanted here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, name)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -135,6 +222,28 @@ def _lora_config(
 def _is_transposed(module: nn.Module) -> bool:
     base = getattr(module, "base_layer", module)
     return isinstance(base, Conv1D)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
+    """Puts the adapter of a PEFT folder beside those that the model has, in place, without training it. Raises
+    `UserError` for a folder that holds none, or one of other layers.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as problem:
+        raise UserError(f"{folder}: no adapter that can be read: {problem}") from problem
+    _inject(config, model, name)
+    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    result: Any = set_peft_model_state_dict(model, bare, adapter_name=name)
+    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+    if wrong:
+        raise UserError(f"{folder}: an adapter of other layers than this {type(model).__name__} has: {wrong[0]}")
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(False)
 
 
 def merge_lora(model: PreTrainedModel) -> None:
@@ -168,8 +277,8 @@ def save_lora(
     )
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            tensors["base_model.model." + name.replace(".default", "")] = parameter.detach().contiguous().cpu()
+        if ".lora_" in name and f".{ADAPTER}." in name:
+            tensors["base_model.model." + name.replace(f".{ADAPTER}", "")] = parameter.detach().contiguous().cpu()
     assert tensors, "no adapter in the model"
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _lora_config(model, lora, targets=targets, base=base, task=task).save_pretrained(str(folder))

@@ -249,7 +249,10 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = query[0], key[0], value[0]
     plain = softcap is None and dropout == 0.0
-    if plain and q.device.type == "cpu" and max(packed_layout.lengths) < FUSED_FROM:
+    on_cpu = plain and q.device.type == "cpu" and max(packed_layout.lengths) < FUSED_FROM
+    if packed_layout.branches is not None and not (on_cpu and causal and sliding_window is None):
+        raise PackedUnsupported("branches that share a trunk need plain causal attention on CPU")
+    if on_cpu:
         bundled: Callable[..., Tensor] = _BundledAttention.apply
         out = bundled(q, k, v, packed_layout, scale, causal, sliding_window)
     elif plain and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):

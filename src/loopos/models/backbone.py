@@ -7,7 +7,9 @@ not the padded path is taken, with the reason kept. Left out: heads, logits.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.model = model
+        self._plain_attention = model.config._attn_implementation
         use_summed_embedding(model)
         self.takes_token_types = _takes_token_types(model)
         self.path, self.reason = "padded", ""
@@ -46,6 +49,19 @@ class Backbone(nn.Module):
             self.path = "packed"
         elif attention == "packed":
             raise PackedUnsupported(f"{type(model).__name__} cannot run packed: {self.reason}")
+
+    def copied_model(self) -> PreTrainedModel:
+        """A copy of the model, for another backbone: with transformers' own attention, as this one got it."""
+        twin = copy.deepcopy(self.model)
+        twin.set_attn_implementation(self._plain_attention)
+        return twin
+
+    @cached_property
+    def shares_trunks(self) -> bool:
+        """Whether rows whose sequences have branches give what each branch behind its own copy of the trunk gives:
+        found out on these weights.
+        """
+        return self.path == "packed" and _branches_are_exact(self.model)
 
     @property
     def hidden_size(self) -> int:
@@ -132,3 +148,27 @@ def _why_not_packed(model: PreTrainedModel) -> str:
         model.set_attn_implementation(before)
     model.train(was_training)
     return reason
+
+
+@torch.no_grad()
+def _branches_are_exact(model: PreTrainedModel) -> bool:
+    """Whether the model, which runs packed, gives branches behind one trunk the hidden states that they have behind a
+    trunk of their own.
+    """
+    was_training = model.training
+    model.train(False)
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (11,), generator=generator).to(model.device)
+    trunk, first, second = ids[:4], ids[4:7], ids[7:]
+    apart = PackedLayout((7, 8), model.device)
+    expected = _packed_hidden_states(model, torch.cat([trunk, first, trunk, second]), apart, None)[apart.ends()]
+    together = PackedLayout.of_branches([(4, 3, 4)], model.device)
+    try:
+        found = _packed_hidden_states(model, ids, together, None)[together.last_tokens()]
+    except PackedUnsupported:
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = _PROBE_TOLERANCE if model.dtype == torch.float32 else 0.05
+    return bool(float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)) <= tolerance)

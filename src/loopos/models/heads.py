@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loopos.functional.packing import PackedLayout
 from loopos.functional.reduce import segment_reduce
+from loopos.models.adapters import AdapterView
 from loopos.models.backbone import Backbone
 
 POOLINGS = ("mean", "last", "first", "max")
@@ -17,11 +18,12 @@ POOLINGS = ("mean", "last", "first", "max")
 
 def pool(hidden: Tensor, layout: PackedLayout, how: str) -> Tensor:
     """One fp32 vector a sequence: the mean, the maximum, the first or the last of its real tokens. hidden `[T, d]`
-    → `[N, d]`.
+    → `[N, d]`. Sequences with branches give one for each branch, and have "last" alone.
     """
+    assert how == "last" or layout.branches is None, how
     assert how in POOLINGS, how
     if how == "last":
-        return hidden[layout.ends()].float()
+        return hidden[layout.last_tokens()].float()
     if how == "first":
         return hidden[layout.starts()].float()
     return segment_reduce(hidden, layout.lengths_tensor(), how)
@@ -31,21 +33,40 @@ class PooledModel(nn.Module):
     """Backbone, pooling and a linear head without bias (as in transformers' sequence classifiers of causal models):
     `W·pool(h)`.
 
-    The head stays in fp32: it is small, and its logits decide. W is drawn with the model's own `initializer_range`.
+    The head stays in fp32: it is small, and its logits decide.
     """
 
-    def __init__(self, backbone: Backbone, *, num_outputs: int, pooling: str, seed: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone | AdapterView,
+        *,
+        num_outputs: int,
+        pooling: str,
+        seed: int,
+        head_std: float | None = None,
+    ) -> None:
+        """backbone: of its own, or a view of one that belongs to another module. head_std: standard deviation that W is
+        drawn with; the model's own `initializer_range` when None.
+        """
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
         self.head = nn.Linear(backbone.hidden_size, num_outputs, bias=False, dtype=torch.float32)
-        std = getattr(backbone.model.config.get_text_config(), "initializer_range", None) or 0.02
+        std = head_std or getattr(backbone.model.config.get_text_config(), "initializer_range", None) or 0.02
         with torch.no_grad():
             self.head.weight.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
 
     def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
         """ids `[T]`, layout of N sequences → outputs (logits or standardised predictions) `[N, C]` in fp32."""
-        pooled = pool(self.backbone(ids, layout, token_types), layout, self.pooling)
-        with torch.autocast(pooled.device.type, enabled=False):
-            outputs: Tensor = self.head(pooled)
+        return self.outputs(pool(self.backbone(ids, layout, token_types), layout, self.pooling))
+
+    def outputs(self, vectors: Tensor) -> Tensor:
+        """Vectors `[N, d]` → outputs `[N, C]`, in fp32 under autocast too."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            outputs: Tensor = self.head(vectors.float())
         return outputs
+
+
+def scalar_head_std(hidden_size: int) -> float:
+    """1/√(d + 1): the spread of a new head of rewards or values (Stiennon et al. 2020; Huang et al. 2024, detail 4)."""
+    return float((hidden_size + 1) ** -0.5)

@@ -108,7 +108,7 @@ def load_pretrained(
         model = from_folder(place, config, causal=causal, trust_remote_code=trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
     said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
-    return Pretrained(model, opened, said, _fingerprint(model))
+    return Pretrained(model, opened, said, fingerprint(model))
 
 
 def load_config(given: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -196,7 +196,7 @@ def _why(source: WeightsSource, problem: Exception) -> str:
     return f"data.pretrained_weights: cannot read the config of {source.given}: {first}"
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """The architecture and the first values of every tensor, as 16 hexadecimal digits."""
     described = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_OF_THE_WEIGHTS}
     digest = hashlib.sha256(repr(sorted(described.items())).encode())

@@ -31,6 +31,7 @@ _PROBLEM_TYPES: Mapping[str, ProblemType] = {
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",
     "regression": "regression",
+    "reward": "regression",
 }
 
 
