@@ -21,6 +21,7 @@ from loopos.data import sniff
 from loopos.data.decoding import read_lines, read_text
 from loopos.data.delimited import delimited_records
 from loopos.data.json_records import is_json_lines, json_document, json_lines
+from loopos.data.preference_text import preference_records
 from loopos.data.record import MAXIMUM_FAULTS, BadRows, ReadReport, Record, Records, file_error
 from loopos.data.sources import FileFormat, Location, locate
 from loopos.data.tables import arrow_records, check_columns, hub_records, parquet_records, saved_records
@@ -188,6 +189,8 @@ def _file_records(path: str, file_format: FileFormat, columns: Sequence[str] | N
             yield from _json_records(path, report)
         case "worked":
             yield from worked_records(read_lines(path), path, report)
+        case "preferences":
+            yield from preference_records(read_lines(path), path, report)
         case "parquet":
             yield from parquet_records(path, columns, report)
         case "arrow":

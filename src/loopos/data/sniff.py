@@ -1,36 +1,42 @@
 """What a .txt file holds, by its content.
 
 Enters: the first lines of a text file. Leaves: "jsonl", "json", "worked" (problems with their steps: `worked_text`),
-"csv" or "tsv", and the delimiter. A file counts as delimited if its first line splits into names (short, without a
-sentence's punctuation) and the lines under it split into as many cells. Left out: plain prose, which has no label; it
-is refused with what was seen.
+"preferences" (comparisons: `preference_text`), "csv" or "tsv", and the delimiter. A file counts as delimited if its
+first line splits into names (short, without a sentence's punctuation) and the lines under it split into as many cells.
+Left out: plain prose, which has no label; it is refused with what was seen.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, split_record
 from loopos.data.json_records import is_json_lines
+from loopos.data.preference_text import is_preference_text
 from loopos.data.record import file_error, shown
 from loopos.data.worked_text import is_worked_text
 
-TextFormat: TypeAlias = Literal["jsonl", "json", "worked", "csv", "tsv"]
+TextFormat: TypeAlias = Literal["jsonl", "json", "worked", "preferences", "csv", "tsv"]
 SAMPLE_LINES = 100
 _TABLE_LINES = 20
-_WORDS = {"jsonl": "JSON Lines", "json": "a JSON document", "csv": "CSV", "tsv": "TSV", "worked": "worked problems"}
+_WORDS: Mapping[str, str] = {
+    "jsonl": "JSON Lines",
+    "json": "a JSON document",
+    "csv": "CSV",
+    "tsv": "TSV",
+    "worked": "worked problems",
+    "preferences": "comparisons of two responses",
+}
 _NAME = re.compile(r"[^\W\d][\w .-]{0,39}")
 
 
-def sniff(
-    lines: Sequence[tuple[int, str]], source: str
-) -> tuple[Literal["jsonl", "json", "csv", "tsv", "worked"], str]:
+def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, str]:
     """The format and, for delimited text, the delimiter of the file that begins with `lines`.
 
     Raises:
-        DataError: the lines are neither JSON nor worked problems nor delimited text with a header.
+        DataError: the lines are neither JSON nor worked problems nor comparisons nor delimited text with a header.
     """
     filled = [(number, line.rstrip("\r")) for number, line in lines if line.strip()]
     if not filled:
@@ -44,13 +50,16 @@ def sniff(
         return "json", ""
     if is_worked_text([line for _, line in filled]):
         return "worked", ""
+    if is_preference_text([line for _, line in filled]):
+        return "preferences", ""
     for delimiter in ("\t", ",", ";"):
         if delimiter in first and _is_delimited(filled[:_TABLE_LINES], delimiter):
             return ("tsv" if delimiter == "\t" else "csv"), delimiter
     raise file_error(
         source,
         f"plain text: {shown(first)}",
-        "JSON Lines, CSV or TSV with a header line, or worked problems (Problem: ..., its steps, Answer: ...)",
+        "JSON Lines, CSV or TSV with a header line, worked problems (Problem: ..., its steps, Answer: ...) or "
+        "comparisons (Prompt: ..., Chosen: ..., Rejected: ...)",
         'write one {"text": "...", "label": "..."} a line, or begin with the header line text,label',
         line=number,
         field="format",

@@ -1,0 +1,237 @@
+"""Comparisons and prompts → token ids, those that training and generation see.
+
+Enters: comparisons (`preferences`) or prompts (`prompts`), a tokenizer, its chat template. Leaves: ids of the prompt
+once and of each response with its end token, and a report in which read = used + dropped. For every response
+
+    prompt ids + response ids = the ids of `encode_supervised` for the same conversation (or prompt and completion),
+    prompt ids = `prompt_tokens`: what generation starts from
+
+for a text without the marks of a step format, where supervised rows have one more border. There are no pads.
+Left out: batches (`batches`), what the pairs mean for a loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.faults import DataError, Fault
+from loopos.data.piece_tokens import PieceTokenizer
+from loopos.data.preferences import Comparison, Pair
+from loopos.data.prompts import Prompt, Words
+from loopos.data.reading import FormatReport, account
+from loopos.data.record import BadRows
+from loopos.data.supervised_tokens import _CHUNK, OVER_LENGTH, REFUSED, OverLength, SupervisedReport, _check_over
+from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
+
+PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedComparison:
+    """One comparison as tokens: the ids of the prompt and of each response, whose last is the end token unless it was
+    cut. `index`: the comparison's place among those given.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    pairs: tuple[Pair, ...]
+    index: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, once, and of all responses."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclass
+class PreferenceReport:
+    """What tokenising did: `read` = `used` + the sum of `dropped`, which counts rows by reason. `responses` and `pairs`
+    count those of the rows used, 0 where prompts alone were asked for; `tokens` counts each prompt once. `cut`:
+    responses shortened, with the tokens they lost. `lengths`: of each prompt with its longest response.
+    """
+
+    read: int = 0
+    used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    responses: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    cut: int = 0
+    tokens_cut: int = 0
+    max_length: int | None = None
+    faults: list[Fault] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list, repr=False)
+
+    def counts(self) -> dict[str, object]:
+        """The account in numbers, for logs."""
+        told = asdict(self)
+        return {name: value for name, value in told.items() if name not in ("faults", "lengths")}
+
+    def said(self) -> str:
+        """The account in words."""
+        ordered = sorted(self.lengths)
+        spread = f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}" if ordered else "no rows"
+        held = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
+        cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
+        told = account(FormatReport(self.read, self.used, self.dropped, ()))
+        return f"{told}; {held}{self.tokens:,} tokens, {spread}{cut}"
+
+
+def encode_comparisons(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Comparison],
+    *,
+    template: ChatTemplate | None,
+    max_length: int | None,
+    over_length: OverLength = "drop",
+    max_dropped_share: float = 0.01,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> tuple[list[EncodedComparison], PreferenceReport]:
+    """Tokenises prompts and their responses.
+
+    Args:
+        template: the tokenizer's own if None.
+        max_length: tokens of a prompt with its longest response at most.
+        over_length: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end
+            token goes; dropped where the prompt leaves no room, or nothing is left to tell them apart), or is an error.
+        max_dropped_share: comparisons over `max_length` may be at most this share of all under "drop".
+        on_bad_row: what messages do that the template refuses.
+    Raises:
+        DataError: messages that are refused, rows over `max_length` under "error", or too many of them under "drop";
+        no row left. Each fault names file and line.
+    """
+    report = PreferenceReport(read=len(examples), max_length=max_length)
+    rows: list[EncodedComparison] = []
+    dropped: Counter[str] = Counter()
+    over: list[Fault] = []
+    for place, (prompt, *whole) in _tokenised(tokenizer, examples, template, report):
+        responses, longest = whole, max(map(len, whole))
+        if max_length is not None and len(prompt) + longest > max_length:
+            over.append(_over_fault(examples[place], len(prompt) + longest, max_length))
+            if over_length == "drop" or len(prompt) >= max_length:
+                dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
+                continue
+            responses = [response[: max_length - len(prompt)] for response in whole]
+        if len(set(map(tuple, responses))) < len(responses):
+            dropped[SAME_TOKENS] += 1
+            continue
+        lost = [len(uncut) - len(response) for uncut, response in zip(whole, responses, strict=True)]
+        report.cut, report.tokens_cut = report.cut + sum(map(bool, lost)), report.tokens_cut + sum(lost)
+        rows.append(EncodedComparison(prompt, responses, examples[place].pairs, place))
+    report.responses, report.pairs = sum(len(row.responses) for row in rows), sum(len(row.pairs) for row in rows)
+    report.tokens = sum(row.num_tokens for row in rows)
+    report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
+    _settle(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    return rows, report
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    template: ChatTemplate | None,
+    max_length: int | None,
+    over_length: OverLength = "drop",
+    max_dropped_share: float = 0.01,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> tuple[list[list[int]], PreferenceReport]:
+    """Tokenises prompts: the ids that generation starts from.
+
+    Args:
+        max_length: tokens of a prompt at most.
+        over_length: as `encode_comparisons`; but a prompt is never cut, for the model answers its end: under "cut" it
+            is dropped as under "drop", however many they are.
+    Raises:
+        DataError: as `encode_comparisons`.
+    """
+    report = PreferenceReport(read=len(prompts), max_length=max_length)
+    rows: list[list[int]] = []
+    dropped: Counter[str] = Counter()
+    over: list[Fault] = []
+    for place, (prompt,) in _tokenised(tokenizer, prompts, template, report):
+        if max_length is not None and len(prompt) > max_length:
+            over.append(_over_fault(prompts[place], len(prompt), max_length))
+            dropped[PROMPT_OVER] += 1
+            continue
+        rows.append(prompt)
+    report.lengths = list(map(len, rows))
+    report.tokens = sum(report.lengths)
+    _settle(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    return rows, report
+
+
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Comparison] | Sequence[Prompt],
+    template: ChatTemplate | None,
+    report: PreferenceReport,
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """The place of each example that the template renders, with the ids of its prompt and of each response; what it
+    refuses is noted as faults.
+    """
+    template = template or ChatTemplate(tokenizer)
+    encoder = PieceTokenizer(tokenizer)
+    for first in range(0, len(examples), _CHUNK):
+        found: list[tuple[int, list[list[Piece]]]] = []
+        for place in range(first, min(first + _CHUNK, len(examples))):
+            example = examples[place]
+            try:
+                responses = example.responses if isinstance(example, Comparison) else ()
+                found.append((place, _groups(example.prompt, responses, template)))
+            except TemplateRefusal as problem:
+                wanted = "messages that the template renders turn by turn"
+                row = example.row
+                report.faults.append(Fault(row.place, row.line, None, "messages", str(problem), wanted, problem.hint))
+        # A piece's ids depend on whether it opens a text, not on what stands before it: one prompt serves all.
+        encoded = encoder.encode([[piece for group in groups for piece in group] for _, groups in found])
+        for (place, groups), pieces in zip(found, encoded, strict=True):
+            ids = iter(pieces)
+            yield place, [[token for _ in group for token in next(ids)] for group in groups]
+
+
+def _groups(prompt: Words, responses: Sequence[Words], template: ChatTemplate) -> list[list[Piece]]:
+    """The pieces of the prompt, then of each response up to its last end token. Raises `TemplateRefusal`."""
+    if isinstance(prompt, str):
+        return [[Piece(prompt, begins=True)], *([Piece(str(response), closes=True)] for response in responses)]
+    groups = [template.prompt(prompt)]
+    for response in responses:
+        assert not isinstance(response, str), "messages go with messages"
+        pieces = template.pieces([*prompt, *response])
+        turns = [place for place, piece in enumerate(pieces) if piece.message is not None]
+        start = next(place for place in turns if pieces[place].message == len(prompt))
+        if pieces[:start] != groups[0]:
+            raise TemplateRefusal("the chat template writes the prompt in another way when a response follows")
+        groups.append(pieces[start : turns[-1] + 1])
+    return groups
+
+
+def _settle(
+    report: PreferenceReport,
+    dropped: Counter[str],
+    over: Sequence[Fault],
+    over_length: OverLength,
+    max_dropped_share: float,
+    on_bad_row: Literal["error", "skip"],
+) -> None:
+    """Fills in what was used and dropped, and raises where the policies do not allow it or nothing is left."""
+    dropped.update({REFUSED: len(report.faults)} if report.faults else {})
+    report.used, report.dropped = len(report.lengths), dict(dropped)
+    assert report.read == report.used + sum(report.dropped.values()), report
+    if report.faults and on_bad_row == "error":
+        advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
+        raise BadRows(report.faults, len(report.faults), advice)
+    counted = SupervisedReport(read=report.read, max_length=report.max_length)
+    _check_over(over, counted, over_length, max_dropped_share)
+    if not report.used:
+        raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row that fits")])
+
+
+def _over_fault(example: Comparison | Prompt, length: int, max_length: int) -> Fault:
+    """The fault of an example that is too long."""
+    row, hint = example.row, "shorten the row, or raise training.max_length"
+    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)

@@ -1,0 +1,249 @@
+"""Rows → comparisons: a prompt, two or more responses to it, and which of them people preferred.
+
+Enters: the rows of a reader, the user's choice of columns. Leaves: `Comparison`s in the rows' order and a
+`FormatReport` in which read = used + dropped. Understood are prompt, chosen and rejected (texts, messages or one
+message each); chosen and rejected that both begin with the prompt, as in Anthropic's hh-rlhf; a prompt with many
+responses and their scores or ranking (Ouyang et al. 2022, section 3.5: every two of them are a pair). Left out: which
+column plays which role (`preference_formats`), where a prompt ends (`prompts`), tokens (`preference_tokens`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from loopos.data.conversations import ASSISTANT, Message, _message
+from loopos.data.preference_formats import PreferenceFormat, detect
+from loopos.data.prompts import Words, add_same, asked, check_spoken, implied, is_same, stands_as_is
+from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.rows import Row, RowReader
+from loopos.data.values import is_number, kind_name
+
+_TIE = 0.5
+_TRUTHS: Mapping[object, bool] = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two responses of a comparison, by place: `better` beats `worse` with `probability` (1 = certain, 0.5 = a tie), by
+    `margin` (>= 0, in the unit of the reward).
+    """
+
+    better: int
+    worse: int
+    probability: float = 1.0
+    margin: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt with two or more responses, and which beat which. Prompt and responses are messages for the chat
+    template, all of them, or texts that stand as they are, all of them.
+    """
+
+    prompt: Words
+    responses: tuple[Words, ...]
+    pairs: tuple[Pair, ...]
+    row: Row
+
+
+def read_comparisons(
+    reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
+) -> tuple[list[Comparison], FormatReport]:
+    """Reads a whole source into comparisons of one format, in its order.
+
+    Args:
+        overrides: role to column, from `data.columns`.
+        as_text: a prompt and responses that are all strings stand as they are, instead of being messages.
+    Raises:
+        DataError: as `rows.read` and `preference_formats.detect`; bad rows by the reader's policy, the file's and the
+        format's together.
+    """
+
+    def from_row(row: Row, form: PreferenceFormat) -> Comparison | Unusable:
+        fields = RowFields(row, form.columns)
+        example = comparison_of(fields, form, as_text=as_text)
+        return example if example is not None else Unusable(fields.problems[0][0], [f for _, f in fields.problems])
+
+    found: tuple[list[Comparison], PreferenceFormat, FormatReport]
+    found = read_examples(reader, lambda columns, source: detect(columns, overrides, source=source), from_row)
+    examples, _, report = found
+    told = stands_as_is([example.prompt for example in examples])
+    return examples, replace(report, said=(*report.said, *told))
+
+
+def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -> Comparison | None:
+    """The comparison that a row of this format holds; None, with `fields.problems` filled, where it holds none."""
+    match form.kind:
+        case "pairs":
+            found = _pair(fields, as_text)
+        case "groups":
+            found = _group(fields, as_text)
+        case _:
+            split = implied(fields)
+            found = None if split is None else Comparison(split[0], split[1], (_judged(fields),), fields.row)
+    return None if fields.problems else found
+
+
+def _pair(fields: RowFields, as_text: bool) -> Comparison | None:
+    """TRL's prompt, chosen and rejected, each a text or messages."""
+    values = {role: fields.value(role) for role in ("chosen", "rejected")}
+    as_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *values.values()))
+    prompt = asked(fields, as_text=as_text)
+    responses = [
+        _told(fields, fields.field(role), value)
+        if isinstance(value, list | dict)
+        else _answered(fields.text(role), as_text)
+        for role, value in values.items()
+    ]
+    return _compared(fields, prompt, responses, list(map(fields.field, values)), [_judged(fields)])
+
+
+def _group(fields: RowFields, as_text: bool) -> Comparison | None:
+    """A prompt with many responses, each a text or messages, and their scores or ranking."""
+    values = fields.listed_values("responses", "a list of two or more responses")
+    places = [f"{fields.field('responses')}[{number}]" for number in range(len(values))]
+    if len(values) == 1:
+        fields.add("one response alone", fields.field("responses"), "1 response", "two or more responses")
+    as_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *values))
+    prompt = asked(fields, as_text=as_text)
+    responses = [
+        _told(fields, place, value)
+        if isinstance(value, list | dict)
+        else _answered(fields.checked("response", place, value), as_text)
+        for place, value in zip(places, values, strict=True)
+    ]
+    pairs = _ranked(fields, len(values)) if fields.has("ranking") else _scored(fields, len(values))
+    return _compared(fields, prompt, responses, places, pairs)
+
+
+def _answered(text: str, as_text: bool) -> Words:
+    return text if as_text else (Message(ASSISTANT, text),)
+
+
+def _told(fields: RowFields, place: str, value: list[object] | dict[str, object]) -> Words:
+    """The messages of a response: a list of them, or a single one."""
+    if isinstance(value, dict):
+        message = _message(fields, place, value)
+        return () if message is None else (message,)
+    if not value:
+        fields.add("response is empty", place, "an empty list", "a text, or a list of messages")
+    read = [_message(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
+    return tuple(message for message in read if message is not None)
+
+
+def _compared(
+    fields: RowFields, prompt: Words, responses: Sequence[Words], places: Sequence[str], pairs: Sequence[Pair]
+) -> Comparison | None:
+    """The comparison of what was read, with checks on what it says."""
+    if fields.problems:
+        return None
+    if not isinstance(prompt, str):
+        if prompt[-1].role == ASSISTANT:
+            hint = "leave the assistant's last message to the responses"
+            given = f"messages of {', '.join(message.role for message in prompt)}"
+            wanted = "a message to answer at the end"
+            fields.add("prompt is answered already", fields.field("prompt"), given, wanted, hint)
+        responses = [_without(prompt, response) for response in responses]
+        for place, response in zip(places, responses, strict=True):
+            assert not isinstance(response, str), "texts go with a text alone"
+            check_spoken(fields, response, place)
+    for (_, one), (place, other) in itertools.combinations(zip(places, responses, strict=True), 2):
+        if is_same(one, other):
+            add_same(fields, place, other)
+            break
+    return Comparison(prompt, tuple(responses), tuple(pairs), fields.row)
+
+
+def _without(prompt: tuple[Message, ...], response: Words) -> Words:
+    """The response behind the prompt's messages, if it repeats them, as in UltraFeedback's binarized pairs."""
+    return response[len(prompt) :] if is_same(prompt, response[: len(prompt)]) else response
+
+
+def _judged(fields: RowFields) -> Pair:
+    """The pair of a row with chosen and rejected, as sure as its columns say."""
+    margin, probability = _number(fields, "margin", math.inf), _number(fields, "p_human", 1.0)
+    if _is_tie(fields):
+        if probability is not None:
+            given = f"{probability:g} beside {shown(fields.field('tie'))}, which is true"
+            fields.add("p_human of a tie", fields.field("p_human"), given, "one of the two")
+        if margin:
+            given = f"{margin:g} beside {shown(fields.field('tie'))}, which is true"
+            fields.add("margin of a tie", fields.field("margin"), given, "no margin, or 0")
+        probability = _TIE
+    return Pair(0, 1, 1.0 if probability is None else probability, margin or 0.0)
+
+
+def _number(fields: RowFields, role: str, most: float) -> float | None:
+    """The number from 0 to `most` of a column that may be absent, null or blank; CSV holds it as text."""
+    value = fields.value(role)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    number = _as_number(value)
+    if number is not None and 0 <= number <= most:
+        return number
+    wanted = "a number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
+    fields.add(f"{role} does not fit", fields.field(role), f"{shown(value)} ({kind_name(value)})", wanted)
+    return None
+
+
+def _as_number(value: object) -> float | None:
+    """A finite number, also as text; None for anything else."""
+    if not isinstance(value, str) and not is_number(value):
+        return None
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_tie(fields: RowFields) -> bool:
+    """Whether the row says that neither response is better; CSV holds it as text."""
+    value = fields.value("tie")
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word == "":
+        return False
+    if word not in _TRUTHS:
+        given = f"{shown(value)} ({kind_name(value)})"
+        fields.add("tie does not fit", fields.field("tie"), given, "true or false")
+        return False
+    return _TRUTHS[word]
+
+
+def _scored(fields: RowFields, num_responses: int) -> list[Pair]:
+    """Every two responses: the one with the higher score beats the other, the same score is a tie."""
+    field, scores = fields.field("scores"), list[float]()
+    for place, value in enumerate(fields.listed_values("scores", "a list with a number for each response")):
+        number = _as_number(value)
+        if number is None:
+            given = f"{shown(value)} ({kind_name(value)})"
+            fields.add("score is no number", f"{field}[{place}]", given, "a finite number")
+        scores.append(0.0 if number is None else number)
+    if not fields.problems and len(scores) != num_responses:
+        given = f"{len(scores)} scores for {num_responses} responses"
+        fields.add("scores do not fit the responses", field, given, "a number for each response")
+    return [
+        Pair(one, other, _TIE)
+        if scores[one] == scores[other]
+        else Pair(*sorted((one, other), key=lambda place: -scores[place]))
+        for one, other in itertools.combinations(range(len(scores)), 2)
+    ]
+
+
+def _ranked(fields: RowFields, num_responses: int) -> list[Pair]:
+    """Every two responses: the one earlier in the ranking beats the later one."""
+    wanted = "the places of all responses, counted from 0, from best to worst"
+    ranking = fields.listed_values("ranking", wanted)
+    places = [place for place in ranking if isinstance(place, int) and not isinstance(place, bool)]
+    if not fields.problems and (len(places) < len(ranking) or sorted(places) != list(range(num_responses))):
+        given = f"{shown(ranking)} for {num_responses} responses"
+        hint = "places count from 0" if sorted(places) == list(range(1, num_responses + 1)) else ""
+        fields.add("ranking does not fit the responses", fields.field("ranking"), given, wanted, hint)
+    return [Pair(better, worse) for better, worse in itertools.combinations(places, 2)]

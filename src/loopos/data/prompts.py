@@ -1,0 +1,221 @@
+"""Rows → prompts: what is asked, in preference data too, where the prompt may be what two responses begin with.
+
+Enters: the rows of a reader, the user's choice of columns. Leaves: `Prompt`s in the rows' order, each once, and a
+`FormatReport` in which read = used + dropped. A prompt is messages for the chat template, or a text that stands as it
+is. Left out: responses and which is better (`preferences`), tokens (`preference_tokens`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from loopos.data.conversations import ASSISTANT, Message, _messages, _spoken
+from loopos.data.preference_formats import PreferenceFormat, detect
+from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.rows import Row, RowReader
+from loopos.data.templates import _num_shared
+from loopos.data.values import kind_name
+
+Words: TypeAlias = tuple[Message, ...] | str
+"""Messages for the chat template, or a text that no template touches."""
+
+REPEATED = "same prompt again"
+SAME_RESPONSES = "the two responses are the same"
+_ASSISTANT_MARK = "Assistant:"
+_UP_TO_LAST_BLANK = re.compile(r".*\S(?=\s)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a response is to be written to."""
+
+    prompt: Words
+    row: Row
+
+
+def read_prompts(
+    reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
+) -> tuple[list[Prompt], FormatReport]:
+    """Reads a whole source into prompts, in its order; those of preference rows too. Of a conversation the assistant's
+    last words are left off. A prompt that came before is dropped and counted.
+
+    Args:
+        as_text: prompts that are strings stand as they are, instead of being a user's message.
+    Raises:
+        DataError: as `rows.read` and `preference_formats.detect`; bad rows by the reader's policy.
+    """
+
+    def from_row(row: Row, form: PreferenceFormat) -> Prompt | Unusable:
+        fields = RowFields(row, form.columns)
+        words = _words_of(fields, form, as_text)
+        if words is None or fields.problems:
+            return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+        return Prompt(words, row)
+
+    found: tuple[list[Prompt], PreferenceFormat, FormatReport]
+    found = read_examples(
+        reader, lambda columns, source: detect(columns, overrides, source=source, prompts=True), from_row
+    )
+    examples, _, report = found
+    kept: dict[str, Prompt] = {}
+    for prompt in examples:
+        kept.setdefault(_key(prompt.prompt), prompt)
+    repeated = len(examples) - len(kept)
+    dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
+    told = stands_as_is([prompt.prompt for prompt in kept.values()])
+    return list(kept.values()), replace(report, used=len(kept), dropped=dropped, said=(*report.said, *told))
+
+
+def stands_as_is(prompts: Sequence[Words]) -> list[str]:
+    """The sentence that says how many prompts no chat template touches; none where it renders all of them."""
+    num_texts = sum(isinstance(prompt, str) for prompt in prompts)
+    share = "all" if num_texts == len(prompts) else f"{num_texts} of {len(prompts)}"
+    return [f"text as it stands, without a chat template: {share}"] if num_texts else []
+
+
+def asked(fields: RowFields, *, as_text: bool) -> Words:
+    """The prompt of a row that has a column for it; an empty stand-in where `fields.problems` say why there is none."""
+    given = fields.optional_text("input")
+    if isinstance(fields.value("prompt"), list):
+        if given is not None:
+            fields.add(
+                "input beside messages", fields.field("input"), shown(given), "all that is asked in the messages"
+            )
+        return with_system(fields, _messages(fields, "prompt"), "prompt")
+    text = fields.text("prompt")
+    text = text if given is None else f"{text}\n{given}"
+    if not as_text:
+        return with_system(fields, [Message("user", text)], "prompt")
+    _check_no_system(fields)
+    return text
+
+
+def with_system(fields: RowFields, messages: Sequence[Message], role: str) -> tuple[Message, ...]:
+    """The messages behind those of the system's column, which must be the only system's words."""
+    system = fields.optional_text("system")
+    if system is not None and messages and messages[0].role in ("system", "developer"):
+        given = f"a system message at the start of {shown(fields.field(role))} too"
+        fields.add("two system messages", fields.field("system"), given, "the system's words in one place")
+    return (*_spoken("system", system), *messages)
+
+
+def implied(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
+    """Prompt and responses of a row whose two responses begin with the prompt; None, with problems filled, else."""
+    values = {role: fields.value(role) for role in ("chosen", "rejected")}
+    if all(isinstance(value, list) for value in values.values()):
+        return _implied_messages(fields)
+    texts = [fields.text(role) for role, value in values.items() if not isinstance(value, list)]
+    if fields.problems:
+        return None
+    if len(texts) < 2:
+        given = f"{kind_name(values['chosen'])} as chosen and {kind_name(values['rejected'])} as rejected"
+        wanted = "two texts, or two lists of messages"
+        fields.add("chosen and rejected of two kinds", fields.field("rejected"), given, wanted)
+        return None
+    _check_no_system(fields)
+    one, other = texts
+    prompt = shared_text(one, other)
+    if is_same(one, other):
+        add_same(fields, fields.field("rejected"), one)
+    elif not prompt.strip():
+        _add_unshared(fields, f"texts that begin {shown(one, 30)} and {shown(other, 30)}")
+    return None if fields.problems else (prompt, (one[len(prompt) :], other[len(prompt) :]))
+
+
+def shared_text(one: str, other: str) -> str:
+    """The prompt that two texts share: up to the last "Assistant:" of their common beginning, else up to its last white
+    space, so that no word is split.
+    """
+    common = one[: _num_shared(one, other)]
+    place = common.rfind(_ASSISTANT_MARK)
+    if place >= 0:
+        return common[: place + len(_ASSISTANT_MARK)]
+    words = _UP_TO_LAST_BLANK.match(common)
+    return words.group() if words else ""
+
+
+def check_spoken(fields: RowFields, messages: Sequence[Message], place: str) -> None:
+    """Notes a response that the assistant does not begin and end; other turns may stand between."""
+    wanted = "the assistant's message first and last, without the prompt"
+    if not messages:
+        fields.add("response is empty", place, "no message behind the prompt", wanted)
+    elif messages[0].role != ASSISTANT or messages[-1].role != ASSISTANT:
+        roles = ", ".join(message.role for message in messages)
+        hint = "what stands before the response must be in every response, and in the prompt column if there is one"
+        fields.add("response is not the assistant's", place, f"messages of {roles}", wanted, hint)
+
+
+def is_same(one: Words, other: Words) -> bool:
+    """Whether two pieces say the same, white space at their ends and weights aside."""
+    if isinstance(one, str) or isinstance(other, str):
+        return isinstance(one, str) and isinstance(other, str) and one.strip() == other.strip()
+    return len(one) == len(other) and all(_is_same_message(*both) for both in zip(one, other, strict=True))
+
+
+def add_same(fields: RowFields, place: str, words: Words) -> None:
+    """Notes that a response says what another does."""
+    text = words if isinstance(words, str) else words[-1].content
+    fields.add(SAME_RESPONSES, place, f"{shown(text)}, as the other", "responses that differ")
+
+
+def _implied_messages(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
+    chosen, rejected = _messages(fields, "chosen"), _messages(fields, "rejected")
+    if fields.problems:
+        return None
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shorter = min(len(chosen), len(rejected))
+    border = next((place for place, both in pairs if not _is_same_message(*both)), shorter)
+    if is_same(tuple(chosen), tuple(rejected)):
+        add_same(fields, fields.field("rejected"), tuple(rejected))
+    elif not border:
+        begun = " and ".join(shown(messages[0].content, 30) for messages in (chosen, rejected))
+        _add_unshared(fields, f"messages that begin with {begun}")
+    else:
+        check_spoken(fields, chosen[border:], fields.field("chosen"))
+        check_spoken(fields, rejected[border:], fields.field("rejected"))
+    prompt = with_system(fields, chosen[:border], "chosen")
+    return None if fields.problems else (prompt, (tuple(chosen[border:]), tuple(rejected[border:])))
+
+
+def _words_of(fields: RowFields, form: PreferenceFormat, as_text: bool) -> Words | None:
+    if form.kind == "implicit pairs":
+        found = implied(fields)
+        return None if found is None else found[0]
+    words = asked(fields, as_text=as_text)
+    if isinstance(words, str) or fields.problems:
+        return words
+    last = max((place for place, message in enumerate(words) if message.role != ASSISTANT), default=-1)
+    if last < 0:
+        wanted = "a message that the assistant answers"
+        fields.add("no message to answer", fields.field("prompt"), "messages of the assistant alone", wanted)
+    return words[: last + 1]
+
+
+def _is_same_message(one: Message, other: Message) -> bool:
+    words = one.content.strip() == other.content.strip()
+    return words and one.role == other.role and one.more == other.more
+
+
+def _check_no_system(fields: RowFields) -> None:
+    system = fields.optional_text("system")
+    if system is not None:
+        wanted, hint = "no system beside text that stands as it is", "put it into the prompt itself, or give messages"
+        fields.add("system beside text", fields.field("system"), shown(system), wanted, hint)
+
+
+def _add_unshared(fields: RowFields, given: str) -> None:
+    hint = 'or name the column of the prompt: data.columns: {"prompt": "COLUMN"}'
+    wanted = "responses that begin with the same prompt, since there is no prompt column"
+    fields.add("no shared prompt", fields.field("rejected"), given, wanted, hint)
+
+
+def _key(prompt: Words) -> str:
+    """A text that is the same for equal prompts alone."""
+    value = prompt if isinstance(prompt, str) else [message.as_template() for message in prompt]
+    return json.dumps(value, sort_keys=True, default=str)
