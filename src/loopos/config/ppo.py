@@ -1,0 +1,192 @@
+"""The config of proximal policy optimization: its sections together, and what they must not contradict.
+
+Enters: the sections, each valid by itself. Leaves: `PpoConfig`, and `Finding`s for contradictions between keys and for
+missing files. Left out: the sections (`ppo_sections`), what only the data or the weights can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from loopos.config import checks
+from loopos.config.faults import Finding
+from loopos.config.language_sections import LanguageModelSection
+from loopos.config.ppo_sections import (
+    GuardSection,
+    PpoDataSection,
+    PpoEvaluationSection,
+    PpoRewardSection,
+    PpoTrainingSection,
+    RolloutSection,
+)
+from loopos.config.preferences import (
+    check_reward_model,
+    check_text_files,
+    text_effects,
+    validation_notes,
+)
+from loopos.config.sections import ComputationSection, MethodConfig
+
+EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
+
+
+class PpoConfig(MethodConfig):
+    """Everything that a run of PPO is told."""
+
+    description: str = Field(default="", description="free text, for people")
+    model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
+    computation: ComputationSection = Field(description="which method runs")
+    training: PpoTrainingSection = Field(description="how policy and values are trained")
+    generation: RolloutSection = Field(default_factory=RolloutSection, description="how responses are generated")
+    reward: PpoRewardSection = Field(default_factory=PpoRewardSection, description="what a response is worth")
+    guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
+    evaluation: PpoEvaluationSection = Field(
+        default_factory=PpoEvaluationSection, description="how the policy is measured while training"
+    )
+    data: PpoDataSection = Field(description="where weights and prompts come from, and where the run goes")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation ever runs."""
+        return self.data.has_validation and self.training.validate_every != "never" and self.evaluation.prompts > 0
+
+    def check(self) -> Iterator[Finding]:
+        data = self.data
+        yield from checks.check_source({"prompts": data.prompts, "training_data": data.training_data})
+        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from self.check_training()
+
+    def check_training(self) -> Iterator[Finding]:
+        """`check` without what is read from where: for rlhf too."""
+        model, training, data = self.model, self.training, self.data
+        yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
+        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_steps(training)
+        yield from checks.check_optimizer(training)
+        yield from checks.check_validation(training, has_validation=data.has_validation)
+        yield from checks.check_no_head(training)
+        yield from _check_answers(self)
+        yield from _check_reward(self)
+        yield from _check_penalty(training)
+        yield from _check_lengths(self)
+
+    def check_files(self) -> Iterator[Finding]:
+        data, rows = self.data, (EXAMPLE_PROMPT, "")
+        yield from check_text_files(data, {"prompts": rows, "training_data": rows, "validation_data": rows})
+        if data.reward_model is not None:
+            yield from check_reward_model("data.reward_model", data.reward_model)
+            if checks.same_path(data.reward_model, data.output_dir):
+                fields = ("data.output_dir", "data.reward_model")
+                yield Finding(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
+        yield from check_judge(self.evaluation)
+
+    def notes(self) -> list[str]:
+        training, data, generation = self.training, self.data, self.generation
+        said = checks.without_effect(self, _effects(self))
+        if training.minibatches > training.batch_size:
+            said.append(
+                f"training.minibatches ({training.minibatches}) is more than training.batch_size "
+                f"({training.batch_size}): it takes more than one process, each with responses of its own"
+            )
+        if generation.top_k is not None or generation.top_p < 1:
+            said.append(
+                "generation.top_k and top_p: log-probabilities are of the full distribution, not the one drawn from"
+            )
+        if generation.temperature != 1:
+            said.append("generation.temperature divides the logits of policy, old policy and reference alike")
+        judge = self.evaluation.judge
+        if judge is not None and data.reward_model is not None and checks.same_path(judge, data.reward_model):
+            said.append("evaluation.judge is data.reward_model: it cannot tell when that one is deceived")
+        source = data.prompts or data.training_data
+        return said + validation_notes(training, data, source, validates=self.validates)
+
+
+def check_judge(evaluation: PpoEvaluationSection) -> Iterator[Finding]:
+    """Faults of the folder of another reward model."""
+    if evaluation.judge is not None and not evaluation.judge_is_function:
+        for finding in check_reward_model("evaluation.judge", evaluation.judge):
+            yield Finding(finding.fields, finding.given, f'"module:function", or {finding.wanted}', finding.hint)
+
+
+def _check_answers(config: PpoConfig) -> Iterator[Finding]:
+    """What needs answered validation prompts, where none are answered."""
+    training, evaluation = config.training, config.evaluation
+    if evaluation.prompts > 0 or not config.data.has_validation or training.validate_every == "never":
+        return
+    wanted = "evaluation.prompts of at least 1"
+    if training.early_stopping is not None:
+        fields = ("training.early_stopping", "evaluation.prompts")
+        yield Finding(fields, "early stopping with evaluation.prompts 0", wanted)
+    if training.schedule == "plateau":
+        fields = ("training.schedule", "evaluation.prompts")
+        yield Finding(fields, '"plateau" with evaluation.prompts 0', f"{wanted}, or another schedule")
+
+
+def _check_reward(config: PpoConfig) -> Iterator[Finding]:
+    """A reward that is always 0, and values from a reward model that is not there."""
+    reward, model = config.reward, config.data.reward_model
+    fields: tuple[str, ...]
+    if model is None and not reward.functions:
+        fields = ("data.reward_model", "reward.functions")
+        hint = 'train a reward model first, with "method": "reward_model"'
+        yield Finding(fields, "nothing that rewards", "a reward model, or functions", hint)
+    elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
+        fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
+        yield Finding(fields, "weights that are all 0", "a reward of another weight than 0")
+    if model is None and reward.functions and config.training.value_model == "reward":
+        fields = ("training.value_model", "data.reward_model")
+        yield Finding(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
+
+
+def _check_penalty(training: PpoTrainingSection) -> Iterator[Finding]:
+    """Keys of the KL penalty."""
+    if training.kl_in == "loss" and training.kl_estimator in ("k1", "k3"):
+        fields = ("training.kl_estimator", "training.kl_in")
+        given = f'"{training.kl_estimator}" with kl_in "loss"'
+        yield Finding(fields, given, '"k2", or nothing', "as a loss, k2 alone has the gradient of the KL")
+    if training.kl_target is not None and training.kl_coefficient == 0:
+        fields = ("training.kl_target", "training.kl_coefficient")
+        given = f"{training.kl_target} with kl_coefficient 0"
+        yield Finding(fields, given, "kl_coefficient > 0", "the coefficient is steered by factors, and 0 stays 0")
+
+
+def _check_lengths(config: PpoConfig) -> Iterator[Finding]:
+    """Prompt and response within max_length."""
+    new, most, longest = config.generation.max_new_tokens, config.training.max_length, config.data.max_prompt_tokens
+    if most is None:
+        return
+    fields: tuple[str, ...]
+    if new >= most:
+        fields = ("generation.max_new_tokens", "training.max_length")
+        yield Finding(fields, str(new), f"fewer than max_length ({most}), which holds prompt and response")
+    elif longest is not None and longest + new > most:
+        fields = ("data.max_prompt_tokens", "generation.max_new_tokens", "training.max_length")
+        given = f"{longest}, which with {new} new tokens is over max_length ({most})"
+        yield Finding(fields, given, f"at most {most - new}")
+
+
+def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
+    """Keys that may have no effect → whether they have one, and the reason why not."""
+    training, evaluation, guards = config.training, config.evaluation, config.guards
+    has_model, has_penalty = config.data.reward_model is not None, training.kl_coefficient > 0
+    limits = (guards.kl, guards.entropy_share, guards.length_ratio, guards.repetition)
+    is_guarded = any(limit is not None for limit in (*limits, guards.end_share_drop, guards.judge_drop))
+    unanswered = (config.validates, "no validation prompts are answered")
+    return {
+        **checks.effects(training),
+        **text_effects(config.data),
+        "training.head_learning_rate": (False, "the value model's rate is value_learning_rate"),
+        "training.kl_in": (has_penalty, "kl_coefficient is 0"),
+        "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
+        "training.kl_horizon": (training.kl_target is not None, "there is no kl_target"),
+        "reward.model_weight": (has_model, "there is no data.reward_model"),
+        "reward.ensemble_penalty": (has_model, "there is no data.reward_model"),
+        "guards.judge_drop": (evaluation.judge is not None, "there is no evaluation.judge"),
+        "guards.patience": (is_guarded, "no guard has a limit"),
+        "guards.stop": (is_guarded, "no guard has a limit"),
+        "evaluation.judge": unanswered,
+        "evaluation.best_of": unanswered,
+        "evaluation.kl_limit": unanswered,
+    }

@@ -1,0 +1,161 @@
+"""What the configs of reward_model, ppo and rlhf share: where rows of preferences and prompts come from, what a reward
+model learns from a comparison, and whether a folder holds a reward model.
+
+Enters: plain values, and the sections made of them. Leaves: frozen sections, `Finding`s, sentences on keys without
+effect. Left out: keys of one method alone (its own config module), what the rows hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from loopos.config import checks
+from loopos.config.faults import Finding
+from loopos.config.language_sections import TextSourceSection
+from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
+from loopos.config.sections import Count, Section, Text, TrainingSection
+from loopos.config.source import close_files
+
+REWARD_TASK = "reward"
+"""The task that the description of a reward model's folder names."""
+
+MODEL_DESCRIPTION = "loopos.json"
+"""The file in which a trained model's folder describes itself."""
+
+CHAT_TEMPLATES = ("auto", "plain", "none")
+"""The values of `data.chat_template` that are no file."""
+
+PreferenceRole: TypeAlias = Literal[
+    "prompt",
+    "chosen",
+    "rejected",
+    "responses",
+    "scores",
+    "ranking",
+    "margin",
+    "p_human",
+    "tie",
+    "system",
+    "input",
+    "messages",
+    "problem",
+]
+
+
+class PreferenceTextSection(TextSourceSection):
+    """Where the weights come from, how rows of preferences or prompts become text, and where the run goes."""
+
+    pretrained_weights: Text = Field(
+        description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
+    )
+    tokenizer: Text | None = Field(
+        default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
+    )
+    columns: dict[PreferenceRole, Text] = Field(default={}, description="column of each role; detected when absent")
+    chat_template: Text = Field(
+        default="auto",
+        description='"auto" (the tokenizer\'s own, else plain), "plain", "none" (strings stand as they are), or a file '
+        "with a Jinja template",
+    )
+    over_length: Literal["drop", "cut", "error"] = Field(
+        default="drop", description="what a row over max_length does; cut takes the end, with the end token"
+    )
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01, description="share of the rows that drop may take before it is an error"
+    )
+
+
+class RewardSection(Section):
+    """What a reward model learns from a comparison (Christiano et al. 2017; Ouyang et al. 2022)."""
+
+    centring: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="coefficient of the mean squared sum of a pair's two scores (per squared reward)"
+    )
+    heads: Count = Field(default=1, description="scalar heads, an ensemble whose mean is the score")
+    margins: bool = Field(default=False, description="subtract the rows' margins from the gap of the scores")
+    soft_labels: bool = Field(
+        default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
+    )
+    normalise: bool = Field(
+        default=True, description="shift and scale scores to mean 0, standard deviation 1 over the training responses"
+    )
+
+
+def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[str, str]]) -> Iterator[Finding]:
+    """Weights, tokenizer, rows, template and output folder. `examples`: each key of `data` that names rows → one row
+    as JSON, and how a .txt file writes it (empty: as rows alone).
+    """
+    yield from check_weights("data.pretrained_weights", data.pretrained_weights)
+    if data.tokenizer is not None:
+        yield from check_tokenizer("data.tokenizer", data.tokenizer)
+    for key, (row, lines) in examples.items():
+        value = getattr(data, key)
+        if value is not None:
+            is_text = value.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+            yield from check_rows(f"data.{key}", value, row + (lines if is_text else ""))
+    if data.chat_template not in CHAT_TEMPLATES and not os.path.isfile(data.chat_template.replace("\0", "")):
+        wanted = '"auto", "plain", "none" or a file with a Jinja template'
+        yield Finding(("data.chat_template",), f'"{data.chat_template}", where no file is', wanted)
+    yield from check_output_folder("data.output_dir", data.output_dir)
+    if os.path.isdir(data.pretrained_weights) and checks.same_path(data.pretrained_weights, data.output_dir):
+        fields = ("data.output_dir", "data.pretrained_weights")
+        yield Finding(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
+
+
+def check_reward_model(field: str, value: str) -> Iterator[Finding]:
+    """Faults of a folder that is to hold a trained reward model: a run's `output_dir`, or its `model/`."""
+    wanted = "the output_dir of a finished reward_model run, or its folder model/"
+    place = value.replace("\0", "")
+    files = [os.path.join(folder, MODEL_DESCRIPTION) for folder in (place, os.path.join(place, "model"))]
+    file = next((each for each in files if os.path.isfile(each)), None)
+    if not os.path.exists(place):
+        close = close_files(place)
+        hint = f'did you mean "{close[0]}"?' if close else 'train one first, with "method": "reward_model"'
+        yield Finding((field,), f'"{value}", which does not exist', wanted, hint)
+    elif file is not None:
+        given = _other_model(file)
+        if given:
+            yield Finding((field,), f'"{value}", {given}', wanted)
+    elif os.path.isfile(os.path.join(place, "events.jsonl")):
+        hint = "go on with it: loopos train CONFIG --resume"
+        yield Finding((field,), f'"{value}", a run without a finished model', wanted, hint)
+    else:
+        yield Finding((field,), f'"{value}", where no trained model is', wanted)
+
+
+def _other_model(file: str) -> str:
+    """What a model's folder holds by its description, or nothing where that is a reward model."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            description = json.load(opened)
+    except (OSError, ValueError) as problem:
+        return f"whose {MODEL_DESCRIPTION} cannot be read ({problem})"
+    task = description.get("task") if isinstance(description, dict) else None
+    if task == REWARD_TASK:
+        return ""
+    return f"a model of task {task}" if isinstance(task, str) else "a model that gives no scores"
+
+
+def text_effects(data: PreferenceTextSection) -> dict[str, tuple[bool, str]]:
+    """Keys of `data` that may have no effect → whether they have one, and the reason why not."""
+    return {
+        "data.validation_share": (data.validation_data is None, "validation_data is given"),
+        "data.max_dropped_share": (data.over_length == "drop", f"over_length is {data.over_length}"),
+    }
+
+
+def validation_notes(
+    training: TrainingSection, data: PreferenceTextSection, source: str | None, *, validates: bool
+) -> list[str]:
+    """Sentences on validation that never runs, or that scores rows of training; `source`: the rows to train on."""
+    said = []
+    if training.save_every == "validation" and not validates:
+        said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+    if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
+        said.append("data.validation_data is the training data: validation will score rows that were trained on")
+    return said

@@ -1,0 +1,108 @@
+"""The config of training a reward model: its sections, and what they must not contradict.
+
+Enters: the sections, each valid by itself. Leaves: `RewardModelConfig`, and `Finding`s for contradictions between keys
+and for missing files. Left out: what only the data or the weights can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+from pydantic import Field
+
+from loopos.config import checks
+from loopos.config.faults import Finding
+from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
+from loopos.config.preferences import (
+    PreferenceTextSection,
+    RewardSection,
+    check_text_files,
+    text_effects,
+    validation_notes,
+)
+from loopos.config.sections import ComputationSection, EarlyStoppingSection, MethodConfig, Text
+
+EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
+EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."
+RewardMetric: TypeAlias = Literal["loss", "pair_accuracy"]
+"""What a reward model in training can be judged by: the loss of the pairs (nats), and the share of them whose better
+response has the higher score."""
+
+
+class RewardEarlyStoppingSection(EarlyStoppingSection):
+    """When to stop before the last epoch."""
+
+    # Other metrics than those of tasks.
+    metric: RewardMetric | None = Field(  # type: ignore[assignment]
+        default=None, description="metric that is watched; training.metric when absent"
+    )
+
+
+class RewardTrainingSection(LanguageTrainingSection):
+    """The optimizer, its schedule, what trains, and when to validate, save and stop; a sequence is a comparison."""
+
+    early_stopping: RewardEarlyStoppingSection | None = Field(
+        default=None, description="when to stop early; null is never"
+    )
+    metric: RewardMetric | None = Field(  # type: ignore[assignment]
+        default=None, description="metric that says which checkpoint is best; pair_accuracy when absent"
+    )
+
+
+class PreferenceDataSection(PreferenceTextSection):
+    """Where the weights and the preferences come from, how they are read, and where the run goes."""
+
+    preference_data: Text | None = Field(
+        default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'
+    )
+    training_data: Text | None = Field(default=None, description="another name of preference_data")
+
+    @property
+    def source(self) -> str:
+        """The rows to train on, under whichever name they were given."""
+        found = self.preference_data or self.training_data
+        assert found is not None, "checked by the method's check"
+        return found
+
+
+class RewardModelConfig(MethodConfig):
+    """Everything that the training of a reward model is told."""
+
+    description: str = Field(default="", description="free text, for people")
+    model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
+    computation: ComputationSection = Field(description="which method runs")
+    training: RewardTrainingSection = Field(description="how the weights are trained")
+    reward: RewardSection = Field(default_factory=RewardSection, description="what is learned from a comparison")
+    data: PreferenceDataSection = Field(description="where weights and rows come from, and where the run goes")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation ever runs."""
+        return self.data.has_validation and self.training.validate_every != "never"
+
+    def check(self) -> Iterator[Finding]:
+        model, training, data = self.model, self.training, self.data
+        yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
+        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_steps(training)
+        yield from checks.check_optimizer(training)
+        yield from checks.check_validation(training, has_validation=data.has_validation)
+        yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
+        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+
+    def check_files(self) -> Iterator[Finding]:
+        rows = (EXAMPLE_ROW, EXAMPLE_LINES)
+        yield from check_text_files(
+            self.data, {"preference_data": rows, "training_data": rows, "validation_data": rows}
+        )
+
+    def notes(self) -> list[str]:
+        data, training, reward = self.data, self.training, self.reward
+        said = checks.without_effect(self, {**checks.effects(training), **text_effects(data)})
+        if "margin" in data.columns and not reward.margins:
+            said.append("data.columns.margin has no effect: reward.margins is false")
+        if "p_human" in data.columns and not reward.soft_labels:
+            said.append("data.columns.p_human has no effect: reward.soft_labels is false")
+        source = data.preference_data or data.training_data
+        return said + validation_notes(training, data, source, validates=self.validates)

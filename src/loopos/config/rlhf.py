@@ -1,0 +1,179 @@
+"""The config of reinforcement learning from human feedback: a reward model from preferences, then PPO against it.
+
+Enters: the sections, each valid by itself. Leaves: `RlhfConfig`, the configs of its two phases, and `Finding`s, which
+are those of the phases under the names that the keys have here. Left out: what only the data or the weights can tell.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from pydantic import Field
+
+from loopos.config.faults import Finding
+from loopos.config.language_sections import LanguageModelSection
+from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
+from loopos.config.ppo_sections import (
+    GuardSection,
+    PpoDataSection,
+    PpoEvaluationSection,
+    PpoRewardSection,
+    PpoTrainingSection,
+    RolloutSection,
+)
+from loopos.config.preferences import RewardSection, check_text_files
+from loopos.config.reward_model import (
+    EXAMPLE_LINES,
+    EXAMPLE_ROW,
+    PreferenceDataSection,
+    RewardModelConfig,
+    RewardTrainingSection,
+)
+from loopos.config.sections import ComputationSection, Count, MethodConfig, Text
+
+REWARD_LEARNING_RATE = 1e-5
+"""The peak learning rate of the reward model where the config has no `reward_training`."""
+
+_READ_ALIKE = (
+    *("pretrained_weights", "tokenizer", "chat_template", "on_bad_row", "max_dropped_share"),
+    *("validation_share", "max_prompt_tokens", "output_dir"),
+)
+_READ_FROM = ("columns", "streaming", "max_rows", "training_split", "validation_split", "subset", "validation_data")
+_OF_BOTH_PHASES = ("data.validation_share", "data.max_dropped_share")
+_NAMES_IN_PPO = {"reward.": "rewards."}
+_NAMES_IN_REWARD_MODEL = {"training.": "reward_training."}
+
+
+class RlhfDataSection(PreferenceDataSection):
+    """Where the weights, the preferences and the prompts come from, how they are read, and where the run goes."""
+
+    prompts: Text | None = Field(
+        default=None,
+        description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences when '
+        "absent; columns, splits, streaming, max_rows and validation_data are of the preferences alone",
+    )
+    max_prompt_tokens: Count | None = Field(
+        default=None, description="longest prompt (tokens); what max_length leaves beside max_new_tokens when absent"
+    )
+
+
+class RlhfConfig(MethodConfig):
+    """Everything that a run of reinforcement learning from human feedback is told."""
+
+    description: str = Field(default="", description="free text, for people")
+    model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
+    computation: ComputationSection = Field(description="which method runs")
+    training: PpoTrainingSection = Field(description="how policy and values are trained")
+    reward_training: RewardTrainingSection | None = Field(
+        default=None,
+        description="how the reward model is trained; when absent: AdamW with learning_rate 1e-5, and batch_size, "
+        "num_epochs, max_length, seed, device and precision of training",
+    )
+    reward: RewardSection = Field(
+        default_factory=RewardSection, description="what the reward model learns from a comparison"
+    )
+    generation: RolloutSection = Field(default_factory=RolloutSection, description="how responses are generated")
+    rewards: PpoRewardSection = Field(default_factory=PpoRewardSection, description="what a response is worth")
+    guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
+    evaluation: PpoEvaluationSection = Field(
+        default_factory=PpoEvaluationSection, description="how the policy is measured while training"
+    )
+    data: RlhfDataSection = Field(description="where weights and rows come from, and where the run goes")
+
+    @property
+    def reward_model_dir(self) -> str:
+        """The folder of the first phase's run."""
+        return os.path.join(self.data.output_dir, "reward_model")
+
+    def reward_model_config(self) -> RewardModelConfig:
+        """The config of the first phase."""
+        data, training = self.data, self.training
+        reward_training = self.reward_training or RewardTrainingSection(
+            learning_rate=REWARD_LEARNING_RATE,
+            batch_size=training.batch_size,
+            num_epochs=training.num_epochs,
+            max_length=training.max_length,
+            seed=training.seed,
+            device=training.device,
+            precision=training.precision,
+        )
+        read = data.model_dump(include=set(PreferenceDataSection.model_fields))
+        return RewardModelConfig(
+            description=self.description,
+            model=self.model,
+            computation=ComputationSection(mode="posttraining", method="reward_model"),
+            training=reward_training,
+            reward=self.reward,
+            data=PreferenceDataSection.model_validate({**read, "output_dir": self.reward_model_dir}),
+        )
+
+    def ppo_config(self) -> PpoConfig:
+        """The config of the second phase. Prompts of their own are read by the defaults of how rows are read; with
+        those of the preferences, whatever tells how the preferences are read holds.
+        """
+        data = self.data
+        own_prompts = data.prompts is not None
+        read = data.model_dump(include=set(_READ_ALIKE if own_prompts else _READ_ALIKE + _READ_FROM))
+        given = {
+            "reward_model": os.path.join(self.reward_model_dir, "model"),
+            "prompts": data.prompts if own_prompts else data.preference_data,
+            "training_data": None if own_prompts else data.training_data,
+            # What is cut of a response in the first phase is no matter of prompts.
+            "over_length": "error" if data.over_length == "error" else "drop",
+        }
+        return PpoConfig(
+            description=self.description,
+            model=self.model,
+            computation=ComputationSection(mode="posttraining", method="ppo"),
+            training=self.training,
+            generation=self.generation,
+            reward=self.rewards,
+            guards=self.guards,
+            evaluation=self.evaluation,
+            data=PpoDataSection.model_validate({**read, **given}),
+        )
+
+    def check(self) -> Iterator[Finding]:
+        renamed = _NAMES_IN_REWARD_MODEL if self.reward_training is not None else {}
+        found = [
+            *_renamed(self.reward_model_config().check(), renamed),
+            *_renamed(self.ppo_config().check_training(), _NAMES_IN_PPO),
+        ]
+        # What both phases read is checked by both.
+        yield from dict.fromkeys(found)
+
+    def check_files(self) -> Iterator[Finding]:
+        rows = (EXAMPLE_ROW, EXAMPLE_LINES)
+        examples = dict.fromkeys(("preference_data", "training_data", "validation_data"), rows)
+        yield from check_text_files(self.data, {**examples, "prompts": (EXAMPLE_PROMPT, "")})
+        yield from check_judge(self.evaluation)
+
+    def notes(self) -> list[str]:
+        phases = (
+            [_with_name(note, _NAMES_IN_REWARD_MODEL) for note in self.reward_model_config().notes()],
+            [_with_name(note, _NAMES_IN_PPO) for note in self.ppo_config().notes()],
+        )
+        # A key that both phases read has no effect only where it has none in either.
+        said = [
+            note
+            for note in dict.fromkeys(phases[0] + phases[1])
+            if not note.startswith(_OF_BOTH_PHASES) or all(note in phase for phase in phases)
+        ]
+        if self.rewards.ensemble_penalty > 0 and self.reward.heads == 1:
+            said.append("rewards.ensemble_penalty has no effect: reward.heads is 1")
+        return said
+
+
+def _renamed(findings: Iterable[Finding], names: Mapping[str, str]) -> Iterator[Finding]:
+    for finding in findings:
+        yield replace(finding, fields=tuple(_with_name(field, names) for field in finding.fields))
+
+
+def _with_name(text: str, names: Mapping[str, str]) -> str:
+    """`text`, which begins with a key of a phase's config, with the key's section as it is named here."""
+    for name, here in names.items():
+        if text.startswith(name):
+            return here + text.removeprefix(name)
+    return text
