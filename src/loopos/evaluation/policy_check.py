@@ -1,0 +1,80 @@
+"""A policy in training, measured on prompts that it is not trained on.
+
+Enters: validation prompts, a collector, perhaps a judge that training does not see. Leaves: metrics and a record of
+each answer. The first answers are kept: later ones are compared with them. Left out: what follows (`training`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from loopos.evaluation.policy_metrics import win_rate
+from loopos.evaluation.rewards import Response
+from loopos.evaluation.rollout import Collector, rollout_metrics
+from loopos.functional.advantages import KlEstimator
+from loopos.generation.settings import SamplingSettings
+
+METRIC_DIRECTION: Mapping[str, Literal["min", "max"]] = {"reward": "max", "reward_within_kl": "max"}
+
+Judge = Callable[[Sequence[Response]], list[float]]
+
+
+class PolicyCheck:
+    """Asks the same prompts each time, with the same seeds."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingSettings,
+        judge: Judge | None,
+        *,
+        estimator: KlEstimator,
+        kl_limit: float | None,
+    ) -> None:
+        """kl_limit: nats a response above which "reward_within_kl" is −inf."""
+        self.collector, self.prompts, self.sampling, self.judge = collector, prompts, sampling, judge
+        self.estimator, self.kl_limit = estimator, kl_limit
+        self._first: dict[str, list[float]] = {}
+
+    def measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics and records of all prompts, the same on every rank. "judge" is the mean of the judge's scores,
+        "win_rate" the share of prompts whose answer scores higher by it than the first one did, ties half;
+        "reward_win_rate" the same by the reward.
+        """
+        rollouts = self.collector(self.prompts, self.sampling)
+        metrics = rollout_metrics(rollouts, estimator=self.estimator)
+        if self.kl_limit is not None:
+            metrics["reward_within_kl"] = metrics["reward"] if metrics["kl"] <= self.kl_limit else -math.inf
+        scores = {"reward": [rollout.score for rollout in rollouts]}
+        if self.judge is not None:
+            scores["judge"] = self.judge([rollout.response for rollout in rollouts])
+            metrics["judge"] = statistics.fmean(scores["judge"])
+        if self._first:
+            metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
+            if self.judge is not None:
+                metrics["win_rate"] = win_rate(scores["judge"], self._first["judge"]).rate
+        else:
+            self._first = scores
+        records = [
+            {
+                "prompt": rollout.response.prompt,
+                "response": rollout.response.text,
+                "ended": rollout.response.ended,
+                "kl": rollout.kl(self.estimator),
+                **{name: values[place] for name, values in scores.items()},
+            }
+            for place, rollout in enumerate(rollouts)
+        ]
+        return metrics, records
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: the scores of the first answers."""
+        return {"first": self._first}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""
+        self._first = dict(state["first"])

@@ -1,0 +1,143 @@
+"""What a policy said, its values and its wins → numbers.
+
+Enters: responses as lists of token ids, value estimates and returns, scores of responses. Leaves: one number a
+function, or a win rate with its interval. A figure that is not defined for its input is None, never nan. Left out:
+sampling (`generation`), scoring (`models`), preferences among pairs (`preference_metrics`), and what is alarming
+(`training.guards`).
+Letters: R responses, P prompts, M samples of each prompt, N values, n the best of how many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import ArrayLike
+
+from loopos.evaluation.metrics import _finite_floats
+
+# The standard normal's 97.5% quantile: 95% of the mass lies between its negative and it.
+_NORMAL_QUANTILE = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """`rate` = (wins + ties / 2) / all, with its Wilson 95% interval from `low` to `high`."""
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    ties: int
+
+
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share: both roots q of (s/t − q)² = z² q (1 − q) / t, s successes of t trials, z = 1.96
+    (Wilson 1927). Half successes are allowed. Raises ValueError without trials or with successes out of 0..trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials given, wanted at least one trial and no more wins")
+    share, extra = successes / trials, _NORMAL_QUANTILE**2 / trials
+    middle = share + extra / 2
+    reach = math.sqrt(extra * (share * (1 - share) + extra / 4))
+    # Rounding may lead past the ends by one bit.
+    return max(0.0, (middle - reach) / (1 + extra)), min(1.0, (middle + reach) / (1 + extra))
+
+
+def win_rate(ours: ArrayLike, theirs: ArrayLike) -> WinRate:
+    """How often our score of a prompt lies above theirs, both [P], ties half. Raises ValueError on empty, non-finite or
+    misshapen input.
+    """
+    left, right = _finite_floats("ours", ours, num_axes=1), _finite_floats("theirs", theirs, num_axes=1)
+    if left.shape != right.shape:
+        raise ValueError(f"{len(left)} scores of ours for {len(right)} of theirs given, wanted one for each")
+    wins, losses = int((left > right).sum()), int((left < right).sum())
+    ties = len(left) - wins - losses
+    won = wins + ties / 2
+    low, high = wilson_interval(won, len(left))
+    return WinRate(won / len(left), low, high, wins, losses, ties)
+
+
+def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float | None:
+    """Distinct n-grams / all n-grams over all responses [R] (after Li et al. 2016, who divide by all tokens); None
+    where no response has n tokens. 1 = nothing said twice. Raises ValueError without responses or for n below 1.
+    """
+    found = [gram for response in _some(responses) for gram in _n_grams(response, n)]
+    return len(set(found)) / len(found) if found else None
+
+
+def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of a response's n-grams that occurred before in it, 1 − distinct / all, mean over responses [R]. One of
+    fewer than n tokens repeats nothing and counts as 0. Raises ValueError without responses or for n below 1.
+    """
+    shares = []
+    for response in _some(responses):
+        grams = _n_grams(response, n)
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)
+
+
+def length_mean(responses: Sequence[Sequence[int]]) -> float:
+    """Tokens of a response, mean over responses [R]. Raises ValueError without responses."""
+    return sum(len(response) for response in _some(responses)) / len(responses)
+
+
+def end_share(responses: Sequence[Sequence[int]], stop_ids: Collection[int]) -> float:
+    """Share of responses [R] whose last token is one of `stop_ids`; the rest was cut. Raises ValueError without
+    responses.
+    """
+    return sum(len(response) > 0 and response[-1] in stop_ids for response in _some(responses)) / len(responses)
+
+
+def explained_variance(values: ArrayLike, returns: ArrayLike) -> float | None:
+    """1 − Var(returns − values) / Var(returns), both [N]: 1 is a perfect value model, 0 no better than a constant, less
+    is worse than one. None for constant returns. Raises ValueError on empty, non-finite or misshapen input.
+    """
+    guessed, found = _finite_floats("values", values, num_axes=1), _finite_floats("returns", returns, num_axes=1)
+    if guessed.shape != found.shape:
+        raise ValueError(f"{len(guessed)} values for {len(found)} returns given, wanted one for each")
+    if numpy.ptp(found) == 0:
+        return None
+    # Scaled first, so that squares of very small or large deviations neither vanish nor overflow.
+    scale = numpy.ptp(found)
+    return float(1.0 - numpy.var((found - guessed) / scale) / numpy.var(found / scale))
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n − (n − 1) / n, nats: the KL of best-of-n sampling from the policy it samples (Stiennon et al. 2020,
+    appendix G.3), exact where no response is likely to be drawn twice, else an upper bound (Beirami et al. 2024).
+    Raises ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n of {n} given, wanted at least 1")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_expected(scores: ArrayLike, n: int) -> float:
+    """The expected best score of n samples, from M >= n samples of each prompt, `scores` [P, M], without bias.
+
+    Σ_{i=n..M} C(i−1, n−1) / C(M, n) · s_(i), s_(i) the i-th smallest score of a prompt; mean over prompts (Nakano et
+    al. 2021, appendix I). Raises ValueError on empty, non-finite or misshapen input and for n out of 1..M.
+    """
+    ascending = numpy.sort(_finite_floats("scores", scores, num_axes=2), axis=1)
+    num_samples = ascending.shape[1]
+    if not 1 <= n <= num_samples:
+        raise ValueError(f"best of {n} asked of {num_samples} samples a prompt, wanted 1 to {num_samples}")
+    draws = math.comb(num_samples, n)
+    weights = numpy.array([math.comb(below, n - 1) / draws for below in range(num_samples)])
+    return float((ascending @ weights).mean())
+
+
+def _some(responses: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    if not responses:
+        raise ValueError("no responses given, wanted at least one")
+    return responses
+
+
+def _n_grams(response: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    if n < 1:
+        raise ValueError(f"n-grams of {n} tokens asked for, wanted at least 1")
+    return [tuple(response[start : start + n]) for start in range(len(response) - n + 1)]

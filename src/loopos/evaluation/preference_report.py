@@ -1,0 +1,69 @@
+"""Scores of comparisons → the metrics of a reward model, and its tables for the log and the report.
+
+Enters: encoded comparisons and the raw scores of their responses. Leaves: metrics by name; accuracy by margin and the
+curve of calibration as JSON. Left out: the formulas (`preference_metrics`), scoring (`reward_scores`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loopos.data.preference_tokens import EncodedComparison
+from loopos.evaluation.preference_metrics import margin_buckets, preference_metrics, reliability
+
+Scores = Sequence[Sequence[Sequence[float]]]
+"""Of every comparison, of every response: a score of each head."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Every pair of every comparison, a column each."""
+
+    better: list[float]
+    worse: list[float]
+    probabilities: list[float]
+    margins: list[float]
+    better_lengths: list[int]
+    worse_lengths: list[int]
+
+
+def measured(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, float]:
+    """The metrics of `preference_metrics`; the score of a response is the mean of its heads'."""
+    pairs = _pairs(rows, scores)
+    return preference_metrics(
+        pairs.better,
+        pairs.worse,
+        probabilities=pairs.probabilities,
+        margins=pairs.margins if any(pairs.margins) else None,
+        better_lengths=pairs.better_lengths,
+        worse_lengths=pairs.worse_lengths,
+    )
+
+
+def buckets_told(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, Any]:
+    """Accuracy by margin (where the rows have margins) and the calibration curve of σ(Δ)."""
+    pairs = _pairs(rows, scores)
+    buckets = margin_buckets(pairs.better, pairs.worse, pairs.margins) if any(pairs.margins) else []
+    curve = reliability(pairs.better, pairs.worse, pairs.probabilities)
+    return {
+        "by_margin": [dataclasses.asdict(bucket) for bucket in buckets],
+        "calibration": [dataclasses.asdict(each) for each in curve],
+    }
+
+
+def _pairs(rows: Sequence[EncodedComparison], scores: Scores) -> _Pairs:
+    found = _Pairs([], [], [], [], [], [])
+    for row, responses in zip(rows, scores, strict=True):
+        means = [sum(heads) / len(heads) for heads in responses]
+        lengths = [len(response) for response in row.responses]
+        for pair in row.pairs:
+            found.better.append(means[pair.better])
+            found.worse.append(means[pair.worse])
+            found.probabilities.append(pair.probability)
+            found.margins.append(pair.margin)
+            found.better_lengths.append(lengths[pair.better])
+            found.worse_lengths.append(lengths[pair.worse])
+    return found

@@ -1,0 +1,91 @@
+"""A trained reward model, asked: scores of comparisons in a file, and how they agree with people.
+
+Enters: the place of a reward model, a data file. Leaves: normalised scores and metrics. Left out: the command
+(`cli.score`), training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from loopos.data import rows
+from loopos.data.preference_batches import ComparisonRows
+from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
+from loopos.data.preferences import Comparison, read_comparisons
+from loopos.data.templates import ChatTemplate
+from loopos.evaluation.preference_report import measured
+from loopos.evaluation.reward_scores import Normalisation, comparison_scores
+from loopos.models.attention import FUSED_FROM
+from loopos.models.backbone import Backbone
+from loopos.models.reward_folder import OpenedReward, open_reward_model
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`rows`: for each comparison its place and the scores of its responses in order, with `spread`, the heads'
+    standard deviation, where there are several. `metrics`: those of `preference_metrics`.
+    """
+
+    rows: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+class RewardPredictor:
+    """Scores by one reward model."""
+
+    def __init__(self, opened: OpenedReward, device: torch.device, *, ensemble_penalty: float = 0.0) -> None:
+        self.opened, self.device, self.ensemble_penalty = opened, device, ensemble_penalty
+        self.model = opened.model.requires_grad_(False).to(device).eval()
+        self.template = ChatTemplate(opened.tokenizer)
+        self.normalisation = Normalisation.read(opened.description)
+
+    @classmethod
+    def open(cls, place: str, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
+        """place: the output folder of a reward_model run, or its folder model/. Raises `UserError`."""
+        return cls(open_reward_model(place), torch.device(device), ensemble_penalty=ensemble_penalty)
+
+    def score_file(
+        self, source: str, columns: Mapping[str, str], *, on_bad_row: Literal["error", "skip"] = "error"
+    ) -> Scored:
+        """Every comparison of a file. Raises `DataError`."""
+        reader = rows.read(source, on_bad_row=on_bad_row)
+        examples, _ = read_comparisons(reader, columns, as_text=bool(self.opened.description["text"]))
+        return self.score(examples, on_bad_row=on_bad_row)
+
+    def score(self, examples: Sequence[Comparison], *, on_bad_row: Literal["error", "skip"] = "error") -> Scored:
+        """Scores of comparisons, in their order; what is longer than the model was trained on is an error."""
+        encoded, _ = encode_comparisons(
+            self.opened.tokenizer,
+            examples,
+            template=self.template,
+            max_length=self.opened.description["max_length"],
+            over_length="error",
+            on_bad_row=on_bad_row,
+        )
+        raw = comparison_scores(self.model, self._rows(encoded))
+        scores = [self.normalisation(torch.tensor(raw[place]), ensemble_penalty=self.ensemble_penalty).tolist()
+                  for place in range(len(encoded))]  # fmt: skip
+        found = []
+        for row, each, heads in zip(encoded, scores, (raw[place] for place in range(len(encoded))), strict=True):
+            place = examples[row.index].row
+            told: dict[str, Any] = {"line": place.line, "scores": [round(score, 6) for score in each]}
+            if len(heads[0]) > 1:
+                told["spread"] = [round(value, 6) for value in self._spread(heads)]
+            found.append(told)
+        return Scored(found, measured(encoded, [[[score] for score in each] for each in scores]))
+
+    def _spread(self, heads: Sequence[Sequence[float]]) -> list[float]:
+        """Standard deviation over the heads of each response's normalised scores."""
+        mean, std = torch.tensor(self.normalisation.mean), torch.tensor(self.normalisation.std)
+        spread: list[float] = ((torch.tensor(heads) - mean) / std).std(-1, correction=0).tolist()
+        return spread
+
+    def _rows(self, encoded: list[EncodedComparison]) -> ComparisonRows:
+        backbone = self.model.backbone
+        short = max(example.num_tokens for example in encoded) < FUSED_FROM
+        shares = isinstance(backbone, Backbone) and self.device.type == "cpu" and backbone.shares_trunks
+        return ComparisonRows(encoded, self.device, share_prompts=shares and short)

@@ -1,0 +1,161 @@
+"""Alarms of a reinforcement learning run: has the policy left its reference, collapsed, or found a hole in the reward?
+
+Enters: an iteration's metrics by name: kl (nats to the reference), entropy (nats), response_length (tokens),
+repetition, end_share (shares), reward (the trained reward model's), judge (that of one it was not trained on). Leaves:
+alarms, each a sentence with its numbers. Left out: measuring (`evaluation.policy_metrics`) and what is done about an
+alarm (`methods`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardLimits:
+    """How far a run may go; None guards nothing. `first` is a metric's value when it was first measured.
+
+    `kl`: most nats. `entropy_share`: least share of the first entropy. `length_ratio`: response lengths stay between
+    first / ratio and first · ratio. `repetition`: most. `end_share_drop`: most that end_share may lie under its first.
+    `judge_drop`: most that the judge may lie under its best, in its own unit, while the reward is above its first.
+    `patience`: an alarm sounds after so many iterations in a row beyond its limit. Raises ValueError on limits that
+    every run or no run would pass.
+    """
+
+    kl: float | None = None
+    entropy_share: float | None = None
+    length_ratio: float | None = None
+    repetition: float | None = None
+    end_share_drop: float | None = None
+    judge_drop: float | None = None
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        highest = {"entropy_share": 1.0, "repetition": 1.0, "end_share_drop": 1.0}
+        for name in ("kl", "entropy_share", "length_ratio", "repetition", "end_share_drop", "judge_drop"):
+            limit = getattr(self, name)
+            least, most = 1.0 if name == "length_ratio" else 0.0, highest.get(name, math.inf)
+            if limit is not None and not (math.isfinite(limit) and least <= limit <= most):
+                raise ValueError(f"{name} of {limit} given, wanted a number from {least:g} to {most:g}")
+        if self.patience < 1:
+            raise ValueError(f"patience of {self.patience} given, wanted at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """`value` of the metric `name` is beyond `limit`; `said` tells a person so."""
+
+    name: str
+    value: float
+    limit: float
+    said: str
+
+
+class Guards:
+    """Watches one run. A metric that an iteration does not measure changes nothing: a judge asked every tenth
+    iteration, or in a call of its own, is held against the latest reward.
+    """
+
+    def __init__(self, limits: GuardLimits) -> None:
+        self.limits = limits
+        self._first: dict[str, float] = {}
+        self._best_judge: float | None = None
+        self._latest_reward: float | None = None
+        # Iterations in a row beyond the limit, by the alarm's name.
+        self._streaks: dict[str, int] = {}
+
+    def observe(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Takes one iteration's metrics, the first of which are the baseline; the alarms that sound now. One that goes
+        on is silent until its metric was within the limit again. nan and inf are beyond every limit.
+        """
+        for name in ("entropy", "response_length", "end_share", "reward"):
+            if math.isfinite(metrics.get(name, math.nan)):
+                self._first.setdefault(name, float(metrics[name]))
+        if math.isfinite(metrics.get("reward", math.nan)):
+            self._latest_reward = float(metrics["reward"])
+        judge = float(metrics.get("judge", math.nan))
+        if math.isfinite(judge):
+            self._best_judge = judge if self._best_judge is None else max(self._best_judge, judge)
+        sounding = []
+        for alarm, is_beyond in self._checks(metrics):
+            self._streaks[alarm.name] = self._streaks.get(alarm.name, 0) + 1 if is_beyond else 0
+            if self._streaks[alarm.name] == self.limits.patience:
+                sounding.append(alarm)
+        return sounding
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on; JSON."""
+        return {
+            "first": dict(self._first),
+            "best_judge": self._best_judge,
+            "latest_reward": self._latest_reward,
+            "streaks": dict(self._streaks),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""
+        self._first, self._streaks = dict(state["first"]), dict(state["streaks"])
+        self._best_judge, self._latest_reward = state["best_judge"], state["latest_reward"]
+
+    def _checks(self, metrics: Mapping[str, float]) -> Iterator[tuple[Alarm, bool]]:
+        """Every alarm that is set and whose metric was measured, and whether its limit is passed."""
+        limits = self.limits
+        settings = {
+            "kl": limits.kl,
+            "entropy": limits.entropy_share,
+            "response_length": limits.length_ratio,
+            "repetition": limits.repetition,
+            "end_share": limits.end_share_drop,
+            "judge": limits.judge_drop,
+        }
+        for name, setting in settings.items():
+            if setting is None or name not in metrics:
+                continue
+            value = metrics[name]
+            if not math.isfinite(value):
+                yield Alarm(name, value, setting, f"{name} is {value}, not a number to go by."), True
+            elif name in ("kl", "repetition"):
+                said = f"{name} is {value:.4g}, above its limit of {setting:.4g}."
+                yield Alarm(name, value, setting, said), value > setting
+            elif name == "entropy":
+                yield self._entropy(value, setting)
+            elif name == "response_length":
+                yield self._length(value, setting)
+            elif name == "end_share":
+                yield self._end_share(value, setting)
+            elif self._latest_reward is not None:
+                yield self._judge(value, setting, self._latest_reward)
+
+    def _entropy(self, value: float, share: float) -> tuple[Alarm, bool]:
+        first = self._first["entropy"]
+        limit = share * first
+        said = f"entropy is {value:.4g} nats, below {limit:.4g}, {share:.4g} times the first, {first:.4g}: too sure."
+        return Alarm("entropy", value, limit, said), value < limit
+
+    def _length(self, value: float, ratio: float) -> tuple[Alarm, bool]:
+        first = self._first["response_length"]
+        is_long = value > first
+        limit = first * ratio if is_long else first / ratio
+        told = f"above {limit:.4g}, {ratio:.4g} times" if is_long else f"below {limit:.4g}, 1/{ratio:.4g} of"
+        said = f"response_length is {value:.4g} tokens, {told} the first, {first:.4g}."
+        return Alarm("response_length", value, limit, said), (value > limit if is_long else value < limit)
+
+    def _end_share(self, value: float, drop: float) -> tuple[Alarm, bool]:
+        first = self._first["end_share"]
+        limit = first - drop
+        said = f"end_share is {value:.4g}, more than {drop:.4g} under the first, {first:.4g}: responses are cut."
+        return Alarm("end_share", value, limit, said), value < limit
+
+    def _judge(self, value: float, drop: float, reward: float) -> tuple[Alarm, bool]:
+        """Reward hacking: what is trained on rises while what it stands for falls (Gao et al. 2023, figure 1)."""
+        assert self._best_judge is not None, "a finite judge was taken as the best one"
+        first = self._first["reward"]
+        limit = self._best_judge - drop
+        said = (
+            f"the reward rose from {first:.4g} to {reward:.4g} while the judge fell to {value:.4g}, more than "
+            f"{drop:.4g} under its best, {self._best_judge:.4g}: the reward model is being exploited."
+        )
+        return Alarm("judge", value, limit, said), reward > first and value < limit

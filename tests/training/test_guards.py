@@ -1,0 +1,195 @@
+"""Alarms of hand-made runs: when each sounds, what it says, and that a resumed run sounds the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from loopos.training.guards import Alarm, GuardLimits, Guards
+
+ALL = GuardLimits(
+    kl=10.0,
+    entropy_share=0.25,
+    length_ratio=2.0,
+    repetition=0.5,
+    end_share_drop=0.25,
+    judge_drop=0.5,
+    patience=1,
+)
+
+
+def alarms(limits: GuardLimits, *iterations: dict[str, float]) -> list[list[Alarm]]:
+    guards = Guards(limits)
+    return [guards.observe(metrics) for metrics in iterations]
+
+
+def sounded(limits: GuardLimits, name: str, values: list[float]) -> list[int]:
+    """The iterations, from 0, at which the alarm of a metric sounds; no other one may."""
+    found = alarms(limits, *({name: value} for value in values))
+    assert all(alarm.name == name for now in found for alarm in now)
+    return [place for place, now in enumerate(found) if now]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        # At the limit is within it.
+        ("kl", [10.0, 10.5], [1]),
+        ("kl", [11.0], [0]),
+        ("repetition", [0.1, 0.5, 0.51], [2]),
+        ("entropy", [4.0, 1.0, 0.99], [2]),
+        ("response_length", [100, 200, 201], [2]),
+        ("response_length", [100, 50, 49], [2]),
+        ("end_share", [0.75, 0.5, 0.49], [2]),
+        # The first values count, not the largest or the last.
+        ("entropy", [2.0, 8.0, 1.0, 0.4], [3]),
+        ("end_share", [0.5, 1.0, 0.5, 0.2], [3]),
+        # One alarm for each time beyond the limit.
+        ("kl", [11, 12, 9, 13, 14, 15, 1, 11], [0, 3, 7]),
+        ("response_length", [100, 201, 202, 100, 40], [1, 4]),
+        ("entropy", [4.0, math.nan, 4.0, math.inf], [1, 3]),
+        ("kl", [math.nan, 1.0], [0]),
+    ],
+)
+def test_each_limit(name: str, values: list[float], expected: list[int]) -> None:
+    assert sounded(ALL, name, values) == expected
+
+
+def test_patience_counts_iterations_in_a_row() -> None:
+    limits = GuardLimits(kl=10.0, patience=3)
+    assert sounded(limits, "kl", [11, 11, 9, 11, 11, 11, 11, 11, 11, 9, 11, 11, 11]) == [5, 12]
+
+
+def test_reward_hacking_needs_a_risen_reward_and_a_fallen_judge() -> None:
+    iterations = [
+        {"reward": 1.0, "judge": 5.0},
+        {"reward": 2.0, "judge": 7.0},
+        # 0.5 under its best is within the limit, though above its first.
+        {"reward": 3.0, "judge": 6.5},
+        {"reward": 0.5, "judge": 4.0},
+        {"reward": 4.0, "judge": 6.25},
+    ]
+    found = alarms(ALL, *iterations)
+    assert [len(now) for now in found] == [0, 0, 0, 0, 1]
+    (alarm,) = found[4]
+    assert (alarm.name, alarm.value, alarm.limit) == ("judge", 6.25, 6.5)
+    assert alarm.said == (
+        "the reward rose from 1 to 4 while the judge fell to 6.25, more than 0.5 under its best, 7: "
+        "the reward model is being exploited."
+    )
+
+
+def test_an_iteration_that_does_not_measure_a_metric_changes_nothing() -> None:
+    limits = GuardLimits(judge_drop=0.5, kl=10.0, patience=2)
+    found = alarms(
+        limits,
+        {"reward": 1.0, "kl": 1.0},
+        {"reward": 2.0, "judge": 7.0},
+        {"reward": 3.0, "judge": 6.0},
+        {"reward": 3.0, "kl": 11.0},
+        {"reward": 3.0},
+        {"reward": 3.0, "judge": 6.0, "kl": 11.0},
+    )
+    assert [[alarm.name for alarm in now] for now in found] == [[], [], [], [], [], ["kl", "judge"]]
+
+
+def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -> None:
+    found = alarms(
+        ALL,
+        {"judge": 9.0},
+        {"judge": 7.0},
+        {"reward": 1.0},
+        {"judge": 7.0},
+        {"reward": 2.0},
+        {"judge": 6.0},
+        {"reward": 0.0},
+        {"judge": 6.0},
+        {"reward": 3.0},
+        {"judge": 6.0},
+    )
+    assert [place for place, now in enumerate(found) if now] == [5, 9]
+    assert "from 1 to 3 while the judge fell to 6, more than 0.5 under its best, 9" in found[9][0].said
+
+
+def test_alarms_say_their_numbers() -> None:
+    first = {"kl": 0.0, "entropy": 4.0, "response_length": 100, "repetition": 0.0, "end_share": 0.75}
+    last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "end_share": 0.25}
+    before, found = alarms(ALL, first, last)
+    assert before == []
+    assert [(alarm.name, alarm.value, alarm.limit, alarm.said) for alarm in found] == [
+        ("kl", 12.5, 10.0, "kl is 12.5, above its limit of 10."),
+        ("entropy", 0.5, 1.0, "entropy is 0.5 nats, below 1, 0.25 times the first, 4: too sure."),
+        ("response_length", 300, 200, "response_length is 300 tokens, above 200, 2 times the first, 100."),
+        ("repetition", 0.75, 0.5, "repetition is 0.75, above its limit of 0.5."),
+        ("end_share", 0.25, 0.5, "end_share is 0.25, more than 0.25 under the first, 0.75: responses are cut."),
+    ]
+    (short,) = alarms(ALL, {"response_length": 100}, {"response_length": 20})[1]
+    assert short.said == "response_length is 20 tokens, below 50, 1/2 of the first, 100."
+
+
+def test_without_limits_nothing_sounds() -> None:
+    wild = {"kl": 1e9, "entropy": 0.0, "response_length": 1e9, "repetition": 1.0, "end_share": 0.0, "judge": -1e9}
+    tame = {"kl": 0.0, "entropy": 4.0, "response_length": 10, "repetition": 0.0, "end_share": 1.0, "judge": 0.0}
+    assert alarms(GuardLimits(), {"reward": 0.0, **tame}, {"reward": 1.0, **wild}) == [[], []]
+    assert len(alarms(ALL, {"reward": 0.0, **tame}, {"reward": 1.0, **wild})[1]) == 6
+
+
+def test_a_resumed_run_sounds_the_same() -> None:
+    limits = GuardLimits(kl=0.75, entropy_share=0.5, length_ratio=1.5, end_share_drop=0.1, judge_drop=0.2, patience=2)
+    run = [
+        {
+            "kl": (7 * place % 5) / 2,
+            "entropy": 1 / (1 + place % 4),
+            "response_length": 10.0 + 3 * (place % 5),
+            "end_share": 1 - (place % 3) / 10,
+            "reward": place / 7,
+            "judge": math.sin(place / 2),
+        }
+        for place in range(24)
+    ]
+    # The judge is asked apart from the rest, at every second iteration.
+    run = [
+        part
+        for place, metrics in enumerate(run)
+        for part in ({name: metrics[name] for name in metrics if name != "judge"}, {"judge": metrics["judge"]})
+        if place % 2 or "reward" in part
+    ]
+    whole = alarms(limits, *run)
+    assert {alarm.name for now in whole for alarm in now} == {"kl", "entropy", "response_length", "judge"}
+    for cut in range(len(run)):
+        first, second = Guards(limits), Guards(limits)
+        before = [first.observe(metrics) for metrics in run[:cut]]
+        second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
+        assert before + [second.observe(metrics) for metrics in run[cut:]] == whole, cut
+
+
+def test_a_state_is_a_copy() -> None:
+    guards = Guards(ALL)
+    guards.observe({"entropy": 4.0})
+    state = guards.state()
+    other = Guards(ALL)
+    other.load(state)
+    other.observe({"kl": 11.0, "reward": 1.0, "judge": 1.0})
+    assert guards.state() == state
+    assert state == {"first": {"entropy": 4.0}, "best_judge": None, "latest_reward": None, "streaks": {"entropy": 0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kl", -1.0),
+        ("kl", math.nan),
+        ("entropy_share", 1.5),
+        ("length_ratio", 0.5),
+        ("repetition", 2.0),
+        ("end_share_drop", -0.1),
+        ("judge_drop", math.inf),
+        ("patience", 0),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} of {value}"):
+        GuardLimits(**{name: value})
