@@ -110,6 +110,34 @@ def predict(
     raise typer.Exit(command.run(run, source, options))
 
 
+@app.command()
+def score(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Output folder of a reward_model run, or its model/.", show_default=False),
+    ],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="File, folder or glob of comparisons.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.")
+    ] = None,
+    columns: Columns = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")] = False,
+    ensemble_penalty: Annotated[
+        float, typer.Option("--ensemble-penalty", min=0, help="Standard deviations of the heads taken off their mean.")
+    ] = 0.0,
+    device: Device = "auto",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score responses with a reward model; with --json print how it agrees with people alone."""
+    from loopos.cli import score as command
+
+    options = command.ScoreOptions(output, tuple(columns or ()), skip_bad_rows, ensemble_penalty, device, json, verbose)
+    raise typer.Exit(command.run(model, source, options))
+
+
 app.command()(language_commands.evaluate)
 app.command()(language_commands.generate)
 app.command()(language_commands.chat)

@@ -55,6 +55,21 @@ METHODS: Mapping[MethodName, MethodRow] = {
         trainer="loopos.methods.chain_of_thought:ChainOfThought",
         said="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
     ),
+    ("posttraining", "reward_model"): MethodRow(
+        config="loopos.config.reward_model:RewardModelConfig",
+        trainer="loopos.methods.reward_model:RewardModelTrainer",
+        said="a score of responses, from which of them people prefer",
+    ),
+    ("posttraining", "ppo"): MethodRow(
+        config="loopos.config.ppo:PpoConfig",
+        trainer="loopos.methods.ppo:PpoTrainer",
+        said="a policy that writes what a reward model, or functions of yours, score high",
+    ),
+    ("posttraining", "rlhf"): MethodRow(
+        config="loopos.config.rlhf:RlhfConfig",
+        trainer="loopos.methods.rlhf:ReinforcementTrainer",
+        said="human preferences: a reward model from comparisons, then a policy trained on it by PPO",
+    ),
     ("pretraining", "autoregressive"): MethodRow(
         config="loopos.config.pretraining:PretrainingConfig",
         trainer="loopos.methods.pretraining:Pretrainer",

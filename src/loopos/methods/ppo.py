@@ -1,0 +1,305 @@
+"""Proximal policy optimization: a language model learns to write what is scored high.
+
+    prompts → responses → scores, reference, values → token rewards → GAE → shuffled minibatches → update
+
+Enters: a `PpoConfig`. Leaves: a run folder with checkpoints, events, samples.jsonl, a report and the trained policy.
+After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024 (the numbered details). Left
+out: the loop (`training.fit`), the four models (`models.roles`), what they say of responses (`evaluation.rollout`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loopos.config.ppo import PpoConfig
+from loopos.config.sections import LoraSection
+from loopos.data.preference_data import PreferenceEncoder, load_prompts
+from loopos.data.reading import account
+from loopos.data.responses import ResponseBatch
+from loopos.data.tokens import longest
+from loopos.evaluation.policy_check import METRIC_DIRECTION, PolicyCheck
+from loopos.evaluation.report import write_report
+from loopos.evaluation.rewards import Rewards, judge_of
+from loopos.evaluation.rollout import Collector, rollout_metrics, sampling_of, seeded, variance_explained
+from loopos.evaluation.run_folder import claim
+from loopos.functional.advantages import KlController
+from loopos.generation.engine import Engine
+from loopos.models.language_folder import export_language_model
+from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, load_pretrained, save_json
+from loopos.models.reward_folder import OpenedReward, check_same_tokens, open_reward_model
+from loopos.models.roles import Roles, build_roles
+from loopos.training.durable import disk_full_said
+from loopos.training.fit import Fit, FitResult
+from loopos.training.guards import GuardLimits, Guards
+from loopos.training.policy_objective import PpoObjective
+from loopos.training.precision import resolve
+from loopos.training.progress import RunProgress
+from loopos.training.rollouts import AdvantageSettings, Experience, RolloutBatches, RolloutPlan, experience_of
+from loopos.training.samples import write_samples
+from loopos.training.session import session
+from loopos.training.trained_weights import TrainedWeights
+from loopos.training.update import build_update
+from loopos.training.validation import Validation
+
+
+class PpoTrainer:
+    """Trains a policy on rewards: `PpoTrainer(config).train()`."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        *,
+        progress: RunProgress | None = None,
+        trust_remote_code: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """environment: settings of the process, by name, for the log."""
+        self.config, self.trust_remote_code = config, trust_remote_code
+        self.progress = progress or RunProgress()
+        self.environment = dict(environment or {})
+        self.run_dir = Path(config.data.output_dir)
+
+    def train(self, *, resume: bool = False) -> FitResult:
+        """Prompts, models, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an earlier
+        run is overwritten without `resume`.
+        """
+        with session(self.config.training) as (device, world):
+            self.device, self.world = device, world
+            claim(self.run_dir, resume=resume)
+            self.load_data()
+            self.build_models()
+            self.fit = self.build_fit()
+            self.fit.open(resume=resume)
+            if world.is_first:
+                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+            result = self.fit.run()
+            if world.is_first and not result.interrupted:
+                self.export()
+            world.wait()
+        return result
+
+    def load_data(self) -> None:
+        """Reads the prompts, loads policy and reward model, and tokenises; says what was decided."""
+        config, data, settings = self.config, self.config.data, self.config.training
+        self.data = load_prompts(data, data.source, seed=settings.seed)
+        self.pretrained: Pretrained = load_pretrained(
+            data.pretrained_weights,
+            causal=True,
+            sizes=Sizes.of(config.model, max_length=settings.max_length),
+            tokenizer=data.tokenizer,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.tokenizer = self.pretrained.tokenizer
+        self.opened_reward: OpenedReward | None = None
+        if data.reward_model is not None:
+            self.opened_reward = open_reward_model(data.reward_model)
+            check_same_tokens(self.tokenizer, self.opened_reward.tokenizer, "data.reward_model")
+        positions = getattr(self.pretrained.model.config.get_text_config(), "max_position_embeddings", None)
+        whole = longest(self.tokenizer, positions, settings.max_length)
+        room = None if whole is None else whole - config.generation.max_new_tokens
+        limit = min((each for each in (room, data.max_prompt_tokens) if each is not None), default=None)
+        self.encoder = PreferenceEncoder(data, self.tokenizer, max_length=limit)
+        self.prompts, self.tokens = self.encoder.prompts(self.data.train)
+        self.validation_prompts: list[list[int]] = []
+        if config.validates and self.data.validation:
+            chosen = self.data.validation[: config.evaluation.prompts]
+            self.validation_prompts, _ = self.encoder.prompts(chosen)
+        told = [self.pretrained.said, *self.data.said, self.encoder.template.said, f"tokens: {self.tokens.said()}"]
+        for sentence in told:
+            self.progress.say(sentence)
+
+    def build_models(self) -> Roles:
+        """Policy, reference, reward and value model; what trains; the engine that generates with the same weights."""
+        config, settings = self.config, self.config.training
+        self.precision = resolve(settings.precision, self.device)
+        self.base = self.pretrained.fingerprint
+        self.roles = build_roles(
+            self.pretrained,
+            self.opened_reward,
+            settings,
+            value_model=settings.value_model,
+            temperature=config.generation.temperature,
+            attention=config.model.attention,
+        )
+        self.roles.put(self.device, NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
+        self.trained = TrainedWeights(
+            self.roles.actor_critic,
+            settings,
+            precision=self.precision,
+            held_back=self.roles.held_back,
+            half_under=("policy.", "critic.backbone."),
+        )
+        self.engine = Engine(self.roles.actor_critic.policy.causal, self.tokenizer)
+        stops = self.encoder.template.stop_tokens
+        self.sampling = sampling_of(config.generation, stop_token_ids=stops, seed=settings.seed)
+        for sentence in (self.roles.said, self.trained.said(), self.engine.said):
+            self.progress.say(sentence)
+        return self.roles
+
+    def build_fit(self) -> Fit[ResponseBatch]:
+        """Rewards, rollouts, objective, optimizer and loop."""
+        config, settings, world = self.config, self.config.training, self.world
+        description = self.opened_reward.description if self.opened_reward is not None else {}
+        rewards = Rewards.of(self.roles.reward, description, config.reward, config.generation, self.device)
+        share = (world.rank, world.size)
+        self.collector = Collector(
+            self.engine, self.roles, rewards, device=self.device, share=share, gather=world.gather
+        )
+        self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
+        self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
+        self.alarms: list[str] = []
+        actor_critic = self.roles.actor_critic
+        self.objective = PpoObjective.of(settings, actor_critic)
+        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.rank, world=world.size)
+        self.batches = RolloutBatches(plan, self.collect, self.device)
+        self.check = self._check() if self.validation_prompts else None
+        values = {name for name, _ in actor_critic.named_parameters() if name.startswith("critic.")}
+        optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
+        return Fit(
+            run_dir=self.run_dir,
+            settings=settings,
+            update=build_update(actor_critic, self.trained.masters, optimizer, self.precision, world, head=values),
+            batches=self.batches,
+            objective=self.objective,
+            validation=self._validation() if self.check is not None else None,
+            progress=self.progress,
+            world=world,
+            base=self.base,
+            facts=self._facts(plan.iterations),
+            unfreeze=self.trained.unfreeze if self.trained.later else None,
+            planned_steps=plan.iterations * self.batches.steps_an_epoch,
+            validation_unit=self.batches.steps_an_epoch,
+            carried=self,
+            gives_up=self._gives_up,
+        )
+
+    def _facts(self, iterations: int) -> dict[str, Any]:
+        """The account of rows and tokens, for the log."""
+        facts = {
+            "rows": list(map(account, self.data.reports)),
+            "tokens": self.tokens.counts(),
+            "iterations": iterations,
+            "precision": self.precision,
+        }
+        return {**facts, "environment": self.environment}
+
+    def collect(self, iteration: int) -> Experience:
+        """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
+        settings, began = self.config.training, time.monotonic()
+        prompts = [self.prompts[place] for place in self.batches.plan.prompts_of(iteration)]
+        rollouts, coefficient = self.collector(prompts, seeded(self.sampling, iteration)), self.controller.coefficient
+        experience = experience_of(
+            prompts,
+            [rollout.response.ids for rollout in rollouts],
+            [rollout.score for rollout in rollouts],
+            logprobs=[r.engine_logprobs if settings.old_logprobs == "engine" else r.logprobs for r in rollouts],
+            reference_logprobs=[rollout.reference_logprobs for rollout in rollouts],
+            values=[rollout.values for rollout in rollouts],
+            kl_coefficient=coefficient,
+            settings=AdvantageSettings.of(settings),
+        )
+        metrics = {
+            **rollout_metrics(rollouts, estimator=settings.kl_report),
+            **variance_explained(experience.values, experience.returns),
+            "kl_coefficient": coefficient,
+            **self.objective.extremes.taken(),
+        }
+        self.objective.kl_coefficient = coefficient
+        self.controller.observe(metrics["kl"], len(prompts))
+        self.fit.record("rollout", {"iteration": iteration, **metrics}, {"seconds": time.monotonic() - began})
+        told = " · ".join(f"{name} {metrics[name]:.3f}" for name in ("reward", "kl", "response_length", "end_share"))
+        self.progress.say(f"iteration {iteration + 1}: {told}")
+        self._ask_guards(metrics)
+        return experience
+
+    def _ask_guards(self, metrics: Mapping[str, float]) -> None:
+        for alarm in self.guards.observe(metrics):
+            self.alarms.append(alarm.said)
+            self.progress.warn(f"alarm: {alarm.said}")
+            self.fit.record("alarm", {"name": alarm.name, "value": alarm.value, "limit": alarm.limit}, {})
+
+    def _gives_up(self) -> str | None:
+        """Why the guards end the run, if they do."""
+        return "guard" if self.config.guards.stop and self.alarms else None
+
+    def _check(self) -> PolicyCheck:
+        evaluation = self.config.evaluation
+        judge = None
+        if evaluation.judge is not None:
+            judge = judge_of(evaluation.judge, self.tokenizer, self.device, is_function=evaluation.judge_is_function)
+        return PolicyCheck(
+            self.collector,
+            self.validation_prompts,
+            self.sampling,
+            judge,
+            estimator=self.config.training.kl_report,
+            kl_limit=evaluation.kl_limit,
+        )
+
+    def _validation(self) -> Validation:
+        metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
+        return Validation(self.validate, metric, METRIC_DIRECTION[metric], "reward", METRIC_DIRECTION["reward"])
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
+        assert self.check is not None
+        metrics, records = self.check.measure()
+        if self.world.is_first:
+            write_samples(self.run_dir / "samples.jsonl", self.fit.position.step, records)
+        self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
+        return metrics
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.batches.tensors()
+
+    def state(self) -> dict[str, Any]:
+        """What else a checkpoint holds: β, the guards, the ratios so far, the first answers."""
+        return {
+            "rollouts": self.batches.state(),
+            "kl_coefficient": self.controller.coefficient,
+            "ratios": [self.objective.extremes.smallest, self.objective.extremes.largest],
+            "guards": self.guards.state(),
+            "alarms": list(self.alarms),
+            "check": self.check.state() if self.check is not None else None,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        self.batches.load(tensors, state["rollouts"])
+        self.controller.coefficient = state["kl_coefficient"]
+        used = state["rollouts"]["kl_coefficient"]
+        self.objective.kl_coefficient = self.controller.coefficient if used is None else used
+        self.objective.extremes.smallest, self.objective.extremes.largest = state["ratios"]
+        self.guards.load(state["guards"])
+        self.alarms = list(state["alarms"])
+        if self.check is not None and state["check"] is not None:
+            self.check.load(state["check"])
+
+    def export(self) -> None:
+        """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
+        settings, policy = self.config.training, self.roles.actor_critic.policy.causal
+        step = self.trained.take_best(self.run_dir, settings)
+        self.progress.say(
+            "exporting the last weights" if step is None else f"exporting the best weights, of step {step}"
+        )
+        lora = settings.lora or LoraSection() if settings.trainable == "lora" else None
+        base, needed_bytes = self.config.data.pretrained_weights, 4 * sum(p.numel() for p in policy.parameters())
+        self.tokenizer.chat_template = self.encoder.template.source
+        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+            export_language_model(self.run_dir, policy, self.tokenizer, self.description(), lora=lora, base=base)
+            write_report(self.run_dir)
+        self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+
+    def description(self) -> dict[str, Any]:
+        """What the model folder says of how it is spoken to."""
+        return {
+            "method": "ppo",
+            "stop_tokens": list(self.encoder.template.stop_tokens),
+            "precision": "bf16" if self.precision == "bf16" else "fp32",
+            "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
+        }

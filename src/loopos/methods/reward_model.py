@@ -1,0 +1,254 @@
+"""Reward modelling: from preferences between responses to a score that a policy can be trained on.
+
+    comparisons → chat template → tokens → transformer → score at the last token → −log σ(r_chosen − r_rejected)
+
+Enters: a `RewardModelConfig`. Leaves: a run folder with checkpoints, events, a report and the trained reward model,
+whose scores are normalised over the training responses. After Christiano et al. 2017, Stiennon et al. 2020 and Ouyang
+et al. 2022. Left out: the loop (`training.fit`), the reading of data (`data.preference_data`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loopos.config.reward_model import RewardModelConfig
+from loopos.config.sections import LoraSection
+from loopos.data.batches import StepBatches
+from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
+from loopos.data.preference_data import PreferenceEncoder, load_comparisons
+from loopos.data.preference_tokens import EncodedComparison
+from loopos.data.reading import account
+from loopos.data.tokens import longest
+from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
+from loopos.evaluation.preference_report import buckets_told, measured
+from loopos.evaluation.report import write_report
+from loopos.evaluation.reward_scores import Normalisation, comparison_scores
+from loopos.evaluation.run_folder import claim
+from loopos.models.adapters import merge_lora, save_lora, set_trained
+from loopos.models.attention import FUSED_FROM
+from loopos.models.backbone import Backbone
+from loopos.models.heads import PooledModel, scalar_head_std
+from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
+from loopos.models.task_folder import save_task_model
+from loopos.training.durable import disk_full_said
+from loopos.training.events import EventLog
+from loopos.training.fit import Fit, FitResult
+from loopos.training.precision import resolve
+from loopos.training.preference_objective import PairObjective
+from loopos.training.progress import RunProgress
+from loopos.training.session import session
+from loopos.training.trained_weights import TrainedWeights
+from loopos.training.update import build_update
+from loopos.training.validation import Validation
+
+
+class RewardModelTrainer:
+    """Learns what people prefer: `RewardModelTrainer(config).train()`."""
+
+    def __init__(
+        self,
+        config: RewardModelConfig,
+        *,
+        progress: RunProgress | None = None,
+        trust_remote_code: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """environment: settings of the process, by name, for the log."""
+        self.config, self.trust_remote_code = config, trust_remote_code
+        self.progress = progress or RunProgress()
+        self.environment = dict(environment or {})
+        self.run_dir = Path(config.data.output_dir)
+
+    def train(self, *, resume: bool = False) -> FitResult:
+        """Data, model, fit, normalisation, export, report. Raises `UserError` for a mistake of the user's; nothing of
+        an earlier run is overwritten without `resume`.
+        """
+        with session(self.config.training) as (device, world):
+            self.device, self.world = device, world
+            claim(self.run_dir, resume=resume)
+            self.load_data()
+            self.build_model()
+            fit = self.build_fit()
+            fit.open(resume=resume)
+            if world.is_first:
+                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+            result = fit.run()
+            if not result.interrupted:
+                self.export()
+            world.wait()
+        return result
+
+    def load_data(self) -> Pretrained:
+        """Reads the comparisons, loads the model, and tokenises by its template; says what was decided."""
+        config, data = self.config, self.config.data
+        self.data = load_comparisons(data, data.source, seed=config.training.seed)
+        self.pretrained = load_pretrained(
+            data.pretrained_weights,
+            sizes=Sizes.of(config.model, max_length=config.training.max_length),
+            tokenizer=data.tokenizer,
+            trust_remote_code=self.trust_remote_code,
+        )
+        positions = getattr(self.pretrained.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = longest(self.pretrained.tokenizer, positions, config.training.max_length)
+        self.encoder = PreferenceEncoder(data, self.pretrained.tokenizer, max_length=self.max_length)
+        self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
+        self.validation_rows: list[EncodedComparison] = []
+        told = [
+            self.pretrained.said,
+            *self.data.said,
+            self.encoder.template.said,
+            f"tokens: {self.train_tokens.said()}",
+        ]
+        if config.validates and self.data.validation:
+            self.validation_rows, self.validation_tokens = self.encoder.comparisons(self.data.validation)
+            told.append(f"validation tokens: {self.validation_tokens.said()}")
+        for sentence in told:
+            self.progress.say(sentence)
+        return self.pretrained
+
+    def build_model(self) -> PooledModel:
+        """Backbone and scalar heads, what trains, the number format."""
+        settings = self.config.training
+        self.precision = resolve(settings.precision, self.device)
+        backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
+        self.shares_prompts = self.device.type == "cpu" and backbone.shares_trunks
+        self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
+        held_back = set_trained(backbone.model, settings)
+        if settings.gradient_checkpointing:
+            backbone.model.activation_checkpointing_enable()
+        model = PooledModel(
+            backbone,
+            num_outputs=self.config.reward.heads,
+            pooling="last",
+            seed=settings.seed,
+            head_std=scalar_head_std(backbone.hidden_size),
+        )
+        self.model = model.to(self.device).train()
+        self.trained = TrainedWeights(
+            self.model, settings, precision=self.precision, held_back=held_back, half_under="backbone."
+        )
+        self.progress.say(self.trained.said())
+        return self.model
+
+    def rows(self, examples: list[EncodedComparison]) -> ComparisonRows:
+        """Comparisons as batches take them; a prompt is computed once where the attention serves it."""
+        reward = self.config.reward
+        short = max(example.num_tokens for example in examples) < FUSED_FROM
+        return ComparisonRows(
+            examples,
+            self.device,
+            share_prompts=self.shares_prompts and short,
+            margins=reward.margins,
+            soft_labels=reward.soft_labels,
+        )
+
+    def build_fit(self) -> Fit[ComparisonBatch]:
+        """Optimizer, update, batches and loop."""
+        settings, world = self.config.training, self.world
+        return Fit(
+            run_dir=self.run_dir,
+            settings=settings,
+            update=build_update(
+                self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
+            ),
+            batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.rank, world=world.size),
+            objective=PairObjective(self.model, self.config.reward.centring),
+            validation=self._validation() if self.validation_rows else None,
+            progress=self.progress,
+            world=world,
+            base=self.pretrained.fingerprint,
+            facts=self._facts(),
+            unfreeze=self.trained.unfreeze if self.trained.later else None,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """The account of rows and tokens, for the log."""
+        return {
+            "rows": [account(report) for report in self.data.reports],
+            "tokens": {"training": self.train_tokens.counts()},
+            "precision": self.precision,
+            "shared prompts": self.shares_prompts,
+            "environment": self.environment,
+        }
+
+    def _validation(self) -> Validation:
+        settings = self.config.training
+        metric = settings.metric or "pair_accuracy"
+        early = settings.early_stopping
+        watched = (early.metric if early is not None else None) or metric
+        direction = PREFERENCE_METRIC_DIRECTION
+        return Validation(self.validate, metric, direction[metric], watched, direction[watched])
+
+    def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
+        """Raw scores of every comparison's responses, of all ranks together."""
+        was_training = self.model.training
+        self.model.eval()
+        own = comparison_scores(self.model, self.rows(examples), rank=self.world.rank, world=self.world.size)
+        self.model.train(was_training)
+        found: dict[int, list[list[float]]] = {}
+        for part in self.world.gather(own):
+            assert isinstance(part, dict)
+            found.update(part)
+        return [found[place] for place in range(len(examples))]
+
+    def validate(self) -> dict[str, float]:
+        """The metrics of the validation comparisons."""
+        return measured(self.validation_rows, self.scores(self.validation_rows))
+
+    def export(self) -> None:
+        """Takes the best weights, normalises the scores, and writes the model folder and the report. Raises `DiskFull`;
+        the run's checkpoints are whole then.
+        """
+        settings, heads = self.config.training, self.config.reward.heads
+        step = self.trained.take_best(self.run_dir, settings)
+        self.progress.say(
+            "exporting the last weights" if step is None else f"exporting the best weights, of step {step}"
+        )
+        normalisation = Normalisation.none(heads)
+        if self.config.reward.normalise:
+            every = [score for scores in self.scores(self.train_rows) for score in scores]
+            normalisation = Normalisation.of(torch.tensor(every))
+            told = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(normalisation.mean, normalisation.std, strict=True))
+            self.progress.say(f"scores of the training responses before normalising: {told}")
+        validation = self.scores(self.validation_rows) if self.validation_rows else []
+        if not self.world.is_first:
+            return
+        needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+            if validation:
+                with EventLog(self.run_dir / "events.jsonl") as log:
+                    tables = buckets_told(self.validation_rows, validation)
+                    log.write("preferences", step=None, metrics=tables, timing={})
+            backbone = self.model.backbone.model
+            if settings.trainable == "lora":
+                base = self.config.data.pretrained_weights
+                save_lora(backbone, self.run_dir / "adapter", settings.lora or LoraSection(), base=base)
+                merge_lora(backbone)
+            self.pretrained.tokenizer.chat_template = self.encoder.template.source
+            description = self.description(normalisation)
+            save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, description)
+            write_report(self.run_dir)
+        self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+
+    def description(self, normalisation: Normalisation) -> dict[str, Any]:
+        """What the model folder says of its scores."""
+        heads = self.config.reward.heads
+        weights = self.config.data.pretrained_weights
+        return {
+            "method": "reward_model",
+            "task": "reward",
+            "pooling": "last",
+            "class_names": [] if heads == 1 else [f"reward_{place}" for place in range(heads)],
+            "score_mean": list(normalisation.mean),
+            "score_std": list(normalisation.std),
+            "base": self.pretrained.fingerprint,
+            "text": self.config.data.chat_template == "none",
+            "max_length": self.max_length,
+            "precision": "bf16" if self.precision == "bf16" else "fp32",
+            "pretrained_weights": os.path.basename(weights.rstrip("/")),
+        }

@@ -1,0 +1,61 @@
+"""Reinforcement learning from human feedback: what people prefer, learned, then written.
+
+    phase 1: comparisons → reward model        phase 2: prompts → responses → scores → PPO
+
+Enters: an `RlhfConfig`. Leaves: the reward model's run in `reward_model/` under the output folder, and in the folder
+itself the policy's run. After Ouyang et al. 2022. Left out: both phases (`methods.reward_model`, `methods.ppo`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from loopos.config.rlhf import RlhfConfig
+from loopos.methods.ppo import PpoTrainer
+from loopos.methods.reward_model import RewardModelTrainer
+from loopos.models.model_folder import DESCRIPTION
+from loopos.training.fit import FitResult
+from loopos.training.progress import RunProgress
+
+
+class ReinforcementTrainer:
+    """Both phases, one after the other: `ReinforcementTrainer(config).train()`."""
+
+    def __init__(
+        self,
+        config: RlhfConfig,
+        *,
+        progress: RunProgress | None = None,
+        trust_remote_code: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """environment: settings of the process, by name, for the log."""
+        self.config, self.trust_remote_code = config, trust_remote_code
+        self.progress = progress or RunProgress()
+        self.environment = dict(environment or {})
+
+    def train(self, *, resume: bool = False) -> FitResult:
+        """The result of the second phase, or of the first where a signal ended it. With `resume` a first phase that is
+        done is not run again. Raises `UserError` for a mistake of the user's.
+        """
+        folder = Path(self.config.reward_model_dir)
+        if not (resume and (folder / "model" / DESCRIPTION).is_file()):
+            self.progress.say("phase 1 of 2: reward model")
+            phase = RewardModelTrainer(
+                self.config.reward_model_config(),
+                progress=self.progress,
+                trust_remote_code=self.trust_remote_code,
+                environment=self.environment,
+            )
+            result = phase.train(resume=resume)
+            if result.interrupted:
+                return result
+        self.progress.say("phase 2 of 2: policy")
+        policy = PpoTrainer(
+            self.config.ppo_config(),
+            progress=self.progress,
+            trust_remote_code=self.trust_remote_code,
+            environment=self.environment,
+        )
+        return policy.train(resume=resume)

@@ -1,0 +1,106 @@
+"""What the tests of reward models and PPO share: preferences that can be learned, rewards as functions, configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopos.config.ppo import PpoConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.training.events import read
+
+ASKED = ("where is my parcel", "my card was charged twice", "the lamp broke", "the film was slow", "change my order")
+KIND = ("thank you, it comes within the hour", "a kind answer: we change it", "we love to change the order for you")
+RUDE = ("never again", "nobody replies here", "just wait, the box was open")
+
+
+def comparisons(number: int) -> list[dict[str, Any]]:
+    """The kind answer is preferred; the margin says nothing."""
+    return [
+        {
+            "prompt": f"{ASKED[i % 5]} {i // 5}",
+            "chosen": KIND[i % 3],
+            "rejected": RUDE[(i + i // 3) % 3],
+            "margin": float(i % 4),
+        }
+        for i in range(number)
+    ]
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def reward_config(
+    run: Path, weights: Path, *, rows: Sequence[Mapping[str, Any]] | None = None, **sections: Mapping[str, Any]
+) -> RewardModelConfig:
+    file = write_rows(run.parent / f"{run.name}.jsonl", comparisons(40) if rows is None else rows)
+    training = {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 4, "precision": "fp32", "seed": 5}
+    data = {"pretrained_weights": str(weights), "preference_data": str(file), "output_dir": str(run)}
+    return RewardModelConfig.model_validate(
+        {
+            "computation": {"mode": "posttraining", "method": "reward_model"},
+            "training": {**training, **sections.get("training", {})},
+            "data": {**data, "validation_share": 0.2, **sections.get("data", {})},
+            "reward": sections.get("reward", {}),
+        }
+    )
+
+
+def ppo_config(
+    run: Path,
+    weights: Path,
+    *,
+    reward_model: Path | None = None,
+    functions: Sequence[str] = (),
+    prompts: Sequence[str] = ASKED,
+    **sections: Mapping[str, Any],
+) -> PpoConfig:
+    file = write_rows(run.parent / f"{run.name}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    training = {
+        "learning_rate": 1e-3,
+        "batch_size": 6,
+        "max_iterations": 3,
+        "num_epochs": 100,
+        "inner_epochs": 2,
+        "minibatches": 2,
+        "precision": "fp32",
+        "seed": 5,
+        "value_model": "reward" if reward_model is not None else "shared",
+        "validate_every": "never",
+    }
+    data = {
+        "pretrained_weights": str(weights),
+        "prompts": str(file),
+        "output_dir": str(run),
+        "reward_model": None if reward_model is None else str(reward_model),
+        "validation_share": 0.0,
+    }
+    given = {name: value for name, value in sections.items() if name not in ("training", "data", "reward")}
+    return PpoConfig.model_validate(
+        {
+            "computation": {"mode": "posttraining", "method": "ppo"},
+            "training": {**training, **sections.get("training", {})},
+            "data": {**data, **sections.get("data", {})},
+            "reward": {"functions": [{"name": name} for name in functions], **sections.get("reward", {})},
+            "generation": {"max_new_tokens": 8},
+            **given,
+        }
+    )
+
+
+def early_letters(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """1 for a response that begins with one of the letters a to m, else 0."""
+    return [float(response[:1].lower() in tuple("abcdefghijklm")) for response in responses]
+
+
+def length_of(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [len(response) / 10 for response in responses]
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event["metrics"] for event in read(run / "events.jsonl") if event["event"] == kind]

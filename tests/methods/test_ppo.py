@@ -1,0 +1,185 @@
+"""PPO through its real entry point, on the pico model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from preference_runs import ASKED, early_letters, events_of, ppo_config, reward_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loopos.config.ppo import PpoConfig
+from loopos.methods.ppo import PpoTrainer
+from loopos.methods.reward_model import RewardModelTrainer
+from loopos.training.progress import RunProgress
+
+EARLY = "preference_runs:early_letters"
+
+
+def trained(config: PpoConfig) -> PpoTrainer:
+    method = PpoTrainer(config, progress=RunProgress(quiet=True))
+    method.train()
+    return method
+
+
+@pytest.fixture(scope="module")
+def reward_runs(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> dict[str, Path]:
+    """A reward model trained whole, and one trained as an adapter over the policy's own weights."""
+    runs = {}
+    for trainable in ("all", "lora"):
+        runs[trainable] = tmp_path_factory.mktemp("rewards") / trainable
+        training = {"trainable": trainable, "num_epochs": 2}
+        config = reward_config(runs[trainable], pico_folder, training=training)
+        RewardModelTrainer(config, progress=RunProgress(quiet=True)).train()
+    return runs
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize("value_model", ["reward", "policy", "shared"])
+def test_it_begins_where_the_reference_is(
+    trainable: str, value_model: str, reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
+) -> None:
+    training = {"trainable": trainable, "value_model": value_model}
+    config = ppo_config(tmp_path / "run", pico_folder, reward_model=reward_runs[trainable], training=training)
+    method = trained(config)
+    first = events_of(tmp_path / "run", "step")[0]
+    assert first["ratio"] == 1.0
+    assert first["approximate_kl"] == 0.0
+    assert first["clip_share"] == 0.0
+    rollouts = events_of(tmp_path / "run", "rollout")
+    assert len(rollouts) == 3
+    assert rollouts[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(rollouts[2]["kl"]) > 1e-4
+    assert rollouts[0]["logprob_mismatch"] < 1e-4
+    assert len(events_of(tmp_path / "run", "step")) == 3 * 2 * 2
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    shares = list(method.roles.actor_critic.critic.parameters())
+    assert (len(shares) > 1) == (trainable == "all" and value_model != "shared")
+
+
+def test_with_adapters_one_copy_of_the_weights_serves_all_roles(
+    reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Export merges the adapters into the weights.
+    monkeypatch.setattr(PpoTrainer, "export", lambda self: None)
+    training = {"trainable": "lora"}
+    method = trained(ppo_config(tmp_path / "run", pico_folder, reward_model=reward_runs["lora"], training=training))
+    roles = method.roles
+    whole = [p for p in roles.actor_critic.policy.parameters() if p.ndim == 2 and p.numel() >= 32 * 32]
+    assert roles.reward is not None
+    assert roles.reward.backbone.model is roles.actor_critic.policy.backbone.model
+    assert roles.actor_critic.critic.backbone.model is roles.actor_critic.policy.backbone.model
+    assert whole
+    names = {name for name, _ in roles.actor_critic.named_parameters() if ".lora_" in name}
+    assert {name.split(".lora_")[1].split(".")[1] for name in names} == {"default", "reward", "value"}
+    assert all(".reward." not in name for name in method.trained.now)
+    assert any(".value." in name for name in method.trained.now)
+    assert any(".default." in name for name in method.trained.now)
+
+
+def test_an_adapters_reward_is_the_merged_models(
+    reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
+) -> None:
+    """The reward of responses by adapter over the policy's trunk equals that of the exported whole model."""
+    training = {"trainable": "lora", "learning_rate": 1e-9}
+    folders = {"adapter": pico_folder, "whole": pico_folder}
+    rewards = {}
+    for name, weights in folders.items():
+        run = reward_runs["lora"]
+        if name == "whole":
+            moved = tmp_path / "moved"
+            moved.mkdir()
+            (moved / "model").symlink_to(run / "model")
+            run = moved
+        trained(ppo_config(tmp_path / name, weights, reward_model=run, training=training))
+        rewards[name] = [event["reward"] for event in events_of(tmp_path / name, "rollout")]
+    assert rewards["adapter"] == pytest.approx(rewards["whole"], abs=1e-3)
+
+
+def test_the_clip_and_the_penalty_act_as_the_formulas_say(
+    reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
+) -> None:
+    runs = {}
+    for name, training in {
+        "plain": {},
+        "narrow": {"clip_epsilon": 0.001},
+        "dear": {"kl_coefficient": 5.0},
+    }.items():
+        setting = {"learning_rate": 1e-2, "inner_epochs": 4, "schedule": "constant", **training}
+        trained(ppo_config(tmp_path / name, pico_folder, reward_model=reward_runs["all"], training=setting))
+        runs[name] = (events_of(tmp_path / name, "step"), events_of(tmp_path / name, "rollout"))
+    # The first minibatch is the same: nothing is clipped and no KL is there yet.
+    for steps, _ in runs.values():
+        assert steps[0]["policy_loss"] == pytest.approx(runs["plain"][0][0]["policy_loss"], abs=1e-5)
+    shares = {name: sum(step["clip_share"] for step in steps) for name, (steps, _) in runs.items()}
+    assert shares["narrow"] > shares["plain"]
+    assert [rollout["kl_coefficient"] for rollout in runs["dear"][1]] == [5.0] * 3
+    assert runs["dear"][1][2]["kl"] < runs["plain"][1][2]["kl"]
+
+
+def test_the_coefficient_is_steered_to_its_target(tmp_path: Path, pico_folder: Path) -> None:
+    training = {"kl_target": 100.0, "kl_horizon": 10, "kl_coefficient": 0.2}
+    trained(ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], training=training))
+    found = [event["kl_coefficient"] for event in events_of(tmp_path / "run", "rollout")]
+    # KL far under its target: e = −0.2, so β ← β·(1 − 0.2·6/10) = 0.88·β.
+    assert found == pytest.approx([0.2, 0.176, 0.15488])
+
+
+def test_inner_epochs_stop_at_the_limit(tmp_path: Path, pico_folder: Path) -> None:
+    training = {"approximate_kl_limit": 1e-12, "inner_epochs": 4, "learning_rate": 1e-2}
+    trained(ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], training=training))
+    # The first minibatch of an iteration is at 0 exactly; the second is beyond the limit and the last.
+    assert len(events_of(tmp_path / "run", "step")) == 3 * 2
+    assert len(events_of(tmp_path / "run", "rollout")) == 3
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_a_one_step_problem_comes_to_its_known_optimum(kl_in: str, tmp_path: Path, pico_folder: Path) -> None:
+    """One token is written, 1 for one that begins with a letter from a to m. With a KL penalty of β the best policy is
+    π*(x) ∝ π_ref(x)·exp(r(x)/β) (Ziegler et al. 2019; Korbak et al. 2022), so that the chance of those letters is
+    p·e^(1/β) / (p·e^(1/β) + 1 − p) with p that of the reference.
+    """
+    beta = 0.5
+    prompt = ASKED[0]
+    config = ppo_config(
+        tmp_path / "run",
+        pico_folder,
+        functions=[EARLY],
+        prompts=[prompt],
+        training={
+            "kl_coefficient": beta,
+            "kl_in": kl_in,
+            "batch_size": 256,
+            "max_iterations": 50,
+            "num_epochs": 100000,
+            "inner_epochs": 2,
+            "minibatches": 1,
+            "optimizer": "adam",
+            "learning_rate": 4e-3,
+            "whiten_advantages": False,
+            "gae_lambda": 1.0,
+            "save_every": "never",
+        },
+        generation={"max_new_tokens": 1},
+    )
+    method = trained(config)
+    tokenizer = AutoTokenizer.from_pretrained(pico_folder)
+    wins = (
+        torch.tensor(
+            early_letters([], [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))])
+        )
+        > 0
+    )
+    ids = torch.tensor([method.prompts[0]])
+    chances = {}
+    for name, place in {"reference": pico_folder, "policy": tmp_path / "run" / "model"}.items():
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        logits = model(input_ids=ids).logits[0, -1].detach().double()
+        chances[name] = float(torch.softmax(logits, -1)[: len(wins)][wins].sum())
+    p = chances["reference"]
+    optimum = p * math.exp(1 / beta) / (p * math.exp(1 / beta) + 1 - p)
+    assert 0.02 < p < 0.6
+    assert optimum - p > 0.1
+    assert chances["policy"] == pytest.approx(optimum, abs=0.02)
