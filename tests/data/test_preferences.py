@@ -299,6 +299,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"prompt": [{"role": "system", "content": "s"}, user("a")], "system": "s"}, "system", "in one place"),
     (IMPLIED, {"chosen": "x: b"}, "rejected", "responses that begin with the same prompt"),
     (IMPLIED, {"rejected": "a: b"}, "rejected", "responses that differ"),
+    (IMPLIED, {"rejected": "a: b\n"}, "rejected", "responses that differ"),
     (IMPLIED, {"rejected": " "}, "rejected", "given ' '"),
     (IMPLIED, {"chosen": CHAT["chosen"]}, "rejected", "a list as chosen and text as rejected"),
     (IMPLIED, {"system": "s"}, "system", "no system beside text"),
@@ -307,6 +308,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (CHAT, {"rejected": CHAT["chosen"]}, "rejected", "responses that differ"),
     (CHAT, {"rejected": [user("a")]}, "rejected", "no message behind the prompt"),
     (CHAT, {"rejected": [user("a"), user("x"), assistant("c")]}, "rejected", "messages of user, assistant"),
+    (CHAT, {"chosen": [user("a"), assistant("b"), user("x")]}, "chosen", "messages of assistant, user"),
     (CHAT, {"chosen": [user("a"), 7]}, "chosen[1]", "given 7 (a number)"),
     (GROUP, {"responses": ["b"], "scores": [1]}, "responses", "given 1 response"),
     (GROUP, {"responses": "b"}, "responses", "a list of two or more responses"),
@@ -335,7 +337,7 @@ def test_broken_rows_name_line_and_field(
 
 
 def test_the_broken_rows_are_broken_by_their_change_alone(tmp_path: Path) -> None:
-    assert len(BROKEN) == 54
+    assert len(BROKEN) == 56
     assert [len(comparisons_of(tmp_path, good)) for good in (PAIR, GROUP, RANKED, IMPLIED, CHAT)] == [1] * 5
 
 

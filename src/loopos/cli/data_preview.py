@@ -2,7 +2,8 @@
 
 Enters: a config. Leaves: for each row its tokens, which of them are pooled, what is cut, its length and its label's
 code; then the account of all rows: read = used + dropped. Colours carry nothing that the marks do not: pooled tokens
-stand in [brackets], others bare, cut ones in ~tildes~. Left out: language models (`language_preview`).
+stand in [brackets], others bare, cut ones in ~tildes~. Left out: language models (`language_preview`), comparisons and
+prompts (`preference_preview`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from rich.text import Text
 from loopos.cli import configs
 from loopos.cli.quiet import hush_libraries
 from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.ppo import PpoConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.config.rlhf import RlhfConfig
 
 POOLED, KEPT, CUT = "pooled", "kept", "cut"
 _STYLES = {POOLED: "green", KEPT: "", CUT: "red strike"}
@@ -38,6 +42,10 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     """Prints the preview. Raises `UserError`, as training would."""
     config: Any = configs.read(path, overrides).config
     hush_libraries(verbose=verbose)
+    if isinstance(config, RewardModelConfig | PpoConfig | RlhfConfig):
+        from loopos.cli import preference_preview
+
+        return preference_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)
     if not isinstance(config, FineTuningConfig):
         from loopos.cli import language_preview
 

@@ -8,21 +8,21 @@ answers take.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from loopos.cli import estimate
-from loopos.cli.answers import as_bytes, as_time, say, say_json
+from loopos.cli import estimate, policy_plan
+from loopos.cli.answers import say, say_json
+from loopos.cli.machine import Machine, free_bytes
+from loopos.cli.plan_text import described
+from loopos.cli.preference_work import open_prompts, planned_reward_shape, trained_reward_shape
 from loopos.cli.rates import measured_rates
 from loopos.cli.shapes import Model, meta_model
 from loopos.cli.work import AnyConfig, Work, work_of
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.ppo import PpoConfig
+from loopos.config.rlhf import RlhfConfig
+from loopos.config.sections import TrainingSection
 from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
 from loopos.data.tokens import Encoded
 from loopos.training.precision import pick_device, resolve
@@ -33,7 +33,7 @@ _MOST_STEPS_LOOKED_AT = 2000
 _GENERATED_TOGETHER = 64
 
 
-def run(config: AnyConfig, *, trust_remote_code: bool, as_json: bool) -> int:
+def run(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool, as_json: bool) -> int:
     """Prints the plan of a run. Raises `UserError`, as the run would."""
     plan = plan_of(config, trust_remote_code=trust_remote_code)
     if as_json:
@@ -43,50 +43,78 @@ def run(config: AnyConfig, *, trust_remote_code: bool, as_json: bool) -> int:
     return 0
 
 
-def plan_of(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, Any]:
-    """All figures of the dry run, as one JSON object."""
-    training = config.training
-    work = work_of(config, trust_remote_code=trust_remote_code)
+def plan_of(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    """All figures of the dry run, as one JSON object; of rlhf one for each phase, "reward_model" and "policy"."""
+    if isinstance(config, RlhfConfig):
+        first = plan_of(config.reward_model_config(), trust_remote_code=trust_remote_code)
+        return {"reward_model": first, "policy": _policy_plan(config, trust_remote_code=trust_remote_code)}
+    if isinstance(config, PpoConfig):
+        return _policy_plan(config, trust_remote_code=trust_remote_code)
+    return _offline_plan(config, trust_remote_code=trust_remote_code)
+
+
+def machine_of(training: TrainingSection) -> Machine:
+    """Where training would run; asked after the data is read, which memory holds then. Raises `UserError`."""
     device = pick_device(training.device)
     precision = resolve(training.precision, device)
-    # This process has imported and read what training will have; beside a CUDA device it has memory of its own.
-    process = psutil.Process().memory_info().rss if device.type != "cuda" else 0
-    model = meta_model(config, work, trust_remote_code=trust_remote_code)
-    batches = StepBatches.of(training, PackedRows(work.train, None, device), rank=0, world=1)
+    return Machine.now(device, precision, measured_rates(device, half=precision != "fp32"))
+
+
+def _policy_plan(config: PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    ppo = config.ppo_config() if isinstance(config, RlhfConfig) else config
+    inputs = open_prompts(ppo, trust_remote_code=trust_remote_code)
+    if isinstance(config, RlhfConfig):
+        reward = planned_reward_shape(config, inputs.architecture)
+    else:
+        reward = trained_reward_shape(config, inputs.encoder.tokenizer)
+    prompts = policy_plan.tokenised(inputs)
+    machine = machine_of(ppo.training)
+    return policy_plan.plan_of(ppo, prompts, reward, machine, trust_remote_code=trust_remote_code)
+
+
+def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    training = config.training
+    work = work_of(config, trust_remote_code=trust_remote_code)
+    machine = machine_of(training)
+    model = meta_model(training, work.architecture, head=work.head, trust_remote_code=trust_remote_code)
+    batches = StepBatches.of(training, PackedRows(work.train, None, machine.device), rank=0, world=1)
     planned = training.num_epochs * batches.steps_an_epoch
     steps = planned if training.max_steps is None else min(planned, training.max_steps)
     epochs = steps / batches.steps_an_epoch
     largest, longest = largest_batch(batches)
-    memory, disk = storage(config, model, work, precision, largest=largest, longest=longest, process=process)
-    rate, copy_rate = measured_rates(device, half=precision != "fp32")
+    memory, disk = storage(config, model, work, machine, largest=largest, longest=work.longest or longest)
     validations = count_validations(config, steps, batches.steps_an_epoch) if work.validation else 0
     seconds = work.trainings * estimate.training_seconds(
         model.parameters,
         tokens=round(count_tokens(work.train) * epochs),
-        validation_tokens=validations * count_tokens(work.validation),
+        validation_tokens=validations * count_tokens(work.validation) + work.final_tokens,
         steps=steps,
         optimizer_state=estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters),
         backward_share=model.shape.layers / model.num_layers,
-        operations_a_second=rate,
-        bytes_a_second=copy_rate,
+        operations_a_second=machine.operations_a_second,
+        bytes_a_second=machine.bytes_a_second,
         output=model.output,
         targets=round(count_targets(work.train) * epochs),
         validation_targets=validations * count_targets(work.validation),
         trains_output=model.trains_output,
     )
     return {
-        "model": model_facts(config, model, precision, device),
+        "model": model_facts(config, model, machine),
         "data": {"said": work.said},
-        "rows": {"train": len(work.train), "validation": len(work.validation)},
+        "rows": {"train": len(work.train), "validation": len(work.validation), **work.row_facts},
         "tokens": token_facts(work, epochs, largest),
         "steps": {
             "epoch": batches.steps_an_epoch,
             "all": steps,
             **({} if work.head is not None else {"trainings": work.trainings}),
         },
-        "memory": {**memory, "peak": sum(memory.values()), "there": memory_there(device)},
+        "memory": {**memory, "peak": sum(memory.values()), "there": machine.memory},
         "disk": {**disk, "all": disk["checkpoints"] + disk["model"], "free": free_bytes(config.data.output_dir)},
-        "time": {"seconds": seconds, "operations_a_second": rate, "bytes_a_second": copy_rate},
+        "time": {
+            "seconds": seconds,
+            "operations_a_second": machine.operations_a_second,
+            "bytes_a_second": machine.bytes_a_second,
+        },
     }
 
 
@@ -114,7 +142,7 @@ def count_targets(rows: Sequence[Encoded]) -> int:
     return sum(len(row.ids) - 1 if row.weights is None else sum(map(bool, row.weights)) for row in rows)
 
 
-def model_facts(config: AnyConfig, model: Model, precision: str, device: torch.device) -> dict[str, Any]:
+def model_facts(config: AnyConfig, model: Model, machine: Machine) -> dict[str, Any]:
     """What trains, in which format, where."""
     return {
         "name": model.name,
@@ -122,35 +150,28 @@ def model_facts(config: AnyConfig, model: Model, precision: str, device: torch.d
         "trained": model.parameters.trained,
         "frozen": model.parameters.total - model.parameters.trained,
         "trainable": config.training.trainable,
-        "precision": precision,
-        "device": str(device),
+        "precision": machine.precision,
+        "device": str(machine.device),
     }
 
 
-def memory_there(device: torch.device) -> int:
-    """Bytes of memory of the device that trains."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
-
-
 def storage(
-    config: AnyConfig, model: Model, work: Work, precision: str, *, largest: int, longest: int, process: int
+    config: AnyConfig, model: Model, work: Work, machine: Machine, *, largest: int, longest: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Memory and disk by part (bytes)."""
     training = config.training
     state = estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters)
-    half = precision == "bf16"
+    half = machine.half_weights
     has_best = training.keep_best and config.validates and bool(work.validation)
     activations = estimate.activation_bytes(
         model.shape,
         tokens=largest,
         longest=longest,
-        number_bytes=4 if precision == "fp32" else 2,
+        number_bytes=machine.activation_number_bytes,
         recomputes=training.gradient_checkpointing,
     )
     memory = estimate.memory_bytes(
-        process=process,
+        process=machine.process,
         parameters=model.parameters,
         half_precision=half,
         optimizer_state=state,
@@ -201,38 +222,3 @@ def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int
         return 0
     interval = steps_an_epoch if every == "epoch" else int(every)
     return 1 + -(-steps // interval)
-
-
-def free_bytes(folder: str) -> int:
-    """Free bytes on the disk that `folder` is, or would be, on."""
-    place = Path(folder).absolute()
-    existing = next(each for each in (place, *place.parents) if os.path.exists(each))
-    return shutil.disk_usage(existing).free
-
-
-def described(plan: dict[str, Any]) -> str:
-    """The plan in lines."""
-    model, rows, tokens, steps, memory, disk, spent = (
-        plan[name] for name in ("model", "rows", "tokens", "steps", "memory", "disk", "time")
-    )
-    parts = " + ".join(f"{name} {as_bytes(size)}" for name, size in memory.items() if name not in ("peak", "there"))
-    share = f"{model['trained'] / model['parameters']:.1%}"
-    with_head = "" if "learned" in tokens else " with its head"
-    learned = f"{tokens['learned']:,} of an epoch learned; " if "learned" in tokens else ""
-    times = f", {steps['trainings']} trainings" if steps.get("trainings", 1) > 1 else ""
-    lines = {
-        "model": f"{model['name']}{with_head}, {model['parameters']:,} parameters",
-        "trains": f"{model['trained']:,} ({model['trainable']}, {share}), frozen {model['frozen']:,}; "
-        f"{model['precision']} on {model['device']}",
-        "data": "; ".join(plan["data"]["said"]),
-        "rows": f"{rows['train']:,} train, {rows['validation']:,} validation",
-        "tokens": f"{tokens['epoch']:,} an epoch, {tokens['all']:,} in all; {learned}{tokens['said']}",
-        "steps": f"{steps['epoch']:,} an epoch, {steps['all']:,} in all{times}; "
-        f"at most {tokens['largest_forward']:,} tokens in one forward pass",
-        "memory": f"about {as_bytes(memory['peak'])} at the peak, of {as_bytes(memory['there'])}\n{'':10}({parts})",
-        "disk": f"about {as_bytes(disk['all'])} at the most (a checkpoint {as_bytes(disk['checkpoint'])}, the model "
-        f"{as_bytes(disk['model'])}); {as_bytes(disk['free'])} free",
-        "time": f"about {as_time(spent['seconds'])} of training, without loading and saving (measured now: "
-        f"{spent['operations_a_second'] / 1e9:,.0f} GFLOP/s, {spent['bytes_a_second'] / 1e9:.0f} GB/s)",
-    }
-    return "\n".join(f"{name:<8}  {text}" for name, text in lines.items())

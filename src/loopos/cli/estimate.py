@@ -170,3 +170,29 @@ def training_seconds(
     operations += targets * 2.0 * output * (3 if trains_output else 2) + validation_targets * 2.0 * output
     moved = steps * (STEP_PASSES * _FP32 * parameters.trained + 2.0 * optimizer_state)
     return operations / (operations_a_second * MATMUL_EFFICIENCY) + moved / bytes_a_second
+
+
+def generation_seconds(
+    parameters: Parameters,
+    *,
+    responses: int,
+    new_tokens: int,
+    prompt_tokens: int,
+    together: int,
+    output: int,
+    number_bytes: int,
+    operations_a_second: float,
+    bytes_a_second: float,
+) -> float:
+    """Time to write `responses` of `new_tokens` tokens each (s), without sampling and the attention to what was written.
+
+    Of at most `together` rows each gets a token in the time that it takes to read the multiplied weights, f·(P + V·d),
+    or to multiply them, 2·(P + V·d) a row, if that is longer. Prompts, `prompt_tokens` in all, are multiplied before.
+    """
+    multiplied = parameters.multiplied + output
+    rate = operations_a_second * MATMUL_EFFICIENCY
+    waves = -(-responses // together)
+    read = waves * new_tokens * number_bytes * multiplied / bytes_a_second
+    return prompt_tokens * 2.0 * parameters.multiplied / rate + max(
+        read, responses * new_tokens * 2.0 * multiplied / rate
+    )

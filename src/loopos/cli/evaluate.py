@@ -12,7 +12,7 @@ from loopos.cli import evaluate_language
 from loopos.cli.answers import confusion_table, say, say_json, table
 from loopos.cli.columns import parse_columns
 from loopos.cli.evaluate_language import LanguageOptions
-from loopos.cli.opened_models import is_task_model
+from loopos.cli.opened_models import is_task_model, refuse_reward_model
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.sampling_options import refuse
@@ -44,6 +44,7 @@ def run(place: str, source: str, options: EvaluateOptions) -> int:
             as_json=options.json,
             verbose=options.verbose,
         )
+    refuse_reward_model(place)
     refuse([f"{name}: for language models; {place} is a model with a head" for name in options.language.changed()])
     restart_with_settings()
     hush_libraries(verbose=options.verbose)

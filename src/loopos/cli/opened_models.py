@@ -1,20 +1,24 @@
 """What a model's place names, told without torch, and the language model there, opened.
 
-Enters: the word MODEL of the command line. Leaves: whether it is a task model, or a `Reasoner`. Left out: task models
-(`evaluation.predictor`).
+Enters: the word MODEL of the command line. Leaves: which kind of model it is and what for, or a `Reasoner`. Left out:
+opening task models (`evaluation.predictor`) and reward models (`evaluation.reward_predictor`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loopos.config.faults import FaultsError, UserError
+from loopos.config.preferences import REWARD_TASK
 from loopos.models.model_folder import DESCRIPTION, model_folder, read_description
 from loopos.models.sources import EMBEDDED, weights_source
 
 if TYPE_CHECKING:
     from loopos.evaluation.reasoning import Reasoner
+
+REWARD_RUN = "reward_model"
+"""The folder of the reward model's run in that of an rlhf run."""
 
 # What checks name whose words come from a config; here they come from the command line.
 _FIELDS = {"data.pretrained_weights: ": "", "training.device: ": "--device: "}
@@ -39,8 +43,56 @@ def is_task_model(place: str) -> bool:
 
 def require_language_model(place: str) -> None:
     """Raises `UserError` unless a language model may be there."""
-    if is_task_model(place):
-        raise UserError(f"{place}: a model with a head, which says no text; use loopos predict and loopos evaluate")
+    if not is_task_model(place):
+        return
+    refuse_reward_model(place)
+    raise UserError(f"{place}: a model with a head, which says no text; use loopos predict and loopos evaluate")
+
+
+def refuse_reward_model(place: str) -> None:
+    """Raises `UserError` where a reward model is: it has neither labels nor text. Any other place is left to whoever
+    opens it.
+    """
+    if _described(place).get("task") == REWARD_TASK:
+        raise UserError(
+            f"{place}: a reward model, which scores responses; wanted a model that predicts labels or says text. "
+            f"Use it with: loopos score {place} FILE"
+        )
+
+
+def require_reward_model(place: str) -> None:
+    """Raises `UserError` unless a reward model is there."""
+    description = read_description(model_folder(place))
+    if description.get("task") == REWARD_TASK:
+        return
+    is_head = "pooling" in description
+    what = f"a model of task {description.get('task')}" if is_head else "a language model"
+    use = "loopos predict and loopos evaluate" if is_head else "loopos generate and loopos chat"
+    beside = Path(place) / REWARD_RUN
+    there = f"; the reward model of this run is {beside}" if _described(str(beside)) else ""
+    raise UserError(
+        f'{place}: {what}, which scores no responses; wanted a reward model, trained with "method": "reward_model"'
+        f"{there or f' (this one is for {use})'}"
+    )
+
+
+def _described(place: str) -> dict[str, Any]:
+    """What the folder of a trained model says of itself; nothing where there is no such folder."""
+    if any((Path(place) / name).is_file() for name in (DESCRIPTION, f"model/{DESCRIPTION}")):
+        return read_description(model_folder(place))
+    return {}
+
+
+def use_of(place: str) -> str:
+    """What the trained model in a folder is for, as a command. Raises `UserError`."""
+    description = read_description(model_folder(place))
+    if description.get("task") == REWARD_TASK:
+        return f"score with it: loopos score {place} FILE"
+    if "pooling" in description:
+        return f"predict with it: loopos predict {place} INPUT"
+    # A policy answers; what was trained on chains reasons in steps.
+    steps = "" if description.get("method") == "ppo" else " --steps"
+    return f'ask it: loopos generate {place} -p "..."{steps}'
 
 
 def open_reasoner(

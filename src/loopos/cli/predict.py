@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.cli.columns import parse_columns
+from loopos.cli.opened_models import refuse_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -49,6 +50,7 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     file_format = output_format(options.output, options.format)
     if options.output is not None and source != STANDARD_INPUT and _same_file(options.output, source):
         raise UserError(f"--output: given {options.output}, which is the input; wanted another file")
+    refuse_reward_model(str(place))
     restart_with_settings()
     texts = read_texts(source, columns)
     hush_libraries(verbose=options.verbose)

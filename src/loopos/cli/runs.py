@@ -13,7 +13,7 @@ from loopos.cli.answers import as_time, confusion_table, say, say_json, table
 from loopos.evaluation.run_folder import Run, differences, find_runs, read_run
 
 # The metrics worth a column in a list, best first; a run shows the first that it has.
-_HEADLINES = ("accuracy", "micro_f1", "mae", "loss")
+_HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
 
 
 def list_runs(folder: Path, *, as_json: bool) -> int:

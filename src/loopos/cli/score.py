@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loopos.cli.answers import say_json, table
 from loopos.cli.columns import parse_columns
+from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.predict import write_whole
 from loopos.cli.process import restart_with_settings
@@ -36,6 +37,7 @@ class ScoreOptions:
 def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
+    require_reward_model(place)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor

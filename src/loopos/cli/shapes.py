@@ -1,6 +1,6 @@
 """The model of a run as shapes without numbers, and its parameters counted.
 
-Enters: a config and the architecture of its weights. Leaves: `Model`. It is built on torch's "meta" device, so no
+Enters: what trains, and the architecture of the weights. Leaves: `Model`. It is built on torch's "meta" device, so no
 weight is read and no memory taken.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loopos.cli import estimate
-from loopos.cli.work import AnyConfig, Work
+from loopos.config.sections import TrainingSection
 from loopos.models.adapters import set_trained, set_trained_language_model
 
 
@@ -37,27 +37,31 @@ class Model:
         return self.vocabulary * self.shape.width
 
 
-def meta_model(config: AnyConfig, work: Work, *, trust_remote_code: bool) -> Model:
-    """The model with its head or output embedding as shapes, with what the config trains."""
-    text = work.architecture.get_text_config()
-    builder = AutoModel if work.head is not None else AutoModelForCausalLM
+def meta_model(
+    settings: TrainingSection, described: PreTrainedConfig, *, head: int | None, trust_remote_code: bool
+) -> Model:
+    """The model as shapes, with what `settings` train. head: outputs of its head, None for a language model, which has
+    an output embedding instead.
+    """
+    text = described.get_text_config()
+    builder = AutoModel if head is not None else AutoModelForCausalLM
     with torch.device("meta"):
         model = builder.from_config(  # type: ignore[no-untyped-call]
-            work.architecture, dtype=torch.float32, trust_remote_code=trust_remote_code
+            described, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     assert isinstance(model, PreTrainedModel)
     output: nn.Parameter | None = None
-    if work.head is None:
+    if head is None:
         base = getattr(model, model.base_model_prefix)
         output = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-        later = {id(parameter) for parameter in set_trained_language_model(model, base, config.training)}
+        later = {id(parameter) for parameter in set_trained_language_model(model, base, settings)}
     else:
-        later = {id(parameter) for parameter in set_trained(model, config.training)}
-    if config.training.unfreeze_step is None:
+        later = {id(parameter) for parameter in set_trained(model, settings)}
+    if settings.unfreeze_step is None:
         later = set()
-    parameters = counted(model, output, later, head=(work.head or 0) * text.hidden_size)
+    parameters = counted(model, output, later, head=(head or 0) * text.hidden_size)
     layers = text.num_hidden_layers
-    shape = architecture(config, work.architecture, layers)
+    shape = architecture(settings, described, layers)
     if output is None:
         return Model(type(model).__name__, parameters, shape, layers)
     trains_output = output.requires_grad or id(output) in later
@@ -89,12 +93,12 @@ def counted(model: PreTrainedModel, output: nn.Parameter | None, later: set[int]
     )
 
 
-def architecture(config: AnyConfig, described: PreTrainedConfig, num_layers: int) -> estimate.Architecture:
+def architecture(settings: TrainingSection, described: PreTrainedConfig, num_layers: int) -> estimate.Architecture:
     """The sizes that activations depend on; frozen lower layers keep none, unless they train later."""
-    training, text = config.training, described.get_text_config()
-    kept = 0 if training.trainable == "head" else num_layers
-    if training.unfreeze_step is None:
-        kept = max(0, kept - training.freeze_layers)
+    text = described.get_text_config()
+    kept = 0 if settings.trainable == "head" else num_layers
+    if settings.unfreeze_step is None:
+        kept = max(0, kept - settings.freeze_layers)
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return estimate.Architecture(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli import configs
 from loopos.cli.answers import as_time, say, say_json
-from loopos.cli.opened_models import is_task_model
+from loopos.cli.opened_models import use_of
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
 from loopos.config.load import load
@@ -50,7 +50,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if named is not None:
         weights_source(named)
     if not options.resume and not options.dry_run:
-        refuse_started(Path(config.data.output_dir))
+        for folder in run_folders(config):
+            refuse_started(folder)
     restart_with_settings()
     configs.tell_notes(loaded)
     hush_libraries(verbose=options.verbose)
@@ -60,7 +61,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
     result = train(config, options)
     if is_first_process():
-        tell(Path(config.data.output_dir), result, as_json=options.json)
+        tell(told_of(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
 
 
@@ -78,18 +79,25 @@ def train(config: Any, options: TrainOptions) -> FitResult:
     return trainer.train(resume=options.resume)
 
 
+def run_folders(config: Any) -> list[Path]:
+    """The folders of the config's runs, the last one first: rlhf trains a reward model before its policy."""
+    first = getattr(config, "reward_model_dir", None)
+    return [Path(config.data.output_dir), *([Path(first)] if first is not None else [])]
+
+
+def told_of(config: Any) -> Path:
+    """The folder of the run that was last at work: of rlhf the reward model's where its phase was not over."""
+    from loopos.evaluation.run_folder import holds_run
+
+    folders = run_folders(config)
+    return next((folder for folder in folders if holds_run(folder)), folders[0])
+
+
 def exit_code(stopped_by: str) -> int:
     """0, but for a run that Ctrl-C ended."""
     from loopos.training.stopping import EXIT_CODES
 
     return EXIT_CODES.get(stopped_by, 0)
-
-
-def use_of(run_dir: Path) -> str:
-    """What the trained model is for, as a command."""
-    if is_task_model(str(run_dir)):
-        return f"predict with it: loopos predict {run_dir} INPUT"
-    return f'ask it: loopos generate {run_dir} -p "..." --steps'
 
 
 def is_first_process() -> bool:
@@ -127,4 +135,4 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     if result.interrupted:
         say("  go on with it: the same command with --resume")
     elif found.has_model:
-        say(f"  {use_of(run_dir)}")
+        say(f"  {use_of(str(run_dir))}")

@@ -7,30 +7,38 @@ and steps are true. Left out: the model's numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from transformers import PreTrainedConfig
 
 from loopos.cli.inputs import open_inputs
+from loopos.cli.preference_work import open_comparisons
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.pretraining import PretrainingConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.supervised import SupervisedData, SupervisedEncoder, load_supervised
 from loopos.data.tokens import Encoded, longest
 from loopos.methods.pretraining import Pretrainer
+from loopos.models.attention import FUSED_FROM
 from loopos.models.load import Sizes, load_config, new_config
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
+from loopos.training.precision import pick_device
 from loopos.training.progress import RunProgress
 
-AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig
+AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig | RewardModelConfig
+"""The configs of methods that pass over rows of a data set; PPO, which writes its own, is in `policy_plan`."""
 
 
 @dataclass(frozen=True)
 class Work:
     """`head`: outputs of the head, None for a language model; `trainings`: how often the rows are trained on anew;
-    `said` and `tokens_said`: what was read and decided.
+    `said` and `tokens_said`: what was read and decided. `final_tokens`: those that go through the model once more when
+    training has ended; `row_facts`: what the rows hold, counted by name; `longest`: tokens that one token sees at most,
+    those of the longest row where it is None.
     """
 
     architecture: PreTrainedConfig
@@ -41,6 +49,9 @@ class Work:
     tokens_cut: int
     head: int | None
     trainings: int = 1
+    final_tokens: int = 0
+    row_facts: dict[str, int] = field(default_factory=dict)
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
         tokens = sum(len(piece.ids) for piece in pretrainer.pieces)
         said = f"{len(pretrainer.pieces):,} pieces, {tokens:,} tokens; none cut"
         return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], said, 0, None)
+    if isinstance(config, RewardModelConfig):
+        return _reward_work(config, trust_remote_code=trust_remote_code)
     return _reasoning_work(config, trust_remote_code=trust_remote_code)
 
 
@@ -95,6 +108,43 @@ def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) ->
         None,
         rounds + 1,
     )
+
+
+def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
+    examples, report = inputs.encoder.comparisons(inputs.data.train)
+    kept: list[EncodedComparison] = []
+    if config.validates and inputs.data.validation:
+        kept, _ = inputs.encoder.comparisons(inputs.data.validation)
+    on_cpu = pick_device(config.training.device).type == "cpu" and config.model.attention != "padded"
+    train, validation = _rows(examples, on_cpu=on_cpu), _rows(kept, on_cpu=on_cpu)
+    # Before export the training responses are scored to normalise by, then those of validation for the report.
+    normalised = sum(len(row.ids) for row in train) if config.reward.normalise else 0
+    return Work(
+        inputs.architecture,
+        train,
+        validation,
+        [*inputs.data.said, inputs.encoder.template.said],
+        report.said(),
+        report.tokens_cut,
+        config.reward.heads,
+        final_tokens=normalised + sum(len(row.ids) for row in validation),
+        row_facts={"responses": report.responses, "pairs": report.pairs},
+        longest=max(report.lengths),
+    )
+
+
+def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encoded]:
+    """Comparisons as the tokens that a forward pass takes: on CPU a prompt once for all its responses, unless one is so
+    long that the fused kernel serves it.
+    """
+    shares = on_cpu and max((each.num_tokens for each in examples), default=0) < FUSED_FROM
+    found = []
+    for each in examples:
+        once = [*each.prompt, *(token for response in each.responses for token in response)]
+        anew = [token for response in each.responses for token in (*each.prompt, *response)]
+        found.append(Encoded(once if shares else anew, None, each.index))
+    return found
 
 
 def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:

@@ -10,7 +10,7 @@ completion as strings, which no template touches (`supervised_rows`); the templa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loopos.data.record import shown
@@ -67,13 +67,8 @@ class Conversation:
 
 def conversation(fields: RowFields) -> Conversation | None:
     """The conversation of a row with `messages` or `conversations`; None, with `fields.problems` filled, else."""
-    messages = _messages(fields, "messages")
-    system = fields.optional_text("system")
-    if system is not None and messages and messages[0].role in ("system", "developer"):
-        wanted = "the system's words in one place"
-        given = "a system message at the start of the messages too"
-        fields.add("two system messages", fields.field("system"), given, wanted)
-    return _whole(fields, [*_spoken("system", system), *messages], "messages")
+    messages = messages_of(fields, "messages")
+    return _whole(fields, with_system(fields, messages, "the messages"), "messages")
 
 
 def instruction(fields: RowFields) -> Conversation | None:
@@ -87,11 +82,53 @@ def instruction(fields: RowFields) -> Conversation | None:
 
 def prompted(fields: RowFields) -> Conversation | None:
     """The conversation of TRL's prompt and completion as lists of messages: the completion alone is learned."""
-    prompt, completion = _messages(fields, "prompt"), _messages(fields, "completion")
+    prompt, completion = messages_of(fields, "prompt"), messages_of(fields, "completion")
     return _whole(fields, [*prompt, *completion], "completion", num_prompt=len(prompt))
 
 
-def _whole(fields: RowFields, messages: list[Message], role: str, *, num_prompt: int = 0) -> Conversation | None:
+def messages_of(fields: RowFields, role: str) -> list[Message]:
+    """The messages of a role's column; those that cannot be read are noted in `fields.problems` and left out."""
+    found = []
+    for number, value in enumerate(fields.listed_values(role, "a list of messages")):
+        message = message_of(fields, f"{fields.field(role)}[{number}]", value)
+        if message is not None:
+            found.append(message)
+    return found
+
+
+def message_of(fields: RowFields, place: str, value: object) -> Message | None:
+    """The message that a value at `place` of a row holds; None, with `fields.problems` filled, where it holds none."""
+    if not isinstance(value, dict):
+        fields.add("message is no object", place, f"{shown(value)} ({kind_name(value)})", _MESSAGE_WANTED)
+        return None
+    names = next((pair for pair in _NAMES if pair[0] in value), None)
+    if names is None:
+        given = f"an object with {', '.join(shown(name) for name in value) or 'nothing'}"
+        fields.add("message has no role", place, given, _MESSAGE_WANTED)
+        return None
+    speaker, told = names
+    role = _ROLES.get(value[speaker].strip().lower()) if isinstance(value[speaker], str) else None
+    if role is None:
+        wanted = f"one of {', '.join(_ROLES)}"
+        fields.add("unknown role", f"{place}.{speaker}", shown(value[speaker]), wanted)
+        return None
+    more = {key: item for key, item in value.items() if key not in (speaker, told, _WEIGHT) and item is not None}
+    content = _content(fields, f"{place}.{told}", value.get(told), is_optional="tool_calls" in more)
+    return Message(role, content, _weight(fields, place, role, value.get(_WEIGHT)), more)
+
+
+def with_system(fields: RowFields, messages: Sequence[Message], said: str) -> tuple[Message, ...]:
+    """The messages behind that of the system's column, which must hold the only words of the system. `said`: what to
+    call the messages in a fault.
+    """
+    system = fields.optional_text("system")
+    if system is not None and messages and messages[0].role in ("system", "developer"):
+        given = f"a system message at the start of {said} too"
+        fields.add("two system messages", fields.field("system"), given, "the system's words in one place")
+    return (*_spoken("system", system), *messages)
+
+
+def _whole(fields: RowFields, messages: Sequence[Message], role: str, *, num_prompt: int = 0) -> Conversation | None:
     learned = messages[num_prompt:]
     if not fields.problems and not any(message.role == ASSISTANT for message in learned):
         roles = ", ".join(dict.fromkeys(message.role for message in learned))
@@ -118,36 +155,6 @@ def _history(fields: RowFields) -> list[Message]:
         messages.append(Message("user", fields.checked("history", f"{place}[0]", asked)))
         messages.append(Message(ASSISTANT, fields.checked("history", f"{place}[1]", answered)))
     return messages
-
-
-def _messages(fields: RowFields, role: str) -> list[Message]:
-    """The messages of a role's column, as far as they can be read."""
-    found = []
-    for number, value in enumerate(fields.listed_values(role, "a list of messages")):
-        message = _message(fields, f"{fields.field(role)}[{number}]", value)
-        if message is not None:
-            found.append(message)
-    return found
-
-
-def _message(fields: RowFields, place: str, value: object) -> Message | None:
-    if not isinstance(value, dict):
-        fields.add("message is no object", place, f"{shown(value)} ({kind_name(value)})", _MESSAGE_WANTED)
-        return None
-    names = next((pair for pair in _NAMES if pair[0] in value), None)
-    if names is None:
-        given = f"an object with {', '.join(shown(name) for name in value) or 'nothing'}"
-        fields.add("message has no role", place, given, _MESSAGE_WANTED)
-        return None
-    speaker, told = names
-    role = _ROLES.get(value[speaker].strip().lower()) if isinstance(value[speaker], str) else None
-    if role is None:
-        wanted = f"one of {', '.join(_ROLES)}"
-        fields.add("unknown role", f"{place}.{speaker}", shown(value[speaker]), wanted)
-        return None
-    more = {key: item for key, item in value.items() if key not in (speaker, told, _WEIGHT) and item is not None}
-    content = _content(fields, f"{place}.{told}", value.get(told), is_optional="tool_calls" in more)
-    return Message(role, content, _weight(fields, place, role, value.get(_WEIGHT)), more)
 
 
 def _content(fields: RowFields, place: str, value: object, *, is_optional: bool) -> str:

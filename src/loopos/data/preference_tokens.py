@@ -25,8 +25,9 @@ from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, Words
 from loopos.data.reading import FormatReport, account
 from loopos.data.record import BadRows
-from loopos.data.supervised_tokens import _CHUNK, OVER_LENGTH, REFUSED, OverLength, SupervisedReport, _check_over
+from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
+from loopos.data.tokens import length_spread
 
 PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same tokens"
 
@@ -74,8 +75,7 @@ class PreferenceReport:
 
     def said(self) -> str:
         """The account in words."""
-        ordered = sorted(self.lengths)
-        spread = f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}" if ordered else "no rows"
+        spread = length_spread(self.lengths) or "no rows"
         held = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
         cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
         told = account(FormatReport(self.read, self.used, self.dropped, ()))
@@ -176,9 +176,9 @@ def _tokenised(
     """
     template = template or ChatTemplate(tokenizer)
     encoder = PieceTokenizer(tokenizer)
-    for first in range(0, len(examples), _CHUNK):
+    for first in range(0, len(examples), CHUNK):
         found: list[tuple[int, list[list[Piece]]]] = []
-        for place in range(first, min(first + _CHUNK, len(examples))):
+        for place in range(first, min(first + CHUNK, len(examples))):
             example = examples[place]
             try:
                 responses = example.responses if isinstance(example, Comparison) else ()
@@ -204,8 +204,7 @@ def _groups(prompt: Words, responses: Sequence[Words], template: ChatTemplate) -
         pieces = template.pieces([*prompt, *response])
         turns = [place for place, piece in enumerate(pieces) if piece.message is not None]
         start = next(place for place in turns if pieces[place].message == len(prompt))
-        if pieces[:start] != groups[0]:
-            raise TemplateRefusal("the chat template writes the prompt in another way when a response follows")
+        assert pieces[:start] == groups[0], "a turn begins behind what generation starts from"
         groups.append(pieces[start : turns[-1] + 1])
     return groups
 
@@ -225,8 +224,7 @@ def _settle(
     if report.faults and on_bad_row == "error":
         advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
         raise BadRows(report.faults, len(report.faults), advice)
-    counted = SupervisedReport(read=report.read, max_length=report.max_length)
-    _check_over(over, counted, over_length, max_dropped_share)
+    check_over(over, report.read, report.max_length, over_length, max_dropped_share)
     if not report.used:
         raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row that fits")])
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from loopos.data.conversations import ASSISTANT, Message, _message
+from loopos.data.conversations import ASSISTANT, Message, message_of
 from loopos.data.preference_formats import PreferenceFormat, detect
 from loopos.data.prompts import Words, add_same, asked, check_spoken, implied, is_same, stands_as_is
 from loopos.data.reading import FormatReport, Unusable, read_examples
@@ -128,11 +128,11 @@ def _answered(text: str, as_text: bool) -> Words:
 def _told(fields: RowFields, place: str, value: list[object] | dict[str, object]) -> Words:
     """The messages of a response: a list of them, or a single one."""
     if isinstance(value, dict):
-        message = _message(fields, place, value)
+        message = message_of(fields, place, value)
         return () if message is None else (message,)
     if not value:
         fields.add("response is empty", place, "an empty list", "a text, or a list of messages")
-    read = [_message(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
+    read = [message_of(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
     return tuple(message for message in read if message is not None)
 
 

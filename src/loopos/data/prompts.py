@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from loopos.data.conversations import ASSISTANT, Message, _messages, _spoken
+from loopos.data.conversations import ASSISTANT, Message, messages_of, with_system
 from loopos.data.preference_formats import PreferenceFormat, detect
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
-from loopos.data.templates import _num_shared
+from loopos.data.templates import num_shared
 from loopos.data.values import kind_name
 
 Words: TypeAlias = tuple[Message, ...] | str
@@ -87,22 +87,13 @@ def asked(fields: RowFields, *, as_text: bool) -> Words:
             fields.add(
                 "input beside messages", fields.field("input"), shown(given), "all that is asked in the messages"
             )
-        return with_system(fields, _messages(fields, "prompt"), "prompt")
+        return with_system(fields, messages_of(fields, "prompt"), shown(fields.field("prompt")))
     text = fields.text("prompt")
     text = text if given is None else f"{text}\n{given}"
     if not as_text:
-        return with_system(fields, [Message("user", text)], "prompt")
+        return with_system(fields, [Message("user", text)], shown(fields.field("prompt")))
     _check_no_system(fields)
     return text
-
-
-def with_system(fields: RowFields, messages: Sequence[Message], role: str) -> tuple[Message, ...]:
-    """The messages behind those of the system's column, which must be the only system's words."""
-    system = fields.optional_text("system")
-    if system is not None and messages and messages[0].role in ("system", "developer"):
-        given = f"a system message at the start of {shown(fields.field(role))} too"
-        fields.add("two system messages", fields.field("system"), given, "the system's words in one place")
-    return (*_spoken("system", system), *messages)
 
 
 def implied(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
@@ -132,7 +123,7 @@ def shared_text(one: str, other: str) -> str:
     """The prompt that two texts share: up to the last "Assistant:" of their common beginning, else up to its last white
     space, so that no word is split.
     """
-    common = one[: _num_shared(one, other)]
+    common = one[: num_shared(one, other)]
     place = common.rfind(_ASSISTANT_MARK)
     if place >= 0:
         return common[: place + len(_ASSISTANT_MARK)]
@@ -165,7 +156,7 @@ def add_same(fields: RowFields, place: str, words: Words) -> None:
 
 
 def _implied_messages(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
-    chosen, rejected = _messages(fields, "chosen"), _messages(fields, "rejected")
+    chosen, rejected = messages_of(fields, "chosen"), messages_of(fields, "rejected")
     if fields.problems:
         return None
     pairs = enumerate(zip(chosen, rejected, strict=False))
@@ -179,7 +170,7 @@ def _implied_messages(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | 
     else:
         check_spoken(fields, chosen[border:], fields.field("chosen"))
         check_spoken(fields, rejected[border:], fields.field("rejected"))
-    prompt = with_system(fields, chosen[:border], "chosen")
+    prompt = with_system(fields, chosen[:border], shown(fields.field("chosen")))
     return None if fields.problems else (prompt, (tuple(chosen[border:]), tuple(rejected[border:])))
 
 

@@ -28,11 +28,12 @@ from loopos.data.step_format import StepFormat
 from loopos.data.supervised_parts import Part, TrainOn, before_answer, parts_of
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
-from loopos.data.tokens import Encoded
+from loopos.data.tokens import Encoded, length_spread
 
 OverLength: TypeAlias = Literal["drop", "cut", "error"]
 OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
-_CHUNK = 1024
+CHUNK = 1024
+"""Examples that are rendered and tokenised at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,7 @@ class SupervisedReport:
 
     def said(self) -> str:
         """The account in words."""
-        ordered = sorted(self.lengths)
-        spread = f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}" if ordered else "no rows"
+        spread = length_spread(self.lengths) or "no rows"
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
         cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
         share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
@@ -119,7 +119,7 @@ def encode_supervised(
     rows: list[Supervised] = []
     dropped: Counter[str] = Counter()
     over: list[Fault] = []
-    for first in range(0, len(examples), _CHUNK):
+    for first in range(0, len(examples), CHUNK):
         parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
         encoded = encoder.encode([[part.piece for part in row] for row in parts])
         for place, row_parts, pieces in zip(places, parts, encoded, strict=True):
@@ -143,7 +143,7 @@ def encode_supervised(
     assert report.read == report.used + sum(report.dropped.values()), report
     if refused and on_bad_row == "error":
         raise BadRows(refused, len(refused), "correct the rows, or set data.on_bad_row to skip to go on without them")
-    _check_over(over, report, over_length, max_dropped_share)
+    check_over(over, len(examples), max_length, over_length, max_dropped_share)
     if not rows:
         raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row with a token to learn")])
     return rows, report
@@ -197,7 +197,7 @@ def _chunk_parts(
 ) -> tuple[list[list[Part]], list[int]]:
     """The parts of a chunk's examples and their places; those that the template refuses are noted as faults."""
     found, places = [], []
-    for place in range(first, min(first + _CHUNK, len(examples))):
+    for place in range(first, min(first + CHUNK, len(examples))):
         example = examples[place]
         try:
             found.append(parts_of(example, template, step_format, train_on))
@@ -242,15 +242,17 @@ def _over_fault(example: Example, length: int, max_length: int) -> Fault:
     return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)
 
 
-def _check_over(
-    over: Sequence[Fault], report: SupervisedReport, over_length: OverLength, max_dropped_share: float
+def check_over(
+    over: Sequence[Fault], read: int, max_length: int | None, over_length: OverLength, max_dropped_share: float
 ) -> None:
-    """Raises for rows over `max_length` that the policy does not allow."""
+    """Raises `BadRows` where the policy does not allow the rows over `max_length`, whose faults are `over`: any under
+    "error", more than `max_dropped_share` of the rows `read` under "drop".
+    """
     if over and over_length == "error":
         raise BadRows(over[:20], len(over), 'shorten these rows, or set data.over_length to "drop" or "cut"')
-    if over_length == "drop" and len(over) > max_dropped_share * report.read:
+    if over_length == "drop" and len(over) > max_dropped_share * read:
         advice = (
-            f"{len(over)} of {report.read} rows are over max_length {report.max_length}, more than "
+            f"{len(over)} of {read} rows are over max_length {max_length}, more than "
             f"data.max_dropped_share ({max_dropped_share:g}) allows to drop: raise training.max_length, set "
             'data.over_length to "cut", or data.max_dropped_share to 1'
         )

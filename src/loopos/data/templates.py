@@ -197,7 +197,7 @@ class ChatTemplate:
                 "the chat template does not write what the assistant says; set data.chat_template to "
                 '"plain" or to a file'
             )
-        header = prompt[_num_shared(asked, prompt) :]
+        header = prompt[num_shared(asked, prompt) :]
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in tokens if token.special} | {str(self.tokenizer.eos_token)}
         places = [(tail.find(token), -len(token), token) for token in special if token and token in tail]
@@ -236,14 +236,14 @@ def _end_of_words(content: str, whole: str, start: int, limit: int) -> int:
     return found.end() if found is not None else -1
 
 
-def _num_shared(one: str, other: str) -> int:
+def num_shared(one: str, other: str) -> int:
     """How many characters both texts begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _changes(prompt: str, whole: str) -> str:
-    place = _num_shared(prompt, whole)
+    place = num_shared(prompt, whole)
     return (
         "the chat template changes earlier text when messages follow: "
         f"{shown(prompt[place : place + 40])} became {shown(whole[place : place + 40])}"

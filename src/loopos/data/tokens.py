@@ -44,16 +44,21 @@ class TokenReport:
     lengths: list[int] = field(default_factory=list, repr=False)
 
     def said(self) -> str:
-        ordered = sorted(self.lengths)
-        middle = (
-            f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}" if ordered else "no tokens"
-        )
+        middle = length_spread(self.lengths) or "no tokens"
         cut = (
             f"; {self.truncated} cut at {self.max_length} ({self.tokens_cut} tokens lost)"
             if self.truncated
             else "; none cut"
         )
         return f"{self.examples} examples, {self.tokens:,} tokens, {middle}{cut}"
+
+
+def length_spread(lengths: Sequence[int]) -> str:
+    """The shortest, longest and median length in words; empty where there are none."""
+    if not lengths:
+        return ""
+    ordered = sorted(lengths)
+    return f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
 
 
 def longest(tokenizer: PreTrainedTokenizerBase, max_positions: int | None, asked: int | None) -> int | None:

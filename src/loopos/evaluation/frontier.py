@@ -7,10 +7,11 @@ curves (`report`).
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from loopos.evaluation.drawing import drawing, svg_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,7 @@ def frontier_svg(
     """
     if not any(_is_finite(point) for point in [*points, *best_of_n]):
         raise ValueError(f"{len(points) + len(best_of_n)} points and none finite given, wanted at least one")
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "loopos", "svg.fonttype": "none", "font.size": 9.0}):
-        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    with drawing(6.0, 4.0) as figure:
         axes = figure.add_subplot()
         for label, series, style, named in (
             ("policy, by iteration", points, "-o", _ends(points)),
@@ -61,10 +58,7 @@ def frontier_svg(
         axes.set_ylabel("reward")
         axes.grid(alpha=0.3)
         axes.legend()
-        drawing = io.StringIO()
-        # No date and no random names, so that equal points give equal text.
-        figure.savefig(drawing, format="svg", metadata={"Date": None})
-    return drawing.getvalue()
+        return svg_of(figure)
 
 
 def _is_finite(point: FrontierPoint) -> bool:

@@ -47,7 +47,7 @@ def classification_metrics(probabilities: ArrayLike, labels: ArrayLike) -> dict[
     (Guo et al. 2017, section 2). Equal probabilities predict the lowest class. Raises ValueError on empty, non-finite
     or misshapen input.
     """
-    scores = _finite_floats("probabilities", probabilities, num_axes=2)
+    scores = finite_floats("probabilities", probabilities, num_axes=2)
     truth = _class_indices(labels, num_rows=scores.shape[0], num_classes=scores.shape[1])
     rows = numpy.arange(len(truth))
     predicted = scores.argmax(axis=1)
@@ -84,7 +84,7 @@ def multi_label_metrics(probabilities: ArrayLike, labels: ArrayLike, threshold: 
     with rows of both kinds (absent if none has) · log_loss: mean binary cross-entropy of a cell in nats. Raises
     ValueError on empty, non-finite or misshapen input.
     """
-    scores = _finite_floats("probabilities", probabilities, num_axes=2)
+    scores = finite_floats("probabilities", probabilities, num_axes=2)
     given = numpy.asarray(labels)
     if given.shape != scores.shape:
         raise ValueError(f"labels of shape {given.shape} given, wanted the shape of probabilities, {scores.shape}")
@@ -110,8 +110,8 @@ def regression_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, 
     (ties share their mean rank), absent if either side is constant. Raises ValueError on empty, non-finite or
     misshapen input.
     """
-    predicted = _finite_floats("predictions", predictions, num_axes=1)
-    truth = _finite_floats("targets", targets, num_axes=1)
+    predicted = finite_floats("predictions", predictions, num_axes=1)
+    truth = finite_floats("targets", targets, num_axes=1)
     if predicted.shape != truth.shape:
         raise ValueError(f"{len(predicted)} predictions for {len(truth)} targets given, wanted one for each")
     errors = predicted - truth
@@ -121,12 +121,15 @@ def regression_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, 
         deviations = numpy.square((truth - truth.mean()) / scale).sum()
         metrics["r2"] = float(1.0 - numpy.square(errors / scale).sum() / deviations)
         if numpy.ptp(predicted) > 0:
-            metrics["pearson"] = _correlation(predicted, truth)
-            metrics["spearman"] = _correlation(_ranks(predicted), _ranks(truth))
+            metrics["pearson"] = correlation(predicted, truth)
+            metrics["spearman"] = correlation(_ranks(predicted), _ranks(truth))
     return metrics
 
 
-def _finite_floats(name: str, values: ArrayLike, num_axes: int) -> Floats:
+def finite_floats(name: str, values: ArrayLike, num_axes: int) -> Floats:
+    """The values as 64-bit floats with `num_axes` axes. Raises ValueError, which calls them `name`, on another number
+    of axes, no values, nan or inf.
+    """
     array = numpy.asarray(values, dtype=numpy.float64)
     if array.ndim != num_axes:
         raise ValueError(f"{name} of shape {array.shape} given, wanted {num_axes} axes")
@@ -197,7 +200,7 @@ def _ranks(values: Floats) -> Floats:
     return mean_ranks[positions]
 
 
-def _correlation(left: Floats, right: Floats) -> float:
+def correlation(left: Floats, right: Floats) -> float:
     """Pearson's r of two columns that are not constant."""
     units = []
     for values in (left, right):

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from loopos.evaluation.best_of_n import best_of_n
 from loopos.evaluation.policy_metrics import win_rate
 from loopos.evaluation.rewards import Response
 from loopos.evaluation.rollout import Collector, rollout_metrics
@@ -70,6 +71,13 @@ class PolicyCheck:
             for place, rollout in enumerate(rollouts)
         ]
         return metrics, records
+
+    def best_of_n(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """`best_of_n` on these prompts, with the policy as it is now; nothing for no numbers."""
+        if not numbers:
+            return []
+        answers = self.collector.answers(self.prompts, self.sampling, max(numbers))
+        return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], numbers, self.judge)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: the scores of the first answers."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import ArrayLike
 
-from loopos.evaluation.metrics import _finite_floats
+from loopos.evaluation.metrics import finite_floats
 
 # The standard normal's 97.5% quantile: 95% of the mass lies between its negative and it.
 _NORMAL_QUANTILE = 1.959963984540054
@@ -51,7 +51,7 @@ def win_rate(ours: ArrayLike, theirs: ArrayLike) -> WinRate:
     """How often our score of a prompt lies above theirs, both [P], ties half. Raises ValueError on empty, non-finite or
     misshapen input.
     """
-    left, right = _finite_floats("ours", ours, num_axes=1), _finite_floats("theirs", theirs, num_axes=1)
+    left, right = finite_floats("ours", ours, num_axes=1), finite_floats("theirs", theirs, num_axes=1)
     if left.shape != right.shape:
         raise ValueError(f"{len(left)} scores of ours for {len(right)} of theirs given, wanted one for each")
     wins, losses = int((left > right).sum()), int((left < right).sum())
@@ -96,7 +96,7 @@ def explained_variance(values: ArrayLike, returns: ArrayLike) -> float | None:
     """1 − Var(returns − values) / Var(returns), both [N]: 1 is a perfect value model, 0 no better than a constant, less
     is worse than one. None for constant returns. Raises ValueError on empty, non-finite or misshapen input.
     """
-    guessed, found = _finite_floats("values", values, num_axes=1), _finite_floats("returns", returns, num_axes=1)
+    guessed, found = finite_floats("values", values, num_axes=1), finite_floats("returns", returns, num_axes=1)
     if guessed.shape != found.shape:
         raise ValueError(f"{len(guessed)} values for {len(found)} returns given, wanted one for each")
     if numpy.ptp(found) == 0:
@@ -122,7 +122,7 @@ def best_of_n_expected(scores: ArrayLike, n: int) -> float:
     Σ_{i=n..M} C(i−1, n−1) / C(M, n) · s_(i), s_(i) the i-th smallest score of a prompt; mean over prompts (Nakano et
     al. 2021, appendix I). Raises ValueError on empty, non-finite or misshapen input and for n out of 1..M.
     """
-    ascending = numpy.sort(_finite_floats("scores", scores, num_axes=2), axis=1)
+    ascending = numpy.sort(finite_floats("scores", scores, num_axes=2), axis=1)
     num_samples = ascending.shape[1]
     if not 1 <= n <= num_samples:
         raise ValueError(f"best of {n} asked of {num_samples} samples a prompt, wanted 1 to {num_samples}")

@@ -46,9 +46,11 @@ class Predictor:
     @classmethod
     def open(cls, place: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
         """place: a run's output folder or its model folder. precision: fp32, bf16 or fp16; that of the training
-        when absent. Raises `UserError`.
+        when absent. Raises `UserError`, for a reward model too: its scores mean no labels.
         """
         model, tokenizer, description = open_task_model(place)
+        if "label_space" not in description:
+            raise UserError(f"{place}: a reward model, which scores responses; use it with: loopos score {place} FILE")
         chosen = precision or description["precision"]
         if chosen not in NUMBER_FORMATS:
             raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")

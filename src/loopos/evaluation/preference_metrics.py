@@ -16,7 +16,7 @@ from typing import Literal
 import numpy
 from numpy.typing import ArrayLike
 
-from loopos.evaluation.metrics import NUM_CALIBRATION_BINS, Floats, Integers, _correlation, _finite_floats
+from loopos.evaluation.metrics import NUM_CALIBRATION_BINS, Floats, Integers, correlation, finite_floats
 from loopos.evaluation.policy_metrics import win_rate
 
 PREFERENCE_METRIC_DIRECTION: Mapping[str, Literal["min", "max"]] = {
@@ -111,7 +111,7 @@ def margin_buckets(
     if edges is None:
         cuts = numpy.unique(numpy.quantile(margin, [0.25, 0.5, 0.75]))
     else:
-        cuts = _finite_floats("edges", edges, num_axes=1)
+        cuts = finite_floats("edges", edges, num_axes=1)
         if (numpy.diff(cuts) <= 0).any():
             raise ValueError(f"edges {cuts.tolist()} given, wanted ascending ones")
     places = numpy.searchsorted(cuts, margin, side="right")
@@ -147,12 +147,12 @@ def reliability(
 
 
 def _scores(better: ArrayLike, worse: ArrayLike) -> tuple[Floats, Floats]:
-    high = _finite_floats("better", better, num_axes=1)
+    high = finite_floats("better", better, num_axes=1)
     return high, _column("worse", worse, len(high))
 
 
 def _column(name: str, values: ArrayLike, num_pairs: int) -> Floats:
-    column = _finite_floats(name, values, num_axes=1)
+    column = finite_floats(name, values, num_axes=1)
     if len(column) != num_pairs:
         raise ValueError(f"{name}: {len(column)} values for {num_pairs} pairs given, wanted one for each")
     return column
@@ -184,4 +184,4 @@ def _calibration_error(gap: Floats, chance: Floats) -> float:
 
 def _add_correlation(metrics: dict[str, float], name: str, left: Floats, right: Floats) -> None:
     if numpy.ptp(left) > 0 and numpy.ptp(right) > 0:
-        metrics[name] = _correlation(left, right)
+        metrics[name] = correlation(left, right)

@@ -7,11 +7,12 @@ curve of calibration as JSON. Left out: the formulas (`preference_metrics`), sco
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loopos.data.preference_tokens import EncodedComparison
+from loopos.evaluation.markdown import shown, table
 from loopos.evaluation.preference_metrics import margin_buckets, preference_metrics, reliability
 
 Scores = Sequence[Sequence[Sequence[float]]]
@@ -52,6 +53,30 @@ def buckets_told(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str,
         "by_margin": [dataclasses.asdict(bucket) for bucket in buckets],
         "calibration": [dataclasses.asdict(each) for each in curve],
     }
+
+
+def preference_sections(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What report.md says of a reward model, from the last event "preferences"; nothing without one."""
+    found = [event["metrics"] for event in events if event["event"] == "preferences"]
+    if not found:
+        return []
+    parts = ["## Preferences"]
+    if found[-1]["by_margin"]:
+        rows = [
+            (
+                f"{shown(each['low'])} to {shown(each['high'])}",
+                str(each["pairs"]),
+                f"{each['accuracy']:.3f} ({each['accuracy_low']:.3f} to {each['accuracy_high']:.3f})",
+            )
+            for each in found[-1]["by_margin"]
+        ]
+        parts += ["Accuracy by margin, with its 95% interval.", table(("margin", "pairs", "pair accuracy"), rows)]
+    rows = [
+        (f"{each['confidence']:.3f}", f"{each['frequency']:.3f}", str(each["pairs"]))
+        for each in found[-1]["calibration"]
+    ]
+    parts += ["Calibration: how often the first of two is preferred where the model gives it that chance."]
+    return [*parts, table(("chance given", "preferred", "pairs, both orders"), rows)]
 
 
 def _pairs(rows: Sequence[EncodedComparison], scores: Scores) -> _Pairs:

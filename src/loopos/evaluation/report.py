@@ -14,7 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from loopos.evaluation.drawing import drawing, svg_of
+from loopos.evaluation.markdown import cell, number, shown, table
 from loopos.evaluation.metrics import METRIC_DIRECTION
+from loopos.evaluation.policy_report import policy_sections
+from loopos.evaluation.preference_report import preference_sections
 
 Event: TypeAlias = dict[str, Any]
 Series: TypeAlias = list[tuple[int, float]]
@@ -66,6 +70,8 @@ def write_report(run_dir: Path) -> Path:
         parts += ["## Curves", *(f"![{path.stem}](curves/{path.name})" for path in curves)]
     if confusions:
         parts += ["## Confusion", _confusion(confusions[-1])]
+    parts += preference_sections(events)
+    parts += policy_sections(run_dir, events)
     report = run_dir / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report
@@ -74,31 +80,24 @@ def write_report(run_dir: Path) -> Path:
 def _read_events(path: Path) -> list[Event]:
     # Evaluation may not import training, whose event log writes this file; a run cut short may end in a torn line.
     events = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for place, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             break
         try:
             events.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not an event ({error})") from error
+            raise ValueError(f"{path}:{place}: not an event ({error})") from error
     return events
 
 
-def _number(value: object) -> float | None:
-    """A number, or the text that stands for nan or inf in JSON; None for all else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
-
-
 def _series(events: Iterable[Event], name: str) -> Series:
-    values = [(event["step"], _number(event["metrics"].get(name))) for event in events]
+    values = [(event["step"], number(event["metrics"].get(name))) for event in events]
     return [(step, value) for step, value in values if step is not None and value is not None]
 
 
 def _metric_names(validations: Sequence[Event]) -> list[str]:
     """Names of the numbers in the order in which they first occur."""
-    found = [name for event in validations for name, value in event["metrics"].items() if _number(value) is not None]
+    found = [name for event in validations for name, value in event["metrics"].items() if number(value) is not None]
     return list(dict.fromkeys(found))
 
 
@@ -108,20 +107,20 @@ def _summary(config: Event, steps: Sequence[Event], events: Sequence[Event]) -> 
         section, name = setting.split(".")
         value = config.get(section, {}).get(name)
         if value is not None:
-            rows.append((setting, f"`{_cell(value)}`"))
+            rows.append((setting, f"`{cell(value)}`"))
     if steps:
         rows.append(("last step", str(steps[-1]["step"])))
     if losses := _series(steps, "loss"):
-        rows.append(("training loss, first", f"{_shown(losses[0][1])} (step {losses[0][0]})"))
-        rows.append(("training loss, last", f"{_shown(losses[-1][1])} (step {losses[-1][0]})"))
+        rows.append(("training loss, first", f"{shown(losses[0][1])} (step {losses[0][0]})"))
+        rows.append(("training loss, last", f"{shown(losses[-1][1])} (step {losses[-1][0]})"))
     timings = dict.fromkeys(name for event in steps for name in event["timing"] if name != "time")
     for name in timings:
-        numbers = [value for event in steps if (value := _number(event["timing"].get(name))) is not None]
+        numbers = [value for event in steps if (value := number(event["timing"].get(name))) is not None]
         if numbers:
-            rows.append((f"{name}, median of {len(numbers)} steps", _shown(statistics.median(numbers))))
+            rows.append((f"{name}, median of {len(numbers)} steps", shown(statistics.median(numbers))))
     counts = Counter(event["event"] for event in events)
     rows.append(("events", ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"))
-    return _table(("", "value"), rows)
+    return table(("", "value"), rows)
 
 
 def _best_values(validations: Sequence[Event]) -> str:
@@ -132,8 +131,8 @@ def _best_values(validations: Sequence[Event]) -> str:
         if name in METRIC_DIRECTION and finite:
             choose = min if METRIC_DIRECTION[name] == "min" else max
             step, value = choose(finite, key=lambda point: point[1])
-            rows.append((name, METRIC_DIRECTION[name], _shown(value), str(step), _shown(series[-1][1])))
-    return _table(("metric", "better", "best", "at step", "last"), rows)
+            rows.append((name, METRIC_DIRECTION[name], shown(value), str(step), shown(series[-1][1])))
+    return table(("metric", "better", "best", "at step", "last"), rows)
 
 
 def _validation_table(validations: Sequence[Event]) -> str:
@@ -143,19 +142,19 @@ def _validation_table(validations: Sequence[Event]) -> str:
     listed = validations[::-1][::stride][::-1]
     rows = []
     for event in listed:
-        values = [_number(event["metrics"].get(name)) for name in names]
-        rows.append([str(event["step"]), *("" if value is None else _shown(value) for value in values)])
-    table = _table(("step", *names), rows)
-    return table if stride == 1 else f"{table}\n\n{len(listed)} of {len(validations)} validations: one in {stride}."
+        values = [number(event["metrics"].get(name)) for name in names]
+        rows.append([str(event["step"]), *("" if value is None else shown(value) for value in values)])
+    listing = table(("step", *names), rows)
+    return listing if stride == 1 else f"{listing}\n\n{len(listed)} of {len(validations)} validations: one in {stride}."
 
 
 def _confusion(event: Event) -> str:
-    names = [_cell(name) for name in event["metrics"]["class_names"]]
+    names = [cell(name) for name in event["metrics"]["class_names"]]
     matrix: list[list[int]] = event["metrics"]["matrix"]
     place = "" if event["step"] is None else f", step {event['step']}"
     if len(names) <= _MOST_CLASSES_IN_TABLE:
         rows = [(f"**{name}**", *(str(count) for count in counts)) for name, counts in zip(names, matrix, strict=True)]
-        return f"Row: true class. Column: predicted class{place}.\n\n" + _table(("", *names), rows)
+        return f"Row: true class. Column: predicted class{place}.\n\n" + table(("", *names), rows)
     pairs = [
         (count, true, predicted)
         for true, counts in enumerate(matrix)
@@ -165,20 +164,7 @@ def _confusion(event: Event) -> str:
     largest = sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_MOST_CONFUSIONS_LISTED]
     rows = [(names[true], names[predicted], str(count)) for count, true, predicted in largest]
     said = f"{len(names)} classes{place}: the {len(largest)} largest of {len(pairs)} confusions."
-    return f"{said}\n\n" + _table(("true class", "predicted class", "rows"), rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-def _shown(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{said}\n\n" + table(("true class", "predicted class", "rows"), rows)
 
 
 def _draw_curves(folder: Path, steps: Sequence[Event], validations: Sequence[Event]) -> list[Path]:
@@ -198,13 +184,9 @@ def _draw_curves(folder: Path, steps: Sequence[Event], validations: Sequence[Eve
 
 def _draw(path: Path, panels: dict[str, dict[str, Series]]) -> Path:
     """One panel a title, one line a name; gaps where a value is not finite."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     num_columns = min(len(panels), 2)
     num_rows = math.ceil(len(panels) / num_columns)
-    with matplotlib.rc_context({"svg.hashsalt": "loopos", "svg.fonttype": "none", "font.size": 9.0}):
-        figure = Figure(figsize=(4.5 * num_columns + 1.5, 2.6 * num_rows + 0.4), layout="constrained")
+    with drawing(4.5 * num_columns + 1.5, 2.6 * num_rows + 0.4) as figure:
         for position, (title, lines) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(num_rows, num_columns, position)
             for name, series in lines.items():
@@ -216,6 +198,5 @@ def _draw(path: Path, panels: dict[str, dict[str, Series]]) -> Path:
             axes.grid(alpha=0.3)
             if sum(bool(series) for series in lines.values()) > 1:
                 axes.legend()
-        # The file holds no date and no random names, so that equal events give equal bytes.
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        path.write_text(svg_of(figure), encoding="utf-8")
     return path

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,16 +73,32 @@ class Collector:
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> list[Rollout]:
         """One rollout a prompt, in order, all ranks' together."""
+        found: list[Rollout] = self._of_all(self._judged(self._written(self._mine(prompts), sampling)))
+        return found
+
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int) -> list[list[Response]]:
+        """n responses to every prompt, all ranks' together, unscored."""
+        written = [response for response, _ in self._written(self._mine(prompts), sampling, n)]
+        found: list[list[Response]] = self._of_all([written[first : first + n] for first in range(0, len(written), n)])
+        return found
+
+    def _mine(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         rank, ranks = self._share
-        mine = self._judged(self.responses(list(prompts[rank::ranks]), sampling))
+        return list(prompts[rank::ranks])
+
+    def _of_all(self, mine: list[Any]) -> list[Any]:
+        """What every rank has for its share of the prompts, in the prompts' order."""
         parts = [part for part in self._gather(mine) if isinstance(part, list)]
         return [part[place] for place in range(len(parts[0])) for part in parts if place < len(part)]
 
-    def responses(self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> list[tuple[Response, Tensor]]:
+    def _written(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1
+    ) -> list[tuple[Response, Tensor]]:
         """What the policy writes, with the log-probabilities that generation gives, `[L]`."""
-        completions = self.engine.generate(prompts, sampling)
+        completions = self.engine.generate(prompts, sampling, n=n)
         tokenizer, found = self.engine.tokenizer, []
-        for prompt, completion in zip(prompts, completions, strict=True):
+        for completion in completions:
+            prompt = prompts[completion.prompt_index]
             asked = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
             ended = completion.finish_reason in ("stop token", "stop string")
             response = Response(asked, prompt, completion.text, completion.token_ids, ended)

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
@@ -38,6 +36,7 @@ from loopos.training.durable import disk_full_said
 from loopos.training.fit import Fit, FitResult
 from loopos.training.guards import GuardLimits, Guards
 from loopos.training.policy_objective import PpoObjective
+from loopos.training.policy_state import PolicyState
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.rollouts import AdvantageSettings, Experience, RolloutBatches, RolloutPlan, experience_of
@@ -153,12 +152,12 @@ class PpoTrainer:
         )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
-        self.alarms: list[str] = []
         actor_critic = self.roles.actor_critic
         self.objective = PpoObjective.of(settings, actor_critic)
         plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.rank, world=world.size)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
+        self.state = PolicyState(self.batches, self.controller, self.objective, self.guards, self.check)
         values = {name for name, _ in actor_critic.named_parameters() if name.startswith("critic.")}
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return Fit(
@@ -175,7 +174,7 @@ class PpoTrainer:
             unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
             validation_unit=self.batches.steps_an_epoch,
-            carried=self,
+            carried=self.state,
             gives_up=self._gives_up,
         )
 
@@ -220,13 +219,13 @@ class PpoTrainer:
 
     def _ask_guards(self, metrics: Mapping[str, float]) -> None:
         for alarm in self.guards.observe(metrics):
-            self.alarms.append(alarm.said)
+            self.state.alarms.append(alarm.said)
             self.progress.warn(f"alarm: {alarm.said}")
             self.fit.record("alarm", {"name": alarm.name, "value": alarm.value, "limit": alarm.limit}, {})
 
     def _gives_up(self) -> str | None:
         """Why the guards end the run, if they do."""
-        return "guard" if self.config.guards.stop and self.alarms else None
+        return "guard" if self.config.guards.stop and self.state.alarms else None
 
     def _check(self) -> PolicyCheck:
         evaluation = self.config.evaluation
@@ -249,36 +248,14 @@ class PpoTrainer:
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
         assert self.check is not None
+        if self.fit.position.step == 0:
+            for told in self.check.best_of_n(self.config.evaluation.best_of):
+                self.fit.record("best_of_n", told, {})
         metrics, records = self.check.measure()
         if self.world.is_first:
             write_samples(self.run_dir / "samples.jsonl", self.fit.position.step, records)
         self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
         return metrics
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.batches.tensors()
-
-    def state(self) -> dict[str, Any]:
-        """What else a checkpoint holds: β, the guards, the ratios so far, the first answers."""
-        return {
-            "rollouts": self.batches.state(),
-            "kl_coefficient": self.controller.coefficient,
-            "ratios": [self.objective.extremes.smallest, self.objective.extremes.largest],
-            "guards": self.guards.state(),
-            "alarms": list(self.alarms),
-            "check": self.check.state() if self.check is not None else None,
-        }
-
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.batches.load(tensors, state["rollouts"])
-        self.controller.coefficient = state["kl_coefficient"]
-        used = state["rollouts"]["kl_coefficient"]
-        self.objective.kl_coefficient = self.controller.coefficient if used is None else used
-        self.objective.extremes.smallest, self.objective.extremes.largest = state["ratios"]
-        self.guards.load(state["guards"])
-        self.alarms = list(state["alarms"])
-        if self.check is not None and state["check"] is not None:
-            self.check.load(state["check"])
 
     def export(self) -> None:
         """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
