@@ -14,7 +14,10 @@ import loopos
 
 
 def test_the_public_names_are_pinned() -> None:
-    classes = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "Predictor", "Reasoner"]
+    trained = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "PpoConfig", "PpoTrainer"]
+    asked = ["Predictor", "Reasoner"]
+    human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
+    classes = [*trained, *asked, *human]
     assert loopos.__all__ == [*classes, "__version__", "load", "read_config"]
     assert all(getattr(loopos, name) is not None for name in loopos.__all__)
 

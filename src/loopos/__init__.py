@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
     from loopos.config.fine_tuning import FineTuningConfig
+    from loopos.config.ppo import PpoConfig
+    from loopos.config.reward_model import RewardModelConfig
+    from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reasoning import Reasoner
+    from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
+    from loopos.methods.ppo import PpoTrainer
+    from loopos.methods.reward_model import RewardModelTrainer
+    from loopos.methods.rlhf import ReinforcementTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,8 +32,15 @@ __all__ = [
     "ChainOfThoughtConfig",
     "FineTuner",
     "FineTuningConfig",
+    "PpoConfig",
+    "PpoTrainer",
     "Predictor",
     "Reasoner",
+    "ReinforcementTrainer",
+    "RewardModelConfig",
+    "RewardModelTrainer",
+    "RewardPredictor",
+    "RlhfConfig",
     "__version__",
     "load",
     "read_config",
@@ -37,8 +51,15 @@ _PLACES = {
     "ChainOfThoughtConfig": "loopos.config.chain_of_thought",
     "FineTuner": "loopos.methods.fine_tuning",
     "FineTuningConfig": "loopos.config.fine_tuning",
+    "PpoConfig": "loopos.config.ppo",
+    "PpoTrainer": "loopos.methods.ppo",
     "Predictor": "loopos.evaluation.predictor",
     "Reasoner": "loopos.evaluation.reasoning",
+    "ReinforcementTrainer": "loopos.methods.rlhf",
+    "RewardModelConfig": "loopos.config.reward_model",
+    "RewardModelTrainer": "loopos.methods.reward_model",
+    "RewardPredictor": "loopos.evaluation.reward_predictor",
+    "RlhfConfig": "loopos.config.rlhf",
 }
 
 

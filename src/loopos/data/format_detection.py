@@ -20,7 +20,7 @@ Kind = TypeVar("Kind", bound=str)
 
 @dataclass(frozen=True, slots=True)
 class Shape(Generic[Kind]):
-    """The roles that a format must have, and may have. `stand_ins`: a needed role → the role that will do in its place."""
+    """The roles that a format must have, and may have. `stand_ins`: needed role → the role that will do instead."""
 
     kind: Kind
     needed: tuple[str, ...]
