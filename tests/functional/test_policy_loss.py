@@ -205,3 +205,14 @@ def test_half_precision_values_are_squared_in_fp32() -> None:
     terms = clipped_value_terms(values, zero, zero, clip_range=0.25)
     assert terms.loss.dtype == torch.float32
     assert terms.loss.item() == 0.5 * (3.0 + 2.0**-6) ** 2
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_ratio_beyond_fp32_has_finite_gradients(advantage: float, dual_clip: float | None) -> None:
+    new = torch.tensor([100.0], requires_grad=True)
+    terms = clipped_policy_terms(new, torch.zeros(1), torch.tensor([advantage]), clip_epsilon=0.2, dual_clip=dual_clip)
+    terms.loss.sum().backward()
+    assert terms.loss.isfinite().all()
+    assert new.grad is not None
+    assert new.grad.isfinite().all()

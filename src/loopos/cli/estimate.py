@@ -184,7 +184,7 @@ def generation_seconds(
     operations_a_second: float,
     bytes_a_second: float,
 ) -> float:
-    """Time to write `responses` of `new_tokens` tokens each (s), without sampling and the attention to what was written.
+    """Time to write `responses` of `new_tokens` tokens each (s), without sampling and attention to what was written.
 
     Of at most `together` rows each gets a token in the time that it takes to read the multiplied weights, f·(P + V·d),
     or to multiply them, 2·(P + V·d) a row, if that is longer. Prompts, `prompt_tokens` in all, are multiplied before.

@@ -156,7 +156,8 @@ def storage(
             tokens=amounts.largest,
             longest=amounts.longest,
             number_bytes=machine.activation_number_bytes,
-            recomputes=training.gradient_checkpointing,
+            # PPO keeps all activations, whatever `gradient_checkpointing` says.
+            recomputes=False,
         )
         for model in (policy, shapes.critic)
         if model is not None

@@ -31,8 +31,8 @@ class Role:
 
 @dataclass(frozen=True)
 class RoleShapes:
-    """`critic`: None where it is a head on the policy's hidden states; `reward`: None without a reward model. `trained`:
-    the parameters of policy and values together, with those of all roles as their total.
+    """`critic`: None where it is a head on the policy's hidden states; `reward`: None without a reward model.
+    `trained`: the parameters of policy and values together, with those of all roles as their total.
     """
 
     policy: Model

@@ -95,7 +95,10 @@ class Collector:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1
     ) -> list[tuple[Response, Tensor]]:
         """What the policy writes, with the log-probabilities that generation gives, `[L]`."""
-        completions = self.engine.generate(prompts, sampling, n=n)
+        # Each place among all ranks' prompts draws numbers of its own, whichever rank it falls to.
+        rank, ranks = self._share
+        each = [seeded(sampling, rank + ranks * place) for place in range(len(prompts))]
+        completions = self.engine.generate(prompts, each, n=n)
         tokenizer, found = self.engine.tokenizer, []
         for completion in completions:
             prompt = prompts[completion.prompt_index]
@@ -154,9 +157,9 @@ def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], see
     )
 
 
-def seeded(sampling: SamplingSettings, iteration: int) -> SamplingSettings:
-    """The settings with a seed of the iteration's own."""
-    return replace(sampling, seed=(sampling.seed * 1_000_003 + iteration) % 2**31)
+def seeded(sampling: SamplingSettings, number: int) -> SamplingSettings:
+    """The settings with a seed of their own for each number, such as an iteration."""
+    return replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**31)
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, estimator: KlEstimator) -> dict[str, float]:

@@ -7,6 +7,7 @@ Letters: B responses, L tokens of the longest.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -59,7 +60,7 @@ def generalised_advantages(
     following_value = following_advantage = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + discount * following_value - values[:, t]
-        following_advantage = (delta + discount * smoothing * following_advantage).where(mask[:, t], 0.0)
+        following_advantage = delta + discount * smoothing * following_advantage
         advantages[:, t] = following_advantage
         following_value = values[:, t]
     return advantages, advantages + values
@@ -67,7 +68,7 @@ def generalised_advantages(
 
 def whitened(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """(x − mean) / √(variance + 10⁻⁸) over all tokens of the mask, with the unbiased variance; with `shift_mean` false
-    the mean is put back (Huang et al. 2024, detail 9). Both `[B, L]` → `[B, L]`; a single token keeps its value.
+    the mean is put back (Huang et al. 2024). Both `[B, L]` → `[B, L]`; a single token keeps its value.
     """
     chosen = values[mask].double()
     mean = chosen.mean()
@@ -91,6 +92,7 @@ class KlController:
 
     def observe(self, kl: float, responses: int) -> None:
         """Takes the KL of an iteration of so many responses."""
+        assert math.isfinite(kl), kl
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coefficient *= 1.0 + error * responses / self.horizon

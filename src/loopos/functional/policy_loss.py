@@ -1,4 +1,4 @@
-"""The losses of proximal policy optimization, as sums over tokens: one place (`training.update`) divides.
+"""The losses of proximal policy optimization, token by token: the objective sums them, `training.update` divides.
 
 Letters: M tokens of responses. All arithmetic in fp32.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PolicyTerms:
     """Per token, `[M]`: `loss` with its gradient; `ratio` ρ, `is_clipped` (1 where the clipped branch counts) and
     `approximate_kl` (k3 of old against new) without.
@@ -37,7 +37,8 @@ def clipped_policy_terms(
     dual_clip c > 1: where A < 0 the loss is at most −A·c (Ye et al. 2020, equation 5). All `[M]`.
     """
     difference = logprobs.float() - old_logprobs.float()
-    ratio = difference.exp()
+    # e^80 is the end of fp32: beyond it the ratio would be inf, and its gradient nan where it counts for nothing.
+    ratio = difference.clamp(max=80.0).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
     loss = torch.maximum(plain, clipped)
@@ -53,7 +54,7 @@ def clipped_policy_terms(
     return PolicyTerms(loss, ratio.detach(), is_clipped.detach().float(), approximate_kl)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ValueTerms:
     """Per token, `[M]`: `loss` with its gradient, `is_clipped` (1 where the clipped branch counts) without."""
 
@@ -62,8 +63,8 @@ class ValueTerms:
 
 
 def clipped_value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None) -> ValueTerms:
-    """½·max((V − R)², (V_clip − R)²) with V_clip = V_old + clip(V − V_old, −c, c) (Huang et al. 2024, detail 13; the
-    baselines' PPO2). Without a range c, ½·(V − R)². All `[M]`.
+    """½·max((V − R)², (V_clip − R)²) with V_clip = V_old + clip(V − V_old, −c, c) (as the
+    baselines' PPO2; Huang et al. 2022). Without a range c, ½·(V − R)². All `[M]`.
     """
     values = values.float()
     plain = (values - returns).square()

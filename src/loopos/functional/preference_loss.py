@@ -1,6 +1,6 @@
 """The loss of a reward model: which of two responses people prefer.
 
-Letters: P pairs, N responses. All arithmetic in fp32.
+Letters: P pairs. All arithmetic in fp32.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def bradley_terry_sum(
         gap = gap - margins
     loss = -F.logsigmoid(gap)
     if probabilities is not None:
-        # −log σ(−Δ) = Δ − log σ(Δ)
-        loss = loss + (1.0 - probabilities) * gap
+        loss = probabilities * loss - (1.0 - probabilities) * F.logsigmoid(-gap)
     return loss.sum() if weights is None else (loss * weights).sum()
 
 

@@ -3,7 +3,7 @@
     prompts → responses → scores, reference, values → token rewards → GAE → shuffled minibatches → update
 
 Enters: a `PpoConfig`. Leaves: a run folder with checkpoints, events, samples.jsonl, a report and the trained policy.
-After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024 (the numbered details). Left
+After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024. Left
 out: the loop (`training.fit`), the four models (`models.roles`), what they say of responses (`evaluation.rollout`).
 """
 
@@ -203,6 +203,7 @@ class PpoTrainer:
             kl_coefficient=coefficient,
             settings=AdvantageSettings.of(settings),
         )
+        self.state.synchronise(self.world)
         metrics = {
             **rollout_metrics(rollouts, estimator=settings.kl_report),
             **variance_explained(experience.values, experience.returns),

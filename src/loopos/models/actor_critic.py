@@ -64,9 +64,7 @@ class Reference:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Takes dropout out of a model, in place: it would make every ratio of probabilities noise (Huang et al. 2024,
-    detail 3).
-    """
+    """Takes dropout out of a model, in place: it would make every ratio of probabilities noise (Huang et al. 2024)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from loopos.functional.advantages import KlController
+from loopos.training.distributed import World
 from loopos.training.guards import Guards
 from loopos.training.policy_objective import PpoObjective
 from loopos.training.rollouts import RolloutBatches
@@ -38,6 +39,12 @@ class PolicyState:
     guards: Guards
     check: Stateful | None
     alarms: list[str] = field(default_factory=list)
+
+    def synchronise(self, world: World) -> None:
+        """The extremes of the ratio become those of all ranks."""
+        extremes = self.objective.extremes
+        gathered = [pair for pair in world.gather((extremes.smallest, extremes.largest)) if isinstance(pair, tuple)]
+        extremes.smallest, extremes.largest = min(low for low, _ in gathered), max(high for _, high in gathered)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return self.batches.tensors()

@@ -44,6 +44,10 @@ class Position:
 class Carried(Protocol):
     """What a method's run needs besides, to go on exactly: tensors and JSON, equal on every rank."""
 
+    def synchronise(self, world: World) -> None:
+        """Called on every rank before saving: what ranks know apart from each other becomes one."""
+        ...
+
     def tensors(self) -> Mapping[str, Tensor]: ...
 
     def state(self) -> dict[str, Any]: ...
@@ -79,6 +83,8 @@ class RunState:
         Raises `DiskFull`, and `NonFiniteStep` for weights that are not finite.
         """
         gathered = self.world.gather(checkpoint.random_states())
+        if self.carried is not None:
+            self.carried.synchronise(self.world)
         if self.world.is_first:
             tensors: dict[str, Mapping[str, torch.Tensor]] = {
                 "weights": self.update.masters.parameters,
