@@ -63,10 +63,11 @@ def machine_of(training: TrainingSection) -> Machine:
 def _policy_plan(config: PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
     ppo = config.ppo_config() if isinstance(config, RlhfConfig) else config
     inputs = open_prompts(ppo, trust_remote_code=trust_remote_code)
-    if isinstance(config, RlhfConfig):
-        reward = planned_reward_shape(config, inputs.architecture)
-    else:
-        reward = trained_reward_shape(config, inputs.encoder.tokenizer)
+    reward = (
+        planned_reward_shape(config, inputs.architecture)
+        if isinstance(config, RlhfConfig)
+        else trained_reward_shape(config, inputs.encoder.tokenizer)
+    )
     prompts = policy_plan.tokenised(inputs)
     machine = machine_of(ppo.training)
     return policy_plan.plan_of(ppo, prompts, reward, machine, trust_remote_code=trust_remote_code)

@@ -1,0 +1,98 @@
+"""Both phases of learning from human preferences by one config: the guide's own, and what a resumed run leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from preference_runs import comparisons, events_of, write_rows
+
+from loopos.config.load import load
+from loopos.config.rlhf import RlhfConfig
+from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.methods.rlhf import ReinforcementTrainer
+from loopos.methods.table import config_classes
+from loopos.training.progress import RunProgress
+
+GUIDE = Path(__file__).parents[2] / "configs" / "rlhf.json"
+
+
+def write_guide_files(folder: Path) -> None:
+    """What the guide's config names: a model of its sizes as `models/pretrained_model.bin` beside a tokenizer of 16,000
+    tokens, and comparisons as people write them.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<end>": 1, **{f"word{i}": i for i in range(2, 16000)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
+    fast.save_pretrained(folder / "models")
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=16000, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=48, tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.save(LlamaForCausalLM(sizes).state_dict(), folder / "models" / "pretrained_model.bin")
+    (folder / "data").mkdir()
+    (folder / "data" / "human_preferences.txt").write_text(
+        "".join(
+            f"Prompt: word{20 + i} word{40 + i}\nChosen: word{5 + i % 3} word9\nRejected: word{60 + i}\n\n"
+            for i in range(10)
+        )
+    )
+
+
+def test_the_guides_config_runs_both_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_guide_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = load(GUIDE, (), config_classes()).config
+    assert isinstance(config, RlhfConfig)
+    result = ReinforcementTrainer(config, progress=RunProgress(quiet=True)).train()
+    run = tmp_path / "outputs" / "rlhf"
+    # 9 of 10 prompts train, 8 an iteration, once each: 2 iterations of 4 inner epochs.
+    assert (result.step, result.stopped_by) == (8, "epochs")
+    rollouts = events_of(run, "rollout")
+    assert [rollout["kl_coefficient"] for rollout in rollouts] == [0.1, 0.1]
+    assert {step["learning_rate"] for step in events_of(run, "step")} <= {1e-6 * (8 - n) / 8 for n in range(8)}
+    assert len(events_of(run / "reward_model", "step")) == 2
+    scored = RewardPredictor.open(str(run / "reward_model")).score_file("data/human_preferences.txt", {})
+    assert len(scored.rows) == 10
+    assert 0.0 <= scored.metrics["pair_accuracy"] <= 1.0
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert "![frontier](curves/frontier.svg)" in report
+    assert "## Answers before and after" in report
+    assert "## Preferences" in (run / "reward_model" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_first_phase_that_is_done_is_not_run_again(tmp_path: Path, pico_folder: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", comparisons(20))
+    config = RlhfConfig.model_validate(
+        {
+            "computation": {"mode": "posttraining", "method": "rlhf"},
+            "training": {
+                "learning_rate": 1e-3,
+                "batch_size": 4,
+                "num_epochs": 1,
+                "inner_epochs": 1,
+                "precision": "fp32",
+            },
+            "reward_training": {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 1, "precision": "fp32"},
+            "data": {
+                "pretrained_weights": str(pico_folder),
+                "preference_data": str(tmp_path / "rows.jsonl"),
+                "output_dir": str(tmp_path / "run"),
+            },
+            "generation": {"max_new_tokens": 4},
+        }
+    )
+    ReinforcementTrainer(config, progress=RunProgress(quiet=True)).train()
+    log = tmp_path / "run" / "reward_model" / "events.jsonl"
+    before = log.read_bytes()
+    ReinforcementTrainer(config, progress=RunProgress(quiet=True)).train(resume=True)
+    assert log.read_bytes() == before
+    sessions = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in sessions].count("session") == 2
