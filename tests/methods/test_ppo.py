@@ -10,6 +10,7 @@ import torch
 from preference_runs import ASKED, early_letters, events_of, ppo_config, reward_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loopos.config.faults import UserError
 from loopos.config.ppo import PpoConfig
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
@@ -117,6 +118,19 @@ def test_the_clip_and_the_penalty_act_as_the_formulas_say(
     assert shares["narrow"] > shares["plain"]
     assert [rollout["kl_coefficient"] for rollout in runs["dear"][1]] == [5.0] * 3
     assert runs["dear"][1][2]["kl"] < runs["plain"][1][2]["kl"]
+
+
+def test_recomputed_activations_change_nothing(reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path) -> None:
+    losses = []
+    for name in (False, True):
+        run = tmp_path / str(name)
+        training = {"gradient_checkpointing": name, "max_iterations": 1}
+        trained(ppo_config(run, pico_folder, reward_model=reward_runs["all"], training=training))
+        losses.append([(step["policy_loss"], step["value_loss"]) for step in events_of(run, "step")])
+    assert losses[0] == losses[1]
+    training = {"gradient_checkpointing": True, "trainable": "lora"}
+    with pytest.raises(UserError, match="gradient_checkpointing"):
+        trained(ppo_config(tmp_path / "lora", pico_folder, reward_model=reward_runs["lora"], training=training))
 
 
 def test_the_coefficient_is_steered_to_its_target(tmp_path: Path, pico_folder: Path) -> None:

@@ -157,7 +157,7 @@ def storage(
             longest=amounts.longest,
             number_bytes=machine.activation_number_bytes,
             # PPO keeps all activations, whatever `gradient_checkpointing` says.
-            recomputes=False,
+            recomputes=training.gradient_checkpointing,
         )
         for model in (policy, shapes.critic)
         if model is not None

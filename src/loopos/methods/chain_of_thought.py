@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,22 @@ from loopos.training.update import build_update
 from loopos.training.validation import Validation, best_of
 
 
+@dataclass(eq=False)
 class ChainOfThought:
-    """Teaches a language model to reason in steps: `ChainOfThought(config).train()`."""
+    """Teaches a language model to reason in steps: `ChainOfThought(config).train()`.
 
-    def __init__(
-        self,
-        config: ChainOfThoughtConfig,
-        *,
-        progress: RunProgress | None = None,
-        trust_remote_code: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """environment: settings of the process, by name, for the log."""
-        self.config, self.trust_remote_code = config, trust_remote_code
-        self.progress = progress or RunProgress()
-        self.environment = dict(environment or {})
-        self.run_dir = Path(config.data.output_dir)
+    `environment`: settings of the process, by name, for the log.
+    """
+
+    config: ChainOfThoughtConfig
+    _: KW_ONLY
+    progress: RunProgress = field(default_factory=RunProgress)
+    trust_remote_code: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,22 @@ from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 
+@dataclass(eq=False)
 class PpoTrainer:
-    """Trains a policy on rewards: `PpoTrainer(config).train()`."""
+    """Trains a policy on rewards: `PpoTrainer(config).train()`.
 
-    def __init__(
-        self,
-        config: PpoConfig,
-        *,
-        progress: RunProgress | None = None,
-        trust_remote_code: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """environment: settings of the process, by name, for the log."""
-        self.config, self.trust_remote_code = config, trust_remote_code
-        self.progress = progress or RunProgress()
-        self.environment = dict(environment or {})
-        self.run_dir = Path(config.data.output_dir)
+    `environment`: settings of the process, by name, for the log.
+    """
+
+    config: PpoConfig
+    _: KW_ONLY
+    progress: RunProgress = field(default_factory=RunProgress)
+    trust_remote_code: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Prompts, models, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an earlier

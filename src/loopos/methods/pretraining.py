@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -37,22 +38,22 @@ from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 
+@dataclass(eq=False)
 class Pretrainer:
-    """Trains a tokenizer and a language model from nothing: `Pretrainer(config).train()`."""
+    """Trains a tokenizer and a language model from nothing: `Pretrainer(config).train()`.
 
-    def __init__(
-        self,
-        config: PretrainingConfig,
-        *,
-        progress: RunProgress | None = None,
-        trust_remote_code: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """environment: settings of the process, by name, for the log. trust_remote_code: for `data.tokenizer`."""
-        self.config, self.trust_remote_code = config, trust_remote_code
-        self.progress = progress or RunProgress()
-        self.environment = dict(environment or {})
-        self.run_dir = Path(config.data.output_dir)
+    `environment`: settings of the process, by name, for the log. `trust_remote_code`: for `data.tokenizer`.
+    """
+
+    config: PretrainingConfig
+    _: KW_ONLY
+    progress: RunProgress = field(default_factory=RunProgress)
+    trust_remote_code: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,22 @@ from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 
+@dataclass(eq=False)
 class RewardModelTrainer:
-    """Learns what people prefer: `RewardModelTrainer(config).train()`."""
+    """Learns what people prefer: `RewardModelTrainer(config).train()`.
 
-    def __init__(
-        self,
-        config: RewardModelConfig,
-        *,
-        progress: RunProgress | None = None,
-        trust_remote_code: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """environment: settings of the process, by name, for the log."""
-        self.config, self.trust_remote_code = config, trust_remote_code
-        self.progress = progress or RunProgress()
-        self.environment = dict(environment or {})
-        self.run_dir = Path(config.data.output_dir)
+    `environment`: settings of the process, by name, for the log.
+    """
+
+    config: RewardModelConfig
+    _: KW_ONLY
+    progress: RunProgress = field(default_factory=RunProgress)
+    trust_remote_code: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Data, model, fit, normalisation, export, report. Raises `UserError` for a mistake of the user's; nothing of

@@ -9,6 +9,7 @@ itself the policy's run. After Ouyang et al. 2022. Left out: both phases (`metho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from loopos.config.rlhf import RlhfConfig
@@ -19,21 +20,18 @@ from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress
 
 
+@dataclass(eq=False)
 class ReinforcementTrainer:
-    """Both phases, one after the other: `ReinforcementTrainer(config).train()`."""
+    """Both phases, one after the other: `ReinforcementTrainer(config).train()`.
 
-    def __init__(
-        self,
-        config: RlhfConfig,
-        *,
-        progress: RunProgress | None = None,
-        trust_remote_code: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """environment: settings of the process, by name, for the log."""
-        self.config, self.trust_remote_code = config, trust_remote_code
-        self.progress = progress or RunProgress()
-        self.environment = dict(environment or {})
+    `environment`: settings of the process, by name, for the log.
+    """
+
+    config: RlhfConfig
+    _: KW_ONLY
+    progress: RunProgress = field(default_factory=RunProgress)
+    trust_remote_code: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def train(self, *, resume: bool = False) -> FitResult:
         """The result of the second phase, or of the first where a signal ended it. With `resume` a first phase that is

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection, TrainingSection
 from loopos.models.actor_critic import ActorCritic, Reference, without_dropout
 from loopos.models.adapters import ADAPTER, AdapterView, add_lora, load_adapter, set_trained, set_trained_language_model
@@ -70,7 +71,39 @@ def build_roles(
     """
     if settings.trainable == "lora":
         policy = LanguageModel(pretrained.model, attention=attention)
-        return _one_trunk(policy, fingerprint(policy.backbone.model), reward, settings, value_model, temperature)
+        roles = _one_trunk(policy, fingerprint(policy.backbone.model), reward, settings, value_model, temperature)
+    else:
+        roles = _whole_models(pretrained, reward, settings, value_model, temperature, attention)
+    _checkpoint_activations(roles, settings)
+    for module in (roles.actor_critic, *roles.frozen):
+        without_dropout(module)
+    return roles
+
+
+def _checkpoint_activations(roles: Roles, settings: TrainingSection) -> None:
+    """Raises `UserError` where two roles that train share a trunk: computed again, one would run as the other."""
+    if not settings.gradient_checkpointing:
+        return
+    critic = roles.actor_critic.critic.backbone
+    if isinstance(critic, AdapterView) and not roles.actor_critic.shares_states:
+        raise UserError(
+            "training.gradient_checkpointing: given true with values that are an adapter of the policy's trunk; wanted "
+            'false, or training.value_model "shared"'
+        )
+    roles.actor_critic.policy.causal.activation_checkpointing_enable()
+    if isinstance(critic, Backbone):
+        critic.model.activation_checkpointing_enable()
+
+
+def _whole_models(
+    pretrained: Pretrained,
+    reward: OpenedReward | None,
+    settings: TrainingSection,
+    value_model: str,
+    temperature: float,
+    attention: str,
+) -> Roles:
+    """Every role has its own weights, but for values that are a head on the policy."""
     original = copy.deepcopy(pretrained.model).requires_grad_(False)
     policy, reference = (LanguageModel(each, attention=attention) for each in (pretrained.model, original))
     held_back = set_trained_language_model(policy.causal, policy.backbone.model, settings)
@@ -78,17 +111,15 @@ def build_roles(
     actor_critic = ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature)
     frozen = [reference] if reward is None else [reference, reward.model.requires_grad_(False)]
     copies = 3 + (reward is not None) - (value_model == "shared")
-    return _ready(
-        Roles(
-            actor_critic,
-            Reference(reference, reference.backbone, temperature=temperature),
-            reward.model if reward is not None else None,
-            tuple(frozen),
-            tuple(held_back),
-            f"models: {copies} copies of the weights: policy, reference"
-            + (", reward model" if reward is not None else "")
-            + (", value model" if value_model != "shared" else "; the values are a head on the policy"),
-        )
+    return Roles(
+        actor_critic,
+        Reference(reference, reference.backbone, temperature=temperature),
+        reward.model if reward is not None else None,
+        tuple(frozen),
+        tuple(held_back),
+        f"models: {copies} copies of the weights: policy, reference"
+        + (", reward model" if reward is not None else "")
+        + (", value model" if value_model != "shared" else "; the values are a head on the policy"),
     )
 
 
@@ -149,17 +180,15 @@ def _one_trunk(
             _start_as_reward(critic, reward)
     _activate(trunk.model, trained)
     copies = 1 + (reward is not None and adapter is None) + isinstance(critic.backbone, Backbone)
-    return _ready(
-        Roles(
-            ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature),
-            Reference(policy, AdapterView(trunk, None), temperature=temperature),
-            reward_model,
-            frozen,
-            (),
-            f"models: {copies} {'copy' if copies == 1 else 'copies'} of the weights serve policy, reference"
-            + (", reward model" if reward is not None else "")
-            + " and values",
-        )
+    return Roles(
+        ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature),
+        Reference(policy, AdapterView(trunk, None), temperature=temperature),
+        reward_model,
+        frozen,
+        (),
+        f"models: {copies} {'copy' if copies == 1 else 'copies'} of the weights serve policy, reference"
+        + (", reward model" if reward is not None else "")
+        + " and values",
     )
 
 
@@ -198,9 +227,3 @@ def _start_as_reward(critic: PooledModel, reward: OpenedReward) -> None:
     std = torch.tensor(reward.description["score_std"])[:, None]
     with torch.no_grad():
         critic.head.weight.copy_((reward.model.head.weight / std).mean(0, keepdim=True))
-
-
-def _ready(roles: Roles) -> Roles:
-    for module in (roles.actor_critic, *roles.frozen):
-        without_dropout(module)
-    return roles
