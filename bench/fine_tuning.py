@@ -241,7 +241,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--lora-learning-rate", type=float, default=4e-4)
-    parser.add_argument("--head-learning-rate", type=float, default=None, help="LoopOS alone; the Trainer has no such setting")
+    parser.add_argument(
+        "--head-learning-rate", type=float, default=None, help="LoopOS alone; the Trainer has no such setting"
+    )
     parser.add_argument("--schedule", default="constant")
     parser.add_argument("--warmup", type=float, default=0, help="share of all steps")
     parser.add_argument("--cases", default="loopos,trainer-defaults,trainer-bf16,trainer-best")
@@ -261,7 +263,17 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {}
         for _, case in itertools.product(range(options.rounds), options.cases.split(",")):
             assert case in CASES, f"no case {case}; cases: {', '.join(CASES)}"
-            names = ("model", "data", "test", "steps", "epochs", "learning_rate", "lora_learning_rate", "schedule", "warmup")
+            names = (
+                "model",
+                "data",
+                "test",
+                "steps",
+                "epochs",
+                "learning_rate",
+                "lora_learning_rate",
+                "schedule",
+                "warmup",
+            )
             arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
             if options.head_learning_rate is not None:
                 arguments.append(f"--head-learning-rate={options.head_learning_rate}")

@@ -156,7 +156,6 @@ def storage(
             tokens=amounts.largest,
             longest=amounts.longest,
             number_bytes=machine.activation_number_bytes,
-            # PPO keeps all activations, whatever `gradient_checkpointing` says.
             recomputes=training.gradient_checkpointing,
         )
         for model in (policy, shapes.critic)
