@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from loopos.evaluation.best_of_n import best_of_n
 from loopos.evaluation.policy_metrics import win_rate
@@ -17,8 +17,6 @@ from loopos.evaluation.rewards import Response
 from loopos.evaluation.rollout import Collector, rollout_metrics
 from loopos.functional.advantages import KlEstimator
 from loopos.generation.settings import SamplingSettings
-
-METRIC_DIRECTION: Mapping[str, Literal["min", "max"]] = {"reward": "max", "reward_within_kl": "max"}
 
 Judge = Callable[[Sequence[Response]], list[float]]
 

@@ -10,8 +10,9 @@ Letters: R responses, P prompts, M samples of each prompt, N values, n the best 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy
 from numpy.typing import ArrayLike
@@ -20,6 +21,15 @@ from loopos.evaluation.metrics import finite_floats
 
 # The standard normal's 97.5% quantile: 95% of the mass lies between its negative and it.
 _NORMAL_QUANTILE = 1.959963984540054
+
+
+POLICY_METRIC_DIRECTION: Mapping[str, Literal["min", "max"]] = {
+    "reward": "max",
+    "reward_within_kl": "max",
+    "judge": "max",
+    "win_rate": "max",
+    "reward_win_rate": "max",
+}
 
 
 @dataclass(frozen=True, slots=True)

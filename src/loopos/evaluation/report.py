@@ -17,7 +17,9 @@ from typing import Any, TypeAlias
 from loopos.evaluation.drawing import drawing, svg_of
 from loopos.evaluation.markdown import cell, number, shown, table
 from loopos.evaluation.metrics import METRIC_DIRECTION
+from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.policy_report import policy_sections
+from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import preference_sections
 
 Event: TypeAlias = dict[str, Any]
@@ -45,6 +47,7 @@ SHOWN_SETTINGS = (
     "training.seed",
 )
 
+_DIRECTIONS = {**METRIC_DIRECTION, **PREFERENCE_METRIC_DIRECTION, **POLICY_METRIC_DIRECTION}
 _MOST_VALIDATIONS_LISTED = 40
 _MOST_CLASSES_IN_TABLE = 30
 _MOST_CONFUSIONS_LISTED = 20
@@ -128,10 +131,10 @@ def _best_values(validations: Sequence[Event]) -> str:
     for name in _metric_names(validations):
         series = _series(validations, name)
         finite = [point for point in series if math.isfinite(point[1])]
-        if name in METRIC_DIRECTION and finite:
-            choose = min if METRIC_DIRECTION[name] == "min" else max
+        if name in _DIRECTIONS and finite:
+            choose = min if _DIRECTIONS[name] == "min" else max
             step, value = choose(finite, key=lambda point: point[1])
-            rows.append((name, METRIC_DIRECTION[name], shown(value), str(step), shown(series[-1][1])))
+            rows.append((name, _DIRECTIONS[name], shown(value), str(step), shown(series[-1][1])))
     return table(("metric", "better", "best", "at step", "last"), rows)
 
 

@@ -22,7 +22,8 @@ from loopos.data.preference_data import PreferenceEncoder, load_prompts
 from loopos.data.reading import account
 from loopos.data.responses import ResponseBatch
 from loopos.data.tokens import longest
-from loopos.evaluation.policy_check import METRIC_DIRECTION, PolicyCheck
+from loopos.evaluation.policy_check import PolicyCheck
+from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION as DIRECTION
 from loopos.evaluation.report import write_report
 from loopos.evaluation.rewards import Rewards, judge_of
 from loopos.evaluation.rollout import Collector, rollout_metrics, sampling_of, seeded, variance_explained
@@ -30,7 +31,7 @@ from loopos.evaluation.run_folder import claim
 from loopos.functional.advantages import KlController
 from loopos.generation.engine import Engine
 from loopos.models.language_folder import export_language_model
-from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, load_pretrained, save_json
+from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained, save_json
 from loopos.models.reward_folder import OpenedReward, check_same_tokens, open_reward_model
 from loopos.models.roles import Roles, build_roles
 from loopos.training.durable import disk_full_said
@@ -118,7 +119,8 @@ class PpoTrainer:
         """Policy, reference, reward and value model; what trains; the engine that generates with the same weights."""
         config, settings = self.config, self.config.training
         self.precision = resolve(settings.precision, self.device)
-        self.base = self.pretrained.fingerprint
+        reward = self.opened_reward.model.backbone.model if self.opened_reward is not None else None
+        self.base = self.pretrained.fingerprint + ("" if reward is None else f", rewards {fingerprint(reward)}")
         self.roles = build_roles(
             self.pretrained,
             self.opened_reward,
@@ -245,7 +247,7 @@ class PpoTrainer:
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
-        return Validation(self.validate, metric, METRIC_DIRECTION[metric], "reward", METRIC_DIRECTION["reward"])
+        return Validation(self.validate, metric, DIRECTION[metric], "reward", DIRECTION["reward"])
 
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
