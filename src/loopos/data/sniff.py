@@ -58,7 +58,7 @@ def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, st
     raise file_error(
         source,
         f"plain text: {shown(first)}",
-        "JSON Lines, CSV or TSV with a header line, worked problems (Problem: ..., its steps, Answer: ...) or "
+        "JSON Lines, CSV or TSV with a header line, or worked problems (Problem: ..., its steps, Answer: ...), or "
         "comparisons (Prompt: ..., Chosen: ..., Rejected: ...)",
         'write one {"text": "...", "label": "..."} a line, or begin with the header line text,label',
         line=number,
