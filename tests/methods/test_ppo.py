@@ -117,7 +117,14 @@ def test_the_clip_and_the_penalty_act_as_the_formulas_say(
     shares = {name: sum(step["clip_share"] for step in steps) for name, (steps, _) in runs.items()}
     assert shares["narrow"] > shares["plain"]
     assert [rollout["kl_coefficient"] for rollout in runs["dear"][1]] == [5.0] * 3
-    assert runs["dear"][1][2]["kl"] < runs["plain"][1][2]["kl"]
+    # In the first iteration there is no KL to penalise, so that both policies write the same in the second; from there
+    # on the penalty of −β·kl_t a token is in the returns, which the values are held against.
+    (plain_steps, plain), (dear_steps, dear) = runs["plain"], runs["dear"]
+    assert dear[1]["reward"] == pytest.approx(plain[1]["reward"], abs=1e-3)
+    assert dear[1]["kl"] == pytest.approx(plain[1]["kl"], abs=1e-2)
+    assert abs(plain[1]["kl"]) > 0.05
+    assert dear_steps[7]["value_loss"] == pytest.approx(plain_steps[7]["value_loss"], abs=1e-2)
+    assert abs(dear_steps[8]["value_loss"] - plain_steps[8]["value_loss"]) > 0.05
 
 
 def test_recomputed_activations_change_nothing(reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path) -> None:
