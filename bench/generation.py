@@ -25,6 +25,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import side_by_side as bench
+
 from loopos.cli.process import MEMORY_SETTINGS, THREAD_SETTINGS
 
 NEW_TOKENS = 64
@@ -34,11 +36,9 @@ ENGINES = ("loopos", "loopos-logprobs", "transformers", "transformers-best")
 
 def texts(number: int) -> list[str]:
     """Packaged messages, one to four in a row, seeded."""
-    lines = resources.files("loopos.demo").joinpath("intents_train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = bench.rows_of(str(resources.files("loopos.demo").joinpath("intents_train.jsonl")))
     draw = random.Random(0)
-    return [
-        " ".join(json.loads(line)["text"] for line in draw.choices(lines, k=draw.randint(1, 4))) for _ in range(number)
-    ]
+    return [" ".join(row["text"] for row in draw.choices(rows, k=draw.randint(1, 4))) for _ in range(number)]
 
 
 def limits(case: str) -> list[int]:
@@ -49,19 +49,11 @@ def limits(case: str) -> list[int]:
     return [round(4 * 64 ** draw.random()) for _ in range(64)]
 
 
-def model_folder(model: str) -> str:
-    from loopos.models.gguf import converted_folder
-    from loopos.models.sources import weights_source
-
-    source = weights_source(model)
-    return str(converted_folder(source.path) if source.kind == "gguf" and source.path else source.path or model)
-
-
 def run(engine: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = model_folder(options.model)
+    folder = bench.folder_of(options.model)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     wanted = limits(case)
@@ -140,7 +132,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(run(engines[0], options.child, options)), flush=True)
         return
-    model_folder(options.model)
+    bench.folder_of(options.model)
     for case in options.cases.split(","):
         found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
         for _, engine in itertools.product(range(options.rounds), engines):
