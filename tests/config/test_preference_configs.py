@@ -17,11 +17,9 @@ from loopos.config.faults import ConfigError, Fault
 from loopos.config.json_schema import schema
 from loopos.config.load import LoadedConfig, Methods, load
 from loopos.config.ppo import PpoConfig
-from loopos.config.preferences import MODEL_DESCRIPTION
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import MethodConfig
-from loopos.models import model_folder
 
 GUIDE = Path(__file__).parents[2] / "configs" / "rlhf.json"
 ALL: Methods = {
@@ -446,10 +444,6 @@ def test_the_schema_describes_every_key(config_class: type[MethodConfig], num_de
         for key, field in definition["properties"].items():
             assert field.get("description"), f"{name}.{key}"
     assert set(described["required"]) == {"computation", "training", "data"}
-
-
-def test_the_description_of_a_model_has_one_name() -> None:
-    assert MODEL_DESCRIPTION == model_folder.DESCRIPTION
 
 
 def test_the_configs_import_nothing_heavy() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.config.faults import FaultsError, UserError
+from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
-from loopos.models.model_folder import DESCRIPTION, model_folder, read_description
+from loopos.models.model_folder import model_folder, read_description
 from loopos.models.sources import EMBEDDED, weights_source
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ _FIELDS = {"data.pretrained_weights: ": "", "training.device: ": "--device: "}
 
 def is_task_model(place: str) -> bool:
     """Whether a head says what the model's outputs mean. Raises `UserError` for a place that holds no model."""
-    if any((Path(place) / name).is_file() for name in (DESCRIPTION, f"model/{DESCRIPTION}", "events.jsonl")):
+    if any(
+        (Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
+    ):
         return "pooling" in read_description(model_folder(place))
     if Path(place).is_dir() and not any(
         (Path(place) / name).is_file() for name in ("config.json", "model/config.json")
@@ -78,7 +81,7 @@ def require_reward_model(place: str) -> None:
 
 def _described(place: str) -> dict[str, Any]:
     """What the folder of a trained model says of itself; nothing where there is no such folder."""
-    if any((Path(place) / name).is_file() for name in (DESCRIPTION, f"model/{DESCRIPTION}")):
+    if any((Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}")):
         return read_description(model_folder(place))
     return {}
 

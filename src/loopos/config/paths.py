@@ -15,6 +15,8 @@ from loopos.config.source import close_files, close_matches
 
 EMBEDDED_WEIGHTS = "smollm2-135m"
 NEW_WEIGHTS = "new"
+MODEL_DESCRIPTION = "loopos.json"
+"""The file in which a trained model's folder describes itself."""
 WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")

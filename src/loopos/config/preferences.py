@@ -17,15 +17,12 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.faults import Finding
 from loopos.config.language_sections import TextSourceSection
-from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
+from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import Count, Section, Text, TrainingSection
 from loopos.config.source import close_files
 
 REWARD_TASK = "reward"
 """The task that the description of a reward model's folder names."""
-
-MODEL_DESCRIPTION = "loopos.json"
-"""The file in which a trained model's folder describes itself."""
 
 CHAT_TEMPLATES = ("auto", "plain", "none")
 """The values of `data.chat_template` that are no file."""

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
+from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.rlhf import RlhfConfig
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
-from loopos.models.model_folder import DESCRIPTION
 from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress
 
@@ -38,7 +38,7 @@ class ReinforcementTrainer:
         done is not run again. Raises `UserError` for a mistake of the user's.
         """
         folder = Path(self.config.reward_model_dir)
-        if not (resume and (folder / "model" / DESCRIPTION).is_file()):
+        if not (resume and (folder / "model" / MODEL_DESCRIPTION).is_file()):
             self.progress.say("phase 1 of 2: reward model")
             phase = RewardModelTrainer(
                 self.config.reward_model_config(),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from loopos.functional.packing import PackedLayout
-from loopos.functional.token_logprobs import token_logprobs
 from loopos.models.adapters import AdapterView
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
@@ -36,15 +35,9 @@ class ActorCritic(nn.Module):
         `[M]`: before each token. ids `[T]` → three of `[M]` in fp32.
         """
         hidden = self.policy.backbone(ids, layout)[places]
-        logprobs, entropies = self.logprobs(self.policy, hidden, targets)
+        logprobs, entropies = self.policy.logprobs(hidden, targets, temperature=self.temperature)
         states = hidden if self.shares_states else self.critic.backbone(ids, layout)[places]
         return logprobs, entropies, self.critic.outputs(states)[:, 0]
-
-    def logprobs(self, model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of `targets` `[M]` from hidden states `[M, d]` of a model of this one's
-        logits: the policy's own, or the reference's.
-        """
-        return token_logprobs(hidden, model.output_embedding, targets, temperature=self.temperature, shape=model.shape)
 
 
 class Reference:
@@ -56,11 +49,7 @@ class Reference:
     @torch.no_grad()
     def __call__(self, ids: Tensor, layout: PackedLayout, places: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of `targets` `[M]`."""
-        hidden = self.trunk(ids, layout)[places]
-        found, _ = token_logprobs(
-            hidden, self.model.output_embedding, targets, temperature=self.temperature, shape=self.model.shape
-        )
-        return found
+        return self.model.logprobs(self.trunk(ids, layout)[places], targets, temperature=self.temperature)[0]
 
 
 def without_dropout(model: nn.Module) -> None:

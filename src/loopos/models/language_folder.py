@@ -17,10 +17,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
 from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
-from loopos.models.model_folder import DESCRIPTION, FORMAT, model_folder, read_description, whole_folder
+from loopos.models.model_folder import FORMAT, model_folder, read_description, whole_folder
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def save_language_model(
     with whole_folder(folder) as partial:
         causal.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
+        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, **description})
 
 
 def export_language_model(
@@ -74,7 +75,9 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
     `UserError`.
     """
     description: Mapping[str, Any] = {}
-    if any((Path(place) / name).is_file() for name in (DESCRIPTION, f"model/{DESCRIPTION}", "events.jsonl")):
+    if any(
+        (Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
+    ):
         folder = model_folder(place)
         description = read_description(folder)
         if "pooling" in description:

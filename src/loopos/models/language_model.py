@@ -1,7 +1,7 @@
 """A causal language model over packed rows: backbone, output embedding, next-token loss.
 
-Enters: a transformers causal language model. Leaves: sums of next-token losses over packed rows. Left out: generation
-(`generation`), its folder (`language_folder.py`).
+Enters: a transformers causal language model. Leaves: sums of next-token losses over packed rows, log-probabilities of
+tokens. Left out: generation (`generation`), its folder (`language_folder.py`).
 Letters: T tokens of the row, N sequences, M positions whose next token is trained.
 """
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from loopos.config.faults import UserError
 from loopos.functional.language_loss import LogitShape, next_token_loss_sum
 from loopos.functional.packing import PackedLayout
+from loopos.functional.token_logprobs import token_logprobs
 from loopos.models.backbone import Backbone
 
 _PROBE_TOLERANCE = 2e-4
@@ -57,6 +58,12 @@ class LanguageModel(nn.Module):
             weights = weights[targets]
         hidden = self.backbone(ids, layout)
         return next_token_loss_sum(hidden[targets - 1], self.output_embedding, ids[targets], weights, shape=self.shape)
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens `targets` `[M]` after hidden states `[M, d]` of this model, and the entropies
+        of their distributions, in fp32 and nats; temperature divides the logits.
+        """
+        return token_logprobs(hidden, self.output_embedding, targets, temperature=temperature, shape=self.shape)
 
 
 def next_token_positions(layout: PackedLayout) -> Tensor:

@@ -18,9 +18,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from loopos.config.faults import UserError
+from loopos.config.paths import MODEL_DESCRIPTION
 
 FORMAT = 1
-DESCRIPTION = "loopos.json"
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def model_folder(place: str | Path) -> Path:
     there is none.
     """
     for folder in (Path(place), Path(place) / "model"):
-        if (folder / DESCRIPTION).is_file():
+        if (folder / MODEL_DESCRIPTION).is_file():
             return folder
     if (Path(place) / "events.jsonl").is_file():
         raise UserError(f"{place}: this run has no finished model yet; go on with loopos train CONFIG --resume")
@@ -66,7 +66,7 @@ def model_folder(place: str | Path) -> Path:
 
 def read_description(folder: Path) -> dict[str, Any]:
     """What a trained model's folder says of itself. Raises `UserError` where it is broken or of another version."""
-    file = folder / DESCRIPTION
+    file = folder / MODEL_DESCRIPTION
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:

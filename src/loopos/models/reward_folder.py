@@ -14,11 +14,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.config.preferences import REWARD_TASK
 from loopos.models.heads import PooledModel
 from loopos.models.model_folder import model_folder, read_description
 from loopos.models.task_folder import open_task_model
-
-REWARD_TASK = "reward"
 
 
 @dataclass(frozen=True)

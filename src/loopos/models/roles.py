@@ -1,10 +1,9 @@
-"""The four models of PPO: policy, frozen reference, reward model, value model, on as few copies of the weights as will
-do.
+"""The four models of PPO (policy, frozen reference, reward model, value model) on as few copies of the weights as can
+be.
 
     full training:  policy · copy of it · reward model · value trunk (or a head on the policy's)
-    LoRA:           one trunk: policy = adapter, reference = without it, value = adapter, and the reward model an
-    adapter
-                    too where it was trained as one over the same weights
+    LoRA:           one trunk: policy = adapter, reference = without it, value = adapter; the reward model is an
+                    adapter too where it was trained as one over the same weights
 
 Enters: the pretrained policy, the opened reward model, what trains. Leaves: `Roles`. Left out: number formats and
 optimizers (`training`).

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
-from loopos.models.model_folder import DESCRIPTION, FORMAT, model_folder, read_description, whole_folder
+from loopos.models.model_folder import FORMAT, model_folder, read_description, whole_folder
 
 ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
 HEAD = "head.safetensors"
@@ -53,7 +54,7 @@ def save_task_model(
         (backbone if classifier is None else classifier).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, partial / HEAD)
-        save_json(partial / DESCRIPTION, {"format": FORMAT, **description})
+        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, **description})
 
 
 def _describe(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> None:
