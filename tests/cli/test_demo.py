@@ -1,8 +1,9 @@
-"""The demo's parts: its config is the shipped one, its data is found wherever the package is, no run is overwritten."""
+"""The demo's parts: its configs are the shipped ones, its data is found wherever the package is, no run is overwritten."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli import demo, demo_reasoning
+from loopos.cli import demo, demo_files, demo_fine_tuning, demo_preferences, demo_reasoning
 from loopos.config.faults import EnvironmentFault
 from tests.cli.conftest import Invoke
 
@@ -19,7 +20,7 @@ CONFIGS = [path.name for path in files("loopos.demo").iterdir() if path.name.end
 
 
 def test_there_is_a_config() -> None:
-    assert sorted(CONFIGS) == ["chain_of_thought.json", "fine_tuning.json"]
+    assert sorted(CONFIGS) == ["chain_of_thought.json", "fine_tuning.json", "ppo.json", "reward_model.json"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -27,23 +28,31 @@ def test_packaged_and_shipped_configs_are_equal(name: str) -> None:
     assert files("loopos.demo").joinpath(name).read_bytes() == (ROOT / "configs" / "demo" / name).read_bytes()
 
 
-def test_the_shipped_config_is_valid_in_a_clone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["fine_tuning.json", "reward_model.json"])
+def test_a_shipped_config_is_valid_in_a_clone(name: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert invoke("validate", "configs/demo/fine_tuning.json").exit_code == 0
+    assert invoke("validate", f"configs/demo/{name}").exit_code == 0
 
 
-def test_the_packaged_config_names_the_packaged_data_from_anywhere(
+def test_a_packaged_config_names_the_packaged_data_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs" / "demo" / "fine_tuning").mkdir(parents=True)
-    (tmp_path / "outputs" / "demo" / "fine_tuning" / "events.jsonl").touch()
     with ExitStack() as stack:
-        config, live = demo.packaged(stack, "fine_tuning.json", "intents_live.txt")
+        config = demo_files.packaged_config(stack, "fine_tuning.json", {"training.num_epochs": 7})
         assert Path(config.data.training_data).read_text(encoding="utf-8").count("\n") == 320
         assert Path(config.data.validation_data).read_text(encoding="utf-8").count("\n") == 80
-    assert config.data.output_dir == "outputs/demo/fine_tuning-2"
-    assert len(live) == 3
+    assert config.training.num_epochs == 7
+
+
+def test_no_run_is_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "act"
+    assert demo_files.fresh_folder(folder, run="part") == folder
+    (folder / "part").mkdir(parents=True)
+    assert demo_files.fresh_folder(folder, run="part") == folder
+    (folder / "part" / "events.jsonl").touch()
+    assert demo_files.fresh_folder(folder, run="part") == tmp_path / "act-2"
+    assert demo_files.fresh_folder(folder) == folder
 
 
 def test_without_the_embedded_model_nothing_begins(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,34 +65,62 @@ def test_without_the_embedded_model_nothing_begins(invoke: Invoke, monkeypatch: 
     assert "pip install" in result.stderr
 
 
-def test_an_act_with_the_pico_model(
-    pico_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    invoke: Invoke,
-) -> None:
-    """The whole act on the packaged data, with a model that trains in a second."""
-    real_load: Any = demo.load
+@pytest.fixture
+def pico_configs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packaged configs, with a model that trains in seconds; runs go to an empty folder."""
+    packaged = demo_files.packaged_config
 
-    def load_pico(path: Path, overrides: list[str], methods: Any) -> Any:
-        small = [f"data.pretrained_weights={pico_folder}", "training.num_epochs=1", "training.precision=fp32"]
-        return real_load(path, [*overrides, *small], methods)
+    def small(stack: ExitStack, name: str, changes: Mapping[str, object]) -> Any:
+        pico = {"data.pretrained_weights": pico_folder, "training.num_epochs": 1, "training.precision": "fp32"}
+        if name == "ppo.json":
+            pico |= {"training.max_iterations": 2, "training.validate_every": 2, "generation.max_new_tokens": 6}
+        return packaged(stack, name, {**changes, **pico})
 
+    for act in (demo_fine_tuning, demo_preferences):
+        monkeypatch.setattr(act, "packaged_config", small)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "load", load_pico)
     monkeypatch.setattr(demo, "embedded_model", lambda: None)
-    monkeypatch.setattr(demo, "chain_of_thought", lambda: 0)
+
+
+@pytest.mark.usefixtures("pico_configs")
+def test_the_first_act_with_the_pico_model(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole act on the packaged data, and the acts' order."""
+    acts = [demo.ACTS[0], *(demo.Act(act.title, lambda: 0) for act in demo.ACTS[1:])]
+    monkeypatch.setattr(demo, "ACTS", acts)
     result = invoke("demo")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("act 1 of 2: fine-tuning")
-    assert lines.pop().startswith("act 2 of 2: chain of thought")
+    assert lines[0].startswith("act 1 of 3: fine-tuning")
+    assert lines.pop().startswith("act 3 of 3: preferences")
+    assert lines.pop().startswith("act 2 of 3: chain of thought")
     assert lines[1].startswith("accuracy on validation messages: ")
     assert lines[1].endswith("after 20 steps")
     assert "  order_status" in result.stdout
     live = lines[lines.index("live predictions") + 1 :]
     assert len(live) == 4
     assert live[-1].startswith("wall time ")
+
+
+@pytest.mark.usefixtures("pico_configs")
+def test_the_third_act_with_the_pico_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reward model, judge and policy on the packaged comparisons and prompts; what is shown is in the runs."""
+    assert demo_preferences.preferences() == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("reward model", "judge"):
+        assert any(line.startswith(f"{name}: pair accuracy on comparisons not trained on ") for line in lines), lines
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["iteration", "reward"])
+    assert [line.split()[0] for line in lines[head + 1 : head + 3]] == ["1", "2"]
+    assert sum(line.startswith("unseen prompts, by the ") for line in lines) == 2
+    assert [line.split()[0] for line in lines if line.startswith("  before")] == ["before"] * 3
+    folder = tmp_path / "outputs" / "demo" / "preferences"
+    prompts = {json.loads(line)["prompt"] for line in (folder / "ppo" / "samples.jsonl").read_text().splitlines()}
+    trained = [row for name in ("replies_train", "replies_judge") for row in packaged_rows(f"{name}.jsonl")]
+    assert len(prompts) == 60
+    assert not any(row["prompt"] in prompt for row in trained for prompt in prompts)
+
+
+def packaged_rows(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in files("loopos.demo").joinpath(name).read_text("utf-8").splitlines()]
 
 
 def test_both_trainings_of_the_second_act_have_as_many_tokens(pico_folder: Path, tmp_path: Path) -> None:

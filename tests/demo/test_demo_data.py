@@ -1,4 +1,4 @@
-"""The packaged demo data: its counts, its columns, its encoding, and that no message repeats another."""
+"""The packaged demo data: its counts, columns and encoding, that no message repeats another, that length tells nothing."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ INTENTS = {
     "praise_thanks",
 }
 TRAINING, VALIDATION, LIVE = "intents_train.jsonl", "intents_validation.jsonl", "intents_live.txt"
+REPLIES, PROMPTS = {"replies_train.jsonl": 240, "replies_judge.jsonl": 60}, "reply_prompts.jsonl"
 
 
 def read_lines(name: str) -> list[str]:
@@ -95,7 +96,30 @@ def test_no_two_messages_share_more_than_half_of_their_words() -> None:
     assert too_close == []
 
 
+@pytest.mark.parametrize(("name", "count"), REPLIES.items())
+def test_replies_are_pairs_without_a_tell_of_length(name: str, count: int) -> None:
+    rows = read_rows(name)
+    assert len(rows) == count
+    longer = 0
+    for row in rows:
+        assert list(row) == ["prompt", "chosen", "rejected"]
+        for text in row.values():
+            assert 3 <= len(text.split()) <= 60, text
+            assert text == " ".join(text.split()), text
+            assert text.isprintable(), text
+        longer += len(row["chosen"]) > len(row["rejected"])
+    # Whoever names the longer reply the better one is right about as often as a coin.
+    assert 0.4 <= longer / count <= 0.68, longer
+
+
+def test_no_prompt_of_the_replies_repeats_in_or_between_files() -> None:
+    prompts = [row["prompt"] for name in (*REPLIES, PROMPTS) for row in read_rows(name)]
+    assert len(prompts) == 240 + 60 + 60
+    assert len({" ".join(words_of(prompt)) for prompt in prompts}) == len(prompts)
+
+
 def test_readme_names_every_file_and_intent() -> None:
     readme = files("loopos.demo").joinpath("README.md").read_text(encoding="utf-8")
-    missing = [name for name in (TRAINING, VALIDATION, LIVE, *sorted(INTENTS)) if f"`{name}`" not in readme]
+    named = (TRAINING, VALIDATION, LIVE, *REPLIES, PROMPTS, *sorted(INTENTS))
+    missing = [name for name in named if f"`{name}`" not in readme]
     assert missing == []

@@ -10,19 +10,17 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import as_file, files
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, say, table
+from loopos.cli.demo_files import fresh_folder, packaged_config, packaged_file
 from loopos.cli.outcome import note
 from loopos.cli.train import TrainOptions, exit_code, train
-from loopos.config.load import load
 from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, write_items
-from loopos.evaluation.run_folder import holds_run
-from loopos.methods.table import config_classes
 
-PACKAGE, CONFIG = "loopos.demo", "chain_of_thought.json"
+CONFIG = "chain_of_thought.json"
 # Additions take the most examples to learn, and a coin is guessed right every second time.
 TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 60, "coin_flips": 40, "additions": 170}
 TEST_ITEMS: Mapping[Task, int] = {"last_letters": 80, "coin_flips": 30, "additions": 90}
@@ -34,16 +32,16 @@ _CHAINS_SHOWN = 2
 def chain_of_thought() -> int:
     """Trains both, then shows exact match by task, and two chains."""
     began = time.monotonic()
-    with as_file(files(PACKAGE) / CONFIG) as path:
-        written = json.loads(path.read_text(encoding="utf-8"))["data"]
-        folder = _fresh(Path(written["reasoning_examples"]).parent)
+    with ExitStack() as stack:
+        written = json.loads(packaged_file(stack, CONFIG).read_text(encoding="utf-8"))["data"]
+        folder = fresh_folder(Path(written["reasoning_examples"]).parent, run="with_chains")
+        folder.mkdir(parents=True, exist_ok=True)
         tokens = write_data(folder, written)
         say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, answers alone")
         answered = {}
         for name in ("chains", "answers"):
             data = {"reasoning_examples": folder / f"{name}.jsonl", "output_dir": folder / f"with_{name}"}
-            overrides = [f"data.{key}={json.dumps(str(value))}" for key, value in data.items()]
-            config = load(path, overrides, config_classes()).config
+            config = packaged_config(stack, CONFIG, {f"data.{key}": value for key, value in data.items()})
             result = train(config, TrainOptions())
             if result.interrupted:
                 return exit_code(result.stopped_by)
@@ -52,15 +50,6 @@ def chain_of_thought() -> int:
     show(answered)
     say(f"wall time {as_time(time.monotonic() - began)}; data and runs are in {folder}")
     return 0
-
-
-def _fresh(folder: Path) -> Path:
-    number, fresh = 1, folder
-    while holds_run(fresh / "with_chains"):
-        number += 1
-        fresh = folder.with_name(f"{folder.name}-{number}")
-    fresh.mkdir(parents=True, exist_ok=True)
-    return fresh
 
 
 def write_data(folder: Path, data: Mapping[str, Any]) -> dict[str, int]:
