@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preference_runs import events_of, ppo_config, reward_config
+from preference_runs import comparisons, events_of, ppo_config, reward_config, write_rows
 
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
@@ -84,3 +84,23 @@ def test_ppo(tmp_path: Path, pico_folder: Path) -> None:
         assert len(one) == len(two) == number
         for mine, theirs in zip(one, two, strict=True):
             assert theirs == pytest.approx(mine, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_both_phases_by_torchrun(tmp_path: Path, pico_folder: Path) -> None:
+    """The processes join once a phase."""
+    write_rows(tmp_path / "rows.jsonl", comparisons(20))
+    training = {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 1, "inner_epochs": 1, "precision": "fp32"}
+    config = {
+        "computation": {"mode": "posttraining", "method": "rlhf"},
+        "training": {**training, "device": "cpu"},
+        "generation": {"max_new_tokens": 4},
+        "data": {"pretrained_weights": str(pico_folder), "preference_data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run")},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, "-m", "loopos", "train", str(tmp_path / "config.json")], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    # 18 of 20 comparisons train, 8 a step over both processes.
+    assert len(events_of(tmp_path / "run" / "reward_model", "step")) == len(events_of(tmp_path / "run", "rollout")) == 3
+    assert (tmp_path / "run" / "model" / "loopos.json").is_file()
