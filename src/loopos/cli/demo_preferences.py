@@ -1,8 +1,9 @@
-"""The demo's third act: what people might prefer in a reply, learned by a reward model, then written by PPO.
+"""The demo's third act: what makes a reply a good one, learned by a reward model, then written by PPO.
 
-Enters: the packaged configs. Leaves: three run folders (reward model, judge, policy), and what was learned. The judge
-is a second reward model, of comparisons that the first never saw; neither it nor its prompts train the policy. The
-replies are authored for the project, not collected from people. Left out: the other acts (`demo`).
+Enters: the packaged configs. Leaves: four run folders (replies, reward model, judge, policy), and what was learned.
+First the model learns to reply at all, from good and bad replies alike; then which are good. The judge is a second
+reward model, of comparisons that the first never saw; neither it nor its prompts train the policy. The replies are
+authored for the project, not collected from people. Left out: the other acts (`demo`).
 """
 
 from __future__ import annotations
@@ -20,34 +21,43 @@ from loopos.cli.outcome import note
 from loopos.cli.train import TrainOptions, exit_code, train
 from loopos.evaluation.run_folder import Run, read_run
 
-REWARD_CONFIG, PPO_CONFIG = "reward_model.json", "ppo.json"
+REPLIES_CONFIG, REWARD_CONFIG, PPO_CONFIG = "replies.json", "reward_model.json", "ppo.json"
 TRAINING, JUDGING = "replies_train.jsonl", "replies_judge.jsonl"
-# Each is tested on the other's rows; the judge has fewer to learn from, and goes over them more often.
-TRAINED = (("reward_model", TRAINING, JUDGING, 1), ("judge", JUDGING, TRAINING, 3))
+# Each is tested on rows of the other; the judge has fewer to learn from, and takes fewer a step.
+TRAINED = (("reward_model", TRAINING, JUDGING, 8), ("judge", JUDGING, TRAINING, 4))
+_MOST_TESTED = 60
 _FOLDER = Path("outputs/demo/preferences")
 _SHOWN = ("reward", "kl", "response_length", "end_share")
 _REPLIES_SHOWN = 3
 
 
 def preferences() -> int:
-    """Trains reward model and judge, each tested on the other's comparisons, then the policy; shows what came of it."""
+    """Trains a model that replies, reward model and judge, each tested on the other's comparisons, and the policy;
+    shows what came of it.
+    """
     began = time.monotonic()
     folder = fresh_folder(_FOLDER, run="reward_model")
-    say("comparisons of replies to customers, written for LoopOS (none is collected from people)")
+    say("replies to customers, good and bad ones, written for LoopOS (none is collected from people)")
     with ExitStack() as stack:
-        for name, train_on, test_on, epochs in TRAINED:
+        replies = folder / "replies.jsonl"
+        write_replies(replies, packaged_file(stack, TRAINING))
+        changes = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}
+        code = _train(packaged_config(stack, REPLIES_CONFIG, changes))
+        if code:
+            return code
+        start = {"data.pretrained_weights": folder / "replies" / "model"}
+        for name, train_on, test_on, batch_size in TRAINED:
             changes = {
                 "data.preference_data": packaged_file(stack, train_on),
-                "data.validation_data": packaged_file(stack, test_on),
                 "data.output_dir": folder / name,
-                "training.num_epochs": epochs,
+                "training.batch_size": batch_size,
             }
-            code = _train(packaged_config(stack, REWARD_CONFIG, changes))
+            code = _train(packaged_config(stack, REWARD_CONFIG, {**start, **changes}))
             if code:
                 return code
-            show_accuracy(name, read_run(folder / name))
-        models = {"data.reward_model": folder / "reward_model", "evaluation.judge": folder / "judge"}
-        code = _train(packaged_config(stack, PPO_CONFIG, {**models, "data.output_dir": folder / "ppo"}))
+            show_accuracy(folder / name, packaged_file(stack, test_on))
+        changes = {"data.reward_model": folder / "reward_model", "evaluation.judge": folder / "judge"}
+        code = _train(packaged_config(stack, PPO_CONFIG, {**start, **changes, "data.output_dir": folder / "ppo"}))
         if code:
             return code
     show_policy(read_run(folder / "ppo"))
@@ -56,16 +66,41 @@ def preferences() -> int:
     return 0
 
 
+def write_replies(file: Path, comparisons: Path) -> None:
+    """One reply to each prompt of a file of comparisons, the better and the worse one in turn, as prompt and
+    completion.
+    """
+    rows = [json.loads(line) for line in comparisons.read_text(encoding="utf-8").splitlines()]
+    sides = ("chosen", "rejected")
+    lines = [
+        json.dumps({"prompt": row["prompt"], "completion": row[sides[number % 2]]}) + "\n"
+        for number, row in enumerate(rows)
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(lines), encoding="utf-8")
+
+
 def _train(config: Any) -> int:
     result = train(config, TrainOptions())
     note(f"{config.computation.method}: {as_time(result.seconds)}")
     return exit_code(result.stopped_by) if result.interrupted else 0
 
 
-def show_accuracy(name: str, run: Run) -> None:
-    """How often the better reply of a comparison never trained on has the higher score."""
-    before, after = run.first_metrics["pair_accuracy"], run.last_metrics["pair_accuracy"]
-    say(f"{name.replace('_', ' ')}: pair accuracy on comparisons not trained on {before:.1%} before, {after:.1%} after")
+def show_accuracy(run: Path, file: Path) -> None:
+    """How often a reward model, opened from its folder, scores the better reply of a comparison higher, on
+    comparisons that it was not trained on.
+    """
+    from loopos.data import rows
+    from loopos.data.preferences import read_comparisons
+    from loopos.evaluation.reward_predictor import RewardPredictor
+
+    examples, _ = read_comparisons(rows.read(str(file)), {})
+    metrics = RewardPredictor.open(str(run)).score(examples[:_MOST_TESTED]).metrics
+    low, high = metrics["pair_accuracy_low"], metrics["pair_accuracy_high"]
+    say(
+        f"{run.name.replace('_', ' ')}: pair accuracy {metrics['pair_accuracy']:.1%} (95% interval {low:.1%} to "
+        f"{high:.1%}) on {metrics['num_pairs']:.0f} comparisons that it never saw"
+    )
 
 
 def show_policy(run: Run) -> None:
@@ -87,7 +122,7 @@ def show_replies(samples: Path) -> None:
     steps = sorted({each["step"] for each in told})
     before, after = (_answers(told, step) for step in (steps[0], steps[-1]))
     for one, other in list(zip(before, after, strict=True))[:_REPLIES_SHOWN]:
-        say(f"{one['prompt'].strip()}")
+        say(" ".join(one["prompt"].split()))
         say(table([(name, " ".join(each["response"].split())) for name, each in (("before", one), ("after", other))]))
 
 

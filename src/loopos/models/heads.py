@@ -68,5 +68,5 @@ class PooledModel(nn.Module):
 
 
 def scalar_head_std(hidden_size: int) -> float:
-    """1/√(d + 1): the spread of a new head of rewards or values (Stiennon et al. 2020; Huang et al. 2024)."""
+    """1/√(d + 1): the spread of a new head of rewards (Stiennon et al. 2020; Huang et al. 2024)."""
     return float((hidden_size + 1) ** -0.5)

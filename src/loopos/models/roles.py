@@ -23,7 +23,7 @@ from loopos.config.sections import LoraSection, TrainingSection
 from loopos.models.actor_critic import ActorCritic, Reference, without_dropout
 from loopos.models.adapters import ADAPTER, AdapterView, add_lora, load_adapter, set_trained, set_trained_language_model
 from loopos.models.backbone import Backbone
-from loopos.models.heads import PooledModel, scalar_head_std
+from loopos.models.heads import PooledModel
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, fingerprint
 from loopos.models.reward_folder import OpenedReward
@@ -128,15 +128,15 @@ def _critic(
     """The value model with a trunk of its own, or, shared, a head over the policy's states."""
     if value_model == "reward":
         assert reward is not None, "checked by PpoConfig.check"
-        critic = _value_head(Backbone(_own_trunk(reward.model).copied_model()), settings.seed)
+        critic = _value_head(Backbone(_own_trunk(reward.model).copied_model()))
         _start_as_reward(critic, reward)
         set_trained(critic.backbone.model, settings)
         return critic
     if value_model == "policy":
         trunk = Backbone(policy.backbone.copied_model())
         set_trained(trunk.model, settings)
-        return _value_head(trunk, settings.seed)
-    return _value_head(AdapterView(policy.backbone, ADAPTER), settings.seed)
+        return _value_head(trunk)
+    return _value_head(AdapterView(policy.backbone, ADAPTER))
 
 
 def _one_trunk(
@@ -165,7 +165,7 @@ def _one_trunk(
     elif reward is not None:
         reward_model, frozen = reward.model, (reward.model.requires_grad_(False),)
     if value_model == "shared":
-        critic = _value_head(AdapterView(trunk, ADAPTER), seed)
+        critic = _value_head(AdapterView(trunk, ADAPTER))
     elif value_model == "reward" and adapter is None:
         critic = _critic(policy, reward, settings, value_model)
     else:
@@ -174,7 +174,7 @@ def _one_trunk(
         else:
             add_lora(trunk.model, lora, seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)
-        critic = _value_head(AdapterView(trunk, _VALUE), seed)
+        critic = _value_head(AdapterView(trunk, _VALUE))
         if value_model == "reward" and reward is not None:
             _start_as_reward(critic, reward)
     _activate(trunk.model, trained)
@@ -216,9 +216,11 @@ def _activate(model: nn.Module, trained: list[str]) -> None:
             parameter.requires_grad_(any(f".{adapter}." in name for adapter in trained))
 
 
-def _value_head(trunk: Backbone | AdapterView, seed: int) -> PooledModel:
-    std = scalar_head_std(trunk.hidden_size)
-    return PooledModel(trunk, num_outputs=1, pooling="last", seed=seed, head_std=std)
+def _value_head(trunk: Backbone | AdapterView) -> PooledModel:
+    """Values that are 0 at first: drawn at random they would be noise in every advantage until they are learned."""
+    critic = PooledModel(trunk, num_outputs=1, pooling="last", seed=0)
+    nn.init.zeros_(critic.head.weight)
+    return critic
 
 
 def _start_as_reward(critic: PooledModel, reward: OpenedReward) -> None:
