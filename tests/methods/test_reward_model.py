@@ -98,6 +98,18 @@ def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_
     torch.testing.assert_close(logits, ours, atol=1e-4, rtol=1e-4)
 
 
+def test_scores_are_normalised_over_as_many_comparisons_as_asked_for(tmp_path: Path, pico_folder: Path) -> None:
+    config = reward_config(tmp_path / "run", pico_folder, training={"num_epochs": 1}, reward={"normalise_over": 3})
+    method = trained(config)
+    chosen = method._normalising_rows()
+    assert len(chosen) == 3 < len(method.train_rows)
+    opened = open_reward_model(tmp_path / "run")
+    responses = [[*row.prompt, *response] for row in chosen for response in row.responses]
+    raw = raw_scores(opened.model, responses, torch.device("cpu"))
+    assert opened.description["score_mean"] == pytest.approx([float(raw.mean())], abs=1e-4)
+    assert opened.description["score_std"] == pytest.approx([float(raw.std(correction=0))], abs=1e-4)
+
+
 @pytest.mark.parametrize("trainable", ["lora", "head"])
 def test_adapters_or_the_head_train_alone(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     method = trained(reward_config(tmp_path / "run", pico_folder, training={"trainable": trainable, "num_epochs": 1}))

@@ -41,7 +41,7 @@ def preferences() -> int:
     with ExitStack() as stack:
         replies = folder / "replies.jsonl"
         write_replies(replies, packaged_file(stack, TRAINING))
-        changes = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}
+        changes: dict[str, object] = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}
         code = _train(packaged_config(stack, REPLIES_CONFIG, changes))
         if code:
             return code

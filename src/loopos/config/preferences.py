@@ -79,7 +79,10 @@ class RewardSection(Section):
         default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
     )
     normalise: bool = Field(
-        default=True, description="shift and scale scores to mean 0, standard deviation 1 over the training responses"
+        default=True, description="shift and scale scores to mean 0, standard deviation 1 over training responses"
+    )
+    normalise_over: Count = Field(
+        default=1024, description="training comparisons, drawn at random, whose responses tell that mean and deviation"
     )
 
 

@@ -99,7 +99,9 @@ class RewardModelConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         data, training, reward = self.data, self.training, self.reward
-        said = checks.without_effect(self, {**checks.effects(training), **text_effects(data)})
+        effects = {**checks.effects(training), **text_effects(data)}
+        effects["reward.normalise_over"] = (reward.normalise, "reward.normalise is false")
+        said = checks.without_effect(self, effects)
         if "margin" in data.columns and not reward.margins:
             said.append("data.columns.margin has no effect: reward.margins is false")
         if "p_human" in data.columns and not reward.soft_labels:

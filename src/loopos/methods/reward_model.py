@@ -15,6 +15,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from loopos.config.reward_model import RewardModelConfig
@@ -212,7 +213,7 @@ class RewardModelTrainer:
         )
         normalisation = Normalisation.none(heads)
         if self.config.reward.normalise:
-            every = [score for scores in self.scores(self.train_rows) for score in scores]
+            every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
             normalisation = Normalisation.of(torch.tensor(every))
             told = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(normalisation.mean, normalisation.std, strict=True))
             self.progress.say(f"scores of the training responses before normalising: {told}")
@@ -235,6 +236,14 @@ class RewardModelTrainer:
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, description)
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+
+    def _normalising_rows(self) -> list[EncodedComparison]:
+        """Training comparisons, at most `reward.normalise_over` of them, the same ones for the same seed."""
+        most = self.config.reward.normalise_over
+        if len(self.train_rows) <= most:
+            return self.train_rows
+        draw = np.random.Generator(np.random.PCG64(self.config.training.seed))
+        return [self.train_rows[place] for place in sorted(draw.permutation(len(self.train_rows))[:most])]
 
     def description(self, normalisation: Normalisation) -> dict[str, Any]:
         """What the model folder says of its scores."""
