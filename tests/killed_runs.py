@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "20"))
@@ -39,3 +41,28 @@ def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | No
 
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check_kills_leave_no_trace(
+    train: Callable[[], object],
+    run: Path,
+    bits_of: Callable[[Path], Mapping[str, str]],
+    expected: Mapping[str, str],
+    *,
+    kills: int,
+    seconds: float,
+    seed: str,
+) -> None:
+    """Kills `train`, which resumes `run`, at random moments of the `seconds` that it takes in whole; then lets it end, and
+    asserts that `bits_of(run)` are those of a run that nobody killed.
+    """
+    draw, killed = random.Random(seed), 0
+    while killed < kills:
+        if in_a_child(train, draw.uniform(0.05, 0.6) * seconds) is None:
+            killed += 1
+        else:
+            # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.
+            assert bits_of(run) == expected
+            shutil.rmtree(run)
+    assert in_a_child(train, None) == 0
+    assert bits_of(run) == expected

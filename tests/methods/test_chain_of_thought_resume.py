@@ -4,14 +4,12 @@ resumed, a run ends with the very bits of the run that was left alone."""
 from __future__ import annotations
 
 import json
-import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import NUM_KILLS, digest, in_a_child
+from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.methods.chain_of_thought import ChainOfThought
@@ -80,17 +78,14 @@ def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Pat
     assert ("samples.jsonl" in expected) == ("evaluation" in VARIANTS[variant])
     assert any("chains-" in name for name in expected) == ("self_improvement" in VARIANTS[variant])
 
-    # These runs are longer than fine-tuning's: LOOPOS_TEST_KILLS=80 makes it twenty.
-    num_kills = max(2, NUM_KILLS // 4)
-    draw = random.Random(f"{variant} moments")
     config = config_of(tmp_path / "killed", pico_folder, variant)
-    kills = 0
-    while kills < num_kills:
-        if in_a_child(lambda: train(config, resume=True), draw.uniform(0.05, 0.7) * seconds) is None:
-            kills += 1
-        else:
-            # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.
-            assert bits_of(tmp_path / "killed") == expected
-            shutil.rmtree(tmp_path / "killed")
-    assert in_a_child(lambda: train(config, resume=True), None) == 0
-    assert bits_of(tmp_path / "killed") == expected
+    # These runs are longer than fine-tuning's: LOOPOS_TEST_KILLS=80 makes it twenty.
+    check_kills_leave_no_trace(
+        lambda: train(config, resume=True),
+        tmp_path / "killed",
+        bits_of,
+        expected,
+        kills=max(2, NUM_KILLS // 4),
+        seconds=seconds,
+        seed=f"{variant} moments",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import NUM_KILLS, digest, in_a_child
+from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
 
 from loopos.config.faults import UserError
 from loopos.methods.fine_tuning import FineTuner
@@ -56,18 +55,16 @@ def test_killed_at_random_moments(variant: str, fine_tuning_config: Build, tmp_p
     expected = bits_of(tmp_path / "whole")
     assert sum(e["event"] == "step" for e in read(tmp_path / "whole" / "events.jsonl")) == 40
 
-    draw = random.Random(f"{variant} moments")
     config = build(fine_tuning_config, tmp_path / "killed", variant)
-    kills = 0
-    while kills < NUM_KILLS:
-        if in_a_child(lambda: train(config, resume=True), draw.uniform(0.05, 0.6) * seconds) is None:
-            kills += 1
-        else:
-            # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.
-            assert bits_of(tmp_path / "killed") == expected
-            shutil.rmtree(tmp_path / "killed")
-    assert in_a_child(lambda: train(config, resume=True), None) == 0
-    assert bits_of(tmp_path / "killed") == expected
+    check_kills_leave_no_trace(
+        lambda: train(config, resume=True),
+        tmp_path / "killed",
+        bits_of,
+        expected,
+        kills=NUM_KILLS,
+        seconds=seconds,
+        seed=f"{variant} moments",
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing file", "half-written folder"])

@@ -3,15 +3,13 @@ run ends with the very bits of the run that was left alone."""
 
 from __future__ import annotations
 
-import random
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import NUM_KILLS, digest, in_a_child
+from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
 from preference_runs import comparisons, write_rows
 from safetensors import safe_open
 
@@ -81,20 +79,17 @@ def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Pat
     assert kinds.count("rollout") == 10
     assert kinds.count("step") == 60
 
-    # LOOPOS_TEST_KILLS=60 makes it thirty for both variants together.
-    num_kills = max(2, NUM_KILLS // 4)
-    draw = random.Random(f"{variant} moments")
     config = config_of(tmp_path / "killed", pico_folder, variant)
-    kills = 0
-    while kills < num_kills:
-        if in_a_child(lambda: train(config, resume=True), draw.uniform(0.05, 0.7) * seconds) is None:
-            kills += 1
-        else:
-            # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.
-            assert bits_of(tmp_path / "killed") == expected
-            shutil.rmtree(tmp_path / "killed")
-    assert in_a_child(lambda: train(config, resume=True), None) == 0
-    assert bits_of(tmp_path / "killed") == expected
+    # These runs are longer than fine-tuning's: LOOPOS_TEST_KILLS=100 makes it thirty for both variants together.
+    check_kills_leave_no_trace(
+        lambda: train(config, resume=True),
+        tmp_path / "killed",
+        bits_of,
+        expected,
+        kills=max(2, 3 * NUM_KILLS // 20),
+        seconds=seconds,
+        seed=f"{variant} moments",
+    )
 
 
 def test_a_checkpoint_inside_an_iteration_holds_its_rollouts(tmp_path: Path, pico_folder: Path) -> None:
