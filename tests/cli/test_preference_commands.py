@@ -128,7 +128,10 @@ def test_a_dry_run_of_a_reward_model_counts_what_the_run_then_does(
 
 @pytest.mark.usefixtures("known_rates")
 @pytest.mark.parametrize("value_model", ["reward", "policy", "shared"])
-@pytest.mark.parametrize(("trainable", "reward"), [("all", "all"), ("lora", "all"), ("lora", "lora")])
+@pytest.mark.parametrize(
+    ("trainable", "reward"),
+    [("all", "all"), ("lora", "all"), ("lora", "lora"), ("lora", "lora all"), ("all", "all lora")],
+)
 def test_the_roles_of_a_dry_run_are_those_that_training_builds(
     trainable: str, reward: str, value_model: str, rewards: dict[str, Any], home: Path, config: Write, invoke: Invoke
 ) -> None:
@@ -138,7 +141,7 @@ def test_the_roles_of_a_dry_run_are_those_that_training_builds(
         training={"trainable": trainable, "value_model": value_model, "lora": {"rank": 4}}
         if trainable == "lora"
         else {"value_model": value_model},
-        data={"reward_model": str(home / f"reward-{reward}")},
+        data={"reward_model": [str(home / f"reward-{name}") for name in reward.split()]},
     )
     plan = json.loads(invoke("train", file, "--dry-run", "--json").stdout)
     method = PpoTrainer(PpoConfig.model_validate_json(file.read_text("utf-8")), progress=RunProgress(quiet=True))
@@ -152,7 +155,8 @@ def test_the_roles_of_a_dry_run_are_those_that_training_builds(
     assert found is not None
     assert plan["model"]["copies"] == int(found.group(1))
     assert sum(role["trained"] for role in plan["model"]["roles"].values()) == plan["model"]["trained"]
-    assert list(plan["model"]["roles"]) == ["policy", "reference", "reward model", "value model"]
+    scorers = ["reward model 1", "reward model 2"] if " " in reward else ["reward model"]
+    assert list(plan["model"]["roles"]) == ["policy", "reference", *scorers, "value model"]
 
 
 @pytest.mark.usefixtures("known_rates")

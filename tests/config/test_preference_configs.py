@@ -268,6 +268,8 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("ppo", ["guards.entropy_share=1.5"], "guards.entropy_share", "a number >= 0 and < 1"),
     ("ppo", ["evaluation.best_of=[4, 0]"], "evaluation.best_of.1", "a whole number >= 1"),
     ("ppo", ["data.reward_model=scorers"], "data.reward_model", "finished reward_model run"),
+    ("ppo", ['data.reward_model=["run", "scorers"]'], "data.reward_model.1", "finished reward_model run"),
+    ("ppo", ["data.reward_model=[]"], "data.reward_model", "at least 1"),
     ("ppo", ["data.reward_model=classifier"], "data.reward_model", "finished reward_model run"),
     ("ppo", ["data.reward_model=talker"], "data.reward_model", "finished reward_model run"),
     ("ppo", ["data.reward_model=broken"], "data.reward_model", "finished reward_model run"),

@@ -55,7 +55,7 @@ def ppo_config(
     run: Path,
     weights: Path,
     *,
-    reward_model: Path | None = None,
+    reward_model: Path | Sequence[Path] | None = None,
     functions: Sequence[str] = (),
     prompts: Sequence[str] = ASKED,
     **sections: Mapping[str, Any],
@@ -77,7 +77,9 @@ def ppo_config(
         "pretrained_weights": str(weights),
         "prompts": str(file),
         "output_dir": str(run),
-        "reward_model": None if reward_model is None else str(reward_model),
+        "reward_model": list(map(str, reward_model))
+        if isinstance(reward_model, Sequence)
+        else reward_model and str(reward_model),
         "validation_share": 0.0,
     }
     given = {name: value for name, value in sections.items() if name not in ("training", "data", "reward")}

@@ -74,10 +74,32 @@ def test_with_adapters_one_copy_of_the_weights_serves_all_roles(
     assert roles.actor_critic.critic.backbone.model is roles.actor_critic.policy.backbone.model
     assert whole
     names = {name for name, _ in roles.actor_critic.named_parameters() if ".lora_" in name}
-    assert {name.split(".lora_")[1].split(".")[1] for name in names} == {"default", "reward", "value"}
-    assert all(".reward." not in name for name in method.trained.now)
+    assert {name.split(".lora_")[1].split(".")[1] for name in names} == {"default", "reward_0", "value"}
+    assert all(".reward_0." not in name for name in method.trained.now)
     assert any(".value." in name for name in method.trained.now)
     assert any(".default." in name for name in method.trained.now)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_several_reward_models_are_an_ensemble(
+    trainable: str, reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
+) -> None:
+    """The same first responses, scored by each and by both: the mean of their normalised scores, less their spread; of
+    two it is the smaller one where one deviation is taken off.
+    """
+    found = {}
+    both = list(reward_runs.values())
+    cases = {"one": (both[0], 0.0), "other": (both[1], 0.0), "both": (both, 0.0), "careful": (both, 1.0)}
+    for name, (models, penalty) in cases.items():
+        training = {"trainable": trainable, "max_iterations": 1, "value_model": "shared"}
+        reward = {"ensemble_penalty": penalty}
+        run = tmp_path / name
+        method = trained(ppo_config(run, pico_folder, reward_model=models, training=training, reward=reward))
+        assert not method.opened_rewards
+        found[name] = events_of(run, "rollout")[0]["reward"]
+    assert found["both"] == pytest.approx((found["one"] + found["other"]) / 2, abs=1e-4)
+    assert found["careful"] <= min(found["one"], found["other"]) + 1e-4
+    assert found["careful"] < found["both"]
 
 
 def test_an_adapters_reward_is_the_merged_models(

@@ -15,7 +15,7 @@ from loopos.cli import estimate, policy_plan
 from loopos.cli.answers import say, say_json
 from loopos.cli.machine import Machine, free_bytes
 from loopos.cli.plan_text import described
-from loopos.cli.preference_work import open_prompts, planned_reward_shape, trained_reward_shape
+from loopos.cli.preference_work import open_prompts, planned_reward_shape, trained_reward_shapes
 from loopos.cli.rates import measured_rates
 from loopos.cli.shapes import Model, meta_model
 from loopos.cli.work import AnyConfig, Work, work_of
@@ -63,14 +63,14 @@ def machine_of(training: TrainingSection) -> Machine:
 def _policy_plan(config: PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
     ppo = config.ppo_config() if isinstance(config, RlhfConfig) else config
     inputs = open_prompts(ppo, trust_remote_code=trust_remote_code)
-    reward = (
-        planned_reward_shape(config, inputs.architecture)
+    rewards = (
+        [planned_reward_shape(config, inputs.architecture)]
         if isinstance(config, RlhfConfig)
-        else trained_reward_shape(config, inputs.encoder.tokenizer)
+        else trained_reward_shapes(config, inputs.encoder.tokenizer)
     )
     prompts = policy_plan.tokenised(inputs)
     machine = machine_of(ppo.training)
-    return policy_plan.plan_of(ppo, prompts, reward, machine, trust_remote_code=trust_remote_code)
+    return policy_plan.plan_of(ppo, prompts, rewards, machine, trust_remote_code=trust_remote_code)
 
 
 def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, Any]:

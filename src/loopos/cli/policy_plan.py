@@ -1,6 +1,6 @@
 """What a run of PPO would take: prompts, iterations, the parameters of every role, memory, disk and time.
 
-Enters: a config with its prompts, the shape of its reward model, the machine. Leaves: the plan as one JSON object.
+Enters: a config with its prompts, the shapes of its reward models, the machine. Leaves: the plan as one JSON object.
 Counts of prompts, steps and parameters are exact. How long responses will be is not known: every one is taken to be as
 long as `generation.max_new_tokens` lets it. Left out, and said: the time of sampling, of functions and of judges.
 Letters: B responses of an iteration.
@@ -8,6 +8,7 @@ Letters: B responses of an iteration.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +69,10 @@ def tokenised(inputs: PromptInputs) -> Prompts:
 
 
 def plan_of(
-    config: PpoConfig, prompts: Prompts, reward: RewardShape | None, machine: Machine, *, trust_remote_code: bool
+    config: PpoConfig, prompts: Prompts, rewards: Sequence[RewardShape], machine: Machine, *, trust_remote_code: bool
 ) -> dict[str, Any]:
     """All figures, as one JSON object. Raises `UserError`, as training does."""
-    shapes = role_shapes(config, prompts.architecture, reward, trust_remote_code=trust_remote_code)
+    shapes = role_shapes(config, prompts.architecture, rewards, trust_remote_code=trust_remote_code)
     amounts, trained = amounts_of(config, prompts), shapes.trained
     memory, disk = storage(config, shapes, amounts, machine)
     return {
@@ -221,7 +222,7 @@ def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Ma
     responses = amounts.iterations * amounts.response_tokens + amounts.validations * amounts.validation_response_tokens
     prompts = amounts.iterations * amounts.prompt_tokens + amounts.validations * amounts.validation_prompt_tokens
     # The policy and the reference pass over the same tokens; the reference's numbers may be the policy's.
-    scorers = [policy, policy, *(model for model in (shapes.critic, shapes.reward) if model is not None)]
+    scorers = [policy, policy, *shapes.rewards, *([shapes.critic] if shapes.critic is not None else [])]
     scored = sum(_forward(model, prompts + responses, responses, machine) for model in scorers)
     updated = sum(_updates(config, model, amounts, machine) for model in (policy, shapes.critic) if model is not None)
     left_out = ["sampling and the attention to what was written"]

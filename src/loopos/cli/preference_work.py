@@ -88,19 +88,20 @@ def _opened(
     return architecture, tokenizer, longest(tokenizer, positions, asked)
 
 
-def trained_reward_shape(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> RewardShape | None:
-    """The shape of the reward model that a config names; None without one. An adapter is taken to be over the policy's
-    weights where the names of the weights are the same: training compares the weights themselves. Raises `UserError`.
+def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> list[RewardShape]:
+    """The shapes of the reward models that a config names. An adapter is taken to be over the policy's weights where
+    the names of the weights are the same: training compares the weights themselves. Raises `UserError`.
     """
-    if config.data.reward_model is None:
-        return None
-    folder = model_folder(config.data.reward_model)
-    description = read_description(folder)
-    check_same_tokens(tokenizer, open_tokenizer(weights_source(str(folder)), None), "data.reward_model")
-    policy = Path(config.data.pretrained_weights.rstrip("/")).name
-    adapter = folder.parent / "adapter"
-    lora = _adapter(adapter) if adapter.is_dir() and description.get("pretrained_weights") == policy else None
-    return RewardShape(load_config(str(folder)), len(description["score_mean"]), lora)
+    policy, found = Path(config.data.pretrained_weights.rstrip("/")).name, []
+    for place in config.data.reward_models:
+        folder = model_folder(place)
+        description = read_description(folder)
+        own = open_tokenizer(weights_source(str(folder)), None)
+        check_same_tokens(tokenizer, own, f"data.reward_model: {place}")
+        adapter = folder.parent / "adapter"
+        lora = _adapter(adapter) if adapter.is_dir() and description.get("pretrained_weights") == policy else None
+        found.append(RewardShape(load_config(str(folder)), len(description["score_mean"]), lora))
+    return found
 
 
 def planned_reward_shape(config: RlhfConfig, architecture: PreTrainedConfig) -> RewardShape:

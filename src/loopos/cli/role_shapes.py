@@ -1,11 +1,12 @@
 """The four models of PPO as shapes: what each has of its own, what of it trains, how many copies of the weights.
 
-Enters: a config, the policy's architecture, the shape of the reward model. Leaves: `RoleShapes`, by the rules of
+Enters: a config, the policy's architecture, the shapes of the reward models. Leaves: `RoleShapes`, by the rules of
 `models.roles`. Left out: numbers, memory and time (`policy_plan`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -31,20 +32,20 @@ class Role:
 
 @dataclass(frozen=True)
 class RoleShapes:
-    """`critic`: None where it is a head on the policy's hidden states; `reward`: None without a reward model.
+    """`critic`: None where it is a head on the policy's hidden states; `rewards`: of each reward model.
     `trained`: the parameters of policy and values together, with those of all roles as their total.
     """
 
     policy: Model
     critic: Model | None
-    reward: Model | None
+    rewards: list[Model]
     roles: dict[str, Role]
     copies: int
     trained: estimate.Parameters
 
 
 def role_shapes(
-    config: PpoConfig, described: PreTrainedConfig, reward: RewardShape | None, *, trust_remote_code: bool
+    config: PpoConfig, described: PreTrainedConfig, rewards: Sequence[RewardShape], *, trust_remote_code: bool
 ) -> RoleShapes:
     """described: the policy's architecture. Raises `UserError`."""
     settings = config.training
@@ -56,15 +57,17 @@ def role_shapes(
         roles["reference"] = Role(0, 0, "the policy's weights without their adapter")
     else:
         roles["reference"] = Role(policy.parameters.total, 0, _OWN)
-    scorer = None
-    adapter = reward.adapter if reward is not None and has_adapters else None
-    if reward is not None:
-        scorer, roles["reward model"] = builder.reward(reward, adapter)
-    critic, roles["value model"] = builder.critic(reward, adapter)
+    adapters = [reward.adapter if has_adapters else None for reward in rewards]
+    scorers = []
+    for number, (reward, adapter) in enumerate(zip(rewards, adapters, strict=True), start=1):
+        name = "reward model" if len(rewards) == 1 else f"reward model {number}"
+        scorer, roles[name] = builder.reward(reward, adapter)
+        scorers.append(scorer)
+    critic, roles["value model"] = builder.critic(*((rewards[0], adapters[0]) if rewards else (None, None)))
     return RoleShapes(
         policy,
         critic,
-        scorer,
+        scorers,
         roles,
         sum(role.said == _OWN for role in roles.values()),
         _together(policy, critic, roles, head=described.get_text_config().hidden_size),

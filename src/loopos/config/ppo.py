@@ -75,10 +75,11 @@ class PpoConfig(MethodConfig):
     def check_files(self) -> Iterator[Finding]:
         data, rows = self.data, (EXAMPLE_PROMPT, "")
         yield from check_text_files(data, {"prompts": rows, "training_data": rows, "validation_data": rows})
-        if data.reward_model is not None:
-            yield from check_reward_model("data.reward_model", data.reward_model)
-            if checks.same_path(data.reward_model, data.output_dir):
-                fields = ("data.output_dir", "data.reward_model")
+        for number, place in enumerate(data.reward_models):
+            field = "data.reward_model" if isinstance(data.reward_model, str) else f"data.reward_model.{number}"
+            yield from check_reward_model(field, place)
+            if checks.same_path(place, data.output_dir):
+                fields = ("data.output_dir", field)
                 yield Finding(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
         yield from check_judge(self.evaluation)
 
@@ -97,7 +98,7 @@ class PpoConfig(MethodConfig):
         if generation.temperature != 1:
             said.append("generation.temperature divides the logits of policy, old policy and reference alike")
         judge = self.evaluation.judge
-        if judge is not None and data.reward_model is not None and checks.same_path(judge, data.reward_model):
+        if judge is not None and any(checks.same_path(judge, place) for place in data.reward_models):
             said.append("evaluation.judge is data.reward_model: it cannot tell when that one is deceived")
         source = data.prompts or data.training_data
         return said + validation_notes(training, data, source, validates=self.validates)

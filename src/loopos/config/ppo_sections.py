@@ -147,15 +147,17 @@ class PpoRewardSection(Section):
         default=None, description="largest absolute value of the sum (reward); null is no bound"
     )
     ensemble_penalty: ZeroOrMore = Field(
-        default=0.0, description="standard deviations of an ensemble's heads that are taken off their mean"
+        default=0.0, description="standard deviations of an ensemble's heads, or models, that are taken off their mean"
     )
 
 
 class PpoDataSection(PreferenceTextSection):
     """Where policy, reward model and prompts come from, how prompts are read, and where the run goes."""
 
-    reward_model: Text | None = Field(
-        default=None, description="folder of a reward_model run, or of its model; null with functions alone"
+    reward_model: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None,
+        description="folder of a reward_model run, or of its model; several of them are an ensemble; null with "
+        "functions alone",
     )
     prompts: Text | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the prompts to train on'
@@ -166,6 +168,12 @@ class PpoDataSection(PreferenceTextSection):
     )
     # No "cut": a prompt without its end asks for something else.
     over_length: Literal["drop", "error"] = Field(default="drop", description="what a prompt over the limit does")
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The folders of all reward models."""
+        given = self.reward_model
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
     @property
     def source(self) -> str:

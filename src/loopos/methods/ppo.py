@@ -32,7 +32,12 @@ from loopos.functional.advantages import KlController
 from loopos.generation.engine import Engine
 from loopos.models.language_folder import export_language_model
 from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained, save_json
-from loopos.models.reward_folder import OpenedReward, check_same_tokens, open_reward_model
+from loopos.models.reward_folder import (
+    OpenedReward,
+    check_same_tokens,
+    descriptions_together,
+    open_reward_model,
+)
 from loopos.models.roles import Roles, build_roles
 from loopos.training.durable import disk_full_said
 from loopos.training.fit import Fit, FitResult
@@ -97,10 +102,10 @@ class PpoTrainer:
             trust_remote_code=self.trust_remote_code,
         )
         self.tokenizer = self.pretrained.tokenizer
-        self.opened_reward: OpenedReward | None = None
-        if data.reward_model is not None:
-            self.opened_reward = open_reward_model(data.reward_model)
-            check_same_tokens(self.tokenizer, self.opened_reward.tokenizer, "data.reward_model")
+        self.opened_rewards: list[OpenedReward] = []
+        for place in data.reward_models:
+            self.opened_rewards.append(open_reward_model(place))
+            check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {place}")
         positions = getattr(self.pretrained.model.config.get_text_config(), "max_position_embeddings", None)
         whole = longest(self.tokenizer, positions, settings.max_length)
         room = None if whole is None else whole - config.generation.max_new_tokens
@@ -119,16 +124,19 @@ class PpoTrainer:
         """Policy, reference, reward and value model; what trains; the engine that generates with the same weights."""
         config, settings = self.config, self.config.training
         self.precision = resolve(settings.precision, self.device)
-        reward = self.opened_reward.model.backbone.model if self.opened_reward is not None else None
-        self.base = self.pretrained.fingerprint + ("" if reward is None else f", rewards {fingerprint(reward)}")
+        scored_by = [fingerprint(opened.model.backbone.model) for opened in self.opened_rewards]
+        self.base = ", rewards ".join([self.pretrained.fingerprint, *scored_by])
         self.roles = build_roles(
             self.pretrained,
-            self.opened_reward,
+            self.opened_rewards,
             settings,
             value_model=settings.value_model,
             temperature=config.generation.temperature,
             attention=config.model.attention,
         )
+        self.reward_description = descriptions_together([opened.description for opened in self.opened_rewards])
+        # What became an adapter of the policy's trunk needs its own weights no more.
+        self.opened_rewards.clear()
         self.roles.put(self.device, NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
         self.trained = TrainedWeights(
             self.roles.actor_critic,
@@ -147,8 +155,7 @@ class PpoTrainer:
     def build_fit(self) -> Fit[ResponseBatch]:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world = self.config, self.config.training, self.world
-        description = self.opened_reward.description if self.opened_reward is not None else {}
-        rewards = Rewards.of(self.roles.reward, description, config.reward, config.generation, self.device)
+        rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
         share = (world.rank, world.size)
         self.collector = Collector(
             self.engine, self.roles, rewards, device=self.device, share=share, gather=world.gather

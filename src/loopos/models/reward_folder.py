@@ -1,20 +1,25 @@
-"""A trained reward model, opened: one that scores, and the adapter that it was trained as, if it was one.
+"""A trained reward model, opened: one that scores, and the adapter that it was trained as, if it was one; and several
+as one.
 
 Enters: the folder of a run, or of its model. Leaves: the model in fp32 with its tokenizer and how its scores are read.
 Left out: writing it (`task_folder.py`), normalising (`evaluation.reward_scores`).
+Letters: T tokens, N responses, k heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.preferences import REWARD_TASK
+from loopos.functional.packing import PackedLayout
 from loopos.models.heads import PooledModel
 from loopos.models.model_folder import model_folder, read_description
 from loopos.models.task_folder import open_task_model
@@ -44,6 +49,24 @@ def open_reward_model(place: str | Path) -> OpenedReward:
     model, tokenizer, _ = open_task_model(folder)
     adapter = folder.parent / "adapter"
     return OpenedReward(model, tokenizer, description, adapter if adapter.is_dir() else None)
+
+
+class RewardEnsemble(nn.Module):
+    """Several reward models as one, whose heads are those of all."""
+
+    def __init__(self, members: Sequence[PooledModel]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, ids: Tensor, layout: PackedLayout) -> Tensor:
+        """ids `[T]`, layout of N responses → raw scores `[N, Σ k]` in fp32, in the members' order."""
+        return torch.cat([member(ids, layout) for member in self.members], dim=1)
+
+
+def descriptions_together(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """How an ensemble's scores are read: each head by its own mean and deviation."""
+    names = ("score_mean", "score_std")
+    return {name: [value for each in descriptions for value in each[name]] for name in names}
 
 
 def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, told: str) -> None:

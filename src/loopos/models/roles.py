@@ -12,6 +12,7 @@ optimizers (`training`).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,21 +27,22 @@ from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, fingerprint
-from loopos.models.reward_folder import OpenedReward
+from loopos.models.reward_folder import OpenedReward, RewardEnsemble
 
 _REWARD, _VALUE = "reward", "value"
 
 
 @dataclass(frozen=True)
 class Roles:
-    """`actor_critic` trains. `reward`: raw scores; None where functions alone give rewards. `frozen`: modules of their
+    """`actor_critic` trains. `reward`: raw scores, of all heads of all reward models; None where functions alone give
+    rewards. `frozen`: modules of their
     own beside it, which take the policy's number format and device. `held_back`: parameters that `freeze_layers` keeps
     from training. `said`: how many copies of the weights there are.
     """
 
     actor_critic: ActorCritic
     reference: Reference
-    reward: PooledModel | None
+    reward: PooledModel | RewardEnsemble | None
     frozen: tuple[nn.Module, ...]
     held_back: tuple[nn.Parameter, ...]
     said: str
@@ -58,21 +60,21 @@ class Roles:
 
 def build_roles(
     pretrained: Pretrained,
-    reward: OpenedReward | None,
+    rewards: Sequence[OpenedReward],
     settings: TrainingSection,
     *,
     value_model: str,
     temperature: float,
     attention: str = "auto",
 ) -> Roles:
-    """value_model: "reward" (starts as the reward model), "policy" (as the policy), "shared" (a head on the policy's
-    hidden states). Raises `UserError`.
+    """value_model: "reward" (starts as the first reward model), "policy" (as the policy), "shared" (a head on the
+    policy's hidden states). Raises `UserError`.
     """
     if settings.trainable == "lora":
         policy = LanguageModel(pretrained.model, attention=attention)
-        roles = _one_trunk(policy, fingerprint(policy.backbone.model), reward, settings, value_model, temperature)
+        roles = _one_trunk(policy, fingerprint(policy.backbone.model), rewards, settings, value_model, temperature)
     else:
-        roles = _whole_models(pretrained, reward, settings, value_model, temperature, attention)
+        roles = _whole_models(pretrained, rewards, settings, value_model, temperature, attention)
     _checkpoint_activations(roles, settings)
     for module in (roles.actor_critic, *roles.frozen):
         without_dropout(module)
@@ -96,7 +98,7 @@ def _checkpoint_activations(roles: Roles, settings: TrainingSection) -> None:
 
 def _whole_models(
     pretrained: Pretrained,
-    reward: OpenedReward | None,
+    rewards: Sequence[OpenedReward],
     settings: TrainingSection,
     value_model: str,
     temperature: float,
@@ -106,30 +108,30 @@ def _whole_models(
     original = copy.deepcopy(pretrained.model).requires_grad_(False)
     policy, reference = (LanguageModel(each, attention=attention) for each in (pretrained.model, original))
     held_back = set_trained_language_model(policy.causal, policy.backbone.model, settings)
-    critic = _critic(policy, reward, settings, value_model)
+    critic = _critic(policy, rewards, settings, value_model)
     actor_critic = ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature)
-    frozen = [reference] if reward is None else [reference, reward.model.requires_grad_(False)]
-    copies = 3 + (reward is not None) - (value_model == "shared")
+    members = [reward.model.requires_grad_(False) for reward in rewards]
+    copies = 3 + len(members) - (value_model == "shared")
     return Roles(
         actor_critic,
         Reference(reference, reference.backbone, temperature=temperature),
-        reward.model if reward is not None else None,
-        tuple(frozen),
+        _together(members),
+        (reference, *members),
         tuple(held_back),
         f"models: {copies} copies of the weights: policy, reference"
-        + (", reward model" if reward is not None else "")
+        + _rewards_said(members)
         + (", value model" if value_model != "shared" else "; the values are a head on the policy"),
     )
 
 
 def _critic(
-    policy: LanguageModel, reward: OpenedReward | None, settings: TrainingSection, value_model: str
+    policy: LanguageModel, rewards: Sequence[OpenedReward], settings: TrainingSection, value_model: str
 ) -> PooledModel:
     """The value model with a trunk of its own, or, shared, a head over the policy's states."""
     if value_model == "reward":
-        assert reward is not None, "checked by PpoConfig.check"
-        critic = _value_head(Backbone(_own_trunk(reward.model).copied_model()))
-        _start_as_reward(critic, reward)
+        assert rewards, "checked by PpoConfig.check"
+        critic = _value_head(Backbone(_own_trunk(rewards[0].model).copied_model()))
+        _start_as_reward(critic, rewards[0])
         set_trained(critic.backbone.model, settings)
         return critic
     if value_model == "policy":
@@ -142,7 +144,7 @@ def _critic(
 def _one_trunk(
     policy: LanguageModel,
     base: str,
-    reward: OpenedReward | None,
+    rewards: Sequence[OpenedReward],
     settings: TrainingSection,
     value_model: str,
     temperature: float,
@@ -152,43 +154,58 @@ def _one_trunk(
     policy.causal.requires_grad_(False)
     add_lora(trunk.model, lora, seed=seed)
     trained = [ADAPTER]
-    reward_model: PooledModel | None = None
-    frozen: tuple[nn.Module, ...] = ()
-    adapter = _own_adapter(reward, base)
-    if reward is not None and adapter is not None:
-        load_adapter(trunk.model, adapter, _REWARD)
-        reward_model = PooledModel(
-            AdapterView(trunk, _REWARD), num_outputs=reward.model.head.out_features, pooling="last", seed=seed
-        )
-        reward_model.head.load_state_dict(reward.model.head.state_dict())
-        frozen = (reward_model.requires_grad_(False),)
-    elif reward is not None:
-        reward_model, frozen = reward.model, (reward.model.requires_grad_(False),)
+    adapters = [_own_adapter(reward, base) for reward in rewards]
+    members = [
+        reward.model if adapter is None else _over(trunk, reward, adapter, name=f"{_REWARD}_{number}")
+        for number, (reward, adapter) in enumerate(zip(rewards, adapters, strict=True))
+    ]
+    first = adapters[0] if adapters else None
     if value_model == "shared":
         critic = _value_head(AdapterView(trunk, ADAPTER))
-    elif value_model == "reward" and adapter is None:
-        critic = _critic(policy, reward, settings, value_model)
+    elif value_model == "reward" and first is None:
+        critic = _critic(policy, rewards, settings, value_model)
     else:
-        if value_model == "reward" and adapter is not None:
-            load_adapter(trunk.model, adapter, _VALUE)
+        if value_model == "reward" and first is not None:
+            load_adapter(trunk.model, first, _VALUE)
         else:
             add_lora(trunk.model, lora, seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)
         critic = _value_head(AdapterView(trunk, _VALUE))
-        if value_model == "reward" and reward is not None:
-            _start_as_reward(critic, reward)
+        if value_model == "reward":
+            _start_as_reward(critic, rewards[0])
     _activate(trunk.model, trained)
-    copies = 1 + (reward is not None and adapter is None) + isinstance(critic.backbone, Backbone)
+    copies = 1 + adapters.count(None) + isinstance(critic.backbone, Backbone)
     return Roles(
         ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature),
         Reference(policy, AdapterView(trunk, None), temperature=temperature),
-        reward_model,
-        frozen,
+        _together(members),
+        tuple(member.requires_grad_(False) for member in members),
         (),
         f"models: {copies} {'copy' if copies == 1 else 'copies'} of the weights serve policy, reference"
-        + (", reward model" if reward is not None else "")
+        + _rewards_said(members)
         + " and values",
     )
+
+
+def _over(trunk: Backbone, reward: OpenedReward, adapter: Path, *, name: str) -> PooledModel:
+    """A reward model as an adapter of this name over the policy's weights, and its heads."""
+    load_adapter(trunk.model, adapter, name)
+    heads = reward.model.head.out_features
+    model = PooledModel(AdapterView(trunk, name), num_outputs=heads, pooling="last", seed=0)
+    model.head.load_state_dict(reward.model.head.state_dict())
+    return model
+
+
+def _together(members: Sequence[PooledModel]) -> PooledModel | RewardEnsemble | None:
+    if not members:
+        return None
+    return members[0] if len(members) == 1 else RewardEnsemble(members)
+
+
+def _rewards_said(members: Sequence[PooledModel]) -> str:
+    if not members:
+        return ""
+    return ", reward model" if len(members) == 1 else f", {len(members)} reward models"
 
 
 def _own_trunk(model: PooledModel) -> Backbone:
@@ -196,11 +213,9 @@ def _own_trunk(model: PooledModel) -> Backbone:
     return model.backbone
 
 
-def _own_adapter(reward: OpenedReward | None, base: str) -> Path | None:
+def _own_adapter(reward: OpenedReward, base: str) -> Path | None:
     """The reward model's adapter, where it is one over the policy's weights."""
-    if reward is None or reward.description.get("base") != base:
-        return None
-    return reward.adapter
+    return reward.adapter if reward.description.get("base") == base else None
 
 
 def _activate(model: nn.Module, trained: list[str]) -> None:
