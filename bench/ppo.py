@@ -49,9 +49,11 @@ def prepared(options: argparse.Namespace, folder: Path) -> None:
     from loopos.training.progress import RunProgress
 
     place = bench.folder_of(options.model)
-    AutoModelForCausalLM.from_pretrained(place).save_pretrained(folder / "policy")
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.eos_token, tokenizer.chat_template = NEVER_WRITTEN, None
+    policy = AutoModelForCausalLM.from_pretrained(place)
+    policy.config.eos_token_id = policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     messages = bench.rows_of(str(resources.files("loopos.demo").joinpath("intents_train.jsonl")))
     lines = [json.dumps({"prompt": message["text"]}) + "\n" for message in messages]
