@@ -51,14 +51,15 @@ def check_kills_leave_no_trace(
     *,
     kills: int,
     seconds: float,
+    latest: float,
     seed: str,
 ) -> None:
-    """Kills `train`, which resumes `run`, at random moments of the `seconds` that it takes in whole; then lets it end, and
-    asserts that `bits_of(run)` are those of a run that nobody killed.
+    """Kills `train`, which resumes `run`, at random moments up to the share `latest` of the `seconds` that it takes in
+    whole; then lets it end, and asserts that `bits_of(run)` are those of a run that nobody killed.
     """
     draw, killed = random.Random(seed), 0
     while killed < kills:
-        if in_a_child(train, draw.uniform(0.05, 0.6) * seconds) is None:
+        if in_a_child(train, draw.uniform(0.05, latest) * seconds) is None:
             killed += 1
         else:
             # It came to its end before its kill: the next run starts over, so that every kill hits a run at work.

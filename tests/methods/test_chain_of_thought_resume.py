@@ -87,5 +87,6 @@ def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Pat
         expected,
         kills=max(2, NUM_KILLS // 4),
         seconds=seconds,
+        latest=0.7,
         seed=f"{variant} moments",
     )

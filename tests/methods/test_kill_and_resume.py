@@ -63,6 +63,7 @@ def test_killed_at_random_moments(variant: str, fine_tuning_config: Build, tmp_p
         expected,
         kills=NUM_KILLS,
         seconds=seconds,
+        latest=0.6,
         seed=f"{variant} moments",
     )
 

@@ -2,7 +2,8 @@
 
 Enters: the packaged configs. Leaves: four run folders (replies, reward model, judge, policy), and what was learned.
 First the model learns to reply at all, from good and bad replies alike; then which are good. The judge is a second
-reward model, of comparisons that the first never saw; neither it nor its prompts train the policy. The replies are
+reward model, of comparisons that the first never saw; neither it nor its prompts train the policy. It is tested on
+comparisons of which the weights that it starts from have read one reply each, good and bad alike. The replies are
 authored for the project, not collected from people. Left out: the other acts (`demo`).
 """
 
@@ -99,7 +100,7 @@ def show_accuracy(run: Path, file: Path) -> None:
     low, high = metrics["pair_accuracy_low"], metrics["pair_accuracy_high"]
     say(
         f"{run.name.replace('_', ' ')}: pair accuracy {metrics['pair_accuracy']:.1%} (95% interval {low:.1%} to "
-        f"{high:.1%}) on {metrics['num_pairs']:.0f} comparisons that it never saw"
+        f"{high:.1%}) on {metrics['num_pairs']:.0f} comparisons that it was not trained on"
     )
 
 

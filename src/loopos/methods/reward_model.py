@@ -216,7 +216,7 @@ class RewardModelTrainer:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
             normalisation = Normalisation.of(torch.tensor(every))
             told = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(normalisation.mean, normalisation.std, strict=True))
-            self.progress.say(f"scores of the training responses before normalising: {told}")
+            self.progress.say(f"scores of {len(every)} training responses before normalising: {told}")
         validation = self.scores(self.validation_rows) if self.validation_rows else []
         if not self.world.is_first:
             return
