@@ -20,7 +20,8 @@ from transformers import (
 
 from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.placing import fill
-from loopos.generation.rows import PLAIN, CachedRows, PlainRows, Rows, serving, why_not_cached
+from loopos.generation.road import probed
+from loopos.generation.rows import PLAIN, CachedRows, PlainRows, Rows, serving
 
 
 def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -38,7 +39,7 @@ def assert_same(model: PreTrainedModel, got: Tensor, sequences: list[list[int]])
 @pytest.mark.parametrize("kind", ["cached", "plain"])
 def test_prompts_and_steps_equal_plain_forwards(name: str, kind: str) -> None:
     model = pico_model(name)
-    assert why_not_cached(model) == ""
+    assert probed(model).why_plain == ""
     prompts = mixed_prompts(5, longest=12)
     follow = mixed_prompts(5, longest=1, seed=1), mixed_prompts(5, longest=1, seed=2)
     implementation = IMPLEMENTATION if kind == "cached" else PLAIN
@@ -156,7 +157,7 @@ UNSERVED: dict[str, PreTrainedConfig] = {
 def test_what_the_cache_cannot_serve_is_said_and_runs_row_by_row(name: str) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(UNSERVED[name], attn_implementation="eager", dtype=torch.float32).eval()
-    assert why_not_cached(model)
+    assert probed(model).why_plain
     with serving(model, PLAIN):
         rows = PlainRows(model, 2)
         rows.extend([0, 1], [[5, 6, 7], [8, 9]])

@@ -72,7 +72,7 @@ def beam_search(engine: Engine, prompts: Sequence[Sequence[int]], settings: Beam
         raise UserError(f"num_beams {settings.num_beams}: the engine has {engine.max_rows} rows")
     together = engine.max_rows // settings.num_beams
     found: list[list[Beam]] = []
-    with engine.serving():
+    with engine.serving(settings.num_beams * len(prompts)):
         for first in range(0, len(prompts), together):
             for search in _search(engine, prompts[first : first + together], settings):
                 stop_ids = _stop_ids(engine, settings)

@@ -20,6 +20,7 @@ from loopos.config.faults import UserError
 from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.completions import Completion, Guide, Piece, Running
 from loopos.generation.placing import fill
+from loopos.generation.road import probed
 from loopos.generation.rows import (
     PLAIN,
     CachedRows,
@@ -27,7 +28,6 @@ from loopos.generation.rows import (
     Rows,
     prepared,
     serving,
-    why_not_cached,
     without_gradients,
 )
 from loopos.generation.sampling import History, choose
@@ -55,7 +55,8 @@ class Engine:
             raise UserError(f"max_rows {max_rows} and prefill_tokens {prefill_tokens}: wanted 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
-        self.reason = why_not_cached(model)
+        self._road = probed(model)
+        self.reason = self._road.why_plain
         self.path = "plain" if self.reason else "cached"
         self.end_tokens = _end_tokens(model, tokenizer)
         config = model.config.get_text_config()
@@ -81,7 +82,7 @@ class Engine:
         """
         waiting = self._waiting(prompts, settings, n, watch_text=False, guide=guide)
         every = list(waiting)
-        with self.serving():
+        with self.serving(len(waiting)):
             for _ in self._run(waiting, with_logprobs=logprobs):
                 pass
         return [running.completion() for running in every]
@@ -97,8 +98,13 @@ class Engine:
 
         Until the stream ends or is closed, the model is set for generation and serves nothing else.
         """
-        steps = self._run(self._waiting(prompts, settings, n, watch_text=True, guide=None), with_logprobs=True)
-        with prepared(self.model, self._attention), closing(steps):
+        waiting = self._waiting(prompts, settings, n, watch_text=True, guide=None)
+        steps = self._run(waiting, with_logprobs=True)
+        with (
+            self._road.layout(self.model, min(len(waiting), self.max_rows)),
+            prepared(self.model, self._attention),
+            closing(steps),
+        ):
             while True:
                 # Between two tokens the caller has its own gradient mode.
                 with without_gradients(self._attention):
@@ -111,18 +117,19 @@ class Engine:
     @contextmanager
     def prefixes_kept(self) -> Iterator[None]:
         """Within, what a row holds is found again by later calls whose prompts begin like it: the turns of a chat, the
-        steps of a search. The weights must not change meanwhile.
+        steps of a search. The weights must not change meanwhile, nor be read: they are in the kernel's layout.
         """
         self._keeping = True
         try:
-            yield
+            with self._road.layout(self.model, self.max_rows):
+                yield
         finally:
             self._keeping, self._kept = False, None
 
     @contextmanager
-    def serving(self) -> Iterator[None]:
-        """The model set for generation, and then as it was."""
-        with serving(self.model, self._attention):
+    def serving(self, num_rows: int) -> Iterator[None]:
+        """The model set for generation of so many rows, and then as it was."""
+        with self._road.layout(self.model, min(num_rows, self.max_rows)), serving(self.model, self._attention):
             yield
 
     @property

@@ -1,39 +1,30 @@
 """Rows of tokens that a causal language model continues: the one place where generation calls the model.
 
 Enters: new token ids of some rows. Leaves: the logits after each row's last token. `CachedRows` runs many rows together
-over our cache; `PlainRows` runs any other model row by row with transformers' own cache. A probe on the loaded weights
-chooses, and keeps its reason. Left out: sampling, stopping, which prompt is in which row (`engine.py`).
+over our cache; `PlainRows` runs any other model row by row with transformers' own cache. Left out: which of the two
+serves a model (`road.py`); sampling, stopping, which prompt is in which row (`engine.py`).
 Letters: N rows given, B rows that decode, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.functional.packing import PackedLayout
 from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
-from loopos.models.attention import PackedUnsupported
 
 # transformers' own attention that every model has.
 PLAIN = "eager"
-# Rows up to which a bf16 product on a CPU reads its weight in place.
-_FEW_ROWS = 2
-_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-# Frequencies that change with the longest row of the batch: a row's text would depend on its neighbours.
-_BATCH_DEPENDENT_ROTARY = frozenset({"dynamic", "longrope"})
-# At least four tokens each.
-_PROBE_LENGTHS = (6, 10, 4, 8)
-# Largest difference of logits, relative to the largest logit: kernels round differently for different shapes.
-_PROBE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
+# Rows up to which a bf16 product on a CPU is as fast with the weight as it lies as in the kernel's layout.
+FEW_ROWS = 2
 
 
 class Rows(Protocol):
@@ -117,7 +108,7 @@ class CachedRows:
         self._cache = KeyValueCache()
         self._device = model.device
         self._extra: dict[str, bool] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
-        self._few = _FEW_ROWS if _streams_weights(model) else 0
+        self._few = FEW_ROWS if _streams_weights(model) else 0
         self.fed: list[list[int]] = [[] for _ in range(num_rows)]
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -226,51 +217,3 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
             break
         shared += 1
     return shared
-
-
-def why_not_cached(model: PreTrainedModel) -> str:
-    """Empty when `CachedRows` gives the logits of each sequence run alone, on these weights; else the reason in
-    words.
-    """
-    unserved = _unserved(model.config.get_text_config())
-    if unserved:
-        return unserved
-    draw, vocabulary = random.Random(0), model.config.get_text_config().vocab_size
-    first = min(3, vocabulary - 1)
-    sequences = [[draw.randrange(first, vocabulary) for _ in range(length)] for length in _PROBE_LENGTHS]
-    with serving(model, PLAIN):
-        alone = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -4:] for ids in sequences]
-    try:
-        with serving(model, IMPLEMENTATION):
-            together = _probe(model, sequences)
-    except (PackedUnsupported, ValueError, TypeError, AssertionError, RuntimeError) as problem:
-        return (str(problem).splitlines() or [type(problem).__name__])[0]
-    expected = torch.cat(alone).float()
-    difference = float((together.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-    tolerance = _PROBE_TOLERANCE.get(model.dtype, 0.06)
-    return "" if difference <= tolerance else f"its logits differ from each row alone by {difference:.1e}"
-
-
-def _unserved(config: PreTrainedConfig) -> str:
-    """What the configuration asks for that the cache cannot give, in words."""
-    layers = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
-    if layers:
-        return f"its layers use {', '.join(sorted(layers))}"
-    rotary = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}
-    moving = kinds & _BATCH_DEPENDENT_ROTARY
-    if moving:
-        return f"its rotary positions ({', '.join(sorted(moving))}) depend on the longest row of a batch"
-    return ""
-
-
-def _probe(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
-    """Logits after each of every sequence's last four tokens, `[4N, V]`: all but three packed, the next two in steps,
-    the last as a continuation.
-    """
-    rows = CachedRows(model, len(sequences))
-    every = range(len(sequences))
-    parts = [rows.extend(every, [ids[:-3] for ids in sequences])]
-    parts += [rows.step([ids[place] for ids in sequences]) for place in (-3, -2)]
-    parts.append(rows.extend(every, [ids[-1:] for ids in sequences]))
-    return torch.stack(parts, 1).flatten(0, 1)
