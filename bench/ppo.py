@@ -6,7 +6,8 @@
 An iteration is 16 prompts, 64 new tokens each, scores, reference log-probabilities, values, and 4 epochs of one minibatch; its time is that from one to the next, the
 first left out. Prompts are packaged customer messages, as they stand. The policy's copy has an end token that it never writes, so that all responses are equally long.
 Rewards come from a model of the policy's size, trained for one step: its scores do not matter here. "loopos" and "trl-best" train policy and values in full, four
-models; "loopos-lora" trains two adapters on one trunk that serves all four; TRL's LoRA trains an adapter of the policy and the value model in full.
+models; "loopos-lora" trains two adapters on one trunk that serves all four, "loopos-lora-shared" one adapter and a value head on the policy's hidden states; TRL's
+LoRA trains an adapter of the policy and the value model in full.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loopos": {},
     "loopos-shared": {"value_model": "shared"},
     "loopos-lora": {"trainable": "lora", "lora": {"rank": 16, "alpha": 32}},
+    "loopos-lora-shared": {"trainable": "lora", "lora": {"rank": 16, "alpha": 32}, "value_model": "shared"},
     "trl-defaults": {},
     # What a knowledgeable user would set: half-precision weights, no recomputation, the allocator that keeps freed memory.
     "trl-best": {"weights": "bfloat16", "gradient_checkpointing": False, "allocator": True},
