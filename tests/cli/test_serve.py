@@ -109,3 +109,18 @@ def test_the_orderly_end(number: signal.Signals, language_run: Path) -> None:
     ((status, told),) = answers
     assert status == 200
     assert told["usage"]["completion_tokens"] == 24 * 240
+
+
+def test_what_outlasts_the_time_of_grace_is_told(language_run: Path) -> None:
+    answers: list[tuple[int, dict[str, Any]]] = []
+    with command(language_run, "--grace-seconds", 0) as (server, process):
+        body = {"model": server.name, "prompt": "where", "max_tokens": 240, "n": 100, "logit_bias": {"2": -100}}
+        runs = threading.Thread(target=lambda: answers.append(ask(server, "/v1/completions", body)))
+        runs.start()
+        until(lambda: server.metric("loopos_active_rows") == 16)
+        server.stop()
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+        runs.join(60)
+    assert [(status, told["error"]["code"]) for status, told in answers] == [(503, "stopping")]

@@ -25,6 +25,8 @@ _SEND_BUFFER = 1 << 16
 # What a connection may keep silent before its first request, and between two: seconds.
 _FIRST_REQUEST, _NEXT_REQUEST = 30.0, 30
 _CONNECTIONS_WAITING = 512
+# For the errors of what the end cuts short: seconds.
+_LAST_ANSWERS = 1.0
 
 
 def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
@@ -83,17 +85,22 @@ def serve(
         timeout_graceful_shutdown=1,
         backlog=_CONNECTIONS_WAITING,
     )
-    _Server(config, gate, limits, began).run(sockets=[bound])
+    _Server(config, gate, service, limits, began).run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
     """Between the signal and the end there is time: what runs is finished while new requests are refused."""
 
     def __init__(
-        self, config: uvicorn.Config, gate: Gate, limits: ServingLimits, began: Callable[[Callable[[], None]], None]
+        self,
+        config: uvicorn.Config,
+        gate: Gate,
+        service: Service,
+        limits: ServingLimits,
+        began: Callable[[Callable[[], None]], None],
     ) -> None:
         super().__init__(config)
-        self._gate, self._limits, self._began = gate, limits, began
+        self._gate, self._service, self._limits, self._began = gate, service, limits, began
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -111,14 +118,18 @@ class _Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self._draining = asyncio.create_task(self._wait_for_running())
+        self._draining = asyncio.create_task(self._finish())
 
-    async def _wait_for_running(self) -> None:
-        loop = asyncio.get_running_loop()
-        last = loop.time() + self._limits.grace_seconds
-        while self._gate.num_running and loop.time() < last:
-            await asyncio.sleep(0.05)
+    async def _finish(self) -> None:
+        await self._until_none_runs(self._limits.grace_seconds)
+        await self._service.end()
+        await self._until_none_runs(_LAST_ANSWERS)
         self.should_exit = True
+
+    async def _until_none_runs(self, seconds: float) -> None:
+        last = asyncio.get_running_loop().time() + seconds
+        while self._gate.num_running and asyncio.get_running_loop().time() < last:
+            await asyncio.sleep(0.05)
 
 
 class _Connection(H11Protocol):

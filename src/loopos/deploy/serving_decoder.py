@@ -132,11 +132,15 @@ class Decoder:
         self._pump = asyncio.create_task(self._run())
         self._pump.add_done_callback(self._ended)
 
-    async def close(self) -> None:
-        """Ends what still runs and gives the model back as it was."""
+    async def end(self) -> None:
+        """Takes no more tickets; those that still wait get an `ApiError`."""
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.wait([self._pump])
+
+    async def close(self) -> None:
+        """Ends, and gives the model back as it was."""
+        await self.end()
         await self._thread.run(self._stack.close)
 
     @property

@@ -48,6 +48,9 @@ class ClassifyService:
     async def open(self) -> None:
         """The model is ready as it is."""
 
+    async def end(self) -> None:
+        """A call that runs cannot be ended; its request is, with its connection."""
+
     async def close(self) -> None:
         self._thread.close()
 
@@ -102,6 +105,9 @@ class ScoreService:
 
     async def open(self) -> None:
         """The model is ready as it is."""
+
+    async def end(self) -> None:
+        """A call that runs cannot be ended; its request is, with its connection."""
 
     async def close(self) -> None:
         self._thread.close()

@@ -56,6 +56,10 @@ class Service(Protocol):
 
     async def open(self) -> None: ...
 
+    async def end(self) -> None:
+        """Ends what still runs; it is answered by an error."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -76,6 +80,7 @@ class Gate:
             return
         state = scope.setdefault("state", {})
         began = state["began"] = asyncio.get_running_loop().time()
+        state["is_stopping"] = self.is_stopping
         status = 500
 
         async def watched(message: Message) -> None:
@@ -119,22 +124,25 @@ class Gate:
 def application(service: Service, limits: ServingLimits, metrics: ServingMetrics) -> Starlette:
     """Everything behind the gate."""
 
-    def models(_: Request) -> Response:
+    async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
-    def model(request: Request) -> Response:
+    async def model(request: Request) -> Response:
         asked = request.path_params["name"]
         if asked != service.name:
             raise ApiError(404, f"model: no {asked!r} here", param="model", code="model_not_found")
         return JSONResponse(_model(service))
 
-    def health(_: Request) -> Response:
-        return JSONResponse({"status": "live", "ready": service.is_ready, "model": service.name})
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "live", "ready": is_ready(request), "model": service.name})
 
-    def ready(_: Request) -> Response:
-        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+    async def ready(request: Request) -> Response:
+        return JSONResponse({"ready": is_ready(request)}, 200 if is_ready(request) else 503)
 
-    def numbers(_: Request) -> Response:
+    def is_ready(request: Request) -> bool:
+        return service.is_ready and not request.scope["state"]["is_stopping"]
+
+    async def numbers(_: Request) -> Response:
         return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE)
 
     @asynccontextmanager

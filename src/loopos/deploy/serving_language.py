@@ -72,6 +72,9 @@ class LanguageService:
     async def open(self) -> None:
         await self._decoder.open()
 
+    async def end(self) -> None:
+        await self._decoder.end()
+
     async def close(self) -> None:
         await self._decoder.close()
         self._thread.close()
@@ -132,7 +135,7 @@ class LanguageService:
             if not asked.stream:
                 completions = await while_wanted(request, ticket.completions(), deadline=deadline, seconds=seconds)
                 self._metrics.generated_tokens += sum(len(completion.token_ids) for completion in completions)
-                return JSONResponse(await asyncio.to_thread(form.whole, completions, num_prompt))
+                return JSONResponse(await self._tokenized(form.whole, completions, num_prompt))
             chunks = self._chunks(ticket, form, num_prompt, request.scope["state"]["began"])
             first = await while_wanted(request, _next(chunks), deadline=deadline, seconds=seconds)
         except BaseException:
