@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,20 @@ class Server:
     url: str
     name: str
     stop: Callable[[], None]
+    clients: dict[str, OpenAI] = field(default_factory=dict)
 
     def client(self, key: str = "none") -> OpenAI:
+        """A client that is closed with the server."""
+        if key not in self.clients:
+            self.clients[key] = self.fresh(key)
+        return self.clients[key]
+
+    def fresh(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT)
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
 
     def metric(self, name: str, key: str = "") -> float:
         """The value of a line of /metrics."""
@@ -70,7 +81,9 @@ def command(*words: object, environment: dict[str, str] | None = None) -> Iterat
             told += text
             found = re.search(r"^(\S+): .* at (http://\S+) ", text)
             if found:
-                yield Server(found[2], found[1], lambda: process.send_signal(signal.SIGTERM)), process
+                server = Server(found[2], found[1], lambda: process.send_signal(signal.SIGTERM))
+                yield server, process
+                server.close()
                 break
         else:
             raise AssertionError(told)
@@ -98,9 +111,11 @@ def served(
         url = address_of(bound)
         thread.start()
         assert began.wait(WAIT)
+        server = Server(url, service.name, stops[0])
         try:
-            yield Server(url, service.name, stops[0])
+            yield server
         finally:
+            server.close()
             stops[0]()
             thread.join(WAIT)
             assert not thread.is_alive()
