@@ -81,6 +81,7 @@ def serve(
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_NEXT_REQUEST,
         timeout_graceful_shutdown=1,
         backlog=_CONNECTIONS_WAITING,
