@@ -51,3 +51,7 @@ def stopping() -> ApiError:
 
 def gone() -> ApiError:
     return ApiError(GONE, "the client went away", code="client_gone")
+
+
+def unknown_model(asked: str, served: str) -> ApiError:
+    return ApiError(404, f"model: no {asked!r} here; this server has {served!r}", param="model", code="model_not_found")

@@ -16,8 +16,7 @@ from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.prompts import Words
 from loopos.deploy.serving_decoder import ModelThread
-from loopos.deploy.serving_errors import ApiError
-from loopos.deploy.serving_language import unknown_model
+from loopos.deploy.serving_errors import ApiError, unknown_model
 from loopos.deploy.serving_limits import ServingLimits
 from loopos.deploy.serving_metrics import ServingMetrics
 from loopos.deploy.serving_requests import ClassifyRequest, ScoreRequest, read

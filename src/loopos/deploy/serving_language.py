@@ -1,16 +1,14 @@
 """A language model, served: chat, completions and embeddings.
 
-Enters: checked requests. Leaves: responses. Prompts are made by the code that training makes them with. Left out: the
-rows (`serving_decoder.py`), what answers look like (`serving_forms.py`), HTTP (`serving_http.py`).
+Enters: checked requests. Leaves: responses. Left out: prompts (`serving_prompts.py`), the rows (`serving_decoder.py`),
+what answers look like (`serving_forms.py`), HTTP (`serving_http.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import copy
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loopos.config.faults import UserError
-from loopos.data.conversations import Message
-from loopos.data.rows import Row
-from loopos.data.supervised_rows import Completion as RawText
-from loopos.data.supervised_tokens import prompt_tokens
-from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.deploy.serving_decoder import Decoder, ModelThread, Ticket
-from loopos.deploy.serving_errors import ApiError
+from loopos.deploy.serving_errors import ApiError, unknown_model
 from loopos.deploy.serving_forms import Form
 from loopos.deploy.serving_limits import ServingLimits, check_rows
 from loopos.deploy.serving_metrics import ServingMetrics
+from loopos.deploy.serving_prompts import Prompts
 from loopos.deploy.serving_requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read
 from loopos.deploy.serving_streams import EventStream, event, while_wanted
 from loopos.evaluation.reasoning import Reasoner
@@ -50,9 +44,7 @@ class LanguageService:
         self.context = limits.max_context if positions is None else min(positions, limits.max_context)
         self._thread = ModelThread(limits)
         self._decoder = Decoder(self._engine, self._thread, limits)
-        # A tokenizer of their own: tokenizers are not made for two threads, and the model's thread uses the engine's.
-        self._template: ChatTemplate = copy.deepcopy(reasoner.template)
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._prompts = Prompts(reasoner.template)
         metrics.gauges["loopos_active_rows"] = ("Completions that decode.", lambda: self._decoder.num_active)
         metrics.gauges["loopos_queue_length"] = ("Completions that wait for a row.", lambda: self._decoder.num_waiting)
 
@@ -78,7 +70,7 @@ class LanguageService:
     async def close(self) -> None:
         await self._decoder.close()
         self._thread.close()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._prompts.close()
 
     async def _chat(self, request: Request, raw: bytes, deadline: float) -> Response:
         asked = self._read(ChatRequest, raw)
@@ -90,7 +82,7 @@ class LanguageService:
                 code="unsupported_parameter",
             )
         messages = [message.message() for message in asked.messages]
-        prompt = await self._tokenized(_prompt_of, messages, self._template)
+        prompt = await self._prompts.of_chat(messages)
         return await self._answer(request, asked, [prompt], "messages", deadline, logprobs=asked.logprobs)
 
     async def _complete(self, request: Request, raw: bytes, deadline: float) -> Response:
@@ -102,7 +94,7 @@ class LanguageService:
                 param="logprobs",
                 code="unsupported_parameter",
             )
-        prompts = await self._tokenized(_ids_of, asked.prompts(), self._template)
+        prompts = await self._prompts.of_texts(asked.prompts())
         return await self._answer(request, asked, prompts, "prompt", deadline, logprobs=asked.logprobs == 0)
 
     async def _answer(
@@ -125,7 +117,7 @@ class LanguageService:
             asked.n,
             logprobs,
             asked.includes_usage,
-            self._template.tokenizer,
+            self._prompts.tokenizer,
         )
         seconds = self._limits.max_seconds
         num_prompt = sum(map(len, prompts))
@@ -135,7 +127,7 @@ class LanguageService:
             if not asked.stream:
                 completions = await while_wanted(request, ticket.completions(), deadline=deadline, seconds=seconds)
                 self._metrics.generated_tokens += sum(len(completion.token_ids) for completion in completions)
-                return JSONResponse(await self._tokenized(form.whole, completions, num_prompt))
+                return JSONResponse(await self._prompts.run(form.whole, completions, num_prompt))
             chunks = self._chunks(ticket, form, num_prompt, request.scope["state"]["began"])
             first = await while_wanted(request, _next(chunks), deadline=deadline, seconds=seconds)
         except BaseException:
@@ -220,7 +212,7 @@ class LanguageService:
 
     async def _embed(self, request: Request, raw: bytes, deadline: float) -> Response:
         asked = self._read(EmbeddingRequest, raw)
-        sequences: list[list[int]] = await self._tokenized(_ids_of, asked.inputs(), self._template)
+        sequences = await self._prompts.of_texts(asked.inputs())
         self._check(sequences, "input")
         num_tokens = sum(map(len, sequences))
         self._metrics.prompt_tokens += num_tokens
@@ -252,30 +244,6 @@ class LanguageService:
         if asked.model != self.name:
             raise unknown_model(asked.model, self.name)
         return asked
-
-    async def _tokenized(self, function: Callable[..., Any], *arguments: object) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
-
-
-def unknown_model(asked: str, served: str) -> ApiError:
-    return ApiError(404, f"model: no {asked!r} here; this server has {served!r}", param="model", code="model_not_found")
-
-
-def _prompt_of(messages: Sequence[Message], template: ChatTemplate) -> list[int]:
-    try:
-        return prompt_tokens(template.tokenizer, messages, template=template)
-    except TemplateRefusal as refusal:
-        raise ApiError(400, f"messages: {refusal}", param="messages", code="invalid_value") from refusal
-
-
-def _ids_of(inputs: Sequence[str | list[int]], template: ChatTemplate) -> list[list[int]]:
-    """The tokens of texts that go on, as `loopos generate --raw` makes them; tokens stay as they are."""
-    return [
-        prompt_tokens(template.tokenizer, RawText(each, "", Row({}, "request", None, 0)), template=template)
-        if isinstance(each, str)
-        else each
-        for each in inputs
-    ]
 
 
 def _packs(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
