@@ -24,6 +24,8 @@ from loopos.deploy.serving_limits import ServingLimits, address_faults
 from loopos.models.model_folder import model_folder, read_description
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from loopos.deploy.serving_http import Service
     from loopos.deploy.serving_language import LanguageService
     from loopos.deploy.serving_metrics import ServingMetrics
@@ -120,10 +122,17 @@ def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetr
     service = LanguageService(reasoner, name, options.limits, metrics)
     note(reasoner.template.said)
     note(reasoner.engine.said)
-    config = reasoner.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
-    held = 2 * config.num_hidden_layers * heads * size * reasoner.model.dtype.itemsize
-    most = held * service.context * options.limits.max_rows
+    most = _keys_and_values(reasoner.model) * service.context * options.limits.max_rows
     note(f"{options.limits.max_rows} rows of {service.context} tokens: keys and values take at most {as_bytes(most)}")
     return service
+
+
+def _keys_and_values(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token; 0 for a model without attention."""
+    config = model.config.get_text_config()
+    queries = getattr(config, "num_attention_heads", 0)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)

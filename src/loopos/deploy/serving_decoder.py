@@ -217,20 +217,20 @@ class Decoder:
                 self._owners.update(dict.fromkeys(ticket.handles, ticket))
         news: list[tuple[Ticket, Piece | list[Completion] | ApiError]] = []
         for running in session.step():
-            ticket = self._owners.get(running)
-            if ticket is None:
+            owner = self._owners.get(running)
+            if owner is None:
                 # Another completion of its request failed in this step.
                 continue
             if running.finish_reason == "failed":
-                self._cancel(ticket, session)
-                news.append((ticket, _no_token()))
+                self._cancel(owner, session)
+                news.append((owner, _no_token()))
                 continue
-            if ticket.streams:
-                news.append((ticket, running.piece()))
+            if owner.streams:
+                news.append((owner, running.piece()))
             if running.finish_reason is not None:
                 self._owners.pop(running, None)
-                if not ticket.streams and _is_done(ticket):
-                    news.append((ticket, [each.completion() for each in ticket.handles]))
+                if not owner.streams and _is_done(owner):
+                    news.append((owner, [each.completion() for each in owner.handles]))
         self._counts = (session.num_active, session.num_waiting)
         return news
 

@@ -92,7 +92,7 @@ class Gate:
         self.num_running += 1
         try:
             refusal = self._refusal(scope)
-            app = self._app if refusal is None else error_response(refusal)
+            app: ASGIApp = self._app if refusal is None else error_response(refusal)
             await app(scope, receive, watched)
         finally:
             self.num_running -= 1
