@@ -31,6 +31,7 @@ def test_what_the_user_set_is_left_alone() -> None:
 
 def test_threads_are_not_bound_beside_other_ranks() -> None:
     assert set(wanted_settings({"WORLD_SIZE": "2"})) == set(MEMORY_SETTINGS)
+    assert set(wanted_settings({}, binds_threads=False)) == set(MEMORY_SETTINGS)
 
 
 @on_glibc

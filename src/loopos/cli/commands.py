@@ -141,6 +141,7 @@ def score(
 app.command()(language_commands.evaluate)
 app.command()(language_commands.generate)
 app.command()(language_commands.chat)
+app.command()(language_commands.serve)
 
 
 @data_app.command("check")

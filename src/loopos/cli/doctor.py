@@ -28,6 +28,7 @@ EXTRAS = {
     "rewards": ("math-verify", "reasoning-gym"),
     "demo": ("gguf",),
     "track": ("tensorboard",),
+    "serve": ("starlette", "uvicorn"),
     "bench": ("accelerate", "trl"),
 }
 

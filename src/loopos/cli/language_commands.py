@@ -1,4 +1,4 @@
-"""The commands that speak with language models, and `evaluate`, which measures every kind of model.
+"""The commands that speak with language models, `evaluate`, which measures every kind of model, and `serve`.
 
 Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
 """
@@ -134,3 +134,37 @@ def evaluate(
     )  # fmt: skip
     options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose, language)
     raise typer.Exit(command.run(model, source, options))
+
+
+def serve(
+    model: of.ServedModel,
+    host: of.Host = "127.0.0.1",
+    port: of.Port = 8000,
+    api_key: of.ApiKey = None,
+    name: of.ServedName = None,
+    max_rows: of.MaxRows = 16,
+    max_context: of.MaxContext = 4096,
+    max_tokens: of.MaxTokens = 1024,
+    max_queue: of.MaxQueue = 128,
+    max_body: of.MaxBody = 1 << 20,
+    max_seconds: of.MaxSeconds = 300.0,
+    max_lag: of.MaxLag = 1024,
+    grace_seconds: of.GraceSeconds = 30.0,
+    device: of.Device = "auto",
+    precision: of.Precision = "auto",
+    trust_remote_code: of.TrustRemoteCode = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Serve a trained model over HTTP as OpenAI's interface: chat, completions, embeddings; labels; scores."""
+    from loopos.cli import serve as command
+    from loopos.deploy.serving_limits import ServingLimits
+
+    limits = ServingLimits(
+        max_rows=max_rows, max_context=max_context, max_tokens=max_tokens, max_queue=max_queue, max_body=max_body,
+        max_seconds=max_seconds, max_lag=max_lag, grace_seconds=grace_seconds,
+    )  # fmt: skip
+    options = command.ServeOptions(
+        host=host, port=port, api_key=api_key, name=name, limits=limits, device=device, precision=precision,
+        trust_remote_code=trust_remote_code, verbose=verbose,
+    )  # fmt: skip
+    raise typer.Exit(command.run(model, options))

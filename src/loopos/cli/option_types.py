@@ -110,3 +110,27 @@ RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File f
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
 ]
+
+ServedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help='Run folder or model folder of any kind; "smollm2-135m", a weights file or hub id of a language model.',
+        show_default=False,
+    ),
+]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; one that others reach needs an API key.")]
+Port = Annotated[int, typer.Option("--port", help="Port to listen on; 0 is any free one.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="LOOPOS_API_KEY", help="Key that requests must show; better in the environment."),
+]
+ServedName = Annotated[str | None, typer.Option("--name", help="Name of the model to clients; that of its folder.")]
+MaxRows = Annotated[int, typer.Option("--max-rows", help="Completions that decode together.")]
+MaxContext = Annotated[int, typer.Option("--max-context", help="Tokens of a prompt and its completion.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="New tokens of one completion.")]
+MaxQueue = Annotated[int, typer.Option("--max-queue", help="Completions that wait; more are refused (429).")]
+MaxBody = Annotated[int, typer.Option("--max-body", help="Bytes of a request; more are refused (413).")]
+MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Seconds of a request; longer ones end (408).")]
+MaxLag = Annotated[int, typer.Option("--max-lag", help="Tokens that a stream's reader may be behind before it is cut.")]
+GraceSeconds = Annotated[float, typer.Option("--grace-seconds", help="Seconds for running requests at the end.")]

@@ -27,12 +27,12 @@ THREAD_SETTINGS: Mapping[str, str] = {"OMP_PROC_BIND": "close"}
 REPORTED = (*MEMORY_SETTINGS, *THREAD_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD")
 
 
-def wanted_settings(environment: Mapping[str, str]) -> dict[str, str]:
+def wanted_settings(environment: Mapping[str, str], *, binds_threads: bool = True) -> dict[str, str]:
     """The variables to add to `environment`: none that it has, and no binding of threads beside other ranks, which
     would all bind to the same cores.
     """
     settings = dict(MEMORY_SETTINGS)
-    if "WORLD_SIZE" not in environment:
+    if binds_threads and "WORLD_SIZE" not in environment:
         settings |= THREAD_SETTINGS
     return {name: value for name, value in settings.items() if name not in environment}
 
@@ -44,8 +44,9 @@ def should_restart(environment: Mapping[str, str]) -> bool:
     return is_glibc() and bool(wanted_settings(environment))
 
 
-def restart_with_settings() -> None:
+def restart_with_settings(*, binds_threads: bool = True) -> None:
     """Starts this process once more with the settings, if it is the command line's own and gains from them.
+    binds_threads: each of the model's threads keeps its core.
 
     Called by the commands that compute, when all that needs no torch is checked and before anything is printed. Does
     not return where it restarts. `sys.orig_argv` repeats the interpreter's own options too.
@@ -53,7 +54,7 @@ def restart_with_settings() -> None:
     if not is_own_process() or not should_restart(os.environ):
         return
     assert "torch" not in sys.modules, "the settings come too late: torch has been imported"
-    added = wanted_settings(os.environ)
+    added = wanted_settings(os.environ, binds_threads=binds_threads)
     environment = {**os.environ, **added, GUARD: ",".join(added)}
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,6 +16,8 @@ from loopos.data import rows
 from loopos.data.preference_batches import ComparisonRows
 from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
 from loopos.data.preferences import Comparison, read_comparisons
+from loopos.data.prompts import Words
+from loopos.data.rows import Row
 from loopos.data.templates import ChatTemplate
 from loopos.evaluation.preference_report import measured
 from loopos.evaluation.reward_scores import Normalisation, comparison_scores
@@ -32,6 +34,17 @@ class Scored:
 
     rows: list[dict[str, Any]]
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`score`: normalised. `spread`: the heads' standard deviation, None of a single one. `tokens`: of prompt and
+    response.
+    """
+
+    score: float
+    spread: float | None
+    tokens: int
 
 
 class RewardPredictor:
@@ -77,6 +90,31 @@ class RewardPredictor:
                 told["spread"] = [round(value, 6) for value in self._spread(heads)]
             found.append(told)
         return Scored(found, measured(encoded, [[[score] for score in each] for each in scores]))
+
+    def judge(self, conversations: Sequence[tuple[Words, Words]]) -> list[Judged]:
+        """Each response, after its prompt, by itself: messages for the chat template, both of them, or texts that stand
+        as they are. Raises `UserError` for messages that the template refuses and what is longer than the model was
+        trained on.
+        """
+        examples = [
+            Comparison(prompt, (response,), (), Row({}, "responses", None, place))
+            for place, (prompt, response) in enumerate(conversations)
+        ]
+        encoded, _ = encode_comparisons(
+            self.opened.tokenizer,
+            examples,
+            template=self.template,
+            max_length=self.opened.description["max_length"],
+            over_length="error",
+        )
+        raw = comparison_scores(self.model, ComparisonRows(encoded, self.device))
+        judged = []
+        for place, row in enumerate(encoded):
+            heads = raw[place]
+            score = float(self.normalisation(torch.tensor(heads), ensemble_penalty=self.ensemble_penalty)[0])
+            spread = self._spread(heads)[0] if len(heads[0]) > 1 else None
+            judged.append(Judged(score, spread, row.num_tokens))
+        return judged
 
     def _spread(self, heads: Sequence[Sequence[float]]) -> list[float]:
         """Standard deviation over the heads of each response's normalised scores."""

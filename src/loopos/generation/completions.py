@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.text import GrowingText, decoded
 
-FinishReason = Literal["stop token", "stop string", "length", "guide"]
+FinishReason = Literal["stop token", "stop string", "length", "guide", "cancelled", "failed"]
+"""The last two end a completion of a `Session` alone: it was cancelled, or the model gave it no token to choose."""
 
 
 @dataclass(frozen=True)

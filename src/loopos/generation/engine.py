@@ -1,38 +1,37 @@
 """The generation engine: prompts → completions, many at a time.
 
 Enters: prompts as token ids, settings for all or for each. Leaves: completions in the prompts' order, or their tokens
-one by one. At most `max_rows` rows decode together; a finished row's place is taken by the next prompt. The model's own
-weights are used, in whatever state training has left them. Left out: text → prompt tokens (`data`), beams (`beam.py`),
-reasoning in steps (`steps.py`).
+one by one, or a session that prompts join at any time. At most `max_rows` rows decode together; a finished row's place
+is taken by the next prompt. The model's own weights are used, in whatever state training has left them. Left out: the
+loop itself (`session.py`), text → prompt tokens (`data`), beams (`beam.py`), reasoning in steps (`steps.py`).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.completions import Completion, Guide, Piece, Running
-from loopos.generation.placing import fill
 from loopos.generation.road import probed
 from loopos.generation.rows import (
     PLAIN,
     CachedRows,
     PlainRows,
     Rows,
+    mean_hidden_states,
     prepared,
     serving,
     without_gradients,
 )
-from loopos.generation.sampling import History, choose
+from loopos.generation.session import Session
 from loopos.generation.settings import SamplingSettings
-from loopos.generation.streams import stream_key, uniforms
+from loopos.generation.streams import stream_key
 
 
 class Engine:
@@ -80,10 +79,10 @@ class Engine:
         steers that completion. Raises `UserError` for an empty prompt, one longer than the model has positions for,
         and token ids that the model has not.
         """
-        waiting = self._waiting(prompts, settings, n, watch_text=False, guide=guide)
-        every = list(waiting)
-        with self.serving(len(waiting)):
-            for _ in self._run(waiting, with_logprobs=logprobs):
+        every = self.begin(prompts, settings, n=n, guide=guide)
+        with self._session(len(every), with_logprobs=logprobs) as session:
+            session.join(_longest_first(every))
+            while session.step():
                 pass
         return [running.completion() for running in every]
 
@@ -98,21 +97,55 @@ class Engine:
 
         Until the stream ends or is closed, the model is set for generation and serves nothing else.
         """
-        waiting = self._waiting(prompts, settings, n, watch_text=True, guide=None)
-        steps = self._run(waiting, with_logprobs=True)
-        with (
-            self._road.layout(self.model, min(len(waiting), self.max_rows)),
-            prepared(self.model, self._attention),
-            closing(steps),
-        ):
-            while True:
-                # Between two tokens the caller has its own gradient mode.
-                with without_gradients(self._attention):
-                    touched = next(steps, None)
-                if touched is None:
-                    return
+        every = self.begin(prompts, settings, n=n, watch_text=True)
+        with self._session(len(every)) as session:
+            session.join(_longest_first(every))
+            while touched := session.step():
                 for running in touched:
                     yield running.piece()
+
+    @contextmanager
+    def session(self, *, admitted_tokens: int | None = None, spares_others: bool = False) -> Iterator[Session]:
+        """Rows that prompts join and leave at any time: what a server runs on. Within, the model is set for generation,
+        its weights may be in the kernel's layout, and it serves nothing else. The arguments are those of `Session`.
+        """
+        with self._session(self.max_rows, admitted_tokens=admitted_tokens, spares_others=spares_others) as session:
+            yield session
+
+    @contextmanager
+    def _session(
+        self,
+        num_prompts: int,
+        *,
+        with_logprobs: bool = True,
+        admitted_tokens: int | None = None,
+        spares_others: bool = False,
+    ) -> Iterator[Session]:
+        if self._busy:
+            raise RuntimeError("the engine is in use: finish or close the other stream first")
+        num_rows = min(num_prompts, self.max_rows)
+        self._busy = True
+        try:
+            with self._road.layout(self.model, num_rows), prepared(self.model, self.attention):
+                yield Session(
+                    self,
+                    self._rows_for(num_rows),
+                    with_logprobs=with_logprobs,
+                    admitted_tokens=admitted_tokens,
+                    spares_others=spares_others,
+                )
+        finally:
+            self._busy = False
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """The mean of the last layer's hidden states over each sequence's tokens, `[N, d]` fp32. To be called within a
+        `session`, between its steps. Raises `UserError` as `limit`.
+        """
+        assert self._busy, "no session is open: the model is not set for generation"
+        for sequence in sequences:
+            self.limit(sequence, 1)
+        with without_gradients(self.attention):
+            return mean_hidden_states(self.model, self.attention, sequences)
 
     @contextmanager
     def prefixes_kept(self) -> Iterator[None]:
@@ -129,7 +162,7 @@ class Engine:
     @contextmanager
     def serving(self, num_rows: int) -> Iterator[None]:
         """The model set for generation of so many rows, and then as it was."""
-        with self._road.layout(self.model, min(num_rows, self.max_rows)), serving(self.model, self._attention):
+        with self._road.layout(self.model, min(num_rows, self.max_rows)), serving(self.model, self.attention):
             yield
 
     @property
@@ -138,7 +171,8 @@ class Engine:
         return f"generation: {self.path}" + (f" ({self.reason})" if self.reason else "")
 
     @property
-    def _attention(self) -> str:
+    def attention(self) -> str:
+        """The attention function that the path runs with."""
         return IMPLEMENTATION if self.path == "cached" else PLAIN
 
     def rows(self, num_rows: int) -> Rows:
@@ -160,19 +194,22 @@ class Engine:
             raise UserError(f"a prompt of {len(prompt)} tokens: the model has {self.max_positions} positions")
         return min(max_new_tokens, self.max_positions + 1 - len(prompt))
 
-    def _waiting(
+    def begin(
         self,
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings | Sequence[SamplingSettings],
-        n: int,
         *,
-        watch_text: bool,
-        guide: Callable[[int, int], Guide] | None,
-    ) -> deque[Running]:
+        n: int = 1,
+        watch_text: bool = False,
+        guide: Callable[[int, int], Guide] | None = None,
+    ) -> list[Running]:
+        """n completions of every prompt that have no token yet, in the order of `generate`, whose errors it raises.
+        watch_text: their text is to be had piece by piece.
+        """
         assert n >= 1, n
         each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else list(settings)
         assert len(each) == len(prompts), f"{len(prompts)} prompts, {len(each)} settings"
-        waiting: deque[Running] = deque()
+        begun: list[Running] = []
         same: Counter[tuple[int, tuple[int, ...]]] = Counter()
         choices: dict[SamplingSettings, SamplingSettings] = {}
         for index, (prompt, setting) in enumerate(zip(prompts, each, strict=True)):
@@ -189,8 +226,8 @@ class Engine:
                     self.tokenizer, index, sample, ids, setting, choice=choice, limit=limit, key=key, stop_ids=stop_ids
                 )
                 running.watch(watch_text or bool(setting.stop), guide(index, sample) if guide else None)
-                waiting.append(running)
-        return waiting
+                begun.append(running)
+        return begun
 
     def _stop_ids(self, settings: SamplingSettings) -> frozenset[int]:
         """Tokens that end a completion. A stop string that is itself a special token never shows in the text."""
@@ -201,68 +238,18 @@ class Engine:
         ]
         return frozenset((*settings.stop_token_ids, *special, *(self.end_tokens if settings.stop_at_end else ())))
 
-    def _run(self, waiting: deque[Running], *, with_logprobs: bool) -> Generator[list[Running], None, None]:
-        """Decodes until all is done; after each choice, the rows that got a token."""
-        if self._busy:
-            raise RuntimeError("the engine is in use: finish or close the other stream first")
-        if not waiting:
-            return
-        # The longest first: short ones then fill the places around them, and no long one is left alone at the end.
-        waiting = deque(sorted(waiting, key=lambda running: -running.limit))
-        self._busy = True
-        try:
-            rows = self._rows_for(waiting)
-            active: list[Running] = []
-            while waiting or active:
-                free = min(len(rows.fed) - len(active), len(waiting))
-                if free:
-                    begun = [waiting.popleft() for _ in range(free)]
-                    places = range(len(active), len(active) + free)
-                    logits = fill(rows, places, [r.prompt for r in begun], most_tokens=self.prefill_tokens)
-                    active += begun
-                else:
-                    begun = active
-                    logits = rows.step([running.tokens[-1] for running in active])
-                self._take(logits, begun, rows, len(active) - len(begun), with_logprobs)
-                yield list(begun)
-                _close_gaps(rows, active)
-        finally:
-            self._busy = False
-
-    def _rows_for(self, waiting: Sequence[Running]) -> Rows:
+    def _rows_for(self, num_rows: int) -> Rows:
         if self._kept is not None:
             return self._kept
-        rows = self.rows(self.max_rows if self._keeping else min(self.max_rows, len(waiting)))
+        rows = self.rows(self.max_rows if self._keeping else num_rows)
         if self._keeping:
             self._kept = rows
         return rows
 
-    def _take(
-        self, logits: Tensor, chosen_for: Sequence[Running], rows: Rows, first_row: int, with_logprobs: bool
-    ) -> None:
-        """One token for each; logits `[N, V]`, row first_row + i of `rows` belongs to chosen_for[i]."""
-        groups: dict[SamplingSettings, list[int]] = {}
-        if all(running.choice is chosen_for[0].choice for running in chosen_for):
-            groups[chosen_for[0].choice] = list(range(len(chosen_for)))
-        else:
-            for place, running in enumerate(chosen_for):
-                groups.setdefault(running.choice, []).append(place)
-        for settings, places in groups.items():
-            members = [chosen_for[place] for place in places]
-            choice = choose(
-                logits if len(groups) == 1 else logits[torch.tensor(places, device=logits.device)],
-                settings,
-                history=_history(members, logits.device) if settings.needs_history else None,
-                uniforms=None if settings.greedy else _draws(members).to(logits.device),
-                with_logprobs=with_logprobs,
-            )
-            tokens = choice.tokens.tolist()
-            logprobs = _floats(choice.logprobs, len(tokens))
-            drawn = _floats(choice.filtered_logprobs, len(tokens))
-            for place, running, token, full, left in zip(places, members, tokens, logprobs, drawn, strict=True):
-                kept = running.take(token, full, left)
-                if kept is not None:
-                    rows.cut(first_row + place, kept)
+
+def _longest_first(every: Sequence[Running]) -> list[Running]:
+    """Short ones then fill the places around the long, and no long one is left alone at the end."""
+    return sorted(every, key=lambda running: -running.limit)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -270,30 +257,3 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     given = getattr(model.generation_config, "eos_token_id", None)
     tokens = given if isinstance(given, list) else [given]
     return frozenset(token for token in (*tokens, tokenizer.eos_token_id) if token is not None)
-
-
-def _floats(values: Tensor | None, number: int) -> Sequence[float | None]:
-    return [None] * number if values is None else values.tolist()
-
-
-def _draws(members: Sequence[Running]) -> Tensor:
-    """The next uniform number of each, `[B]`."""
-    numbers = uniforms([running.key for running in members], [running.draws for running in members])
-    for running in members:
-        running.draws += 1
-    return numbers
-
-
-def _history(members: Sequence[Running], device: torch.device) -> History:
-    return History.of([running.prompt for running in members], [running.tokens for running in members], device)
-
-
-def _close_gaps(rows: Rows, active: list[Running]) -> None:
-    """Takes the finished out: the last row moves into each gap, so that the rows that decode stay the first ones."""
-    for place in range(len(active) - 1, -1, -1):
-        if active[place].finish_reason is None:
-            continue
-        last = active.pop()
-        if last.finish_reason is None:
-            rows.copy(len(active), place, len(rows.fed[len(active)]))
-            active[place] = last

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.functional.packing import PackedLayout
+from loopos.functional.reduce import segment_reduce
 from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
 
 # transformers' own attention that every model has.
@@ -160,6 +161,24 @@ class CachedRows:
         fed = [list(self.fed[source]) for _, source in moved]
         for (target, _), tokens in zip(moved, fed, strict=True):
             self.fed[target] = tokens
+
+
+def mean_hidden_states(model: PreTrainedModel, implementation: str, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The mean of the last layer's hidden states over the tokens of each sequence, `[N, d]` fp32. To be called while
+    `serving(model, implementation)`, beside rows that decode: these are not touched.
+    """
+    base = getattr(model, model.base_model_prefix)
+    extra: dict[str, object] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
+    if implementation == PLAIN:
+        alone = [base(input_ids=torch.tensor([list(ids)], device=model.device), **extra) for ids in sequences]
+        return torch.stack([output.last_hidden_state[0].float().mean(0) for output in alone])
+    layout = PackedLayout(tuple(map(len, sequences)), model.device)
+    cache = KeyValueCache()
+    cache.make_room(len(sequences), max(layout.lengths))
+    prompt_pass = PromptPass.of(cache, layout, range(len(sequences)), [0] * len(sequences))
+    ids = torch.tensor([token for sequence in sequences for token in sequence], device=model.device)
+    output = base(input_ids=ids[None], position_ids=prompt_pass.columns[None], cached_pass=prompt_pass, **extra)
+    return segment_reduce(output.last_hidden_state[0], layout.lengths_tensor(), "mean")
 
 
 class PlainRows:

@@ -1,0 +1,146 @@
+"""A model behind HTTP, from the socket to the orderly end.
+
+Enters: a service, limits, an address. Leaves: answers, until a signal; then no new requests, what runs is finished
+within a time of grace, and the process may end. Left out: opening models and options (`cli.serve`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from loopos.config.faults import UserError
+from loopos.deploy.serving_http import Gate, Service, application
+from loopos.deploy.serving_limits import ServingLimits
+from loopos.deploy.serving_metrics import ServingMetrics
+
+# A reader that does not read is noticed after so many bytes in the kernel, not after the megabytes it would grow to.
+_SEND_BUFFER = 1 << 16
+# What a connection may keep silent before its first request, and between two: seconds.
+_FIRST_REQUEST, _NEXT_REQUEST = 30.0, 30
+_CONNECTIONS_WAITING = 512
+# For the errors of what the end cuts short: seconds.
+_LAST_ANSWERS = 1.0
+
+
+def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
+    """A socket that listens there. Raises `UserError` where it cannot."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(
+            f"--host: given {host}; {error.strerror or error}; wanted an address of this machine"
+        ) from error
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+    # An answer that nobody fetches does not hold its connection for ever. Linux alone has this.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * limits.max_seconds))
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise UserError(
+            f"{host}:{port}: cannot listen there ({error.strerror}); wanted a free port of this machine, such as "
+            "--port 0 for any"
+        ) from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """The URL of a server on a socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    service: Service,
+    metrics: ServingMetrics,
+    bound: socket.socket,
+    limits: ServingLimits,
+    *,
+    api_key: str | None,
+    began: Callable[[Callable[[], None]], None],
+) -> None:
+    """Serves until SIGTERM or SIGINT; a second signal ends at once. began: called when requests are taken, with a
+    function that does what the signals do, for a server that runs in another thread than the main one.
+    """
+    gate = Gate(application(service, limits, metrics), metrics, api_key=api_key)
+    config = uvicorn.Config(
+        gate,
+        http=_Connection,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_NEXT_REQUEST,
+        timeout_graceful_shutdown=1,
+        backlog=_CONNECTIONS_WAITING,
+    )
+    _Server(config, gate, service, limits, began).run(sockets=[bound])
+
+
+class _Server(uvicorn.Server):
+    """Between the signal and the end there is time: what runs is finished while new requests are refused."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        gate: Gate,
+        service: Service,
+        limits: ServingLimits,
+        began: Callable[[Callable[[], None]], None],
+    ) -> None:
+        super().__init__(config)
+        self._gate, self._service, self._limits, self._began = gate, service, limits, began
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if not self.should_exit:
+            self._began(lambda: self.handle_exit(signal.SIGTERM, None))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._gate.is_stopping or self._loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        self._gate.is_stopping = True
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = asyncio.create_task(self._finish())
+
+    async def _finish(self) -> None:
+        await self._until_none_runs(self._limits.grace_seconds)
+        await self._service.end()
+        await self._until_none_runs(_LAST_ANSWERS)
+        self.should_exit = True
+
+    async def _until_none_runs(self, seconds: float) -> None:
+        last = asyncio.get_running_loop().time() + seconds
+        while self._gate.num_running and asyncio.get_running_loop().time() < last:
+            await asyncio.sleep(0.05)
+
+
+class _Connection(H11Protocol):
+    """One client's connection, which the application can cut (`abort` in the scope's state)."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.loop.call_later(_FIRST_REQUEST, self._end_if_silent)
+
+    def _end_if_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
