@@ -1,0 +1,1 @@
+"""The deploy room: from trained models to one that ships."""
