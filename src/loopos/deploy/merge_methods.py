@@ -75,8 +75,7 @@ def merged(
     draws: Draws | None = None,
 ) -> Tensor:
     """One tensor by the method of this name. `tensors` is read once, in order; sums keep one of them at a time.
-
-    base: of all methods but linear and slerp. draws: of the methods that drop at random.
+    base: of all methods but linear and slerp; draws: of those that drop at random.
     """
     if method == "linear":
         return linear(tensors, weights, normalize=parameters.normalize)
