@@ -68,6 +68,9 @@ def test_a_recipe_with_overrides_and_an_evaluation(
     assert told.exit_code == 0, told.stderr
     assert "slerp of 2 models" in told.stdout
     assert "perplexity" in told.stdout
+    measured = json.loads(invoke("merge", file, "t=0.25", "--evaluate", rows, "--json").stdout)["measured"][str(rows)]
+    alone = json.loads(invoke("evaluate", tmp_path / "out", rows, "--metric", "loss", "--json").stdout)
+    assert measured["result"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["t"] == 0.25
     again = invoke("merge", tmp_path / "out" / "recipe.json", "evaluate=[]")
     assert again.exit_code == 0, again.stderr

@@ -22,11 +22,9 @@ Made = dict[str, Tensor]
 
 
 def tensors_of(folder: Path | str) -> Made:
-    return {
-        name: tensor
-        for file in sorted(Path(folder).glob("model*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    """All of a model's tensors, in memory of their own: its files may be written anew."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    return {name: tensor.clone() for file in files for name, tensor in load_file(file).items()}
 
 
 def variant(base: Path, folder: Path, seed: int, *, change: Callable[[str, Tensor], Tensor] | None = None) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
 from loopos.deploy.merge import merge
+from loopos.deploy.merge_sources import Source
 from loopos.deploy.merge_values import at_depth
 
 
@@ -222,8 +225,6 @@ def test_other_shapes_are_refused_all_at_once(base: Path, pico_tokenizer: Path, 
     with pytest.raises(UserError) as told:
         run("linear", [base, wide, other], tmp_path / "out")
     assert "model_type gpt2" in str(told.value)
-    with pytest.raises(UserError) as told:
-        run("linear", [base, wide], tmp_path / "out")
     assert "model.layers.0.mlp.gate_proj.weight [80, 32]" in str(told.value)
     assert "has [64, 32]" in str(told.value)
     assert "layers.1.mlp.up_proj.weight [80, 32]" in str(told.value)
@@ -272,18 +273,15 @@ def test_at_most_a_tensor_of_each_model_is_alive(
     base: Path, one: Path, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts what is read and not yet let go: with N models, N and the base at once for an election, two for a sum."""
-    import weakref
-
-    from loopos.deploy.merge_sources import Source
-
     alive: set[int] = set()
+    numbers = itertools.count()
     most = 0
     whole = Source.read_float
 
     def counted(self: Source, name: str) -> Tensor:
         nonlocal most
         tensor = whole(self, name)
-        key = len(alive) + id(tensor)
+        key = next(numbers)
         alive.add(key)
         weakref.finalize(tensor, alive.discard, key)
         most = max(most, len(alive))

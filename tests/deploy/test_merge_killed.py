@@ -55,11 +55,13 @@ def test_a_result_is_on_the_disk_before_it_has_its_name(
     fsync = os.fsync
 
     def noted(descriptor: int) -> None:
-        assert not (tmp_path / "out").exists()
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        # The last is the folder that holds the new name.
+        assert (tmp_path / "out").exists() == (synced[-1] == tmp_path.name)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
     run("linear", [pico_folder, pico_folder], tmp_path / "out")
     monkeypatch.undo()
     assert {each.name for each in (tmp_path / "out").iterdir()} <= set(synced)
+    assert synced[-1] == tmp_path.name

@@ -56,17 +56,14 @@ def test_heads_are_merged_too(classifiers: list[Path], held_out: str, tmp_path: 
     assert "accuracy" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_task_vectors_of_headless_models_from_a_language_model(
-    classifiers: list[Path], pico_folder: Path, tmp_path: Path
-) -> None:
+def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path, tmp_path: Path) -> None:
     """The names of the two differ by the base model's prefix, and the base has no such head."""
-    run("task_arithmetic", classifiers, tmp_path / "out", base=pico_folder, scale=0.0, dtype="fp32")
+    trained = classifier(tmp_path / "run", pico_folder, 4, training={"num_epochs": 1})
+    run("task_arithmetic", [trained, trained], tmp_path / "out", base=pico_folder, scale=0.0)
     found, base = tensors_of(tmp_path / "out"), tensors_of(pico_folder)
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(found[name], base[name])
-    one, two = (load_file(each / "model" / "head.safetensors")["weight"] for each in classifiers)
-    head = load_file(tmp_path / "out" / "head.safetensors")["weight"]
-    torch.testing.assert_close(head, (one + two) / 2)
+    assert torch.equal(found["layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
+    own, head = (load_file(each / "head.safetensors")["weight"] for each in (trained / "model", tmp_path / "out"))
+    torch.testing.assert_close(head, own)
     assert "averaged, since the base has none: head.weight" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -104,22 +101,6 @@ def test_a_greedy_soup_is_never_worse_than_its_best_model(
     assert "left out" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(UserError, match="metric: given bleu"):
         run("greedy_soup", classifiers, tmp_path / "more", validation_data=held_out, metric="bleu")
-
-
-def test_a_language_model_is_measured(pico_folder: Path, tmp_path: Path) -> None:
-    rows = write_jsonl(
-        tmp_path / "texts.jsonl", [{"text": "the parcel came late"}, {"text": "a kind answer within the hour"}]
-    )
-    found = measure(str(pico_folder), str(rows))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(pico_folder), AutoTokenizer.from_pretrained(pico_folder)
-    total = count = 0.0
-    for text in ("the parcel came late", "a kind answer within the hour"):
-        ids = torch.tensor([[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]])
-        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
-        with torch.no_grad():
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    assert found["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def adapter(base: Path, folder: Path, *, rank: int, seed: int, targets: list[str]) -> Path:
@@ -214,7 +195,7 @@ def test_other_vocabularies_are_refused_or_united(pico_folder: Path, tmp_path: P
     assert model.config.vocab_size == len(tokenizers[2])
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         a, b, found = (tensors_of(each)[key] for each in (one, two, tmp_path / "out"))
-        for token in ("the", "<plus>", "<step>", "<end>"):
+        for token in ("a", "<plus>", "<step>", "<end>"):
             place = [tokenizer.get_vocab().get(token) for tokenizer in tokenizers]
             own = [rows[where] for rows, where in ((a, place[0]), (b, place[1])) if where is not None]
             torch.testing.assert_close(found[place[2]], sum(own) / len(own))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopos.deploy import merge_methods
+from loopos.deploy import magnitudes
 from loopos.deploy.merge_methods import (
     DELTA_METHODS,
     Parameters,
@@ -230,7 +230,7 @@ def test_the_size_of_pieces_changes_nothing(method: str, monkeypatch: pytest.Mon
     parameters = Parameters(density=0.5, epsilon=0.2, drop_smallest=0.4, drop_largest=0.1)
     found = []
     for piece in (2**20, 256):
-        monkeypatch.setattr(merge_methods, "_PIECE", piece)
+        monkeypatch.setattr(magnitudes, "PIECE", piece)
         tensors = [random(64, 16, seed=1), random(64, 16, seed=2)]
         found.append(merged(method, tensors, [1, 2], parameters, base=random(64, 16), draws=draws))
     close(found[0], found[1])
@@ -240,4 +240,4 @@ def test_magnitudes_are_found_exactly_among_many() -> None:
     values = random(3000) * torch.logspace(-30, 30, 3000)
     ranked = values.abs().sort(descending=True).values
     for count in (1, 2, 700, 2999, 3000):
-        assert merge_methods._magnitude_at(values, count) == (float(ranked[count - 1]), count - 1)
+        assert magnitudes.magnitude_at(values, count) == (float(ranked[count - 1]), count - 1)

@@ -75,7 +75,7 @@ class MergedModel(Section):
     )
 
 
-Entry: TypeAlias = Annotated[MergedModel, BeforeValidator(_named)]
+Entry: TypeAlias = Annotated[MergedModel, BeforeValidator(_named, json_schema_input_type=MergedModel | str)]
 
 
 class PatternSection(Section):

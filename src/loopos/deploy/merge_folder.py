@@ -22,7 +22,7 @@ from loopos.deploy.merge_layers import stacked_config
 from loopos.deploy.merge_plan import Plan
 from loopos.deploy.merge_sources import Source
 from loopos.deploy.merge_vocabulary import TOKENIZER
-from loopos.deploy.tensor_files import sync_folder
+from loopos.deploy.tensor_files import sync
 from loopos.models.load import NUMBER_FORMATS, save_json
 from loopos.models.model_folder import whole_folder
 
@@ -35,10 +35,11 @@ _NAMES_OF_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch
 
 @contextmanager
 def durable_folder(folder: Path) -> Iterator[Path]:
-    """`whole_folder`, whose files are on the disk before the folder gets its name."""
+    """`whole_folder`, whose files are on the disk before it gets its name."""
     with whole_folder(folder) as partial:
         yield partial
-        sync_folder(partial)
+        sync(*partial.rglob("*"), partial)
+    sync(folder.parent)
 
 
 def write_beside(folder: Path, plan: Plan, recipe: MergeConfig) -> None:

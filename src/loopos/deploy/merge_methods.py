@@ -18,9 +18,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from loopos.deploy import magnitudes
+
 COLINEAR = 0.9995
 """Cosine above which `slerp` is linear: sin Ω, which it divides by, is then below 0.032."""
-_PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def merged(
     if method == "model_stock":
         return model_stock(base, [tensor.sub_(base) for tensor in tensors])
     row = DELTA_METHODS[method]
-    deltas = (_thinned(row, tensor.sub_(base), parameters, place, draws) for place, tensor in enumerate(tensors))
+    deltas = _deltas(row, iter(tensors), base, len(weights), parameters, draws)
     if row.elects:
         change = elected(list(deltas), weights, normalize=parameters.normalize)
     else:
@@ -102,13 +103,11 @@ def linear(tensors: Iterable[Tensor], weights: Sequence[float], *, normalize: bo
     """
     total = sum(weights) if normalize else 1.0
     assert total != 0, "weights that sum to 0"
-    found: Tensor | None = None
-    for tensor, weight in zip(tensors, weights, strict=True):
-        if found is None:
-            found = tensor.mul_(weight / total)
-        else:
-            found.add_(tensor, alpha=weight / total)
-    assert found is not None, "a merge of nothing"
+    # No name is given to what is read: it would live on while the next is read.
+    source = iter(tensors)
+    found = next(source).mul_(weights[0] / total)
+    for weight in weights[1:]:
+        found.add_(next(source), alpha=weight / total)
     return found
 
 
@@ -134,8 +133,8 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
     Yadav et al. 2023, "TIES-Merging", section 3 (elect sign, disjoint merge).
     """
     flat = [delta.view(-1) for delta in deltas]
-    for start in range(0, flat[0].numel(), _PIECE):
-        parts = [each[start : start + _PIECE] * weight for each, weight in zip(flat, weights, strict=True)]
+    for start in range(0, flat[0].numel(), magnitudes.PIECE):
+        parts = [each[start : start + magnitudes.PIECE] * weight for each, weight in zip(flat, weights, strict=True)]
         sign = torch.stack(parts).sum(0).sign_()
         total, mass = torch.zeros_like(sign), torch.zeros_like(sign)
         for part, weight in zip(parts, weights, strict=True):
@@ -144,7 +143,7 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
             mass += agrees * abs(weight)
         if normalize:
             total = torch.where(mass > 0, total / mass.clamp_min(1e-30), 0.0)
-        flat[0][start : start + _PIECE] = total
+        flat[0][start : start + magnitudes.PIECE] = total
     return deltas[0]
 
 
@@ -171,7 +170,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
     Yadav et al. 2023, section 3 (trim). Of equal magnitudes the first are kept.
     """
-    keep_largest(delta, max(1, round(density * delta.numel())))
+    magnitudes.keep_largest(delta, max(1, round(density * delta.numel())))
     return delta
 
 
@@ -180,7 +179,7 @@ def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
     Yu et al. 2024, "Language models are Super Mario", section 3.2 (DARE; its drop rate p is 1 − density).
     """
-    for piece in _pieces(delta):
+    for piece in magnitudes.pieces(delta):
         kept = torch.rand(piece.shape, generator=generator) < density
         piece.mul_(kept).div_(density)
     return delta
@@ -196,7 +195,7 @@ def drop_by_rank(delta: Tensor, density: float, epsilon: float, generator: torch
     rows = delta.view(-1, delta.shape[-1] if delta.ndim else 1)
     length = rows.shape[1]
     least = (1 - density) - epsilon / 2
-    step = max(1, _PIECE // length)
+    step = max(1, magnitudes.PIECE // length)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         order = part.abs().argsort(dim=1, descending=True, stable=True)
@@ -215,9 +214,16 @@ def breadcrumbs(delta: Tensor, drop_smallest: float, drop_largest: float) -> Ten
     """
     total = delta.numel()
     largest = round(drop_largest * total)
-    zero_largest(delta, largest)
-    keep_largest(delta, max(0, total - largest - round(drop_smallest * total)))
+    magnitudes.zero_largest(delta, largest)
+    magnitudes.keep_largest(delta, max(0, total - largest - round(drop_smallest * total)))
     return delta
+
+
+def _deltas(
+    row: DeltaRow, tensors: Iterator[Tensor], base: Tensor, number: int, parameters: Parameters, draws: Draws | None
+) -> Iterator[Tensor]:
+    for place in range(number):
+        yield _thinned(row, next(tensors).sub_(base), parameters, place, draws)
 
 
 def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, place: int, draws: Draws | None) -> Tensor:
@@ -233,69 +239,7 @@ def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, place: int, d
     return drop_by_rank(delta, parameters.density, parameters.epsilon, draws(place))
 
 
-def keep_largest(values: Tensor, count: int) -> None:
-    """Sets all but the `count` elements of largest magnitude to 0, in place; of equal ones the first stay."""
-    if count >= values.numel():
-        return
-    if count == 0:
-        values.zero_()
-        return
-    threshold, above = _magnitude_at(values, count)
-    for piece in _pieces(values):
-        piece.mul_(piece.abs() >= threshold)
-    _zero_equal(values, threshold, slice(count - above, None))
-
-
-def zero_largest(values: Tensor, count: int) -> None:
-    """Sets the `count` elements of largest magnitude to 0, in place; of equal ones the first."""
-    if count == 0:
-        return
-    threshold, above = _magnitude_at(values, count)
-    for piece in _pieces(values):
-        piece.mul_(piece.abs() <= threshold)
-    _zero_equal(values, threshold, slice(0, count - above))
-
-
-def _zero_equal(values: Tensor, magnitude: float, which: slice) -> None:
-    """Sets those elements of exactly this magnitude to 0 that `which` says, in their order."""
-    if magnitude > 0:
-        flat = values.view(-1)
-        flat[(flat.abs() == magnitude).nonzero().squeeze(1)[which]] = 0.0
-
-
-def _magnitude_at(values: Tensor, count: int) -> tuple[float, int]:
-    """The magnitude of the element at place `count` (from 1) by falling magnitude, and how many are larger.
-
-    The bits of positive floats are ordered as they are: two counts of 16 and 15 of them find it exactly, without the
-    index that sorting makes.
-    """
-    high, above = _bucket_at((_bits(piece) >> 15 for piece in _pieces(values)), 2**16, count)
-    low_bits = (bits[(bits >> 15) == high] & 0x7FFF for bits in map(_bits, _pieces(values)))
-    low, more = _bucket_at(low_bits, 2**15, count - above)
-    found = torch.tensor([(high << 15) | low], dtype=torch.int32).view(torch.float32)
-    return float(found), above + more
-
-
-def _bucket_at(numbers: Iterable[Tensor], size: int, count: int) -> tuple[int, int]:
-    """Of whole numbers below `size` the one at place `count` by falling size, and how many are larger."""
-    counts = torch.zeros(size, dtype=torch.int64)
-    for part in numbers:
-        counts += torch.bincount(part, minlength=size)
-    reached = counts.flip(0).cumsum(0)
-    place = int((reached < count).sum())
-    return size - 1 - place, int(reached[place - 1]) if place else 0
-
-
-def _bits(piece: Tensor) -> Tensor:
-    return piece.abs().view(torch.int32)
-
-
-def _pieces(values: Tensor) -> Iterator[Tensor]:
-    """Parts of a tensor as flat views, at most `_PIECE` elements each."""
-    yield from values.view(-1).split(_PIECE)
-
-
 def _dot(one: Tensor, other: Tensor) -> float:
     """The inner product of two tensors as flat vectors, summed in fp64."""
-    pairs = zip(_pieces(one), _pieces(other), strict=True)
+    pairs = zip(magnitudes.pieces(one), magnitudes.pieces(other), strict=True)
     return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)

@@ -73,8 +73,7 @@ def planned(recipe: MergeConfig, models: Sequence[Source], base: Source | None) 
     else:
         faults += vocabulary_faults(sources)
     names = [_names(source, sources) for source in sources]
-    if not any(fault for fault in faults):
-        faults += _tensor_faults(models, base, names, united=vocabulary is not None)
+    faults += _tensor_faults(models, base, names, united=vocabulary is not None)
     values = Values(recipe, num_layers=models[0].num_layers)
     faults += [
         f"patterns: {given} matches no tensor of {models[0].place}; its names are such as {_example(models[0])}"
@@ -117,6 +116,8 @@ def _tensor_faults(
     first, own = models[0], names[0]
     faults = []
     for number, other in enumerate([*models[1:], *([base] if base is not None else [])], start=1):
+        if other.text_config.get("model_type") != first.text_config.get("model_type"):
+            continue
         theirs, is_base = names[number], other is base
         absent = [name for name in own if name not in theirs and not (is_base and first.layer_of(own[name]) is None)]
         surplus = [] if is_base else [name for name in theirs if name not in own]

@@ -142,6 +142,12 @@ def unite(sources: Sequence[Source]) -> UnitedVocabulary:
     if faults:
         raise UserError("\n".join([*faults, "tokens that are cut by other rules cannot be united"]))
     ids = [tokens_of(source) for source in sources]
+    for source, tokens in zip(sources, ids, strict=True):
+        rows = int(source.text_config.get("vocab_size", 0))
+        if tokens and max(tokens.values()) >= rows:
+            faults.append(f"{source.place}: token {max(tokens.values())} has no row among the {rows} of its embedding")
+    if faults:
+        raise UserError("\n".join(faults))
     united = dict(ids[0])
     following = max(united.values(), default=-1) + 1
     for tokens in ids[1:]:

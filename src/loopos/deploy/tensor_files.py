@@ -186,9 +186,9 @@ def _header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the files in a folder, and their names, survive a power cut."""
-    for place in (*folder.rglob("*"), folder):
+def sync(*places: Path) -> None:
+    """Makes the content of files, and the names in folders, survive a power cut."""
+    for place in places:
         descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
