@@ -27,7 +27,7 @@ from loopos.deploy.merge_methods import (
 
 
 def of(*values: float) -> Tensor:
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -98,7 +98,12 @@ def _check_della(recipe: MergeConfig) -> Iterator[Finding]:
 
 
 def _check_patterns(recipe: MergeConfig) -> Iterator[Finding]:
+    if recipe.patterns and recipe.method in ("passthrough", "greedy_soup"):
+        yield Finding(("patterns", "method"), f"patterns with {recipe.method}", "no patterns, or another method")
     for number, pattern in enumerate(recipe.patterns):
+        if pattern.weights is not None and recipe.method in ("slerp", "model_stock"):
+            fields = (f"patterns.{number}.weights", "method")
+            yield Finding(fields, f"weights with {recipe.method}", "no weights: the method has none")
         if pattern.tensors.startswith("re:"):
             try:
                 re.compile(pattern.tensors[3:])

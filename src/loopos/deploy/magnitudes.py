@@ -1,7 +1,7 @@
 """The largest elements of a tensor by magnitude, found exactly and in little memory.
 
-Enters: tensors in fp32. Leaves: the same with the largest, or all but them, set to 0. Sorting would make an index twice as
-large as the tensor; counting needs none. Torch alone.
+Enters: tensors in fp32. Leaves: the same with the largest, or all but them, set to 0. Sorting would make an index twice
+as large as the tensor; counting needs none. Torch alone.
 """
 
 from __future__ import annotations
