@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from merge_models import run, variant
+from killed_runs import in_a_child
+from merge_models import recipe_of, run, variant
 
-PROGRAM = """
-import sys, time
-from loopos.config.load import load_recipe
-from loopos.config.merge import MergeConfig
-from loopos.config.nodes import MappingNode, Mark
-from loopos.config.source import COMMAND_LINE, Source
 from loopos.deploy.merge import merge
 
-root = Source(COMMAND_LINE, "", MappingNode({}, {}, Mark(COMMAND_LINE)))
-recipe = load_recipe(root, sys.argv[1:], MergeConfig).config
 
-def wait(done, total):
-    if done == total // 2:
-        print("half", flush=True)
-        time.sleep(600)
-
-merge(recipe, on_progress=wait)
-"""
-
-
-def test_killed_in_the_middle(pico_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_killed_on_the_way(share: float, pico_folder: Path, tmp_path: Path) -> None:
     one, two = (variant(pico_folder, tmp_path / name, seed) for name, seed in (("one", 1), ("two", 2)))
-    words = ["method=linear", f'models=["{one}", "{two}"]', f"output_dir={tmp_path / 'out'}"]
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "half\n"
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    child.stdout.close()
-    # Half a merge lies beside, under a name of its own; nothing under the one that was asked for.
+    recipe = recipe_of("linear", [one, two], tmp_path / "out")
+
+    def kill(done: int, total: int) -> None:
+        if done >= share * total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(lambda: merge(recipe, on_progress=kill), None) == -signal.SIGKILL
+    # What was written lies beside, under a name of its own; nothing under the one that was asked for.
     assert [each.name.startswith(".out.partial-") for each in tmp_path.glob(".out*")] == [True]
     assert not (tmp_path / "out").exists()
     run("linear", [one, two], tmp_path / "out")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from merge_models import recipe_of, run, tensors_of, variant
+from merge_models import recipe_of, rewrite_config, run, tensors_of, variant
 from pico_runs import class_rows, config_of, train, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -133,6 +133,7 @@ def folded(base: Path, adapters: list[tuple[Path, float]]) -> dict[str, torch.Te
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapters_into_the_base_and_with_each_other(pico_folder: Path, tmp_path: Path) -> None:
     one = adapter(pico_folder, tmp_path / "one", rank=4, seed=1, targets=["q_proj", "up_proj"])
     two = adapter(pico_folder, tmp_path / "two", rank=2, seed=2, targets=["q_proj", "v_proj"])
@@ -205,15 +206,20 @@ def test_other_vocabularies_are_refused_or_united(pico_folder: Path, tmp_path: P
 
 def test_two_tokenizers_that_were_trained_apart_are_united(pico_folder: Path, tmp_path: Path) -> None:
     """Pieces and merge rules of both: a text of the second's words is cut by its rules too."""
-    other = tmp_path / "other"
-    shutil.copytree(pico_folder, other)
+
+    def with_a_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, torch.ones(1, 32)]) if "embed_tokens" in name or "lm_head" in name else tensor
+
+    other = variant(pico_folder, tmp_path / "other", 1, change=with_a_row)
+    rewrite_config(other, vocab_size=401)
     content = json.loads((other / "tokenizer.json").read_text())
-    content["model"]["vocab"]["zq"] = len(content["model"]["vocab"])
+    content["model"]["vocab"]["zq"] = 400
     content["model"]["merges"].append(["z", "q"])
     (other / "tokenizer.json").write_text(json.dumps(content))
     run("linear", [pico_folder, other], tmp_path / "out", tokenizer="union")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.tokenize("zq") == ["zq"]
+    assert torch.equal(tensors_of(tmp_path / "out")["lm_head.weight"][tokenizer.get_vocab()["zq"]], torch.ones(32))
     assert AutoTokenizer.from_pretrained(pico_folder).tokenize("zq") == ["z", "q"]
 
 

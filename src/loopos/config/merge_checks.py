@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from loopos.config.faults import Finding
 
 if TYPE_CHECKING:
-    from loopos.config.merge import MergeConfig
+    from loopos.config.merge import MergeConfig, PatternSection
 
 LayerValues: TypeAlias = float | list[float]
 """A number, or anchors of it that are spread over the layers."""
@@ -83,14 +83,13 @@ def _total(method: str, weights: list[LayerValues]) -> float:
 def _check_della(recipe: MergeConfig) -> Iterator[Finding]:
     if recipe.method not in ("della", "della_linear"):
         return
-    for number, each in enumerate((recipe, *recipe.patterns)):
+    for where, each in _spots(recipe):
         density = each.density if each.density is not None else recipe.density
         epsilon = each.epsilon if each.epsilon is not None else recipe.epsilon
         widest = max(_values(epsilon))
         for kept in _values(density):
             most = 2 * min(kept, 1 - kept)
             if widest > most + 1e-12:
-                where = f"patterns.{number - 1}." if number else ""
                 fields = (f"{where}epsilon", f"{where}density")
                 wanted = f"at most {most:g}: drop probabilities {1 - kept:g} ± epsilon/2 lie from 0 to 1"
                 yield Finding(fields, f"{widest:g} with density {kept:g}", wanted)
@@ -118,11 +117,10 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Finding]:
 def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Finding]:
     if not recipe.method.startswith("breadcrumbs"):
         return
-    for number, each in enumerate((recipe, *recipe.patterns)):
+    for where, each in _spots(recipe):
         small = max(_values(recipe.drop_smallest if each.drop_smallest is None else each.drop_smallest))
         large = max(_values(recipe.drop_largest if each.drop_largest is None else each.drop_largest))
         if small + large >= 1:
-            where = f"patterns.{number - 1}." if number else ""
             fields = (f"{where}drop_smallest", f"{where}drop_largest")
             yield Finding(fields, f"{small:g} and {large:g}", "shares that sum to less than 1")
 
@@ -150,6 +148,13 @@ def check_overwriting(folder: str) -> Iterator[Finding]:
     if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, RECIPE)):
         given = f'"{folder}", which holds files of something else than a merge'
         yield Finding(("output_dir",), given, "a new folder, or that of an earlier merge", "choose another name")
+
+
+def _spots(recipe: MergeConfig) -> Iterator[tuple[str, MergeConfig | PatternSection]]:
+    """The recipe itself and each of its patterns, with what the names of their keys begin with."""
+    yield "", recipe
+    for number, pattern in enumerate(recipe.patterns):
+        yield f"patterns.{number}.", pattern
 
 
 def _values(value: LayerValues) -> list[float]:
