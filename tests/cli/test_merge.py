@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -112,6 +113,21 @@ def test_faults_come_at_once_and_without_a_traceback(language_run: Path, invoke:
     assert told.exit_code == 2
     assert "gone" in told.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said(
+    language_run: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loopos.deploy import merge
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(merge, "write_shards", full)
+    told = invoke("merge", language_run, "--method", "linear", "-o", tmp_path / "out")
+    assert told.exit_code == 74
+    assert "the disk is full; nothing was written" in told.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_faulty_recipe_is_told_by_validate(invoke: Invoke, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ on standard output, notes and a bar on standard error. Left out: merging (`deplo
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -55,12 +56,18 @@ def run(words: Sequence[str], options: MergeOptions) -> int:
     recipe = read_recipe(words, options)
     hush_libraries(verbose=options.verbose)
     from loopos.deploy.merge import merge
+    from loopos.training.durable import DiskFull
     from loopos.training.precision import pick_device
 
     device = pick_device(options.device).type
     bar = _Bar()
     try:
         result = merge(recipe, device=device, note=note, on_progress=bar)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = f"{recipe.output_dir}: the disk is full; nothing was written: free some space, then merge again"
+        raise DiskFull(said) from problem
     finally:
         bar.end()
     if options.json:
