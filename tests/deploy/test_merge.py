@@ -252,6 +252,26 @@ def test_missing_tensors_and_pickles_are_refused(base: Path, one: Path, tmp_path
     assert nothing_under(tmp_path)
 
 
+def test_whole_numbers_are_copied_if_they_are_equal(base: Path, one: Path, tmp_path: Path) -> None:
+    def with_buffer(model: Path, folder: Path, last: int) -> Path:
+        shutil.copytree(model, folder)
+        save_file({**tensors_of(model), "model.places": torch.tensor([0, 1, last])}, folder / "model.safetensors")
+        return folder
+
+    a, b, c = (
+        with_buffer(model, tmp_path / name, last)
+        for model, name, last in ((base, "a", 2), (one, "b", 2), (one, "c", 3))
+    )
+    run("linear", [a, b], tmp_path / "same")
+    assert tensors_of(tmp_path / "same")["model.places"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"model\.places: whole numbers that differ"):
+        run("linear", [a, c], tmp_path / "out")
+    rewrite_config(b, quantization_config={"quant_method": "torchao"})
+    with pytest.raises(UserError, match="quantized weights"):
+        run("linear", [a, b], tmp_path / "out")
+    assert nothing_under(tmp_path)
+
+
 def test_numbers_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> None:
     def broken(name: str, tensor: Tensor) -> Tensor:
         return tensor.index_fill(0, torch.tensor([0]), float("nan")) if "layers.1.mlp.up" in name else tensor

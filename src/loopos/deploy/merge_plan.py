@@ -91,7 +91,12 @@ def _example(source: Source) -> str:
 
 
 def config_faults(sources: Sequence[Source]) -> list[str]:
-    first, faults = sources[0], []
+    first = sources[0]
+    faults = [
+        f"{source.place}: quantized weights, which are codes and no numbers to average; wanted the model before it"
+        for source in sources
+        if source.config.get("quantization_config")
+    ]
     for other in sources[1:]:
         for key in _COMPUTING:
             one, two = (source.text_config.get(key) for source in (first, other))

@@ -74,9 +74,14 @@ class TensorMerger:
         return planned.spec.dtype.is_floating_point and self.recipe.method != "passthrough"
 
     def _copied(self, planned: PlannedTensor) -> Tensor:
-        place, name = next(iter(planned.origins.items()))
+        (place, name), *others = planned.origins.items()
+        made = self.plan.models[place].read(name)
+        for other, own in others:
+            if not torch.equal(self.plan.models[other].read(own), made):
+                first, second = self.plan.models[place].place, self.plan.models[other].place
+                raise UserError(f"{planned.name}: whole numbers that differ between {first} and {second}")
         self.changes.append(Change(planned.name, planned.layer, 0.0, 0.0))
-        return self.plan.models[place].read(name)
+        return made
 
     def _merged(self, planned: PlannedTensor) -> Tensor:
         weights, parameters = self._values.at(planned.name, planned.layer)
