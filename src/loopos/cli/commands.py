@@ -138,6 +138,37 @@ def score(
     raise typer.Exit(command.run(model, source, options))
 
 
+@app.command()
+def merge(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE | MODEL... [KEY=VALUE ...]",
+            help="Recipe, .json or .yaml, or the models themselves; and keys of the recipe.",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[str | None, typer.Option("--method", help="How tensors are merged; see docs/merging.md.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Model that the others were trained from.")] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="Factor of a model, in their order.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option("--evaluate", metavar="DATA", help="Rows to measure models and result on; may be repeated."),
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge trained models, or adapters, into one."""
+    from loopos.cli import merge as command
+
+    options = command.MergeOptions(
+        method, base, tuple(weight or ()), output, tuple(evaluate or ()), device, json, verbose
+    )
+    raise typer.Exit(command.run(words, options))
+
+
 app.command()(language_commands.evaluate)
 app.command()(language_commands.generate)
 app.command()(language_commands.chat)

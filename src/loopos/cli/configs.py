@@ -12,7 +12,9 @@ from pathlib import Path
 from loopos.cli.answers import say, say_json
 from loopos.cli.outcome import note
 from loopos.config.faults import ConfigError, UserError
-from loopos.config.load import LoadedConfig, load
+from loopos.config.load import LoadedConfig, load, load_recipe
+from loopos.config.merge import MergeConfig, is_merge_recipe
+from loopos.config.source import read_source
 from loopos.methods.table import METHODS, config_classes
 
 
@@ -32,12 +34,14 @@ def tell_notes(loaded: LoadedConfig) -> None:
 def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     """Prints whether the config is valid; with `as_json` its faults and notes as data."""
     if not as_json:
-        config = read(path, overrides).config
-        computation = config.model_dump()["computation"]
-        say(f"{path}: valid ({computation['mode']}, {computation['method']})")
+        loaded = _loaded(path, overrides)
+        tell_notes(loaded)
+        values = loaded.config.model_dump()
+        names = values.get("computation") or {"mode": "merge", "method": values["method"]}
+        say(f"{path}: valid ({names['mode']}, {names['method']})")
         return 0
     try:
-        loaded = load(path, overrides, config_classes())
+        loaded = _loaded(path, overrides)
     except ConfigError as error:
         faults = [dataclasses.asdict(fault) for fault in error.faults]
         say_json({"file": str(path), "valid": False, "faults": faults, "notes": []})
@@ -46,13 +50,21 @@ def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     return 0
 
 
+def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
+    """A config of a training method, or the recipe of a merge."""
+    source = read_source(path)
+    if is_merge_recipe(source.root):
+        return load_recipe(source, overrides, MergeConfig)
+    return load(path, overrides, config_classes())
+
+
 def schema(method: str) -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
     from loopos.config.json_schema import schema as schema_of
 
-    rows = {name: config_class for (_, name), config_class in config_classes().items()}
+    rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
     if method not in rows:
-        known = ", ".join(name for _, name in METHODS)
+        known = ", ".join([*(name for _, name in METHODS), "merge"])
         raise UserError(f"--method: given {method}; wanted one of {known}")
     say_json(schema_of(rows[method]))
     return 0

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from loopos.config.faults import ConfigError, Fault, Finding
 from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
 from loopos.config.sections import ALSO_UNDER_DATA, MethodConfig
-from loopos.config.source import COMMAND_LINE, apply_overrides, as_mapping, close_matches, read_source
+from loopos.config.source import COMMAND_LINE, Source, apply_overrides, as_mapping, close_matches, read_source
 from loopos.config.wording import Schema, faults_of, shown
 
 Methods = Mapping[tuple[str, str], type[MethodConfig]]
@@ -59,6 +59,19 @@ def load(
         raise ConfigError(_by_line(faults))
     config, found = _validated(methods[row], root, renamed, {fault.field for fault in faults}, check_files)
     faults.extend(found)
+    if faults:
+        raise ConfigError(_by_line(faults))
+    assert config is not None
+    return LoadedConfig(config, source.path, source.text, config.notes())
+
+
+def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
+    """Override and check a config that names no method of training: one kind of recipe, whose keys stand at the top.
+
+    Raises `ConfigError` with every fault, as `load` does.
+    """
+    root = without_entry(apply_overrides(source.root, overrides), "$schema")
+    config, faults = _validated(recipe_class, root, {}, set(), check_files=True)
     if faults:
         raise ConfigError(_by_line(faults))
     assert config is not None

@@ -1,1 +1,1 @@
-"""From a trained model to one that ships."""
+"""From trained models to one that ships."""

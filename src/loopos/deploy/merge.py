@@ -1,0 +1,195 @@
+"""Merging models: the recipe, run tensor by tensor.
+
+Enters: a `MergeConfig`. Leaves: a model folder, whole or not at all, with `recipe.json` and `report.md`. At any moment
+one tensor of each model is in memory, with the base's and the result; what comes out depends neither on the order of
+tensors nor on how they are spread over files. Left out: the mathematics (`merge_methods`), checks (`merge_plan`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loopos.config.faults import UserError
+from loopos.config.merge import MergeConfig
+from loopos.deploy.greedy_soup import Trial, choose
+from loopos.deploy.merge_adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    adapted_source,
+    check_summable,
+    is_adapter,
+    open_adapter,
+    summed,
+)
+from loopos.deploy.merge_folder import durable_folder, write_beside, write_recipe
+from loopos.deploy.merge_layers import stacked
+from loopos.deploy.merge_plan import Plan, planned
+from loopos.deploy.merge_report import Measured, adapter_report, report
+from loopos.deploy.merge_sources import HEAD_TENSOR, SCORE, Source, open_source
+from loopos.deploy.merge_tensors import Change, OnProgress, TensorMerger
+from loopos.deploy.quality import measure
+from loopos.deploy.tensor_files import TensorSpec, in_file_order, write_shards
+from loopos.models.load import NUMBER_FORMATS, save_json
+from loopos.models.task_folder import HEAD
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """`folder`: what was written; `notes`: what a user should know; `measured`: metrics of all models and the result,
+    by data file; `trials`: the steps of a greedy soup.
+    """
+
+    folder: Path
+    num_tensors: int
+    num_parameters: int
+    seconds: float
+    notes: Sequence[str]
+    measured: Sequence[Measured] = ()
+    trials: Sequence[Trial] = ()
+
+
+def merge(
+    recipe: MergeConfig,
+    *,
+    device: str = "cpu",
+    note: Callable[[str], None] = lambda sentence: None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> MergeResult:
+    """Merges as a recipe says. device: where models are measured; merging itself is done on the CPU.
+
+    Raises `UserError` with every fault of every model, before anything is written, and for numbers that are not finite.
+    """
+    began = time.monotonic()
+    if recipe.result == "adapter":
+        return _merge_adapters(recipe, began)
+    models, base = open_models(recipe)
+    plan = stacked(recipe, models) if recipe.method == "passthrough" else planned(recipe, models, base)
+    for sentence in plan.notes:
+        note(sentence)
+    folder, trials = Path(recipe.output_dir), list[Trial]()
+    weights: Sequence[float] | None = None
+    if recipe.method == "greedy_soup":
+        trials = choose(
+            recipe, plan, lambda place, chosen: _write(place, plan, recipe, chosen), device=device, note=note
+        )
+        weights = trials[-1].weights(len(models))
+    measured = [Measured(data, _before(models, data, device, note)) for data in recipe.evaluate]
+    with durable_folder(folder) as partial:
+        changes = _write(partial, plan, recipe, weights, on_progress)
+        for each in measured:
+            note(f"measuring the result on {each.data}")
+            each.values["result"] = measure(str(partial), each.data, device=device)
+        seconds = time.monotonic() - began
+        text = report(recipe, plan, changes, measured, trials, seconds=seconds)
+        (partial / "report.md").write_text(text, encoding="utf-8")
+    parameters = sum(each.spec.num_elements for each in plan.tensors.values())
+    return MergeResult(folder, len(plan.tensors), parameters, seconds, plan.notes, measured, trials)
+
+
+def open_models(recipe: MergeConfig) -> tuple[list[Source], Source | None]:
+    """The models and the base. Raises `UserError` with the fault of each that cannot be opened."""
+    faults: list[str] = []
+
+    def opened(place: str, base: str | None) -> Source | None:
+        try:
+            return adapted_source(place, base) if is_adapter(place) else open_source(place)
+        except UserError as problem:
+            faults.append(str(problem))
+            return None
+
+    models = [opened(each.model, recipe.base) for each in recipe.models]
+    base = opened(recipe.base, None) if recipe.base is not None else None
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    return [each for each in models if each is not None], base
+
+
+def _write(
+    folder: Path,
+    plan: Plan,
+    recipe: MergeConfig,
+    weights: Sequence[float] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Change]:
+    """Writes all of a model but its report; how far each tensor went from the base, or from the first model. weights:
+    those of a soup's models, instead of the recipe's.
+    """
+    write_beside(folder, plan, recipe)
+    merger = TensorMerger(plan, recipe, weights, on_progress)
+    head = plan.tensors.get(HEAD_TENSOR)
+    score: Tensor | None = None
+    if head is not None:
+        score = merger.tensor(head, torch.float32)
+        save_file({"weight": score.contiguous()}, folder / HEAD)
+    specs = {name: TensorSpec(merger.dtype_of(each), each.spec.shape) for name, each in plan.tensors.items()}
+    if head is not None:
+        specs.pop(HEAD_TENSOR)
+        if plan.models[0].has_score:
+            own = plan.models[0].stored[SCORE].spec
+            chosen = own.dtype if recipe.dtype == "auto" else NUMBER_FORMATS[recipe.dtype]
+            specs[SCORE] = TensorSpec(chosen, own.shape)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in in_file_order(specs):
+            if name == SCORE and name not in plan.tensors:
+                assert score is not None
+                yield name, score.to(specs[name].dtype)
+            else:
+                yield name, merger.tensor(plan.tensors[name], specs[name].dtype)
+
+    write_shards(folder, specs, tensors(), most_bytes=recipe.shard_gigabytes * 1e9)
+    return merger.changes
+
+
+def _before(
+    models: Sequence[Source], data: str, device: str, note: Callable[[str], None]
+) -> dict[str, Mapping[str, float]]:
+    """The metrics of each model by its place; an adapter, which is no model by itself, has none."""
+    found: dict[str, Mapping[str, float]] = {}
+    for source in models:
+        if source.changes:
+            note(f"{source.place}: not measured: an adapter")
+        elif source.place not in found:
+            note(f"measuring {source.place} on {data}")
+            found[source.place] = measure(source.place, data, device=device)
+    return found
+
+
+def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
+    """Adapters summed into one. Raises `UserError` with every fault."""
+    faults, adapters = [], list[Adapter]()
+    for each in recipe.models:
+        if not is_adapter(each.model):
+            faults.append(f"{each.model}: no adapter folder; wanted one with {ADAPTER_CONFIG}")
+            continue
+        try:
+            adapters.append(open_adapter(each.model))
+        except UserError as problem:
+            faults.append(str(problem))
+    weights = [each.weight for each in recipe.models if isinstance(each.weight, float)]
+    if len(weights) < len(recipe.models) or recipe.patterns or isinstance(recipe.scale, list):
+        faults.append('"result": "adapter" takes one weight a model and one scale: no lists and no patterns')
+    if adapters:
+        faults += check_summable(adapters)
+    if faults:
+        raise UserError("\n".join(faults))
+    total = sum(weights) if recipe.normalizes else 1.0
+    scale = recipe.scale if recipe.method == "task_arithmetic" and isinstance(recipe.scale, float) else 1.0
+    factors = [weight / total * scale for weight in weights]
+    tensors, config = summed(adapters, factors)
+    folder = Path(recipe.output_dir)
+    seconds = time.monotonic() - began
+    with durable_folder(folder) as partial:
+        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_json(partial / ADAPTER_CONFIG, config)
+        write_recipe(partial, recipe)
+        (partial / "report.md").write_text(adapter_report(adapters, factors, config), encoding="utf-8")
+    return MergeResult(folder, len(tensors), sum(each.numel() for each in tensors.values()), seconds, [])
