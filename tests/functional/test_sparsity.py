@@ -24,7 +24,10 @@ WEIGHT = torch.tensor([[1.0, -4.0, 2.0, -3.0], [-8.0, 0.5, 7.0, 6.0]])
 
 def test_magnitude_by_hand() -> None:
     assert kept_of_all(magnitude_scores(WEIGHT), 3).tolist() == [[False, True, False, True], [True, False, True, True]]
-    assert kept_of_rows(magnitude_scores(WEIGHT), 2).tolist() == [[False, True, False, True], [True, False, True, False]]
+    assert kept_of_rows(magnitude_scores(WEIGHT), 2).tolist() == [
+        [False, True, False, True],
+        [True, False, True, False],
+    ]
 
 
 def test_wanda_by_hand() -> None:

@@ -1,0 +1,1 @@
+"""Deployment: from a trained model to one that ships."""
