@@ -107,10 +107,10 @@ def test_wanda_beside_a_plain_loop(pico_folder: Path, text: Path) -> None:
     assert rows.shape == (6, 24)
     prune_model(opened.model, recipe, 0.4, rows, progress=lambda done, whole: None)
     for block in layer_list(model):
-        seen: dict[str, list[np.ndarray]] = {}
+        seen: dict[str, list[np.ndarray]] = {linear.name: [] for linear in linears_of(block)}
         handles = [
             linear.module.register_forward_hook(
-                lambda _m, args, _o, name=linear.name: seen.setdefault(name, []).append(args[0][0].numpy())
+                lambda _m, args, _o, kept=seen[linear.name]: kept.append(args[0][0].numpy())
             )
             for linear in linears_of(block)
         ]
@@ -228,9 +228,8 @@ def test_killed_at_any_moment_nothing_half_is_left(pico_folder: Path, text: Path
     Pruner(recipe).prune(tmp_path / "whole")
     seconds, draw = time.monotonic() - began, random.Random(1)
     expected = {file.name for file in (tmp_path / "whole").iterdir()}
-    killed = 0
+    killed, out = 0, tmp_path / "out"
     for _ in range(6):
-        out = tmp_path / "out"
         killed += in_a_child(lambda: Pruner(recipe).prune(out), draw.uniform(0.1, 0.9) * seconds) is None
         assert not out.exists() or {file.name for file in out.iterdir()} == expected
     assert killed >= 1
