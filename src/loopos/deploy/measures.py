@@ -6,8 +6,9 @@ figures are those of the files. Left out: what was done to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,16 +53,18 @@ def measure(place: str, recipe: PruningRecipe, *, device: str, note: Callable[[s
     if opened.pooled is not None:
         parameters += opened.pooled.head.weight.numel()
     size = NUMBER_FORMATS[opened.precision].itemsize
-    metrics: Metrics = {}
-    if recipe.evaluate is not None:
-        note(f"measuring {place} on {recipe.evaluate}")
-        metrics = (
-            _text_metrics(opened, recipe, device) if opened.pooled is None else _task_metrics(place, recipe, device)
-        )
     cast_parameters(opened.model, NUMBER_FORMATS[_run_in(opened)])
     model = opened.model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     reading = reading_rate(model)
     writing = writing_rate(model, opened.tokenizer) if opened.pooled is None else None
+    metrics: Metrics = {}
+    # Last: perplexity leaves the packed attention in the model.
+    if recipe.evaluate is not None:
+        note(f"measuring {place} on {recipe.evaluate}")
+        if opened.pooled is None:
+            metrics = _text_metrics(opened, recipe.evaluate, recipe)
+        else:
+            metrics = _task_metrics(place, opened.description, recipe.evaluate, device)
     return Measured(parameters, parameters * size, opened.precision, reading, writing, metrics, said)
 
 
@@ -70,11 +73,8 @@ def _run_in(opened: OpenedModel) -> str:
     return opened.precision if opened.description else "fp32"
 
 
-def _text_metrics(opened: OpenedModel, recipe: PruningRecipe, device: str) -> Metrics:
-    assert recipe.evaluate is not None
-    text = text_of(recipe.evaluate)
-    model = opened.model.to(torch.device(device))  # type: ignore[arg-type]
-    found = text_loss(model, opened.tokenizer, text, window=recipe.window, stride=recipe.stride)
+def _text_metrics(opened: OpenedModel, source: str, recipe: PruningRecipe) -> Metrics:
+    found = text_loss(opened.model, opened.tokenizer, text_of(source), window=recipe.window, stride=recipe.stride)
     return {name: float(value) for name, value in found.told().items() if name not in ("window", "stride")}
 
 
@@ -85,13 +85,12 @@ def text_of(source: str) -> str:
     return "\n\n".join(read_corpus(source, {}).documents)
 
 
-def _task_metrics(place: str, recipe: PruningRecipe, device: str) -> Metrics:
-    assert recipe.evaluate is not None
-    opened = open_model(place)
-    if "label_space" in opened.description:
-        found = Predictor.open(place, device=device).evaluate_file(recipe.evaluate)
-    elif "score_mean" in opened.description:
-        found = dict(RewardPredictor.open(place, device=device).score_file(recipe.evaluate, {}).metrics)
+def _task_metrics(place: str, description: Mapping[str, Any], source: str, device: str) -> Metrics:
+    found: Mapping[str, Any]
+    if "label_space" in description:
+        found = Predictor.open(place, device=device).evaluate_file(source)
+    elif "score_mean" in description:
+        found = RewardPredictor.open(place, device=device).score_file(source, {}).metrics
     else:
         raise UserError(
             f"{place}: a model with a head of an unknown kind; wanted a classifier, regressor or reward model"
