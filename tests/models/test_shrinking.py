@@ -98,7 +98,7 @@ def test_without_a_layer_as_with_it_silent(family: str, place: int, tmp_path: Pa
         assert again.config.layer_types == [kinds[1 - place]]
     torch.testing.assert_close(logits(again), logits(whole))
     # The cache counts layers by their numbers.
-    made = again.generate(IDS, max_new_tokens=3, do_sample=False)
+    made = again.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert made.shape == (1, IDS.shape[1] + 3)
 
 

@@ -97,7 +97,7 @@ class BlockPass:
             sums[name] = sums[name] + product if name in sums else product
 
         leading = [linear for linear in wanted if twins.get(linear.name) == linear.name]
-        with _watched(leading, add):
+        with _Watched(leading, add):
             for row in range(len(self.hidden)):
                 self._run(place, row)
         # A layer that no token reached (an expert that was never chosen) has seen nothing.
@@ -108,7 +108,7 @@ class BlockPass:
     def _twins(self, place: int, wanted: Sequence[Linear]) -> dict[str, str]:
         """By name of a layer that runs, the first one that sees the same input."""
         seen: list[tuple[str, Tensor]] = []
-        with _watched(wanted, lambda name, entered: seen.append((name, entered))):
+        with _Watched(wanted, lambda name, entered: seen.append((name, entered))):
             self._run(place, 0)
         # All are held while they are told apart: the id of a tensor that is gone may be another's.
         first_of = {id(entered): name for name, entered in reversed(seen)}
@@ -165,7 +165,7 @@ def block_influence(model: PreTrainedModel, blocks: nn.ModuleList, rows: Tensor)
     return [1 - total / rows.numel() for total in sums]
 
 
-class _watched:  # noqa: N801
+class _Watched:
     """Inside the block of code, `tell(name, input)` is called with what each of these layers is given."""
 
     def __init__(self, linears: Sequence[Linear], tell: Callable[[str, Tensor], None]) -> None:

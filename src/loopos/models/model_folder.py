@@ -30,7 +30,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises `OSError` when the disk is full.
     """
     # One process writes a run: what lies beside is left by one that was killed.
-    for left in folder.parent.glob(f".{folder.name}.*-*"):
+    # One of two dots was to become the content of one that was being written itself.
+    for left in (*folder.parent.glob(f".{folder.name}.*-*"), *folder.parent.glob(f"..{folder.name}.*-*")):
         shutil.rmtree(left)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
