@@ -30,30 +30,29 @@ class Linear:
     """A linear layer of a block: `nn.Linear`, or the `Conv1D` of GPT-2, whose weight lies the other way round."""
 
     name: str
-    module: nn.Module
+    module: nn.Linear | Conv1D
 
     @property
     def weight(self) -> Tensor:
         """W `[O, I]`, a view of the layer's own."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight.data.t() if isinstance(self.module, Conv1D) else weight.data
+        data: Tensor = self.module.weight.data
+        return data if isinstance(self.module, nn.Linear) else data.t()
 
     def take(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
         """Keeps these outputs and inputs alone (indices), of the bias too."""
-        weight, bias = self.weight, getattr(self.module, "bias", None)
+        weight, bias = self.weight, self.module.bias
         if outputs is not None:
             weight = weight[outputs]
-            if bias is not None:
+            if isinstance(bias, nn.Parameter):
                 self.module.bias = nn.Parameter(bias.data[outputs])
         if inputs is not None:
             weight = weight[:, inputs]
-        turned = weight.t() if isinstance(self.module, Conv1D) else weight
-        self.module.weight = nn.Parameter(turned.contiguous())
-        if isinstance(self.module, Conv1D):
-            self.module.nx, self.module.nf = turned.shape
+        if isinstance(self.module, nn.Linear):
+            self.module.weight = nn.Parameter(weight.contiguous())
+            self.module.out_features, self.module.in_features = weight.shape
         else:
-            self.module.out_features, self.module.in_features = turned.shape
+            self.module.weight = nn.Parameter(weight.t().contiguous())
+            self.module.nf, self.module.nx = weight.shape
 
 
 def linears_of(block: nn.Module) -> list[Linear]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from loopos.config.faults import UserError
 from loopos.models.adapters import layer_list
@@ -150,7 +151,9 @@ def _shorten(config: PreTrainedConfig, num_layers: int, kept: Sequence[int]) -> 
 
 
 def _linear(above: nn.Module, name: str) -> Linear:
-    return Linear(name, above.get_submodule(name.rpartition(".")[2]))
+    module = above.get_submodule(name.rpartition(".")[2])
+    assert isinstance(module, nn.Linear | Conv1D), f"{name} is a {type(module).__name__}"
+    return Linear(name, module)
 
 
 def _require(config: PreTrainedConfig, families: Sequence[str], what: str) -> None:
