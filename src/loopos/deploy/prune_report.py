@@ -93,7 +93,7 @@ def _zeros(pruned: PrunedModel) -> str:
 def _shown(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value == int(value) else f"{value:.5g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e12 else f"{value:.5g}"
 
 
 def _with_factor(value: float, before: float) -> str:
