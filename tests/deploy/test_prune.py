@@ -28,6 +28,13 @@ from loopos.models.blocks import linears_of
 from tests.conftest import SENTENCES
 
 
+@pytest.fixture(autouse=True)
+def _few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is measured as ever, but fewer times: nothing here looks at how fast."""
+    monkeypatch.setattr("loopos.deploy.speed.GOES", 1)
+    monkeypatch.setattr("loopos.deploy.speed.WRITTEN", 2)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """Forty paragraphs of a few sentences each."""

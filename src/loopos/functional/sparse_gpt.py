@@ -75,4 +75,5 @@ def _inverse_factor(products: Tensor, damping: float) -> Tensor:
     hessian = products.clone()
     hessian.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
