@@ -74,7 +74,7 @@ class PruningRecipe(Section):
         """The shares to prune to, smallest first."""
         if self.kept_of is not None:
             return [1 - self.kept_of[0] / self.kept_of[1]]
-        given = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
+        given: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
         return sorted({share for share in given if share is not None})
 
     @property

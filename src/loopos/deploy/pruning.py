@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -116,12 +117,15 @@ def _magnitude(blocks: nn.ModuleList, recipe: PruningRecipe, sparsity: float, pr
 def _global_magnitude(blocks: nn.ModuleList, sparsity: float) -> list[str]:
     linears = [linear for block in blocks for linear in linears_of(block)]
     zeros = num_zeros(sum(linear.weight.numel() for linear in linears), sparsity)
-    scores = [lambda linear=linear: magnitude_scores(linear.weight) for linear in linears]  # type: ignore[misc]
-    threshold, at_threshold = kept_of_many(scores, zeros)
+    threshold, at_threshold = kept_of_many([partial(_magnitudes, linear) for linear in linears], zeros)
     for linear in linears:
-        kept, at_threshold = kept_above(magnitude_scores(linear.weight), threshold, at_threshold)
+        kept, at_threshold = kept_above(_magnitudes(linear), threshold, at_threshold)
         linear.weight.masked_fill_(~kept, 0.0)
     return [f"the smallest weights of {len(linears)} linear layers together: |weight| up to {threshold:.3g}"]
+
+
+def _magnitudes(linear: Linear) -> Tensor:
+    return magnitude_scores(linear.weight)
 
 
 def _by_activations(
