@@ -32,7 +32,7 @@ def run(
     verbose: bool,
 ) -> int:
     """Measures and prints. Raises `UserError`."""
-    refuse(place_faults(device, precision))
+    refuse(list(place_faults(device, precision)))
     text = read_plain_text(source)
     restart_with_settings()
     hush_libraries(verbose=verbose)

@@ -94,7 +94,8 @@ def probe(model: PreTrainedModel) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 9), generator=draw).to(model.device)
     was_training = model.training
-    output = model.eval()(input_ids=ids)
+    model.train(False)
+    output = model(input_ids=ids)
     model.train(was_training)
     found: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     return found[0].float().cpu()

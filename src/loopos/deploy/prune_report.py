@@ -39,8 +39,8 @@ def write_report(folder: Path, result: PruningResult) -> None:
 
 def main_metric(measured: Measured) -> str | None:
     """The metric that a curve shows; None where nothing was measured."""
-    known = [name for name in _MAIN if name in measured.metrics]
-    return (known or [*measured.metrics, None])[0]
+    names = [*(name for name in _MAIN if name in measured.metrics), *measured.metrics]
+    return names[0] if names else None
 
 
 def curve_svg(result: PruningResult, metric: str) -> str:

@@ -72,7 +72,7 @@ def prune_model(
     """Prunes in place; what was done, a sentence each. rows `[N, L]`: calibration text, None for magnitude. progress:
     takes blocks done and blocks in all. Raises `UserError` where the model's family or sizes do not allow it.
     """
-    model.eval()
+    model.train(False)
     blocks = stack_of(model)
     if recipe.method == "magnitude":
         return _magnitude(blocks, recipe, sparsity, progress)
