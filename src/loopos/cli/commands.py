@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import loopos
-from loopos.cli import language_commands
+from loopos.cli import deploy_commands, language_commands
 from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
 from loopos.cli.outcome import Commands
 
@@ -173,6 +173,7 @@ app.command()(language_commands.evaluate)
 app.command()(language_commands.generate)
 app.command()(language_commands.chat)
 app.command()(language_commands.serve)
+app.command()(deploy_commands.prune)
 
 
 @data_app.command("check")

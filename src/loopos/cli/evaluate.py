@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loopos.cli import evaluate_language
+from loopos.cli import evaluate_language, evaluate_text
 from loopos.cli.answers import confusion_table, say, say_json, table
 from loopos.cli.columns import parse_columns
 from loopos.cli.evaluate_language import LanguageOptions
@@ -34,6 +34,8 @@ def run(place: str, source: str, options: EvaluateOptions) -> int:
     """Measures and prints. Raises `UserError`."""
     columns = parse_columns(options.columns)
     if not is_task_model(place):
+        if options.language.reads_plain_text(source):
+            return _run_on_text(place, source, options)
         return evaluate_language.run(
             place,
             source,
@@ -62,3 +64,20 @@ def run(place: str, source: str, options: EvaluateOptions) -> int:
     if "confusion" in metrics:
         say(confusion_table(metrics["class_names"], metrics["confusion"]))
     return 0
+
+
+def _run_on_text(place: str, source: str, options: EvaluateOptions) -> int:
+    """Perplexity of running text."""
+    language = options.language
+    mine = ("--window", "--stride", "--precision")
+    refuse([f"{name}: for rows of data; {source} is plain text" for name in language.changed() if name not in mine])
+    return evaluate_text.run(
+        place,
+        source,
+        window=language.window,
+        stride=language.stride,
+        device=options.device,
+        precision=language.precision,
+        as_json=options.json,
+        verbose=options.verbose,
+    )

@@ -28,11 +28,14 @@ from loopos.cli.sampling_options import (
     refuse,
 )
 from loopos.config.strategies import Strategy
+from loopos.data.plain_text import is_plain_text
 
 if TYPE_CHECKING:
     from loopos.cli.language_report import LanguageReport
 
 METRICS = ("accuracy", "loss", "perplexity")
+OF_TEXT = ("window", "stride")
+"""Options of plain text alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +50,22 @@ class LanguageOptions:
     limit: int | None = None
     output: Path | None = None
     precision: str = "auto"
+    window: int | None = None
+    stride: int | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     limits: StepOptions = field(default_factory=StepOptions)
 
     def changed(self) -> list[str]:
         """The options that were given, as they are written."""
         names = {"metrics": "--metric", "output": "--output"}
-        plain = ("metrics", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision")
+        plain = ("metrics", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision", *OF_TEXT)
         default = LanguageOptions()
         own = [names.get(name, option(name)) for name in plain if getattr(self, name) != getattr(default, name)]
         return own + [option(name) for name in (*self.sampling.changed(), *self.limits.changed())]
+
+    def reads_plain_text(self, source: str) -> bool:
+        """Whether a source is running text: by its content, or because an option of text alone was given."""
+        return any(getattr(self, name) is not None for name in OF_TEXT) or is_plain_text(source)
 
 
 def checked(options: LanguageOptions, device: str) -> Strategy:

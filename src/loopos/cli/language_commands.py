@@ -113,6 +113,8 @@ def evaluate(
     min_thinking_tokens: of.MinThinkingTokens = 0,
     max_thinking_tokens: of.MaxThinkingTokens = None,
     limit: of.Limit = None,
+    window: of.Window = None,
+    stride: of.Stride = None,
     output: of.RecordsFile = None,
     columns: of.Columns = None,
     skip_bad_rows: of.SkipBadRows = False,
@@ -130,7 +132,7 @@ def evaluate(
         metrics=tuple(metrics or ()), strategy=strategy, samples=samples, pass_k=tuple(pass_k or ()), checker=checker,
         sampling=SamplingOptions(temperature, top_k, top_p, max_new_tokens=max_new_tokens, seed=seed),
         limits=StepOptions(max_steps, max_step_tokens, min_thinking_tokens, max_thinking_tokens),
-        limit=limit, output=output, precision=precision,
+        limit=limit, output=output, precision=precision, window=window, stride=stride,
     )  # fmt: skip
     options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose, language)
     raise typer.Exit(command.run(model, source, options))

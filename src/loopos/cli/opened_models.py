@@ -38,7 +38,7 @@ def is_task_model(place: str) -> bool:
     try:
         source = weights_source(place)
     except UserError as error:
-        raise _in_our_words(error) from error
+        raise in_our_words(error) from error
     if source.kind == "new":
         raise UserError(f'given "new", which has learned nothing; wanted a trained model, such as "{EMBEDDED}"')
     return False
@@ -114,10 +114,10 @@ def open_reasoner(
             trust_remote_code=trust_remote_code,
         )
     except UserError as error:
-        raise _in_our_words(error) from error
+        raise in_our_words(error) from error
 
 
-def _in_our_words(error: UserError) -> UserError:
+def in_our_words(error: UserError) -> UserError:
     """The error without the names of a config's keys."""
     if isinstance(error, FaultsError):
         return error

@@ -106,6 +106,12 @@ Checker = Annotated[
     str, typer.Option("--checker", help="auto, exact, numeric, choice, math_verify, reasoning_gym, module:function.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="Rows to read at most.")]
+Window = Annotated[
+    int | None, typer.Option("--window", help="Plain text: tokens that the model sees at a time; 1024 when absent.")
+]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="Plain text: tokens between two windows; half a window when absent.")
+]
 RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a problem.")]
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")

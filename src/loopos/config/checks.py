@@ -85,6 +85,10 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if num_layers is not None and frozen > num_layers:
         given = f"{frozen} of {num_layers} layers"
         yield Finding(("training.freeze_layers", "model.num_layers"), given, f"at most num_layers ({num_layers})")
+    if training.keep_zeros and trainable == "lora":
+        fields = ("training.keep_zeros", "training.trainable")
+        hint = "adapters fill the zeros when they are merged"
+        yield Finding(fields, "true with trainable lora", "trainable all, or keep_zeros false", hint)
     if unfreeze is not None and frozen == 0:
         fields = ("training.unfreeze_step", "training.freeze_layers")
         yield Finding(fields, f"{unfreeze} with freeze_layers 0", "freeze_layers of at least 1, or null")
@@ -179,6 +183,7 @@ def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:
     return {
         "training.num_workers": (False, "rows are read by the training process itself"),
         "training.prefetch_batches": (False, "rows are read by the training process itself"),
+        "training.keep_zeros": (training.trainable != "head", "the pruned weights do not train"),
         "training.lora": (training.trainable == "lora", f"trainable is {training.trainable}"),
         "training.betas": (optimizer in ("adam", "adamw", "muon"), f"the optimizer is {optimizer}"),
         "training.num_cycles": (schedule == "cosine_restarts", reason),

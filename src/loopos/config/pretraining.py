@@ -119,6 +119,8 @@ def _check_new(config: PretrainingConfig) -> Iterator[Finding]:
     if training.trainable != "all":
         hint = "new weights must all be trained"
         yield Finding(("training.trainable",), f'"{training.trainable}"', '"all"', hint)
+    if training.keep_zeros:
+        yield Finding(("training.keep_zeros",), "true", "false", "new weights hold no zeros to keep")
     if training.freeze_layers > 0:
         yield Finding(("training.freeze_layers",), str(training.freeze_layers), "0", "new weights must all be trained")
     stopping = training.early_stopping

@@ -222,6 +222,9 @@ class TrainingSection(Section):
         default=None, description="optimizer step at which the frozen layers begin to train"
     )
     lora: LoraSection | None = Field(default=None, description="adapters of trainable: lora; its defaults when absent")
+    keep_zeros: bool = Field(
+        default=False, description="weights of a pruned model that are zero at the start stay zero"
+    )
     shuffle: bool = Field(default=True, description="new order of the rows in each epoch")
     num_workers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="taken from the guide's configs; has no effect"

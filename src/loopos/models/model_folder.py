@@ -30,7 +30,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises `OSError` when the disk is full.
     """
     # One process writes a run: what lies beside is left by one that was killed.
-    for left in folder.parent.glob(f".{folder.name}.*-*"):
+    # One of two dots was to become the content of one that was being written itself.
+    for left in (*folder.parent.glob(f".{folder.name}.*-*"), *folder.parent.glob(f"..{folder.name}.*-*")):
         shutil.rmtree(left)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -45,11 +46,27 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    _make_durable(partial)
     old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    _fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_durable(folder: Path) -> None:
+    """What lies in a folder survives a power cut from now on; a rename alone may come before what it names."""
+    for place in (*folder.rglob("*"), folder):
+        _fsync(place)
+
+
+def _fsync(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def model_folder(place: str | Path) -> Path:

@@ -74,6 +74,7 @@ class Masters:
         self.parameters: dict[str, nn.Parameter] = {}
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._fresh: set[str] = set()
+        self._zeros: dict[str, Tensor] = {}
         for name, parameter in named.items():
             dtype = half(name)
             whole = parameter.data
@@ -100,6 +101,14 @@ class Masters:
                 # torch leaves this method's annotations out.
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))  # type: ignore[no-untyped-call]
                 sum_gradient_of(parameter, partial(self._sum, name, master))
+
+    def keep_zeros(self, zeros: Mapping[str, Tensor]) -> None:
+        """From now on weights under these masks (by name, True = zero) get no gradient and are zero after each step.
+
+        Without a gradient the moments of an optimizer stay zero too, and so does what it adds; one that mixes a
+        matrix's entries, as Muon does, is undone where it fills a zero.
+        """
+        self._zeros = {name: mask for name, mask in zeros.items() if name in self.parameters}
 
     def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
@@ -141,6 +150,10 @@ class Masters:
             elif parameter.requires_grad and name in self._fresh:
                 assert parameter.grad is not None
                 parameter.grad.zero_()
+        for name, zeros in self._zeros.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(zeros, 0.0)
         self._fresh = set()
 
     def trained(self) -> list[nn.Parameter]:
@@ -149,7 +162,10 @@ class Masters:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Rounds the masters into the model."""
+        """Puts the zeros that are kept back where they were, and rounds the masters into the model."""
+        for name, zeros in self._zeros.items():
+            if self.parameters[name].requires_grad:
+                self.parameters[name].masked_fill_(zeros, 0.0)
         for parameter, master in self._pairs.values():
             if master.requires_grad:
                 parameter.copy_(master)

@@ -14,6 +14,7 @@ from torch import nn
 
 from loopos.config.sections import TrainingSection
 from loopos.training import checkpoint
+from loopos.training.kept_zeros import zeros_to_keep
 from loopos.training.precision import Masters
 
 
@@ -36,12 +37,16 @@ class TrainedWeights:
         self.later: set[str] = set()
         if settings.unfreeze_step is not None:
             self.later = {name for name, parameter in named.items() if id(parameter) in held}
+        # Looked for before a smaller format could round a weight to zero.
+        zeros = zeros_to_keep(model) if settings.keep_zeros else {}
         half = torch.bfloat16 if precision == "bf16" else None
         self.masters = Masters(
             named,
             may_train=self.now | self.later,
             half=lambda name: half if name.startswith(half_under) else None,
         )
+        self.masters.keep_zeros(zeros)
+        self._zeros = sum(int(mask.sum()) for mask in zeros.values()) if settings.keep_zeros else None
         self.masters.set_training(self.now)
         self._trained = sum(named[name].numel() for name in self.now)
         self._every = sum(parameter.numel() for parameter in named.values())
@@ -53,7 +58,8 @@ class TrainedWeights:
 
     def said(self) -> str:
         """What trains, in words."""
-        return f"trains {self._trained:,} of {self._every:,} parameters in {self._precision} on {self._device}"
+        kept = f", {self._zeros:,} zeros stay zero" if self._zeros is not None else ""
+        return f"trains {self._trained:,} of {self._every:,} parameters in {self._precision} on {self._device}{kept}"
 
     def take_best(self, run_dir: Path, settings: TrainingSection) -> int | None:
         """Loads the weights of the best checkpoint and returns its step; None, and nothing is loaded, without one."""

@@ -1,0 +1,70 @@
+"""The commands that make a trained model one that ships.
+
+Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loopos.cli import option_types as of
+
+
+def prune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RECIPE",
+            help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")],
+    method: Annotated[
+        str | None, typer.Option("--method", help="magnitude, wanda, sparsegpt, heads, channels or layers.")
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option("--sparsity", help="Share that goes, or several with commas, each a model of its own.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="2:4 keeps 2 of every 4 inputs of a row, 4:8 4 of every 8.")
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option("--scope", help="magnitude: one threshold for each linear layer, or global.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", metavar="FILE", help="Text or rows that the model reads to choose.")
+    ] = None,
+    calibration_rows: Annotated[
+        int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", help="Length of such a row (tokens); 512 when absent.")
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
+    ] = None,
+    window: of.Window = None,
+    stride: of.Stride = None,
+    columns: of.Columns = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Fixes the draw of calibration rows; 0 when absent.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")] = None,
+    json: of.Json = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Prune a model: set weights to zero, or take out heads, channels or layers."""
+    from loopos.cli import prune as command
+
+    recipe = {
+        "method": method, "pattern": pattern, "scope": scope, "calibration": calibration,
+        "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens, "evaluate": evaluate,
+        "window": window, "stride": stride, "seed": seed, "device": device,
+    }  # fmt: skip
+    options = command.PruneOptions(output, recipe, tuple(columns or ()), sparsity, json, verbose)
+    raise typer.Exit(command.run(model, options))

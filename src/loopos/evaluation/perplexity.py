@@ -1,0 +1,146 @@
+"""How well a language model foretells a text: perplexity and bits a byte, over a sliding window.
+
+Enters: a causal language model, its tokenizer, a text. Leaves: a `TextLoss`. Every token but the first is counted once,
+whatever the stride. Left out: rows of examples (`training.language_objective`), reading the file (`data.plain_text`).
+Letters: T tokens of the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loopos.config.faults import UserError
+from loopos.functional.packing import PackedLayout
+from loopos.models.language_model import LanguageModel
+
+WINDOW = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TextLoss:
+    """`nats`: Σ −log p over the `tokens` that were foretold; `num_bytes`: those of their text in UTF-8. `context`: the
+    fewest tokens that stood before a token in its window, but for the text's beginning.
+    """
+
+    nats: float
+    tokens: int
+    num_bytes: int
+    window: int
+    stride: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over the tokens, nats."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Σ −log₂ p over bytes: comparable between tokenizers (Gao et al. 2020, The Pile, section 3.1)."""
+        return self.nats / math.log(2) / self.num_bytes
+
+    @property
+    def context(self) -> int:
+        return self.window - self.stride
+
+    def told(self) -> dict[str, float | int]:
+        """Everything by name."""
+        return {
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.num_bytes,
+            "window": self.window,
+            "stride": self.stride,
+        }
+
+
+def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(first, last, counted from) of each window over T tokens: ids[first:last] go through the model, and the tokens
+    from `counted from` on are those that no window before has counted. Token 0 is context alone.
+    """
+    counted = 1
+    for first in range(0, tokens, stride):
+        last = min(first + window, tokens)
+        if counted < last:
+            yield first, last, counted
+        counted = last
+        if last == tokens:
+            return
+
+
+@torch.no_grad()
+def text_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    note: Callable[[int, int], None] = lambda done, whole: None,
+) -> TextLoss:
+    """−log p of every token of a text given up to `window` tokens of it, in steps of `stride`.
+
+    A begin token that the tokenizer puts before a text by itself is context; the first token of the text has none
+    before it otherwise, and neither it nor its bytes count. window: 1024, or the model's positions where they are
+    fewer, when absent; stride: half of it. note: takes tokens done and tokens in all. Raises `UserError` for a window
+    over the positions, a stride over the window, or a text of fewer than two tokens.
+    """
+    window, stride = _checked(model, window, stride)
+    begin: list[int] = _leading(tokenizer)
+    batch = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    own: list[int] = batch["input_ids"]
+    ids = torch.tensor([*begin, *own], device=model.device)
+    if len(ids) < 2:
+        raise UserError(f"a text of {len(own)} tokens; wanted 2 or more: one to foretell another")
+    num_bytes = len(text.encode()) if begin else len(text.encode()) - _bytes_of_first(tokenizer, text, own)
+    language_model = LanguageModel(model).eval()
+    nats, counted = 0.0, 0
+    for first, last, start in windows(len(ids), window, stride):
+        part = ids[first:last]
+        weights = torch.zeros(len(part), device=model.device)
+        weights[start - first :] = 1.0
+        nats += float(language_model(part, PackedLayout((len(part),), model.device), weights))
+        counted += last - start
+        note(last, len(ids))
+    return TextLoss(nats, counted, num_bytes, window, stride)
+
+
+def _checked(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    chosen = window if window is not None else min(WINDOW, positions or WINDOW)
+    step = stride if stride is not None else max(1, chosen // 2)
+    if chosen < 2 or (positions is not None and chosen > positions):
+        wanted = f"2 to {positions}, the model's positions" if positions is not None else "2 or more"
+        raise UserError(f"window: given {chosen} tokens; wanted {wanted}")
+    # A step as wide as the window would leave the first token of each window without a token before it.
+    if not 1 <= step < chosen:
+        raise UserError(f"stride: given {step} tokens; wanted 1 to {chosen - 1}, below the window")
+    return chosen, step
+
+
+def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin token, where the tokenizer puts it before a text by itself."""
+    begun: list[int] = tokenizer("a")["input_ids"][:1]
+    return begun if tokenizer.bos_token_id is not None and begun == [tokenizer.bos_token_id] else []
+
+
+def _bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> int:
+    """Bytes of the text before its second token. A slow tokenizer does not tell where tokens lie: its own reading of
+    the first is counted.
+    """
+    if not tokenizer.is_fast:
+        return len(str(tokenizer.decode(ids[:1])).encode())
+    # The beginning is enough, and the offsets of a long text are not held.
+    offsets = tokenizer(text[:4096], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return len(text[: offsets[1][0]].encode()) if len(offsets) > 1 else 0
