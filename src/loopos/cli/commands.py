@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import loopos
-from loopos.cli import language_commands
+from loopos.cli import export_commands, language_commands
 from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
 from loopos.cli.outcome import Commands
 
@@ -141,6 +141,8 @@ def score(
 app.command()(language_commands.evaluate)
 app.command()(language_commands.generate)
 app.command()(language_commands.chat)
+app.command()(export_commands.export)
+app.command()(export_commands.ensemble)
 
 
 @data_app.command("check")
