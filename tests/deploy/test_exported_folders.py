@@ -25,7 +25,8 @@ from transformers import (
 import loopos
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.faults import EnvironmentFault, UserError
-from loopos.deploy.export import Exported, ExportSettings, export
+from loopos.deploy.export import Exported, export
+from loopos.deploy.export_settings import ExportSettings
 from loopos.deploy.shipped_model import find_model
 from loopos.deploy.streamed_weights import StreamedWeights
 from loopos.methods.chain_of_thought import ChainOfThought

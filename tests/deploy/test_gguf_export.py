@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from loopos.config.faults import UserError
-from loopos.deploy.export import Exported, ExportSettings, export
+from loopos.deploy.export import Exported, export
+from loopos.deploy.export_settings import ExportSettings
 from loopos.deploy.gguf_file import encoded
 from loopos.deploy.gguf_layout import interleaved
 from loopos.deploy.gguf_vocabulary import CONTROL, UNUSED, read_vocabulary

@@ -73,8 +73,8 @@ def test_the_mean_of_members_that_loopos_opens(members: list[str], tmp_path: Pat
     assert [answer["mutual_information"] for answer in found] == pytest.approx(expected, abs=1e-9)
 
 
-def test_one_weight_of_1_is_that_member(members: list[str], tmp_path: Path) -> None:
-    """Labels that member 1 gives itself make it the likeliest mixture by far."""
+def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: Path) -> None:
+    """On the labels that member 1 gives itself."""
     said = loopos.load(members[1]).predict([row["text"] for row in class_rows(30, ("a", "b", "c"))])
     rows = [{"text": row["text"], "label": one["label"]} for row, one in zip(class_rows(30), said, strict=True)]
     joined = made(members, tmp_path / "all", method="weighted", fit=str(write_jsonl(tmp_path / "fit.jsonl", rows)))

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data.templates import plain_template
-from loopos.deploy.export import ExportSettings, export
+from loopos.deploy.export import export
+from loopos.deploy.export_settings import ExportSettings
 from loopos.deploy.modelfile import find_turns, modelfile
 
 CHATML = (

@@ -13,6 +13,7 @@ from loopos.cli.answers import as_bytes, say, say_json
 from loopos.cli.bar import counting_bar
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.deploy.export_settings import ExportSettings, check_settings, refuse_taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,15 @@ class ExportOptions:
 
 def run(place: str, options: ExportOptions) -> int:
     """Exports and tells. Raises `UserError`."""
-    restart_with_settings()
-    hush_libraries(verbose=options.verbose)
-    from loopos.deploy.export import ExportSettings, export
-
     settings = ExportSettings(
         format=options.format, type=options.type, push=options.push, licence=options.licence, check=options.check
     )
+    check_settings(settings)
+    refuse_taken(options.output)
+    restart_with_settings()
+    hush_libraries(verbose=options.verbose)
+    from loopos.deploy.export import export
+
     with counting_bar("export") as tell:
         done = export(place, options.output, settings, tell=tell)
     if options.json:

@@ -20,7 +20,8 @@ from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
-from loopos.deploy.export import RECIPE, REPORT, refuse_taken
+from loopos.deploy.export import RECIPE, REPORT
+from loopos.deploy.export_settings import refuse_taken
 from loopos.deploy.hugging_face import make_durable
 from loopos.evaluation.combining import METHODS
 from loopos.evaluation.ensemble import ENSEMBLE, EnsemblePredictor

@@ -2,14 +2,14 @@
 
 Enters: a model's place and `ExportSettings`. Leaves: the folder, whole or not at all, with README.md, report.md and
 recipe.json, and what was found when it was opened again. Left out: each format (`hugging_face.py`, `gguf_file.py`,
-`adapter_folder.py`, `modelfile.py`, `onnx_file.py`), sending it away (`push.py`).
+`adapter_folder.py`, `modelfile.py`), sending it away (`push.py`).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
 from loopos.deploy import gguf_file, hugging_face, reopened
 from loopos.deploy.adapter_folder import require_adapter, write_adapter
+from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings, refuse_taken
 from loopos.deploy.merged_adapter import weights_folder
 from loopos.deploy.model_card import model_card
 from loopos.deploy.modelfile import modelfile
-from loopos.deploy.push import HubClient, check_name, own_client, push
+from loopos.deploy.push import HubClient, own_client, push
 from loopos.deploy.reopened import Check
 from loopos.deploy.shipped_model import ShippedModel, find_model
 from loopos.deploy.streamed_weights import INDEX, WEIGHTS, StreamedWeights, Tell
@@ -29,32 +30,8 @@ from loopos.evaluation.markdown import table
 from loopos.models.load import save_json
 from loopos.models.model_folder import whole_folder
 
-FORMATS = ("huggingface", "gguf", "adapter", "onnx", "modelfile")
-_FLOATS = tuple(hugging_face.DTYPES)
-# The number formats that each format of files takes; the first is taken where none is asked for, "" the model's own.
-_TYPES: dict[str, tuple[str, ...]] = {
-    "huggingface": ("", *_FLOATS),
-    "adapter": ("", *_FLOATS),
-    "gguf": ("f16", *gguf_file.TYPES),
-    "modelfile": ("f16", *gguf_file.TYPES),
-    "onnx": ("f32",),
-}
 _NAMES = {dtype: name for name, dtype in hugging_face.DTYPES.items()}
 RECIPE, REPORT, CARD = "recipe.json", "report.md", "README.md"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """format: one of `FORMATS`. type: the number format of the weights; None for that of the model, and f16 for GGUF.
-    push: the repository to send the folder to; None sends nothing. licence: what the card says; None for what is known.
-    check: whether the folder is opened again and compared.
-    """
-
-    format: str
-    type: str | None = None
-    push: str | None = None
-    licence: str | None = None
-    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,28 +81,7 @@ def export(
         save_json(partial / RECIPE, {"command": "export", "model": place, **asdict(settings), "type": exported.type})
         hugging_face.make_durable(partial)
     pushed = push(out, settings.push, client()) if settings.push is not None else None
-    return Exported(**{**exported.__dict__, "folder": out, "pushed": pushed})
-
-
-def check_settings(settings: ExportSettings) -> str:
-    """The number format to take, "" for the model's own. Raises `UserError`."""
-    if settings.format not in FORMATS:
-        raise UserError(f"--format: given {settings.format}; wanted one of {', '.join(FORMATS)}")
-    if settings.push is not None:
-        check_name(settings.push)
-    types = _TYPES[settings.format]
-    if settings.type is None:
-        return types[0]
-    if settings.type not in types or not settings.type:
-        wanted = ", ".join(dict.fromkeys(each for each in types if each))
-        raise UserError(f"--type: given {settings.type}; wanted one of {wanted} for --format {settings.format}")
-    return settings.type
-
-
-def refuse_taken(out: Path) -> None:
-    """Raises `UserError` where something lies already: nothing is overwritten."""
-    if out.exists():
-        raise UserError(f"--output: {out} is there already; name a folder that is not")
+    return replace(exported, folder=out, pushed=pushed)
 
 
 def _check_format(model: ShippedModel, output_format: str) -> None:
@@ -140,10 +96,6 @@ def _check_format(model: ShippedModel, output_format: str) -> None:
         gguf_file.require_gguf()
         if model.folder is not None and any((model.folder / name).is_file() for name in (WEIGHTS, INDEX)):
             gguf_file.prepare(model.folder, model.given)
-    if output_format == "onnx":
-        from loopos.deploy.onnx_file import check_onnx
-
-        check_onnx(model)
 
 
 def _write(
@@ -168,13 +120,8 @@ def _write(
         assert folder is not None
         dtype = dtype or StreamedWeights(folder).dtype
         if dtype not in _NAMES:
-            raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(_FLOATS)}")
+            raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
-    elif settings.format == "onnx":
-        from loopos.deploy.onnx_file import write_onnx
-
-        assert folder is not None
-        file = write_onnx(model, folder, partial)
     else:
         assert folder is not None
         file = f"{title}-{type_name.upper()}.gguf"
@@ -219,10 +166,6 @@ def _check(
         original = reopened.adapter_outputs(model.adapter, model.base, model.folder)
         return reopened.compared(original, reopened.adapter_outputs(partial, model.base, model.folder))
     assert folder is not None
-    if settings.format == "onnx":
-        from loopos.deploy.onnx_file import onnx_outputs
-
-        return reopened.compared(reopened.outputs_at(folder, model.kind), onnx_outputs(partial / file, folder))
     original = reopened.outputs_at(folder, model.kind)
     if settings.format == "huggingface":
         return reopened.compared(original, reopened.outputs_at(partial, model.kind))
@@ -232,7 +175,7 @@ def _check(
 def _bytes_of(folder: Path | None) -> int:
     """Bytes of the weights' files."""
     assert folder is not None
-    kinds = (".safetensors", ".gguf", ".onnx", ".data", ".bin")
+    kinds = (".safetensors", ".gguf")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
 

@@ -37,7 +37,6 @@ from loopos.deploy.gguf_layout import (
 from loopos.deploy.gguf_vocabulary import Vocabulary, read_vocabulary
 from loopos.deploy.streamed_weights import StreamedWeights, Tell, cast
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 Numbers: TypeAlias = NDArray[Any]
 _BLOCK = 32
 # general.file_type: what most tensors are.
@@ -74,7 +73,7 @@ def prepare(folder: Path, given: str) -> PreparedGguf:
 
 
 def write_gguf(prepared: PreparedGguf, file: Path, kind: str, *, name: str, tell: Tell) -> dict[str, int]:
-    """Writes the file and fsyncs it; returns type → number of tensors. kind: one of `TYPES`. name: `general.name`.
+    """Writes the file and fsyncs it; returns type → number of tensors. kind: one of `GGUF_TYPES`. name: `general.name`.
 
     Raises `UserError` where f16 is too narrow, `OSError` when the disk is full.
     """

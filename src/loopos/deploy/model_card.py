@@ -48,7 +48,7 @@ def licence_of(model: ShippedModel, given: str | None) -> str | None:
 def model_card(
     model: ShippedModel, *, title: str, file: str, output_format: str, type_name: str, licence: str | None
 ) -> str:
-    """README.md as text. title: the name that the code to use it opens. file: the GGUF or ONNX file, if it is one.
+    """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
     type_name: the number format of the weights.
     """
     licence = licence_of(model, licence)
@@ -87,10 +87,6 @@ def usage(model: ShippedModel, *, title: str, file: str, output_format: str) -> 
         return told
     if output_format == "adapter":
         return _adapter_usage(model, place)
-    if output_format == "onnx":
-        return _fenced(
-            "python", ["import onnxruntime", "", f"session = onnxruntime.InferenceSession({place} + {f'/{file}'!r})"]
-        )
     if model.kind == "head":
         lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
         told = _fenced("python", lines)
@@ -185,9 +181,7 @@ def _metadata(model: ShippedModel, title: str, output_format: str, licence: str 
     data = ModelCardData(
         model_name=title if results else None,
         license=licence,
-        library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf", "onnx": "onnx"}.get(
-            output_format, "transformers"
-        ),
+        library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf"}.get(output_format, "transformers"),
         base_model=_base_on_a_hub(model),
         pipeline_tag=_PIPELINES.get(model.kind),
         tags=["loopos", *([model.run.method] if model.run is not None and model.run.method else [])],

@@ -131,7 +131,8 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     for messages in ([user], [system, user], [user, assistant, last], [system, user, assistant, last, assistant, user]):
         if turns.rendered(messages) != _render(tokenizer, messages, prompting=True):
             raise _NotTurns(f"it writes a conversation of {len(messages)} turns in another way than its parts")
-    if any(sign in turns.in_go(adds_bos=False).replace("{{ ", "") for sign in ("{{", '"""')):
+    fixed = (first, turns.prompt, default or "", *turns.before.values(), *turns.after.values())
+    if any(sign in text for sign in ("{{", '"""') for text in fixed):
         raise _NotTurns('it writes {{ or """, which mean something else in a Modelfile')
     return turns
 

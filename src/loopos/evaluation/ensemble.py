@@ -24,7 +24,8 @@ from loopos.models.model_folder import model_folder, read_description
 ENSEMBLE = "ensemble"
 """The key under which a folder's description tells its members."""
 
-Visit: TypeAlias = Callable[[Meaning], None]
+Visit: TypeAlias = Callable[[Meaning, float], None]
+"""Is shown what a member says, and the probability from which it says that a label applies."""
 
 
 class EnsemblePredictor:
@@ -89,8 +90,8 @@ class EnsemblePredictor:
         examples, targets, report = encode_all(self.space, read, report, on_bad_row=on_bad_row)
         alone: list[dict[str, float]] = []
 
-        def visit(meaning: Meaning) -> None:
-            alone.append(measure(self.space.task, meaning, targets, threshold=self.description["threshold"]))
+        def visit(meaning: Meaning, threshold: float) -> None:
+            alone.append(measure(self.space.task, meaning, targets, threshold=threshold))
 
         combined = self.combined(examples, visit)
         metrics = metrics_of(
@@ -103,7 +104,7 @@ class EnsemblePredictor:
         read, report = read_labelled(rows.read(source), columns or {})
         examples, targets, _ = encode_all(self.space, read, report, on_bad_row="error")
         said: list[Meaning] = []
-        self.combined(examples, said.append)
+        self.combined(examples, lambda meaning, _: said.append(meaning))
         return said, targets
 
     def combined(self, examples: Sequence[Labelled], visit: Visit | None = None) -> Combined:
@@ -118,7 +119,7 @@ class EnsemblePredictor:
                 outputs = in_order(outputs, [member.space.keys.index(key) for key in self.space.keys])
             meaning = member.meaning(outputs)
             if visit is not None:
-                visit(meaning)
+                visit(meaning, member.description["threshold"])
             tally.add(outputs, meaning, weight=weight, threshold=member.description["threshold"])
             self.tokens = member.tokens
         return tally.result()
