@@ -31,10 +31,11 @@ from loopos.deploy.shipped_model import find_model
 from loopos.deploy.streamed_weights import StreamedWeights
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.models.language_folder import open_language_model
-from loopos.models.load import load_pretrained
 from loopos.training.progress import RunProgress
 
 IDS = torch.arange(3, 40)[None]
+# peft 0.21 reads a name of transformers that 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def as_folder(place: Path | str, out: Path, kind: str | None = None, **named: Any) -> Exported:
@@ -129,7 +130,8 @@ def test_a_model_with_a_head_opens_in_both_houses(head_run: Path, tmp_path: Path
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")(texts[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         probabilities = torch.softmax(classifier(input_ids=ids).logits[0], -1)
-    assert probabilities.tolist() == pytest.approx(list(found[0]["probabilities"].values()), abs=1e-4)
+    # The classifier's own copy of the head has the format of the run's training, bf16.
+    assert probabilities.tolist() == pytest.approx(list(found[0]["probabilities"].values()), abs=2e-3)
 
 
 def test_adapters_of_a_language_model_are_merged_in_fp32(
@@ -146,13 +148,14 @@ def test_adapters_of_a_language_model_are_merged_in_fp32(
     for name, weight in base.items():
         stem = name.removesuffix(".weight")
         if stem in changed:
-            a, b = (adapter[f"base_model.model.{stem}.lora_{half}.weight"] for half in "AB")
+            a, b = (adapter[f"base_model.model.{stem}.lora_{half}.weight"].float() for half in "AB")
             assert b.abs().max() > 0
             weight = weight + 64 / 4 * (b @ a)
         torch.testing.assert_close(tuned[name], weight, atol=1e-6, rtol=1e-6)
-    # What the run wrote of itself is that, rounded to the format of its training.
+    # What the run wrote of itself was merged over a base in bf16, and rounded again.
     rounded = load_file(lora_language_run / "model" / "model.safetensors")
-    assert all(torch.equal(tuned[name].bfloat16(), rounded[name]) for name in rounded)
+    for name in rounded:
+        torch.testing.assert_close(rounded[name].float(), tuned[name], atol=2e-3, rtol=2**-7)
     assert open_language_model(str(tmp_path / "out")).description["method"] == "chain_of_thought"
 
 
@@ -161,7 +164,8 @@ def test_an_adapter_with_a_head_is_merged_in_fp32(lora_head_run: Path, tmp_path:
     assert "adapter merged over its base in fp32" in exported.notes
     weights = load_file(tmp_path / "out" / "model.safetensors")
     rounded = load_file(lora_head_run / "model" / "model.safetensors")
-    assert all(torch.equal(weights[name].bfloat16(), rounded[name]) for name in rounded)
+    for name in rounded:
+        torch.testing.assert_close(rounded[name].float(), weights[name], atol=2e-3, rtol=2**-7)
     assert any(not torch.equal(weights[name], rounded[name].float()) for name in rounded)
     assert loopos.load(tmp_path / "out").predict(["good"])[0]["label"] in (0, 1, 2)
 
@@ -389,17 +393,13 @@ def test_the_embedded_base_is_named_by_its_home(tmp_path: Path, pico_folder: Pat
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_a_gguf_of_a_run_is_made_from_the_merged_adapter(
-    lora_language_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_of_a_run_is_made_from_the_merged_adapter(lora_language_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    monkeypatch.setenv("LOOPOS_CACHE", str(tmp_path / "cache"))
     exported = export(str(lora_language_run), tmp_path / "out", ExportSettings(format="gguf", type="f32"))
     assert exported.check is not None
     assert exported.check.largest <= 1e-5
-    opened = load_pretrained(str(tmp_path / "out" / "out-F32.gguf"), causal=True)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="out-F32.gguf", dtype=torch.float32)
     as_folder(lora_language_run, tmp_path / "merged", "f32")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    assert torch.equal(
-        opened.model.model.layers[1].self_attn.q_proj.weight, merged["model.layers.1.self_attn.q_proj.weight"]
-    )
+    weight = opened.model.layers[1].self_attn.q_proj.weight
+    assert torch.equal(weight, merged["model.layers.1.self_attn.q_proj.weight"])

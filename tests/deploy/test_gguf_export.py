@@ -57,7 +57,7 @@ def fields_of(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "allowed"), [("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 5e-2), ("q4_0", 0.5)]
+    ("kind", "allowed"), [("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 0.1), ("q4_0", 1.0)]
 )
 def test_transformers_reads_back_the_logits(kind: str, allowed: float, pico_folder: Path, tmp_path: Path) -> None:
     exported = made(pico_folder, tmp_path / "out", kind, check=True)
@@ -75,12 +75,20 @@ def test_transformers_reads_back_the_logits(kind: str, allowed: float, pico_fold
 
 def test_the_projects_own_reader_opens_it(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPOS_CACHE", str(tmp_path / "cache"))
-    opened = load_pretrained(str(the_file(made(pico_folder, tmp_path / "out", "f32"))), causal=True)
-    expected = load_pretrained(str(pico_folder), causal=True)
-    for (name, one), (_, other) in zip(
-        sorted(opened.model.named_parameters()), sorted(expected.model.named_parameters()), strict=True
-    ):
-        assert torch.equal(one, other), name
+
+    def named_by_gpt2(described: dict[str, Any]) -> None:
+        # transformers' reader puts this token into every byte-level vocabulary that lacks it.
+        described["model"]["vocab"]["<|endoftext|>"] = described["model"]["vocab"].pop("<pad>")
+        described["added_tokens"][0]["content"] = "<|endoftext|>"
+
+    folder = with_tokenizer(pico_folder, tmp_path / "model", named_by_gpt2)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|endoftext|>"}))
+    opened = load_pretrained(str(the_file(made(folder, tmp_path / "out", "f32"))), causal=True)
+    expected = load_pretrained(str(folder), causal=True)
+    parameters, wanted = dict(opened.model.named_parameters()), dict(expected.model.named_parameters())
+    assert set(parameters) == set(wanted)
+    assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
     assert opened.tokenizer(TEXT)["input_ids"] == expected.tokenizer(TEXT)["input_ids"]
 
 

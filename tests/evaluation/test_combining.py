@@ -17,7 +17,11 @@ def together(method: str, members: list[Any], *, task: str = "classification", w
     shares = weights or [1 / len(members)] * len(members)
     for said, weight in zip(members, shares, strict=True):
         meaning = numpy.array(said, dtype=numpy.float64)
-        logits = torch.tensor([[0.0]]) if task == "regression" else torch.from_numpy(numpy.log(meaning))
+        logits = (
+            torch.tensor([[0.0]])
+            if task == "regression"
+            else torch.from_numpy(numpy.log(numpy.maximum(meaning, 1e-300)))
+        )
         if task == "multi_label":
             logits = torch.from_numpy(numpy.log(meaning / (1 - meaning)))
         tally.add(logits, meaning, weight=weight)

@@ -92,17 +92,19 @@ def write_gguf(prepared: PreparedGguf, file: Path, kind: str, *, name: str, tell
         else:
             packed = quant_shape_to_byte_shape(shape, type_)
             writer.add_tensor_info(place.name, packed, numpy.dtype(numpy.uint8), int(numpy.prod(packed)), type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, place in enumerate(prepared.places):
-        tell(done, len(prepared.places), place.name)
-        tensor = place.arranged(prepared.weights[place.source])
-        writer.write_tensor_data(encoded(place.name, tensor, types[place.name]))
-    writer.flush()
-    for stream in writer.fout or ():
-        os.fsync(stream.fileno())
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, place in enumerate(prepared.places):
+            tell(done, len(prepared.places), place.name)
+            tensor = place.arranged(prepared.weights[place.source])
+            writer.write_tensor_data(encoded(place.name, tensor, types[place.name]))
+        writer.flush()
+        for stream in writer.fout or ():
+            os.fsync(stream.fileno())
+    finally:
+        writer.close()
     tell(len(prepared.places), len(prepared.places), "")
     return dict(Counter(types.values()))
 

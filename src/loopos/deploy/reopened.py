@@ -7,6 +7,7 @@ Letters: T tokens, V vocabulary, C outputs.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ def adapter_outputs(adapter: Path, base: str, folder: Path) -> Tensor:
 
     causal = PeftConfig.from_pretrained(str(adapter)).task_type == "CAUSAL_LM"
     opened = load_pretrained(base, causal=causal)
-    model = PeftModel.from_pretrained(opened.model, str(adapter)).eval()
+    with warnings.catch_warnings():
+        # peft 0.21 reads a name of transformers that 5.23 deprecates.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model = PeftModel.from_pretrained(opened.model, str(adapter)).eval()
     return _run(model, probe_ids(folder, opened.model.config))
 
 

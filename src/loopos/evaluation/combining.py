@@ -37,8 +37,8 @@ class Tally:
     """Sums over the members of an ensemble.
 
     mean: Σ w p, with equal weights. weighted: the same with weights of its own. logits: the softmax or sigmoid of
-    Σ w z. majority: each member has a vote for its class (or for or against each label), and one vote more is shared out
-    by mean probability, (votes + Σ w p) / (K + 1): it decides between classes of as many votes, and no other.
+    Σ w z. majority: each member has a vote for its class (or for or against each label), and one vote more is shared
+    out by mean probability, (votes + Σ w p) / (K + 1): it decides between classes of as many votes, and no other.
 
     Uncertainty, by the weighted members: of probabilities their variance, Σ w (p − p̄)² averaged over classes, the
     entropy H(p̄) and the mutual information H(p̄) − Σ w H(p) in nats, which is what they disagree by (Smith and Gal 2018,
