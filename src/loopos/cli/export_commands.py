@@ -28,7 +28,7 @@ def export(
     ],
     output: Output,
     file_format: Annotated[
-        str, typer.Option("--format", help="huggingface, gguf, adapter or modelfile.", show_default=False)
+        str, typer.Option("--format", help="huggingface, gguf, adapter, modelfile or onnx.", show_default=False)
     ],
     number_type: Annotated[
         str | None,

@@ -2,7 +2,7 @@
 
 Enters: a model's place and `ExportSettings`. Leaves: the folder, whole or not at all, with README.md, report.md and
 recipe.json, and what was found when it was opened again. Left out: each format (`hugging_face.py`, `gguf_file.py`,
-`adapter_folder.py`, `modelfile.py`), sending it away (`push.py`).
+`adapter_folder.py`, `modelfile.py`, `onnx_file.py`), sending it away (`push.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
-from loopos.deploy import gguf_file, hugging_face, reopened
+from loopos.deploy import gguf_file, hugging_face, onnx_file, reopened
 from loopos.deploy.adapter_folder import require_adapter, write_adapter
 from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings, refuse_taken
 from loopos.deploy.merged_adapter import weights_folder
@@ -87,6 +88,8 @@ def export(
 def _check_format(model: ShippedModel, output_format: str) -> None:
     if output_format == "adapter":
         require_adapter(model)
+    if output_format == "onnx":
+        onnx_file.check_onnx(model)
     if output_format in ("gguf", "modelfile"):
         if model.kind != "language":
             raise UserError(
@@ -122,6 +125,9 @@ def _write(
         if dtype not in _NAMES:
             raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
+    elif settings.format == "onnx":
+        assert folder is not None
+        file = onnx_file.write_onnx(folder, model.kind, partial)
     else:
         assert folder is not None
         file = f"{title}-{type_name.upper()}.gguf"
@@ -169,13 +175,16 @@ def _check(
     original = reopened.outputs_at(folder, model.kind)
     if settings.format == "huggingface":
         return reopened.compared(original, reopened.outputs_at(partial, model.kind))
+    if settings.format == "onnx":
+        ids = reopened.probe_ids(folder, AutoConfig.from_pretrained(str(folder)))
+        return reopened.compared(original, onnx_file.onnx_outputs(partial / file, ids))
     return reopened.compared(original, reopened.gguf_outputs(partial / file, folder))
 
 
 def _bytes_of(folder: Path | None) -> int:
     """Bytes of the weights' files."""
     assert folder is not None
-    kinds = (".safetensors", ".gguf")
+    kinds = (".safetensors", ".gguf", ".onnx", ".data")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
 

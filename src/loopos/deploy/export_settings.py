@@ -21,6 +21,7 @@ _TYPES: Mapping[str, tuple[str, ...]] = {
     "gguf": ("f16", *GGUF_TYPES),
     "adapter": ("", *FLOATS),
     "modelfile": ("f16", *GGUF_TYPES),
+    "onnx": ("f32", "f32"),
 }
 FORMATS = tuple(_TYPES)
 

@@ -87,6 +87,18 @@ def usage(model: ShippedModel, *, title: str, file: str, output_format: str) -> 
         return told
     if output_format == "adapter":
         return _adapter_usage(model, place)
+    if output_format == "onnx":
+        lines = [
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+            f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
+            'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
+            "wanted = {each.name for each in session.get_inputs()}",
+            "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
+        ]
+        return _fenced("python", lines)
     if model.kind == "head":
         lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
         told = _fenced("python", lines)
@@ -181,7 +193,9 @@ def _metadata(model: ShippedModel, title: str, output_format: str, licence: str 
     data = ModelCardData(
         model_name=title if results else None,
         license=licence,
-        library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf"}.get(output_format, "transformers"),
+        library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf", "onnx": "onnx"}.get(
+            output_format, "transformers"
+        ),
         base_model=_base_on_a_hub(model),
         pipeline_tag=_PIPELINES.get(model.kind),
         tags=["loopos", *([model.run.method] if model.run is not None and model.run.method else [])],
