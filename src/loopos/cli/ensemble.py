@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loopos.cli.answers import say, say_json, table
+from loopos.cli.bar import counting_bar
 from loopos.cli.columns import parse_columns
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -42,7 +43,8 @@ def run(members: Sequence[str], options: EnsembleOptions) -> int:
     settings = EnsembleSettings(
         method=options.method, fit=options.fit, test=options.test, copy=options.copy, columns=columns
     )
-    joined = join(members, options.output, settings, device=pick_device(options.device).type)
+    with counting_bar("members") as tell:
+        joined = join(members, options.output, settings, device=pick_device(options.device).type, tell=tell)
     if options.json:
         say_json(
             {

@@ -20,9 +20,10 @@ from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
-from loopos.deploy.export import RECIPE, REPORT
+from loopos.deploy.export import NOTHING_WRITTEN, RECIPE, REPORT
 from loopos.deploy.export_settings import refuse_taken
 from loopos.deploy.hugging_face import make_durable
+from loopos.deploy.streamed_weights import Tell
 from loopos.evaluation.combining import METHODS
 from loopos.evaluation.ensemble import ENSEMBLE, EnsemblePredictor
 from loopos.evaluation.markdown import shown, table
@@ -72,8 +73,15 @@ class Joined:
     measured: list[Measured]
 
 
-def join(members: Sequence[str], out: Path, settings: EnsembleSettings, *, device: str = "cpu") -> Joined:
-    """Makes the ensemble `out` of the models in `members`. Raises `UserError` before anything is written: for fewer
+def join(
+    members: Sequence[str],
+    out: Path,
+    settings: EnsembleSettings,
+    *,
+    device: str = "cpu",
+    tell: Tell | None = None,
+) -> Joined:
+    """Makes the ensemble `out` of the models in `members`. tell: is told of progress, member by member. Raises `UserError` before anything is written: for fewer
     than two members, members of other tasks or labels, a method that does not suit; `DataError` for bad rows.
     """
     _check(members, settings)
@@ -84,13 +92,17 @@ def join(members: Sequence[str], out: Path, settings: EnsembleSettings, *, devic
     weights = [1.0 / len(folders)] * len(folders)
     places = [str(folder.resolve()) for folder in folders]
     if settings.fit is not None:
-        opened = EnsemblePredictor(Path(), _description(descriptions, places, weights, "mean"), device=device)
+        equal = _description(descriptions, places, weights, "mean")
+        opened = EnsemblePredictor(Path(), equal, device=device, tell=tell)
         weights = fitted_weights(opened, settings.fit, settings.columns)
-    opened = EnsemblePredictor(Path(), _description(descriptions, places, weights, settings.method), device=device)
+    description = _description(descriptions, places, weights, settings.method)
+    opened = EnsemblePredictor(Path(), description, device=device, tell=tell)
     measured = []
     for source in dict.fromkeys(each for each in (settings.fit, settings.test) if each is not None):
         measured.append(Measured(source, *opened.judge(source, settings.columns)))
-    with disk_full_said(out, 0, "the ensemble"), whole_folder(out) as partial:
+    copied = folders if settings.copy else []
+    needed = sum(file.stat().st_size for folder in copied for file in folder.iterdir())
+    with disk_full_said(out, needed, "the ensemble", NOTHING_WRITTEN), whole_folder(out) as partial:
         if settings.copy:
             places = _copied(folders, partial)
         else:

@@ -32,6 +32,7 @@ from loopos.models.load import save_json
 from loopos.models.model_folder import whole_folder
 
 _NAMES = {dtype: name for name, dtype in hugging_face.DTYPES.items()}
+NOTHING_WRITTEN = "nothing was written: free some space, then run the command again"
 RECIPE, REPORT, CARD = "recipe.json", "report.md", "README.md"
 
 
@@ -72,7 +73,8 @@ def export(
     refuse_taken(out)
     model = find_model(place)
     _check_format(model, settings.format)
-    with disk_full_said(out, 0, "the exported model"), whole_folder(out) as partial:
+    needed = _bytes_of(model.folder) if model.folder is not None else 0
+    with disk_full_said(out, needed, "the exported model", NOTHING_WRITTEN), whole_folder(out) as partial:
         # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
         scratch = partial / ".scratch"
         scratch.mkdir()
@@ -167,7 +169,7 @@ def _check(
 ) -> Check | None:
     """What was written, opened again."""
     if settings.format == "adapter":
-        if model.folder is None or model.kind != "language" or model.adapter is None or model.base is None:
+        if model.folder is None or model.adapter is None or model.base is None:
             return None
         original = reopened.adapter_outputs(model.adapter, model.base, model.folder)
         return reopened.compared(original, reopened.adapter_outputs(partial, model.base, model.folder))

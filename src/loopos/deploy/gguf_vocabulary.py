@@ -74,6 +74,9 @@ def read_vocabulary(folder: Path, num_rows: int, given: str) -> Vocabulary:
     if len(whole) != len(bare) + adds_bos + adds_eos:
         raise UserError(f"{given}: its tokenizer puts more than begin and end tokens around a text, which GGUF lacks")
     template = tokenizer.chat_template
+    if isinstance(template, dict):
+        # Of several, GGUF's one key holds the one that is taken where none is named.
+        template = template.get("default")
     return Vocabulary(
         tokens=tokens,
         types=types,

@@ -35,9 +35,17 @@ class EnsemblePredictor:
     """
 
     def __init__(
-        self, folder: Path, description: Mapping[str, Any], *, device: str = "cpu", precision: str | None = None
+        self,
+        folder: Path,
+        description: Mapping[str, Any],
+        *,
+        device: str = "cpu",
+        precision: str | None = None,
+        tell: Callable[[int, int, str], None] | None = None,
     ) -> None:
+        """tell: is told of members done, members in all, and the one that is next, whenever they run over rows."""
         self.folder, self.description, self.device, self.precision = folder, description, device, precision
+        self.tell = tell or _silent
         self.tokens = TokenReport()
         self.space = space_of(description)
         told = description[ENSEMBLE]
@@ -112,7 +120,8 @@ class EnsemblePredictor:
         ensemble's order.
         """
         tally = Tally(self.space.task, self.method)
-        for place, weight in zip(self.places, self.weights, strict=True):
+        for number, (place, weight) in enumerate(zip(self.places, self.weights, strict=True)):
+            self.tell(number, len(self.places), str(place))
             member = Predictor.open(place, device=self.device, precision=self.precision)
             outputs = member.outputs(examples)
             if self.space.task != "regression":
@@ -122,6 +131,9 @@ class EnsemblePredictor:
                 visit(meaning, member.description["threshold"])
             tally.add(outputs, meaning, weight=weight, threshold=member.description["threshold"])
             self.tokens = member.tokens
+            # Let go before the next one is opened.
+            del member
+        self.tell(len(self.places), len(self.places), "")
         return tally.result()
 
     def _predictions(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
@@ -137,6 +149,10 @@ class EnsemblePredictor:
                 answer["votes"] = dict(zip(names, map(int, votes), strict=True))
                 answer["tied"] = [names[place] for place in places]
         return answers
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    """Tells nobody."""
 
 
 def open_predictor(
