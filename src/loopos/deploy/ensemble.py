@@ -81,8 +81,10 @@ def join(
     device: str = "cpu",
     tell: Tell | None = None,
 ) -> Joined:
-    """Makes the ensemble `out` of the models in `members`. tell: is told of progress, member by member. Raises `UserError` before anything is written: for fewer
-    than two members, members of other tasks or labels, a method that does not suit; `DataError` for bad rows.
+    """Makes the ensemble `out` of the models in `members`. tell: is told of progress, member by member.
+
+    Raises `UserError` before anything is written: for fewer than two members, members of other tasks or labels, a
+    method that does not suit; `DataError` for bad rows; `DiskFull`.
     """
     _check(members, settings)
     refuse_taken(out)

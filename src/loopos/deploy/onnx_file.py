@@ -142,7 +142,7 @@ def write_onnx(folder: Path, kind: Kind, out: Path) -> str:
 def _example(model: WholeText) -> dict[str, Tensor]:
     """Two texts of unlike length, by which the program is traced."""
     config = model.model.config.get_text_config()
-    ids = torch.arange(2 * 7).reshape(2, 7) % min(config.vocab_size, 7) + min(1, config.vocab_size - 7)
+    ids = torch.arange(2 * 7).reshape(2, 7) % config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     example = {"input_ids": ids, "attention_mask": mask}
