@@ -69,9 +69,9 @@ def _merged(model: ShippedModel, scratch: Path) -> Path:
         save_language_model(folder, base.model, tokenizer, {**_bare(model), "precision": "fp32"})
     else:
         has_tokenizer = (model.adapter / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(str(model.adapter)) if has_tokenizer else base.tokenizer
+        own = AutoTokenizer.from_pretrained(str(model.adapter)) if has_tokenizer else base.tokenizer
         base.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        own.save_pretrained(folder)
     return folder
 
 

@@ -30,7 +30,8 @@ def push(folder: Path, name: str, client: HubClient) -> str:
     """Makes the repository if it is not there, private, and uploads every file of the folder in one commit; returns
     where it is. Raises `EnvironmentFault` where the hub refuses or cannot be reached: the folder stays as it is.
     """
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    # The base of all that its HTTP library raises, which the hub imports under this name.
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
         client.create_repo(name, private=True, exist_ok=True)

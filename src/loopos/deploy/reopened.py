@@ -74,7 +74,8 @@ def gguf_outputs(file: Path, folder: Path) -> Tensor:
     config = AutoConfig.from_pretrained(str(folder))
     unusual = config.model_type == "qwen3" and config.head_dim != _ASSUMED_HEAD
     said = {"config": config} if unusual else {}
-    opened = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **said).eval()
+    opened = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **said)
+    opened.eval()  # type: ignore[no-untyped-call]
     return _run(opened, probe_ids(folder, config))
 
 
