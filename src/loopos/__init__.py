@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
+    from loopos.evaluation.ensemble import EnsemblePredictor
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
@@ -63,14 +64,15 @@ _PLACES = {
 }
 
 
-def load(run: str | os.PathLike[str]) -> Predictor:
+def load(run: str | os.PathLike[str]) -> Predictor | EnsemblePredictor:
     """Opens the result of a run: `loopos.load("outputs/run").predict(["some text"])`.
 
-    run: a run's output folder, or its folder model/. Raises `loopos.config.faults.UserError`.
+    run: a run's output folder, its folder model/, or the folder of an ensemble. Raises
+    `loopos.config.faults.UserError`.
     """
-    from loopos.evaluation.predictor import Predictor
+    from loopos.evaluation.ensemble import open_predictor
 
-    return Predictor.open(os.fspath(run))
+    return open_predictor(os.fspath(run))
 
 
 def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MethodConfig:

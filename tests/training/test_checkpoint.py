@@ -20,8 +20,8 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
 from loopos.config.faults import UserError
+from loopos.functional.tensor_file import DTYPE_NAMES, safetensors_pieces
 from loopos.training import checkpoint
-from loopos.training.tensor_file import DTYPE_NAMES, safetensors_pieces
 
 
 def tiny(value: float) -> dict[str, dict[str, torch.Tensor]]:

@@ -16,8 +16,8 @@ import torch
 from pico_runs import events_of, last_weights
 from safetensors.torch import load_file
 
+from loopos.config.durable import DiskFull
 from loopos.training import checkpoint
-from loopos.training.durable import DiskFull
 from loopos.training.events import fingerprint
 from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress

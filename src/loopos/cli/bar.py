@@ -26,7 +26,13 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if self._console.is_terminal:
-            columns = (TextColumn(self._counted), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn(self._counted),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[name]}"),
+            )
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
         return self
@@ -35,14 +41,14 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
-    def progress(self, done: int, whole: int) -> None:
-        """So many of so many are done; done starts over with each new count."""
+    def progress(self, done: int, whole: int, name: str = "") -> None:
+        """So many of so many are done, and which is next; done starts over with each new count."""
         if self._bar is not None:
             if not self._bar.task_ids or done <= 1:
                 for task in list(self._bar.task_ids):
                     self._bar.remove_task(task)
-                self._bar.add_task(self._counted, total=whole)
-            self._bar.update(self._bar.task_ids[0], completed=done)
+                self._bar.add_task(self._counted, total=whole, name="")
+            self._bar.update(self._bar.task_ids[0], completed=done, name=name)
         elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"{self._counted} {done}/{whole}")

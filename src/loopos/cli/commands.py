@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import loopos
-from loopos.cli import deploy_commands, language_commands
+from loopos.cli import deploy_commands, export_commands, language_commands
 from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
 from loopos.cli.outcome import Commands
 
@@ -174,6 +174,8 @@ app.command()(language_commands.generate)
 app.command()(language_commands.chat)
 app.command()(language_commands.serve)
 app.command()(deploy_commands.prune)
+app.command()(export_commands.export)
+app.command()(export_commands.ensemble)
 
 
 @data_app.command("check")

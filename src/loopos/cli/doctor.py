@@ -26,6 +26,7 @@ REQUIRED = (
 )  # fmt: skip
 EXTRAS = {
     "rewards": ("math-verify", "reasoning-gym"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("gguf",),
     "track": ("tensorboard",),
     "serve": ("starlette", "uvicorn"),

@@ -50,10 +50,10 @@ def run(place: str, source: str, options: EvaluateOptions) -> int:
     refuse([f"{name}: for language models; {place} is a model with a head" for name in options.language.changed()])
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
-    from loopos.evaluation.predictor import Predictor
+    from loopos.evaluation.ensemble import open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = Predictor.open(place, device=pick_device(options.device).type)
+    predictor = open_predictor(place, device=pick_device(options.device).type)
     metrics = predictor.evaluate_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error")
     if options.json:
         say_json(metrics)

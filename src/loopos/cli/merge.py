@@ -9,17 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import re
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from loopos.cli.answers import as_time, say, say_json, table
+from loopos.cli.bar import Bar
 from loopos.cli.configs import tell_notes
 from loopos.cli.outcome import note
 from loopos.cli.quiet import hush_libraries
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[A-Za-z0-9_]+)*=")
 _RECIPES = (".json", ".yaml", ".yml")
-_LINE_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +50,19 @@ def run(words: Sequence[str], options: MergeOptions) -> int:
     """Merges and tells. Raises `UserError`."""
     recipe = read_recipe(words, options)
     hush_libraries(verbose=options.verbose)
+    from loopos.config.durable import DiskFull
     from loopos.deploy.merge import merge
-    from loopos.training.durable import DiskFull
     from loopos.training.precision import pick_device
 
     device = pick_device(options.device).type
-    bar = _Bar()
     try:
-        result = merge(recipe, device=device, note=note, on_progress=bar)
+        with Bar("tensors") as bar:
+            result = merge(recipe, device=device, note=note, on_progress=bar.progress)
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         said = f"{recipe.output_dir}: the disk is full; nothing was written: free some space, then merge again"
         raise DiskFull(said) from problem
-    finally:
-        bar.end()
     if options.json:
         say_json(_told(recipe, result))
     else:
@@ -137,30 +130,3 @@ def _describe(recipe: MergeConfig, result: MergeResult) -> None:
         rows = [[place, *(values.get(name) for name in names)] for place, values in each.values.items()]
         say(table(rows, head=["model", *names]))
     say(f"report: {result.folder / 'report.md'}")
-
-
-class _Bar:
-    """A bar on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is None and self._console.is_terminal:
-            columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console)
-            self._bar.add_task("merging", total=total)
-            self._bar.start()
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif time.monotonic() - self._last > _LINE_EVERY_SECONDS:
-            self._last = time.monotonic()
-            self._console.print(f"merging: {done}/{total} tensors")
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.stop()

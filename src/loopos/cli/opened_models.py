@@ -6,6 +6,7 @@ opening task models (`evaluation.predictor`) and reward models (`evaluation.rewa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def is_task_model(place: str) -> bool:
     if any(
         (Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
     ):
-        return "pooling" in read_description(model_folder(place))
+        return _has_head(read_description(model_folder(place)))
     if Path(place).is_dir() and not any(
         (Path(place) / name).is_file() for name in ("config.json", "model/config.json")
     ):
@@ -42,6 +43,11 @@ def is_task_model(place: str) -> bool:
     if source.kind == "new":
         raise UserError(f'given "new", which has learned nothing; wanted a trained model, such as "{EMBEDDED}"')
     return False
+
+
+def _has_head(description: Mapping[str, Any]) -> bool:
+    """Whether a model predicts labels or values: it has a head, or is an ensemble of models that have."""
+    return "pooling" in description or "ensemble" in description
 
 
 def require_language_model(place: str) -> None:
@@ -68,7 +74,7 @@ def require_reward_model(place: str) -> None:
     description = read_description(model_folder(place))
     if description.get("task") == REWARD_TASK:
         return
-    is_head = "pooling" in description
+    is_head = _has_head(description)
     what = f"a model of task {description.get('task')}" if is_head else "a language model"
     use = "loopos predict and loopos evaluate" if is_head else "loopos generate and loopos chat"
     beside = Path(place) / REWARD_RUN
@@ -91,7 +97,7 @@ def use_of(place: str) -> str:
     description = read_description(model_folder(place))
     if description.get("task") == REWARD_TASK:
         return f"score with it: loopos score {place} FILE"
-    if "pooling" in description:
+    if _has_head(description):
         return f"predict with it: loopos predict {place} INPUT"
     # A policy answers; what was trained on chains reasons in steps.
     steps = "" if description.get("method") == "ppo" else " --steps"

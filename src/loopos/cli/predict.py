@@ -54,10 +54,10 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     restart_with_settings()
     texts = read_texts(source, columns)
     hush_libraries(verbose=options.verbose)
-    from loopos.evaluation.predictor import Predictor
+    from loopos.evaluation.ensemble import open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = Predictor.open(place, device=pick_device(options.device).type)
+    predictor = open_predictor(place, device=pick_device(options.device).type)
     predictions = predictor.predict(texts) if texts is not None else predictor.predict_file(source, columns)
     written = rendered(predictions, file_format)
     if options.output is None:
@@ -147,16 +147,20 @@ def _with_probability(prediction: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "label": prediction["label"],
         "probability": max(prediction["probabilities"].values()),
-        "probabilities": prediction["probabilities"],
+        **{name: value for name, value in prediction.items() if name != "label"},
     }
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a table: the labels of one text joined by |, a column `probability_CLASS` for each class."""
+    """A row of a table: the labels of one text joined by |, a column `probability_CLASS` for each class (of a majority
+    `votes_CLASS` too).
+    """
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if name == "probabilities":
             flat |= {f"probability_{each}": probability for each, probability in value.items()}
+        elif isinstance(value, Mapping):
+            flat |= {f"{name}_{each}": number for each, number in value.items()}
         elif isinstance(value, list):
             flat[name] = "|".join(map(str, value))
         else:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data import rows
 from loopos.data.formats import Labelled, read_labelled
-from loopos.data.labelled import encode_all
+from loopos.data.labelled import Target, encode_all
 from loopos.data.labels import LabelSpace
+from loopos.data.reading import FormatReport
 from loopos.data.rows import Row
 from loopos.data.tokens import TokenReport, encode_labelled
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
@@ -40,8 +42,7 @@ class Predictor:
     ) -> None:
         self.model, self.tokenizer, self.description, self.device = model.eval(), tokenizer, description, device
         self.tokens = TokenReport()
-        space = description["label_space"]
-        self.space = LabelSpace(**{**space, "class_names": tuple(space["class_names"]), "keys": tuple(space["keys"])})
+        self.space = space_of(description)
 
     @classmethod
     def open(cls, place: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
@@ -61,16 +62,7 @@ class Predictor:
         """One prediction a text or text pair, in order: {"label", "probabilities"}, {"labels", "probabilities"} or
         {"value"}.
         """
-        examples = [
-            Labelled(
-                text if isinstance(text, str) else text[0],
-                None if isinstance(text, str) else text[1],
-                None,
-                Row({}, "texts", None, i),
-            )
-            for i, text in enumerate(texts)
-        ]
-        return self._predictions(examples)
+        return self._predictions(examples_of(texts))
 
     def predict_file(self, source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """One prediction a row of a data file, in its order. Raises `DataError` for a row without text: none is
@@ -85,22 +77,16 @@ class Predictor:
         """Metrics on a labelled data file, with "rows" and, for classification, "confusion"."""
         read, report = read_labelled(rows.read(source, on_bad_row=on_bad_row), columns or {})
         examples, targets, report = encode_all(self.space, read, report, on_bad_row=on_bad_row)
-        meaning = self._meaning(examples)
-        threshold = self.description["threshold"]
-        metrics: dict[str, Any] = dict(measure(self.space.task, meaning, targets, threshold=threshold))
-        metrics["rows"] = report.used
-        if report.dropped:
-            metrics["dropped"] = dict(report.dropped)
-        if self.tokens.truncated:
-            metrics["truncated"] = self.tokens.truncated
-        if self.space.task == "classification":
-            places = [target for target in targets if isinstance(target, int)]
-            metrics["class_names"], metrics["confusion"] = list(self.space.class_names), confusion(meaning, places)
-        return metrics
+        meaning = self.meaning(self.outputs(examples))
+        return metrics_of(self.space, meaning, targets, report, self.tokens, threshold=self.description["threshold"])
 
-    def _meaning(self, examples: Sequence[Labelled]) -> Meaning:
+    def outputs(self, examples: Sequence[Labelled]) -> Tensor:
+        """Outputs `[N, C]` of the head, in the examples' order."""
         encoded, self.tokens = encode_labelled(self.tokenizer, examples, max_length=self.description["max_length"])
-        outputs = outputs_of(self.model, encoded, self.device)
+        return outputs_of(self.model, encoded, self.device)
+
+    def meaning(self, outputs: Tensor) -> Meaning:
+        """What outputs `[N, C]` of this model say."""
         return interpret(
             self.space.task,
             outputs,
@@ -109,17 +95,61 @@ class Predictor:
         )
 
     def _predictions(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
-        meaning = self._meaning(examples)
-        if self.space.task == "regression":
-            return [{"value": float(value)} for value in meaning]
-        names = self.space.class_names
-        answers: list[dict[str, Any]] = []
-        for row in meaning:
-            told: dict[str, Any] = {"probabilities": {name: float(p) for name, p in zip(names, row, strict=True)}}
-            if self.space.task == "classification":
-                answers.append({"label": self.space.decode(int(row.argmax())), **told})
-            else:
-                answers.append(
-                    {"labels": self.space.decode([int(p >= self.description["threshold"]) for p in row]), **told}
-                )
-        return answers
+        return answers_of(self.space, self.meaning(self.outputs(examples)), threshold=self.description["threshold"])
+
+
+def space_of(description: Mapping[str, Any]) -> LabelSpace:
+    """The label space that a model's description tells."""
+    space = description["label_space"]
+    return LabelSpace(**{**space, "class_names": tuple(space["class_names"]), "keys": tuple(space["keys"])})
+
+
+def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labelled]:
+    """Texts or text pairs as examples without labels."""
+    return [
+        Labelled(
+            text if isinstance(text, str) else text[0],
+            None if isinstance(text, str) else text[1],
+            None,
+            Row({}, "texts", None, i),
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def answers_of(space: LabelSpace, meaning: Meaning, *, threshold: float) -> list[dict[str, Any]]:
+    """A prediction a row. threshold: the probability from which a label applies."""
+    if space.task == "regression":
+        return [{"value": float(value)} for value in meaning]
+    answers: list[dict[str, Any]] = []
+    for row in meaning:
+        told: dict[str, Any] = {
+            "probabilities": {name: float(p) for name, p in zip(space.class_names, row, strict=True)}
+        }
+        if space.task == "classification":
+            answers.append({"label": space.decode(int(row.argmax())), **told})
+        else:
+            answers.append({"labels": space.decode([int(p >= threshold) for p in row]), **told})
+    return answers
+
+
+def metrics_of(
+    space: LabelSpace,
+    meaning: Meaning,
+    targets: Sequence[Target],
+    report: FormatReport,
+    tokens: TokenReport,
+    *,
+    threshold: float,
+) -> dict[str, Any]:
+    """Metrics against encoded labels, with "rows", what was dropped or cut and, for classification, "confusion"."""
+    metrics: dict[str, Any] = dict(measure(space.task, meaning, targets, threshold=threshold))
+    metrics["rows"] = report.used
+    if report.dropped:
+        metrics["dropped"] = dict(report.dropped)
+    if tokens.truncated:
+        metrics["truncated"] = tokens.truncated
+    if space.task == "classification":
+        places = [target for target in targets if isinstance(target, int)]
+        metrics["class_names"], metrics["confusion"] = list(space.class_names), confusion(meaning, places)
+    return metrics

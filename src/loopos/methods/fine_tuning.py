@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loopos.config.durable import disk_full_said
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
@@ -36,7 +37,6 @@ from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
 from loopos.models.task_folder import save_task_model
 from loopos.training.distributed import World
-from loopos.training.durable import disk_full_said
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve

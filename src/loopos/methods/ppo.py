@@ -16,6 +16,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopos.config.durable import disk_full_said
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
@@ -39,7 +40,6 @@ from loopos.models.reward_folder import (
     open_reward_model,
 )
 from loopos.models.roles import Roles, build_roles
-from loopos.training.durable import disk_full_said
 from loopos.training.fit import Fit, FitResult
 from loopos.training.guards import GuardLimits, Guards
 from loopos.training.policy_objective import PpoObjective

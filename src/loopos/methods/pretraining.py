@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from loopos.config.durable import disk_full_said
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
@@ -27,7 +28,6 @@ from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.training.distributed import World
-from loopos.training.durable import disk_full_said
 from loopos.training.fit import Fit, FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve

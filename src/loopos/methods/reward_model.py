@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopos.config.durable import disk_full_said
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
@@ -37,7 +38,6 @@ from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
 from loopos.models.task_folder import save_task_model
-from loopos.training.durable import disk_full_said
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve

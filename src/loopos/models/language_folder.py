@@ -80,7 +80,7 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
     ):
         folder = model_folder(place)
         description = read_description(folder)
-        if "pooling" in description:
+        if "pooling" in description or "ensemble" in description:
             raise UserError(
                 f"{folder}: a {description['task']} model, which says no text; use loopos predict and loopos evaluate"
             )

@@ -97,6 +97,8 @@ def open_task_model(
     """
     folder = model_folder(place)
     description = read_description(folder)
+    if "ensemble" in description:
+        raise UserError(f"{folder}: an ensemble of several models; loopos predict and loopos evaluate open it")
     if "pooling" not in description:
         raise UserError(f"{folder}: a language model, without a head; loopos generate and loopos chat open it")
     try:

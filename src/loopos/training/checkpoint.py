@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from loopos.config.durable import JSON, DiskFull, disk_full_said, fsync_folder
+from loopos.functional.tensor_file import num_bytes
 from loopos.training.checkpoint_folder import (
     HIDDEN_NAME,
     STATE,
@@ -39,9 +41,7 @@ from loopos.training.checkpoint_folder import (
     read_manifest,
     write_folder,
 )
-from loopos.training.durable import JSON, DiskFull, disk_full_said, fsync_folder
 from loopos.training.random_states import random_states, restore_random_states
-from loopos.training.tensor_file import num_bytes
 
 __all__ = [
     "JSON",

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from loopos.config.durable import JSON, fsync_folder, hash_file, write_hashed
 from loopos.config.faults import UserError
-from loopos.training.durable import JSON, fsync_folder, hash_file, write_hashed
-from loopos.training.tensor_file import safetensors_pieces
+from loopos.functional.tensor_file import safetensors_pieces
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

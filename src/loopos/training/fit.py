@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
+from loopos.config.durable import JSON
 from loopos.config.sections import TrainingSection
 from loopos.training import checkpoint
 from loopos.training.distributed import World
-from loopos.training.durable import JSON
 from loopos.training.ending import Ending
 from loopos.training.progress import RunProgress
 from loopos.training.run_log import RunLog

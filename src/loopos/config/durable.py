@@ -1,7 +1,7 @@
 """Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
 
-A full disk becomes one `DiskFull` line. Left out: what the bytes mean (see `tensor_file`, `checkpoint`, `events`);
-nothing here imports torch.
+A full disk becomes one `DiskFull` line. Left out: what the bytes mean (`functional.tensor_file`, `training.checkpoint`,
+`training.events`); nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from loopos.config.faults import UserError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
+RESUME = "what was saved before is whole: free some space, then continue with --resume"
 _DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,8 +39,9 @@ class FileRecord:
 
 
 @contextmanager
-def disk_full_said(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
-    """Turn "no space left" (ENOSPC, EDQUOT) inside the block into a `DiskFull` that gives needed and free bytes.
+def disk_full_said(folder: Path, needed_bytes: int, what: str, advice: str = RESUME) -> Iterator[None]:
+    """Turn "no space left" (ENOSPC, EDQUOT) inside the block into a `DiskFull` that gives needed and free bytes, and
+    says what to do.
 
     Every other `OSError` passes through unchanged.
     """
@@ -52,8 +54,7 @@ def disk_full_said(folder: Path, needed_bytes: int, what: str) -> Iterator[None]
         free_bytes = shutil.disk_usage(existing).free
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
         raise DiskFull(
-            f"{folder}: {reason}: {what} needs {needed_bytes:,} bytes, {free_bytes:,} are free; "
-            "what was saved before is whole: free some space, then continue with --resume"
+            f"{folder}: {reason}: {what} needs {needed_bytes:,} bytes, {free_bytes:,} are free; {advice}"
         ) from error
 
 

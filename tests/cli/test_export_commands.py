@@ -1,0 +1,104 @@
+"""`loopos export` and `loopos ensemble` by the command line, and what reads an ensemble as a model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.cli.conftest import Invoke, rows, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def second(trained: Any, project: Path, invoke: Invoke) -> Path:
+    """A run beside the first, of another seed."""
+    folder = project / "outputs" / "second"
+    result = invoke("train", project / "run.json", f"data.output_dir={folder}", "training.seed=9", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(second: Path, project: Path, tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Path:
+    out = tmp_path_factory.mktemp("pair") / "pair"
+    result = invoke(
+        "ensemble", project / "outputs" / "first", second, "-o", out, "--method", "majority", "--test",
+        project / "test.jsonl",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "ensemble" in result.stdout
+    assert "accuracy" in result.stdout
+    return out
+
+
+def test_export_prints_what_it_found(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke(
+        "export", language_run, "--format", "huggingface", "--type", "bf16", "-o", tmp_path / "out", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["type"] == "bf16"
+    assert 0 < told["largest_difference"] < 0.1
+    assert told["pushed"] is None
+    AutoModelForCausalLM.from_pretrained(told["folder"])
+
+
+def test_export_says_it_to_people(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("export", language_run, "--format", "huggingface", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "opened again: largest difference of the outputs 0 " in result.stdout
+
+
+def test_mistakes_end_in_a_line(trained: Any, project: Path, tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("export", project / "outputs" / "first", "--format", "gguf", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "holds language models alone" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = invoke("ensemble", project / "outputs" / "first", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "wanted two or more" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ensemble_predicts_as_a_model_does(pair: Path, tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("predict", pair, "-", text="good film\nwhere is it\n")
+    assert result.exit_code == 0, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == 2
+    for answer in answers:
+        assert sum(answer["votes"].values()) == 2
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert answer["mutual_information"] >= 0
+    output = tmp_path / "answers.csv"
+    assert invoke("predict", pair, "-", "-o", output, text="good film\nbad film\n").exit_code == 0
+    with output.open(newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == 2
+    assert {"label", "probability", "variance", "entropy", "tied", "votes_good", "probability_bad"} <= set(read[0])
+
+
+def test_an_ensemble_is_evaluated_as_a_model_is(pair: Path, project: Path, invoke: Invoke) -> None:
+    result = invoke("evaluate", pair, project / "test.jsonl", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["rows"] == 12
+    asked = invoke("generate", pair, "-p", "hello")
+    assert asked.exit_code == 2
+    assert "says no text" in asked.stderr
+
+
+def test_weights_are_fitted_by_the_command(second: Path, project: Path, tmp_path: Path, invoke: Invoke) -> None:
+    fit = write_jsonl(tmp_path / "fit.jsonl", rows(24))
+    result = invoke(
+        "ensemble", project / "outputs" / "first", second, "-o", tmp_path / "out", "--method", "weighted", "--fit", fit,
+        "--copy", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert sum(told["weights"].values()) == pytest.approx(1)
+    [measured] = told["measured"]
+    assert measured["ensemble"]["log_loss"] <= min(each["log_loss"] for each in measured["members"].values()) + 1e-9
+    assert (tmp_path / "out" / "members" / "2" / "head.safetensors").is_file()
