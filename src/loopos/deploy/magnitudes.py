@@ -74,4 +74,5 @@ def _bits(piece: Tensor) -> Tensor:
 
 def pieces(values: Tensor) -> Iterator[Tensor]:
     """Parts of a tensor as flat views, at most `PIECE` elements each."""
-    yield from values.view(-1).split(PIECE)
+    # torch leaves the annotations of this method out.
+    yield from values.view(-1).split(PIECE)  # type: ignore[no-untyped-call]

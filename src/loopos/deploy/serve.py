@@ -142,5 +142,6 @@ class _Connection(H11Protocol):
         self.loop.call_later(_FIRST_REQUEST, self._end_if_silent)
 
     def _end_if_silent(self) -> None:
-        if self.cycle is None:
+        # None until the first request, whatever its annotation says.
+        if getattr(self, "cycle", None) is None:
             self.transport.close()

@@ -65,7 +65,7 @@ class StoredTensor:
         """The tensor, in memory of its own. Raises `UserError` where the file is gone or cut short."""
         flat = torch.empty(self.spec.num_elements, dtype=self.spec.dtype)
         if flat.numel():
-            buffer = memoryview(flat.view(torch.uint8).numpy())
+            buffer = flat.view(torch.uint8).numpy().data
             try:
                 with self.file.open("rb", buffering=0) as file:
                     file.seek(self.start)
@@ -137,7 +137,7 @@ def write_shards(
                 assert came == name, f"{came} came in the place of {name}"
                 assert TensorSpec(tensor.dtype, tuple(tensor.shape)) == specs[name], name
                 if tensor.numel():
-                    stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+                    stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
                 del tensor
     assert next(source, None) is None, "more tensors than were announced"
     if len(shards) > 1:
