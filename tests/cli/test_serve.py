@@ -108,7 +108,7 @@ def test_the_orderly_end(number: signal.Signals, language_run: Path) -> None:
         assert process.wait(60) == 0
     ((status, told),) = answers
     assert status == 200
-    assert told["usage"]["completion_tokens"] == 24 * 240
+    assert told["usage"]["completion_tokens"] == 8 * 240
 
 
 def test_what_outlasts_the_time_of_grace_is_told(language_run: Path) -> None:
