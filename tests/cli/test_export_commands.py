@@ -16,7 +16,7 @@ from tests.cli.conftest import Invoke, rows, write_jsonl
 @pytest.fixture(scope="module")
 def second(trained: Any, project: Path, invoke: Invoke) -> Path:
     """A run beside the first, of another seed."""
-    folder = project / "outputs" / "second"
+    folder = project / "outputs" / "to_export"
     result = invoke("train", project / "run.json", f"data.output_dir={folder}", "training.seed=9", "--quiet")
     assert result.exit_code == 0, result.stderr
     return folder

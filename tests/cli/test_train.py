@@ -62,7 +62,7 @@ def test_a_finished_run_resumed_ends_at_once_with_the_same_answer(trained: Any, 
 def test_the_summary_is_short_and_progress_is_on_standard_error(project: Path, invoke: Invoke) -> None:
     folder = project / "outputs" / "second"
     result = invoke("train", project / "run.json", f"data.output_dir={folder}", "training.max_steps=2")
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{folder}: 2 steps at ")
     assert lines[0].endswith("ended by max_steps")
