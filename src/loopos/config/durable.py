@@ -79,9 +79,9 @@ def hash_file(path: Path) -> FileRecord:
         return FileRecord(size=file.tell(), sha256=digest.hexdigest())
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names inside a folder durable: a rename survives a power cut only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_place(place: Path) -> None:
+    """Make a file's content durable, or the names inside a folder: a rename survives a power cut only after this."""
+    descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -22,7 +22,6 @@ from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
 from loopos.deploy.export import NOTHING_WRITTEN, RECIPE, REPORT
 from loopos.deploy.export_settings import refuse_taken
-from loopos.deploy.hugging_face import make_durable
 from loopos.deploy.streamed_weights import Tell
 from loopos.evaluation.combining import METHODS
 from loopos.evaluation.ensemble import ENSEMBLE, EnsemblePredictor
@@ -115,7 +114,6 @@ def join(
         save_json(partial / RECIPE, recipe)
         report = _report(out.name, members, weights, settings, measured)
         (partial / REPORT).write_text(report, encoding="utf-8")
-        make_durable(partial)
     return Joined(out, weights, measured)
 
 

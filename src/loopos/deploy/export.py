@@ -82,7 +82,6 @@ def export(
         shutil.rmtree(scratch)
         (partial / REPORT).write_text(_report(model, exported, settings), encoding="utf-8")
         save_json(partial / RECIPE, {"command": "export", "model": place, **asdict(settings), "type": exported.type})
-        hugging_face.make_durable(partial)
     pushed = push(out, settings.push, client()) if settings.push is not None else None
     return replace(exported, folder=out, pushed=pushed)
 

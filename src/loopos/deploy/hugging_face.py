@@ -7,7 +7,6 @@ Left out: the model card (`model_card.py`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from loopos.config.durable import fsync_folder
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.deploy.streamed_weights import WEIGHTS, StreamedWeights, Tell, write_cast
 from loopos.models.load import save_json
@@ -52,16 +50,6 @@ def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype, t
     if kind == "language" and not (out / _GENERATION).is_file():
         GenerationConfig.from_model_config(PreTrainedConfig.from_dict(config)).save_pretrained(out)
     write_cast(StreamedWeights(folder), out / WEIGHTS, dtype, tell)
-
-
-def make_durable(folder: Path) -> None:
-    """Every file in a folder and below on the disk, before the folder takes its name."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            fsync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _read(file: Path) -> dict[str, Any]:

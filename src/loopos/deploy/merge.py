@@ -29,7 +29,7 @@ from loopos.deploy.merge_adapters import (
     open_adapter,
     summed,
 )
-from loopos.deploy.merge_folder import durable_folder, write_beside, write_recipe
+from loopos.deploy.merge_folder import write_beside, write_recipe
 from loopos.deploy.merge_layers import stacked
 from loopos.deploy.merge_plan import Plan, planned
 from loopos.deploy.merge_report import Measured, adapter_report, report
@@ -38,6 +38,7 @@ from loopos.deploy.merge_tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import measure
 from loopos.deploy.tensor_files import TensorSpec, in_file_order, write_shards
 from loopos.models.load import NUMBER_FORMATS, save_json
+from loopos.models.model_folder import whole_folder
 from loopos.models.task_folder import HEAD
 
 
@@ -82,7 +83,7 @@ def merge(
         )
         weights = trials[-1].weights(len(models))
     measured = [Measured(data, _before(models, data, device, note)) for data in recipe.evaluate]
-    with durable_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         changes = _write(partial, plan, recipe, weights, on_progress)
         for each in measured:
             note(f"measuring the result on {each.data}")
@@ -187,7 +188,7 @@ def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
     tensors, config = summed(adapters, factors)
     folder = Path(recipe.output_dir)
     seconds = time.monotonic() - began
-    with durable_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         save_json(partial / ADAPTER_CONFIG, config)
         write_recipe(partial, recipe)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,13 @@ from loopos.deploy.merge_layers import stacked_config
 from loopos.deploy.merge_plan import Plan
 from loopos.deploy.merge_sources import Source
 from loopos.deploy.merge_vocabulary import TOKENIZER
-from loopos.deploy.tensor_files import sync
 from loopos.models.load import NUMBER_FORMATS, save_json
-from loopos.models.model_folder import whole_folder
 
 # What stands beside a model and says nothing of the merged one.
 _LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", "report.md", "events.jsonl"})
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _NAMES_OF_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-@contextmanager
-def durable_folder(folder: Path) -> Iterator[Path]:
-    """`whole_folder`, whose files are on the disk before it gets its name."""
-    with whole_folder(folder) as partial:
-        yield partial
-        sync(*partial.rglob("*"), partial)
-    sync(folder.parent)
 
 
 def write_beside(folder: Path, plan: Plan, recipe: MergeConfig) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
+from loopos.functional.tensor_file import header
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,7 +32,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 _MOST_HEADER_BYTES = 100_000_000
 
@@ -51,6 +50,10 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
+
+    def described(self) -> Tensor:
+        """A tensor of this kind without content."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def write_shards(
     source = iter(tensors)
     for file, shard in zip(names, shards, strict=True):
         with (folder / file).open("xb") as stream:
-            stream.write(_header_bytes({name: specs[name] for name in shard}))
+            stream.write(header({name: specs[name].described() for name in shard}))
             for name in shard:
                 came, tensor = next(source)
                 assert came == name, f"{came} came in the place of {name}"
@@ -172,25 +175,3 @@ def _shard_names(number: int) -> Sequence[str]:
     if number == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{number:05d}.safetensors" for i in range(number)]
-
-
-def _header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, spec in specs.items():
-        end = start + spec.num_bytes
-        entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def sync(*places: Path) -> None:
-    """Makes the content of files, and the names in folders, survive a power cut."""
-    for place in places:
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -53,16 +53,16 @@ def safetensors_pieces(
     described = tensors if described is None else described
     # Wide elements first, so that every tensor starts at a multiple of its element's size.
     names = sorted(described, key=lambda name: (-described[name].element_size(), name))
-    yield _header(names, described)
+    yield header({name: described[name] for name in names})
     for name in names:
         yield from _tensor_pieces(tensors[name])
 
 
-def _header(names: list[str], tensors: Mapping[str, torch.Tensor]) -> bytes:
+def header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """What a file begins with that holds tensors like these, in their order; they may lie on the device meta."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         assert name != "__metadata__", "a tensor cannot be called __metadata__"
         assert tensor.layout == torch.strided, f"{name}: a {tensor.layout} tensor cannot be saved"
         assert tensor.dtype in DTYPE_NAMES, f"{name}: {tensor.dtype} cannot be saved"

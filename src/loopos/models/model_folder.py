@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from loopos.config.durable import fsync_place
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 
@@ -51,22 +52,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    _fsync(folder.parent)
+    fsync_place(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_durable(folder: Path) -> None:
     """What lies in a folder survives a power cut from now on; a rename alone may come before what it names."""
     for place in (*folder.rglob("*"), folder):
-        _fsync(place)
-
-
-def _fsync(place: Path) -> None:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_place(place)
 
 
 def model_folder(place: str | Path) -> Path:

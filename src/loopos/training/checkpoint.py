@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loopos.config.durable import JSON, DiskFull, disk_full_said, fsync_folder
+from loopos.config.durable import JSON, DiskFull, disk_full_said, fsync_place
 from loopos.functional.tensor_file import num_bytes
 from loopos.training.checkpoint_folder import (
     HIDDEN_NAME,
@@ -105,7 +105,7 @@ def save(
     with disk_full_said(root, needed_bytes, f"the checkpoint of step {step}"):
         if not root.is_dir():
             root.mkdir(parents=True)
-            fsync_folder(root.parent)
+            fsync_place(root.parent)
         for line in sweep(root):
             logger.warning(line)
         try:
@@ -198,7 +198,7 @@ def sweep(root: Path) -> list[str]:
             continue
         if caught[2] == "replaced" and not (root / caught[1]).exists():
             os.rename(entry, root / caught[1])
-            fsync_folder(root)
+            fsync_place(root)
             said.append(f"{root / caught[1]}: put back, its replacement was never finished")
         else:
             shutil.rmtree(entry)
@@ -225,11 +225,11 @@ def _put_in_place(partial: Path, final: Path) -> None:
         replaced = hidden(final, "replaced")
         os.rename(final, replaced)
         os.rename(partial, final)
-        fsync_folder(final.parent)
+        fsync_place(final.parent)
         shutil.rmtree(replaced)
     else:
         os.rename(partial, final)
-        fsync_folder(final.parent)
+        fsync_place(final.parent)
 
 
 def _entries(root: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from loopos.config.durable import JSON, fsync_folder, hash_file, write_hashed
+from loopos.config.durable import JSON, fsync_place, hash_file, write_hashed
 from loopos.config.faults import UserError
 from loopos.functional.tensor_file import safetensors_pieces
 
@@ -81,7 +81,7 @@ def write_folder(
     manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": records}
     manifest["sha256"] = _seal(manifest)
     write_hashed(folder / MANIFEST, [json.dumps(manifest, indent=1, allow_nan=False).encode()])
-    fsync_folder(folder)
+    fsync_place(folder)
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
