@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pytest-xdist: two workers, each with one torch thread, are faster on the small models of the tests than one with two.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# pytest-xdist: three workers of one torch thread each, on two cores: a test that starts processes waits for them a quarter of its time.
+# A worker without work takes from the others' (worksteal), so that a long test met late does not keep one worker alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 .PHONY: demo test test-slow check format bench wheel clean
 
