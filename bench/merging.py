@@ -149,7 +149,7 @@ def main() -> None:
 
 def largest_bytes(model: Path) -> int:
     """Bytes of the largest tensor in fp32."""
-    from loopos.deploy.tensor_files import stored_tensors
+    from loopos.storage.tensor_files import stored_tensors
 
     return 4 * max(each.spec.num_elements for each in stored_tensors([model / "model.safetensors"]).values())
 

@@ -12,11 +12,13 @@ import pytest
 import loopos
 
 SOURCE = Path(loopos.__file__).parent
-# functional and config are the ground floor: every room may stand on them.
-GROUND = {"functional", "config"}
+# functional, config and storage are the ground floor: every room may stand on them.
+GROUND = {"functional", "config", "storage"}
 ARROWS: dict[str, set[str]] = {
     "functional": set(),
     "config": set(),
+    # A full disk is told as every other mistake is.
+    "storage": {"config"},
     "data": GROUND,
     "models": GROUND,
     "generation": GROUND | {"models"},
@@ -66,7 +68,7 @@ def told(file: Path, line: int, what: str) -> str:
 def test_the_whole_house_is_read() -> None:
     found = {room_of(file) for file in modules()} - {""}
     assert found <= set(ARROWS), f"rooms without arrows: {sorted(found - set(ARROWS))}"
-    assert {"functional", "config", "data", "models", "training", "evaluation", "methods", "cli"} <= found
+    assert {"functional", "config", "storage", "data", "models", "training", "evaluation", "methods", "cli"} <= found
     assert len(modules()) >= 60
     assert sum(name.startswith("loopos.") for file in modules() for _, name in imports_of(file)) >= 200
 
@@ -106,6 +108,10 @@ def outside_imports(room: str) -> set[str]:
 
 def test_functional_stands_on_torch_alone() -> None:
     assert outside_imports("functional") == {"torch"}
+
+
+def test_storage_knows_no_model() -> None:
+    assert outside_imports("storage") == {"torch", "safetensors"}
 
 
 def test_config_imports_nothing_heavy() -> None:

@@ -28,9 +28,9 @@ from loopos.config.faults import EnvironmentFault, UserError
 from loopos.deploy.export import Exported, export
 from loopos.deploy.export_settings import ExportSettings
 from loopos.deploy.shipped_model import find_model
-from loopos.deploy.streamed_weights import StreamedWeights
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.models.language_folder import open_language_model
+from loopos.storage.tensor_files import folder_tensors
 from loopos.training.progress import RunProgress
 
 IDS = torch.arange(3, 40)[None]
@@ -214,7 +214,7 @@ def test_shards_are_read_one_tensor_at_a_time(pico_folder: Path, tmp_path: Path)
     seen: list[tuple[int, int, str]] = []
     settings = ExportSettings(format="huggingface", check=False)
     export(str(tmp_path / "shards"), tmp_path / "out", settings, tell=lambda *told: seen.append(told))
-    names = list(StreamedWeights(tmp_path / "shards"))
+    names = list(folder_tensors(tmp_path / "shards"))
     assert sorted(name for _, _, name in seen[:-1]) == sorted(names)
     assert [done for done, _, _ in seen] == [*range(len(names)), len(names)]
     assert torch.equal(logits(tmp_path / "out"), logits(pico_folder))
@@ -361,7 +361,7 @@ def test_a_killed_export_leaves_no_half_folder(pico_folder: Path, tmp_path: Path
     import os
     import signal
 
-    out, total = tmp_path / "out", len(StreamedWeights(pico_folder))
+    out, total = tmp_path / "out", len(folder_tensors(pico_folder))
     settings = ExportSettings(format="gguf", type="q8_0", check=False)
     for moment in (0, total // 2, total):
 

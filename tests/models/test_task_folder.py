@@ -14,10 +14,10 @@ from pico_runs import class_rows, config_of, train
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from loopos.config.durable import DiskFull
 from loopos.config.faults import UserError
 from loopos.models.model_folder import model_folder
 from loopos.models.task_folder import open_task_model, save_task_model
+from loopos.storage.durable import DiskFull
 
 
 @pytest.fixture(scope="module")

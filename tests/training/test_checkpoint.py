@@ -20,7 +20,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
 from loopos.config.faults import UserError
-from loopos.functional.tensor_file import DTYPE_NAMES, safetensors_pieces
+from loopos.storage.tensor_format import DTYPE_NAMES, safetensors_pieces
 from loopos.training import checkpoint
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.durable import JSON, DiskFull
 from loopos.config.faults import EnvironmentFault
+from loopos.storage.durable import JSON, DiskFull
 from loopos.training.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
 
 

@@ -16,7 +16,7 @@ import torch
 from pico_runs import events_of, last_weights
 from safetensors.torch import load_file
 
-from loopos.config.durable import DiskFull
+from loopos.storage.durable import DiskFull
 from loopos.training import checkpoint
 from loopos.training.events import fingerprint
 from loopos.training.fit import FitResult

@@ -50,8 +50,8 @@ def run(words: Sequence[str], options: MergeOptions) -> int:
     """Merges and tells. Raises `UserError`."""
     recipe = read_recipe(words, options)
     hush_libraries(verbose=options.verbose)
-    from loopos.config.durable import DiskFull
     from loopos.deploy.merge import merge
+    from loopos.storage.durable import DiskFull
     from loopos.training.precision import pick_device
 
     device = pick_device(options.device).type

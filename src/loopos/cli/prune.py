@@ -52,8 +52,8 @@ def run(given: str, options: PruneOptions) -> int:
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.cli.bar import Bar
-    from loopos.config.durable import DiskFull
     from loopos.deploy.prune import Pruner
+    from loopos.storage.durable import DiskFull
     from loopos.training.precision import pick_device
 
     try:

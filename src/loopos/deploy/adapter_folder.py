@@ -6,7 +6,6 @@ out: merging (`merged_adapter.py`).
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loopos.config.faults import UserError
+from loopos.deploy.number_formats import cast
 from loopos.deploy.shipped_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ShippedModel
-from loopos.deploy.streamed_weights import cast
-from loopos.models.load import save_json
+from loopos.storage.json_files import read_object, save_json
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -38,7 +37,7 @@ def write_adapter(model: ShippedModel, out: Path, dtype: torch.dtype | None) -> 
     f16 is too narrow, `OSError` when the disk is full.
     """
     adapter = require_adapter(model)
-    save_json(out / ADAPTER_CONFIG, json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    save_json(out / ADAPTER_CONFIG, read_object(adapter / ADAPTER_CONFIG))
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     if dtype is not None:
         tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}

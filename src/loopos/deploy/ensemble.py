@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy
 
-from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
 from loopos.deploy.export import NOTHING_WRITTEN, RECIPE, REPORT
 from loopos.deploy.export_settings import refuse_taken
-from loopos.deploy.streamed_weights import Tell
 from loopos.evaluation.combining import METHODS
 from loopos.evaluation.ensemble import ENSEMBLE, EnsemblePredictor
 from loopos.evaluation.markdown import shown, table
+from loopos.evaluation.progress import Tell
 from loopos.evaluation.simplex import Floats, log_loss_weights, squared_error_weights
-from loopos.models.load import save_json
-from loopos.models.model_folder import FORMAT, model_folder, read_description, whole_folder
+from loopos.models.model_folder import FORMAT, model_folder, read_description
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
+from loopos.storage.whole_folder import whole_folder
 
 _OF_VALUES = ("mean", "weighted")
 # A majority's probabilities are made so that half marks the line.

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
 from loopos.deploy import gguf_file, hugging_face, onnx_file, reopened
 from loopos.deploy.adapter_folder import require_adapter, write_adapter
@@ -23,15 +22,18 @@ from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings
 from loopos.deploy.merged_adapter import weights_folder
 from loopos.deploy.model_card import model_card
 from loopos.deploy.modelfile import modelfile
+from loopos.deploy.number_formats import DTYPES
 from loopos.deploy.push import HubClient, own_client, push
 from loopos.deploy.reopened import Check
 from loopos.deploy.shipped_model import ShippedModel, find_model
-from loopos.deploy.streamed_weights import INDEX, WEIGHTS, StreamedWeights, Tell
 from loopos.evaluation.markdown import table
-from loopos.models.load import save_json
-from loopos.models.model_folder import whole_folder
+from loopos.evaluation.progress import Tell, silent
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
+from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
+from loopos.storage.whole_folder import whole_folder
 
-_NAMES = {dtype: name for name, dtype in hugging_face.DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NOTHING_WRITTEN = "nothing was written: free some space, then run the command again"
 RECIPE, REPORT, CARD = "recipe.json", "report.md", "README.md"
 
@@ -51,16 +53,12 @@ class Exported:
     pushed: str | None
 
 
-def _silent(done: int, total: int, name: str) -> None:
-    """Tells nobody."""
-
-
 def export(
     place: str,
     out: Path,
     settings: ExportSettings,
     *,
-    tell: Tell = _silent,
+    tell: Tell = silent,
     client: Callable[[], HubClient] = own_client,
 ) -> Exported:
     """Exports the model at `place` into the new folder `out`. client: makes what speaks to the hub, called for a push
@@ -98,7 +96,7 @@ def _check_format(model: ShippedModel, output_format: str) -> None:
                 "models alone: use --format huggingface"
             )
         gguf_file.require_gguf()
-        if model.folder is not None and any((model.folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        if model.folder is not None and holds_weights(model.folder):
             gguf_file.prepare(model.folder, model.given)
 
 
@@ -115,14 +113,14 @@ def _write(
     """Fills the folder, opens what was written again, and adds the card."""
     is_adapter = settings.format == "adapter"
     # GGUF's quantised types are made from fp32.
-    dtype = hugging_face.DTYPES.get(type_name, torch.float32 if type_name else None)
+    dtype = DTYPES.get(type_name, torch.float32 if type_name else None)
     folder, done = (model.folder, "") if is_adapter else weights_folder(model, dtype, scratch)
     file, notes = "", [done] if done else []
     if is_adapter:
         write_adapter(model, partial, dtype)
     elif settings.format == "huggingface":
         assert folder is not None
-        dtype = dtype or StreamedWeights(folder).dtype
+        dtype = dtype or usual_dtype(folder_tensors(folder))
         if dtype not in _NAMES:
             raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)

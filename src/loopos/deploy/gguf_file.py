@@ -35,7 +35,10 @@ from loopos.deploy.gguf_layout import (
     places,
 )
 from loopos.deploy.gguf_vocabulary import Vocabulary, read_vocabulary
-from loopos.deploy.streamed_weights import StreamedWeights, Tell, cast
+from loopos.deploy.number_formats import cast
+from loopos.evaluation.progress import Tell
+from loopos.storage.tensor_files import StoredTensor, folder_tensors
+from loopos.storage.tensor_format import TensorSpec
 
 Numbers: TypeAlias = NDArray[Any]
 _BLOCK = 32
@@ -50,7 +53,7 @@ class PreparedGguf:
 
     config: PreTrainedConfig
     vocabulary: Vocabulary
-    weights: StreamedWeights
+    weights: Mapping[str, StoredTensor]
     places: list[Place]
 
 
@@ -66,7 +69,7 @@ def prepare(folder: Path, given: str) -> PreparedGguf:
     """Reads config, tokenizer and the shapes of the weights. Raises `UserError` for a model that GGUF cannot hold."""
     config = AutoConfig.from_pretrained(str(folder))
     check_layout(config, given)
-    weights = StreamedWeights(folder)
+    weights = folder_tensors(folder)
     return PreparedGguf(
         config, read_vocabulary(folder, config.vocab_size, given), weights, places(config, weights, given)
     )
@@ -82,9 +85,9 @@ def write_gguf(prepared: PreparedGguf, file: Path, kind: str, *, name: str, tell
 
     writer = GGUFWriter(file, ARCHITECTURES[prepared.config.model_type])
     _add_metadata(writer, prepared, kind, name)
-    types = {place.name: _type_of(place, prepared.weights.described[place.source], kind) for place in prepared.places}
+    types = {place.name: _type_of(place, prepared.weights[place.source].spec, kind) for place in prepared.places}
     for place in prepared.places:
-        shape = tuple(prepared.weights.described[place.source].shape)
+        shape = prepared.weights[place.source].spec.shape
         type_ = GGMLQuantizationType[types[place.name].upper()]
         if types[place.name] in ("f32", "f16"):
             dtype = numpy.dtype(numpy.float32 if types[place.name] == "f32" else numpy.float16)
@@ -98,7 +101,7 @@ def write_gguf(prepared: PreparedGguf, file: Path, kind: str, *, name: str, tell
         writer.write_ti_data_to_file()
         for done, place in enumerate(prepared.places):
             tell(done, len(prepared.places), place.name)
-            tensor = place.arranged(prepared.weights[place.source])
+            tensor = place.arranged(prepared.weights[place.source].read())
             writer.write_tensor_data(encoded(place.name, tensor, types[place.name]))
         writer.flush()
         for stream in writer.fout or ():
@@ -124,10 +127,10 @@ def encoded(name: str, tensor: Tensor, kind: str) -> Numbers:
     return quantised
 
 
-def _type_of(place: Place, described: Tensor, kind: str) -> str:
-    if described.dim() < 2:
+def _type_of(place: Place, spec: TensorSpec, kind: str) -> str:
+    if len(spec.shape) < 2:
         return "f32"
-    if kind in ("q8_0", "q4_0") and described.shape[-1] % _BLOCK:
+    if kind in ("q8_0", "q4_0") and spec.shape[-1] % _BLOCK:
         return "f16"
     return "q8_0" if kind == "q4_0" and is_embedding(place) else kind
 

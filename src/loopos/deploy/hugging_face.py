@@ -6,26 +6,28 @@ Left out: the model card (`model_card.py`).
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.deploy.streamed_weights import WEIGHTS, StreamedWeights, Tell, write_cast
-from loopos.models.load import save_json
+from loopos.deploy.number_formats import cast
+from loopos.evaluation.progress import Tell
 from loopos.models.task_folder import HEAD
+from loopos.storage.json_files import read_object, save_json
+from loopos.storage.tensor_files import INDEX, folder_tensors, write_tensors
+from loopos.storage.tensor_format import TensorSpec
 
-DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _PRECISIONS: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 # What is no weight of the model and no report about another folder.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")
-_WRITTEN_HERE = frozenset({_CONFIG, MODEL_DESCRIPTION, "recipe.json", f"{WEIGHTS}.index.json", "trainer_state.json"})
+_WRITTEN_HERE = frozenset({_CONFIG, MODEL_DESCRIPTION, "recipe.json", INDEX, "trainer_state.json"})
 
 
 def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype, tell: Tell) -> None:
@@ -35,12 +37,12 @@ def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype, t
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _COPIED and file.name not in _WRITTEN_HERE:
             shutil.copyfile(file, out / file.name)
-    config = _read(folder / _CONFIG)
+    config = read_object(folder / _CONFIG)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     save_json(out / _CONFIG, config)
     if (folder / MODEL_DESCRIPTION).is_file():
-        description = _read(folder / MODEL_DESCRIPTION)
+        description = read_object(folder / MODEL_DESCRIPTION)
         if "precision" in description:
             description["precision"] = _PRECISIONS[dtype]
         save_json(out / MODEL_DESCRIPTION, description)
@@ -49,9 +51,24 @@ def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype, t
         shutil.copyfile(folder / HEAD, out / HEAD)
     if kind == "language" and not (out / _GENERATION).is_file():
         GenerationConfig.from_model_config(PreTrainedConfig.from_dict(config)).save_pretrained(out)
-    write_cast(StreamedWeights(folder), out / WEIGHTS, dtype, tell)
+    write_cast(folder, out, dtype, tell)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+def write_cast(folder: Path, out: Path, dtype: torch.dtype, tell: Tell) -> None:
+    """Writes the weights of `folder` into one file of `out`, every floating-point tensor in `dtype`; other tensors stay
+    as they are. Raises `UserError` where f16 is too narrow, `OSError` when the disk is full.
+    """
+    stored = folder_tensors(folder)
+    specs = {
+        name: TensorSpec(dtype if each.spec.dtype.is_floating_point else each.spec.dtype, each.spec.shape)
+        for name, each in stored.items()
+    }
+    done = count()
+
+    def tensor_of(name: str) -> Tensor:
+        tell(next(done), len(stored), name)
+        tensor = stored[name].read()
+        return cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+
+    write_tensors(out, specs, tensor_of)
+    tell(len(stored), len(stored), "")

@@ -8,7 +8,7 @@ tensors nor on how they are spread over files. Left out: the mathematics (`merge
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +36,12 @@ from loopos.deploy.merge_report import Measured, adapter_report, report
 from loopos.deploy.merge_sources import HEAD_TENSOR, SCORE, Source, open_source
 from loopos.deploy.merge_tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import measure
-from loopos.deploy.tensor_files import TensorSpec, in_file_order, write_shards
-from loopos.models.load import NUMBER_FORMATS, save_json
-from loopos.models.model_folder import whole_folder
+from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
+from loopos.storage.json_files import save_json
+from loopos.storage.tensor_files import write_tensors
+from loopos.storage.tensor_format import TensorSpec
+from loopos.storage.whole_folder import whole_folder
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,13 @@ def _write(
             chosen = own.dtype if recipe.dtype == "auto" else NUMBER_FORMATS[recipe.dtype]
             specs[SCORE] = TensorSpec(chosen, own.shape)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in in_file_order(specs):
-            if name == SCORE and name not in plan.tensors:
-                assert score is not None
-                yield name, score.to(specs[name].dtype)
-            else:
-                yield name, merger.tensor(plan.tensors[name], specs[name].dtype)
+    def tensor_of(name: str) -> Tensor:
+        if name == SCORE and name not in plan.tensors:
+            assert score is not None
+            return score.to(specs[name].dtype)
+        return merger.tensor(plan.tensors[name], specs[name].dtype)
 
-    write_shards(folder, specs, tensors(), most_bytes=recipe.shard_gigabytes * 1e9)
+    write_tensors(folder, specs, tensor_of, most_bytes=recipe.shard_gigabytes * 1e9)
     return merger.changes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loopos.config.faults import UserError
 from loopos.deploy.merge_sources import LowRank, Source, open_source
-from loopos.deploy.tensor_files import StoredTensor, stored_tensors
+from loopos.storage.tensor_files import StoredTensor, stored_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")

@@ -21,7 +21,8 @@ from loopos.deploy.merge_layers import stacked_config
 from loopos.deploy.merge_plan import Plan
 from loopos.deploy.merge_sources import Source
 from loopos.deploy.merge_vocabulary import TOKENIZER
-from loopos.models.load import NUMBER_FORMATS, save_json
+from loopos.models.load import NUMBER_FORMATS
+from loopos.storage.json_files import save_json
 
 # What stands beside a model and says nothing of the merged one.
 _LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", "report.md", "events.jsonl"})

@@ -14,7 +14,7 @@ from loopos.config.merge import MergeConfig
 from loopos.deploy.merge_sources import HEAD_TENSOR, Source
 from loopos.deploy.merge_values import Values
 from loopos.deploy.merge_vocabulary import UnitedVocabulary, unite, vocabulary_faults
-from loopos.deploy.tensor_files import TensorSpec
+from loopos.storage.tensor_format import TensorSpec
 
 _MOST_TOLD = 4
 # What a model computes with beside its weights: where these differ, equal names do not mean equal places.

@@ -19,16 +19,21 @@ from torch import Tensor
 
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.deploy.tensor_files import StoredTensor, TensorSpec, stored_tensors
 from loopos.models.gguf import converted_folder
 from loopos.models.model_folder import read_description
 from loopos.models.sources import weights_source
 from loopos.models.task_folder import HEAD
+from loopos.storage.tensor_files import StoredTensor, folder_tensors, holds_weights, stored_tensors
+from loopos.storage.tensor_format import TensorSpec
 
 HEAD_TENSOR = "head.weight"
 """The name here of a task model's head, which has a file of its own."""
 SCORE = "score.weight"
 """The head's copy inside transformers' sequence classifier."""
+# Narrower floats and most unsigned numbers have no arithmetic in torch.
+_COMPUTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+                       torch.int16, torch.int8, torch.uint8, torch.bool})  # fmt: skip
+_WANTED = "f64, f32, f16 or bf16 weights"
 # Output embeddings, which a model with tied embeddings need not hold.
 _OUTPUTS = frozenset({"lm_head.weight", "embed_out.weight"})
 _STACK = re.compile(r"((?:[^.]*\.)*?)(\d+)\.")
@@ -139,7 +144,7 @@ def open_source(place: str) -> Source:
         raise UserError(f"{place}: no config.json that can be read beside the weights: {problem}") from problem
     if not isinstance(config, dict):
         raise UserError(f"{place}: config.json holds no object")
-    stored = stored_tensors([file] if file is not None else _weight_files(place, folder))
+    stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
     description: Mapping[str, Any] = {}
     if (folder / MODEL_DESCRIPTION).is_file():
         description = read_description(folder)
@@ -147,6 +152,9 @@ def open_source(place: str) -> Source:
         stored[HEAD_TENSOR] = _head(place, folder)
     if not stored:
         raise UserError(f"{place}: its files of weights hold no tensor")
+    for name, each in stored.items():
+        if each.spec.dtype not in _COMPUTED:
+            raise UserError(f"{place}: {name} is {each.spec.dtype}, which is not computed with; wanted {_WANTED}")
     return Source(place, folder, config, description, stored)
 
 
@@ -177,23 +185,13 @@ def _torch_file(place: str, name: str) -> str:
     )
 
 
-def _weight_files(place: str, folder: Path) -> list[Path]:
-    """The safetensors files of a folder, by its index where there is one. Raises `UserError`."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        try:
-            named = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
-            raise UserError(f"{indices[0]}: no index that can be read: {problem}") from problem
-        absent = sorted(name for name in named if not (folder / name).is_file())
-        if absent:
-            raise UserError(f"{place}: {absent[0]} is missing, which {indices[0].name} names")
-        return [folder / name for name in sorted(named)]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+def _tensors(place: str, folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors files. Raises `UserError`."""
+    if holds_weights(folder):
+        return folder_tensors(folder)
     files = sorted(file for file in folder.glob("*.safetensors") if file.name != HEAD)
     if files:
-        return files
+        return stored_tensors(files)
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in folder.glob(suffix))
     if pickles:
         raise UserError(_torch_file(place, pickles[0]))

@@ -1,7 +1,7 @@
 """One tensor of a merge after the other: read from the models, merged, checked.
 
 Enters: a plan and its recipe. Leaves: tensors of the result in their formats, and how far each went. Left out: files
-(`tensor_files`), the mathematics (`merge_methods`).
+(`storage.tensor_files`), the mathematics (`merge_methods`).
 """
 
 from __future__ import annotations

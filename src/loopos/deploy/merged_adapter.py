@@ -1,7 +1,7 @@
 """An adapter folded into the weights under it, exactly: in fp32, before any other number format is taken.
 
 Enters: a `ShippedModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
-words. Left out: number formats (`streamed_weights.py`).
+words. Left out: number formats (`number_formats.py`).
 
 A run's own `model/` holds the merged weights in the format of its training. Where the same format is asked for, they
 are what is shipped; where another one is, the adapter is merged anew over its base, so that nothing is rounded twice.
@@ -18,13 +18,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from loopos.config.faults import UserError
 from loopos.deploy.shipped_model import ShippedModel
-from loopos.deploy.streamed_weights import INDEX, WEIGHTS, StreamedWeights
 from loopos.models.adapters import ADAPTER, load_adapter, merge_lora
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.language_folder import save_language_model
 from loopos.models.load import Pretrained, load_pretrained
 from loopos.models.task_folder import HEAD, save_task_model
+from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
 
 _OPENERS = {
     "language": AutoModelForCausalLM,
@@ -41,11 +41,11 @@ def weights_folder(model: ShippedModel, dtype: torch.dtype | None, scratch: Path
     """
     if model.folder is None:
         return _merged(model, scratch), "adapter merged over its base in fp32"
-    if not any((model.folder / name).is_file() for name in (WEIGHTS, INDEX)):
+    if not holds_weights(model.folder):
         return _as_safetensors(model, scratch), "weights read from a torch file"
     if model.adapter is None or dtype is None:
         return model.folder, ""
-    stored = StreamedWeights(model.folder).dtype
+    stored = usual_dtype(folder_tensors(model.folder))
     if stored in (dtype, torch.float32):
         return model.folder, ""
     try:

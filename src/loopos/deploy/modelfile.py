@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.storage.json_files import read_object
 
 Conversation: TypeAlias = Sequence[Mapping[str, str]]
 _ROLES = ("system", "user", "assistant")
@@ -90,8 +91,9 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, given: str) -> str:
             lines.append(f'SYSTEM """{turns.default}"""')
     else:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    config = _read(folder / "config.json")
-    generation = _read(folder / "generation_config.json")
+    config = read_object(folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = read_object(generation_file) if generation_file.is_file() else {}
     lines.append(f"PARAMETER num_ctx {min(int(config.get('max_position_embeddings', 2048)), _LONGEST_CONTEXT)}")
     for ours, theirs in _PARAMETERS.items():
         if isinstance(generation.get(theirs), int | float):
@@ -172,8 +174,3 @@ def _stops(generation: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     ends = generation.get("eos_token_id", tokenizer.eos_token_id)
     ids = [ends] if isinstance(ends, int) else list(ends or ())
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in ids]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return content

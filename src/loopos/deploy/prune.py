@@ -24,8 +24,8 @@ from loopos.deploy.measures import Measured, measure
 from loopos.deploy.opened import OpenedModel, has_head, open_model, probe
 from loopos.deploy.prune_report import write_report
 from loopos.deploy.pruning import Zeros, prune_model, zeros_of
-from loopos.models.load import save_json
-from loopos.models.model_folder import whole_folder
+from loopos.storage.json_files import save_json
+from loopos.storage.whole_folder import whole_folder
 
 RECIPE = "recipe.json"
 _TOLERANCE = 2e-4

@@ -1,7 +1,7 @@
 """What MODEL names, found: a run, a model folder of LoopOS, any checkpoint of transformers, or an adapter.
 
 Enters: a place. Leaves: a `ShippedModel`: its folder, what kind of model it is, what is known of it, and where an
-adapter lies that it was trained as. Left out: reading weights (`streamed_weights.py`, `merged_adapter.py`).
+adapter lies that it was trained as. Left out: reading weights (`storage.tensor_files`, `merged_adapter.py`).
 """
 
 from __future__ import annotations

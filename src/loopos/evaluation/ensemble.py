@@ -19,6 +19,7 @@ from loopos.data.tokens import TokenReport
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
 from loopos.evaluation.outputs import Meaning, measure
 from loopos.evaluation.predictor import Predictor, answers_of, examples_of, metrics_of, space_of
+from loopos.evaluation.progress import Tell, silent
 from loopos.models.model_folder import model_folder, read_description
 
 ENSEMBLE = "ensemble"
@@ -41,11 +42,11 @@ class EnsemblePredictor:
         *,
         device: str = "cpu",
         precision: str | None = None,
-        tell: Callable[[int, int, str], None] | None = None,
+        tell: Tell | None = None,
     ) -> None:
         """tell: is told of members done, members in all, and the one that is next, whenever they run over rows."""
         self.folder, self.description, self.device, self.precision = folder, description, device, precision
-        self.tell = tell or _silent
+        self.tell = tell or silent
         self.tokens = TokenReport()
         self.space = space_of(description)
         told = description[ENSEMBLE]
@@ -149,10 +150,6 @@ class EnsemblePredictor:
                 answer["votes"] = dict(zip(names, map(int, votes), strict=True))
                 answer["tied"] = [names[place] for place in places]
         return answers
-
-
-def _silent(done: int, total: int, name: str) -> None:
-    """Tells nobody."""
 
 
 def open_predictor(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.durable import disk_full_said
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
@@ -36,7 +35,9 @@ from loopos.evaluation.run_folder import claim
 from loopos.models.adapters import set_trained_language_model
 from loopos.models.language_folder import export_language_model
 from loopos.models.language_model import LanguageModel
-from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
+from loopos.models.load import Pretrained, Sizes, load_pretrained
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training.fit import Fit, FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve

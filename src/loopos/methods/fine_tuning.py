@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor
 
-from loopos.config.durable import disk_full_said
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
@@ -34,8 +33,10 @@ from loopos.evaluation.run_folder import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
-from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
+from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult

@@ -16,7 +16,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopos.config.durable import disk_full_said
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
@@ -32,7 +31,7 @@ from loopos.evaluation.run_folder import claim
 from loopos.functional.advantages import KlController
 from loopos.generation.engine import Engine
 from loopos.models.language_folder import export_language_model
-from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained, save_json
+from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained
 from loopos.models.reward_folder import (
     OpenedReward,
     check_same_tokens,
@@ -40,6 +39,8 @@ from loopos.models.reward_folder import (
     open_reward_model,
 )
 from loopos.models.roles import Roles, build_roles
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training.fit import Fit, FitResult
 from loopos.training.guards import GuardLimits, Guards
 from loopos.training.policy_objective import PpoObjective

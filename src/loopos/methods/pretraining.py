@@ -15,7 +15,6 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from loopos.config.durable import disk_full_said
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
@@ -23,10 +22,12 @@ from loopos.data.split import stratified_split
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_folder import claim
 from loopos.models.language_model import LanguageModel
-from loopos.models.load import Sizes, new_config, save_json
+from loopos.models.load import Sizes, new_config
 from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
 from loopos.training.fit import Fit, FitResult
 from loopos.training.language_objective import NextToken, mean_loss

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopos.config.durable import disk_full_said
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
@@ -36,8 +35,10 @@ from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import FUSED_FROM
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel, scalar_head_std
-from loopos.models.load import Pretrained, Sizes, load_pretrained, save_json
+from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve

@@ -20,8 +20,10 @@ from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
 from loopos.models.adapters import merge_lora, save_lora
-from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
-from loopos.models.model_folder import FORMAT, model_folder, read_description, whole_folder
+from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
+from loopos.models.model_folder import FORMAT, model_folder, read_description
+from loopos.storage.json_files import save_json
+from loopos.storage.whole_folder import whole_folder
 
 
 @dataclass(frozen=True)

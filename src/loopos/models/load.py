@@ -8,7 +8,6 @@ model in fp32, headless or with its output embedding, and its tokenizer. Left ou
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,8 +210,3 @@ def cast_parameters(model: nn.Module, number_format: torch.dtype) -> None:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(number_format)
-
-
-def save_json(path: Path, content: object) -> None:
-    """Writes JSON with sorted keys, readable, with a last line end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

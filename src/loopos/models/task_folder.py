@@ -23,8 +23,10 @@ from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
-from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained, save_json
-from loopos.models.model_folder import FORMAT, model_folder, read_description, whole_folder
+from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
+from loopos.models.model_folder import FORMAT, model_folder, read_description
+from loopos.storage.json_files import save_json
+from loopos.storage.whole_folder import whole_folder
 
 ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
 HEAD = "head.safetensors"

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loopos.config.durable import JSON, DiskFull, disk_full_said, fsync_place
-from loopos.functional.tensor_file import num_bytes
+from loopos.storage.durable import JSON, DiskFull, disk_full_said, fsync_place
+from loopos.storage.tensor_format import num_bytes
+from loopos.storage.whole_folder import hidden, is_another_process, put_in_place
 from loopos.training.checkpoint_folder import (
     HIDDEN_NAME,
     STATE,
@@ -36,7 +37,6 @@ from loopos.training.checkpoint_folder import (
     check_sizes,
     encode_state,
     folder_name,
-    hidden,
     looks_whole,
     read_manifest,
     write_folder,
@@ -111,7 +111,7 @@ def save(
         try:
             partial.mkdir()
             write_folder(partial, tensors, content, {"step": step, "metric": metric, "is_best": is_best})
-            _put_in_place(partial, final)
+            put_in_place(partial, final)
         except BaseException:
             # What cannot be removed now is cleared, and said, by the next save.
             shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +194,7 @@ def sweep(root: Path) -> list[str]:
     said = []
     for entry in _entries(root):
         caught = HIDDEN_NAME.fullmatch(entry.name)
-        if caught is None or _alive_elsewhere(int(caught[3])):
+        if caught is None or is_another_process(int(caught[3])):
             continue
         if caught[2] == "replaced" and not (root / caught[1]).exists():
             os.rename(entry, root / caught[1])
@@ -220,18 +220,6 @@ def _refuse_nonfinite(weights: Mapping[str, torch.Tensor]) -> None:
         raise NonFiniteError(f"nan or inf in {len(bad)} of {len(weights)} weights, not saved: {listed}")
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    if final.exists():
-        replaced = hidden(final, "replaced")
-        os.rename(final, replaced)
-        os.rename(partial, final)
-        fsync_place(final.parent)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(partial, final)
-        fsync_place(final.parent)
-
-
 def _entries(root: Path) -> list[Path]:
     return sorted(root.iterdir()) if root.is_dir() else []
 
@@ -247,15 +235,3 @@ def _folders(root: Path) -> list[Path]:
         if visible := STEP_NAME.fullmatch(entry.name):
             found[int(visible[1])] = entry
     return [found[step] for step in sorted(found, reverse=True)]
-
-
-def _alive_elsewhere(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

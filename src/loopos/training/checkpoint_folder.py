@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,9 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from loopos.config.durable import JSON, fsync_place, hash_file, write_hashed
 from loopos.config.faults import UserError
-from loopos.functional.tensor_file import safetensors_pieces
+from loopos.storage.durable import JSON, fsync_place, hash_file, write_hashed
+from loopos.storage.tensor_format import safetensors_pieces
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -44,11 +43,6 @@ class CheckpointError(UserError):
 def folder_name(step: int) -> str:
     """`step-00000100` for step 100; more digits when eight do not suffice."""
     return f"step-{step:08d}"
-
-
-def hidden(final: Path, purpose: str) -> Path:
-    """The sibling in which this process holds `final` while it is "partial", "replaced" or "removed"."""
-    return final.with_name(f".{final.name}.{purpose}-{os.getpid()}")
 
 
 def encode_state(state: Mapping[str, JSON]) -> bytes:

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from loopos.config.durable import JSON, disk_full_said
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.storage.durable import JSON, disk_full_said
 
 FINGERPRINTED_EVENTS = ("step", "validation")
 

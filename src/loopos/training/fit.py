@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-from loopos.config.durable import JSON
 from loopos.config.sections import TrainingSection
+from loopos.storage.durable import JSON
 from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.ending import Ending

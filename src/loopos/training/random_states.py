@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from loopos.config.durable import JSON
+from loopos.storage.durable import JSON
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

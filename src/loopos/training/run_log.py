@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loopos.config.durable import JSON
+from loopos.storage.durable import JSON
 from loopos.training.events import EventLog, EventWriter, TensorBoardAdapter
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loopos.config.durable import JSON, disk_full_said
+from loopos.storage.durable import JSON, disk_full_said
 
 
 def write_samples(file: Path, step: int, records: Iterable[Mapping[str, JSON]]) -> None:

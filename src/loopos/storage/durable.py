@@ -1,7 +1,7 @@
 """Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
 
-A full disk becomes one `DiskFull` line. Left out: what the bytes mean (`functional.tensor_file`, `training.checkpoint`,
-`training.events`); nothing here imports torch.
+A full disk becomes one `DiskFull` line. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`,
+`training.events`), folders (`whole_folder.py`); nothing here imports torch.
 """
 
 from __future__ import annotations

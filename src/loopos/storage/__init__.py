@@ -1,0 +1,1 @@
+"""Room: bytes and tensors ↔ files that survive a crash; JSON files; whole folders or none."""

@@ -1,0 +1,89 @@
+"""Folders that are whole or not there: written beside their place under a hidden name, then renamed.
+
+    OUT   .OUT.partial-PID while it is written   .OUT.replaced-PID what was OUT, in the instant between two renames
+
+Enters: a place, and who writes into it. Leaves: the folder at its place, durable. Left out: what it holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from loopos.storage.durable import fsync_place
+
+
+def hidden(final: Path, purpose: str) -> Path:
+    """The sibling in which this process holds `final` while it is "partial", "replaced" or "removed"."""
+    return final.with_name(f".{final.name}.{purpose}-{os.getpid()}")
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Gives a finished folder its name; what has it already is replaced."""
+    replaced = hidden(final, "replaced")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    fsync_place(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_another_process(process: int) -> bool:
+    """Whether a process of this number runs, and is not this one."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` at once when the block ends, and vanishes when it fails.
+
+    Raises `OSError` when the disk is full.
+    """
+    _clear(folder)
+    partial = hidden(folder, "partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except SafetensorError as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors hides the system's error number; a caller that handles a full disk needs it.
+        if f"os error {errno.ENOSPC}" in str(problem):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from problem
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    # A rename alone may come before what it names.
+    for place in (*partial.rglob("*"), partial):
+        fsync_place(place)
+    put_in_place(partial, folder)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what processes that were killed left beside `folder`; what one of them was about to replace goes back."""
+    # One of two dots was to become the content of one that was being written itself.
+    name = re.escape(folder.name)
+    left = re.compile(rf"\.(?:\.{name}\.partial-\d+|{name})\.(partial|replaced)-(\d+)")
+    for place in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else ():
+        caught = left.fullmatch(place.name)
+        if caught is None or is_another_process(int(caught[2])):
+            continue
+        if caught[1] == "replaced" and not place.name.startswith("..") and not folder.exists():
+            os.rename(place, folder)
+        else:
+            shutil.rmtree(place)
