@@ -123,7 +123,7 @@ def test_a_full_disk_is_said(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(merge, "write_shards", full)
+    monkeypatch.setattr(merge, "write_tensors", full)
     told = invoke("merge", language_run, "--method", "linear", "-o", tmp_path / "out")
     assert told.exit_code == 74
     assert "the disk is full; nothing was written" in told.stderr

@@ -27,8 +27,9 @@ from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.deploy.export import Exported, export
 from loopos.deploy.export_settings import ExportSettings
-from loopos.deploy.shipped_model import find_model
+from loopos.evaluation.run_folder import run_of
 from loopos.methods.chain_of_thought import ChainOfThought
+from loopos.models.found_model import find_model
 from loopos.models.language_folder import open_language_model
 from loopos.storage.tensor_files import folder_tensors
 from loopos.training.progress import RunProgress
@@ -247,7 +248,7 @@ def test_the_card_says_what_is_known_and_its_code_runs(
     assert head["tags"] == ["loopos", "fine_tuning"]
     [result] = head["model-index"][0]["results"]
     told = {metric["type"]: metric["value"] for metric in result["metrics"]}
-    best = find_model(str(run)).run
+    best = run_of(run / "model")
     assert best is not None
     assert told["accuracy"] == best.best_metrics["accuracy"]
     assert result["dataset"]["name"] == "held_out.jsonl"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loopos.config.faults import UserError
 from loopos.deploy.merge import merge
-from loopos.deploy.quality import measure
+from loopos.deploy.quality import row_metrics
 from loopos.evaluation.predictor import Predictor
 
 
@@ -93,8 +93,8 @@ def test_a_greedy_soup_is_never_worse_than_its_best_model(
     save_file({"weight": -3 * head}, bad / "model" / "head.safetensors")
     models = [bad, *classifiers]
     result = run("greedy_soup", models, tmp_path / "out", validation_data=held_out)
-    best = max(measure(str(each), held_out)["accuracy"] for each in models)
-    assert measure(str(tmp_path / "out"), held_out)["accuracy"] >= best
+    best = max(row_metrics(str(each), held_out)["accuracy"] for each in models)
+    assert row_metrics(str(tmp_path / "out"), held_out)["accuracy"] >= best
     assert len(result.trials) == 3
     assert 0 not in result.trials[-1].members
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
@@ -225,11 +225,11 @@ def test_two_tokenizers_that_were_trained_apart_are_united(pico_folder: Path, tm
 
 def test_a_gguf_file_is_a_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pico_folder: Path) -> None:
     """By the project's own conversion, which is tested elsewhere; here it is that its folder is merged."""
-    from loopos.deploy import merge_sources
+    from loopos.models import sources
 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(merge_sources, "converted_folder", lambda given: pico_folder if given == file else None)
+    monkeypatch.setattr(sources, "converted_folder", lambda given: pico_folder if given == file else None)
     merge(recipe_of("linear", [file, pico_folder], tmp_path / "out"))
     found, wanted = tensors_of(tmp_path / "out"), tensors_of(pico_folder)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -20,11 +20,11 @@ import loopos
 from loopos.config.faults import ConfigError, UserError
 from loopos.config.pruning import PruningRecipe, read_recipe
 from loopos.data.calibration import read_calibration
-from loopos.deploy.opened import open_model
 from loopos.deploy.prune import Pruner
 from loopos.deploy.pruning import prune_model, zeros_of
 from loopos.models.adapters import layer_list
 from loopos.models.blocks import linears_of
+from loopos.models.opened_model import open_model
 from tests.conftest import SENTENCES
 
 

@@ -6,14 +6,12 @@ opening task models (`evaluation.predictor`) and reward models (`evaluation.rewa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loopos.config.faults import FaultsError, UserError
 from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.config.preferences import REWARD_TASK
-from loopos.models.model_folder import model_folder, read_description
+from loopos.models.model_folder import described, kind_of, model_folder, read_description
 from loopos.models.sources import EMBEDDED, weights_source
 
 if TYPE_CHECKING:
@@ -28,10 +26,8 @@ _FIELDS = {"data.pretrained_weights: ": "", "training.device: ": "--device: "}
 
 def is_task_model(place: str) -> bool:
     """Whether a head says what the model's outputs mean. Raises `UserError` for a place that holds no model."""
-    if any(
-        (Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
-    ):
-        return _has_head(read_description(model_folder(place)))
+    if description := described(place):
+        return kind_of(description) != "language"
     if Path(place).is_dir() and not any(
         (Path(place) / name).is_file() for name in ("config.json", "model/config.json")
     ):
@@ -43,11 +39,6 @@ def is_task_model(place: str) -> bool:
     if source.kind == "new":
         raise UserError(f'given "new", which has learned nothing; wanted a trained model, such as "{EMBEDDED}"')
     return False
-
-
-def _has_head(description: Mapping[str, Any]) -> bool:
-    """Whether a model predicts labels or values: it has a head, or is an ensemble of models that have."""
-    return "pooling" in description or "ensemble" in description
 
 
 def require_language_model(place: str) -> None:
@@ -62,7 +53,7 @@ def refuse_reward_model(place: str) -> None:
     """Raises `UserError` where a reward model is: it has neither labels nor text. Any other place is left to whoever
     opens it.
     """
-    if _described(place).get("task") == REWARD_TASK:
+    if kind_of(described(place)) == "reward":
         raise UserError(
             f"{place}: a reward model, which scores responses; wanted a model that predicts labels or says text. "
             f"Use it with: loopos score {place} FILE"
@@ -72,32 +63,27 @@ def refuse_reward_model(place: str) -> None:
 def require_reward_model(place: str) -> None:
     """Raises `UserError` unless a reward model is there."""
     description = read_description(model_folder(place))
-    if description.get("task") == REWARD_TASK:
+    kind = kind_of(description)
+    if kind == "reward":
         return
-    is_head = _has_head(description)
+    is_head = kind != "language"
     what = f"a model of task {description.get('task')}" if is_head else "a language model"
     use = "loopos predict and loopos evaluate" if is_head else "loopos generate and loopos chat"
     beside = Path(place) / REWARD_RUN
-    there = f"; the reward model of this run is {beside}" if _described(str(beside)) else ""
+    there = f"; the reward model of this run is {beside}" if (beside / "model" / MODEL_DESCRIPTION).is_file() else ""
     raise UserError(
         f'{place}: {what}, which scores no responses; wanted a reward model, trained with "method": "reward_model"'
         f"{there or f' (this one is for {use})'}"
     )
 
 
-def _described(place: str) -> dict[str, Any]:
-    """What the folder of a trained model says of itself; nothing where there is no such folder."""
-    if any((Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}")):
-        return read_description(model_folder(place))
-    return {}
-
-
 def use_of(place: str) -> str:
     """What the trained model in a folder is for, as a command. Raises `UserError`."""
     description = read_description(model_folder(place))
-    if description.get("task") == REWARD_TASK:
+    kind = kind_of(description)
+    if kind == "reward":
         return f"score with it: loopos score {place} FILE"
-    if _has_head(description):
+    if kind != "language":
         return f"predict with it: loopos predict {place} INPUT"
     # A policy answers; what was trained on chains reasons in steps.
     steps = "" if description.get("method") == "ppo" else " --steps"

@@ -25,8 +25,8 @@ from loopos.config.faults import UserError
 from loopos.config.pruning import read_recipe
 
 if TYPE_CHECKING:
-    from loopos.deploy.measures import Measured
     from loopos.deploy.prune import PruningResult
+    from loopos.deploy.quality import Measured
 
 _RECIPES = (".json", ".yaml", ".yml")
 

@@ -19,9 +19,8 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.sampling_options import place_faults, refuse
 from loopos.config.faults import EnvironmentFault
-from loopos.config.preferences import REWARD_TASK
 from loopos.deploy.serving_limits import ServingLimits, address_faults
-from loopos.models.model_folder import model_folder, read_description
+from loopos.models.model_folder import described, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +101,7 @@ def _service(place: str, name: str, has_head: bool, options: ServeOptions, metri
     from loopos.evaluation.reward_predictor import RewardPredictor
 
     device = pick_device(options.device).type
-    if read_description(model_folder(place)).get("task") == REWARD_TASK:
+    if kind_of(described(place)) == "reward":
         return ScoreService(RewardPredictor.open(place, device=device), name, options.limits, metrics)
     precision = None if options.precision == "auto" else options.precision
     predictor = Predictor.open(place, device=device, precision=precision)

@@ -1,6 +1,6 @@
 """The adapter that a model was trained as, as a PEFT folder of its own.
 
-Enters: a `ShippedModel` with an adapter. Leaves: a folder that `PeftModel.from_pretrained` opens over the base. Left
+Enters: a `FoundModel` with an adapter. Leaves: a folder that `PeftModel.from_pretrained` opens over the base. Left
 out: merging (`merged_adapter.py`).
 """
 
@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from loopos.config.faults import UserError
 from loopos.deploy.number_formats import cast
-from loopos.deploy.shipped_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ShippedModel
+from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FoundModel
 from loopos.storage.json_files import read_object, save_json
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def require_adapter(model: ShippedModel) -> Path:
+def require_adapter(model: FoundModel) -> Path:
     """The model's adapter. Raises `UserError` where it was not trained as one."""
     if model.adapter is None:
         raise UserError(
@@ -32,7 +32,7 @@ def require_adapter(model: ShippedModel) -> Path:
     return model.adapter
 
 
-def write_adapter(model: ShippedModel, out: Path, dtype: torch.dtype | None) -> None:
+def write_adapter(model: FoundModel, out: Path, dtype: torch.dtype | None) -> None:
     """Fills the empty folder `out`. dtype: the format of its tensors; their own when None. Raises `UserError` where
     f16 is too narrow, `OSError` when the disk is full.
     """

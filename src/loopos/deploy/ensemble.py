@@ -18,15 +18,14 @@ import numpy
 
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.config.preferences import REWARD_TASK
 from loopos.deploy.export import NOTHING_WRITTEN, RECIPE, REPORT
 from loopos.deploy.export_settings import refuse_taken
 from loopos.evaluation.combining import METHODS
-from loopos.evaluation.ensemble import ENSEMBLE, EnsemblePredictor
+from loopos.evaluation.ensemble import EnsemblePredictor
 from loopos.evaluation.markdown import shown, table
 from loopos.evaluation.progress import Tell
 from loopos.evaluation.simplex import Floats, log_loss_weights, squared_error_weights
-from loopos.models.model_folder import FORMAT, model_folder, read_description
+from loopos.models.model_folder import ENSEMBLE, FORMAT, kind_of, model_folder, read_description
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.storage.whole_folder import whole_folder
@@ -157,14 +156,15 @@ def _check_members(
 ) -> None:
     """Raises `UserError` for members that cannot be joined."""
     for place, description in zip(members, descriptions, strict=True):
-        if description.get("task") == REWARD_TASK:
+        kind = kind_of(description)
+        if kind == "reward":
             raise UserError(
                 f"{place}: a reward model; several of them are joined where they are used: list them under "
                 "data.reward_model of a ppo config. Wanted classifiers or regressors"
             )
-        if ENSEMBLE in description:
+        if kind == "ensemble":
             raise UserError(f"{place}: an ensemble already; wanted single models: name its members")
-        if "label_space" not in description:
+        if kind == "language":
             raise UserError(f"{place}: a language model, which has no labels; wanted classifiers or regressors")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("one model is given twice; wanted different ones: they would only agree")

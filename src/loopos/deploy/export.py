@@ -25,9 +25,9 @@ from loopos.deploy.modelfile import modelfile
 from loopos.deploy.number_formats import DTYPES
 from loopos.deploy.push import HubClient, own_client, push
 from loopos.deploy.reopened import Check
-from loopos.deploy.shipped_model import ShippedModel, find_model
 from loopos.evaluation.markdown import table
 from loopos.evaluation.progress import Tell, silent
+from loopos.models.found_model import FoundModel, find_model
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
@@ -84,7 +84,7 @@ def export(
     return replace(exported, folder=out, pushed=pushed)
 
 
-def _check_format(model: ShippedModel, output_format: str) -> None:
+def _check_format(model: FoundModel, output_format: str) -> None:
     if output_format == "adapter":
         require_adapter(model)
     if output_format == "onnx":
@@ -101,7 +101,7 @@ def _check_format(model: ShippedModel, output_format: str) -> None:
 
 
 def _write(
-    model: ShippedModel,
+    model: FoundModel,
     partial: Path,
     scratch: Path,
     type_name: str,
@@ -147,7 +147,7 @@ def _write(
 
 
 def _write_gguf(
-    model: ShippedModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
+    model: FoundModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
 ) -> list[str]:
     prepared = gguf_file.prepare(folder, model.given)
     written = None
@@ -161,9 +161,7 @@ def _write_gguf(
     return [f"tensors: {told}", f"pre-tokenizer: {prepared.vocabulary.pre}"]
 
 
-def _check(
-    model: ShippedModel, folder: Path | None, partial: Path, file: str, settings: ExportSettings
-) -> Check | None:
+def _check(model: FoundModel, folder: Path | None, partial: Path, file: str, settings: ExportSettings) -> Check | None:
     """What was written, opened again."""
     if settings.format == "adapter":
         if model.folder is None or model.adapter is None or model.base is None:
@@ -187,7 +185,7 @@ def _bytes_of(folder: Path | None) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
 
-def _report(model: ShippedModel, exported: Exported, settings: ExportSettings) -> str:
+def _report(model: FoundModel, exported: Exported, settings: ExportSettings) -> str:
     """report.md: sizes, the number format, and the check."""
     rows = [
         ["weights before", f"{exported.bytes_before:,} bytes"],

@@ -16,7 +16,7 @@ from pathlib import Path
 from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
 from loopos.deploy.merge_plan import Plan
-from loopos.deploy.quality import LOWER_IS_BETTER, measure, usual_metric
+from loopos.deploy.quality import LOWER_IS_BETTER, row_metrics, usual_metric
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def choose(
         place.mkdir(parents=True)
         try:
             write(place, [float(number in members) for number in range(len(plan.models))])
-            return measure(str(place), data, device=device)
+            return row_metrics(str(place), data, device=device)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 

@@ -20,8 +20,6 @@ from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
 from loopos.deploy.greedy_soup import Trial, choose
 from loopos.deploy.merge_adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     Adapter,
     adapted_source,
     check_summable,
@@ -35,7 +33,8 @@ from loopos.deploy.merge_plan import Plan, planned
 from loopos.deploy.merge_report import Measured, adapter_report, report
 from loopos.deploy.merge_sources import HEAD_TENSOR, SCORE, Source, open_source
 from loopos.deploy.merge_tensors import Change, OnProgress, TensorMerger
-from loopos.deploy.quality import measure
+from loopos.deploy.quality import row_metrics
+from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import save_json
@@ -89,7 +88,7 @@ def merge(
         changes = _write(partial, plan, recipe, weights, on_progress)
         for each in measured:
             note(f"measuring the result on {each.data}")
-            each.values["result"] = measure(str(partial), each.data, device=device)
+            each.values["result"] = row_metrics(str(partial), each.data, device=device)
         seconds = time.monotonic() - began
         text = report(recipe, plan, changes, measured, trials, seconds=seconds)
         (partial / "report.md").write_text(text, encoding="utf-8")
@@ -160,7 +159,7 @@ def _before(
             note(f"{source.place}: not measured: an adapter")
         elif source.place not in found:
             note(f"measuring {source.place} on {data}")
-            found[source.place] = measure(source.place, data, device=device)
+            found[source.place] = row_metrics(source.place, data, device=device)
     return found
 
 

@@ -8,7 +8,6 @@ Letters: r rank, A `[r, in]`, B `[out, r]`, s = alpha/r (with rslora alpha/√r)
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from loopos.config.faults import UserError
 from loopos.deploy.merge_sources import LowRank, Source, open_source
+from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from loopos.storage.json_files import read_object
 from loopos.storage.tensor_files import StoredTensor, stored_tensors
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -50,10 +50,7 @@ def is_adapter(place: str) -> bool:
 def open_adapter(place: str) -> Adapter:
     """The adapter in a folder. Raises `UserError` for one that is broken, or whose change is not scale·B·A alone."""
     folder = Path(place)
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{place}: {ADAPTER_CONFIG} cannot be read: {problem}") from problem
+    config = read_object(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{place}: no {ADAPTER_WEIGHTS}; wanted an adapter saved as safetensors")
     refused = {

@@ -6,7 +6,6 @@ adapter. Leaves: a `Source`. Left out: whether several fit each other (`merge_ch
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.models.gguf import converted_folder
-from loopos.models.model_folder import read_description
-from loopos.models.sources import weights_source
+from loopos.models.found_model import local_place
+from loopos.models.model_folder import described
 from loopos.models.task_folder import HEAD
+from loopos.storage.json_files import read_object
 from loopos.storage.tensor_files import StoredTensor, folder_tensors, holds_weights, stored_tensors
 from loopos.storage.tensor_format import TensorSpec
 
@@ -137,17 +135,12 @@ class Source:
 
 def open_source(place: str) -> Source:
     """The model that a recipe names. Raises `UserError` for a place that holds none, or none in safetensors."""
-    folder, file = _place(place)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{place}: no config.json that can be read beside the weights: {problem}") from problem
-    if not isinstance(config, dict):
-        raise UserError(f"{place}: config.json holds no object")
+    folder, file = local_place(place)
+    if file is not None and file.suffix != ".safetensors":
+        raise UserError(_torch_file(place, file.name))
+    config = read_object(folder / "config.json", advice="wanted the config beside the weights")
     stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
-    description: Mapping[str, Any] = {}
-    if (folder / MODEL_DESCRIPTION).is_file():
-        description = read_description(folder)
+    description = described(folder)
     if "pooling" in description:
         stored[HEAD_TENSOR] = _head(place, folder)
     if not stored:
@@ -156,26 +149,6 @@ def open_source(place: str) -> Source:
         if each.spec.dtype not in _COMPUTED:
             raise UserError(f"{place}: {name} is {each.spec.dtype}, which is not computed with; wanted {_WANTED}")
     return Source(place, folder, config, description, stored)
-
-
-def _place(place: str) -> tuple[Path, Path | None]:
-    """The folder with config.json, and the file of weights if one was named. Raises `UserError`."""
-    if place == "new":
-        raise UserError('"new" has learned nothing; wanted trained models')
-    try:
-        source = weights_source(place)
-    except UserError as problem:
-        raise type(problem)(f"{place}: {str(problem).removeprefix('data.pretrained_weights: ')}") from problem
-    if source.kind == "hub":
-        return _downloaded(place), None
-    assert source.path is not None
-    if source.kind == "gguf":
-        return converted_folder(source.path), None
-    if source.kind == "folder":
-        return source.path, None
-    if source.kind == "torch":
-        raise UserError(_torch_file(place, source.path.name))
-    return source.path.parent, source.path
 
 
 def _torch_file(place: str, name: str) -> str:
@@ -203,16 +176,3 @@ def _head(place: str, folder: Path) -> StoredTensor:
     if "weight" not in stored:
         raise UserError(f"{place}: {HEAD} holds no tensor weight; make it again: loopos train CONFIG --resume")
     return stored["weight"]
-
-
-def _downloaded(place: str) -> Path:
-    """The folder that a hub id is stored in. Raises `UserError` where it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(place, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as problem:
-        first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{place}: neither a file or folder here nor reachable on a hub: {first}") from problem

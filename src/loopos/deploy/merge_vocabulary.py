@@ -20,6 +20,7 @@ from loopos.config.faults import UserError
 from loopos.deploy.merge_sources import Source
 from loopos.models.sources import WeightsSource
 from loopos.models.tokenizers import open_tokenizer
+from loopos.storage.json_files import read_object
 
 TOKENIZER = "tokenizer.json"
 _MOST_NAMED = 5
@@ -42,11 +43,8 @@ def tokens_of(source: Source) -> dict[str, int]:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{file}: cannot be read: {problem}") from problem
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    content = read_object(file)
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"{file}: describes no tokenizer")
     return content
 

@@ -1,6 +1,6 @@
 """An adapter folded into the weights under it, exactly: in fp32, before any other number format is taken.
 
-Enters: a `ShippedModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
+Enters: a `FoundModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
 words. Left out: number formats (`number_formats.py`).
 
 A run's own `model/` holds the merged weights in the format of its training. Where the same format is asked for, they
@@ -14,16 +14,22 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from loopos.config.faults import UserError
-from loopos.deploy.shipped_model import ShippedModel
 from loopos.models.adapters import ADAPTER, load_adapter, merge_lora
 from loopos.models.backbone import Backbone
+from loopos.models.found_model import FoundModel
 from loopos.models.heads import PooledModel
-from loopos.models.language_folder import save_language_model
 from loopos.models.load import Pretrained, load_pretrained
-from loopos.models.task_folder import HEAD, save_task_model
+from loopos.models.opened_model import OpenedModel
+from loopos.models.task_folder import HEAD
 from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
 
 _OPENERS = {
@@ -33,7 +39,7 @@ _OPENERS = {
 }
 
 
-def weights_folder(model: ShippedModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
+def weights_folder(model: FoundModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
     """The folder to ship from, and what was done to get it; empty where it is the model's own. dtype: the format that
     will be asked of the weights; None for that of the folder. scratch: an empty folder that may be written into.
 
@@ -55,27 +61,33 @@ def weights_folder(model: ShippedModel, dtype: torch.dtype | None, scratch: Path
         return model.folder, f"merged weights of the run, which are {stored}: its base cannot be opened ({first})"
 
 
-def _merged(model: ShippedModel, scratch: Path) -> Path:
+def _merged(model: FoundModel, scratch: Path) -> Path:
     assert model.adapter is not None
     assert model.base is not None
     base = load_pretrained(model.base, causal=model.kind == "language")
     load_adapter(base.model, model.adapter, ADAPTER)
     merge_lora(base.model)
-    folder = scratch / "merged"
-    if model.kind in ("head", "reward"):
-        _save_with_head(model, base, folder)
-    elif model.description:
-        tokenizer = AutoTokenizer.from_pretrained(str(model.folder))
-        save_language_model(folder, base.model, tokenizer, {**_bare(model), "precision": "fp32"})
-    else:
-        has_tokenizer = (model.adapter / "tokenizer_config.json").is_file()
-        own = AutoTokenizer.from_pretrained(str(model.adapter)) if has_tokenizer else base.tokenizer
-        base.model.save_pretrained(folder)
-        own.save_pretrained(folder)
-    return folder
+    merged = OpenedModel(
+        model=base.model,
+        tokenizer=_tokenizer(model, base),
+        description={**model.description, "precision": "fp32"} if model.description else {},
+        precision="fp32",
+        pooled=_with_head(model, base) if model.kind in ("head", "reward") else None,
+    )
+    merged.save(scratch / "merged")
+    return scratch / "merged"
 
 
-def _save_with_head(model: ShippedModel, base: Pretrained, folder: Path) -> None:
+def _tokenizer(model: FoundModel, base: Pretrained) -> PreTrainedTokenizerBase:
+    """That of the run or the adapter, which knows its chat template, before that of the base."""
+    own = model.folder or model.adapter
+    if own is None or not (own / "tokenizer_config.json").is_file():
+        return base.tokenizer
+    opened: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(own))
+    return opened
+
+
+def _with_head(model: FoundModel, base: Pretrained) -> PooledModel:
     assert model.folder is not None
     weight = load_file(model.folder / HEAD)["weight"]
     # The backbone is written, not run: which way attention takes does not matter.
@@ -83,15 +95,10 @@ def _save_with_head(model: ShippedModel, base: Pretrained, folder: Path) -> None
     pooled = PooledModel(backbone, num_outputs=len(weight), pooling=model.description["pooling"], seed=0)
     with torch.no_grad():
         pooled.head.weight.copy_(weight)
-    tokenizer = AutoTokenizer.from_pretrained(str(model.folder))
-    save_task_model(folder, pooled, tokenizer, {**_bare(model), "precision": "fp32"})
+    return pooled
 
 
-def _bare(model: ShippedModel) -> dict[str, object]:
-    return {name: value for name, value in model.description.items() if name != "format"}
-
-
-def _as_safetensors(model: ShippedModel, scratch: Path) -> Path:
+def _as_safetensors(model: FoundModel, scratch: Path) -> Path:
     """A checkpoint whose weights are a torch file, written as safetensors; torch's restricted reader opens it."""
     assert model.folder is not None
     folder = scratch / "safetensors"

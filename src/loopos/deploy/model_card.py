@@ -1,6 +1,6 @@
 """The model card of an exported model: README.md with the metadata that hubs read.
 
-Enters: a `ShippedModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
+Enters: a `FoundModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
 files, settings and metrics of the run, the licence where the base's is known or the user gives one. Left out: advice.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from loopos.deploy.shipped_model import ShippedModel
 from loopos.evaluation.markdown import cell, shown, table
 from loopos.evaluation.report import SHOWN_SETTINGS
+from loopos.evaluation.run_folder import Run, run_of
+from loopos.models.found_model import FoundModel
 from loopos.models.sources import EMBEDDED
 
 # The embedded weights' home and licence, as their package states them.
@@ -27,7 +28,7 @@ _PIPELINES = {"language": "text-generation", "head": "text-classification", "cla
 _DATA_KEYS = ("training_data", "validation_data")
 
 
-def licence_of(model: ShippedModel, given: str | None) -> str | None:
+def licence_of(model: FoundModel, given: str | None) -> str | None:
     """The licence that the user gives, else that of the embedded base, else that in the model's own card."""
     if given is not None:
         return given
@@ -46,31 +47,36 @@ def licence_of(model: ShippedModel, given: str | None) -> str | None:
 
 
 def model_card(
-    model: ShippedModel, *, title: str, file: str, output_format: str, type_name: str, licence: str | None
+    model: FoundModel, *, title: str, file: str, output_format: str, type_name: str, licence: str | None
 ) -> str:
     """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
     type_name: the number format of the weights.
     """
     licence = licence_of(model, licence)
-    parts = [_metadata(model, title, output_format, licence), f"# {title}", _opening(model, output_format, type_name)]
+    run = run_of(model.folder) if model.folder is not None and model.description else None
+    parts = [
+        _metadata(model, run, title, output_format, licence),
+        f"# {title}",
+        _opening(model, run, output_format, type_name),
+    ]
     parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format)]
-    if data := _data(model):
+    if data := _data(run):
         parts += ["## Data", data]
-    if metrics := _metrics(model):
-        assert model.run is not None
+    if metrics := _metrics(run):
+        assert run is not None
         rows = [[name, shown(value)] for name, value in metrics.items()]
         parts += [
             "## Metrics",
-            f"On the validation rows, at step {model.run.best_step} of the run:",
+            f"On the validation rows, at step {run.best_step} of the run:",
             table(["metric", "value"], rows),
         ]
-    if settings := _settings(model):
+    if settings := _settings(run):
         parts += ["## Training", table(["setting", "value"], settings)]
     parts += ["## Licence", licence or "Not stated. That of the base model and of the data bind this model too."]
     return "\n\n".join(parts) + "\n"
 
 
-def usage(model: ShippedModel, *, title: str, file: str, output_format: str) -> str:
+def usage(model: FoundModel, *, title: str, file: str, output_format: str) -> str:
     """Code that opens the exported folder."""
     place = json.dumps(title)
     if output_format in ("gguf", "modelfile"):
@@ -130,7 +136,7 @@ def usage(model: ShippedModel, *, title: str, file: str, output_format: str) -> 
     return _fenced("python", lines)
 
 
-def _adapter_usage(model: ShippedModel, place: str) -> str:
+def _adapter_usage(model: FoundModel, place: str) -> str:
     auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
     told = _fenced(
         "python",
@@ -160,13 +166,13 @@ def _classifier_lines(place: str) -> list[str]:
     ]
 
 
-def _opens_as_classifier(model: ShippedModel) -> bool:
+def _opens_as_classifier(model: FoundModel) -> bool:
     assert model.folder is not None
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
 
 
-def _has_template(model: ShippedModel) -> bool:
+def _has_template(model: FoundModel) -> bool:
     from transformers import AutoTokenizer
 
     if model.folder is None:
@@ -178,17 +184,17 @@ def _fenced(language: str, lines: list[str]) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def _metadata(model: ShippedModel, title: str, output_format: str, licence: str | None) -> str:
+def _metadata(model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None) -> str:
     """The YAML block at the head; metrics in the hubs' own form."""
     results = [
         EvalResult(
             task_type=_PIPELINES.get(model.kind, "other"),
             dataset_type="validation",
-            dataset_name=_validation_name(model),
+            dataset_name=_validation_name(run),
             metric_type=name,
             metric_value=value,
         )
-        for name, value in _metrics(model).items()
+        for name, value in _metrics(run).items()
     ]
     data = ModelCardData(
         model_name=title if results else None,
@@ -198,13 +204,13 @@ def _metadata(model: ShippedModel, title: str, output_format: str, licence: str 
         ),
         base_model=_base_on_a_hub(model),
         pipeline_tag=_PIPELINES.get(model.kind),
-        tags=["loopos", *([model.run.method] if model.run is not None and model.run.method else [])],
+        tags=["loopos", *([run.method] if run is not None and run.method else [])],
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _opening(model: ShippedModel, output_format: str, type_name: str) -> str:
+def _opening(model: FoundModel, run: Run | None, output_format: str, type_name: str) -> str:
     what = {
         "language": "A causal language model",
         "head": f"A model for {model.description.get('task', 'a task')} over pooled hidden states",
@@ -214,12 +220,12 @@ def _opening(model: ShippedModel, output_format: str, type_name: str) -> str:
     }[model.kind]
     base = _base_name(model)
     return (
-        f"{what}{f', trained from {base}' if base and (model.run or model.adapter or model.description) else ''}. "
+        f"{what}{f', trained from {base}' if base and (run or model.adapter or model.description) else ''}. "
         f"Exported by LoopOS as {output_format}, weights in {type_name.upper()}."
     )
 
 
-def _base_name(model: ShippedModel) -> str | None:
+def _base_name(model: FoundModel) -> str | None:
     """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
     base = model.base or model.description.get("pretrained_weights")
     if not isinstance(base, str):
@@ -227,7 +233,7 @@ def _base_name(model: ShippedModel) -> str | None:
     return _EMBEDDED_HOME if base == EMBEDDED else base if _is_hub_name(base) else os.path.basename(base.rstrip("/"))
 
 
-def _base_on_a_hub(model: ShippedModel) -> str | None:
+def _base_on_a_hub(model: FoundModel) -> str | None:
     name = _base_name(model) if model.given != EMBEDDED else _EMBEDDED_HOME
     return name if name is not None and _is_hub_name(name) else None
 
@@ -236,38 +242,38 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def _data(model: ShippedModel) -> str:
-    if model.run is None:
+def _data(run: Run | None) -> str:
+    if run is None:
         return ""
-    section = model.run.config.get("data", {})
+    section = run.config.get("data", {})
     named = {key: section.get(key) for key in _DATA_KEYS}
     lines = [f"- {key.replace('_', ' ')}: `{os.path.basename(str(value))}`" for key, value in named.items() if value]
     return "\n".join(lines)
 
 
-def _validation_name(model: ShippedModel) -> str:
-    assert model.run is not None
-    section: Mapping[str, Any] = model.run.config.get("data", {})
+def _validation_name(run: Run | None) -> str:
+    assert run is not None, "metrics come from a run"
+    section: Mapping[str, Any] = run.config.get("data", {})
     return os.path.basename(str(section.get("validation_data") or section.get("training_data") or "validation rows"))
 
 
-def _metrics(model: ShippedModel) -> dict[str, float]:
-    if model.run is None:
+def _metrics(run: Run | None) -> dict[str, float]:
+    if run is None:
         return {}
     return {
         name: float(value)
-        for name, value in model.run.best_metrics.items()
+        for name, value in run.best_metrics.items()
         if name != "best" and isinstance(value, int | float) and math.isfinite(value)
     }
 
 
-def _settings(model: ShippedModel) -> list[list[str]]:
-    if model.run is None:
+def _settings(run: Run | None) -> list[list[str]]:
+    if run is None:
         return []
     rows = []
     for key in SHOWN_SETTINGS:
         section, _, name = key.partition(".")
-        value = model.run.config.get(section, {}).get(name)
+        value = run.config.get(section, {}).get(name)
         if value is not None and section != "data":
             rows.append([key, cell(value)])
     return rows

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from loopos.config.faults import EnvironmentFault, UserError
-from loopos.deploy.shipped_model import Kind, ShippedModel
+from loopos.models.found_model import FoundKind, FoundModel
 from loopos.models.load import load_pretrained
 from loopos.models.model_folder import read_description
 from loopos.models.task_folder import HEAD
@@ -40,7 +40,7 @@ _MOST_TEXTS = 4096
 _LONGEST = 8192
 
 
-def check_onnx(model: ShippedModel) -> None:
+def check_onnx(model: FoundModel) -> None:
     """Raises `UserError` for a model that says text, `EnvironmentFault` where a package is not installed."""
     if model.kind == "language":
         raise UserError(
@@ -87,7 +87,7 @@ def pooled(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     return hidden.masked_fill(real == 0, float("-inf")).amax(1)
 
 
-def whole_text(folder: Path, kind: Kind) -> WholeText:
+def whole_text(folder: Path, kind: FoundKind) -> WholeText:
     """The model in `folder`, in fp32. Raises `UserError` for a broken folder."""
     if kind == "classifier":
         opened = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32)
@@ -104,7 +104,7 @@ def _ready(model: WholeText) -> WholeText:
     return model.eval()
 
 
-def write_onnx(folder: Path, kind: Kind, out: Path) -> str:
+def write_onnx(folder: Path, kind: FoundKind, out: Path) -> str:
     """Fills the empty folder `out`; returns the graph's file name. Raises `UserError` where torch cannot trace the
     model, `OSError` when the disk is full.
     """

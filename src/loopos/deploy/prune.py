@@ -20,10 +20,10 @@ from torch import Tensor
 from loopos.config.faults import UserError
 from loopos.config.pruning import PruningRecipe
 from loopos.data.calibration import read_calibration
-from loopos.deploy.measures import Measured, measure
-from loopos.deploy.opened import OpenedModel, has_head, open_model, probe
 from loopos.deploy.prune_report import write_report
 from loopos.deploy.pruning import Zeros, prune_model, zeros_of
+from loopos.deploy.quality import Measured, measure, probe
+from loopos.models.opened_model import OpenedModel, has_head, open_model
 from loopos.storage.json_files import save_json
 from loopos.storage.whole_folder import whole_folder
 
@@ -76,7 +76,7 @@ class Pruner:
         folder, recipe = Path(output), self.recipe
         _check_output(folder, recipe)
         self._calibration: tuple[Tensor, str] | None = None
-        before = measure(recipe.model, recipe, device=self.device, note=self.say)
+        before = self._measured(recipe.model, self.say)
         several = len(recipe.sparsities) > 1
         with whole_folder(folder) as partial:
             after = []
@@ -102,10 +102,16 @@ class Pruner:
         opened.save(folder)
         del opened
         gc.collect()
-        found = measure(str(folder), self.recipe, device=self.device, note=lambda _: None)
+        found = self._measured(str(folder), lambda _: None)
         if self.recipe.structured:
             _check_opens_as_it_was(expected, found.said)
         return PrunedModel(sparsity, name, said, zeros, found)
+
+    def _measured(self, place: str, note: Callable[[str], None]) -> Measured:
+        recipe = self.recipe
+        return measure(
+            place, recipe.evaluate, window=recipe.window, stride=recipe.stride, device=self.device, note=note
+        )
 
     def _rows(self, opened: OpenedModel) -> Tensor:
         """Calibration rows `[N, L]`, read once."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.deploy.measures import Measured
+from loopos.deploy.quality import Measured
 from loopos.evaluation.drawing import drawing, svg_of
 from loopos.evaluation.markdown import cell, shown, table
 

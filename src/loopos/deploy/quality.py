@@ -1,33 +1,40 @@
-"""How good a model is on rows: what a report tells before and after its weights were changed.
+"""A model folder measured: size, speed, and what it can do.
 
-Enters: a model's place and a data file. Leaves: metrics by name. A model with a head gives its own (accuracy, mae …), a
-reward model its agreement with people, a language model the loss of what training would learn and, of problems with
-answers, how many it solves. Left out: options, records and printing (`cli.evaluate`).
+Enters: the place of a model, and data. Leaves: metrics by name, or `Measured`. The model is opened as anyone would open
+it, so that the figures are those of the files. A model with a head gives its own metrics (accuracy, mae …), a reward
+model its agreement with people; a language model the perplexity of running text, or, of rows, the loss of what training
+would learn and how many problems it solves. Left out: what was done to the model; options and records (`cli.evaluate`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.config.preferences import REWARD_TASK
 from loopos.data import rows
 from loopos.data.batches import PackedRows, in_order
+from loopos.data.corpus import read_corpus
 from loopos.data.demonstrations import Demonstration
+from loopos.data.plain_text import is_plain_text, read_plain_text
 from loopos.data.supervised_rows import Example, read_supervised
 from loopos.data.supervised_tokens import encode_supervised
+from loopos.deploy.speed import reading_rate, writing_rate
 from loopos.evaluation.checkers import checker
+from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.problem_metrics import judge_all, problem_metrics
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.models.language_model import LanguageModel
-from loopos.models.model_folder import model_folder, read_description
+from loopos.models.load import NUMBER_FORMATS, cast_parameters
+from loopos.models.model_folder import described, kind_of
+from loopos.models.opened_model import OpenedModel, open_model
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
 # The metric that speaks for a model where none is named: the first of these that it has.
@@ -36,17 +43,65 @@ _USUAL = ("accuracy", "pair_accuracy", "subset_accuracy", "mae", "loss")
 _TOKENS = 2048
 
 
-def measure(place: str, data: str, *, device: str = "cpu") -> dict[str, float]:
-    """The metrics of the model at `place` on the rows of `data`. Raises `UserError` and `DataError`."""
-    description: Mapping[str, object] = {}
-    if any((Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}")):
-        description = read_description(model_folder(place))
-    if description.get("task") == REWARD_TASK:
-        return dict(RewardPredictor.open(place, device=device).score_file(data, {}).metrics)
-    if "pooling" in description:
-        found = Predictor.open(place, device=device).evaluate_file(data, {})
-        return {name: value for name, value in found.items() if isinstance(value, float)}
-    return _language(Reasoner.open(place, device=device), data)
+@dataclass(frozen=True)
+class Measured:
+    """`weight_bytes`: of the parameters in the format they are kept in. `reading`, `writing`: tokens a second; writing
+    is None for models that write none. `metrics`: of the evaluation data; empty without any. `said`: what the model
+    gives to a fixed row.
+    """
+
+    parameters: int
+    weight_bytes: int
+    precision: str
+    reading: float
+    writing: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    said: torch.Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)
+
+
+def measure(
+    place: str,
+    data: str | None,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str = "cpu",
+    note: Callable[[str], None] = lambda sentence: None,
+) -> Measured:
+    """Size and speed of a model, and its metrics on `data`: labelled rows, comparisons, or of a language model running
+    text, read in windows. Raises `UserError` for data that does not fit the model, and `DataError`.
+    """
+    opened = open_model(place)
+    said = probe(opened.model)
+    parameters = sum(parameter.numel() for parameter in opened.model.parameters())
+    if opened.pooled is not None:
+        parameters += opened.pooled.head.weight.numel()
+    size = NUMBER_FORMATS[opened.precision].itemsize
+    # As every command of LoopOS runs the model when nothing else is asked for.
+    cast_parameters(opened.model, NUMBER_FORMATS[opened.precision if opened.description else "fp32"])
+    model = opened.model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    reading = reading_rate(model)
+    writing = writing_rate(model, opened.tokenizer) if opened.pooled is None else None
+    metrics: Mapping[str, Any] = {}
+    # Last: perplexity leaves the packed attention in the model.
+    if data is not None:
+        note(f"measuring {place} on {data}")
+        if opened.pooled is None:
+            metrics = _text_metrics(opened, data, window, stride)
+        else:
+            metrics = _head_metrics(place, data, device)
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return Measured(parameters, parameters * size, opened.precision, reading, writing, numbers, said)
+
+
+def row_metrics(place: str, data: str, *, device: str = "cpu") -> dict[str, float]:
+    """The metrics of a model on rows: labelled, comparisons, or what a language model could be trained on. Raises
+    `UserError` and `DataError`.
+    """
+    if kind_of(described(place)) == "language":
+        return _language_metrics(Reasoner.open(place, device=device), data)
+    found = _head_metrics(place, data, device)
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def usual_metric(metrics: Mapping[str, float]) -> str:
@@ -55,7 +110,40 @@ def usual_metric(metrics: Mapping[str, float]) -> str:
 
 
 @torch.no_grad()
-def _language(reasoner: Reasoner, data: str) -> dict[str, float]:
+def probe(model: PreTrainedModel) -> torch.Tensor:
+    """What a model says to a fixed row of tokens, `[L, V]` or `[L, d]` in fp32, to tell whether it opens as it was."""
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 9), generator=draw).to(model.device)
+    was_training = model.training
+    model.train(False)
+    output = model(input_ids=ids)
+    model.train(was_training)
+    found: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return found[0].float().cpu()
+
+
+def text_of(source: str) -> str:
+    """A file of running text, or the texts of a file of rows, parted by blank lines. Raises `DataError`."""
+    if is_plain_text(source):
+        return read_plain_text(source)
+    return "\n\n".join(read_corpus(source, {}).documents)
+
+
+def _text_metrics(opened: OpenedModel, source: str, window: int | None, stride: int | None) -> dict[str, float]:
+    found = text_loss(opened.model, opened.tokenizer, text_of(source), window=window, stride=stride)
+    return {name: value for name, value in found.told().items() if name not in ("window", "stride")}
+
+
+def _head_metrics(place: str, source: str, device: str) -> Mapping[str, Any]:
+    """All that is told of a model with a head, names and tables too."""
+    if kind_of(described(place)) == "reward":
+        return RewardPredictor.open(place, device=device).score_file(source, {}).metrics
+    return Predictor.open(place, device=device).evaluate_file(source)
+
+
+@torch.no_grad()
+def _language_metrics(reasoner: Reasoner, data: str) -> dict[str, float]:
     examples, _ = read_supervised(rows.read(data), {}, step_format=reasoner.step_format)
     metrics: dict[str, float] = {}
     problems = [each for each in examples if isinstance(each, Demonstration)]

@@ -20,8 +20,8 @@ from loopos.config.faults import UserError
 from loopos.data.formats import Labelled
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labelled
-from loopos.deploy.shipped_model import Kind
 from loopos.evaluation.outputs import outputs_of
+from loopos.models.found_model import FoundKind
 from loopos.models.task_folder import open_task_model
 
 PROBE = (
@@ -56,14 +56,14 @@ def compared(original: Tensor, again: Tensor) -> Check:
 
 
 @torch.no_grad()
-def outputs_at(folder: Path, kind: Kind) -> Tensor:
+def outputs_at(folder: Path, kind: FoundKind) -> Tensor:
     """Outputs of a model folder for the probe: logits `[T, V]`, hidden states `[T, d]`, or `[1, C]` of a head."""
     if kind in ("head", "reward"):
         model, tokenizer, description = open_task_model(folder)
         row = Labelled(PROBE, None, None, Row({}, "probe", None, 0))
         encoded, _ = encode_labelled(tokenizer, [row], max_length=description["max_length"])
         return outputs_of(model, encoded, torch.device("cpu"))
-    openers: dict[Kind, Any] = {"language": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
+    openers: dict[FoundKind, Any] = {"language": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
     opened = openers.get(kind, AutoModel).from_pretrained(str(folder), dtype=torch.float32).eval()
     return _run(opened, probe_ids(folder, opened.config))
 

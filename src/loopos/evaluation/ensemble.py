@@ -20,10 +20,7 @@ from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
 from loopos.evaluation.outputs import Meaning, measure
 from loopos.evaluation.predictor import Predictor, answers_of, examples_of, metrics_of, space_of
 from loopos.evaluation.progress import Tell, silent
-from loopos.models.model_folder import model_folder, read_description
-
-ENSEMBLE = "ensemble"
-"""The key under which a folder's description tells its members."""
+from loopos.models.model_folder import ENSEMBLE, model_folder, read_description
 
 Visit: TypeAlias = Callable[[Meaning, float], None]
 """Is shown what a member says, and the probability from which it says that a label applies."""

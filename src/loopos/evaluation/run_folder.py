@@ -167,6 +167,11 @@ def read_run(folder: Path) -> Run:
     return Run(folder, _read_config(folder / CONFIG), list(read_events(folder / EVENTS)))
 
 
+def run_of(model: Path) -> Run | None:
+    """The run whose folder model/, or adapter/, this is; None where it lies in none. Raises `UserError`."""
+    return read_run(model.parent) if all((model.parent / name).is_file() for name in (CONFIG, EVENTS)) else None
+
+
 def read_events(path: Path) -> Iterator[Event]:
     """Every event in order. A torn last line, as a killed process leaves it, is left out; any other broken line raises
     `UserError` with its place.

