@@ -10,7 +10,7 @@ import pytest
 from pico_runs import class_rows, config_of, train
 from questions import CHAT, GOOD, ask
 
-from loopos.deploy.serving_heads import ClassifyService, ScoreService
+from loopos.deploy.serving_heads import ClassifyHead, HeadService, ScoreHead
 from loopos.deploy.serving_limits import ServingLimits
 from loopos.deploy.serving_metrics import ServingMetrics
 from loopos.evaluation.predictor import Predictor
@@ -39,7 +39,7 @@ def reward_run(home: Path, pico_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def rewards(reward_run: Path) -> Iterator[Server]:
     metrics = ServingMetrics()
-    service = ScoreService(RewardPredictor.open(str(reward_run)), "judge", LIMITS, metrics)
+    service = HeadService(ScoreHead(RewardPredictor.open(str(reward_run))), "judge", LIMITS, metrics)
     with served(service, LIMITS, metrics) as server:
         yield server
 
@@ -52,7 +52,7 @@ def test_classify_says_what_predict_says(task: str, home: Path, pico_folder: Pat
     predictor, metrics = Predictor.open(run), ServingMetrics()
     texts = ["good the parcel came late", "bad"]
     wanted = Predictor.open(run).predict(texts)
-    with served(ClassifyService(predictor, task, LIMITS, metrics), LIMITS, metrics) as server:
+    with served(HeadService(ClassifyHead(predictor), task, LIMITS, metrics), LIMITS, metrics) as server:
         status, told, _ = ask(server, "/v1/classify", {"model": task, "input": texts})
         assert status == 200
         assert (told["object"], told["task"], told["truncated"]) == ("list", task, 0)

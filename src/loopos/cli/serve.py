@@ -96,16 +96,16 @@ def _service(place: str, name: str, has_head: bool, options: ServeOptions, metri
 
     if not has_head:
         return _language(place, name, options, metrics)
-    from loopos.deploy.serving_heads import ClassifyService, ScoreService
+    from loopos.deploy.serving_heads import ClassifyHead, HeadService, ScoreHead
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reward_predictor import RewardPredictor
 
     device = pick_device(options.device).type
     if kind_of(described(place)) == "reward":
-        return ScoreService(RewardPredictor.open(place, device=device), name, options.limits, metrics)
+        return HeadService(ScoreHead(RewardPredictor.open(place, device=device)), name, options.limits, metrics)
     precision = None if options.precision == "auto" else options.precision
     predictor = Predictor.open(place, device=device, precision=precision)
-    return ClassifyService(predictor, name, options.limits, metrics)
+    return HeadService(ClassifyHead(predictor), name, options.limits, metrics)
 
 
 def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:

@@ -18,12 +18,12 @@ from starlette.responses import JSONResponse, Response
 
 from loopos.config.faults import UserError
 from loopos.deploy.serving_decoder import Decoder, ModelThread, Ticket
-from loopos.deploy.serving_errors import ApiError, unknown_model
+from loopos.deploy.serving_errors import ApiError
 from loopos.deploy.serving_forms import Form
 from loopos.deploy.serving_limits import ServingLimits, check_rows
 from loopos.deploy.serving_metrics import ServingMetrics
 from loopos.deploy.serving_prompts import Prompts
-from loopos.deploy.serving_requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read
+from loopos.deploy.serving_requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read_for
 from loopos.deploy.serving_streams import EventStream, event, while_wanted
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
@@ -73,7 +73,7 @@ class LanguageService:
         self._prompts.close()
 
     async def _chat(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = self._read(ChatRequest, raw)
+        asked = read_for(ChatRequest, raw, self.name)
         if asked.top_logprobs:
             raise ApiError(
                 400,
@@ -86,7 +86,7 @@ class LanguageService:
         return await self._answer(request, asked, [prompt], "messages", deadline, logprobs=asked.logprobs)
 
     async def _complete(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = self._read(CompletionRequest, raw)
+        asked = read_for(CompletionRequest, raw, self.name)
         if asked.logprobs:
             raise ApiError(
                 400,
@@ -211,7 +211,7 @@ class LanguageService:
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
     async def _embed(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = self._read(EmbeddingRequest, raw)
+        asked = read_for(EmbeddingRequest, raw, self.name)
         sequences = await self._prompts.of_texts(asked.inputs())
         self._check(sequences, "input")
         num_tokens = sum(map(len, sequences))
@@ -238,12 +238,6 @@ class LanguageService:
             found = await self._thread.call(self._engine.embed, pack)
             vectors += list(found.cpu().numpy())
         return vectors
-
-    def _read(self, kind: type[Any], raw: bytes) -> Any:
-        asked = read(kind, raw)
-        if asked.model != self.name:
-            raise unknown_model(asked.model, self.name)
-        return asked
 
 
 def _packs(sequences: Sequence[list[int]]) -> list[list[list[int]]]:

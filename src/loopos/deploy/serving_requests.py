@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import Message
-from loopos.deploy.serving_errors import ApiError
+from loopos.deploy.serving_errors import ApiError, unknown_model
 from loopos.generation.settings import SamplingSettings
 
 # What OpenAI's own default is when completions name no number.
@@ -63,10 +63,15 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class Generation(_Body):
-    """What chat and completions share."""
+class Asked(_Body):
+    """What every request says."""
 
     model: str
+
+
+class Generation(Asked):
+    """What chat and completions share."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -141,10 +146,9 @@ class CompletionRequest(Generation):
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens, "max_tokens"
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(Asked):
     """POST /v1/embeddings."""
 
-    model: str
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
 
@@ -152,10 +156,9 @@ class EmbeddingRequest(_Body):
         return several(self.input, "input")
 
 
-class ClassifyRequest(_Body):
+class ClassifyRequest(Asked):
     """POST /v1/classify: a text, or several, each a text or a pair of texts."""
 
-    model: str
     input: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]]
 
     def texts(self) -> list[str | tuple[str, str]]:
@@ -163,10 +166,9 @@ class ClassifyRequest(_Body):
         return [each if isinstance(each, str) else (each[0], each[1]) for each in given]
 
 
-class ScoreRequest(_Body):
+class ScoreRequest(Asked):
     """POST /v1/score: a conversation whose last message is judged, or a prompt with one response or several."""
 
-    model: str
     messages: Annotated[list[ChatMessage], Field(min_length=2)] | None = None
     prompt: str | Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     response: str | Annotated[list[str], Field(min_length=1)] | None = None
@@ -184,11 +186,18 @@ def several(given: str | list[str] | list[int] | list[list[int]], param: str) ->
     return [tokens] if tokens else [each for each in given if not isinstance(each, int)]
 
 
-Request = TypeVar("Request", bound=BaseModel)
+Request = TypeVar("Request", bound=Asked)
 
 
-def read(kind: type[Request], raw: bytes) -> Request:
-    """The request that a body holds. Raises `ApiError` with status 400."""
+def read_for(kind: type[Request], raw: bytes, served: str) -> Request:
+    """The request to the model of that name that a body holds. Raises `ApiError`: 400, or 404 for another model."""
+    asked = _read(kind, raw)
+    if asked.model != served:
+        raise unknown_model(asked.model, served)
+    return asked
+
+
+def _read(kind: type[Request], raw: bytes) -> Request:
     body = {name: value for name, value in _object(raw).items() if value is not None and not _asks_nothing(name, value)}
     for name in ("messages", "prompt"):
         if isinstance(body.get(name), list):
