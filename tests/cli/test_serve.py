@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Invoke
-from tests.deploy.conftest import Server, command, until
+from tests.deploy.serving.conftest import Server, command, until
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def serve(
 ) -> None:
     """Serve a trained model over HTTP as OpenAI's interface: chat, completions, embeddings; labels; scores."""
     from loopos.cli import serve as command
-    from loopos.deploy.serving_limits import ServingLimits
+    from loopos.deploy.serving.limits import ServingLimits
 
     limits = ServingLimits(
         max_rows=max_rows, max_context=max_context, max_tokens=max_tokens, max_queue=max_queue, max_body=max_body,

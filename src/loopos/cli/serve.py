@@ -19,15 +19,15 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.sampling_options import place_faults, refuse
 from loopos.config.faults import EnvironmentFault
-from loopos.deploy.serving_limits import ServingLimits, address_faults
+from loopos.deploy.serving.limits import ServingLimits, address_faults
 from loopos.models.model_folder import described, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loopos.deploy.serving_http import Service
-    from loopos.deploy.serving_language import LanguageService
-    from loopos.deploy.serving_metrics import ServingMetrics
+    from loopos.deploy.serving.http import Service
+    from loopos.deploy.serving.language import LanguageService
+    from loopos.deploy.serving.metrics import ServingMetrics
 
 _PACKAGES = ("starlette", "uvicorn")
 
@@ -64,7 +64,7 @@ def run(place: str, options: ServeOptions) -> int:
     restart_with_settings(binds_threads=False)
     hush_libraries(verbose=options.verbose)
     from loopos.deploy.serve import address_of, listening, serve
-    from loopos.deploy.serving_metrics import ServingMetrics
+    from loopos.deploy.serving.metrics import ServingMetrics
 
     # Before the model is loaded: a port that is taken shows at once.
     with listening(options.host, options.port, options.limits) as bound:
@@ -96,7 +96,7 @@ def _service(place: str, name: str, has_head: bool, options: ServeOptions, metri
 
     if not has_head:
         return _language(place, name, options, metrics)
-    from loopos.deploy.serving_heads import ClassifyHead, HeadService, ScoreHead
+    from loopos.deploy.serving.heads import ClassifyHead, HeadService, ScoreHead
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reward_predictor import RewardPredictor
 
@@ -109,7 +109,7 @@ def _service(place: str, name: str, has_head: bool, options: ServeOptions, metri
 
 
 def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
-    from loopos.deploy.serving_language import LanguageService
+    from loopos.deploy.serving.language import LanguageService
 
     reasoner = open_reasoner(
         place,

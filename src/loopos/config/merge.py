@@ -1,7 +1,7 @@
 """The recipe of a merge: models, method, its parameters, and what they must not contradict.
 
 Enters: plain values. Leaves: `MergeConfig`, and `Finding`s for contradictions between keys and for missing files. Left
-out: what only the models can tell (shapes, vocabularies, labels), and the methods themselves (`deploy.merge_methods`).
+out: what only the models can tell (shapes, vocabularies, labels), and the methods (`deploy.merging.methods`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A trained model → a folder that other programs open.
 
 Enters: a model's place and `ExportSettings`. Leaves: the folder, whole or not at all, with README.md, report.md and
-recipe.json, and what was found when it was opened again. Left out: each format (`hugging_face.py`, `gguf_file.py`,
-`adapter_folder.py`, `modelfile.py`, `onnx_file.py`), sending it away (`push.py`).
+recipe.json, and what was found when it was opened again. Left out: each format, and sending it away
+(`exporting/`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from transformers import AutoConfig
 
 from loopos.config.faults import UserError
-from loopos.deploy import gguf_file, hugging_face, onnx_file, reopened
-from loopos.deploy.adapter_folder import require_adapter, write_adapter
 from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings, refuse_taken
-from loopos.deploy.merged_adapter import weights_folder
-from loopos.deploy.model_card import model_card
-from loopos.deploy.modelfile import modelfile
-from loopos.deploy.number_formats import DTYPES
-from loopos.deploy.push import HubClient, own_client, push
-from loopos.deploy.reopened import Check
+from loopos.deploy.exporting import gguf_file, hugging_face, onnx_file, reopened
+from loopos.deploy.exporting.adapter_folder import require_adapter, write_adapter
+from loopos.deploy.exporting.merged_adapter import weights_folder
+from loopos.deploy.exporting.model_card import model_card
+from loopos.deploy.exporting.modelfile import modelfile
+from loopos.deploy.exporting.number_formats import DTYPES
+from loopos.deploy.exporting.push import HubClient, own_client, push
+from loopos.deploy.exporting.reopened import Check
 from loopos.evaluation.markdown import table
 from loopos.evaluation.progress import Tell, silent
 from loopos.models.found_model import FoundModel, find_model

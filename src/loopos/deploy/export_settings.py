@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loopos.config.faults import UserError
-from loopos.deploy.push import check_name
+from loopos.deploy.exporting.push import check_name
 
 FLOATS = ("f32", "f16", "bf16")
 GGUF_TYPES = (*FLOATS, "q8_0", "q4_0")

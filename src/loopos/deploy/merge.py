@@ -2,7 +2,8 @@
 
 Enters: a `MergeConfig`. Leaves: a model folder, whole or not at all, with `recipe.json` and `report.md`. At any moment
 one tensor of each model is in memory, with the base's and the result; what comes out depends neither on the order of
-tensors nor on how they are spread over files. Left out: the mathematics (`merge_methods`), checks (`merge_plan`).
+tensors nor on how they are spread over files. Left out: the mathematics (`merging/methods.py`), checks
+(`merging/plan.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
-from loopos.deploy.greedy_soup import Trial, choose
-from loopos.deploy.merge_adapters import (
+from loopos.deploy.merging.adapters import (
     Adapter,
     adapted_source,
     check_summable,
@@ -27,12 +27,13 @@ from loopos.deploy.merge_adapters import (
     open_adapter,
     summed,
 )
-from loopos.deploy.merge_folder import write_beside, write_recipe
-from loopos.deploy.merge_layers import stacked
-from loopos.deploy.merge_plan import Plan, planned
-from loopos.deploy.merge_report import Measured, adapter_report, report
-from loopos.deploy.merge_sources import HEAD_TENSOR, SCORE, Source, open_source
-from loopos.deploy.merge_tensors import Change, OnProgress, TensorMerger
+from loopos.deploy.merging.folder import write_beside, write_recipe
+from loopos.deploy.merging.greedy_soup import Trial, choose
+from loopos.deploy.merging.layers import stacked
+from loopos.deploy.merging.plan import Plan, planned
+from loopos.deploy.merging.report import Measured, adapter_report, report
+from loopos.deploy.merging.sources import HEAD_TENSOR, SCORE, Source, open_source
+from loopos.deploy.merging.tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import row_metrics
 from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loopos.models.load import NUMBER_FORMATS

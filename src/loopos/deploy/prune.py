@@ -5,7 +5,7 @@
 Enters: a `PruningRecipe` and a folder that is not there yet. Leaves: the folder, whole or not at all: the model as it
 was kept before (a transformers folder, with LoopOS's description and head where it had them), `recipe.json`,
 `report.md`; of several shares a folder `sparsity-0.5/` each, and `perplexity.svg` or another metric's. Left out: the
-weights (`pruning.py`), the report's words (`prune_report.py`).
+weights (`pruning/model.py`), the report's words (`pruning/report.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from loopos.config.faults import UserError
 from loopos.config.pruning import PruningRecipe
 from loopos.data.calibration import read_calibration
-from loopos.deploy.prune_report import write_report
-from loopos.deploy.pruning import Zeros, prune_model, zeros_of
+from loopos.deploy.pruning.model import Zeros, prune_model, zeros_of
+from loopos.deploy.pruning.report import write_report
 from loopos.deploy.quality import Measured, measure, probe
 from loopos.models.opened_model import OpenedModel, has_head, open_model
 from loopos.storage.json_files import save_json

@@ -16,9 +16,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loopos.config.faults import UserError
-from loopos.deploy.serving_http import Gate, Service, application
-from loopos.deploy.serving_limits import ServingLimits
-from loopos.deploy.serving_metrics import ServingMetrics
+from loopos.deploy.serving.http import Gate, Service, application
+from loopos.deploy.serving.limits import ServingLimits
+from loopos.deploy.serving.metrics import ServingMetrics
 
 # A reader that does not read is noticed after so many bytes in the kernel, not after the megabytes it would grow to.
 _SEND_BUFFER = 1 << 16

@@ -1,0 +1,1 @@
+"""The parts of a merge: sources, plan, values, methods, tensors, report."""

@@ -1,0 +1,1 @@
+"""The parts of a pruning: what leaves a model in memory, and the report."""

@@ -1,0 +1,263 @@
+"""A language model, served: chat, completions and embeddings.
+
+Enters: checked requests. Leaves: responses. Left out: prompts (`prompts.py`), the rows (`decoder.py`),
+what answers look like (`forms.py`), HTTP (`http.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from loopos.config.faults import UserError
+from loopos.deploy.serving.decoder import Decoder, ModelThread, Ticket
+from loopos.deploy.serving.errors import ApiError
+from loopos.deploy.serving.forms import Form
+from loopos.deploy.serving.limits import ServingLimits, check_rows
+from loopos.deploy.serving.metrics import ServingMetrics
+from loopos.deploy.serving.prompts import Prompts
+from loopos.deploy.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read_for
+from loopos.deploy.serving.streams import EventStream, event, while_wanted
+from loopos.evaluation.reasoning import Reasoner
+from loopos.generation.settings import SamplingSettings
+
+# Tokens of one forward pass of embeddings: rows that decode wait for no more.
+_EMBEDDED_TOKENS = 2048
+
+
+class LanguageService:
+    """Answers by one language model under the name `name`."""
+
+    kind = "a language model"
+
+    def __init__(self, reasoner: Reasoner, name: str, limits: ServingLimits, metrics: ServingMetrics) -> None:
+        self.name, self._limits, self._metrics = name, limits, metrics
+        self._engine, self._stops = reasoner.engine, reasoner.sampling
+        positions = self._engine.max_positions
+        self.context = limits.max_context if positions is None else min(positions, limits.max_context)
+        self._thread = ModelThread(limits)
+        self._decoder = Decoder(self._engine, self._thread, limits)
+        self._prompts = Prompts(reasoner.template)
+        metrics.gauges["loopos_active_rows"] = ("Completions that decode.", lambda: self._decoder.num_active)
+        metrics.gauges["loopos_queue_length"] = ("Completions that wait for a row.", lambda: self._decoder.num_waiting)
+
+    @property
+    def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
+        """Path → what answers it."""
+        return {
+            "/v1/chat/completions": self._chat,
+            "/v1/completions": self._complete,
+            "/v1/embeddings": self._embed,
+        }
+
+    @property
+    def is_ready(self) -> bool:
+        return self._decoder.is_ready
+
+    async def open(self) -> None:
+        await self._decoder.open()
+
+    async def end(self) -> None:
+        await self._decoder.end()
+
+    async def close(self) -> None:
+        await self._decoder.close()
+        self._thread.close()
+        self._prompts.close()
+
+    async def _chat(self, request: Request, raw: bytes, deadline: float) -> Response:
+        asked = read_for(ChatRequest, raw, self.name)
+        if asked.top_logprobs:
+            raise ApiError(
+                400,
+                "top_logprobs: other tokens' logprobs are not kept; logprobs alone gives the chosen tokens'",
+                param="top_logprobs",
+                code="unsupported_parameter",
+            )
+        messages = [message.message() for message in asked.messages]
+        prompt = await self._prompts.of_chat(messages)
+        return await self._answer(request, asked, [prompt], "messages", deadline, logprobs=asked.logprobs)
+
+    async def _complete(self, request: Request, raw: bytes, deadline: float) -> Response:
+        asked = read_for(CompletionRequest, raw, self.name)
+        if asked.logprobs:
+            raise ApiError(
+                400,
+                "logprobs: other tokens' logprobs are not kept; 0 gives those of the chosen tokens",
+                param="logprobs",
+                code="unsupported_parameter",
+            )
+        prompts = await self._prompts.of_texts(asked.prompts())
+        return await self._answer(request, asked, prompts, "prompt", deadline, logprobs=asked.logprobs == 0)
+
+    async def _answer(
+        self,
+        request: Request,
+        asked: ChatRequest | CompletionRequest,
+        prompts: Sequence[list[int]],
+        param: str,
+        deadline: float,
+        *,
+        logprobs: bool,
+    ) -> Response:
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
+        settings = self._settings(asked, prompts, param)
+        ticket = Ticket(prompts, settings, n=asked.n, streams=asked.stream, max_lag=self._limits.max_lag)
+        form = Form(
+            "chat" if isinstance(asked, ChatRequest) else "text",
+            self.name,
+            asked.n,
+            logprobs,
+            asked.includes_usage,
+            self._prompts.tokenizer,
+        )
+        seconds = self._limits.max_seconds
+        num_prompt = sum(map(len, prompts))
+        try:
+            self._decoder.submit(ticket)
+            self._metrics.prompt_tokens += num_prompt
+            if not asked.stream:
+                completions = await while_wanted(request, ticket.completions(), deadline=deadline, seconds=seconds)
+                self._metrics.generated_tokens += sum(len(completion.token_ids) for completion in completions)
+                return JSONResponse(await self._prompts.run(form.whole, completions, num_prompt))
+            chunks = self._chunks(ticket, form, num_prompt, request.scope["state"]["began"])
+            first = await while_wanted(request, _next(chunks), deadline=deadline, seconds=seconds)
+        except BaseException:
+            self._decoder.leave(ticket)
+            raise
+        finally:
+            if not asked.stream:
+                self._decoder.leave(ticket)
+
+        def cut(reason: str) -> None:
+            self._metrics.cut[reason] += 1
+
+        return EventStream(
+            _after(first, chunks),
+            overflowed=ticket.overflowed,
+            ended=lambda: self._decoder.leave(ticket),
+            cut=cut,
+            deadline=deadline,
+            seconds=seconds,
+        )
+
+    async def _chunks(self, ticket: Ticket, form: Form, num_prompt: int, began: float) -> AsyncIterator[bytes]:
+        """The events of a stream but for the last."""
+        offsets: dict[tuple[int, int], int] = {}
+        made = 0
+        async for piece in ticket.pieces():
+            if not made:
+                self._metrics.first_token.observe(asyncio.get_running_loop().time() - began)
+                for chunk in form.opening(ticket.count):
+                    yield event(chunk)
+            made += 1
+            self._metrics.generated_tokens += 1
+            choice = (piece.prompt_index, piece.sample_index)
+            chunk_of_piece = form.chunk(piece, offsets.get(choice, 0))
+            offsets[choice] = offsets.get(choice, 0) + len(piece.text)
+            if chunk_of_piece is not None:
+                yield event(chunk_of_piece)
+        if form.includes_usage:
+            yield event(form.last(num_prompt, made))
+
+    def _settings(self, asked: Generation, prompts: Sequence[list[int]], param: str) -> list[SamplingSettings]:
+        """The settings of each prompt. Raises `ApiError` for what the model or this server cannot take."""
+        try:
+            check_rows(len(prompts) * asked.n, self._limits)
+        except UserError as error:
+            raise ApiError(400, str(error), param="n", code="invalid_value") from error
+        most, name = asked.new_tokens()
+        if most is not None and most > self._limits.max_tokens:
+            raise ApiError(
+                400,
+                f"{name}: given {most}; this server's limit is {self._limits.max_tokens}",
+                param=name,
+                code="invalid_value",
+            )
+        settings = self._stops(asked.settings())
+        for token in settings.logit_bias:
+            if token >= self._engine.vocab_size:
+                raise ApiError(
+                    400,
+                    f"logit_bias for token {token}: the model has {self._engine.vocab_size} tokens",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
+        self._check(prompts, param)
+        wanted = self._limits.max_tokens if most is None else most
+        # The last token is never fed, so it needs no position.
+        return [replace(settings, max_new_tokens=min(wanted, self.context + 1 - len(prompt))) for prompt in prompts]
+
+    def _check(self, prompts: Sequence[list[int]], param: str) -> None:
+        for prompt in prompts:
+            if len(prompt) > self.context:
+                raise ApiError(
+                    400,
+                    f"{param}: {len(prompt)} tokens; the context has room for {self.context}",
+                    param=param,
+                    code="context_length_exceeded",
+                )
+            try:
+                self._engine.limit(prompt, 1)
+            except UserError as error:
+                raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+
+    async def _embed(self, request: Request, raw: bytes, deadline: float) -> Response:
+        asked = read_for(EmbeddingRequest, raw, self.name)
+        sequences = await self._prompts.of_texts(asked.inputs())
+        self._check(sequences, "input")
+        num_tokens = sum(map(len, sequences))
+        self._metrics.prompt_tokens += num_tokens
+        work = self._vectors(sequences)
+        vectors = await while_wanted(request, work, deadline=deadline, seconds=self._limits.max_seconds)
+        told = [
+            {
+                "object": "embedding",
+                "index": place,
+                "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+                if asked.encoding_format == "base64"
+                else vector.tolist(),
+            }
+            for place, vector in enumerate(vectors)
+        ]
+        count = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        return JSONResponse({"object": "list", "data": told, "model": self.name, "usage": count})
+
+    async def _vectors(self, sequences: Sequence[list[int]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """The vector of each sequence, in packs between which rows decode."""
+        vectors: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+        for pack in _packs(sequences):
+            found = await self._thread.call(self._engine.embed, pack)
+            vectors += list(found.cpu().numpy())
+        return vectors
+
+
+def _packs(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Sequences, in order, in packs of so many tokens at most; a longer one is alone."""
+    packs: list[list[list[int]]] = []
+    room = 0
+    for sequence in sequences:
+        if len(sequence) > room:
+            packs.append([])
+            room = _EMBEDDED_TOKENS
+        packs[-1].append(sequence)
+        room -= len(sequence)
+    return packs
+
+
+async def _next(chunks: AsyncIterator[bytes]) -> bytes:
+    return await anext(chunks)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk

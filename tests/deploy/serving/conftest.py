@@ -1,0 +1,148 @@
+"""Servers on loopback: the command itself in a process of its own, and services in a thread of the test."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from loopos.deploy.serve import address_of, listening, serve
+from loopos.deploy.serving.http import Service
+from loopos.deploy.serving.language import LanguageService
+from loopos.deploy.serving.limits import ServingLimits
+from loopos.deploy.serving.metrics import ServingMetrics
+from loopos.evaluation.reasoning import Reasoner
+
+WAIT = 60
+
+
+@dataclass
+class Server:
+    """`url` of a server, the `name` of its model, and how to end it."""
+
+    url: str
+    name: str
+    stop: Callable[[], None]
+    clients: dict[str, OpenAI] = field(default_factory=dict)
+
+    def client(self, key: str = "none") -> OpenAI:
+        """A client that is closed with the server."""
+        if key not in self.clients:
+            self.clients[key] = self.fresh(key)
+        return self.clients[key]
+
+    def fresh(self, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT)
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+
+    def metric(self, name: str, key: str = "") -> float:
+        """The value of a line of /metrics."""
+        asked = urllib.request.Request(f"{self.url}/metrics", headers={"Authorization": f"Bearer {key}"})
+        with urllib.request.urlopen(asked, timeout=WAIT) as answer:
+            lines = answer.read().decode().splitlines()
+        found = [line.rpartition(" ")[2] for line in lines if line.rpartition(" ")[0] == name]
+        return float(found[0]) if found else 0.0
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for what must come."""
+    for _ in range(100 * WAIT):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+@contextmanager
+def command(*words: object, environment: dict[str, str] | None = None) -> Iterator[tuple[Server, Any]]:
+    """`loopos serve` with these words, on a free port; the server and its process."""
+    line = [sys.executable, "-m", "loopos", "serve", *map(str, words), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
+    told = ""
+    try:
+        assert process.stderr is not None
+        for text in process.stderr:
+            told += text
+            found = re.search(r"^(\S+): .* at (http://\S+) ", text)
+            if found:
+                server = Server(found[2], found[1], lambda: process.send_signal(signal.SIGTERM))
+                yield server, process
+                server.close()
+                break
+        else:
+            raise AssertionError(told)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def served(
+    service: Service, limits: ServingLimits, metrics: ServingMetrics, key: str | None = None
+) -> Iterator[Server]:
+    """A service in a thread."""
+    stops: list[Callable[[], None]] = []
+    began = threading.Event()
+
+    def note(stop: Callable[[], None]) -> None:
+        stops.append(stop)
+        began.set()
+
+    with listening("127.0.0.1", 0, limits) as bound:
+        thread = threading.Thread(
+            target=serve, args=(service, metrics, bound, limits), kwargs={"api_key": key, "began": note}
+        )
+        url = address_of(bound)
+        thread.start()
+        assert began.wait(WAIT)
+        server = Server(url, service.name, stops[0])
+        try:
+            yield server
+        finally:
+            server.close()
+            stops[0]()
+            thread.join(WAIT)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def reasoner(pico_folder: Path) -> Reasoner:
+    """The pico model, asked in the test's own process."""
+    return Reasoner.open(str(pico_folder))
+
+
+@pytest.fixture(scope="session")
+def server(pico_folder: Path) -> Iterator[Server]:
+    """The command, serving the pico model with four rows."""
+    with command(pico_folder, "--name", "pico", "--max-rows", 4, "--max-tokens", 200) as (made, _):
+        yield made
+
+
+@pytest.fixture
+def language(pico_folder: Path) -> Callable[..., Any]:
+    """`with language(max_queue=2) as server`: the pico model in a thread, with these limits."""
+
+    @contextmanager
+    def build(*, key: str | None = None, **limits: Any) -> Iterator[Server]:
+        bounds, metrics = ServingLimits(**{"max_rows": 4, **limits}), ServingMetrics()
+        own = Reasoner.open(str(pico_folder), max_rows=bounds.max_rows)
+        with served(LanguageService(own, "pico", bounds, metrics), bounds, metrics, key) as made:
+            yield made
+
+    return build
