@@ -13,7 +13,8 @@ from loopos.cli.answers import as_bytes, say, say_json
 from loopos.cli.bar import Bar
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.deploy.export_settings import ExportSettings, check_settings, refuse_taken
+from loopos.deploy.export_settings import ExportSettings, check_settings
+from loopos.deploy.shipped_folder import refuse_taken
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ on standard output, notes and a bar on standard error. Left out: merging (`deplo
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -51,18 +50,11 @@ def run(words: Sequence[str], options: MergeOptions) -> int:
     recipe = read_recipe(words, options)
     hush_libraries(verbose=options.verbose)
     from loopos.deploy.merge import merge
-    from loopos.storage.durable import DiskFull
     from loopos.training.precision import pick_device
 
     device = pick_device(options.device).type
-    try:
-        with Bar("tensors") as bar:
-            result = merge(recipe, device=device, note=note, on_progress=bar.progress)
-    except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        said = f"{recipe.output_dir}: the disk is full; nothing was written: free some space, then merge again"
-        raise DiskFull(said) from problem
+    with Bar("tensors") as bar:
+        result = merge(recipe, device=device, note=note, on_progress=bar.progress)
     if options.json:
         say_json(_told(recipe, result))
     else:

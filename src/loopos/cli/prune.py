@@ -7,7 +7,6 @@ report, and the figures on standard output. Left out: the pruning (`deploy.prune
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
 from loopos.config.pruning import read_recipe
+from loopos.deploy.shipped_folder import refuse_taken
 
 if TYPE_CHECKING:
     from loopos.deploy.prune import PruningResult
@@ -47,13 +47,11 @@ def run(given: str, options: PruneOptions) -> int:
     """Prunes, writes and prints. Raises `UserError`."""
     is_recipe = given.lower().endswith(_RECIPES) and not os.path.isdir(given)
     recipe = read_recipe(given if is_recipe else None, _words(None if is_recipe else given, options))
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise UserError(f"--output: given {options.output}, which is there already; wanted a new folder")
+    refuse_taken(options.output)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.cli.bar import Bar
     from loopos.deploy.prune import Pruner
-    from loopos.storage.durable import DiskFull
     from loopos.training.precision import pick_device
 
     try:
@@ -62,10 +60,6 @@ def run(given: str, options: PruneOptions) -> int:
             result = pruner.prune(options.output)
     except UserError as error:
         raise in_our_words(error) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFull(f"{options.output}: the disk is full; nothing of the pruned model was left there") from error
     if options.json:
         say_json(_told(result))
     else:

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
 from loopos.config.faults import Finding
+from loopos.config.paths import RECIPE
 
 if TYPE_CHECKING:
     from loopos.config.merge import MergeConfig, PatternSection
 
 LayerValues: TypeAlias = float | list[float]
 """A number, or anchors of it that are spread over the layers."""
-RECIPE = "recipe.json"
-"""The file in which a merged model's folder keeps how it was made."""
 WITHOUT_BASE = ("linear", "greedy_soup", "slerp", "passthrough")
 """Methods that have no use for a base model."""
 ELECTING = ("ties", "dare_ties", "della", "breadcrumbs_ties")

@@ -17,18 +17,15 @@ from typing import Any
 import numpy
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
-from loopos.deploy.export import NOTHING_WRITTEN, RECIPE, REPORT
-from loopos.deploy.export_settings import refuse_taken
+from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
+from loopos.deploy.shipped_folder import REPORT, refuse_taken, shipped_folder
 from loopos.evaluation.combining import METHODS
 from loopos.evaluation.ensemble import EnsemblePredictor
 from loopos.evaluation.markdown import shown, table
 from loopos.evaluation.progress import Tell
 from loopos.evaluation.simplex import Floats, log_loss_weights, squared_error_weights
 from loopos.models.model_folder import ENSEMBLE, FORMAT, kind_of, model_folder, read_description
-from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
-from loopos.storage.whole_folder import whole_folder
 
 _OF_VALUES = ("mean", "weighted")
 # A majority's probabilities are made so that half marks the line.
@@ -103,7 +100,7 @@ def join(
         measured.append(Measured(source, *opened.judge(source, settings.columns)))
     copied = folders if settings.copy else []
     needed = sum(file.stat().st_size for folder in copied for file in folder.iterdir())
-    with disk_full_said(out, needed, "the ensemble", NOTHING_WRITTEN), whole_folder(out) as partial:
+    with shipped_folder(out, needed, "the ensemble") as partial:
         if settings.copy:
             places = _copied(folders, partial)
         else:

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig
 
 from loopos.config.faults import UserError
-from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings, refuse_taken
+from loopos.config.paths import RECIPE
+from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings
 from loopos.deploy.exporting import gguf_file, hugging_face, onnx_file, reopened
 from loopos.deploy.exporting.adapter_folder import require_adapter, write_adapter
 from loopos.deploy.exporting.merged_adapter import weights_folder
@@ -25,17 +26,15 @@ from loopos.deploy.exporting.modelfile import modelfile
 from loopos.deploy.exporting.number_formats import DTYPES
 from loopos.deploy.exporting.push import HubClient, own_client, push
 from loopos.deploy.exporting.reopened import Check
+from loopos.deploy.shipped_folder import REPORT, refuse_taken, shipped_folder
 from loopos.evaluation.markdown import table
 from loopos.evaluation.progress import Tell, silent
 from loopos.models.found_model import FoundModel, find_model
-from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
-from loopos.storage.whole_folder import whole_folder
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-NOTHING_WRITTEN = "nothing was written: free some space, then run the command again"
-RECIPE, REPORT, CARD = "recipe.json", "report.md", "README.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def export(
     model = find_model(place)
     _check_format(model, settings.format)
     needed = _bytes_of(model.folder) if model.folder is not None else 0
-    with disk_full_said(out, needed, "the exported model", NOTHING_WRITTEN), whole_folder(out) as partial:
+    with shipped_folder(out, needed, "the exported model") as partial:
         # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
         scratch = partial / ".scratch"
         scratch.mkdir()

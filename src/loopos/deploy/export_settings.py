@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from loopos.config.faults import UserError
 from loopos.deploy.exporting.push import check_name
@@ -57,9 +56,3 @@ def check_settings(settings: ExportSettings) -> str:
     if faults:
         raise UserError("\n".join(faults))
     return types[0] if settings.type is None else settings.type
-
-
-def refuse_taken(out: Path) -> None:
-    """Raises `UserError` where something lies already: nothing is overwritten."""
-    if out.exists():
-        raise UserError(f"--output: {out} is there already; name a folder that is not")

@@ -35,12 +35,14 @@ from loopos.deploy.merging.report import Measured, adapter_report, report
 from loopos.deploy.merging.sources import HEAD_TENSOR, SCORE, Source, open_source
 from loopos.deploy.merging.tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import row_metrics
+from loopos.deploy.shipped_folder import NOTHING_WRITTEN, REPORT, shipped_folder
 from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
+from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.storage.tensor_files import write_tensors
-from loopos.storage.tensor_format import TensorSpec
+from loopos.storage.tensor_format import TensorSpec, num_bytes
 from loopos.storage.whole_folder import whole_folder
 
 
@@ -79,20 +81,22 @@ def merge(
         note(sentence)
     folder, trials = Path(recipe.output_dir), list[Trial]()
     weights: Sequence[float] | None = None
-    if recipe.method == "greedy_soup":
-        trials = choose(
-            recipe, plan, lambda place, chosen: _write(place, plan, recipe, chosen), device=device, note=note
-        )
-        weights = trials[-1].weights(len(models))
-    measured = [Measured(data, _before(models, data, device, note)) for data in recipe.evaluate]
-    with whole_folder(folder) as partial:
-        changes = _write(partial, plan, recipe, weights, on_progress)
-        for each in measured:
-            note(f"measuring the result on {each.data}")
-            each.values["result"] = row_metrics(str(partial), each.data, device=device)
-        seconds = time.monotonic() - began
-        text = report(recipe, plan, changes, measured, trials, seconds=seconds)
-        (partial / "report.md").write_text(text, encoding="utf-8")
+    needed = sum(each.spec.num_bytes for each in plan.tensors.values())
+    with disk_full_said(folder, needed, "the merged model", NOTHING_WRITTEN):
+        if recipe.method == "greedy_soup":
+            trials = choose(
+                recipe, plan, lambda place, chosen: _write(place, plan, recipe, chosen), device=device, note=note
+            )
+            weights = trials[-1].weights(len(models))
+        measured = [Measured(data, _before(models, data, device, note)) for data in recipe.evaluate]
+        with whole_folder(folder) as partial:
+            changes = _write(partial, plan, recipe, weights, on_progress)
+            for each in measured:
+                note(f"measuring the result on {each.data}")
+                each.values["result"] = row_metrics(str(partial), each.data, device=device)
+            seconds = time.monotonic() - began
+            text = report(recipe, plan, changes, measured, trials, seconds=seconds)
+            (partial / REPORT).write_text(text, encoding="utf-8")
     parameters = sum(each.spec.num_elements for each in plan.tensors.values())
     return MergeResult(folder, len(plan.tensors), parameters, seconds, plan.notes, measured, trials)
 
@@ -188,9 +192,9 @@ def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
     tensors, config = summed(adapters, factors)
     folder = Path(recipe.output_dir)
     seconds = time.monotonic() - began
-    with whole_folder(folder) as partial:
+    with shipped_folder(folder, num_bytes(tensors), "the adapter") as partial:
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         save_json(partial / ADAPTER_CONFIG, config)
         write_recipe(partial, recipe)
-        (partial / "report.md").write_text(adapter_report(adapters, factors, config), encoding="utf-8")
+        (partial / REPORT).write_text(adapter_report(adapters, factors, config), encoding="utf-8")
     return MergeResult(folder, len(tensors), sum(each.numel() for each in tensors.values()), seconds, [])

@@ -18,16 +18,16 @@ from pathlib import Path
 from torch import Tensor
 
 from loopos.config.faults import UserError
+from loopos.config.paths import RECIPE
 from loopos.config.pruning import PruningRecipe
 from loopos.data.calibration import read_calibration
 from loopos.deploy.pruning.model import Zeros, prune_model, zeros_of
 from loopos.deploy.pruning.report import write_report
 from loopos.deploy.quality import Measured, measure, probe
+from loopos.deploy.shipped_folder import refuse_taken, shipped_folder
 from loopos.models.opened_model import OpenedModel, has_head, open_model
 from loopos.storage.json_files import save_json
-from loopos.storage.whole_folder import whole_folder
 
-RECIPE = "recipe.json"
 _TOLERANCE = 2e-4
 
 
@@ -78,7 +78,8 @@ class Pruner:
         self._calibration: tuple[Tensor, str] | None = None
         before = self._measured(recipe.model, self.say)
         several = len(recipe.sparsities) > 1
-        with whole_folder(folder) as partial:
+        needed = before.weight_bytes * len(recipe.sparsities)
+        with shipped_folder(folder, needed, "the pruned model") as partial:
             after = []
             for sparsity in recipe.sparsities:
                 name = f"sparsity-{sparsity:g}" if several else ""
@@ -148,8 +149,7 @@ class Pruner:
 
 
 def _check_output(folder: Path, recipe: PruningRecipe) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output: given {folder}, which is there already; wanted a new folder")
+    refuse_taken(folder)
     if folder.resolve() == Path(recipe.model).resolve():
         raise UserError(f"--output: given {folder}, the model itself; wanted a new folder")
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from loopos.config.merge import MergeConfig
-from loopos.config.merge_checks import RECIPE
-from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
 from loopos.deploy.merging.layers import stacked_config
 from loopos.deploy.merging.plan import Plan
 from loopos.deploy.merging.sources import Source
 from loopos.deploy.merging.vocabulary import TOKENIZER
+from loopos.deploy.shipped_folder import REPORT
 from loopos.models.load import NUMBER_FORMATS
 from loopos.storage.json_files import save_json
 
 # What stands beside a model and says nothing of the merged one.
-_LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", "report.md", "events.jsonl"})
+_LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", REPORT, "events.jsonl"})
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _NAMES_OF_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

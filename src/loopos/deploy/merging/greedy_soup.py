@@ -7,7 +7,6 @@ only if the average with it is no worse. Left out: averaging (`deploy.merge`), m
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
 from loopos.deploy.merging.plan import Plan
 from loopos.deploy.quality import LOWER_IS_BETTER, row_metrics, usual_metric
+from loopos.storage.whole_folder import hidden
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def choose(
     data = recipe.validation_data
     assert data is not None, "checked with the recipe"
     folder = Path(recipe.output_dir)
-    place = folder.with_name(f".{folder.name}.trial-{os.getpid()}")
+    # The name of what is unfinished: if this process is killed, the next merge to the same place removes it.
+    place = hidden(folder, "partial")
 
     def measured(members: Sequence[int]) -> Mapping[str, float]:
         shutil.rmtree(place, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopos.deploy.quality import Measured
+from loopos.deploy.shipped_folder import REPORT
 from loopos.evaluation.drawing import drawing, svg_of
 from loopos.evaluation.markdown import cell, shown, table
 
@@ -34,7 +35,7 @@ def write_report(folder: Path, result: PruningResult) -> None:
     notes = [*result.notes, _speed_note()]
     parts += ["## Notes", "\n".join(f"- {cell(note)}" for note in notes)]
     parts += ["## Recipe", _recipe(result)]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main_metric(measured: Measured) -> str | None:
