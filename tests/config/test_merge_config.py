@@ -95,6 +95,29 @@ def test_weights_that_cannot_be_divided_by(faults: Faults, models: list[str]) ->
     assert "t says where" in faults(method="slerp", models=weighed)["models.1.weight"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "refused"),
+    [
+        ({"models": [], "method": "linear", "output_dir": "out"}, False),
+        ({"model": "a", "method": "wanda", "sparsity": [0.5]}, True),
+        ({"command": "export", "model": "a"}, True),
+        ([], True),
+        (None, True),
+    ],
+)
+def test_only_the_folder_of_an_earlier_merge_is_replaced(
+    tmp_path: Path, faults: Faults, recipe: object, refused: bool
+) -> None:
+    (tmp_path / "out").mkdir()
+    assert faults() == {}
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
+    if recipe is not None:
+        (tmp_path / "out" / "recipe.json").write_text(json.dumps(recipe))
+    found = faults()
+    assert list(found) == ["output_dir"] * refused
+    assert not refused or "something else than a merge" in found["output_dir"]
+
+
 def test_keys_without_effect_are_said(tmp_path: Path, models: list[str]) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(

@@ -5,6 +5,7 @@ Enters: a recipe, each key of it valid by itself. Leaves: `Finding`s. Left out: 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def _check_rest(recipe: MergeConfig) -> Iterator[Finding]:
 
 def check_overwriting(folder: str) -> Iterator[Finding]:
     """A folder that something else than a merge has written is never replaced."""
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, RECIPE)):
+    if os.path.isdir(folder) and os.listdir(folder) and not _holds_merge(folder):
         given = f'"{folder}", which holds files of something else than a merge'
         yield Finding(("output_dir",), given, "a new folder, or that of an earlier merge", "choose another name")
 
@@ -158,3 +159,13 @@ def _spots(recipe: MergeConfig) -> Iterator[tuple[str, MergeConfig | PatternSect
 
 def _values(value: LayerValues) -> list[float]:
     return value if isinstance(value, list) else [value]
+
+
+def _holds_merge(folder: str) -> bool:
+    """Whether the recipe in a folder is a merge's: pruned, joined and exported models have one too."""
+    try:
+        with open(os.path.join(folder, RECIPE), encoding="utf-8") as file:
+            recipe = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(recipe, dict) and "models" in recipe and "output_dir" in recipe
