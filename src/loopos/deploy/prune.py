@@ -76,7 +76,7 @@ class Pruner:
         folder, recipe = Path(output), self.recipe
         _check_output(folder, recipe)
         self._calibration: tuple[Tensor, str] | None = None
-        before = self._measured(recipe.model, self.say)
+        before = measure(recipe.model, recipe, device=self.device, note=self.say)
         several = len(recipe.sparsities) > 1
         needed = before.weight_bytes * len(recipe.sparsities)
         with shipped_folder(folder, needed, "the pruned model") as partial:
@@ -103,16 +103,10 @@ class Pruner:
         opened.save(folder)
         del opened
         gc.collect()
-        found = self._measured(str(folder), lambda _: None)
+        found = measure(str(folder), self.recipe, device=self.device, note=lambda _: None)
         if self.recipe.structured:
             _check_opens_as_it_was(expected, found.said)
         return PrunedModel(sparsity, name, said, zeros, found)
-
-    def _measured(self, place: str, note: Callable[[str], None]) -> Measured:
-        recipe = self.recipe
-        return measure(
-            place, recipe.evaluate, window=recipe.window, stride=recipe.stride, device=self.device, note=note
-        )
 
     def _rows(self, opened: OpenedModel) -> Tensor:
         """Calibration rows `[N, L]`, read once."""

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loopos.config.faults import UserError
+from loopos.config.pruning import PruningRecipe
 from loopos.data import rows
 from loopos.data.batches import PackedRows, in_order
 from loopos.data.corpus import read_corpus
@@ -59,17 +60,9 @@ class Measured:
     said: torch.Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)
 
 
-def measure(
-    place: str,
-    data: str | None,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    device: str = "cpu",
-    note: Callable[[str], None] = lambda sentence: None,
-) -> Measured:
-    """Size and speed of a model, and its metrics on `data`: labelled rows, comparisons, or of a language model running
-    text, read in windows. Raises `UserError` for data that does not fit the model, and `DataError`.
+def measure(place: str, recipe: PruningRecipe, *, device: str, note: Callable[[str], None]) -> Measured:
+    """Size and speed of a model, and its metrics on what the recipe's `evaluate` names: labelled rows, comparisons, or
+    of a language model running text, read in windows. Raises `UserError` for data that does not fit the model.
     """
     opened = open_model(place)
     said = probe(opened.model)
@@ -84,12 +77,12 @@ def measure(
     writing = writing_rate(model, opened.tokenizer) if opened.pooled is None else None
     metrics: Mapping[str, Any] = {}
     # Last: perplexity leaves the packed attention in the model.
-    if data is not None:
-        note(f"measuring {place} on {data}")
+    if recipe.evaluate is not None:
+        note(f"measuring {place} on {recipe.evaluate}")
         if opened.pooled is None:
-            metrics = _text_metrics(opened, data, window, stride)
+            metrics = _text_metrics(opened, recipe.evaluate, recipe)
         else:
-            metrics = _head_metrics(place, data, device)
+            metrics = _task_metrics(place, recipe.evaluate, device)
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     return Measured(parameters, parameters * size, opened.precision, reading, writing, numbers, said)
 
@@ -100,7 +93,7 @@ def row_metrics(place: str, data: str, *, device: str = "cpu") -> dict[str, floa
     """
     if kind_of(described(place)) == "language":
         return _language_metrics(Reasoner.open(place, device=device), data)
-    found = _head_metrics(place, data, device)
+    found = _task_metrics(place, data, device)
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
@@ -130,12 +123,12 @@ def text_of(source: str) -> str:
     return "\n\n".join(read_corpus(source, {}).documents)
 
 
-def _text_metrics(opened: OpenedModel, source: str, window: int | None, stride: int | None) -> dict[str, float]:
-    found = text_loss(opened.model, opened.tokenizer, text_of(source), window=window, stride=stride)
+def _text_metrics(opened: OpenedModel, source: str, recipe: PruningRecipe) -> dict[str, float]:
+    found = text_loss(opened.model, opened.tokenizer, text_of(source), window=recipe.window, stride=recipe.stride)
     return {name: value for name, value in found.told().items() if name not in ("window", "stride")}
 
 
-def _head_metrics(place: str, source: str, device: str) -> Mapping[str, Any]:
+def _task_metrics(place: str, source: str, device: str) -> Mapping[str, Any]:
     """All that is told of a model with a head, names and tables too."""
     if kind_of(described(place)) == "reward":
         return RewardPredictor.open(place, device=device).score_file(source, {}).metrics
