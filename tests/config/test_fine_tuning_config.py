@@ -10,8 +10,8 @@ import pytest
 
 from loopos.config.faults import Fault
 from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.keys import METRICS, Metric, Task
 from loopos.config.load import LoadedConfig
-from loopos.config.sections import METRICS, Metric, Task
 
 Faults = Callable[..., tuple[Fault, ...]]
 Loads = Callable[..., LoadedConfig]

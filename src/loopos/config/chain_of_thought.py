@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
 from loopos.config.faults import Finding
+from loopos.config.keys import Count, Section, Text
 from loopos.config.language_sections import (
     LANGUAGE_METRICS,
     LanguageModelSection,
@@ -22,7 +23,7 @@ from loopos.config.language_sections import (
     TextSourceSection,
 )
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
-from loopos.config.sections import ComputationSection, Count, MethodConfig, Section, Text
+from loopos.config.sections import ComputationSection, MethodConfig
 from loopos.config.strategies import EXAMPLES, STRATEGY, Strategy
 
 EXAMPLE_ROW = '{"problem": "What is 17 + 26?", "reasoning": ["7 + 6 = 13, carry 1", "1 + 2 + 1 = 4"], "answer": "43"}'

@@ -14,21 +14,14 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.faults import Finding
+from loopos.config.keys import METRICS, Metric
 from loopos.config.paths import (
     check_output_folder,
     check_rows,
     check_tokenizer,
     check_weights,
 )
-from loopos.config.sections import (
-    METRICS,
-    ComputationSection,
-    DataSection,
-    MethodConfig,
-    Metric,
-    ModelSection,
-    TrainingSection,
-)
+from loopos.config.sections import ComputationSection, DataSection, MethodConfig, ModelSection, TrainingSection
 
 EXAMPLE_ROW = '{"text": "the parcel came late", "label": "complaint"}'
 

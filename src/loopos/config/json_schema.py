@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopos.config.sections import ALSO_UNDER_DATA, MethodConfig
+from loopos.config.keys import ALSO_UNDER_DATA
+from loopos.config.sections import MethodConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

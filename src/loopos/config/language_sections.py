@@ -11,25 +11,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from loopos.config.sections import Count, Optimizer, Section, Share, Text, TrainingSection
+from loopos.config.keys import Count, Optimizer, Section, Share, Text
+from loopos.config.sections import SizesSection, TrainingSection
 
 LANGUAGE_METRICS = ("loss", "accuracy")
 """What a language model in training can be judged by: the loss of the trained tokens (nats), and, where answers are
 generated, the share of them that is right."""
 
 
-class LanguageModelSection(Section):
+class LanguageModelSection(SizesSection):
     """The model's sizes (needed for new weights and bare files alone)."""
 
-    type: Literal["transformer"] = Field(default="transformer", description="kind of model")
-    d_model: Count | None = Field(default=None, description="width of the hidden states (features)")
-    num_heads: Count | None = Field(default=None, description="attention heads of a layer")
-    num_layers: Count | None = Field(default=None, description="transformer layers")
-    d_ff: Count | None = Field(default=None, description="width of the feed-forward layers (features)")
-    vocab_size: Count | None = Field(default=None, description="token ids of the vocabulary")
-    num_key_value_heads: Count | None = Field(
-        default=None, description="key and value heads of a layer; as many as num_heads when absent"
-    )
     attention: Literal["auto", "packed", "padded"] = Field(default="auto", description="how sequences share a batch")
 
 

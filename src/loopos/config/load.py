@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from loopos.config.faults import ConfigError, Fault, Finding
+from loopos.config.keys import ALSO_UNDER_DATA
 from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
-from loopos.config.sections import ALSO_UNDER_DATA, MethodConfig
+from loopos.config.sections import MethodConfig
 from loopos.config.source import COMMAND_LINE, Source, apply_overrides, as_mapping, close_matches, read_source
 from loopos.config.wording import Schema, faults_of, shown
 

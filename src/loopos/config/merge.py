@@ -14,10 +14,11 @@ from pydantic import BeforeValidator, Field
 
 from loopos.config import checks
 from loopos.config.faults import Finding
+from loopos.config.keys import Section, Text
 from loopos.config.merge_checks import ELECTING, WITHOUT_BASE, check_overwriting, check_recipe
 from loopos.config.nodes import MappingNode
 from loopos.config.paths import check_output_folder, check_rows, check_weights
-from loopos.config.sections import MethodConfig, Section, Text
+from loopos.config.sections import MethodConfig
 
 MergeMethod: TypeAlias = Literal[
     "linear",

@@ -10,9 +10,10 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from loopos.config.keys import Count, Schedule, Section, Share, Text
 from loopos.config.language_sections import LanguageTrainingSection
 from loopos.config.preferences import PreferenceTextSection
-from loopos.config.sections import Count, EarlyStoppingSection, Schedule, Section, Share, Text
+from loopos.config.sections import EarlyStoppingSection
 
 _FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 FunctionName: TypeAlias = Annotated[

@@ -14,9 +14,10 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.faults import Finding
+from loopos.config.keys import Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection, TextSourceSection
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
-from loopos.config.sections import ComputationSection, MethodConfig, Text
+from loopos.config.sections import ComputationSection, MethodConfig
 
 EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
 DEFAULT_WEIGHTS = "models/pretrained_model.bin"

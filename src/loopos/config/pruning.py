@@ -14,9 +14,9 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, ValidationError
 
 from loopos.config.faults import ConfigError, Fault, Finding
+from loopos.config.keys import Count, Section, Text
 from loopos.config.nodes import MappingNode, Mark, find, plain, value_mark
 from loopos.config.paths import check_rows, check_weights, looks_like_path
-from loopos.config.sections import Count, Section, Text
 from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
 from loopos.config.wording import faults_of
 

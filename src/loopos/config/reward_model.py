@@ -13,6 +13,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.faults import Finding
+from loopos.config.keys import Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
 from loopos.config.preferences import (
     PreferenceTextSection,
@@ -21,7 +22,7 @@ from loopos.config.preferences import (
     text_effects,
     validation_notes,
 )
-from loopos.config.sections import ComputationSection, EarlyStoppingSection, MethodConfig, Text
+from loopos.config.sections import ComputationSection, EarlyStoppingSection, MethodConfig
 
 EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
 EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."

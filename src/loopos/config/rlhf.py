@@ -13,6 +13,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from loopos.config.faults import Finding
+from loopos.config.keys import Count, Text
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
 from loopos.config.ppo_sections import (
@@ -31,7 +32,7 @@ from loopos.config.reward_model import (
     RewardModelConfig,
     RewardTrainingSection,
 )
-from loopos.config.sections import ComputationSection, Count, MethodConfig, Text
+from loopos.config.sections import ComputationSection, MethodConfig
 
 REWARD_LEARNING_RATE = 1e-5
 """The peak learning rate of the reward model where the config has no `reward_training`."""

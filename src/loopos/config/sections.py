@@ -1,103 +1,34 @@
 """The sections of a config as frozen models: every key, its type, its bounds, its unit and its default.
 
-Enters: plain values. Leaves: frozen, keyword-only sections; pydantic's errors rise and `wording` puts them into words.
-Types are strict: a whole number is not taken from true, "16" or 16.0. Left out: what no single key can tell
-(`fine_tuning`), files (`paths`).
+Enters: plain values. Leaves: frozen, keyword-only sections. Left out: the types of values (`keys.py`), what no single
+key can tell (`fine_tuning.py`), files (`paths.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import Field
 
 from loopos.config.faults import Finding
-
-Task: TypeAlias = Literal["classification", "multi_label", "regression"]
-Pooling: TypeAlias = Literal["mean", "last", "first", "max"]
-Optimizer: TypeAlias = Literal["sgd", "adam", "adamw", "adafactor", "muon"]
-Schedule: TypeAlias = Literal[
-    "constant", "linear", "cosine", "cosine_restarts", "warmup_stable_decay", "plateau", "inverse_sqrt"
-]
-Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
-Trainable: TypeAlias = Literal["all", "head", "lora"]
-Role: TypeAlias = Literal["text", "text_pair", "label"]
-Metric: TypeAlias = Literal[
-    "loss",
-    "accuracy",
-    "macro_f1",
-    "micro_f1",
-    "auroc",
-    "log_loss",
-    "ece",
-    "subset_accuracy",
-    "mae",
-    "rmse",
-    "r2",
-    "pearson",
-    "spearman",
-]
-
-METRICS: dict[Task, tuple[Metric, ...]] = {
-    "classification": ("loss", "accuracy", "macro_f1", "micro_f1", "auroc", "log_loss", "ece"),
-    "multi_label": ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "log_loss"),
-    "regression": ("loss", "mae", "rmse", "r2", "pearson", "spearman"),
-}
-"""The metrics of each task."""
-
-ALSO_UNDER_DATA = ("shuffle", "num_workers", "prefetch_batches", "max_length")
-"""Keys of `training` that the guide's configs have under `data`; taken there too."""
-
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h)")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _seconds(value: object) -> object:
-    """ "90s", "30m" and "2h" as seconds; anything else as it is, for the type to judge."""
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    return float(match.group(1)) * _SECONDS[match.group(2)] if match else value
-
-
-def _warmup(value: object) -> object:
-    """Whole steps as int, a share as float; 1.0 and 10.0 would be either, and are refused."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or (isinstance(value, float) and value != 0 and not 0 < value < 1):
-        raise ValueError("neither steps nor a share")
-    return value
-
-
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Text: TypeAlias = Annotated[str, Field(min_length=1)]
-ClassWeights: TypeAlias = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
-Duration: TypeAlias = Annotated[
-    float,
-    Field(gt=0),
-    BeforeValidator(_seconds),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "number", "exclusiveMinimum": 0},
-                {"type": "string", "pattern": f"^{_DURATION.pattern}$", "examples": ["90s", "30m", "2h"]},
-            ]
-        }
-    ),
-]
-Warmup: TypeAlias = Annotated[
-    Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)],
-    BeforeValidator(_warmup),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
-    ),
-]
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, strict types, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+from loopos.config.keys import (
+    ClassWeights,
+    Count,
+    Duration,
+    Metric,
+    Optimizer,
+    Pooling,
+    Precision,
+    Role,
+    Schedule,
+    Section,
+    Share,
+    Task,
+    Text,
+    Trainable,
+    Warmup,
+)
 
 
 class ComputationSection(Section):
@@ -108,8 +39,8 @@ class ComputationSection(Section):
     description: str = Field(default="", description="free text, for people")
 
 
-class ModelSection(Section):
-    """The model's sizes (needed for new weights and bare files alone) and its head."""
+class SizesSection(Section):
+    """The model's sizes (needed for new weights and bare files alone)."""
 
     type: Literal["transformer"] = Field(default="transformer", description="kind of model")
     d_model: Count | None = Field(default=None, description="width of the hidden states (features)")
@@ -120,6 +51,11 @@ class ModelSection(Section):
     num_key_value_heads: Count | None = Field(
         default=None, description="key and value heads of a layer; as many as num_heads when absent"
     )
+
+
+class ModelSection(SizesSection):
+    """The model's sizes (needed for new weights and bare files alone) and its head."""
+
     num_classes: Count | None = Field(
         default=None, description="classes of the head, at least 2, or 1 for regression; read off the data when absent"
     )
