@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,27 @@ def test_an_adapted_model_starts_unchanged_merges_and_opens_with_peft(architectu
     torch.testing.assert_close(hidden(model), adapted, atol=1e-5, rtol=0)
     opened = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
     torch.testing.assert_close(hidden(opened), adapted, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lora, folder = tiny("llama"), LoraSection(rank=2), tmp_path / "adapter"
+    add_lora(model, lora, seed=0)
+    save_lora(model, folder, lora, base="base")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    add_lora(other := tiny("llama"), lora, seed=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loopos.models.adapters.save_tensors", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_lora(other, folder, lora, base="base")
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    save_lora(other, folder, lora, base="base")
+    assert (folder / "adapter_model.safetensors").read_bytes() != before
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_the_merged_weight_by_hand() -> None:

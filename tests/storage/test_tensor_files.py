@@ -109,6 +109,12 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> Non
         stored["a"].read()
 
 
+def header_of(shape: list[int], offsets: list[float]) -> bytes:
+    """A file of four bytes of tensors, with what its header says of one."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -118,6 +124,11 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> Non
         ((16).to_bytes(8, "little") + b'{"a":{"dtype":1}', "no whole"),
         ((40).to_bytes(8, "little") + b'{"a":{"dtype":"F4","shape":[1]}}'.ljust(40), "format F4"),
         ((40).to_bytes(8, "little") + b'{"a":{"shape":[1]}}'.ljust(40), "does not say"),
+        (header_of([-1, -1], [0, 4]), "that is none"),
+        (header_of([1], [0.0, 4.0]), "that is none"),
+        (header_of([1], [-4, 0]), "that is none"),
+        (header_of([2], [0, 4]), "no place of its size"),
+        (header_of([2], [0, 8]), "no place of its size"),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes, said: str) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loopos.config.faults import UserError
@@ -41,7 +40,7 @@ from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
-from loopos.storage.tensor_files import write_tensors
+from loopos.storage.tensor_files import save_tensors, write_tensors
 from loopos.storage.tensor_format import TensorSpec, num_bytes
 from loopos.storage.whole_folder import whole_folder
 
@@ -135,7 +134,7 @@ def _write(
     score: Tensor | None = None
     if head is not None:
         score = merger.tensor(head, torch.float32)
-        save_file({"weight": score.contiguous()}, folder / HEAD)
+        save_tensors(folder / HEAD, {"weight": score})
     specs = {name: TensorSpec(merger.dtype_of(each), each.spec.shape) for name, each in plan.tensors.items()}
     if head is not None:
         specs.pop(HEAD_TENSOR)
@@ -193,7 +192,7 @@ def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
     folder = Path(recipe.output_dir)
     seconds = time.monotonic() - began
     with shipped_folder(folder, num_bytes(tensors), "the adapter") as partial:
-        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_tensors(partial / ADAPTER_WEIGHTS, tensors)
         save_json(partial / ADAPTER_CONFIG, config)
         write_recipe(partial, recipe)
         (partial / REPORT).write_text(adapter_report(adapters, factors, config), encoding="utf-8")

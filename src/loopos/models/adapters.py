@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +21,9 @@ from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
 from loopos.models.backbone import Backbone
+from loopos.models.found_model import ADAPTER_WEIGHTS
+from loopos.storage.tensor_files import read_tensors, save_tensors
+from loopos.storage.whole_folder import whole_folder
 
 ADAPTER = "default"
 """The name of the adapter that trains where there is one alone: peft's own."""
@@ -232,8 +233,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
 
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as problem:
+        tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, TypeError, UserError) as problem:
         raise UserError(f"{folder}: no adapter that can be read: {problem}") from problem
     _inject(config, model, name)
     bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
@@ -267,18 +268,19 @@ def save_lora(
     model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: str, task: str = "FEATURE_EXTRACTION"
 ) -> None:
     """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that peft opens over the
-    base model. task: peft's name of what the model is for ("CAUSAL_LM" for a language model).
+    base model; replaces the folder at once. task: peft's name of what the model is for ("CAUSAL_LM" for a language
+    model). Raises `OSError` when the disk is full.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    folder.mkdir(parents=True, exist_ok=True)
     targets = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     )
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name and f".{ADAPTER}." in name:
-            tensors["base_model.model." + name.replace(f".{ADAPTER}", "")] = parameter.detach().contiguous().cpu()
+            tensors["base_model.model." + name.replace(f".{ADAPTER}", "")] = parameter.detach()
     assert tensors, "no adapter in the model"
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _lora_config(model, lora, targets=targets, base=base, task=task).save_pretrained(str(folder))
+    with whole_folder(folder) as partial:
+        save_tensors(partial / ADAPTER_WEIGHTS, tensors)
+        _lora_config(model, lora, targets=targets, base=base, task=task).save_pretrained(str(partial))

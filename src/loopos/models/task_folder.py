@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
@@ -26,6 +25,7 @@ from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.models.model_folder import FORMAT, kind_of, model_folder, read_description
 from loopos.storage.json_files import save_json
+from loopos.storage.tensor_files import read_tensors, save_tensors
 from loopos.storage.whole_folder import whole_folder
 
 ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -55,8 +55,16 @@ def save_task_model(
     with whole_folder(folder) as partial:
         (backbone if classifier is None else classifier).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, partial / HEAD)
+        save_tensors(partial / HEAD, {"weight": model.head.weight.detach().float()})
         save_json(partial / MODEL_DESCRIPTION, {**description, "format": FORMAT})
+
+
+def read_head(folder: Path) -> Tensor:
+    """The head's weight `[C, d]`. Raises `UserError` for a file that is missing or broken."""
+    try:
+        return read_tensors(folder / HEAD)["weight"]
+    except (KeyError, UserError) as problem:
+        raise UserError(f"{folder}: broken: {problem}; make it again: loopos train CONFIG --resume") from problem
 
 
 def _describe(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> None:
@@ -103,10 +111,7 @@ def open_task_model(
         raise UserError(f"{folder}: an ensemble of several models; loopos predict and loopos evaluate open it")
     if kind_of(description) == "language":
         raise UserError(f"{folder}: a language model, without a head; loopos generate and loopos chat open it")
-    try:
-        head = load_file(folder / HEAD)["weight"]
-    except (OSError, KeyError, SafetensorError) as problem:
-        raise UserError(f"{folder}: broken: {problem}; make it again: loopos train CONFIG --resume") from problem
+    head = read_head(folder)
     pretrained = load_pretrained(str(folder))
     model = PooledModel(
         Backbone(pretrained.model, attention=attention), num_outputs=len(head), pooling=description["pooling"], seed=0

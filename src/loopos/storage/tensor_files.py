@@ -19,7 +19,7 @@ from torch import Tensor
 from loopos.config.faults import UserError
 from loopos.storage.durable import write_hashed
 from loopos.storage.json_files import read_object, save_json
-from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header, streamed_pieces
+from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header, safetensors_pieces, streamed_pieces
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -68,6 +68,16 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
                 raise UserError(f"{file}: {name} is in {found[name].file.name} too; wanted each tensor once")
             found[name] = StoredTensor(file, spec, start)
     return found
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a small file. Raises `UserError` as `stored_tensors`."""
+    return {name: stored.read() for name, stored in stored_tensors([file]).items()}
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a new file of tensors that are in memory, and fsyncs it. Raises `OSError` when the disk is full."""
+    write_hashed(file, safetensors_pieces(tensors))
 
 
 def holds_weights(folder: Path) -> bool:

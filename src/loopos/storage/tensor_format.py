@@ -116,7 +116,9 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, tuple[TensorSpec, int]
                 raise ValueError(f"{name} is of the format {entry['dtype']}, wanted one of {', '.join(_DTYPES)}")
             spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
             start, end = entry["data_offsets"]
-            if end - start != spec.num_bytes or not 0 <= start <= end <= size - 8 - length:
+            if any(type(number) is not int or number < 0 for number in (*spec.shape, start, end)):
+                raise ValueError(f"{name} has a shape or a place that is none")
+            if end - start != spec.num_bytes or not end <= size - 8 - length:
                 raise ValueError(f"{name} has no place of its size in the file (cut short?)")
             found[name] = (spec, 8 + length + start)
     except (KeyError, TypeError, AttributeError) as problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from functools import partial
 from pathlib import Path
@@ -191,7 +192,6 @@ def test_an_adapter_folder_opens_by_peft(lora_language_run: Path, pico_folder: P
 def test_a_foreign_adapter_is_merged_over_the_base_that_it_names(
     lora_language_run: Path, pico_folder: Path, tmp_path: Path
 ) -> None:
-    import shutil
 
     shutil.copytree(lora_language_run / "adapter", tmp_path / "alone")
     as_folder(tmp_path / "alone", tmp_path / "out", "f32")
@@ -343,6 +343,14 @@ def check_refused(told: str, place: Path | str, out: Path, **settings: Any) -> N
     assert sorted(out.parent.iterdir()) == before
 
 
+def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    shutil.copytree(lora_language_run, tmp_path / "run")
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    check_refused("no whole safetensors file", adapter, tmp_path / "out", format="adapter", check=False)
+
+
 def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     check_refused("--format: given ggml; wanted one of huggingface", pico_folder, out, format="ggml")
@@ -355,6 +363,7 @@ def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, 
     check_refused("holds no model", tmp_path, out, format="huggingface")
     check_refused("which has learned nothing|wanted the folder", "new", out, format="huggingface")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
     check_refused("is there already", pico_folder, tmp_path / "there", format="huggingface")
 
 

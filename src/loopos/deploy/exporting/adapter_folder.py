@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from loopos.config.faults import UserError
 from loopos.deploy.exporting.number_formats import cast
 from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FoundModel
 from loopos.storage.json_files import read_object, save_json
+from loopos.storage.tensor_files import read_tensors, save_tensors
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -38,10 +38,10 @@ def write_adapter(model: FoundModel, out: Path, dtype: torch.dtype | None) -> No
     """
     adapter = require_adapter(model)
     save_json(out / ADAPTER_CONFIG, read_object(adapter / ADAPTER_CONFIG))
-    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    tensors = read_tensors(adapter / ADAPTER_WEIGHTS)
     if dtype is not None:
         tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
-    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(out / ADAPTER_WEIGHTS, tensors)
     beside = model.folder or adapter
     for name in _TOKENIZER:
         if (beside / name).is_file():

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,7 +28,7 @@ from loopos.models.found_model import FoundModel
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, load_pretrained
 from loopos.models.opened_model import OpenedModel
-from loopos.models.task_folder import HEAD
+from loopos.models.task_folder import read_head
 from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
 
 _OPENERS = {
@@ -89,7 +88,7 @@ def _tokenizer(model: FoundModel, base: Pretrained) -> PreTrainedTokenizerBase:
 
 def _with_head(model: FoundModel, base: Pretrained) -> PooledModel:
     assert model.folder is not None
-    weight = load_file(model.folder / HEAD)["weight"]
+    weight = read_head(model.folder)
     # The backbone is written, not run: which way attention takes does not matter.
     backbone = Backbone(base.model, attention="padded")
     pooled = PooledModel(backbone, num_outputs=len(weight), pooling=model.description["pooling"], seed=0)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -24,7 +23,7 @@ from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.found_model import FoundKind, FoundModel
 from loopos.models.load import load_pretrained
 from loopos.models.model_folder import read_description
-from loopos.models.task_folder import HEAD
+from loopos.models.task_folder import read_head
 
 FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -95,8 +94,8 @@ def whole_text(folder: Path, kind: FoundKind) -> WholeText:
     backbone = load_pretrained(str(folder)).model
     if kind == "encoder":
         return _ready(WholeText(backbone))
-    head = load_file(folder / HEAD)["weight"].float()
-    return _ready(WholeText(backbone, pooling=read_description(folder)["pooling"], head=head))
+    head, pooling = read_head(folder).float(), read_description(folder)["pooling"]
+    return _ready(WholeText(backbone, pooling=pooling, head=head))
 
 
 def _ready(model: WholeText) -> WholeText:
