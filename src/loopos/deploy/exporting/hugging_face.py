@@ -7,7 +7,6 @@ Left out: the model card (`model_card.py`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
 from loopos.deploy.exporting.number_formats import cast
 from loopos.evaluation.progress import Tell
+from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_files import INDEX, folder_tensors, write_tensors
 from loopos.storage.tensor_format import TensorSpec
 
-_PRECISIONS: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_PRECISIONS = {dtype: name for name, dtype in NUMBER_FORMATS.items()}
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 # What is no weight of the model and no report about another folder.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loopos.config.merge import MergeConfig
 from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
 from loopos.deploy.merging.layers import stacked_config
@@ -28,7 +26,6 @@ from loopos.storage.json_files import save_json
 _LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", REPORT, "events.jsonl"})
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
-_NAMES_OF_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def write_beside(folder: Path, plan: Plan, recipe: MergeConfig) -> None:
@@ -81,7 +78,7 @@ def _config(plan: Plan, recipe: MergeConfig) -> dict[str, Any]:
     first = plan.models[0]
     config = stacked_config(recipe, plan.models) if recipe.method == "passthrough" else dict(first.config)
     if recipe.dtype != "auto":
-        name = _NAMES_OF_FORMATS[NUMBER_FORMATS[recipe.dtype]]
+        name = str(NUMBER_FORMATS[recipe.dtype]).removeprefix("torch.")
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(keys, name)
     if plan.vocabulary is not None:
