@@ -58,17 +58,28 @@ def disk_full_said(folder: Path, needed_bytes: int, what: str, advice: str = RES
         ) from error
 
 
-def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file, hash it in the same pass and fsync it. Raises `FileExistsError` if it is there already."""
-    digest = hashlib.sha256()
+def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    """Write a new file and fsync it; returns its size in bytes. Raises `FileExistsError` if it is there already."""
     size = 0
     with path.open("xb") as file:
         for chunk in chunks:
-            digest.update(chunk)
             file.write(chunk)
             size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
+    return size
+
+
+def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
+    """`write_new`, hashed in the same pass."""
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for chunk in chunks:
+            digest.update(chunk)
+            yield chunk
+
+    size = write_new(path, hashed())
     return FileRecord(size=size, sha256=digest.hexdigest())
 
 

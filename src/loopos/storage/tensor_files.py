@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
-from loopos.storage.durable import write_hashed
+from loopos.storage.durable import write_new
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header, safetensors_pieces, streamed_pieces
 
@@ -77,7 +77,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a new file of tensors that are in memory, and fsyncs it. Raises `OSError` when the disk is full."""
-    write_hashed(file, safetensors_pieces(tensors))
+    write_new(file, safetensors_pieces(tensors))
 
 
 def holds_weights(folder: Path) -> bool:
@@ -126,7 +126,7 @@ def write_tensors(
     shards = _shards(specs, most_bytes)
     names = _shard_names(len(shards))
     for file, shard in zip(names, shards, strict=True):
-        write_hashed(folder / file, streamed_pieces({name: specs[name] for name in shard}, tensor_of))
+        write_new(folder / file, streamed_pieces({name: specs[name] for name in shard}, tensor_of))
     if len(shards) > 1:
         total = sum(spec.num_bytes for spec in specs.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
