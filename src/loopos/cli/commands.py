@@ -53,6 +53,9 @@ def train(
         bool, typer.Option("--dry-run", help="Print parameters, tokens, steps, memory, disk and time; start nothing.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, warnings alone.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Processes of this machine, one a GPU. Several machines: torchrun.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     verbose: Verbose = False,
@@ -60,7 +63,7 @@ def train(
     """Train as a config says."""
     from loopos.cli import train as command
 
-    options = command.TrainOptions(resume, dry_run, quiet, trust_remote_code, json, verbose)
+    options = command.TrainOptions(resume, dry_run, quiet, trust_remote_code, json, verbose, nproc)
     raise typer.Exit(command.run(config, overrides or [], options))
 
 

@@ -43,7 +43,9 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            complain(str(error))
+            # Without words where another process of the run has told the reason.
+            if str(error):
+                complain(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             complain("interrupted")

@@ -18,6 +18,7 @@ from loopos.cli.answers import as_time, say, say_json
 from loopos.cli.opened_models import use_of
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
+from loopos.config.faults import UserError
 from loopos.config.load import load
 from loopos.methods.table import config_classes, method_class
 
@@ -35,6 +36,18 @@ class TrainOptions:
     trust_remote_code: bool = False
     json: bool = False
     verbose: bool = False
+    num_processes: int | None = None
+
+    def words(self) -> list[str]:
+        """The options as they are written on the command line, but for the number of processes."""
+        given = {
+            "--resume": self.resume,
+            "--quiet": self.quiet,
+            "--trust-remote-code": self.trust_remote_code,
+            "--json": self.json,
+            "--verbose": self.verbose,
+        }
+        return [word for word, is_given in given.items() if is_given]
 
 
 def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
@@ -52,6 +65,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if not options.resume and not options.dry_run:
         for folder in run_folders(config):
             refuse_started(folder)
+    if options.num_processes is not None and not options.dry_run:
+        return _launch(path, overrides, options)
     restart_with_settings()
     configs.tell_notes(loaded)
     hush_libraries(verbose=options.verbose)
@@ -63,6 +78,16 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if is_first_process():
         tell(told_of(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
+
+
+def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
+    """The same command in several processes. Raises `UserError`."""
+    assert options.num_processes is not None
+    if options.num_processes < 1:
+        raise UserError(f"--nproc: given {options.num_processes}; wanted 1 or more")
+    from loopos.cli.launch import launch
+
+    return launch(["train", str(path), *overrides, *options.words()], options.num_processes)
 
 
 def train(config: Any, options: TrainOptions) -> FitResult:

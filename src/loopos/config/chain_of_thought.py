@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
 from loopos.config.keys import Count, Section, Text
 from loopos.config.language_sections import (
@@ -173,6 +174,9 @@ class ChainOfThoughtConfig(MethodConfig):
     model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
     computation: ComputationSection = Field(description="which method runs")
     training: LanguageTrainingSection = Field(description="how the weights are trained")
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+    )
     data: ReasoningDataSection = Field(description="where weights and rows come from, and where the run goes")
     generation: ReasoningGenerationSection = Field(
         default_factory=ReasoningGenerationSection, description="how chains are generated"

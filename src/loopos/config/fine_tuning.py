@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from loopos.config import checks
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
 from loopos.config.keys import METRICS, Metric
 from loopos.config.paths import (
@@ -33,6 +34,9 @@ class FineTuningConfig(MethodConfig):
     model: ModelSection = Field(default_factory=ModelSection, description="the model's sizes and its head")
     computation: ComputationSection = Field(description="which method runs")
     training: TrainingSection = Field(description="how the weights are trained")
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+    )
     data: DataSection = Field(description="where weights and rows come from, and where the run goes")
 
     @property

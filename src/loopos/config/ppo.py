@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from loopos.config import checks
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.ppo_sections import (
@@ -44,6 +45,9 @@ class PpoConfig(MethodConfig):
     guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
     evaluation: PpoEvaluationSection = Field(
         default_factory=PpoEvaluationSection, description="how the policy is measured while training"
+    )
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="what the processes of a run expect of each other"
     )
     data: PpoDataSection = Field(description="where weights and prompts come from, and where the run goes")
 

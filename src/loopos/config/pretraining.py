@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from loopos.config import checks
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
 from loopos.config.keys import Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection, TextSourceSection
@@ -65,6 +66,9 @@ class PretrainingConfig(MethodConfig):
     model: LanguageModelSection = Field(description="the sizes of the new model")
     computation: ComputationSection = Field(description="which method runs")
     training: LanguageTrainingSection = Field(description="how the weights are trained")
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+    )
     data: PretrainingDataSection = Field(description="where the text comes from, and where run and weights go")
 
     @property

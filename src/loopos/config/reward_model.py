@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config import checks
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
 from loopos.config.keys import Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
@@ -75,6 +76,9 @@ class RewardModelConfig(MethodConfig):
     computation: ComputationSection = Field(description="which method runs")
     training: RewardTrainingSection = Field(description="how the weights are trained")
     reward: RewardSection = Field(default_factory=RewardSection, description="what is learned from a comparison")
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+    )
     data: PreferenceDataSection = Field(description="where weights and rows come from, and where the run goes")
 
     @property

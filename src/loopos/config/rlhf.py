@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
 from loopos.config.keys import Count, Text
 from loopos.config.language_sections import LanguageModelSection
@@ -81,6 +82,9 @@ class RlhfConfig(MethodConfig):
     evaluation: PpoEvaluationSection = Field(
         default_factory=PpoEvaluationSection, description="how the policy is measured while training"
     )
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+    )
     data: RlhfDataSection = Field(description="where weights and rows come from, and where the run goes")
 
     @property
@@ -107,6 +111,7 @@ class RlhfConfig(MethodConfig):
             computation=ComputationSection(mode="posttraining", method="reward_model"),
             training=reward_training,
             reward=self.reward,
+            distributed=self.distributed,
             data=PreferenceDataSection.model_validate({**read, "output_dir": self.reward_model_dir}),
         )
 
@@ -133,6 +138,7 @@ class RlhfConfig(MethodConfig):
             reward=self.rewards,
             guards=self.guards,
             evaluation=self.evaluation,
+            distributed=self.distributed,
             data=PpoDataSection.model_validate({**read, **given}),
         )
 

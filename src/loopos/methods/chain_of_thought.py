@@ -71,7 +71,7 @@ class ChainOfThought:
         """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
         nothing of an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training) as (device, world):
+        with session(self.config.training, self.config.distributed) as (device, world):
             self.device, self.world = device, world
             claim(self.run_dir, resume=resume)
             pretrained = self.load_data()

@@ -58,7 +58,7 @@ class Pretrainer:
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
-        with session(self.config.training) as (device, world):
+        with session(self.config.training, self.config.distributed) as (device, world):
             self.device = device
             claim(self.run_dir, resume=resume)
             self.load_data()

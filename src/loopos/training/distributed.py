@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor
 
 # Gradients are summed in flat buckets of this many elements: few calls, bounded extra memory.
 _BUCKET = 1 << 24
+_BROKEN_SIGNS = ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ def _sum_bucket(bucket: Sequence[Tensor], local_rank: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def join_world(device: str) -> World:
-    """Joins the process group that `torchrun` set up (NCCL on CUDA, gloo otherwise), or is alone when it did not."""
+def join_world(device: str, *, timeout: float) -> World:
+    """Joins the process group that `torchrun` set up (NCCL on CUDA, gloo otherwise), or is alone when it did not.
+    timeout: seconds after which a collective counts as hung, and raises.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -88,8 +92,21 @@ def join_world(device: str) -> World:
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit)
     return World(dist.get_rank(), size, local_rank)
+
+
+def is_broken_collective(problem: BaseException) -> bool:
+    """Whether an error is that of a collective whose peer is gone or late. gloo's are told by their words alone."""
+    if isinstance(problem, dist.DistError):
+        return True
+    return isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in _BROKEN_SIGNS)
+
+
+def meeting_place() -> dist.Store:
+    """The store that the processes of the group met by."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def leave_world(world: World) -> None:

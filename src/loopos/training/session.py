@@ -1,6 +1,7 @@
 """What every method's run begins and ends with: the device, the processes, the random numbers.
 
-Enters: the `training` section. Leaves: the device and the world, inside a `with`. Left out: folders, data, models.
+Enters: the sections `training` and `distributed`. Leaves: the device and the world, inside a `with`. Left out: folders,
+data, models.
 """
 
 from __future__ import annotations
@@ -10,23 +11,46 @@ from contextlib import contextmanager
 
 import torch
 
+from loopos.config.distributed import DistributedSection
 from loopos.config.sections import TrainingSection
-from loopos.training.distributed import World, join_world, leave_world
+from loopos.training.distributed import World, is_broken_collective, join_world, leave_world, meeting_place
+from loopos.training.liveness import EndedElsewhere, Liveness
 from loopos.training.precision import pick_device
 from loopos.training.random_states import seed_everything
 
 
 @contextmanager
-def session(settings: TrainingSection) -> Iterator[tuple[torch.device, World]]:
+def session(settings: TrainingSection, distributed: DistributedSection) -> Iterator[tuple[torch.device, World]]:
     """This process's device and place among the processes of `torchrun`; generators begin at the config's seed. The
-    process group is left at the end, however it comes. Raises `UserError` for a device that is not there.
+    process group is left at the end, however it comes; where one process of several fails, or is lost, all end and one
+    of them says why. Raises `UserError` for a device that is not there.
     """
     device = pick_device(settings.device)
-    world = join_world(device.type)
+    world = join_world(device.type, timeout=distributed.timeout)
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
     try:
         seed_everything(settings.seed, world.rank)
-        yield device, world
+        if world.size == 1:
+            yield device, world
+        else:
+            with _watched(world, distributed):
+                yield device, world
     finally:
         leave_world(world)
+
+
+@contextmanager
+def _watched(world: World, distributed: DistributedSection) -> Iterator[None]:
+    """The other processes are watched, and learn how this one ends."""
+    liveness = Liveness(meeting_place(), world.rank, world.size, silence=distributed.silence)
+    liveness.begin()
+    try:
+        yield
+    except BaseException as problem:
+        if is_broken_collective(problem):
+            liveness.blame(problem)
+        if not liveness.failed(problem):
+            raise EndedElsewhere from None
+        raise
+    liveness.leave()

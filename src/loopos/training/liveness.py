@@ -1,0 +1,213 @@
+"""Whether every process of a run is alive, and the one message when one is not.
+
+Enters: the store that the processes met by. Leaves: nothing while all show signs of life; else one message with rank,
+host and reason, and the end of every process, also of those that wait in a collective for a peer that will never come.
+A process that is killed, stopped or cut off says nothing itself: it is the silence that is noticed. Left out: who
+starts the processes (`cli.launch`), what is saved (checkpoints are whole at any instant).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from loopos.config.faults import UserError
+
+_LEFT = b"left"
+_VERDICT = "loopos/verdict"
+# A silence that follows a broken connection needs no long proof: seconds.
+_HURRIED = 4.0
+# Beats that fit into the silence after which a process counts as lost.
+_BEATS = 10
+# What a store that answers at all needs at most: seconds.
+_STORE_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a run ends. `by`: the rank that found out, on `host`."""
+
+    message: str
+    by: int
+    host: str
+
+
+class EndedElsewhere(UserError):
+    """Another process has told why the run ends; this one is silent."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:
+        return ""
+
+
+def end_process(message: str) -> NoReturn:
+    """Ends this process at once, whatever its threads wait for; `message` goes to standard error."""
+    if message:
+        sys.stderr.write(f"{message}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+class Liveness:
+    """Signs of life of one process among `size`, and the watch over the others: rank 0 watches all, all watch rank 0.
+
+    silence: seconds without a sign after which a process is lost.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        *,
+        silence: float,
+        host: str | None = None,
+        end: Callable[[str], None] = end_process,
+    ) -> None:
+        self._rank, self._size, self._silence, self._end = rank, size, silence, end
+        self._host = socket.gethostname() if host is None else host
+        # A connection of its own for each thread: one that waits holds its connection.
+        self._store, self._talking = store.clone(), store.clone()
+        self._talking.set_timeout(timedelta(seconds=_STORE_TIMEOUT))
+        self._stopped, self._hurried = threading.Event(), threading.Event()
+        self._answered = time.monotonic()
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._hosts: dict[int, str] = {}
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
+
+    def begin(self) -> None:
+        """Shows the first sign of life and starts to watch."""
+        self._store.set(f"loopos/host/{self._rank}", self._host)
+        self._store.set(_alive(self._rank), b"0")
+        for thread in self._threads:
+            thread.start()
+
+    def leave(self) -> None:
+        """The work of this process is done: its silence means nothing from now on."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+        self._store.set(_alive(self._rank), _LEFT)
+
+    def failed(self, problem: BaseException) -> bool:
+        """Tells the others that this process ends by an error of its own. Whether the error is this process's to
+        show: not where another one has ended by the same.
+        """
+        self._stopped.set()
+        told = f"{type(problem).__name__}: " if not isinstance(problem, UserError) else ""
+        said = (str(problem).splitlines() or [""])[0]
+        mine = Verdict(f"rank {self._rank} on {self._host}: {told}{said}", self._rank, self._host)
+        standing = self._post(self._store, mine)
+        # This process may be the one that holds the store: the others are to read it before it is gone.
+        time.sleep(min(2 * self._interval, _HURRIED))
+        return standing == mine or standing.message.partition(": ")[2] != mine.message.partition(": ")[2]
+
+    def blame(self, problem: BaseException) -> NoReturn:
+        """Ends this process after a collective that broke, by the verdict on whoever broke it; where all are alive it
+        is the collective itself that is named.
+        """
+        self._hurried.set()
+        time.sleep(min(self._silence, _HURRIED) + 2 * self._interval)
+        self._stopped.set()
+        first = (str(problem).splitlines() or [""])[0]
+        mine = Verdict(f"rank {self._rank} on {self._host}: {first}", self._rank, self._host)
+        self._obey(self._post(self._store, mine))
+        raise EndedElsewhere
+
+    @property
+    def _interval(self) -> float:
+        return self._silence / _BEATS
+
+    @property
+    def _watched(self) -> list[int]:
+        """The ranks that this process watches: after a broken collective everybody looks for the reason."""
+        everybody = self._rank == 0 or self._hurried.is_set()
+        return [rank for rank in range(self._size if everybody else 1) if rank != self._rank]
+
+    def _talk(self) -> None:
+        """The thread that speaks to the store: it may hang when the network is cut."""
+        beat = 0
+        while not self._stopped.wait(min(self._interval, 0.5) if self._hurried.is_set() else self._interval):
+            beat += 1
+            try:
+                self._talking.set(_alive(self._rank), str(beat))
+                verdict = self._verdict(self._talking) or self._silent()
+            except (dist.DistError, RuntimeError):
+                # What a store without an answer means is judged by the time it lasts (`_watch`).
+                continue
+            self._answered = time.monotonic()
+            if verdict is not None and not self._stopped.is_set():
+                self._obey(verdict)
+
+    def _watch(self) -> None:
+        """The thread that speaks to nobody."""
+        while True:
+            before = time.monotonic()
+            if self._stopped.wait(self._interval):
+                return
+            now = time.monotonic()
+            if now - before > self._interval + self._silence / 2:
+                # This process itself stood still, and maybe all did: what it missed meanwhile says nothing.
+                self._answered = now
+                self._seen.clear()
+            if now - self._answered > self._silence:
+                self._obey(self._unreachable())
+
+    def _silent(self) -> Verdict | None:
+        """A verdict on a rank that has shown no sign for too long."""
+        now, ranks = time.monotonic(), self._watched
+        if not ranks or not self._talking.check([_alive(rank) for rank in ranks]):
+            return None
+        most = min(self._silence, _HURRIED) if self._hurried.is_set() else self._silence
+        for rank, sign in zip(ranks, self._talking.multi_get([_alive(rank) for rank in ranks]), strict=True):
+            seen, since = self._seen.get(rank, (b"", now))
+            self._seen[rank] = (sign, since if sign == seen else now)
+            if sign != _LEFT and now - self._seen[rank][1] > most:
+                host = self._talking.get(f"loopos/host/{rank}").decode()
+                said = (
+                    f"rank {rank} on {host} has shown no sign of life for {now - self._seen[rank][1]:.0f} s: its "
+                    "process was killed or stands still, or its host is cut off; the run ends"
+                )
+                return self._post(self._talking, Verdict(said, self._rank, self._host))
+        return None
+
+    def _unreachable(self) -> Verdict:
+        address = os.environ.get("MASTER_ADDR", "rank 0's host")
+        said = (
+            f"rank {self._rank} on {self._host}: {address}, where the processes of the run meet, has not answered for "
+            f"{self._silence:.0f} s: it is down, or the network between is cut; the run ends"
+        )
+        return Verdict(said, self._rank, self._host)
+
+    def _verdict(self, store: dist.Store) -> Verdict | None:
+        return Verdict(**json.loads(store.get(_VERDICT))) if store.check([_VERDICT]) else None
+
+    def _post(self, store: dist.Store, mine: Verdict) -> Verdict:
+        """Puts a verdict up where none stands; the one that stands then."""
+        try:
+            return Verdict(**json.loads(store.compare_set(_VERDICT, "", json.dumps(asdict(mine)))))
+        except (dist.DistError, RuntimeError):
+            return mine
+
+    def _obey(self, verdict: Verdict) -> None:
+        """Ends this process by a verdict. It is told once a host: by who found out, or by rank 0 on another host."""
+        elsewhere = verdict.host != self._host
+        speaks = verdict.by == self._rank or (elsewhere and os.environ.get("LOCAL_RANK", "0") == "0")
+        self._stopped.set()
+        self._end(verdict.message if speaks else "")
+
+
+def _alive(rank: int) -> str:
+    return f"loopos/alive/{rank}"

@@ -1,0 +1,103 @@
+"""A process that falls silent is named in one message, and all others end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+
+from loopos.config.faults import UserError
+from loopos.training.liveness import Liveness
+
+SILENCE = 0.6
+
+
+class Ended(Exception):
+    """What `blame` raises here instead of ending the process."""
+
+
+@contextmanager
+def processes(hosts: list[str]) -> Iterator[tuple[list[Liveness], dict[int, str]]]:
+    """One `Liveness` a rank, all in this process, and by rank what each was ended with."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended: dict[int, str] = {}
+
+    def end_of(rank: int) -> Callable[[str], None]:
+        return lambda message: ended.__setitem__(rank, message)
+
+    ranks = [
+        Liveness(store, rank, len(hosts), silence=SILENCE, host=host, end=end_of(rank))
+        for rank, host in enumerate(hosts)
+    ]
+    for each in ranks:
+        each.begin()
+    yield ranks, ended
+    for each in ranks:
+        each.leave()
+
+
+def wait_for(number: int, ended: dict[int, str]) -> None:
+    limit = time.monotonic() + 20
+    while len(ended) < number and time.monotonic() < limit:
+        time.sleep(0.02)
+
+
+def fall_silent(process: Liveness) -> None:
+    """As a process that is killed or stopped: its threads do nothing more, and nothing is said."""
+    process._stopped.set()
+
+
+def test_while_all_live_nothing_ends() -> None:
+    with processes(["one", "one", "two"]) as (ranks, ended):
+        time.sleep(3 * SILENCE)
+        ranks[1].leave()
+        time.sleep(3 * SILENCE)
+        assert ended == {}
+
+
+@pytest.mark.parametrize(("lost", "finder"), [(2, 0), (0, 1)])
+def test_a_silent_process_is_named_by_rank_and_host(lost: int, finder: int) -> None:
+    hosts = ["first", "first", "second"] if lost == 2 else ["second", "first", "first"]
+    with processes(hosts) as (ranks, ended):
+        time.sleep(SILENCE)
+        fall_silent(ranks[lost])
+        wait_for(2, ended)
+        assert set(ended) == {0, 1, 2} - {lost}
+        told = [message for message in ended.values() if message]
+        assert told
+        assert all(message.startswith(f"rank {lost} on second has shown no sign of life for ") for message in told)
+        if lost == 2:
+            # The two that are left share a host, so that one of them speaks.
+            assert ended[1] == ""
+            assert ended[finder]
+
+
+def test_an_error_of_one_process_is_told_once_a_host() -> None:
+    with processes(["one", "one", "two"]) as (ranks, ended):
+        assert ranks[1].failed(UserError("the disk is full"))
+        wait_for(2, ended)
+        assert ended == {0: "", 2: "rank 1 on one: the disk is full"}
+        # The same error of another process has been told; another one has not.
+        assert not ranks[2].failed(UserError("the disk is full"))
+        assert ranks[0].failed(UserError("the disk is full of other things"))
+
+
+def test_a_broken_collective_is_blamed_on_the_process_that_is_gone() -> None:
+    with processes(["one", "two"]) as (ranks, ended):
+        time.sleep(SILENCE)
+        fall_silent(ranks[1])
+        with pytest.raises(UserError):
+            ranks[0].blame(RuntimeError("[gloo] Connection closed by peer"))
+        assert ended[0].startswith("rank 1 on two has shown no sign of life for ")
+
+
+def test_a_broken_collective_of_living_processes_is_named_itself() -> None:
+    with processes(["one", "two"]) as (ranks, ended):
+        with pytest.raises(UserError):
+            ranks[1].blame(RuntimeError("[gloo] Timed out waiting 600000ms for send operation"))
+        wait_for(2, ended)
+        assert ended[1] == "rank 1 on two: [gloo] Timed out waiting 600000ms for send operation"
+        assert ended[0] == ended[1]
