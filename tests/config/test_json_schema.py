@@ -19,7 +19,7 @@ def section(name: str) -> dict[str, Any]:
 
 def test_dialect_sections_and_required_keys() -> None:
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(SCHEMA["properties"]) == {"$schema", "description", "model", "computation", "training", "data"}
+    assert set(SCHEMA["properties"]) == {"$schema", "description", "model", "computation", "training", "distributed", "data"}
     assert set(SCHEMA["required"]) == {"computation", "training", "data"}
     assert section("training")["required"] == ["learning_rate"]
     assert set(section("data")["required"]) == {"pretrained_weights", "training_data", "output_dir"}
@@ -29,7 +29,7 @@ def test_dialect_sections_and_required_keys() -> None:
 
 def test_no_section_takes_unknown_keys_and_every_field_is_described() -> None:
     definitions = {**SCHEMA["$defs"], "top": SCHEMA}
-    assert len(definitions) == 7
+    assert len(definitions) == 8
     for name, definition in definitions.items():
         assert definition["additionalProperties"] is False, name
         for key, field in definition["properties"].items():
