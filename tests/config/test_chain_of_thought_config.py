@@ -222,7 +222,7 @@ def test_the_chains_of_a_strategy(load_chain: Loads, strategy: str, chains: int)
 def test_the_schema_describes_every_key() -> None:
     described = schema(ChainOfThoughtConfig)
     definitions: dict[str, dict[str, Any]] = {**described["$defs"], "top": described}
-    assert len(definitions) == 11
+    assert len(definitions) == 12
     for name, definition in definitions.items():
         assert definition["additionalProperties"] is False, name
         for key, field in definition["properties"].items():

@@ -435,7 +435,7 @@ def test_keys_without_effect_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("config_class", "num_definitions"), [(RewardModelConfig, 8), (PpoConfig, 12), (RlhfConfig, 15)]
+    ("config_class", "num_definitions"), [(RewardModelConfig, 9), (PpoConfig, 13), (RlhfConfig, 16)]
 )
 def test_the_schema_describes_every_key(config_class: type[MethodConfig], num_definitions: int) -> None:
     described = schema(config_class)

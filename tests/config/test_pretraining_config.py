@@ -112,7 +112,7 @@ def test_notes_and_the_folder_of_weights(load_shipped: Loads) -> None:
 def test_the_schema_describes_every_key() -> None:
     described = schema(PretrainingConfig)
     definitions = {**described["$defs"], "top": described}
-    assert len(definitions) == 7
+    assert len(definitions) == 8
     for name, definition in definitions.items():
         assert definition["additionalProperties"] is False, name
         for key, field in definition["properties"].items():
