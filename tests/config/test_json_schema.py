@@ -19,7 +19,15 @@ def section(name: str) -> dict[str, Any]:
 
 def test_dialect_sections_and_required_keys() -> None:
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(SCHEMA["properties"]) == {"$schema", "description", "model", "computation", "training", "distributed", "data"}
+    assert set(SCHEMA["properties"]) == {
+        "$schema",
+        "description",
+        "model",
+        "computation",
+        "training",
+        "distributed",
+        "data",
+    }
     assert set(SCHEMA["required"]) == {"computation", "training", "data"}
     assert section("training")["required"] == ["learning_rate"]
     assert set(section("data")["required"]) == {"pretrained_weights", "training_data", "output_dir"}

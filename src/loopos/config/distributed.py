@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from loopos.config.sections import Duration, Section
+from loopos.config.keys import Duration, Section
 
 
 class DistributedSection(Section):

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 # Gradients are summed in flat buckets of this many elements: few calls, bounded extra memory.
 _BUCKET = 1 << 24
@@ -104,9 +105,9 @@ def is_broken_collective(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in _BROKEN_SIGNS)
 
 
-def meeting_place() -> dist.Store:
+def meeting_place() -> Store:
     """The store that the processes of the group met by."""
-    return dist.distributed_c10d._get_default_store()
+    return _get_default_store()
 
 
 def leave_world(world: World) -> None:

@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from loopos.config.faults import UserError
 
@@ -68,7 +69,7 @@ class Liveness:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         size: int,
         *,
@@ -79,7 +80,8 @@ class Liveness:
         self._rank, self._size, self._silence, self._end = rank, size, silence, end
         self._host = socket.gethostname() if host is None else host
         # A connection of its own for each thread: one that waits holds its connection.
-        self._store, self._talking = store.clone(), store.clone()
+        # torch's own annotations leave `clone` out.
+        self._store, self._talking = (store.clone() for _ in range(2))  # type: ignore[attr-defined]
         self._talking.set_timeout(timedelta(seconds=_STORE_TIMEOUT))
         self._stopped, self._hurried = threading.Event(), threading.Event()
         self._answered = time.monotonic()
@@ -191,10 +193,10 @@ class Liveness:
         )
         return Verdict(said, self._rank, self._host)
 
-    def _verdict(self, store: dist.Store) -> Verdict | None:
+    def _verdict(self, store: Store) -> Verdict | None:
         return Verdict(**json.loads(store.get(_VERDICT))) if store.check([_VERDICT]) else None
 
-    def _post(self, store: dist.Store, mine: Verdict) -> Verdict:
+    def _post(self, store: Store, mine: Verdict) -> Verdict:
         """Puts a verdict up where none stands; the one that stands then."""
         try:
             return Verdict(**json.loads(store.compare_set(_VERDICT, "", json.dumps(asdict(mine)))))
