@@ -173,6 +173,7 @@ def merge(
 
 
 app.command()(language_commands.evaluate)
+app.command()(language_commands.winrate)
 app.command()(language_commands.generate)
 app.command()(language_commands.chat)
 app.command()(language_commands.serve)

@@ -138,6 +138,45 @@ def evaluate(
     raise typer.Exit(command.run(model, source, options))
 
 
+def winrate(
+    first: of.ModelA,
+    second: of.ModelB,
+    prompts: of.PromptsFile,
+    judge: of.Judge,
+    samples: of.Pairs = 1,
+    temperature: of.Temperature = 0.0,
+    top_k: of.TopK = 0,
+    top_p: of.TopP = 1.0,
+    max_new_tokens: of.MaxNewTokens = 256,
+    stop: of.Stop = None,
+    seed: of.Seed = 0,
+    limit: of.Limit = None,
+    output: of.PairsFile = None,
+    raw: of.Raw = False,
+    system: of.SystemText = None,
+    columns: of.Columns = None,
+    device: of.Device = "auto",
+    precision: of.Precision = "auto",
+    trust_remote_code: of.TrustRemoteCode = False,
+    json: of.Json = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Compare the answers of two language models to the same prompts by a judge."""
+    from loopos.cli import winrate as command
+    from loopos.cli.sampling_options import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ()),
+        seed=seed,
+    )  # fmt: skip
+    options = command.WinRateOptions(
+        judge=judge, samples=samples, limit=limit, output=output, raw=raw, system=system,
+        columns=tuple(columns or ()), device=device, precision=precision, trust_remote_code=trust_remote_code,
+        json=json, verbose=verbose, sampling=sampling,
+    )  # fmt: skip
+    raise typer.Exit(command.run(first, second, prompts, options))
+
+
 def serve(
     model: of.ServedModel,
     host: of.Host = "127.0.0.1",

@@ -117,6 +117,18 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
 ]
 
+ModelA = Annotated[str, typer.Argument(metavar="A", help="Language model, as under generate.", show_default=False)]
+ModelB = Annotated[str, typer.Argument(metavar="B", help="Language model that A is held against.", show_default=False)]
+PromptsFile = Annotated[
+    str, typer.Argument(metavar="PROMPTS", help="One prompt a line, a data file, or - for stdin.", show_default=False)
+]
+Judge = Annotated[
+    str,
+    typer.Option("--judge", metavar="JUDGE", help="Run of a reward model, or module:function.", show_default=False),
+]
+Pairs = Annotated[int, typer.Option("--samples", "-n", help="Answers of each model to a prompt, pair by pair.")]
+PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a pair.")]
+
 ServedModel = Annotated[
     str,
     typer.Argument(

@@ -65,7 +65,7 @@ def read_prompts(
     examples, _, report = found
     kept: dict[str, Prompt] = {}
     for prompt in examples:
-        kept.setdefault(_key(prompt.prompt), prompt)
+        kept.setdefault(prompt_key(prompt.prompt), prompt)
     repeated = len(examples) - len(kept)
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
     told = stands_as_is([prompt.prompt for prompt in kept.values()])
@@ -206,7 +206,7 @@ def _add_unshared(fields: RowFields, given: str) -> None:
     fields.add("no shared prompt", fields.field("rejected"), given, wanted, hint)
 
 
-def _key(prompt: Words) -> str:
+def prompt_key(prompt: Words) -> str:
     """A text that is the same for equal prompts alone."""
     value = prompt if isinstance(prompt, str) else [message.as_template() for message in prompt]
     return json.dumps(value, sort_keys=True, default=str)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.evaluation.answers import automatic, choice, exact, numeric
+from loopos.evaluation.own_code import own_function
 
 Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]
 """(answer, wanted answer, the row of data) → score."""
@@ -92,17 +93,7 @@ def _extra(module: str, package: str) -> Any:
 
 
 def _users(name: str) -> Checker:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as problem:
-        raise UserError(
-            f"checker {name}: cannot import {module_name} ({problem}); wanted a module that Python finds from here: "
-            "set PYTHONPATH to its folder"
-        ) from problem
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"checker {name}: {module_name} has no function {function_name}")
+    function = own_function(name, "checker")
 
     def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
         score = function(answer, wanted, dict(row))

@@ -18,6 +18,7 @@ from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Words
 from loopos.data.rows import Row
+from loopos.data.supervised_tokens import OverLength
 from loopos.data.templates import ChatTemplate
 from loopos.evaluation.preference_report import measured
 from loopos.evaluation.reward_scores import Normalisation, comparison_scores
@@ -96,6 +97,17 @@ class RewardPredictor:
         as they are. Raises `UserError` for messages that the template refuses and what is longer than the model was
         trained on.
         """
+        return list(self._judged(conversations, "error").values())
+
+    def judge_what_fits(self, conversations: Sequence[tuple[Words, Words]]) -> list[Judged | None]:
+        """As `judge`, but None for what is longer than the model was trained on. Raises `UserError` where nothing
+        fits.
+        """
+        found = self._judged(conversations, "drop")
+        return [found.get(place) for place in range(len(conversations))]
+
+    def _judged(self, conversations: Sequence[tuple[Words, Words]], over_length: OverLength) -> dict[int, Judged]:
+        """Place → what is said of it."""
         examples = [
             Comparison(prompt, (response,), (), Row({}, "responses", None, place))
             for place, (prompt, response) in enumerate(conversations)
@@ -105,15 +117,16 @@ class RewardPredictor:
             examples,
             template=self.template,
             max_length=self.opened.description["max_length"],
-            over_length="error",
+            over_length=over_length,
+            max_dropped_share=1.0,
         )
         raw = comparison_scores(self.model, ComparisonRows(encoded, self.device))
-        judged = []
+        judged = {}
         for place, row in enumerate(encoded):
             heads = raw[place]
             score = float(self.normalisation(torch.tensor(heads), ensemble_penalty=self.ensemble_penalty)[0])
             spread = self._spread(heads)[0] if len(heads[0]) > 1 else None
-            judged.append(Judged(score, spread, row.num_tokens))
+            judged[row.index] = Judged(score, spread, row.num_tokens)
         return judged
 
     def _spread(self, heads: Sequence[Sequence[float]]) -> list[float]:

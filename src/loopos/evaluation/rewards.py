@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.ppo_sections import PpoRewardSection, RolloutSection
+from loopos.evaluation.own_code import own_function
 from loopos.evaluation.reward_scores import Normalisation, Scorer, raw_scores
 from loopos.models.reward_folder import check_same_tokens, open_reward_model
 
@@ -39,16 +39,7 @@ def reward_function(name: str) -> RewardFunction:
     """The function of a name "module:function", called as `function(prompts, responses)`; what it returns is checked.
     Raises `UserError`.
     """
-    module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(import_module(module_name), function_name, None)
-    except ModuleNotFoundError as problem:
-        raise UserError(
-            f"reward function {name}: cannot import {module_name} ({problem}); wanted a module that Python finds from "
-            "here: set PYTHONPATH to its folder"
-        ) from problem
-    if not callable(function):
-        raise UserError(f"reward function {name}: {module_name} has no function {function_name}")
+    function = own_function(name, "reward function")
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         found = list(function(list(prompts), list(responses)))
