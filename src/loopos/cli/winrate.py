@@ -205,11 +205,11 @@ def _tell(
     left_out = "".join(f", {count} dropped ({reason})" for reason, count in dropped.items())
     say(f"A {first} against B {second}, judged by {options.judge}")
     say(f"{source}: {found['win_rate']['prompts']:,} prompts, {len(pairs):,} pairs{left_out}")
-    names = ("rate", "low", "high", "wins", "losses", "ties")
-    rows: list[list[Any]] = [["A wins", *(found["win_rate"][name] for name in names)]]
+    figures = ("rate", "low", "high", "wins", "losses", "ties")
+    rows: list[list[Any]] = [["A wins", *(found["win_rate"][name] for name in figures)]]
     if found["like_length"] is not None:
         like = found["like_length"]
-        rows.append([f"lengths within {1 - LIKE_LENGTH:.0%}", *(like[name] for name in names)])
+        rows.append([f"lengths within {1 - LIKE_LENGTH:.0%}", *(like[name] for name in figures)])
     say(table(rows, head=("", "rate", "95% from", "to", "wins", "losses", "ties")))
     say(table([(name.upper(), *length.values()) for name, length in found["length"].items()],
               head=("", "characters", "tokens", "ended")))  # fmt: skip
