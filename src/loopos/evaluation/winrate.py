@@ -60,9 +60,7 @@ def rate_of(pairs: Sequence[Pair]) -> WinRate:
     means = _prompt_means(pairs)
     winners = [pair.ruling.winner for pair in pairs]
     low, high = wilson_interval(math.fsum(means), len(means))
-    return WinRate(
-        statistics.fmean(means), low, high, winners.count("a"), winners.count("b"), winners.count("tie")
-    )
+    return WinRate(statistics.fmean(means), low, high, winners.count("a"), winners.count("b"), winners.count("tie"))
 
 
 def standard_error(pairs: Sequence[Pair]) -> float | None:

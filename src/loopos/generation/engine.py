@@ -12,30 +12,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
-from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.completions import Completion, Guide, Piece, Running
-from loopos.generation.road import probed
-from loopos.generation.rows import (
-    PLAIN,
-    CachedRows,
-    PlainRows,
-    Rows,
-    mean_hidden_states,
-    prepared,
-    serving,
-    without_gradients,
-)
+from loopos.generation.rows import Rows
+from loopos.generation.runners import runner_of
 from loopos.generation.session import Session
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.streams import stream_key
+from loopos.models.language_ensemble import LanguageEnsemble, members_of, positions_of
 
 
 class Engine:
-    """Generation with a causal language model of transformers.
+    """Generation with a causal language model of transformers, or an ensemble of several.
 
     `path` is "cached" (rows together over our cache) or "plain" (row by row with transformers' cache), and `reason`
     says why the plain path was taken. `max_rows`: rows that decode together; `prefill_tokens`: the most prompt tokens
@@ -44,7 +36,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | LanguageEnsemble,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_rows: int = 64,
@@ -54,13 +46,11 @@ class Engine:
             raise UserError(f"max_rows {max_rows} and prefill_tokens {prefill_tokens}: wanted 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
-        self._road = probed(model)
-        self.reason = self._road.why_plain
-        self.path = "plain" if self.reason else "cached"
-        self.end_tokens = _end_tokens(model, tokenizer)
-        config = model.config.get_text_config()
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self.vocab_size = int(config.vocab_size)
+        self._runner = runner_of(model)
+        self.reason = self._runner.why_plain
+        self.end_tokens = _end_tokens(members_of(model), tokenizer)
+        self.max_positions = positions_of(model)
+        self.vocab_size = int(members_of(model)[0].config.get_text_config().vocab_size)
         self._kept: Rows | None = None
         self._keeping, self._busy = False, False
 
@@ -126,7 +116,7 @@ class Engine:
         num_rows = min(num_prompts, self.max_rows)
         self._busy = True
         try:
-            with self._road.layout(self.model, num_rows), prepared(self.model, self.attention):
+            with self._runner.ready(num_rows):
                 yield Session(
                     self,
                     self._rows_for(num_rows),
@@ -139,13 +129,13 @@ class Engine:
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """The mean of the last layer's hidden states over each sequence's tokens, `[N, d]` fp32. To be called within a
-        `session`, between its steps. Raises `UserError` as `limit`.
+        `session`, between its steps. Raises `UserError` as `limit`, and for an ensemble.
         """
         assert self._busy, "no session is open: the model is not set for generation"
         for sequence in sequences:
             self.limit(sequence, 1)
-        with without_gradients(self.attention):
-            return mean_hidden_states(self.model, self.attention, sequences)
+        with self.without_gradients():
+            return self._runner.embed(sequences)
 
     @contextmanager
     def prefixes_kept(self) -> Iterator[None]:
@@ -154,7 +144,7 @@ class Engine:
         """
         self._keeping = True
         try:
-            with self._road.layout(self.model, self.max_rows):
+            with self._runner.layout(self.max_rows):
                 yield
         finally:
             self._keeping, self._kept = False, None
@@ -162,7 +152,7 @@ class Engine:
     @contextmanager
     def serving(self, num_rows: int) -> Iterator[None]:
         """The model set for generation of so many rows, and then as it was."""
-        with self._road.layout(self.model, min(num_rows, self.max_rows)), serving(self.model, self.attention):
+        with self._runner.ready(min(num_rows, self.max_rows)), self.without_gradients():
             yield
 
     @property
@@ -171,15 +161,21 @@ class Engine:
         return f"generation: {self.path}" + (f" ({self.reason})" if self.reason else "")
 
     @property
-    def attention(self) -> str:
-        """The attention function that the path runs with."""
-        return IMPLEMENTATION if self.path == "cached" else PLAIN
+    def path(self) -> str:
+        """The path that is taken."""
+        return self._runner.path
+
+    @path.setter
+    def path(self, path: str) -> None:
+        self._runner.path = path
+
+    def without_gradients(self) -> torch.inference_mode | torch.no_grad:
+        """What the model's forwards run under."""
+        return self._runner.without_gradients()
 
     def rows(self, num_rows: int) -> Rows:
         """New rows of the path that the probe chose."""
-        if self.path == "plain":
-            return PlainRows(self.model, num_rows)
-        return CachedRows(self.model, num_rows)
+        return self._runner.rows(num_rows)
 
     def limit(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """Tokens that may follow a prompt: the last one is never fed, so it needs no position. Raises `UserError`."""
@@ -252,8 +248,10 @@ def _longest_first(every: Sequence[Running]) -> list[Running]:
     return sorted(every, key=lambda running: -running.limit)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a sequence: the model's, by its generation config, and the tokenizer's."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    tokens = given if isinstance(given, list) else [given]
-    return frozenset(token for token in (*tokens, tokenizer.eos_token_id) if token is not None)
+def _end_tokens(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a sequence: those of every member, by its generation config, and the tokenizer's."""
+    tokens = [tokenizer.eos_token_id]
+    for member in members:
+        given = getattr(member.generation_config, "eos_token_id", None)
+        tokens += given if isinstance(given, list) else [given]
+    return frozenset(token for token in tokens if token is not None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loopos.generation.completions import Running
 from loopos.generation.placing import fill
-from loopos.generation.rows import Rows, without_gradients
+from loopos.generation.rows import Rows
 from loopos.generation.sampling import Choice, History, NonFiniteLogits, choose
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.streams import uniforms
@@ -86,14 +86,14 @@ class Session:
         if running in self._waiting:
             self._waiting.remove(running)
             return
-        with without_gradients(self._engine.attention):
+        with self._engine.without_gradients():
             self._close_gaps()
 
     def step(self) -> list[Running]:
         """One forward: prompts into free rows if there are both, else one token more in every row. Those that got a
         token; none when all is done.
         """
-        with without_gradients(self._engine.attention):
+        with self._engine.without_gradients():
             begun = self._admitted()
             if begun:
                 first = len(self._active)

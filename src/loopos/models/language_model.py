@@ -51,11 +51,7 @@ class LanguageModel(nn.Module):
         """Weighted sum of the next-token losses of a row, nats. ids `[T]`; weights `[T]`: the factor on the loss of
         each token as the target of those before it, 0 for the first of each sequence; None = 1 for all others.
         """
-        if weights is None:
-            targets = next_token_positions(layout) + 1
-        else:
-            targets = weights.nonzero().squeeze(1)
-            weights = weights[targets]
+        targets, weights = trained_tokens(layout, weights)
         hidden = self.backbone(ids, layout)
         return next_token_loss_sum(hidden[targets - 1], self.output_embedding, ids[targets], weights, shape=self.shape)
 
@@ -64,6 +60,16 @@ class LanguageModel(nn.Module):
         of their distributions, in fp32 and nats; temperature divides the logits.
         """
         return token_logprobs(hidden, self.output_embedding, targets, temperature=temperature, shape=self.shape)
+
+
+def trained_tokens(layout: PackedLayout, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The positions of the tokens whose loss counts, `[M]`, and their weights; None = 1 for every token that has one
+    before it in its own sequence.
+    """
+    if weights is None:
+        return next_token_positions(layout) + 1, None
+    targets = weights.nonzero().squeeze(1)
+    return targets, weights[targets]
 
 
 def next_token_positions(layout: PackedLayout) -> Tensor:

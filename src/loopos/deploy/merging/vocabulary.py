@@ -20,10 +20,10 @@ from loopos.config.faults import UserError
 from loopos.deploy.merging.sources import Source
 from loopos.models.sources import WeightsSource
 from loopos.models.tokenizers import open_tokenizer
+from loopos.models.vocabularies import vocabulary_difference
 from loopos.storage.json_files import read_object
 
 TOKENIZER = "tokenizer.json"
-_MOST_NAMED = 5
 _NO_ROW = -1
 # Parts of tokenizer.json that must be equal for tokens of two tokenizers to mean the same.
 _RULES = ("normalizer", "pre_tokenizer", "decoder")
@@ -62,27 +62,16 @@ def vocabulary_faults(sources: Sequence[Source]) -> list[str]:
         if _same_file(first.folder / TOKENIZER, other.folder / TOKENIZER):
             continue
         theirs = tokens_of(other)
-        kinds = {
-            f"that {first.place} lacks": [token for token in theirs if token not in own],
-            "that it lacks": [token for token in own if token not in theirs],
-            "with another number": [token for token in own if theirs.get(token, own[token]) != own[token]],
-        }
-        told = [f"{len(tokens):,} {kind} ({_some(tokens)})" for kind, tokens in kinds.items() if tokens]
+        told = vocabulary_difference(own, theirs, first.place)
         if told:
             faults.append(
-                f"{other.place}: other tokens than {first.place}: {', '.join(told)}; wanted one vocabulary, or "
-                'tokenizer "union"'
+                f'{other.place}: other tokens than {first.place}: {told}; wanted one vocabulary, or tokenizer "union"'
             )
     return faults
 
 
 def _same_file(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and (one.samefile(other) or one.read_bytes() == other.read_bytes())
-
-
-def _some(tokens: Sequence[str]) -> str:
-    shown = ", ".join(json.dumps(token, ensure_ascii=False) for token in tokens[:_MOST_NAMED])
-    return f"{shown}, …" if len(tokens) > _MOST_NAMED else shown
 
 
 @dataclass(frozen=True)
