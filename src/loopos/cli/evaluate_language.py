@@ -129,7 +129,7 @@ def run(
         settings=options.sampling.settings(),
         limits=options.limits.limits(),
     )
-    reasoner = open_reasoner(place, device=device, precision=options.precision)
+    reasoner = open_reasoner(place, device=device, precision=options.precision, may_vote=True)
     evaluation = Evaluation(reasoner, plan, note=note)
     evaluation.read(source, columns, max_rows=options.limit, on_bad_row="skip" if skip_bad_rows else "error")
     report = evaluation.measure()

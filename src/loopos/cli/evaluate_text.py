@@ -36,20 +36,15 @@ def run(
     text = read_plain_text(source)
     restart_with_settings()
     hush_libraries(verbose=verbose)
-    import torch
-
     from loopos.evaluation.perplexity import text_loss
-    from loopos.models.language_folder import open_language_model
-    from loopos.models.load import NUMBER_FORMATS, cast_parameters
+    from loopos.models.speaking import open_speaking
     from loopos.training.precision import pick_device
 
     try:
-        opened = open_language_model(place)
+        chosen = None if precision == "auto" else precision
+        opened = open_speaking(place, device=pick_device(device).type, precision=chosen)
     except UserError as error:
         raise in_our_words(error) from error
-    chosen = opened.description.get("precision", "fp32") if precision == "auto" else precision
-    cast_parameters(opened.model, NUMBER_FORMATS[chosen])
-    model = opened.model.to(torch.device(pick_device(device).type))  # type: ignore[arg-type]
     began = said = time.monotonic()
 
     def progress(done: int, whole: int) -> None:
@@ -58,7 +53,7 @@ def run(
             said = now
             note(f"{done:,} of {whole:,} tokens · {done / (now - began):,.0f} tokens/s")
 
-    found = text_loss(model, opened.tokenizer, text, window=window, stride=stride, note=progress)
+    found = text_loss(opened.model, opened.tokenizer, text, window=window, stride=stride, note=progress)
     seconds = time.monotonic() - began
     if as_json:
         say_json({"model": place, "data": source, "metrics": found.told(), "seconds": seconds})

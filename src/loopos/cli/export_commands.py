@@ -52,16 +52,23 @@ def export(
 def ensemble(
     members: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Runs or model folders of one task, two or more.", show_default=False),
+        typer.Argument(
+            metavar="MODEL...", help="Runs or model folders of one task, or language models.", show_default=False
+        ),
     ],
     output: Output,
-    method: Annotated[str, typer.Option("--method", help="mean, logits, weighted or majority.")] = "mean",
+    method: Annotated[
+        str, typer.Option("--method", help="mean or logits; weighted or majority; of language models also vote.")
+    ] = "mean",
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Share of a language model, in their order; may be repeated.")
+    ] = None,
     fit: Annotated[
         str | None, typer.Option("--fit", metavar="DATA", help="Labelled rows that weights are fitted on.")
     ] = None,
     test: Annotated[
         str | None,
-        typer.Option("--test", metavar="DATA", help="Labelled rows that members and ensemble are measured on."),
+        typer.Option("--test", metavar="DATA", help="Rows or text that members and ensemble are measured on."),
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the members into the folder, not their paths alone.")
@@ -71,8 +78,10 @@ def ensemble(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Join classifiers or regressors to one model that says how much they disagree."""
+    """Join classifiers, regressors or language models to one model."""
     from loopos.cli import ensemble as command
 
-    options = command.EnsembleOptions(output, method, fit, test, copy, tuple(columns or ()), device, json, verbose)
+    options = command.EnsembleOptions(
+        output, method, tuple(weight or ()), fit, test, copy, tuple(columns or ()), device, json, verbose
+    )
     raise typer.Exit(command.run(members, options))

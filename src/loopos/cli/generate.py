@@ -29,6 +29,7 @@ from loopos.cli.sampling_options import (
     refuse,
 )
 from loopos.config.strategies import Strategy
+from loopos.models.ensemble_recipe import read_ensemble
 
 if TYPE_CHECKING:
     from loopos.cli.prompts import Asked
@@ -65,6 +66,7 @@ def run(place: str, options: GenerateOptions) -> int:
     strategy = checked(options)
     columns = parse_columns(options.columns)
     require_language_model(place)
+    _check_votes(place, options)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
@@ -76,8 +78,15 @@ def run(place: str, options: GenerateOptions) -> int:
         precision=options.precision,
         max_rows=max(_MOST_ROWS, options.num_beams or 0),
         trust_remote_code=options.trust_remote_code,
+        may_vote=True,
     )
-    if len(asked) == 1 and _is_plain(options, strategy) and not _is_for_scripts(options) and sys.stdout.isatty():
+    if (
+        len(asked) == 1
+        and _is_plain(options, strategy)
+        and not reasoner.voters
+        and not _is_for_scripts(options)
+        and sys.stdout.isatty()
+    ):
         for text in streamed(reasoner, asked[0], options.sampling):
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -121,6 +130,24 @@ def checked(options: GenerateOptions) -> Strategy:
     )
     refuse(faults)
     return strategy
+
+
+def _check_votes(place: str, options: GenerateOptions) -> None:
+    """Raises `UserError` for options that an ensemble which votes has no answer to."""
+    recipe = read_ensemble(place)
+    if recipe is None or not recipe.votes:
+        return
+    faults = [
+        f"{option(name)}: {place} is an ensemble that votes over answers; wanted one of method mean or logits"
+        for name in ("num_beams", "raw")
+        if getattr(options, name)
+    ]
+    if options.samples > 1:
+        faults.append(
+            f"--samples {options.samples}: {place} votes, and gives one answer; wanted --strategy "
+            f"self_consistency:{options.samples} for as many chains of each member"
+        )
+    refuse(faults)
 
 
 def _beam_faults(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
@@ -171,7 +198,7 @@ def generated(
     """A record a completion, and the texts of each prompt for people."""
     if options.num_beams is not None:
         return _beams(reasoner, asked, options, options.num_beams)
-    if options.steps or options.limits.changed() or strategy.kind != "single":
+    if options.steps or options.limits.changed() or strategy.kind != "single" or reasoner.voters:
         return _reasoned(reasoner, asked, options, strategy)
     from loopos.cli.trace import completion_record
 
@@ -190,13 +217,13 @@ def _reasoned(
 
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
     problems = [each.problem for each in asked]
-    if strategy.kind != "single":
+    if strategy.kind != "single" or reasoner.voters:
         found = reasoner.answer(problems, settings, strategy=strategy, limits=limits)
         texts = []
         for answered in found:
             chosen = answered.chains[answered.chosen or 0]
             told = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
-            texts.append([f"{told}\n({confidence_said(answered, strategy)})"])
+            texts.append([f"{told}\n({confidence_said(answered)})"])
         records = [answered_record(each.text, one, marks) for each, one in zip(asked, found, strict=True)]
         return records, texts
     prompts = [reasoner.prompt(problem) for problem in problems]

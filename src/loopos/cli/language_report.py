@@ -25,7 +25,7 @@ from loopos.evaluation.problem_metrics import judge_all, problem_metrics, record
 from loopos.evaluation.reasoning import Answered, Reasoner
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import StepLimits
-from loopos.models.language_model import LanguageModel
+from loopos.models.language_ensemble import next_token_loss
 from loopos.training.distributed import World
 from loopos.training.language_objective import NextToken, mean_loss
 
@@ -123,7 +123,7 @@ class Evaluation:
         for place, example in enumerate(self.examples):
             assert isinstance(example, Demonstration), "a source holds rows of one format"
             # A prompt that fills all positions leaves none for an answer.
-            if positions is not None and len(self.reasoner.prompt(example)) >= positions:
+            if not self.reasoner.has_room(example):
                 self.report.dropped[_over(positions, "the problem")] += 1
             else:
                 places.append(place)
@@ -155,6 +155,11 @@ class Evaluation:
     def _loss(self) -> set[int]:
         """Mean loss (nats a trained token, weighted as in training) and perplexity = exp(loss)."""
         reasoner = self.reasoner
+        if reasoner.voters:
+            raise UserError(
+                "--metric loss: an ensemble that votes over answers gives no distribution over tokens; wanted --metric "
+                "accuracy, or one of method mean or logits"
+            )
         positions = reasoner.engine.max_positions
         encoded, found = encode_supervised(
             reasoner.tokenizer,
@@ -169,7 +174,7 @@ class Evaluation:
         for reason, count in found.dropped.items():
             self.report.dropped[_over(positions, "the row") if reason == OVER_LENGTH else reason] += count
         self.note(f"loss of {found.trained_tokens:,} trained tokens in {found.used:,} rows")
-        model = LanguageModel(reasoner.model).eval()
+        model = next_token_loss(reasoner.model)
         kept = [row.encoded() for row in encoded]
         loss = mean_loss(NextToken(model), kept, device=reasoner.model.device, world=World())
         wanted = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

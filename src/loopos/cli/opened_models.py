@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loopos.config.faults import FaultsError, UserError
 from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.models.ensemble_recipe import read_ensemble, refuse_votes
 from loopos.models.model_folder import described, kind_of, model_folder, read_description
 from loopos.models.sources import EMBEDDED, weights_source
 
@@ -91,9 +92,19 @@ def use_of(place: str) -> str:
 
 
 def open_reasoner(
-    place: str, *, device: str, precision: str, max_rows: int = 64, trust_remote_code: bool = False
+    place: str,
+    *,
+    device: str,
+    precision: str,
+    max_rows: int = 64,
+    trust_remote_code: bool = False,
+    may_vote: bool = False,
 ) -> Reasoner:
-    """The language model, ready to generate; imports torch. Raises `UserError`."""
+    """The language model, ready to generate; imports torch. may_vote: an ensemble that votes over answers will do.
+    Raises `UserError`.
+    """
+    if not may_vote:
+        refuse_votes(place, read_ensemble(place))
     from loopos.evaluation.reasoning import Reasoner
     from loopos.training.precision import pick_device
 

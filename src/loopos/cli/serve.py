@@ -110,6 +110,7 @@ def _service(place: str, name: str, has_head: bool, options: ServeOptions, metri
 
 def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
     from loopos.deploy.serving.language import LanguageService
+    from loopos.models.language_ensemble import members_of
 
     reasoner = open_reasoner(
         place,
@@ -121,7 +122,7 @@ def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetr
     service = LanguageService(reasoner, name, options.limits, metrics)
     note(reasoner.template.said)
     note(reasoner.engine.said)
-    most = _keys_and_values(reasoner.model) * service.context * options.limits.max_rows
+    most = sum(map(_keys_and_values, members_of(reasoner.model))) * service.context * options.limits.max_rows
     note(f"{options.limits.max_rows} rows of {service.context} tokens: keys and values take at most {as_bytes(most)}")
     return service
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loopos.config.strategies import Strategy
 from loopos.data.step_format import StepFormat
 from loopos.evaluation.reasoning import Answered
 from loopos.generation.completions import Completion
@@ -32,12 +31,12 @@ def told_steps(chain: Chain, step_format: StepFormat) -> tuple[Step, ...]:
     return chain.steps if chain.well_formed or step_format.parse(chain.text).steps else ()
 
 
-def confidence_said(answered: Answered, strategy: Strategy) -> str:
+def confidence_said(answered: Answered) -> str:
     """How sure an answer of several chains is."""
     num_chains = len(answered.chains)
     if answered.confidence is None:
         return ""
-    if strategy.kind == "self_consistency":
+    if answered.is_voted:
         return f"{round(answered.confidence * num_chains)} of {num_chains} chains agree"
     return f"best of {num_chains} chains, mean logprob {answered.confidence:.3f}"
 

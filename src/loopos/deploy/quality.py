@@ -32,7 +32,7 @@ from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.problem_metrics import judge_all, problem_metrics
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.reward_predictor import RewardPredictor
-from loopos.models.language_model import LanguageModel
+from loopos.models.language_ensemble import next_token_loss
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
 from loopos.models.model_folder import described, kind_of
 from loopos.models.opened_model import OpenedModel, open_model
@@ -144,6 +144,8 @@ def _language_metrics(reasoner: Reasoner, data: str) -> dict[str, float]:
         answered = reasoner.answer(problems)
         verdicts = judge_all(answered, problems, step_format=reasoner.step_format, checker=checker("auto"))
         metrics["accuracy"] = problem_metrics(answered, verdicts, voted=True)["accuracy"]
+    if reasoner.voters:
+        return metrics
     loss = _loss(reasoner, examples, data)
     return metrics | {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -161,7 +163,7 @@ def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> float:
     )
     if not encoded:
         raise UserError(f"{data}: no row that fits the model's {reasoner.engine.max_positions} positions")
-    model = LanguageModel(reasoner.model).eval()
+    model = next_token_loss(reasoner.model)
     total, count = 0.0, 0.0
     for batch in in_order(PackedRows([row.encoded() for row in encoded], None, reasoner.model.device), tokens=_TOKENS):
         assert batch.weights is not None, "supervised rows come with the weights of their tokens"

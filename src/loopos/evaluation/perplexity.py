@@ -1,7 +1,8 @@
 """How well a language model foretells a text: perplexity and bits a byte, over a sliding window.
 
-Enters: a causal language model, its tokenizer, a text. Leaves: a `TextLoss`. Every token but the first is counted once,
-whatever the stride. Left out: rows of examples (`training.language_objective`), reading the file (`data.plain_text`).
+Enters: a causal language model or an ensemble of several, its tokenizer, a text. Leaves: a `TextLoss`. Every token but
+the first is counted once, whatever the stride. Left out: rows of examples (`training.language_objective`), reading the
+file (`data.plain_text`).
 Letters: T tokens of the text.
 """
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.functional.packing import PackedLayout
-from loopos.models.language_model import LanguageModel
+from loopos.models.language_ensemble import LanguageEnsemble, next_token_loss, positions_of
 
 WINDOW = 1024
 
@@ -81,7 +82,7 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 @torch.no_grad()
 def text_loss(
-    model: PreTrainedModel,
+    model: PreTrainedModel | LanguageEnsemble,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
@@ -104,7 +105,7 @@ def text_loss(
     if len(ids) < 2:
         raise UserError(f"a text of {len(own)} tokens; wanted 2 or more: one to foretell another")
     num_bytes = len(text.encode()) if begin else len(text.encode()) - _bytes_of_first(tokenizer, text, own)
-    language_model = LanguageModel(model).eval()
+    language_model = next_token_loss(model)
     nats, counted = 0.0, 0
     for first, last, start in windows(len(ids), window, stride):
         part = ids[first:last]
@@ -116,8 +117,8 @@ def text_loss(
     return TextLoss(nats, counted, num_bytes, window, stride)
 
 
-def _checked(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _checked(model: PreTrainedModel | LanguageEnsemble, window: int | None, stride: int | None) -> tuple[int, int]:
+    positions = positions_of(model)
     chosen = window if window is not None else min(WINDOW, positions or WINDOW)
     step = stride if stride is not None else max(1, chosen // 2)
     if chosen < 2 or (positions is not None and chosen > positions):

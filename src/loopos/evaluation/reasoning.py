@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
@@ -26,20 +25,23 @@ from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, step_beam_search
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepLimits, reason
-from loopos.models.language_folder import open_language_model
-from loopos.models.load import NUMBER_FORMATS, cast_parameters
+from loopos.models.ensemble_recipe import read_ensemble
+from loopos.models.language_ensemble import LanguageEnsemble
+from loopos.models.speaking import open_speaking
 
 
 @dataclass(frozen=True)
 class Answered:
     """What was said to one problem. `chains`: all of them; `chosen`: the place of the one that speaks for them, None
-    where none has an answer; `confidence`: its share of the votes, or its mean logprob; None for a single chain.
+    where none has an answer; `confidence`: its share of the votes (`is_voted`), or its mean logprob; None for a single
+    chain.
     """
 
     chains: tuple[Chain, ...]
     chosen: int | None
     answer: str
     confidence: float | None = None
+    is_voted: bool = False
 
     def samples(self) -> list[Sample]:
         """The chains as `answer_metrics` judges them."""
@@ -51,14 +53,18 @@ class Reasoner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | LanguageEnsemble,
         tokenizer: PreTrainedTokenizerBase,
         *,
         template: ChatTemplate,
         step_format: StepFormat,
         max_rows: int = 64,
+        voters: Sequence[Reasoner] = (),
     ) -> None:
-        """The model is used as it is, also while it trains: no second copy."""
+        """The model is used as it is, also while it trains: no second copy. voters: others that `answer` asks too, and
+        whose answers have as much of a vote.
+        """
+        self.voters = tuple(voters)
         self.model, self.tokenizer, self.template, self.step_format = model, tokenizer, template, step_format
         self.engine = Engine(model, tokenizer, max_rows=max_rows)
 
@@ -74,22 +80,31 @@ class Reasoner:
         max_rows: int = 64,
         trust_remote_code: bool = False,
     ) -> Reasoner:
-        """place: the output folder of a run, or whatever `data.pretrained_weights` may name. precision: fp32, bf16 or
-        fp16; that of the training when absent, fp32 for other models. step_format: that of the training when absent,
-        "think" for other models. Raises `UserError`.
+        """place: the output folder of a run, whatever `data.pretrained_weights` may name, or the folder of an ensemble.
+        precision: fp32, bf16 or fp16; that of the training when absent, fp32 for other models. step_format: that of the
+        training when absent, "think" for other models. Raises `UserError`.
         """
-        opened = open_language_model(place, trust_remote_code=trust_remote_code)
-        chosen = precision or opened.description.get("precision", "fp32")
-        if chosen not in NUMBER_FORMATS:
-            raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
-        cast_parameters(opened.model, NUMBER_FORMATS[chosen])
-        return cls(
-            opened.model.to(torch.device(device)),  # type: ignore[arg-type]
-            opened.tokenizer,
-            template=ChatTemplate(opened.tokenizer, chat_template),
-            step_format=step_format or _format_of(opened.description),
-            max_rows=max_rows,
-        )
+        recipe = read_ensemble(place)
+        places = recipe.members if recipe is not None and recipe.votes else (place,)
+        voters: list[Reasoner] = []
+        # The first is opened last, and takes the others in.
+        for each in reversed(places):
+            opened = open_speaking(each, device=device, precision=precision, trust_remote_code=trust_remote_code)
+            reasoner = cls(
+                opened.model,
+                opened.tokenizer,
+                template=ChatTemplate(opened.tokenizer, chat_template),
+                step_format=step_format or format_of(opened.description),
+                max_rows=max_rows,
+                voters=voters if each is places[0] else (),
+            )
+            if voters and voters[0].step_format != reasoner.step_format:
+                raise UserError(
+                    f"{place}: its members write their steps and answers in several ways ({voters[0].step_format} and "
+                    f"{reasoner.step_format}); wanted members of one step format, so that their answers can be compared"
+                )
+            voters.insert(0, reasoner)
+        return reasoner
 
     def prompt(self, problem: str | Sequence[Message] | Example) -> list[int]:
         """The tokens that generation starts from. Raises `UserError` where the chat template refuses the messages."""
@@ -110,9 +125,32 @@ class Reasoner:
         strategy: Strategy = Strategy(),
         limits: StepLimits = StepLimits(),
     ) -> list[Answered]:
-        """An answer to every problem, in order. Raises `UserError` for prompts that the model cannot take, and for
+        """An answer to every problem, in order: where others vote too, the one that most of all chains give, or of all
+        best chains for a strategy that chooses one. Raises `UserError` for prompts that the model cannot take, and for
         several chains at temperature 0.
         """
+        found = self._answer(problems, settings, strategy, limits)
+        others = [each._answer(problems, settings, strategy, limits) for each in self.voters]
+        if not others:
+            return found
+        speakers = (self, *self.voters)
+        return [_together(speakers, each) for each in zip(found, *others, strict=True)]
+
+    def has_room(self, problem: str | Sequence[Message] | Example) -> bool:
+        """Whether the problem leaves every model a position for an answer."""
+        return all(
+            each.engine.max_positions is None or len(each.prompt(problem)) < each.engine.max_positions
+            for each in (self, *self.voters)
+        )
+
+    def _answer(
+        self,
+        problems: Sequence[str | Sequence[Message] | Example],
+        settings: SamplingSettings,
+        strategy: Strategy,
+        limits: StepLimits,
+    ) -> list[Answered]:
+        """By this model alone."""
         prompts = [self.prompt(problem) for problem in problems]
         sampling, marks = self.sampling(settings), self.step_format
         if strategy.kind == "step_beam":
@@ -151,12 +189,33 @@ class Reasoner:
         answers = [self.step_format.parse(chain.text).answer for chain in chains]
         if len(chains) == 1:
             return Answered(tuple(chains), 0 if answers[0] else None, answers[0])
-        winner = majority(answers)
-        if winner is None:
-            return Answered(tuple(chains), None, "", 0.0)
-        return Answered(tuple(chains), winner[0], answers[winner[0]], winner[1])
+        return _of_most(chains, answers)
 
 
-def _format_of(description: Mapping[str, Any]) -> StepFormat:
+def _together(speakers: Sequence[Reasoner], found: Sequence[Answered]) -> Answered:
+    """The answers of several models to one problem as one: every chain has a vote, or, where a strategy chose the best
+    of several by their logprobs, that one alone.
+    """
+    chains: list[Chain] = []
+    answers: list[str] = []
+    for speaker, answered in zip(speakers, found, strict=True):
+        chosen = answered.chains
+        if answered.chosen is not None and not answered.is_voted:
+            chosen = (answered.chains[answered.chosen],)
+        chains += chosen
+        answers += [speaker.step_format.parse(chain.text).answer for chain in chosen]
+    return _of_most(chains, answers)
+
+
+def _of_most(chains: Sequence[Chain], answers: Sequence[str]) -> Answered:
+    """The answer that most chains give."""
+    winner = majority(answers)
+    if winner is None:
+        return Answered(tuple(chains), None, "", 0.0, is_voted=True)
+    return Answered(tuple(chains), winner[0], answers[winner[0]], winner[1], is_voted=True)
+
+
+def format_of(description: Mapping[str, Any]) -> StepFormat:
+    """The step format of a model folder's description; "think" where it names none."""
     marks = description.get("step_format")
     return NAMED_FORMATS["think"] if marks is None else StepFormat(**marks)

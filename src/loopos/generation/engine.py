@@ -30,8 +30,8 @@ class Engine:
     """Generation with a causal language model of transformers, or an ensemble of several.
 
     `path` is "cached" (rows together over our cache) or "plain" (row by row with transformers' cache), and `reason`
-    says why the plain path was taken. `max_rows`: rows that decode together; `prefill_tokens`: the most prompt tokens
-    in one forward.
+    says why the plain path was taken. `embeds`: whether there are hidden states, which an ensemble lacks. `max_rows`:
+    rows that decode together; `prefill_tokens`: the most prompt tokens in one forward.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Engine:
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self._runner = runner_of(model)
         self.reason = self._runner.why_plain
+        self.embeds = not isinstance(model, LanguageEnsemble)
         self.end_tokens = _end_tokens(members_of(model), tokenizer)
         self.max_positions = positions_of(model)
         self.vocab_size = int(members_of(model)[0].config.get_text_config().vocab_size)

@@ -20,6 +20,7 @@ from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
 from loopos.models.adapters import merge_lora, save_lora
+from loopos.models.ensemble_recipe import LANGUAGE_ENSEMBLE
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.models.model_folder import FORMAT, described, kind_of, model_folder
 from loopos.storage.json_files import save_json
@@ -83,6 +84,8 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
             raise UserError(
                 f"{folder}: a {description['task']} model, which says no text; use loopos predict and loopos evaluate"
             )
+        if LANGUAGE_ENSEMBLE in description:
+            raise UserError(f"{folder}: an ensemble of language models; wanted a single one: name a member of it")
         place = str(folder)
     pretrained = load_pretrained(place, causal=True, trust_remote_code=trust_remote_code)
     return OpenedLanguageModel(pretrained.model, pretrained.tokenizer, description, pretrained.said)

@@ -51,11 +51,8 @@ class LanguageService:
     @property
     def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
         """Path → what answers it."""
-        return {
-            "/v1/chat/completions": self._chat,
-            "/v1/completions": self._complete,
-            "/v1/embeddings": self._embed,
-        }
+        answers = {"/v1/chat/completions": self._chat, "/v1/completions": self._complete}
+        return {**answers, "/v1/embeddings": self._embed} if self._engine.embeds else answers
 
     @property
     def is_ready(self) -> bool:
