@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loopos.cli import evaluate_language, evaluate_text
+from loopos.cli import evaluate_language, evaluate_tasks, evaluate_text
 from loopos.cli.answers import confusion_table, say, say_json, table
 from loopos.cli.columns import parse_columns
 from loopos.cli.evaluate_language import LanguageOptions
+from loopos.cli.evaluate_tasks import TaskOptions
 from loopos.cli.opened_models import is_task_model, refuse_reward_model
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.sampling_options import refuse
+from loopos.config.faults import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,16 @@ class EvaluateOptions:
     json: bool = False
     verbose: bool = False
     language: LanguageOptions = field(default_factory=LanguageOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
 
 
-def run(place: str, source: str, options: EvaluateOptions) -> int:
+def run(place: str, source: str | None, options: EvaluateOptions) -> int:
     """Measures and prints. Raises `UserError`."""
+    if options.tasks.names:
+        return _run_tasks(place, source, options)
+    refuse([f"{name}: of tasks; wanted --tasks too" for name in options.tasks.changed()])
+    if source is None:
+        raise UserError("given no data; wanted a data file, or --tasks with names of lm-eval's tasks")
     columns = parse_columns(options.columns)
     if not is_task_model(place):
         if options.language.reads_plain_text(source):
@@ -64,6 +72,28 @@ def run(place: str, source: str, options: EvaluateOptions) -> int:
     if "confusion" in metrics:
         say(confusion_table(metrics["class_names"], metrics["confusion"]))
     return 0
+
+
+def _run_tasks(place: str, source: str | None, options: EvaluateOptions) -> int:
+    """Tasks of lm-eval."""
+    language, mine = options.language, ("--limit", "--output", "--precision", "--seed")
+    idle = [name for name in language.changed() if name not in mine]
+    idle += ["--columns"] * bool(options.columns) + ["--skip-bad-rows"] * options.skip_bad_rows
+    faults = [f"{name}: for rows of data; a task of lm-eval says itself what is asked and how" for name in idle]
+    if source is not None:
+        faults.append(f"{source} and --tasks: wanted one of the two")
+    refuse(faults)
+    return evaluate_tasks.run(
+        place,
+        options.tasks,
+        limit=language.limit,
+        seed=language.sampling.seed,
+        output=language.output,
+        device=options.device,
+        precision=language.precision,
+        as_json=options.json,
+        verbose=options.verbose,
+    )
 
 
 def _run_on_text(place: str, source: str, options: EvaluateOptions) -> int:

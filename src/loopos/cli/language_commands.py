@@ -97,7 +97,7 @@ def chat(
 
 def evaluate(
     model: of.Model,
-    source: of.Data,
+    source: of.Data = None,
     metrics: of.Metrics = None,
     strategy: of.Strategy = "single",
     samples: of.Chains = 1,
@@ -115,6 +115,10 @@ def evaluate(
     limit: of.Limit = None,
     window: of.Window = None,
     stride: of.Stride = None,
+    tasks: of.Tasks = None,
+    task_folder: of.TaskFolder = None,
+    num_fewshot: of.NumFewshot = None,
+    chat: of.Chat = False,
     output: of.RecordsFile = None,
     columns: of.Columns = None,
     skip_bad_rows: of.SkipBadRows = False,
@@ -123,9 +127,10 @@ def evaluate(
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Measure a model on data: predictions, answers to problems, or the loss of text."""
+    """Measure a model on data or tasks: predictions, answers to problems, or the loss of text."""
     from loopos.cli import evaluate as command
     from loopos.cli.evaluate_language import LanguageOptions
+    from loopos.cli.evaluate_tasks import TaskOptions
     from loopos.cli.sampling_options import SamplingOptions, StepOptions
 
     language = LanguageOptions(
@@ -134,7 +139,8 @@ def evaluate(
         limits=StepOptions(max_steps, max_step_tokens, min_thinking_tokens, max_thinking_tokens),
         limit=limit, output=output, precision=precision, window=window, stride=stride,
     )  # fmt: skip
-    options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose, language)
+    of_tasks = TaskOptions(tuple(tasks or ()), task_folder, num_fewshot, chat)
+    options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose, language, of_tasks)
     raise typer.Exit(command.run(model, source, options))
 
 

@@ -99,7 +99,13 @@ Completions = Annotated[int, typer.Option("--samples", "-n", help="Completions o
 Chains = Annotated[int, typer.Option("--samples", "-n", help="Chains of each problem, which vote.")]
 NumBeams = Annotated[int | None, typer.Option("--num-beams", help="Width of a beam search over tokens.")]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the prompt is continued as it stands.")]
-Data = Annotated[str, typer.Argument(metavar="DATA", help="Data file.", show_default=False)]
+Data = Annotated[str | None, typer.Argument(metavar="DATA", help="Data file; none with --tasks.", show_default=False)]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-eval; may be repeated.")
+]
+TaskFolder = Annotated[Path | None, typer.Option("--task-folder", help="Tasks of your own, as lm-eval's .yaml files.")]
+NumFewshot = Annotated[int | None, typer.Option("--num-fewshot", help="Worked examples before a task's question.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Tasks are asked through the chat template.")]
 Metrics = Annotated[list[str] | None, typer.Option("--metric", help="accuracy, loss or perplexity; may be repeated.")]
 PassK = Annotated[list[int] | None, typer.Option("--pass-k", help="k of pass@k and majority@k; may be repeated.")]
 Checker = Annotated[

@@ -177,15 +177,18 @@ def in_order(rows: Rows[BatchT], *, tokens: int, rank: int = 0, world: int = 1) 
     """Batches for evaluation: neighbours in length share a batch of about `tokens` tokens; every row comes once
     over all ranks.
     """
-    lengths = rows.lengths
-    by_length = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    group: list[int] = []
-    number = 0
-    for row in by_length:
-        if group and sum(lengths[r] for r in group) + lengths[row] > tokens:
-            if number % world == rank:
-                yield rows(group)
-            group, number = [], number + 1
-        group.append(row)
-    if group and number % world == rank:
-        yield rows(group)
+    for number, pack in enumerate(in_packs(rows.lengths, tokens=tokens)):
+        if number % world == rank:
+            yield rows(pack)
+
+
+def in_packs(lengths: Sequence[int], *, tokens: int) -> Iterator[list[int]]:
+    """The places of rows of these lengths, neighbours in length in packs of at most `tokens` tokens, or of one row."""
+    pack: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
+        if pack and sum(lengths[r] for r in pack) + lengths[row] > tokens:
+            yield pack
+            pack = []
+        pack.append(row)
+    if pack:
+        yield pack

@@ -62,19 +62,18 @@ class TokenScores:
     def __call__(self, ids: Tensor, layout: PackedLayout, weights: Tensor | None = None) -> Tensor:
         """Weighted sum of −log p of the tokens of a row, nats; arguments as `LanguageModel.forward`."""
         targets, counted = trained_tokens(layout, weights)
-        found, _ = self.of(ids, layout, targets)
+        found, _ = self.of(ids, layout, targets - 1, ids[targets])
         return -(found if counted is None else found * counted).sum()
 
     @torch.no_grad()
-    def of(self, ids: Tensor, layout: PackedLayout, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """log p of the tokens at the positions `targets` `[M]`, none of them the first of its sequence, given those
-        before, in fp32; and whether each is the likeliest. ids `[T]`.
+    def of(self, ids: Tensor, layout: PackedLayout, places: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of the tokens `chosen` `[M]`, each after the position `places` `[M]` of a row of tokens `[T]`, in fp32;
+        and whether each is the likeliest.
         """
-        hidden = [member.backbone(ids, layout)[targets - 1] for member in self._members]
-        chosen = ids[targets]
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=ids.device)
-        likeliest = torch.empty(len(targets), dtype=torch.bool, device=ids.device)
-        for first in range(0, len(targets), CHUNK):
+        hidden = [member.backbone(ids, layout)[places] for member in self._members]
+        logprobs = torch.empty(len(chosen), dtype=torch.float32, device=ids.device)
+        likeliest = torch.empty(len(chosen), dtype=torch.bool, device=ids.device)
+        for first in range(0, len(chosen), CHUNK):
             rows = slice(first, first + CHUNK)
             every = [
                 member.shape(states[rows] @ member.output_embedding.t())

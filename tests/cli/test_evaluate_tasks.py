@@ -1,0 +1,42 @@
+"""`loopos evaluate --tasks` where lm-eval is not installed, and options that go with tasks alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+
+def test_without_the_extra_it_says_how_to_get_it(
+    language_run: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest)
+    )
+    result = invoke("evaluate", language_run, "--tasks", "arc_easy")
+    assert result.exit_code == 1
+    assert 'pip install "loopos[eval]"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "given no data; wanted a data file, or --tasks"),
+        (("--num-fewshot", 2), "--num-fewshot: of tasks; wanted --tasks too"),
+        (("--chat",), "--chat: of tasks"),
+        (("--tasks", "arc_easy", "--limit", 0), "--limit: given 0"),
+        (("--tasks", "arc_easy", "--num-fewshot", -1), "--num-fewshot: given -1"),
+        (("--tasks", "arc_easy", "--task-folder", "nowhere"), "nowhere is no folder"),
+        (("--tasks", "arc_easy", "--metric", "loss"), "--metric: for rows of data"),
+        (("rows.jsonl", "--tasks", "arc_easy"), "rows.jsonl and --tasks: wanted one of the two"),
+    ],
+)
+def test_contradictions(language_run: Path, words: tuple[Any, ...], said: str, invoke: Invoke) -> None:
+    result = invoke("evaluate", language_run, *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
