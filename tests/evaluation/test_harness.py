@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import SENTENCES
 
-pytest.importorskip("lm_eval", reason="needs the extra eval, which make test does not install: 33 packages of 118 MB")
+pytest.importorskip("lm_eval", reason="needs the extra eval, which make test does not install: 32 packages of 150 MB")
 pytest.importorskip("accelerate", reason="lm-eval's own model of transformers needs it")
 # lm-eval and what it imports warn of their own futures.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -30,6 +30,7 @@ EXTRAS = {
     "demo": ("gguf",),
     "track": ("tensorboard",),
     "serve": ("starlette", "uvicorn"),
+    "eval": ("lm_eval",),
     "bench": ("accelerate", "trl"),
 }
 

@@ -107,7 +107,9 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
             places = [at for place, end in zip(pack, ends, strict=True) for at in range(end - counts[place], end)]
             logprobs, likeliest = self.scores.of(ids, layout, torch.tensor(places, device=device), chosen)
             split = [counts[place] for place in pack]
-            for place, each, greedy in zip(pack, logprobs.split(split), likeliest.split(split), strict=True):
+            for place, each, greedy in zip(
+                pack, torch.split(logprobs, split), torch.split(likeliest, split), strict=True
+            ):
                 found[place] = (float(each.sum()), bool(greedy.all()))
             done += len(pack)
             self.note(f"log-likelihoods {done:,}/{len(rows):,}")

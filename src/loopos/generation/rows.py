@@ -31,7 +31,8 @@ FEW_ROWS = 2
 class Rows(Protocol):
     """What the engine asks of rows. `fed[i]`: the tokens that row i holds."""
 
-    fed: list[list[int]]
+    @property
+    def fed(self) -> list[list[int]]: ...
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Appends tokens (at least one each) to these rows; logits after each row's last, `[N, V]`."""

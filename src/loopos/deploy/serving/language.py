@@ -51,6 +51,7 @@ class LanguageService:
     @property
     def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
         """Path → what answers it."""
+        answers: dict[str, Callable[[Request, bytes, float], Any]]
         answers = {"/v1/chat/completions": self._chat, "/v1/completions": self._complete}
         return {**answers, "/v1/embeddings": self._embed} if self._engine.embeds else answers
 
