@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deploy.conftest import served
 
 from loopos.deploy.serving.language import LanguageService
 from loopos.deploy.serving.limits import ServingLimits
 from loopos.deploy.serving.metrics import ServingMetrics
 from loopos.evaluation.reasoning import Reasoner
 from tests.cli.conftest import Invoke, write_jsonl
+from tests.deploy.serving.conftest import served
 
 TEXT = "the parcel came late and the box was open. good value, works as described"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -89,7 +90,9 @@ def test_a_reward_model_judges_and_what_is_left_out_is_counted(
                  "preference_data": str(write_jsonl(tmp_path / "comparisons.jsonl", rows)), "validation_share": 0.25},
     }  # fmt: skip
     (tmp_path / "reward.json").write_text(json.dumps(config), encoding="utf-8")
-    trained = invoke("train", tmp_path / "reward.json", "--quiet")
+    # Drawing takes longer than a pico run.
+    with patch("loopos.methods.reward_model.write_report"):
+        trained = invoke("train", tmp_path / "reward.json", "--quiet")
     assert trained.exit_code == 0, trained.stderr
     # Once again, over the reward model's length, over the models' positions.
     asked = [*ASKED, ASKED[0], {"prompt": "my card " * 30}, {"prompt": "my card " * 300}]
