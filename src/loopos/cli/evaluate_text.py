@@ -47,7 +47,7 @@ def run(
         opened = open_language_model(place)
     except UserError as error:
         raise in_our_words(error) from error
-    chosen = opened.description.get("precision", "fp32") if precision == "auto" else precision
+    chosen = opened.precision if precision == "auto" else precision
     cast_parameters(opened.model, NUMBER_FORMATS[chosen])
     model = opened.model.to(torch.device(pick_device(device).type))  # type: ignore[arg-type]
     began = said = time.monotonic()

@@ -75,11 +75,11 @@ class Reasoner:
         trust_remote_code: bool = False,
     ) -> Reasoner:
         """place: the output folder of a run, or whatever `data.pretrained_weights` may name. precision: fp32, bf16 or
-        fp16; that of the training when absent, fp32 for other models. step_format: that of the training when absent,
-        "think" for other models. Raises `UserError`.
+        fp16; that of the training when absent, bf16 for quantized models and fp32 for others. step_format: that of the
+        training when absent, "think" for other models. Raises `UserError`.
         """
         opened = open_language_model(place, trust_remote_code=trust_remote_code)
-        chosen = precision or opened.description.get("precision", "fp32")
+        chosen = precision or opened.precision
         if chosen not in NUMBER_FORMATS:
             raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
         cast_parameters(opened.model, NUMBER_FORMATS[chosen])
