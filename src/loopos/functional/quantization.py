@@ -30,15 +30,16 @@ class Grid:
 
     def codes(self, weight: Tensor) -> Tensor:
         """The nearest codes of W, `[O, I]` int8."""
-        groups = weight.unflatten(1, (self.scale.shape[1], -1))
+        groups = weight.reshape(len(weight), self.scale.shape[1], -1)
         moved = groups if self.zero is None else groups - self.zero[..., None]
         codes = torch.round(moved / self.scale[..., None]).clamp_(SMALLEST[self.bits], LARGEST[self.bits])
         return codes.to(torch.int8).flatten(1)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes `[O, I]` stand for, in the grid's format."""
-        groups = codes.unflatten(1, (self.scale.shape[1], -1)).to(self.scale.dtype) * self.scale[..., None]
-        return (groups if self.zero is None else groups + self.zero[..., None]).flatten(1)
+        groups = codes.reshape(len(codes), self.scale.shape[1], -1).to(self.scale.dtype) * self.scale[..., None]
+        moved: Tensor = groups if self.zero is None else groups + self.zero[..., None]
+        return moved.flatten(1)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """W with each entry at its nearest number of the grid."""
@@ -51,7 +52,7 @@ def fitted_grid(weight: Tensor, bits: int, group: int) -> Grid:
     Eight bits: scale = max|w| / 127, symmetric; |w − ŵ| ≤ scale/2 (and what the rounded scale lets the largest lack).
     Four bits: scale = (max − min) / 15 and zero = min + 8·scale, with 0 always in reach. A group of zeros has scale 1.
     """
-    groups = weight.unflatten(1, (-1, group))
+    groups = weight.reshape(len(weight), -1, group)
     if bits == 8:
         scale = groups.abs().amax(2) / LARGEST[8]
         return Grid(8, _kept(torch.where(scale > 0, scale, 1.0)))

@@ -110,7 +110,7 @@ class QuantizedLinear(QuantizedWeight):
         product = self._product(rows)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
-        return product.unflatten(0, input.shape[:-1]) if input.dim() != 2 else product
+        return product.reshape(*input.shape[:-1], -1) if input.dim() != 2 else product
 
     def _product(self, rows: Tensor) -> Tensor:
         """a ∘ x `[R, K]` → W(a ∘ x) `[R, N]`."""
