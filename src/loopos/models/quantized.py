@@ -110,11 +110,11 @@ class QuantizedLinear(QuantizedWeight):
         product = self._product(rows)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
-        return product.reshape(*input.shape[:-1], -1) if input.dim() != 2 else product
+        return product.reshape(*input.shape[:-1], self.out_features) if input.dim() != 2 else product
 
     def _product(self, rows: Tensor) -> Tensor:
         """a ∘ x `[R, K]` → W(a ∘ x) `[R, N]`."""
-        if self.rounds_activations:
+        if self.rounds_activations and self._multiplies_whole_numbers(rows):
             return self._whole_numbers(rows)
         # Like the codes: the kernels end the process over activations at an odd address.
         if rows.device.type == "cpu" and (not rows.is_contiguous() or rows.data_ptr() % 64):
@@ -144,6 +144,10 @@ class QuantizedLinear(QuantizedWeight):
             self._grid = torch.stack([self._weight_scale, self._weight_zero_point], -1).to(GRID_FORMAT)
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._packed, self.group, self._grid)
         return product
+
+    def _multiplies_whole_numbers(self, rows: Tensor) -> bool:
+        # CUDA's product takes sizes that eight divides.
+        return rows.device.type != "cuda" or all(size % 8 == 0 for size in self.shape)
 
     def _whole_numbers(self, rows: Tensor) -> Tensor:
         codes, scale = rounded_rows(rows)

@@ -101,9 +101,12 @@ def from_quantized(given: str, folder: Path, config: PreTrainedConfig, *, causal
     output, entry = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
     tied = config.get_text_config().tie_word_embeddings
     if tied and isinstance(output, nn.Linear) and isinstance(entry, QuantizedEmbedding):
-        model.set_output_embeddings(entry.as_output())
+        model.set_output_embeddings(entry.as_output())  # type: ignore[no-untyped-call]
     fill(given, model, tensors)
-    return model.eval()
+    if tied and isinstance(entry, nn.Embedding):
+        model.tie_weights()
+    model.train(False)
+    return model
 
 
 def _codes_in(given: str, header: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

@@ -148,10 +148,10 @@ class Quantizer:
         parameters, bytes_before = sizes_of(before, PRECISION)
         kinds = kinds_of(after.model)
         # Last: perplexity leaves the packed attention in the models.
-        metrics = [
+        was, became = (
             metrics_of(opened, place, recipe, note=self.say, precision=PRECISION)
             for opened, place in ((before, recipe.model), (after, str(partial)))
-        ]
+        )
         if recipe.evaluate is None:
             kind = "labelled rows" if has_head(recipe.model) else "text"
             notes.append(f"nothing was measured but size and speed: name {kind} with evaluate")
@@ -161,7 +161,17 @@ class Quantizer:
             notes.append("bytes are those of the headless model; its head stays in fp32")
         size = (partial / WEIGHTS).stat().st_size
         return QuantizationResult(
-            folder, recipe, parameters, bytes_before, size, kinds, *metrics, rates=rates, said=said, notes=notes
+            folder=folder,
+            recipe=recipe,
+            parameters=parameters,
+            bytes_before=bytes_before,
+            bytes_after=size,
+            kinds=kinds,
+            before=was,
+            after=became,
+            rates=rates,
+            said=said,
+            notes=notes,
         )
 
     def _opened(self, place: str, *, quantized: bool) -> OpenedModel:

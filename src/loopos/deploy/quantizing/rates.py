@@ -48,10 +48,12 @@ def compared_rates(
     before: PreTrainedModel, after: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, writes: bool
 ) -> list[Rate]:
     """Reading a row of 256 tokens and, where the model writes, writing 32 tokens of 1 text and of 16."""
-    rates = [_compared("reading", *(reading_work(model) for model in (before, after)), before.device)]
+    rates = [_compared("reading", reading_work(before), reading_work(after), before.device)]
     for rows in ROWS if writes else ():
-        works = [writing_work(model, tokenizer, rows) for model in (before, after)]
-        rates.append(_compared("writing, 1 text" if rows == 1 else f"writing, {rows} texts", *works, before.device))
+        first, second = (writing_work(model, tokenizer, rows) for model in (before, after))
+        rates.append(
+            _compared("writing, 1 text" if rows == 1 else f"writing, {rows} texts", first, second, before.device)
+        )
     return rates
 
 

@@ -192,7 +192,8 @@ def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | No
     for module in wanted:
         if module is output and tied:
             continue
-        weight: Tensor = module.weight.data.float()  # type: ignore[union-attr]
+        assert isinstance(module, nn.Linear | nn.Embedding), type(module)
+        weight = module.weight.data.float()
         grid = fitted_grid(weight, 8, weight.shape[1])
         if module is entry:
             codes, scale, _ = kept_form(grid.codes(weight), grid)
@@ -200,7 +201,7 @@ def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | No
             _exchange(model, names[id(entry)], table)
             said.append("embedding in eight bits" + (", shared with the output layer" if tied else ""))
             if tied:
-                model.set_output_embeddings(table.as_output())
+                model.set_output_embeddings(table.as_output())  # type: ignore[no-untyped-call]
         else:
             assert isinstance(module, nn.Linear)
             rounded = _Rounded(grid.codes(weight), grid, None, weight)
