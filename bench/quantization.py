@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from loopos.config.quantization import QuantizationRecipe
-    from loopos.deploy.quantizing.quantize import Quantizer
+    from loopos.deploy.quantize import Quantizer
 
     with tempfile.TemporaryDirectory() as place:
         calibration, held_out = texts(Path(place), options.evaluated)

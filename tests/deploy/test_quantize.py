@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import loopos
 from loopos.config.faults import ConfigError, UserError
 from loopos.config.quantization import QuantizationRecipe, read_recipe
-from loopos.deploy.opened import open_model
-from loopos.deploy.quantizing.quantize import QuantizationResult, Quantizer
+from loopos.deploy.quantize import QuantizationResult, Quantizer
 from loopos.deploy.quantizing.rates import Rate
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.road import probed
 from loopos.generation.settings import SamplingSettings
 from loopos.models.load import load_pretrained
+from loopos.models.opened_model import open_model
 from loopos.models.quantized import quantized_layers
 from tests.conftest import SENTENCES
 

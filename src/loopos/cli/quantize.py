@@ -7,7 +7,6 @@ report, and the figures on standard output. Left out: the quantization (`deploy.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -23,9 +22,10 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
 from loopos.config.quantization import read_recipe
+from loopos.deploy.shipped_folder import refuse_taken
 
 if TYPE_CHECKING:
-    from loopos.deploy.quantizing.quantize import QuantizationResult
+    from loopos.deploy.quantize import QuantizationResult
 
 _RECIPES = (".json", ".yaml", ".yml")
 
@@ -51,13 +51,11 @@ def run(given: str, options: QuantizeOptions) -> int:
         values["columns"] = parse_columns(options.columns)
     words = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
     recipe = read_recipe(given if is_recipe else None, words)
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise UserError(f"--output: given {options.output}, which is there already; wanted a new folder")
+    refuse_taken(options.output)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.cli.bar import Bar
-    from loopos.config.durable import DiskFull
-    from loopos.deploy.quantizing.quantize import Quantizer
+    from loopos.deploy.quantize import Quantizer
     from loopos.training.precision import pick_device
 
     try:
@@ -66,10 +64,6 @@ def run(given: str, options: QuantizeOptions) -> int:
             result = quantizer.quantize(options.output)
     except UserError as error:
         raise in_our_words(error) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFull(f"{options.output}: the disk is full; nothing of the quantized model was left there") from error
     if options.json:
         say_json(_told(result))
     else:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.deploy.prune_report import recipe_table, value_shown
+from loopos.deploy.pruning.report import recipe_table, value_shown
+from loopos.deploy.shipped_folder import REPORT
 from loopos.evaluation.markdown import cell, table
 
 if TYPE_CHECKING:
-    from loopos.deploy.quantizing.quantize import QuantizationResult
+    from loopos.deploy.quantize import QuantizationResult
 
 _SPEED = (
     "speed: both models in bf16, in turn (A B A B), on this machine as busy as it was; each figure is the median of 5 "
@@ -38,7 +39,7 @@ def write_report(folder: Path, result: QuantizationResult) -> None:
         "## Recipe",
         recipe_table(recipe),
     ]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _summary(result: QuantizationResult) -> str:

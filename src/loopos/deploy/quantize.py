@@ -3,8 +3,8 @@
     open → quantize → write beside → open again, compare and measure → report → rename
 
 Enters: a `QuantizationRecipe` and a folder that is not there yet. Leaves: the folder, whole or not at all: the model,
-which every command of LoopOS opens, `recipe.json`, `report.md`. Left out: the weights (`weights.py`), the report's
-words (`report.py`).
+which every command of LoopOS opens, `recipe.json`, `report.md`. Left out: the weights (`quantizing/model.py`), the
+report's words (`quantizing/report.py`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
+from loopos.config.paths import RECIPE
 from loopos.config.quantization import QuantizationRecipe
 from loopos.data.calibration import read_calibration
-from loopos.deploy.measures import Metrics, metrics_of, sizes_of
-from loopos.deploy.opened import OpenedModel, has_head, open_model, probe
+from loopos.deploy.quality import metrics_of, probe, sizes_of
+from loopos.deploy.quantizing.model import Kind, kinds_of, quantize_model
 from loopos.deploy.quantizing.rates import Rate, compared_rates
 from loopos.deploy.quantizing.report import write_report
-from loopos.deploy.quantizing.weights import Kind, kinds_of, quantize_model
-from loopos.models.load import NUMBER_FORMATS, cast_parameters, save_json
-from loopos.models.model_folder import whole_folder
+from loopos.deploy.shipped_folder import refuse_taken, shipped_folder
+from loopos.models.load import NUMBER_FORMATS, cast_parameters
+from loopos.models.opened_model import OpenedModel, has_head, open_model
 from loopos.models.quantized import exact_activations
+from loopos.storage.json_files import save_json
+from loopos.storage.tensor_files import WEIGHTS
 
-RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
 # What the weights that are no codes are kept in, what both models run in, and what the model before is measured in.
 PRECISION = "bf16"
 _TOLERANCE = 1e-3
@@ -48,8 +50,8 @@ class QuantizationResult:
     bytes_before: int
     bytes_after: int
     kinds: list[Kind]
-    before: Metrics
-    after: Metrics
+    before: dict[str, float]
+    after: dict[str, float]
     rates: list[Rate]
     said: list[str]
     notes: list[str]
@@ -84,18 +86,21 @@ class Quantizer:
         left under the output's name then.
         """
         folder = Path(output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--output: given {folder}, which is there already; wanted a new folder")
-        with whole_folder(folder) as partial:
-            said, notes = self._write(partial)
+        refuse_taken(folder)
+        opened = open_model(self.recipe.model)
+        needed = sizes_of(opened, PRECISION)[1] * self.recipe.bits // 16
+        with shipped_folder(folder, needed, "the quantized model") as partial:
+            said, notes = self._write(partial, opened)
+            del opened
+            gc.collect()
             result = self._measured(folder, partial, said, notes)
             save_json(partial / RECIPE, self.recipe.model_dump(mode="json"))
             write_report(partial, result)
         return result
 
-    def _write(self, partial: Path) -> tuple[list[str], list[str]]:
+    def _write(self, partial: Path, opened: OpenedModel) -> tuple[list[str], list[str]]:
         """Writes the quantized model, and opens it again; what was done, and what must be known of it."""
-        opened, notes = open_model(self.recipe.model), []
+        notes: list[str] = []
         rows = None
         if self.recipe.needs_calibration:
             rows, read = self._rows(opened)
@@ -110,8 +115,6 @@ class Quantizer:
         opened = replace(opened, precision=PRECISION, description=description)
         opened.save(partial)
         expected = _outputs(opened)
-        del opened
-        gc.collect()
         again = open_model(str(partial), quantized=True)
         cast_parameters(again.model, NUMBER_FORMATS[PRECISION])
         difference = float((_outputs(again) - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

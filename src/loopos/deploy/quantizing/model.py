@@ -2,7 +2,7 @@
 
 Enters: a model of transformers in fp32, a recipe and, where it asks for calibration, rows of text. Leaves: the same
 model, with layers that hold codes where plain ones stood, and what was done in words. Left out: files and reports
-(`quantize.py`), the rounding itself (`functional.gptq`, `functional.awq`).
+(`deploy.quantize`), the rounding itself (`functional.gptq`, `functional.awq`).
 Letters: N rows of L tokens, O outputs and I inputs of a layer.
 """
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loopos.config.faults import UserError
 from loopos.config.quantization import QuantizationRecipe
-from loopos.deploy.pruning import stack_of
+from loopos.deploy.pruning.model import stack_of
 from loopos.functional.awq import awq_factors
 from loopos.functional.gptq import gptq
 from loopos.functional.quantization import GRID_FORMAT, Grid, fitted_grid
