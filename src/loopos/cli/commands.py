@@ -178,6 +178,7 @@ app.command()(language_commands.generate)
 app.command()(language_commands.chat)
 app.command()(language_commands.serve)
 app.command()(deploy_commands.prune)
+app.command()(deploy_commands.quantize)
 app.command()(export_commands.export)
 app.command()(export_commands.ensemble)
 

@@ -68,3 +68,60 @@ def prune(
     }  # fmt: skip
     options = command.PruneOptions(output, recipe, tuple(columns or ()), sparsity, json, verbose)
     raise typer.Exit(command.run(model, options))
+
+
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RECIPE",
+            help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")],
+    method: Annotated[
+        str | None, typer.Option("--method", help="int8; int8-dynamic, activations too; or int4, in groups.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="int4: inputs that share a scale: 32, 64, 128 or 256.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="How weights are rounded: none, gptq or awq.")
+    ] = None,
+    calibration_text: Annotated[
+        str | None, typer.Option("--calibration-text", metavar="FILE", help="Text or rows that gptq and awq read.")
+    ] = None,
+    calibration_rows: Annotated[
+        int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", help="Length of such a row (tokens); 512 when absent.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="PATTERN", help="Layers that stay as they are, as *.down_proj; repeatable."),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
+    ] = None,
+    window: of.Window = None,
+    stride: of.Stride = None,
+    columns: of.Columns = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Fixes the draw of calibration rows; 0 when absent.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")] = None,
+    json: of.Json = False,
+    verbose: of.Verbose = False,
+) -> None:
+    """Quantize a model: weights as codes of eight or four bits, smaller on disk and in memory."""
+    from loopos.cli import quantize as command
+
+    recipe = {
+        "method": method, "group_size": group_size, "calibration": calibration, "calibration_text": calibration_text,
+        "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens, "keep": keep or None,
+        "evaluate": evaluate, "window": window, "stride": stride, "seed": seed, "device": device,
+    }  # fmt: skip
+    raise typer.Exit(command.run(model, command.QuantizeOptions(output, recipe, tuple(columns or ()), json, verbose)))

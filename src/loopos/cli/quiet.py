@@ -6,6 +6,7 @@ at import, and the same said to those that are imported already; what the user h
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -15,6 +16,8 @@ SILENCE = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# torchao, where it is installed, is imported with transformers, and tells of every kernel of another machine.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 def hush_libraries(*, verbose: bool) -> None:
@@ -23,11 +26,13 @@ def hush_libraries(*, verbose: bool) -> None:
         return
     for name, value in SILENCE.items():
         os.environ.setdefault(name, value)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in sys.modules:
-        from transformers.utils import logging
+        from transformers.utils import logging as of_transformers
 
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        of_transformers.set_verbosity_error()  # type: ignore[no-untyped-call]
+        of_transformers.disable_progress_bar()  # type: ignore[no-untyped-call]
     if "datasets" in sys.modules:
         import datasets
 

@@ -6,31 +6,25 @@ what only the weights can tell (which layers there are, whether a family can be 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from loopos.config.faults import ConfigError, Fault, Finding
-from loopos.config.keys import Count, Section, Text
-from loopos.config.nodes import MappingNode, Mark, find, plain, value_mark
-from loopos.config.paths import check_rows, check_weights, looks_like_path
-from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
-from loopos.config.wording import faults_of
+from loopos.config.faults import Finding
+from loopos.config.keys import Text
+from loopos.config.recipe import Recipe, check_text, read
 
 Method: TypeAlias = Literal["magnitude", "wanda", "sparsegpt", "heads", "channels", "layers"]
 UNSTRUCTURED = ("magnitude", "wanda", "sparsegpt")
 Sparsity: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 _PATTERN = re.compile(r"([1-9][0-9]{0,2}):([1-9][0-9]{0,2})")
-_EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
 
 
-class PruningRecipe(Section):
+class PruningRecipe(Recipe):
     """Everything that a pruning is told."""
 
-    model: Text = Field(description="run folder, model folder, weights file or hub id of the model")
     method: Method = Field(description="what says which weights, heads, channels or layers go")
     sparsity: Sparsity | Annotated[list[Sparsity], Field(min_length=1)] | None = Field(
         default=None,
@@ -45,23 +39,6 @@ class PruningRecipe(Section):
     calibration: Text | None = Field(
         default=None, description="file of text or rows that the model reads to see which weights matter"
     )
-    calibration_rows: Count = Field(default=128, description="rows of calibration text, drawn by the seed")
-    calibration_tokens: Annotated[int, Field(ge=2)] = Field(
-        default=512, description="length of a calibration row (tokens); at most the model's positions"
-    )
-    columns: dict[str, Text] = Field(default={}, description="column of each role of the calibration rows")
-    evaluate: Text | None = Field(
-        default=None,
-        description="file that says what it cost: text for perplexity, labelled rows for a model with a head",
-    )
-    window: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="perplexity: tokens that the model sees at a time; 1024 when absent"
-    )
-    stride: Count | None = Field(
-        default=None, description="perplexity: tokens between two windows; half a window when absent"
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="start of the draw of calibration rows")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
@@ -98,13 +75,8 @@ class PruningRecipe(Section):
             yield Finding(
                 ("calibration", "method"), f"nothing with method {self.method}", "a file of text or rows", hint
             )
-        if self.window is not None and self.stride is not None and self.stride >= self.window:
-            yield Finding(("stride", "window"), str(self.stride), f"a stride below the window ({self.window})")
-        yield from check_weights("model", self.model)
-        for field in ("calibration", "evaluate"):
-            value = getattr(self, field)
-            if value is not None and not (looks_like_path(value, (".md", ".text")) and os.path.isfile(value)):
-                yield from check_rows(field, value, _EXAMPLE_ROW)
+        yield from check_text("calibration", self.calibration)
+        yield from super().check()
 
     def _check_shares(self) -> Iterator[Finding]:
         if self.pattern is None:
@@ -125,20 +97,4 @@ def read_recipe(path: str | None, overrides: Sequence[str]) -> PruningRecipe:
     """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
     fault.
     """
-    mark = Mark(COMMAND_LINE)
-    root = read_source(path).root if path is not None else MappingNode({}, {}, mark)
-    root = apply_overrides(root, overrides)
-    try:
-        recipe = PruningRecipe.model_validate(plain(root))
-    except ValidationError as error:
-        described = faults_of(error, root, PruningRecipe.model_json_schema(), {})
-        raise ConfigError([fault for _, fault in described]) from error
-    if faults := [_placed(finding, root) for finding in recipe.check()]:
-        raise ConfigError(faults)
-    return recipe
-
-
-def _placed(finding: Finding, root: MappingNode) -> Fault:
-    written = next((field for field in finding.fields if find(root, (field,)) is not None), finding.fields[0])
-    place = value_mark(root, (written,))
-    return Fault(place.source, place.line, place.column, finding.fields[0], finding.given, finding.wanted, finding.hint)
+    return read(PruningRecipe, path, overrides)

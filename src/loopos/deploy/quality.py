@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loopos.config.faults import UserError
-from loopos.config.pruning import PruningRecipe
+from loopos.config.recipe import Recipe
 from loopos.data import rows
 from loopos.data.batches import PackedRows, in_order
 from loopos.data.corpus import read_corpus
@@ -36,6 +36,7 @@ from loopos.models.language_ensemble import next_token_loss
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
 from loopos.models.model_folder import described, kind_of
 from loopos.models.opened_model import OpenedModel, open_model
+from loopos.models.quantized import num_weights
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
 # The metric that speaks for a model where none is named: the first of these that it has.
@@ -60,31 +61,47 @@ class Measured:
     said: torch.Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)
 
 
-def measure(place: str, recipe: PruningRecipe, *, device: str, note: Callable[[str], None]) -> Measured:
+def measure(place: str, recipe: Recipe, *, device: str, note: Callable[[str], None]) -> Measured:
     """Size and speed of a model, and its metrics on what the recipe's `evaluate` names: labelled rows, comparisons, or
     of a language model running text, read in windows. Raises `UserError` for data that does not fit the model.
     """
     opened = open_model(place)
     said = probe(opened.model)
-    parameters = sum(parameter.numel() for parameter in opened.model.parameters())
-    if opened.pooled is not None:
-        parameters += opened.pooled.head.weight.numel()
-    size = NUMBER_FORMATS[opened.precision].itemsize
+    parameters, weight_bytes = sizes_of(opened, opened.precision)
     # As every command of LoopOS runs the model when nothing else is asked for.
     cast_parameters(opened.model, NUMBER_FORMATS[opened.precision if opened.description else "fp32"])
     model = opened.model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     reading = reading_rate(model)
     writing = writing_rate(model, opened.tokenizer) if opened.pooled is None else None
-    metrics: Mapping[str, Any] = {}
     # Last: perplexity leaves the packed attention in the model.
-    if recipe.evaluate is not None:
-        note(f"measuring {place} on {recipe.evaluate}")
-        if opened.pooled is None:
-            metrics = _text_metrics(opened, recipe.evaluate, recipe)
-        else:
-            metrics = _task_metrics(place, recipe.evaluate, device)
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    return Measured(parameters, parameters * size, opened.precision, reading, writing, numbers, said)
+    metrics = metrics_of(opened, place, recipe, note=note)
+    return Measured(parameters, weight_bytes, opened.precision, reading, writing, metrics, said)
+
+
+def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
+    """Parameters, and the bytes of what they are kept as: codes as codes, everything else in the format `precision`."""
+    head = 0 if opened.pooled is None else opened.pooled.head.weight.numel()
+    parameters = list(opened.model.parameters())
+    codes = sum(each.numel() for each in parameters if not each.is_floating_point())
+    others = sum(each.numel() for each in parameters if each.is_floating_point()) + head
+    return num_weights(opened.model) + head, codes + others * NUMBER_FORMATS[precision].itemsize
+
+
+def metrics_of(
+    opened: OpenedModel, place: str, recipe: Recipe, *, note: Callable[[str], None], precision: str | None = None
+) -> dict[str, float]:
+    """What the model at a place can do, on the data that the recipe names; empty without any. precision: of a model
+    with a head, which is opened once more; its own when absent.
+    """
+    if recipe.evaluate is None:
+        return {}
+    note(f"measuring {place} on {recipe.evaluate}")
+    found: Mapping[str, Any]
+    if opened.pooled is None:
+        found = _text_metrics(opened, recipe.evaluate, recipe)
+    else:
+        found = _task_metrics(place, recipe.evaluate, opened.model.device.type, precision)
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def row_metrics(place: str, data: str, *, device: str = "cpu") -> dict[str, float]:
@@ -123,16 +140,16 @@ def text_of(source: str) -> str:
     return "\n\n".join(read_corpus(source, {}).documents)
 
 
-def _text_metrics(opened: OpenedModel, source: str, recipe: PruningRecipe) -> dict[str, float]:
+def _text_metrics(opened: OpenedModel, source: str, recipe: Recipe) -> dict[str, float]:
     found = text_loss(opened.model, opened.tokenizer, text_of(source), window=recipe.window, stride=recipe.stride)
     return {name: value for name, value in found.told().items() if name not in ("window", "stride")}
 
 
-def _task_metrics(place: str, source: str, device: str) -> Mapping[str, Any]:
+def _task_metrics(place: str, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:
     """All that is told of a model with a head, names and tables too."""
     if kind_of(described(place)) == "reward":
         return RewardPredictor.open(place, device=device).score_file(source, {}).metrics
-    return Predictor.open(place, device=device).evaluate_file(source)
+    return Predictor.open(place, device=device, precision=precision).evaluate_file(source)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How fast a model reads and writes here and now.
 
 Enters: a model on its device. Leaves: tokens a second. Medians of several goes, after one that warms up. Left out:
-comparing two models: each is measured by itself, so that memory holds one.
+comparing two models (`quantizing.rates`).
 Letters: L tokens of a row.
 """
 
@@ -24,34 +24,49 @@ READ, PROMPTS, PROMPT, WRITTEN = 256, 4, 16, 32
 @torch.no_grad()
 def reading_rate(model: PreTrainedModel) -> float:
     """Tokens a second of a forward pass over a row of 256 tokens, or of the model's positions where they are fewer."""
-    base = getattr(model, model.base_model_prefix, model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or READ
-    row = _tokens(model, min(READ, positions))[None]
-    return row.numel() / _median(lambda: base(input_ids=row), model.device)
+    tokens, work = reading_work(model)
+    return tokens / _median(work, model.device)
 
 
 def writing_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
     """New tokens a second of 4 greedy completions of 32 tokens side by side, their prompts of 16 tokens included."""
-    engine = Engine(model, tokenizer, max_rows=PROMPTS)
+    tokens, work = writing_work(model, tokenizer, PROMPTS)
+    return tokens / _median(work, model.device)
+
+
+def reading_work(model: PreTrainedModel) -> tuple[int, Callable[[], object]]:
+    """How many tokens are read, and what reads them."""
+    base = getattr(model, model.base_model_prefix, model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or READ
+    row = _tokens(model, min(READ, positions))[None]
+    return row.numel(), lambda: base(input_ids=row)
+
+
+def writing_work(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> tuple[int, Callable[[], object]]:
+    """How many tokens are written, and what writes them: greedy completions side by side."""
+    engine = Engine(model, tokenizer, max_rows=rows)
     room = engine.max_positions or PROMPT + WRITTEN
     new = max(1, min(WRITTEN, room - PROMPT))
-    ids = _tokens(model, PROMPTS * PROMPT).tolist()
+    ids = _tokens(model, rows * PROMPT).tolist()
     prompts = [ids[first : first + PROMPT] for first in range(0, len(ids), PROMPT)]
     settings = SamplingSettings(max_new_tokens=new, stop_at_end=False)
-    seconds = _median(lambda: engine.generate(prompts, settings, logprobs=False), model.device)
-    return PROMPTS * new / seconds
+    return rows * new, lambda: engine.generate(prompts, settings, logprobs=False)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one go takes."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def _median(work: Callable[[], object], device: torch.device) -> float:
     """Median seconds."""
-    seconds = []
-    for _ in range(GOES + 1):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    return statistics.median([seconds_of(work, device) for _ in range(GOES + 1)][1:])
 
 
 def _tokens(model: PreTrainedModel, number: int) -> torch.Tensor:

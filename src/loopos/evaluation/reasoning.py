@@ -81,8 +81,8 @@ class Reasoner:
         trust_remote_code: bool = False,
     ) -> Reasoner:
         """place: the output folder of a run, whatever `data.pretrained_weights` may name, or the folder of an ensemble.
-        precision: fp32, bf16 or fp16; that of the training when absent, fp32 for other models. step_format: that of the
-        training when absent, "think" for other models. Raises `UserError`.
+        precision: fp32, bf16 or fp16; that of the training when absent, bf16 for quantized models and fp32 for others.
+        step_format: that of the training when absent, "think" for other models. Raises `UserError`.
         """
         recipe = read_ensemble(place)
         places = recipe.members if recipe is not None and recipe.votes else (place,)

@@ -20,6 +20,7 @@ from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.kernel_layout import kernel_layout
 from loopos.generation.rows import FEW_ROWS, PLAIN, CachedRows, serving
 from loopos.models.attention import PackedUnsupported
+from loopos.models.quantized import exact_activations
 
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Frequencies that change with the longest row of the batch: a row's text would depend on its neighbours.
@@ -48,6 +49,11 @@ def probed(model: PreTrainedModel) -> Road:
     """Runs some sequences on these weights: the cached road is taken where it gives the logits of each run alone, and
     the kernel's layout where it does so too.
     """
+    with exact_activations(model):
+        return _probed(model)
+
+
+def _probed(model: PreTrainedModel) -> Road:
     unserved = _unserved(model.config.get_text_config())
     if unserved:
         return Road(unserved)

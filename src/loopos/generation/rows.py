@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from loopos.functional.packing import PackedLayout
 from loopos.functional.reduce import segment_reduce
 from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
+from loopos.models.quantized import QuantizedLinear
 
 # transformers' own attention that every model has.
 PLAIN = "eager"
@@ -87,9 +88,10 @@ def serving(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 def _streams_weights(model: PreTrainedModel) -> bool:
     """Whether products of few rows should pass by oneDNN, which reorders a whole bf16 weight for each (measured, 1.8 MB
-    and one row: 0.19 ms; torch's own vector product 0.08 ms). GPT-2's transposed weights would be slower by far.
+    and one row: 0.19 ms; torch's own vector product 0.08 ms). GPT-2's transposed weights would be slower by far, and so
+    would products of whole numbers.
     """
-    plain = not any(isinstance(module, Conv1D) for module in model.modules())
+    plain = not any(isinstance(module, Conv1D | QuantizedLinear) for module in model.modules())
     return plain and model.device.type == "cpu" and model.dtype is torch.bfloat16
 
 

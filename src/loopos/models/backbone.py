@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from loopos.functional.packing import PackedLayout
 from loopos.models.attention import IMPLEMENTATION, PackedUnsupported
 from loopos.models.embedding import use_summed_embedding
+from loopos.models.quantized import exact_activations
 
 # Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -44,7 +45,8 @@ class Backbone(nn.Module):
         if attention == "padded":
             self.reason = 'model.attention is "padded"'
             return
-        self.reason = _why_not_packed(model)
+        with exact_activations(model):
+            self.reason = _why_not_packed(model)
         if not self.reason:
             self.path = "packed"
         elif attention == "packed":

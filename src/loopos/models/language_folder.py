@@ -23,6 +23,8 @@ from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.ensemble_recipe import LANGUAGE_ENSEMBLE
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.models.model_folder import FORMAT, described, kind_of, model_folder
+from loopos.models.quantized import is_quantized
+from loopos.models.quantized_folder import save_weights
 from loopos.storage.json_files import save_json
 from loopos.storage.whole_folder import whole_folder
 
@@ -35,6 +37,13 @@ class OpenedLanguageModel:
     tokenizer: PreTrainedTokenizerBase
     description: Mapping[str, Any]
     said: str
+
+    @property
+    def precision(self) -> str:
+        """What the model runs in where nothing else is asked for: the format of its training, bf16 where its weights
+        are codes, fp32 for others.
+        """
+        return str(self.description.get("precision", "bf16" if is_quantized(self.model) else "fp32"))
 
 
 def save_language_model(
@@ -50,7 +59,7 @@ def save_language_model(
         causal.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         causal.generation_config.pad_token_id = tokenizer.pad_token_id
     with whole_folder(folder) as partial:
-        causal.save_pretrained(partial)
+        save_weights(partial, causal)
         tokenizer.save_pretrained(partial)
         save_json(partial / MODEL_DESCRIPTION, {**description, "format": FORMAT})
 
@@ -87,5 +96,5 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
         if LANGUAGE_ENSEMBLE in description:
             raise UserError(f"{folder}: an ensemble of language models; wanted a single one: name a member of it")
         place = str(folder)
-    pretrained = load_pretrained(place, causal=True, trust_remote_code=trust_remote_code)
+    pretrained = load_pretrained(place, causal=True, trust_remote_code=trust_remote_code, quantized=True)
     return OpenedLanguageModel(pretrained.model, pretrained.tokenizer, description, pretrained.said)

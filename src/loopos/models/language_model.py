@@ -16,6 +16,7 @@ from loopos.functional.language_loss import LogitShape, next_token_loss_sum
 from loopos.functional.packing import PackedLayout
 from loopos.functional.token_logprobs import token_logprobs
 from loopos.models.backbone import Backbone
+from loopos.models.quantized import exact_activations
 
 _PROBE_TOLERANCE = 2e-4
 
@@ -34,7 +35,8 @@ class LanguageModel(nn.Module):
         assert isinstance(base, PreTrainedModel)
         self.causal = causal
         self.shape = _logit_shape(causal.config.get_text_config())
-        _check(causal, base, self.shape)
+        with exact_activations(causal):
+            _check(causal, base, self.shape)
         # Kept out of the module tree: the backbone's parameters are those of `causal`, and are named once.
         self._backbone = (Backbone(base, attention=attention),)
 

@@ -19,6 +19,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedMo
 from loopos.config.faults import UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
+from loopos.models.quantized import num_weights
+from loopos.models.quantized_folder import from_quantized, holds_codes
 from loopos.models.sources import WeightsSource, folder_of, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
@@ -81,8 +83,10 @@ def load_pretrained(
     sizes: Sizes = Sizes(),
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    quantized: bool = False,
 ) -> Pretrained:
-    """Loads what `data.pretrained_weights` names: the headless model, or with `causal` the language model.
+    """Loads what `data.pretrained_weights` names: the headless model, or with `causal` the language model. quantized:
+    whether weights in codes will do, which cannot be trained.
 
     Raises `UserError` for a missing or broken source, a file that wants to run code, tensors that are missing or of
     other shapes than the config says, sizes that disagree with the weights, and encoder-decoder models.
@@ -100,10 +104,17 @@ def load_pretrained(
         model = new_model(config, causal=causal)
     elif source.kind in ("safetensors", "torch"):
         model = from_file(source, config, causal=causal)
+    elif (folder := folder_of(source)) is not None and holds_codes(config):
+        if not quantized:
+            raise UserError(
+                f"data.pretrained_weights: {given} is quantized: its weights are codes, which can be neither trained "
+                "nor changed; wanted the model that it was made from"
+            )
+        model = from_quantized(given, folder, config, causal=causal)
     else:
         place = str(folder_of(source) or given)
         model = from_folder(place, config, causal=causal, trust_remote_code=trust_remote_code)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = num_weights(model)
     said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
     return Pretrained(model, opened, said, fingerprint(model))
 
@@ -197,7 +208,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def cast_parameters(model: nn.Module, number_format: torch.dtype) -> None:
     """Takes the parameters to another number format, in place. Buffers stay: the frequencies of rotary positions must
-    keep fp32, and training leaves them there too.
+    keep fp32, and training leaves them there too. Codes of quantized weights stay codes.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(number_format)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(number_format)

@@ -20,6 +20,7 @@ from loopos.models.language_folder import open_language_model, save_language_mod
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_config
 from loopos.models.model_folder import described, kind_of
 from loopos.models.pretrained_folder import save_pretrained
+from loopos.models.quantized import is_quantized
 from loopos.models.task_folder import open_task_model, save_task_model
 
 
@@ -47,8 +48,19 @@ class OpenedModel:
             save_pretrained(folder, self.model, self.tokenizer)
 
 
-def open_model(place: str) -> OpenedModel:
-    """place: a run's folder, a model folder, or whatever `data.pretrained_weights` may name. Raises `UserError`."""
+def open_model(place: str, *, quantized: bool = False) -> OpenedModel:
+    """place: a run's folder, a model folder, or whatever `data.pretrained_weights` may name. quantized: whether weights
+    in codes will do, which cannot be changed. Raises `UserError`.
+    """
+    opened = _opened(place)
+    if is_quantized(opened.model) and not quantized:
+        raise UserError(
+            f"{place}: quantized: its weights are codes, which cannot be changed; wanted the model it was made from"
+        )
+    return opened
+
+
+def _opened(place: str) -> OpenedModel:
     if place == NEW_WEIGHTS:
         raise UserError('given "new", which has learned nothing; wanted a trained model')
     if has_head(place):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loopos.models.quantized_folder import save_weights
+
 _FILES = (".bin", ".safetensors")
 _WEIGHTS = "model.safetensors"
 
@@ -26,7 +28,7 @@ def save_pretrained(place: Path, causal: PreTrainedModel, tokenizer: PreTrainedT
     partial = folder / f".partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        causal.save_pretrained(partial)
+        save_weights(partial, causal)
         tokenizer.save_pretrained(partial)
         weights = partial / _WEIGHTS
         for file in sorted(partial.iterdir()):

@@ -34,8 +34,8 @@ def open_speaking(
     place: str, *, device: str = "cpu", precision: str | None = None, trust_remote_code: bool = False
 ) -> Speaking:
     """place: as `open_language_model`, or the folder of an ensemble. precision: fp32, bf16 or fp16; that of the
-    training when absent, fp32 for other models; of an ensemble for every member. Raises `UserError`, also for an
-    ensemble that votes and for members with other tokens.
+    training when absent, bf16 for quantized models and fp32 for others; of an ensemble for every member. Raises
+    `UserError`, also for an ensemble that votes and for members with other tokens.
     """
     recipe = read_ensemble(place)
     refuse_votes(place, recipe)
@@ -54,7 +54,7 @@ def _mixed(recipe: EnsembleRecipe, opened: list[Speaking]) -> Speaking:
 
 def _single(place: str, device: str, precision: str | None, trust_remote_code: bool) -> Speaking:
     opened = open_language_model(place, trust_remote_code=trust_remote_code)
-    chosen = precision or opened.description.get("precision", "fp32")
+    chosen = precision or opened.precision
     if chosen not in NUMBER_FORMATS:
         raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
     cast_parameters(opened.model, NUMBER_FORMATS[chosen])

@@ -24,6 +24,7 @@ from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.models.model_folder import FORMAT, kind_of, model_folder, read_description
+from loopos.models.quantized_folder import save_weights
 from loopos.storage.json_files import save_json
 from loopos.storage.tensor_files import read_tensors, save_tensors
 from loopos.storage.whole_folder import whole_folder
@@ -53,7 +54,7 @@ def save_task_model(
     cast_parameters(backbone, NUMBER_FORMATS[description["precision"]])
     classifier = _sequence_classifier(backbone, model) if description["pooling"] == "last" else None
     with whole_folder(folder) as partial:
-        (backbone if classifier is None else classifier).save_pretrained(partial)
+        save_weights(partial, backbone if classifier is None else classifier)
         tokenizer.save_pretrained(partial)
         save_tensors(partial / HEAD, {"weight": model.head.weight.detach().float()})
         save_json(partial / MODEL_DESCRIPTION, {**description, "format": FORMAT})
@@ -112,7 +113,7 @@ def open_task_model(
     if kind_of(description) == "language":
         raise UserError(f"{folder}: a language model, without a head; loopos generate and loopos chat open it")
     head = read_head(folder)
-    pretrained = load_pretrained(str(folder))
+    pretrained = load_pretrained(str(folder), quantized=True)
     model = PooledModel(
         Backbone(pretrained.model, attention=attention), num_outputs=len(head), pooling=description["pooling"], seed=0
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,19 @@ def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool =
     without the base model's prefix. A headless model leaves language-model heads aside. Raises `UserError` as
     `from_folder` does.
     """
-    tensors = read_tensors(source)
     model = new_model(config, causal=causal)
+    fill(source.given, model, read_tensors(source))
+    model.tie_weights()
+    return model
+
+
+def fill(given: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors into a model by name, with or without the base model's prefix. Raises `UserError` unless they fill
+    it; a twin of another weight may be missing.
+    """
     prefix = model.base_model_prefix + "."
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    wanted = {name.removeprefix(prefix): (name, tensor) for name, tensor in model.state_dict().items()}
+    wanted = {name.removeprefix(prefix): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     mismatched = [
         f"{name} {list(found[name].shape)} (wanted {list(tensor.shape)})"
         for name, (_, tensor) in wanted.items()
@@ -95,12 +103,12 @@ def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool =
     ]
     # A weight that is another's twin is often saved once.
     twins = {name.removeprefix(prefix) for name in getattr(model, "all_tied_weights_keys", None) or ()}
+    there = {id(tensor) for name, (_, tensor) in wanted.items() if name in found}
+    twins |= {name for name, (_, tensor) in wanted.items() if id(tensor) in there}
     missing, left_over = set(wanted) - set(found) - twins, set(found) - set(wanted)
-    _refuse(source.given, model, missing=missing, mismatched=mismatched, left_over=left_over)
+    _refuse(given, model, missing=missing, mismatched=mismatched, left_over=left_over)
     full_names = {full: found[name] for name, (full, _) in wanted.items() if name in found}
     model.load_state_dict(full_names, strict=False)
-    model.tie_weights()
-    return model
 
 
 def read_tensors(source: WeightsSource) -> dict[str, Tensor]:

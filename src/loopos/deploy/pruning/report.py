@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loopos.config.recipe import Recipe
 from loopos.deploy.quality import Measured
 from loopos.deploy.shipped_folder import REPORT
 from loopos.evaluation.drawing import drawing, svg_of
@@ -34,7 +35,7 @@ def write_report(folder: Path, result: PruningResult) -> None:
         parts += ["\n".join(f"- {cell(sentence)}" for sentence in pruned.said), _zeros(pruned)]
     notes = [*result.notes, _speed_note()]
     parts += ["## Notes", "\n".join(f"- {cell(note)}" for note in notes)]
-    parts += ["## Recipe", _recipe(result)]
+    parts += ["## Recipe", recipe_table(recipe)]
     (folder / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -72,7 +73,7 @@ def _summary(result: PruningResult) -> str:
         ["weights (MB)", *(f"{model.weight_bytes / 1e6:,.1f} ({model.precision})" for model in models)],
     ]
     for name in result.before.metrics:
-        rows.append([name, *(_shown(model.metrics.get(name)) for model in models)])
+        rows.append([name, *(value_shown(model.metrics.get(name)) for model in models)])
     rows.append(["reading (tokens/s)", *(_with_factor(model.reading, result.before.reading) for model in models)])
     if result.before.writing is not None:
         written = [_with_factor(model.writing or 0.0, result.before.writing) for model in models]
@@ -91,7 +92,8 @@ def _zeros(pruned: PrunedModel) -> str:
     return table(("linear layers of all blocks", "weights", "zeros", "share"), rows)
 
 
-def _shown(value: float | None) -> str:
+def value_shown(value: float | None) -> str:
+    """A metric in a cell: counts in full, other numbers with five digits; empty for none."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e12 else f"{value:.5g}"
@@ -109,6 +111,7 @@ def _speed_note() -> str:
     )
 
 
-def _recipe(result: PruningResult) -> str:
-    given = result.recipe.model_dump(mode="json", exclude_defaults=True)
+def recipe_table(recipe: Recipe) -> str:
+    """The keys that were given."""
+    given = recipe.model_dump(mode="json", exclude_defaults=True)
     return table(("key", "value"), [(name, f"`{cell(value)}`") for name, value in given.items()])

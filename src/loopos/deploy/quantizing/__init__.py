@@ -1,0 +1,1 @@
+"""Trained models with their weights as codes of eight or four bits."""

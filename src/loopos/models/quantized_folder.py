@@ -1,0 +1,203 @@
+"""Weights in codes as a file, out and in.
+
+    model.safetensors   NAME._weight_qdata  NAME._weight_scale  (NAME._weight_zero_point  NAME._weight_act_pre_scale)
+                        and every other tensor under its own name
+    config.json         quantization_config
+
+Names, shapes and the header's metadata are those that torchao 0.18 writes (Int8Tensor, Int4Tensor), so that
+transformers' `from_pretrained` opens the folder where torchao is installed; LoopOS itself needs no torchao. Left out:
+the layers (`quantized.py`), codes of other programs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from loopos.config.faults import UserError
+from loopos.models.quantized import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    is_quantized,
+    quantized_layers,
+)
+from loopos.models.weight_files import fill, model_class
+
+WEIGHTS = "model.safetensors"
+_METHOD = "torchao"
+_PARTS = ("qdata", "scale", "zero_point", "act_pre_scale")
+_ROUNDED_ROWS = {
+    "_type": "QuantizeTensorToInt8Kwargs",
+    "_data": {
+        "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+        "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+        "reduce_range": False,
+    },
+}
+
+
+def save_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Writes the config and the weights, whatever they are. Raises `OSError` or `SafetensorError` when the disk is
+    full.
+    """
+    if not is_quantized(model):
+        model.save_pretrained(folder)
+        return
+    tensors, first_of = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # A tied output layer's codes are the embedding's, which comes first.
+        if id(tensor) not in first_of:
+            first_of.add(id(tensor))
+            tensors[name] = tensor.detach().cpu().contiguous()
+    layers = {name: layer for name, layer in quantized_layers(model) if f"{name}._weight_qdata" in tensors}
+    described = {name: {"_type": "Tensor"} for name in tensors if "._weight_" not in name}
+    described |= {f"{name}.weight": _described(layer) for name, layer in layers.items()}
+    header = {name: json.dumps(value) for name, value in described.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt", "tensor_names": json.dumps(list(described)), **header})
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.quantization_config = _torchao_config(model, layers)
+    config.save_pretrained(folder)
+    del config.quantization_config
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def holds_codes(config: PreTrainedConfig) -> bool:
+    """Whether a config belongs to weights in codes of this kind."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == _METHOD
+
+
+def from_quantized(given: str, folder: Path, config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
+    """The headless model, or the causal language model, whose weights a folder holds in codes; all else in fp32.
+    Raises `UserError` for codes of another program, and for weights that do not fill the model.
+    """
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{file}: broken: {problem}; make it again: loopos quantize") from problem
+    # The skeleton is one of plain layers.
+    del config.quantization_config
+    with no_init_weights():
+        model = model_class(config, causal=causal).from_config(config, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    for name, kept in _codes_in(given, header).items():
+        _place(given, model, name, kept, tensors)
+    output, entry = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    tied = config.get_text_config().tie_word_embeddings
+    if tied and isinstance(output, nn.Linear) and isinstance(entry, QuantizedEmbedding):
+        model.set_output_embeddings(entry.as_output())  # type: ignore[no-untyped-call]
+    fill(given, model, tensors)
+    if tied and isinstance(entry, nn.Embedding):
+        model.tie_weights()
+    model.train(False)
+    return model
+
+
+def _codes_in(given: str, header: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Name of each weight in codes → what the header says of it."""
+    try:
+        described = {name: json.loads(header[name]) for name in json.loads(header["tensor_names"])}
+    except (KeyError, ValueError) as problem:
+        raise UserError(f"{given}: its weights do not say how their codes are read: {problem}") from problem
+    found = {name: kept for name, kept in described.items() if kept["_type"] != "Tensor"}
+    if other := {kept["_type"] for kept in found.values()} - {"Int8Tensor", "Int4Tensor"}:
+        raise UserError(f"{given}: codes of the kind {', '.join(sorted(other))}; wanted a folder of loopos quantize")
+    return found
+
+
+def _place(given: str, model: PreTrainedModel, name: str, kept: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Puts the layer that holds the codes of weight `name` where the plain one is."""
+    stem = name.removesuffix(".weight")
+    place = _place_in(model, stem)
+    if place is None:
+        return
+    above, last = place
+    plain = getattr(above, last)
+    parts = {part: tensors.get(f"{stem}._weight_{part}") for part in _PARTS}
+    qdata, scale = parts["qdata"], parts["scale"]
+    if qdata is None or scale is None:
+        raise UserError(f"{given}: {name}: a tensor is missing; make it again: loopos quantize")
+    # Into memory of its own: kernels ask for addresses that a tensor of a file need not have.
+    qdata = qdata.clone()
+    layer: QuantizedWeight
+    if isinstance(plain, nn.Embedding):
+        layer = QuantizedEmbedding(qdata, scale.float())
+    else:
+        zero, factors = parts["zero_point"], parts["act_pre_scale"]
+        layer = QuantizedLinear(
+            qdata,
+            scale.float(),
+            None if zero is None else zero.float(),
+            factors=None if factors is None else factors.float(),
+            bias=getattr(plain, "bias", None),
+            rounds_activations=kept["_data"].get("act_quant_kwargs") is not None,
+        )
+    setattr(above, last, layer)
+
+
+def _place_in(model: PreTrainedModel, stem: str) -> tuple[nn.Module, str] | None:
+    """The module that holds a layer, and the layer's name there; with or without the base model's prefix, and None for
+    one that the model does not have: the head of a language model that is opened without it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for name in (stem, stem.removeprefix(prefix), prefix + stem):
+        above, _, last = name.rpartition(".")
+        try:
+            module = model.get_submodule(above)
+        except AttributeError:
+            continue
+        if isinstance(getattr(module, last, None), nn.Module):
+            return module, last
+    return None
+
+
+def _described(layer: QuantizedWeight) -> dict[str, Any]:
+    """What torchao's header says of such a tensor."""
+    names = [part for part in _PARTS if getattr(layer, f"_weight_{part}", None) is not None]
+    data: dict[str, Any] = {"block_size": [1, layer.group]}
+    if layer.bits == 8:
+        rounds = isinstance(layer, QuantizedLinear) and layer.rounds_activations
+        data |= {"dtype": {"_type": "torch.dtype", "_data": "bfloat16"}, "reduce_range": False}
+        data["act_quant_kwargs"] = _ROUNDED_ROWS if rounds else None
+    else:
+        data |= {"shape": list(layer.shape), "activation_dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    return {"_type": "Int8Tensor" if layer.bits == 8 else "Int4Tensor", "_data": data, "_tensor_data_names": names}
+
+
+def _torchao_config(model: PreTrainedModel, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+    """What transformers reads before it opens the weights."""
+    bits, groups = min(layer.bits for layer in layers.values()), {layer.group for layer in layers.values()}
+    rounds = any(isinstance(each, QuantizedLinear) and each.rounds_activations for each in layers.values())
+    kind = {"Int4WeightOnlyConfig": {"group_size": min(groups)}} if bits == 4 else {"Int8WeightOnlyConfig": {}}
+    if rounds:
+        kind = {"Int8DynamicActivationInt8WeightConfig": {}}
+    [(name, data)] = kind.items()
+    quantized = [name for name, _ in quantized_layers(model)]
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in quantized
+    ]
+    return {
+        "quant_method": _METHOD,
+        "quant_type": {"default": {"_type": name, "_version": 2, "_data": data}},
+        "modules_to_not_convert": plain or None,
+        "include_input_output_embeddings": model.get_input_embeddings() in layers.values(),
+        "untie_embedding_weights": False,
+    }
