@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "20"))
+NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "8"))
 
 
 def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | None:

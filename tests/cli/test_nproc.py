@@ -80,6 +80,7 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path, pico_folder: Pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_when_one_process_is_lost_all_end_and_the_run_goes_on(

@@ -178,7 +178,7 @@ def test_inner_epochs_stop_at_the_limit(tmp_path: Path, pico_folder: Path) -> No
     assert len(events_of(tmp_path / "run", "rollout")) == 3
 
 
-@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+@pytest.mark.parametrize("kl_in", ["reward", pytest.param("loss", marks=pytest.mark.slow)])
 def test_a_one_step_problem_comes_to_its_known_optimum(kl_in: str, tmp_path: Path, pico_folder: Path) -> None:
     """One token is written, 1 for one that begins with a letter from a to m. With a KL penalty of β the best policy is
     π*(x) ∝ π_ref(x)·exp(r(x)/β) (Ziegler et al. 2019; Korbak et al. 2022), so that the chance of those letters is

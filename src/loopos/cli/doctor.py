@@ -28,6 +28,7 @@ EXTRAS = {
     "rewards": ("math-verify", "reasoning-gym"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("gguf",),
+    "quant": ("torchao",),
     "track": ("tensorboard",),
     "serve": ("starlette", "uvicorn"),
     "eval": ("lm_eval",),

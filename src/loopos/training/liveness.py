@@ -44,9 +44,11 @@ class Verdict:
 
 
 class EndedElsewhere(UserError):
-    """Another process has told why the run ends; this one is silent."""
+    """Another process has told why the run ends; this one is silent, and ends with the same code."""
 
-    exit_code = 1
+    def __init__(self, exit_code: int = 1) -> None:
+        super().__init__()
+        self.exit_code = exit_code
 
     def __str__(self) -> str:
         return ""
@@ -112,9 +114,13 @@ class Liveness:
         said = (str(problem).splitlines() or [""])[0]
         mine = Verdict(f"rank {self._rank} on {self._host}: {told}{said}", self._rank, self._host)
         standing = self._post(self._store, mine)
-        # This process may be the one that holds the store: the others are to read it before it is gone.
-        time.sleep(min(2 * self._interval, _HURRIED))
-        return standing == mine or standing.message.partition(": ")[2] != mine.message.partition(": ")[2]
+        speaks = standing == mine or standing.message.partition(": ")[2] != mine.message.partition(": ")[2]
+        holds_store = self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if holds_store or not speaks:
+            # The others are to read the store before it is gone, and who speaks is not to be ended by a launcher that
+            # sees this process's end first.
+            time.sleep(self._courtesy)
+        return speaks
 
     def blame(self, problem: BaseException) -> NoReturn:
         """Ends this process after a collective that broke, by the verdict on whoever broke it; where all are alive it
@@ -131,6 +137,11 @@ class Liveness:
     @property
     def _interval(self) -> float:
         return self._silence / _BEATS
+
+    @property
+    def _courtesy(self) -> float:
+        """What another process has to say why the run ends, before this one ends: seconds."""
+        return min(2 * self._interval, _HURRIED)
 
     @property
     def _watched(self) -> list[int]:
@@ -208,6 +219,8 @@ class Liveness:
         elsewhere = verdict.host != self._host
         speaks = verdict.by == self._rank or (elsewhere and os.environ.get("LOCAL_RANK", "0") == "0")
         self._stopped.set()
+        if verdict.by != self._rank:
+            time.sleep(self._courtesy)
         self._end(verdict.message if speaks else "")
 
 

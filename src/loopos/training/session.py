@@ -51,6 +51,6 @@ def _watched(world: World, distributed: DistributedSection) -> Iterator[None]:
         if is_broken_collective(problem):
             liveness.blame(problem)
         if not liveness.failed(problem):
-            raise EndedElsewhere from None
+            raise EndedElsewhere(getattr(problem, "exit_code", 1)) from None
         raise
     liveness.leave()
