@@ -7,9 +7,12 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from tqdm.std import tqdm
 
 NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "8"))
 
@@ -22,6 +25,8 @@ def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | No
         try:
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, 2)
+            # The lock of progress bars is shared with this process's parent: killed with it, it would stop the parent.
+            tqdm.set_lock(threading.RLock())
             work()
             status = 0
         finally:
