@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.std import tqdm
 
-NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "8"))
+NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "5"))
 
 
 def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | None:

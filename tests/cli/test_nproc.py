@@ -70,6 +70,7 @@ def test_it_trains_in_two_processes(tmp_path: Path, pico_folder: Path) -> None:
     assert (tmp_path / "run" / "model" / "loopos.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path, pico_folder: Path) -> None:
     config = config_of(tmp_path, pico_folder, num_epochs=1)
     (tmp_path / "rows.jsonl").write_text('{"text": "lamp"}\n', encoding="utf-8")

@@ -52,6 +52,7 @@ def run_two_processes(config: Any) -> None:
         assert process.returncode == 0, errors.decode()[-2000:]
 
 
+@pytest.mark.slow
 def test_reward_models(tmp_path: Path, pico_folder: Path) -> None:
     for name, training in {"one": {"batch_size": 8}, "two": {"batch_size": 4}}.items():
         chosen = {"optimizer": "sgd", "learning_rate": 0.1, "num_epochs": 2, **training}

@@ -80,7 +80,7 @@ def run_two_processes(config: Any) -> None:
 
 
 # SGD: Adam divides by the gradient's own size and would hide a gradient that is too large by a factor.
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_one_process_accumulation_and_two_processes_are_one_run(
     optimizer: str, fine_tuning_config: Build, tmp_path: Path
 ) -> None:
