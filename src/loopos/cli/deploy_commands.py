@@ -38,23 +38,14 @@ def prune(
     calibration: Annotated[
         str | None, typer.Option("--calibration", metavar="FILE", help="Text or rows that the model reads to choose.")
     ] = None,
-    calibration_rows: Annotated[
-        int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", help="Length of such a row (tokens); 512 when absent.")
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
-    ] = None,
+    calibration_rows: of.CalibrationRows = None,
+    calibration_tokens: of.CalibrationTokens = None,
+    evaluate: of.EvaluatedOn = None,
     window: of.Window = None,
     stride: of.Stride = None,
     columns: of.Columns = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Fixes the draw of calibration rows; 0 when absent.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")] = None,
+    seed: of.CalibrationSeed = None,
+    device: of.RecipeDevice = None,
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
@@ -92,27 +83,18 @@ def quantize(
     calibration_text: Annotated[
         str | None, typer.Option("--calibration-text", metavar="FILE", help="Text or rows that gptq and awq read.")
     ] = None,
-    calibration_rows: Annotated[
-        int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", help="Length of such a row (tokens); 512 when absent.")
-    ] = None,
+    calibration_rows: of.CalibrationRows = None,
+    calibration_tokens: of.CalibrationTokens = None,
     keep: Annotated[
         list[str] | None,
         typer.Option("--keep", metavar="PATTERN", help="Layers that stay as they are, as *.down_proj; repeatable."),
     ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
-    ] = None,
+    evaluate: of.EvaluatedOn = None,
     window: of.Window = None,
     stride: of.Stride = None,
     columns: of.Columns = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Fixes the draw of calibration rows; 0 when absent.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")] = None,
+    seed: of.CalibrationSeed = None,
+    device: of.RecipeDevice = None,
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:

@@ -158,3 +158,19 @@ MaxBody = Annotated[int, typer.Option("--max-body", help="Bytes of a request; mo
 MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Seconds of a request; longer ones end (408).")]
 MaxLag = Annotated[int, typer.Option("--max-lag", help="Tokens that a stream's reader may be behind before it is cut.")]
 GraceSeconds = Annotated[float, typer.Option("--grace-seconds", help="Seconds for running requests at the end.")]
+
+# Of works that run by a recipe: None leaves the recipe's own value, or its default.
+CalibrationRows = Annotated[
+    int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option("--calibration-tokens", help="Length of such a row (tokens); 512 when absent.")
+]
+CalibrationSeed = Annotated[
+    int | None, typer.Option("--seed", help="Fixes the draw of calibration rows; 0 when absent.")
+]
+EvaluatedOn = Annotated[
+    str | None,
+    typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
+]
+RecipeDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")]

@@ -88,7 +88,6 @@ class Liveness:
         self._stopped, self._hurried = threading.Event(), threading.Event()
         self._answered = time.monotonic()
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._hosts: dict[int, str] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
 
     def begin(self) -> None:
