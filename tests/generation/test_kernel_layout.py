@@ -9,8 +9,7 @@ import pytest
 import torch
 from pico_language_models import FAMILIES, mixed_prompts, pico_model
 from torch import nn
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.generation.engine import Engine
 from loopos.generation.kernel_layout import kernel_layout
@@ -101,47 +100,6 @@ class TestLayers:
             torch.testing.assert_close(model.tied(given).double(), expected, atol=0.02, rtol=0.01)
         assert "forward" not in vars(model.tied)
         assert model.tied.weight is model.embedding.weight
-
-    @pytest.mark.parametrize("biased", [True, False])
-    def test_layers_of_one_input_give_their_own_products_in_any_order(self, biased: bool) -> None:
-        torch.manual_seed(0)
-        model: Any = nn.Module()
-        sizes = {"q_proj": 64, "k_proj": 32, "v_proj": 16}
-        for name, size in sizes.items():
-            setattr(model, name, nn.Linear(48, size, bias=biased, dtype=torch.bfloat16))
-        before = bits(model)
-        one, other = (torch.randn(3, 48, dtype=torch.bfloat16) for _ in range(2))
-        # The same input twice for one layer, another input in between, and a layer left out.
-        asked = [("q_proj", one), ("k_proj", one), ("k_proj", one), ("v_proj", other), ("q_proj", one), ("v_proj", one)]
-        expected = [
-            given.double() @ getattr(model, name).weight.double().t() + (getattr(model, name).bias.double() if biased else 0)
-            for name, given in asked
-        ]  # fmt: skip
-        with torch.inference_mode(), kernel_layout(model):
-            assert len(moved(model)) == 3
-            for (name, given), wanted in zip(asked, expected, strict=True):
-                product = getattr(model, name)(given)
-                assert product.shape == (3, sizes[name])
-                torch.testing.assert_close(product.double(), wanted, atol=0.02, rtol=0.01)
-        assert bits(model) == before
-
-    @pytest.mark.parametrize(
-        ("kind", "activation"),
-        [("silu", nn.functional.silu), ("gelu_pytorch_tanh", None), ("relu", nn.functional.relu)],
-    )
-    def test_a_gated_unit_gives_the_same(self, kind: str, activation: Any) -> None:
-        torch.manual_seed(0)
-        model = LlamaMLP(
-            LlamaConfig(hidden_size=48, intermediate_size=96, num_attention_heads=4, hidden_act=kind)
-        ).bfloat16()
-        given = torch.randn(4, 48, dtype=torch.bfloat16)
-        f = activation or (lambda x: nn.functional.gelu(x, approximate="tanh"))
-        gate, up, down = (layer.weight.double() for layer in (model.gate_proj, model.up_proj, model.down_proj))
-        expected = (f(given.double() @ gate.t()) * (given.double() @ up.t())) @ down.t()
-        with torch.inference_mode(), kernel_layout(model):
-            assert ("forward" in vars(model)) == (kind != "relu")
-            torch.testing.assert_close(model(given).double(), expected, atol=0.01, rtol=0.02)
-        assert "forward" not in vars(model)
 
     def test_a_second_one_within_does_nothing(self) -> None:
         model = nn.Sequential(nn.Linear(32, 32, dtype=torch.bfloat16))
