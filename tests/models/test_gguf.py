@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import in_a_child
 from pico_runs import hidden_states
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -96,6 +99,28 @@ def test_a_gguf_file_opens_and_is_converted_once(
 
     monkeypatch.setattr(gguf, "_convert", refuse)
     load_pretrained(str(file))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_what_a_killed_conversion_left_goes(
+    gguf_file: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, cache = gguf_file[0], tmp_path / "cache" / "gguf"
+    monkeypatch.setenv("LOOPOS_CACHE", str(tmp_path / "cache"))
+    convert = gguf._convert
+
+    def die(source: Path, folder: Path) -> None:
+        convert(source, folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(gguf, "_convert", die)
+    assert in_a_child(lambda: gguf.converted_folder(file), None) == -signal.SIGKILL
+    [left] = cache.iterdir()
+    assert left.name.startswith(".")
+    assert (left / "model.safetensors").is_file()
+    monkeypatch.setattr(gguf, "_convert", convert)
+    folder = gguf.converted_folder(file)
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_a_broken_gguf_file_is_refused_and_leaves_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,30 @@ def test_a_folder_may_be_written_whole_inside_one_that_is(tmp_path: Path) -> Non
         (inner / "file").write_text("new")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "new"
+
+
+def test_one_that_replaces_nothing_gives_way(tmp_path: Path) -> None:
+    """Another process was first; it may have its folder open."""
+    with whole_folder(tmp_path / "out", replaces=False) as partial:
+        (partial / "file").write_text("ours")
+        folder_with(tmp_path / "out", "theirs")
+    assert (tmp_path / "out" / "file").read_text() == "theirs"
+    assert names(tmp_path) == ["out"]
+    with whole_folder(tmp_path / "new", replaces=False) as partial:
+        (partial / "file").write_text("ours")
+    assert (tmp_path / "new" / "file").read_text() == "ours"
+
+
+def test_another_process_may_clear_too(tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = folder_with(tmp_path / f".out.partial-{dead}", "half")
+    remove = shutil.rmtree
+
+    def both(place: Path, **options: bool) -> None:
+        if place == left:
+            remove(place)
+        remove(place, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", both)
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("new")
+    assert names(tmp_path) == ["out"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.storage.whole_folder import whole_folder
 
 
 def cache_folder() -> Path:
@@ -32,18 +32,9 @@ def converted_folder(file: Path) -> Path:
     folder = cache_folder() / "gguf" / digest[:32]
     if (folder / "config.json").is_file():
         return folder
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
+    # Where another process finishes the same conversion first, its folder holds the same bytes and may be open by now.
+    with whole_folder(folder, replaces=folder.exists()) as partial:
         _convert(file, partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process finished the same conversion first; its folder holds the same bytes.
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -49,29 +49,49 @@ def is_another_process(process: int) -> bool:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
     """A folder to write into that takes the place of `folder` at once when the block ends, and vanishes when it fails.
+    replaces: whether it takes the place of one that is there by then, or gives way to it.
 
     Raises `OSError` when the disk is full.
     """
-    _clear(folder)
-    partial = hidden(folder, "partial")
+    with partial_folder(folder) as partial:
+        yield partial
+    if not replaces:
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not folder.exists():
+                raise
+            return
+        fsync_place(folder.parent)
+        return
+    put_in_place(partial, folder)
+
+
+@contextmanager
+def partial_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder beside `final` to write into, which is durable when the block ends and gone when it fails. What
+    killed processes left of such folders is removed before. Raises `OSError` when the disk is full.
+    """
+    _clear(final)
+    partial = hidden(final, "partial")
     partial.mkdir(parents=True)
     try:
         yield partial
+        # A rename alone may come before what it names.
+        for place in (*partial.rglob("*"), partial):
+            fsync_place(place)
     except SafetensorError as problem:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors hides the system's error number; a caller that handles a full disk needs it.
         if f"os error {errno.ENOSPC}" in str(problem):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from problem
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from problem
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # A rename alone may come before what it names.
-    for place in (*partial.rglob("*"), partial):
-        fsync_place(place)
-    put_in_place(partial, folder)
 
 
 def _clear(folder: Path) -> None:
@@ -86,4 +106,6 @@ def _clear(folder: Path) -> None:
         if caught[1] == "replaced" and not place.name.startswith("..") and not folder.exists():
             os.rename(place, folder)
         else:
-            shutil.rmtree(place)
+            # Another process that begins now may be at the same.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(place)
