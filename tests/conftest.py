@@ -137,6 +137,13 @@ def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Ca
     return build
 
 
+@pytest.fixture
+def few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning and quantizing measure speed as ever, but fewer times: no test looks at how fast."""
+    monkeypatch.setattr("loopos.deploy.rates.GOES", 1)
+    monkeypatch.setattr("loopos.deploy.rates.WRITTEN", 2)
+
+
 @pytest.fixture(autouse=True)
 def _single_threaded() -> None:
     """Exact comparisons between runs need the same number of threads in both."""

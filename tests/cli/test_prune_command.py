@@ -10,12 +10,7 @@ import pytest
 from tests.cli.conftest import Invoke
 from tests.conftest import SENTENCES
 
-
-@pytest.fixture(autouse=True)
-def _few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is measured as ever, but fewer times: nothing here looks at how fast."""
-    monkeypatch.setattr("loopos.deploy.speed.GOES", 1)
-    monkeypatch.setattr("loopos.deploy.speed.WRITTEN", 2)
+pytestmark = pytest.mark.usefixtures("few_goes")
 
 
 @pytest.fixture

@@ -10,12 +10,7 @@ import pytest
 from tests.cli.conftest import Invoke
 from tests.conftest import SENTENCES
 
-
-@pytest.fixture(autouse=True)
-def _few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is measured as ever, but fewer times: nothing here looks at how fast."""
-    monkeypatch.setattr("loopos.deploy.quantizing.rates.GOES", 1)
-    monkeypatch.setattr("loopos.deploy.speed.WRITTEN", 2)
+pytestmark = pytest.mark.usefixtures("few_goes")
 
 
 def test_quantizes_tells_and_every_command_opens_it(invoke: Invoke, language_run: Path, tmp_path: Path) -> None:
@@ -26,10 +21,11 @@ def test_quantizes_tells_and_every_command_opens_it(invoke: Invoke, language_run
     result = invoke("quantize", language_run, *options)
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert told["bytes_after"] < told["bytes_before"]
-    assert [rate["work"] for rate in told["rates"]] == ["reading", "writing, 1 text", "writing, 16 texts"]
+    [after] = told["after"]
+    assert after["weight_bytes"] == after["share"] * told["before"]["weight_bytes"] < told["before"]["weight_bytes"]
+    assert [rate["work"] for rate in after["rates"]] == ["reading", "writing, 1 text", "writing, 16 texts"]
     again = invoke("evaluate", tmp_path / "out", text, "--window", 64, "--json")
-    assert json.loads(again.stdout)["metrics"]["perplexity"] == pytest.approx(told["after"]["perplexity"])
+    assert json.loads(again.stdout)["metrics"]["perplexity"] == pytest.approx(after["metrics"]["perplexity"])
     # The step format and end tokens of the run are still there.
     spoken = invoke("generate", tmp_path / "out", "-p", "a", "--max-new-tokens", 2)
     assert spoken.exit_code == 0, spoken.stderr

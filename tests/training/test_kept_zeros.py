@@ -86,15 +86,8 @@ def test_without_the_key_zeros_are_filled() -> None:
     assert bool((model.linear.weight[mask] != 0).any())
 
 
-@pytest.fixture(autouse=True)
-def _few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is measured as ever, but fewer times: nothing here looks at how fast."""
-    monkeypatch.setattr("loopos.deploy.speed.GOES", 1)
-    monkeypatch.setattr("loopos.deploy.speed.WRITTEN", 2)
-
-
 @pytest.fixture
-def pruned(tmp_path: Path, pico_tokenizer: Path) -> Path:
+def pruned(tmp_path: Path, pico_tokenizer: Path, few_goes: None) -> Path:
     """A pico Llama, half of whose block weights are zero."""
     from loopos.config.pruning import PruningRecipe
     from loopos.deploy.prune import Pruner

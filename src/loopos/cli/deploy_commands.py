@@ -5,7 +5,6 @@ Enters: the words of a command line. Leaves: the exit code. As in `commands`, he
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,15 +13,8 @@ from loopos.cli import option_types as of
 
 
 def prune(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RECIPE",
-            help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")],
+    model: of.ModelOrRecipe,
+    output: of.ChangedOutput,
     method: Annotated[
         str | None, typer.Option("--method", help="magnitude, wanda, sparsegpt, heads, channels or layers.")
     ] = None,
@@ -53,24 +45,16 @@ def prune(
     from loopos.cli import prune as command
 
     recipe = {
-        "method": method, "pattern": pattern, "scope": scope, "calibration": calibration,
-        "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens, "evaluate": evaluate,
-        "window": window, "stride": stride, "seed": seed, "device": device,
+        "method": method, "sparsity": command.shares(sparsity), "pattern": pattern, "scope": scope,
+        "calibration": calibration, "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens,
+        "evaluate": evaluate, "window": window, "stride": stride, "seed": seed, "device": device,
     }  # fmt: skip
-    options = command.PruneOptions(output, recipe, tuple(columns or ()), sparsity, json, verbose)
-    raise typer.Exit(command.run(model, options))
+    raise typer.Exit(command.run(model, command.ChangeOptions(output, recipe, tuple(columns or ()), json, verbose)))
 
 
 def quantize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RECIPE",
-            help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")],
+    model: of.ModelOrRecipe,
+    output: of.ChangedOutput,
     method: Annotated[
         str | None, typer.Option("--method", help="int8; int8-dynamic, activations too; or int4, in groups.")
     ] = None,
@@ -106,4 +90,4 @@ def quantize(
         "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens, "keep": keep or None,
         "evaluate": evaluate, "window": window, "stride": stride, "seed": seed, "device": device,
     }  # fmt: skip
-    raise typer.Exit(command.run(model, command.QuantizeOptions(output, recipe, tuple(columns or ()), json, verbose)))
+    raise typer.Exit(command.run(model, command.ChangeOptions(output, recipe, tuple(columns or ()), json, verbose)))

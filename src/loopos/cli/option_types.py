@@ -160,6 +160,15 @@ MaxLag = Annotated[int, typer.Option("--max-lag", help="Tokens that a stream's r
 GraceSeconds = Annotated[float, typer.Option("--grace-seconds", help="Seconds for running requests at the end.")]
 
 # Of works that run by a recipe: None leaves the recipe's own value, or its default.
+ModelOrRecipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RECIPE",
+        help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
+        show_default=False,
+    ),
+]
+ChangedOutput = Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")]
 CalibrationRows = Annotated[
     int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
 ]

@@ -1,16 +1,17 @@
-"""A model folder measured: size, speed, and what it can do.
+"""A model folder measured: size, and what it can do.
 
 Enters: the place of a model, and data. Leaves: metrics by name, or `Measured`. The model is opened as anyone would open
 it, so that the figures are those of the files. A model with a head gives its own metrics (accuracy, mae …), a reward
 model its agreement with people; a language model the perplexity of running text, or, of rows, the loss of what training
-would learn and how many problems it solves. Left out: what was done to the model; options and records (`cli.evaluate`).
+would learn and how many problems it solves. Left out: speed (`rates.py`), what was done to the model; options and
+records (`cli.evaluate`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from loopos.data.demonstrations import Demonstration
 from loopos.data.plain_text import is_plain_text, read_plain_text
 from loopos.data.supervised_rows import Example, read_supervised
 from loopos.data.supervised_tokens import encode_supervised
-from loopos.deploy.speed import reading_rate, writing_rate
 from loopos.evaluation.checkers import checker
 from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.predictor import Predictor
@@ -33,9 +33,9 @@ from loopos.evaluation.problem_metrics import judge_all, problem_metrics
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.models.language_ensemble import next_token_loss
-from loopos.models.load import NUMBER_FORMATS, cast_parameters
+from loopos.models.load import NUMBER_FORMATS
 from loopos.models.model_folder import described, kind_of
-from loopos.models.opened_model import OpenedModel, open_model
+from loopos.models.opened_model import OpenedModel
 from loopos.models.quantized import num_weights
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
@@ -47,35 +47,14 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class Measured:
-    """`weight_bytes`: of the parameters in the format they are kept in. `reading`, `writing`: tokens a second; writing
-    is None for models that write none. `metrics`: of the evaluation data; empty without any. `said`: what the model
-    gives to a fixed row.
+    """`weight_bytes`: of the parameters in the format they are kept in. `metrics`: of the evaluation data; empty
+    without any.
     """
 
     parameters: int
     weight_bytes: int
     precision: str
-    reading: float
-    writing: float | None
-    metrics: dict[str, float] = field(default_factory=dict)
-    said: torch.Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)
-
-
-def measure(place: str, recipe: Recipe, *, device: str, note: Callable[[str], None]) -> Measured:
-    """Size and speed of a model, and its metrics on what the recipe's `evaluate` names: labelled rows, comparisons, or
-    of a language model running text, read in windows. Raises `UserError` for data that does not fit the model.
-    """
-    opened = open_model(place)
-    said = probe(opened.model)
-    parameters, weight_bytes = sizes_of(opened, opened.precision)
-    # As every command of LoopOS runs the model when nothing else is asked for.
-    cast_parameters(opened.model, NUMBER_FORMATS[opened.precision if opened.description else "fp32"])
-    model = opened.model.to(torch.device(device)).eval()  # type: ignore[arg-type]
-    reading = reading_rate(model)
-    writing = writing_rate(model, opened.tokenizer) if opened.pooled is None else None
-    # Last: perplexity leaves the packed attention in the model.
-    metrics = metrics_of(opened, place, recipe, note=note)
-    return Measured(parameters, weight_bytes, opened.precision, reading, writing, metrics, said)
+    metrics: dict[str, float]
 
 
 def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
@@ -87,15 +66,13 @@ def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
     return num_weights(opened.model) + head, codes + others * NUMBER_FORMATS[precision].itemsize
 
 
-def metrics_of(
-    opened: OpenedModel, place: str, recipe: Recipe, *, note: Callable[[str], None], precision: str | None = None
-) -> dict[str, float]:
-    """What the model at a place can do, on the data that the recipe names; empty without any. precision: of a model
-    with a head, which is opened once more; its own when absent.
+def metrics_of(opened: OpenedModel, place: str, recipe: Recipe, *, precision: str | None) -> dict[str, float]:
+    """What the model at a place can do, on the data that the recipe names: labelled rows, comparisons, or of a language
+    model running text, read in windows; empty without any. precision: of a model with a head, which is opened once
+    more; its own when None. Raises `UserError` for data that does not fit the model.
     """
     if recipe.evaluate is None:
         return {}
-    note(f"measuring {place} on {recipe.evaluate}")
     found: Mapping[str, Any]
     if opened.pooled is None:
         found = _text_metrics(opened, recipe.evaluate, recipe)

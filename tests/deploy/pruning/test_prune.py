@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from killed_runs import in_a_child
 from pico_runs import class_rows, config_of, save_pico, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -25,23 +22,8 @@ from loopos.deploy.pruning.model import prune_model, zeros_of
 from loopos.models.adapters import layer_list
 from loopos.models.blocks import linears_of
 from loopos.models.opened_model import open_model
-from tests.conftest import SENTENCES
 
-
-@pytest.fixture(autouse=True)
-def _few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is measured as ever, but fewer times: nothing here looks at how fast."""
-    monkeypatch.setattr("loopos.deploy.speed.GOES", 1)
-    monkeypatch.setattr("loopos.deploy.speed.WRITTEN", 2)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """Forty paragraphs of a few sentences each."""
-    draw = random.Random(0)
-    file = tmp_path / "text.md"
-    file.write_text("\n\n".join(" ".join(draw.choices(SENTENCES, k=4)) for _ in range(40)), encoding="utf-8")
-    return file
+pytestmark = pytest.mark.usefixtures("few_goes")
 
 
 def recipe_of(model: Path, method: str, text: Path | None = None, **keys: Any) -> PruningRecipe:
@@ -80,8 +62,9 @@ def test_counts_are_exact_and_the_rest_is_left_alone(
     share = keys.get("sparsity", 0.5)
     total = sum(tensor.numel() for tensor in weights.values())
     assert sum(int((tensor == 0).sum()) for tensor in weights.values()) == round(share * total)
-    assert [each.zeros for each in result.after[0].zeros] == [
-        sum(int((t == 0).sum()) for n, t in weights.items() if f"{each.kind}." in n) for each in result.after[0].zeros
+    assert [each.zeros for each in result.after[0].told.zeros] == [
+        sum(int((t == 0).sum()) for n, t in weights.items() if f"{each.kind}." in n)
+        for each in result.after[0].told.zeros
     ]
     for name, tensor in weights.items():
         if keys.get("scope") != "global":
@@ -182,7 +165,7 @@ def test_report_recipe_and_curve(pico_folder: Path, text: Path, tmp_path: Path) 
     for pruned in result.after:
         opened = open_model(str(tmp_path / "out" / pruned.name))
         zeros, weights = (sum(getattr(each, name) for each in zeros_of(opened.model)) for name in ("zeros", "weights"))
-        assert zeros == pruned.sparsity * weights
+        assert zeros == pruned.told.sparsity * weights
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     whole = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
     assert f"{whole // 4:,} of {whole:,} (25.00%)" in report
@@ -226,23 +209,6 @@ def test_an_encoder_with_a_head_loses_layers(tmp_path: Path, pico_tokenizer: Pat
     result = Pruner(recipe_of(tmp_path / "run", "layers", data, sparsity=0.5)).prune(tmp_path / "out")
     assert result.after[0].measured.parameters < result.before.parameters
     assert len(loopos.load(tmp_path / "out").predict(["good film"])) == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_killed_at_any_moment_nothing_half_is_left(pico_folder: Path, text: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(pico_folder, "wanda", text, sparsity=0.5)
-    began = time.monotonic()
-    Pruner(recipe).prune(tmp_path / "whole")
-    seconds, draw = time.monotonic() - began, random.Random(1)
-    expected = {file.name for file in (tmp_path / "whole").iterdir()}
-    killed, out = 0, tmp_path / "out"
-    for _ in range(6):
-        killed += in_a_child(lambda: Pruner(recipe).prune(out), draw.uniform(0.1, 0.9) * seconds) is None
-        assert not out.exists() or {file.name for file in out.iterdir()} == expected
-    assert killed >= 1
-    Pruner(recipe).prune(tmp_path / "last")
-    assert in_a_child(lambda: Pruner(recipe).prune(tmp_path / "after"), None) == 0
-    assert {file.name for file in (tmp_path / "after").iterdir()} == expected
 
 
 @pytest.mark.parametrize(

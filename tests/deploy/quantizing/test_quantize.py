@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killed_runs import in_a_child
 from pico_runs import class_rows, config_of, save_pico, train
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,31 +18,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import loopos
 from loopos.config.faults import ConfigError, UserError
 from loopos.config.quantization import QuantizationRecipe, read_recipe
-from loopos.deploy.quantize import QuantizationResult, Quantizer
-from loopos.deploy.quantizing.rates import Rate
+from loopos.deploy.quantize import Quantizer
+from loopos.deploy.rates import Rate
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.road import probed
 from loopos.generation.settings import SamplingSettings
 from loopos.models.load import load_pretrained
 from loopos.models.opened_model import open_model
 from loopos.models.quantized import quantized_layers
-from tests.conftest import SENTENCES
 
-
-@pytest.fixture(autouse=True)
-def _few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is measured as ever, but fewer times: nothing here looks at how fast."""
-    monkeypatch.setattr("loopos.deploy.quantizing.rates.GOES", 1)
-    monkeypatch.setattr("loopos.deploy.speed.WRITTEN", 2)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """Forty paragraphs of a few sentences each."""
-    draw = random.Random(0)
-    file = tmp_path / "text.md"
-    file.write_text("\n\n".join(" ".join(draw.choices(SENTENCES, k=4)) for _ in range(40)), encoding="utf-8")
-    return file
+pytestmark = pytest.mark.usefixtures("few_goes")
 
 
 def recipe_of(model: Path, method: str, text: Path | None = None, **keys: Any) -> QuantizationRecipe:
@@ -115,16 +98,19 @@ def test_the_folder_says_what_the_weights_written_out_say(
         torch.testing.assert_close(opened(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     # 14 linear layers, the embedding and the output layer.
     assert sum(name.endswith("_weight_qdata") for name in load_file(tmp_path / "out" / "model.safetensors")) == 16
-    assert result.parameters == sum(p.numel() for p in model.parameters())
-    assert result.bytes_after < (0.75 if method == "int4" else 0.9) * result.bytes_before
-    assert sum(kind.weights for kind in result.kinds) == result.parameters
+    [after] = result.after
+    assert after.measured.parameters == result.before.parameters == sum(p.numel() for p in model.parameters())
+    assert after.share < (0.75 if method == "int4" else 0.9)
+    assert sum(kind.weights for kind in after.told) == after.measured.parameters
+    assert sum(kind.num_bytes for kind in after.told) == after.measured.weight_bytes
 
 
 def test_every_door_opens_it(pico_folder: Path, text: Path, tmp_path: Path) -> None:
     """Rows decode together over our cache, one alone and many, which take other kernels; perplexity is measured."""
     recipe = recipe_of(pico_folder, "int8", evaluate=str(text), window=64)
     result = Quantizer(recipe).quantize(tmp_path / "out")
-    assert result.after["perplexity"] == pytest.approx(result.before["perplexity"], rel=0.02)
+    was, became = result.before.metrics["perplexity"], result.after[0].measured.metrics["perplexity"]
+    assert became == pytest.approx(was, rel=0.02)
     reasoner = Reasoner.open(str(tmp_path / "out"))
     assert reasoner.model.dtype == torch.bfloat16
     settings = SamplingSettings(max_new_tokens=3, stop_at_end=False)
@@ -156,7 +142,7 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
     kept = [name for name in before if "down_proj" in name or "lm_head" in name]
     assert len(kept) == 3
     assert all(torch.equal(after[name], before[name].bfloat16()) for name in kept)
-    assert "embedding in eight bits" in result.said
+    assert "embedding in eight bits" in result.after[0].said
     assert len([name for name in after if name.endswith("_weight_qdata")]) == 13
     with pytest.raises(UserError, match=r"keep: given \*\.mlp, which meets no layer"):
         Quantizer(recipe_of(pico_folder, "int8", keep=["*.mlp"])).quantize(tmp_path / "none")
@@ -166,8 +152,8 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
 def test_a_group_that_does_not_fit_leaves_eight_bits(pico_folder: Path, tmp_path: Path) -> None:
     """32 inputs are no group of 64; the 64 of the MLP's last layer are."""
     result = Quantizer(recipe_of(pico_folder, "int4", group_size=64)).quantize(tmp_path / "out")
-    assert any("12 of them in eight bits, since a group of 64" in sentence for sentence in result.said)
-    assert {kind.name: kind.layers for kind in result.kinds}["linear layers, 4 bits, groups of 64"] == 2
+    assert any("12 of them in eight bits, since a group of 64" in sentence for sentence in result.after[0].said)
+    assert {kind.name: kind.layers for kind in result.after[0].told}["linear layers, 4 bits, groups of 64"] == 2
 
 
 def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> None:
@@ -176,13 +162,13 @@ def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
     open_model(str(pico_folder)).tokenizer.save_pretrained(tmp_path / "tied")
     result = Quantizer(recipe_of(tmp_path / "tied", "int8")).quantize(tmp_path / "out")
-    assert "embedding in eight bits, shared with the output layer" in result.said
+    assert "embedding in eight bits, shared with the output layer" in result.after[0].said
     names = {name for name in load_file(tmp_path / "out" / "model.safetensors") if "layers" not in name}
     assert names == {"model.embed_tokens._weight_qdata", "model.embed_tokens._weight_scale", "model.norm.weight"}
     model = open_model(str(tmp_path / "out"), quantized=True).model
     assert model.lm_head._weight_qdata is model.model.embed_tokens._weight_qdata
     stays = Quantizer(recipe_of(tmp_path / "tied", "int8", keep=["lm_head"])).quantize(tmp_path / "kept")
-    assert "embedding and output layer share one weight, and stay as they are" in stays.said
+    assert "embedding and output layer share one weight, and stay as they are" in stays.after[0].said
 
 
 def test_gpt2_and_a_classifier(text: Path, tmp_path: Path, pico_tokenizer: Path) -> None:
@@ -194,8 +180,8 @@ def test_gpt2_and_a_classifier(text: Path, tmp_path: Path, pico_tokenizer: Path)
     data = tmp_path / "run.jsonl"
     result = Quantizer(recipe_of(tmp_path / "run", "int8-dynamic", evaluate=str(data))).quantize(tmp_path / "small")
     predictor = loopos.load(tmp_path / "small")
-    assert result.after["accuracy"] == predictor.evaluate_file(str(data))["accuracy"]
-    assert [rate.name for rate in result.rates] == ["reading"]
+    assert result.after[0].measured.metrics["accuracy"] == predictor.evaluate_file(str(data))["accuracy"]
+    assert [rate.name for rate in result.after[0].rates] == ["reading"]
 
 
 def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: Path) -> None:
@@ -212,33 +198,17 @@ def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: P
 
 def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None:
     result = Quantizer(recipe_of(pico_folder, "int8")).quantize(tmp_path / "out")
-    told = QuantizationResult(**{**vars(result), "rates": [Rate("reading", 10, 8, 0.8), Rate("writing", 9, 12, 1.3)]})
+    [after] = result.after
+    told = replace(after, rates=[Rate("reading", 10, 8, 0.8), Rate("writing", 9, 12, 1.3)])
     assert told.verdict.startswith("no success where speed counts")
-    assert told.verdict.endswith("slower than bf16 on this machine in reading (×0.80)")
-    fine = QuantizationResult(**{**vars(result), "rates": [Rate("reading", 10, 9.8, 0.98)]})
+    assert told.verdict.endswith("slower than before on this machine in reading (×0.80)")
+    fine = replace(after, rates=[Rate("reading", 10, 9.8, 0.98)])
     assert "reading as fast (×0.98)" in fine.verdict
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert f"**{result.verdict}**" in report
-    assert f"{result.bytes_after / 1e6:,.1f}" in report
+    assert f"**{after.verdict}**" in report
+    assert f"{after.measured.weight_bytes / 1e6:,.1f}" in report
     assert "nothing was measured but size and speed" in report
     assert read_recipe(str(tmp_path / "out" / "recipe.json"), []) == recipe_of(pico_folder, "int8")
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_killed_at_any_moment_nothing_half_is_left(pico_folder: Path, text: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(pico_folder, "int4", text, calibration="gptq")
-    began = time.monotonic()
-    Quantizer(recipe).quantize(tmp_path / "whole")
-    seconds, draw = time.monotonic() - began, random.Random(1)
-    expected = {file.name for file in (tmp_path / "whole").iterdir()}
-    killed, out = 0, tmp_path / "out"
-    for _ in range(5):
-        killed += in_a_child(lambda: Quantizer(recipe).quantize(out), draw.uniform(0.1, 0.9) * seconds) is None
-        assert not out.exists() or {file.name for file in out.iterdir()} == expected
-    assert killed >= 1
-    assert in_a_child(lambda: Quantizer(recipe).quantize(tmp_path / "after"), None) == 0
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "after"))
-    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,14 @@ class Zeros:
     zeros: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What the report says of a pruned model: the share that it was pruned to, and the zeros of its blocks."""
+
+    sparsity: float
+    zeros: list[Zeros]
+
+
 def stack_of(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks. Raises `UserError` for a model without a plain stack of them."""
     try:
