@@ -17,7 +17,7 @@ from pathlib import Path
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
 from loopos.data.plain_text import is_plain_text, read_plain_text
-from loopos.deploy.quality import row_metrics
+from loopos.deploy.quality import dropped_said, row_metrics
 from loopos.deploy.shipped_folder import REPORT, refuse_taken, shipped_folder
 from loopos.evaluation.markdown import shown, table
 from loopos.evaluation.perplexity import text_loss
@@ -53,7 +53,7 @@ class LanguageEnsembleSettings:
 @dataclass(frozen=True)
 class JoinedLanguage:
     """`weights` sum to 1. `alone` and `together`: metrics of each member and of the ensemble on the test; `notes`: what
-    the members differ in, in words.
+    the members differ in, and rows that were left out, in words.
     """
 
     folder: Path
@@ -107,6 +107,8 @@ def join_language(
             tell(len(members), total, out.name)
             # It lies beside the final place, so that relative paths hold here too.
             together = _measured(str(partial), settings.test, device)
+            both = {**dict(zip(members, alone, strict=True)), "the ensemble": together}
+            notes += dropped_said(settings.test, both)
         recipe = {"command": "ensemble", "members": list(members), **asdict(settings), "weights": list(weights)}
         save_json(partial / RECIPE, recipe)
         joined = JoinedLanguage(out, weights, alone, together, notes)

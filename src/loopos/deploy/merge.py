@@ -33,7 +33,7 @@ from loopos.deploy.merging.plan import Plan, planned
 from loopos.deploy.merging.report import Measured, adapter_report, report
 from loopos.deploy.merging.sources import HEAD_TENSOR, SCORE, Source, open_source
 from loopos.deploy.merging.tensors import Change, OnProgress, TensorMerger
-from loopos.deploy.quality import row_metrics
+from loopos.deploy.quality import dropped_said, row_metrics
 from loopos.deploy.shipped_folder import NOTHING_WRITTEN, REPORT, shipped_folder
 from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loopos.models.load import NUMBER_FORMATS
@@ -93,11 +93,14 @@ def merge(
             for each in measured:
                 note(f"measuring the result on {each.data}")
                 each.values["result"] = row_metrics(str(partial), each.data, device=device)
+            notes = [*plan.notes, *(said for each in measured for said in dropped_said(each.data, each.values))]
+            for sentence in notes[len(plan.notes) :]:
+                note(sentence)
             seconds = time.monotonic() - began
-            text = report(recipe, plan, changes, measured, trials, seconds=seconds)
+            text = report(recipe, plan, changes, measured, trials, notes=notes, seconds=seconds)
             (partial / REPORT).write_text(text, encoding="utf-8")
     parameters = sum(each.spec.num_elements for each in plan.tensors.values())
-    return MergeResult(folder, len(plan.tensors), parameters, seconds, plan.notes, measured, trials)
+    return MergeResult(folder, len(plan.tensors), parameters, seconds, notes, measured, trials)
 
 
 def open_models(recipe: MergeConfig) -> tuple[list[Source], Source | None]:

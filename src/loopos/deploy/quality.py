@@ -41,6 +41,7 @@ from loopos.models.quantized import num_weights
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
 # The metric that speaks for a model where none is named: the first of these that it has.
 _USUAL = ("accuracy", "pair_accuracy", "subset_accuracy", "mae", "loss")
+DROPPED = "dropped_rows"
 # Tokens of one forward pass.
 _TOKENS = 2048
 
@@ -82,13 +83,24 @@ def metrics_of(opened: OpenedModel, place: str, recipe: Recipe, *, precision: st
 
 
 def row_metrics(place: str, data: str, *, device: str = "cpu") -> dict[str, float]:
-    """The metrics of a model on rows: labelled, comparisons, or what a language model could be trained on. Raises
-    `UserError` and `DataError`.
+    """The metrics of a model on rows: labelled, comparisons, or what a language model could be trained on. Of the last,
+    rows that the loss leaves out are counted as `dropped_rows` (see `dropped_said`). Raises `UserError` and
+    `DataError`.
     """
     if kind_of(described(place)) == "language":
         return _language_metrics(Reasoner.open(place, device=device), data)
     found = _task_metrics(place, data, device)
     return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def dropped_said(data: str, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each model, by its name, whose loss leaves rows of the data out."""
+    return [
+        f"{data}: {values[DROPPED]:,.0f} rows are over the positions of {name} or have nothing to learn; its loss and "
+        "perplexity leave them out"
+        for name, values in measured.items()
+        if DROPPED in values
+    ]
 
 
 def usual_metric(metrics: Mapping[str, float]) -> str:
@@ -140,13 +152,16 @@ def _language_metrics(reasoner: Reasoner, data: str) -> dict[str, float]:
         metrics["accuracy"] = problem_metrics(answered, verdicts, voted=True)["accuracy"]
     if reasoner.voters:
         return metrics
-    loss = _loss(reasoner, examples, data)
-    return metrics | {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    loss, dropped = _loss(reasoner, examples, data)
+    metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return metrics | ({DROPPED: float(dropped)} if dropped else {})
 
 
-def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> float:
-    """Mean negative log-likelihood of the learned tokens, nats; rows over the model's positions are left out."""
-    encoded, _ = encode_supervised(
+def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> tuple[float, int]:
+    """Mean negative log-likelihood of the learned tokens, nats, and how many rows are left out: those over the model's
+    positions, and those without a token to learn.
+    """
+    encoded, report = encode_supervised(
         reasoner.tokenizer,
         examples,
         step_format=reasoner.step_format,
@@ -163,4 +178,4 @@ def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> float:
         assert batch.weights is not None, "supervised rows come with the weights of their tokens"
         total += float(model(batch.ids, batch.layout, batch.weights))
         count += float(batch.weights.sum())
-    return total / count
+    return total / count, report.read - report.used

@@ -56,6 +56,24 @@ def test_heads_are_merged_too(classifiers: list[Path], held_out: str, tmp_path: 
     assert "accuracy" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) -> None:
+    """A loss over fewer rows than were given says so, of each model and the result."""
+    texts = ["the parcel came late", "word " * 400, "good value", "my card " * 300]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    result = run("linear", [pico_folder, pico_folder], tmp_path / "out", evaluate=[data])
+    [measured] = result.measured
+    assert [values["dropped_rows"] for values in measured.values.values()] == [2.0, 2.0]
+    said = f"{data}: 2 rows are over the positions of result"
+    assert any(sentence.startswith(said) for sentence in result.notes)
+    assert said in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[::2]), encoding="utf-8")
+    alone = row_metrics(str(pico_folder), str(short))
+    assert "dropped_rows" not in alone
+    assert alone["loss"] == pytest.approx(measured.values["result"]["loss"], rel=1e-6)
+
+
 def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path, tmp_path: Path) -> None:
     """The names of the two differ by the base model's prefix, and the base has no such head."""
     trained = classifier(tmp_path / "run", pico_folder, 4, training={"num_epochs": 1})

@@ -35,6 +35,7 @@ def report(
     measured: Sequence[Measured],
     trials: Sequence[Trial],
     *,
+    notes: Sequence[str],
     seconds: float,
 ) -> str:
     """The whole report."""
@@ -46,8 +47,8 @@ def report(
     parts += ["## Change", _change_told(recipe), _groups(changes, plan.num_layers)]
     for each in measured:
         parts += [f"## Measured on {cell(each.data)}", _metrics(each)]
-    if plan.notes:
-        parts += ["## Notes", "\n".join(f"- {cell(sentence)}" for sentence in plan.notes)]
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {cell(sentence)}" for sentence in notes)]
     return "\n\n".join(parts) + "\n"
 
 
