@@ -30,7 +30,8 @@ from loopos.deploy.shipped_folder import REPORT, refuse_taken, shipped_folder
 from loopos.evaluation.markdown import table
 from loopos.evaluation.progress import Tell, silent
 from loopos.models.found_model import FoundModel, find_model
-from loopos.storage.json_files import save_json
+from loopos.models.quantized_folder import CODES
+from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -69,7 +70,7 @@ def export(
     type_name = check_settings(settings)
     refuse_taken(out)
     model = find_model(place)
-    _check_format(model, settings.format)
+    _check_format(model, settings)
     needed = _bytes_of(model.folder) if model.folder is not None else 0
     with shipped_folder(out, needed, "the exported model") as partial:
         # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
@@ -83,7 +84,9 @@ def export(
     return replace(exported, folder=out, pushed=pushed)
 
 
-def _check_format(model: FoundModel, output_format: str) -> None:
+def _check_format(model: FoundModel, settings: ExportSettings) -> None:
+    output_format = settings.format
+    _check_codes(model, settings)
     if output_format == "adapter":
         require_adapter(model)
     if output_format == "onnx":
@@ -97,6 +100,30 @@ def _check_format(model: FoundModel, output_format: str) -> None:
         gguf_file.require_gguf()
         if model.folder is not None and holds_weights(model.folder):
             gguf_file.prepare(model.folder, model.given)
+
+
+def _check_codes(model: FoundModel, settings: ExportSettings) -> None:
+    """Raises `UserError` where weights in codes would have to be written out, and so be rounded a second time."""
+    if model.codes is None or model.folder is None:
+        return
+    recipe = read_object(model.folder / RECIPE) if (model.folder / RECIPE).is_file() else {}
+    # The recipe of an export names what was exported, codes too.
+    made = None if "command" in recipe else recipe.get("model")
+    origin = f"the model that it was made from{f' ({made})' if made else ''}"
+    if model.codes != CODES:
+        raise UserError(
+            f"{model.given}: quantized: codes of {model.codes}, which LoopOS does not read; wanted {origin}"
+        )
+    if settings.format != "huggingface":
+        raise UserError(
+            f"{model.given}: quantized: its weights are codes, which --format {settings.format} would round a second "
+            f"time; wanted {origin}, or --format huggingface, which copies them"
+        )
+    if settings.type is not None:
+        raise UserError(
+            f"--type: given {settings.type} for {model.given}, which is quantized: its codes are copied as they are; "
+            f"wanted no --type, or {origin}"
+        )
 
 
 def _write(
@@ -119,9 +146,10 @@ def _write(
         write_adapter(model, partial, dtype)
     elif settings.format == "huggingface":
         assert folder is not None
-        dtype = dtype or usual_dtype(folder_tensors(folder))
-        if dtype not in _NAMES:
-            raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
+        if model.codes is None:
+            dtype = dtype or usual_dtype(folder_tensors(folder))
+            if dtype not in _NAMES:
+                raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
     elif settings.format == "onnx":
         assert folder is not None
@@ -131,7 +159,8 @@ def _write(
         file = f"{title}-{type_name.upper()}.gguf"
         notes += _write_gguf(model, folder, partial / file, type_name, settings, tell)
     check = _check(model, folder, partial, file, settings) if settings.check else None
-    type_name = type_name or (_NAMES[dtype] if dtype is not None else "own")
+    own = "own" if model.codes is None else f"{model.codes} codes"
+    type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
     card = model_card(
         model,
         title=settings.push or title,

@@ -49,6 +49,16 @@ class FoundModel:
             path = path.resolve().parent
         return path.resolve().name if path.exists() else path.name
 
+    @property
+    def codes(self) -> str | None:
+        """Who wrote the codes that the weights are kept as ("torchao" where LoopOS did); None for plain weights. Raises
+        `UserError` for a broken config.
+        """
+        if self.folder is None:
+            return None
+        said = read_object(self.folder / "config.json").get("quantization_config")
+        return str(said.get("quant_method", "another program")) if isinstance(said, dict) else None
+
 
 def find_model(place: str) -> FoundModel:
     """What lies at `place`. Raises `UserError` where there is no model, or an ensemble, which is several."""

@@ -34,7 +34,8 @@ from loopos.models.quantized import (
 from loopos.models.weight_files import fill, model_class
 
 WEIGHTS = "model.safetensors"
-_METHOD = "torchao"
+CODES = "torchao"
+"""Whose codes these are, by the config."""
 _PARTS = ("qdata", "scale", "zero_point", "act_pre_scale")
 _ROUNDED_ROWS = {
     "_type": "QuantizeTensorToInt8Kwargs",
@@ -77,7 +78,7 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
 
 def holds_codes(config: PreTrainedConfig) -> bool:
     """Whether a config belongs to weights in codes of this kind."""
-    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == _METHOD
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == CODES
 
 
 def from_quantized(given: str, folder: Path, config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
@@ -195,7 +196,7 @@ def _torchao_config(model: PreTrainedModel, layers: Mapping[str, QuantizedWeight
         if isinstance(module, nn.Linear | nn.Embedding) and name not in quantized
     ]
     return {
-        "quant_method": _METHOD,
+        "quant_method": CODES,
         "quant_type": {"default": {"_type": name, "_version": 2, "_data": data}},
         "modules_to_not_convert": plain or None,
         "include_input_output_embeddings": model.get_input_embeddings() in layers.values(),

@@ -20,7 +20,7 @@ from loopos.evaluation.progress import Tell
 from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object, save_json
-from loopos.storage.tensor_files import INDEX, folder_tensors, write_tensors
+from loopos.storage.tensor_files import INDEX, WEIGHTS, folder_tensors, write_tensors
 from loopos.storage.tensor_format import TensorSpec
 
 _PRECISIONS = {dtype: name for name, dtype in NUMBER_FORMATS.items()}
@@ -30,20 +30,22 @@ _COPIED = (".json", ".jinja", ".model", ".txt", ".py")
 _WRITTEN_HERE = frozenset({_CONFIG, MODEL_DESCRIPTION, RECIPE, INDEX, "trainer_state.json"})
 
 
-def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype, tell: Tell) -> None:
-    """Fills the empty folder `out`. kind: what the model is, see `ShippedModel`. Raises `UserError` where f16 is too
+def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, tell: Tell) -> None:
+    """Fills the empty folder `out`. kind: what the model is, see `FoundModel`. dtype: the number format of the weights;
+    None copies them as they are, which weights in codes must be. Raises `UserError` where f16 is too
     narrow, `OSError` when the disk is full.
     """
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _COPIED and file.name not in _WRITTEN_HERE:
             shutil.copyfile(file, out / file.name)
     config = read_object(folder / _CONFIG)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
     save_json(out / _CONFIG, config)
     if (folder / MODEL_DESCRIPTION).is_file():
         description = read_object(folder / MODEL_DESCRIPTION)
-        if "precision" in description:
+        if "precision" in description and dtype is not None:
             description["precision"] = _PRECISIONS[dtype]
         save_json(out / MODEL_DESCRIPTION, description)
     if (folder / HEAD).is_file():
@@ -51,7 +53,10 @@ def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype, t
         shutil.copyfile(folder / HEAD, out / HEAD)
     if kind == "language" and not (out / _GENERATION).is_file():
         GenerationConfig.from_model_config(PreTrainedConfig.from_dict(config)).save_pretrained(out)
-    write_cast(folder, out, dtype, tell)
+    if dtype is None:
+        shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
+    else:
+        write_cast(folder, out, dtype, tell)
 
 
 def write_cast(folder: Path, out: Path, dtype: torch.dtype, tell: Tell) -> None:

@@ -133,6 +133,9 @@ def usage(model: FoundModel, *, title: str, file: str, output_format: str) -> st
         if not _has_template(model):
             lines[-4:] = ['inputs = tokenizer("What is 17 + 26?", return_tensors="pt")']
         lines += ["made = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(made[0]))"]
+    if model.codes is not None:
+        asked = _fenced("sh", [f'loopos generate {place} -p "What is 17 + 26?"'])
+        return f"{asked}\n\nIts weights are codes. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
     return _fenced("python", lines)
 
 

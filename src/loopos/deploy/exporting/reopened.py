@@ -22,6 +22,8 @@ from loopos.data.rows import Row
 from loopos.data.tokens import encode_labelled
 from loopos.evaluation.outputs import outputs_of
 from loopos.models.found_model import FoundKind
+from loopos.models.load import load_pretrained
+from loopos.models.quantized_folder import holds_codes
 from loopos.models.task_folder import open_task_model
 
 PROBE = (
@@ -63,6 +65,10 @@ def outputs_at(folder: Path, kind: FoundKind) -> Tensor:
         row = Labelled(PROBE, None, None, Row({}, "probe", None, 0))
         encoded, _ = encode_labelled(tokenizer, [row], max_length=description["max_length"])
         return outputs_of(model, encoded, torch.device("cpu"))
+    config = AutoConfig.from_pretrained(str(folder))
+    if holds_codes(config):
+        # transformers opens codes where torchao is installed alone.
+        return _run(load_pretrained(str(folder), causal=True, quantized=True).model, probe_ids(folder, config))
     openers: dict[FoundKind, Any] = {"language": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
     opened = openers.get(kind, AutoModel).from_pretrained(str(folder), dtype=torch.float32).eval()
     return _run(opened, probe_ids(folder, opened.config))
@@ -83,8 +89,6 @@ def gguf_outputs(file: Path, folder: Path) -> Tensor:
 def adapter_outputs(adapter: Path, base: str, folder: Path) -> Tensor:
     """Logits `[T, V]`, or hidden states `[T, d]`, of an adapter that peft puts over its base. folder: the model's."""
     from peft import PeftConfig, PeftModel
-
-    from loopos.models.load import load_pretrained
 
     causal = PeftConfig.from_pretrained(str(adapter)).task_type == "CAUSAL_LM"
     opened = load_pretrained(base, causal=causal)

@@ -1,0 +1,140 @@
+"""A quantized folder through every command that opens a model, and what the commands that cannot take it say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pico_runs import class_rows, config_of, train
+
+from loopos.methods.reward_model import RewardModelTrainer
+from loopos.training.progress import RunProgress
+from tests.cli.conftest import Invoke
+from tests.deploy.serving.conftest import command
+from tests.deploy.serving.questions import CHAT, ask
+from tests.methods.preference_runs import comparisons, reward_config, write_rows
+
+Home = dict[str, Path]
+DEVICE = ("--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path, language_run: Path, invoke: Invoke) -> Home:
+    """A language model, a classifier and a reward model, quantized: the folder of each by its kind."""
+    folder = tmp_path_factory.mktemp("quantized")
+    train(config_of(folder / "classes", pico_folder, class_rows(16), training={"num_epochs": 1}))
+    RewardModelTrainer(
+        reward_config(folder / "rewards", pico_folder, training={"num_epochs": 1}), progress=RunProgress(quiet=True)
+    ).train()
+    runs = {"language": language_run, "head": folder / "classes", "reward": folder / "rewards"}
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loopos.deploy.rates.GOES", 1)
+        patch.setattr("loopos.deploy.rates.WRITTEN", 2)
+        for kind, run in runs.items():
+            made[kind] = folder / f"{kind}-small"
+            result = invoke("quantize", run, "--method", "int4", "-o", made[kind])
+            assert result.exit_code == 0, result.stderr
+    return made
+
+
+def test_a_language_model_speaks_and_is_measured(home: Home, tmp_path: Path, invoke: Invoke) -> None:
+    greedy = ("--max-new-tokens", 6, "--temperature", 0, *DEVICE)
+    said = invoke("generate", home["language"], "-p", "the film", "--raw", *greedy)
+    assert said.exit_code == 0, said.stderr
+    chatted = invoke("chat", home["language"], *greedy, text="the film\n")
+    assert chatted.exit_code == 0, chatted.stderr
+    assert chatted.stdout.strip()
+    text = tmp_path / "text.txt"
+    text.write_text("the parcel came late and the box was open. " * 20, encoding="utf-8")
+    measured = invoke("evaluate", home["language"], text, "--window", 64, "--json", *DEVICE)
+    assert json.loads(measured.stdout)["metrics"]["perplexity"] > 1, measured.stderr
+    with command(home["language"], "--name", "small", "--max-rows", 3) as (server, _):
+        body = {"model": "small", "max_tokens": 6, "temperature": 0}
+        status, told, _ = ask(server, "/v1/completions", {**body, "prompt": "the film"})
+        assert status == 200, told
+        assert told["choices"][0]["text"].strip() == said.stdout.strip()
+        asked = [{"role": "user", "content": "the film"}]
+        status, told, _ = ask(server, CHAT, {**body, "messages": asked})
+        assert status == 200, told
+        assert told["choices"][0]["message"]["content"].strip() == chatted.stdout.strip()
+        status, told, _ = ask(server, "/v1/embeddings", {"model": "small", "input": "the film"})
+        assert status == 200, told
+        # More rows than kernels for codes take.
+        status, told, _ = ask(server, "/v1/completions", {**body, "prompt": "the film", "n": 3, "temperature": 1})
+        assert status == 200, told
+        assert len(told["choices"]) == 3
+
+
+def test_a_classifier_predicts(home: Home, tmp_path: Path, invoke: Invoke) -> None:
+    predicted = invoke("predict", home["head"], "-", *DEVICE, text="good the parcel came late\n")
+    assert predicted.exit_code == 0, predicted.stderr
+    wanted = json.loads(predicted.stdout)
+    measured = invoke("evaluate", home["head"], write_rows(tmp_path / "rows.jsonl", class_rows(8)), "--json", *DEVICE)
+    assert json.loads(measured.stdout)["rows"] == 8, measured.stderr
+    with command(home["head"], "--name", "classes") as (server, _):
+        status, told, _ = ask(server, "/v1/classify", {"model": "classes", "input": "good the parcel came late"})
+    assert status == 200, told
+    assert told["data"][0]["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-4)
+
+
+def test_a_reward_model_scores(home: Home, tmp_path: Path, invoke: Invoke) -> None:
+    scored = invoke("score", home["reward"], write_rows(tmp_path / "pairs.jsonl", comparisons(6)), "--json", *DEVICE)
+    assert scored.exit_code == 0, scored.stderr
+    assert "pair_accuracy" in scored.stdout
+    with command(home["reward"], "--name", "judge") as (server, _):
+        body = {"model": "judge", "prompt": "where is my parcel", "response": ["thank you", "just wait"]}
+        status, told, _ = ask(server, "/v1/score", body)
+    assert status == 200, told
+    assert len({each["score"] for each in told["data"]}) == 2
+
+
+@pytest.mark.parametrize("kind", ["language", "head", "reward"])
+def test_the_folder_is_exported_as_it_is(kind: str, home: Home, tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("export", home[kind], "--format", "huggingface", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    told: dict[str, Any] = json.loads(result.stdout)
+    assert told["type"] == "torchao codes"
+    assert told["largest_difference"] == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (home[kind], tmp_path / "out")]
+    assert weights[0] == weights[1]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "weights in TORCHAO CODES" in card
+    assert ("loopos generate" in card) == (kind == "language")
+    words = {"language": ("generate", "-p", "the film", "--max-new-tokens", 2), "head": ("predict", "-")}.get(kind)
+    if words is not None:
+        again = invoke(words[0], tmp_path / "out", *words[1:], *DEVICE, text="good")
+        assert again.exit_code == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--format", "gguf"), "which --format gguf would round a second time; wanted the model that it was made from"),
+        (("--format", "modelfile"), "which --format modelfile would round a second time"),
+        (("--format", "onnx"), "which --format onnx would round a second time"),
+        (("--format", "adapter"), "which --format adapter would round a second time"),
+        (("--format", "huggingface", "--type", "bf16"), "--type: given bf16 for"),
+    ],
+)
+def test_codes_are_written_out_nowhere(
+    words: tuple[str, ...], told: str, home: Home, language_run: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    result = invoke("export", home["language"], *words, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert f"the model that it was made from ({language_run})" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_of_other_programs_are_refused(home: Home, tmp_path: Path, invoke: Invoke) -> None:
+    foreign = shutil.copytree(home["language"], tmp_path / "foreign")
+    config = json.loads((foreign / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (foreign / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = invoke("export", foreign, "--format", "huggingface", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "codes of gptq, which LoopOS does not read" in result.stderr
