@@ -53,6 +53,35 @@ def test_export_says_it_to_people(language_run: Path, tmp_path: Path, invoke: In
     assert "opened again: largest difference of the outputs 0 " in result.stdout
 
 
+def test_onnx_says_what_torch_says(trained: Any, project: Path, tmp_path: Path, invoke: Invoke) -> None:
+    """The graph's logits of padded texts beside those of the model that LoopOS opens."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import onnxruntime
+    import torch
+    from transformers import AutoTokenizer
+
+    run, out = project / "outputs" / "first", tmp_path / "out"
+    result = invoke("export", run, "--format", "onnx", "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["type"] == "f32"
+    assert told["largest_difference"] < 1e-4
+    assert told["same_likeliest"] == 1.0
+    texts = ["good film", "where is it, the parcel came late and nobody replies", "bad"]
+    given = AutoTokenizer.from_pretrained(out)(texts, padding=True, padding_side="right", return_tensors="np")
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    wanted = {each.name for each in session.get_inputs()}
+    [logits] = session.run(None, {name: value for name, value in given.items() if name in wanted})
+    found = torch.softmax(torch.from_numpy(logits), -1)
+    answers = [
+        json.loads(line) for line in invoke("predict", run, "-", text="\n".join(texts) + "\n").stdout.splitlines()
+    ]
+    assert len(answers) == len(texts)
+    for row, answer in zip(found.tolist(), answers, strict=True):
+        assert row == pytest.approx(list(answer["probabilities"].values()), abs=1e-4)
+
+
 def test_mistakes_end_in_a_line(trained: Any, project: Path, tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("export", project / "outputs" / "first", "--format", "gguf", "-o", tmp_path / "out")
     assert result.exit_code == 2
