@@ -17,8 +17,7 @@ Words = tuple[object, ...]
 COMMANDS: dict[str, Callable[[Path, Path], Words]] = {
     "merge": lambda model, text: (model, model, "--method", "linear", "--evaluate", text.with_suffix(".jsonl")),
     "prune": lambda model, text: (
-        model, "--method", "wanda", "--sparsity", "0.25,0.5", "--calibration", text, "--calibration-tokens", 24,
-        "--evaluate", text,
+        model, "--method", "wanda", "--sparsity", "0.5", "--calibration", text, "--calibration-tokens", 24,
     ),
     "quantize": lambda model, text: (
         model, "--method", "int4", "--calibration", "gptq", "--calibration-text", text, "--calibration-tokens", 24,

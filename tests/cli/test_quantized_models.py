@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 from pico_runs import class_rows, config_of, train
 
+from loopos.deploy.serving.heads import ClassifyHead, HeadService, ScoreHead
+from loopos.deploy.serving.limits import ServingLimits
+from loopos.deploy.serving.metrics import ServingMetrics
+from loopos.evaluation.predictor import Predictor
+from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke
-from tests.deploy.serving.conftest import command
+from tests.deploy.serving.conftest import command, served
 from tests.deploy.serving.questions import CHAT, ask
 from tests.methods.preference_runs import comparisons, reward_config, write_rows
 
@@ -75,7 +80,9 @@ def test_a_classifier_predicts(home: Home, tmp_path: Path, invoke: Invoke) -> No
     wanted = json.loads(predicted.stdout)
     measured = invoke("evaluate", home["head"], write_rows(tmp_path / "rows.jsonl", class_rows(8)), "--json", *DEVICE)
     assert json.loads(measured.stdout)["rows"] == 8, measured.stderr
-    with command(home["head"], "--name", "classes") as (server, _):
+    metrics = ServingMetrics()
+    service = HeadService(ClassifyHead(Predictor.open(home["head"])), "classes", ServingLimits(), metrics)
+    with served(service, ServingLimits(), metrics) as server:
         status, told, _ = ask(server, "/v1/classify", {"model": "classes", "input": "good the parcel came late"})
     assert status == 200, told
     assert told["data"][0]["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-4)
@@ -85,7 +92,9 @@ def test_a_reward_model_scores(home: Home, tmp_path: Path, invoke: Invoke) -> No
     scored = invoke("score", home["reward"], write_rows(tmp_path / "pairs.jsonl", comparisons(6)), "--json", *DEVICE)
     assert scored.exit_code == 0, scored.stderr
     assert "pair_accuracy" in scored.stdout
-    with command(home["reward"], "--name", "judge") as (server, _):
+    metrics = ServingMetrics()
+    service = HeadService(ScoreHead(RewardPredictor.open(str(home["reward"]))), "judge", ServingLimits(), metrics)
+    with served(service, ServingLimits(), metrics) as server:
         body = {"model": "judge", "prompt": "where is my parcel", "response": ["thank you", "just wait"]}
         status, told, _ = ask(server, "/v1/score", body)
     assert status == 200, told

@@ -61,7 +61,7 @@ def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) 
     texts = ["the parcel came late", "word " * 400, "good value", "my card " * 300]
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    result = run("linear", [pico_folder, pico_folder], tmp_path / "out", evaluate=[data])
+    result = run("linear", [pico_folder, pico_folder], tmp_path / "out", evaluate=[str(data)])
     [measured] = result.measured
     assert [values["dropped_rows"] for values in measured.values.values()] == [2.0, 2.0]
     said = f"{data}: 2 rows are over the positions of result"
