@@ -43,13 +43,14 @@ def prune(
 ) -> None:
     """Prune a model: set weights to zero, or take out heads, channels or layers."""
     from loopos.cli import prune as command
+    from loopos.cli.weight_change import ChangeOptions
 
     recipe = {
         "method": method, "sparsity": command.shares(sparsity), "pattern": pattern, "scope": scope,
         "calibration": calibration, "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens,
         "evaluate": evaluate, "window": window, "stride": stride, "seed": seed, "device": device,
     }  # fmt: skip
-    raise typer.Exit(command.run(model, command.ChangeOptions(output, recipe, tuple(columns or ()), json, verbose)))
+    raise typer.Exit(command.run(model, ChangeOptions(output, recipe, tuple(columns or ()), json, verbose)))
 
 
 def quantize(
@@ -84,10 +85,11 @@ def quantize(
 ) -> None:
     """Quantize a model: weights as codes of eight or four bits, smaller on disk and in memory."""
     from loopos.cli import quantize as command
+    from loopos.cli.weight_change import ChangeOptions
 
     recipe = {
         "method": method, "group_size": group_size, "calibration": calibration, "calibration_text": calibration_text,
         "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens, "keep": keep or None,
         "evaluate": evaluate, "window": window, "stride": stride, "seed": seed, "device": device,
     }  # fmt: skip
-    raise typer.Exit(command.run(model, command.ChangeOptions(output, recipe, tuple(columns or ()), json, verbose)))
+    raise typer.Exit(command.run(model, ChangeOptions(output, recipe, tuple(columns or ()), json, verbose)))
