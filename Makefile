@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A worker without work takes from the others' (worksteal), so that a long test met late does not keep one worker alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow check format bench wheel clean
+.PHONY: demo test test-slow test-cluster check format bench wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"LoopOS needs Python 3.11 or later, this is {sys.version}"'
@@ -22,16 +22,20 @@ demo: $(VENV)/.installed
 	$(BIN)/loopos demo
 
 test: $(VENV)/.installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not cluster"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Two hosts of network namespaces, a pulled cable: needs root and the program ip, takes some six minutes.
+test-cluster: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -s
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not cluster"
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format src tests bench

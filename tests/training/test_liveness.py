@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ class Ended(Exception):
 
 
 @contextmanager
-def processes(hosts: list[str]) -> Iterator[tuple[list[Liveness], dict[int, str]]]:
-    """One `Liveness` a rank, all in this process, and by rank what each was ended with."""
+def processes(hosts: list[str], *, never_begins: int | None = None) -> Iterator[tuple[list[Liveness], dict[int, str]]]:
+    """One `Liveness` a rank, all in this process, and by rank what each was ended with. never_begins: a rank that joins
+    and is gone before its first sign of life.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ended: dict[int, str] = {}
 
@@ -32,10 +35,11 @@ def processes(hosts: list[str]) -> Iterator[tuple[list[Liveness], dict[int, str]
         Liveness(store, rank, len(hosts), silence=SILENCE, host=host, end=end_of(rank))
         for rank, host in enumerate(hosts)
     ]
-    for each in ranks:
+    begun = [each for rank, each in enumerate(ranks) if rank != never_begins]
+    for each in begun:
         each.begin()
     yield ranks, ended
-    for each in ranks:
+    for each in begun:
         each.leave()
 
 
@@ -75,6 +79,15 @@ def test_a_silent_process_is_named_by_rank_and_host(lost: int, finder: int) -> N
             assert ended[finder]
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_process_that_is_gone_before_its_first_sign_is_missed_too(lost: int) -> None:
+    with processes(["one", "two", "three"], never_begins=lost) as (_, ended):
+        wait_for(2, ended)
+        assert set(ended) == {0, 1, 2} - {lost}
+        for message in ended.values():
+            assert message.startswith(f"rank {lost} has shown no sign of life for ")
+
+
 def test_an_error_of_one_process_is_told_once_a_host() -> None:
     with processes(["one", "one", "two"]) as (ranks, ended):
         assert ranks[1].failed(UserError("the disk is full"))
@@ -101,3 +114,31 @@ def test_a_broken_collective_of_living_processes_is_named_itself() -> None:
         wait_for(2, ended)
         assert ended[1] == "rank 1 on two: [gloo] Timed out waiting 600000ms for send operation"
         assert ended[0] == ended[1]
+
+
+def test_a_broken_collective_without_a_store_names_the_place_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    with processes(["one", "two"]) as (ranks, ended):
+        time.sleep(SILENCE)
+        fall_silent(ranks[1])
+        # A store that is gone answers nothing from now on.
+        ranks[1]._answered -= 2 * SILENCE
+        with pytest.raises(UserError):
+            ranks[1].blame(RuntimeError("[gloo] Connection closed by peer"))
+        assert ended[1].startswith("rank 1 on two: 10.0.0.1, where the processes of the run meet, has not answered for")
+
+
+def test_a_store_that_never_answers_holds_up_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopos.training.liveness._STORE_TIMEOUT", 0.2)
+    with processes(["one", "two"]) as (ranks, _):
+        hanging = threading.Event()
+
+        class Hanging:
+            def compare_set(self, *_: object) -> bytes:
+                hanging.wait(20)
+                raise dist.DistStoreError("an answer that comes too late")
+
+        store, ranks[1]._store = ranks[1]._store, Hanging()  # type: ignore[assignment]
+        assert ranks[1].failed(UserError("the disk is full"))
+        hanging.set()
+        ranks[1]._store = store

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -92,7 +93,7 @@ class Liveness:
 
     def begin(self) -> None:
         """Shows the first sign of life and starts to watch."""
-        self._store.set(f"loopos/host/{self._rank}", self._host)
+        self._store.set(_host_of(self._rank), self._host)
         self._store.set(_alive(self._rank), b"0")
         for thread in self._threads:
             thread.start()
@@ -128,6 +129,10 @@ class Liveness:
         self._hurried.set()
         time.sleep(min(self._silence, _HURRIED) + 2 * self._interval)
         self._stopped.set()
+        if time.monotonic() - self._answered > min(self._silence, _HURRIED):
+            # With the peer the store is gone: the place of both is what there is to name.
+            self._obey(self._unreachable())
+            raise EndedElsewhere
         first = (str(problem).splitlines() or [""])[0]
         mine = Verdict(f"rank {self._rank} on {self._host}: {first}", self._rank, self._host)
         self._obey(self._post(self._store, mine))
@@ -178,28 +183,43 @@ class Liveness:
                 self._obey(self._unreachable())
 
     def _silent(self) -> Verdict | None:
-        """A verdict on a rank that has shown no sign for too long."""
+        """A verdict on a rank that has shown no sign for too long. Where none has come yet, since this process first
+        looked for it: all have joined by then, and one of them may have ended before its first.
+        """
         now, ranks = time.monotonic(), self._watched
-        if not ranks or not self._talking.check([_alive(rank) for rank in ranks]):
-            return None
         most = min(self._silence, _HURRIED) if self._hurried.is_set() else self._silence
-        for rank, sign in zip(ranks, self._talking.multi_get([_alive(rank) for rank in ranks]), strict=True):
-            seen, since = self._seen.get(rank, (b"", now))
+        for rank, sign in self._signs(ranks).items():
+            seen, since = self._seen.get(rank, (sign, now))
             self._seen[rank] = (sign, since if sign == seen else now)
             if sign != _LEFT and now - self._seen[rank][1] > most:
-                host = self._talking.get(f"loopos/host/{rank}").decode()
                 said = (
-                    f"rank {rank} on {host} has shown no sign of life for {now - self._seen[rank][1]:.0f} s: its "
+                    f"{self._place(rank)} has shown no sign of life for {now - self._seen[rank][1]:.0f} s: its "
                     "process was killed or stands still, or its host is cut off; the run ends"
                 )
                 return self._post(self._talking, Verdict(said, self._rank, self._host))
         return None
 
+    def _signs(self, ranks: list[int]) -> dict[int, bytes]:
+        """The last sign of life of each rank, empty where it has shown none."""
+        if not ranks:
+            return {}
+        # One question for all is the rule: ranks without a sign are only there at the beginning.
+        asked = [_alive(rank) for rank in ranks]
+        all_there = self._talking.check(asked)
+        there = [rank for rank in ranks if all_there or self._talking.check([_alive(rank)])]
+        signs = self._talking.multi_get([_alive(rank) for rank in there]) if there else []
+        return {**dict.fromkeys(ranks, b""), **dict(zip(there, signs, strict=True))}
+
+    def _place(self, rank: int) -> str:
+        """A rank, with its host where it has lived to tell it."""
+        key = _host_of(rank)
+        return f"rank {rank} on {self._talking.get(key).decode()}" if self._talking.check([key]) else f"rank {rank}"
+
     def _unreachable(self) -> Verdict:
         address = os.environ.get("MASTER_ADDR", "rank 0's host")
         said = (
             f"rank {self._rank} on {self._host}: {address}, where the processes of the run meet, has not answered for "
-            f"{self._silence:.0f} s: it is down, or the network between is cut; the run ends"
+            f"{time.monotonic() - self._answered:.0f} s: it is down, or the network between is cut; the run ends"
         )
         return Verdict(said, self._rank, self._host)
 
@@ -207,11 +227,19 @@ class Liveness:
         return Verdict(**json.loads(store.get(_VERDICT))) if store.check([_VERDICT]) else None
 
     def _post(self, store: Store, mine: Verdict) -> Verdict:
-        """Puts a verdict up where none stands; the one that stands then."""
-        try:
-            return Verdict(**json.loads(store.compare_set(_VERDICT, "", json.dumps(asdict(mine)))))
-        except (dist.DistError, RuntimeError):
-            return mine
+        """Puts a verdict up where none stands; the one that stands then. One's own where the store does not answer."""
+        stands = [mine]
+
+        def put() -> None:
+            # A store that breaks off has no verdict to tell.
+            with suppress(dist.DistError, RuntimeError):
+                stands[0] = Verdict(**json.loads(store.compare_set(_VERDICT, "", json.dumps(asdict(mine)))))
+
+        # In a thread that may be left behind: over a network that is cut the store's own call never returns.
+        putting = threading.Thread(target=put, daemon=True)
+        putting.start()
+        putting.join(_STORE_TIMEOUT)
+        return stands[0]
 
     def _obey(self, verdict: Verdict) -> None:
         """Ends this process by a verdict. It is told once a host: by who found out, or by rank 0 on another host."""
@@ -225,3 +253,7 @@ class Liveness:
 
 def _alive(rank: int) -> str:
     return f"loopos/alive/{rank}"
+
+
+def _host_of(rank: int) -> str:
+    return f"loopos/host/{rank}"
