@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import loopos
-from loopos.cli import deploy_commands, export_commands, language_commands
+from loopos.cli import cluster_commands, deploy_commands, export_commands, language_commands
 from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
 from loopos.cli.outcome import Commands
 
@@ -172,6 +172,7 @@ def merge(
     raise typer.Exit(command.run(words, options))
 
 
+app.command()(cluster_commands.plan)
 app.command()(language_commands.evaluate)
 app.command()(language_commands.winrate)
 app.command()(language_commands.generate)

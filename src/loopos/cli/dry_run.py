@@ -201,11 +201,16 @@ def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes
     """Keys and values while validation answers problems: in the room that training's buffers have left."""
     if not isinstance(config, ChainOfThoughtConfig) or not config.generates:
         return 0
-    rows = min(_GENERATED_TOGETHER, config.evaluation.problems * config.generation.chains)
+    rows = generated_rows(config)
     columns = longest + config.generation.max_new_tokens
     return estimate.cache_bytes(
         model.shape, layers=model.num_layers, rows=rows, columns=columns, number_bytes=number_bytes
     )
+
+
+def generated_rows(config: ChainOfThoughtConfig) -> int:
+    """Chains that validation writes together."""
+    return min(_GENERATED_TOGETHER, config.evaluation.problems * config.generation.chains)
 
 
 def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:

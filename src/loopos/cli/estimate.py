@@ -1,7 +1,7 @@
 """What a run will take, reckoned from shapes: memory, disk and time.
 
 Enters: counts of parameters and tokens, the number format, two measured rates. Leaves: bytes and seconds by name. Pure
-arithmetic; `dry_run` finds the counts. Left out: several processes, and time for reading data and saving.
+arithmetic; `dry_run` finds the counts. Left out: several processes (`cluster`), and time for reading data and saving.
 Letters: P parameters, of which R train; T tokens of the largest forward pass; L layers that keep activations; d width,
 k width of keys (or values), m feed-forward width, h heads, f bytes of a number in the run's format (2 or 4).
 """
@@ -68,17 +68,20 @@ def optimizer_bytes(optimizer: str, momentum: float, parameters: Parameters) -> 
     return 2 * _FP32 * parameters.trained
 
 
-def activation_bytes(shape: Architecture, *, tokens: int, longest: int, number_bytes: int, recomputes: bool) -> int:
+def activation_bytes(
+    shape: Architecture, *, tokens: int, longest: int, number_bytes: int, recomputes: bool, tensor_parallel: int = 1
+) -> int:
     """Kept from the forward for the backward pass: T · L · (f·(8d + 2k + 4m + h·n) + e).
 
     8d: twice what a norm gives and gets (4d), the query, what attention gives, and both residual sums; 2k: keys and
     values; 4m: gate, its activation, its partner and their product; h·n: attention probabilities over at most n
-    (`longest`) tokens. e = 8d where the numbers are of 2 bytes: norms keep their input in fp32. With recomputation each
-    layer keeps its input alone, and one layer at a time is whole.
+    (`longest`) tokens, 0 where a fused kernel keeps none. e = 8d where the numbers are of 2 bytes: norms keep their
+    input in fp32. With recomputation each layer keeps its input alone, and one layer at a time is whole. Tensor
+    parallelism divides all but norms and residual sums (6d and e).
     """
     upcast = 8 * shape.width if number_bytes == 2 else 0
-    features = 8 * shape.width + 2 * shape.key_width + 4 * shape.feed_forward + shape.heads * longest
-    layer = tokens * (number_bytes * features + upcast)
+    inside = 2 * shape.width + 2 * shape.key_width + 4 * shape.feed_forward + shape.heads * longest
+    layer = tokens * (number_bytes * (6 * shape.width + inside // tensor_parallel) + upcast)
     if recomputes:
         return min(shape.layers, 1) * layer + tokens * shape.layers * number_bytes * shape.width
     return shape.layers * layer
@@ -98,6 +101,19 @@ def cache_bytes(shape: Architecture, *, layers: int, rows: int, columns: int, nu
     return rows * columns * 2 * layers * shape.key_width * number_bytes
 
 
+def held_bytes(parameters: Parameters, *, half_precision: bool, optimizer_state: int) -> dict[str, int]:
+    """What training holds all the time, by part: weights f·P, masters 4·R beside weights of 2 bytes, gradients 4·R, and
+    the optimizer's state as `optimizer_bytes`.
+    """
+    trained = _FP32 * parameters.trained
+    return {
+        "weights": (2 if half_precision else _FP32) * parameters.total,
+        "masters": trained if half_precision else 0,
+        "gradients": trained,
+        "optimizer": optimizer_state,
+    }
+
+
 def memory_bytes(
     *,
     process: int,
@@ -110,23 +126,24 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Bytes by part; their sum is the peak, which comes at the end, when the model is exported from a full heap.
 
-    process: the interpreter with its libraries and the data. weights: f·P. masters: 4·R beside weights of 2 bytes.
-    gradients: 4·R. optimizer: as `optimizer_bytes`. buffers: `HEAP_GROWTH` times the activations, and the gradient of
-    the largest tensor in both formats. export: the best checkpoint read back, 4·R (`reloads_best`), and the weights
-    brought from 2 to 4 bytes for adapters to be folded in, 2·P (`merges`).
+    process: the interpreter with its libraries and the data. weights to optimizer: as `held_bytes`. buffers:
+    `HEAP_GROWTH` times the activations, and the gradient of the largest tensor. export: the best checkpoint read back,
+    4·R (`reloads_best`), and the weights brought from 2 to 4 bytes for adapters to be folded in, 2·P (`merges`).
     """
-    number_bytes = 2 if half_precision else _FP32
     trained = _FP32 * parameters.trained
-    gradient = (number_bytes + _FP32 if half_precision else number_bytes) * parameters.largest
     return {
         "process": process,
-        "weights": number_bytes * parameters.total,
-        "masters": trained if half_precision else 0,
-        "gradients": trained,
-        "optimizer": optimizer_state,
-        "buffers": round(HEAP_GROWTH * activations) + gradient,
+        **held_bytes(parameters, half_precision=half_precision, optimizer_state=optimizer_state),
+        "buffers": round(HEAP_GROWTH * activations) + gradient_bytes(parameters.largest, half_precision=half_precision),
         "export": (trained if reloads_best else 0) + (2 * parameters.total if merges and half_precision else 0),
     }
+
+
+def gradient_bytes(largest: int, *, half_precision: bool) -> int:
+    """The gradient of so many parameters while it is made: in the run's format, and in fp32 beside weights of 2 bytes
+    before it is added to the sum.
+    """
+    return (2 + _FP32 if half_precision else _FP32) * largest
 
 
 def disk_bytes(

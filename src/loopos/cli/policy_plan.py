@@ -177,7 +177,7 @@ def storage(
     cache = estimate.cache_bytes(
         policy.shape,
         layers=policy.num_layers,
-        rows=min(_WRITTEN_TOGETHER, max(amounts.responses, amounts.validation_prompts)),
+        rows=written_together(max(amounts.responses, amounts.validation_prompts)),
         columns=amounts.longest,
         number_bytes=number_bytes,
     )
@@ -196,6 +196,11 @@ def storage(
         checkpoints=training.keep_last + int(has_best) + 1,
     )
     return memory, {**disk, "model": number_bytes * policy.parameters.total}
+
+
+def written_together(responses: int) -> int:
+    """Rows of so many responses that the engine writes together."""
+    return min(_WRITTEN_TOGETHER, responses)
 
 
 def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Machine) -> dict[str, Any]:

@@ -115,9 +115,14 @@ class _Builder:
         return self.settings.model_copy(update={"trainable": "all", "freeze_layers": 0, "unfreeze_step": None})
 
 
+def value_head(width: int) -> estimate.Parameters:
+    """A head of one number over hidden states `[width]`."""
+    return estimate.Parameters(width, 0, width, width + 1, 0, width)
+
+
 def _together(policy: Model, critic: Model | None, roles: dict[str, Role], *, head: int) -> estimate.Parameters:
     one = policy.parameters
-    other = critic.parameters if critic is not None else estimate.Parameters(head, 0, head, head, 0, head)
+    other = critic.parameters if critic is not None else value_head(head)
     return replace(
         one,
         total=sum(role.parameters for role in roles.values()),

@@ -6,7 +6,9 @@ weight is read and no memory taken.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,25 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 
 from loopos.cli import estimate
 from loopos.config.sections import TrainingSection
-from loopos.models.adapters import set_trained, set_trained_language_model
+from loopos.models.adapters import find_layers, set_trained, set_trained_language_model
+
+# Styles of transformers' tensor-parallel plans by which each process holds a part of the weight.
+_DIVIDED = frozenset(
+    {"colwise", "colwise_gather_output", "packed_colwise", "rowwise", "rowwise_split_input", "packed_rowwise"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Parameters by how a cluster divides them. `layer`: of the largest layer, `outside`: of none, embeddings and
+    heads; a model without a plain stack of layers is one layer. `split`: what the model's tensor-parallel plan
+    divides, of which `split_trained` train; 0 where it carries no plan.
+    """
+
+    layer: int
+    outside: int
+    split: int
+    split_trained: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,7 @@ class Model:
     parameters: estimate.Parameters
     shape: estimate.Architecture
     num_layers: int
+    units: Units
     vocabulary: int = 0
     trains_output: bool = False
 
@@ -59,22 +80,43 @@ def meta_model(
         later = {id(parameter) for parameter in set_trained(model, settings)}
     if settings.unfreeze_step is None:
         later = set()
-    parameters = counted(model, output, later, head=(head or 0) * text.hidden_size)
+    parameters = counted(model, output, later, head=None if head is None else (head, text.hidden_size))
     layers = text.num_hidden_layers
     shape = architecture(settings, described, layers)
+    units = units_of(model, layers, later, total=parameters.total)
     if output is None:
-        return Model(type(model).__name__, parameters, shape, layers)
+        return Model(type(model).__name__, parameters, shape, layers, units)
     trains_output = output.requires_grad or id(output) in later
-    return Model(type(model).__name__, parameters, shape, layers, text.vocab_size, trains_output)
+    return Model(type(model).__name__, parameters, shape, layers, units, text.vocab_size, trains_output)
 
 
-def counted(model: PreTrainedModel, output: nn.Parameter | None, later: set[int], *, head: int) -> estimate.Parameters:
-    """The parameters by what becomes of them. output: the output embedding; later: those that train some day; head:
-    numbers of a head that the model has not yet.
+def units_of(model: PreTrainedModel, num_layers: int, later: set[int], *, total: int) -> Units:
+    """The parameters by layer and by the model's tensor-parallel plan. total: its head's included; later: those that
+    train some day.
     """
+    stack = find_layers(model, num_layers)
+    layers = [sum(each.numel() for each in layer.parameters()) for layer in stack or [model]]
+    plan: Mapping[str, str] = model._tp_plan or {}
+    split = split_trained = 0
+    for name, parameter in model.named_parameters():
+        # peft moves the weight of a layer with adapters one name down.
+        owner = re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0].removesuffix(".base_layer"))
+        if plan.get(owner) in _DIVIDED:
+            split += parameter.numel()
+            split_trained += parameter.numel() if parameter.requires_grad or id(parameter) in later else 0
+    return Units(max(layers), max(0, total - sum(layers)), split, split_trained)
+
+
+def counted(
+    model: PreTrainedModel, output: nn.Parameter | None, later: set[int], *, head: tuple[int, int] | None
+) -> estimate.Parameters:
+    """The parameters by what becomes of them. output: the output embedding; later: those that train some day; head:
+    the shape of a head that the model has not yet.
+    """
+    numbers, sides = (head[0] * head[1], sum(head)) if head is not None else (0, 0)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     embeddings |= {id(output)} if output is not None else set()
-    counts = Counter(total=head, rest=head)
+    counts = Counter(total=numbers, rest=numbers)
     for parameter in model.parameters():
         size, matrix = parameter.numel(), parameter.ndim == 2 and id(parameter) not in embeddings
         counts["total"] += size
@@ -87,9 +129,9 @@ def counted(model: PreTrainedModel, output: nn.Parameter | None, later: set[int]
         counts["total"],
         counts["matrices"],
         counts["rest"],
-        counts["sides"] + head,
+        counts["sides"] + sides,
         counts["multiplied"],
-        max(counts["largest"], head),
+        max(counts["largest"], numbers),
     )
 
 

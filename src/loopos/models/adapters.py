@@ -58,13 +58,18 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     `num_hidden_layers` layers.
     """
     wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
+    if (found := find_layers(model, wanted)) is not None:
+        return found
     raise UserError(
         f"{type(model).__name__}: no stack of {wanted} layers found, so layers cannot be frozen by number; use "
         "training.freeze_layers = 0"
     )
+
+
+def find_layers(model: nn.Module, wanted: int) -> nn.ModuleList | None:
+    """The first list of as many modules as there are layers."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next((each for each in lists if len(each) == wanted), None)
 
 
 def freeze_lower(model: PreTrainedModel, num_layers: int) -> list[nn.Parameter]:
