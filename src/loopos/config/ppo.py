@@ -7,6 +7,7 @@ missing files. Left out: the sections (`ppo_sections`), what only the data or th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
@@ -28,6 +29,7 @@ from loopos.config.preferences import (
     text_effects,
     validation_notes,
 )
+from loopos.config.rollout import RolloutEngineSection, check_rollout, rollout_effects
 from loopos.config.sections import ComputationSection, MethodConfig
 
 EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
@@ -41,6 +43,9 @@ class PpoConfig(MethodConfig):
     computation: ComputationSection = Field(description="which method runs")
     training: PpoTrainingSection = Field(description="how policy and values are trained")
     generation: RolloutSection = Field(default_factory=RolloutSection, description="how responses are generated")
+    rollout: RolloutEngineSection = Field(
+        default_factory=RolloutEngineSection, description="which processes write the responses"
+    )
     reward: PpoRewardSection = Field(default_factory=PpoRewardSection, description="what a response is worth")
     guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
     evaluation: PpoEvaluationSection = Field(
@@ -55,6 +60,15 @@ class PpoConfig(MethodConfig):
     def validates(self) -> bool:
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never" and self.evaluation.prompts > 0
+
+    @property
+    def old_logprobs(self) -> Literal["forward", "engine"]:
+        """What the ratio of new to old is held against: a forward pass of the policy before its update, or what the
+        policy that wrote gave.
+        """
+        if self.rollout.importance_cap is not None:
+            return "forward"
+        return "engine" if self.rollout.max_staleness > 0 else self.training.old_logprobs
 
     def check(self) -> Iterator[Finding]:
         data = self.data
@@ -75,6 +89,7 @@ class PpoConfig(MethodConfig):
         yield from _check_reward(self)
         yield from _check_penalty(training)
         yield from _check_lengths(self)
+        yield from check_rollout(self.rollout, training, self.generation)
 
     def check_files(self) -> Iterator[Finding]:
         data, rows = self.data, (EXAMPLE_PROMPT, "")
@@ -182,6 +197,7 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
     return {
         **checks.effects(training),
         **text_effects(config.data),
+        **rollout_effects(config.rollout),
         "training.head_learning_rate": (False, "the value model's rate is value_learning_rate"),
         "training.kl_in": (has_penalty, "kl_coefficient is 0"),
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),

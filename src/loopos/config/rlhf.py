@@ -33,6 +33,7 @@ from loopos.config.reward_model import (
     RewardModelConfig,
     RewardTrainingSection,
 )
+from loopos.config.rollout import RolloutEngineSection
 from loopos.config.sections import ComputationSection, MethodConfig
 
 REWARD_LEARNING_RATE = 1e-5
@@ -77,6 +78,9 @@ class RlhfConfig(MethodConfig):
         default_factory=RewardSection, description="what the reward model learns from a comparison"
     )
     generation: RolloutSection = Field(default_factory=RolloutSection, description="how responses are generated")
+    rollout: RolloutEngineSection = Field(
+        default_factory=RolloutEngineSection, description="which processes write the responses"
+    )
     rewards: PpoRewardSection = Field(default_factory=PpoRewardSection, description="what a response is worth")
     guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
     evaluation: PpoEvaluationSection = Field(
@@ -135,6 +139,7 @@ class RlhfConfig(MethodConfig):
             computation=ComputationSection(mode="posttraining", method="ppo"),
             training=self.training,
             generation=self.generation,
+            rollout=self.rollout,
             reward=self.rewards,
             guards=self.guards,
             evaluation=self.evaluation,

@@ -14,7 +14,7 @@ from typing import Any
 from loopos.evaluation.best_of_n import best_of_n
 from loopos.evaluation.policy_metrics import win_rate
 from loopos.evaluation.rewards import Response
-from loopos.evaluation.rollout import Collector, rollout_metrics
+from loopos.evaluation.rollout import Collector, request_of, rollout_metrics
 from loopos.functional.advantages import KlEstimator
 from loopos.generation.settings import SamplingSettings
 
@@ -44,7 +44,7 @@ class PolicyCheck:
         "win_rate" the share of prompts whose answer scores higher by it than the first one did, ties half;
         "reward_win_rate" the same by the reward.
         """
-        rollouts = self.collector(self.prompts, self.sampling)
+        rollouts = self.collector(request_of(self.prompts, self.sampling))
         metrics = rollout_metrics(rollouts, estimator=self.estimator)
         if self.kl_limit is not None:
             metrics["reward_within_kl"] = metrics["reward"] if metrics["kl"] <= self.kl_limit else -math.inf
@@ -74,7 +74,7 @@ class PolicyCheck:
         """`best_of_n` on these prompts, with the policy as it is now; nothing for no numbers."""
         if not numbers:
             return []
-        answers = self.collector.answers(self.prompts, self.sampling, max(numbers))
+        answers = self.collector.answers(request_of(self.prompts, self.sampling, max(numbers)))
         return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], numbers, self.judge)
 
     def state(self) -> dict[str, Any]:

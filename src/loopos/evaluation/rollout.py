@@ -23,7 +23,7 @@ from loopos.data.responses import ResponseRows
 from loopos.evaluation.policy_metrics import distinct_n, explained_variance, length_mean, repetition
 from loopos.evaluation.rewards import Response, Rewards
 from loopos.functional.advantages import KlEstimator, kl_terms
-from loopos.generation.engine import Engine
+from loopos.generation.rollouts.request import Request, RolloutEngine
 from loopos.generation.settings import SamplingSettings
 from loopos.models.roles import Roles
 
@@ -34,8 +34,8 @@ _TOKENS = 2048
 @dataclass(frozen=True)
 class Rollout:
     """One response. `score`: Σ of the weighted rewards, `parts`: what it is made of. `logprobs` (the policy's, as it
-    wrote), `engine_logprobs` (as generation gave them), `reference_logprobs`, `values`, `entropies` (nats): `[L]` on
-    CPU.
+    is), `engine_logprobs` (as generation gave them), `reference_logprobs`, `values`, `entropies` (nats): `[L]` on CPU.
+    `staleness`: iterations that the policy which wrote it is behind.
     """
 
     response: Response
@@ -46,10 +46,12 @@ class Rollout:
     reference_logprobs: Tensor
     values: Tensor
     entropies: Tensor
+    staleness: int = 0
 
     def kl(self, estimator: KlEstimator) -> float:
-        """KL to the reference, nats: the sum over the tokens."""
-        return float(kl_terms(self.logprobs, self.reference_logprobs, estimator).sum())
+        """KL of the policy that wrote to the reference, nats: the sum over the tokens."""
+        wrote = self.engine_logprobs if self.staleness else self.logprobs
+        return float(kl_terms(wrote, self.reference_logprobs, estimator).sum())
 
 
 class Collector:
@@ -57,58 +59,49 @@ class Collector:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: RolloutEngine,
         roles: Roles,
         rewards: Rewards,
         *,
         device: torch.device,
-        share: tuple[int, int] = (0, 1),
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
-        """share: (rank, ranks): this process answers every `ranks`-th prompt; gather(value) gives the values of all
-        ranks.
-        """
+        """gather(value) gives the values of all ranks; the engine gives each rank the answers to its own share."""
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
-        self._share, self._gather = share, gather
+        self._gather = gather
 
-    def __call__(self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> list[Rollout]:
-        """One rollout a prompt, in order, all ranks' together."""
-        found: list[Rollout] = self._of_all(self._judged(self._written(self._mine(prompts), sampling)))
+    def __call__(self, request: Request, *, iteration: int | None = None) -> list[Rollout]:
+        """One rollout a prompt, in order, all ranks' together. iteration: that of training whose rollouts these are."""
+        written, staleness = self._written(request, iteration)
+        found: list[Rollout] = self._of_all(self._judged(written, staleness))
         return found
 
-    def answers(self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int) -> list[list[Response]]:
+    def answers(self, request: Request) -> list[list[Response]]:
         """n responses to every prompt, all ranks' together, unscored."""
-        written = [response for response, _ in self._written(self._mine(prompts), sampling, n)]
+        written, n = [response for response, _ in self._written(request)[0]], request.n
         found: list[list[Response]] = self._of_all([written[first : first + n] for first in range(0, len(written), n)])
         return found
-
-    def _mine(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        rank, ranks = self._share
-        return list(prompts[rank::ranks])
 
     def _of_all(self, mine: list[Any]) -> list[Any]:
         """What every rank has for its share of the prompts, in the prompts' order."""
         parts = [part for part in self._gather(mine) if isinstance(part, list)]
         return [part[place] for place in range(len(parts[0])) for part in parts if place < len(part)]
 
-    def _written(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1
-    ) -> list[tuple[Response, Tensor]]:
-        """What the policy writes, with the log-probabilities that generation gives, `[L]`."""
-        # Each place among all ranks' prompts draws numbers of its own, whichever rank it falls to.
-        rank, ranks = self._share
-        each = [seeded(sampling, rank + ranks * place) for place in range(len(prompts))]
-        completions = self.engine.generate(prompts, each, n=n)
+    def _written(self, request: Request, iteration: int | None = None) -> tuple[list[tuple[Response, Tensor]], int]:
+        """What the policy writes for this process's share, with the log-probabilities that generation gives, `[L]`; and
+        its staleness.
+        """
+        written = self.engine.write(request, iteration=iteration)
         tokenizer, found = self.engine.tokenizer, []
-        for completion in completions:
-            prompt = prompts[completion.prompt_index]
+        for completion in written.completions:
+            prompt = request.prompts[completion.prompt_index]
             asked = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
             ended = completion.finish_reason in ("stop token", "stop string")
             response = Response(asked, prompt, completion.text, completion.token_ids, ended)
             found.append((response, torch.tensor(completion.logprobs)))
-        return found
+        return found, written.staleness
 
-    def _judged(self, written: Sequence[tuple[Response, Tensor]]) -> list[Rollout]:
+    def _judged(self, written: Sequence[tuple[Response, Tensor]], staleness: int) -> list[Rollout]:
         responses = [response for response, _ in written]
         scores = self.rewards(responses)
         passes = self._passes(responses)
@@ -118,6 +111,7 @@ class Collector:
                 scores["total"][place],
                 {name: values[place] for name, values in scores.items() if name != "total"},
                 engine_logprobs=engine_logprobs,
+                staleness=staleness,
                 **{name: column[place] for name, column in passes.items()},
             )
             for place, (response, engine_logprobs) in enumerate(written)
@@ -157,12 +151,29 @@ def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], see
     )
 
 
+def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1) -> Request:
+    """n responses to every prompt: each place draws numbers of its own, whoever writes there."""
+    return Request([list(prompt) for prompt in prompts], [seeded(sampling, place) for place in range(len(prompts))], n)
+
+
 def seeded(sampling: SamplingSettings, number: int) -> SamplingSettings:
     """The settings with a seed of their own for each number, such as an iteration."""
     return replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**31)
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], *, estimator: KlEstimator) -> dict[str, float]:
+def _importance(rollouts: Sequence[Rollout], mismatch: Tensor, cap: float | None) -> dict[str, float]:
+    """How far behind the policy that wrote is, where it is, and how its tokens are weighed, where they are."""
+    staleness = statistics.fmean(rollout.staleness for rollout in rollouts)
+    told = {"staleness": staleness} if staleness else {}
+    if cap is not None:
+        told["importance_weight"] = float(mismatch.exp().clamp(max=cap).mean())
+        told["importance_truncated"] = float((mismatch > math.log(cap)).float().mean())
+    return told
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], *, estimator: KlEstimator, importance_cap: float | None = None
+) -> dict[str, float]:
     """Figures of an iteration, as docs/metrics.md defines them; kl is nats a response, entropy nats a token."""
     tokens = [rollout.response.ids for rollout in rollouts]
     mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
@@ -175,6 +186,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, estimator: KlEstimator) -> d
         "end_share": statistics.fmean(rollout.response.ended for rollout in rollouts),
         "repetition": repetition(tokens),
         "logprob_mismatch": float(mismatch.abs().mean()),
+        **_importance(rollouts, mismatch, importance_cap),
     }
     distinct = distinct_n(tokens, 2)
     if distinct is not None:

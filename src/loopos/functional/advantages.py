@@ -32,6 +32,13 @@ def kl_terms(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEstimato
     return torch.expm1(-difference) + difference
 
 
+def truncated_importance(logprobs: Tensor, behaviour_logprobs: Tensor, *, cap: float) -> Tensor:
+    """w = min(π/μ, C): how much a token drawn from μ counts for π (Espeholt et al. 2018, section 4; as a factor of
+    PPO's loss, Hilton et al. 2022, section 3). Both of one shape → that shape, fp32.
+    """
+    return (logprobs.float() - behaviour_logprobs.float()).clamp(max=math.log(cap)).exp()
+
+
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coefficient: float) -> Tensor:
     """r_t = −β·kl_t, plus the score at the last token of the response (Ouyang et al. 2022; Ziegler et al. 2019,
     equation 2).

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,28 +27,26 @@ from loopos.evaluation.policy_check import PolicyCheck
 from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION as DIRECTION
 from loopos.evaluation.report import write_report
 from loopos.evaluation.rewards import Rewards, judge_of
-from loopos.evaluation.rollout import Collector, rollout_metrics, sampling_of, seeded, variance_explained
+from loopos.evaluation.rollout import Collector, request_of, rollout_metrics, sampling_of, seeded, variance_explained
 from loopos.evaluation.run_folder import claim
 from loopos.functional.advantages import KlController
-from loopos.generation.engine import Engine
+from loopos.generation.rollouts.opening import Place, RunView, check_installed, open_rollouts
+from loopos.generation.rollouts.remote import RemoteRollouts
+from loopos.generation.rollouts.request import Request
 from loopos.models.language_folder import export_language_model
 from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained
-from loopos.models.reward_folder import (
-    OpenedReward,
-    check_same_tokens,
-    descriptions_together,
-    open_reward_model,
-)
+from loopos.models.reward_folder import OpenedReward, check_same_tokens, descriptions_together, open_reward_model
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.experience import AdvantageSettings, Experience, experience_of
 from loopos.training.fit import Fit, FitResult
 from loopos.training.guards import GuardLimits, Guards
 from loopos.training.policy_objective import PpoObjective
 from loopos.training.policy_state import PolicyState
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
-from loopos.training.rollouts import AdvantageSettings, Experience, RolloutBatches, RolloutPlan, experience_of
+from loopos.training.rollouts import RolloutBatches, RolloutPlan
 from loopos.training.samples import write_samples
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
@@ -76,16 +75,18 @@ class PpoTrainer:
         """Prompts, models, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an earlier
         run is overwritten without `resume`.
         """
+        check_installed(self.config.rollout)
         with session(self.config.training, self.config.distributed) as (device, world):
             self.device, self.world = device, world
             claim(self.run_dir, resume=resume)
             self.load_data()
             self.build_models()
-            self.fit = self.build_fit()
-            self.fit.open(resume=resume)
-            if world.is_first:
-                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-            result = self.fit.run()
+            with closing(self.engine):
+                self.fit = self.build_fit()
+                self.fit.open(resume=resume)
+                if world.is_first:
+                    save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+                result = self.fit.run()
             if world.is_first and not result.interrupted:
                 self.export()
             world.wait()
@@ -146,9 +147,16 @@ class PpoTrainer:
             held_back=self.roles.held_back,
             half_under=("policy.", "critic.backbone."),
         )
-        self.engine = Engine(self.roles.actor_critic.policy.causal, self.tokenizer)
         stops = self.encoder.template.stop_tokens
         self.sampling = sampling_of(config.generation, stop_token_ids=stops, seed=settings.seed)
+        self.engine = open_rollouts(
+            config,
+            self.pretrained,
+            place=Place(share=(self.world.rank, self.world.size), gather=self.world.gather),
+            run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.asked),
+            say=self.progress.say,
+            trust_remote_code=self.trust_remote_code,
+        )
         for sentence in (self.roles.said, self.trained.said(), self.engine.said):
             self.progress.say(sentence)
         return self.roles
@@ -157,10 +165,7 @@ class PpoTrainer:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world = self.config, self.config.training, self.world
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
-        share = (world.rank, world.size)
-        self.collector = Collector(
-            self.engine, self.roles, rewards, device=self.device, share=share, gather=world.gather
-        )
+        self.collector = Collector(self.engine, self.roles, rewards, device=self.device, gather=world.gather)
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
         actor_critic = self.roles.actor_critic
@@ -168,7 +173,8 @@ class PpoTrainer:
         plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.rank, world=world.size)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
-        self.state = PolicyState(self.batches, self.controller, self.objective, self.guards, self.check)
+        ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
+        self.state = PolicyState(self.batches, self.controller, self.objective, self.guards, self.check, ahead)
         values = {name for name, _ in actor_critic.named_parameters() if name.startswith("critic.")}
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return Fit(
@@ -186,58 +192,57 @@ class PpoTrainer:
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
             validation_unit=self.batches.steps_an_epoch,
             carried=self.state,
-            gives_up=self._gives_up,
+            gives_up=lambda: "guard" if self.config.guards.stop and self.state.alarms else None,
         )
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
-        facts = {
+        return {
             "rows": list(map(account, self.data.reports)),
             "tokens": self.tokens.counts(),
             "iterations": iterations,
             "precision": self.precision,
+            "environment": self.environment,
         }
-        return {**facts, "environment": self.environment}
 
     def collect(self, iteration: int) -> Experience:
         """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
-        settings, began = self.config.training, time.monotonic()
-        prompts = [self.prompts[place] for place in self.batches.plan.prompts_of(iteration)]
-        rollouts, coefficient = self.collector(prompts, seeded(self.sampling, iteration)), self.controller.coefficient
+        settings, began, cap = self.config.training, time.monotonic(), self.config.rollout.importance_cap
+        request, coefficient = self.asked(iteration), self.controller.coefficient
+        rollouts = self.collector(request, iteration=iteration)
         experience = experience_of(
-            prompts,
-            [rollout.response.ids for rollout in rollouts],
-            [rollout.score for rollout in rollouts],
-            logprobs=[r.engine_logprobs if settings.old_logprobs == "engine" else r.logprobs for r in rollouts],
-            reference_logprobs=[rollout.reference_logprobs for rollout in rollouts],
-            values=[rollout.values for rollout in rollouts],
+            request.prompts,
+            rollouts,
+            old_logprobs=self.config.old_logprobs,
             kl_coefficient=coefficient,
-            settings=AdvantageSettings.of(settings),
+            settings=AdvantageSettings.of(settings, importance_cap=cap),
         )
-        self.state.synchronise(self.world)
+        self.state.join_extremes(self.world)
         metrics = {
-            **rollout_metrics(rollouts, estimator=settings.kl_report),
+            **rollout_metrics(rollouts, estimator=settings.kl_report, importance_cap=cap),
             **variance_explained(experience.values, experience.returns),
             "kl_coefficient": coefficient,
             **self.objective.extremes.taken(),
         }
         self.objective.kl_coefficient = coefficient
-        self.controller.observe(metrics["kl"], len(prompts))
-        self.fit.record("rollout", {"iteration": iteration, **metrics}, {"seconds": time.monotonic() - began})
+        self.controller.observe(metrics["kl"], len(rollouts))
+        timing = {"seconds": time.monotonic() - began, **self.engine.timing()}
+        self.fit.record("rollout", {"iteration": iteration, **metrics}, timing)
         told = " · ".join(f"{name} {metrics[name]:.3f}" for name in ("reward", "kl", "response_length", "end_share"))
         self.progress.say(f"iteration {iteration + 1}: {told}")
         self._ask_guards(metrics)
         return experience
+
+    def asked(self, iteration: int) -> Request:
+        """What the engine is asked for in an iteration."""
+        prompts = [self.prompts[place] for place in self.batches.plan.prompts_of(iteration)]
+        return request_of(prompts, seeded(self.sampling, iteration))
 
     def _ask_guards(self, metrics: Mapping[str, float]) -> None:
         for alarm in self.guards.observe(metrics):
             self.state.alarms.append(alarm.said)
             self.progress.warn(f"alarm: {alarm.said}")
             self.fit.record("alarm", {"name": alarm.name, "value": alarm.value, "limit": alarm.limit}, {})
-
-    def _gives_up(self) -> str | None:
-        """Why the guards end the run, if they do."""
-        return "guard" if self.config.guards.stop and self.state.alarms else None
 
     def _check(self) -> PolicyCheck:
         evaluation = self.config.evaluation

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.rlhf import RlhfConfig
+from loopos.generation.rollouts.opening import check_installed
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.training.fit import FitResult
@@ -37,6 +38,7 @@ class ReinforcementTrainer:
         """The result of the second phase, or of the first where a signal ended it. With `resume` a first phase that is
         done is not run again. Raises `UserError` for a mistake of the user's.
         """
+        check_installed(self.config.rollout)
         folder = Path(self.config.reward_model_dir)
         if not (resume and (folder / "model" / MODEL_DESCRIPTION).is_file()):
             self.progress.say("phase 1 of 2: reward model")

@@ -27,10 +27,26 @@ class Stateful(Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
 
+class WrittenAhead(Protocol):
+    """Responses that are begun before the policy gets to them."""
+
+    def drain(self) -> None:
+        """Waits for all that is in flight, on every process."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Under names that begin with "ahead-"."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
+
+
 @dataclass
 class PolicyState:
     """The rollouts in use and the place in them, β, the extremes of the ratio, the guards with the alarms that they
-    sounded, and what the check of the policy remembers.
+    sounded, what the check of the policy remembers, and the responses of iterations to come.
     """
 
     batches: RolloutBatches
@@ -38,16 +54,23 @@ class PolicyState:
     objective: PpoObjective
     guards: Guards
     check: Stateful | None
+    ahead: WrittenAhead | None = None
     alarms: list[str] = field(default_factory=list)
 
     def synchronise(self, world: World) -> None:
+        """What a checkpoint needs, on all ranks: the extremes of the ratio, whole responses of iterations to come."""
+        self.join_extremes(world)
+        if self.ahead is not None:
+            self.ahead.drain()
+
+    def join_extremes(self, world: World) -> None:
         """The extremes of the ratio become those of all ranks."""
         extremes = self.objective.extremes
         gathered = [pair for pair in world.gather((extremes.smallest, extremes.largest)) if isinstance(pair, tuple)]
         extremes.smallest, extremes.largest = min(low for low, _ in gathered), max(high for _, high in gathered)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        return self.batches.tensors()
+        return {**self.batches.tensors(), **(self.ahead.tensors() if self.ahead is not None else {})}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -57,10 +80,14 @@ class PolicyState:
             "guards": self.guards.state(),
             "alarms": list(self.alarms),
             "check": self.check.state() if self.check is not None else None,
+            "ahead": self.ahead.state() if self.ahead is not None else None,
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.batches.load(tensors, state["rollouts"])
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("ahead-")}
+        self.batches.load(own, state["rollouts"])
+        if self.ahead is not None and state["ahead"] is not None:
+            self.ahead.load(tensors, state["ahead"])
         self.controller.coefficient = state["kl_coefficient"]
         in_use = state["rollouts"]["kl_coefficient"]
         self.objective.kl_coefficient = self.controller.coefficient if in_use is None else in_use

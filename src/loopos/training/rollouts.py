@@ -1,15 +1,13 @@
-"""What a policy has just written, as the minibatches of its own update.
+"""The minibatches of a policy's own update, out of what it has just written.
 
-Enters: responses with their scores, by a function that writes those of an iteration. Leaves: `ResponseBatch`es,
-minibatch by minibatch, inner epoch by inner epoch; for checkpoints, the experience in use. Left out: generation,
-scoring, the formulas (`functional.advantages`).
-Letters: B responses of an iteration over all processes, L tokens of the longest, M tokens of all.
+Enters: a function that writes an iteration's experience. Leaves: `ResponseBatch`es, minibatch by minibatch, inner
+epoch by inner epoch; for checkpoints, the experience in use. Left out: what experience is (`experience.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,118 +17,7 @@ from torch import Tensor
 from loopos.config.ppo_sections import PpoTrainingSection
 from loopos.data.batches import Cursor, deal
 from loopos.data.responses import ResponseBatch, ResponseRows
-from loopos.functional.advantages import (
-    KlEstimator,
-    generalised_advantages,
-    kl_terms,
-    token_rewards,
-    whitened,
-)
-
-_COLUMNS = ("old_logprobs", "reference_logprobs", "values", "advantages", "returns")
-
-
-@dataclass(frozen=True)
-class Experience:
-    """The responses of one iteration, of all processes. The tensors are `[M]` fp32 on CPU, response after response.
-    `kl_coefficient`: β that was in the rewards.
-    """
-
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    kl_coefficient: float
-
-    def rows(self, device: torch.device) -> ResponseRows:
-        lengths = [len(response) for response in self.responses]
-        columns = {name: torch.split(getattr(self, name), lengths) for name in _COLUMNS}
-        return ResponseRows(self.prompts, self.responses, device, columns)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All but `kl_coefficient`, for a checkpoint."""
-        told = {name: getattr(self, name) for name in _COLUMNS}
-        for name, texts in (("prompts", self.prompts), ("responses", self.responses)):
-            told[name] = torch.tensor([token for ids in texts for token in ids])
-            told[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
-        return told
-
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], kl_coefficient: float) -> Experience:
-        """What `tensors` was made of."""
-        texts = {
-            name: [part.tolist() for part in torch.split(tensors[name], tensors[f"{name}_lengths"].tolist())]
-            for name in ("prompts", "responses")
-        }
-        columns = {name: tensors[name].clone() for name in _COLUMNS}
-        return cls(**texts, **columns, kl_coefficient=kl_coefficient)  # type: ignore[arg-type]  # names of its fields
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdvantageSettings:
-    """How scores become advantages. `penalty`: estimator of the KL in the rewards, None where it is a loss instead."""
-
-    penalty: KlEstimator | None
-    discount: float
-    gae_lambda: float
-    whiten_rewards: bool
-    whiten_advantages: bool
-
-    @classmethod
-    def of(cls, settings: PpoTrainingSection) -> AdvantageSettings:
-        """Those of a config's `training` section."""
-        return cls(
-            penalty=settings.penalty_estimator if settings.kl_in == "reward" else None,
-            discount=settings.discount,
-            gae_lambda=settings.gae_lambda,
-            whiten_rewards=settings.whiten_rewards,
-            whiten_advantages=settings.whiten_advantages,
-        )
-
-
-def experience_of(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    scores: Sequence[float],
-    *,
-    logprobs: Sequence[Tensor],
-    reference_logprobs: Sequence[Tensor],
-    values: Sequence[Tensor],
-    kl_coefficient: float,
-    settings: AdvantageSettings,
-) -> Experience:
-    """Advantages and returns of responses: r_t = −β·kl_t, plus the score at the end; GAE; whitening over all tokens.
-    The sequences of tensors hold one a response, a number a token.
-    """
-    lengths = torch.tensor([len(response) for response in responses])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, L]
-
-    def side_by_side(each: Sequence[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([column.float() for column in each], batch_first=True)
-
-    new, reference, state_values = map(side_by_side, (logprobs, reference_logprobs, values))
-    penalty = torch.zeros_like(new) if settings.penalty is None else kl_terms(new, reference, settings.penalty)
-    rewards = token_rewards(torch.tensor(scores), penalty, mask, kl_coefficient=kl_coefficient)
-    if settings.whiten_rewards:
-        rewards = whitened(rewards, mask, shift_mean=False)
-    advantages, returns = generalised_advantages(
-        rewards, state_values, mask, discount=settings.discount, smoothing=settings.gae_lambda
-    )
-    if settings.whiten_advantages:
-        advantages = whitened(advantages, mask)
-    return Experience(
-        [list(prompt) for prompt in prompts],
-        [list(response) for response in responses],
-        old_logprobs=new[mask],
-        reference_logprobs=reference[mask],
-        values=state_values[mask],
-        advantages=advantages[mask],
-        returns=returns[mask],
-        kl_coefficient=kl_coefficient,
-    )
+from loopos.training.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +114,8 @@ class RolloutBatches:
         group = np.array_split(order, plan.minibatches)[part].tolist()
         slots = deal([rows.lengths[row] for row in group], plan.accumulation * plan.world, len(group))
         mine = [[group[place] for place in slot] for slot in slots[plan.rank :: plan.world]]
-        return [rows(chosen, is_first=cursor.step == 0) for chosen in mine if chosen]
+        is_first = cursor.step == 0 and self.experience.is_own
+        return [rows(chosen, is_first=is_first) for chosen in mine if chosen]
 
     def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
         """The next minibatch, or the next iteration."""
@@ -243,12 +131,15 @@ class RolloutBatches:
         return {} if self.experience is None else self.experience.tensors()
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coefficient": None if self.experience is None else self.experience.kl_coefficient}
+        held = self.experience
+        return {
+            "kl_coefficient": None if held is None else held.kl_coefficient,
+            "is_own": None if held is None else held.is_own,
+        }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Goes on from `tensors` and `state`."""
         self._rows = None
-        self.experience = Experience.of_tensors(tensors, state["kl_coefficient"]) if tensors else None
-
-
-assert set(_COLUMNS) < {field.name for field in fields(Experience)}
+        self.experience = None
+        if tensors:
+            self.experience = Experience.of_tensors(tensors, state["kl_coefficient"], is_own=state["is_own"])

@@ -1,0 +1,1 @@
+"""Responses of a policy that trains, written here or by workers elsewhere."""
