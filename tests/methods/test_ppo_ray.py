@@ -1,0 +1,117 @@
+"""PPO with real workers of Ray, each run in a process of its own: the run of the engine at hand, one of them killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preference_runs import events_of, ppo_config
+
+from loopos.methods.ppo import PpoTrainer
+from loopos.training.progress import RunProgress
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (extra cluster)"),
+]
+
+RUN = """
+import json, os, re, signal, sys, threading
+from loopos.config.ppo import PpoConfig
+from loopos.generation.rollouts import opening
+from loopos.generation.rollouts.ray_transport import RayTransport
+from loopos.methods.ppo import PpoTrainer
+from loopos.training.progress import RunProgress
+
+config, killed_at = PpoConfig.model_validate(json.loads(sys.argv[1])), int(sys.argv[2])
+
+
+class Killing(RayTransport):
+    places, orders = {}, 0
+
+    def events(self, seconds):
+        found = super().events(seconds)
+        for event in found:
+            if hasattr(event, "where"):
+                self.places[event.worker] = int(re.match(r"process (\\d+)", event.where)[1])
+        return found
+
+    def ask(self, worker, order):
+        # Stopped before it is asked, so that it dies with the order in its hands.
+        self.orders += 1
+        if self.orders == killed_at:
+            os.kill(self.places[worker], signal.SIGSTOP)
+            threading.Timer(1.0, os.kill, (self.places[worker], signal.SIGKILL)).start()
+        super().ask(worker, order)
+
+
+class Spoken(RunProgress):
+    def say(self, sentence):
+        print(sentence, flush=True)
+
+    warn = say
+
+
+opening.RayTransport = Killing
+PpoTrainer(config, progress=Spoken(quiet=True)).train()
+"""
+
+
+def run_with_ray(config: Any, *, killed_at: int = 0) -> list[str]:
+    """What the run said. killed_at: the order whose worker is killed while it has it; 0 kills none."""
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    arguments = [sys.executable, "-c", RUN, json.dumps(config.model_dump(mode="json")), str(killed_at)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("killed_at", [0, 4])
+def test_two_workers_are_the_engine_at_hand(killed_at: int, tmp_path: Path, pico_folder: Path) -> None:
+    training = {"batch_size": 8, "trainable": "lora" if killed_at else "all", "learning_rate": 1e-2}
+    configs = {
+        engine: ppo_config(
+            tmp_path / engine,
+            pico_folder,
+            functions=["preference_runs:early_letters"],
+            training=training,
+            rollout={"engine": engine},
+        )
+        for engine in ("local", "ray")
+    }
+    PpoTrainer(configs["local"], progress=RunProgress(quiet=True)).train()
+    said = run_with_ray(configs["ray"], killed_at=killed_at)
+    for kind, number in {"rollout": 3, "step": 12}.items():
+        local, remote = (events_of(tmp_path / engine, kind) for engine in ("local", "ray"))
+        assert len(local) == len(remote) == number
+        for one, other in zip(local, remote, strict=True):
+            assert other == pytest.approx(one, abs=1e-6)
+    lost = [line for line in said if " is lost (" in line]
+    assert len(lost) == (killed_at > 0)
+    if killed_at:
+        assert ": its 4 prompts go to others; worker 2 is started in its place" in lost[0]
+        timing = [json.loads(line) for line in (tmp_path / "ray" / "events.jsonl").read_text().splitlines()]
+        redone = [event["timing"]["redone"] for event in timing if event["event"] == "rollout"]
+        assert redone == [0, 4, 0]
+
+
+def test_with_an_older_policy_it_still_learns(tmp_path: Path, pico_folder: Path) -> None:
+    training = {"batch_size": 32, "max_iterations": 12, "learning_rate": 1e-2, "schedule": "constant"}
+    config = ppo_config(
+        tmp_path / "run",
+        pico_folder,
+        functions=["preference_runs:early_letters"],
+        training=training,
+        rollout={"engine": "ray", "max_staleness": 1},
+    )
+    run_with_ray(config)
+    rewards = [event["reward"] for event in events_of(tmp_path / "run", "rollout")]
+    assert len(rewards) == 12
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2
