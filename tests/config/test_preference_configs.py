@@ -179,6 +179,18 @@ def test_the_estimator_of_the_penalty(load_preference: Loads) -> None:
     assert estimator("training.kl_estimator=k3") == "k3"
 
 
+def test_what_the_ratio_is_held_against(load_preference: Loads) -> None:
+    def held(*overrides: str) -> str:
+        config = load_preference("ppo", overrides).config
+        assert isinstance(config, PpoConfig)
+        return config.old_logprobs
+
+    assert held() == held("rollout.engine=ray") == "forward"
+    assert held("training.old_logprobs=engine") == "engine"
+    assert held("rollout.engine=ray", "rollout.max_staleness=1") == "engine"
+    assert held("rollout.engine=ray", "rollout.max_staleness=1", "rollout.importance_cap=2") == "forward"
+
+
 # (method, overrides, field, piece of what is wanted)
 WRONG: list[tuple[str, list[str], str, str]] = [
     ("reward_model", ["data.preference_data=null"], "data.preference_data", "the rows to train on"),
@@ -278,6 +290,19 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("ppo", ["evaluation.judge=classifier"], "evaluation.judge", '"module:function", or the output_dir'),
     ("ppo", ["data.output_dir=scorer"], "data.output_dir", "another folder"),
     ("ppo", ["data.prompts=none.jsonl"], "data.prompts", "csv, tsv"),
+    ("ppo", ["rollout.engine=spark"], "rollout.engine", '"local", "ray" or "vllm"'),
+    ("ppo", ["rollout.workers=0"], "rollout.workers", "a whole number >= 1"),
+    ("ppo", ["rollout.max_staleness=1"], "rollout.max_staleness", 'rollout.engine "ray" or "vllm"'),
+    ("ppo", ["rollout.importance_cap=0.5"], "rollout.importance_cap", "a number >= 1"),
+    ("ppo", ["rollout.engine=vllm", "training.trainable=lora"], "rollout.engine", 'training.trainable "all"'),
+    ("ppo", ["rollout.engine=vllm", "rollout.gpus_per_worker=0"], "rollout.gpus_per_worker", "above 0"),
+    (
+        "ppo",
+        ["rollout.engine=vllm", "generation.temperature=0.7", "generation.top_k=5"],
+        "generation.temperature",
+        "neither top_k nor top_p",
+    ),
+    ("rlhf", ["rollout.max_staleness=1"], "rollout.max_staleness", 'rollout.engine "ray" or "vllm"'),
     ("rlhf", ["data.preference_data=null"], "data.preference_data", "the rows to train on"),
     ("rlhf", ["data.preference_data=null", "data.prompts=rows.jsonl"], "data.preference_data", "the rows to train on"),
     ("rlhf", ["data.training_data=rows.jsonl"], "data.training_data", "one of the two"),
@@ -407,6 +432,10 @@ def test_what_is_no_mistake_loads(preference_faults: Faults, method: str, overri
         ("ppo", ["guards.stop=true", "guards.kl=30"], []),
         ("ppo", ["evaluation.prompts=0", "evaluation.best_of=[4]"], ["evaluation.best_of"]),
         ("ppo", ["evaluation.judge=./scorer"], ["evaluation.judge"]),
+        ("ppo", ["rollout.workers=3", "rollout.restarts=1"], ["rollout.workers", "rollout.restarts"]),
+        ("ppo", ["rollout.engine=ray", "rollout.workers=3", "rollout.max_staleness=2"], []),
+        ("ppo", ["rollout.importance_cap=2", "training.old_logprobs=engine"], ["training.old_logprobs"]),
+        ("rlhf", ["rollout.timeout=90s"], ["rollout.timeout"]),
         ("ppo", ["training.save_every=validation", "data.validation_share=0"], ["training.save_every"]),
         (
             "ppo",
@@ -435,7 +464,7 @@ def test_keys_without_effect_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("config_class", "num_definitions"), [(RewardModelConfig, 9), (PpoConfig, 13), (RlhfConfig, 16)]
+    ("config_class", "num_definitions"), [(RewardModelConfig, 9), (PpoConfig, 14), (RlhfConfig, 17)]
 )
 def test_the_schema_describes_every_key(config_class: type[MethodConfig], num_definitions: int) -> None:
     described = schema(config_class)

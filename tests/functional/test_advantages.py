@@ -25,6 +25,7 @@ from loopos.functional.advantages import (
     generalised_advantages,
     kl_terms,
     token_rewards,
+    truncated_importance,
     whitened,
 )
 
@@ -105,6 +106,14 @@ def test_expected_gradients_of_the_estimators() -> None:
         expectation = (policy.detach() * kl_terms(logprobs, reference, estimator)).sum()
         (found,) = torch.autograd.grad(expectation, logits, retain_graph=True)
         torch.testing.assert_close(found, expected[estimator], rtol=1e-6, atol=1e-6)
+
+
+def test_importance_by_hand() -> None:
+    """π/μ of 0.5/0.25, 0.1/0.4 and 0.9/0.1, which is cut at 3."""
+    new, behaviour = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
+    torch.testing.assert_close(truncated_importance(new, behaviour, cap=3.0), torch.tensor([2.0, 0.25, 3.0]))
+    # Over tokens of μ the weights, uncut, have the mean 1.
+    torch.testing.assert_close((behaviour.exp() * truncated_importance(new, behaviour, cap=1e6)).sum(), new.exp().sum())
 
 
 def test_token_rewards_by_hand() -> None:

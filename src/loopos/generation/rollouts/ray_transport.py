@@ -40,6 +40,18 @@ class RayWorker:
         return self._worker.write(order, lambda: ray.get(weights[0]))
 
 
+class _Started:
+    """Ray raises the bare `Exception`, and no kind of it, where its processes do not come up within 30 s."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
+        if kind is Exception:
+            raise EnvironmentFault(
+                f"Ray does not start on this machine: {problem} Wanted a machine with cores to spare"
+            ) from problem
+
+
 class RayTransport:
     """Starts Ray on this machine, reachable from it alone and without its dashboard and its statistics, or joins a
     cluster, whose hosts must have LoopOS and the model's place. Raises `EnvironmentFault`.
@@ -63,7 +75,8 @@ class RayTransport:
         else:
             cores = max(os.cpu_count() or 1, section.workers * section.cpus_per_worker)
             local = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-            ray.init(**local, **quiet, _node_ip_address="127.0.0.1")
+            with _Started():
+                ray.init(**local, **quiet, _node_ip_address="127.0.0.1")
         self._actor = ray.remote(
             num_cpus=section.cpus_per_worker, num_gpus=section.gpus, max_restarts=0, max_task_retries=0
         )(RayWorker)
