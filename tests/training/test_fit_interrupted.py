@@ -17,7 +17,7 @@ from pico_runs import events_of, last_weights
 from safetensors.torch import load_file
 
 from loopos.storage.durable import DiskFull
-from loopos.training import checkpoint
+from loopos.training import saving
 from loopos.training.events import fingerprint
 from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress
@@ -80,17 +80,17 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected, whole = run("whole", save_every=3, keep_best=False)
-    saves, written = [0], checkpoint.write_folder
+    saves, written = [0], saving.write_group
 
-    def fill_up(folder: Path, *arguments: Any) -> None:
-        saves[0] += 1
+    def fill_up(folder: Path, group: str, *arguments: Any) -> Any:
+        saves[0] += group == "weights"
         if saves[0] == 2:
             (folder / "weights.safetensors").write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        written(folder, *arguments)
+        return written(folder, group, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_folder", fill_up)
+        patched.setattr(saving, "write_group", fill_up)
         with pytest.raises(DiskFull, match=r"the disk is full: the checkpoint of step 6 needs [\d,]+ bytes") as caught:
             run(save_every=3, keep_best=False)
     assert caught.value.exit_code == 74

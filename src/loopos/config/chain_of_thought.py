@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection
+from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
 from loopos.config.keys import Count, Section, Text
 from loopos.config.language_sections import (
@@ -175,7 +175,7 @@ class ChainOfThoughtConfig(MethodConfig):
     computation: ComputationSection = Field(description="which method runs")
     training: LanguageTrainingSection = Field(description="how the weights are trained")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+        default_factory=DistributedSection, description="how the processes of a run share it"
     )
     data: ReasoningDataSection = Field(description="where weights and rows come from, and where the run goes")
     generation: ReasoningGenerationSection = Field(
@@ -204,6 +204,7 @@ class ChainOfThoughtConfig(MethodConfig):
         yield from checks.check_trainable(training, model.num_layers)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
+        yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_source(
             {"reasoning_examples": data.reasoning_examples, "training_data": data.training_data}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection
+from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
 from loopos.config.keys import METRICS, Metric
 from loopos.config.paths import (
@@ -35,7 +35,7 @@ class FineTuningConfig(MethodConfig):
     computation: ComputationSection = Field(description="which method runs")
     training: TrainingSection = Field(description="how the weights are trained")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+        default_factory=DistributedSection, description="how the processes of a run share it"
     )
     data: DataSection = Field(description="where weights and rows come from, and where the run goes")
 
@@ -58,6 +58,7 @@ class FineTuningConfig(MethodConfig):
         yield from checks.check_trainable(training, model.num_layers)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
+        yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=self.has_validation)
         yield from _check_metrics(self)
         yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection
+from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.ppo_sections import (
@@ -52,7 +52,7 @@ class PpoConfig(MethodConfig):
         default_factory=PpoEvaluationSection, description="how the policy is measured while training"
     )
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+        default_factory=DistributedSection, description="how the processes of a run share it"
     )
     data: PpoDataSection = Field(description="where weights and prompts come from, and where the run goes")
 
@@ -83,6 +83,7 @@ class PpoConfig(MethodConfig):
         yield from checks.check_trainable(training, model.num_layers)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
+        yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_no_head(training)
         yield from _check_answers(self)

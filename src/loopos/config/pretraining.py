@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection
+from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
 from loopos.config.keys import Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection, TextSourceSection
@@ -67,7 +67,7 @@ class PretrainingConfig(MethodConfig):
     computation: ComputationSection = Field(description="which method runs")
     training: LanguageTrainingSection = Field(description="how the weights are trained")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+        default_factory=DistributedSection, description="how the processes of a run share it"
     )
     data: PretrainingDataSection = Field(description="where the text comes from, and where run and weights go")
 
@@ -89,6 +89,7 @@ class PretrainingConfig(MethodConfig):
         yield from checks.check_trainable(training, model.num_layers)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
+        yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_source({"input_file": data.input_file, "training_data": data.training_data})
         yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection
+from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
 from loopos.config.keys import Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
@@ -77,7 +77,7 @@ class RewardModelConfig(MethodConfig):
     training: RewardTrainingSection = Field(description="how the weights are trained")
     reward: RewardSection = Field(default_factory=RewardSection, description="what is learned from a comparison")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+        default_factory=DistributedSection, description="how the processes of a run share it"
     )
     data: PreferenceDataSection = Field(description="where weights and rows come from, and where the run goes")
 
@@ -92,6 +92,7 @@ class RewardModelConfig(MethodConfig):
         yield from checks.check_trainable(training, model.num_layers)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
+        yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
         yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())

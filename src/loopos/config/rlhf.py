@@ -87,7 +87,7 @@ class RlhfConfig(MethodConfig):
         default_factory=PpoEvaluationSection, description="how the policy is measured while training"
     )
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="what the processes of a run expect of each other"
+        default_factory=DistributedSection, description="how the processes of a run share it"
     )
     data: RlhfDataSection = Field(description="where weights and rows come from, and where the run goes")
 

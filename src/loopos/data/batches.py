@@ -164,6 +164,10 @@ class StepBatches(Generic[BatchT]):
         """This rank's micro-batches of the step at `cursor`; micro-batches without rows are left out."""
         return [self.rows(rows) for rows in self.rows_of(cursor) if rows]
 
+    def idle(self) -> BatchT:
+        """A batch of the shortest row."""
+        return self.rows([min(range(self.num_rows), key=lambda row: self.rows.lengths[row])])
+
     def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
         """The cursor one step on, whatever the step's losses were."""
         return (
@@ -173,13 +177,20 @@ class StepBatches(Generic[BatchT]):
         )
 
 
-def in_order(rows: Rows[BatchT], *, tokens: int, rank: int = 0, world: int = 1) -> Iterator[BatchT]:
-    """Batches for evaluation: neighbours in length share a batch of about `tokens` tokens; every row comes once
-    over all ranks.
+def in_order(rows: Rows[BatchT], *, tokens: int) -> Iterator[BatchT]:
+    """Batches for evaluation: neighbours in length share a batch of about `tokens` tokens; every row comes once."""
+    for pack in in_packs(rows.lengths, tokens=tokens):
+        yield rows(pack)
+
+
+def in_step(rows: Rows[BatchT], *, tokens: int, rank: int, world: int) -> Iterator[tuple[BatchT, bool]]:
+    """The batches of `in_order`, shared out over the ranks: every row comes once over all of them. Each rank gets as
+    many batches; False with one that it runs only so that the others can go on, and whose results do not count.
     """
-    for number, pack in enumerate(in_packs(rows.lengths, tokens=tokens)):
-        if number % world == rank:
-            yield rows(pack)
+    packs = list(in_packs(rows.lengths, tokens=tokens))
+    for first in range(0, len(packs), world):
+        own = first + rank
+        yield (rows(packs[own]), True) if own < len(packs) else (rows(packs[0][:1]), False)
 
 
 def in_packs(lengths: Sequence[int], *, tokens: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopos.config.faults import UserError
-from loopos.data.batches import PackedRows, in_order
+from loopos.data.batches import PackedRows, in_step
 from loopos.data.tokens import Encoded
 from loopos.evaluation.metrics import classification_metrics, confusion_matrix, multi_label_metrics, regression_metrics
 from loopos.models.heads import PooledModel
@@ -43,8 +43,10 @@ def outputs_of(
     was_training = model.training
     model.eval()
     outputs = torch.zeros(len(examples), model.head.out_features)
-    for batch in in_order(PackedRows(examples, None, device), tokens=_TOKENS, rank=rank, world=world):
-        outputs[list(batch.rows)] = model(batch.ids, batch.layout, batch.token_types).float().cpu()
+    for batch, counts in in_step(PackedRows(examples, None, device), tokens=_TOKENS, rank=rank, world=world):
+        found = model(batch.ids, batch.layout, batch.token_types).float().cpu()
+        if counts:
+            outputs[list(batch.rows)] = found
     model.train(was_training)
     return outputs
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopos.data.batches import PackedRows, in_order
+from loopos.data.batches import PackedRows, in_order, in_step
 from loopos.data.preference_batches import ComparisonRows
 from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
@@ -76,9 +76,9 @@ def comparison_scores(
 ) -> dict[int, list[list[float]]]:
     """The place of each comparison of this rank's share → raw scores of its responses, a list of k each."""
     found: dict[int, list[list[float]]] = {}
-    for batch in in_order(rows, tokens=_TOKENS, rank=rank, world=world):
+    for batch, counts in in_step(rows, tokens=_TOKENS, rank=rank, world=world):
         scores, first = model(batch.ids, batch.layout).float().cpu(), 0
-        for row in batch.rows:
+        for row in batch.rows if counts else ():
             count = len(rows.examples[row].responses)
             found[row] = scores[first : first + count].tolist()
             first += count

@@ -38,6 +38,7 @@ from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.distributed import World
 from loopos.training.fit import Fit, FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
@@ -62,6 +63,7 @@ class ChainOfThought:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default=World(), init=False)
 
     @property
     def run_dir(self) -> Path:
@@ -71,18 +73,16 @@ class ChainOfThought:
         """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
         nothing of an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (device, world):
-            self.device, self.world = device, world
+        with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
-            pretrained = self.load_data()
-            self.build_model(pretrained)
+            self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
             rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0
             while not results[-1].interrupted and len(results) <= rounds:
                 results.append(self.improve(len(results), resume=resume))
-            if world.is_first and not results[-1].interrupted:
+            if not results[-1].interrupted:
                 self.export(results)
-            world.wait()
+            self.world.wait()
         return results[-1]
 
     def load_data(self) -> Pretrained:
@@ -142,12 +142,15 @@ class ChainOfThought:
         held_back = set_trained_language_model(self.model.causal, backbone.model, settings)
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        self.model.to(self.device).train()
-        self.trained = TrainedWeights(self.model, settings, precision=self.precision, held_back=held_back)
+        self.trained = TrainedWeights(
+            self.model, settings, precision=self.precision, device=self.device, world=self.world, held_back=held_back
+        )
         self.progress.say(self.trained.said())
         self.check: AnswerCheck | None = None
         if self.problems or self.config.self_improvement is not None:
-            reasoner = Reasoner(self.model.causal, self.tokenizer, template=self.template, step_format=self.step_format)
+            causal = self.model.causal
+            with self.trained.whole():
+                reasoner = Reasoner(causal, self.tokenizer, template=self.template, step_format=self.step_format)
             self.check = AnswerCheck(reasoner, self.config.generation, self.config.evaluation, seed=settings.seed)
             self.progress.say(reasoner.engine.said)
         return self.model
@@ -207,9 +210,8 @@ class ChainOfThought:
         if not self.problems or not self._generates_now():
             return {"loss": loss}
         assert self.check is not None
-        metrics, records = self.check.measure(
-            self.problems, share=(self.world.rank, self.world.size), gather=self.world.gather
-        )
+        with self.trained.whole():
+            metrics, records = self.check.measure(self.problems, share=self.world.share, gather=self.world.gather)
         if self.world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         return {"loss": loss, **metrics}
@@ -219,8 +221,7 @@ class ChainOfThought:
         settings, position = self.config.training, self.current.position
         every = settings.validate_every
         number = position.cursor.epoch if isinstance(every, str) else position.step // every
-        last = position.step >= self.current.total_steps
-        return last or number % self.config.evaluation.every == 0
+        return position.step >= self.current.total_steps or number % self.config.evaluation.every == 0
 
     def improve(self, number: int, *, resume: bool) -> FitResult:
         """One round of self-improvement: chains sampled with the weights of the round before, the right ones kept, and
@@ -235,20 +236,20 @@ class ChainOfThought:
         if not problems:
             raise UserError("self_improvement: no training row is a problem with an answer; wanted problem and answer")
         assert self.check is not None
-        with disk_full_said(folder, 1, "the chains found"):
+        with disk_full_said(folder, 1, "the chains found"), self.trained.whole():
             found = find_chains(
                 folder,
                 self.check,
                 problems,
                 section,
                 number=number,
-                share=(self.world.rank, self.world.size),
+                share=self.world.share,
                 gather=self.world.gather,
                 say=self.progress.say,
             )
         rows, report = self.encode([*self._worked(), *found.chains])
         self.progress.say(f"round {number} of {section.rounds}: {found.said()}; tokens: {report.said()}")
-        seed_everything(self.config.training.seed, self.world.rank)
+        seed_everything(self.config.training.seed)
         self.build_model(self._load_pretrained())
         return self.fit(folder, rows, resume=resume)
 
@@ -261,11 +262,10 @@ class ChainOfThought:
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
         settings = self.config.training
-        judges, last = self.current.judges, len(results) - 1
-        number = last
+        judges, number = self.current.judges, len(results) - 1
         if judges is not None and settings.keep_best:
             number = best_of([result.best_metric for result in results], judges.validation.mode)
-        if number != last:
+        if number != len(results) - 1:
             self.build_model(self._load_pretrained())
         step = self.trained.take_best(self._folder_of(number), settings)
         told = f" of round {number}" if len(results) > 1 else ""
@@ -273,6 +273,8 @@ class ChainOfThought:
             self.progress.say(f"exporting the best weights, of step {step}{told}")
         elif self.validation_rows:
             self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
+        if not self.trained.gather():
+            return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
             # The model speaks its format wherever it is opened.

@@ -63,6 +63,7 @@ class FineTuner:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default=World(), init=False)
 
     @property
     def run_dir(self) -> Path:
@@ -72,18 +73,17 @@ class FineTuner:
         """Data, model, update, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an
         earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (device, world):
-            self.device = device
+        with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
             self.load_data()
             self.build_model()
-            fit = self.build_fit(world)
+            fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            self.record_config(world)
+            self.record_config(self.world)
             result = fit.run()
-            if world.is_first and not result.interrupted:
+            if not result.interrupted:
                 self.export()
-            world.wait()
+            self.world.wait()
         return result
 
     def record_config(self, world: World) -> None:
@@ -143,9 +143,15 @@ class FineTuner:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
         model = PooledModel(backbone, num_outputs=outputs, pooling=section.pooling, seed=settings.seed)
-        self.model = model.to(self.device).train()
+        self.model = model
         self.trained = TrainedWeights(
-            self.model, settings, precision=self.precision, held_back=held_back, half_under="backbone."
+            self.model,
+            settings,
+            precision=self.precision,
+            device=self.device,
+            world=self.world,
+            held_back=held_back,
+            half_under="backbone.",
         )
         self.progress.say(self.trained.said())
         return self.model
@@ -201,25 +207,35 @@ class FineTuner:
 
     def validate(self, world: World = World()) -> dict[str, float]:
         """Loss and metrics on the validation rows. Raises `NonFiniteOutputs`."""
-        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.rank, world=world.size)
-        world.sum_tensors([outputs])
+        outputs = self._validation_outputs(world)
         threshold, told = self.config.model.multi_label_threshold, self.data.validation_targets
         metrics = measure(self.data.space.task, self._meaning(outputs), told, threshold=threshold)
         return {"loss": self.objective().mean_of(outputs, self.targets.validation), **metrics}
+
+    def _validation_outputs(self, world: World) -> Tensor:
+        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.rank, world=world.size)
+        world.sum_tensors([outputs])
+        return outputs
 
     def _meaning(self, outputs: Tensor) -> Meaning:
         return interpret(self.data.space.task, outputs, target_mean=self.targets.mean, target_std=self.targets.std)
 
     def export(self) -> None:
-        """Takes the best weights, or the last where none are known as best, and writes the model folder and the report.
+        """Takes the best weights, or the last where none are known as best, and writes the model folder and the report;
+        every process takes part, and the first one writes.
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
         self._take_best()
+        outputs = None
+        if self.data.space.task == "classification" and self.validation_rows:
+            outputs = self._validation_outputs(self.world)
+        if not self.trained.gather():
+            return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
-            if self.data.space.task == "classification" and self.validation_rows:
-                self._log_confusion()
+            if outputs is not None:
+                self._log_confusion(outputs)
             if self.config.training.trainable == "lora":
                 backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
                 save_lora(backbone, self.run_dir / "adapter", self.config.training.lora or LoraSection(), base=base)
@@ -235,8 +251,7 @@ class FineTuner:
         elif self.config.validates and self.validation_rows:
             self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
 
-    def _log_confusion(self) -> None:
-        outputs = outputs_of(self.model, self.validation_rows, self.device)
+    def _log_confusion(self, outputs: Tensor) -> None:
         matrix = confusion(self._meaning(outputs), self.targets.validation.tolist())
         names = list(self.data.space.class_names)
         with EventLog(self.run_dir / "events.jsonl") as log:

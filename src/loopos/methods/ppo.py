@@ -39,6 +39,7 @@ from loopos.models.reward_folder import OpenedReward, check_same_tokens, descrip
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
 from loopos.training.fit import Fit, FitResult
 from loopos.training.guards import GuardLimits, Guards
@@ -66,6 +67,7 @@ class PpoTrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default=World(), init=False)
 
     @property
     def run_dir(self) -> Path:
@@ -76,20 +78,19 @@ class PpoTrainer:
         run is overwritten without `resume`.
         """
         check_installed(self.config.rollout)
-        with session(self.config.training, self.config.distributed) as (device, world):
-            self.device, self.world = device, world
+        with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
             self.load_data()
             self.build_models()
             with closing(self.engine):
                 self.fit = self.build_fit()
                 self.fit.open(resume=resume)
-                if world.is_first:
+                if self.world.is_first:
                     save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
                 result = self.fit.run()
-            if world.is_first and not result.interrupted:
+            if not result.interrupted:
                 self.export()
-            world.wait()
+            self.world.wait()
         return result
 
     def load_data(self) -> None:
@@ -118,9 +119,8 @@ class PpoTrainer:
         if config.validates and self.data.validation:
             chosen = self.data.validation[: config.evaluation.prompts]
             self.validation_prompts, _ = self.encoder.prompts(chosen)
-        told = [self.pretrained.said, *self.data.said, self.encoder.template.said, f"tokens: {self.tokens.said()}"]
-        for sentence in told:
-            self.progress.say(sentence)
+        tokens = f"tokens: {self.tokens.said()}"
+        self.progress.say(self.pretrained.said, *self.data.said, self.encoder.template.said, tokens)
 
     def build_models(self) -> Roles:
         """Policy, reference, reward and value model; what trains; the engine that generates with the same weights."""
@@ -139,26 +139,29 @@ class PpoTrainer:
         self.reward_description = descriptions_together([opened.description for opened in self.opened_rewards])
         # What became an adapter of the policy's trunk needs its own weights no more.
         self.opened_rewards.clear()
-        self.roles.put(self.device, NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
+        self.roles.cast_frozen(NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
         self.trained = TrainedWeights(
             self.roles.actor_critic,
             settings,
             precision=self.precision,
+            device=self.device,
+            world=self.world,
             held_back=self.roles.held_back,
             half_under=("policy.", "critic.backbone."),
+            frozen=self.roles.frozen,
         )
         stops = self.encoder.template.stop_tokens
         self.sampling = sampling_of(config.generation, stop_token_ids=stops, seed=settings.seed)
-        self.engine = open_rollouts(
-            config,
-            self.pretrained,
-            place=Place(share=(self.world.rank, self.world.size), gather=self.world.gather),
-            run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.asked),
-            say=self.progress.say,
-            trust_remote_code=self.trust_remote_code,
-        )
-        for sentence in (self.roles.said, self.trained.said(), self.engine.said):
-            self.progress.say(sentence)
+        with self.trained.whole():
+            self.engine = open_rollouts(
+                config,
+                self.pretrained,
+                place=Place(share=self.world.share, gather=self.world.gather),
+                run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.asked),
+                say=self.progress.say,
+                trust_remote_code=self.trust_remote_code,
+            )
+        self.progress.say(self.roles.said, self.trained.said(), self.engine.said)
         return self.roles
 
     def build_fit(self) -> Fit[ResponseBatch]:
@@ -209,7 +212,8 @@ class PpoTrainer:
         """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
         settings, began, cap = self.config.training, time.monotonic(), self.config.rollout.importance_cap
         request, coefficient = self.asked(iteration), self.controller.coefficient
-        rollouts = self.collector(request, iteration=iteration)
+        with self.trained.whole():
+            rollouts = self.collector(request, iteration=iteration)
         experience = experience_of(
             request.prompts,
             rollouts,
@@ -265,10 +269,11 @@ class PpoTrainer:
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
         assert self.check is not None
-        if self.fit.position.step == 0:
-            for told in self.check.best_of_n(self.config.evaluation.best_of):
-                self.fit.record("best_of_n", told, {})
-        metrics, records = self.check.measure()
+        with self.trained.whole():
+            if self.fit.position.step == 0:
+                for told in self.check.best_of_n(self.config.evaluation.best_of):
+                    self.fit.record("best_of_n", told, {})
+            metrics, records = self.check.measure()
         if self.world.is_first:
             write_samples(self.run_dir / "samples.jsonl", self.fit.position.step, records)
         self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
@@ -278,9 +283,10 @@ class PpoTrainer:
         """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
         settings, policy = self.config.training, self.roles.actor_critic.policy.causal
         step = self.trained.take_best(self.run_dir, settings)
-        self.progress.say(
-            "exporting the last weights" if step is None else f"exporting the best weights, of step {step}"
-        )
+        told = "the last weights" if step is None else f"the best weights, of step {step}"
+        self.progress.say(f"exporting {told}")
+        if not self.trained.gather():
+            return
         lora = settings.lora or LoraSection() if settings.trainable == "lora" else None
         base, needed_bytes = self.config.data.pretrained_weights, 4 * sum(p.numel() for p in policy.parameters())
         self.tokenizer.chat_template = self.encoder.template.source

@@ -51,6 +51,7 @@ class Pretrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default=World(), init=False)
 
     @property
     def run_dir(self) -> Path:
@@ -58,19 +59,18 @@ class Pretrainer:
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
-        with session(self.config.training, self.config.distributed) as (device, world):
-            self.device = device
+        with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
             self.load_data()
             self.build_model()
-            fit = self.build_fit(world)
+            fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            if world.is_first:
+            if self.world.is_first:
                 save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
             result = fit.run()
-            if world.is_first and not result.interrupted:
+            if not result.interrupted:
                 self.export()
-            world.wait()
+            self.world.wait()
         return result
 
     def load_data(self) -> None:
@@ -116,10 +116,12 @@ class Pretrainer:
         config = new_config(Sizes.of(section, max_length=self.max_length))
         config.pad_token_id, config.bos_token_id = self.tokenizer.pad_token_id, self.tokenizer.bos_token_id
         config.eos_token_id = self.tokenizer.eos_token_id
-        self.model = LanguageModel(LlamaForCausalLM(config), attention=section.attention).to(self.device).train()
+        self.model = LanguageModel(LlamaForCausalLM(config), attention=section.attention)
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        self.trained = TrainedWeights(self.model, settings, precision=self.precision)
+        self.trained = TrainedWeights(
+            self.model, settings, precision=self.precision, device=self.device, world=self.world
+        )
         self.progress.say(self.trained.said())
         return self.model
 
@@ -149,10 +151,14 @@ class Pretrainer:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     def export(self) -> None:
-        """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report."""
+        """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
+        process takes part, and the first one writes.
+        """
         step = self.trained.take_best(self.run_dir, self.config.training)
         if step is not None:
             self.progress.say(f"exporting the best weights, of step {step}")
+        if not self.trained.gather():
+            return
         place = Path(self.config.data.output_weights)
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the weights"):

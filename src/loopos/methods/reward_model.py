@@ -39,6 +39,7 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve
@@ -62,6 +63,7 @@ class RewardModelTrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default=World(), init=False)
 
     @property
     def run_dir(self) -> Path:
@@ -71,19 +73,18 @@ class RewardModelTrainer:
         """Data, model, fit, normalisation, export, report. Raises `UserError` for a mistake of the user's; nothing of
         an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (device, world):
-            self.device, self.world = device, world
+        with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
             self.load_data()
             self.build_model()
             fit = self.build_fit()
             fit.open(resume=resume)
-            if world.is_first:
+            if self.world.is_first:
                 save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
             result = fit.run()
             if not result.interrupted:
                 self.export()
-            world.wait()
+            self.world.wait()
         return result
 
     def load_data(self) -> Pretrained:
@@ -124,16 +125,21 @@ class RewardModelTrainer:
         held_back = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
-        model = PooledModel(
+        self.model = PooledModel(
             backbone,
             num_outputs=self.config.reward.heads,
             pooling="last",
             seed=settings.seed,
             head_std=scalar_head_std(backbone.hidden_size),
         )
-        self.model = model.to(self.device).train()
         self.trained = TrainedWeights(
-            self.model, settings, precision=self.precision, held_back=held_back, half_under="backbone."
+            self.model,
+            settings,
+            precision=self.precision,
+            device=self.device,
+            world=self.world,
+            held_back=held_back,
+            half_under="backbone.",
         )
         self.progress.say(self.trained.said())
         return self.model
@@ -219,7 +225,7 @@ class RewardModelTrainer:
             told = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(normalisation.mean, normalisation.std, strict=True))
             self.progress.say(f"scores of {len(every)} training responses before normalising: {told}")
         validation = self.scores(self.validation_rows) if self.validation_rows else []
-        if not self.world.is_first:
+        if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):

@@ -36,7 +36,7 @@ _REWARD, _VALUE = "reward", "value"
 class Roles:
     """`actor_critic` trains. `reward`: raw scores, of all heads of all reward models; None where functions alone give
     rewards. `frozen`: modules of their
-    own beside it, which take the policy's number format and device. `held_back`: parameters that `freeze_layers` keeps
+    own beside it, which take the policy's number format. `held_back`: parameters that `freeze_layers` keeps
     from training. `said`: how many copies of the weights there are.
     """
 
@@ -47,15 +47,12 @@ class Roles:
     held_back: tuple[nn.Parameter, ...]
     said: str
 
-    def put(self, device: torch.device, frozen_format: torch.dtype | None) -> None:
-        """Takes all to a device, and frozen weights, but for heads, to a number format."""
-        for module in (self.actor_critic, *self.frozen):
-            module.to(device).train()
-        if frozen_format is not None:
-            for module in self.frozen:
-                for name, parameter in module.named_parameters():
-                    if not name.startswith("head."):
-                        parameter.data = parameter.data.to(frozen_format)
+    def cast_frozen(self, number_format: torch.dtype | None) -> None:
+        """Takes frozen weights, but for heads, to a number format; None leaves them as they are."""
+        for module in self.frozen if number_format is not None else ():
+            for name, parameter in module.named_parameters():
+                if not name.startswith("head."):
+                    parameter.data = parameter.data.to(number_format)
 
 
 def build_roles(

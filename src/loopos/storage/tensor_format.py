@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -75,23 +76,28 @@ def in_file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
     return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
 
-def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file that holds `tensors`, exact in dtype, shape and bits.
+def safetensors_pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file that holds `tensors`, exact in dtype, shape and bits, and says `metadata`.
 
     A piece is valid until the next one is asked for. Tensors may lie on any device and be views of one another.
     """
-    return streamed_pieces({name: _spec(name, tensor) for name, tensor in tensors.items()}, tensors.__getitem__)
+    specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
+    return streamed_pieces(specs, tensors.__getitem__, metadata)
 
 
 def streamed_pieces(
-    specs: Mapping[str, TensorSpec], tensor_of: Callable[[str], Tensor]
+    specs: Mapping[str, TensorSpec],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file of tensors that are yet to come. tensor_of: is asked for each name once, in file
     order, and gives a tensor of its spec; the one before is then let go.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian"
     names = in_file_order(specs)
-    yield _header(specs, names)
+    yield _header(specs, names, metadata)
     for name in names:
         tensor = tensor_of(name)
         assert TensorSpec.of(tensor) == specs[name], f"{name}: {TensorSpec.of(tensor)} came, announced {specs[name]}"
@@ -131,9 +137,9 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
     return TensorSpec.of(tensor)
 
 
-def _header(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> bytes:
+def _header(specs: Mapping[str, TensorSpec], names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
     """What a file begins with that holds such tensors in the order of `names`."""
-    entries: dict[str, object] = {_METADATA: {"format": "pt"}}
+    entries: dict[str, object] = {_METADATA: {"format": "pt", **metadata}}
     offset = 0
     for name in names:
         spec = specs[name]

@@ -2,18 +2,17 @@
 
     checkpoints/step-00000100/   weights.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A folder is written beside its place under a hidden name, every file fsynced, the manifest last with the size and
-SHA-256 of each, then renamed: a crash at any instant leaves the old or the new state. Saving a step that is there
-already replaces it; in the instant between the two renames the old one is still found under its hidden name.
-One process writes a run; any number may read. Left out: what the state means, and tied tensors (each name is
-written by itself, so the caller names a shared tensor once).
+Of a model that is shared out over N processes, weights and optimizer lie in N files each (`slices.py`), and are read
+as if they lay in one. A folder is written beside its place under a hidden name, every file fsynced, the manifest last
+with the size and SHA-256 of each, then renamed: a crash at any instant leaves the old or the new state. Saving a step
+that is there already replaces it; in the instant between the two renames the old one is still found under its hidden
+name. One run writes (`saving.py`); any number of processes may read. Left out: what the state means, and tied tensors
+(each name is written by itself, so the caller names a shared tensor once).
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -22,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from loopos.storage.durable import JSON, DiskFull, disk_full_said, fsync_place
-from loopos.storage.tensor_format import num_bytes
-from loopos.storage.whole_folder import hidden, is_another_process, put_in_place
+from loopos.storage.durable import JSON, DiskFull
+from loopos.storage.whole_folder import hidden
 from loopos.training.checkpoint_folder import (
     HIDDEN_NAME,
     STATE,
@@ -35,13 +32,13 @@ from loopos.training.checkpoint_folder import (
     CheckpointError,
     check_hashes,
     check_sizes,
-    encode_state,
-    folder_name,
     looks_whole,
+    read_group,
     read_manifest,
-    write_folder,
 )
 from loopos.training.random_states import random_states, restore_random_states
+from loopos.training.saving import NonFiniteError, Save, save, sweep
+from loopos.training.slices import group_of
 
 __all__ = [
     "JSON",
@@ -49,6 +46,7 @@ __all__ = [
     "CheckpointError",
     "DiskFull",
     "NonFiniteError",
+    "Save",
     "best",
     "load",
     "newest_whole",
@@ -59,12 +57,6 @@ __all__ = [
     "sweep",
 ]
 
-logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """Weights hold nan or inf and were therefore not saved."""
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -72,51 +64,10 @@ class Checkpoint:
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, Mapping[str, torch.Tensor]]
     state: dict[str, Any]
     metric: float | None
     is_best: bool
-
-
-def save(
-    root: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    state: Mapping[str, JSON],
-    *,
-    metric: float | None = None,
-    is_best: bool = False,
-) -> Path:
-    """Write checkpoint `step` under `root` durably and return its folder; replaces one of the same step.
-
-    Leftovers of saves that died are cleared first and logged as warnings. At no time is more than one tensor copied.
-
-    Raises:
-        NonFiniteError: the group "weights" holds nan or inf; nothing was written.
-        DiskFull: no space or quota left; what was written of this checkpoint is removed, earlier ones are whole.
-    """
-    assert step >= 0, f"step {step} is negative"
-    assert metric is None or math.isfinite(metric), f"a checkpoint's metric is finite or None, not {metric}"
-    _refuse_nonfinite(tensors.get("weights", {}))
-    content = encode_state(state)
-    needed_bytes = len(content) + sum(num_bytes(group) for group in tensors.values())
-    final = root / folder_name(step)
-    partial = hidden(final, "partial")
-    with disk_full_said(root, needed_bytes, f"the checkpoint of step {step}"):
-        if not root.is_dir():
-            root.mkdir(parents=True)
-            fsync_place(root.parent)
-        for line in sweep(root):
-            logger.warning(line)
-        try:
-            partial.mkdir()
-            write_folder(partial, tensors, content, {"step": step, "metric": metric, "is_best": is_best})
-            put_in_place(partial, final)
-        except BaseException:
-            # What cannot be removed now is cleared, and said, by the next save.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return final
 
 
 def load(path: Path) -> Checkpoint:
@@ -127,11 +78,14 @@ def load(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     check_sizes(path, manifest)
     check_hashes(path, manifest)
-    groups = [name for name in manifest["files"] if name.endswith(TENSORS_SUFFIX)]
+    files: dict[str, list[Path]] = {}
+    for name in sorted(name for name in manifest["files"] if name.endswith(TENSORS_SUFFIX)):
+        stem = name.removesuffix(TENSORS_SUFFIX)
+        files.setdefault(group_of(stem) or stem, []).append(path / name)
     return Checkpoint(
         path=path,
         step=manifest["step"],
-        tensors={name.removesuffix(TENSORS_SUFFIX): load_file(path / name) for name in groups},
+        tensors={group: read_group(places) for group, places in files.items()},
         state=json.loads((path / STATE).read_bytes()),
         metric=manifest["metric"],
         is_best=manifest["is_best"],
@@ -184,40 +138,6 @@ def prune(root: Path, keep_last: int, keep_best: bool) -> list[Path]:
             os.rename(folder, doomed)
         shutil.rmtree(doomed)
     return removed
-
-
-def sweep(root: Path) -> list[str]:
-    """Clear what dead processes left half done under `root`; returns one line for each thing done.
-
-    A checkpoint caught between the two renames of its replacement gets its name back.
-    """
-    said = []
-    for entry in _entries(root):
-        caught = HIDDEN_NAME.fullmatch(entry.name)
-        if caught is None or is_another_process(int(caught[3])):
-            continue
-        if caught[2] == "replaced" and not (root / caught[1]).exists():
-            os.rename(entry, root / caught[1])
-            fsync_place(root)
-            said.append(f"{root / caught[1]}: put back, its replacement was never finished")
-        else:
-            shutil.rmtree(entry)
-            said.append(f"{entry}: removed, left by process {caught[3]} that ended before it was done")
-    return said
-
-
-def _refuse_nonfinite(weights: Mapping[str, torch.Tensor]) -> None:
-    bad = []
-    for name, weight in weights.items():
-        if weight.is_floating_point() and weight.numel() > 0:
-            values = weight.detach()
-            # Extremes carry nan and inf through without a mask as large as the weight; 8-bit floats have none.
-            low, high = torch.aminmax(values.float() if values.element_size() == 1 else values)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                bad.append(name)
-    if bad:
-        listed = ", ".join(bad[:5]) + (" and others" if len(bad) > 5 else "")
-        raise NonFiniteError(f"nan or inf in {len(bad)} of {len(weights)} weights, not saved: {listed}")
 
 
 def _entries(root: Path) -> list[Path]:

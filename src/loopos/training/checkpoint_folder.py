@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from safetensors.torch import load_file
 
 from loopos.config.faults import UserError
 from loopos.storage.durable import JSON, fsync_place, hash_file, write_hashed
 from loopos.storage.tensor_format import safetensors_pieces
+from loopos.training.slices import RowSpan, SlicedTensors, described, group_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -30,6 +32,8 @@ HIDDEN_NAME = re.compile(r"\.(step-\d{8,})\.(partial|replaced|removed)-(\d{1,9})
 _GROUP_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 Content = TypeVar("Content")
+Records: TypeAlias = dict[str, dict[str, Any]]
+"""Name of a file → its size and SHA-256."""
 
 
 class CheckpointError(UserError):
@@ -62,20 +66,36 @@ def _assert_text_keys(value: JSON, where: str) -> None:
             _assert_text_keys(item, where)
 
 
-def write_folder(
-    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: bytes, facts: Mapping[str, JSON]
-) -> None:
-    """Write group → name → tensor, the encoded state and the sealed manifest into an empty folder, all fsynced."""
-    records = {}
-    for group, members in tensors.items():
-        assert _GROUP_NAME.fullmatch(group), f"group {group!r} does not name a file"
-        name = group + TENSORS_SUFFIX
-        records[name] = asdict(write_hashed(folder / name, safetensors_pieces(members)))
-    records[STATE] = asdict(write_hashed(folder / STATE, [state]))
+def write_group(folder: Path, group: str, members: Mapping[str, torch.Tensor], rows: Mapping[str, RowSpan]) -> Records:
+    """Writes a file of tensors into a folder, fsynced; returns its line of the manifest. rows: which rows of a larger
+    tensor the members are, for those that are slices; the file then says so.
+    """
+    assert _GROUP_NAME.fullmatch(group), f"group {group!r} does not name a file"
+    name, metadata = group + TENSORS_SUFFIX, described(members, rows) if group_of(group) is not None else {}
+    return {name: asdict(write_hashed(folder / name, safetensors_pieces(members, metadata)))}
+
+
+def seal_folder(folder: Path, records: Records, state: bytes, facts: Mapping[str, JSON]) -> None:
+    """Writes the encoded state and the manifest of all files, and makes the folder durable. records: what `write_group`
+    returned of each file, whoever wrote it.
+    """
+    records = {**records, STATE: asdict(write_hashed(folder / STATE, [state]))}
     manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": records}
     manifest["sha256"] = _seal(manifest)
     write_hashed(folder / MANIFEST, [json.dumps(manifest, indent=1, allow_nan=False).encode()])
     fsync_place(folder)
+
+
+def read_group(files: Sequence[Path]) -> Mapping[str, torch.Tensor]:
+    """The tensors of a group, mapped from its one file, or put together from its slices. Raises `CheckpointError`."""
+    if group_of(files[0].stem) is None:
+        [file] = files
+        tensors: dict[str, torch.Tensor] = load_file(file)
+        return tensors
+    try:
+        return SlicedTensors(files)
+    except ValueError as problem:
+        raise CheckpointError(f"{files[0].parent}: {problem}") from problem
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -6,32 +6,44 @@ no process group.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
+
+from loopos.config.distributed import DistributedSection
 
 # Gradients are summed in flat buckets of this many elements: few calls, bounded extra memory.
 _BUCKET = 1 << 24
+_SESSIONS = itertools.count()
 _BROKEN_SIGNS = ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes; rank 0 alone writes."""
+    """This process among `size` processes; rank 0 writes. `settings`: how they share a model."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    settings: DistributedSection = field(default_factory=DistributedSection)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(rank, size): which part of work that is dealt out is this process's."""
+        return self.rank, self.size
 
     def sum_floats(self, values: Mapping[str, float]) -> dict[str, float]:
         """Adds each named value over all ranks, in fp64. Every rank must give the same names."""
@@ -43,6 +55,16 @@ class World:
             total = total.cuda(self.local_rank)
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
+
+    def most(self, value: int) -> int:
+        """The largest value of all ranks."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        if dist.get_backend() == "nccl":
+            largest = largest.cuda(self.local_rank)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Adds each tensor over all ranks, in place, bucket by bucket. All ranks must give the same shapes in the
@@ -82,20 +104,32 @@ def _sum_bucket(bucket: Sequence[Tensor], local_rank: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def join_world(device: str, *, timeout: float) -> World:
-    """Joins the process group that `torchrun` set up (NCCL on CUDA, gloo otherwise), or is alone when it did not.
-    timeout: seconds after which a collective counts as hung, and raises.
-    """
+def join_world(device: str, settings: DistributedSection) -> World:
+    """Joins the process group that `torchrun` set up (NCCL on CUDA, gloo otherwise), or is alone when it did not."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World()
+        return World(settings=settings)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit)
-    return World(dist.get_rank(), size, local_rank)
+        store, rank = _met()
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            timeout=timedelta(seconds=settings.timeout),
+            # What an earlier group of these processes left in the store must not be taken for this one's.
+            store=PrefixStore(f"session-{next(_SESSIONS)}", store),
+            rank=rank,
+            world_size=size,
+        )
+    return World(dist.get_rank(), size, local_rank, settings)
+
+
+@cache
+def _met() -> tuple[Store, int]:
+    """The store of the launcher, and this process's rank: asked for once, because it ends when it is let go."""
+    store, rank, _ = next(iter(rendezvous("env://")))
+    return store, rank
 
 
 def is_broken_collective(problem: BaseException) -> bool:

@@ -85,9 +85,20 @@ class Fit(Generic[BatchT]):
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.judges = Judges(validation, settings) if validation is not None else None
         identity = identity_of(base, settings, batches, update)
-        self.state = RunState(run_dir / "checkpoints", identity, update, self.judges, world, carried)
+        self.state = RunState(
+            run_dir / "checkpoints",
+            identity,
+            update,
+            self.judges,
+            world,
+            carried,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        )
         self.ending = Ending(settings, self.total_steps, self.judges, world, gives_up)
         self.log = RunLog()
+        self._saved: dict[str, JSON] = {}
+        self._save_seconds = 0.0
 
     @property
     def position(self) -> Position:
@@ -142,6 +153,7 @@ class Fit(Generic[BatchT]):
         while position.stopped_by is None:
             self._step()
             self._conclude(signals)
+        self._finish_save()
         self.record("end", {"stopped_by": position.stopped_by}, {"seconds": position.seconds})
 
     def _step(self) -> None:
@@ -153,7 +165,7 @@ class Fit(Generic[BatchT]):
         rate = self.rate_factor(position.step)
         batches = self.batches.step(position.cursor)
         try:
-            result = self.update(batches, self.objective, rate)
+            result = self.update(batches, self.objective, rate, idle=self.batches.idle, before_step=self._finish_save)
         except NonFiniteStep as problem:
             raise NonFiniteStep(
                 f"step {position.step + 1}: {problem}; {self._last_saved()}; lower training.learning_rate, or set "
@@ -248,16 +260,19 @@ class Fit(Generic[BatchT]):
         return better
 
     def _save(self, is_best: bool) -> None:
+        """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
         began = time.monotonic()
-        self.state.save(
-            self.log.offset(),
-            is_best=is_best,
-            keep_last=self.settings.keep_last,
-            keep_best=self.settings.keep_best,
-        )
-        seconds = time.monotonic() - began
-        self.position.seconds += seconds
-        self.record("checkpoint", {"is_best": is_best}, {"seconds": seconds})
+        self.state.begin_save(self.log.offset(), is_best=is_best)
+        self._saved = {"is_best": is_best}
+        self._save_seconds = time.monotonic() - began
+
+    def _finish_save(self) -> None:
+        """The checkpoint that is being written is whole from here on; its event tells the time that it held up."""
+        began = time.monotonic()
+        if self.state.finish_save():
+            seconds = time.monotonic() - began + self._save_seconds
+            self.position.seconds += seconds
+            self.record("checkpoint", self._saved, {"seconds": seconds})
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         for line in self.state.restore(found):

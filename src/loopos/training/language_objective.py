@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loopos.data.batches import Batch, PackedRows, in_order
+from loopos.data.batches import Batch, PackedRows, in_step
 from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
 from loopos.training.distributed import World
@@ -42,13 +42,19 @@ class NextToken:
     def loss(self, batch: Batch) -> Mapping[str, Tensor]:
         return {"loss": self.model(batch.ids, batch.layout, batch.weights)}
 
+    def idle(self, batch: Batch) -> Tensor:
+        return self.model(batch.ids, batch.layout, batch.weights) * 0.0
+
 
 @torch.no_grad()
 def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.device, world: World) -> float:
     """Mean loss of rows (nats a trained token) over all ranks, in batches of rows of like length."""
     sums = {"loss": 0.0, "count": 0.0}
-    for batch in in_order(PackedRows(rows, None, device), tokens=_TOKENS, rank=world.rank, world=world.size):
-        sums["loss"] += float(objective.loss(batch)["loss"])
-        sums["count"] += objective.counts(batch)["loss"]
+    packed = PackedRows(rows, None, device)
+    for batch, counts in in_step(packed, tokens=_TOKENS, rank=world.rank, world=world.size):
+        loss = float(objective.loss(batch)["loss"])
+        if counts:
+            sums["loss"] += loss
+            sums["count"] += objective.counts(batch)["loss"]
     total = world.sum_floats(sums)
     return total["loss"] / total["count"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 
 from loopos.config.sections import TrainingSection
+from loopos.training.slices import RowSpan, rows_of
 
 _SEPARATOR = "|"
 
@@ -108,8 +110,15 @@ class OptimizerSet:
                         )
         return kept
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave. Every entry must belong to a parameter of this set."""
+    def rows(self, rows: Mapping[str, RowSpan]) -> dict[str, RowSpan]:
+        """Which rows of larger tensors those of `tensors` are, where the parameters are rows: name → rows."""
+        named = {entry: rows.get(entry.rpartition(_SEPARATOR)[0]) for entry, t in self.tensors().items() if t.ndim}
+        return {entry: found for entry, found in named.items() if found is not None}
+
+    def load(self, tensors: Mapping[str, Tensor], rows: Mapping[str, RowSpan] = MappingProxyType({})) -> None:
+        """Takes back what `tensors` gave, or of that the rows that the parameters are. Every entry must belong to a
+        parameter of this set.
+        """
         owner = {
             name: (optimizer, p)
             for optimizer in self._optimizers
@@ -117,8 +126,9 @@ class OptimizerSet:
             for p in group["params"]
             for name in [self._names[id(p)]]
         }
-        for entry, value in tensors.items():
+        for entry in tensors:
             name, _, key = entry.rpartition(_SEPARATOR)
+            value = rows_of(tensors, entry, rows.get(name))
             optimizer, parameter = owner[name]
             if value.ndim == 0 and value.dtype == torch.float64:
                 optimizer.state[parameter][key] = value.item()

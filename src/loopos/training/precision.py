@@ -7,14 +7,18 @@ ranks stay in fp32. Left out: the step itself (`update.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loopos.config.faults import UserError
 from loopos.functional.gradient_sum import sum_gradient_of
+from loopos.training.sharding import Rows, Sharding
+from loopos.training.slices import rows_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,7 +62,8 @@ class Masters:
 
     `parameters` (name → fp32 parameter) is what the optimizer trains. Where a model's parameter is fp32 it is its own
     master. Otherwise the master takes the fp32 values, the model's parameter becomes half precision, and each
-    micro-batch's gradient is added to the master's and freed at once.
+    micro-batch's gradient is added to the master's and freed at once. Of a model that is shared out over the processes
+    a master is this process's rows, in the memory of the model's own share; `rows` tells which (name → rows).
     """
 
     def __init__(
@@ -67,21 +72,29 @@ class Masters:
         *,
         may_train: Collection[str],
         half: Callable[[str], torch.dtype | None],
+        sharding: Sharding | None = None,
     ) -> None:
         """named: every parameter of the model. may_train: names that train now or later. half: the format of a
-        parameter by name, None to keep it as it is.
+        parameter by name, None to keep it as it is. sharding: how the model is shared out, formats included; None where
+        it is not.
         """
+        self.sharding = sharding
+        self.rows: dict[str, Rows] = {}
         self.parameters: dict[str, nn.Parameter] = {}
+        self._shares: dict[str, nn.Parameter] = {}
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._fresh: set[str] = set()
         self._zeros: dict[str, Tensor] = {}
         for name, parameter in named.items():
-            dtype = half(name)
+            dtype = half(name) if sharding is None else None
             whole = parameter.data
             if dtype is not None:
                 parameter.data = whole.to(dtype)
             if name not in may_train:
                 parameter.requires_grad_(False)
+            elif sharding is not None:
+                self.rows[name] = sharding.rows_of(parameter.shape)
+                self.parameters[name], self._shares[name] = nn.Parameter(_share_of(parameter)), parameter
             elif dtype is None:
                 self.parameters[name] = parameter
             else:
@@ -101,6 +114,18 @@ class Masters:
                 # torch leaves this method's annotations out.
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))  # type: ignore[no-untyped-call]
                 sum_gradient_of(parameter, partial(self._sum, name, master))
+        for name, parameter in self._shares.items():
+            parameter.requires_grad_(name in names)
+        if self.sharding is not None:
+            self.sharding.refresh()
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers of all masters, of all processes together where they share them."""
+        return sum(
+            math.prod(self.rows[name].shape) if name in self.rows else master.numel()
+            for name, master in self.parameters.items()
+        )
 
     def keep_zeros(self, zeros: Mapping[str, Tensor]) -> None:
         """From now on weights under these masks (by name, True = zero) get no gradient and are zero after each step.
@@ -108,7 +133,11 @@ class Masters:
         Without a gradient the moments of an optimizer stay zero too, and so does what it adds; one that mixes a
         matrix's entries, as Muon does, is undone where it fills a zero.
         """
-        self._zeros = {name: mask for name, mask in zeros.items() if name in self.parameters}
+        self._zeros = {
+            name: self.rows[name].of(mask).to(self.parameters[name].device) if name in self.rows else mask
+            for name, mask in zeros.items()
+            if name in self.parameters
+        }
 
     def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
@@ -141,9 +170,18 @@ class Masters:
         for name, parameter in self.parameters.items():
             if name not in self._pairs:
                 parameter.grad = None
+        for parameter in self._shares.values():
+            parameter.grad = None
+        if self.sharding is not None:
+            self.sharding.begin()
 
     def finish(self) -> None:
-        """Zeroes the gradients that no micro-batch of this step wrote, so that every rank sums the same set."""
+        """Zeroes the gradients that no micro-batch of this step wrote, so that every rank sums the same set. Those of
+        shares are sums over all ranks already.
+        """
+        for name, parameter in self._shares.items():
+            if parameter.grad is not None:
+                self.parameters[name].grad = _share_of(parameter.grad)
         for name, parameter in self.parameters.items():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -175,7 +213,17 @@ class Masters:
         """Takes the weights of a checkpoint into masters and model. Raises `ValueError` when names or shapes differ."""
         if set(tensors) != set(self.parameters):
             raise ValueError(f"weights of other parameters: {sorted(set(tensors) ^ set(self.parameters))[:3]}")
+        if self.sharding is not None:
+            self.sharding.begin()
         for name, master in self.parameters.items():
-            master.copy_(tensors[name])
+            master.copy_(rows_of(tensors, name, self.rows.get(name)))
         for parameter, master in self._pairs.values():
             parameter.copy_(master)
+
+
+def _share_of(tensor: Tensor) -> Tensor:
+    """The rows that this process holds, in the same memory."""
+    assert isinstance(tensor, DTensor), type(tensor)
+    with torch.no_grad():
+        share: Tensor = tensor.to_local().detach()
+    return share

@@ -61,9 +61,9 @@ class RunProgress:
         told = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"validation at step {step}: {told}{' · best' if best else ''}")
 
-    def say(self, sentence: str) -> None:
-        """A sentence on a line of its own."""
-        if not self.quiet:
+    def say(self, *sentences: str) -> None:
+        """Each sentence on a line of its own."""
+        for sentence in () if self.quiet else sentences:
             self.console.print(sentence, markup=False)
 
     def warn(self, sentence: str) -> None:

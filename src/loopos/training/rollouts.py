@@ -117,6 +117,11 @@ class RolloutBatches:
         is_first = cursor.step == 0 and self.experience.is_own
         return [rows(chosen, is_first=is_first) for chosen in mine if chosen]
 
+    def idle(self) -> ResponseBatch:
+        """A batch of the first response."""
+        assert self._rows is not None, "asked for after a step"
+        return self._rows([0])
+
     def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
         """The next minibatch, or the next iteration."""
         limit = self.plan.approximate_kl_limit

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
@@ -19,6 +18,7 @@ from loopos.config.sections import TrainingSection
 from loopos.data.batches import Cursor
 from loopos.training import checkpoint
 from loopos.training.distributed import World
+from loopos.training.slices import RowSpan, slice_name
 from loopos.training.update import NonFiniteStep, Update
 from loopos.training.validation import Judges
 
@@ -75,42 +75,74 @@ class RunState:
     judges: Judges | None
     world: World
     carried: Carried | None = None
+    keep_last: int = 1
+    keep_best: bool = True
     position: Position = field(default_factory=Position)
+    _saving: checkpoint.Save | None = None
 
-    def save(self, events_offset: int, *, is_best: bool, keep_last: int, keep_best: bool) -> None:
-        """Writes all that resuming needs; rank 0 writes, every rank gives its random states.
+    def begin_save(self, events_offset: int, *, is_best: bool) -> None:
+        """Begins to write all that resuming needs; every rank gives its random states, and its share of what is shared
+        out. The writing goes on beside what follows, until `finish_save`, which must come before the next weights.
 
         Raises `DiskFull`, and `NonFiniteStep` for weights that are not finite.
         """
+        self.finish_save()
         gathered = self.world.gather(checkpoint.random_states())
         if self.carried is not None:
             self.carried.synchronise(self.world)
+        tensors, rows = self._shares()
+        random: dict[str, Any] = {}
         if self.world.is_first:
-            tensors: dict[str, Mapping[str, torch.Tensor]] = {
-                "weights": self.update.masters.parameters,
-                "optimizer": self.update.optimizer.tensors(),
-            }
             if self.carried is not None:
                 tensors["carried"] = self.carried.tensors()
-            random: dict[str, Any] = {}
             for rank, states in enumerate(gathered):
                 assert isinstance(states, tuple)
                 tensors[f"random-{rank}"], random[str(rank)] = states
-            try:
-                checkpoint.save(
-                    self.folder,
-                    self.position.step,
-                    tensors,
-                    {**self._as_json(), "random": random, "events_offset": events_offset},
-                    metric=self.judges.best.metric if self.judges is not None else None,
-                    is_best=is_best,
-                )
-            except checkpoint.NonFiniteError as problem:
-                raise NonFiniteStep(
-                    f"step {self.position.step}: {problem}; lower training.learning_rate, or set training.max_grad_norm"
-                ) from problem
-            checkpoint.prune(self.folder, keep_last, keep_best)
-        self.world.wait()
+        self._saving = checkpoint.Save(
+            self.folder,
+            self.position.step,
+            tensors,
+            {**self._as_json(), "random": random, "events_offset": events_offset},
+            self.update.masters.parameters,
+            rows,
+            metric=self.judges.best.metric if self.judges is not None else None,
+            is_best=is_best,
+            world=self.world,
+        )
+        try:
+            self._saving.begin(in_background=True)
+        except checkpoint.NonFiniteError as problem:
+            self._saving = None
+            raise NonFiniteStep(
+                f"step {self.position.step}: {problem}; lower training.learning_rate, or set training.max_grad_norm"
+            ) from problem
+
+    def _shares(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, RowSpan]]:
+        """The weights and the optimizer's state as this process is to write them, and which rows of what they are."""
+        masters, optimizer = self.update.masters, self.update.optimizer
+        groups: dict[str, Mapping[str, Tensor]] = {"weights": masters.parameters, "optimizer": optimizer.tensors()}
+        sharding = masters.sharding
+        if sharding is None:
+            return (dict(groups) if self.world.is_first else {}), {}
+        if not sharding.is_first_replica:
+            return {}, {}
+        rows: dict[str, RowSpan] = {**masters.rows, **optimizer.rows(masters.rows)}
+        named = {slice_name(group, sharding.rank, sharding.size): group for group in groups}
+        # What is no slice is the same on all: one file has it.
+        return {
+            file: {name: t for name, t in groups[group].items() if name in rows or sharding.rank == 0}
+            for file, group in named.items()
+        }, rows
+
+    def finish_save(self) -> bool:
+        """Waits until what `begin_save` began is on the disk; whether there was something. Raises `DiskFull`."""
+        if self._saving is None:
+            return False
+        saving, self._saving = self._saving, None
+        saving.finish()
+        if self.world.is_first:
+            checkpoint.prune(self.folder, self.keep_last, self.keep_best)
+        return True
 
     def _as_json(self) -> dict[str, Any]:
         return {
@@ -134,7 +166,7 @@ class RunState:
         if self.judges is not None and state["judges"] is not None:
             self.judges.load(state["judges"])
         self.update.masters.load(found.tensors["weights"])
-        self.update.optimizer.load(found.tensors.get("optimizer", {}))
+        self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.masters.rows)
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
         if self.carried is not None:
             self.carried.load(found.tensors.get("carried", {}), state["carried"])
@@ -161,12 +193,12 @@ def identity_of(
     base: str, settings: TrainingSection, batches: RowCounts, update: Update
 ) -> Mapping[str, str | int | bool]:
     """What makes a run this one: the weights below, the rows, what trains and how."""
-    trained = update.masters.parameters.values()
+    masters = update.masters
     return {
         "base": base,
         "rows": batches.num_rows,
         "rows_a_step": batches.rows_a_step,
-        "weights that train": f"{len(trained)} tensors of {sum(p.numel() for p in trained):,} numbers",
+        "weights that train": f"{len(masters.parameters)} tensors of {masters.num_elements:,} numbers",
         "training.optimizer": settings.optimizer,
         "training.seed": settings.seed,
         "training.shuffle": settings.shuffle,

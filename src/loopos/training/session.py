@@ -21,16 +21,17 @@ from loopos.training.random_states import seed_everything
 
 @contextmanager
 def session(settings: TrainingSection, distributed: DistributedSection) -> Iterator[tuple[torch.device, World]]:
-    """This process's device and place among the processes of `torchrun`; generators begin at the config's seed. The
-    process group is left at the end, however it comes; where one process of several fails, or is lost, all end and one
-    of them says why. Raises `UserError` for a device that is not there.
+    """This process's device and place among the processes of `torchrun`; generators begin at the config's seed, and
+    the ranks part in `TrainedWeights`. The process group is left at the end, however it comes; where one process of
+    several fails, or is lost, all end and one of them says why. Raises `UserError` for a device that is not there.
     """
     device = pick_device(settings.device)
-    world = join_world(device.type, timeout=distributed.timeout)
+    world = join_world(device.type, distributed)
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
     try:
-        seed_everything(settings.seed, world.rank)
+        # The same on every rank until the model is there: new weights are drawn, and must be those of all.
+        seed_everything(settings.seed)
         if world.size == 1:
             yield device, world
         else:

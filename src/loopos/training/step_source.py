@@ -40,6 +40,10 @@ class StepSource(Protocol[BatchT]):
         """This rank's micro-batches of the step at `cursor`."""
         ...
 
+    def idle(self) -> BatchT:
+        """A batch for a process that has to run along without rows of its own. Asked for after `step`."""
+        ...
+
     def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
         """The cursor behind a step with these losses."""
         ...

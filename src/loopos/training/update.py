@@ -10,8 +10,8 @@ before the first forward, and here alone sums are divided by counts, so a step i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -42,6 +42,10 @@ class Objective(Protocol[BatchT]):
 
     def loss(self, batch: BatchT) -> Mapping[str, Tensor]:
         """The sum of every name over this batch, scalars."""
+        ...
+
+    def idle(self, batch: BatchT) -> Tensor:
+        """Zero, through the modules that `loss` runs: for a process that runs along without rows of its own."""
         ...
 
 
@@ -88,9 +92,17 @@ class Update:
         self.steps_since_overflow = 0
 
     def __call__(
-        self, batches: Sequence[BatchT], objective: Objective[BatchT], learning_rate_factor: float
+        self,
+        batches: Sequence[BatchT],
+        objective: Objective[BatchT],
+        learning_rate_factor: float,
+        *,
+        idle: Callable[[], BatchT] | None = None,
+        before_step: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """One step over this rank's micro-batches (none, if this rank has no rows of the step).
+        """One step over this rank's micro-batches (none, if this rank has no rows of the step). idle: gives a batch to
+        run along with, where the ranks share a model and this one has fewer micro-batches. before_step: called before
+        the weights change.
 
         Raises `NonFiniteStep` when a loss or gradient is not finite and `on_nonfinite` is "stop".
         """
@@ -98,20 +110,43 @@ class Update:
         self.masters.begin()
         sums = dict.fromkeys(counts, 0.0)
         for batch in batches:
-            with torch.autocast(self._autocast[0], self._autocast[1]) if self._autocast else nullcontext():
+            with self._format():
                 parts = objective.loss(batch)
             share = weighted_mean(parts, counts, objective.weights)
             torch.autograd.backward(share * self.loss_scale)
             for name, part in parts.items():
                 sums[name] += float(part.detach())
+        self._run_along(len(batches), objective, idle)
         self.masters.finish()
         gradients = [parameter.grad for parameter in self.masters.trained() if parameter.grad is not None]
-        self.world.sum_tensors(gradients)
-        losses = {
-            name: total / counts[name] if counts[name] else 0.0 for name, total in self.world.sum_floats(sums).items()
-        }
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
+        summed = self.world.sum_floats(sums)
+        losses = {name: total / counts[name] if counts[name] else 0.0 for name, total in summed.items()}
+        norm = self._norm(gradients) / self.loss_scale
+        before_step()
         return self._apply(gradients, losses, norm, learning_rate_factor)
+
+    def _format(self) -> AbstractContextManager[object]:
+        return torch.autocast(self._autocast[0], self._autocast[1]) if self._autocast else nullcontext()
+
+    def _run_along(self, done: int, objective: Objective[BatchT], idle: Callable[[], BatchT] | None) -> None:
+        """Where the ranks share a model, each must run as many passes as the one with the most."""
+        if self.masters.sharding is None:
+            return
+        assert idle is not None, "a shared model, and nothing to run along with"
+        for _ in range(done, self.world.most(done)):
+            with self._format():
+                nothing = objective.idle(idle())
+            torch.autograd.backward(nothing)
+
+    def _norm(self, gradients: Sequence[Tensor]) -> float:
+        """The L2 norm of all gradients, summed over the ranks."""
+        sharding = self.masters.sharding
+        if sharding is None:
+            self.world.sum_tensors(gradients)
+            return float(torch.nn.utils.get_total_norm(gradients))
+        # A share without rows has no norm of its own.
+        own = float(torch.nn.utils.get_total_norm([each for each in gradients if each.numel()]))
+        return math.sqrt(self.world.sum_floats({"square": own * own})["square"] / sharding.replicas)
 
     def _counts(self, batches: Sequence[BatchT], objective: Objective[BatchT]) -> dict[str, float]:
         names = dict.fromkeys(objective.weights, 0.0)
@@ -157,7 +192,8 @@ def build_update(
 ) -> Update:
     """The update that a config's `training` section asks for. head: names with the head's learning rate."""
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    device = next(model.parameters()).device
+    # Shares may rest in the host's memory, away from where the model runs.
+    device = masters.sharding.device if masters.sharding is not None else next(model.parameters()).device
     return Update(
         masters,
         OptimizerSet(OptimizerSettings.of(settings), masters.parameters, head=head, embeddings=embeddings),

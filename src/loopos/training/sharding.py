@@ -1,0 +1,225 @@
+"""A model whose weights, gradients and optimizer are shared out over the processes, on PyTorch's `fully_shard`.
+
+Enters: models that are whole on every process, the section `distributed`. Leaves: the same modules with a share of each
+parameter (rows of it) on every process; the model whole for as long as generation lasts; the model whole on the first
+process at the end. After Zhao et al. 2023 (FSDP), in PyTorch's second form, which shares out each parameter by itself.
+Left out: what the optimizer sees of it (`precision.Masters`), files (`slices.py`).
+
+The layers of a model (the members of its outermost `nn.ModuleList`s) are gathered one at a time, when they run; what
+lies outside of them (embeddings, last norm, head) for the whole of a forward and backward pass. Every process must run
+the same passes in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from loopos.config.distributed import WHOLE_MATRICES, DistributedSection
+from loopos.config.faults import UserError
+from loopos.training.distributed import World
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The share of a parameter that a process holds: `count` rows of `shape`, from row `first` on."""
+
+    first: int
+    count: int
+    shape: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """These rows, a view."""
+        assert tuple(whole.shape) == self.shape, (tuple(whole.shape), self.shape)
+        return whole[self.first : self.first + self.count]
+
+
+class Sharding:
+    """How a run's models are shared out. `rank` of `size` processes hold one copy together; there are `replicas`."""
+
+    def __init__(self, settings: DistributedSection, world: World, device: torch.device) -> None:
+        """Raises `UserError` for a `shard_size` that does not divide the number of processes."""
+        self.size = settings.shard_size or world.size
+        if world.size % self.size:
+            raise UserError(
+                f"distributed.shard_size: given {self.size} with {world.size} processes; wanted a divisor of their "
+                "number"
+            )
+        self.replicas, self.rank = world.size // self.size, world.rank % self.size
+        self.is_first_replica = world.rank < self.size
+        self.device = device
+        self._world = world
+        self._unused = settings.cpu_offload and device.type != "cuda"
+        self._reshards = settings.reshard_after_forward
+        self._offload = CPUOffloadPolicy() if settings.cpu_offload and device.type == "cuda" else OffloadPolicy()
+        self._mesh = self._made_mesh()
+        self._roots: list[nn.Module] = []
+
+    def _made_mesh(self) -> DeviceMesh:
+        if self.replicas == 1:
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        names = ("replicate", "shard")
+        return init_device_mesh(self.device.type, (self.replicas, self.size), mesh_dim_names=names)
+
+    def cut(self, root: nn.Module, half: Callable[[str], torch.dtype | None]) -> None:
+        """Takes a model on the CPU to the device, share by share, in place. half: the number format that a parameter
+        computes in, by name, None for its own. A model without layers of its own stays as it is, on the device.
+        """
+        layers = _layers(root)
+        if not layers:
+            root.to(self.device)
+            return
+        formats = {half(name) for name, _ in root.named_parameters()} - {None}
+        assert len(formats) <= 1, formats
+        # Whatever keeps its own format stands apart: a policy is that of all parameters that are gathered together.
+        apart = [module for name, module in root.named_modules() if formats and _stands_apart(name, module, half)]
+        policy = MixedPrecisionPolicy(
+            param_dtype=next(iter(formats), None), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for module in apart:
+            self._cut(module, MixedPrecisionPolicy(cast_forward_inputs=False), reshards=self._reshards)
+        for layer in layers:
+            self._cut(layer, policy, reshards=self._reshards)
+        self._cut(root, policy, reshards=False)
+        # The root must be known before any layer runs by itself.
+        fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]  # torch names no public way
+        self._roots.append(root)
+
+    def _cut(self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshards: bool) -> None:
+        sharded = fully_shard(
+            module, mesh=self._mesh, reshard_after_forward=reshards, mp_policy=policy, offload_policy=self._offload
+        )
+        # Sums, as everywhere: the loss is divided by its count over all processes before the backward pass.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+
+    def said(self) -> str:
+        """How, in words."""
+        copies = "one copy" if self.replicas == 1 else f"{self.replicas} copies"
+        unused = f"; distributed.cpu_offload has no effect on {self.device.type}" if self._unused else ""
+        return f"{copies} shared out over {self.size} processes" + (" each" if self.replicas > 1 else "") + unused
+
+    def rows_of(self, shape: Sequence[int]) -> Rows:
+        """This process's share of a parameter of this shape."""
+        most = -(-shape[0] // self.size)
+        first = min(self.rank * most, shape[0])
+        return Rows(first, min(first + most, shape[0]) - first, tuple(shape))
+
+    def begin(self) -> None:
+        """To be called before a step, and before shares are written to: lets go of whatever is whole, and forgets
+        passes without gradients, in whose order a backward pass would fetch layers ahead.
+        """
+        for root in self._roots:
+            assert isinstance(root, FSDPModule)
+            root.reset_iter_state()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, every process holds all weights of all models, and may run them alone. They must not change."""
+        units = [module for root in self._roots for module in root.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            self.begin()
+            for unit in units:
+                is_root = any(unit is root for root in self._roots)
+                unit.set_reshard_after_forward(self._reshards and not is_root, recurse=False)
+
+    def refresh(self) -> None:
+        """To be called after the set of parameters that train has changed."""
+        with self.whole():
+            pass
+
+    @torch.no_grad()
+    def gather(self, root: nn.Module) -> None:
+        """Ends the sharing of `root`: its parameters become whole ones on the CPU of the first process, one after
+        another, and empty ones on the others. It runs no more on those.
+        """
+        self.begin()
+        self._roots = [kept for kept in self._roots if kept is not root]
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                _end_hooks(module)
+        replaced: dict[int, nn.Parameter] = {}
+        for module in root.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in replaced:
+                    replaced[id(parameter)] = self._gathered(parameter)
+                setattr(module, name, replaced[id(parameter)])
+        root.to("cpu")
+
+    def _gathered(self, parameter: nn.Parameter) -> nn.Parameter:
+        assert isinstance(parameter, DTensor)
+        full = parameter.full_tensor()
+        kept = full.cpu() if self._world.is_first else full.new_empty(0, device="cpu")
+        return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+def sharding_for(world: World, device: torch.device, *, needed: int, optimizer: str) -> tuple[Sharding | None, str]:
+    """What `distributed.mode` asks for, None for a model that is whole on each process, and why, in words.
+
+    needed: bytes of weights, gradients and optimizer on a process that holds them all. "auto" shares a model out where
+    that is more than half of the memory that a process has for itself (the other half is for activations). Raises
+    `UserError` as `Sharding`.
+    """
+    settings = world.settings
+    if world.size == 1:
+        return None, ""
+    if settings.mode == "replicate":
+        return None, f"a copy on each of {world.size} processes"
+    if settings.mode == "shard":
+        sharding = Sharding(settings, world, device)
+        return sharding, sharding.said()
+    # The same on every process, whatever each host has.
+    memory = min(size for size in world.gather(_memory(device)) if isinstance(size, int))
+    told = f"{needed / _GIB:.3g} GiB of weights, gradients and optimizer, {memory / _GIB:.3g} GiB of memory a process"
+    if needed <= memory / 2:
+        return None, f"a copy on each of {world.size} processes ({told})"
+    if optimizer in WHOLE_MATRICES:
+        return None, f"a copy on each of {world.size} processes, which {optimizer} needs ({told})"
+    sharding = Sharding(settings, world, device)
+    return sharding, f"{sharding.said()} ({told})"
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a process has: its GPU's, or its part of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+
+
+def _layers(root: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules, those without parameters left out."""
+    found: list[nn.Module] = []
+    for child in root.children():
+        members = list(child) if isinstance(child, nn.ModuleList) else _layers(child)
+        found += [member for member in members if next(member.parameters(), None) is not None]
+    return found
+
+
+def _stands_apart(name: str, module: nn.Module, half: Callable[[str], torch.dtype | None]) -> bool:
+    own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+    return bool(own and name) and all(half(parameter) is None for parameter in own)
+
+
+def _end_hooks(module: FSDPModule) -> None:
+    """Takes out what gathers the module's parameters when it runs, and its class with it."""
+    state = fully_shard.state(module)  # type: ignore[attr-defined]  # as torch's own tests reach it
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    assert isinstance(module, nn.Module)
+    module.__class__ = type(module).__mro__[FSDPModule._orig_cls_mro_index]
