@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 TESTS = Path(__file__).parents[1]
 WORDS = ("lamp", "river", "stone", "cloud", "green", "seven")
 # Each way to share a model among hosts, as its keys under `distributed`.
-MODES: dict[str, dict[str, Any]] = {"replicate": {}}
+MODES: dict[str, dict[str, Any]] = {"replicate": {"mode": "replicate"}, "shard": {"mode": "shard"}}
 # Seconds. What trains ends after a silence, and has some more on a busy machine.
 SILENCE, CUT, ENDING = 6.0, 60.0, 30.0
 LIMIT = 900.0

@@ -16,6 +16,7 @@ from loopos.cli.answers import say, say_json
 from loopos.cli.cluster.hardware import Cluster
 from loopos.cli.cluster.setting import Asked
 from loopos.cli.quiet import hush_libraries
+from loopos.config.distributed import DistributedSection
 from loopos.config.faults import UserError
 from loopos.config.load import load
 from loopos.methods.table import config_classes
@@ -77,11 +78,11 @@ def _check(options: PlanOptions) -> None:
 
 
 def _asked(config: Any, options: PlanOptions) -> Asked:
-    told = config.distributed.model_dump()
+    told: DistributedSection = config.distributed
     return Asked(
-        mode=options.mode or told.get("mode", "auto"),
-        shard_size=options.shard_size or told.get("shard_size"),
-        tensor_parallel=options.tensor_parallel or told.get("tensor_parallel", 1),
-        cpu_offload=told.get("cpu_offload", False),
-        reshard_after_forward=told.get("reshard_after_forward", True),
+        mode=options.mode or told.mode,
+        shard_size=options.shard_size or told.shard_size,
+        tensor_parallel=options.tensor_parallel or 1,
+        cpu_offload=told.cpu_offload,
+        reshard_after_forward=told.reshard_after_forward,
     )

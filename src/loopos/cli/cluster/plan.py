@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from loopos.cli.cluster.hardware import Cluster
 from loopos.cli.cluster.memory import Need, need_of
-from loopos.cli.cluster.setting import WHOLE_MATRICES, Asked, Setting, cheaper_in_memory
+from loopos.cli.cluster.setting import Asked, Setting, cheaper_in_memory
 from loopos.cli.cluster.traffic import Transfer, iteration_transfers, step_transfers
 from loopos.cli.cluster.work import Load
+from loopos.config.distributed import WHOLE_MATRICES
 from loopos.config.faults import UserError
 
 # Beyond so many times the GPUs that were asked for no cluster is looked at.

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loopos.cli.cluster.hardware import Cluster
+from loopos.config.distributed import WHOLE_MATRICES
 from loopos.config.faults import UserError
 
 Mode = Literal["replicate", "shard"]
-WHOLE_MATRICES = ("muon", "adafactor")
-"""Optimizers whose rule for a matrix needs all of its rows, so that weights cannot be shared."""
 
 
 @dataclass(frozen=True, slots=True)
