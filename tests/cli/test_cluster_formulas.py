@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from loopos.cli.cluster.hardware import Cluster
-from loopos.cli.cluster.memory import Need, held_of, need_of
-from loopos.cli.cluster.plan import plan_of, setting_of
-from loopos.cli.cluster.setting import Asked, Setting
-from loopos.cli.cluster.traffic import (
+from loopos.cli.planning.cluster.hardware import Cluster
+from loopos.cli.planning.cluster.memory import Need, held_of, need_of
+from loopos.cli.planning.cluster.plan import plan_of, setting_of
+from loopos.cli.planning.cluster.setting import Asked, Setting
+from loopos.cli.planning.cluster.traffic import (
     ALL_GATHER,
     ALL_REDUCE,
     REDUCE_SCATTER,
@@ -18,9 +18,9 @@ from loopos.cli.cluster.traffic import (
     iteration_transfers,
     step_transfers,
 )
-from loopos.cli.cluster.work import Cache, Load, Network
-from loopos.cli.estimate import Architecture, Parameters
-from loopos.cli.shapes import Model, Units
+from loopos.cli.planning.cluster.work import Cache, Load, Network
+from loopos.cli.planning.estimate import Architecture, Parameters
+from loopos.cli.planning.shapes import Model, Units
 from loopos.config.faults import UserError
 from loopos.config.sections import TrainingSection
 

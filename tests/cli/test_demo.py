@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli import demo, demo_files, demo_fine_tuning, demo_preferences, demo_reasoning
+from loopos.cli.demonstration import demo, demo_files, demo_fine_tuning, demo_preferences, demo_reasoning
 from loopos.config.faults import EnvironmentFault
 from tests.cli.conftest import Invoke
 

@@ -18,11 +18,11 @@ from counted_run import LiveBytes, counting, train
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from loopos.cli.cluster.hardware import Cluster
-from loopos.cli.cluster.memory import need_of
-from loopos.cli.cluster.setting import Setting
-from loopos.cli.cluster.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, step_transfers
-from loopos.cli.cluster.work import Load, loads_of
+from loopos.cli.planning.cluster.hardware import Cluster
+from loopos.cli.planning.cluster.memory import need_of
+from loopos.cli.planning.cluster.setting import Setting
+from loopos.cli.planning.cluster.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, step_transfers
+from loopos.cli.planning.cluster.work import Load, loads_of
 from loopos.methods.table import config_classes
 
 TESTS = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.predict import rendered
+from loopos.cli.measuring.predict import rendered
 from tests.cli.conftest import ENDINGS, Invoke, rows, write_jsonl
 
 CLASSES = {"good", "bad", "where"}
@@ -117,7 +117,7 @@ def test_input_that_is_not_utf8_is_named_by_line(run_folder: Path, monkeypatch: 
     import io
     import sys
 
-    from loopos.cli.predict import read_texts
+    from loopos.cli.measuring.predict import read_texts
     from loopos.config.faults import DataError
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xe4d\n")))

@@ -12,10 +12,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from loopos.cli import dry_run
-from loopos.cli.estimate import MATMUL_EFFICIENCY, generation_seconds
 from loopos.cli.opened_models import use_of
-from loopos.cli.preference_preview import fates, spoken
+from loopos.cli.planning import dry_run
+from loopos.cli.planning.estimate import MATMUL_EFFICIENCY, generation_seconds
+from loopos.cli.rows.preference_preview import fates, spoken
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair

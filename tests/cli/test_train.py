@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from loopos.cli import dry_run
 from loopos.cli.commands import app
+from loopos.cli.planning import dry_run
 from tests.cli.conftest import Invoke
 
 

@@ -41,7 +41,7 @@ def plan(
     verbose: of.Verbose = False,
 ) -> None:
     """Say whether a run fits on a cluster and what it sends, before anything is bought or queued."""
-    from loopos.cli import plan as command
+    from loopos.cli.planning import plan as command
 
     options = command.PlanOptions(
         gpus, memory, gpus_a_node, interconnect, node_link, mode, shard_size, tensor_parallel, tokens,

@@ -107,7 +107,7 @@ def predict(
     verbose: Verbose = False,
 ) -> None:
     """Predict every row of the input, in its order."""
-    from loopos.cli import predict as command
+    from loopos.cli.measuring import predict as command
 
     options = command.PredictOptions(output, file_format, tuple(columns or ()), device, verbose)
     raise typer.Exit(command.run(run, source, options))
@@ -135,7 +135,7 @@ def score(
     verbose: Verbose = False,
 ) -> None:
     """Score responses with a reward model; with --json print how it agrees with people alone."""
-    from loopos.cli import score as command
+    from loopos.cli.measuring import score as command
 
     options = command.ScoreOptions(output, tuple(columns or ()), skip_bad_rows, ensemble_penalty, device, json, verbose)
     raise typer.Exit(command.run(model, source, options))
@@ -164,7 +164,7 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Merge trained models, or adapters, into one."""
-    from loopos.cli import merge as command
+    from loopos.cli.shipping import merge as command
 
     options = command.MergeOptions(
         method, base, tuple(weight or ()), output, tuple(evaluate or ()), device, json, verbose
@@ -193,7 +193,7 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Read a data file as training would, and report what is in it and what is wrong with it."""
-    from loopos.cli import data_check as command
+    from loopos.cli.rows import data_check as command
 
     raise typer.Exit(command.run(source, columns or [], as_json=json))
 
@@ -207,7 +207,7 @@ def data_preview(
     verbose: Verbose = False,
 ) -> None:
     """Show the first training rows as tokens: what is learned or pooled, what is context, what is cut."""
-    from loopos.cli import data_preview as command
+    from loopos.cli.rows import data_preview as command
 
     raise typer.Exit(
         command.run(config, overrides or [], num_rows=rows, trust_remote_code=trust_remote_code, verbose=verbose)
@@ -256,6 +256,6 @@ def doctor(json: Json = False) -> None:
 @app.command()
 def demo(verbose: Verbose = False) -> None:
     """Train a real model of 135M parameters on packaged data: fine-tuning, then chain of thought."""
-    from loopos.cli import demo as command
+    from loopos.cli.demonstration import demo as command
 
     raise typer.Exit(command.run(verbose=verbose))

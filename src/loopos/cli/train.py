@@ -71,7 +71,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     configs.tell_notes(loaded)
     hush_libraries(verbose=options.verbose)
     if options.dry_run:
-        from loopos.cli import dry_run
+        from loopos.cli.planning import dry_run
 
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
     result = train(config, options)

@@ -1,0 +1,159 @@
+"""`loopos evaluate` for language models: right answers to problems, and the loss of rows.
+
+Enters: a model, a data file, what to measure and how to generate. Leaves: one JSON object or a table on standard
+output, a record a problem in a file, lines of progress on standard error. Rows that the model has no positions for are
+left out and counted. Left out: task models (`evaluate`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopos.cli.answers import as_time, say, say_json, table
+from loopos.cli.opened_models import open_reasoner
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.speaking.sampling_options import (
+    SamplingOptions,
+    StepOptions,
+    chain_faults,
+    option,
+    parsed_strategy,
+    place_faults,
+    refuse,
+)
+from loopos.config.strategies import Strategy
+from loopos.data.plain_text import is_plain_text
+
+if TYPE_CHECKING:
+    from loopos.cli.measuring.language_report import LanguageReport
+
+METRICS = ("accuracy", "loss", "perplexity")
+OF_TEXT = ("window", "stride")
+"""Options of plain text alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageOptions:
+    """The options of `loopos evaluate` that language models alone have."""
+
+    metrics: tuple[str, ...] = ()
+    strategy: str = "single"
+    samples: int = 1
+    pass_k: tuple[int, ...] = ()
+    checker: str = "auto"
+    limit: int | None = None
+    output: Path | None = None
+    precision: str = "auto"
+    window: int | None = None
+    stride: int | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    limits: StepOptions = field(default_factory=StepOptions)
+
+    def changed(self) -> list[str]:
+        """The options that were given, as they are written."""
+        names = {"metrics": "--metric", "output": "--output"}
+        plain = ("metrics", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision", *OF_TEXT)
+        default = LanguageOptions()
+        own = [names.get(name, option(name)) for name in plain if getattr(self, name) != getattr(default, name)]
+        return own + [option(name) for name in (*self.sampling.changed(), *self.limits.changed())]
+
+    def reads_plain_text(self, source: str) -> bool:
+        """Whether a source is running text: by its content, or because an option of text alone was given."""
+        return any(getattr(self, name) is not None for name in OF_TEXT) or is_plain_text(source)
+
+
+def checked(options: LanguageOptions, device: str) -> Strategy:
+    """The strategy; --samples alone is a vote of so many chains. Raises `UserError` with every fault at once."""
+    faults = [*options.sampling.faults(), *options.limits.faults(options.sampling.max_new_tokens)]
+    strategy = parsed_strategy(options.strategy, faults)
+    faults += place_faults(device, options.precision)
+    faults += chain_faults(
+        strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature
+    )
+    if strategy.kind == "single" and options.samples > 1:
+        strategy = Strategy("self_consistency", options.samples)
+    if options.limit is not None and options.limit < 1:
+        faults.append(f"--limit: given {options.limit}; wanted 1 or more")
+    faults += [
+        f"--metric: given {name}; wanted one of {', '.join(METRICS)}" for name in options.metrics if name not in METRICS
+    ]
+    most = strategy.chains if strategy.kind == "self_consistency" else 1
+    faults += [
+        f"--pass-k: given {k}; wanted 1 to the number of chains sampled for a problem ({most}): raise --samples"
+        for k in options.pass_k
+        if not 1 <= k <= most
+    ]
+    if options.metrics and "accuracy" not in options.metrics:
+        faults += [f"{name} without --metric accuracy: it serves generated answers" for name in _of_answers(options)]
+    refuse(faults)
+    return strategy
+
+
+def _of_answers(options: LanguageOptions) -> Iterator[str]:
+    return (name for name in options.changed() if name not in ("--metric", "--limit", "--precision"))
+
+
+def run(
+    place: str,
+    source: str,
+    columns: Mapping[str, str],
+    options: LanguageOptions,
+    *,
+    skip_bad_rows: bool,
+    device: str,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Measures and prints. Raises `UserError`."""
+    strategy = checked(options, device)
+    from loopos.evaluation.checkers import checker
+
+    found_checker = checker(options.checker)
+    restart_with_settings()
+    for sentence in options.sampling.notes():
+        note(sentence)
+    hush_libraries(verbose=verbose)
+    from loopos.cli.measuring.language_report import Evaluation, Plan
+
+    plan = Plan(
+        metrics=options.metrics,
+        strategy=strategy,
+        ks=options.pass_k,
+        checker=found_checker,
+        settings=options.sampling.settings(),
+        limits=options.limits.limits(),
+    )
+    reasoner = open_reasoner(place, device=device, precision=options.precision, may_vote=True)
+    evaluation = Evaluation(reasoner, plan, note=note)
+    evaluation.read(source, columns, max_rows=options.limit, on_bad_row="skip" if skip_bad_rows else "error")
+    report = evaluation.measure()
+    if options.output is not None:
+        _write(options.output, report)
+    if as_json:
+        say_json({"model": place, "data": source, **report.told()})
+    else:
+        _describe(place, source, report)
+    return 0
+
+
+def _write(file: Path, report: LanguageReport) -> None:
+    from loopos.cli.measuring.predict import write_whole
+
+    write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in report.records))
+    note(f"{file}: {len(report.records)} answers")
+
+
+def _describe(place: str, source: str, report: LanguageReport) -> None:
+    told: dict[str, Any] = report.told()
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in told["dropped"].items())
+    say(f"{place} on {source}: {told['rows']:,} rows{dropped}")
+    say(table(list(told["metrics"].items())))
+    rate = told["tokens_per_second"]
+    generated = f"; {told['tokens_generated']:,} tokens generated, {rate:,.0f} a second" if rate is not None else ""
+    say(f"  {as_time(told['seconds'])}{generated}")

@@ -1,0 +1,62 @@
+"""`loopos score`: what a reward model gives to responses, and how often it agrees with people.
+
+Enters: a reward model and a file of comparisons, or of prompts with one response each. Leaves: JSON Lines with the
+score of every response, and for comparisons the metrics on standard error, or with `--json` the metrics alone as one
+object. Left out: training (`methods.reward_model`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopos.cli.answers import say_json, table
+from loopos.cli.columns import parse_columns
+from loopos.cli.measuring.predict import write_whole
+from loopos.cli.opened_models import require_reward_model
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """The options of `loopos score`."""
+
+    output: Path | None = None
+    columns: tuple[str, ...] = ()
+    skip_bad_rows: bool = False
+    ensemble_penalty: float = 0.0
+    device: str = "auto"
+    json: bool = False
+    verbose: bool = False
+
+
+def run(place: str, source: str, options: ScoreOptions) -> int:
+    """Scores and writes. Raises `UserError`."""
+    columns = parse_columns(options.columns)
+    require_reward_model(place)
+    restart_with_settings()
+    hush_libraries(verbose=options.verbose)
+    from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.training.precision import pick_device
+
+    predictor = RewardPredictor.open(
+        place, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
+    )
+    scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error")
+    if options.json:
+        say_json({"rows": len(scored.rows), **scored.metrics})
+        return 0
+    written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows)
+    if options.output is None:
+        sys.stdout.write(written)
+        sys.stdout.flush()
+    else:
+        write_whole(options.output, written)
+        note(f"{options.output}: {len(scored.rows)} rows")
+    if scored.metrics:
+        note(table(list(scored.metrics.items())))
+    return 0

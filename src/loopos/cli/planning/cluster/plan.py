@@ -1,0 +1,145 @@
+"""A run on a cluster, reckoned: does it fit, what does it send, and which smallest setting fits.
+
+Enters: the loads of a method's phases, the setting that is asked for, the cluster. Leaves: a `PhasePlan` each. Left
+out: finding the loads (`work`), words (`text`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loopos.cli.planning.cluster.hardware import Cluster
+from loopos.cli.planning.cluster.memory import Need, need_of
+from loopos.cli.planning.cluster.setting import Asked, Setting, cheaper_in_memory
+from loopos.cli.planning.cluster.traffic import Transfer, iteration_transfers, step_transfers
+from loopos.cli.planning.cluster.work import Load
+from loopos.config.distributed import WHOLE_MATRICES
+from loopos.config.faults import UserError
+
+# Beyond so many times the GPUs that were asked for no cluster is looked at.
+_MOST_GROWTH = 1024
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase under `setting`. `smallest`: the first setting that fits, cheapest first, with its words of a config
+    (none where `setting` fits itself); None where none does, and then `gpus`: how many of these GPUs would do, None
+    where no number does.
+    """
+
+    load: Load
+    cluster: Cluster
+    setting: Setting
+    need: Need
+    step: list[Transfer]
+    iteration: list[Transfer]
+    smallest: Setting | None
+    words: list[str]
+    gpus: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.need.peak <= self.cluster.room
+
+    def told(self) -> dict[str, object]:
+        """As one JSON object."""
+        load, model = self.load, self.load.networks[0].model
+        return {
+            "phase": load.phase,
+            "model": {
+                "name": model.name,
+                "parameters": sum(network.parameters.total for network in load.networks),
+                "trained": sum(network.parameters.trained for network in load.networks),
+                "roles": {network.role: network.parameters.total for network in load.networks},
+            },
+            "forward": {
+                "rows": load.rows // self.setting.splits,
+                "tokens": load.tokens // self.setting.splits,
+                "passes_a_step": load.accumulation * self.setting.splits,
+            },
+            "setting": {
+                "mode": self.setting.mode,
+                "shard_size": self.setting.shard_size,
+                "tensor_parallel": self.setting.tensor_parallel,
+                "cpu_offload": self.setting.cpu_offload,
+                "reshard_after_forward": self.setting.reshard_after_forward,
+                "gradient_checkpointing": self.setting.checkpointing,
+            },
+            "fits": self.fits,
+            "memory": {**self.need.told(), "there": self.cluster.memory, "room": self.cluster.room},
+            "traffic": {
+                "step": [each.told(self.cluster) for each in self.step],
+                "iteration": [each.told(self.cluster) for each in self.iteration],
+                "steps_an_iteration": load.steps,
+            },
+            "smallest": self.words if self.smallest is not None else None,
+            "gpus": self.gpus,
+        }
+
+
+def plan_of(load: Load, asked: Asked, cluster: Cluster) -> PhasePlan:
+    """The plan of one phase. Raises `UserError` for a layout that the cluster or the model does not allow."""
+    setting = setting_of(load, asked, cluster)
+    need = need_of(load, setting)
+    smallest = smallest_that_fits(load, setting, cluster)
+    words: list[str] = []
+    if smallest is not None:
+        rows = load.rows if load.batch_is_rows else None
+        words = smallest.words(setting, cluster, rows=rows, accumulation=load.accumulation)
+    return PhasePlan(
+        load,
+        cluster,
+        setting,
+        need,
+        step_transfers(load, setting, cluster),
+        iteration_transfers(load, setting, cluster),
+        smallest,
+        words,
+        enough_gpus(load, setting, cluster) if smallest is None else None,
+    )
+
+
+def setting_of(load: Load, asked: Asked, cluster: Cluster) -> Setting:
+    """The setting that is asked for; "auto" shares weights where those in training, with gradients and moments, take
+    more than half of a GPU. Raises `UserError`.
+    """
+    plain = Setting(1, asked.tensor_parallel, False, asked.reshard_after_forward, load.training.gradient_checkpointing)
+    if cluster.gpus % asked.tensor_parallel == 0:
+        shard_size = asked.shard_size or plain.copies(cluster)
+    else:
+        shard_size = 1
+    shared = replace(plain, shard_size=shard_size, cpu_offload=asked.cpu_offload)
+    if asked.mode == "replicate":
+        if asked.shard_size not in (None, 1):
+            raise UserError(f"shard_size {asked.shard_size}: the mode is replicate; wanted mode shard")
+        chosen = replace(plain, cpu_offload=asked.cpu_offload)
+    elif asked.mode == "shard":
+        chosen = shared
+    else:
+        needed = sum(4 * each.parameters.total + 12 * each.parameters.trained for each in load.trained)
+        whole = needed <= cluster.memory / 2 or load.training.optimizer in WHOLE_MATRICES
+        chosen = plain if whole else shared
+    if chosen.mode == "shard" and load.training.optimizer in WHOLE_MATRICES:
+        raise UserError(
+            f"training.optimizer: {load.training.optimizer} with mode shard; its rule needs whole matrices, of which a "
+            "GPU holds some rows: wanted sgd, adam or adamw, or mode replicate"
+        )
+    chosen.check(cluster)
+    return chosen
+
+
+def smallest_that_fits(load: Load, setting: Setting, cluster: Cluster) -> Setting | None:
+    """The first setting that fits, from the one asked for to those that cost more time."""
+    tried = cheaper_in_memory(setting, cluster, rows=load.rows, optimizer=load.training.optimizer)
+    return next((each for each in tried if need_of(load, each).peak <= cluster.room), None)
+
+
+def enough_gpus(load: Load, setting: Setting, cluster: Cluster) -> int | None:
+    """How many times over, by doubling, the cluster would have to be for some setting to fit; as a number of GPUs."""
+    growth = 2
+    while growth <= _MOST_GROWTH:
+        larger = replace(cluster, gpus=cluster.gpus * growth, gpus_a_node=cluster.gpus_a_node)
+        if smallest_that_fits(load, setting, larger) is not None:
+            return larger.gpus
+        growth *= 2
+    return None

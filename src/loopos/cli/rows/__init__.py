@@ -1,0 +1,1 @@
+"""Data files looked at as training reads them."""

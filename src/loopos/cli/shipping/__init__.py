@@ -1,0 +1,1 @@
+"""Trained models merged, joined, made smaller, written for others, served."""

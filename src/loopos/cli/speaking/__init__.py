@@ -1,0 +1,1 @@
+"""Conversations, prompts and traces: what language models are asked, and what they say."""

@@ -1,0 +1,172 @@
+"""`loopos chat`: a conversation with a language model on the terminal, or a line of standard input a turn.
+
+Enters: a model and lines. Leaves: answers on standard output as they come, notes on standard error. A line that begins
+with / is a command. Left out: the conversation itself (`conversation`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loopos.cli.answers import say
+from loopos.cli.opened_models import open_reasoner, require_language_model
+from loopos.cli.outcome import complain, note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.speaking.sampling_options import SamplingOptions, place_faults, refuse
+from loopos.config.faults import UserError
+
+if TYPE_CHECKING:
+    from loopos.cli.speaking.conversation import Conversation
+
+HELP = """\
+/help         these lines
+/system TEXT  what the model is told first, from the next turn on; without TEXT nothing
+/temp X       temperature; 0 takes the likeliest token
+/clear        forget what was said
+/save FILE    add the conversation to FILE.jsonl, as training reads it
+/steps        show the steps of an answer with their logprobs, or no longer
+/quit         end (Ctrl-D too); Ctrl-C ends an answer"""
+_PROMPT = "> "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """The options of `loopos chat`."""
+
+    system: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    trust_remote_code: bool = False
+    verbose: bool = False
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+
+def run(place: str, options: ChatOptions) -> int:
+    """Talks until the end of the input. Raises `UserError` for options and a model that will not do."""
+    refuse([*options.sampling.faults(), *place_faults(options.device, options.precision)])
+    require_language_model(place)
+    restart_with_settings()
+    for sentence in options.sampling.notes():
+        note(sentence)
+    hush_libraries(verbose=options.verbose)
+    reasoner = open_reasoner(
+        place,
+        device=options.device,
+        precision=options.precision,
+        max_rows=1,
+        trust_remote_code=options.trust_remote_code,
+    )
+    from loopos.cli.speaking.conversation import Conversation
+
+    talk = Talk(Conversation(reasoner, options.sampling.settings(), options.system))
+    if sys.stdin.isatty():
+        note("a line is a turn; /help lists the commands, Ctrl-D ends")
+    with reasoner.engine.prefixes_kept():
+        for line in lines():
+            if not talk.take(line.strip()):
+                break
+    return 0
+
+
+def lines() -> Iterator[str]:
+    """The lines of standard input; on a terminal with editing, and with Ctrl-C clearing the line."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    if importlib.util.find_spec("readline") is not None:
+        importlib.import_module("readline")
+    while True:
+        try:
+            yield input(_PROMPT)
+        except KeyboardInterrupt:
+            note("\n(/quit or Ctrl-D ends the chat)")
+        except EOFError:
+            say()
+            return
+
+
+class Talk:
+    """Takes one line after another: turns and commands."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.shows_steps = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: say(HELP),
+            "/system": self._system,
+            "/temp": self._temperature,
+            "/clear": self._clear,
+            "/save": self._save,
+            "/steps": self._steps,
+        }
+
+    def take(self, line: str) -> bool:
+        """Does what a line wants; False where it ends the chat. A mistake is said, and the chat goes on."""
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return False
+        try:
+            if name in self._commands:
+                self._commands[name](rest.strip())
+            elif name.startswith("/"):
+                raise UserError(f"{name}: no such command; /help lists them")
+            elif line:
+                return self._turn(line)
+        except UserError as error:
+            complain(str(error))
+        return True
+
+    def _turn(self, text: str) -> bool:
+        from loopos.cli.speaking.trace import described
+        from loopos.training.stopping import StopSignals
+
+        talk = self.conversation
+        with StopSignals() as signals:
+            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=_note_below):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        say()
+        if signals.received == "SIGINT":
+            note("(interrupted; what was said is kept)")
+        if self.shows_steps and talk.last is not None:
+            say(described(talk.last, talk.reasoner.step_format))
+        return signals.received != "SIGTERM"
+
+    def _system(self, text: str) -> None:
+        self.conversation.system = text or None
+        note(f"system: {text or 'nothing'}")
+
+    def _temperature(self, text: str) -> None:
+        try:
+            chosen = float(text)
+        except ValueError:
+            raise UserError(f"/temp: given {text or 'nothing'}; wanted a number, 0 or more") from None
+        self.conversation.settings = replace(self.conversation.settings, temperature=chosen)
+        note(f"temperature: {chosen:g}")
+
+    def _clear(self, _: str) -> None:
+        self.conversation.clear()
+        note("forgotten")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise UserError("/save: no file; wanted /save FILE.jsonl")
+        number = self.conversation.save(Path(text).expanduser())
+        note(f"{text}: {number} messages added")
+
+    def _steps(self, _: str) -> None:
+        self.shows_steps = not self.shows_steps
+        note(f"steps: {'shown' if self.shows_steps else 'not shown'}")
+
+
+def _note_below(sentence: str) -> None:
+    """A note in the middle of an answer, on a line of its own."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        sentence = f"\n{sentence}"
+    note(sentence)
