@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sharded_methods import METHODS, measured, small_run
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from worlds import run_world, start_world
 
 from loopos.config.distributed import DistributedSection, check_distributed
@@ -25,8 +26,10 @@ from loopos.training import checkpoint, sharding
 from loopos.training.distributed import World
 from loopos.training.progress import RunProgress
 from loopos.training.sharding import Sharding, sharding_for
+from loopos.training.tensor_parallel import split_layers
 
 SHARD = {"mode": "shard"}
+SPLIT = {"tensor_parallel": 2}
 
 
 def run_alone(config: Any, *, resume: bool = False) -> None:
@@ -57,6 +60,11 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def shares_of(size: int, settings: Mapping[str, Any]) -> int:
+    """Processes, or groups of them that split layers, that see rows of their own."""
+    return size // int(settings.get("tensor_parallel", 1))
+
+
 def compare_worlds(
     home: Path,
     weights: Path,
@@ -69,7 +77,7 @@ def compare_worlds(
     for method in methods:
         run_alone(small_run(method, home / method / "alone", weights, 1, {}, **training))
     runs = {
-        (method, way): small_run(method, home / method / way, weights, size, settings, **training)
+        (method, way): small_run(method, home / method / way, weights, shares_of(size, settings), settings, **training)
         for method in methods
         for way, settings in ways.items()
     }
@@ -84,15 +92,16 @@ def compare_worlds(
 
 
 def test_two_processes_that_share_a_model(tmp_path: Path, pico_folder: Path) -> None:
-    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD}, ("fine_tuning", "ppo"))
+    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD, "split": SPLIT}, ("fine_tuning", "ppo"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_methods_replicated_and_shared_out(size: int, tmp_path: Path, pico_folder: Path) -> None:
-    ways: dict[str, dict[str, Any]] = {"replicate": {"mode": "replicate"}, "shard": SHARD}
+    ways: dict[str, dict[str, Any]] = {"replicate": {"mode": "replicate"}, "shard": SHARD, "split": SPLIT}
     if size == 4:
         ways["two copies"] = {**SHARD, "shard_size": 2, "reshard_after_forward": False}
+        ways["shared out and split"] = {**SHARD, **SPLIT}
     compare_worlds(tmp_path, pico_folder, size, ways, METHODS)
 
 
@@ -107,14 +116,16 @@ def test_all_methods_replicated_and_shared_out(size: int, tmp_path: Path, pico_f
     ids=["adapters", "layers that train later", "activations computed twice"],
 )
 def test_what_trains_and_how(training: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
-    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD}, ("fine_tuning", "ppo"), **training)
+    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD, "split": SPLIT}, ("fine_tuning", "ppo"), **training)
 
 
 def check_resumed(home: Path, weights: Path, sizes: Sequence[int], *, first: Mapping[str, Any], size: int) -> None:
     """A run of which `size` processes train the first 3 steps and `sizes` the rest is that of one process."""
     settings: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.5}
     run_alone(small_run("fine_tuning", home / "whole", weights, 1, {}, **settings))
-    run_world(size, [(small_run("fine_tuning", home / "first", weights, size, first, max_steps=3, **settings), False)])
+    shares = shares_of(size, first)
+    begun = small_run("fine_tuning", home / "first", weights, shares, first, max_steps=3, **settings)
+    run_world(size, [(begun, False)])
     for other in sizes:
         run = home / f"then-{other}"
         shutil.copytree(home / "first", run)
@@ -151,7 +162,8 @@ def test_slices_of_two_processes_are_resumed_by_one(tmp_path: Path, pico_folder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "size", "sizes"), [(SHARD, 2, [4]), ({"mode": "replicate"}, 2, [4]), (SHARD, 4, [2])]
+    ("first", "size", "sizes"),
+    [(SHARD, 2, [4]), ({"mode": "replicate"}, 2, [4]), (SHARD, 4, [2]), ({**SHARD, **SPLIT}, 4, [1, 2])],
 )
 def test_checkpoints_pass_between_worlds_and_modes(
     first: dict[str, Any], size: int, sizes: list[int], tmp_path: Path, pico_folder: Path
@@ -223,6 +235,19 @@ def test_a_share_that_is_not_to_be_had_is_refused(tmp_path: Path, pico_folder: P
         Sharding(DistributedSection(mode="shard", shard_size=3), World(0, 4), torch.device("cpu"))
 
 
+def test_layers_that_cannot_be_split_are_refused() -> None:
+    sizes = {"hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 8}
+    three, gpt2 = Mock(**{"size.return_value": 3}), GPT2Config(n_embd=24, n_head=6, n_layer=1, vocab_size=8)
+    with pytest.raises(UserError, match="tensor_parallel: given 3 for a model of type gpt2, for which transformers"):
+        split_layers(GPT2Model(gpt2), three)
+    with pytest.raises(UserError, match="given 3 for a model of type llama with num_key_value_heads 2"):
+        split_layers(LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=24)), three)
+    with pytest.raises(UserError, match="given 3 for a model of type llama, one of whose layers is 32 wide"):
+        split_layers(LlamaModel(LlamaConfig(**sizes, num_key_value_heads=3, intermediate_size=32)), three)
+    [finding] = check_distributed(DistributedSection(tensor_parallel=2), "muon")
+    assert finding.fields == ("training.optimizer", "distributed.tensor_parallel")
+
+
 def test_auto_shares_out_what_fills_more_than_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "gather", lambda self, value: [value])
     monkeypatch.setattr(sharding, "_memory", lambda device: 16 * 2**30)
@@ -244,6 +269,25 @@ def test_the_rows_of_each_process_are_those_of_torch_chunk() -> None:
         parts = torch.arange(rows).chunk(size)
         for rank in range(size):
             share = object.__new__(Sharding)
-            share.rank, share.size = rank, size
+            share.rank, share.size, share.replicas, share.part, share.parts = rank, size, 1, 0, 1
             found = share.rows_of((rows,)).of(torch.arange(rows))
             assert found.tolist() == (parts[rank].tolist() if rank < len(parts) else [])
+
+
+@pytest.mark.parametrize("split", [None, 0, 1])
+def test_the_parts_of_a_split_matrix_are_all_of_it(split: int | None) -> None:
+    """Two copies, each on two groups of two processes that split layers."""
+    whole = torch.arange(48).view(8, 6)
+    held = torch.zeros_like(whole)
+    for share in range(4):
+        for part in range(2):
+            process = object.__new__(Sharding)
+            process.replicas, process.size, process.rank = 2, 2, share % 2
+            process.part, process.parts = part, 2
+            rows = process.rows_of(whole.shape, split)
+            assert rows.copies == (4 if split is None else 2)
+            assert rows.of(whole).numel() == (24 if split is None else 12)
+            held[rows.first : rows.first + rows.count].narrow(1, *(rows.columns or (0, 6))).add_(1)
+            # Of each group one writes what all of it have.
+            assert process.writes(rows) == (part == 0 or split is not None)
+    assert torch.equal(held, torch.full_like(whole, 4 if split is None else 2))

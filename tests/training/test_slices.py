@@ -14,6 +14,7 @@ from loopos.training.sharding import Rows
 from loopos.training.slices import SlicedTensors, rows_of, slice_name
 
 MATRIX = torch.arange(15.0).view(5, 3)
+WIDE = torch.arange(20.0).view(5, 4)
 # Of three processes: the rows of a matrix of five, of a vector of two (none is left for the third).
 SHARES = [(Rows(0, 2, (5, 3)), Rows(0, 1, (2,))), (Rows(2, 2, (5, 3)), Rows(1, 1, (2,))),
           (Rows(4, 1, (5, 3)), Rows(2, 0, (2,)))]  # fmt: skip
@@ -55,6 +56,38 @@ def test_any_rows_are_had_from_slices_and_from_whole_tensors(tmp_path: Path, fir
         rows_of(found, "matrix", Rows(first, count, (5, 4)))
     # What is not in rows is the same for all.
     assert rows_of(found, "count", rows).item() == 4
+
+
+def written_in_columns(folder: Path, leave_out: int | None = None) -> Path:
+    """Of four processes, two by two: each has some rows of two of the four columns."""
+    place = folder / folder_name(7)
+    place.mkdir()
+    records: Records = {}
+    for number, (row, column) in enumerate(((0, 0), (0, 2), (3, 0), (3, 2))):
+        rows = Rows(row, 3 if row == 0 else 2, (5, 4), (column, 2))
+        members = {"wide": rows.of(WIDE).contiguous()}
+        if number != leave_out:
+            records |= write_group(place, slice_name("weights", number, 4), members, {"wide": rows})
+    seal_folder(place, records, b"{}", {"step": 7, "metric": None, "is_best": False})
+    return place
+
+
+@pytest.mark.parametrize("columns", [None, (0, 2), (2, 2), (1, 2), (0, 4), (3, 1)])
+@pytest.mark.parametrize(("first", "count"), [(0, 5), (1, 3), (3, 2), (5, 0)])
+def test_rows_of_columns_are_had_from_slices_of_columns(
+    tmp_path: Path, first: int, count: int, columns: tuple[int, int] | None
+) -> None:
+    found = checkpoint.load(written_in_columns(tmp_path)).tensors["weights"]
+    rows = Rows(first, count, (5, 4), columns)
+    for tensors in (found, {"wide": WIDE}):
+        assert torch.equal(rows_of(tensors, "wide", rows), rows.of(WIDE))
+    assert torch.equal(found["wide"], WIDE)
+
+
+@pytest.mark.parametrize(("number", "what"), [(0, "rows from 0 on"), (1, "rows from 0 on"), (3, "rows from 3 on")])
+def test_a_slice_of_columns_that_is_missing_is_no_checkpoint(tmp_path: Path, number: int, what: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{what} of wide are in no file"):
+        checkpoint.load(written_in_columns(tmp_path, leave_out=number))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -26,7 +26,10 @@ class DistributedSection(Section):
     )
     shard_size: Count | None = Field(
         default=None,
-        description="processes that share one copy of the model; a divisor of their number, all when absent",
+        description="processes, or groups that split layers, that share one copy of the model; all when absent",
+    )
+    tensor_parallel: Count = Field(
+        default=1, description="processes that split every layer among them and see the same rows; a divisor of all"
     )
     cpu_offload: bool = Field(
         default=False, description="weights, gradients and optimizer rest in the host's memory (shard on CUDA)"
@@ -48,6 +51,11 @@ def check_distributed(distributed: DistributedSection, optimizer: str) -> Iterat
         fields = ("training.optimizer", "distributed.mode")
         hint = "its rule needs whole matrices, of which a process holds some rows"
         yield Finding(fields, f'{optimizer} with mode "shard"', 'sgd, adam or adamw, or mode "replicate"', hint)
+    if distributed.tensor_parallel > 1 and optimizer in WHOLE_MATRICES:
+        fields = ("training.optimizer", "distributed.tensor_parallel")
+        given = f"{optimizer} with tensor_parallel {distributed.tensor_parallel}"
+        hint = "its rule needs whole matrices, of which a process holds a part"
+        yield Finding(fields, given, "sgd, adam or adamw, or tensor_parallel 1", hint)
     if distributed.mode == "replicate":
         for name in ("shard_size", "cpu_offload", "reshard_after_forward"):
             given = getattr(distributed, name)

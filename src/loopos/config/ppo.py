@@ -91,6 +91,11 @@ class PpoConfig(MethodConfig):
         yield from _check_penalty(training)
         yield from _check_lengths(self)
         yield from check_rollout(self.rollout, training, self.generation)
+        if self.rollout.is_remote and self.distributed.tensor_parallel > 1:
+            fields = ("rollout.engine", "distributed.tensor_parallel")
+            given = f'"{self.rollout.engine}" with tensor_parallel {self.distributed.tensor_parallel}'
+            hint = "no process has whole weights to send"
+            yield Finding(fields, given, '"local", or mode "shard" without tensor_parallel', hint)
 
     def check_files(self) -> Iterator[Finding]:
         data, rows = self.data, (EXAMPLE_PROMPT, "")

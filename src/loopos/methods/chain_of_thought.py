@@ -170,7 +170,9 @@ class ChainOfThought:
             run_dir=folder,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
-            batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=world.rank, world=world.size),
+            batches=StepBatches.of(
+                settings, PackedRows(rows, None, self.device), rank=world.share[0], world=world.share[1]
+            ),
             objective=NextToken(self.model),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
@@ -211,7 +213,9 @@ class ChainOfThought:
             return {"loss": loss}
         assert self.check is not None
         with self.trained.whole():
-            metrics, records = self.check.measure(self.problems, share=self.world.share, gather=self.world.gather)
+            metrics, records = self.check.measure(
+                self.problems, share=self.world.share, gather=self.world.gather_shares
+            )
         if self.world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         return {"loss": loss, **metrics}
@@ -244,7 +248,7 @@ class ChainOfThought:
                 section,
                 number=number,
                 share=self.world.share,
-                gather=self.world.gather,
+                gather=self.world.gather_shares,
                 say=self.progress.say,
             )
         rows, report = self.encode([*self._worked(), *found.chains])

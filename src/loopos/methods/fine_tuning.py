@@ -163,8 +163,8 @@ class FineTuner:
         batches = StepBatches.of(
             settings,
             PackedRows(self.train_rows, self.targets.train, self.device),
-            rank=world.rank,
-            world=world.size,
+            rank=world.share[0],
+            world=world.share[1],
         )
         return Fit(
             run_dir=self.run_dir,
@@ -213,7 +213,7 @@ class FineTuner:
         return {"loss": self.objective().mean_of(outputs, self.targets.validation), **metrics}
 
     def _validation_outputs(self, world: World) -> Tensor:
-        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.rank, world=world.size)
+        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.share[0], world=world.share[1])
         world.sum_tensors([outputs])
         return outputs
 

@@ -156,7 +156,7 @@ class PpoTrainer:
             self.engine = open_rollouts(
                 config,
                 self.pretrained,
-                place=Place(share=self.world.share, gather=self.world.gather),
+                place=Place(share=self.world.share, gather=self.world.gather_shares),
                 run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.asked),
                 say=self.progress.say,
                 trust_remote_code=self.trust_remote_code,
@@ -168,12 +168,12 @@ class PpoTrainer:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world = self.config, self.config.training, self.world
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
-        self.collector = Collector(self.engine, self.roles, rewards, device=self.device, gather=world.gather)
+        self.collector = Collector(self.engine, self.roles, rewards, device=self.device, gather=world.gather_shares)
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
         actor_critic = self.roles.actor_critic
         self.objective = PpoObjective.of(settings, actor_critic)
-        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.rank, world=world.size)
+        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None

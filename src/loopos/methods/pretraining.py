@@ -129,7 +129,7 @@ class Pretrainer:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
         batches = StepBatches.of(
-            settings, PackedRows(self.pieces, None, self.device), rank=world.rank, world=world.size
+            settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
         )
         judged = self.config.validates and bool(self.validation_pieces)
         return Fit(

@@ -165,7 +165,7 @@ class RewardModelTrainer:
             update=build_update(
                 self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
             ),
-            batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.rank, world=world.size),
+            batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.share[0], world=world.share[1]),
             objective=PairObjective(self.model, self.config.reward.centring),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
@@ -194,13 +194,13 @@ class RewardModelTrainer:
         return Validation(self.validate, metric, direction[metric], watched, direction[watched])
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
-        """Raw scores of every comparison's responses, of all ranks together."""
+        """Raw scores of every comparison's responses, of all shares together."""
         was_training = self.model.training
         self.model.eval()
-        own = comparison_scores(self.model, self.rows(examples), rank=self.world.rank, world=self.world.size)
+        own = comparison_scores(self.model, self.rows(examples), rank=self.world.share[0], world=self.world.share[1])
         self.model.train(was_training)
         found: dict[int, list[list[float]]] = {}
-        for part in self.world.gather(own):
+        for part in self.world.gather_shares(own):
             assert isinstance(part, dict)
             found.update(part)
         return [found[place] for place in range(len(examples))]

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from loopos.config.distributed import DistributedSection
+from loopos.config.faults import UserError
 
 # Gradients are summed in flat buckets of this many elements: few calls, bounded extra memory.
 _BUCKET = 1 << 24
@@ -42,10 +43,25 @@ class World:
 
     @property
     def share(self) -> tuple[int, int]:
-        """(rank, size): which part of work that is dealt out is this process's."""
-        return self.rank, self.size
+        """(share, shares): which part of work that is dealt out is this process's. Processes that split a model's
+        layers among them have one part together, which each does as the others do.
+        """
+        return self.rank // self._together, self.size // self._together
+
+    @property
+    def _together(self) -> int:
+        return self.settings.tensor_parallel if self.size > 1 else 1
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether another process has the same share, and counts for both."""
+        return self.rank % self._together > 0
 
     def sum_floats(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Adds each named value over all shares, in fp64. Every rank must give the same names."""
+        return self.sum_all(dict.fromkeys(values, 0.0) if self._repeats else values)
+
+    def sum_all(self, values: Mapping[str, float]) -> dict[str, float]:
         """Adds each named value over all ranks, in fp64. Every rank must give the same names."""
         if self.size == 1:
             return dict(values)
@@ -67,11 +83,14 @@ class World:
         return int(largest)
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Adds each tensor over all ranks, in place, bucket by bucket. All ranks must give the same shapes in the
+        """Adds each tensor over all shares, in place, bucket by bucket. All ranks must give the same shapes in the
         same order.
         """
         if self.size == 1:
             return
+        if self._repeats:
+            for tensor in tensors:
+                tensor.zero_()
         bucket: list[Tensor] = []
         for tensor in tensors:
             bucket.append(tensor)
@@ -88,6 +107,10 @@ class World:
         gathered: list[object] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def gather_shares(self, value: object) -> list[object]:
+        """The value of every share, in order, on every rank."""
+        return self.gather(value)[:: self._together]
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""
@@ -109,6 +132,11 @@ def join_world(device: str, settings: DistributedSection) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(settings=settings)
+    if size % settings.tensor_parallel:
+        raise UserError(
+            f"distributed.tensor_parallel: given {settings.tensor_parallel} with {size} processes; wanted a divisor of "
+            "their number"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)

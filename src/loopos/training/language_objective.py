@@ -51,7 +51,7 @@ def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.de
     """Mean loss of rows (nats a trained token) over all ranks, in batches of rows of like length."""
     sums = {"loss": 0.0, "count": 0.0}
     packed = PackedRows(rows, None, device)
-    for batch, counts in in_step(packed, tokens=_TOKENS, rank=world.rank, world=world.size):
+    for batch, counts in in_step(packed, tokens=_TOKENS, rank=world.share[0], world=world.share[1]):
         loss = float(objective.loss(batch)["loss"])
         if counts:
             sums["loss"] += loss

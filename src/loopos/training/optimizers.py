@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 from loopos.config.sections import TrainingSection
 from loopos.training.slices import RowSpan, rows_of
 
+RowsT = TypeVar("RowsT", bound=RowSpan)
 _SEPARATOR = "|"
 
 
@@ -110,7 +112,7 @@ class OptimizerSet:
                         )
         return kept
 
-    def rows(self, rows: Mapping[str, RowSpan]) -> dict[str, RowSpan]:
+    def rows(self, rows: Mapping[str, RowsT]) -> dict[str, RowsT]:
         """Which rows of larger tensors those of `tensors` are, where the parameters are rows: name → rows."""
         named = {entry: rows.get(entry.rpartition(_SEPARATOR)[0]) for entry, t in self.tensors().items() if t.ndim}
         return {entry: found for entry, found in named.items() if found is not None}

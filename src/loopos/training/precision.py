@@ -93,7 +93,7 @@ class Masters:
             if name not in may_train:
                 parameter.requires_grad_(False)
             elif sharding is not None:
-                self.rows[name] = sharding.rows_of(parameter.shape)
+                self.rows[name] = sharding.share_of(parameter)
                 self.parameters[name], self._shares[name] = nn.Parameter(_share_of(parameter)), parameter
             elif dtype is None:
                 self.parameters[name] = parameter
@@ -193,6 +193,16 @@ class Masters:
             if gradient is not None:
                 gradient.masked_fill_(zeros, 0.0)
         self._fresh = set()
+
+    def squares(self) -> float:
+        """Σ g² over this process's gradients; where several processes hold the same weights, this one's part of it."""
+        found = 0.0
+        for name, parameter in self.parameters.items():
+            # A share without rows has no norm of its own.
+            if parameter.requires_grad and parameter.grad is not None and parameter.numel():
+                copies = self.rows[name].copies if name in self.rows else 1
+                found += float(torch.linalg.vector_norm(parameter.grad)) ** 2 / copies
+        return found
 
     def trained(self) -> list[nn.Parameter]:
         """The masters that train now, in the model's order."""

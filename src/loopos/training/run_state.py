@@ -117,7 +117,7 @@ class RunState:
                 f"step {self.position.step}: {problem}; lower training.learning_rate, or set training.max_grad_norm"
             ) from problem
 
-    def _shares(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, RowSpan]]:
+    def _shares(self) -> tuple[dict[str, Mapping[str, Tensor]], Mapping[str, RowSpan]]:
         """The weights and the optimizer's state as this process is to write them, and which rows of what they are."""
         masters, optimizer = self.update.masters, self.update.optimizer
         groups: dict[str, Mapping[str, Tensor]] = {"weights": masters.parameters, "optimizer": optimizer.tensors()}
@@ -126,11 +126,10 @@ class RunState:
             return (dict(groups) if self.world.is_first else {}), {}
         if not sharding.is_first_replica:
             return {}, {}
-        rows: dict[str, RowSpan] = {**masters.rows, **optimizer.rows(masters.rows)}
-        named = {slice_name(group, sharding.rank, sharding.size): group for group in groups}
-        # What is no slice is the same on all: one file has it.
+        rows = {**masters.rows, **optimizer.rows(masters.rows)}
+        named = {slice_name(group, *sharding.file): group for group in groups}
         return {
-            file: {name: t for name, t in groups[group].items() if name in rows or sharding.rank == 0}
+            file: {name: t for name, t in groups[group].items() if sharding.writes(rows.get(name))}
             for file, group in named.items()
         }, rows
 

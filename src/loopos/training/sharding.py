@@ -21,42 +21,58 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from loopos.config.distributed import WHOLE_MATRICES, DistributedSection
 from loopos.config.faults import UserError
 from loopos.training.distributed import World
+from loopos.training.tensor_parallel import split_layers, whole_again
 
 _GIB = 2**30
+_REPLICAS, _SHARDS, _SPLIT = "replicate", "shard", "tensor"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The share of a parameter that a process holds: `count` rows of `shape`, from row `first` on."""
+    """The share of a parameter that a process holds: `count` rows of `shape`, from row `first` on; of those `columns`,
+    the first and their number, None for all. `copies`: processes that hold the same.
+    """
 
     first: int
     count: int
     shape: tuple[int, ...]
+    columns: tuple[int, int] | None = None
+    copies: int = 1
 
     def of(self, whole: Tensor) -> Tensor:
-        """These rows, a view."""
+        """These rows and columns, a view."""
         assert tuple(whole.shape) == self.shape, (tuple(whole.shape), self.shape)
-        return whole[self.first : self.first + self.count]
+        rows = whole[self.first : self.first + self.count]
+        return rows if self.columns is None else rows.narrow(1, *self.columns)
 
 
 class Sharding:
-    """How a run's models are shared out. `rank` of `size` processes hold one copy together; there are `replicas`."""
+    """How a run's models are shared out. Process `part` of `parts` splits every layer with the others; `rank` of `size`
+    such groups hold one copy together; there are `replicas`.
+    """
 
-    def __init__(self, settings: DistributedSection, world: World, device: torch.device) -> None:
-        """Raises `UserError` for a `shard_size` that does not divide the number of processes."""
-        self.size = settings.shard_size or world.size
-        if world.size % self.size:
+    def __init__(
+        self, settings: DistributedSection, world: World, device: torch.device, *, shares: bool = True
+    ) -> None:
+        """shares: whether weights are shared out, beyond what `tensor_parallel` splits. Raises `UserError` for a
+        `shard_size` that does not divide the number of processes, or of groups of them.
+        """
+        share, among = world.share
+        self.parts = world.size // among
+        self.part = world.rank % self.parts
+        self.size = (settings.shard_size or among) if shares else 1
+        if among % self.size:
+            groups = "processes" if self.parts == 1 else f"groups of {self.parts} processes"
             raise UserError(
-                f"distributed.shard_size: given {self.size} with {world.size} processes; wanted a divisor of their "
-                "number"
+                f"distributed.shard_size: given {self.size} with {among} {groups}; wanted a divisor of their number"
             )
-        self.replicas, self.rank = world.size // self.size, world.rank % self.size
-        self.is_first_replica = world.rank < self.size
+        self.replicas, self.rank = among // self.size, share % self.size
+        self.is_first_replica = share < self.size
         self.device = device
         self._world = world
         self._unused = settings.cpu_offload and device.type != "cuda"
@@ -64,12 +80,17 @@ class Sharding:
         self._offload = CPUOffloadPolicy() if settings.cpu_offload and device.type == "cuda" else OffloadPolicy()
         self._mesh = self._made_mesh()
         self._roots: list[nn.Module] = []
+        self._split: dict[int, list[nn.Module]] = {}
 
     def _made_mesh(self) -> DeviceMesh:
-        if self.replicas == 1:
-            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        names = ("replicate", "shard")
-        return init_device_mesh(self.device.type, (self.replicas, self.size), mesh_dim_names=names)
+        sizes = {_REPLICAS: self.replicas, _SHARDS: self.size, _SPLIT: self.parts}
+        used = {name: size for name, size in sizes.items() if size > 1 or name == _SHARDS}
+        return init_device_mesh(self.device.type, tuple(used.values()), mesh_dim_names=tuple(used))
+
+    @property
+    def _data_mesh(self) -> DeviceMesh:
+        """The processes that see other rows than this one."""
+        return self._mesh[_REPLICAS, _SHARDS] if self.replicas > 1 else self._mesh[_SHARDS]
 
     def cut(self, root: nn.Module, half: Callable[[str], torch.dtype | None]) -> None:
         """Takes a model on the CPU to the device, share by share, in place. half: the number format that a parameter
@@ -79,6 +100,8 @@ class Sharding:
         if not layers:
             root.to(self.device)
             return
+        if self.parts > 1:
+            self._split[id(root)] = split_layers(root, self._mesh[_SPLIT])
         formats = {half(name) for name, _ in root.named_parameters()} - {None}
         assert len(formats) <= 1, formats
         # Whatever keeps its own format stands apart: a policy is that of all parameters that are gathered together.
@@ -97,7 +120,7 @@ class Sharding:
 
     def _cut(self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshards: bool) -> None:
         sharded = fully_shard(
-            module, mesh=self._mesh, reshard_after_forward=reshards, mp_policy=policy, offload_policy=self._offload
+            module, mesh=self._data_mesh, reshard_after_forward=reshards, mp_policy=policy, offload_policy=self._offload
         )
         # Sums, as everywhere: the loss is divided by its count over all processes before the backward pass.
         sharded.set_gradient_divide_factor(1.0)
@@ -106,14 +129,37 @@ class Sharding:
     def said(self) -> str:
         """How, in words."""
         copies = "one copy" if self.replicas == 1 else f"{self.replicas} copies"
+        groups = "processes" if self.parts == 1 else f"groups of {self.parts} processes that split its layers"
         unused = f"; distributed.cpu_offload has no effect on {self.device.type}" if self._unused else ""
-        return f"{copies} shared out over {self.size} processes" + (" each" if self.replicas > 1 else "") + unused
+        return f"{copies} shared out over {self.size} {groups}" + (" each" if self.replicas > 1 else "") + unused
 
-    def rows_of(self, shape: Sequence[int]) -> Rows:
-        """This process's share of a parameter of this shape."""
-        most = -(-shape[0] // self.size)
-        first = min(self.rank * most, shape[0])
-        return Rows(first, min(first + most, shape[0]) - first, tuple(shape))
+    def rows_of(self, shape: Sequence[int], split: int | None = None) -> Rows:
+        """This process's share of a parameter of this shape. split: the dimension that tensor parallelism splits."""
+        length = shape[0] // self.parts if split == 0 else shape[0]
+        before = self.part * length if split == 0 else 0
+        most = -(-length // self.size)
+        first = min(self.rank * most, length)
+        columns = None
+        if split == 1:
+            width = shape[1] // self.parts
+            columns = (self.part * width, width)
+        copies = self.replicas * (self.parts if split is None else 1)
+        return Rows(before + first, min(first + most, length) - first, tuple(shape), columns, copies)
+
+    def share_of(self, parameter: Tensor) -> Rows:
+        """This process's share of a parameter of a model that has been cut."""
+        return self.rows_of(parameter.shape, _split_of(parameter))
+
+    @property
+    def file(self) -> tuple[int, int]:
+        """(number, files): which of the files of one copy is this process's."""
+        return self.rank * self.parts + self.part, self.size * self.parts
+
+    def writes(self, rows: Rows | None) -> bool:
+        """Whether, of the processes with one copy, this one puts these rows into its file: what the processes of a
+        group all have is in one file, and so is what is the same on all (None).
+        """
+        return self.file[0] == 0 if rows is None else self.part == 0 or rows.copies == self.replicas
 
     def begin(self) -> None:
         """To be called before a step, and before shares are written to: lets go of whatever is whole, and forgets
@@ -159,6 +205,7 @@ class Sharding:
                 if id(parameter) not in replaced:
                     replaced[id(parameter)] = self._gathered(parameter)
                 setattr(module, name, replaced[id(parameter)])
+        whole_again(self._split.pop(id(root), []))
         root.to("cpu")
 
     def _gathered(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -179,19 +226,28 @@ def sharding_for(world: World, device: torch.device, *, needed: int, optimizer: 
     if world.size == 1:
         return None, ""
     if settings.mode == "replicate":
-        return None, f"a copy on each of {world.size} processes"
+        return _in_copies(world, device)
     if settings.mode == "shard":
         sharding = Sharding(settings, world, device)
         return sharding, sharding.said()
     # The same on every process, whatever each host has.
     memory = min(size for size in world.gather(_memory(device)) if isinstance(size, int))
     told = f"{needed / _GIB:.3g} GiB of weights, gradients and optimizer, {memory / _GIB:.3g} GiB of memory a process"
-    if needed <= memory / 2:
-        return None, f"a copy on each of {world.size} processes ({told})"
+    if needed / settings.tensor_parallel <= memory / 2:
+        sharding, said = _in_copies(world, device)
+        return sharding, f"{said} ({told})"
     if optimizer in WHOLE_MATRICES:
         return None, f"a copy on each of {world.size} processes, which {optimizer} needs ({told})"
     sharding = Sharding(settings, world, device)
     return sharding, f"{sharding.said()} ({told})"
+
+
+def _in_copies(world: World, device: torch.device) -> tuple[Sharding | None, str]:
+    """A whole model on each process, or on each group of those that split its layers."""
+    if world.settings.tensor_parallel == 1:
+        return None, f"a copy on each of {world.size} processes"
+    sharding = Sharding(world.settings, world, device, shares=False)
+    return sharding, sharding.said()
 
 
 def _memory(device: torch.device) -> int:
@@ -200,6 +256,16 @@ def _memory(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+
+
+def _split_of(parameter: Tensor) -> int | None:
+    """The dimension that tensor parallelism splits."""
+    assert isinstance(parameter, DTensor), type(parameter)
+    names = parameter.device_mesh.mesh_dim_names or ()
+    if _SPLIT not in names:
+        return None
+    placement = parameter.placements[names.index(_SPLIT)]
+    return placement.dim if isinstance(placement, Shard) else None
 
 
 def _layers(root: nn.Module) -> list[nn.Module]:

@@ -4,7 +4,8 @@
 
 Enters: the rows that a process holds; or the files of all. Leaves: what a file says of its rows; a group of whole
 tensors, of which only the rows asked for are read. Left out: the folder around them (`checkpoint_folder.py`).
-A file's metadata has under "slices" the name of each tensor that it holds a part of → [first row, rows of the whole].
+A file's metadata has under "slices" the name of each tensor that it holds a part of → [first row, rows of the whole],
+and for a part that has not all columns, further [first column, columns of the whole].
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +27,9 @@ _NAME = re.compile(r"(?P<group>[a-z0-9][a-z0-9_-]*)-(?P<number>\d{5})-of-(?P<fil
 
 
 class RowSpan(Protocol):
-    """`count` rows from row `first` on, of a tensor of `shape`."""
+    """`count` rows from row `first` on, of a tensor of `shape`; of those `columns`: the first, and their number; None
+    for all.
+    """
 
     @property
     def first(self) -> int: ...
@@ -32,6 +37,19 @@ class RowSpan(Protocol):
     def count(self) -> int: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def columns(self) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, order=True)
+class _Part:
+    """What a file has of a tensor: rows and columns from these on; `width` None for all columns."""
+
+    column: int
+    row: int
+    count: int
+    width: int | None
+    file: int
 
 
 def slice_name(group: str, number: int, files: int) -> str:
@@ -47,7 +65,12 @@ def group_of(stem: str) -> str | None:
 
 def described(tensors: Mapping[str, Tensor], rows: Mapping[str, RowSpan]) -> dict[str, str]:
     """The metadata of a file with these tensors; those without an entry in `rows` are whole."""
-    return {SLICES: json.dumps({name: [rows[name].first, rows[name].shape[0]] for name in tensors if name in rows})}
+    return {SLICES: json.dumps({name: _place(rows[name]) for name in tensors if name in rows})}
+
+
+def _place(rows: RowSpan) -> list[int]:
+    columns = [] if rows.columns is None else [rows.columns[0], rows.shape[1]]
+    return [rows.first, rows.shape[0], *columns]
 
 
 def rows_of(tensors: Mapping[str, Tensor], name: str, rows: RowSpan | None) -> Tensor:
@@ -57,15 +80,37 @@ def rows_of(tensors: Mapping[str, Tensor], name: str, rows: RowSpan | None) -> T
     if rows is None or (isinstance(tensors, SlicedTensors) and tensors.is_whole(name)):
         return tensors[name]
     if isinstance(tensors, SlicedTensors):
-        found = tensors.rows(name, rows.first, rows.count)
+        found = tensors.rows(name, rows.first, rows.count, rows.columns)
     else:
         found = tensors[name]
         if found.ndim == 0:
             return found
         found = found[rows.first : rows.first + rows.count]
-    if tuple(found.shape) != (rows.count, *rows.shape[1:]):
+        if rows.columns is not None and found.ndim > 1:
+            found = found[:, rows.columns[0] : sum(rows.columns)]
+    others = rows.shape[1:] if rows.columns is None else (rows.columns[1],)
+    if tuple(found.shape) != (rows.count, *others):
         raise ValueError(f"{name} is of another shape than {list(rows.shape)}")
     return found
+
+
+def _refuse_gaps(name: str, parts: list[_Part], rows: int, columns: int | None) -> None:
+    """Puts the parts of a tensor in order. Raises `ValueError` where they are not all of it."""
+    parts.sort()
+    covered = 0
+    for column, band in groupby(parts, key=lambda part: part.column):
+        below = 0
+        for part in band:
+            if part.row != below:
+                break
+            below += part.count
+        if below != rows:
+            raise ValueError(f"rows from {below} on of {name} are in no file")
+        if column != covered:
+            break
+        covered += part.width or 0
+    if covered != (columns or 0):
+        raise ValueError(f"columns from {covered} on of {name} are in no file")
 
 
 class SlicedTensors(Mapping[str, Tensor]):
@@ -75,48 +120,58 @@ class SlicedTensors(Mapping[str, Tensor]):
         """files: mapped, not read. Raises `ValueError` for files that leave rows of a tensor out."""
         # The package leaves its annotations out.
         self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
-        # name → (first row, rows, file), in the order of rows; a whole tensor begins at None.
-        self._parts: dict[str, list[tuple[int, int, int]]] = {}
+        self._parts: dict[str, list[_Part]] = {}
         self._whole: dict[str, int] = {}
-        rows: dict[str, int] = {}
+        sizes: dict[str, tuple[int, int | None]] = {}
         for number, file in enumerate(self._files):
             told = json.loads(file.metadata()[SLICES])
             for name in file.keys():  # noqa: SIM118  # not a mapping
                 if name not in told:
                     self._whole[name] = number
                     continue
-                first, rows[name] = told[name]
-                self._parts.setdefault(name, []).append((first, file.get_slice(name).get_shape()[0], number))
+                row, rows, *columns = told[name]
+                shape = file.get_slice(name).get_shape()
+                column, width = (columns[0], shape[1]) if columns else (0, None)
+                sizes[name] = rows, columns[1] if columns else None
+                self._parts.setdefault(name, []).append(_Part(column, row, shape[0], width, number))
         for name, parts in self._parts.items():
-            parts.sort()
-            covered = 0
-            for first, count, _ in parts:
-                if first != covered:
-                    raise ValueError(f"rows from {covered} on of {name} are in no file")
-                covered += count
-            if covered != rows[name]:
-                raise ValueError(f"rows from {covered} on of {name} are in no file")
+            _refuse_gaps(name, parts, *sizes[name])
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._whole:
             whole: Tensor = self._files[self._whole[name]].get_tensor(name)
             return whole
-        return self.rows(name, 0, sum(count for _, count, _ in self._parts[name]))
+        parts = self._parts[name]
+        return self.rows(name, 0, sum(part.count for part in parts if part.column == parts[0].column))
 
     def is_whole(self, name: str) -> bool:
         """Whether the tensor lies in one file as it is."""
         return name in self._whole
 
-    def rows(self, name: str, first: int, count: int) -> Tensor:
-        """`count` rows of a tensor from row `first` on; only these are read."""
+    def rows(self, name: str, first: int, count: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """`count` rows of a tensor from row `first` on, of those so many columns from one on; only these are read."""
+        bands = []
+        for column, band in groupby(self._parts[name], key=lambda part: part.column):
+            parts = list(band)
+            width = parts[0].width
+            if columns is None:
+                low, high = 0, width
+            else:
+                low = max(columns[0] - column, 0)
+                high = sum(columns) - column if width is None else min(sum(columns) - column, width)
+            if high is None or low < high:
+                bands.append(self._rows(name, parts, first, count, slice(low, high)))
+        return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+
+    def _rows(self, name: str, parts: Sequence[_Part], first: int, count: int, columns: slice) -> Tensor:
+        is_cut = columns != slice(0, None)
         found: list[Tensor] = []
-        for start, rows, number in self._parts[name]:
-            low, high = max(first, start), min(first + count, start + rows)
-            if low < high:
-                found.append(self._files[number].get_slice(name)[low - start : high - start])
-        if not found:
-            nothing: Tensor = self._files[self._parts[name][0][2]].get_slice(name)[:0]
-            return nothing
+        for part in parts:
+            low, high = max(first, part.row), min(first + count, part.row + part.count)
+            if low < high or (part is parts[-1] and not found):
+                held = self._files[part.file].get_slice(name)
+                rows = slice(low - part.row, high - part.row) if low < high else slice(0, 0)
+                found.append(held[rows, columns] if is_cut else held[rows])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def __iter__(self) -> Iterator[str]:

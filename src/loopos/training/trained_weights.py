@@ -65,9 +65,10 @@ class TrainedWeights:
         self.masters.keep_zeros(zeros)
         self._zeros = sum(int(mask.sum()) for mask in zeros.values()) if settings.keep_zeros else None
         self.masters.set_training(self.now)
-        if not world.is_first:
+        share, _ = world.share
+        if share > 0:
             # The model is the same on all; what it draws from here on, such as dropout, is not.
-            seed_everything(settings.seed, world.rank)
+            seed_everything(settings.seed, share)
 
     def _put(self, frozen: Sequence[nn.Module], half_under: str | tuple[str, ...], half: torch.dtype | None) -> None:
         for module in (self._model, *frozen):

@@ -140,13 +140,10 @@ class Update:
 
     def _norm(self, gradients: Sequence[Tensor]) -> float:
         """The L2 norm of all gradients, summed over the ranks."""
-        sharding = self.masters.sharding
-        if sharding is None:
+        if self.masters.sharding is None:
             self.world.sum_tensors(gradients)
             return float(torch.nn.utils.get_total_norm(gradients))
-        # A share without rows has no norm of its own.
-        own = float(torch.nn.utils.get_total_norm([each for each in gradients if each.numel()]))
-        return math.sqrt(self.world.sum_floats({"square": own * own})["square"] / sharding.replicas)
+        return math.sqrt(self.world.sum_all({"squares": self.masters.squares()})["squares"])
 
     def _counts(self, batches: Sequence[BatchT], objective: Objective[BatchT]) -> dict[str, float]:
         names = dict.fromkeys(objective.weights, 0.0)

@@ -82,7 +82,7 @@ def _asked(config: Any, options: PlanOptions) -> Asked:
     return Asked(
         mode=options.mode or told.mode,
         shard_size=options.shard_size or told.shard_size,
-        tensor_parallel=options.tensor_parallel or 1,
+        tensor_parallel=options.tensor_parallel or told.tensor_parallel,
         cpu_offload=told.cpu_offload,
         reshard_after_forward=told.reshard_after_forward,
     )
