@@ -75,9 +75,9 @@ def counting(counter: Any) -> Any:
 
     step = Update.__call__
 
-    def counted(self: Any, *arguments: Any) -> Any:
+    def counted(self: Any, *arguments: Any, **named: Any) -> Any:
         with counter():
-            return step(self, *arguments)
+            return step(self, *arguments, **named)
 
     return patch.object(Update, "__call__", counted)
 

@@ -32,6 +32,7 @@ EXTRAS = {
     "track": ("tensorboard",),
     "serve": ("starlette", "uvicorn"),
     "eval": ("lm_eval",),
+    "cluster": ("ray",),
     "bench": ("accelerate", "trl"),
 }
 

@@ -165,14 +165,12 @@ class ChainOfThought:
 
     def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings, world = self.config.training, self.world
+        settings, world, (share, shares) = self.config.training, self.world, self.world.share
         self.current = Fit(
             run_dir=folder,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
-            batches=StepBatches.of(
-                settings, PackedRows(rows, None, self.device), rank=world.share[0], world=world.share[1]
-            ),
+            batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=share, world=shares),
             objective=NextToken(self.model),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
@@ -212,11 +210,10 @@ class ChainOfThought:
         if not self.problems or not self._generates_now():
             return {"loss": loss}
         assert self.check is not None
+        world = self.world
         with self.trained.whole():
-            metrics, records = self.check.measure(
-                self.problems, share=self.world.share, gather=self.world.gather_shares
-            )
-        if self.world.is_first:
+            metrics, records = self.check.measure(self.problems, share=world.share, gather=world.gather_shares)
+        if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         return {"loss": loss, **metrics}
 

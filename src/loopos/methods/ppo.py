@@ -249,18 +249,11 @@ class PpoTrainer:
             self.fit.record("alarm", {"name": alarm.name, "value": alarm.value, "limit": alarm.limit}, {})
 
     def _check(self) -> PolicyCheck:
-        evaluation = self.config.evaluation
-        judge = None
-        if evaluation.judge is not None:
-            judge = judge_of(evaluation.judge, self.tokenizer, self.device, is_function=evaluation.judge_is_function)
-        return PolicyCheck(
-            self.collector,
-            self.validation_prompts,
-            self.sampling,
-            judge,
-            estimator=self.config.training.kl_report,
-            kl_limit=evaluation.kl_limit,
-        )
+        asked, judge, report = self.config.evaluation, None, self.config.training.kl_report
+        if asked.judge is not None:
+            judge = judge_of(asked.judge, self.tokenizer, self.device, is_function=asked.judge_is_function)
+        prompts, sampling, limit = self.validation_prompts, self.sampling, asked.kl_limit
+        return PolicyCheck(self.collector, prompts, sampling, judge, estimator=report, kl_limit=limit)
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"

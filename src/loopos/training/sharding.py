@@ -234,8 +234,8 @@ def sharding_for(world: World, device: torch.device, *, needed: int, optimizer: 
     memory = min(size for size in world.gather(_memory(device)) if isinstance(size, int))
     told = f"{needed / _GIB:.3g} GiB of weights, gradients and optimizer, {memory / _GIB:.3g} GiB of memory a process"
     if needed / settings.tensor_parallel <= memory / 2:
-        sharding, said = _in_copies(world, device)
-        return sharding, f"{said} ({told})"
+        copies, said = _in_copies(world, device)
+        return copies, f"{said} ({told})"
     if optimizer in WHOLE_MATRICES:
         return None, f"a copy on each of {world.size} processes, which {optimizer} needs ({told})"
     sharding = Sharding(settings, world, device)

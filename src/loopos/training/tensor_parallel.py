@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from loopos.config.faults import UserError
 
@@ -72,10 +72,11 @@ def _planned(model: PreTrainedModel, size: int) -> list[tuple[nn.Module, str]]:
 
 def _layers(module: nn.Module, style: str) -> Iterator[tuple[nn.Module, str]]:
     """The layer itself, or the one under an adapter with the adapter's matrix on the split side."""
-    if not hasattr(module, "base_layer"):
+    base = getattr(module, "base_layer", None)
+    if not isinstance(base, nn.Module):
         yield module, style
         return
-    yield module.base_layer, style
-    sides = module.lora_B if style == "colwise" else module.lora_A
-    for matrix in sides.values():
+    yield base, style
+    side = module.get_submodule("lora_B" if style == "colwise" else "lora_A")
+    for matrix in side.children():
         yield matrix, style
