@@ -10,7 +10,8 @@ import pytest
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import Message
-from loopos.evaluation.pair_judges import Contest, Ruling, Winner, by_function, told
+from loopos.data.prompts import told
+from loopos.evaluation.pair_judges import Contest, Ruling, Winner, by_function
 from loopos.evaluation.policy_metrics import win_rate
 from loopos.evaluation.winrate import Pair, Reply, rate_of, record, standard_error, summary
 

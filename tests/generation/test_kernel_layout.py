@@ -11,9 +11,13 @@ from pico_language_models import FAMILIES, mixed_prompts, pico_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loopos.config.sections import LoraSection
+from loopos.generation.adapted_weight import adapted, own_layer
 from loopos.generation.engine import Engine
 from loopos.generation.kernel_layout import kernel_layout
+from loopos.generation.packed_weight import PackedWeight
 from loopos.generation.settings import SamplingSettings
+from loopos.models.adapters import active_adapter, add_lora
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 on this processor"
@@ -117,6 +121,73 @@ class TestLayers:
             raise KeyError
         assert bits(model) == before
         assert "forward" not in vars(model[0])
+
+
+def with_lora(name: str, targets: list[str] | str) -> PreTrainedModel:
+    """A model under two adapters with numbers in them, of which the first is active."""
+    model = bf16(name)
+    for number, adapter in enumerate(("default", "other")):
+        add_lora(model, LoraSection(rank=4, alpha=6, target_modules=targets), seed=number, name=adapter)
+    torch.manual_seed(1)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = (0.1 * torch.randn(parameter.shape)).to(torch.bfloat16)
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.set_adapter("default")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
+    @pytest.mark.parametrize("name", ["llama", "qwen3"])
+    def test_a_model_under_lora_decodes_in_few_kernels(
+        self, name: str, targets: list[str] | str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        model = with_lora(name, targets)
+        before = bits(model)
+        seen: list[bool] = []
+        layer = next(module for module in model.modules() if type(module).__name__.endswith("DecoderLayer"))
+        handle = model.register_forward_hook(lambda *_: seen.append("forward" in vars(layer)))
+        prompts = mixed_prompts(5, longest=12)
+        settings = SamplingSettings(temperature=1.0, max_new_tokens=8, stop_at_end=False, seed=3)
+        completions = Engine(model, tokenizer).generate(prompts, settings)
+        handle.remove()
+        assert all(seen[-8:])
+        assert bits(model) == before
+        plain = bf16(name)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
+            with torch.no_grad():
+                logprobs, without = (
+                    each(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+                    for each in (model, plain)
+                )
+            chosen = torch.tensor(completion.token_ids)[:, None]
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), logprobs.gather(1, chosen)[:, 0], atol=0.15, rtol=0.0
+            )
+            assert float((logprobs - without).abs().max()) > 0.5
+
+    def test_another_adapter_and_none(self) -> None:
+        """What is active when the layout is taken is what counts; one that drops inputs out keeps its own forward."""
+        torch.manual_seed(0)
+        model = with_lora("llama", ["q_proj", "gate_proj"])
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        given = torch.randn(6, layers[0].in_features, dtype=torch.bfloat16)
+        for active in ("other", None):
+            with active_adapter(model, active):
+                expected = layers[0](given)
+                packed = PackedWeight([layers[0].base_layer], moved=False)
+                found = adapted(packed, [layers[0]])
+                assert isinstance(found, PackedWeight) == (active is None)
+                torch.testing.assert_close(found.product(given), expected, atol=0.03, rtol=0.03)
+                more = torch.randn_like(expected)
+                for operation, wanted in (("add", expected + more), ("mul", expected * more)):
+                    torch.testing.assert_close(found.product_with(given, more, operation), wanted, atol=0.05, rtol=0.03)
+        layers[0].lora_dropout["default"] = nn.Dropout(0.5).train()
+        assert own_layer(layers[0]) is None
 
 
 class TestEngines:

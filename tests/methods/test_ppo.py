@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,22 @@ def test_inner_epochs_stop_at_the_limit(tmp_path: Path, pico_folder: Path) -> No
     # The first minibatch of an iteration is at 0 exactly; the second is beyond the limit and the last.
     assert len(events_of(tmp_path / "run", "step")) == 3 * 2
     assert len(events_of(tmp_path / "run", "rollout")) == 3
+
+
+def asked_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """1 where the prompt is one of those asked, to the letter."""
+    return [float(prompt in ASKED) for prompt in prompts]
+
+
+def test_functions_and_samples_are_given_what_was_asked(tmp_path: Path, pico_folder: Path) -> None:
+    """The user's words, not what the chat template made of them."""
+    data = {"chat_template": "plain", "validation_data": str(tmp_path / "run.jsonl")}
+    training = {"validate_every": 3, "max_iterations": 1}
+    config = ppo_config(tmp_path / "run", pico_folder, functions=["test_ppo:asked_words"], data=data, training=training)
+    trained(config)
+    assert [event["reward"] for event in events_of(tmp_path / "run", "rollout")] == [1.0]
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["prompt"] for sample in samples} == set(ASKED)
 
 
 @pytest.mark.parametrize("kl_in", ["reward", pytest.param("loss", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.preference_tokens import EncodedComparison, PreferenceReport, encode_comparisons, encode_prompts
 from loopos.data.preferences import Comparison, read_comparisons
-from loopos.data.prompts import Prompt, read_prompts
+from loopos.data.prompts import Prompt, read_prompts, told
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.rows import RowReader
 from loopos.data.split import stratified_split
@@ -84,6 +84,8 @@ class PreferenceEncoder:
         # "none" leaves strings as they stand; messages still need a template, the tokenizer's own.
         chosen = "auto" if data.chat_template == "none" else data.chat_template
         self.template = ChatTemplate(tokenizer, chosen)
+        self.words: dict[tuple[int, ...], str] = {}
+        """What was asked, by the ids of each prompt that was tokenised."""
 
     def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
         """Raises `DataError` as `encode_comparisons`."""
@@ -101,7 +103,7 @@ class PreferenceEncoder:
     def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], PreferenceReport]:
         """Raises `DataError` as `encode_prompts`."""
         data = self.data
-        return encode_prompts(
+        ids, report = encode_prompts(
             self.tokenizer,
             examples,
             template=self.template,
@@ -110,3 +112,5 @@ class PreferenceEncoder:
             max_dropped_share=data.max_dropped_share,
             on_bad_row=data.on_bad_row,
         )
+        self.words |= {tuple(row): told(examples[place].prompt) for row, place in zip(ids, report.places, strict=True)}
+        return ids, report

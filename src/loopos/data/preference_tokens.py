@@ -53,7 +53,8 @@ class EncodedComparison:
 class PreferenceReport:
     """What tokenising did: `read` = `used` + the sum of `dropped`, which counts rows by reason. `responses` and `pairs`
     count those of the rows used, 0 where prompts alone were asked for; `tokens` counts each prompt once. `cut`:
-    responses shortened, with the tokens they lost. `lengths`: of each prompt with its longest response.
+    responses shortened, with the tokens they lost. `lengths`: of each prompt with its longest response; `places`: those
+    of the rows used, among those read.
     """
 
     read: int = 0
@@ -67,11 +68,12 @@ class PreferenceReport:
     max_length: int | None = None
     faults: list[Fault] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list, repr=False)
+    places: list[int] = field(default_factory=list, repr=False)
 
     def counts(self) -> dict[str, object]:
         """The account in numbers, for logs."""
         told = asdict(self)
-        return {name: value for name, value in told.items() if name not in ("faults", "lengths")}
+        return {name: value for name, value in told.items() if name not in ("faults", "lengths", "places")}
 
     def said(self) -> str:
         """The account in words."""
@@ -126,6 +128,7 @@ def encode_comparisons(
     report.responses, report.pairs = sum(len(row.responses) for row in rows), sum(len(row.pairs) for row in rows)
     report.tokens = sum(row.num_tokens for row in rows)
     report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
+    report.places = [row.index for row in rows]
     _settle(report, dropped, over, over_length, max_dropped_share, on_bad_row)
     return rows, report
 
@@ -159,6 +162,7 @@ def encode_prompts(
             dropped[PROMPT_OVER] += 1
             continue
         rows.append(prompt)
+        report.places.append(place)
     report.lengths = list(map(len, rows))
     report.tokens = sum(report.lengths)
     _settle(report, dropped, over, over_length, max_dropped_share, on_bad_row)

@@ -206,6 +206,15 @@ def _add_unshared(fields: RowFields, given: str) -> None:
     fields.add("no shared prompt", fields.field("rejected"), given, wanted, hint)
 
 
+def told(prompt: Words) -> str:
+    """A prompt as one text: its only message, or all of them with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
+
+
 def prompt_key(prompt: Words) -> str:
     """A text that is the same for equal prompts alone."""
     value = prompt if isinstance(prompt, str) else [message.as_template() for message in prompt]

@@ -159,11 +159,15 @@ def _write(
 def _before(
     models: Sequence[Source], data: str, device: str, note: Callable[[str], None]
 ) -> dict[str, Mapping[str, float]]:
-    """The metrics of each model by its place; an adapter, which is no model by itself, has none."""
+    """The metrics of each model by its place. An adapter, which is no model by itself, has none, nor has a model of
+    another kind than the first, and than the result.
+    """
     found: dict[str, Mapping[str, float]] = {}
     for source in models:
         if source.changes:
             note(f"{source.place}: not measured: an adapter")
+        elif source.is_task_model != models[0].is_task_model:
+            note(f"{source.place}: not measured: another kind of model than the result")
         elif source.place not in found:
             note(f"measuring {source.place} on {data}")
             found[source.place] = row_metrics(source.place, data, device=device)

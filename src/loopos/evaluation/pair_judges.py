@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
-from loopos.data.prompts import Words
+from loopos.data.prompts import Words, told
 from loopos.evaluation.own_code import own_function
 from loopos.evaluation.reward_predictor import RewardPredictor
 
@@ -85,15 +85,6 @@ def by_function(name: str) -> PairJudge:
         return found
 
     return judge
-
-
-def told(prompt: Words) -> str:
-    """A prompt as one text: its only message, or all of them with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0].content
-    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
 
 
 def _scored_words(contest: Contest, answer: str, *, as_text: bool) -> tuple[Words, Words]:

@@ -26,7 +26,9 @@ RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[fl
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response to one prompt. `ended`: by an end token or a stop string, not at the limit of tokens."""
+    """One response to one prompt: what was asked, and the ids that the template made of it. `ended`: by an end token or
+    a stop string, not at the limit of tokens.
+    """
 
     prompt: str
     prompt_ids: Sequence[int]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,11 +65,14 @@ class Collector:
         rewards: Rewards,
         *,
         device: torch.device,
+        words: Mapping[tuple[int, ...], str] = MappingProxyType({}),
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
-        """gather(value) gives the values of all ranks; the engine gives each rank the answers to its own share."""
+        """words: what was asked, by the ids of the prompt that the template made of it; without it the ids' own text.
+        gather(value) gives the values of all ranks; the engine gives each rank the answers to its own share.
+        """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
-        self._gather = gather
+        self._words, self._gather = words, gather
 
     def __call__(self, request: Request, *, iteration: int | None = None) -> list[Rollout]:
         """One rollout a prompt, in order, all ranks' together. iteration: that of training whose rollouts these are."""
@@ -95,7 +99,9 @@ class Collector:
         tokenizer, found = self.engine.tokenizer, []
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
-            asked = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
+            asked = self._words.get(tuple(prompt))
+            if asked is None:
+                asked = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
             ended = completion.finish_reason in ("stop token", "stop string")
             response = Response(asked, prompt, completion.text, completion.token_ids, ended)
             found.append((response, torch.tensor(completion.logprobs)))

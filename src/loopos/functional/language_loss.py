@@ -7,7 +7,7 @@ Letters: M trained positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from loopos.functional.gradient_sum import gradient_sum
 
-# Rows whose logits are held at once: they and their gradient stay in the cache of a processor core.
-CHUNK = 256
+# Rows whose products with the output embedding are made at once, and those of them that are worked on in fp32 at once:
+# so few that their logits stay in a processor's cache.
+CHUNK = 512
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class LogitShape:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
+def blocks(products: Tensor) -> Iterator[slice]:
+    """Rows of a chunk's products `[R, V]` to work on at once: few on a processor, all on other devices."""
+    size = _BLOCK if products.device.type == "cpu" else max(1, len(products))
+    for first in range(0, len(products), size):
+        yield slice(first, min(first + size, len(products)))
+
+
+def normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) `[R, V]`, and logsumexp(z) `[R, 1]` from it: z_top − log p_top, as the largest p is never small."""
+    probabilities = torch.softmax(logits, -1)
+    top = logits.amax(-1, keepdim=True)
+    return probabilities, top - probabilities.amax(-1, keepdim=True).log()
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; the full `[M, V]` logits never exist.
 
@@ -62,19 +78,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), CHUNK):
             rows = slice(first, first + CHUNK)
             states, chosen, share = hidden[rows], targets[rows, None], weights[rows, None]
-            logits = shape(states @ embedding.t())
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            total += ((log_normaliser - logits.gather(1, chosen)) * share).sum()
-            if d_hidden is None and d_embedding is None:
-                continue
-            # d loss / d logits = weight · (softmax − one at the target)
-            d_logits = (logits - log_normaliser if shape.softcap else logits.sub_(log_normaliser)).exp_()
-            d_logits.scatter_add_(1, chosen, torch.full_like(share, -1.0))
-            d_logits = shape.backward(logits, d_logits.mul_(share)).to(hidden.dtype)
+            products = states @ embedding.t()
+            for part in blocks(products):
+                logits = shape(products[part])
+                probabilities, log_normaliser = normalised(logits)
+                total += ((log_normaliser - logits.gather(1, chosen[part])) * share[part]).sum()
+                if d_hidden is None and d_embedding is None:
+                    continue
+                # d loss / d logits = weight · (softmax − one at the target)
+                d_logits = (probabilities * share[part]).scatter_add_(1, chosen[part], -share[part])
+                products[part] = shape.backward(logits, d_logits)
             if d_hidden is not None:
-                torch.mm(d_logits, embedding, out=d_hidden[rows])
+                torch.mm(products, embedding, out=d_hidden[rows])
             if d_embedding is not None:
-                d_embedding += d_logits.t() @ states
+                d_embedding += products.t() @ states
         ctx.save_for_backward(*(gradient for gradient in (d_hidden, d_embedding) if gradient is not None))
         ctx.wants, ctx.embedding_dtype = (wants_hidden, wants_embedding), embedding.dtype
         ctx.buffer = gradient_sum(embedding) if wants_embedding else None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loopos.generation.adapted_weight import AdaptedWeight, own_layer
 from loopos.generation.cache import PromptPass, TokenPass, cached_attention
 from loopos.generation.packed_weight import PackedWeight
 
@@ -25,15 +26,17 @@ _LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
            "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
-def linear_layers(module: nn.Module) -> list[list[nn.Linear]]:
-    """The layers whose weights a `DecoderLayer` of this module takes, in its order; of another kind of module none."""
+def linear_layers(module: nn.Module) -> list[list[nn.Module]]:
+    """The layers whose weights a `DecoderLayer` of this module takes, in its order, plain or under LoRA; of another
+    kind of module none.
+    """
     if type(module).__name__ not in _CLASSES or type(module.get_submodule("mlp.act_fn")).__name__ not in _SWISH:
         return []
     layers = [module.get_submodule(name) for name in _LINEAR]
-    plain = [layer for layer in layers if type(layer) is nn.Linear]
-    if len(plain) < len(layers) or len({layer.bias is None for layer in plain[:3]}) > 1:
+    plain = [own for own in map(own_layer, layers) if own is not None]
+    if len(plain) < len(layers) or len({own.bias is None for own in plain[:3]}) > 1:
         return []
-    return [plain[:3], *([layer] for layer in plain[3:])]
+    return [layers[:3], *([layer] for layer in layers[3:])]
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class DecoderLayer:
     """
 
     layer: Any
-    together: PackedWeight
-    output: PackedWeight
-    gate: PackedWeight
-    up: PackedWeight
-    down: PackedWeight
+    together: PackedWeight | AdaptedWeight
+    output: PackedWeight | AdaptedWeight
+    gate: PackedWeight | AdaptedWeight
+    up: PackedWeight | AdaptedWeight
+    down: PackedWeight | AdaptedWeight
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from loopos.generation.adapted_weight import adapted, low_rank_layers, own_layer
 from loopos.generation.decoder_layer import DecoderLayer, linear_layers
 from loopos.generation.packed_weight import PackedWeight
 from loopos.models.quantized import QuantizedLinear
@@ -39,13 +40,15 @@ def kernel_layout(model: nn.Module) -> Iterator[None]:
             alone, shared = _packable(model)
             for module in model.modules():
                 groups = linear_layers(module)
-                if not groups or not alone.issuperset(itertools.chain(*groups)):
+                own = [[layer for layer in map(own_layer, group) if layer is not None] for group in groups]
+                if not groups or not alone.issuperset(itertools.chain(*own)):
                     continue
                 weights = []
-                for layers in groups:
-                    weights.append(PackedWeight(layers))
-                    changed.append(weights[-1])
-                    alone.difference_update(layers)
+                for group, layers in zip(groups, own, strict=True):
+                    packed = PackedWeight(layers)
+                    changed.append(packed)
+                    weights.append(adapted(packed, group))
+                    alone.difference_update(layers, *map(low_rank_layers, group))
                 changed.append(_Replaced(module, DecoderLayer(module, *weights).forward))
             for layer in (*alone, *shared):
                 packed = PackedWeight([layer], moved=layer in alone)

@@ -168,7 +168,8 @@ class PpoTrainer:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world = self.config, self.config.training, self.world
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
-        self.collector = Collector(self.engine, self.roles, rewards, device=self.device, gather=world.gather_shares)
+        words, gather = self.encoder.words, world.gather_shares
+        self.collector = Collector(self.engine, self.roles, rewards, device=self.device, words=words, gather=gather)
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
         actor_critic = self.roles.actor_critic

@@ -85,6 +85,48 @@ def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path
     assert "averaged, since the base has none: head.weight" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock"])
+def test_a_classifier_and_a_language_model_share_their_layers(
+    classifiers: list[Path], pico_folder: Path, held_out: str, tmp_path: Path, method: str, tied: bool
+) -> None:
+    """The result is what the first model is; both orders have the same layers, and what says words or labels stays."""
+    base, speaker = tmp_path / "base", variant(pico_folder, tmp_path / "speaker", 5)
+    shutil.copytree(pico_folder, base)
+    if tied:
+        for folder in (base, speaker):
+            tensors = load_file(folder / "model.safetensors")
+            del tensors["lm_head.weight"]
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            rewrite_config(folder, tie_word_embeddings=True)
+    keys = {"base": base} if method in ("task_arithmetic", "model_stock") else {}
+    labelled, spoken = tmp_path / "labelled", tmp_path / "spoken"
+    result = run(method, [classifiers[0], speaker], labelled, evaluate=[held_out], **keys)
+    run(method, [speaker, classifiers[0]], spoken, **keys)
+    [measured] = result.measured
+    assert list(measured.values) == [str(classifiers[0]), "result"]
+    head = load_file(classifiers[0] / "model" / "head.safetensors")["weight"]
+    torch.testing.assert_close(load_file(labelled / "head.safetensors")["weight"], head)
+    assert any("a language model: what it says tokens with is left out" in each for each in result.notes)
+    one, two = tensors_of(labelled), tensors_of(spoken)
+    for name in one.keys() - {"score.weight"}:
+        torch.testing.assert_close(two[name], one[name], msg=name)
+    assert not (spoken / "head.safetensors").exists()
+    opened = AutoModelForCausalLM.from_pretrained(spoken)
+    if tied:
+        assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    else:
+        torch.testing.assert_close(opened.lm_head.weight.detach(), tensors_of(speaker)["lm_head.weight"])
+    assert Predictor.open(labelled).predict(["good the parcel came late"])[0]["label"] in ("a", "b", "c")
+
+
+def test_a_soup_needs_models_of_one_kind(
+    classifiers: list[Path], pico_folder: Path, held_out: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no metric chooses between them"):
+        run("greedy_soup", [classifiers[0], pico_folder], tmp_path / "out", validation_data=held_out)
+
+
 def test_other_labels_are_named(classifiers: list[Path], pico_folder: Path, tmp_path: Path) -> None:
     other = classifier(
         tmp_path / "other",
@@ -98,7 +140,6 @@ def test_other_labels_are_named(classifiers: list[Path], pico_folder: Path, tmp_
         run("linear", [classifiers[0], other, pico_folder], tmp_path / "out")
     assert "it lacks c" in str(told.value)
     assert "lacks x" in str(told.value)
-    assert "a model without one" in str(told.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -184,7 +184,7 @@ def _judged(
 
 def _write(file: Path, pairs: Sequence[Pair]) -> None:
     from loopos.cli.measuring.predict import write_whole
-    from loopos.evaluation.pair_judges import told
+    from loopos.data.prompts import told
     from loopos.evaluation.winrate import record
 
     lines = [json.dumps(record(pair, told(pair.contest.prompt)), ensure_ascii=False) + "\n" for pair in pairs]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
-from loopos.deploy.merging.sources import HEAD_TENSOR, Source
+from loopos.deploy.merging.sources import HEAD_TENSOR, OUTPUTS, Source
 from loopos.deploy.merging.values import Values
 from loopos.deploy.merging.vocabulary import UnitedVocabulary, unite, vocabulary_faults
 from loopos.storage.tensor_format import TensorSpec
@@ -30,6 +30,9 @@ _COMPUTING = (
     "position_embedding_type",
 )
 # Where these differ the models may still be merged; it is said.
+# What one of two kinds of model has and the other need not: a head, an output embedding of its own.
+_OF_ONE_KIND = frozenset({HEAD_TENSOR, *OUTPUTS})
+_KINDS = {True: "a model with a head", False: "a language model"}
 _TOLD = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "layer_types",
          "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
 
@@ -37,7 +40,8 @@ _TOLD = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddin
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of the result. `layer`: None outside the layers; `origins`: its name in each model that it is made of,
-    by the model's place; `base`: its name in the base, None where the base has none; `has_tokens`: a row a token.
+    by the model's place, of heads and output embeddings in those that have one; `base`: its name in the base, None
+    where the base has none; `has_tokens`: a row a token.
     """
 
     name: str
@@ -66,7 +70,7 @@ class Plan:
 def planned(recipe: MergeConfig, models: Sequence[Source], base: Source | None) -> Plan:
     """Checks everything. Raises `UserError` with all faults."""
     sources = [*models, *([base] if base is not None else [])]
-    faults = [*config_faults(sources), *_head_faults(models)]
+    faults = [*config_faults(sources), *_head_faults(models), *_soup_faults(recipe, models)]
     vocabulary = None
     if recipe.tokenizer == "union":
         vocabulary = unite(sources)
@@ -124,8 +128,10 @@ def _tensor_faults(
         if other.text_config.get("model_type") != first.text_config.get("model_type"):
             continue
         theirs, is_base = names[number], other is base
+        spared = _OF_ONE_KIND if first.is_task_model != other.is_task_model else frozenset()
         absent = [name for name in own if name not in theirs and not (is_base and first.layer_of(own[name]) is None)]
-        surplus = [] if is_base else [name for name in theirs if name not in own]
+        absent = [name for name in absent if name not in spared]
+        surplus = [] if is_base else [name for name in theirs if name not in own and name not in spared]
         shapes = []
         for name in own:
             if name not in theirs:
@@ -153,13 +159,11 @@ def has_tokens(source: Source, name: str) -> bool:
 
 
 def _head_faults(models: Sequence[Source]) -> list[str]:
-    """Heads whose outputs do not mean the same."""
+    """Heads whose outputs do not mean the same. Language models have none that could differ."""
+    if any(each.is_task_model for each in models):
+        models = [each for each in models if each.is_task_model]
     first, faults = models[0], []
     for other in models[1:]:
-        if first.is_task_model != other.is_task_model:
-            kinds = {True: "a model with a head", False: "a model without one"}
-            faults.append(f"{other.place}: {kinds[other.is_task_model]}; {first.place} is {kinds[first.is_task_model]}")
-            continue
         for key in ("task", "pooling", "target_mean", "target_std"):
             one, two = first.description.get(key), other.description.get(key)
             if first.is_task_model and one != two:
@@ -168,6 +172,19 @@ def _head_faults(models: Sequence[Source]) -> list[str]:
                 )
         faults += _label_faults(first, other)
     return faults
+
+
+def _soup_faults(recipe: MergeConfig, models: Sequence[Source]) -> list[str]:
+    """A soup is chosen by one metric, which its models must share."""
+    first = models[0]
+    if recipe.method != "greedy_soup":
+        return []
+    return [
+        f"{other.place}: {_KINDS[other.is_task_model]}, but {first.place} is {_KINDS[first.is_task_model]}: no metric "
+        "chooses between them; wanted models of one kind, or another method"
+        for other in models[1:]
+        if other.is_task_model != first.is_task_model
+    ]
 
 
 def _label_faults(first: Source, other: Source) -> list[str]:
@@ -204,7 +221,7 @@ def _tensors(
         tokens = vocabulary is not None and has_tokens(first, name)
         if tokens and vocabulary is not None:
             spec = TensorSpec(spec.dtype, (vocabulary.size, *spec.shape[1:]))
-        origins = {place: names[place][shared] for place in range(len(models))}
+        origins = {place: names[place][shared] for place in range(len(models)) if shared in names[place]}
         under = names[-1].get(shared) if base is not None else None
         if under is not None and base is not None and not tokens and base.specs[under].shape != spec.shape:
             under = None
@@ -219,6 +236,12 @@ def _notes(sources: Sequence[Source], tensors: Mapping[str, PlannedTensor], base
             one, two = (source.text_config.get(key) for source in (first, other))
             if one != two:
                 notes.append(f"{other.place}: {key} {two}, {first.place} has {one}; the result takes that of the first")
+        if other is not base and other.is_task_model != first.is_task_model:
+            left = "its head is left out" if other.is_task_model else "what it says tokens with is left out"
+            notes.append(
+                f"{other.place}: {_KINDS[other.is_task_model]}: {left}, for the result is what {first.place} is"
+            )
+            continue
         for key in ("step_format", "stop_tokens", "max_length", "threshold", "score_mean", "score_std"):
             if other is not base and other.description.get(key, first.description.get(key)) != first.description.get(
                 key
@@ -227,7 +250,7 @@ def _notes(sources: Sequence[Source], tensors: Mapping[str, PlannedTensor], base
     without = [name for name, each in tensors.items() if base is not None and each.base is None]
     if without:
         notes.append(f"averaged, since the base has none: {_some(without)}")
-    if HEAD_TENSOR in tensors:
+    if HEAD_TENSOR in tensors and len(tensors[HEAD_TENSOR].origins) > 1:
         notes.append("the heads are merged with the weights")
     return notes
 

@@ -33,7 +33,7 @@ _COMPUTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat
                        torch.int16, torch.int8, torch.uint8, torch.bool})  # fmt: skip
 _WANTED = "f64, f32, f16 or bf16 weights"
 # Output embeddings, which a model with tied embeddings need not hold.
-_OUTPUTS = frozenset({"lm_head.weight", "embed_out.weight"})
+OUTPUTS = frozenset({"lm_head.weight", "embed_out.weight"})
 _STACK = re.compile(r"((?:[^.]*\.)*?)(\d+)\.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -72,7 +72,7 @@ class Source:
         """The tensors that are merged: without an output embedding that is tied to the input's, and without the copy
         of the head in transformers' classifier, which is made from the head.
         """
-        left = set(_OUTPUTS) if self.text_config.get("tie_word_embeddings") else set()
+        left = set(OUTPUTS) if self.text_config.get("tie_word_embeddings") else set()
         if HEAD_TENSOR in self.stored:
             left.add(SCORE)
         return {name: each.spec for name, each in self.stored.items() if name not in left}

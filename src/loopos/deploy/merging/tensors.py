@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -88,6 +88,12 @@ class TensorMerger:
         method = self.recipe.method if self.weights is None else "linear"
         weights = weights if self.weights is None else list(self.weights)
         tensors, base = self._inputs(planned)
+        if len(planned.origins) < len(weights):
+            weights = [weights[place] for place in planned.origins]
+            if method in ("slerp", "model_stock"):
+                method, weights, parameters = "linear", [1.0] * len(weights), Parameters()
+            elif method == "linear":
+                parameters = replace(parameters, normalize=True)
         if base is None and method not in ("linear", "slerp"):
             # What the base lacks (a head) has no delta: the models' own are averaged.
             method, weights, parameters = "linear", [1.0] * len(weights), Parameters()
