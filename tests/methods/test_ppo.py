@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopos.config.faults import UserError
 from loopos.config.ppo import PpoConfig
+from loopos.data.kept_pass import KeptPass
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
+from loopos.models.actor_critic import ActorCritic
 from loopos.training.progress import RunProgress
 
 EARLY = "preference_runs:early_letters"
@@ -244,3 +247,32 @@ def test_a_one_step_problem_comes_to_its_known_optimum(kl_in: str, tmp_path: Pat
     assert 0.02 < p < 0.6
     assert optimum - p > 0.1
     assert chances["policy"] == pytest.approx(optimum, abs=0.02)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_pass_that_judges_is_the_first_steps(
+    trainable: str, tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward pass less in each iteration whose first step takes all its responses, and the same bits."""
+    found = {}
+    for kept in (True, False):
+        calls: list[bool] = []
+        forward = ActorCritic.forward
+
+        def counted(self: ActorCritic, *given: Any, seen: list[bool] = calls, run: Any = forward) -> Any:
+            seen.append(torch.is_grad_enabled())
+            return run(self, *given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ActorCritic, "forward", counted)
+            if not kept:
+                patched.setattr(KeptPass, "take", lambda *_: None)
+            training = {"minibatches": 1, "trainable": trainable}
+            run = tmp_path / str(kept) / "run"
+            run.parent.mkdir()
+            trained(ppo_config(run, pico_folder, functions=[EARLY], training=training))
+        # Three iterations: each judges once, with its graph, and has two steps.
+        assert calls == [True] * (3 * 2 if kept else 3 * 3)
+        events = [event for name in ("rollout", "step") for event in events_of(run, name)]
+        found[kept] = events, (run / "model" / "model.safetensors").read_bytes()
+    assert found[True] == found[False]

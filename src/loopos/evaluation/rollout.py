@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loopos.config.ppo_sections import RolloutSection
 from loopos.data.batches import in_order
+from loopos.data.kept_pass import KeptPass
 from loopos.data.responses import ResponseRows
 from loopos.evaluation.policy_metrics import distinct_n, explained_variance, length_mean, repetition
 from loopos.evaluation.rewards import Response, Rewards
@@ -66,18 +67,20 @@ class Collector:
         *,
         device: torch.device,
         words: Mapping[tuple[int, ...], str] = MappingProxyType({}),
+        kept: KeptPass | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
         """words: what was asked, by the ids of the prompt that the template made of it; without it the ids' own text.
-        gather(value) gives the values of all ranks; the engine gives each rank the answers to its own share.
+        kept: takes the pass of an iteration's responses that its first step would run again. gather(value) gives the
+        values of all ranks; the engine gives each rank the answers to its own share.
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
-        self._words, self._gather = words, gather
+        self._words, self._kept, self._gather = words, kept, gather
 
     def __call__(self, request: Request, *, iteration: int | None = None) -> list[Rollout]:
         """One rollout a prompt, in order, all ranks' together. iteration: that of training whose rollouts these are."""
         written, staleness = self._written(request, iteration)
-        found: list[Rollout] = self._of_all(self._judged(written, staleness))
+        found: list[Rollout] = self._of_all(self._judged(written, staleness, iteration))
         return found
 
     def answers(self, request: Request) -> list[list[Response]]:
@@ -107,10 +110,12 @@ class Collector:
             found.append((response, torch.tensor(completion.logprobs)))
         return found, written.staleness
 
-    def _judged(self, written: Sequence[tuple[Response, Tensor]], staleness: int) -> list[Rollout]:
+    def _judged(
+        self, written: Sequence[tuple[Response, Tensor]], staleness: int, iteration: int | None
+    ) -> list[Rollout]:
         responses = [response for response, _ in written]
         scores = self.rewards(responses)
-        passes = self._passes(responses)
+        passes = self._passes(responses, iteration)
         return [
             Rollout(
                 response,
@@ -124,16 +129,23 @@ class Collector:
         ]
 
     @torch.no_grad()
-    def _passes(self, responses: Sequence[Response]) -> dict[str, list[Tensor]]:
+    def _passes(self, responses: Sequence[Response], iteration: int | None) -> dict[str, list[Tensor]]:
         """Name → `[L]` of each response, by forward passes like those of training."""
         rows = ResponseRows([r.prompt_ids for r in responses], [r.ids for r in responses], self.device)
         found: dict[str, list[Tensor]] = {
             name: [torch.empty(0)] * len(responses)
             for name in ("logprobs", "reference_logprobs", "values", "entropies")
         }
-        for batch in in_order(rows, tokens=_TOKENS):
+        first = None
+        if self._kept is not None and iteration is not None:
+            first = self._kept.batch(rows, iteration)
+        for batch in in_order(rows, tokens=_TOKENS) if first is None else [first]:
             arguments = (batch.ids, batch.layout, batch.places, batch.targets)
-            logprobs, entropies, values = self.roles.actor_critic(*arguments)
+            with torch.set_grad_enabled(batch is first):
+                outputs = self.roles.actor_critic(*arguments)
+            if self._kept is not None and batch is first:
+                self._kept.keep(batch, outputs)
+            logprobs, entropies, values = (output.detach() for output in outputs)
             columns = {"logprobs": logprobs, "entropies": entropies, "values": values,
                        "reference_logprobs": self.roles.reference(*arguments)}  # fmt: skip
             lengths = [len(responses[row].ids) for row in batch.rows]

@@ -19,6 +19,7 @@ from typing import Any
 
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
+from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
 from loopos.data.reading import account
 from loopos.data.responses import ResponseBatch
@@ -166,15 +167,18 @@ class PpoTrainer:
 
     def build_fit(self) -> Fit[ResponseBatch]:
         """Rewards, rollouts, objective, optimizer and loop."""
-        config, settings, world = self.config, self.config.training, self.world
+        config, settings, world, actor_critic = self.config, self.config.training, self.world, self.roles.actor_critic
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
+        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
+        # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
+        kept = KeptPass(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
         words, gather = self.encoder.words, world.gather_shares
-        self.collector = Collector(self.engine, self.roles, rewards, device=self.device, words=words, gather=gather)
+        self.collector = Collector(
+            self.engine, self.roles, rewards, device=self.device, words=words, kept=kept, gather=gather
+        )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
-        actor_critic = self.roles.actor_critic
-        self.objective = PpoObjective.of(settings, actor_critic)
-        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
+        self.objective = PpoObjective.of(settings, actor_critic, kept=kept)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
@@ -215,12 +219,9 @@ class PpoTrainer:
         request, coefficient = self.asked(iteration), self.controller.coefficient
         with self.trained.whole():
             rollouts = self.collector(request, iteration=iteration)
+        how, old = AdvantageSettings.of(settings, importance_cap=cap), self.config.old_logprobs
         experience = experience_of(
-            request.prompts,
-            rollouts,
-            old_logprobs=self.config.old_logprobs,
-            kl_coefficient=coefficient,
-            settings=AdvantageSettings.of(settings, importance_cap=cap),
+            request.prompts, rollouts, old_logprobs=old, kl_coefficient=coefficient, settings=how
         )
         self.state.join_extremes(self.world)
         metrics = {
@@ -253,8 +254,8 @@ class PpoTrainer:
         asked, judge, report = self.config.evaluation, None, self.config.training.kl_report
         if asked.judge is not None:
             judge = judge_of(asked.judge, self.tokenizer, self.device, is_function=asked.judge_is_function)
-        prompts, sampling, limit = self.validation_prompts, self.sampling, asked.kl_limit
-        return PolicyCheck(self.collector, prompts, sampling, judge, estimator=report, kl_limit=limit)
+        where = self.collector, self.validation_prompts, self.sampling
+        return PolicyCheck(*where, judge, estimator=report, kl_limit=asked.kl_limit)
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"

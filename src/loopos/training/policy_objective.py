@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loopos.config.ppo_sections import PpoTrainingSection
+from loopos.data.kept_pass import KeptPass
 from loopos.data.responses import ResponseBatch
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.functional.packing import PackedLayout
@@ -63,10 +64,13 @@ class PpoObjective:
     kl_loss: KlEstimator | None = None
     kl_coefficient: float = 0.0
     extremes: Extremes = field(default_factory=Extremes)
+    kept: KeptPass | None = None
 
     @classmethod
-    def of(cls, settings: PpoTrainingSection, actor_critic: ActorCritic) -> PpoObjective:
-        """The objective that a config's `training` section asks for."""
+    def of(
+        cls, settings: PpoTrainingSection, actor_critic: ActorCritic, *, kept: KeptPass | None = None
+    ) -> PpoObjective:
+        """The objective that a config's `training` section asks for. kept: where passes for the first step are."""
         return cls(
             actor_critic,
             clip_epsilon=settings.clip_epsilon,
@@ -76,6 +80,7 @@ class PpoObjective:
             dual_clip=settings.dual_clip,
             kl_loss=settings.penalty_estimator if settings.kl_in == "loss" else None,
             kl_coefficient=settings.kl_coefficient,
+            kept=kept,
         )
 
     @property
@@ -91,7 +96,10 @@ class PpoObjective:
         return {name: float(len(batch.targets)) for name in (*self.weights, *_REPORTED)}
 
     def loss(self, batch: ResponseBatch) -> Mapping[str, Tensor]:
-        logprobs, entropies, values = self.actor_critic(batch.ids, batch.layout, batch.places, batch.targets)
+        outputs = None if self.kept is None else self.kept.take(batch)
+        if outputs is None:
+            outputs = self.actor_critic(batch.ids, batch.layout, batch.places, batch.targets)
+        logprobs, entropies, values = outputs
         columns = batch.columns
         # The policy that wrote the responses is its own old policy, whatever else its batches were packed with.
         old = logprobs.detach() if batch.is_first else columns["old_logprobs"]

@@ -6,7 +6,7 @@ epoch by inner epoch; for checkpoints, the experience in use. Left out: what exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,16 @@ class RolloutPlan:
             return np.arange(self.num_prompts)
         return np.random.Generator(np.random.PCG64([self.seed, turn])).permutation(self.num_prompts)
 
+    def batches_of(self, cursor: Cursor, lengths: Sequence[int]) -> list[list[int]]:
+        """This process's micro-batches of a minibatch, as places in an iteration's responses of these lengths."""
+        inner, part = divmod(cursor.step, self.minibatches)
+        # The third number keeps these draws apart from those of the prompts.
+        order = np.random.Generator(np.random.PCG64([self.seed, cursor.epoch, 1 + inner])).permutation(len(lengths))
+        group = np.array_split(order, self.minibatches)[part].tolist()
+        slots = deal([lengths[row] for row in group], self.accumulation * self.world, len(group))
+        mine = [[group[place] for place in slot] for slot in slots[self.rank :: self.world]]
+        return [chosen for chosen in mine if chosen]
+
 
 class RolloutBatches:
     """Minibatches of experience, an iteration an epoch of the loop: `collect` writes the responses of an iteration with
@@ -106,16 +116,9 @@ class RolloutBatches:
         if self._rows is None:
             self._rows = self.experience.rows(self.device)
         plan, rows = self.plan, self._rows
-        inner, part = divmod(cursor.step, plan.minibatches)
-        # The third number keeps these draws apart from those of the prompts.
-        order = np.random.Generator(np.random.PCG64([plan.seed, cursor.epoch, 1 + inner])).permutation(
-            len(rows.lengths)
-        )
-        group = np.array_split(order, plan.minibatches)[part].tolist()
-        slots = deal([rows.lengths[row] for row in group], plan.accumulation * plan.world, len(group))
-        mine = [[group[place] for place in slot] for slot in slots[plan.rank :: plan.world]]
+        mine = plan.batches_of(cursor, rows.lengths)
         is_first = cursor.step == 0 and self.experience.is_own
-        return [rows(chosen, is_first=is_first) for chosen in mine if chosen]
+        return [rows(chosen, is_first=is_first) for chosen in mine]
 
     def idle(self) -> ResponseBatch:
         """A batch of the first response."""
