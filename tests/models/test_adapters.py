@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, PreTrai
 
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
-from loopos.models.adapters import add_lora, freeze_lower, layer_list, merge_lora, save_lora
+from loopos.models.adapters import active_adapter, add_lora, freeze_lower, layer_list, merge_lora, save_lora
 
 # peft reads a property that transformers has renamed; nothing of ours does.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -98,6 +99,42 @@ def test_an_adapter_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatc
     assert (folder / "adapter_model.safetensors").read_bytes() != before
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("active", ["default", "other", None])
+def test_outputs_and_gradients_are_those_of_pefts_own_layers(architecture: str, active: str | None) -> None:
+    """Under two adapters too, of which one is active or none; of a copy as of the model itself."""
+    model = tiny(architecture)
+    for number, name in enumerate(("other", "default")):
+        add_lora(model, LoraSection(rank=3, alpha=4, target_modules="all-linear"), seed=number, name=name)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0.0, 0.3)
+
+    def found(one: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        one.zero_grad()
+        with active_adapter(one, active):
+            hidden: Tensor = one(input_ids=IDS).last_hidden_state
+        if hidden.requires_grad:
+            weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+            (hidden * weights).sum().backward()
+        return hidden.detach(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+
+    twin = copy.deepcopy(model)
+    ours, of_twin = found(model), found(twin)
+    lean = [module for module in model.modules() if type(module).__name__ == "LeanLinear"]
+    for module in lean:
+        module.__class__ = type(module).__bases__[0]
+    wanted = found(model)
+    assert torch.equal(ours[0], of_twin[0])
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-5, atol=1e-6)
+    assert ours[1].keys() == wanted[1].keys()
+    assert bool(wanted[1]) == (active == "default")
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+    assert lean
 
 
 def test_the_merged_weight_by_hand() -> None:

@@ -86,6 +86,11 @@ class FineTuningConfig(MethodConfig):
         said = checks.without_effect(self, has_effect)
         if training.save_every == "validation" and not self.validates:
             said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+        if training.trainable == "lora" and training.optimizer == "sgd" and training.learning_rate < 0.01:
+            said.append(
+                f"training.optimizer is sgd, which at a rate of {training.learning_rate:g} hardly moves adapters; take "
+                '"adamw", or a rate a hundred times as large'
+            )
         if data.validation_data is not None and checks.same_path(data.validation_data, data.training_data):
             said.append("data.validation_data is data.training_data: validation will score rows that were trained on")
         return said
