@@ -166,9 +166,9 @@ class TestAdapters:
                 )
             chosen = torch.tensor(completion.token_ids)[:, None]
             torch.testing.assert_close(
-                torch.tensor(completion.logprobs), logprobs.gather(1, chosen)[:, 0], atol=0.15, rtol=0.0
+                torch.tensor(completion.logprobs), logprobs.gather(1, chosen)[:, 0], atol=0.3, rtol=0.0
             )
-            assert float((logprobs - without).abs().max()) > 0.5
+            assert float((logprobs - without).abs().max()) > 0.6
 
     def test_another_adapter_and_none(self) -> None:
         """What is active when the layout is taken is what counts; one that drops inputs out keeps its own forward."""

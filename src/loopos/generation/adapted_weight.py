@@ -37,11 +37,9 @@ def _active(layer: Any) -> list[str]:
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def low_rank_layers(layer: nn.Module) -> list[nn.Linear]:
-    """A and B of every adapter of a layer."""
-    if type(layer) is nn.Linear:
-        return []
-    pairs = [*layer.get_submodule("lora_A").children(), *layer.get_submodule("lora_B").children()]
+def low_rank_layers(module: nn.Module) -> list[nn.Linear]:
+    """A and B of every adapter of a layer; of a module without any none."""
+    pairs = [one for name in ("lora_A", "lora_B") for one in getattr(module, name, nn.ModuleDict()).children()]
     return [each for each in pairs if isinstance(each, nn.Linear)]
 
 

@@ -38,6 +38,8 @@ def kernel_layout(model: nn.Module) -> Iterator[None]:
         # Tensors made in inference mode could never train again.
         with torch.inference_mode(False), torch.no_grad():
             alone, shared = _packable(model)
+            # Small, and read by what adds their product.
+            alone.difference_update(*map(low_rank_layers, model.modules()))
             for module in model.modules():
                 groups = linear_layers(module)
                 own = [[layer for layer in map(own_layer, group) if layer is not None] for group in groups]
@@ -48,7 +50,7 @@ def kernel_layout(model: nn.Module) -> Iterator[None]:
                     packed = PackedWeight(layers)
                     changed.append(packed)
                     weights.append(adapted(packed, group))
-                    alone.difference_update(layers, *map(low_rank_layers, group))
+                    alone.difference_update(layers)
                 changed.append(_Replaced(module, DecoderLayer(module, *weights).forward))
             for layer in (*alone, *shared):
                 packed = PackedWeight([layer], moved=layer in alone)

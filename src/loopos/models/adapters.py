@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
 from loopos.models.backbone import Backbone
 from loopos.models.found_model import ADAPTER_WEIGHTS
+from loopos.models.lean_adapter import make_lean
 from loopos.storage.tensor_files import read_tensors, save_tensors
 from loopos.storage.whole_folder import whole_folder
 
@@ -202,43 +202,7 @@ def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
         # Several adapters over one copy of the weights are what is wanted here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name)
-    lean = _lean_linear()
-    for module in model.modules():
-        if type(module) is lean.__bases__[0]:
-            module.__class__ = lean
-
-
-@cache
-def _lean_linear() -> type[nn.Module]:
-    """peft's LoRA over a linear layer, with s scaling the r numbers of a row instead of its N, and the change added
-    within its own product: of three passes over `[..., N]` one is left.
-    """
-    from peft.tuners.lora.layer import Linear
-
-    class LeanLinear(Linear):
-        def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-            layer: Any = self
-            name = _alone(layer, x)
-            if name is None or others or named:
-                answer: Tensor = super().forward(x, *others, **named)
-                return answer
-            low = layer.lora_A[name](layer.lora_dropout[name](x)).mul(layer.scaling[name])
-            product: Tensor = layer.base_layer(x)
-            product.flatten(0, -2).addmm_(low.flatten(0, -2), layer.lora_B[name].weight.t())
-            return product
-
-    return LeanLinear
-
-
-def _alone(layer: Any, x: Tensor) -> str | None:
-    """The one active adapter of a layer, where it is plain LoRA in the format of weights and input."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(active) != 1 or type(layer.base_layer) is not nn.Linear:
-        return None
-    up = layer.lora_B[active[0]]
-    plain = active[0] not in layer.lora_variant and up.bias is None and x.dim() > 1
-    same = x.dtype == up.weight.dtype == layer.base_layer.weight.dtype
-    return active[0] if plain and same and not torch.is_autocast_enabled(x.device.type) else None
+    make_lean(model)
 
 
 def _is_linear(module: nn.Module) -> bool:
