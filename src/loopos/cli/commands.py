@@ -255,7 +255,7 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(verbose: Verbose = False) -> None:
-    """Train a real model of 135M parameters on packaged data: fine-tuning, then chain of thought."""
+    """Train a real model of 135M parameters on packaged data: fine-tuning, chain of thought, preferences."""
     from loopos.cli.demonstration import demo as command
 
     raise typer.Exit(command.run(verbose=verbose))
