@@ -1,6 +1,6 @@
 """Greedy text of an exported GGUF file: llama.cpp beside LoopOS's engine, on the same prompts.
 
-    python bench/gguf.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48]
+    python bench/gguf_text.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48]
 
 Needs llama-cpp-python (pip install llama-cpp-python), which is built from source. The model is exported to a temporary
 folder; both engines continue the same token ids without sampling. One JSON line a prompt (tokens that agree before the
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         from llama_cpp import Llama
     except ModuleNotFoundError:
-        sys.exit("bench/gguf.py needs llama-cpp-python: pip install llama-cpp-python")
+        sys.exit("bench/gguf_text.py needs llama-cpp-python: pip install llama-cpp-python")
     from loopos.deploy.export import export
     from loopos.deploy.export_settings import ExportSettings
     from loopos.generation.engine import Engine
