@@ -105,15 +105,21 @@ def test_all_methods_replicated_and_shared_out(size: int, tmp_path: Path, pico_f
     compare_worlds(tmp_path, pico_folder, size, ways, METHODS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "training",
     [
-        {"trainable": "lora", "lora": {"rank": 4}},
-        {"freeze_layers": 1, "unfreeze_step": 2, "optimizer": "adamw", "learning_rate": 1e-4},
-        {"gradient_checkpointing": True, "momentum": 0.9},
+        pytest.param({"trainable": "lora", "lora": {"rank": 4}}, id="adapters"),
+        pytest.param(
+            {"freeze_layers": 1, "unfreeze_step": 2, "optimizer": "adamw", "learning_rate": 1e-4},
+            id="layers that train later",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"gradient_checkpointing": True, "momentum": 0.9},
+            id="activations computed twice",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["adapters", "layers that train later", "activations computed twice"],
 )
 def test_what_trains_and_how(training: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
     compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD, "split": SPLIT}, ("fine_tuning", "ppo"), **training)

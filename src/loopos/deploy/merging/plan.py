@@ -29,10 +29,10 @@ _COMPUTING = (
     "head_dim",
     "position_embedding_type",
 )
-# Where these differ the models may still be merged; it is said.
 # What one of two kinds of model has and the other need not: a head, an output embedding of its own.
 _OF_ONE_KIND = frozenset({HEAD_TENSOR, *OUTPUTS})
 _KINDS = {True: "a model with a head", False: "a language model"}
+# Where these differ the models may still be merged; it is said.
 _TOLD = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "layer_types",
          "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
 
