@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 def make_lean(model: nn.Module) -> None:
@@ -51,8 +50,8 @@ def _alone(layer: Any, x: Tensor) -> str | None:
     if layer.disable_adapters or layer.merged or len(active) != 1 or type(layer.base_layer) is not nn.Linear:
         return None
     up = layer.lora_B[active[0]]
-    # What is split over processes goes between them around each layer's own call.
-    split = any(isinstance(each.weight, DTensor) for each in (layer.base_layer, up))
-    plain = active[0] not in layer.lora_variant and up.bias is None and x.dim() > 1 and not split
+    # A tensor of another kind, such as one of which each process holds a part, is for the layer's own call.
+    bare = all(type(each.weight) is nn.Parameter for each in (layer.base_layer, up))
+    plain = active[0] not in layer.lora_variant and up.bias is None and x.dim() > 1 and bare
     same = x.dtype == up.weight.dtype == layer.base_layer.weight.dtype
     return active[0] if plain and same and not torch.is_autocast_enabled(x.device.type) else None
