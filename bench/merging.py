@@ -1,8 +1,11 @@
 """Merges of three models of SmolLM2-135M's size: seconds and memory of each method; on request beside mergekit.
 
     python bench/merging.py [--methods linear,slerp,task_arithmetic,ties] [--rounds 2] [--mergekit PATH/TO/mergekit-yaml]
+                            [--model FOLDER] [--noise 0.01] [--precision bfloat16]
 
 The models are copies of the embedded one (bf16) whose tensors were moved by seeded noise of a hundredth of their spread.
+With half-precision weights many changes are equal to a bit, and which of them TIES trims is anybody's choice: to compare
+with mergekit take `--precision float32 --noise 5` and a small model.
 Each merge is a process of its own; its peak of memory is that of the whole process, Python and torch included, and
 `above_largest_gib` what it has over the largest tensor in fp32. One JSON line a merge.
 
@@ -36,8 +39,8 @@ ALL = (*PEERS, "dare_ties", "della", "breadcrumbs", "model_stock")
 KEYS = {"slerp": ["t=0.3"]}
 
 
-def make_models(folder: Path, weights: str) -> list[Path]:
-    """The base and its three variants, in bf16."""
+def make_models(folder: Path, weights: str, noise: float, precision: str) -> list[Path]:
+    """The base and its three variants."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -50,8 +53,8 @@ def make_models(folder: Path, weights: str) -> list[Path]:
         generator = torch.Generator().manual_seed(number)
         moved = {}
         for name, tensor in tensors.items():
-            noise = torch.randn(tensor.shape, generator=generator) if number else torch.zeros(())
-            moved[name] = (tensor + 0.01 * tensor.float().std() * noise).bfloat16()
+            drawn = torch.randn(tensor.shape, generator=generator) if number else torch.zeros(())
+            moved[name] = (tensor + noise * tensor.float().std() * drawn).to(getattr(torch, precision))
         save_file(moved, place / "model.safetensors", metadata={"format": "pt"})
         made.append(place)
     return made
@@ -122,10 +125,12 @@ def main() -> None:
     options.add_argument(
         "--mergekit", default="", help="program of a mergekit installation, such as env/bin/mergekit-yaml"
     )
+    options.add_argument("--noise", type=float, default=0.01, help="in standard deviations of each tensor")
+    options.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the models")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="merging-") as name:
         folder = Path(name)
-        models = make_models(folder, given.model)
+        models = make_models(folder, given.model, given.noise, given.precision)
         largest = largest_bytes(models[0]) / 2**30
         for method in given.methods.split(",") * given.rounds:
             out, theirs = folder / "out", folder / "theirs"

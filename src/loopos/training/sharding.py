@@ -12,6 +12,7 @@ the same passes in the same order.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from loopos.training.tensor_parallel import split_layers, whole_again
 
 _GIB = 2**30
 _REPLICAS, _SHARDS, _SPLIT = "replicate", "shard", "tensor"
+_MESHES = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,26 @@ class Sharding:
         self._unused = settings.cpu_offload and device.type != "cuda"
         self._reshards = settings.reshard_after_forward
         self._offload = CPUOffloadPolicy() if settings.cpu_offload and device.type == "cuda" else OffloadPolicy()
+        # torch keeps what it worked out for a mesh, and takes a later one of the same names and shape for the same: without
+        # a number a second run in these processes is handed groups of the first, which are gone.
+        self._number = next(_MESHES)
         self._mesh = self._made_mesh()
         self._roots: list[nn.Module] = []
         self._split: dict[int, list[nn.Module]] = {}
 
     def _made_mesh(self) -> DeviceMesh:
         sizes = {_REPLICAS: self.replicas, _SHARDS: self.size, _SPLIT: self.parts}
-        used = {name: size for name, size in sizes.items() if size > 1 or name == _SHARDS}
+        used = {self._named(name): size for name, size in sizes.items() if size > 1 or name == _SHARDS}
         return init_device_mesh(self.device.type, tuple(used.values()), mesh_dim_names=tuple(used))
+
+    def _named(self, dimension: str) -> str:
+        return f"{dimension}-{self._number}"
 
     @property
     def _data_mesh(self) -> DeviceMesh:
         """The processes that see other rows than this one."""
-        return self._mesh[_REPLICAS, _SHARDS] if self.replicas > 1 else self._mesh[_SHARDS]
+        shards = self._named(_SHARDS)
+        return self._mesh[self._named(_REPLICAS), shards] if self.replicas > 1 else self._mesh[shards]
 
     def cut(self, root: nn.Module, half: Callable[[str], torch.dtype | None]) -> None:
         """Takes a model on the CPU to the device, share by share, in place. half: the number format that a parameter
@@ -101,7 +110,7 @@ class Sharding:
             root.to(self.device)
             return
         if self.parts > 1:
-            self._split[id(root)] = split_layers(root, self._mesh[_SPLIT])
+            self._split[id(root)] = split_layers(root, self._mesh[self._named(_SPLIT)])
         formats = {half(name) for name, _ in root.named_parameters()} - {None}
         assert len(formats) <= 1, formats
         # Whatever keeps its own format stands apart: a policy is that of all parameters that are gathered together.
@@ -261,11 +270,10 @@ def _memory(device: torch.device) -> int:
 def _split_of(parameter: Tensor) -> int | None:
     """The dimension that tensor parallelism splits."""
     assert isinstance(parameter, DTensor), type(parameter)
-    names = parameter.device_mesh.mesh_dim_names or ()
-    if _SPLIT not in names:
-        return None
-    placement = parameter.placements[names.index(_SPLIT)]
-    return placement.dim if isinstance(placement, Shard) else None
+    for name, placement in zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True):
+        if name.startswith(_SPLIT) and isinstance(placement, Shard):
+            return int(placement.dim)
+    return None
 
 
 def _layers(root: nn.Module) -> list[nn.Module]:

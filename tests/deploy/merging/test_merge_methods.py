@@ -105,11 +105,11 @@ def test_trim_by_hand() -> None:
 
 
 def test_election_by_hand() -> None:
-    # 1st: 3 − 1 − 1 > 0: 3 alone. 2nd: −2 − 2 + 3 < 0: the mean of −2 and −2. 3rd: 1 − 1 + 0: no sign, 0.
+    # 1st: 3 − 1 − 1 > 0: 3 alone. 2nd: −2 − 2 + 3 < 0: the mean of −2 and −2. 3rd: 1 − 1 + 0: equal, plus, 1.
     # 4th: 0 + 4 + 2: zeros do not count: 3.
     deltas = [of(3, -2, 1, 0), of(-1, -2, -1, 4), of(-1, 3, 0, 2)]
-    close(elected([each.clone() for each in deltas], [1, 1, 1], normalize=True), of(3, -2, 0, 3))
-    close(elected([each.clone() for each in deltas], [1, 1, 1], normalize=False), of(3, -4, 0, 6))
+    close(elected([each.clone() for each in deltas], [1, 1, 1], normalize=True), of(3, -2, 1, 3))
+    close(elected([each.clone() for each in deltas], [1, 1, 1], normalize=False), of(3, -4, 1, 6))
     # Weights 1, 4, 1 turn the first sign: 3 − 4 − 1 < 0: (4·(−1) + 1·(−1)) / 5.
     close(elected([each.clone() for each in deltas], [1, 4, 1], normalize=True)[:1], of(-1))
 

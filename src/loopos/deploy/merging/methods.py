@@ -130,12 +130,13 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
     """For each element the sign with the larger mass, sgn Σ w_i δ_i; then over those A of that sign Σ_A w_i δ_i,
     divided by Σ_A |w_i| with `normalize`: their mean. Writes into the first delta.
 
-    Yadav et al. 2023, "TIES-Merging", section 3 (elect sign, disjoint merge).
+    Yadav et al. 2023, "TIES-Merging", section 3 (elect sign, disjoint merge). Where the masses are equal, as weights in half
+    precision often make them, the paper leaves the sign open; here it is plus: one change stays, not neither.
     """
     flat = [delta.view(-1) for delta in deltas]
     for start in range(0, flat[0].numel(), magnitudes.PIECE):
         parts = [each[start : start + magnitudes.PIECE] * weight for each, weight in zip(flat, weights, strict=True)]
-        sign = torch.stack(parts).sum(0).sign_()
+        sign = torch.where(torch.stack(parts).sum(0) < 0, -1.0, 1.0)
         total, mass = torch.zeros_like(sign), torch.zeros_like(sign)
         for part, weight in zip(parts, weights, strict=True):
             agrees = (part.sign() == sign) & (part != 0)
