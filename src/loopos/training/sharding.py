@@ -80,8 +80,8 @@ class Sharding:
         self._unused = settings.cpu_offload and device.type != "cuda"
         self._reshards = settings.reshard_after_forward
         self._offload = CPUOffloadPolicy() if settings.cpu_offload and device.type == "cuda" else OffloadPolicy()
-        # torch keeps what it worked out for a mesh, and takes a later one of the same names and shape for the same: without
-        # a number a second run in these processes is handed groups of the first, which are gone.
+        # torch keeps what it worked out for a mesh, and takes a later one of the same names and shape for the same:
+        # without a number a second run in these processes is handed groups of the first, which are gone.
         self._number = next(_MESHES)
         self._mesh = self._made_mesh()
         self._roots: list[nn.Module] = []

@@ -130,8 +130,8 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
     """For each element the sign with the larger mass, sgn Σ w_i δ_i; then over those A of that sign Σ_A w_i δ_i,
     divided by Σ_A |w_i| with `normalize`: their mean. Writes into the first delta.
 
-    Yadav et al. 2023, "TIES-Merging", section 3 (elect sign, disjoint merge). Where the masses are equal, as weights in half
-    precision often make them, the paper leaves the sign open; here it is plus: one change stays, not neither.
+    Yadav et al. 2023, "TIES-Merging", section 3 (elect sign, disjoint merge). Where masses are equal, as half precision
+    often makes them, the paper leaves the sign open; here it is plus: one change stays, not neither.
     """
     flat = [delta.view(-1) for delta in deltas]
     for start in range(0, flat[0].numel(), magnitudes.PIECE):
