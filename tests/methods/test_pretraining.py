@@ -90,6 +90,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert (last[0] / "optimizer.safetensors").read_bytes() == (last[1] / "optimizer.safetensors").read_bytes()
 
 
+def test_without_text_to_validate_on_it_trains_all_the_same(tmp_path: Path) -> None:
+    config = config_in(tmp_path, num_epochs=1)
+    train(config.model_copy(update={"data": config.data.model_copy(update={"validation_share": 0.0})}))
+    kinds = [event["event"] for event in read(tmp_path / "run" / "events.jsonl")]
+    assert "step" in kinds
+    assert "validation" not in kinds
+    assert (tmp_path / "models" / "pretrained_model.bin").is_file()
+
+
 def test_the_loss_is_that_of_transformers(pico_folder: Path) -> None:
     causal = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32).eval()
     lengths = (7, 3, 12)

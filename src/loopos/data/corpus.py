@@ -79,6 +79,8 @@ def encode_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], 
     """
     assert max_length >= 2, max_length
     pieces: list[Encoded] = []
+    if not documents:
+        return pieces
     for index, ids in enumerate(tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]):
         whole = [*ids, tokenizer.eos_token_id]
         for first in range(0, len(whole) - 1, max_length - 1):
