@@ -1,11 +1,13 @@
 """Greedy text of an exported GGUF file: llama.cpp beside LoopOS's engine, on the same prompts.
 
-    python bench/gguf_text.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48]
+    python bench/gguf_text.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48] [--cache f16]
 
 Needs llama-cpp-python (pip install llama-cpp-python), which is built from source. The model is exported to a temporary
 folder; both engines continue the same token ids without sampling. One JSON line a prompt (tokens that agree before the
 first that does not, and whether both made the same ids of the prompt's text), then one with the shares. LoopOS runs the
-weights in fp32; llama.cpp computes F16 files partly in half precision, so that a near tie may fall the other way.
+weights in fp32; llama.cpp computes F16 files partly in half precision, so that a near tie may fall the other way: where
+the two part, `gap` is how far LoopOS's logit of its own token lies above that of llama.cpp's, and `spread` the standard
+deviation of its logits there. `--cache`: the number format of llama.cpp's keys and values.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 PROMPTS = (
     "The keeper of the lighthouse", "Once upon a time", "The capital of France is", "To make bread you need",
@@ -31,15 +34,25 @@ def agreeing(one: list[int], other: list[int]) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
+def near_tie(model: Any, ids: list[int], ours: int, theirs: int) -> dict[str, float]:
+    """How far apart the logits of two tokens are after `ids`, and the spread of all."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+    return {"gap": round(float(logits[ours] - logits[theirs]), 4), "spread": round(float(logits.std()), 4)}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--type", default="f16")
     options.add_argument("--prompts", type=int, default=len(PROMPTS))
     options.add_argument("--tokens", type=int, default=48)
+    options.add_argument("--cache", choices=("f32", "f16"), default="f16")
     asked = options.parse_args()
     try:
-        from llama_cpp import Llama
+        from llama_cpp import GGML_TYPE_F16, GGML_TYPE_F32, Llama
     except ModuleNotFoundError:
         sys.exit("bench/gguf_text.py needs llama-cpp-python: pip install llama-cpp-python")
     from loopos.deploy.export import export
@@ -59,7 +72,8 @@ def main() -> None:
         done = export(asked.model, Path(folder) / "out", ExportSettings(format="gguf", type=asked.type, check=False))
         seconds = time.perf_counter() - begun
         [file] = done.folder.glob("*.gguf")
-        runtime = Llama(model_path=str(file), n_ctx=2048, logits_all=False, verbose=False)
+        cache = {"f32": GGML_TYPE_F32, "f16": GGML_TYPE_F16}[asked.cache]
+        runtime = Llama(str(file), n_ctx=2048, logits_all=False, verbose=False, type_k=cache, type_v=cache)
         whole = same_ids = 0
         for text, prompt, expected in zip(texts, ids, ours, strict=True):
             theirs: list[int] = []
@@ -73,8 +87,16 @@ def main() -> None:
             whole += number == len(expected)
             same_ids += equal_ids
             line = {"prompt": text, "tokens": len(expected), "agree": number, "same_prompt_ids": equal_ids}
+            if number < min(len(expected), len(theirs)):
+                line |= near_tie(opened.model, [*prompt, *expected[:number]], expected[number], theirs[number])
             print(json.dumps(line), flush=True)
-    told = {"model": asked.model, "type": asked.type, "prompts": len(texts), "same_text": whole / len(texts)}
+    told = {
+        "model": asked.model,
+        "type": asked.type,
+        "cache": asked.cache,
+        "prompts": len(texts),
+        "same_text": whole / len(texts),
+    }
     told |= {"same_prompt_ids": same_ids / len(texts), "bytes": done.bytes_after, "export_seconds": round(seconds, 1)}
     print(json.dumps(told), flush=True)
 

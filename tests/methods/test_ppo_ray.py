@@ -52,8 +52,8 @@ class Killing(RayTransport):
 
 
 class Spoken(RunProgress):
-    def say(self, sentence):
-        print(sentence, flush=True)
+    def say(self, *sentences):
+        print(*sentences, sep="\n", flush=True)
 
     warn = say
 
