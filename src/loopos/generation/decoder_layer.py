@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopos.generation.adapted_weight import AdaptedWeight, own_layer
@@ -34,23 +35,22 @@ def linear_layers(module: nn.Module) -> list[list[nn.Module]]:
         return []
     layers = [module.get_submodule(name) for name in _LINEAR]
     plain = [own for own in map(own_layer, layers) if own is not None]
-    if len(plain) < len(layers) or len({own.bias is None for own in plain[:3]}) > 1:
+    if len(plain) < len(layers) or any(len({own.bias is None for own in each}) > 1 for each in (plain[:3], plain[4:6])):
         return []
-    return [layers[:3], *([layer] for layer in layers[3:])]
+    return [layers[:3], layers[3:4], layers[4:6], layers[6:]]
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     """x + O·attention(norm x), then that + W_down (swish(W_gate y) ⊙ W_up y), y its norm (Touvron et al. 2023).
 
-    `together`: the weights of query, key and value.
+    `together`: the weights of query, key and value; `gated`: of gate and up.
     """
 
     layer: Any
     together: PackedWeight | AdaptedWeight
     output: PackedWeight | AdaptedWeight
-    gate: PackedWeight | AdaptedWeight
-    up: PackedWeight | AdaptedWeight
+    gated: PackedWeight | AdaptedWeight
     down: PackedWeight | AdaptedWeight
 
     def forward(
@@ -63,10 +63,9 @@ class DecoderLayer:
     ) -> Tensor:
         """`[B, T, d]` → `[B, T, d]`; cosine and sine of the positions `[B, T, D]`."""
         attended = self._attended(self.layer.input_layernorm(hidden_states), position_embeddings, cached_pass)
-        hidden_states = self.output.product_with(attended, hidden_states, "add")
-        normed = self.layer.post_attention_layernorm(hidden_states)
-        inner = self.up.product_with(normed, self.gate.product(normed, "swish"), "mul")
-        return self.down.product_with(inner, hidden_states, "add")
+        hidden_states = self.output.product_with(attended, hidden_states)
+        gate, up = self.gated.product(self.layer.post_attention_layernorm(hidden_states)).chunk(2, -1)
+        return self.down.product_with(F.silu(gate).mul_(up), hidden_states)
 
     def _attended(
         self, normed: Tensor, position_embeddings: tuple[Tensor, Tensor], cached_pass: PromptPass | TokenPass

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from loopos.generation.adapted_weight import adapted, low_rank_layers, own_layer
+from loopos.generation.adapted_weight import AdaptedWeight, low_rank_layers, own_layer, packed
 from loopos.generation.decoder_layer import DecoderLayer, linear_layers
 from loopos.generation.packed_weight import PackedWeight
 from loopos.models.quantized import QuantizedLinear
@@ -33,7 +33,7 @@ def kernel_layout(model: nn.Module) -> Iterator[None]:
     shared with another layer than an embedding, part of a larger storage, or mapped from a file. Moving there and back
     takes 0.1 s for 106 M parameters on two cores. Within a `kernel_layout` of the same model nothing is done.
     """
-    changed: list[PackedWeight | _WrittenOut | _Replaced] = []
+    changed: list[PackedWeight | AdaptedWeight | _WrittenOut | _Replaced] = []
     try:
         # Tensors made in inference mode could never train again.
         with torch.inference_mode(False), torch.no_grad():
@@ -42,19 +42,18 @@ def kernel_layout(model: nn.Module) -> Iterator[None]:
             alone.difference_update(*map(low_rank_layers, model.modules()))
             for module in model.modules():
                 groups = linear_layers(module)
-                own = [[layer for layer in map(own_layer, group) if layer is not None] for group in groups]
-                if not groups or not alone.issuperset(itertools.chain(*own)):
+                own = {layer for layer in map(own_layer, itertools.chain(*groups)) if layer is not None}
+                if not groups or not alone.issuperset(own):
                     continue
                 weights = []
-                for group, layers in zip(groups, own, strict=True):
-                    packed = PackedWeight(layers)
-                    changed.append(packed)
-                    weights.append(adapted(packed, group))
-                    alone.difference_update(layers)
+                for group in groups:
+                    weights.append(packed(group))
+                    changed.append(weights[-1])
+                alone -= own
                 changed.append(_Replaced(module, DecoderLayer(module, *weights).forward))
             for layer in (*alone, *shared):
-                packed = PackedWeight([layer], moved=layer in alone)
-                changed += [packed, _Replaced(layer, packed.product)]
+                weight = PackedWeight([layer], moved=layer in alone)
+                changed += [weight, _Replaced(layer, weight.product)]
             for codes in _writable(model):
                 changed.append(_WrittenOut(codes))
         yield

@@ -18,18 +18,21 @@ class PackedWeight:
     fixed time beside that of its weights.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], *, moved: bool = True) -> None:
-        """moved: the layers' own memory is given back, and reading their weights gives NaN; otherwise this is a copy,
-        of one layer.
+    def __init__(self, layers: Sequence[nn.Linear], *, below: Tensor | None = None, moved: bool = True) -> None:
+        """below: more rows under those of the layers, `[n, K]`. moved: the layers' own memory is given back, and
+        reading their weights gives NaN; otherwise this is a copy, of one layer.
         """
         assert moved or len(layers) == 1, "a copy is of one layer"
         self._layers, self._moved = layers, moved
         self._owns = [layer.weight.data for layer in layers]
         reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_linear_weight
         # The number of rows is a hint alone: measured, the layout is the same for 1 to 400.
-        self._packed = reorder(self._owns[0] if len(layers) == 1 else torch.cat(self._owns), None)
+        rows = [*self._owns] if below is None else [*self._owns, below]
+        self._packed = reorder(rows[0] if len(rows) == 1 else torch.cat(rows), None)
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "all layers have a bias or none"
+        if biases and below is not None:
+            biases.append(biases[0].new_zeros(len(below)))
         self._bias = torch.cat(biases) if biases else None
         if moved:
             for layer, own in zip(layers, self._owns, strict=True):
@@ -37,15 +40,15 @@ class PackedWeight:
                 own.untyped_storage().resize_(0)
                 layer.weight.data = own.new_full((1, 1), float("nan")).expand(shape)
 
-    def product(self, input: Tensor, then: str = "none", variant: str = "") -> Tensor:
-        """f(x Wᵀ + b), `[..., K]` → `[..., N]`, with the function f as oneDNN names it, or none."""
+    def product(self, input: Tensor) -> Tensor:
+        """x Wᵀ + b, `[..., K]` → `[..., N]`."""
         multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
-        return multiply(input, self._packed, self._bias, then, [], variant)
+        return multiply(input, self._packed, self._bias, "none", [], "")
 
-    def product_with(self, input: Tensor, other: Tensor, operation: str) -> Tensor:
-        """(x Wᵀ + b) ∘ other, `[..., N]`; operation: "add" or "mul"."""
+    def product_with(self, input: Tensor, other: Tensor) -> Tensor:
+        """x Wᵀ + b + other, `[..., N]`."""
         multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.binary
-        return multiply(input, other, self._packed, self._bias, operation)
+        return multiply(input, other, self._packed, self._bias, "add")
 
     def back(self) -> None:
         """The layers' weights are where and what they were."""
