@@ -1,13 +1,13 @@
 """Greedy text of an exported GGUF file: llama.cpp beside LoopOS's engine, on the same prompts.
 
-    python bench/gguf_text.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48] [--cache f16]
+    python bench/gguf_text.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48]
 
 Needs llama-cpp-python (pip install llama-cpp-python), which is built from source. The model is exported to a temporary
 folder; both engines continue the same token ids without sampling. One JSON line a prompt (tokens that agree before the
 first that does not, and whether both made the same ids of the prompt's text), then one with the shares. LoopOS runs the
 weights in fp32; llama.cpp computes F16 files partly in half precision, so that a near tie may fall the other way: where
-the two part, `gap` is how far LoopOS's logit of its own token lies above that of llama.cpp's, and `spread` the standard
-deviation of its logits there. `--cache`: the number format of llama.cpp's keys and values.
+the two part, `gap` is how far LoopOS's logit of its own token lies above that of llama.cpp's, `noise` the root mean
+square of all differences between their logits there, and `spread` the standard deviation of LoopOS's.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def agreeing(one: list[int], other: list[int]) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def near_tie(model: Any, ids: list[int], ours: int, theirs: int) -> dict[str, float]:
-    """How far apart the logits of two tokens are after `ids`, and the spread of all."""
+def near_tie(model: Any, ids: list[int], scores: Any, ours: int, theirs: int) -> dict[str, float]:
+    """How far apart the logits of two tokens are after `ids`, and all of them from llama.cpp's, `scores`."""
     import torch
 
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-    return {"gap": round(float(logits[ours] - logits[theirs]), 4), "spread": round(float(logits.std()), 4)}
+    noise = (logits - torch.from_numpy(scores)).square().mean().sqrt()
+    found = {"gap": logits[ours] - logits[theirs], "noise": noise, "spread": logits.std()}
+    return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def main() -> None:
@@ -49,10 +51,9 @@ def main() -> None:
     options.add_argument("--type", default="f16")
     options.add_argument("--prompts", type=int, default=len(PROMPTS))
     options.add_argument("--tokens", type=int, default=48)
-    options.add_argument("--cache", choices=("f32", "f16"), default="f16")
     asked = options.parse_args()
     try:
-        from llama_cpp import GGML_TYPE_F16, GGML_TYPE_F32, Llama
+        from llama_cpp import Llama
     except ModuleNotFoundError:
         sys.exit("bench/gguf_text.py needs llama-cpp-python: pip install llama-cpp-python")
     from loopos.deploy.export import export
@@ -72,8 +73,7 @@ def main() -> None:
         done = export(asked.model, Path(folder) / "out", ExportSettings(format="gguf", type=asked.type, check=False))
         seconds = time.perf_counter() - begun
         [file] = done.folder.glob("*.gguf")
-        cache = {"f32": GGML_TYPE_F32, "f16": GGML_TYPE_F16}[asked.cache]
-        runtime = Llama(str(file), n_ctx=2048, logits_all=False, verbose=False, type_k=cache, type_v=cache)
+        runtime = Llama(model_path=str(file), n_ctx=512, logits_all=True, verbose=False)
         whole = same_ids = 0
         for text, prompt, expected in zip(texts, ids, ours, strict=True):
             theirs: list[int] = []
@@ -88,7 +88,10 @@ def main() -> None:
             same_ids += equal_ids
             line = {"prompt": text, "tokens": len(expected), "agree": number, "same_prompt_ids": equal_ids}
             if number < min(len(expected), len(theirs)):
-                line |= near_tie(opened.model, [*prompt, *expected[:number]], expected[number], theirs[number])
+                seen = [*prompt, *expected[:number]]
+                runtime.reset()
+                runtime.eval(seen)
+                line |= near_tie(opened.model, seen, runtime.scores[len(seen) - 1], expected[number], theirs[number])
             print(json.dumps(line), flush=True)
     told = {
         "model": asked.model,
