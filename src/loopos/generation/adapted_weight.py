@@ -1,4 +1,4 @@
-"""A packed weight with low-rank changes beside it: W + s·B·A (Hu et al. 2021), in two products and no other kernels.
+"""A packed weight with low-rank changes beside it: W + s·B·A (Hu et al. 2021), in two products.
 
 Enters: linear layers under peft's LoRA, some of them plain. Leaves: what `PackedWeight` gives, with the change of the
 active adapters. The change is not added to the weight: in bf16 most of it would be rounded away. Left out: packing,
@@ -64,8 +64,8 @@ class AdaptedWeight:
             ups.append(up[0] if up else torch.zeros(layer.out_features, 0))
         blocks: Callable[..., Tensor] = torch.block_diag
         self._num_features = sum(layer.out_features for layer in plain)
-        self._together = PackedWeight(plain, below=torch.cat(downs).to(torch.bfloat16))
         self._up = _copied(blocks(*ups))
+        self._together = PackedWeight(plain, below=torch.cat(downs).to(torch.bfloat16))
 
     def product(self, input: Tensor) -> Tensor:
         """x (W + s·B·A)ᵀ + b, `[..., K]` → `[..., N]`."""
