@@ -19,6 +19,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -40,6 +41,7 @@ COMMON: dict[str, Any] = {
 }
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**COMMON),
+    "qwen2 with biases": lambda: Qwen2Config(**COMMON),
     "qwen3": lambda: Qwen3Config(**COMMON, head_dim=8),
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_positions=256,
                                pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3),
@@ -54,7 +56,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 def pico_model(name: str) -> PreTrainedModel:
     torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation="eager", dtype=torch.float32).eval()
+    for parameter_name, parameter in model.named_parameters():
+        # transformers begins with biases of 0, which a mistake would leave unseen.
+        if parameter_name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def mixed_prompts(number: int, *, longest: int = 24, seed: int = 0) -> list[list[int]]:

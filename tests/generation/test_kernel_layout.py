@@ -141,7 +141,7 @@ def with_lora(name: str, targets: list[str] | str) -> PreTrainedModel:
 
 class TestAdapters:
     @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
-    @pytest.mark.parametrize("name", ["llama", "qwen3"])
+    @pytest.mark.parametrize("name", ["llama", "qwen2 with biases", "qwen3"])
     def test_a_model_under_lora_decodes_in_few_kernels(
         self, name: str, targets: list[str] | str, tokenizer: PreTrainedTokenizerBase
     ) -> None:
