@@ -96,7 +96,6 @@ def main() -> None:
     told = {
         "model": asked.model,
         "type": asked.type,
-        "cache": asked.cache,
         "prompts": len(texts),
         "same_text": whole / len(texts),
     }

@@ -52,11 +52,12 @@ def test_without_a_group_as_with_its_outputs_unread(family: str, tmp_path: Path)
         layer_list(whole)[place].self_attn.o_proj.weight.data[:, dropped] = 0
         keep_groups(model, layer_list(model)[place], [kept])
     set_groups(model, 1)
-    torch.testing.assert_close(logits(model), logits(whole))
+    # Scores of attention reach 20: a rounding elsewhere is that many times larger behind their softmax.
+    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-5, atol=1e-4)
     again = reopened(model, tmp_path)
     assert (again.config.num_attention_heads, again.config.num_key_value_heads) == (2, 1)
     assert again.config.head_dim == 8
-    torch.testing.assert_close(logits(again), logits(whole))
+    torch.testing.assert_close(logits(again), logits(whole), rtol=1e-5, atol=1e-4)
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in whole.parameters())
 
 
