@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from loopos.functional.packing import PackedLayout
 from loopos.models.attention import IMPLEMENTATION, PackedUnsupported
 from loopos.models.embedding import use_summed_embedding
-from loopos.models.lean_norm import make_norms_lean
 from loopos.models.quantized import exact_activations
 
 # Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
@@ -41,7 +40,6 @@ class Backbone(nn.Module):
         self.model = model
         self._plain_attention = model.config._attn_implementation
         use_summed_embedding(model)
-        make_norms_lean(model)
         self.takes_token_types = _takes_token_types(model)
         self.path, self.reason = "padded", ""
         if attention == "padded":
