@@ -93,12 +93,7 @@ def main() -> None:
                 runtime.eval(seen)
                 line |= near_tie(opened.model, seen, runtime.scores[len(seen) - 1], expected[number], theirs[number])
             print(json.dumps(line), flush=True)
-    told = {
-        "model": asked.model,
-        "type": asked.type,
-        "prompts": len(texts),
-        "same_text": whole / len(texts),
-    }
+    told = {"model": asked.model, "type": asked.type, "prompts": len(texts), "same_text": whole / len(texts)}
     told |= {"same_prompt_ids": same_ids / len(texts), "bytes": done.bytes_after, "export_seconds": round(seconds, 1)}
     print(json.dumps(told), flush=True)
 

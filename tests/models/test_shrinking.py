@@ -38,13 +38,14 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def reopened(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
-    opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     return opened
 
 
 @pytest.mark.parametrize("family", WITH_HEADS)
 def test_without_a_group_as_with_its_outputs_unread(family: str, tmp_path: Path) -> None:
-    whole, model = pico_model(family), pico_model(family)
+    # In fp64: fewer heads sum in another order, and sharp attention makes much of a rounding.
+    whole, model = (pico_model(family).to(torch.float64) for _ in range(2))
     shape = head_shape(model)
     assert (shape.groups, shape.queries, shape.size) == (2, 2, 8)
     for place, kept in enumerate((1, 0)):
@@ -52,12 +53,12 @@ def test_without_a_group_as_with_its_outputs_unread(family: str, tmp_path: Path)
         layer_list(whole)[place].self_attn.o_proj.weight.data[:, dropped] = 0
         keep_groups(model, layer_list(model)[place], [kept])
     set_groups(model, 1)
-    # Scores of attention reach 20: a rounding elsewhere is that many times larger behind their softmax.
-    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(whole))
     again = reopened(model, tmp_path)
     assert (again.config.num_attention_heads, again.config.num_key_value_heads) == (2, 1)
     assert again.config.head_dim == 8
-    torch.testing.assert_close(logits(again), logits(whole), rtol=1e-5, atol=1e-4)
+    # Norms and rotary positions compute in fp32 whatever the model's format, and other attention kernels round otherwise.
+    torch.testing.assert_close(logits(again), logits(whole), rtol=1.3e-6, atol=1e-5)
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in whole.parameters())
 
 
