@@ -101,10 +101,15 @@ class TrainedWeights:
         """Loads the weights of the best checkpoint and returns its step; None, and nothing is loaded, without one. To
         be called on every process.
         """
-        best = checkpoint.best(run_dir / "checkpoints") if settings.keep_best else None
-        if best is None:
+        if not settings.keep_best:
             return None
-        found = checkpoint.load(best)
+        root = run_dir / "checkpoints"
+        # The first process's word, which comes after its last change to the folder: another might look in the middle.
+        best = checkpoint.best(root) if self._world.is_first else None
+        name = self._world.gather(best and best.name)[0]
+        if name is None:
+            return None
+        found = checkpoint.load(root / str(name))
         self.masters.load(found.tensors["weights"])
         return found.step
 
