@@ -71,7 +71,7 @@ def test_an_adapted_model_starts_unchanged_merges_and_opens_with_peft(architectu
     disturb(model)
     adapted = hidden(model)
     assert (adapted - before).abs().max() > 0.05
-    save_lora(model, tmp_path / "adapter", lora, base=str(tmp_path / "base"))
+    save_lora(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     merge_lora(model)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert set(model.state_dict()) == set(tiny(architecture).state_dict())

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from loopos.functional.packing import PackedLayout
 from loopos.functional.reduce import segment_reduce
 from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
+from loopos.models.backbone import headless
 from loopos.models.quantized import QuantizedLinear
 
 # transformers' own attention that every model has.
@@ -170,7 +171,7 @@ def mean_hidden_states(model: PreTrainedModel, implementation: str, sequences: S
     """The mean of the last layer's hidden states over the tokens of each sequence, `[N, d]` fp32. To be called while
     `serving(model, implementation)`, beside rows that decode: these are not touched.
     """
-    base = getattr(model, model.base_model_prefix)
+    base = headless(model)
     extra: dict[str, object] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
     if implementation == PLAIN:
         alone = [base(input_ids=torch.tensor([list(ids)], device=model.device), **extra) for ids in sequences]

@@ -238,7 +238,7 @@ class FineTuner:
                 self._log_confusion(outputs)
             if self.config.training.trainable == "lora":
                 backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
-                save_lora(backbone, self.run_dir / "adapter", self.config.training.lora or LoraSection(), base=base)
+                save_lora(backbone, self.run_dir / "adapter", base=base)
                 merge_lora(backbone)
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
             write_report(self.run_dir)

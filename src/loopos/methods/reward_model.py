@@ -122,6 +122,8 @@ class RewardModelTrainer:
         backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
         self.shares_prompts = self.device.type == "cpu" and backbone.shares_trunks
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
+        if not self.shares_prompts:
+            self.progress.say("prompts: computed once for each response, not once for all of a row")
         held_back = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
@@ -236,7 +238,7 @@ class RewardModelTrainer:
             backbone = self.model.backbone.model
             if settings.trainable == "lora":
                 base = self.config.data.pretrained_weights
-                save_lora(backbone, self.run_dir / "adapter", settings.lora or LoraSection(), base=base)
+                save_lora(backbone, self.run_dir / "adapter", base=base)
                 merge_lora(backbone)
             self.pretrained.tokenizer.chat_template = self.encoder.template.source
             description = self.description(normalisation)
