@@ -41,10 +41,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "attention_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "state_size"), 8),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups", "n_groups", "moe_layer_start_index"), 1),
-    **{"sliding_window": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.05},
-    **{"query_pre_attn_scalar": 8, "rotary_dim": 4, "attention_window_size": 16, "hidden_size_per_layer_input": 8},
-    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_nextn_predict_layers": 0, "moe_layer_interval": 1},
+    "sliding_window": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.05,
+    "query_pre_attn_scalar": 8, "rotary_dim": 4, "attention_window_size": 16, "hidden_size_per_layer_input": 8,
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_nextn_predict_layers": 0, "moe_layer_interval": 1,
 }  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "n_group": 2, "topk_group": 1, "partial_rotary_factor": 1.0},

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
 from loopos.data.preference_data import PreferenceEncoder, load_comparisons
@@ -45,6 +44,7 @@ from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
+from loopos.training.router_objective import with_router_loss
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
@@ -119,7 +119,7 @@ class RewardModelTrainer:
         """Backbone and scalar heads, what trains, the number format."""
         settings = self.config.training
         self.precision = resolve(settings.precision, self.device)
-        backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
+        self.backbone = backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
         self.shares_prompts = self.device.type == "cpu" and backbone.shares_trunks
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
         if not self.shares_prompts:
@@ -168,7 +168,9 @@ class RewardModelTrainer:
                 self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
             ),
             batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.share[0], world=world.share[1]),
-            objective=PairObjective(self.model, self.config.reward.centring),
+            objective=with_router_loss(
+                PairObjective(self.model, self.config.reward.centring), self.backbone, settings.router_aux_loss
+            ),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,

@@ -20,6 +20,7 @@ from loopos.functional.packing import PackedLayout
 from loopos.models.attention import IMPLEMENTATION, PackedUnsupported
 from loopos.models.embedding import use_summed_embedding
 from loopos.models.quantized import exact_activations
+from loopos.models.routers import RouterRecorder
 
 # Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -66,6 +67,11 @@ class Backbone(nn.Module):
         found out on these weights.
         """
         return self.path == "packed" and _branches_are_exact(self.model)
+
+    @cached_property
+    def routers(self) -> RouterRecorder | None:
+        """What its routers of experts decide, pass by pass; None for a model without."""
+        return RouterRecorder.of(self.model)
 
     @property
     def hidden_size(self) -> int:
