@@ -49,12 +49,9 @@ SIZES: dict[str, Any] = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "n_group": 2, "topk_group": 1, "partial_rotary_factor": 1.0},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
-    "dbrx": {
-        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-    },
     "deepseek_v4": {"hc_mult": 2, "o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 8, "qk_rope_head_dim": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -77,15 +74,39 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"expert_ffn_hidden_size": 16, "num_layers": 1, "zero_expert_num": 1, "head_dim": 8, "num_key_value_heads": 4},
 
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+        "ple_embed_dim": 32,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
     "roc_bert": dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), VOCABULARY)
     | dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim"), 32),
-    "xlstm": {"num_heads": 2, "num_blocks": 2, "qk_dim_factor": 1.0},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "attention_head_dim": 16, "mamba_dt_rank": 4,
+              "use_mamba_kernels": False, "attention_hidden_size": 64},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+NOT_TRIED: dict[str, str] = {
+    "blt": "four models of its own that read bytes by patches; no small config of it",
+    "dbrx": "transformers cannot build it from its own config class (rope_theta)",
+    "dots3_note": "no small config of it",
+    "dots3_note_text": "no small config of it",
+    "gemma3n": "its vision tower needs the package timm; gemma3n_text is tried",
+    "gemma4_assistant": "drafts for a larger model, whose states it reads",
+    "gemma4_unified_assistant": "drafts for a larger model, whose states it reads",
+    "musicgen": "writes sound",
+    "musicgen_melody": "writes sound",
+    "prophetnet": "predicts several tokens at once; no small config of it",
+    "xlnet": "not causal: it reads tokens in permuted order",
+    "xlstm": "transformers' own forward pass fails at small sizes",
+}
 _DECODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
              "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
              "xmod", "trocr")  # fmt: skip
@@ -112,7 +133,7 @@ def pico_causal(model_type: str) -> PreTrainedModel:
     config = pico_config(model_type)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    assert size < 4e6, f"{model_type} is not small: {size:,} parameters"
+    assert size < 8e6, f"{model_type} is not small: {size:,} parameters"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

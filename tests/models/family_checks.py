@@ -35,7 +35,7 @@ from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
 
 LENGTHS = (9, 4, 12)
-CHECKS = ("loss", "full", "lora", "generate", "classify", "score", "export", "merge")
+CHECKS = ("loss", "full", "lora", "generate", "classify", "score", "export", "gguf", "merge")
 
 
 class FamilyRun:
@@ -144,6 +144,11 @@ class FamilyRun:
             str(self._trained()), self.folder / "export", ExportSettings(format="huggingface", type="f32")
         )
         assert exported.check is not None
+        return "right"
+
+    def gguf(self) -> str:
+        """The weights as a file for llama.cpp."""
+        export(str(self.base), self.folder / "gguf", ExportSettings(format="gguf", type="f32"))
         return "right"
 
     def merge(self) -> str:

@@ -118,8 +118,9 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str 
             torch.manual_seed(seed)
             _inject(config, model, name)
     except ValueError as problem:
+        reason = str(problem).splitlines()[0]
         raise UserError(
-            f"training.lora.target_modules: {str(problem).splitlines()[0]}; linear layers of this {type(model).__name__}: "
+            f"training.lora.target_modules: {reason}; linear layers of this {type(model).__name__}: "
             f"{', '.join(linear_names(model))}"
         ) from problem
 
