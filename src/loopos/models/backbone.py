@@ -171,6 +171,9 @@ def _why_not_packed(model: PreTrainedModel) -> str:
     reason = ""
     try:
         model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            # transformers would mask a packed row itself, up to the length that the module has a mask for.
+            raise PackedUnsupported("its attention is fixed in its own modules")
         packed = _packed_hidden_states(model, ids, layout, None)
         difference = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
         if not difference <= _PROBE_TOLERANCE:
