@@ -31,8 +31,9 @@ from loopos.evaluation.markdown import table
 from loopos.evaluation.progress import Tell, silent
 from loopos.models.found_model import FoundModel, find_model
 from loopos.models.quantized_folder import CODES
+from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object, save_json
-from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
+from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype, weight_files
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARD = "README.md"
@@ -207,8 +208,11 @@ def _check(model: FoundModel, folder: Path | None, partial: Path, file: str, set
 
 
 def _bytes_of(folder: Path | None) -> int:
-    """Bytes of the weights' files."""
+    """Bytes of the weights' files; of a model's folder, those that are opened."""
     assert folder is not None
+    if files := weight_files(folder):
+        files += [folder / HEAD] if (folder / HEAD).is_file() else []
+        return sum(file.stat().st_size for file in files)
     kinds = (".safetensors", ".gguf", ".onnx", ".data")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loopos.config.faults import UserError
 from loopos.models.sources import WeightsSource
+from loopos.storage.tensor_files import weight_files
 
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _PICKLE_REFUSED = "refused, since opening it would run code"
@@ -57,6 +58,8 @@ def from_folder(
     cannot be read or that do not fill the model.
     """
     opener = model_class(config, causal=causal)
+    if Path(place).is_dir():
+        weight_files(Path(place))
     try:
         model, info = opener.from_pretrained(
             place,
