@@ -30,7 +30,7 @@ from loopos.deploy.merging.sources import HEAD_TENSOR, SCORE, Source, open_sourc
 from loopos.deploy.merging.tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import dropped_said, row_metrics
 from loopos.deploy.shipped_folder import NOTHING_WRITTEN, REPORT, shipped_folder
-from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adapter, open_adapter_folder
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adapter
 from loopos.models.load import NUMBER_FORMATS
 from loopos.models.sources import ADAPTER_CONFIG
 from loopos.models.task_folder import HEAD

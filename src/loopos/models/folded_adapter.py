@@ -96,8 +96,8 @@ def _require_known(adapter: AdapterFolder) -> None:
     start = adapter.config.get("init_lora_weights", True)
     if adapter.method == "LORA" and start not in REPEATED_STARTS:
         raise UserError(
-            f"{adapter.place}: init_lora_weights {start}: its change begins at a start that is neither in its folder nor "
-            "found again from the base; expected an adapter that peft has turned into plain LoRA: save it with "
+            f"{adapter.place}: init_lora_weights {start}: its change begins at a start that is neither in its folder "
+            "nor found again from the base; expected an adapter that peft has turned into plain LoRA: save it with "
             "path_initial_model_for_weight_conversion"
         )
     if adapter.config.get("alora_invocation_tokens"):

@@ -35,7 +35,7 @@ from loopos.deploy.exporting.gguf_layout import (
     places,
 )
 from loopos.deploy.exporting.gguf_vocabulary import Vocabulary, read_vocabulary
-from loopos.deploy.exporting.number_formats import cast
+from loopos.deploy.exporting.number_formats import cast, require_finite
 from loopos.evaluation.progress import Tell
 from loopos.storage.tensor_files import StoredTensor, folder_tensors
 from loopos.storage.tensor_format import TensorSpec
@@ -123,6 +123,7 @@ def encoded(name: str, tensor: Tensor, kind: str) -> Numbers:
         tensor = cast(name, tensor, torch.float16)
         found: Numbers = tensor.contiguous().numpy()
         return found
+    require_finite(name, tensor)
     quantised: Numbers = quantize(as_float32(tensor).numpy(), GGMLQuantizationType[kind.upper()])
     return quantised
 
