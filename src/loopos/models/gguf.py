@@ -2,8 +2,8 @@
 
 transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
 times over (config, tokenizer, weights). The folder (safetensors in fp32: the dequantised values exactly) then opens in
-under a second. It is named by the file's SHA-256 and the version of the conversion, so that a changed file is converted
-anew, and every file where the conversion itself has changed.
+under a second. It is named by the file's SHA-256 and the version of the conversion, so that a changed file is
+converted anew, and every file where the conversion itself has changed.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from loopos.models.gguf_metadata import read_metadata
     from loopos.models.gguf_tokenizer import gguf_tokenizer
 
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
     try:
-        fields = GGUFReader(file).fields
-        named = _config(file, fields)
+        said = read_metadata(file)
+        named = _config(file, said)
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **named)
-        tokenizer = gguf_tokenizer(fields) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, IndexError) as problem:
         raise UserError(
             f"{file}: cannot be read as GGUF: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
@@ -76,14 +77,14 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _config(file: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config to open a file with, where transformers' own reader would leave out the size of a head: it takes that of
+def _config(file: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The config to open a file with, where transformers' own reader would leave out the size of a head: it takes
     a Qwen3's for 128. Nothing for other architectures, whose config it reads whole.
     """
-    if fields["general.architecture"].contents() != "qwen3":
+    if said["general.architecture"] != "qwen3":
         return {}
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    config.head_dim = int(fields["qwen3.attention.key_length"].contents())
+    config.head_dim = int(said["qwen3.attention.key_length"])
     return {"config": config}

@@ -1,9 +1,9 @@
 """The tokenizer in a GGUF file, as transformers saves one.
 
-Enters: the fields of a GGUF file with a byte-level BPE vocabulary whose way of splitting text is known here. Leaves: the tokenizer
-that such a file was made from. transformers' own reader chooses the splitting by the architecture instead of by what
-the file says, and gives vocabularies without it a token <|endoftext|> that the model has no embedding for. Left out:
-other vocabularies (SentencePiece, WordPiece), which stay transformers' work.
+Enters: what a GGUF file says of a byte-level BPE vocabulary whose way of splitting text is known here. Leaves: the
+tokenizer that such a file was made from. transformers' own reader chooses the splitting by the architecture instead of
+by what the file says, and gives vocabularies without it a token <|endoftext|> that the model has no embedding for.
+Left out: other vocabularies (SentencePiece, WordPiece), which stay transformers' work.
 """
 
 from __future__ import annotations
@@ -34,15 +34,11 @@ def unused_name(row: int) -> str:
     return f"[PAD{row}]"
 
 
-def gguf_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a GGUF file by its `fields`, as `gguf.GGUFReader` has them; None for a vocabulary of another kind,
+def gguf_tokenizer(said: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a GGUF file by what it says, as `read_metadata` has it; None for a vocabulary of another kind,
     or split in a way that is not known here.
     """
-    kept = {
-        key.removeprefix("tokenizer."): field.contents()
-        for key, field in fields.items()
-        if key.startswith("tokenizer.")
-    }
+    kept = {key.removeprefix("tokenizer."): value for key, value in said.items() if key.startswith("tokenizer.")}
     steps = _pre_tokenizer(kept.get("ggml.pre"))
     if kept.get("ggml.model") != "gpt2" or steps is None:
         return None

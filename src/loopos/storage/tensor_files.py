@@ -25,6 +25,8 @@ from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header,
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+NAMED_WEIGHTS = "transformers_weights"
+"""The key of a config that names another file, or index, of its folder."""
 _INDEX_SUFFIX = ".index.json"
 
 
@@ -89,7 +91,7 @@ def weights_entry(folder: Path) -> Path | None:
     (transformers_weights), then model.safetensors, its index, pytorch_model.bin, its index. None where there is none.
     """
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    named = config.get("transformers_weights")
+    named = config.get(NAMED_WEIGHTS)
     names = [named] if isinstance(named, str) else [WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 

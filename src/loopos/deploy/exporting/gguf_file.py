@@ -101,7 +101,9 @@ def write_gguf(prepared: PreparedGguf, file: Path, kind: str, *, name: str, tell
         writer.write_ti_data_to_file()
         for done, place in enumerate(prepared.places):
             tell(done, len(prepared.places), place.name)
-            tensor = place.arranged(prepared.weights[place.source].read())
+            tensor = prepared.weights[place.source].read()
+            require_finite(place.source, tensor)
+            tensor = place.arranged(tensor)
             writer.write_tensor_data(encoded(place.name, tensor, types[place.name]))
         writer.flush()
         for stream in writer.fout or ():
@@ -123,7 +125,6 @@ def encoded(name: str, tensor: Tensor, kind: str) -> Numbers:
         tensor = cast(name, tensor, torch.float16)
         found: Numbers = tensor.contiguous().numpy()
         return found
-    require_finite(name, tensor)
     quantised: Numbers = quantize(as_float32(tensor).numpy(), GGMLQuantizationType[kind.upper()])
     return quantised
 

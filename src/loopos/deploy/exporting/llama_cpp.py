@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_THREADS = 2
+import torch
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LlamaCpp:
         settings.warmup = False
         settings.use_jinja = True
         settings.verbosity = -1
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = _THREADS
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(settings)
