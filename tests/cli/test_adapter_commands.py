@@ -99,7 +99,7 @@ def test_a_broken_adapter_is_one_line_of_every_command(adapter: Path, tmp_path: 
         ("generate", place, "--prompt", "the"),
         ("export", place, "--format", "huggingface", "-o", out),
         ("merge", place, place, "--method", "linear", "-o", out),
-        ("quantize", place, "-o", out),
+        ("quantize", place, "--method", "int8", "-o", out),
     ):
         result = invoke(*words)
         assert result.exit_code == 2, (words, result.stderr, result.exception)

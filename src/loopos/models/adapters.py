@@ -250,12 +250,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
     try:
         _inject(LoraConfig.from_pretrained(str(folder)), model, name)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
     except (ValueError, TypeError, KeyError, RuntimeError) as problem:
-        first = next(line for line in [*str(problem).splitlines()[::-1], type(problem).__name__] if line.strip())
-        raise UserError(
-            f"{folder}: an adapter of other layers than this {type(model).__name__} has: {first}"
-        ) from problem
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+        wrong = [repr(problem) if not str(problem) else str(problem).splitlines()[-1].strip()]
     if wrong:
         raise UserError(f"{folder}: an adapter of other layers than this {type(model).__name__} has: {wrong[0]}")
     for key, parameter in model.named_parameters():
@@ -295,7 +292,7 @@ def save_lora(
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name and f".{ADAPTER}." in name:
-            tensors["base_model.model." + name.replace(f".{ADAPTER}", "")] = parameter.detach()
+            tensors[PREFIX + name.replace(f".{ADAPTER}", "")] = parameter.detach()
     assert tensors, "no adapter in the model"
     with whole_folder(folder) as partial:
         save_tensors(partial / ADAPTER_WEIGHTS, tensors)

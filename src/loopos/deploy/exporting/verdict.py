@@ -62,7 +62,8 @@ def compared(
     """Outputs `[..., C]` of the original, of the export, and of the original with rounded weights; or several of each,
     in one order. tolerance: the share of the largest output that arithmetic explains.
     """
-    first, second, third = ([each] if isinstance(each, Tensor) else each for each in (original, again, rounded or ()))
+    first, second = _several(original), _several(again)
+    third = first if rounded is original else [] if rounded is None else _several(rounded)
     scale = max(float(each.abs().max()) for each in first)
     likeliest = [
         (one.argmax(-1) == other.argmax(-1)).double().flatten() for one, other in zip(first, second, strict=True)
@@ -77,6 +78,10 @@ def compared(
             "same weights were rounded alike"
         )
     return Check(largest, scale, same, beyond, faults=tuple(faults))
+
+
+def _several(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
 
 
 def _largest(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
