@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS, PREFIX, open_adapter_folder
 from loopos.models.backbone import Backbone
-from loopos.models.found_model import ADAPTER_WEIGHTS
 from loopos.models.lean_adapter import make_lean
-from loopos.storage.tensor_files import read_tensors, save_tensors
+from loopos.storage.tensor_files import save_tensors
 from loopos.storage.whole_folder import whole_folder
 
 ADAPTER = "default"
@@ -250,19 +250,25 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
     """Puts the adapter of a PEFT folder beside those that the model has, in place, without training it. Raises
-    `UserError` for a folder that holds none, or one of other layers.
+    `UserError` for a folder that holds none, one of other layers, and one that is more than LoRA over the weights as
+    they are, which the other adapters share.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
+    adapter = open_adapter_folder(folder)
+    if beyond := adapter.beyond_lora:
+        raise UserError(
+            f"{folder}: an adapter with {', '.join(beyond[:3])}, which cannot share its base with other adapters; "
+            "expected plain LoRA"
+        )
+    adapter.check_patterns([each for each, _ in model.named_modules()])
+    tensors = {key.removeprefix(PREFIX): stored.read() for key, stored in adapter.tensors.items()}
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        tensors = read_tensors(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, TypeError, UserError) as problem:
-        raise UserError(f"{folder}: no adapter that can be read: {problem}") from problem
-    _inject(config, model, name)
-    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-    result: Any = set_peft_model_state_dict(model, bare, adapter_name=name)
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+        _inject(LoraConfig.from_pretrained(str(folder)), model, name)
+        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+    except (ValueError, TypeError, KeyError, RuntimeError) as problem:
+        wrong = [repr(problem) if not str(problem) else str(problem).splitlines()[-1].strip()]
     if wrong:
         raise UserError(f"{folder}: an adapter of other layers than this {type(model).__name__} has: {wrong[0]}")
     for key, parameter in model.named_parameters():
@@ -305,7 +311,7 @@ def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "F
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name and f".{ADAPTER}." in name:
-            tensors["base_model.model." + name.replace(f".{ADAPTER}", "")] = parameter.detach()
+            tensors[PREFIX + name.replace(f".{ADAPTER}", "")] = parameter.detach()
     assert tensors, "no adapter in the model"
     with whole_folder(folder) as partial:
         save_tensors(partial / ADAPTER_WEIGHTS, tensors)
