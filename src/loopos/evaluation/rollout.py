@@ -27,6 +27,7 @@ from loopos.evaluation.rewards import Response, Rewards
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.rollouts.request import Request, RolloutEngine
 from loopos.generation.settings import SamplingSettings
+from loopos.generation.text import decoded
 from loopos.models.roles import Roles
 
 # Tokens of one forward pass without gradients.
@@ -104,7 +105,7 @@ class Collector:
             prompt = request.prompts[completion.prompt_index]
             asked = self._words.get(tuple(prompt))
             if asked is None:
-                asked = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
+                asked = decoded(tokenizer, prompt)
             ended = completion.finish_reason in ("stop token", "stop string")
             response = Response(asked, prompt, completion.text, completion.token_ids, ended)
             found.append((response, torch.tensor(completion.logprobs)))
