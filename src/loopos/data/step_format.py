@@ -24,7 +24,6 @@ from typing import NamedTuple
 from loopos.config.chain_of_thought import StepFormatSection
 from loopos.data.record import shown
 
-
 # A line that begins another exchange: models that do not stop go on with the next question of their training texts.
 _NEXT_EXCHANGE = re.compile(
     r"^[ \t>*]*(?:#+[ \t]*)?(?:question|problem|exercise|q)\s*\d*\s*\**[:.)]"
@@ -82,7 +81,8 @@ class StepFormat:
             if not self.answer_marker.strip() and self.delimiter in answer:
                 return f"the answer {shown(answer)} holds the delimiter {shown(self.delimiter)}"
             if self.answer_marker.strip() and "\n" in answer:
-                return f"the answer {shown(answer)} holds a line break; behind {shown(self.answer_marker)} one line is read"
+                marker = shown(self.answer_marker)
+                return f"the answer {shown(answer)} holds a line break; behind {marker} one line is read"
         read = self.parse(self._written(steps, answer))
         if read != (tuple(steps), answer, True):
             return f"it would be read back as the steps {shown(list(read.steps))} and the answer {shown(read.answer)}"
@@ -155,7 +155,8 @@ class StepFormat:
         if place >= 0:
             line, behind = _first_line(body[place:].lstrip()[len(marker) :])
             answer, is_whole = self._cut(line)
-            return Parsed(self._steps(body[:place]), answer, opened is not None and is_whole and bool(answer) and not behind)
+            is_whole = is_whole and opened is not None and not behind
+            return Parsed(self._steps(body[:place]), answer, is_whole and bool(answer))
         if marker and marker in body:
             before, _, after = body.partition(marker)
             return Parsed(self._steps(before), self._cut(_first_line(after)[0])[0], False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -50,16 +51,24 @@ def checker(name: str, *, tolerance: float = 1e-6) -> Checker:
     raise UserError(f"checker: given {name}, wanted one of {', '.join(NAMES)}, or module:function")
 
 
+# Words of three letters and more, other than functions: a sentence, in which an expression has to be found.
+_SENTENCE = re.compile(r"(?<!\\)\b(?!(?:sqrt|sin|cos|tan|log|exp|frac|pi)\b)[^\W\d]{3,}|\$|\\[(\[]|\\boxed")
+
+
 def _math_verify() -> Checker:
     """Equality of mathematical expressions, by the package math-verify; what it cannot read is compared as text."""
     package = _extra("math_verify", "math-verify")
 
+    def parsed(text: str) -> list[Any]:
+        # Of "x + 1" without marks around it the package reads 1 only.
+        forms = (text, f"${text}$") if _SENTENCE.search(text) else (f"${text}$", text)
+        found: list[Any] = package.parse(forms[0]) or package.parse(forms[1])
+        return found
+
     def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
-        asked = package.parse(wanted) or package.parse(f"${wanted}$")
-        said = package.parse(answer) or package.parse(f"${answer}$")
-        if not asked or not said:
-            return float(exact(answer, wanted))
-        return float(package.verify(asked, said))
+        expected, got = parsed(wanted), parsed(answer)
+        is_equal = bool(expected and got) and package.verify(expected, got)
+        return float(is_equal or exact(answer, wanted))
 
     return check
 

@@ -20,8 +20,10 @@ def described(chain: Chain, step_format: StepFormat) -> str:
     steps, answer = told_steps(chain, step_format), step_format.parse(chain.text).answer
     lines = [f"{number}. {step.text.strip()}  [{step.logprob:.2f}]" for number, step in enumerate(steps, start=1)]
     if answer:
-        logprob = f"  [{chain.answer.logprob:.2f}]" if chain.well_formed else "  (not where the step format has it)"
-        return "\n".join([*lines, f"answer: {answer}{logprob}"])
+        where = (
+            f"[{chain.answer.logprob:.2f}]" if chain.well_formed else "(the answer was not in the expected step format)"
+        )
+        return "\n".join([*lines, f"answer: {answer}  {where}"])
     why = "the limit of tokens" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
     return "\n".join([*lines, f"answer: none (ended by {why})"])
 
