@@ -7,15 +7,15 @@ A user's code runs only where it is asked for by name ("module:function"). Left 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeAlias
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.data.record import shown
 from loopos.evaluation.answers import automatic, choice, exact, numeric
-from loopos.evaluation.own_code import own_function
+from loopos.evaluation.own_code import number_of, own_function
 
 Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]
 """(answer, wanted answer, the row of data) → score."""
@@ -105,9 +105,13 @@ def _users(name: str) -> Checker:
     function = own_function(name, "checker")
 
     def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
-        score = function(answer, wanted, dict(row))
-        if not isinstance(score, bool | int | float) or not math.isfinite(score) or not 0 <= score <= 1:
-            raise UserError(f"checker {name}: returned {score!r}, wanted true, false or a number from 0 to 1")
-        return float(score)
+        about = f"the answer {shown(answer)} where {shown(wanted)} is expected"
+        returned = function(answer, wanted, dict(row), about=about)
+        score = number_of(returned)
+        if score is None or not 0 <= score <= 1:
+            raise function.error(
+                f"returned {shown(returned)}; expected true, false or a number from 0 to 1\n    for {about}"
+            )
+        return score
 
     return check

@@ -6,15 +6,14 @@ for. Left out: the answers, and what all rulings say together (`winrate`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.prompts import Words, told
-from loopos.evaluation.own_code import own_function
+from loopos.data.record import shown
+from loopos.evaluation.own_code import OwnFunction, called_for, number_of, own_function, plain
 from loopos.evaluation.reward_predictor import RewardPredictor
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
@@ -74,8 +73,9 @@ def by_function(name: str) -> PairJudge:
         found: list[Ruling | None] = []
         for each in contests:
             asked = told(each.prompt)
-            place, scores = _said(name, function(asked, each.a, each.b))
-            swapped, scores_swapped = _said(name, function(asked, each.b, each.a))
+            about = called_for(asked)
+            place, scores = _ruling(function, function(asked, each.a, each.b, about=about), about)
+            swapped, scores_swapped = _ruling(function, function(asked, each.b, each.a, about=about), about)
             orders = (_winner(place, "a", "b"), _winner(swapped, "b", "a"))
             winner = orders[0] if orders[0] == orders[1] else "tie"
             mean = None
@@ -96,15 +96,19 @@ def _scored_words(contest: Contest, answer: str, *, as_text: bool) -> tuple[Word
     return messages, (Message(ASSISTANT, answer),)
 
 
-def _said(name: str, said: Any) -> tuple[str, tuple[float, float] | None]:
+def _ruling(function: OwnFunction, returned: Any, about: str) -> tuple[str, tuple[float, float] | None]:
     """The place of the better answer, and the scores if it gave some. Raises `UserError`."""
-    if isinstance(said, str) and said in PLACES:
-        return said, None
-    if isinstance(said, Sequence) and not isinstance(said, str) and len(said) == 2:
-        first, second = said
-        if all(isinstance(score, bool | int | float) and math.isfinite(score) for score in said):
-            return _higher(first, second, "first", "second"), (float(first), float(second))
-    raise UserError(f'judge {name}: returned {said!r}, wanted "first", "second", "tie", or two finite numbers')
+    found = plain(returned)
+    if isinstance(found, str):
+        if found in PLACES:
+            return str(found), None
+    elif isinstance(found, Sequence):
+        scores = [number_of(score) for score in found]
+        if len(scores) == 2 and scores[0] is not None and scores[1] is not None:
+            return _higher(scores[0], scores[1], "first", "second"), (scores[0], scores[1])
+    raise function.error(
+        f'returned {shown(returned)}; expected "first", "second", "tie", or two finite numbers\n    for {about}'
+    )
 
 
 def _higher(one: float, other: float, name: str, other_name: str) -> Any:
