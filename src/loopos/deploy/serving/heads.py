@@ -133,7 +133,9 @@ class HeadService(Generic[Body, Question]):
         self._thread.close()
 
     async def _answer(self, request: Request, raw: bytes, deadline: float) -> Response:
-        questions = self._head.questions(read_for(self._head.body, raw, self.name))
+        questions = self._head.questions(
+            read_for(self._head.body, raw, self.name, max_messages=self._limits.max_messages)
+        )
         work = self._thread.call(self._run, questions)
         found = await while_wanted(request, work, deadline=deadline, seconds=self._limits.max_seconds)
         self._metrics.prompt_tokens += found.tokens
