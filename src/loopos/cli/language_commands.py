@@ -22,6 +22,7 @@ def generate(
     steps: of.Steps = False,
     samples: of.Completions = 1,
     strategy: of.Strategy = "single",
+    reward_model: of.RankingModel = None,
     num_beams: of.NumBeams = None,
     temperature: of.Temperature = 0.0,
     top_k: of.TopK = 0,
@@ -58,8 +59,9 @@ def generate(
     limits = StepOptions(max_steps, max_step_tokens, min_thinking_tokens, max_thinking_tokens)
     options = command.GenerateOptions(
         prompts=tuple(prompts or ()), input=source, output=output, json=json, steps=steps, samples=samples, raw=raw,
-        strategy=strategy, num_beams=num_beams, system=system, columns=tuple(columns or ()), sampling=sampling,
-        limits=limits, device=device, precision=precision, trust_remote_code=trust_remote_code, verbose=verbose,
+        strategy=strategy, reward_model=reward_model, num_beams=num_beams, system=system,
+        columns=tuple(columns or ()), sampling=sampling, limits=limits, device=device, precision=precision,
+        trust_remote_code=trust_remote_code, verbose=verbose,
     )  # fmt: skip
     raise typer.Exit(command.run(model, options))
 

@@ -77,6 +77,9 @@ Strategy = Annotated[
     str,
     typer.Option("--strategy", help="How an answer is made: single, self_consistency:8, best_of_n:4 or step_beam:2x4."),
 ]
+RankingModel = Annotated[
+    str | None, typer.Option("--reward-model", help="Reward model that ranks the chains of --strategy best_of_n.")
+]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Steps after which the answer is forced.")]
 MaxStepTokens = Annotated[int | None, typer.Option("--max-step-tokens", help="Longest step (tokens).")]
 MinThinkingTokens = Annotated[

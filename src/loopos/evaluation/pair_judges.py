@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.prompts import Words, told
 from loopos.data.record import shown
 from loopos.evaluation.own_code import OwnFunction, called_for, number_of, own_function, plain
-from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.evaluation.reward_predictor import RewardPredictor, judged_words
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
 
@@ -51,7 +50,7 @@ def by_reward(predictor: RewardPredictor) -> PairJudge:
     as_text = bool(predictor.opened.description["text"])
 
     def judge(contests: Sequence[Contest]) -> list[Ruling | None]:
-        asked = [_scored_words(each, answer, as_text=as_text) for each in contests for answer in (each.a, each.b)]
+        asked = [judged_words(each.prompt, answer, as_text=as_text) for each in contests for answer in (each.a, each.b)]
         scores = [None if found is None else found.score for found in predictor.judge_what_fits(asked)]
         return [
             None if a is None or b is None else Ruling(_higher(a, b, "a", "b"), scores=(a, b))
@@ -85,15 +84,6 @@ def by_function(name: str) -> PairJudge:
         return found
 
     return judge
-
-
-def _scored_words(contest: Contest, answer: str, *, as_text: bool) -> tuple[Words, Words]:
-    """What a reward model reads. as_text: it was trained on texts as they stand, without a template."""
-    prompt = contest.prompt
-    if as_text and (isinstance(prompt, str) or len(prompt) == 1):
-        return told(prompt), answer
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return messages, (Message(ASSISTANT, answer),)
 
 
 def _ruling(function: OwnFunction, returned: Any, about: str) -> tuple[str, tuple[float, float] | None]:

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from loopos.data.conversations import Message
 from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import ChatTemplate
+from loopos.deploy.serving.bodies import ChatRequest, CompletionRequest, ScoreRequest
 from loopos.deploy.serving.errors import ApiError
 from loopos.deploy.serving.prompts import Prompts
-from loopos.deploy.serving.requests import ChatRequest, CompletionRequest, ScoreRequest, read_for
+from loopos.deploy.serving.requests import read_for
 from tests.deploy.serving.conftest import Server
 
 MESSAGE = "role, content, name"

@@ -17,20 +17,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loopos.config.faults import UserError
+from loopos.deploy.serving.bodies import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, Generation
 from loopos.deploy.serving.decoder import Decoder, ModelThread, Ticket
 from loopos.deploy.serving.errors import ApiError
 from loopos.deploy.serving.forms import Form
 from loopos.deploy.serving.limits import ServingLimits, check_rows
 from loopos.deploy.serving.metrics import ServingMetrics
 from loopos.deploy.serving.prompts import Prompts
-from loopos.deploy.serving.requests import (
-    Asked,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    Generation,
-    read_for,
-)
+from loopos.deploy.serving.requests import read_for
 from loopos.deploy.serving.streams import EventStream, event, while_wanted
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
