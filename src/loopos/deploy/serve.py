@@ -82,7 +82,8 @@ def serve(
     metrics.gauges["loopos_connections"] = ("Open connections.", lambda: len(room.open))
     config = uvicorn.Config(
         gate,
-        http=partial(Connection, room=room, header_seconds=limits.header_seconds),
+        # Called with keywords, as the class that uvicorn expects is.
+        http=partial(Connection, room=room, header_seconds=limits.header_seconds),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_level="warning",

@@ -18,9 +18,14 @@ def silent_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) 
     """The ids that are no text: the begin, end and pad tokens, but for those that a stop string holds. All other
     special tokens are text: step markers such as `<think>` are special tokens in many tokenizers.
     """
-    tokens = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    silent = [token for token in tokens if token is not None and not any(token in string for string in stop)]
-    return frozenset(int(each) for each in tokenizer.convert_tokens_to_ids(silent))
+    silent = (
+        (tokenizer.bos_token, tokenizer.bos_token_id),
+        (tokenizer.eos_token, tokenizer.eos_token_id),
+        (tokenizer.pad_token, tokenizer.pad_token_id),
+    )
+    return frozenset(
+        int(number) for token, number in silent if token is not None and not any(token in string for string in stop)
+    )
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], silent: frozenset[int] | None = None) -> str:
