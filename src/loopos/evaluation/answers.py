@@ -14,6 +14,8 @@ from fractions import Fraction
 from loopos.evaluation.quantities import (
     AROUND,
     ENDINGS,
+    LEAD,
+    TAG,
     Quantity,
     boxed,
     plain_latex,
@@ -23,12 +25,7 @@ from loopos.evaluation.quantities import (
 
 __all__ = ["automatic", "boxed", "choice", "exact", "normalise", "numeric", "quantity", "vote_key"]
 
-_TAG = re.compile(r"</?[A-Za-z][\w-]*>")
 _PYTHON_POWER = re.compile(r"(?<=[\w)])\*\*(?=-?\d)")
-_LEAD = re.compile(
-    r"^(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is|=|:)+\s*",
-    re.IGNORECASE,
-)
 _LATEX_SIGNS = {
     r"\cdot": "*", r"\times": "*", r"\pi": "π", r"\le": "≤", r"\leq": "≤", r"\ge": "≥", r"\geq": "≥", r"\neq": "≠",
     r"\ne": "≠", r"\pm": "±", r"\infty": "∞", r"\cup": "∪", r"\cap": "∩", r"\theta": "θ", r"\sqrt": "√",
@@ -70,10 +67,10 @@ def normalise(text: str) -> str:
     """The text without what does not change an answer: letter case, white space, Unicode's compatible forms, quotes,
     Markdown's and LaTeX's marks around it, words that lead to it, punctuation at its end.
     """
-    plain = plain_unicode(plain_latex(_TAG.sub(" ", boxed(text)))).casefold()
+    plain = plain_unicode(plain_latex(TAG.sub(" ", boxed(text)))).casefold()
     plain = _PYTHON_POWER.sub("^", plain).replace("**", "")
     plain = " ".join(plain.split()).removeprefix(r"\(").removesuffix(r"\)")
-    while plain != (stripped := _LEAD.sub("", plain.strip(AROUND).rstrip(ENDINGS))):
+    while plain != (stripped := LEAD.sub("", plain.strip(AROUND).rstrip(ENDINGS))):
         plain = stripped
     return plain
 
@@ -174,7 +171,7 @@ def _squeezed(normal: str) -> str:
 
 def _letter(text: str) -> str | None:
     """The letter that a text chooses; None where it chooses none, or several."""
-    plain = _TAG.sub(" ", plain_latex(boxed(text))).strip(AROUND)
+    plain = TAG.sub(" ", plain_latex(boxed(text))).strip(AROUND)
     first = plain.partition("\n")[0].strip(AROUND)
     for each in (plain, first):
         for form in _CHOICE_FORMS:

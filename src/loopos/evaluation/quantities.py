@@ -33,7 +33,7 @@ _FIXED_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2007-\u200a\u202f]|\\[,;:!])(?=\d
 _LATEX_WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|emph)\s*\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d)|(\d)\s*\{([^{}]+)\})")
 _LATEX_NOISE = re.compile(r"\\left|\\right|\\displaystyle|\\[,!;: ]|\\\(|\\\)|\\\[|\\\]|\\quad")
-_TAG = re.compile(r"</?[A-Za-z][\w-]*>")
+TAG = re.compile(r"</?[A-Za-z][\w-]*>")
 _QUOTED = re.compile(r"^\s*(?:>|#+(?=\s|\d|-))\s*", re.MULTILINE)
 _EMPHASIS = re.compile(r"(?<!\w)([*_])(?=\S)([^*_]+)(?<=\S)\1(?!\w)")
 _COMMAS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{2,3})*,\d{3}(?![\d]|,\d)")
@@ -73,11 +73,12 @@ _UNIT_SLASH = re.compile(r"(?<=[^\W\d])\s*/\s*(?=[^\W\d])")
 _OTHER_CLAIM = re.compile(r"\b(?:not|(?:more|less|greater|fewer|other)\s+than)\s*$", re.IGNORECASE)
 _ASSIGNED = re.compile(r"(?<![^\W\d])([^\W\d])\s*=")
 _EQUALS = re.compile(r"=|≈|≅|\\approx\b")
-_LEAD = re.compile(
-    r"^(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is|=|:)+\s*"
-    r"|^(?:[^\W\d]\w?|\\?[A-Za-z]+_\{?\w+\}?)\s*=\s*(?=[^=]*$)",
+LEAD = re.compile(
+    r"^(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is|=|:)+\s*",
     re.IGNORECASE,
 )
+"""Words that lead to an answer."""
+_ASSIGNMENT = re.compile(r"^(?:[^\W\d]\w?|\\?[A-Za-z]+_\{?\w+\}?)\s*=\s*(?=[^=]*$)", re.IGNORECASE)
 _CONCLUSION = re.compile(
     r"\banswer\b[^\w\n]*(?:(?:is|would be|must be|equals)\b)?[^\w\n+\-$€£¥₹.√\\]*|\b(?:so|thus|therefore|hence)\b,?",
     re.IGNORECASE,
@@ -163,7 +164,7 @@ def plain_unicode(text: str) -> str:
 
 def plain_number(text: str) -> str:
     """The text with its numbers as `_NUMBER` reads them, and without marks and words that only lead to them."""
-    plain = plain_unicode(_FIXED_SPACE.sub("", _TAG.sub(" ", boxed(text))))
+    plain = plain_unicode(_FIXED_SPACE.sub("", TAG.sub(" ", boxed(text))))
     plain = plain_latex(plain.replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ","))
     plain = re.sub(r"\\times\b|\\cdot\b|·", "*", re.sub(r"(?<=\d)\*\*(?=[-\d])", "^", plain))
     plain = _EMPHASIS.sub(r"\2", plain.replace("**", "").replace("__", "").replace("`", ""))
@@ -172,7 +173,7 @@ def plain_number(text: str) -> str:
     plain = _QUOTED.sub("", plain).replace("°C", " celsius").replace("°F", " fahrenheit").replace("°", " degree")
     plain = _CURRENCY_CODE.sub(lambda found: _CODES[found[1].upper()] if found[1] else "", plain)
     plain = _DASH_OF_WORDS.sub(" : ", _NEGATIVE.sub("-", _PERCENT.sub("%", plain))).strip(AROUND.replace("$", ""))
-    plain = _LEAD.sub("", _LEAD.sub("", plain)).strip(AROUND.replace("$", ""))
+    plain = _ASSIGNMENT.sub("", LEAD.sub("", plain)).strip(AROUND.replace("$", ""))
     plain = _COMMAS.sub(lambda found: found[0].replace(",", ""), plain)
     plain = _POINTS.sub(lambda found: found[0].replace(".", "").replace(",", "."), plain)
     plain = _SPACES.sub(lambda found: re.sub(r"(?<=\d) (?=\d)", "", found[0]), _SEPARATOR.sub("", plain))
