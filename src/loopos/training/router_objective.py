@@ -10,13 +10,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopos.config.faults import UserError
 from loopos.functional.packing import PackedLayout
-from loopos.models.backbone import Backbone
-from loopos.models.routers import RouterRecorder
 from loopos.training.update import Objective
+
+
+class Routing(Protocol):
+    """How the routers spread the tokens of a pass, as `models.routers.Routing`."""
+
+    @property
+    def auxiliary_loss(self) -> Tensor: ...
+
+    @property
+    def load(self) -> Tensor: ...
+
+
+class Recorder(Protocol):
+    """What keeps the routing of a model's last pass."""
+
+    def take(self, layout: PackedLayout) -> Routing: ...
+
+
+class Routed(Protocol):
+    """A model, and the recorder of its routers; None for one without."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def routers(self) -> Recorder | None: ...
 
 
 class Packed(Protocol):
@@ -38,7 +62,7 @@ class RouterObjective:
     """
 
     objective: Objective[BatchT]  # type: ignore[valid-type]
-    recorder: RouterRecorder
+    recorder: Recorder
     coefficient: float
 
     @property
@@ -60,7 +84,7 @@ class RouterObjective:
         return self.objective.idle(batch)
 
 
-def with_router_loss(objective: Objective[BatchT], backbone: Backbone, coefficient: float) -> Objective[BatchT]:
+def with_router_loss(objective: Objective[BatchT], backbone: Routed, coefficient: float) -> Objective[BatchT]:
     """The objective with the loss and the load of the model's routers, and as it is for a model without routers.
     Raises `UserError` where a loss is configured that the model cannot have.
     """
