@@ -18,6 +18,7 @@ from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_formats import SupervisedFormat, detect
+from loopos.data.tool_schemas import check_no_tools, tools_of
 from loopos.data.values import kind_name
 
 
@@ -81,7 +82,7 @@ def example_of(fields: RowFields, form: SupervisedFormat, step_format: StepForma
 
 def _completion(fields: RowFields) -> Completion | Conversation | None:
     """TRL's prompt and completion: two strings, or two lists of messages."""
-    prompt, completion = fields.value("prompt"), fields.value("completion")
+    prompt, completion = fields.spoken("prompt"), fields.spoken("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompted(fields)
     if isinstance(prompt, list) or isinstance(completion, list):
@@ -90,4 +91,5 @@ def _completion(fields: RowFields) -> Completion | Conversation | None:
         fields.add("prompt and completion of two kinds", fields.field("completion"), given, wanted)
         return None
     texts = fields.text("prompt"), fields.text("completion")
+    check_no_tools(fields, tools_of(fields))
     return None if fields.problems else Completion(*texts, fields.row)

@@ -1,9 +1,10 @@
 """Messages → the pieces of text that are tokenised, with what the assistant says kept apart.
 
-Enters: messages and the tokenizer's own chat template, rendered in transformers' sandbox, once, over the whole
-conversation. Leaves: `Piece`s: context, or one turn of the assistant with the end token that it must learn. Where a
-turn begins is found by rendering the messages before it with the generation prompt, which is what generation starts
-from; a template whose earlier text changes when messages follow, or that leaves out words of the assistant, is refused.
+Enters: messages, tools and the tokenizer's own chat template, rendered within bounds (`template_sandbox`), once, over
+the whole conversation. Leaves: `Piece`s: context, or one turn of the assistant with the end token that it must learn.
+Where a turn begins is found by rendering the messages before it with the generation prompt, which is what generation
+starts from; a template whose earlier text changes when messages follow is refused, and so is one that leaves out a
+message, a call of a tool or the tools.
 Tokenizers without a template get a plain one:
 
     ### User:⏎
@@ -18,18 +19,20 @@ Left out: tokens (`supervised_tokens`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.record import shown
+from loopos.data.template_sandbox import LONGEST_TEMPLATE, TemplateFailure, rendered
+from loopos.data.tool_schemas import Tool, call_names
 
 _PLAIN_TURNS = (
     "{% for message in messages %}"
@@ -39,7 +42,26 @@ _PLAIN_TURNS = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The keys under which a message's reasoning stands in data sets and templates."""
 _ASKED, _SAID = "Kestrel 41", "Heron 73"
+_TOOL = "kestrel_count"
+_PROBE_TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": _TOOL,
+        "description": "Counts kestrels.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string", "description": "Where."}}},
+    },
+}
+_MOST_PREFIX_CHARACTERS = 50_000_000
+"""Characters that are rendered to find where the turns of one conversation begin. Most templates need two renderings,
+however many turns; one whose text before the assistant's words differs from turn to turn needs one for each."""
+_TEMPLATE_HINT = "name a file with a template that writes it in data.chat_template, or take it out of the rows"
+_TOOLS_HINT = (
+    "name a file with a template that writes tools in data.chat_template, or leave them out: "
+    'data.columns: {"tools": null}'
+)
 _SPLIT_HINT = (
     'give one row for each turn of the assistant (with the turns before it as "prompt"), or set data.chat_template to '
     '"plain"'
@@ -98,33 +120,37 @@ class ChatTemplate:
         end_token(tokenizer)
         self.tokenizer = tokenizer
         self.source, self.said = _source(tokenizer, chosen)
+        self._tool_source = _tool_source(tokenizer, chosen) or self.source
         if "strftime_now" in self.source:
             self.said += "; it writes the date of the run into the text"
         self._header, self.end = self._probe()
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
         """The rendered conversation in pieces, whose texts together are the whole. Raises `TemplateRefusal`."""
-        whole = self._rendered(messages, prompting=False)
+        if tools and not self._writes_tools:
+            raise TemplateRefusal("the chat template does not write the row's tools", _TOOLS_HINT)
+        whole = self._rendered(messages, tools, prompting=False)
         turns = [number for number, message in enumerate(messages) if message.role == ASSISTANT]
-        starts = [self._turn_start(messages[:number], whole) for number in turns]
+        starts = self._turn_starts(messages, tools, turns, whole)
         limits = [*starts, len(whole)][1:]
         pieces: list[Piece] = []
         place = 0
         for number, start, limit in zip(turns, starts, limits, strict=True):
-            end = self._turn_end(messages[number], whole, start, limit)
+            end = self._turn_end(messages[: number + 1], tools, whole, start, limit)
             if start > place:
                 pieces.append(Piece(whole[place:start]))
             pieces.append(Piece(whole[start:end], number, closes=not self.end))
             place = end
+        _check_context(messages, whole)
         return [*pieces, Piece(whole[place:])] if place < len(whole) else pieces
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
         """The pieces that generation of the next turn starts from: the same as those before that turn in training.
 
         Raises `TemplateRefusal`.
         """
-        text = self._rendered(messages, prompting=True)
-        earlier = self.pieces(messages)
+        text = self._rendered(messages, tools, prompting=True)
+        earlier = self.pieces(messages, tools)
         while earlier and earlier[-1].message is None:
             earlier.pop()
         past = "".join(piece.text for piece in earlier)
@@ -140,55 +166,111 @@ class ChatTemplate:
             ids.add(self.tokenizer(self.end, add_special_tokens=False)["input_ids"][-1])
         return tuple(sorted(ids))
 
-    def _turn_start(self, before: Sequence[Message], whole: str) -> int:
+    @cached_property
+    def _writes_tools(self) -> bool:
+        """Whether the template writes the tools that it is given."""
+        question = [Message("user", _ASKED)]
+        try:
+            return _TOOL in self._rendered(question, [_PROBE_TOOL], prompting=True)
+        except TemplateRefusal:
+            # It looks at tools: what it has against the row's own, it says when they are rendered.
+            return True
+
+    def _turn_starts(
+        self, messages: Sequence[Message], tools: Sequence[Tool], turns: Sequence[int], whole: str
+    ) -> list[int]:
+        """Where each turn begins in `whole`.
+
+        The first turn behind a message of each role, and the last turn of all, are rendered for themselves. What stands
+        between that message's words and the turn then shows where the others begin; where it is not there, they are
+        rendered too. So the work grows with the conversation, not with its square.
+        """
+        between: dict[str, str] = {}
+        starts: list[int] = []
+        place = spent = 0
+        for number in turns:
+            before = messages[number - 1] if number else None
+            start = -1
+            if before is not None and before.role in between and number != turns[-1]:
+                start = _end_of(before.content.strip() + between[before.role], whole, place)
+            if start < 0:
+                start = self._turn_start(messages[:number], tools, whole)
+                spent += start
+                if spent > _MOST_PREFIX_CHARACTERS:
+                    reason = f"the chat template would have to be rendered for each of {len(turns):,} turns"
+                    raise TemplateRefusal(reason, "split the conversation into shorter ones")
+            if before is not None and before.role != ASSISTANT and before.role not in between:
+                words = before.content.strip()
+                found = whole.rfind(words, place, start) if words else -1
+                if found >= 0:
+                    between[before.role] = whole[found + len(words) : start]
+            starts.append(start)
+            place = start
+        return starts
+
+    def _turn_start(self, before: Sequence[Message], tools: Sequence[Tool], whole: str) -> int:
         """Where a turn begins in `whole`: behind what generation would start from."""
         if not before:
             place = whole.find(self._header)
             if place < 0:
                 raise TemplateRefusal(f"the chat template writes no {shown(self._header)} before the assistant's words")
             return place + len(self._header)
-        prompt = self._rendered(before, prompting=True)
+        prompt = self._rendered(before, tools, prompting=True)
         if not whole.startswith(prompt):
             raise TemplateRefusal(_changes(prompt, whole), _SPLIT_HINT)
         return len(prompt)
 
-    def _turn_end(self, message: Message, whole: str, start: int, limit: int) -> int:
-        """Where a turn ends in `whole`: behind the message's words and, if there is one, the end token after them.
+    def _turn_end(
+        self, messages: Sequence[Message], tools: Sequence[Tool], whole: str, start: int, limit: int
+    ) -> int:
+        """Where the turn of the last message ends in `whole`: behind its words and calls and, if there is one, the end
+        token after them.
 
         Templates may change white space between the words, and write more around them.
         """
-        said = _end_of_words(message.content, whole, start, limit)
-        if said < 0:
+        message = messages[-1]
+        end = _end_of_words(message.content, whole, start, limit)
+        if end < 0:
             reason = f"{shown(message.content)} became {shown(whole[start:limit])}"
             raise TemplateRefusal(
                 f"the chat template leaves out part of what the assistant says: {reason}", _SPLIT_HINT
             )
-        if not self.end:
-            return said
-        place = whole.find(self.end, said, limit)
-        if place < 0:
-            raise TemplateRefusal(f"no end token {shown(self.end)} follows what the assistant says")
-        return place + len(self.end)
+        called = start
+        for name in call_names(message.more):
+            called = _end_of(name, whole, called, limit)
+            if called < 0:
+                raise TemplateRefusal(f"the chat template leaves out a call of the tool {shown(name)}", _TEMPLATE_HINT)
+        if self.end:
+            place = whole.find(self.end, max(end, called), limit)
+            if place < 0:
+                raise TemplateRefusal(f"no end token {shown(self.end)} follows what the assistant says")
+            return place + len(self.end)
+        if called == start:
+            return end
+        # Nothing marks where the last call ends but the end of the text up to here.
+        return min(limit, len(self._rendered(messages, tools, prompting=False).rstrip()))
 
-    def _rendered(self, messages: Sequence[Message], *, prompting: bool) -> str:
-        conversation: Any = [message.as_template() for message in messages]
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompting: bool) -> str:
+        variables = {
+            "messages": [_with_reasoning(message.as_template()) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": prompting,
+            **self.tokenizer.special_tokens_map,
+        }
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, chat_template=self.source, tokenize=False, add_generation_prompt=prompting
-            )
-        except (TemplateError, TypeError) as problem:
-            roles = ", ".join(message.role for message in messages)
+            return rendered(self._tool_source if tools else self.source, variables)
+        except TemplateFailure as problem:
+            roles = ", ".join(message.role for message in messages[:20]) + (", ..." if len(messages) > 20 else "")
             raise TemplateRefusal(f"the chat template refuses messages of {roles}: {problem}") from problem
-        assert isinstance(text, str)
-        return text
 
     def _probe(self) -> tuple[str, str]:
         """What stands between a question and an answer, and the end token behind the answer with what precedes it."""
         question, answer = Message("user", _ASKED), Message(ASSISTANT, _SAID)
         try:
-            asked = self._rendered([question], prompting=False)
-            prompt = self._rendered([question], prompting=True)
-            text = self._rendered([question, answer], prompting=False)
+            asked = self._rendered([question], (), prompting=False)
+            prompt = self._rendered([question], (), prompting=True)
+            text = self._rendered([question, answer], (), prompting=False)
         except TemplateRefusal as problem:
             raise UserError(f'{problem}; set data.chat_template to "plain" or to a file') from problem
         _, answered, tail = text.rpartition(_SAID)
@@ -211,7 +293,9 @@ def _source(tokenizer: PreTrainedTokenizerBase, chosen: str) -> tuple[str, str]:
     """The template's text, and the sentence that says where it is from."""
     if chosen not in ("auto", "plain"):
         try:
-            return Path(chosen).read_text(encoding="utf-8"), f"chat template: {chosen}"
+            with Path(chosen).open(encoding="utf-8") as file:
+                # One character more than a template may have: the sandbox then says that it is too long.
+                return file.read(LONGEST_TEMPLATE + 1), f"chat template: {chosen}"
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(
                 f'data.chat_template: {chosen} cannot be read ({problem}); wanted "auto", "plain" or a file with a '
@@ -224,6 +308,52 @@ def _source(tokenizer: PreTrainedTokenizerBase, chosen: str) -> tuple[str, str]:
             raise UserError(f'{problem}; set data.chat_template to "plain" or to a file') from problem
     why = "" if chosen == "plain" else ", since the tokenizer has none"
     return plain_template(tokenizer), f"chat template: plain (### User: ... ### Assistant: ...){why}"
+
+
+def _tool_source(tokenizer: PreTrainedTokenizerBase, chosen: str) -> str | None:
+    """The template for conversations with tools, where the tokenizer has one of its own for them."""
+    own = tokenizer.chat_template
+    found = own.get("tool_use") if chosen == "auto" and isinstance(own, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _with_reasoning(message: dict[str, object]) -> dict[str, object]:
+    """The message with its reasoning under each name that templates read, as transformers passes it."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, REASONING[0]: reasoning}
+
+
+def check_reasoning(message: Message, turn: str) -> None:
+    """Raises `TemplateRefusal` where a turn that is learned holds no word of the message's reasoning."""
+    for name in REASONING:
+        words = message.more.get(name)
+        if isinstance(words, str) and _end_of_words(words, turn, 0, len(turn)) < 0:
+            reason = f"the chat template leaves out the {name} of what the assistant says: {shown(words)}"
+            raise TemplateRefusal(reason, _SPLIT_HINT)
+
+
+def _check_context(messages: Sequence[Message], whole: str) -> None:
+    """Raises `TemplateRefusal` for a message of others than the assistant whose words the text does not hold. They may
+    stand anywhere, and be escaped as JSON escapes them.
+    """
+    place = 0
+    for message in messages:
+        if message.role == ASSISTANT or not message.content.strip():
+            continue
+        end = _end_of_words(message.content, whole, place, len(whole))
+        if end < 0:
+            end = _end_of(json.dumps(message.content.strip(), ensure_ascii=False)[1:-1], whole, place)
+        if end >= 0:
+            place = end
+        elif _end_of_words(message.content, whole, 0, place) < 0:
+            reason = f"the chat template leaves out a message of the role {message.role}: {shown(message.content)}"
+            raise TemplateRefusal(reason, _TEMPLATE_HINT)
+
+
+def _end_of(text: str, whole: str, start: int, limit: int | None = None) -> int:
+    """Where `text` ends in `whole[start:limit]`; -1 if it is not there."""
+    place = whole.find(text, start, limit)
+    return place + len(text) if place >= 0 else -1
 
 
 def _end_of_words(content: str, whole: str, start: int, limit: int) -> int:
