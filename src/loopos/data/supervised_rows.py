@@ -7,12 +7,12 @@ order and a `FormatReport` in which read = used + dropped. Left out: templates a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from loopos.data.conversations import Conversation, conversation, instruction, prompted
 from loopos.data.demonstrations import Demonstration, demonstration
+from loopos.data.format_detection import Overrides
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
@@ -43,7 +43,7 @@ Example: TypeAlias = Demonstration | Conversation | Completion | PlainText
 
 
 def read_supervised(
-    reader: RowReader, overrides: Mapping[str, str], *, step_format: StepFormat
+    reader: RowReader, overrides: Overrides, *, step_format: StepFormat
 ) -> tuple[list[Example], FormatReport]:
     """Reads a whole source into examples of one format, in its order.
 

@@ -170,7 +170,8 @@ def prompt_tokens(
         case PlainText():
             pieces = [Piece("", begins=True)]
         case _:
-            pieces = (template or ChatTemplate(tokenizer)).prompt(_asked(problem))
+            tools = problem.tools if isinstance(problem, Conversation) else ()
+            pieces = (template or ChatTemplate(tokenizer)).prompt(_asked(problem), tools)
     return [token for ids in encoder.encode([pieces])[0] for token in ids]
 
 
