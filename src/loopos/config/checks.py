@@ -163,7 +163,9 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
         yield Finding(fields, f"{' and '.join(given)}", "one of the two", "both name the rows to train on")
 
 
-def check_reading(*, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]]) -> Iterator[Finding]:
+def check_reading(
+    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]]
+) -> Iterator[Finding]:
     """A stream without an end, and a column in two roles; columns: (role, column), None for no column."""
     if streaming and max_rows is None:
         fields = ("data.streaming", "data.max_rows")

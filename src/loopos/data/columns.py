@@ -31,7 +31,9 @@ def unread(columns: Sequence[str], read: Iterable[str | None]) -> tuple[str, ...
 
 def named(columns: Sequence[str]) -> str:
     """The names of columns for a sentence, twenty at most; quoted where a bare name could be misread."""
-    names = [name if name.isprintable() and name.strip() == name and "," not in name else shown(name) for name in columns]
+    names = [
+        name if name.isprintable() and name.strip() == name and "," not in name else shown(name) for name in columns
+    ]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 

@@ -73,6 +73,14 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Messages that the assistant is to answer, and the tools that it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+
+
 def conversation(fields: RowFields) -> Conversation | None:
     """The conversation of a row with `messages` or `conversations`; None, with `fields.problems` filled, else."""
     messages = messages_of(fields, "messages")

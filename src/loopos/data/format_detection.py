@@ -81,14 +81,14 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides,
     """
     check_overrides(columns, overrides.items(), list(family.names), source)
     names = {role: tiers for role, tiers in family.names.items() if overrides.get(role, "") is not None}
-    overrides = {role: column for role, column in overrides.items() if column is not None}
-    tiers = [[shape for shape in tier if set(overrides) <= set(shape.roles)] for tier in family.tiers]
+    chosen = {role: column for role, column in overrides.items() if column is not None}
+    tiers = [[shape for shape in tier if set(chosen) <= set(shape.roles)] for tier in family.tiers]
     if not any(tiers):
-        given = f"the roles {', '.join(overrides)} together"
+        given = f"the roles {', '.join(chosen)} together"
         wanted = "roles of one format: " + "; ".join(", ".join(shape.roles) for tier in family.tiers for shape in tier)
         raise DataError([Fault(source, None, None, "data.columns", given, wanted)])
     for tier in tiers:
-        fits = [fit for shape in tier if (fit := _fit(shape, names, columns, overrides, source)) is not None]
+        fits = [fit for shape in tier if (fit := _fit(shape, names, columns, chosen, source)) is not None]
         if len(fits) > 1:
             called, choice = family.rivals(fits)
             given = f"columns of {len(fits)} formats: {called} ({listed(columns)})"
@@ -98,7 +98,7 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides,
             if fits[0].doubt is not None:
                 raise DataError([fits[0].doubt])
             return fits[0]
-    missing = f" (with {', '.join(overrides)} given)" if overrides else ""
+    missing = f" (with {', '.join(chosen)} given)" if chosen else ""
     given = f"no columns that make a known format{missing}; there: {listed(columns)}"
     hint = f"name the columns: data.columns: {{{family.choice}}}"
     raise DataError([Fault(source, None, None, "data.columns", given, f"columns such as {family.examples}", hint)])

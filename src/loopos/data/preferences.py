@@ -104,9 +104,7 @@ def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -
     return None if fields.problems or found is None else replace(found, tools=tools)
 
 
-def _pair(
-    fields: RowFields, as_text: bool, roles: tuple[str, str] = ("chosen", "rejected")
-) -> Comparison | None:
+def _pair(fields: RowFields, as_text: bool, roles: tuple[str, str] = ("chosen", "rejected")) -> Comparison | None:
     """A prompt and two responses, each a text or messages."""
     values = {role: fields.spoken(role) for role in roles}
     as_text = as_text and all(isinstance(value, str) for value in (fields.spoken("prompt"), *values.values()))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from loopos.config.faults import DataError, Fault
-from loopos.data import annotations, rows
+from loopos.data import rows
+from loopos.data.annotations import flat_rows
 from loopos.data.columns import named, unread
 from loopos.data.rows import Row, RowReader
 
@@ -81,8 +82,12 @@ class FormatReport:
 def account(report: FormatReport) -> str:
     """read = used + dropped, and the columns that were not read, in words."""
     dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
-    left_out = f"; not read: {named(report.unread)}" if report.unread else ""
-    return f"{report.read} rows read, {report.used} used{dropped}{left_out}"
+    return "; ".join([f"{report.read} rows read, {report.used} used{dropped}", *left_out(report)])
+
+
+def left_out(report: FormatReport) -> list[str]:
+    """The sentence that names the columns which no role reads; none where all are read."""
+    return [f"not read: {named(report.unread)}"] if report.unread else []
 
 
 def opened(data: SourceKeys, source: str, split: str) -> RowReader:
@@ -118,7 +123,7 @@ def read_examples(
         DataError: as `rows.read` and `detect`; no row that can be used; bad rows by the reader's policy, the file's
             and the format's together.
     """
-    pass_rows = annotations.flat_rows(list(reader.rows()))
+    pass_rows = flat_rows(list(reader.rows()))
     report, examples = reader.report, list[Example]()
     dropped = Counter({UNREADABLE: report.bad_rows} if report.bad_rows else {})
     form: Form | None = None

@@ -59,7 +59,9 @@ class RowFields:
         if parsed is None and spells_messages(value):
             self.add("messages are no list", field, f"{shown(value)}, which is neither JSON nor a Python list",
                      "a text, or a list of messages", _MESSAGES_HINT)  # fmt: skip
-        is_message = isinstance(parsed, list) or (isinstance(parsed, dict) and ("content" in parsed or "value" in parsed))
+        is_message = isinstance(parsed, list) or (
+            isinstance(parsed, dict) and ("content" in parsed or "value" in parsed)
+        )
         return parsed if is_message else value
 
     def text(self, role: str) -> str:

@@ -74,7 +74,15 @@ def rendered(source: str, variables: Mapping[str, object]) -> str:
         raise TemplateFailure("it is nested too deeply, or calls itself without an end") from problem
     except MemoryError as problem:
         raise TemplateFailure("it takes more memory than there is") from problem
-    except (TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as problem:
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise TemplateFailure(reason[:300]) from problem
     return "".join(pieces)
@@ -84,9 +92,7 @@ def rendered(source: str, variables: Mapping[str, object]) -> str:
 def _compiled(source: str) -> jinja2.Template:
     if len(source) > LONGEST_TEMPLATE:
         raise _OutOfBounds(f"it has {len(source):,} characters; expected at most {LONGEST_TEMPLATE:,}")
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     tree = _CountsSteps(environment).visit(environment.parse(source))
     return environment.from_string(tree)
 
@@ -145,7 +151,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, *arguments: Any, **named: Any) -> Any:
         """Functions and methods, which take no large numbers. arguments: the context, what is called, its own."""
         _check_arguments(arguments[2:], named)
-        return super().call(*arguments, **named)  # type: ignore[misc]
+        return super().call(*arguments, **named)
 
 
 class _CountsSteps(NodeTransformer):
@@ -154,29 +160,28 @@ class _CountsSteps(NodeTransformer):
     def __init__(self, environment: _Environment) -> None:
         self.environment = environment
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - jinja2 finds it by this name
         self.generic_visit(node)
         node.body.insert(0, self._step(node))
         return node
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802 - jinja2 finds it by this name
         self.generic_visit(node)
         node.body.insert(0, self._step(node))
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - jinja2 finds it by this name
         self.generic_visit(node)
         return self._call("joined", [nodes.List(node.nodes)], node)
 
     def _step(self, near: nodes.Node) -> nodes.Node:
-        return self._finished(nodes.ExprStmt(self._call("step", [], near)), near)
+        statement: nodes.Node = nodes.ExprStmt(self._call("step", [], near))
+        return statement.set_lineno(near.lineno).set_environment(self.environment)
 
     def _call(self, name: str, arguments: list[nodes.Expr], near: nodes.Node) -> nodes.Expr:
         called = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-        return self._finished(called, near)
-
-    def _finished(self, node: Any, near: nodes.Node) -> Any:
-        return node.set_lineno(near.lineno).set_environment(self.environment)
+        called.set_lineno(near.lineno).set_environment(self.environment)
+        return called
 
 
 class _GenerationTag(Extension):

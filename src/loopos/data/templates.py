@@ -220,9 +220,7 @@ class ChatTemplate:
             raise TemplateRefusal(_changes(prompt, whole), _SPLIT_HINT)
         return len(prompt)
 
-    def _turn_end(
-        self, messages: Sequence[Message], tools: Sequence[Tool], whole: str, start: int, limit: int
-    ) -> int:
+    def _turn_end(self, messages: Sequence[Message], tools: Sequence[Tool], whole: str, start: int, limit: int) -> int:
         """Where the turn of the last message ends in `whole`: behind its words and calls and, if there is one, the end
         token after them.
 

@@ -108,7 +108,9 @@ def _call(fields: RowFields, place: str, value: object) -> dict[str, object]:
     if arguments is not None and not isinstance(arguments, dict):
         named = f"{place}.function.arguments" if is_nested else f"{place}.arguments"
         hint = "a call without arguments has {}" if arguments == "" else ""
-        fields.add("arguments are no object", named, f"{shown(arguments)} ({kind_name(arguments)})", _ARGUMENTS_WANTED, hint)
+        fields.add(
+            "arguments are no object", named, f"{shown(arguments)} ({kind_name(arguments)})", _ARGUMENTS_WANTED, hint
+        )
     if arguments is not None:
         function = {**function, "arguments": arguments}
     function = in_order(function, ("name", "arguments"))

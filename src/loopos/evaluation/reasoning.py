@@ -15,10 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.strategies import Strategy
-from loopos.data.conversations import Message
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
-from loopos.data.supervised_rows import Example
-from loopos.data.supervised_tokens import prompt_tokens
+from loopos.data.supervised_tokens import Problem, prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.answer_metrics import Sample, majority
 from loopos.generation.engine import Engine
@@ -106,7 +104,7 @@ class Reasoner:
             voters.insert(0, reasoner)
         return reasoner
 
-    def prompt(self, problem: str | Sequence[Message] | Example) -> list[int]:
+    def prompt(self, problem: Problem) -> list[int]:
         """The tokens that generation starts from. Raises `UserError` where the chat template refuses the messages."""
         try:
             return prompt_tokens(self.tokenizer, problem, template=self.template)
@@ -119,7 +117,7 @@ class Reasoner:
 
     def answer(
         self,
-        problems: Sequence[str | Sequence[Message] | Example],
+        problems: Sequence[Problem],
         settings: SamplingSettings = SamplingSettings(),
         *,
         strategy: Strategy = Strategy(),
@@ -136,7 +134,7 @@ class Reasoner:
         speakers = (self, *self.voters)
         return [_together(speakers, each) for each in zip(found, *others, strict=True)]
 
-    def has_room(self, problem: str | Sequence[Message] | Example) -> bool:
+    def has_room(self, problem: Problem) -> bool:
         """Whether the problem leaves every model a position for an answer."""
         return all(
             each.engine.max_positions is None or len(each.prompt(problem)) < each.engine.max_positions
@@ -145,7 +143,7 @@ class Reasoner:
 
     def _answer(
         self,
-        problems: Sequence[str | Sequence[Message] | Example],
+        problems: Sequence[Problem],
         settings: SamplingSettings,
         strategy: Strategy,
         limits: StepLimits,
