@@ -1,8 +1,8 @@
 """What stands beside a question → the text that is asked.
 
-Enters: a row's fields. Leaves: question, input, context and lettered choices, each below the one before, as LLaMA-Factory
-writes `input` below the instruction; the letter of an answer that is a place among the choices. Left out: which columns
-these are (`supervised_formats`, `preference_formats`).
+Enters: a row's fields. Leaves: question, input, context and lettered choices, each below the one before, as
+LLaMA-Factory writes `input` below the instruction; the letter of an answer that is a place among the choices. Left out:
+which columns these are (`supervised_formats`, `preference_formats`).
 
     Which city is it?          instruction, problem or prompt
     The depot is on the Danube.  input, context
@@ -28,8 +28,8 @@ CONTEXT_NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "context": (
         frozenset({"context"}),
         frozenset({
-            "contexts", "passage", "passages", "document", "documents", "paragraph", "article", "background", "evidence",
-            "schema", "sql_context", "reference_text", "source_text",
+            "contexts", "passage", "passages", "document", "documents", "paragraph", "article", "background",
+            "evidence", "schema", "sql_context", "reference_text", "source_text",
         }),
     ),
     "choices": (frozenset({"choices"}), frozenset({"options"})),
