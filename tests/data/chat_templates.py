@@ -73,6 +73,7 @@ def word_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     opened.chat_template = chat_template
     return opened
 
+
 TOOL_CHATML = (  # writes tools first, calls as Qwen2.5 does, and what tools answer
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}"

@@ -67,8 +67,10 @@ SYNTAX = [
     Case("a number as json", "a.json", "\n5", 2, "file", "an array of objects"),
     Case("text as json", "a.json", "hello", 1, "file", "hello"),
     Case("empty object", "a.json", "{}", 1, "data", "no list of rows"),
-    Case("other key", "a.json", '{"rows": [{"text": "a", "label": 1}]}', 1, "data", "rename it to \"data\""),
-    Case("several objects", "a.json", '{"text": "a",\n "label": 1}\n{"text": "b",\n "label": 2}', 3, "file", "one array"),
+    Case("other key", "a.json", '{"rows": [{"text": "a", "label": 1}]}', 1, "data", 'rename it to "data"'),
+    Case(
+        "several objects", "a.json", '{"text": "a",\n "label": 1}\n{"text": "b",\n "label": 2}', 3, "file", "one array"
+    ),
     Case("other object", "a.json", '{"rows": [{"text": "a"}]}', 1, "data", "an object with 'rows'"),
     Case("columns", "a.json", '{"text": {"0": "a"}, "label": {"0": 1}}', 1, "data", "put the rows into a list"),
     Case("data no list", "a.json", '{"data": {"text": "a"}}', 1, "data", "an object with 'data'"),

@@ -146,7 +146,10 @@ def test_labels_as_text(tmp_path: Path) -> None:
         rows = [{"text": "x", "label": label} for label in labels]
         examples, _ = read_labelled(read(write(tmp_path / "a.jsonl", *rows)), {})
         space = infer_task(examples)
-        assert (space.task, [space.encode(each.label, each.row) for each in examples]) == ("multi_label", [[1, 1], [0, 1]])
+        assert (space.task, [space.encode(each.label, each.row) for each in examples]) == (
+            "multi_label",
+            [[1, 1], [0, 1]],
+        )
 
 
 TOOLS = [

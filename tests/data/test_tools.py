@@ -176,7 +176,9 @@ def test_calls_in_preferences_are_parsed_too(tmp_path: Path) -> None:
 
 
 def test_calls_under_a_template_without_an_end_token(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    source = NO_END.replace("message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +")
+    source = NO_END.replace(
+        "message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +"
+    )
     _, said = learned(tokenizer, tmp_path, {"messages": [ASKED, call('{"id": 1}'), ASKED, FOUND]}, source)
     calls = '[{"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"id": 1}}}]'
     assert said == f"{calls}<eos>here<eos>"

@@ -24,8 +24,9 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_format
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 LONGEST_TEMPLATE = 1_000_000
@@ -40,6 +41,8 @@ _LARGEST_POWER_BITS = 10_000
 _LARGEST_ARGUMENT = 1_000_000
 _SIZED_FILTERS = ("center", "indent", "batch", "slice", "round", "format", "truncate", "wordwrap")
 _STEPS_BETWEEN_CLOCKS = 256
+_STEP, _JOINED = "(step)", "(joined)"
+"""Names of filters that no template can write."""
 _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\d{7,}|\*)")
 
 
@@ -104,7 +107,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.filters["tojson"] = _tojson
+        self.filters |= {"tojson": _tojson, _STEP: _step, _JOINED: _joined}
         for name in _SIZED_FILTERS:
             self.filters[name] = _within_bounds(self.filters[name])
         self.globals.pop("lipsum")
@@ -115,23 +118,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
 
-    def step(self) -> str:
-        """Counts an iteration or a call. Raises `_OutOfBounds`."""
-        _state.steps += 1
-        if _state.steps > MOST_STEPS:
-            raise _OutOfBounds(f"it takes more than {MOST_STEPS:,} steps of its loops")
-        if _state.steps % _STEPS_BETWEEN_CLOCKS == 0 and time.thread_time() > _state.ends:
-            raise _OutOfBounds(f"it takes more than {MOST_SECONDS:g} seconds")
-        return ""
-
-    def joined(self, values: Sequence[object]) -> str:
-        """The operator ~."""
-        texts = [str(value) for value in values]
-        _check_size(sum(map(len, texts)))
-        return "".join(texts)
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Operators whose result may be much larger than what they are given."""
+        if operator == "+":
+            if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+                _check_size(len(left) + len(right))
+            return left + right
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * max(right, 0)
             if bits > _LARGEST_POWER_BITS:
@@ -142,8 +134,6 @@ class _Environment(ImmutableSandboxedEnvironment):
                     _check_size(len(sized) * times)
             if isinstance(left, int) and isinstance(right, int):
                 _check_number(left.bit_length() + right.bit_length())
-        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            _check_size(len(left) + len(right))
         if operator == "%" and isinstance(left, str):
             _check_widths(left)
         return super().call_binop(context, operator, left, right)
@@ -172,16 +162,36 @@ class _CountsSteps(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - jinja2 finds it by this name
         self.generic_visit(node)
-        return self._call("joined", [nodes.List(node.nodes)], node)
+        return self._filtered(nodes.List(node.nodes), _JOINED, node)
 
     def _step(self, near: nodes.Node) -> nodes.Node:
-        statement: nodes.Node = nodes.ExprStmt(self._call("step", [], near))
+        statement: nodes.Node = nodes.ExprStmt(self._filtered(nodes.Const(""), _STEP, near))
         return statement.set_lineno(near.lineno).set_environment(self.environment)
 
-    def _call(self, name: str, arguments: list[nodes.Expr], near: nodes.Node) -> nodes.Expr:
-        called = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-        called.set_lineno(near.lineno).set_environment(self.environment)
-        return called
+    def _filtered(self, value: nodes.Expr, name: str, near: nodes.Node) -> nodes.Expr:
+        """A filter is called directly, where a function would pass the checks of the sandbox each time."""
+        found = nodes.Filter(value, name, [], [], None, None)
+        found.set_lineno(near.lineno).set_environment(self.environment)
+        return found
+
+
+@pass_context  # so that no filter is computed when the template is compiled
+def _step(_: Context, value: str) -> str:
+    """Counts an iteration or a call. Raises `_OutOfBounds`."""
+    _state.steps += 1
+    if _state.steps > MOST_STEPS:
+        raise _OutOfBounds(f"it takes more than {MOST_STEPS:,} steps of its loops")
+    if _state.steps % _STEPS_BETWEEN_CLOCKS == 0 and time.thread_time() > _state.ends:
+        raise _OutOfBounds(f"it takes more than {MOST_SECONDS:g} seconds")
+    return value
+
+
+@pass_context
+def _joined(_: Context, values: Sequence[object]) -> str:
+    """The operator ~."""
+    texts = [str(value) for value in values]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
 
 
 class _GenerationTag(Extension):

@@ -136,7 +136,7 @@ class ChatTemplate:
         pieces: list[Piece] = []
         place = 0
         for number, start, limit in zip(turns, starts, limits, strict=True):
-            end = self._turn_end(messages[: number + 1], tools, whole, start, limit)
+            end = self._turn_end(messages, number, tools, whole, start, limit)
             if start > place:
                 pieces.append(Piece(whole[place:start]))
             pieces.append(Piece(whole[start:end], number, closes=not self.end))
@@ -220,13 +220,15 @@ class ChatTemplate:
             raise TemplateRefusal(_changes(prompt, whole), _SPLIT_HINT)
         return len(prompt)
 
-    def _turn_end(self, messages: Sequence[Message], tools: Sequence[Tool], whole: str, start: int, limit: int) -> int:
-        """Where the turn of the last message ends in `whole`: behind its words and calls and, if there is one, the end
+    def _turn_end(
+        self, messages: Sequence[Message], number: int, tools: Sequence[Tool], whole: str, start: int, limit: int
+    ) -> int:
+        """Where the turn of a message ends in `whole`: behind its words and calls and, if there is one, the end
         token after them.
 
         Templates may change white space between the words, and write more around them.
         """
-        message = messages[-1]
+        message = messages[number]
         end = _end_of_words(message.content, whole, start, limit)
         if end < 0:
             reason = f"{shown(message.content)} became {shown(whole[start:limit])}"
@@ -246,7 +248,7 @@ class ChatTemplate:
         if called == start:
             return end
         # Nothing marks where the last call ends but the end of the text up to here.
-        return min(limit, len(self._rendered(messages, tools, prompting=False).rstrip()))
+        return min(limit, len(self._rendered(messages[: number + 1], tools, prompting=False).rstrip()))
 
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompting: bool) -> str:
         variables = {
