@@ -57,11 +57,11 @@ def infer_task(
         )
     skips = on_bad_row == "skip"
     if task is None:
-        task, examples = _task_of(examples, num_classes, column, skips=skips)
+        task, examples = _task_of(examples, num_classes, class_names, column, skips=skips)
     if task == "regression":
         return _regression(examples, num_classes, class_names, column, skips=skips)
-    if skips and not all(isinstance(example.label, str) for example in examples):
-        examples = _without(examples, of_other_kinds(examples))
+    if skips and not _all_text(examples):
+        examples = _without(examples, of_other_kinds(examples, is_class=task == "classification"))
     members = _members(examples, task, column)
     kind = _member_kind(examples, members, task, column)
     counts = Counter(
@@ -81,12 +81,17 @@ def infer_task(
 
 
 def _task_of(
-    examples: Sequence[Labelled], num_classes: int | None, column: str, *, skips: bool
+    examples: Sequence[Labelled],
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    column: str,
+    *,
+    skips: bool,
 ) -> tuple[Task, Sequence[Labelled]]:
     """The task that the labels suggest, and the examples that it is read off."""
-    strays = texts_among_numbers(examples)
+    strays = texts_among_numbers(examples, num_classes, class_names)
     if skips:
-        strays = strays or ([] if _all_text(examples) else of_other_kinds(examples))
+        strays = strays or ([] if _all_text(examples) else of_other_kinds(examples, is_class=False))
         examples = _without(examples, strays)
     elif strays and _all_text(examples):
         _raise([stray_fault(example, column) for example in strays])

@@ -217,7 +217,9 @@ def _vote(fields: RowFields, vote: object) -> float:
     answer = vote.get("value") if isinstance(vote, dict) else vote
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    word = str(answer).strip().lower().replace(" ", "").replace("_", "").replace("-", "")
+    word = str(answer).strip().lower()
+    # Response 1, response_1 and response-1 are one; a sign before a number is none of these.
+    word = word if word.startswith("-") else word.replace(" ", "").replace("_", "").replace("-", "")
     if isinstance(answer, str | int) and not isinstance(answer, bool):
         for side, words in _SIDES.items():
             if word in words:

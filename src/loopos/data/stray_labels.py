@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from loopos.config.faults import Fault
 from loopos.data.formats import Labelled
-from loopos.data.label_space import Kind, is_comma_number, kind_of
+from loopos.data.label_space import Kind, is_comma_number, kind_of, sole
 from loopos.data.record import shown
 
 FEW = 4
@@ -25,27 +25,33 @@ _MISSING = frozenset({
 """What tables write where a number is missing, in lower case."""
 
 
-def texts_among_numbers(examples: Sequence[Labelled]) -> list[Labelled]:
+def texts_among_numbers(
+    examples: Sequence[Labelled], num_classes: int | None, class_names: Sequence[str] | None
+) -> list[Labelled]:
     """The few labels that are text where the others, also as text, are numbers; none where numbers may be names.
 
-    The numbers are taken for such if one has a fraction, if more than 20 are different, or if the texts are what tables
-    write for a missing number.
+    The numbers are taken for such if one has a fraction, if more than 20 are different, if the texts are what tables
+    write for a missing number, or if the config counts or names the classes that the numbers stand for.
     """
-    texts = [example for example in examples if kind_of(example.label) == "text"]
+    names = class_names or ()
+    texts = [example for example in examples if kind_of(example.label) == "text" and example.label not in names]
     numbers = [example for example in examples if kind_of(example.label) in _NUMBERS]
     if not texts or len(numbers) < FEW * len(texts) or len(numbers) + len(texts) < len(examples):
         return []
     measures = any(kind_of(example.label) == "number" for example in numbers)
     many = len({str(example.label) for example in numbers}) > _MANY_NUMBERS
     missing = all(str(example.label).lower() in _MISSING for example in texts)
-    return texts if measures or many or missing else []
+    are_counted = num_classes is not None or (bool(names) and not any(kind_of(name) in _NUMBERS for name in names))
+    return texts if measures or many or missing or are_counted else []
 
 
-def of_other_kinds(examples: Sequence[Labelled]) -> list[Labelled]:
-    """The labels of other kinds than most are of; none where no kind has so many."""
+def of_other_kinds(examples: Sequence[Labelled], *, is_class: bool) -> list[Labelled]:
+    """The labels of other kinds than most are of; none where no kind has so many. is_class: a list of one label is that
+    label.
+    """
     groups: dict[str, list[Labelled]] = defaultdict(list)
     for example in examples:
-        kind = kind_of(example.label)
+        kind = kind_of(sole(example.label) if is_class else example.label)
         groups["number" if kind in _NUMBERS else str(kind)].append(example)
     largest = max(groups.values(), key=len)
     if len(largest) < FEW * (len(examples) - len(largest)):
@@ -68,8 +74,9 @@ def stray_fault(example: Labelled, column: str) -> Fault:
         'correct or remove the row, set data.on_bad_row to skip, or set model.task to "classification" to learn every '
         "label as a class"
     )
-    row = example.row
-    return Fault(row.place, row.line, None, column, shown(example.label), wanted, hint)
+    row, label = example.row, example.label
+    hint = f"write {label.replace(',', '.')}, with a point" if is_comma_number(label) else hint
+    return Fault(row.place, row.line, None, column, shown(label), wanted, hint)
 
 
 def comma_fault(example: Labelled, column: str) -> Fault:
