@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from loopos.data.conversations import ASSISTANT, Message, message_of
 from loopos.data.format_detection import Overrides
 from loopos.data.preference_formats import PreferenceFormat, detect
+from loopos.data.preference_votes import share_of_votes
 from loopos.data.prompts import Words, add_same, asked, check_spoken, implied, is_same, stands_as_is
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
@@ -26,13 +27,6 @@ from loopos.data.tool_schemas import Tool, check_no_tools, tools_of
 from loopos.data.values import is_number, kind_name
 
 _TIE = 0.5
-_SIDES: Mapping[float, frozenset[str]] = {
-    1.0: frozenset({"1", "first", "left", "a", "response1", "responsea", "modela", "answer1", "answera", "chosen1"}),
-    0.0: frozenset({"2", "second", "right", "b", "response2", "responseb", "modelb", "answer2", "answerb", "chosen2"}),
-    _TIE: frozenset({"tie", "tied", "same", "equal", "both", "draw", "tie(bothbad)", "bothbad", "neither"}),
-}
-"""The words for a preferred side → how much it speaks for the first response."""
-_PREFERENCE_WANTED = "1 or 2, response1 or response2, A or B, left or right, or tie; or a list of these"
 _TRUTHS: Mapping[object, bool] = {"true": True, "false": False}
 
 
@@ -196,38 +190,12 @@ def _judged(fields: RowFields) -> Pair:
 
 
 def _preferred(fields: RowFields) -> Pair:
-    """The pair of a row that says which of two responses is preferred: by one person, or by each of several, whose
-    share is then the probability.
-    """
-    value, margin = fields.structure("preference"), _number(fields, "margin", math.inf)
-    votes = [_vote(fields, vote) for vote in (value if isinstance(value, list) else [value])]
-    if fields.problems or not votes:
-        if not votes:
-            fields.add("preference does not fit", fields.field("preference"), "an empty list", _PREFERENCE_WANTED)
-        return Pair(0, 1)
-    share = sum(votes) / len(votes)
+    """The pair of a row that says which of two responses is preferred."""
+    share, margin = share_of_votes(fields), _number(fields, "margin", math.inf)
     better = 0 if share >= _TIE else 1
     if share == _TIE and margin:
         fields.add("margin of a tie", fields.field("margin"), f"{margin:g} beside a tie", "no margin, or 0")
     return Pair(better, 1 - better, max(share, 1 - share), margin or 0.0)
-
-
-def _vote(fields: RowFields, vote: object) -> float:
-    """1 for the first response, 0 for the second, 0.5 for a tie, whichever way an annotator's answer says it."""
-    answer = vote.get("value") if isinstance(vote, dict) else vote
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    word = str(answer).strip().lower()
-    # Response 1, response_1 and response-1 are one; a sign before a number is none of these.
-    word = word if word.startswith("-") else word.replace(" ", "").replace("_", "").replace("-", "")
-    if isinstance(answer, str | int) and not isinstance(answer, bool):
-        for side, words in _SIDES.items():
-            if word in words:
-                return side
-    hint = "0 could mean the first response or a tie: write 1, 2 or tie" if word == "0" else ""
-    given = f"{shown(vote)} ({kind_name(vote)})"
-    fields.add("preference does not fit", fields.field("preference"), given, _PREFERENCE_WANTED, hint)
-    return _TIE
 
 
 def _number(fields: RowFields, role: str, most: float) -> float | None:

@@ -21,7 +21,7 @@ from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
-from loopos.data.templates import num_shared
+from loopos.data.template_checks import num_shared
 from loopos.data.tool_schemas import Tool, check_no_tools, tools_of
 from loopos.data.values import kind_name
 

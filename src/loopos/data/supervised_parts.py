@@ -13,7 +13,8 @@ from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.demonstrations import Demonstration
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
-from loopos.data.templates import ChatTemplate, Piece, check_reasoning
+from loopos.data.template_checks import check_reasoning
+from loopos.data.templates import ChatTemplate, Piece
 from loopos.data.tool_schemas import Tool
 
 TrainOn: TypeAlias = Literal["all", "assistant", "answer"]

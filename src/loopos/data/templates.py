@@ -19,31 +19,32 @@ Left out: tokens (`supervised_tokens`).
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.record import shown
-from loopos.data.template_sandbox import LONGEST_TEMPLATE, TemplateFailure, rendered
+from loopos.data.template_checks import (
+    SPLIT_HINT,
+    TEMPLATE_HINT,
+    TemplateRefusal,
+    changes,
+    check_context,
+    end_of,
+    end_of_words,
+    num_shared,
+    with_reasoning,
+)
+from loopos.data.template_sandbox import TemplateFailure, rendered
+from loopos.data.template_source import end_token, plain_template, source_of, tool_source
 from loopos.data.tool_schemas import Tool, call_names
 
-_PLAIN_TURNS = (
-    "{% for message in messages %}"
-    "{{ '### ' + (message['role'] | capitalize) + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The keys under which a message's reasoning stands in data sets and templates."""
+__all__ = ["ChatTemplate", "Piece", "TemplateRefusal", "end_token", "plain_template"]
+
 _ASKED, _SAID = "Kestrel 41", "Heron 73"
 _TOOL = "kestrel_count"
 _PROBE_TOOL: Tool = {
@@ -57,23 +58,10 @@ _PROBE_TOOL: Tool = {
 _MOST_PREFIX_CHARACTERS = 50_000_000
 """Characters that are rendered to find where the turns of one conversation begin. Most templates need two renderings,
 however many turns; one whose text before the assistant's words differs from turn to turn needs one for each."""
-_TEMPLATE_HINT = "name a file with a template that writes it in data.chat_template, or take it out of the rows"
 _TOOLS_HINT = (
     "name a file with a template that writes tools in data.chat_template, or leave them out: "
     'data.columns: {"tools": null}'
 )
-_SPLIT_HINT = (
-    'give one row for each turn of the assistant (with the turns before it as "prompt"), or set data.chat_template to '
-    '"plain"'
-)
-
-
-class TemplateRefusal(ValueError):
-    """A template cannot render some messages so that what the assistant says can be learned; says why, and `hint`."""
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +77,6 @@ class Piece:
     closes: bool = False
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's end token. Raises `UserError` where it has none."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end token (eos_token), so the model could not learn to stop; set one in its "
-            "tokenizer_config.json, or name another tokenizer in data.tokenizer"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The plain format as a Jinja template, with the begin token if the tokenizer adds one by itself. A tokenizer that
-    keeps it in `chat_template` opens the trained model elsewhere with the same format.
-    """
-    added = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
-    return ("{{ bos_token }}" if added else "") + _PLAIN_TURNS
-
-
 class ChatTemplate:
     """Renders messages by one template. `said` says which; `end` is the text that ends a turn of the assistant, empty
     where the template writes none and the tokenizer's end token is put behind each turn.
@@ -119,8 +89,8 @@ class ChatTemplate:
         """
         end_token(tokenizer)
         self.tokenizer = tokenizer
-        self.source, self.said = _source(tokenizer, chosen)
-        self._tool_source = _tool_source(tokenizer, chosen) or self.source
+        self.source, self.said = source_of(tokenizer, chosen)
+        self._tool_source = tool_source(tokenizer, chosen) or self.source
         if "strftime_now" in self.source:
             self.said += "; it writes the date of the run into the text"
         self._header, self.end = self._probe()
@@ -141,7 +111,7 @@ class ChatTemplate:
                 pieces.append(Piece(whole[place:start]))
             pieces.append(Piece(whole[start:end], number, closes=not self.end))
             place = end
-        _check_context(messages, whole)
+        check_context(messages, whole)
         return [*pieces, Piece(whole[place:])] if place < len(whole) else pieces
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
@@ -155,7 +125,7 @@ class ChatTemplate:
             earlier.pop()
         past = "".join(piece.text for piece in earlier)
         if not text.startswith(past):
-            raise TemplateRefusal(_changes(past, text), _SPLIT_HINT)
+            raise TemplateRefusal(changes(past, text), SPLIT_HINT)
         return [*earlier, Piece(text[len(past) :])] if len(text) > len(past) else earlier
 
     @property
@@ -192,7 +162,7 @@ class ChatTemplate:
             before = messages[number - 1] if number else None
             start = -1
             if before is not None and before.role in between and number != turns[-1]:
-                start = _end_of(before.content.strip() + between[before.role], whole, place)
+                start = end_of(before.content.strip() + between[before.role], whole, place)
             if start < 0:
                 start = self._turn_start(messages[:number], tools, whole)
                 spent += start
@@ -217,7 +187,7 @@ class ChatTemplate:
             return place + len(self._header)
         prompt = self._rendered(before, tools, prompting=True)
         if not whole.startswith(prompt):
-            raise TemplateRefusal(_changes(prompt, whole), _SPLIT_HINT)
+            raise TemplateRefusal(changes(prompt, whole), SPLIT_HINT)
         return len(prompt)
 
     def _turn_end(
@@ -229,17 +199,15 @@ class ChatTemplate:
         Templates may change white space between the words, and write more around them.
         """
         message = messages[number]
-        end = _end_of_words(message.content, whole, start, limit)
+        end = end_of_words(message.content, whole, start, limit)
         if end < 0:
             reason = f"{shown(message.content)} became {shown(whole[start:limit])}"
-            raise TemplateRefusal(
-                f"the chat template leaves out part of what the assistant says: {reason}", _SPLIT_HINT
-            )
+            raise TemplateRefusal(f"the chat template leaves out part of what the assistant says: {reason}", SPLIT_HINT)
         called = start
         for name in call_names(message.more):
-            called = _end_of(name, whole, called, limit)
+            called = end_of(name, whole, called, limit)
             if called < 0:
-                raise TemplateRefusal(f"the chat template leaves out a call of the tool {shown(name)}", _TEMPLATE_HINT)
+                raise TemplateRefusal(f"the chat template leaves out a call of the tool {shown(name)}", TEMPLATE_HINT)
         if self.end:
             place = whole.find(self.end, max(end, called), limit)
             if place < 0:
@@ -252,7 +220,7 @@ class ChatTemplate:
 
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompting: bool) -> str:
         variables = {
-            "messages": [_with_reasoning(message.as_template()) for message in messages],
+            "messages": [with_reasoning(message.as_template()) for message in messages],
             "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": prompting,
@@ -287,94 +255,3 @@ class ChatTemplate:
             return header, ""
         place, _, token = min(places)
         return header, tail[: place + len(token)]
-
-
-def _source(tokenizer: PreTrainedTokenizerBase, chosen: str) -> tuple[str, str]:
-    """The template's text, and the sentence that says where it is from."""
-    if chosen not in ("auto", "plain"):
-        try:
-            with Path(chosen).open(encoding="utf-8") as file:
-                # One character more than a template may have: the sandbox then says that it is too long.
-                return file.read(LONGEST_TEMPLATE + 1), f"chat template: {chosen}"
-        except (OSError, UnicodeDecodeError) as problem:
-            raise UserError(
-                f'data.chat_template: {chosen} cannot be read ({problem}); wanted "auto", "plain" or a file with a '
-                "Jinja template"
-            ) from problem
-    if chosen == "auto" and tokenizer.chat_template is not None:
-        try:
-            return tokenizer.get_chat_template(), "chat template: the tokenizer's own"
-        except ValueError as problem:
-            raise UserError(f'{problem}; set data.chat_template to "plain" or to a file') from problem
-    why = "" if chosen == "plain" else ", since the tokenizer has none"
-    return plain_template(tokenizer), f"chat template: plain (### User: ... ### Assistant: ...){why}"
-
-
-def _tool_source(tokenizer: PreTrainedTokenizerBase, chosen: str) -> str | None:
-    """The template for conversations with tools, where the tokenizer has one of its own for them."""
-    own = tokenizer.chat_template
-    found = own.get("tool_use") if chosen == "auto" and isinstance(own, dict) else None
-    return found if isinstance(found, str) else None
-
-
-def _with_reasoning(message: dict[str, object]) -> dict[str, object]:
-    """The message with its reasoning under each name that templates read, as transformers passes it."""
-    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, REASONING[0]: reasoning}
-
-
-def check_reasoning(message: Message, turn: str) -> None:
-    """Raises `TemplateRefusal` where a turn that is learned holds no word of the message's reasoning."""
-    for name in REASONING:
-        words = message.more.get(name)
-        if isinstance(words, str) and _end_of_words(words, turn, 0, len(turn)) < 0:
-            reason = f"the chat template leaves out the {name} of what the assistant says: {shown(words)}"
-            raise TemplateRefusal(reason, _SPLIT_HINT)
-
-
-def _check_context(messages: Sequence[Message], whole: str) -> None:
-    """Raises `TemplateRefusal` for a message of others than the assistant whose words the text does not hold. They may
-    stand anywhere, and be escaped as JSON escapes them.
-    """
-    place = 0
-    for message in messages:
-        if message.role == ASSISTANT or not message.content.strip():
-            continue
-        end = _end_of_words(message.content, whole, place, len(whole))
-        if end < 0:
-            end = _end_of(json.dumps(message.content.strip(), ensure_ascii=False)[1:-1], whole, place)
-        if end >= 0:
-            place = end
-        elif _end_of_words(message.content, whole, 0, place) < 0:
-            reason = f"the chat template leaves out a message of the role {message.role}: {shown(message.content)}"
-            raise TemplateRefusal(reason, _TEMPLATE_HINT)
-
-
-def _end_of(text: str, whole: str, start: int, limit: int | None = None) -> int:
-    """Where `text` ends in `whole[start:limit]`; -1 if it is not there."""
-    place = whole.find(text, start, limit)
-    return place + len(text) if place >= 0 else -1
-
-
-def _end_of_words(content: str, whole: str, start: int, limit: int) -> int:
-    """Where the words of `content` end in `whole[start:limit]`, whatever white space is between them; -1 if nowhere."""
-    place = whole.find(content.strip(), start, limit)
-    if place >= 0:
-        return place + len(content.strip())
-    words = re.compile(r"\s*".join(re.escape(word) for word in content.split()))
-    found = words.search(whole, start, limit)
-    return found.end() if found is not None else -1
-
-
-def num_shared(one: str, other: str) -> int:
-    """How many characters both texts begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
-
-
-def _changes(prompt: str, whole: str) -> str:
-    place = num_shared(prompt, whole)
-    return (
-        "the chat template changes earlier text when messages follow: "
-        f"{shown(prompt[place : place + 40])} became {shown(whole[place : place + 40])}"
-    )
