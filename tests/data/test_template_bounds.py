@@ -6,16 +6,7 @@ from pathlib import Path
 
 import chat_templates
 import pytest
-from chat_templates import (
-    BRACKETS,
-    CHATML,
-    CHATML_MARKED,
-    END_OF_TEXT,
-    NO_END,
-    SPECIAL,
-    THINKING,
-    TOOL_CHATML,
-)
+from chat_templates import CHATML, SPECIAL, long_talk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
@@ -105,7 +96,7 @@ def test_a_hostile_template_ends_in_one_line(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, source: str, piece: str
 ) -> None:
     # The same bound, met sooner.
-    monkeypatch.setattr(template_sandbox, "MOST_STEPS", 20_000)
+    monkeypatch.setattr(template_sandbox, "MOST_STEPS", 3_000)
     tokenizer.chat_template = source
     with pytest.raises(UserError) as caught:
         ChatTemplate(tokenizer)
@@ -136,75 +127,13 @@ def test_a_long_template_file_is_not_read_whole(tokenizer: PreTrainedTokenizerBa
         ChatTemplate(tokenizer, str(file))
 
 
-class Counted:
-    """Counts renderings and the characters they write."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = self.characters = 0
-
-        def counted(source: str, variables: dict[str, object]) -> str:
-            text = rendered(source, variables)
-            self.calls, self.characters = self.calls + 1, self.characters + len(text)
-            return text
-
-        monkeypatch.setattr(templates, "rendered", counted)
-
-
-def turns(number: int) -> list[Message]:
-    """`number` turns that differ, some with the words of templates in them."""
-    said = ["hi", "<|im_end|>", "assistant\n", "a ", "two\n lines "]
-    return [
-        Message("user", f"{said[place % 5]}{place}") if place % 2 == 0 else Message("assistant", f"so {said[place % 5]}{place}")
-        for place in range(number)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("source", [CHATML, CHATML_MARKED, BRACKETS, END_OF_TEXT, NO_END, TOOL_CHATML, THINKING, None])
-def test_turns_begin_where_generation_starts_from(tokenizer: PreTrainedTokenizerBase, source: str | None) -> None:
-    """Each turn's start, found without rendering, is that of the rendering of the messages before it."""
-    tokenizer.chat_template = source
-    template = ChatTemplate(tokenizer)
-    tool = [
-        Message("assistant", "", more={"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}),
-        Message("tool", "1"),
-    ]
-    more = tool if source == TOOL_CHATML else []
-    messages = [*turns(7)[:-1], *turns(2)[:1], *more, *turns(12)[1:]]
-    pieces = template.pieces(messages)
-    places = [place for place, piece in enumerate(pieces) if piece.message is not None]
-    assert len(places) == sum(message.role == "assistant" for message in messages)
-    for place in places:
-        number = pieces[place].message
-        assert number is not None
-        before = template._rendered(messages[:number], (), prompting=True)
-        assert "".join(piece.text for piece in pieces[:place]) == before
-    assert "".join(piece.text for piece in pieces) == template._rendered(messages, (), prompting=False)
-
-
-@pytest.mark.parametrize("source", [CHATML, NO_END])
-def test_ten_thousand_turns_are_rendered_three_times(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, source: str | None
-) -> None:
-    tokenizer.chat_template = source
-    template, counted = ChatTemplate(tokenizer), Counted(monkeypatch)
-    messages = turns(10_000)
-    pieces = template.pieces(messages)
-    whole = sum(len(piece.text) for piece in pieces)
-    assert sum(piece.message is not None for piece in pieces) == 5000
-    assert counted.calls <= 3
-    assert counted.characters <= 3 * whole
-    counted.calls = counted.characters = 0
-    template.prompt(messages[:-1])
-    assert counted.calls <= 4
-
-
 def test_a_template_that_must_be_rendered_for_each_turn_has_a_bound(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What stands before an answer names its place, so that no turn shows where another begins.
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + '<eos>' }}{% if m.role == 'user' %}{{ loop.index ~ ':' }}{% endif %}{% endfor %}"
     template = ChatTemplate(tokenizer)
-    assert len(template.pieces(turns(8))) == 8
+    assert len(template.pieces(long_talk(8))) == 8
     monkeypatch.setattr(templates, "_MOST_PREFIX_CHARACTERS", 50)
     with pytest.raises(TemplateRefusal, match="rendered for each of 4 turns"):
-        template.pieces(turns(8))
+        template.pieces(long_talk(8))
