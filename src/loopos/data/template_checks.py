@@ -21,6 +21,8 @@ SPLIT_HINT = (
     'give one row for each turn of the assistant (with the turns before it as "prompt"), or set data.chat_template to '
     '"plain"'
 )
+_NEAR = 4000
+"""Characters behind a message in which the next one usually begins."""
 
 
 class TemplateRefusal(ValueError):
@@ -55,8 +57,7 @@ def check_context(messages: Sequence[Message], whole: str) -> None:
         if message.role == ASSISTANT or not message.content.strip():
             continue
         words = message.content.strip()
-        escaped = json.dumps(words, ensure_ascii=False)[1:-1]
-        end = max(end_of(words, whole, place), end_of(escaped, whole, place))
+        end = _next_end(words, whole, place)
         if end < 0:
             # Slower, and for few: words in another place, or with other white space between them.
             end = end_of_words(words, whole, place, len(whole))
@@ -65,6 +66,16 @@ def check_context(messages: Sequence[Message], whole: str) -> None:
         elif end_of_words(words, whole, 0, place) < 0:
             reason = f"the chat template leaves out a message of the role {message.role}: {shown(message.content)}"
             raise TemplateRefusal(reason, TEMPLATE_HINT)
+
+
+def _next_end(words: str, whole: str, start: int) -> int:
+    """Where words, as they stand or as JSON escapes them, end behind `start`; -1 if nowhere. What comes next is looked
+    at first: a search to the end for each message would take the square of the conversation's length.
+    """
+    escaped = json.dumps(words, ensure_ascii=False)[1:-1]
+    near = start + 2 * len(escaped) + _NEAR
+    places = (end_of(text, whole, start, limit) for limit in (near, len(whole)) for text in (words, escaped))
+    return next((place for place in places if place >= 0), -1)
 
 
 def end_of(text: str, whole: str, start: int, limit: int | None = None) -> int:
