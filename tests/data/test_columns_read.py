@@ -149,6 +149,27 @@ def test_columns_that_no_role_reads_are_named(tmp_path: Path, row: Any, left: st
     assert supervised(tmp_path, row)[1] == f"2 rows read, 2 used; not read: {left}"
 
 
+@pytest.mark.parametrize("images", [["a.png"], [{"bytes": None, "path": "a.png"}], "a.png", None, []])
+def test_images_beside_messages_are_refused(tmp_path: Path, images: object) -> None:
+    talk = {"messages": [{"role": "user", "content": "<image> a"}, {"role": "assistant", "content": "b"}]}
+    pair = {"prompt": "<image> a", "chosen": "b", "rejected": "c"}
+    file, pairs = (
+        write(tmp_path / "a.jsonl", talk | {"images": images}),
+        write(tmp_path / "b.jsonl", pair | {"image": images}),
+    )
+    if not images:
+        assert account(read_supervised(read(file), {}, step_format=THINK)[1]) == "1 rows read, 1 used; not read: images"
+        return
+    for reading, field in (
+        (lambda: read_supervised(read(file), {}, step_format=THINK), "images"),
+        (lambda: read_comparisons(read(pairs), {}), "image"),
+        (lambda: read_prompts(read(pairs), {}), "image"),
+    ):
+        with pytest.raises(DataError) as caught:
+            reading()
+        assert (caught.value.faults[0].line, caught.value.faults[0].field) == (1, field)
+
+
 def test_a_column_that_only_some_rows_have_is_named(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0, "source": "x"}]
     _, report = read_labelled(read(write(tmp_path / "a.jsonl", *rows)), {})

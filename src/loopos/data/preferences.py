@@ -92,6 +92,7 @@ def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -
         case _:
             split = implied(fields)
             found = None if split is None else Comparison(split[0], split[1], (_judged(fields),), fields.row)
+    fields.check_no_media()
     tools = tools_of(fields)
     if found is not None and isinstance(found.prompt, str):
         check_no_tools(fields, tools)

@@ -56,16 +56,7 @@ def read_prompts(
     """
 
     def from_row(row: Row, form: PreferenceFormat) -> Prompt | Unusable:
-        fields = RowFields(row, form.columns)
-        words = _words_of(fields, form, as_text)
-        if words is None or fields.problems:
-            return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
-        tools = tools_of(fields)
-        if isinstance(words, str):
-            check_no_tools(fields, tools)
-        if fields.problems:
-            return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
-        return Prompt(words, row, tools)
+        return prompt_of(row, form, as_text=as_text)
 
     found: tuple[list[Prompt], PreferenceFormat, FormatReport]
     found = read_examples(
@@ -79,6 +70,18 @@ def read_prompts(
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
     told = stands_as_is([prompt.prompt for prompt in kept.values()])
     return list(kept.values()), replace(report, used=len(kept), dropped=dropped, said=(*report.said, *told))
+
+
+def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:
+    """The prompt of one row, or why it has none; `as_text` as for `read_prompts`."""
+    fields = RowFields(row, form.columns)
+    words, tools = _words_of(fields, form, as_text), tools_of(fields)
+    fields.check_no_media()
+    if isinstance(words, str):
+        check_no_tools(fields, tools)
+    if words is None or fields.problems:
+        return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+    return Prompt(words, row, tools)
 
 
 def stands_as_is(prompts: Sequence[Words]) -> list[str]:

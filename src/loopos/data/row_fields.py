@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from loopos.config.faults import Fault
-from loopos.data.columns import listed
+from loopos.data.columns import listed, plain_name
 from loopos.data.record import shown
 from loopos.data.rows import Row
 from loopos.data.structures import spells_message, spells_messages, structure_of, without_nulls
@@ -18,6 +18,7 @@ from loopos.data.values import kind_name, text_problem
 
 RowProblem: TypeAlias = tuple[str, Fault]
 _TEXT_WANTED = "a text that is not blank"
+_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 _MESSAGES_HINT = "write the list as JSON: json.dumps(row[column]), or use JSON Lines or parquet"
 
 
@@ -105,6 +106,15 @@ class RowFields:
         reason, given, hint = problem
         self.add(f"{name} {reason}", field, given, _TEXT_WANTED, hint)
         return ""
+
+    def check_no_media(self) -> None:
+        """Notes images, videos or sound beside the row's words: a model that reads text would learn without them."""
+        read = set(self.columns.values())
+        for name, value in self.row.values.items():
+            if value and plain_name(name) in _MEDIA and name not in read:
+                hint = "take these rows out, or the column, if the words make sense without it"
+                self.add(f"{plain_name(name)} beside text", name, f"{shown(value)} ({kind_name(value)})",
+                         "rows of text", hint)  # fmt: skip
 
     def add(self, reason: str, field: str, given: str, wanted: str, hint: str = "") -> None:
         """Notes a problem of the row."""

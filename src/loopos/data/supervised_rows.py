@@ -76,7 +76,8 @@ def example_of(fields: RowFields, form: SupervisedFormat, step_format: StepForma
             example = _completion(fields)
         case "text":
             example = PlainText(fields.text("text"), fields.row)
-    assert example is None or not fields.problems or form.kind == "text"
+    if form.kind != "text":
+        fields.check_no_media()
     return None if fields.problems else example
 
 

@@ -63,6 +63,8 @@ def test_preview_of_comparisons_and_prompts(pico_folder: Path, tmp_path: Path, i
     assert result.exit_code == 0, result.stderr
     assert f"{ASKED}\n{HELD}\n\n### Assistant:\n" in shown(result.stdout)
     assert "4 rows read, 4 used; not read: source" in result.stdout
+    bare = invoke("data", "preview", path, "--rows", 1, 'data.columns={"context": null}')
+    assert "4 rows read, 4 used; not read: context, source" in bare.stdout, bare.stderr
 
 
 def test_preview_of_tools_that_the_template_does_not_write(pico_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
