@@ -65,7 +65,7 @@ def test_templates_render_as_transformers_renders_them(
 HOSTILE = [
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps of its loops"),
     ("{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n else '' }}{% endmacro %}{{ f(99) }}", "steps of its loops"),
-    ("x" * 10_000_000, "it has 10,000,000 characters; expected at most 1,000,000"),
+    ("x" * 10_000_000, "it has 10,000,000 characters; expected at most 200,000"),
     ("{{ 1 // 0 }}", "division"),
     ("{{ 1 / 0 }}", "division by zero"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without an end"),
@@ -123,7 +123,7 @@ def test_the_length_of_a_rendering_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 def test_a_long_template_file_is_not_read_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     file = tmp_path / "long.jinja"
     file.write_text("x" * 10_000_000, encoding="utf-8")
-    with pytest.raises(UserError, match="it has 1,000,001 characters; expected at most 1,000,000"):
+    with pytest.raises(UserError, match="it has 200,001 characters; expected at most 200,000"):
         ChatTemplate(tokenizer, str(file))
 
 

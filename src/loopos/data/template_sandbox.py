@@ -29,8 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-LONGEST_TEMPLATE = 1_000_000
-"""Characters of a template; those that models come with have up to about 30,000."""
+LONGEST_TEMPLATE = 200_000
+"""Characters of a template, which take up to 3 seconds to compile; those that models come with have some 30,000."""
 MOST_STEPS = 1_000_000
 """Iterations of loops and calls of macros in one rendering; a conversation of 10,000 turns takes about 30,000."""
 MOST_SECONDS = 3.0
