@@ -254,9 +254,9 @@ def _check_ranks(adapter: AdapterFolder) -> None:
     given = {key: adapter.config.get(key) for key in ("r", "init_r", "target_r")}
     patterns = adapter.config.get("rank_pattern") or {}
     given |= {f"rank_pattern.{name}": rank for name, rank in patterns.items() if type(rank) is int}
-    for key, rank in given.items():
-        if rank is not None and rank > max(largest, 4096):
-            raise UserError(f"{file}: {key}: got {rank}; expected at most {largest}, the longest side of its weights")
+    for key, value in given.items():
+        if value is not None and value > max(largest, 4096):
+            raise UserError(f"{file}: {key}: got {value}; expected at most {largest}, the longest side of its weights")
 
 
 def _shown(value: Any) -> str:

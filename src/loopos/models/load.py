@@ -20,7 +20,7 @@ from loopos.config.faults import UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
-from loopos.models.folded_adapter import TASKS, fold_adapter
+from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
 from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
@@ -104,10 +104,10 @@ def load_pretrained(
         )
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
-    embeddings = config.get_text_config().vocab_size
-    if len(opened) > embeddings:
+    num_rows = config.get_text_config().vocab_size
+    if len(opened) > num_rows:
         raise UserError(
-            f"the tokenizer has {len(opened)} tokens but the model of {given} only {embeddings} embeddings: "
+            f"the tokenizer has {len(opened)} tokens but the model of {given} only {num_rows} embeddings: "
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
@@ -157,7 +157,7 @@ def load_adapted(
         own = open_tokenizer(
             WeightsSource(adapter.place, "adapter", adapter.folder), trust_remote_code=trust_remote_code
         )
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+    rows = embeddings(model)[0].weight.shape[0]
     if len(own) > rows:
         raise UserError(
             f"{adapter.place}: its tokenizer has {len(own)} tokens, but the model only {rows} embeddings: those of "
