@@ -81,6 +81,7 @@ class FineTuningConfig(MethodConfig):
         has_effect = {
             **checks.effects(training),
             "model.huber_delta": (model.regression_loss == "huber", f"regression_loss is {model.regression_loss}"),
+            "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
         said = checks.without_effect(self, has_effect)

@@ -34,9 +34,10 @@ from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
+from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.storage.json_files import read_object, save_json
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
@@ -48,6 +49,8 @@ from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
+# What a run did before its config could say so.
+_TARGET_SCALING_BEFORE = "standardize"
 _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "mae"}
 
 
@@ -75,6 +78,8 @@ class FineTuner:
         """
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            if resume:
+                self.config = with_recorded_head(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
@@ -89,7 +94,9 @@ class FineTuner:
     def record_config(self, world: World) -> None:
         """Writes the resolved config, once it is known that the folder's run is this one."""
         if world.is_first:
-            save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+            recorded = self.config.model_dump(mode="json")
+            recorded["model"]["pooling"] = self.pooling
+            save_json(self.run_dir / "config.json", recorded)
 
     def load_data(self) -> tuple[Pretrained, LabelledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
@@ -106,7 +113,8 @@ class FineTuner:
         self.max_length = longest(self.pretrained.tokenizer, positions, config.training.max_length)
         self.train_rows, self.train_tokens = self._encode(self.data.train)
         self.validation_rows, self.validation_tokens = self._encode(self.data.validation)
-        self.targets = targets_of(self.data)
+        self.targets = targets_of(self.data, scaling=section.target_scaling)
+        self.pooling = section.pooling if section.pooling != "auto" else default_pooling(self.pretrained.model.config)
         for sentence in [self.pretrained.said, *self.data.said, f"tokens: {self.train_tokens.said()}"]:
             self.progress.say(sentence)
         if self.validation_rows:
@@ -142,8 +150,13 @@ class FineTuner:
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
-        model = PooledModel(backbone, num_outputs=outputs, pooling=section.pooling, seed=settings.seed)
-        self.model = model
+        self.model = PooledModel(
+            backbone,
+            num_outputs=outputs,
+            pooling=self.pooling,
+            seed=settings.seed,
+            head_std=section.head_init_std,
+        )
         self.trained = TrainedWeights(
             self.model,
             settings,
@@ -263,7 +276,7 @@ class FineTuner:
         return {
             "method": "fine_tuning",
             "task": space.task,
-            "pooling": self.config.model.pooling,
+            "pooling": self.pooling,
             "class_names": list(space.class_names),
             "label_space": dataclasses.asdict(space),
             "target_mean": self.targets.mean,
@@ -273,3 +286,20 @@ class FineTuner:
             "precision": "bf16" if self.precision == "bf16" else "fp32",
             "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
         }
+
+
+def with_recorded_head(config: FineTuningConfig, run_dir: Path) -> FineTuningConfig:
+    """The config of a run that resumes, with the pooling and the target scaling that the run began with, where the
+    config leaves them to a default. Unchanged where nothing was recorded yet.
+    """
+    if not (run_dir / "config.json").is_file():
+        return config
+    recorded = read_object(run_dir / "config.json").get("model", {})
+    began = {
+        "pooling": recorded.get("pooling"),
+        "target_scaling": recorded.get("target_scaling", _TARGET_SCALING_BEFORE),
+    }
+    kept = {
+        key: value for key, value in began.items() if value is not None and key not in config.model.model_fields_set
+    }
+    return config.model_copy(update={"model": config.model.model_copy(update=kept)})

@@ -1,0 +1,41 @@
+"""transformers' own sequence classifier of an architecture, where it computes what a LoopOS model does with pooling
+"last": `W·h` of the last token, without a bias.
+
+Enters: a config. Leaves: an empty classifier, or the pooling that a new model gets. Left out: writing it
+(`task_folder.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+
+def native_classifier(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """The classifier of `config` on the meta device: its backbone stands under `base_model_prefix`, its head is the
+    linear layer `score`. None where transformers has none of that shape: encoders pool in another way.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    assert isinstance(classifier, PreTrainedModel)
+    score, backbone = getattr(classifier, "score", None), getattr(classifier, classifier.base_model_prefix, None)
+    if not isinstance(score, nn.Linear) or score.bias is not None or type(backbone) is not MODEL_MAPPING[type(config)]:
+        return None
+    return classifier
+
+
+def default_pooling(config: PreTrainedConfig) -> str:
+    """What `model.pooling: auto` is for an architecture: "last" where transformers' own classifier reads the last
+    token too, so that the trained folder opens there as it is; "mean" for all others.
+    """
+    return "mean" if native_classifier(config) is None else "last"
