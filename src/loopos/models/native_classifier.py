@@ -2,7 +2,7 @@
 "last": `W·h` of the last token, without a bias.
 
 Enters: a config. Leaves: an empty classifier, or the pooling that a new model gets. Left out: writing it
-(`task_folder.py`).
+(`task_layout.py`).
 """
 
 from __future__ import annotations

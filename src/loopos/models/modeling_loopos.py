@@ -1,0 +1,105 @@
+"""A transformer with a pooled linear head, as transformers opens it: `W·pool(h) + offset` of each text.
+
+LoopOS puts this file beside the weights of a model that no class of transformers computes;
+`AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)` runs it. It needs torch and
+transformers only. The model answers; it is trained with LoopOS.
+Letters: B texts, T tokens of the longest, d hidden size, C outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class LoopOSConfig(PretrainedConfig):
+    """backbone_config: that of the transformer below the head. pooling: "mean", "last", "first" or "max" of the hidden
+    states of a text. offset: added to the outputs `[C]`; nothing where it is None.
+    """
+
+    model_type = "loopos_pooled"
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        pooling: str = "mean",
+        offset: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(backbone_config, dict):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        self.backbone_config, self.pooling, self.offset = backbone_config, pooling, offset
+        super().__init__(**kwargs)
+
+
+class LoopOSForSequenceClassification(PreTrainedModel):
+    """The backbone stands under its own prefix, as in transformers' classifiers; the head `score` keeps fp32."""
+
+    config_class = LoopOSConfig
+    _keep_in_fp32_modules = ["score"]
+    _keep_in_fp32_modules_strict = ["score"]
+
+    def __init__(self, config: LoopOSConfig) -> None:
+        super().__init__(config)
+        backbone = AutoModel.from_config(config.backbone_config)
+        self.base_model_prefix = backbone.base_model_prefix
+        setattr(self, self.base_model_prefix, backbone)
+        hidden_size = backbone.config.get_text_config().hidden_size
+        self.score = nn.Linear(hidden_size, config.num_labels, bias=False, dtype=torch.float32)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor]:
+        """`[B, T]` each, attention_mask 1 = a token of the text, with pads on either side → logits or values `[B, C]`
+        in fp32.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        order = tokens_first(attention_mask)
+        attention_mask = attention_mask.gather(1, order)
+        backbone = getattr(self, self.base_model_prefix)
+        extra: dict[str, Any] = {}
+        # GPT-2 takes segments too, but adds the embedding of token 0 or 1 to every token.
+        if token_type_ids is not None and (getattr(backbone.config, "type_vocab_size", None) or 0) > 1:
+            extra["token_type_ids"] = token_type_ids.gather(1, order)
+        if getattr(backbone.config, "use_cache", None) is not None:
+            extra["use_cache"] = False
+        output = backbone(input_ids=input_ids.gather(1, order), attention_mask=attention_mask, **extra)
+        vectors = pooled(output.last_hidden_state.float(), attention_mask, self.config.pooling)
+        with torch.autocast(vectors.device.type, enabled=False):
+            logits = vectors @ self.score.weight.float().T
+        if self.config.offset is not None:
+            logits = logits + torch.tensor(self.config.offset, device=logits.device)
+        return (logits,) if return_dict is False else SequenceClassifierOutput(logits=logits)
+
+
+def tokens_first(mask: Tensor) -> Tensor:
+    """Places `[B, T]` that put the tokens of each text before its pads, in their order: positions count from the first
+    token then, wherever the pads were. mask `[B, T]`.
+    """
+    places = torch.arange(mask.shape[1], device=mask.device)
+    order: Tensor = torch.argsort(places + (mask == 0) * mask.shape[1], dim=1)
+    return order
+
+
+def pooled(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
+    """One vector a text, over its tokens. hidden `[B, T, d]`, mask `[B, T]` with the pads on the right → `[B, d]`."""
+    if how == "first":
+        return hidden[:, 0]
+    if how == "last":
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(1) - 1]
+    real = mask.unsqueeze(-1).to(hidden.dtype)
+    if how == "mean":
+        return (hidden * real).sum(1) / real.sum(1)
+    if how == "max":
+        return hidden.masked_fill(real == 0, float("-inf")).amax(1)
+    raise ValueError(f"pooling: expected mean, last, first or max, got {how}")
