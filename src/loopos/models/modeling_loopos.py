@@ -8,12 +8,16 @@ Letters: B texts, T tokens of the longest, d hidden size, C outputs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+# Behind every token of a text; a plain number, which torch's ONNX exporter takes where a size of the input is none.
+_BEHIND = 1 << 30
 
 
 class LoopOSConfig(PretrainedConfig):
@@ -40,8 +44,8 @@ class LoopOSForSequenceClassification(PreTrainedModel):
     """The backbone stands under its own prefix, as in transformers' classifiers; the head `score` keeps fp32."""
 
     config_class = LoopOSConfig
-    _keep_in_fp32_modules = ["score"]
-    _keep_in_fp32_modules_strict = ["score"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["score"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["score"]
 
     def __init__(self, config: LoopOSConfig) -> None:
         super().__init__(config)
@@ -87,7 +91,7 @@ def tokens_first(mask: Tensor) -> Tensor:
     token then, wherever the pads were. mask `[B, T]`.
     """
     places = torch.arange(mask.shape[1], device=mask.device)
-    order: Tensor = torch.argsort(places + (mask == 0) * mask.shape[1], dim=1)
+    order: Tensor = torch.argsort(places + (mask == 0) * _BEHIND, dim=1)
     return order
 
 

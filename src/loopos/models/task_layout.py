@@ -4,8 +4,8 @@
     own      `modeling_loopos.py` beside the weights: `trust_remote_code=True` opens it, without it transformers refuses
     bare     a backbone whose code is not transformers' own: LoopOS opens it
 
-In all three the backbone's tensors stand under its own prefix and the head as `score.weight`, in fp32 and scaled to what
-LoopOS tells: logits, values in the user's unit, normalised scores. LoopOS itself reads `head.safetensors`.
+In the first two the backbone's tensors stand under its own prefix and the head as `score.weight`, in fp32 and scaled to
+what LoopOS tells: logits, values in the user's unit, normalised scores. LoopOS itself reads `head.safetensors`.
 
 Enters: a backbone's config, what LoopOS wrote of the model, a tokenizer. Leaves: names of tensors, config.json, the
 tokenizer. Left out: weights (`task_folder.py`).
@@ -251,3 +251,16 @@ def layout_in(folder: Path) -> Layout:
         return "own"
     classifies = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
     return "native" if classifies else "bare"
+
+
+def how_it_opens(folder: Path) -> str:
+    """A line on what opens a model with a head."""
+    kind = layout_in(folder)
+    if kind == "bare":
+        return "opens by LoopOS only: transformers has no class for its code"
+    if kind == "native":
+        return 'opens in transformers: pipeline("text-classification", model=FOLDER)'
+    return (
+        'opens in transformers with pipeline("text-classification", model=FOLDER, trust_remote_code=True): '
+        f"{MODELING} beside the weights computes the head; without trust_remote_code transformers refuses the folder"
+    )

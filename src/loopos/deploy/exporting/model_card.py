@@ -21,6 +21,7 @@ from loopos.evaluation.report import SHOWN_SETTINGS
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.found_model import FoundModel
 from loopos.models.sources import EMBEDDED
+from loopos.models.task_layout import MODELING, Layout
 
 # The embedded weights' home and licence, as their package states them.
 _EMBEDDED_HOME, _EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
@@ -47,19 +48,26 @@ def licence_of(model: FoundModel, given: str | None) -> str | None:
 
 
 def model_card(
-    model: FoundModel, *, title: str, file: str, output_format: str, type_name: str, licence: str | None
+    model: FoundModel,
+    *,
+    title: str,
+    file: str,
+    output_format: str,
+    type_name: str,
+    licence: str | None,
+    layout: Layout | None = None,
 ) -> str:
     """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
-    type_name: the number format of the weights.
+    type_name: the number format of the weights. layout: of the exported folder, where it is one of a model with a head.
     """
     licence = licence_of(model, licence)
     run = run_of(model.folder) if model.folder is not None and model.description else None
     parts = [
-        _metadata(model, run, title, output_format, licence),
+        _metadata(model, run, title, output_format, licence, layout),
         f"# {title}",
         _opening(model, run, output_format, type_name),
     ]
-    parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format)]
+    parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format, layout=layout)]
     if data := _data(run):
         parts += ["## Data", data]
     if metrics := _metrics(run):
@@ -76,7 +84,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def usage(model: FoundModel, *, title: str, file: str, output_format: str) -> str:
+def usage(model: FoundModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
     """Code that opens the exported folder."""
     place = json.dumps(title)
     if output_format in ("gguf", "modelfile"):
@@ -105,15 +113,8 @@ def usage(model: FoundModel, *, title: str, file: str, output_format: str) -> st
             "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
         ]
         return _fenced("python", lines)
-    if model.kind == "head":
-        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
-        told = _fenced("python", lines)
-        if _opens_as_classifier(model):
-            told += "\n\nWithout LoopOS:\n\n" + _fenced("python", _classifier_lines(place))
-        return told
-    if model.kind == "reward":
-        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
-        return _fenced("python", lines)
+    if model.kind in ("head", "reward"):
+        return _head_usage(model, place, layout)
     if model.kind == "classifier":
         return _fenced("python", _classifier_lines(place))
     auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
@@ -137,6 +138,52 @@ def usage(model: FoundModel, *, title: str, file: str, output_format: str) -> st
         asked = _fenced("sh", [f'loopos generate {place} -p "What is 17 + 26?"'])
         return f"{asked}\n\nIts weights are codes. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
     return _fenced("python", lines)
+
+
+def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
+    """Code for a model with a head: by transformers where that gives LoopOS's own answers, and by LoopOS."""
+    if model.kind == "reward":
+        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
+        question = '[{"role": "user", "content": "What is 17 + 26?"}]'
+        answer = '[{"role": "assistant", "content": "43"}]'
+        lines += [f"print(model.judge([({question}, {answer})])[0].score)"] if not model.description["text"] else []
+    else:
+        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
+    own = _fenced("python", lines)
+    if layout is None or layout == "bare" or model.codes is not None:
+        return own
+    trust = ", trust_remote_code=True" if layout == "own" else ""
+    if model.kind == "reward" and not model.description["text"]:
+        lines = [
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
+            f"model = AutoModelForSequenceClassification.from_pretrained({place}{trust})",
+            "conversation = [",
+            '    {"role": "user", "content": "What is 17 + 26?"},',
+            '    {"role": "assistant", "content": "43"},',
+            "]",
+            "# A score is read at the end token, which some templates put a line break behind.",
+            "text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()",
+            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+            "print(model(**inputs).logits)",
+        ]
+    else:
+        longest = model.description.get("max_length")
+        limits = "" if longest is None else f", truncation=True, max_length={longest}"
+        lines = [
+            "from transformers import pipeline",
+            "",
+            f'model = pipeline("text-classification", model={place}{trust})',
+            f'print(model(["some text"], top_k=None{limits}))',
+        ]
+    why = ""
+    if layout == "own":
+        why = (
+            f" No class of transformers computes this head: {MODELING} in this folder does, and without "
+            "`trust_remote_code=True` transformers refuses to open it."
+        )
+    return f"With transformers.{why}\n\n{_fenced('python', lines)}\n\nWith LoopOS:\n\n{own}"
 
 
 def _adapter_usage(model: FoundModel, place: str) -> str:
@@ -169,12 +216,6 @@ def _classifier_lines(place: str) -> list[str]:
     ]
 
 
-def _opens_as_classifier(model: FoundModel) -> bool:
-    assert model.folder is not None
-    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
-    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
-
-
 def _has_template(model: FoundModel) -> bool:
     from transformers import AutoTokenizer
 
@@ -187,7 +228,18 @@ def _fenced(language: str, lines: list[str]) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def _metadata(model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None) -> str:
+def _pipeline(model: FoundModel, output_format: str, layout: Layout | None) -> str | None:
+    """The hub's pipeline that runs the export; None where none gives what LoopOS does: an adapter's folder holds no
+    head.
+    """
+    if model.kind in ("head", "reward") and output_format != "onnx":
+        return "text-classification" if layout in ("native", "own") and model.codes is None else None
+    return "text-classification" if model.kind == "reward" else _PIPELINES.get(model.kind)
+
+
+def _metadata(
+    model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None, layout: Layout | None
+) -> str:
     """The YAML block at the head; metrics in the hubs' own form."""
     results = [
         EvalResult(
@@ -206,8 +258,12 @@ def _metadata(model: FoundModel, run: Run | None, title: str, output_format: str
             output_format, "transformers"
         ),
         base_model=_base_on_a_hub(model),
-        pipeline_tag=_PIPELINES.get(model.kind),
-        tags=["loopos", *([run.method] if run is not None and run.method else [])],
+        pipeline_tag=_pipeline(model, output_format, layout),
+        tags=[
+            "loopos",
+            *([run.method] if run is not None and run.method else []),
+            *(["custom_code"] if layout == "own" else []),
+        ],
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"

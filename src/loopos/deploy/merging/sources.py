@@ -55,8 +55,9 @@ class LowRank:
 @dataclass(frozen=True)
 class Source:
     """One model. `place`: its name in the recipe; `folder`: where its config and tokenizer are; `config`: its
-    config.json, the backbone's part of it for a model with a head; `description`: its loopos.json, empty for other models; `stored`: its tensors by their own names, the
-    head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter over them.
+    config.json, of a model with a head the backbone's part; `description`: its loopos.json, empty for other models;
+    `stored`: its tensors by their own names, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter
+    over them.
     """
 
     place: str
