@@ -144,9 +144,6 @@ def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
     """Code for a model with a head: by transformers where that gives LoopOS's own answers, and by LoopOS."""
     if model.kind == "reward":
         lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
-        question = '[{"role": "user", "content": "What is 17 + 26?"}]'
-        answer = '[{"role": "assistant", "content": "43"}]'
-        lines += [f"print(model.judge([({question}, {answer})])[0].score)"] if not model.description["text"] else []
     else:
         lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
     own = _fenced("python", lines)
