@@ -36,6 +36,7 @@ from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
+from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import read_object, save_json
 from loopos.training.distributed import World
@@ -117,6 +118,9 @@ class FineTuner:
         self.pooling = section.pooling if section.pooling != "auto" else default_pooling(self.pretrained.model.config)
         for sentence in [self.pretrained.said, *self.data.said, f"tokens: {self.train_tokens.said()}"]:
             self.progress.say(sentence)
+        plain = self.pooling == "last" == default_pooling(self.pretrained.model.config) and self.targets.mean == 0
+        how = "as it is" if plain else "with trust_remote_code=True only"
+        self.progress.say(f"pooling: {self.pooling}; transformers will open the trained model {how}")
         if self.validation_rows:
             self.progress.say(f"validation tokens: {self.validation_tokens.said()}")
         return self.pretrained, self.data
@@ -256,6 +260,7 @@ class FineTuner:
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+        self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
 
     def _take_best(self) -> None:
         step = self.trained.take_best(self.run_dir, self.config.training)

@@ -12,7 +12,7 @@ import torch
 from merge_models import recipe_of, rewrite_config, run, tensors_of, variant
 from pico_runs import class_rows, config_of, train, write_jsonl
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loopos.config.faults import UserError
 from loopos.deploy.merge import merge
