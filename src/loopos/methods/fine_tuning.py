@@ -50,8 +50,6 @@ from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
-# What a run did before its config could say so.
-_TARGET_SCALING_BEFORE = "standardize"
 _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "mae"}
 
 
@@ -79,8 +77,8 @@ class FineTuner:
         """
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
-            if resume:
-                self.config = with_recorded_head(self.config, self.run_dir)
+            if resume and (self.run_dir / "config.json").is_file():
+                self.config = self.config.with_recorded(read_object(self.run_dir / "config.json"))
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
@@ -291,20 +289,3 @@ class FineTuner:
             "precision": "bf16" if self.precision == "bf16" else "fp32",
             "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
         }
-
-
-def with_recorded_head(config: FineTuningConfig, run_dir: Path) -> FineTuningConfig:
-    """The config of a run that resumes, with the pooling and the target scaling that the run began with, where the
-    config leaves them to a default. Unchanged where nothing was recorded yet.
-    """
-    if not (run_dir / "config.json").is_file():
-        return config
-    recorded = read_object(run_dir / "config.json").get("model", {})
-    began = {
-        "pooling": recorded.get("pooling"),
-        "target_scaling": recorded.get("target_scaling", _TARGET_SCALING_BEFORE),
-    }
-    kept = {
-        key: value for key, value in began.items() if value is not None and key not in config.model.model_fields_set
-    }
-    return config.model_copy(update={"model": config.model.model_copy(update=kept)})

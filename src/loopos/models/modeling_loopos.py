@@ -8,19 +8,18 @@ Letters: B texts, T tokens of the longest, d hidden size, C outputs.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-
-# Behind every token of a text; a plain number, which torch's ONNX exporter takes where a size of the input is none.
+# Behind every token of a text. A plain number: the ONNX exporter of torch takes no size of the input here.
 _BEHIND = 1 << 30
 
 
-class LoopOSConfig(PretrainedConfig):
+class LoopOSConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """backbone_config: that of the transformer below the head. pooling: "mean", "last", "first" or "max" of the hidden
     states of a text. offset: added to the outputs `[C]`; nothing where it is None.
     """
@@ -40,21 +39,21 @@ class LoopOSConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class LoopOSForSequenceClassification(PreTrainedModel):
+class LoopOSForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The backbone stands under its own prefix, as in transformers' classifiers; the head `score` keeps fp32."""
 
     config_class = LoopOSConfig
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["score"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["score"]
+    _keep_in_fp32_modules = ["score"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["score"]  # noqa: RUF012
 
     def __init__(self, config: LoopOSConfig) -> None:
         super().__init__(config)
-        backbone = AutoModel.from_config(config.backbone_config)
+        backbone: Any = AutoModel.from_config(config.backbone_config)  # type: ignore[no-untyped-call]
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
-        hidden_size = backbone.config.get_text_config().hidden_size
-        self.score = nn.Linear(hidden_size, config.num_labels, bias=False, dtype=torch.float32)
-        self.post_init()
+        hidden_size: int = backbone.config.get_text_config().hidden_size
+        self.score = nn.Linear(hidden_size, len(config.id2label or ()), bias=False, dtype=torch.float32)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,

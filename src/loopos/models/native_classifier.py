@@ -7,6 +7,9 @@ Enters: a config. Leaves: an empty classifier, or the pooling that a new model g
 
 from __future__ import annotations
 
+from collections.abc import Container
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
@@ -23,13 +26,17 @@ def native_classifier(config: PreTrainedConfig) -> PreTrainedModel | None:
     """The classifier of `config` on the meta device: its backbone stands under `base_model_prefix`, its head is the
     linear layer `score`. None where transformers has none of that shape: encoders pool in another way.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    causal: Container[Any] = MODEL_FOR_CAUSAL_LM_MAPPING
+    classifiers: Container[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in causal or type(config) not in classifiers:
         return None
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     assert isinstance(classifier, PreTrainedModel)
+    expected: Any = MODEL_MAPPING[type(config)]
     score, backbone = getattr(classifier, "score", None), getattr(classifier, classifier.base_model_prefix, None)
-    if not isinstance(score, nn.Linear) or score.bias is not None or type(backbone) is not MODEL_MAPPING[type(config)]:
+    has_bias = getattr(score, "bias", None) is not None
+    if not isinstance(score, nn.Linear) or has_bias or type(backbone) is not expected:
         return None
     return classifier
 

@@ -116,7 +116,8 @@ class TaskLayout:
         """What the names of the backbone's tensors begin with; empty in a bare folder."""
         if self.kind == "bare":
             return ""
-        return f"{MODEL_MAPPING[type(self.backbone)].base_model_prefix}."
+        backbone: Any = MODEL_MAPPING[type(self.backbone)]
+        return f"{backbone.base_model_prefix}."
 
     def tensor_name(self, name: str) -> str:
         """The name of a tensor of the backbone, which may have the prefix already."""

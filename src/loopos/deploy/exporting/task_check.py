@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +58,9 @@ class TaskCheck(Check):
         return f"largest difference of the {self.unit} {self.largest:.3g}{reach}{likeliest}; opened by {self.program}"
 
 
-def checked(folder: Path, out: Path, output_format: Literal["huggingface", "onnx"], *, exact: bool) -> TaskCheck:
-    """Compares the export `out` with the model in `folder`. exact: whether the export keeps every number.
+def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> TaskCheck:
+    """Compares the export `out`, of --format huggingface or onnx, with the model in `folder`. exact: whether it keeps
+    every number.
 
     Raises `ExportDiffers` where the program that the export is for answers otherwise than LoopOS does on the same
     weights, or an exact export otherwise than the model.
@@ -133,7 +134,7 @@ def transformers_answers(folder: Path) -> Tensor:
     with _quiet():
         model = opener.from_pretrained(str(folder), dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), config=model.config)
-        run: Any = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")  # type: ignore[call-overload]
+        run: Any = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
         answers = run(list(PROBES), top_k=None, batch_size=len(PROBES), **limits)
     labels = [model.config.id2label[place] for place in range(model.config.num_labels)]
     by_label = [{each["label"]: each["score"] for each in answer} for answer in answers]
