@@ -20,23 +20,31 @@ _BEHIND = 1 << 30
 
 
 class LoopOSConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """backbone_config: that of the transformer below the head. pooling: "mean", "last", "first" or "max" of the hidden
-    states of a text. offset: added to the outputs `[C]`; nothing where it is None.
+    """backbone_type, backbone_config: model_type and other keys of the transformer below the head. pooling: "mean",
+    "last", "first" or "max" of the hidden states of a text. offset: added to the outputs `[C]`; nothing where it is
+    None.
     """
 
     model_type = "loopos_pooled"
 
     def __init__(
         self,
-        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        backbone_type: str | None = None,
+        backbone_config: dict[str, Any] | None = None,
         pooling: str = "mean",
         offset: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(backbone_config, dict):
-            backbone_config = AutoConfig.for_model(**backbone_config)
-        self.backbone_config, self.pooling, self.offset = backbone_config, pooling, offset
-        super().__init__(**kwargs)
+        self.backbone_type, self.backbone_config = backbone_type, dict(backbone_config or {})
+        self.pooling, self.offset = pooling, offset
+        # A class of transformers that is named outright would read this config as its own, and draw a head at random or
+        # pool in another way: of these sizes no weights are, so that it fails instead.
+        super().__init__(**{**kwargs, "vocab_size": 0, "num_hidden_layers": 0})
+
+    def backbone(self) -> PretrainedConfig:
+        """The config of the transformer below the head."""
+        config: PretrainedConfig = AutoConfig.for_model(self.backbone_type, **self.backbone_config)
+        return config
 
 
 class LoopOSForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -48,7 +56,7 @@ class LoopOSForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
 
     def __init__(self, config: LoopOSConfig) -> None:
         super().__init__(config)
-        backbone: Any = AutoModel.from_config(config.backbone_config)  # type: ignore[no-untyped-call]
+        backbone: Any = AutoModel.from_config(config.backbone())  # type: ignore[no-untyped-call]
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
         hidden_size: int = backbone.config.get_text_config().hidden_size

@@ -50,6 +50,8 @@ _PROBLEM_TYPES: Mapping[str, ProblemType] = {
     "regression": "regression",
     "reward": "regression",
 }
+# What a config says of the whole folder, not of the backbone in it.
+_OF_THE_FOLDER = frozenset({"model_type", "transformers_version", "dtype", "quantization_config", "architectures"})
 _CLASS = LoopOSForSequenceClassification.__name__
 _AUTO_CLASS = "AutoModelForSequenceClassification"
 _AUTO_MAP = {
@@ -126,12 +128,14 @@ class TaskLayout:
     def config(self, pad_token_id: int | None) -> PreTrainedConfig:
         """The folder's config, with class names and the problem's kind where transformers looks for them."""
         if self.kind == "own":
-            inner = copy.deepcopy(self.backbone)
-            vars(inner).pop("quantization_config", None)
+            inner = {key: value for key, value in self.backbone.to_dict().items() if key not in _OF_THE_FOLDER}
             config: PreTrainedConfig = LoopOSConfig(
-                backbone_config=inner, pooling=self.description["pooling"], offset=self.outputs.offset
+                backbone_type=self.backbone.model_type,
+                backbone_config=inner,
+                pooling=self.description["pooling"],
+                offset=self.outputs.offset,
             )
-            config.auto_map, config.architectures, config.dtype = dict(_AUTO_MAP), [_CLASS], inner.dtype
+            config.auto_map, config.architectures, config.dtype = dict(_AUTO_MAP), [_CLASS], self.backbone.dtype
         else:
             config = copy.deepcopy(self.backbone)
             if self.classifier is not None:
@@ -230,7 +234,7 @@ def backbone_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if config.get("model_type") != LoopOSConfig.model_type:
         return config
     weights = {key: config[key] for key in ("dtype", "quantization_config") if config.get(key) is not None}
-    return {**config["backbone_config"], **weights}
+    return {"model_type": config["backbone_type"], **config["backbone_config"], **weights}
 
 
 def layout_at(folder: Path, head: Tensor) -> tuple[TaskLayout, PreTrainedTokenizerBase]:

@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.found_model import FoundKind, FoundModel
 from loopos.models.load import load_pretrained
+from loopos.models.modeling_loopos import LoopOSForSequenceClassification
 from loopos.models.task_folder import read_head
 from loopos.models.task_layout import layout_at
 
@@ -137,8 +138,9 @@ def _write_task_files(folder: Path, out: Path) -> None:
 
 
 def _text_config(model: WholeText) -> Any:
-    config = model.model.config
-    return getattr(config, "backbone_config", config).get_text_config()
+    """The text part of the config of the transformer, below a head of ours too."""
+    own = isinstance(model.model, LoopOSForSequenceClassification)
+    return (model.model.base_model if own else model.model).config.get_text_config()
 
 
 def _example(model: WholeText) -> dict[str, Tensor]:
