@@ -29,7 +29,7 @@ class LoopOSConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        backbone_type: str | None = None,
+        backbone_type: str = "",
         backbone_config: dict[str, Any] | None = None,
         pooling: str = "mean",
         offset: list[float] | None = None,
