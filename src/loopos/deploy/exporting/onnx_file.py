@@ -140,9 +140,8 @@ def _write_task_files(folder: Path, out: Path) -> None:
 def _text_config(model: WholeText) -> Any:
     """The text part of the config of the transformer, below a head of ours too."""
     opened: Any = model.model
-    return (
-        opened.base_model if isinstance(opened, LoopOSForSequenceClassification) else opened
-    ).config.get_text_config()
+    backbone: Any = opened.base_model if isinstance(opened, LoopOSForSequenceClassification) else opened
+    return backbone.config.get_text_config()
 
 
 def _example(model: WholeText) -> dict[str, Tensor]:
