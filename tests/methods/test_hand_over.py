@@ -26,7 +26,7 @@ from transformers import (
 from loopos.data.conversations import Message
 from loopos.deploy.export import export
 from loopos.deploy.export_settings import ExportSettings
-from loopos.deploy.exporting.task_check import ExportDiffers
+from loopos.deploy.exporting.verdict import ExportDiffers
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.reward_model import RewardModelTrainer
@@ -153,7 +153,7 @@ def test_an_export_that_answers_otherwise_is_a_fault(
     monkeypatch.setattr(
         task_layout, "outputs_of_head", lambda head, told: honest(head, {**told, "target_mean": 0.0, "target_std": 1.0})
     )
-    with pytest.raises(ExportDiffers, match="other answers than the model"):
+    with pytest.raises(ExportDiffers, match="another model than the one it was made from"):
         export(str(run), tmp_path / "out", HUGGING_FACE)
     assert not (tmp_path / "out").exists()
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []

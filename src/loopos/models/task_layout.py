@@ -149,7 +149,7 @@ class TaskLayout:
             names = ["score" if self.description["task"] == "reward" else "value"]
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in config.id2label.items()}
-        config.pad_token_id = pad_token_id
+        config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
         return config
 
     def module(self, backbone: PreTrainedModel, pad_token_id: int | None) -> PreTrainedModel:

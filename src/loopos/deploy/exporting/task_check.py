@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as transformers_logging
 
-from loopos.config.faults import UserError
 from loopos.data.formats import Labelled
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labelled
 from loopos.deploy.exporting import onnx_file
-from loopos.deploy.exporting.reopened import PROBE, Check
+from loopos.deploy.exporting.reopened import PROBE
+from loopos.deploy.exporting.verdict import Check
 from loopos.evaluation.outputs import interpret, outputs_of
 from loopos.evaluation.reward_scores import Normalisation
 from loopos.models.model_folder import read_description
@@ -37,20 +37,14 @@ PROBES = (PROBE, "Thank you.", f"{PROBE} {PROBE} {PROBE}", "It broke after two d
 _ROUNDING = 1e-4
 
 
-class ExportDiffers(UserError):
-    """An export that gives other answers than the model that it was made from."""
-
-    exit_code = 1
-
-
 @dataclass(frozen=True)
 class TaskCheck(Check):
     """largest: the largest difference of the answers. scale: the largest answer. unit: what they are. program: what
     opened the export.
     """
 
-    unit: str
-    program: str
+    unit: str = ""
+    program: str = ""
 
     def said(self) -> str:
         reach = f" (they reach {self.scale:.3g})" if self.unit != "probabilities" else ""
@@ -60,13 +54,11 @@ class TaskCheck(Check):
 
 def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> TaskCheck:
     """Compares the export `out`, of --format huggingface or onnx, with the model in `folder`. exact: whether it keeps
-    every number.
-
-    Raises `ExportDiffers` where the program that the export is for answers otherwise than LoopOS does on the same
-    weights, or an exact export otherwise than the model.
+    every number. A fault: the program that the export is for answers otherwise than LoopOS does on the same weights, or
+    an exact export otherwise than the model.
     """
     description = read_description(folder)
-    original, program = answers_at(folder), "LoopOS"
+    original, program, faults = answers_at(folder), "LoopOS", list[str]()
     if output_format == "onnx":
         program, found = "onnxruntime", _onnx_answers(out, folder)
     else:
@@ -75,30 +67,30 @@ def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> Task
         if _opens_in_transformers(out):
             program, own = "transformers' pipeline", found
             found = transformers_answers(out)
-            _require_same(program, found, own, description)
-    if exact:
-        _require_same(program, found, original, description)
+            faults += _fault(program, found, own, description)
+    if exact and not faults:
+        faults += _fault(program, found, original, description)
     units = {"classification": "probabilities", "multi_label": "probabilities", "regression": "values"}
     same = (found.argmax(-1) == original.argmax(-1)).double().mean()
     return TaskCheck(
         largest=float((found - original).abs().max()),
         scale=float(original.abs().max()),
         same=float(same),
+        faults=tuple(faults),
         unit=units.get(description["task"], "scores"),
         program=program,
     )
 
 
-def _require_same(program: str, found: Tensor, expected: Tensor, description: dict[str, Any]) -> None:
-    task = description["task"]
-    scale = 1.0 if task != "regression" else max(float(expected.abs().max()), float(description["target_std"]))
+def _fault(program: str, found: Tensor, expected: Tensor, description: dict[str, Any]) -> list[str]:
+    """What no rounding explains; empty where there is nothing."""
+    scale = 1.0
+    if description["task"] == "regression":
+        scale = max(float(expected.abs().max()), float(description["target_std"]))
     largest = float((found - expected).abs().max())
-    if not largest <= _ROUNDING * scale:
-        raise ExportDiffers(
-            f"the export gives other answers than the model: opened by {program}, they differ by up to {largest:.3g}\n"
-            f"  expected  at most {_ROUNDING * scale:.1g}\n"
-            "nothing was written"
-        )
+    if largest <= _ROUNDING * scale:
+        return []
+    return [f"opened by {program}, its answers differ by up to {largest:.3g}; expected at most {_ROUNDING * scale:.1g}"]
 
 
 def answers_at(folder: Path) -> Tensor:
