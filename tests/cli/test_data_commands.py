@@ -47,7 +47,10 @@ def test_preview_shows_tokens_cuts_and_labels(project: Path, invoke: Invoke) -> 
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == f"{project / 'train.jsonl'}:1"
-    assert lines[1].count("[") == 6
+    assert lines[1].count("[") == 1
+    assert "[pooled] by last" in result.stdout
+    mean = invoke("data", "preview", project / "run.json", "training.max_length=6", "model.pooling=mean").stdout
+    assert mean.splitlines()[1].count("[") == 6
     assert lines[1].count("~") >= 2
     assert lines[2].startswith("6 tokens, ")
     assert lines[2].endswith("cut at 6 · label 'good' -> 1")

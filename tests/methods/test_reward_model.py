@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from preference_runs import comparisons, events_of, reward_config
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel
 
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.preference_batches import ComparisonRows
@@ -91,11 +91,6 @@ def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
     told = events_of(tmp_path / "run", "preferences")[0]
     assert sum(bucket["pairs"] for bucket in told["by_margin"]) == len(method.validation_rows) == 8
-    # transformers' own class reads the same score off the folder.
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
-    logits = theirs(input_ids=torch.tensor([responses[0]]), attention_mask=torch.ones(1, len(responses[0]))).logits
-    ours = raw_scores(opened.model, responses[:1], torch.device("cpu"))
-    torch.testing.assert_close(logits, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_scores_are_normalised_over_as_many_comparisons_as_asked_for(tmp_path: Path, pico_folder: Path) -> None:

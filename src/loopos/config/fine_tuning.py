@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pydantic import Field
 
@@ -50,6 +51,17 @@ class FineTuningConfig(MethodConfig):
         """Whether validation ever runs."""
         return self.has_validation and self.training.validate_every != "never"
 
+    def with_recorded(self, recorded: Mapping[str, Any]) -> FineTuningConfig:
+        """The config of a run that resumes, with the pooling and the target scaling that the run began with, where the
+        config leaves them to their defaults. recorded: what the run wrote of its config.
+        """
+        section = recorded.get("model", {})
+        # A run that recorded no scaling was of a version that standardized.
+        began = {"pooling": section.get("pooling"), "target_scaling": section.get("target_scaling", "standardize")}
+        given = self.model.model_fields_set
+        kept = {key: value for key, value in began.items() if value is not None and key not in given}
+        return self.model_copy(update={"model": self.model.model_copy(update=kept)})
+
     def check(self) -> Iterator[Finding]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
@@ -81,6 +93,7 @@ class FineTuningConfig(MethodConfig):
         has_effect = {
             **checks.effects(training),
             "model.huber_delta": (model.regression_loss == "huber", f"regression_loss is {model.regression_loss}"),
+            "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
         said = checks.without_effect(self, has_effect)

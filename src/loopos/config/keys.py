@@ -12,7 +12,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
-Pooling: TypeAlias = Literal["mean", "last", "first", "max"]
+Pooling: TypeAlias = Literal["auto", "mean", "last", "first", "max"]
+TargetScaling: TypeAlias = Literal["standardize", "scale", "none"]
 Optimizer: TypeAlias = Literal["sgd", "adam", "adamw", "adafactor", "muon"]
 Schedule: TypeAlias = Literal[
     "constant", "linear", "cosine", "cosine_restarts", "warmup_stable_decay", "plateau", "inverse_sqrt"

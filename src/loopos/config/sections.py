@@ -24,6 +24,7 @@ from loopos.config.keys import (
     Schedule,
     Section,
     Share,
+    TargetScaling,
     Task,
     Text,
     Trainable,
@@ -60,7 +61,15 @@ class ModelSection(SizesSection):
         default=None, description="classes of the head, at least 2, or 1 for regression; read off the data when absent"
     )
     task: Task | None = Field(default=None, description="what the head predicts; read off the labels when absent")
-    pooling: Pooling = Field(default="mean", description="how hidden states of one sequence become one vector")
+    pooling: Pooling = Field(
+        default="auto",
+        description="how hidden states of one sequence become one vector; auto: last where transformers' own "
+        "classifier of the architecture reads the last token, else mean",
+    )
+    head_init_std: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="standard deviation of a new head's weights; the model's initializer_range when absent",
+    )
     labels: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None, description="names of the classes, in order"
     )
@@ -72,6 +81,11 @@ class ModelSection(SizesSection):
     regression_loss: Literal["mse", "huber"] = Field(default="mse", description="loss of a regression head")
     huber_delta: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
+    )
+    target_scaling: TargetScaling = Field(
+        default="standardize",
+        description="what a regression head learns: (value - mean) / deviation of the training rows, "
+        "value / deviation, or the value",
     )
     multi_label_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="probability from which a label counts as predicted"

@@ -33,9 +33,11 @@ from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
+from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
+from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.storage.json_files import read_object, save_json
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
@@ -75,6 +77,8 @@ class FineTuner:
         """
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            if resume and (self.run_dir / "config.json").is_file():
+                self.config = self.config.with_recorded(read_object(self.run_dir / "config.json"))
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
@@ -89,7 +93,9 @@ class FineTuner:
     def record_config(self, world: World) -> None:
         """Writes the resolved config, once it is known that the folder's run is this one."""
         if world.is_first:
-            save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+            recorded = self.config.model_dump(mode="json")
+            recorded["model"]["pooling"] = self.pooling
+            save_json(self.run_dir / "config.json", recorded)
 
     def load_data(self) -> tuple[Pretrained, LabelledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
@@ -106,9 +112,13 @@ class FineTuner:
         self.max_length = longest(self.pretrained.tokenizer, positions, config.training.max_length)
         self.train_rows, self.train_tokens = self._encode(self.data.train)
         self.validation_rows, self.validation_tokens = self._encode(self.data.validation)
-        self.targets = targets_of(self.data)
+        self.targets = targets_of(self.data, scaling=section.target_scaling)
+        self.pooling = section.pooling if section.pooling != "auto" else default_pooling(self.pretrained.model.config)
         for sentence in [self.pretrained.said, *self.data.said, f"tokens: {self.train_tokens.said()}"]:
             self.progress.say(sentence)
+        plain = self.pooling == "last" == default_pooling(self.pretrained.model.config) and self.targets.mean == 0
+        how = "as it is" if plain else "with trust_remote_code=True only"
+        self.progress.say(f"pooling: {self.pooling}; transformers will open the trained model {how}")
         if self.validation_rows:
             self.progress.say(f"validation tokens: {self.validation_tokens.said()}")
         return self.pretrained, self.data
@@ -142,8 +152,13 @@ class FineTuner:
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
-        model = PooledModel(backbone, num_outputs=outputs, pooling=section.pooling, seed=settings.seed)
-        self.model = model
+        self.model = PooledModel(
+            backbone,
+            num_outputs=outputs,
+            pooling=self.pooling,
+            seed=settings.seed,
+            head_std=section.head_init_std,
+        )
         self.trained = TrainedWeights(
             self.model,
             settings,
@@ -243,6 +258,7 @@ class FineTuner:
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+        self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
 
     def _take_best(self) -> None:
         step = self.trained.take_best(self.run_dir, self.config.training)
@@ -263,7 +279,7 @@ class FineTuner:
         return {
             "method": "fine_tuning",
             "task": space.task,
-            "pooling": self.config.model.pooling,
+            "pooling": self.pooling,
             "class_names": list(space.class_names),
             "label_space": dataclasses.asdict(space),
             "target_mean": self.targets.mean,

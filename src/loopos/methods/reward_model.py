@@ -36,6 +36,7 @@ from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
+from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
@@ -247,6 +248,7 @@ class RewardModelTrainer:
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, description)
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+        self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
 
     def _normalising_rows(self) -> list[EncodedComparison]:
         """Training comparisons, at most `reward.normalise_over` of them, the same ones for the same seed."""

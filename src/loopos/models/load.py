@@ -24,6 +24,7 @@ from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
 from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
+from loopos.models.task_layout import backbone_config
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
 
@@ -191,7 +192,7 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
         folder = source.path.parent
     place = str(folder or source.given)
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = backbone_config(place) or AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as problem:
         raise UserError(_why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)

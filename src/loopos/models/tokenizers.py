@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from loopos.config.faults import UserError
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
+from loopos.models.task_layout import backbone_config
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -31,7 +32,8 @@ def open_tokenizer(
             _check_json(place if place.is_file() else place / "tokenizer.json")
         if isinstance(place, Path) and place.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(place))  # type: ignore[no-untyped-call]
-        opened = AutoTokenizer.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+        config = backbone_config(place) if isinstance(place, Path) and (place / "config.json").is_file() else None
+        opened = AutoTokenizer.from_pretrained(str(place), config=config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise UserError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from loopos.config.faults import UserError
 from loopos.models.sources import WeightsSource
@@ -61,14 +63,15 @@ def from_folder(
     if Path(place).is_dir():
         weight_files(Path(place))
     try:
-        model, info = opener.from_pretrained(
-            place,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _without_load_report():
+            model, info = opener.from_pretrained(
+                place,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except pickle.UnpicklingError as problem:
         raise UserError(f"data.pretrained_weights: {place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as problem:
@@ -82,6 +85,17 @@ def from_folder(
         # It names a file of this folder; what is saved of the model lies under the usual name.
         delattr(model.config, NAMED_WEIGHTS)
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers' table of tensors that found no place: a head's is none's fault here, and `_refuse` names others."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:

@@ -53,8 +53,10 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     from loopos.cli.planning.inputs import open_inputs
     from loopos.data.reading import account
     from loopos.data.tokens import encode_labelled
+    from loopos.models.native_classifier import default_pooling
 
     inputs = open_inputs(config, trust_remote_code=trust_remote_code)
+    pooling = config.model.pooling if config.model.pooling != "auto" else default_pooling(inputs.architecture)
     console = Console(highlight=False, soft_wrap=True)
     shown = inputs.data.train[:num_rows]
     whole, _ = encode_labelled(inputs.tokenizer, shown, max_length=None)
@@ -63,10 +65,10 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     ):
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
         console.print(Text(f"{example.row.source}{line}", style="bold"))
-        console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, config.model.pooling)))
+        console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, pooling)))
         cut = f", {encoded.cut} cut at {inputs.max_length}" if encoded.cut else ""
         console.print(Text(f"{len(encoded.ids)} tokens{cut} · label {example.label!r} -> {target}\n"))
-    console.print(Text(f"[pooled] by {config.model.pooling} · bare: read, not pooled · ~cut~"))
+    console.print(Text(f"[pooled] by {pooling} · bare: read, not pooled · ~cut~"))
     console.print(Text(f"train: {inputs.train_report.said()}"))
     if inputs.validation:
         console.print(Text(f"validation: {inputs.validation_report.said()}"))
