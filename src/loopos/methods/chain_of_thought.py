@@ -38,8 +38,10 @@ from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -265,15 +267,12 @@ class ChainOfThought:
         settings = self.config.training
         judges, number = self.current.judges, len(results) - 1
         if judges is not None and settings.keep_best:
-            number = best_of([result.best_metric for result in results], judges.validation.mode)
+            number = best_of([result.best_trained_metric for result in results], judges.validation.mode)
         if number != len(results) - 1:
             self.build_model(self._load_pretrained())
-        step = self.trained.take_best(self._folder_of(number), settings)
-        told = f" of round {number}" if len(results) > 1 else ""
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}{told}")
-        elif self.validation_rows:
-            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
+        told, say, is_first = f", of round {number}" if len(results) > 1 else "", self.progress.say, self.world.is_first
+        folder = self._folder_of(number)
+        take_chosen(self.trained, folder, settings, results[number], say=say, is_first=is_first, of=told)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())

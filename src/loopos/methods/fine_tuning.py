@@ -27,7 +27,7 @@ from loopos.data.reading import account
 from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
-from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
+from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_folder import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
@@ -37,9 +37,11 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.session import session
@@ -80,11 +82,11 @@ class FineTuner:
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
             self.record_config(self.world)
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def record_config(self, world: World) -> None:
         """Writes the resolved config, once it is known that the folder's run is this one."""
@@ -226,16 +228,17 @@ class FineTuner:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        self._take_best()
+        settings, say, is_first = self.config.training, self.progress.say, self.world.is_first
+        take_chosen(self.trained, self.run_dir, settings, self.result, say=say, is_first=is_first)
         outputs = None
-        if self.data.space.task == "classification" and self.validation_rows:
+        if self.data.space.task in ("classification", "regression") and self.validation_rows:
             outputs = self._validation_outputs(self.world)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
             if outputs is not None:
-                self._log_confusion(outputs)
+                self._log_predictions(outputs)
             if self.config.training.trainable == "lora":
                 backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
                 save_lora(backbone, self.run_dir / "adapter", self.config.training.lora or LoraSection(), base=base)
@@ -244,18 +247,17 @@ class FineTuner:
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
 
-    def _take_best(self) -> None:
-        step = self.trained.take_best(self.run_dir, self.config.training)
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}")
-        elif self.config.validates and self.validation_rows:
-            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
-
-    def _log_confusion(self, outputs: Tensor) -> None:
-        matrix = confusion(self._meaning(outputs), self.targets.validation.tolist())
-        names = list(self.data.space.class_names)
+    def _log_predictions(self, outputs: Tensor) -> None:
+        """What the exported weights predict for the validation rows, for the report."""
+        meaning = self._meaning(outputs)
         with EventLog(self.run_dir / "events.jsonl") as log:
-            log.write("confusion", step=None, metrics={"class_names": names, "matrix": matrix}, timing={})
+            if self.data.space.task == "classification":
+                matrix = confusion(meaning, self.targets.validation.tolist())
+                names = list(self.data.space.class_names)
+                log.write("confusion", step=None, metrics={"class_names": names, "matrix": matrix}, timing={})
+            else:
+                pairs = residual_points(meaning, self.data.validation_targets)
+                log.write("residuals", step=None, metrics=pairs, timing={})
 
     def description(self) -> dict[str, Any]:
         """What the model folder says of its task."""

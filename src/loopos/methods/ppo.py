@@ -9,6 +9,7 @@ out: the loop (`training.fit`), the four models (`models.roles`), what they say 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -40,9 +41,11 @@ from loopos.models.reward_folder import OpenedReward, check_same_tokens, descrip
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.guards import GuardLimits, Guards
 from loopos.training.policy_objective import PpoObjective
 from loopos.training.policy_state import PolicyState
@@ -51,6 +54,7 @@ from loopos.training.progress import RunProgress
 from loopos.training.rollouts import RolloutBatches, RolloutPlan
 from loopos.training.samples import write_samples
 from loopos.training.session import session
+from loopos.training.stopping import GUARD
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
@@ -88,11 +92,11 @@ class PpoTrainer:
                 self.fit.open(resume=resume)
                 if self.world.is_first:
                     save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-                result = self.fit.run()
-            if not result.interrupted:
+                self.result = self.fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> None:
         """Reads the prompts, loads policy and reward model, and tokenises; says what was decided."""
@@ -198,9 +202,10 @@ class PpoTrainer:
             facts=self._facts(plan.iterations),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
+            planned_end="max_iterations" if plan.is_limited else "epochs",
             validation_unit=self.batches.steps_an_epoch,
             carried=self.state,
-            gives_up=lambda: "guard" if self.config.guards.stop and self.state.alarms else None,
+            gives_up=lambda: GUARD if self.config.guards.stop and self.state.alarms else None,
         )
 
     def _facts(self, iterations: int) -> dict[str, Any]:
@@ -246,9 +251,9 @@ class PpoTrainer:
 
     def _ask_guards(self, metrics: Mapping[str, float]) -> None:
         for alarm in self.guards.observe(metrics):
-            self.state.alarms.append(alarm.said)
-            self.progress.warn(f"alarm: {alarm.said}")
-            self.fit.record("alarm", {"name": alarm.name, "value": alarm.value, "limit": alarm.limit}, {})
+            self.state.alarms.append(alarm.message)
+            self.progress.warn(f"alarm: {alarm.message}")
+            self.fit.record("alarm", dataclasses.asdict(alarm), {})
 
     def _check(self) -> PolicyCheck:
         asked, judge, report = self.config.evaluation, None, self.config.training.kl_report
@@ -264,11 +269,11 @@ class PpoTrainer:
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
         assert self.check is not None
+        is_start = self.fit.position.step == 0
         with self.trained.whole():
-            if self.fit.position.step == 0:
-                for told in self.check.best_of_n(self.config.evaluation.best_of):
-                    self.fit.record("best_of_n", told, {})
-            metrics, records = self.check.measure()
+            for told in self.check.best_of_n(self.config.evaluation.best_of) if is_start else ():
+                self.fit.record("best_of_n", told, {})
+            metrics, records = self.check.measure(is_start=is_start)
         if self.world.is_first:
             write_samples(self.run_dir / "samples.jsonl", self.fit.position.step, records)
         self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
@@ -277,9 +282,8 @@ class PpoTrainer:
     def export(self) -> None:
         """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
         settings, policy = self.config.training, self.roles.actor_critic.policy.causal
-        step = self.trained.take_best(self.run_dir, settings)
-        told = "the last weights" if step is None else f"the best weights, of step {step}"
-        self.progress.say(f"exporting {told}")
+        say, is_first = self.progress.say, self.world.is_first
+        take_chosen(self.trained, self.run_dir, settings, self.result, say=say, is_first=is_first)
         if not self.trained.gather():
             return
         lora = settings.lora or LoraSection() if settings.trainable == "lora" else None

@@ -28,8 +28,10 @@ from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -67,11 +69,11 @@ class Pretrainer:
             fit.open(resume=resume)
             if self.world.is_first:
                 save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> None:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
@@ -154,9 +156,8 @@ class Pretrainer:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
         process takes part, and the first one writes.
         """
-        step = self.trained.take_best(self.run_dir, self.config.training)
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}")
+        settings, say, is_first = self.config.training, self.progress.say, self.world.is_first
+        take_chosen(self.trained, self.run_dir, settings, self.result, say=say, is_first=is_first)
         if not self.trained.gather():
             return
         place = Path(self.config.data.output_weights)

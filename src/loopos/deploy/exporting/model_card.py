@@ -67,7 +67,7 @@ def model_card(
         rows = [[name, shown(value)] for name, value in metrics.items()]
         parts += [
             "## Metrics",
-            f"On the validation rows, at step {run.best_step} of the run:",
+            f"On the validation rows, at step {run.exported_step} of the run:",
             table(["metric", "value"], rows),
         ]
     if settings := _settings(run):
@@ -265,8 +265,8 @@ def _metrics(run: Run | None) -> dict[str, float]:
         return {}
     return {
         name: float(value)
-        for name, value in run.best_metrics.items()
-        if name != "best" and isinstance(value, int | float) and math.isfinite(value)
+        for name, value in run.exported_metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 

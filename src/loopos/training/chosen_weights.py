@@ -1,0 +1,48 @@
+"""Which weights of a finished run are exported, for every method alike.
+
+Enters: the trained weights, the run's folder and its result. Leaves: the weights loaded, a sentence, and an event
+"export" by which reports name them. Left out: writing the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from loopos.config.sections import TrainingSection
+from loopos.training.events import EventLog
+from loopos.training.fit_result import FitResult
+from loopos.training.trained_weights import TrainedWeights
+
+
+def take_chosen(
+    trained: TrainedWeights,
+    run_dir: Path,
+    settings: TrainingSection,
+    result: FitResult,
+    *,
+    say: Callable[[str], None],
+    is_first: bool,
+    of: str = "",
+) -> None:
+    """Loads the best checkpoint's weights, or leaves the last in place where none was kept; says which. of: names the
+    part of the run that they are of, such as " of round 2". To be called on every process; `is_first` writes the event.
+    """
+    step = trained.take_best(run_dir, settings)
+    kind, sentence = _described(step, result)
+    say(f"exporting {sentence}{of}")
+    if is_first:
+        with EventLog(run_dir / "events.jsonl") as log:
+            log.write("export", step=result.step if step is None else step, metrics={"weights": kind}, timing={})
+
+
+def _described(step: int | None, result: FitResult) -> tuple[str, str]:
+    """Kind and description of the weights of `step`, None for the last."""
+    if step is None:
+        reason = "" if result.best_trained_step is None else ": no checkpoint of the best validation was kept"
+        return "last", f"the last weights{reason}"
+    if step == 0:
+        return "start", "the weights of the start (step 0): training did not beat them"
+    if result.beat_start is False:
+        return "best trained", f"the weights of step {step}, the best after the start: training did not beat the start"
+    return "best", f"the best weights, of step {step}"
