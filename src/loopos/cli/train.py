@@ -125,7 +125,10 @@ def exit_code(stopped_by: str) -> int:
     """0, except for a run that Ctrl-C or a guard ended."""
     from loopos.training.stopping import EXIT_CODES, GUARD, GUARD_EXIT_CODE
 
-    return {**EXIT_CODES, GUARD: GUARD_EXIT_CODE}.get(stopped_by, 0)
+    if stopped_by == GUARD:
+        # A launcher ends every process once one has failed: only the first, which has said how the run ended, may.
+        return GUARD_EXIT_CODE if is_first_process() else 0
+    return EXIT_CODES.get(stopped_by, 0)
 
 
 def is_first_process() -> bool:

@@ -1,6 +1,7 @@
 """What a policy's reward cost in KL → one SVG.
 
-Enters: points of KL and reward: the policy by iteration, and best-of-n sampling for comparison. Leaves: the text of an
+Enters: points of KL and reward, all measured on the same prompts: the policy by iteration, and best-of-n sampling for
+comparison. Leaves: the text of an
 SVG; equal points give equal text. Left out: measuring the points (`policy_metrics` has best-of-n's) and a run's other
 curves (`report`).
 """
@@ -24,10 +25,14 @@ class FrontierPoint:
 
 
 def frontier_svg(
-    points: Sequence[FrontierPoint], *, best_of_n: Sequence[FrontierPoint] = (), title: str = "Reward over KL"
+    points: Sequence[FrontierPoint],
+    best_of_n: Sequence[FrontierPoint] = (),
+    *,
+    title: str = "Reward over KL",
+    label: str = "policy",
 ) -> str:
-    """Reward over KL: the policy's `points` in the order of iterations as a line, named at both ends; each of
-    `best_of_n` with its name. A point that is not finite leaves a gap and has no name. Raises ValueError without a
+    """Reward over KL: the policy's `points` in the order of iterations as a line called `label`, named at both ends;
+    each of `best_of_n` with its name. A point that is not finite leaves a gap and has no name. Raises ValueError without a
     finite point.
     """
     if not any(_is_finite(point) for point in [*points, *best_of_n]):
@@ -35,7 +40,7 @@ def frontier_svg(
     with drawing(6.0, 4.0) as figure:
         axes = figure.add_subplot()
         for label, series, style, named in (
-            ("policy, by iteration", points, "-o", _ends(points)),
+            (label, points, "-o", _ends(points)),
             ("best of n", best_of_n, "D", best_of_n),
         ):
             if not any(_is_finite(point) for point in series):

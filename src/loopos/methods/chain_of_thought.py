@@ -204,7 +204,8 @@ class ChainOfThought:
                 "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
                 "problem and answer, or the metric loss"
             )
-        return Validation(self.validate, metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched])
+        modes, rows = (METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]), len(self.validation_rows)
+        return Validation(self.validate, metric, modes[0], watched, modes[1], rows)
 
     def validate(self) -> dict[str, float]:
         """Loss on the validation rows and, every `evaluation.every` validations, the metrics of generated answers."""

@@ -203,8 +203,9 @@ class FineTuner:
         metric = settings.metric or _MAIN_METRIC[self.data.space.task]
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
+        directions = METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]
         return Validation(
-            lambda: self.validate(world), metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched]
+            lambda: self.validate(world), metric, directions[0], watched, directions[1], len(self.validation_rows)
         )
 
     def validate(self, world: World = World()) -> dict[str, float]:

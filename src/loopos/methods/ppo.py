@@ -264,7 +264,8 @@ class PpoTrainer:
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
-        return Validation(self.validate, metric, DIRECTION[metric], "reward", DIRECTION["reward"])
+        rows = len(self.validation_prompts)
+        return Validation(self.validate, metric, DIRECTION[metric], "reward", DIRECTION["reward"], rows)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""

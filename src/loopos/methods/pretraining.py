@@ -133,14 +133,15 @@ class Pretrainer:
         batches = StepBatches.of(
             settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
         )
-        judged = self.config.validates and bool(self.validation_pieces)
+        judged, rows = self.config.validates and bool(self.validation_pieces), len(self.validation_pieces)
+        validation = Validation(lambda: self.validate(world), "loss", "min", "loss", "min", rows) if judged else None
         return Fit(
             run_dir=self.run_dir,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=NextToken(self.model),
-            validation=Validation(lambda: self.validate(world), "loss", "min", "loss", "min") if judged else None,
+            validation=validation,
             progress=self.progress,
             world=world,
             base="new",

@@ -193,7 +193,8 @@ class RewardModelTrainer:
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
         direction = PREFERENCE_METRIC_DIRECTION
-        return Validation(self.validate, metric, direction[metric], watched, direction[watched])
+        rows = len(self.validation_rows)
+        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows)
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
         """Raw scores of every comparison's responses, of all shares together."""

@@ -18,7 +18,7 @@ from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.ending import Ending
 from loopos.training.fit_result import FitResult as FitResult
-from loopos.training.machine import about_machine
+from loopos.training.session_facts import session_facts
 from loopos.training.progress import RunProgress
 from loopos.training.run_log import RunLog
 from loopos.training.run_state import Carried, Position, RunState, identity_of
@@ -105,10 +105,7 @@ class Fit(Generic[BatchT]):
         elif resume:
             self.progress.say("no checkpoint to resume from: starting at step 0")
         facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
-        if self.validation is not None:
-            facts["judged_by"] = {"metric": self.validation.metric, "mode": self.validation.mode}
-        device = next(iter(self.update.masters.parameters.values())).device
-        self.record("session", {**facts, **about_machine(device, self.world.size)}, {})
+        self.record("session", {**facts, **session_facts(self.batches, self.validation, self.update, self.world)}, {})
 
     def run(self) -> FitResult:
         """Trains to the end. Raises `NonFiniteStep` and `DiskFull`; a signal ends it in order, after a checkpoint."""

@@ -20,7 +20,8 @@ from loopos.training.stopping import Best
 @dataclass(frozen=True)
 class Validation:
     """`measure` gives the metrics, `metric` names the one that says what is best, `mode` whether less ("min") or more
-    ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule.
+    ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule. `num_rows`:
+    rows that are measured, for the log.
     """
 
     measure: Callable[[], Mapping[str, float]]
@@ -28,6 +29,7 @@ class Validation:
     mode: Literal["min", "max"]
     watched: str
     watched_mode: Literal["min", "max"]
+    num_rows: int | None = None
 
 
 class Judges:

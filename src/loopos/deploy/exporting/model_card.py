@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from loopos.config.method_configs import changed_settings
 from loopos.evaluation.markdown import cell, shown, table
-from loopos.evaluation.report import SHOWN_SETTINGS
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.found_model import FoundModel
 from loopos.models.sources import EMBEDDED
@@ -273,10 +273,5 @@ def _metrics(run: Run | None) -> dict[str, float]:
 def _settings(run: Run | None) -> list[list[str]]:
     if run is None:
         return []
-    rows = []
-    for key in SHOWN_SETTINGS:
-        section, _, name = key.partition(".")
-        value = run.config.get(section, {}).get(name)
-        if value is not None and section != "data":
-            rows.append([key, cell(value)])
-    return rows
+    changed = changed_settings(run.config)
+    return [[key, cell(value)] for key, value in changed.items() if not key.startswith(("data.", "description"))]

@@ -1,7 +1,7 @@
-"""The machine and the versions that a session of a run used, for its log.
+"""What the log records of every session, whatever the method: rows, what is judged by, versions, machine.
 
-Enters: the device that trains and the number of processes. Leaves: JSON. Left out: what is missing here (`loopos
-doctor` says that). It reads the system, which nothing else in this room does.
+Enters: the parts of a run. Leaves: JSON. Left out: what a method adds. It stands apart from the loop because it reads
+the system, which nothing else in this room does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,27 @@ from pathlib import Path
 import torch
 
 from loopos.storage.durable import JSON
+from loopos.training.distributed import World
+from loopos.training.run_state import RowCounts
+from loopos.training.update import Update
+from loopos.training.validation import Validation
 
 _PACKAGES = ("loopos", "torch", "transformers", "numpy")
 _CPU_INFO = Path("/proc/cpuinfo")
+
+
+def session_facts(
+    batches: RowCounts, validation: Validation | None, update: Update, world: World
+) -> dict[str, JSON]:
+    """`num_rows` (trained on and validated on), `judged_by` (the metric that decides, and its direction), `versions` and
+    `machine`.
+    """
+    rows = {"training": batches.num_rows, "validation": validation.num_rows if validation is not None else None}
+    judged: dict[str, JSON] = {}
+    if validation is not None:
+        judged = {"judged_by": {"metric": validation.metric, "mode": validation.mode}}
+    device = next(iter(update.masters.parameters.values())).device
+    return {"num_rows": rows, **judged, **about_machine(device, world.size)}
 
 
 def about_machine(device: torch.device, num_processes: int) -> dict[str, JSON]:
