@@ -26,7 +26,7 @@ from loopos.data.supervised import SupervisedEncoder, load_supervised
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import SupervisedReport
 from loopos.data.tokens import Encoded, longest
-from loopos.evaluation.answer_check import AnswerCheck
+from loopos.evaluation.answer_check import AnswerCheck, chats_of
 from loopos.evaluation.found_chains import find_chains
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.reasoning import Reasoner
@@ -105,10 +105,10 @@ class ChainOfThought:
             self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
-        told = [f"validation generates answers to {len(self.problems)} problems"] if self.problems else []
-        tokens = f"tokens: {self.train_tokens.said()}"
-        for sentence in [pretrained.said, *self.data.said, self.template.said, tokens, *told]:
-            self.progress.say(sentence)
+        self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
+        self.progress.say(pretrained.said, *self.data.said, self.template.said, f"tokens: {self.train_tokens.said()}")
+        if self.problems:
+            self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
 
     def _worked(self) -> list[Example]:
@@ -149,7 +149,7 @@ class ChainOfThought:
         )
         self.progress.say(self.trained.said())
         self.check: AnswerCheck | None = None
-        if self.problems or self.config.self_improvement is not None:
+        if self.problems or self.chats or self.config.self_improvement is not None:
             causal = self.model.causal
             with self.trained.whole():
                 reasoner = Reasoner(causal, self.tokenizer, template=self.template, step_format=self.step_format)
@@ -208,14 +208,15 @@ class ChainOfThought:
         return Validation(self.validate, metric, modes[0], watched, modes[1], rows)
 
     def validate(self) -> dict[str, float]:
-        """Loss on the validation rows and, every `evaluation.every` validations, the metrics of generated answers."""
+        """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and
+        samples for the report.
+        """
         loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
-        if not self.problems or not self._generates_now():
+        if self.check is None or not self._generates_now():
             return {"loss": loss}
-        assert self.check is not None
         world = self.world
         with self.trained.whole():
-            metrics, records = self.check.measure(self.problems, share=world.share, gather=world.gather_shares)
+            metrics, records = self.check.validate(self.problems, self.chats, world.share, world.gather_shares)
         if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         return {"loss": loss, **metrics}
@@ -271,9 +272,8 @@ class ChainOfThought:
             number = best_of([result.best_trained_metric for result in results], judges.validation.mode)
         if number != len(results) - 1:
             self.build_model(self._load_pretrained())
-        told, say, is_first = f", of round {number}" if len(results) > 1 else "", self.progress.say, self.world.is_first
-        folder = self._folder_of(number)
-        take_chosen(self.trained, folder, settings, results[number], say=say, is_first=is_first, of=told)
+        folder, of = self._folder_of(number), f", of round {number}" if len(results) > 1 else ""
+        take_chosen(self.trained, folder, settings, results[number], self.world, self.progress, of)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())

@@ -229,8 +229,7 @@ class FineTuner:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        settings, say, is_first = self.config.training, self.progress.say, self.world.is_first
-        take_chosen(self.trained, self.run_dir, settings, self.result, say=say, is_first=is_first)
+        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
         outputs = None
         if self.data.space.task in ("classification", "regression") and self.validation_rows:
             outputs = self._validation_outputs(self.world)

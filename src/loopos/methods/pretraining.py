@@ -157,8 +157,7 @@ class Pretrainer:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
         process takes part, and the first one writes.
         """
-        settings, say, is_first = self.config.training, self.progress.say, self.world.is_first
-        take_chosen(self.trained, self.run_dir, settings, self.result, say=say, is_first=is_first)
+        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
         if not self.trained.gather():
             return
         place = Path(self.config.data.output_weights)

@@ -217,8 +217,7 @@ class RewardModelTrainer:
         the run's checkpoints are whole then.
         """
         settings, heads = self.config.training, self.config.reward.heads
-        say, is_first = self.progress.say, self.world.is_first
-        take_chosen(self.trained, self.run_dir, settings, self.result, say=say, is_first=is_first)
+        take_chosen(self.trained, self.run_dir, settings, self.result, self.world, self.progress)
         normalisation = Normalisation.none(heads)
         if self.config.reward.normalise:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]

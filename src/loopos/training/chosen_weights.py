@@ -6,12 +6,13 @@ Enters: the trained weights, the run's folder and its result. Leaves: the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from loopos.config.sections import TrainingSection
+from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit_result import FitResult
+from loopos.training.progress import RunProgress
 from loopos.training.trained_weights import TrainedWeights
 
 
@@ -20,18 +21,17 @@ def take_chosen(
     run_dir: Path,
     settings: TrainingSection,
     result: FitResult,
-    *,
-    say: Callable[[str], None],
-    is_first: bool,
+    world: World,
+    progress: RunProgress,
     of: str = "",
 ) -> None:
     """Loads the best checkpoint's weights, or leaves the last in place where none was kept; says which. of: names the
-    part of the run that they are of, such as " of round 2". To be called on every process; `is_first` writes the event.
+    part of the run that they are of, such as ", of round 2". To be called on every process; the first writes the event.
     """
     step = trained.take_best(run_dir, settings)
     kind, sentence = _described(step, result)
-    say(f"exporting {sentence}{of}")
-    if is_first:
+    progress.say(f"exporting {sentence}{of}")
+    if world.is_first:
         with EventLog(run_dir / "events.jsonl") as log:
             log.write("export", step=result.step if step is None else step, metrics={"weights": kind}, timing={})
 

@@ -57,6 +57,10 @@ class Alarm:
     limit: float
     message: str
 
+    def as_json(self) -> dict[str, Any]:
+        """The alarm for the log."""
+        return {"name": self.name, "value": self.value, "limit": self.limit, "message": self.message}
+
 
 class Guards:
     """Watches one run. A metric that an iteration does not measure changes nothing: a judge asked every tenth

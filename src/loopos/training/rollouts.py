@@ -23,7 +23,7 @@ from loopos.training.experience import Experience
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
     """The numbers of an online run. `num_prompts`: in the data. `batch_size`: responses of an iteration over all
-    processes. `iterations`: of the whole run; `is_limited`: whether `max_iterations` makes it shorter.
+    processes. `iterations`: of the whole run; `planned_end`: what ends it then, "epochs" or "max_iterations".
     """
 
     num_prompts: int
@@ -37,7 +37,7 @@ class RolloutPlan:
     shuffle: bool = True
     approximate_kl_limit: float | None = None
     iterations: int = 0
-    is_limited: bool = False
+    planned_end: str = "epochs"
 
     @classmethod
     def of(cls, settings: PpoTrainingSection, *, num_prompts: int, rank: int, world: int) -> RolloutPlan:
@@ -57,7 +57,7 @@ class RolloutPlan:
             shuffle=settings.shuffle,
             approximate_kl_limit=settings.approximate_kl_limit,
             iterations=min(iterations, limit or iterations),
-            is_limited=limit is not None and limit < iterations,
+            planned_end="max_iterations" if limit is not None and limit < iterations else "epochs",
         )
 
     def prompts_of(self, iteration: int) -> list[int]:
