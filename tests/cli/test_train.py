@@ -65,9 +65,11 @@ def test_the_summary_is_short_and_progress_is_on_standard_error(project: Path, i
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{folder}: 2 steps at ")
-    assert lines[0].endswith("ended by max_steps")
-    assert lines[-1] == f"  predict with it: loopos predict {folder} INPUT"
-    assert len(lines) == 3
+    assert lines[0].endswith("stopped at max_steps 2")
+    assert f"  predict with it: loopos predict {folder} INPUT" in lines
+    assert lines[1].startswith("  validation of step 2: loss ")
+    assert "micro_f1" not in lines[1]
+    assert len(lines) == 4
     assert "validation at step 2" in result.stderr
 
 
@@ -123,7 +125,8 @@ def test_a_signal_ends_the_run_in_order(trained: Any, project: Path) -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 130
     said = output.read_text(encoding="utf-8")
-    assert "ended by SIGINT" in said
+    assert "interrupted by Ctrl-C" in said
+    assert f"loopos runs report {folder}" in said
     assert "--resume" in said
     assert len(list((folder / "checkpoints").glob("step-*"))) == 1
     assert not (folder / "model").exists()
