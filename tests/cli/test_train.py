@@ -73,6 +73,32 @@ def test_the_summary_is_short_and_progress_is_on_standard_error(project: Path, i
     assert "validation at step 2" in result.stderr
 
 
+def test_a_run_that_did_not_beat_its_start_says_so_in_its_last_line(
+    project: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loopos.methods.fine_tuning import FineTuner
+
+    monkeypatch.setattr("loopos.methods.fine_tuning.write_report", lambda folder: None)
+    told: dict[str, str] = {}
+    for name, words in (("worse", []), ("json", ["--json"])):
+        left = [0.75, 0.25, 0.5]
+        monkeypatch.setattr(FineTuner, "validate", lambda self, world=None, left=left: {"accuracy": left.pop(0)})
+        result = invoke("train", project / "run.json", f"data.output_dir={project}/outputs/{name}", *words)
+        assert result.exit_code == 0, result.stderr
+        told[name] = result.stdout
+    lines = told["worse"].splitlines()
+    assert lines[0].endswith("finished all 2 epochs")
+    assert lines[-1] == (
+        "  training did not beat the start: accuracy is 0.5 at best (step 12) and was 0.75 before training"
+    )
+    assert not [line for line in lines if "best validation" in line]
+    found = json.loads(told["json"])
+    assert (found["beat_start"], found["best_step"], found["best_metric"]) == (False, None, None)
+    assert (found["start_metric"], found["exported_step"], found["metrics"]) == (0.75, 12, {"accuracy": 0.5})
+    shown = json.loads(invoke("runs", "show", f"{project}/outputs/json", "--json").stdout)
+    assert (shown["beat_start"], shown["best_step"], shown["ended"]) == (False, None, "finished all 2 epochs")
+
+
 def test_faults_show_without_torch_in_a_few_lines(tmp_path: Path, guide_config: Path) -> None:
     """The guide's config as given, in a folder where its files are not."""
     program = (

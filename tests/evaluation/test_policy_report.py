@@ -38,7 +38,10 @@ GUARDS = {"kl": None, "entropy_share": 0.9, "length_ratio": 2.0, "stop": True, "
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose pictures are not drawn: that takes a second each."""
+    for place in ("report.curves_svg", "policy_report.curves_svg", "policy_report.frontier_svg"):
+        monkeypatch.setattr(f"loopos.evaluation.{place}", lambda *values, **named: "<svg/>")
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in EVENTS))
     config = {"computation": {"mode": "posttraining", "method": "ppo"}, "guards": GUARDS}
     (tmp_path / "config.json").write_text(json.dumps(config))
