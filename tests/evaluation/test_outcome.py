@@ -90,9 +90,7 @@ def test_what_is_not_known_is_not_said(events: list[dict[str, Any]]) -> None:
 
 def test_a_metric_that_is_never_finite_again_did_not_beat_the_start() -> None:
     events = [judged("loss", "min"), validation(0, loss=2.0), validation(4, loss="nan")]
-    assert outcome_of({}, events).verdict() == (
-        "training did not beat the start: loss is not a finite number after it"
-    )
+    assert outcome_of({}, events).verdict() == ("training did not beat the start: loss is not a finite number after it")
 
 
 EARLY = {"early_stopping": {"patience": 3, "metric": None}}

@@ -51,7 +51,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_frontier_compares_the_same_prompts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(
-        policy_report, "frontier_svg", lambda path, best, label: drawn.update(path=path, best=best, label=label) or "<svg/>"
+        policy_report,
+        "frontier_svg",
+        lambda path, best, label: drawn.update(path=path, best=best, label=label) or "<svg/>",
     )
     write_report(run)
     assert [(p.name, p.kl, p.reward) for p in drawn["path"]] == [("start", 0.0, -0.95), ("iteration 2", 0.6, -0.7)]
@@ -67,7 +69,9 @@ def test_curves_go_by_the_iterations_that_the_policy_had_been_trained_for(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(policy_report, "curves_svg", lambda panels, axis: drawn.update(panels=panels, axis=axis) or "<svg/>")
+    monkeypatch.setattr(
+        policy_report, "curves_svg", lambda panels, axis: drawn.update(panels=panels, axis=axis) or "<svg/>"
+    )
     policy_report.policy_blocks(read_run(run))
     assert drawn["axis"] == "iterations trained"
     assert drawn["panels"]["Reward"] == {

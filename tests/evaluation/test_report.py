@@ -76,7 +76,9 @@ def test_figures_of_a_usual_run(usual_run: Path) -> None:
         "| training loss, last | 1 (step 3) |",
         "| seconds a step, median | 3 |",
         "Still running, or killed.",
-        "Training did not beat the start: accuracy is 0.75 at best (step 2) and was 0.8 before training.".join(["**"] * 2),
+        "Training did not beat the start: accuracy is 0.75 at best (step 2) and was 0.8 before training.".join(
+            ["**"] * 2
+        ),
         # Of equal values the first is the best one.
         "| accuracy (decides) | max | 0.8 | 0.75 | 2 | 0.75 |",
         "| loss | min | 1.2 | 1.25 | 2 | 1.25 |",
@@ -123,7 +125,11 @@ def test_curves_are_drawn_and_named_in_the_report(usual_run: Path) -> None:
 def test_equal_events_give_equal_bytes(tmp_path: Path, usual_run: Path) -> None:
     first, second = usual_run, make_run(tmp_path / "my_run", USUAL)
     write_report(second)
-    names = ["report.md", "report.html", *(f"curves/{name}.svg" for name in ("loss", "learning_rate", "gradient_norm", "validation"))]
+    names = [
+        "report.md",
+        "report.html",
+        *(f"curves/{name}.svg" for name in ("loss", "learning_rate", "gradient_norm", "validation")),
+    ]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
@@ -259,7 +265,9 @@ def test_the_page_holds_everything_and_needs_nothing(usual_run: Path) -> None:
 
 def test_text_of_users_is_escaped(tmp_path: Path) -> None:
     config = {**CONFIG, "description": "<script>alert(1)</script>"}
-    run = make_run(tmp_path, [event("confusion", None, {"class_names": ["<b>", "&"], "matrix": [[1, 0], [0, 1]]})], config)
+    run = make_run(
+        tmp_path, [event("confusion", None, {"class_names": ["<b>", "&"], "matrix": [[1, 0], [0, 1]]})], config
+    )
     write_report(run)
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text

@@ -132,9 +132,7 @@ WORSE = [0.9, 0.5, 0.6, 0.7, 0.4, 0.3]
 """Accuracy before training, and after steps 2, 4, 6, 8 and 10."""
 
 
-def test_a_run_that_does_not_beat_its_start_marks_nothing_as_best(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_does_not_beat_its_start_marks_nothing_as_best(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, WORSE)
     result, folder = run(validate_every=2)
     assert (result.best_step, result.best_metric, result.beat_start, result.start_metric) == (None, None, False, 0.9)
@@ -205,7 +203,9 @@ def test_without_a_validation_at_the_start_nothing_is_said_of_it(run: Run, monke
 
 def test_ties_of_the_metric_are_broken_by_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([(0.5, 2.0), (0.5, 1.5), (0.8, 1.0), (0.8, 0.9), (0.8, 0.95), (0.7, 0.1)])
-    monkeypatch.setattr(FineTuner, "validate", lambda self, world=None: dict(zip(("accuracy", "loss"), next(seen), strict=True)))
+    monkeypatch.setattr(
+        FineTuner, "validate", lambda self, world=None: dict(zip(("accuracy", "loss"), next(seen), strict=True))
+    )
     result, folder = run(validate_every=2)
     assert (result.best_step, result.best_metric, result.beat_start) == (6, 0.8, True)
     best = [event["metrics"]["best"] for event in events_of(folder, "validation")]

@@ -87,9 +87,7 @@ def said(**metrics: float) -> str:
 
 def test_a_validation_is_one_short_line_with_each_figure_once() -> None:
     line = said(loss=0.25, accuracy=0.9667, macro_f1=0.95, micro_f1=0.9667, log_loss=0.25, num_pairs=29.0)
-    assert line == (
-        "validation at step 8: loss 0.25 · accuracy 0.9667 · macro_f1 0.95 · num_pairs 29 · best"
-    )
+    assert line == ("validation at step 8: loss 0.25 · accuracy 0.9667 · macro_f1 0.95 · num_pairs 29 · best")
 
 
 def test_a_long_validation_keeps_what_decides(clock: Clock) -> None:

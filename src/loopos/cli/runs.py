@@ -12,7 +12,6 @@ from typing import Any
 from loopos.cli.answers import as_time, confusion_table, say, say_json, shown, table
 from loopos.config.figures import once
 from loopos.config.method_configs import changed_settings
-from loopos.evaluation.outcome import ending
 from loopos.evaluation.run_folder import Run, differences, find_runs, read_run
 
 # The metrics worth a column in a list, best first; a run shows the first that it has.
@@ -44,7 +43,7 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
     if as_json:
         say_json({**run.summary(), "first_metrics": run.first_metrics, "config": run.config})
         return 0
-    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {ending(run.config, run.events)}")
+    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.ended}")
     say(f"begun {_when(run)}; " + ("model/ is there" if run.has_model else "no model yet"))
     every = {key: value for key, (value, _) in differences(run.config, {}).items() if value is not None}
     settings = every if every_setting else changed_settings(run.config)
@@ -72,7 +71,7 @@ def report(folder: Path, output: Path | None, *, as_json: bool) -> int:
     if as_json:
         say_json({"markdown": str(written), "html": str(written.with_suffix(".html")), **run.summary()})
         return 0
-    say(f"{written} and {written.with_suffix('.html').name}: {_progress(run)} steps; {ending(run.config, run.events)}")
+    say(f"{written} and {written.with_suffix('.html').name}: {_progress(run)} steps; {run.ended}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """`loopos train`: config checked, run claimed, method run, outcome told.
 
 Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C, 4 after a guard. All that can be checked without torch is
-checked before torch is imported.
+on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C, 4 after a guard. All that can be checked
+without torch is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
 from loopos.config.figures import once
 from loopos.config.load import load
-from loopos.evaluation.outcome import ending
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
         say_json(_as_json(run_dir, result, found))
         return
     told_rate = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
-    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; {ending(found.config, found.events)}")
+    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; {found.ended}")
     verdict, metrics = found.outcome.verdict(), once(found.exported_metrics)
     if metrics and found.exported_step is not None:
         told = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
@@ -167,10 +166,10 @@ def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
         "run": str(run_dir),
         "step": result.step,
         "stopped_by": result.stopped_by,
-        "ended": ending(found.config, found.events),
+        "ended": found.ended,
         "best_step": result.best_step,
         "best_metric": result.best_metric,
-        "beat_start": result.beat_start,
+        "beat_start": found.outcome.beat_start,
         "start_metric": result.start_metric,
         "exported_step": found.exported_step,
         "metrics": found.exported_metrics,

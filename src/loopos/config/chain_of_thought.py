@@ -151,7 +151,7 @@ class AnswerEvaluationSection(Section):
     )
     samples: Annotated[int, Field(ge=0)] = Field(
         default=3,
-        description="validation conversations, or prompts, that are answered for samples.jsonl and the report; 0 is none",
+        description="validation conversations or prompts that are answered for samples and the report; 0 is none",
     )
     every: Count = Field(default=1, description="validations from one with generated answers to the next")
     checker: Checker = Field(default="auto", description="what says that an answer is right")

@@ -22,7 +22,6 @@ from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import StepLimits
 
-
 Chat: TypeAlias = Conversation | Completion
 
 

@@ -90,7 +90,7 @@ def _html(block: Block, number: int) -> str:
         case Heading(text):
             return f"<h2>{html.escape(text)}</h2>"
         case Paragraph(text, is_important):
-            return f'<p{" class=important" if is_important else ""}>{html.escape(text)}</p>'
+            return f"<p{' class=important' if is_important else ''}>{html.escape(text)}</p>"
         case Quotation(text):
             return f"<blockquote>{html.escape(text)}</blockquote>"
         case Grid(head, rows, numbers):

@@ -69,14 +69,12 @@ class Outcome:
                 f"best validation: {self.metric} {value} at step {self.best_trained.step}; before training it was "
                 f"{figure(before)}{tie}"
             )
-        return (
-            f"training did not beat the start: {self.metric} is {value} at best (step {self.best_trained.step}) and was "
-            f"{figure(before)} before training"
-        )
+        at_best = f"{self.metric} is {value} at best (step {self.best_trained.step})"
+        return f"training did not beat the start: {at_best} and was {figure(before)} before training"
 
     def _tie(self) -> str:
-        assert self.start is not None and self.best_trained is not None
-        loss, before = self.best_trained.of("loss"), self.start.of("loss")
+        loss = self.best_trained.of("loss") if self.best_trained is not None else None
+        before = self.start.of("loss") if self.start is not None else None
         return "" if loss is None or before is None else f", with loss {figure(before)} then and {figure(loss)} now"
 
     def export_sentence(self) -> str:
@@ -84,12 +82,14 @@ class Outcome:
         if self.weights is None or self.exported is None:
             return ""
         step = self.exported.step
+        # Weights of a log that did not know its start were called the best whether they beat it or not.
+        weights = "best trained" if self.weights == "best" and self.beat_start is False else self.weights
         return {
             "best": f"exported: the best weights, of step {step}",
             "best trained": f"exported: the weights of step {step}, the best after the start",
             "start": "exported: the weights of the start",
             "last": f"exported: the last weights, of step {step}",
-        }[self.weights]
+        }[weights]
 
 
 def outcome_of(config: Mapping[str, Any], events: Sequence[Event]) -> Outcome:

@@ -76,7 +76,7 @@ def measure(task: str, meaning: Meaning, targets: Sequence[Any], *, threshold: f
     return regression_metrics(meaning, targets)
 
 
-def residual_points(meaning: Meaning, targets: Sequence[float], most: int = 1000) -> dict[str, Any]:
+def residual_points(meaning: Meaning, targets: Sequence[Any], most: int = 1000) -> dict[str, Any]:
     """`true` and `predicted` values of the first `most` rows, and `rows`, the number of all."""
     return {
         "rows": len(meaning),

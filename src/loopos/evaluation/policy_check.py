@@ -72,8 +72,8 @@ class PolicyCheck:
         return metrics, records
 
     def best_of_n(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """`best_of_n` on these prompts, with the policy as it is now; of 1 too, where the comparison begins. Nothing for
-        no numbers.
+        """`best_of_n` on these prompts, with the policy as it is now; of 1 too, where the comparison begins. Nothing
+        for no numbers.
         """
         if not numbers:
             return []

@@ -149,7 +149,9 @@ def _frontier(
     parts: list[Block] = [Heading("Reward over KL"), Picture("frontier", frontier_svg(path, points, label=label))]
     parts.append(Paragraph(sentence))
     if best:
-        rows = [(str(each["n"]), *(_cell(number(each.get(name))) for name in ("kl", "reward", "judge"))) for each in best]
+        rows = [
+            (str(each["n"]), *(_cell(number(each.get(name))) for name in ("kl", "reward", "judge"))) for each in best
+        ]
         parts += [
             Paragraph("Best of n answers of the policy before training, chosen by the reward; KL: log n − (n − 1)/n."),
             Grid(("n", "kl", "reward", "judge"), rows, numbers=range(4)),
@@ -166,7 +168,9 @@ def _guards(run: Run) -> list[Block]:
     rows = [_guard_row(key, section.get(key), alarms) for key in _GUARDS]
     ends = "An alarm ends the run." if section.get("stop") else "An alarm does not end the run (guards.stop is false)."
     parts: list[Block] = [Heading("Guards"), Grid(("guard", "limit", "sounded"), rows), Paragraph(ends)]
-    messages = [f"Step {each['step']}: {each['metrics']['message']}." for each in alarms if "message" in each["metrics"]]
+    messages = [
+        f"Step {each['step']}: {each['metrics']['message']}." for each in alarms if "message" in each["metrics"]
+    ]
     return [*parts, *map(Paragraph, messages)]
 
 

@@ -79,7 +79,9 @@ def preference_blocks(events: Sequence[Mapping[str, Any]]) -> list[Block]:
         (f"{each['confidence']:.3f}", f"{each['frequency']:.3f}", str(each["pairs"]))
         for each in found[-1]["calibration"]
     ]
-    parts.append(Paragraph("Calibration: how often the first of two is preferred where the model gives it that chance."))
+    parts.append(
+        Paragraph("Calibration: how often the first of two is preferred where the model gives it that chance.")
+    )
     return [*parts, Grid(("chance given", "preferred", "pairs, both orders"), rows, numbers=range(3))]
 
 

@@ -108,9 +108,7 @@ def _against_start(run: Run, validations: Sequence[Event]) -> Grid:
 
 def _validation_table(validations: Sequence[Event]) -> list[Block]:
     names, listed = metric_names(validations), spread(validations, _MOST_VALIDATIONS_LISTED)
-    rows = [
-        (str(event["step"]), *(_cell(number(event["metrics"].get(name))) for name in names)) for event in listed
-    ]
+    rows = [(str(event["step"]), *(_cell(number(event["metrics"].get(name))) for name in names)) for event in listed]
     parts: list[Block] = [Grid(("step", *names), rows, numbers=range(len(names) + 1))]
     if len(listed) < len(validations):
         parts.append(Paragraph(f"{len(listed)} of {len(validations)} validations."))

@@ -15,7 +15,6 @@ from loopos.config.figures import figure
 from loopos.config.method_configs import changed_settings
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph
 from loopos.evaluation.markdown import number
-from loopos.evaluation.outcome import ending
 from loopos.evaluation.run_folder import Run
 
 _TRAINED = "rows trained on"
@@ -26,7 +25,7 @@ def opening(run: Run) -> list[Block]:
     description = str(run.config.get("description") or run.config.get("computation", {}).get("description") or "")
     parts: list[Block] = [Paragraph(description)] if description else []
     parts.append(Heading("Summary"))
-    said = ending(run.config, run.events)
+    said = run.ended
     parts.append(Paragraph(f"{said[0].upper()}{said[1:]}."))
     if verdict := run.outcome.verdict():
         parts.append(Paragraph(f"{verdict[0].upper()}{verdict[1:]}.", is_important=run.outcome.beat_start is False))
@@ -100,8 +99,12 @@ def _machine(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if isinstance(versions, Mapping):
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     if isinstance(machine, Mapping):
-        amx = {True: ", AMX", False: ", no AMX"}.get(machine.get("amx"), "")
-        yield "machine", f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads{amx}"
+        has_amx = machine.get("amx")
+        amx = "" if has_amx is None else ", AMX" if has_amx else ", no AMX"
+        yield (
+            "machine",
+            f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads{amx}",
+        )
         device, processes = machine.get("device"), machine.get("processes")
         yield "device", f"{device}" + (f", {processes} processes" if processes != 1 else "")
     if "precision" in session:

@@ -218,8 +218,8 @@ def rollout_metrics(
     if unusable:
         named = ", ".join(f"{name} is {value}" for name, value in unusable.items())
         raise NonFiniteOutputs(
-            f"the figures of {len(rollouts)} responses are not finite numbers: {named}; lower training.learning_rate, or "
-            "bound the rewards with reward.score_clip"
+            f"the figures of {len(rollouts)} responses are not finite numbers: {named}; lower training.learning_rate, "
+            "or bound the rewards with reward.score_clip"
         )
     return metrics
 

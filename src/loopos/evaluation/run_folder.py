@@ -102,6 +102,11 @@ class Run:
         """How the run did against its start, and what it exported."""
         return outcome_of(self.config, self.events)
 
+    @property
+    def ended(self) -> str:
+        """Why the last session ended, in words."""
+        return ending(self.config, self.events)
+
     @cached_property
     def exported_metrics(self) -> dict[str, Any]:
         """Validation metrics of the weights that are exported, or would be if the run ended here; empty without."""
@@ -135,7 +140,7 @@ class Run:
             "status": self.status,
             "step": self.step,
             "total_steps": self.total_steps,
-            "ended": ending(self.config, self.events),
+            "ended": self.ended,
             "best_step": self.best_step,
             "beat_start": self.outcome.beat_start,
             "exported_step": self.exported_step,

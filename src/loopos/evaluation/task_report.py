@@ -81,7 +81,9 @@ def residual_blocks(true: Sequence[float], predicted: Sequence[float], *, rows: 
     """Predicted over true values and the errors; rows: how many there are, of which these are the first."""
     errors = sorted((abs(p - t) for t, p in zip(true, predicted, strict=True)), reverse=True)
     shown = "" if rows == len(true) else f"The first {len(true):,} of {rows:,} rows. "
-    median = f"{shown}Median error {figure(errors[len(errors) // 2])}, largest {figure(errors[0])}." if errors else shown
+    median = (
+        f"{shown}Median error {figure(errors[len(errors) // 2])}, largest {figure(errors[0])}." if errors else shown
+    )
     return [Heading("Residuals"), Picture("residuals", residuals_svg(true, predicted)), Paragraph(median)]
 
 

@@ -18,11 +18,11 @@ from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.ending import Ending
 from loopos.training.fit_result import FitResult as FitResult
-from loopos.training.session_facts import session_facts
 from loopos.training.progress import RunProgress
 from loopos.training.run_log import RunLog
 from loopos.training.run_state import Carried, Position, RunState, identity_of
 from loopos.training.schedules import factor, warmup_steps
+from loopos.training.session_facts import session_facts
 from loopos.training.step_source import BatchT, StepSource
 from loopos.training.stopping import EXIT_CODES, StopSignals
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 _LABELS = {"kl": "KL", "repetition": "repetition"}
 _MEANINGS = {"kl": "the policy moves far from its reference", "repetition": "responses repeat themselves"}
 
@@ -139,9 +138,8 @@ class Guards:
 
     def _entropy(self, value: float, share: float) -> tuple[Alarm, bool]:
         start = self._first["entropy"]
-        message = (
-            f"entropy {value:.4g} fell below {100 * share:.4g}% of its start ({start:.4g}): the policy may be collapsing"
-        )
+        fell = f"entropy {value:.4g} fell below {100 * share:.4g}% of its start ({start:.4g})"
+        message = f"{fell}: the policy may be collapsing"
         return Alarm("entropy", value, share * start, message), value < share * start
 
     def _length(self, value: float, ratio: float) -> tuple[Alarm, bool]:

@@ -81,10 +81,9 @@ class RunProgress:
         """One validation done. verdict: what it means for the run, "" for nothing. first: the metric that decides,
         which stands first; of the others as many as a line holds.
         """
-        known = once(metrics)
-        # Of two names for one figure the one that decides.
-        ordered = {**({first: metrics[first]} if first in metrics else {}), **known}
-        named = [f"{name} {figure(value)}" for name, value in once(ordered).items()]
+        shown_once = once(metrics)
+        order = [first, *shown_once] if first is not None and first in metrics else list(shown_once)
+        named = [f"{name} {figure(metrics[name])}" for name in dict.fromkeys(order)]
         opening, closing = f"validation at step {step}: ", f" · {verdict}" if verdict else ""
         shown = _fitting(named, _LINE_WIDTH - len(opening) - len(closing), " · ")
         self.say(f"{opening}{' · '.join(shown)}{closing}")

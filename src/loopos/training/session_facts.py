@@ -23,10 +23,8 @@ _PACKAGES = ("loopos", "torch", "transformers", "numpy")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def session_facts(
-    batches: RowCounts, validation: Validation | None, update: Update, world: World
-) -> dict[str, JSON]:
-    """`num_rows` (trained on and validated on), `judged_by` (the metric that decides, and its direction), `versions` and
+def session_facts(batches: RowCounts, validation: Validation | None, update: Update, world: World) -> dict[str, JSON]:
+    """`num_rows` (trained on and validated on), `judged_by` (the metric that decides, and its direction), `versions`,
     `machine`.
     """
     rows = {"training": batches.num_rows, "validation": validation.num_rows if validation is not None else None}

@@ -1,7 +1,8 @@
 """How a run is judged: what is measured, and what follows from it.
 
 Enters: the metrics of each validation. Leaves: whether these weights are the best so far, whether they beat the start,
-whether training has stopped getting better, the learning rate's scale at a plateau. Left out: the metrics themselves (`evaluation`).
+whether training has stopped getting better, the learning rate's scale at a plateau. Left out: the metrics themselves
+(`evaluation`).
 """
 
 from __future__ import annotations

@@ -222,9 +222,7 @@ def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:
 
 
 def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int:
-    """Validations of a whole run: before the first step (`validate_at_start`), then as `validate_every` says, and at the
-    end.
-    """
+    """Validations of a whole run: before the first step, if any, then as `validate_every` says, and at the end."""
     every = config.training.validate_every
     if every == "never":
         return 0
