@@ -37,6 +37,14 @@ def test_a_run_that_beat_its_start() -> None:
     assert outcome.export_sentence() == "exported: the best weights, of step 4"
 
 
+def test_weights_of_a_round_are_not_taken_for_the_first_trainings() -> None:
+    events = [judged(), validation(0, accuracy=0.1), validation(4, True, True, accuracy=0.5)]
+    outcome = outcome_of({}, [*events, event("export", 4, {"weights": "best", "round": 2})])
+    assert outcome.export_sentence() == "exported: the best weights, of step 4 of round 2"
+    assert outcome.exported is not None
+    assert outcome.exported.metrics == {}
+
+
 def test_a_run_that_only_got_worse() -> None:
     events = [
         judged("reward"),

@@ -37,7 +37,7 @@ class Outcome:
     """`metric` and `mode` decide what is best. `start`: the validation before the first update; `best_trained`: the
     best one after it; `beat_start`: None where that is not known. `exported`: the validation of the weights that are
     exported, or would be if the run ended here; `weights`: "best", "best trained", "start" or "last", None before the
-    export.
+    export. `of_round`: the round of self-improvement that they come from, which has a folder and a log of its own.
     """
 
     metric: str | None
@@ -47,6 +47,7 @@ class Outcome:
     beat_start: bool | None
     exported: Measured | None
     weights: str | None
+    of_round: int | None = None
 
     @property
     def best(self) -> Measured | None:
@@ -89,7 +90,7 @@ class Outcome:
             "best trained": f"exported: the weights of step {step}, the best after the start",
             "start": "exported: the weights of the start",
             "last": f"exported: the last weights, of step {step}",
-        }[weights]
+        }[weights] + ("" if self.of_round is None else f" of round {self.of_round}")
 
 
 def outcome_of(config: Mapping[str, Any], events: Sequence[Event]) -> Outcome:
@@ -111,13 +112,15 @@ def outcome_of(config: Mapping[str, Any], events: Sequence[Event]) -> Outcome:
         losses = best.of("loss") if best is not None else None, start.of("loss")
         beat = is_better(trained, than, mode, loss=losses[0], than_loss=losses[1])
     exports = [event for event in events if event["event"] == "export"]
-    weights, exported = None, best
+    weights, exported, of_round = None, best, None
     if exports:
-        weights, step = str(exports[-1]["metrics"]["weights"]), int(exports[-1]["step"])
-        exported = next((each for each in reversed(measured) if each.step == step), Measured(step, {}))
+        told, step = exports[-1]["metrics"], int(exports[-1]["step"])
+        weights, of_round = str(told["weights"]), told.get("round")
+        here = () if of_round is not None else reversed(measured)
+        exported = next((each for each in here if each.step == step), Measured(step, {}))
     if exported is None and measured and measured[-1].step > 0:
         exported = measured[-1]
-    return Outcome(metric, mode, start, best, beat, exported, weights)
+    return Outcome(metric, mode, start, best, beat, exported, weights, of_round)
 
 
 def _metrics(event: Event) -> dict[str, Any]:

@@ -266,14 +266,14 @@ class ChainOfThought:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        settings = self.config.training
-        judges, number = self.current.judges, len(results) - 1
+        settings, judges, number = self.config.training, self.current.judges, len(results) - 1
         if judges is not None and settings.keep_best:
             number = best_of([result.best_trained_metric for result in results], judges.validation.mode)
         if number != len(results) - 1:
             self.build_model(self._load_pretrained())
-        folder, of = self._folder_of(number), f", of round {number}" if len(results) > 1 else ""
-        take_chosen(self.trained, folder, settings, results[number], self.world, self.progress, of)
+        folder, which = self._folder_of(number), number if len(results) > 1 else None
+        take = (self.trained, folder, settings, results[number], self.world, self.progress)
+        take_chosen(*take, of_round=which, whole_run=self.run_dir)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loopos.config.sections import TrainingSection
+from loopos.storage.durable import JSON
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit_result import FitResult
@@ -23,17 +24,26 @@ def take_chosen(
     result: FitResult,
     world: World,
     progress: RunProgress,
-    of: str = "",
+    *,
+    of_round: int | None = None,
+    whole_run: Path | None = None,
 ) -> None:
-    """Loads the best checkpoint's weights, or leaves the last in place where none was kept; says which. of: names the
-    part of the run that they are of, such as ", of round 2". To be called on every process; the first writes the event.
+    """Loads the best checkpoint's weights, or leaves the last in place where none was kept; says which. To be called on
+    every process; the first writes the event. of_round: the round of self-improvement whose folder `run_dir` is, and
+    whole_run: the folder of the run that has several, whose log names the round.
     """
     step = trained.take_best(run_dir, settings)
     kind, sentence = _described(step, result)
-    progress.say(f"exporting {sentence}{of}")
-    if world.is_first:
-        with EventLog(run_dir / "events.jsonl") as log:
-            log.write("export", step=result.step if step is None else step, metrics={"weights": kind}, timing={})
+    progress.say(f"exporting {sentence}" + ("" if of_round is None else f", of round {of_round}"))
+    if not world.is_first:
+        return
+    taken = result.step if step is None else step
+    logs: dict[Path, dict[str, JSON]] = {run_dir: {"weights": kind}}
+    if whole_run is not None and of_round:
+        logs[whole_run] = {"weights": kind, "round": of_round}
+    for folder, metrics in logs.items():
+        with EventLog(folder / "events.jsonl") as log:
+            log.write("export", step=taken, metrics=metrics, timing={})
 
 
 def _described(step: int | None, result: FitResult) -> tuple[str, str]:
