@@ -138,6 +138,7 @@ def test_conversations_train_by_their_loss(config: Configs) -> None:
     assert "accuracy" not in validations[0]["metrics"]
     assert result.best_metric is not None
     assert result.best_metric < validations[0]["metrics"]["loss"]
+    assert (result.beat_start, result.start_metric) == (True, validations[0]["metrics"]["loss"])
     # Of both validation conversations, at each validation: what was asked, what the data and the model answer.
     samples = [json.loads(line) for line in (method.run_dir / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [event["step"] for event in validations for _ in range(2)]

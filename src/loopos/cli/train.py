@@ -125,7 +125,7 @@ def exit_code(stopped_by: str) -> int:
     from loopos.training.stopping import EXIT_CODES, GUARD, GUARD_EXIT_CODE
 
     if stopped_by == GUARD:
-        # A launcher ends every process once one has failed: only the first, which has said how the run ended, may.
+        # A launcher ends every process once one has failed: only the first, which has reported by now, may fail.
         return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
 
@@ -147,8 +147,8 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; {found.ended}")
     verdict, metrics = found.outcome.verdict(), once(found.exported_metrics)
     if metrics and found.exported_step is not None:
-        told = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
-        say(f"  validation of step {found.exported_step}: {told}")
+        figures = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
+        say(f"  validation of step {found.exported_step}: {figures}")
     if found.outcome.beat_start is not False and verdict:
         say(f"  {verdict}")
     if result.interrupted:

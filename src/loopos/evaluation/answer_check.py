@@ -27,11 +27,11 @@ Chat: TypeAlias = Conversation | Completion
 
 def chats_of(examples: Sequence[Example]) -> list[Chat]:
     """Those that ask something and have no answer to check."""
-    return [each for each in examples if isinstance(each, Completion | Conversation) and asked_of(each)]
+    return [each for each in examples if isinstance(each, Completion | Conversation) and question_of(each)]
 
 
-def asked_of(chat: Chat) -> str:
-    """What is asked: the prompt, or the last message before the answer."""
+def question_of(chat: Chat) -> str:
+    """The question: the prompt, or the last message before the answer."""
     if isinstance(chat, Completion):
         return chat.prompt
     place = _answer_place(chat)
@@ -82,17 +82,17 @@ class AnswerCheck:
         ask, or that leaves no room for an answer, is left out.
         """
         rank, ranks = share
-        asked = [(chat, prompt) for chat in chats[rank::ranks] if (prompt := self._prompt_of(chat)) is not None]
-        prompts, sampling = [prompt for _, prompt in asked], self.reasoner.sampling(self.sampling)
+        answerable = [(chat, prompt) for chat in chats[rank::ranks] if (prompt := self._prompt_of(chat)) is not None]
+        prompts, sampling = [prompt for _, prompt in answerable], self.reasoner.sampling(self.sampling)
         completions = self.reasoner.engine.generate(prompts, sampling, logprobs=False) if prompts else []
         mine = [
             {
-                "prompt": asked_of(chat),
+                "prompt": question_of(chat),
                 "reference": answer_of(chat),
                 "response": found.text,
                 "finish_reason": found.finish_reason,
             }
-            for (chat, _), found in zip(asked, completions, strict=True)
+            for (chat, _), found in zip(answerable, completions, strict=True)
         ]
         parts = [part for part in gather(mine) if isinstance(part, list)]
         longest = max(map(len, parts))

@@ -114,8 +114,8 @@ def outcome_of(config: Mapping[str, Any], events: Sequence[Event]) -> Outcome:
     exports = [event for event in events if event["event"] == "export"]
     weights, exported, of_round = None, best, None
     if exports:
-        told, step = exports[-1]["metrics"], int(exports[-1]["step"])
-        weights, of_round = str(told["weights"]), told.get("round")
+        taken, step = exports[-1]["metrics"], int(exports[-1]["step"])
+        weights, of_round = str(taken["weights"]), taken.get("round")
         here = () if of_round is not None else reversed(measured)
         exported = next((each for each in here if each.step == step), Measured(step, {}))
     if exported is None and measured and measured[-1].step > 0:
@@ -176,8 +176,8 @@ def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
             return f"stopped early: {watched} did not improve in {early.get('patience')} validations"
         case "guard":
             alarms = [event["metrics"] for event in events if event["event"] == "alarm"]
-            told = alarms[-1].get("message") or alarms[-1]["name"] if alarms else "an alarm"
-            return f"stopped by a guard: {told}"
+            alarm = alarms[-1].get("message") or alarms[-1]["name"] if alarms else "an alarm"
+            return f"stopped by a guard: {alarm}"
         case "SIGINT":
             return "interrupted by Ctrl-C"
         case _:

@@ -84,8 +84,8 @@ def policy_blocks(run: Run) -> list[Block]:
         return []
     parts: list[Block] = [Heading("Iterations"), Picture("iterations", _curves(iterations, validations))]
     if validations:
-        told = "validation: the same prompts every time. training: the prompts of the iteration, others each time."
-        parts.append(Paragraph(told))
+        sources = "validation: the same prompts every time. training: the prompts of the iteration, others each time."
+        parts.append(Paragraph(sources))
     names = [name for name in _LISTED if any(each.of(name) is not None for each in iterations)]
     listed = spread(iterations, _MOST_ITERATIONS_LISTED)
     rows = [(str(each.rollout["iteration"] + 1), *(_cell(each.of(name)) for name in names)) for each in listed]
@@ -179,8 +179,8 @@ def _guard_row(key: str, limit: float | None, alarms: Sequence[Mapping[str, Any]
     sounded = list(_sounded(metric, alarms))
     if limit is None and not sounded:
         return f"guards.{key}", "off", ""
-    told = "" if limit is None else words.format(limit=figure(limit))
-    return f"guards.{key}", told, "; ".join(sounded) or "never"
+    allowed = "" if limit is None else words.format(limit=figure(limit))
+    return f"guards.{key}", allowed, "; ".join(sounded) or "never"
 
 
 def _sounded(metric: str, alarms: Sequence[Mapping[str, Any]]) -> Iterator[str]:

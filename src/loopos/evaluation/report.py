@@ -17,7 +17,7 @@ from loopos.config.figures import figure, once
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph, Picture, as_html, as_markdown
 from loopos.evaluation.drawing import curves_svg
 from loopos.evaluation.markdown import number
-from loopos.evaluation.metrics import METRIC_DIRECTION
+from loopos.evaluation.metrics import METRIC_DIRECTION, METRIC_MEANING
 from loopos.evaluation.outcome import FLAGS
 from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.policy_report import policy_blocks
@@ -112,7 +112,8 @@ def _validation_table(validations: Sequence[Event]) -> list[Block]:
     parts: list[Block] = [Grid(("step", *names), rows, numbers=range(len(names) + 1))]
     if len(listed) < len(validations):
         parts.append(Paragraph(f"{len(listed)} of {len(validations)} validations."))
-    return parts
+    meanings = [f"{name}: {METRIC_MEANING[name]}" for name in names if name in METRIC_MEANING]
+    return [*parts, Paragraph(f"{'. '.join(meanings)}.")] if meanings else parts
 
 
 def _cell(value: float | None) -> str:

@@ -25,8 +25,8 @@ def opening(run: Run) -> list[Block]:
     description = str(run.config.get("description") or run.config.get("computation", {}).get("description") or "")
     parts: list[Block] = [Paragraph(description)] if description else []
     parts.append(Heading("Summary"))
-    said = run.ended
-    parts.append(Paragraph(f"{said[0].upper()}{said[1:]}."))
+    reason = run.ended
+    parts.append(Paragraph(f"{reason[0].upper()}{reason[1:]}."))
     if verdict := run.outcome.verdict():
         parts.append(Paragraph(f"{verdict[0].upper()}{verdict[1:]}.", is_important=run.outcome.beat_start is False))
     if sentence := run.outcome.export_sentence():
@@ -109,6 +109,10 @@ def _machine(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "device", f"{device}" + (f", {processes} processes" if processes != 1 else "")
     if "precision" in session:
         yield "precision", str(session["precision"])
+
+
+def _counted(number_of: Any, name: str) -> str:
+    return f"{number_of} {name}{'' if number_of == 1 else 's'}"
 
 
 def _date(seconds: float) -> str:

@@ -43,7 +43,7 @@ class Ending:
         names = [name for name, _ in told if name is not None]
         if names:
             return str(names[0])
-        # An alarm in the last step is told as one, though the run would have ended there anyway.
+        # An alarm in the last step is the reason, though the run would have ended there anyway.
         given_up = self.gives_up()
         if given_up is None and position.step >= self.total_steps:
             return "max_steps" if self.total_steps < self.planned_steps else self.planned_end

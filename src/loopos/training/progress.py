@@ -66,14 +66,14 @@ class RunProgress:
         rate = sum(t for t, _ in self._recent) / max(1e-9, sum(s for _, s in self._recent))
         left = (self._total - step) * sum(self._spent) / len(self._spent)
         named = [f"{name} {value:.4f}" for name, value in losses.items()]
-        told = f"{rate:,.0f} tokens/s"
+        speed = f"{rate:,.0f} tokens/s"
         if self._bar is not None:
             room = self.console.width - _FIXED_WIDTH - 2 * len(str(self._total)) - 2
-            metrics = " ".join([told, *_fitting(named, room - len(told), " ")])
+            metrics = " ".join([speed, *_fitting(named, room - len(speed), " ")])
             self._bar.update(self._bar.task_ids[0], completed=step, metrics=metrics, seconds_left=left, at=now)
         elif not self.quiet and (now - self._last_line > _LINE_EVERY_SECONDS or step == self._total):
             self._last_line = now
-            opening, closing = f"step {step}/{self._total}", f"{told} · {_as_clock(left)} left"
+            opening, closing = f"step {step}/{self._total}", f"{speed} · {_as_clock(left)} left"
             shown = _fitting(named, _LINE_WIDTH - len(opening) - len(closing) - 6, " ")
             self.console.print(" · ".join([opening, *([" ".join(shown)] if shown else []), closing]))
 

@@ -35,7 +35,7 @@ class Validation:
 
 class Judges:
     """What remembers validations: the start and the best since, always; early stopping and the plateau schedule, which
-    count from the first validation after the start, where they are asked for.
+    count from the first validation after the start, where the config has them.
     """
 
     def __init__(self, validation: Validation, settings: TrainingSection) -> None:
@@ -60,7 +60,7 @@ class Judges:
 
     def observe(self, metrics: Mapping[str, float], step: int) -> bool:
         """Takes one validation after the start; whether it is the best of these. A metric that is absent counts as not
-        better; equal metrics are told apart by the loss.
+        better; ties are broken by the loss.
         """
         watched = metrics.get(self.validation.watched, math.nan)
         if self.watched is not None:
