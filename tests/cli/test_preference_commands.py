@@ -106,6 +106,37 @@ def aligned(config: Write, invoke: Invoke) -> Any:
     return result
 
 
+@pytest.mark.parametrize(
+    ("guards", "exit_code", "stopped_by", "ended"),
+    [
+        ({"kl": 1e-12, "stop": True}, 4, "guard", "stopped by a guard: KL "),
+        ({"kl": 1e-12}, 0, "max_iterations", "stopped at max_iterations 2"),
+    ],
+)
+def test_what_ended_a_policy_is_named_and_a_guard_has_its_own_exit_code(
+    guards: dict[str, Any],
+    exit_code: int,
+    stopped_by: str,
+    ended: str,
+    reward_run: Path,
+    home: Path,
+    config: Write,
+    invoke: Invoke,
+) -> None:
+    run = f"guarded-{stopped_by}"
+    # k3 of two policies that differ is above 0.
+    training = {"kl_report": "k3", "learning_rate": 0.01, "num_epochs": 9}
+    file = config("ppo", run=run, guards=guards, training=training, data={"reward_model": str(reward_run)})
+    result = invoke("train", file, "--quiet", "--json")
+    assert result.exit_code == exit_code
+    found = json.loads(result.stdout)
+    assert found["stopped_by"] == stopped_by
+    assert found["ended"].startswith(ended)
+    # A guard's run is over: its weights are there.
+    assert (home / run / "model" / "model.safetensors").is_file()
+    assert "alarm: KL " in result.stderr
+
+
 @pytest.mark.usefixtures("known_rates")
 def test_a_dry_run_of_a_reward_model_counts_what_the_run_then_does(
     rewards: dict[str, Any], home: Path, config: Write, invoke: Invoke

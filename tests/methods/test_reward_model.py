@@ -9,6 +9,7 @@ import torch
 from preference_runs import comparisons, events_of, reward_config
 from transformers import AutoModel
 
+from loopos.config.faults import UserError
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.preference_batches import ComparisonRows
 from loopos.data.preference_tokens import EncodedComparison
@@ -16,6 +17,7 @@ from loopos.data.preferences import Pair
 from loopos.evaluation.reward_scores import Normalisation, raw_scores
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.models.backbone import Backbone
+from loopos.models.heads import PooledModel
 from loopos.models.reward_folder import open_reward_model
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
@@ -159,3 +161,28 @@ def test_soft_labels_margins_and_centring_change_the_loss_as_written(tmp_path: P
     assert losses["margins"]["loss"] == pytest.approx(float(torch.log1p(torch.exp(margin - gap)).mean()), abs=1e-5)
     assert losses["centred"]["centring"] == pytest.approx(sum(sums) / 8, abs=1e-5)
     assert float(margin.max()) > 0
+
+
+def test_scores_that_are_no_numbers_end_in_one_line(
+    tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are NaN, with on_nonfinite skip: no step is taken, and validation has nothing to measure."""
+    built = RewardModelTrainer.build_model
+
+    def spoiled(self: RewardModelTrainer) -> PooledModel:
+        model = built(self)
+        with torch.no_grad():
+            model.head.weight.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(RewardModelTrainer, "build_model", spoiled)
+    for name, training in (("skip", {"on_nonfinite": "skip"}), ("stop", {})):
+        with pytest.raises(UserError, match="scores of 16 of 16 responses are not finite numbers") as raised:
+            trained(reward_config(tmp_path / name, pico_folder, training=training))
+        assert raised.value.exit_code == 1
+        assert "\n" not in str(raised.value)
+
+
+def test_raw_scores_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(UserError, match="scores of 1 of 3 responses"):
+        raw_scores(lambda ids, layout: torch.tensor([[1.0], [torch.inf], [2.0]]), [[1], [2], [3]], torch.device("cpu"))

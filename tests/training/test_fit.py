@@ -37,7 +37,7 @@ def test_validation_comes_when_it_was_asked_for(every: int | str, expected: list
     assert (result.step, result.stopped_by) == (10, "epochs")
     assert validated_steps(folder) == expected
     assert (result.best_step is None) == (every == "never")
-    # The untrained model is measured, and never the best.
+    # The start is measured, and never marked as the best.
     assert not any(event["metrics"]["best"] for event in events_of(folder, "validation") if event["step"] == 0)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import typer
 
+from loopos.config.figures import figure
+
 
 def say(text: str = "") -> None:
     """`text` on standard output."""
@@ -65,7 +67,7 @@ def shown(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+        return figure(value)
     return str(value)
 
 

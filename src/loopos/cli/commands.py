@@ -226,11 +226,30 @@ def runs_list(
 
 
 @runs_app.command("show")
-def runs_show(run: RunFolder, json: Json = False) -> None:
-    """Show one run: its settings, its state, its best validation, its confusion table."""
+def runs_show(
+    run: RunFolder,
+    every: Annotated[bool, typer.Option("--all", help="Show the settings at their defaults too.")] = False,
+    json: Json = False,
+) -> None:
+    """Show one run: its settings, its state, its validation against the start, its confusion table."""
     from loopos.cli import runs as command
 
-    raise typer.Exit(command.show(run, as_json=json))
+    raise typer.Exit(command.show(run, as_json=json, every_setting=every))
+
+
+@runs_app.command("report")
+def runs_report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the report.", show_default="the run's"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write report.md and report.html of a run, finished, running or killed."""
+    from loopos.cli import runs as command
+
+    raise typer.Exit(command.report(run, output, as_json=json))
 
 
 @runs_app.command("diff")

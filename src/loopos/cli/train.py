@@ -1,8 +1,8 @@
 """`loopos train`: config checked, run claimed, method run, outcome told.
 
 Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C. All that can be checked without torch is
-checked before torch is imported.
+on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C, 4 after a guard. All that can be checked
+without torch is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli import configs
-from loopos.cli.answers import as_time, say, say_json
+from loopos.cli.answers import as_time, say, say_json, shown
 from loopos.cli.opened_models import use_of
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
+from loopos.config.figures import once
 from loopos.config.load import load
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
-    from loopos.training.fit import FitResult
+    from loopos.evaluation.run_folder import Run
+    from loopos.training.fit_result import FitResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +121,12 @@ def told_of(config: Any) -> Path:
 
 
 def exit_code(stopped_by: str) -> int:
-    """0, but for a run that Ctrl-C ended."""
-    from loopos.training.stopping import EXIT_CODES
+    """0, except for a run that Ctrl-C or a guard ended."""
+    from loopos.training.stopping import EXIT_CODES, GUARD, GUARD_EXIT_CODE
 
+    if stopped_by == GUARD:
+        # A launcher ends every process once one has failed: only the first, which has reported by now, may fail.
+        return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
 
 
@@ -135,29 +140,41 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     from loopos.evaluation.run_folder import read_run
 
     found = read_run(run_dir)
-    metrics = {name: value for name, value in found.best_metrics.items() if name != "best"}
     if as_json:
-        say_json(
-            {
-                "run": str(run_dir),
-                "step": result.step,
-                "stopped_by": result.stopped_by,
-                "best_step": result.best_step,
-                "best_metric": result.best_metric,
-                "metrics": metrics,
-                "tokens": result.tokens,
-                "tokens_per_second": found.tokens_a_second,
-                "seconds": result.seconds,
-                "model": str(run_dir / "model") if found.has_model else None,
-            }
-        )
+        say_json(_as_json(run_dir, result, found))
         return
     told_rate = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
-    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; ended by {result.stopped_by}")
-    if metrics:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
-        say(f"  best validation, at step {result.best_step}: {told}")
+    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; {found.ended}")
+    verdict, metrics = found.outcome.verdict(), once(found.exported_metrics)
+    if metrics and found.exported_step is not None:
+        figures = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
+        say(f"  validation of step {found.exported_step}: {figures}")
+    if found.outcome.beat_start is not False and verdict:
+        say(f"  {verdict}")
     if result.interrupted:
-        say("  go on with it: the same command with --resume")
+        say("  continue it: the same command with --resume")
+        say(f"  its report so far: loopos runs report {run_dir}")
     elif found.has_model:
         say(f"  {use_of(str(run_dir))}")
+    if found.outcome.beat_start is False:
+        # Last, where it cannot be overlooked.
+        say(f"  {verdict}")
+
+
+def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
+    return {
+        "run": str(run_dir),
+        "step": result.step,
+        "stopped_by": result.stopped_by,
+        "ended": found.ended,
+        "best_step": result.best_step,
+        "best_metric": result.best_metric,
+        "beat_start": found.outcome.beat_start,
+        "start_metric": result.start_metric,
+        "exported_step": found.exported_step,
+        "metrics": found.exported_metrics,
+        "tokens": result.tokens,
+        "tokens_per_second": found.tokens_a_second,
+        "seconds": result.seconds,
+        "model": str(run_dir / "model") if found.has_model else None,
+    }

@@ -154,6 +154,10 @@ class AnswerEvaluationSection(Section):
     problems: Annotated[int, Field(ge=0)] = Field(
         default=64, description="validation problems that are generated; 0 measures the loss alone"
     )
+    samples: Annotated[int, Field(ge=0)] = Field(
+        default=3,
+        description="validation conversations or prompts that are answered for samples and the report; 0 is none",
+    )
     every: Count = Field(default=1, description="validations from one with generated answers to the next")
     checker: Checker = Field(default="auto", description="what says that an answer is right")
     tolerance: Annotated[float, Field(ge=0)] = Field(
@@ -245,7 +249,10 @@ class ChainOfThoughtConfig(MethodConfig):
             "training.head_learning_rate": (False, "a language model has no head of its own"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
             "data.max_dropped_share": (data.over_length == "drop", f"over_length is {data.over_length}"),
-            "evaluation.every": (self.generates, "no answers are generated"),
+            "evaluation.every": (
+                self.generates or (self.validates and self.evaluation.samples > 0),
+                "no answers are generated",
+            ),
             "evaluation.checker": (
                 self.generates or self.self_improvement is not None,
                 "no answers are generated",

@@ -137,6 +137,11 @@ def check_optimizer(training: TrainingSection) -> Iterator[Finding]:
 def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Finding]:
     """What needs validation, where there is none. has_validation: rows are kept for it."""
     cause: tuple[str, ...]
+    if training.export_start and not (training.validate_at_start and training.keep_best):
+        cause = tuple(f"training.{name}" for name in ("validate_at_start", "keep_best") if not getattr(training, name))
+        fields = ("training.export_start", *cause)
+        hint = "the start is exported where it is the best of what was validated and kept"
+        yield Finding(fields, "true", "false, or validate_at_start and keep_best true", hint)
     if has_validation and training.validate_every != "never":
         return
     if has_validation:
@@ -147,6 +152,8 @@ def check_validation(training: TrainingSection, *, has_validation: bool) -> Iter
     wanted = "validation rows (validation_data or validation_share) and validate_every"
     if training.early_stopping is not None:
         yield Finding(("training.early_stopping", *cause), f"early stopping with {reason}", wanted)
+    if training.export_start:
+        yield Finding(("training.export_start", *cause), f"true with {reason}", f"{wanted}, or false")
     if training.schedule == "plateau":
         yield Finding(("training.schedule", *cause), f'"plateau" with {reason}', f"{wanted}, or another schedule")
 

@@ -215,6 +215,10 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "guards.patience": (is_guarded, "no guard has a limit"),
         "guards.stop": (is_guarded, "no guard has a limit"),
         "evaluation.judge": unanswered,
-        "evaluation.best_of": unanswered,
+        "evaluation.best_of": (
+            (config.validates and training.validate_at_start, "nothing is validated before the first step")
+            if config.validates
+            else unanswered
+        ),
         "evaluation.kl_limit": unanswered,
     }

@@ -195,6 +195,9 @@ class TrainingSection(Section):
     validate_every: Count | Literal["epoch", "never"] = Field(
         default="epoch", description="when to validate (optimizer steps)"
     )
+    validate_at_start: bool = Field(
+        default=True, description="validate before the first step too, so that the run is compared with its start"
+    )
     early_stopping: EarlyStoppingSection | None = Field(default=None, description="when to stop early; null is never")
     metric: Metric | None = Field(
         default=None, description="metric that says which checkpoint is best; the task's own when absent"
@@ -203,7 +206,10 @@ class TrainingSection(Section):
         default="validation", description="when to save a checkpoint (optimizer steps)"
     )
     keep_last: Count = Field(default=1, description="newest checkpoints that are kept")
-    keep_best: bool = Field(default=True, description="keep the best checkpoint too")
+    keep_best: bool = Field(default=True, description="keep the best checkpoint too, and export it")
+    export_start: bool = Field(
+        default=False, description="export the weights of the start where no validation after it is better"
+    )
     log_every: Count = Field(default=1, description="optimizer steps between two lines of the log")
     tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
 

@@ -35,6 +35,7 @@ _OTHER_TOOLS_NAMES = {
     "max_grad_norm": "grad_clip clip_grad",
     "precision": "dtype torch_dtype",
     "validate_every": "eval_steps eval_every eval_strategy",
+    "validate_at_start": "eval_on_start",
     "save_every": "save_steps save_strategy",
     "log_every": "logging_steps",
     "keep_last": "save_total_limit",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loopos.config.faults import UserError
+from loopos.evaluation.outcome import FLAGS, Outcome, ending, outcome_of
 
 Event: TypeAlias = dict[str, Any]
 
@@ -89,22 +90,37 @@ class Run:
     @cached_property
     def first_metrics(self) -> dict[str, Any]:
         """Metrics of the first validation, before training; empty without one."""
-        return next((dict(event["metrics"]) for event in self.events if event["event"] == "validation"), {})
+        return next((_unflagged(event) for event in self.events if event["event"] == "validation"), {})
 
     @cached_property
     def last_metrics(self) -> dict[str, Any]:
         """Metrics of the last validation; empty without one."""
-        return next((dict(event["metrics"]) for event in self._of("validation")), {})
+        return next((_unflagged(event) for event in self._of("validation")), {})
 
     @cached_property
-    def best_metrics(self) -> dict[str, Any]:
-        """Metrics of the best validation; empty without one."""
-        return next((dict(event["metrics"]) for event in self._of("validation") if event["metrics"].get("best")), {})
+    def outcome(self) -> Outcome:
+        """How the run did against its start, and what it exported."""
+        return outcome_of(self.config, self.events)
+
+    @property
+    def ended(self) -> str:
+        """Why the last session ended, in words."""
+        return ending(self.config, self.events)
+
+    @cached_property
+    def exported_metrics(self) -> dict[str, Any]:
+        """Validation metrics of the weights that are exported, or would be if the run ended here; empty without."""
+        return dict(self.outcome.exported.metrics) if self.outcome.exported is not None else {}
+
+    @property
+    def exported_step(self) -> int | None:
+        """The optimizer step of those weights."""
+        return self.outcome.exported.step if self.outcome.exported is not None else None
 
     @property
     def best_step(self) -> int | None:
-        """Optimizer step of the best validation."""
-        return next((event["step"] for event in self._of("validation") if event["metrics"].get("best")), None)
+        """Optimizer step of the best validation; None where none beat the start."""
+        return self.outcome.best.step if self.outcome.best is not None else None
 
     @cached_property
     def confusion(self) -> tuple[list[str], list[list[int]]] | None:
@@ -118,19 +134,25 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The run in one flat JSON object."""
-        metrics = {name: value for name, value in self.best_metrics.items() if name != "best"}
         return {
             "run": str(self.path),
             "method": self.method,
             "status": self.status,
             "step": self.step,
             "total_steps": self.total_steps,
+            "ended": self.ended,
             "best_step": self.best_step,
-            "metrics": metrics,
+            "beat_start": self.outcome.beat_start,
+            "exported_step": self.exported_step,
+            "metrics": self.exported_metrics,
             "seconds": round(self.seconds, 3),
             "began": self.began,
             "has_model": self.has_model,
         }
+
+
+def _unflagged(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in event["metrics"].items() if name not in FLAGS}
 
 
 def holds_run(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from loopos.data.supervised import SupervisedEncoder, load_supervised
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import SupervisedReport
 from loopos.data.tokens import Encoded, longest
-from loopos.evaluation.answer_check import AnswerCheck
+from loopos.evaluation.answer_check import AnswerCheck, chats_of
 from loopos.evaluation.found_chains import find_chains
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.reasoning import Reasoner
@@ -38,8 +38,10 @@ from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -104,10 +106,10 @@ class ChainOfThought:
             self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
-        told = [f"validation generates answers to {len(self.problems)} problems"] if self.problems else []
-        tokens = f"tokens: {self.train_tokens.said()}"
-        for sentence in [pretrained.said, *self.data.said, self.template.said, tokens, *told]:
-            self.progress.say(sentence)
+        self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
+        self.progress.say(pretrained.said, *self.data.said, self.template.said, f"tokens: {self.train_tokens.said()}")
+        if self.problems:
+            self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
 
     def _worked(self) -> list[Example]:
@@ -148,7 +150,7 @@ class ChainOfThought:
         )
         self.progress.say(self.trained.said())
         self.check: AnswerCheck | None = None
-        if self.problems or self.config.self_improvement is not None:
+        if self.problems or self.chats or self.config.self_improvement is not None:
             causal = self.model.causal
             with self.trained.whole():
                 reasoner = Reasoner(causal, self.tokenizer, template=self.template, step_format=self.step_format)
@@ -203,17 +205,19 @@ class ChainOfThought:
                 "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
                 "problem and answer, or the metric loss"
             )
-        return Validation(self.validate, metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched])
+        modes, rows = (METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]), len(self.validation_rows)
+        return Validation(self.validate, metric, modes[0], watched, modes[1], rows)
 
     def validate(self) -> dict[str, float]:
-        """Loss on the validation rows and, every `evaluation.every` validations, the metrics of generated answers."""
+        """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and
+        samples for the report.
+        """
         loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
-        if not self.problems or not self._generates_now():
+        if self.check is None or not self._generates_now():
             return {"loss": loss}
-        assert self.check is not None
         world = self.world
         with self.trained.whole():
-            metrics, records = self.check.measure(self.problems, share=world.share, gather=world.gather_shares)
+            metrics, records = self.check.validate(self.problems, self.chats, world.share, world.gather_shares)
         if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         return {"loss": loss, **metrics}
@@ -263,18 +267,14 @@ class ChainOfThought:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        settings = self.config.training
-        judges, number = self.current.judges, len(results) - 1
+        settings, judges, number = self.config.training, self.current.judges, len(results) - 1
         if judges is not None and settings.keep_best:
-            number = best_of([result.best_metric for result in results], judges.validation.mode)
+            number = best_of([result.best_trained_metric for result in results], judges.validation.mode)
         if number != len(results) - 1:
             self.build_model(self._load_pretrained())
-        step = self.trained.take_best(self._folder_of(number), settings)
-        told = f" of round {number}" if len(results) > 1 else ""
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}{told}")
-        elif self.validation_rows:
-            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
+        folder, which = self._folder_of(number), number if len(results) > 1 else None
+        take = (self.trained, folder, settings, results[number], self.world, self.progress)
+        take_chosen(*take, of_round=which, whole_run=self.run_dir)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())

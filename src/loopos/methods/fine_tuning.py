@@ -26,7 +26,7 @@ from loopos.data.reading import account
 from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
-from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
+from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_folder import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
@@ -37,10 +37,15 @@ from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
+<<<<<<< HEAD
 from loopos.storage.json_files import read_object, save_json
+=======
+from loopos.training.chosen_weights import take_chosen
+>>>>>>> truth
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.router_objective import with_router_loss
@@ -84,11 +89,11 @@ class FineTuner:
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
             self.record_config(self.world)
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def record_config(self, world: World) -> None:
         """Writes the resolved config, once it is known that the folder's run is this one."""
@@ -216,8 +221,9 @@ class FineTuner:
         metric = settings.metric or _MAIN_METRIC[self.data.space.task]
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
+        directions = METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]
         return Validation(
-            lambda: self.validate(world), metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched]
+            lambda: self.validate(world), metric, directions[0], watched, directions[1], len(self.validation_rows)
         )
 
     def validate(self, world: World = World()) -> dict[str, float]:
@@ -241,16 +247,16 @@ class FineTuner:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        self._take_best()
+        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
         outputs = None
-        if self.data.space.task == "classification" and self.validation_rows:
+        if self.data.space.task in ("classification", "regression") and self.validation_rows:
             outputs = self._validation_outputs(self.world)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
             if outputs is not None:
-                self._log_confusion(outputs)
+                self._log_predictions(outputs)
             if self.config.training.trainable == "lora":
                 backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
                 save_lora(backbone, self.run_dir / "adapter", base=base)
@@ -260,18 +266,17 @@ class FineTuner:
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
         self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
 
-    def _take_best(self) -> None:
-        step = self.trained.take_best(self.run_dir, self.config.training)
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}")
-        elif self.config.validates and self.validation_rows:
-            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
-
-    def _log_confusion(self, outputs: Tensor) -> None:
-        matrix = confusion(self._meaning(outputs), self.targets.validation.tolist())
-        names = list(self.data.space.class_names)
+    def _log_predictions(self, outputs: Tensor) -> None:
+        """What the exported weights predict for the validation rows, for the report."""
+        meaning = self._meaning(outputs)
         with EventLog(self.run_dir / "events.jsonl") as log:
-            log.write("confusion", step=None, metrics={"class_names": names, "matrix": matrix}, timing={})
+            if self.data.space.task == "classification":
+                matrix = confusion(meaning, self.targets.validation.tolist())
+                names = list(self.data.space.class_names)
+                log.write("confusion", step=None, metrics={"class_names": names, "matrix": matrix}, timing={})
+            else:
+                pairs = residual_points(meaning, self.data.validation_targets)
+                log.write("residuals", step=None, metrics=pairs, timing={})
 
     def description(self) -> dict[str, Any]:
         """What the model folder says of its task."""

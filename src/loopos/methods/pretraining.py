@@ -28,8 +28,10 @@ from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -68,11 +70,11 @@ class Pretrainer:
             fit.open(resume=resume)
             if self.world.is_first:
                 save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> None:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
@@ -132,14 +134,15 @@ class Pretrainer:
         batches = StepBatches.of(
             settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
         )
-        judged = self.config.validates and bool(self.validation_pieces)
+        judged, rows = self.config.validates and bool(self.validation_pieces), len(self.validation_pieces)
+        validation = Validation(lambda: self.validate(world), "loss", "min", "loss", "min", rows) if judged else None
         return Fit(
             run_dir=self.run_dir,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
-            validation=Validation(lambda: self.validate(world), "loss", "min", "loss", "min") if judged else None,
+            validation=validation,
             progress=self.progress,
             world=world,
             base="new",
@@ -155,9 +158,7 @@ class Pretrainer:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
         process takes part, and the first one writes.
         """
-        step = self.trained.take_best(self.run_dir, self.config.training)
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}")
+        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
         if not self.trained.gather():
             return
         place = Path(self.config.data.output_weights)

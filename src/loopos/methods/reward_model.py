@@ -39,9 +39,11 @@ from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
@@ -82,11 +84,11 @@ class RewardModelTrainer:
             fit.open(resume=resume)
             if self.world.is_first:
                 save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> Pretrained:
         """Reads the comparisons, loads the model, and tokenises by its template; says what was decided."""
@@ -196,7 +198,8 @@ class RewardModelTrainer:
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
         direction = PREFERENCE_METRIC_DIRECTION
-        return Validation(self.validate, metric, direction[metric], watched, direction[watched])
+        rows = len(self.validation_rows)
+        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows)
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
         """Raw scores of every comparison's responses, of all shares together."""
@@ -219,10 +222,7 @@ class RewardModelTrainer:
         the run's checkpoints are whole then.
         """
         settings, heads = self.config.training, self.config.reward.heads
-        step = self.trained.take_best(self.run_dir, settings)
-        self.progress.say(
-            "exporting the last weights" if step is None else f"exporting the best weights, of step {step}"
-        )
+        take_chosen(self.trained, self.run_dir, settings, self.result, self.world, self.progress)
         normalisation = Normalisation.none(heads)
         if self.config.reward.normalise:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]

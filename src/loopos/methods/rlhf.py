@@ -17,7 +17,7 @@ from loopos.config.rlhf import RlhfConfig
 from loopos.generation.rollouts.opening import check_installed
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
-from loopos.training.fit import FitResult
+from loopos.training.fit_result import FitResult
 from loopos.training.progress import RunProgress
 
 

@@ -1,7 +1,7 @@
 """The table of methods: what `computation.mode` and `computation.method` name.
 
 Enters: a mode and a method. Leaves: the class of its config, and the class that trains, both imported only when they
-are asked for: a config is checked without torch. To add a method, add a row.
+are asked for: a config is checked without torch. To add a method, add a row here and in `config.method_configs`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loopos.config.method_configs import config_class
+
 if TYPE_CHECKING:
     from loopos.config.sections import MethodConfig
-    from loopos.training.fit import FitResult
+    from loopos.training.fit_result import FitResult
     from loopos.training.progress import RunProgress
 
 MethodName = tuple[str, str]
@@ -37,41 +39,36 @@ class MethodClass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """Where the two classes of a method live ("module:Class"), and what the method does, in a line."""
+    """Where the class that trains lives ("module:Class"), and what the method does, in a line. Where its config lives
+    is in `config.method_configs`.
+    """
 
-    config: str
     trainer: str
     said: str
 
 
 METHODS: Mapping[MethodName, MethodRow] = {
     ("posttraining", "fine_tuning"): MethodRow(
-        config="loopos.config.fine_tuning:FineTuningConfig",
         trainer="loopos.methods.fine_tuning:FineTuner",
         said="a head over pooled hidden states: classification, multi-label, regression",
     ),
     ("posttraining", "chain_of_thought"): MethodRow(
-        config="loopos.config.chain_of_thought:ChainOfThoughtConfig",
         trainer="loopos.methods.chain_of_thought:ChainOfThought",
         said="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
     ),
     ("posttraining", "reward_model"): MethodRow(
-        config="loopos.config.reward_model:RewardModelConfig",
         trainer="loopos.methods.reward_model:RewardModelTrainer",
         said="a score of responses, from which of them people prefer",
     ),
     ("posttraining", "ppo"): MethodRow(
-        config="loopos.config.ppo:PpoConfig",
         trainer="loopos.methods.ppo:PpoTrainer",
         said="a policy that writes what a reward model, or functions of yours, score high",
     ),
     ("posttraining", "rlhf"): MethodRow(
-        config="loopos.config.rlhf:RlhfConfig",
         trainer="loopos.methods.rlhf:ReinforcementTrainer",
         said="human preferences: a reward model from comparisons, then a policy trained on it by PPO",
     ),
     ("pretraining", "autoregressive"): MethodRow(
-        config="loopos.config.pretraining:PretrainingConfig",
         trainer="loopos.methods.pretraining:Pretrainer",
         said="a tokenizer and a new causal language model from plain text",
     ),
@@ -80,7 +77,7 @@ METHODS: Mapping[MethodName, MethodRow] = {
 
 def config_classes() -> dict[MethodName, type[MethodConfig]]:
     """The config class of every method, as `config.load` takes them."""
-    return {name: _imported(row.config) for name, row in METHODS.items()}
+    return {name: config_class(*name) for name in METHODS}
 
 
 def method_class(mode: str, method: str) -> MethodClass:

@@ -135,7 +135,8 @@ class TensorBoardAdapter:
         if step is None:
             return
         for name, value in {**metrics, **timing}.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            # TensorBoard keeps the time of day itself.
+            if name != "time" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:

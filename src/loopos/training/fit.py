@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
@@ -18,38 +17,21 @@ from loopos.storage.durable import JSON
 from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.ending import Ending
+from loopos.training.fit_result import FitResult as FitResult
 from loopos.training.progress import RunProgress
 from loopos.training.run_log import RunLog
 from loopos.training.run_state import Carried, Position, RunState, identity_of
 from loopos.training.schedules import factor, warmup_steps
+from loopos.training.session_facts import session_facts
 from loopos.training.step_source import BatchT, StepSource
-from loopos.training.stopping import EXIT_CODES, Best, StopSignals
+from loopos.training.stopping import EXIT_CODES, StopSignals
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
 from loopos.training.validation import Judges, Validation
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended. `stopped_by`: "epochs", "max_steps", "max_time", "early stopping", "SIGTERM" or "SIGINT".
-    `best`: step and metric of the best validation. `seconds`: in steps, validations and saves.
-    """
-
-    step: int
-    stopped_by: str
-    best_step: int | None
-    best_metric: float | None
-    tokens: int
-    seconds: float
-
-    @property
-    def interrupted(self) -> bool:
-        """Ended by a signal: there is more to train, and `--resume` goes on."""
-        return self.stopped_by in EXIT_CODES
-
-
 class Fit(Generic[BatchT]):
-    """One run in one folder: `open`, then `run`. Steps are numbered by their place in the plan: a source that leaves
-    the rest of an epoch out goes on with the number of the next one's first step.
+    """One run in one folder: `open`, then `run`. A source may leave out the rest of an epoch; the next step has the
+    number of the next epoch's first one.
     """
 
     def __init__(
@@ -67,23 +49,25 @@ class Fit(Generic[BatchT]):
         facts: Mapping[str, JSON] | None = None,
         unfreeze: Callable[[], None] | None = None,
         planned_steps: int | None = None,
+        planned_end: str = "epochs",
         validation_unit: int = 1,
         carried: Carried | None = None,
         gives_up: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the
-        log should say of each session. unfreeze: called once, when `training.unfreeze_step` is reached. planned_steps:
-        `num_epochs` × steps an epoch when None. validation_unit: steps that `validate_every` counts in. carried: what
-        else the checkpoints hold. gives_up: asked after each step; the reason to end the run, if there is one.
+        """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the log
+        records of each session. unfreeze: called once, at `training.unfreeze_step`. planned_steps: `num_epochs` × steps
+        an epoch when None; planned_end: what has ended after them. validation_unit: steps that `validate_every` counts
+        in. carried: what else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any.
         """
         self.run_dir, self.settings, self.update, self.batches = run_dir, settings, update, batches
         self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
         self.facts, self.unfreeze = dict(facts or {}), unfreeze
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
-        self.total_steps = planned if settings.max_steps is None else min(planned, settings.max_steps)
         self.validation_unit = validation_unit
-        self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.judges = Judges(validation, settings) if validation is not None else None
+        self.ending = Ending(settings, planned, planned_end, self.judges, world, gives_up)
+        self.total_steps = self.ending.total_steps
+        self.warmup = warmup_steps(settings.warmup, self.total_steps)
         identity = identity_of(base, settings, batches, update)
         self.state = RunState(
             run_dir / "checkpoints",
@@ -95,7 +79,6 @@ class Fit(Generic[BatchT]):
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
         )
-        self.ending = Ending(settings, self.total_steps, self.judges, world, gives_up)
         self.log = RunLog()
         self._saved: dict[str, JSON] = {}
         self._save_seconds = 0.0
@@ -122,7 +105,7 @@ class Fit(Generic[BatchT]):
         elif resume:
             self.progress.say("no checkpoint to resume from: starting at step 0")
         facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
-        self.record("session", facts, {"time": time.time()})
+        self.record("session", {**facts, **session_facts(self.batches, self.validation, self.update, self.world)}, {})
 
     def run(self) -> FitResult:
         """Trains to the end. Raises `NonFiniteStep` and `DiskFull`; a signal ends it in order, after a checkpoint."""
@@ -139,15 +122,12 @@ class Fit(Generic[BatchT]):
         finally:
             self.progress.end()
             self.log.close()
-        position, best = self.position, self.judges.best if self.judges is not None else Best("min")
-        assert position.stopped_by is not None
-        return FitResult(position.step, position.stopped_by, best.step, best.metric, position.tokens, position.seconds)
+        return FitResult.of(self.position, self.judges)
 
     def _loop(self, signals: StopSignals) -> None:
         position = self.position
-        if position.step == 0:
-            # Before training: the figure to compare with, never the best weights.
-            self._validate(judged=False)
+        if position.step == 0 and self.settings.validate_at_start:
+            self._validate_start()
         if not position.concluded:
             self._conclude(signals)
         while position.stopped_by is None:
@@ -241,10 +221,31 @@ class Fit(Generic[BatchT]):
         """Whether the last step ended at or went over a multiple of `every`."""
         return self.position.step // every > self.position.previous_step // every
 
-    def _validate(self, *, judged: bool = True) -> bool:
-        """Measures, logs and, if `judged`, judges; whether this is the best validation so far."""
-        if self.validation is None or self.judges is None:
+    def _validate_start(self) -> None:
+        """Measures what training has to beat; a run resumed from a checkpoint of step 0 knows it already."""
+        if self.judges is None or self.judges.knows_start:
+            return
+        metrics, began = self._measure()
+        self.judges.observe_start(metrics)
+        self._log_validation(metrics, began, best=False, best_trained=False, verdict="the start")
+        if self.settings.export_start:
+            # Until a validation beats it, the start is the best checkpoint.
+            self._save(is_best=True)
+
+    def _validate(self) -> bool:
+        """Measures, judges and logs; whether the checkpoint of these weights is the best one to export."""
+        if self.judges is None:
             return False
+        metrics, began = self._measure()
+        best_trained = self.judges.observe(metrics, self.position.step)
+        best = best_trained and self.judges.beat_start is not False
+        verdict = "best" if best else "no better than the start" if best_trained else ""
+        self._log_validation(metrics, began, best=best, best_trained=best_trained, verdict=verdict)
+        return best if self.settings.export_start else best_trained
+
+    def _measure(self) -> tuple[dict[str, float], float]:
+        """A validation's metrics, and when it began."""
+        assert self.validation is not None, "there are no judges without one"
         began = time.monotonic()
         metrics = dict(self.validation.measure())
         for name in sorted({self.validation.metric, self.validation.watched} - set(metrics)):
@@ -252,12 +253,16 @@ class Fit(Generic[BatchT]):
                 f"validation at step {self.position.step}: {name} is not defined on these rows and predictions, so "
                 "nothing is judged by it; name another metric in training.metric if this stays"
             )
-        better = judged and self.judges.observe(metrics, self.position.step)
+        return metrics, began
+
+    def _log_validation(
+        self, metrics: Mapping[str, float], began: float, *, best: bool, best_trained: bool, verdict: str
+    ) -> None:
+        assert self.validation is not None
         seconds = time.monotonic() - began
         self.position.seconds += seconds
-        self.record("validation", {**metrics, "best": better}, {"seconds": seconds})
-        self.progress.validation(self.position.step, metrics, better)
-        return better
+        self.record("validation", {**metrics, "best": best, "best_trained": best_trained}, {"seconds": seconds})
+        self.progress.validation(self.position.step, metrics, verdict, first=self.validation.metric)
 
     def _save(self, is_best: bool) -> None:
         """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
@@ -291,5 +296,5 @@ class Fit(Generic[BatchT]):
         return f"the checkpoint of step {whole.step} is whole" if whole else "there is no checkpoint yet"
 
     def record(self, kind: str, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
-        """Writes an event of the present step."""
-        self.log.write(kind, self.position.step, metrics, timing)
+        """Writes an event of the present step, with the time of day: a run that was killed shows when it ended."""
+        self.log.write(kind, self.position.step, metrics, {**timing, "time": time.time()})

@@ -6,15 +6,18 @@ Enters: signals of the system, validation metrics. Leaves: the reason to stop, o
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
+from loopos.functional.comparing import is_better
+
 # How a run that a signal ended exits, after its checkpoint: a scheduler's SIGTERM is an orderly end, Ctrl-C is not.
 EXIT_CODES = {"SIGTERM": 0, "SIGINT": 130}
+# The run is over, its weights are exported, and a script should look at why.
+GUARD, GUARD_EXIT_CODE = "guard", 4
 
 
 class StopSignals:
@@ -49,7 +52,7 @@ class StopSignals:
 @dataclass
 class Best:
     """The best validation so far. `mode`: "min" or "max". `stale`: validations since it improved by more than
-    `min_delta`.
+    `min_delta`. `loss`: that of the best validation, by which ties are broken; None where none is known.
     """
 
     mode: str
@@ -57,24 +60,23 @@ class Best:
     metric: float | None = None
     step: int | None = None
     stale: int = 0
+    loss: float | None = None
 
-    def observe(self, metric: float, step: int) -> bool:
-        """Takes one validation's metric; whether it is a new best. Equal metrics, nan and inf are none."""
-        gain = (
-            float("inf")
-            if self.metric is None
-            else (metric - self.metric if self.mode == "max" else self.metric - metric)
-        )
-        if math.isfinite(metric) and gain > self.min_delta:
-            self.metric, self.step, self.stale = metric, step, 0
+    def observe(self, metric: float, step: int, loss: float | None = None) -> bool:
+        """Takes one validation's metric; whether it is a new best. nan and inf are none, and equal metrics are one
+        only with a lower loss.
+        """
+        if is_better(metric, self.metric, self.mode, loss=loss, than_loss=self.loss, min_delta=self.min_delta):
+            self.metric, self.step, self.stale, self.loss = metric, step, 0, loss
             return True
         self.stale += 1
         return False
 
     def state(self) -> dict[str, float | int | None]:
         """What a checkpoint needs to go on; JSON."""
-        return {"metric": self.metric, "step": self.step, "stale": self.stale}
+        return {"metric": self.metric, "step": self.step, "stale": self.stale, "loss": self.loss}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`."""
+        """Goes on from `state`; one of an older version holds no loss."""
         self.metric, self.step, self.stale = state["metric"], state["step"], state["stale"]
+        self.loss = state.get("loss")

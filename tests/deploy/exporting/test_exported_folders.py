@@ -250,7 +250,7 @@ def test_the_card_says_what_is_known_and_its_code_runs(
     told = {metric["type"]: metric["value"] for metric in result["metrics"]}
     best = run_of(run / "model")
     assert best is not None
-    assert told["accuracy"] == best.best_metrics["accuracy"]
+    assert told["accuracy"] == best.exported_metrics["accuracy"]
     assert result["dataset"]["name"] == "held_out.jsonl"
     assert "`run.jsonl`" in text
     assert "| accuracy |" in text

@@ -222,9 +222,9 @@ def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:
 
 
 def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int:
-    """Validations of a whole run: before the first step, then as `validate_every` says, and at the end."""
+    """Validations of a whole run: before the first step, if any, then as `validate_every` says, and at the end."""
     every = config.training.validate_every
     if every == "never":
         return 0
     interval = steps_an_epoch if every == "epoch" else int(every)
-    return 1 + -(-steps // interval)
+    return int(config.training.validate_at_start) + -(-steps // interval)

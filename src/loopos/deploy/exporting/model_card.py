@@ -14,9 +14,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+<<<<<<< HEAD
 from loopos.deploy.exporting.usage import EMBEDDED_HOME, base_name, is_hub_name, usage
+=======
+from loopos.config.method_configs import changed_settings
+>>>>>>> truth
 from loopos.evaluation.markdown import cell, shown, table
-from loopos.evaluation.report import SHOWN_SETTINGS
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.found_model import FoundModel
 from loopos.models.sources import EMBEDDED
@@ -74,7 +77,7 @@ def model_card(
         rows = [[name, shown(value)] for name, value in metrics.items()]
         parts += [
             "## Metrics",
-            f"On the validation rows, at step {run.best_step} of the run:",
+            f"On the validation rows, at step {run.exported_step} of the run:",
             table(["metric", "value"], rows),
         ]
     if settings := _settings(run):
@@ -164,18 +167,13 @@ def _metrics(run: Run | None) -> dict[str, float]:
         return {}
     return {
         name: float(value)
-        for name, value in run.best_metrics.items()
-        if name != "best" and isinstance(value, int | float) and math.isfinite(value)
+        for name, value in run.exported_metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 
 def _settings(run: Run | None) -> list[list[str]]:
     if run is None:
         return []
-    rows = []
-    for key in SHOWN_SETTINGS:
-        section, _, name = key.partition(".")
-        value = run.config.get(section, {}).get(name)
-        if value is not None and section != "data":
-            rows.append([key, cell(value)])
-    return rows
+    changed = changed_settings(run.config)
+    return [[key, cell(value)] for key, value in changed.items() if not key.startswith(("data.", "description"))]
