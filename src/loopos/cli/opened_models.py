@@ -47,7 +47,9 @@ def require_language_model(place: str) -> None:
     if not is_task_model(place):
         return
     refuse_reward_model(place)
-    raise UserError(f"{place}: a model with a head, which says no text; use loopos predict and loopos evaluate")
+    raise UserError(
+        f"{place}: a classifier or regressor; it cannot generate text. Use loopos predict and loopos evaluate"
+    )
 
 
 def refuse_reward_model(place: str) -> None:

@@ -14,7 +14,9 @@ import typer
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that win over the config's.", show_default=False),
+    typer.Argument(
+        metavar="KEY.PATH=VALUE", help="Overrides of config keys, e.g. training.learning_rate=1e-4.", show_default=False
+    ),
 ]
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False)
@@ -59,13 +61,13 @@ TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest to
 MinP = Annotated[float, typer.Option("--min-p", help="Draw from tokens this many times as likely as the likeliest.")]
 TypicalP = Annotated[float, typer.Option("--typical-p", help="Draw from tokens of typical surprise that hold this.")]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Divides the logits of tokens that were there; 1 is off.")
+    float, typer.Option("--repetition-penalty", help="Penalizes tokens that already occur; 1 turns it off.")
 ]
 PresencePenalty = Annotated[
-    float, typer.Option("--presence-penalty", help="Subtracted once from the logits of tokens said before.")
+    float, typer.Option("--presence-penalty", help="Subtracted once from the logits of tokens that already occur.")
 ]
 FrequencyPenalty = Annotated[
-    float, typer.Option("--frequency-penalty", help="Subtracted for each time that a token was said before.")
+    float, typer.Option("--frequency-penalty", help="Subtracted for each time that a token already occurs.")
 ]
 NoRepeatNgram = Annotated[int, typer.Option("--no-repeat-ngram", help="No n tokens in a row twice; 0 is off.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest completion (tokens).")]
@@ -118,7 +120,7 @@ Window = Annotated[
 Stride = Annotated[
     int | None, typer.Option("--stride", help="Plain text: tokens between two windows; half a window when absent.")
 ]
-RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a problem.")]
+RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write one JSON line per problem.")]
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
 ]
@@ -133,7 +135,7 @@ Judge = Annotated[
     typer.Option("--judge", metavar="JUDGE", help="Run of a reward model, or module:function.", show_default=False),
 ]
 Pairs = Annotated[int, typer.Option("--samples", "-n", help="Answers of each model to a prompt, pair by pair.")]
-PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a pair.")]
+PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write one JSON line per pair.")]
 
 ServedModel = Annotated[
     str,

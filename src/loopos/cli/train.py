@@ -20,6 +20,7 @@ from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
 from loopos.config.load import load
+from loopos.data.column_check import check_columns
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     named = getattr(config.data, "pretrained_weights", None)
     if named is not None:
         weights_source(named)
+    check_columns(config)
     if not options.resume and not options.dry_run:
         for folder in run_folders(config):
             refuse_started(folder)

@@ -66,7 +66,10 @@ def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | No
     if missing and (weights == NEW_WEIGHTS or is_bare_weights(weights)):
         given = f'no {", ".join(missing)} with "{weights}"'
         fields = ("model", "data.pretrained_weights", *(f"model.{name}" for name in missing))
-        yield Finding(fields, given, f"all of {', '.join(SIZES)}", "these weights come without their sizes")
+        sentence = (
+            f"{given}: {'new weights' if weights == NEW_WEIGHTS else 'weights in a bare file'} need all five sizes"
+        )
+        yield Finding(fields, sentence, "", f"set {', '.join(f'model.{name}' for name in missing)}")
     if weights == NEW_WEIGHTS and tokenizer is None:
         hint = 'for example "tokenizer": "smollm2-135m"'
         yield Finding(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)

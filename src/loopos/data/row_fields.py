@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from loopos.config.faults import Fault
+from loopos.config.faults import Fault, Remedy
 from loopos.data.columns import listed
 from loopos.data.rows import Row
 from loopos.data.values import kind_name, text_problem
@@ -73,9 +73,11 @@ class RowFields:
         self.add(f"{name} {reason}", field, given, _TEXT_WANTED, hint)
         return ""
 
-    def add(self, reason: str, field: str, given: str, wanted: str, hint: str = "") -> None:
+    def add(
+        self, reason: str, field: str, given: str, wanted: str, hint: str = "", remedy: Remedy | None = None
+    ) -> None:
         """Notes a problem of the row."""
-        self.problems.append((reason, Fault(self.row.place, self.row.line, None, field, given, wanted, hint)))
+        self.problems.append((reason, Fault(self.row.place, self.row.line, None, field, given, wanted, hint, remedy)))
 
     def _is_missing(self, role: str) -> bool:
         if self.field(role) in self.row.values:

@@ -6,7 +6,7 @@ are asked for: a config is checked without torch. To add a method, add a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,46 +41,60 @@ class MethodRow:
 
     config: str
     trainer: str
-    said: str
+    summary: str
 
 
 METHODS: Mapping[MethodName, MethodRow] = {
     ("posttraining", "fine_tuning"): MethodRow(
         config="loopos.config.fine_tuning:FineTuningConfig",
         trainer="loopos.methods.fine_tuning:FineTuner",
-        said="a head over pooled hidden states: classification, multi-label, regression",
+        summary="a head over pooled hidden states: classification, multi-label, regression",
     ),
     ("posttraining", "chain_of_thought"): MethodRow(
         config="loopos.config.chain_of_thought:ChainOfThoughtConfig",
         trainer="loopos.methods.chain_of_thought:ChainOfThought",
-        said="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
+        summary="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
     ),
     ("posttraining", "reward_model"): MethodRow(
         config="loopos.config.reward_model:RewardModelConfig",
         trainer="loopos.methods.reward_model:RewardModelTrainer",
-        said="a score of responses, from which of them people prefer",
+        summary="a score of responses, from which of them people prefer",
     ),
     ("posttraining", "ppo"): MethodRow(
         config="loopos.config.ppo:PpoConfig",
         trainer="loopos.methods.ppo:PpoTrainer",
-        said="a policy that writes what a reward model, or functions of yours, score high",
+        summary="a policy that writes what a reward model, or functions of yours, score high",
     ),
     ("posttraining", "rlhf"): MethodRow(
         config="loopos.config.rlhf:RlhfConfig",
         trainer="loopos.methods.rlhf:ReinforcementTrainer",
-        said="human preferences: a reward model from comparisons, then a policy trained on it by PPO",
+        summary="human preferences: a reward model from comparisons, then a policy trained on it by PPO",
     ),
     ("pretraining", "autoregressive"): MethodRow(
         config="loopos.config.pretraining:PretrainingConfig",
         trainer="loopos.methods.pretraining:Pretrainer",
-        said="a tokenizer and a new causal language model from plain text",
+        summary="a tokenizer and a new causal language model from plain text",
     ),
 }
 
 
-def config_classes() -> dict[MethodName, type[MethodConfig]]:
+class _ConfigClasses(Mapping[MethodName, "type[MethodConfig]"]):
+    """The config class of each method, imported when it is looked up: one of them takes 20 ms."""
+
+    def __getitem__(self, name: MethodName) -> type[MethodConfig]:
+        config_class: type[MethodConfig] = _imported(METHODS[name].config)
+        return config_class
+
+    def __iter__(self) -> Iterator[MethodName]:
+        return iter(METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+
+def config_classes() -> Mapping[MethodName, type[MethodConfig]]:
     """The config class of every method, as `config.load` takes them."""
-    return {name: _imported(row.config) for name, row in METHODS.items()}
+    return _ConfigClasses()
 
 
 def method_class(mode: str, method: str) -> MethodClass:

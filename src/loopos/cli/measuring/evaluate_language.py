@@ -28,6 +28,7 @@ from loopos.cli.speaking.sampling_options import (
     refuse,
 )
 from loopos.config.strategies import Strategy
+from loopos.data.column_check import check_supervised
 from loopos.data.plain_text import is_plain_text
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def run(
     from loopos.evaluation.checkers import checker
 
     found_checker = checker(options.checker)
+    check_supervised(source, columns)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)

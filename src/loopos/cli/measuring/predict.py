@@ -25,6 +25,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import DataError, Fault, UserError
 from loopos.data import sniff
+from loopos.data.column_check import check_labelled
 from loopos.data.decoding import read_lines
 from loopos.data.formats import detect
 from loopos.data.rows import read
@@ -51,6 +52,8 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     if options.output is not None and source != STANDARD_INPUT and _same_file(options.output, source):
         raise UserError(f"--output: given {options.output}, which is the input; wanted another file")
     refuse_reward_model(str(place))
+    if not holds_lines(source, columns):
+        check_labelled(source, columns, require_label=False)
     restart_with_settings()
     texts = read_texts(source, columns)
     hush_libraries(verbose=options.verbose)
@@ -85,13 +88,20 @@ def read_texts(source: str, columns: Mapping[str, str]) -> list[str] | None:
     A .txt file is data if `columns` are given, or if it holds JSON or a header that names a text column. Raises
     `DataError` for a blank line: it has no prediction, and leaving it out would shift all that follow.
     """
+    if not holds_lines(source, columns):
+        return None
     if source == STANDARD_INPUT:
         return _checked("standard input", _standard_input_lines())
-    if not source.lower().endswith(".txt") or columns or not os.path.isfile(source) or _is_data(source):
-        return None
     note(f"{source}: read as one text a line")
     with closing(read_lines(source)) as lines:
         return _checked(source, (line.rstrip("\r") for _, line in lines))
+
+
+def holds_lines(source: str, columns: Mapping[str, str]) -> bool:
+    """Whether a source is one text a line: standard input, or a .txt file that is no data."""
+    if source == STANDARD_INPUT:
+        return True
+    return source.lower().endswith(".txt") and not columns and os.path.isfile(source) and not _is_data(source)
 
 
 def _standard_input_lines() -> list[str]:

@@ -19,6 +19,7 @@ from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.data.column_check import check_comparisons
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
     require_reward_model(place)
+    check_comparisons(source, columns)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor
