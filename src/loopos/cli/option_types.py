@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False)]
+from loopos.config.paths import expanded
+
+
+def path(text: str) -> Path:
+    """A path that the command line names, with "~" as the home folder: no shell expands it in `--output=~/run`."""
+    return Path(expanded(text))
+
+
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False, parser=path)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -19,7 +29,10 @@ Overrides = Annotated[
     ),
 ]
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False, parser=path
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Columns = Annotated[
@@ -42,6 +55,7 @@ Model = Annotated[
         metavar="MODEL",
         help="Run folder or model folder; of a language model also a weights file or hub id.",
         show_default=False,
+        parser=expanded,
     ),
 ]
 LanguageModel = Annotated[
@@ -50,6 +64,7 @@ LanguageModel = Annotated[
         metavar="MODEL",
         help='Run folder, model folder, "smollm2-135m", weights file or hub id of a language model.',
         show_default=False,
+        parser=expanded,
     ),
 ]
 Precision = Annotated[
@@ -92,20 +107,27 @@ SystemText = Annotated[str | None, typer.Option("--system", metavar="TEXT", help
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; may be repeated.")]
 Input = Annotated[
     str | None,
-    typer.Option("--input", metavar="FILE", help="One prompt a line, a data file of problems, or - for stdin."),
+    typer.Option(
+        "--input", metavar="FILE", help="One prompt a line, a data file of problems, or - for stdin.", parser=expanded
+    ),
 ]
-LinesFile = Annotated[Path | None, typer.Option("--output", "-o", help="File to write JSON lines to.")]
+LinesFile = Annotated[Path | None, typer.Option("--output", "-o", help="File to write JSON lines to.", parser=path)]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines on standard output, one a completion.")]
 Steps = Annotated[bool, typer.Option("--steps", help="Show each step with its logprob, then the answer.")]
 Completions = Annotated[int, typer.Option("--samples", "-n", help="Completions of each prompt.")]
 Chains = Annotated[int, typer.Option("--samples", "-n", help="Chains of each problem, which vote.")]
 NumBeams = Annotated[int | None, typer.Option("--num-beams", help="Width of a beam search over tokens.")]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the prompt is continued as it stands.")]
-Data = Annotated[str | None, typer.Argument(metavar="DATA", help="Data file; none with --tasks.", show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Argument(metavar="DATA", help="Data file; none with --tasks.", show_default=False, parser=expanded),
+]
 Tasks = Annotated[
     list[str] | None, typer.Option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-eval; may be repeated.")
 ]
-TaskFolder = Annotated[Path | None, typer.Option("--task-folder", help="Tasks of your own, as lm-eval's .yaml files.")]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--task-folder", help="Tasks of your own, as lm-eval's .yaml files.", parser=path)
+]
 NumFewshot = Annotated[int | None, typer.Option("--num-fewshot", help="Worked examples before a task's question.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Tasks are asked through the chat template.")]
 Metrics = Annotated[list[str] | None, typer.Option("--metric", help="accuracy, loss or perplexity; may be repeated.")]
@@ -120,22 +142,37 @@ Window = Annotated[
 Stride = Annotated[
     int | None, typer.Option("--stride", help="Plain text: tokens between two windows; half a window when absent.")
 ]
-RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write one JSON line per problem.")]
+RecordsFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write one JSON line per problem.", parser=path)
+]
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
 ]
 
-ModelA = Annotated[str, typer.Argument(metavar="A", help="Language model, as under generate.", show_default=False)]
-ModelB = Annotated[str, typer.Argument(metavar="B", help="Language model that A is held against.", show_default=False)]
+ModelA = Annotated[
+    str, typer.Argument(metavar="A", help="Language model, as under generate.", show_default=False, parser=expanded)
+]
+ModelB = Annotated[
+    str, typer.Argument(metavar="B", help="Language model that A is held against.", show_default=False, parser=expanded)
+]
 PromptsFile = Annotated[
-    str, typer.Argument(metavar="PROMPTS", help="One prompt a line, a data file, or - for stdin.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="PROMPTS", help="One prompt a line, a data file, or - for stdin.", show_default=False, parser=expanded
+    ),
 ]
 Judge = Annotated[
     str,
-    typer.Option("--judge", metavar="JUDGE", help="Run of a reward model, or module:function.", show_default=False),
+    typer.Option(
+        "--judge",
+        metavar="JUDGE",
+        help="Run of a reward model, or module:function.",
+        show_default=False,
+        parser=expanded,
+    ),
 ]
 Pairs = Annotated[int, typer.Option("--samples", "-n", help="Answers of each model to a prompt, pair by pair.")]
-PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write one JSON line per pair.")]
+PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write one JSON line per pair.", parser=path)]
 
 ServedModel = Annotated[
     str,
@@ -143,6 +180,7 @@ ServedModel = Annotated[
         metavar="MODEL",
         help='Run folder or model folder of any kind; "smollm2-135m", a weights file or hub id of a language model.',
         show_default=False,
+        parser=expanded,
     ),
 ]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; one that others reach needs an API key.")]
@@ -168,9 +206,12 @@ ModelOrRecipe = Annotated[
         metavar="MODEL|RECIPE",
         help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
         show_default=False,
+        parser=expanded,
     ),
 ]
-ChangedOutput = Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")]
+ChangedOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.", parser=path)
+]
 CalibrationRows = Annotated[
     int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
 ]
@@ -182,6 +223,11 @@ CalibrationSeed = Annotated[
 ]
 EvaluatedOn = Annotated[
     str | None,
-    typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
+    typer.Option(
+        "--evaluate",
+        metavar="FILE",
+        help="What it cost: text for perplexity, labelled rows for a head.",
+        parser=expanded,
+    ),
 ]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")]

@@ -2,8 +2,8 @@
 
 Enters: the place (file, line, column, field), what was given, what was wanted, what to do. Leaves: `Fault` records and
 the `UserError` exceptions that carry them. What to do often is a key to set: it is kept as a `Remedy`, so that a
-command can name its own option for that key (`Wording`). Left out: printing and exiting (the CLI's work) and programming errors
-(`assert`).
+command can name its own option for that key (`Wording`). Left out: printing and exiting (the CLI's work) and
+programming errors (`assert`).
 """
 
 from __future__ import annotations

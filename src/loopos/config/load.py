@@ -20,6 +20,7 @@ from loopos.config.foreign_configs import tool_of, translated
 from loopos.config.keys import ALSO_UNDER_DATA
 from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
 from loopos.config.other_tools import METHOD_ALIASES, method_advice
+from loopos.config.paths import expanded
 from loopos.config.sections import MethodConfig
 from loopos.config.source import COMMAND_LINE, Source, apply_overrides, as_mapping, close_matches, read_source
 from loopos.config.wording import Schema, faults_of, shown
@@ -53,7 +54,7 @@ def load(
     those of the command line last.
     """
     assert methods, "a table of methods has at least one row"
-    source = read_source(path)
+    source = read_source(expanded(os.fspath(path)))
     tool = tool_of(source.root)
     if tool is not None:
         sentence = f"a config of {tool}, which LoopOS does not read"

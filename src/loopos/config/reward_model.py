@@ -14,7 +14,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Text
+from loopos.config.keys import Place
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
 from loopos.config.preferences import (
     PreferenceTextSection,
@@ -55,10 +55,10 @@ class RewardTrainingSection(LanguageTrainingSection):
 class PreferenceDataSection(PreferenceTextSection):
     """Where the weights and the preferences come from, how they are read, and where the run goes."""
 
-    preference_data: Text | None = Field(
+    preference_data: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'
     )
-    training_data: Text | None = Field(default=None, description="another name of preference_data")
+    training_data: Place | None = Field(default=None, description="another name of preference_data")
 
     @property
     def source(self) -> str:

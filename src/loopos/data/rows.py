@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loopos.config.faults import Fault
+from loopos.config.paths import expanded
 from loopos.data import sniff
 from loopos.data.decoding import read_lines, read_text
 from loopos.data.delimited import delimited_records
@@ -162,7 +163,7 @@ def read(
         EnvironmentFault: a package that the format needs is not installed.
     """
     return RowReader(
-        locate(source, split),
+        locate(expanded(source), split),
         columns=columns,
         split=split,
         subset=subset,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS
+from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS, expanded
 from loopos.models.model_folder import Kind, described, kind_of, model_folder, read_description
 from loopos.models.sources import EMBEDDED, folder_of, weights_source
 from loopos.storage.json_files import read_object
@@ -62,7 +62,7 @@ class FoundModel:
 
 def find_model(place: str) -> FoundModel:
     """What lies at `place`. Raises `UserError` where there is no model, or an ensemble, which is several."""
-    path = Path(place).expanduser()
+    path = Path(expanded(place))
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter_alone(place, path)
     if description := described(path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.config.paths import expanded
 from loopos.models.gguf import converted_folder
 
 EMBEDDED = "smollm2-135m"
@@ -39,7 +40,7 @@ def weights_source(given: str) -> WeightsSource:
         return WeightsSource(given, "gguf", embedded_model())
     if given == "new":
         return WeightsSource(given, "new")
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     if path.is_dir():
         return WeightsSource(given, "folder", _model_folder(path))
     if path.is_file():

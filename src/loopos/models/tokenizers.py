@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loopos.config.faults import UserError
+from loopos.config.paths import expanded
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import EMBEDDED, WeightsSource, embedded_model
 
@@ -70,7 +71,7 @@ def _named_place(named: str) -> Path | str:
     """A folder, a tokenizer file, or a hub id."""
     if named == EMBEDDED:
         return converted_folder(embedded_model())
-    path = Path(named).expanduser()
+    path = Path(expanded(named))
     if path.is_dir():
         for folder in (path, path / "model"):
             if any((folder / name).is_file() for name in _FILES):

@@ -21,6 +21,7 @@ from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault
 
 _PACKAGE = "lm_eval"
@@ -67,7 +68,7 @@ def run(
     refuse(faults)
     require_language_model(place)
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise EnvironmentFault('--tasks needs lm_eval; run\n  pip install "loopos[eval]"')
+        raise EnvironmentFault(f"--tasks needs lm_eval; run\n  {install_command('eval')}")
     restart_with_settings()
     hush_libraries(verbose=verbose)
     reasoner = open_reasoner(place, device=device, precision=precision)

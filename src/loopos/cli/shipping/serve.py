@@ -18,6 +18,7 @@ from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault
 from loopos.deploy.serving.limits import ServingLimits, address_faults
 from loopos.models.model_folder import described, kind_of
@@ -58,7 +59,7 @@ def run(place: str, options: ServeOptions) -> int:
     )
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise EnvironmentFault(f'loopos serve needs {" and ".join(missing)}; run\n  pip install "loopos[serve]"')
+        raise EnvironmentFault(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
     has_head = is_task_model(place)
     # The model runs in a thread beside the one that talks to clients: bound to one core they would wait for each other.
     restart_with_settings(binds_threads=False)

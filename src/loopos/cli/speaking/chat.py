@@ -20,6 +20,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import SamplingOptions, place_faults, refuse
 from loopos.config.faults import UserError
+from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.cli.speaking.conversation import Conversation
@@ -157,7 +158,7 @@ class Talk:
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save: no file; wanted /save FILE.jsonl")
-        number = self.conversation.save(Path(text).expanduser())
+        number = self.conversation.save(Path(expanded(text)))
         note(f"{text}: {number} messages added")
 
     def _steps(self, _: str) -> None:
