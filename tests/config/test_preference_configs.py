@@ -453,7 +453,7 @@ def test_what_is_no_mistake_loads(preference_faults: Faults, method: str, overri
         ("rlhf", ["data.validation_data=scorer", "data.validation_share=0.2", "data.prompts=rows.jsonl"], []),
         ("rlhf", ["data.max_dropped_share=0.5", "data.over_length=cut"], []),
         ("rlhf", ["data.max_dropped_share=0.5", "data.over_length=error"], ["data.max_dropped_share"]),
-        ("rlhf", ['reward_training={"learning_rate": 1, "num_cycles": 2}'], ["reward_training.num_cycles"]),
+        ("rlhf", ['reward_training={"learning_rate": 0.1, "num_cycles": 2}'], ["reward_training.num_cycles"]),
         ("rlhf", ["training.num_cycles=2"], ["training.num_cycles"]),
     ],
 )

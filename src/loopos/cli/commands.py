@@ -27,6 +27,7 @@ from loopos.cli.option_types import (
 )
 from loopos.cli.outcome import Commands
 from loopos.config.paths import expanded
+from loopos.methods.table import methods_help
 
 app = typer.Typer(
     cls=Commands,
@@ -55,7 +56,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
-@app.command()
+@app.command(help=f"Train as a config says.\n\n{methods_help()}")
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -71,7 +72,6 @@ def train(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train as a config says."""
     from loopos.cli import train as command
 
     options = command.TrainOptions(resume, dry_run, quiet, trust_remote_code, json, verbose, nproc)

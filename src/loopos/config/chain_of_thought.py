@@ -246,7 +246,7 @@ class ChainOfThoughtConfig(MethodConfig):
                 "no answers are generated",
             ),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
             said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
         if data.validation_data is not None and source and checks.same_path(data.validation_data, source):

@@ -1,8 +1,8 @@
 """How to install LoopOS again, or with one of its extras, on this machine.
 
 Enters: the name of an extra. Leaves: the pip command. LoopOS may come from an index, from a clone that is imported
-where it lies, or from one that was copied when it was installed: each needs another command. Left out: whether a package is
-there (whoever needs it).
+where it lies, or from one that was copied when it was installed: each needs another command. Left out: whether a
+package is there (whoever needs it).
 """
 
 from __future__ import annotations

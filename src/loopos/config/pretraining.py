@@ -113,7 +113,7 @@ class PretrainingConfig(MethodConfig):
             "training.head_learning_rate": (False, "a language model has no head of its own"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
             said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
         return said

@@ -107,7 +107,7 @@ class RewardModelConfig(MethodConfig):
         data, training, reward = self.data, self.training, self.reward
         effects = {**checks.effects(training), **text_effects(data)}
         effects["reward.normalise_over"] = (reward.normalise, "reward.normalise is false")
-        said = checks.without_effect(self, effects)
+        said = checks.without_effect(self, effects) + checks.rate_notes(training)
         if "margin" in data.columns and not reward.margins:
             said.append("data.columns.margin has no effect: reward.margins is false")
         if "p_human" in data.columns and not reward.soft_labels:

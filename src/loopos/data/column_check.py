@@ -20,6 +20,7 @@ from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_formats
 from loopos.data.reading import SourceKeys, opened, validation_source
 from loopos.data.rows import Row, RowReader, read
+from loopos.storage.hub import require_hub
 
 Detect: TypeAlias = Callable[[Sequence[str], str], object]
 """Finds a format from columns and the name of their source, or raises `DataError`."""
@@ -110,6 +111,8 @@ def _both(data: SourceKeys, source: str, detect: Detect) -> Iterator[tuple[str, 
 def _faults(source: str, open_reader: Callable[[], RowReader], detect: Detect) -> list[Fault]:
     try:
         reader = open_reader()
+        if reader.location.kind == "hub":
+            require_hub("data.training_data", source, kind="dataset")
         if reader.location.kind != "files":
             return []
         with closing(_rows(reader)) as rows:

@@ -48,32 +48,32 @@ METHODS: Mapping[MethodName, MethodRow] = {
     ("posttraining", "fine_tuning"): MethodRow(
         config="loopos.config.fine_tuning:FineTuningConfig",
         trainer="loopos.methods.fine_tuning:FineTuner",
-        summary="a head over pooled hidden states: classification, multi-label, regression",
+        summary="classification, multi-label classification or regression of texts",
     ),
     ("posttraining", "chain_of_thought"): MethodRow(
         config="loopos.config.chain_of_thought:ChainOfThoughtConfig",
         trainer="loopos.methods.chain_of_thought:ChainOfThought",
-        summary="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
+        summary="supervised fine-tuning (sft): chats, instructions, reasoning in steps",
     ),
     ("posttraining", "reward_model"): MethodRow(
         config="loopos.config.reward_model:RewardModelConfig",
         trainer="loopos.methods.reward_model:RewardModelTrainer",
-        summary="a score of responses, from which of them people prefer",
+        summary="a score of responses, learned from preferences",
     ),
     ("posttraining", "ppo"): MethodRow(
         config="loopos.config.ppo:PpoConfig",
         trainer="loopos.methods.ppo:PpoTrainer",
-        summary="a policy that writes what a reward model, or functions of yours, score high",
+        summary="reinforcement learning from a reward model, or from functions",
     ),
     ("posttraining", "rlhf"): MethodRow(
         config="loopos.config.rlhf:RlhfConfig",
         trainer="loopos.methods.rlhf:ReinforcementTrainer",
-        summary="human preferences: a reward model from comparisons, then a policy trained on it by PPO",
+        summary="a reward model from preferences, then PPO against it",
     ),
     ("pretraining", "autoregressive"): MethodRow(
         config="loopos.config.pretraining:PretrainingConfig",
         trainer="loopos.methods.pretraining:Pretrainer",
-        summary="a tokenizer and a new causal language model from plain text",
+        summary="pretraining: a tokenizer and a new language model from text",
     ),
 }
 
@@ -95,6 +95,13 @@ class _ConfigClasses(Mapping[MethodName, "type[MethodConfig]"]):
 def config_classes() -> Mapping[MethodName, type[MethodConfig]]:
     """The config class of every method, as `config.load` takes them."""
     return _ConfigClasses()
+
+
+def methods_help() -> str:
+    """The methods for `loopos train --help`, one a line; the mark in front keeps the lines apart."""
+    width = max(len(method) for _, method in METHODS)
+    lines = [f"  {method:<{width}}  {row.summary}" for (_, method), row in METHODS.items()]
+    return "\n".join(["\b", "Methods (computation.method):", *lines])
 
 
 def method_class(mode: str, method: str) -> MethodClass:

@@ -22,7 +22,6 @@ FoundKind: TypeAlias = Kind | Literal["classifier", "encoder"]
 """That of LoopOS's models, or of other programs' transformers' sequence classifier, and any without a head."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FIELD = "data.pretrained_weights: "
 
 
 @dataclass(frozen=True)
@@ -126,15 +125,11 @@ def _checkpoint(place: str) -> FoundModel:
 
 def local_place(given: str) -> tuple[Path, Path | None]:
     """The folder on this machine that has, or would have, the config of what `given` names, and the file of weights
-    where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`, without the key of a config.
+    where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`.
     """
     if given == NEW_WEIGHTS:
         raise UserError('given "new", which has learned nothing; wanted a trained model')
-    try:
-        source = weights_source(given)
-    except UserError as problem:
-        # The checks behind name the key of a config; here the words come from a command line or a recipe.
-        raise type(problem)(str(problem).removeprefix(_FIELD)) from problem
+    source = weights_source(given)
     if source.kind == "hub":
         return _from_hub(given), None
     if folder := folder_of(source):

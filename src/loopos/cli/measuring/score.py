@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loopos.cli.answers import say_json, table
 from loopos.cli.columns import parse_columns
-from loopos.cli.measuring.predict import write_whole
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -38,6 +38,8 @@ class ScoreOptions:
 def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     require_reward_model(place)
     check_comparisons(source, columns)
     restart_with_settings()

@@ -128,11 +128,20 @@ class Talk:
         from loopos.training.stopping import StopSignals
 
         talk = self.conversation
+        written, below = 0, list[str]()
+
+        def tell(sentence: str) -> None:
+            # A note stands on a line of its own, also where both streams go into one pipe.
+            below.append(sentence) if written else note(sentence)
+
         with StopSignals() as signals:
-            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=_note_below):
+            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=tell):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+                written += len(piece)
         say()
+        for sentence in below:
+            note(sentence)
         if signals.received == "SIGINT":
             note("(interrupted; what was said is kept)")
         if self.shows_steps and talk.last is not None:
@@ -164,10 +173,3 @@ class Talk:
     def _steps(self, _: str) -> None:
         self.shows_steps = not self.shows_steps
         note(f"steps: {'shown' if self.shows_steps else 'not shown'}")
-
-
-def _note_below(sentence: str) -> None:
-    """A note in the middle of an answer, on a line of its own."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        sentence = f"\n{sentence}"
-    note(sentence)
