@@ -122,7 +122,13 @@ def test_tokens_may_be_told(tmp_path: Path, pico_folder: Path, invoke: Invoke) -
 def test_people_read_the_same(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
     result = invoke("plan", config_of(tmp_path, pico_folder, "rlhf"), *CLUSTER, "--mode", "shard")
     assert result.exit_code == 0
-    for said in ("phase 1 of 2: reward_model", "phase 2 of 2: ppo", "16 GPUs with 85.9 GB each, on 2 nodes", "reduce-scatter", "fits"):
+    for said in (
+        "phase 1 of 2: reward_model",
+        "phase 2 of 2: ppo",
+        "16 GPUs with 85.9 GB each, on 2 nodes",
+        "reduce-scatter",
+        "fits",
+    ):
         assert said in result.stdout
 
 
