@@ -30,7 +30,7 @@ def is_task_model(place: str) -> bool:
         (Path(place) / name).is_file() for name in ("config.json", "model/config.json")
     ):
         raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or a model's folder")
-    source = weights_source(place)
+    source = weights_source(place, looks_up=False)
     if source.kind == "new":
         raise UserError(f'given "new", which has learned nothing; wanted a trained model, such as "{EMBEDDED}"')
     return False
@@ -39,6 +39,7 @@ def is_task_model(place: str) -> bool:
 def require_language_model(place: str) -> None:
     """Raises `UserError` unless a language model may be there."""
     if not is_task_model(place):
+        weights_source(place)
         return
     refuse_reward_model(place)
     raise UserError(

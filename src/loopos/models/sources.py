@@ -32,11 +32,11 @@ class WeightsSource:
     path: Path | None = None
 
 
-def weights_source(given: str) -> WeightsSource:
-    """Tells what a value of `data.pretrained_weights` names.
+def weights_source(given: str, *, looks_up: bool = True) -> WeightsSource:
+    """Tells what a value of `data.pretrained_weights` names. looks_up: whether the hub must be there for a hub id.
 
     Raises `EnvironmentFault` when the embedded model's package is missing, and `UserError` for a file of a kind that
-    holds no weights or an output folder of a run without a finished model.
+    holds no weights, an output folder of a run without a finished model, or a hub that cannot be reached.
     """
     if given == EMBEDDED:
         return WeightsSource(given, "gguf", embedded_model())
@@ -59,7 +59,8 @@ def weights_source(given: str) -> WeightsSource:
             _KEY,
             f'{given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
         )
-    require_hub(_KEY, given)
+    if looks_up:
+        require_hub(_KEY, given)
     return WeightsSource(given, "hub")
 
 

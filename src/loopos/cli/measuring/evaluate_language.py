@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import as_time, say, say_json, table
 from loopos.cli.measuring.predict import refuse_unwritable, write_whole
-from loopos.cli.opened_models import open_reasoner
+from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -120,6 +120,7 @@ def run(
     if options.output is not None:
         refuse_unwritable(options.output)
     check_supervised(source, columns)
+    require_language_model(place)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)

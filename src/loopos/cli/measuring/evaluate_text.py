@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from loopos.cli.answers import as_time, say, say_json, table
+from loopos.cli.opened_models import require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -32,6 +33,7 @@ def run(
     """Measures and prints. Raises `UserError`."""
     refuse(list(place_faults(device, precision)))
     text = read_plain_text(source)
+    require_language_model(place)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.perplexity import text_loss

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopos.cli.answers import as_bytes
-from loopos.cli.opened_models import is_task_model, open_reasoner
+from loopos.cli.opened_models import is_task_model, open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -61,6 +61,8 @@ def run(place: str, options: ServeOptions) -> int:
     if missing:
         raise EnvironmentFault(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
     has_head = is_task_model(place)
+    if not has_head:
+        require_language_model(place)
     # The model runs in a thread beside the one that talks to clients: bound to one core they would wait for each other.
     restart_with_settings(binds_threads=False)
     hush_libraries(verbose=options.verbose)
