@@ -37,7 +37,7 @@ _SIGNATURES = {tool: frozenset(signs.split()) for tool, signs in _SIGNS.items()}
 _FEWEST_SIGNS = 2
 _OPTIONS = {"trust_remote_code": "--trust-remote-code", "resume_from_checkpoint": "--resume", "dataset_dir": "the path"}
 """Keys that are no setting here, and what stands for them."""
-_NOTHING = (None, False, "", "none", "no", "steps", [], {})
+_NOTHING: tuple[object, ...] = (None, False, "", "none", "no", "steps", [], {})
 """Values that ask for nothing: their keys need no counterpart."""
 _OWN_SECTIONS = ("model", "computation", "training", "data")
 
