@@ -39,7 +39,9 @@ def is_task_model(place: str) -> bool:
 def require_language_model(place: str) -> None:
     """Raises `UserError` unless a language model may be there."""
     if not is_task_model(place):
-        weights_source(place)
+        # A hub id: whether the hub is there.
+        if not described(place):
+            weights_source(place)
         return
     refuse_reward_model(place)
     raise UserError(
