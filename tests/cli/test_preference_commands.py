@@ -207,7 +207,19 @@ def test_a_dry_run_of_rlhf_shows_both_phases(home: Path, config: Write, invoke: 
     assert first.splitlines()[0] == "phase 1 of 2: reward model"
     assert second.splitlines()[0] == "phase 2 of 2: policy"
     names = [line.split()[0] for line in second.splitlines()[1:] if not line.startswith(" ")]
-    assert names == ["model", "roles", "trains", "data", "prompts", "tokens", "steps", "memory", "disk", "time", "verdict"]
+    assert names == [
+        "model",
+        "roles",
+        "trains",
+        "data",
+        "prompts",
+        "tokens",
+        "steps",
+        "memory",
+        "disk",
+        "time",
+        "verdict",
+    ]
     assert "1 copy of the weights for 4 roles" in second
     assert "comparisons, those to train on with 18 responses in 9 pairs" in first
     plan = json.loads(invoke("train", file, "--dry-run", "--json").stdout)
