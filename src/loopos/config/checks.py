@@ -149,7 +149,7 @@ def check_optimizer(training: TrainingSection) -> Iterator[Finding]:
         yield Finding(fields, given, "0, or optimizer sgd or muon", hint)
     if training.precision == "fp16" and training.device in ("cpu", "mps"):
         fields = ("training.precision", "training.device")
-        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "fp16 is for CUDA alone")
+        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "only CUDA trains in fp16")
 
 
 def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Finding]:
