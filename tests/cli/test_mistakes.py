@@ -129,7 +129,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("columns, check", ["data", "check", "tickets.csv"], 2, ("no text column found", OPTION)),
     ("columns, predict", ["predict", "trained", "tickets.csv"], 2, ("--columns: no text column found", OPTION)),
     ("columns, evaluate", ["evaluate", "trained", "tickets.csv"], 2, ("no label column found", OPTION)),
-    ("columns, score", ["score", "judge", "tickets.csv"], 2, ("no known format", "--columns chosen=COLUMN")),
+    ("columns, score", ["score", "judge", "tickets.csv"], 2, ("no known format", "--columns prompt=COLUMN --columns response=COLUMN")),
     ("columns, sft", ["validate", "run.json", "computation.method=sft"], 2, ("these columns make no known format",)),
     ("wrong columns", ["train", "run.json", WRONG], 2, WRONG_SAID),
     ("wrong columns, dry run", ["train", "run.json", WRONG, "--dry-run"], 2, WRONG_SAID),
@@ -287,7 +287,7 @@ def test_a_hub_that_cannot_be_reached_is_one_try(desk: Path) -> None:
         (["train", "text.json", "data.tokenizer=org/name"], "data.tokenizer: org/name is neither"),
         (["train", "run.json", "data.training_data=org/rows"], "data.training_data: org/rows is neither"),
         (["generate", "org/name", "-p", "hi"], "org/name is neither"),
-        (["evaluate", "org/name", "tickets.csv"], "org/name is neither"),
+        (["evaluate", "org/name", "chats.jsonl"], "org/name is neither"),
     ]
     words = json.dumps([(str(number), arguments) for number, (arguments, _) in enumerate(cases)])
     done = subprocess.run(

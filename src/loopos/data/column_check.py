@@ -46,9 +46,11 @@ def check_labelled(source: str, columns: Mapping[str, str], *, require_label: bo
     _check_one(source, _labelled(columns, require_label=require_label))
 
 
-def check_comparisons(source: str, columns: Mapping[str, str]) -> None:
-    """Raises `DataError` where a source lacks the columns of comparisons."""
-    _check_one(source, _preferences(columns))
+def check_responses(source: str, columns: Mapping[str, str]) -> None:
+    """Raises `DataError` where a source lacks the columns of responses that can be scored."""
+    from loopos.data import responses_to_score  # 50 ms that only one command pays
+
+    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place))
 
 
 def check_supervised(source: str, columns: Mapping[str, str]) -> None:

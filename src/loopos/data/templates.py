@@ -22,14 +22,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.record import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PLAIN_TURNS = (
     "{% for message in messages %}"

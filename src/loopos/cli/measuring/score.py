@@ -1,8 +1,8 @@
 """`loopos score`: what a reward model gives to responses, and how often it agrees with people.
 
-Enters: a reward model and a file of comparisons, or of prompts with one response each. Leaves: JSON Lines with the
-score of every response, and for comparisons the metrics on standard error, or with `--json` the metrics alone as one
-object. Left out: training (`methods.reward_model`).
+Enters: a reward model and a file of responses: comparisons, prompts with a response or several, what `loopos generate`
+wrote, conversations. Leaves: JSON Lines with the score of every response, and the metrics on standard error, or with
+`--json` only the metrics as one object. Left out: training (`methods.reward_model`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.data.column_check import check_comparisons
+from loopos.data.column_check import check_responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def run(place: str, source: str, options: ScoreOptions) -> int:
     if options.output is not None:
         refuse_unwritable(options.output)
     require_reward_model(place)
-    check_comparisons(source, columns)
+    check_responses(source, columns)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor
