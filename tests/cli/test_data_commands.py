@@ -121,7 +121,8 @@ def test_check_of_a_file_without_a_text_column(tmp_path: Path, invoke: Invoke) -
     file = write_jsonl(tmp_path / "rows.jsonl", [{"a": "one", "label": 0}])
     result = invoke("data", "check", file)
     assert result.exit_code == 2
-    assert "data.columns.text" in result.stdout
+    assert "--columns: no text column found. Columns: 'a', 'label'" in result.stdout
+    assert "choose one: --columns text=COLUMN" in result.stdout
 
 
 def test_check_of_a_file_that_is_not_there(tmp_path: Path, invoke: Invoke) -> None:

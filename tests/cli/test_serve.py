@@ -72,7 +72,7 @@ def test_without_the_extra_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = invoke("serve", language_run)
     assert result.exit_code == 1
-    assert 'pip install "loopos[serve]"' in result.stderr
+    assert 'pip install -e ".[serve]"' in result.stderr
 
 
 def ask(server: Server, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:

@@ -204,4 +204,4 @@ def test_a_dry_run_counts_what_trains(
 def test_a_dry_run_in_words(project: Path, invoke: Invoke) -> None:
     result = invoke("train", project / "run.json", "--dry-run")
     names = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert names == ["model", "trains", "data", "rows", "tokens", "steps", "memory", "disk", "time"]
+    assert names == ["model", "trains", "data", "rows", "tokens", "steps", "memory", "disk", "time", "verdict"]

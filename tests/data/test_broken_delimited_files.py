@@ -35,7 +35,15 @@ CASES = [
     Case("CRLF", "a.csv", "text,label\r\ngood,pos\r\nbad\r\n", 3, "label", "1 cell"),
     Case("tsv too few", "a.tsv", "text\tlabel\ngood\tpos\nbad\n", 3, "label", "1 cell"),
     Case("tsv too many", "a.tsv", "text\tlabel\na\tb\tc\n", 2, "cell 3", "3 cells"),
-    Case("tsv with commas", "a.tsv", "text,label\ngood,pos\n", None, "data.columns.label", "text,label"),
+    Case(
+        "tsv with commas",
+        "a.tsv",
+        "text,label\ngood,pos\n",
+        None,
+        "data.columns.text",
+        "Columns: 'text,label'",
+        faults=2,
+    ),
     Case("semicolon rows", "a.csv", "text;label\ngood;pos\nbad\n", 3, "label", "1 cell"),
     Case("comma header, semicolons", "a.csv", "text,label\ngood;pos\n", 2, "label", "1 cell"),
     Case("sep line", "a.csv", "sep=;\ntext;label\ngood;pos;x\n", 3, "cell 3", "3 cells"),
@@ -72,7 +80,13 @@ CASES = [
     Case("nameless middle", "a.csv", "id,,label\na,b,c\n", 1, "header", "no name for column 2 of 3"),
     Case("NUL in header", "a.csv", "te\0xt,label\na,b\n", 1, "header", "NUL"),
     Case(
-        "no header", "a.csv", "I love it,1\nI hate it,0\n", None, "data.columns.label", "first line must be the header"
+        "no header",
+        "a.csv",
+        "I love it,1\nI hate it,0\n",
+        None,
+        "data.columns.text",
+        "first line must be the header",
+        faults=2,
     ),
     # Plain text
     Case("prose", "a.txt", "Dear Sir or Madam.\nI write to you.\n", 1, "format", "Dear Sir or Madam."),

@@ -15,7 +15,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from loopos.config.faults import UserError
+from loopos.cli.wording import refuse_keys_as_options, wording_of
+from loopos.config.faults import UserError, Wording
 
 INTERRUPTED = 130
 # 128 + 13: what a shell reports of a program that SIGPIPE ended.
@@ -38,14 +39,32 @@ class Commands(TyperGroup):
             option.default = False
         return option
 
+    def _wording(self, name: str | None) -> Wording:
+        """How the command called `name` names settings."""
+        return wording_of(*self._names_of(name))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` begin with. Raises `UserError` for a key of a config that is written as an option."""
+        resolved = super().resolve_command(ctx, args)
+        refuse_keys_as_options(args[1:], *self._names_of(args[0]))
+        return resolved
+
+    def _names_of(self, name: str | None) -> tuple[list[str], list[str]]:
+        """The options of a command, as they are written, and the names of its arguments."""
+        command = self.commands.get(name) if name is not None else None
+        parameters = command.params if command is not None else []
+        options = [option for each in parameters for option in (*each.opts, *each.secondary_opts)]
+        return [*options, "--help"], [each.name for each in parameters if each.name is not None]
+
     def invoke(self, ctx: Any) -> Any:
         """Runs a command; turns its errors into an exit code."""
         try:
             return super().invoke(ctx)
         except UserError as error:
+            message = error.message(self._wording(ctx.invoked_subcommand))
             # Without words where another process of the run has told the reason.
-            if str(error):
-                complain(str(error))
+            if message:
+                complain(message)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             complain("interrupted")

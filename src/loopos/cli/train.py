@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli import configs
 from loopos.cli.answers import as_time, say, say_json, shown
+from loopos.cli.installed_torch import refuse_absent_device
 from loopos.cli.opened_models import use_of
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
 from loopos.config.figures import once
 from loopos.config.load import load
+from loopos.data.column_check import check_columns
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
@@ -59,14 +61,21 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     config: Any = loaded.config
     # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
     from loopos.evaluation.run_folder import refuse_started
-    from loopos.models.sources import weights_source
+    from loopos.models.sources import check_tokenizer_source, weights_source
+    from loopos.storage.writable import require_writable
 
-    named = getattr(config.data, "pretrained_weights", None)
-    if named is not None:
-        weights_source(named)
+    check_columns(config)
+    for section in (config.training, getattr(config, "reward_training", None) or config.training):
+        refuse_absent_device(section.device, section.precision)
     if not options.resume and not options.dry_run:
         for folder in run_folders(config):
             refuse_started(folder)
+    if not options.dry_run:
+        require_writable("data.output_dir", Path(config.data.output_dir))
+    check_tokenizer_source(config.data.tokenizer)
+    named = getattr(config.data, "pretrained_weights", None)
+    if named is not None:
+        weights_source(named)
     if options.num_processes is not None and not options.dry_run:
         return _launch(path, overrides, options)
     restart_with_settings()
@@ -95,7 +104,11 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 def train(config: Any, options: TrainOptions) -> FitResult:
     """Runs the config's method to its end."""
     trainer_class = method_class(config.computation.mode, config.computation.method)
+    from loopos.training.precision import pick_device, resolve
     from loopos.training.progress import RunProgress
+
+    # Before the weights and the rows are read.
+    resolve(config.training.precision, pick_device(config.training.device))
 
     trainer = trainer_class(
         config,

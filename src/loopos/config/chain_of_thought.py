@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Count, Section, Text
+from loopos.config.keys import Count, Place, Section, Text
 from loopos.config.language_sections import (
     LANGUAGE_METRICS,
     LanguageModelSection,
@@ -83,20 +83,20 @@ class StepFormatSection(Section):
 class ReasoningDataSection(TextSourceSection):
     """Where the weights and the demonstrations come from, how they are read, and where the run goes."""
 
-    pretrained_weights: Text = Field(
+    pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Text | None = Field(
+    tokenizer: Place | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    reasoning_examples: Text | None = Field(
+    reasoning_examples: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the demonstrations to train on'
     )
-    training_data: Text | None = Field(default=None, description="another name of reasoning_examples")
+    training_data: Place | None = Field(default=None, description="another name of reasoning_examples")
     columns: dict[TextRole, Text | None] = Field(
         default={}, description="column of each role; detected when absent, null for none"
     )
-    chat_template: Text = Field(
+    chat_template: Place = Field(
         default="auto",
         description='"auto" (the tokenizer\'s own, else plain), "plain", or a file with a Jinja template',
     )
@@ -258,7 +258,7 @@ class ChainOfThoughtConfig(MethodConfig):
                 "no answers are generated",
             ),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
             said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
         if data.validation_data is not None and source and checks.same_path(data.validation_data, source):

@@ -16,6 +16,9 @@ from loopos.config.faults import Finding
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
 
+MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
+"""Rates above which training only destroys: Adam's step is about the rate in size, whatever the gradient; SGD's is the
+rate times a gradient that is clipped to 1 by default."""
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
 
 
@@ -66,7 +69,10 @@ def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | No
     if missing and (weights == NEW_WEIGHTS or is_bare_weights(weights)):
         given = f'no {", ".join(missing)} with "{weights}"'
         fields = ("model", "data.pretrained_weights", *(f"model.{name}" for name in missing))
-        yield Finding(fields, given, f"all of {', '.join(SIZES)}", "these weights come without their sizes")
+        sentence = (
+            f"{given}: {'new weights' if weights == NEW_WEIGHTS else 'weights in a bare file'} need all five sizes"
+        )
+        yield Finding(fields, sentence, "", f"set {', '.join(f'model.{name}' for name in missing)}")
     if weights == NEW_WEIGHTS and tokenizer is None:
         hint = 'for example "tokenizer": "smollm2-135m"'
         yield Finding(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
@@ -95,6 +101,18 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
         yield Finding(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+
+
+def rate_notes(training: TrainingSection) -> list[str]:
+    """The sentence on a learning rate at which an optimizer destroys weights; none for one that may train."""
+    most = MOST_RATE[training.optimizer]
+    rates = {"learning_rate": training.learning_rate, "head_learning_rate": training.head_learning_rate}
+    return [
+        f"training.{name} {rate:g} is far beyond what {training.optimizer} trains with (below {most:g}): the weights "
+        "will very likely be destroyed"
+        for name, rate in rates.items()
+        if rate is not None and rate > most
+    ]
 
 
 def check_no_head(training: TrainingSection) -> Iterator[Finding]:
@@ -131,7 +149,7 @@ def check_optimizer(training: TrainingSection) -> Iterator[Finding]:
         yield Finding(fields, given, "0, or optimizer sgd or muon", hint)
     if training.precision == "fp16" and training.device in ("cpu", "mps"):
         fields = ("training.precision", "training.device")
-        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "fp16 is for CUDA alone")
+        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "only CUDA trains in fp16")
 
 
 def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Finding]:

@@ -96,7 +96,7 @@ class FineTuningConfig(MethodConfig):
             "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
             said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
         if training.trainable == "lora" and training.optimizer == "sgd" and training.learning_rate < 0.01:

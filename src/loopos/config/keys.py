@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from loopos.config.paths import expanded
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
 Pooling: TypeAlias = Literal["auto", "mean", "last", "first", "max"]
@@ -89,6 +91,10 @@ Warmup: TypeAlias = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
     ),
 ]
+
+
+Place: TypeAlias = Annotated[Text, AfterValidator(expanded)]
+"""What may be a path: "~" is the home folder, as in a shell."""
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from loopos.config.keys import Count, Optimizer, Section, Share, Text
+from loopos.config.keys import Count, Optimizer, Place, Section, Share, Text
 from loopos.config.sections import SizesSection, TrainingSection
 
 LANGUAGE_METRICS = ("loss", "accuracy")
@@ -34,11 +34,11 @@ class LanguageTrainingSection(TrainingSection):
 class TextSourceSection(Section):
     """How rows of text are read, and where the run goes."""
 
-    validation_data: Text | None = Field(
+    validation_data: Place | None = Field(
         default=None, description="file, folder, glob or hub id of the rows to validate on; split off when absent"
     )
     validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
-    output_dir: Text = Field(description="folder of the run")
+    output_dir: Place = Field(description="folder of the run")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
     streaming: bool = Field(
         default=False,

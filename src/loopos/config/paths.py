@@ -33,6 +33,13 @@ _DATA_WANTED = (
 )
 
 
+def expanded(value: str) -> str:
+    """`value` with a "~" at its start as the home folder, as a shell does; "~" of no user here stays, and is refused
+    (`check_output_folder`). "./~" is a folder of that name.
+    """
+    return os.path.expanduser(value) if value.startswith("~") else value
+
+
 def looks_like_path(value: str, suffixes: Sequence[str]) -> bool:
     """Whether `value` names a file or folder rather than a hub id `org/name`.
 
@@ -114,6 +121,9 @@ def check_output_folder(field: str, value: str) -> Iterator[Finding]:
     if "\0" in value:
         yield Finding((field,), f'"{value}"', wanted)
         return
+    if value.startswith("~"):
+        yield Finding((field,), f'"{value}", the home folder of no user here', wanted)
+        return
     above = os.path.abspath(value)
     while not os.path.lexists(above):
         above = os.path.dirname(above)
@@ -128,7 +138,7 @@ def _missing(value: str) -> str:
     """What is missing: the file, or already a folder on the way to it."""
     folder = os.path.dirname(value.rstrip("/"))
     if value.startswith("~"):
-        return f'"{value}" (~ is not expanded in a config)'
+        return f'"{value}", the home folder of no user here'
     if folder and not os.path.isdir(folder):
         return f'"{value}" (there is no folder "{folder}")'
     return f'"{value}", which does not exist'

@@ -110,7 +110,7 @@ class PpoConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        said = checks.without_effect(self, _effects(self))
+        said = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
         if training.minibatches > training.batch_size:
             said.append(
                 f"training.minibatches ({training.minibatches}) is more than training.batch_size "

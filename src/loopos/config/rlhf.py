@@ -14,7 +14,7 @@ from pydantic import Field
 
 from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
-from loopos.config.keys import Count, Text
+from loopos.config.keys import Count, Place
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
 from loopos.config.ppo_sections import (
@@ -52,7 +52,7 @@ _NAMES_IN_REWARD_MODEL = {"training.": "reward_training."}
 class RlhfDataSection(PreferenceDataSection):
     """Where the weights, the preferences and the prompts come from, how they are read, and where the run goes."""
 
-    prompts: Text | None = Field(
+    prompts: Place | None = Field(
         default=None,
         description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences when '
         "absent; columns, splits, streaming, max_rows and validation_data are of the preferences alone",

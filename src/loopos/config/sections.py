@@ -18,6 +18,7 @@ from loopos.config.keys import (
     Duration,
     Metric,
     Optimizer,
+    Place,
     Pooling,
     Precision,
     Role,
@@ -217,16 +218,16 @@ class TrainingSection(Section):
 class DataSection(Section):
     """Where the weights and rows come from, and where the run goes."""
 
-    pretrained_weights: Text = Field(
+    pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Text | None = Field(
+    tokenizer: Place | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    training_data: Text = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
-    validation_data: Text | None = Field(default=None, description="the same for validation; split off when absent")
+    training_data: Place = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
+    validation_data: Place | None = Field(default=None, description="the same for validation; split off when absent")
     validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
-    output_dir: Text = Field(description="folder of the run")
+    output_dir: Place = Field(description="folder of the run")
     columns: dict[Role, Text] = Field(default={}, description="column of each role; detected when absent")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
     on_truncation: Literal["truncate", "error"] = Field(

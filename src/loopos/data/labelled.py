@@ -14,7 +14,7 @@ from loopos.config.sections import DataSection, ModelSection
 from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.reading import FormatReport, account, opened, validation_source
-from loopos.data.record import BadRows
+from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.split import stratified_split
 
 Target = int | float | list[int]
@@ -90,7 +90,7 @@ def encode_all(
         else:
             kept.append(example)
     if faults and (on_bad_row == "error" or not kept):
-        raise BadRows(faults, len(faults), "correct these labels, or set data.on_bad_row to skip")
+        raise BadRows(faults, len(faults), "correct these labels", SKIP_ROWS)
     if faults:
         reason = "label that is no number" if space.task == "regression" else "label of no class"
         dropped = {**report.dropped, reason: len(faults)}

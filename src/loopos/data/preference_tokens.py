@@ -24,8 +24,8 @@ from loopos.data.piece_tokens import PieceTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, Words
 from loopos.data.reading import FormatReport, account
-from loopos.data.record import BadRows
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over
+from loopos.data.record import SKIP_ROWS, BadRows
+from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, too_long
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
 from loopos.data.tokens import length_spread
 from loopos.data.tool_schemas import Tool
@@ -115,7 +115,7 @@ def encode_comparisons(
     for place, (prompt, *whole) in _tokenised(tokenizer, examples, template, report):
         responses, longest = whole, max(map(len, whole))
         if max_length is not None and len(prompt) + longest > max_length:
-            over.append(_over_fault(examples[place], len(prompt) + longest, max_length))
+            over.append(too_long(examples[place].row, len(prompt) + longest, max_length))
             if over_length == "drop" or len(prompt) >= max_length:
                 dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
                 continue
@@ -159,7 +159,7 @@ def encode_prompts(
     over: list[Fault] = []
     for place, (prompt,) in _tokenised(tokenizer, prompts, template, report):
         if max_length is not None and len(prompt) > max_length:
-            over.append(_over_fault(prompts[place], len(prompt), max_length))
+            over.append(too_long(prompts[place].row, len(prompt), max_length))
             dropped[PROMPT_OVER] += 1
             continue
         rows.append(prompt)
@@ -229,14 +229,7 @@ def _settle(
     report.used, report.dropped = len(report.lengths), dict(dropped)
     assert report.read == report.used + sum(report.dropped.values()), report
     if report.faults and on_bad_row == "error":
-        advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
-        raise BadRows(report.faults, len(report.faults), advice)
+        raise BadRows(report.faults, len(report.faults), "correct the rows", SKIP_ROWS)
     check_over(over, report.read, report.max_length, over_length, max_dropped_share)
     if not report.used:
         raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row that fits")])
-
-
-def _over_fault(example: Comparison | Prompt, length: int, max_length: int) -> Fault:
-    """The fault of an example that is too long."""
-    row, hint = example.row, "shorten the row, or raise training.max_length"
-    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)

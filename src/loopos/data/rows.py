@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loopos.config.faults import Fault
+from loopos.config.paths import expanded
 from loopos.data import sniff
 from loopos.data.decoding import read_lines, read_text
 from loopos.data.delimited import delimited_records
 from loopos.data.json_records import is_json_lines, json_document, json_lines
 from loopos.data.preference_text import preference_records
-from loopos.data.record import MAXIMUM_FAULTS, BadRows, ReadReport, Record, Records, file_error
+from loopos.data.record import MAXIMUM_FAULTS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error
 from loopos.data.sources import FileFormat, Location, locate
 from loopos.data.tables import arrow_records, check_columns, hub_records, parquet_records, saved_records
 from loopos.data.worked_text import worked_records
@@ -109,8 +110,7 @@ class RowReader:
     def finish(self) -> None:
         """Ends a pass: raises `BadRows` if it met a bad row under the policy "error"."""
         if self.report.bad_rows and self.on_bad_row == "error":
-            advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
-            raise BadRows(self.report.faults, self.report.num_faults, advice)
+            raise BadRows(self.report.faults, self.report.num_faults, "correct the rows", SKIP_ROWS)
 
     def _new_report(self) -> ReadReport:
         files = [path for path, _ in self.location.files] or [self.location.name]
@@ -168,7 +168,7 @@ def read(
         EnvironmentFault: a package that the format needs is not installed.
     """
     return RowReader(
-        locate(source, split),
+        locate(expanded(source), split),
         columns=columns,
         split=split,
         subset=subset,

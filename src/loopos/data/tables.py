@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
+from loopos.storage.hub import why_unreachable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -98,6 +99,7 @@ def hub_records(
     Raises:
         DataError: no such data set, split or subset, no network, or one that needs a login.
     """
+    why_unreachable()
     import datasets
 
     failures = (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
@@ -106,10 +108,11 @@ def hub_records(
         yield from _dataset_records(table, name, columns, report)
     except failures as error:
         wanted = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or "?").splitlines()[0][:200]
+        reason = "; ".join(each for each in (why_unreachable(), f"{type(error).__name__}: {first}") if each)
         raise file_error(
             name,
-            f"a hub id that could not be loaded ({type(error).__name__}: {reason[:200]})",
+            f"a hub id that could not be loaded ({reason})",
             wanted,
             "check the id, data.subset and the split; set HF_TOKEN for a private or gated one; without a network, copy "
             "the data set to a folder (datasets: save_to_disk) and give its path",

@@ -100,8 +100,8 @@ def _check_format(model: FoundModel, settings: ExportSettings) -> None:
     if output_format in ("gguf", "modelfile"):
         if model.kind != "language":
             raise UserError(
-                f"{model.given}: a model that says no text ({model.kind}); --format {output_format} holds language "
-                "models alone: use --format huggingface"
+                f"{model.given}: a classifier or regressor; --format {output_format} holds only language models: use "
+                "--format huggingface"
             )
         gguf_file.require_gguf()
         if model.folder is not None and holds_weights(model.folder):

@@ -37,11 +37,8 @@ from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-<<<<<<< HEAD
 from loopos.storage.json_files import read_object, save_json
-=======
 from loopos.training.chosen_weights import take_chosen
->>>>>>> truth
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.models.quiet import quiet_transformers
 from loopos.storage.whole_folder import whole_folder
 
 _VERSION = 2
@@ -57,10 +58,13 @@ def convert(file: Path, folder: Path) -> None:
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
     try:
-        said = read_metadata(file)
-        named = _config(file, said)
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **named)
-        tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with quiet_transformers(bars_of_its_own=True):
+            said = read_metadata(file)
+            named = _config(file, said)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, **named
+            )
+            tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, IndexError) as problem:
         raise UserError(
             f"{file}: cannot be read as GGUF: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
@@ -73,7 +77,8 @@ def convert(file: Path, folder: Path) -> None:
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
     assert plain.dtype == torch.float32
-    plain.save_pretrained(folder)
+    with quiet_transformers():
+        plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

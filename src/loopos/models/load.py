@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.faults import SettingError, UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
@@ -30,6 +30,7 @@ from loopos.models.weight_files import from_file, from_folder, new_model
 
 NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
+_KEY = "data.pretrained_weights"
 _SIZES = {
     "d_model": "hidden_size",
     "num_heads": "num_attention_heads",
@@ -117,9 +118,10 @@ def load_pretrained(
         model = from_file(source, config, causal=causal)
     elif (folder := folder_of(source)) is not None and holds_codes(config):
         if not quantized:
-            raise UserError(
-                f"data.pretrained_weights: {given} is quantized: its weights are codes, which can be neither trained "
-                "nor changed; wanted the model that it was made from"
+            raise SettingError(
+                _KEY,
+                f"{given} is quantized: its weights are codes, which can be neither trained nor changed; wanted the "
+                "model that it was made from",
             )
         model = from_quantized(given, folder, config, causal=causal)
     else:
@@ -194,7 +196,7 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
     try:
         config = backbone_config(place) or AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as problem:
-        raise UserError(_why(source, problem)) from problem
+        raise SettingError(_KEY, _why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)
     _check_config(config, sizes, source.given)
     return config
@@ -247,11 +249,10 @@ def _why(source: WeightsSource, problem: Exception) -> str:
         first = " ".join(str(problem).split())
     if source.kind == "hub":
         return (
-            f"data.pretrained_weights: {source.given} is neither a file or folder here nor reachable on a hub: "
-            f"{first}\n"
+            f"{source.given} is neither a file or folder here nor reachable on a hub: {first}\n"
             'use the embedded model ("smollm2-135m"), a local folder, or set HF_TOKEN for a private model'
         )
-    return f"data.pretrained_weights: cannot read the config of {source.given}: {first}"
+    return f"cannot read the config of {source.given}: {first}"
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -6,12 +6,14 @@ Enters: a place. Leaves: the folder, or its description (`loopos.json`). Left ou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from loopos.config.extras import install_command
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.paths import MODEL_DESCRIPTION, expanded
 from loopos.config.preferences import REWARD_TASK
 from loopos.storage.json_files import read_object
 
@@ -26,10 +28,11 @@ def model_folder(place: str | Path) -> Path:
     """The folder of a trained model: `place` itself, or `model/` in a run's output folder. Raises `UserError` when
     there is none.
     """
-    for folder in (Path(place), Path(place) / "model"):
+    given = Path(expanded(os.fspath(place)))
+    for folder in (given, given / "model"):
         if (folder / MODEL_DESCRIPTION).is_file():
             return folder
-    if (Path(place) / "events.jsonl").is_file():
+    if (given / "events.jsonl").is_file():
         raise UserError(f"{place}: this run has no finished model yet; go on with loopos train CONFIG --resume")
     raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or its folder model/")
 
@@ -39,7 +42,7 @@ def described(place: str | Path) -> dict[str, Any]:
     `UserError` for a run without a finished model, and as `read_description`.
     """
     names = (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
-    if any((Path(place) / name).is_file() for name in names):
+    if any((Path(expanded(os.fspath(place))) / name).is_file() for name in names):
         return read_description(model_folder(place))
     return {}
 
@@ -50,7 +53,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     description = read_object(file, advice="make it again: loopos train CONFIG --resume")
     if description.get("format") != FORMAT:
         raise UserError(
-            f"{file}: format {description.get('format')}, wanted {FORMAT}: written by another version of LoopOS"
+            f"{file}: format {description.get('format')}, this LoopOS reads {FORMAT}: written by another version; "
+            f"upgrade loopos: {install_command()}"
         )
     return description
 

@@ -31,6 +31,7 @@ from loopos.models.quantized import (
     is_quantized,
     quantized_layers,
 )
+from loopos.models.quiet import quiet_transformers
 from loopos.models.weight_files import fill, model_class
 
 WEIGHTS = "model.safetensors"
@@ -58,7 +59,8 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
                 "weights that are numbers: go back to a checkpoint before it diverged"
             )
     if not is_quantized(model):
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         return
     tensors, first_of = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -9,8 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
-from loopos.config.faults import UserError
+from loopos.config.faults import SettingError, UserError
+from loopos.models.quiet import quiet_transformers
 from loopos.models.sources import WeightsSource
 from loopos.storage.tensor_files import NAMED_WEIGHTS, weight_files
 
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
+_KEY = "data.pretrained_weights"
 _PICKLE_REFUSED = "refused, since opening it would run code"
 
 
@@ -35,9 +35,10 @@ def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     for an architecture that has no such model.
     """
     if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
-        raise UserError(
-            f"data.pretrained_weights: {config.model_type} is no causal language model; wanted one that predicts the "
-            "next token, such as a Llama, Qwen, Gemma or GPT-2"
+        raise SettingError(
+            _KEY,
+            f"{config.model_type} is no causal language model; wanted one that predicts the next token, such as a "
+            "Llama, Qwen, Gemma or GPT-2",
         )
     return AutoModelForCausalLM if causal else AutoModel
 
@@ -63,7 +64,7 @@ def from_folder(
     if Path(place).is_dir():
         weight_files(Path(place))
     try:
-        with _without_load_report():
+        with quiet_transformers():
             model, info = opener.from_pretrained(
                 place,
                 config=config,
@@ -73,9 +74,9 @@ def from_folder(
                 ignore_mismatched_sizes=True,
             )
     except pickle.UnpicklingError as problem:
-        raise UserError(f"data.pretrained_weights: {place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
+        raise SettingError(_KEY, f"{place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as problem:
-        raise UserError(f"data.pretrained_weights: cannot load {place}: {_first_line(problem)}") from problem
+        raise SettingError(_KEY, f"cannot load {place}: {_first_line(problem)}") from problem
     mismatched = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
     # Names of tensors without a place keep the prefix that they have in a model with its head.
     left_over = {name.removeprefix(model.base_model_prefix + ".") for name in info["unexpected_keys"]}
@@ -85,17 +86,6 @@ def from_folder(
         # It names a file of this folder; what is saved of the model lies under the usual name.
         delattr(model.config, NAMED_WEIGHTS)
     return model
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers' table of tensors that found no place: a head's is none's fault here, and `_refuse` names others."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:
@@ -184,9 +174,10 @@ def _refuse(
     if surplus := _surplus_layers(wanted, left_over):
         told.append(f"layers that the model has no place for: {_some(surplus)}")
     if told:
-        raise UserError(
-            f"data.pretrained_weights: {given} does not fill {type(model).__name__}: {'; '.join(told)}; wanted weights "
-            "of these sizes: correct the sizes under model or in config.json, or name other weights"
+        raise SettingError(
+            _KEY,
+            f"{given} does not fill {type(model).__name__}: {'; '.join(told)}; wanted weights of these sizes: correct "
+            "the sizes under model or in config.json, or name other weights",
         )
 
 

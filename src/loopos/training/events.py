@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.storage.durable import JSON, disk_full_said
 
@@ -125,8 +126,7 @@ class TensorBoardAdapter:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise EnvironmentFault(
-                f"training.tensorboard: given true, but tensorboard cannot be imported ({error}); wanted the extra "
-                '"track": pip install "loopos[track]"'
+                f"training.tensorboard: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
 

@@ -30,7 +30,7 @@ def fine_tuning() -> int:
         return exit_code(result.stopped_by)
     show(read_run(folder))
     predict_live(folder, packaged_lines(LIVE))
-    say(f"wall time {as_time(time.monotonic() - began)}; the run is in {folder} ({folder}/report.md tells it)")
+    say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/report.md")
     return 0
 
 

@@ -63,7 +63,7 @@ def preferences() -> int:
             return code
     show_policy(read_run(folder / "ppo"))
     show_replies(folder / "ppo" / "samples.jsonl")
-    say(f"wall time {as_time(time.monotonic() - began)}; the runs are in {folder} ({folder}/ppo/report.md tells it)")
+    say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/ppo/report.md")
     return 0
 
 

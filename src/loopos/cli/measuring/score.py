@@ -14,11 +14,12 @@ from pathlib import Path
 
 from loopos.cli.answers import say_json, table
 from loopos.cli.columns import parse_columns
-from loopos.cli.measuring.predict import write_whole
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.data.column_check import check_responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ class ScoreOptions:
 def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     require_reward_model(place)
+    check_responses(source, columns)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor

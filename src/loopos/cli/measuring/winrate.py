@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import say, say_json, table
 from loopos.cli.columns import parse_columns
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -57,6 +58,8 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     """Answers, judges and prints. Raises `UserError`."""
     refuse(_faults(options))
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     for place in (first, second):
         require_language_model(place)
     if not _is_function(options.judge):
@@ -183,7 +186,6 @@ def _judged(
 
 
 def _write(file: Path, pairs: Sequence[Pair]) -> None:
-    from loopos.cli.measuring.predict import write_whole
     from loopos.data.prompts import told
     from loopos.evaluation.winrate import record
 

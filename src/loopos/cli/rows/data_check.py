@@ -16,6 +16,7 @@ from typing import Any
 from loopos.cli.answers import say, say_json, table
 from loopos.cli.columns import parse_columns
 from loopos.cli.quiet import hush_libraries
+from loopos.cli.wording import COLUMNS, OptionWording
 from loopos.config.faults import DataError, Fault
 from loopos.data.formats import Labelled, LabelledFormat, detect, read_labelled
 from loopos.data.label_space import key_of, members_of
@@ -26,6 +27,7 @@ from loopos.data.rows import RowReader, read
 
 _MOST_LISTED = 12
 _FAULTY = 2
+_WORDING = OptionWording([COLUMNS])
 
 
 @dataclass
@@ -55,7 +57,8 @@ def run(source: str, columns: Sequence[str], *, as_json: bool) -> int:
     if as_json:
         shown = asdict(found)
         shown["faults"] = [
-            {"place": fault.place, **asdict(fault), "message": str(fault)} for fault in found.faults[:MAXIMUM_FAULTS]
+            {"place": fault.place, **asdict(fault), "message": fault.text(_WORDING)}
+            for fault in found.faults[:MAXIMUM_FAULTS]
         ]
         say_json(shown)
     else:
@@ -175,7 +178,7 @@ def described(found: Findings) -> str:
         lines += [f"{'':10}lines {_listed(each['lines'])}: {_cut(each['text'])!r}" for each in found.conflicts[:5]]
     lines += [f"note      {sentence}" for sentence in found.said]
     lines.append(f"faults    {found.num_faults:,}" if found.num_faults else "faults    none")
-    lines += [str(fault) for fault in found.faults[:MAXIMUM_FAULTS]]
+    lines += [fault.text(_WORDING) for fault in found.faults[:MAXIMUM_FAULTS]]
     if found.num_faults > len(found.faults[:MAXIMUM_FAULTS]):
         lines.append(f"... and {found.num_faults - len(found.faults[:MAXIMUM_FAULTS])} more faults")
     return "\n".join(lines)

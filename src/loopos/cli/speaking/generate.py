@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import say
 from loopos.cli.columns import parse_columns
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -66,6 +67,8 @@ def run(place: str, options: GenerateOptions) -> int:
     """Generates and prints. Raises `UserError`."""
     strategy = checked(options)
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     require_language_model(place)
     if options.reward_model is not None:
         require_reward_model(options.reward_model)
@@ -106,8 +109,6 @@ def run(place: str, options: GenerateOptions) -> int:
         sys.stdout.write(lines)
         sys.stdout.flush()
         return 0
-    from loopos.cli.measuring.predict import write_whole
-
     write_whole(options.output, lines)
     note(f"{options.output}: {len(records)} lines")
     return 0

@@ -14,11 +14,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-<<<<<<< HEAD
-from loopos.deploy.exporting.usage import EMBEDDED_HOME, base_name, is_hub_name, usage
-=======
 from loopos.config.method_configs import changed_settings
->>>>>>> truth
+from loopos.deploy.exporting.usage import EMBEDDED_HOME, base_name, is_hub_name, usage
 from loopos.evaluation.markdown import cell, shown, table
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.found_model import FoundModel

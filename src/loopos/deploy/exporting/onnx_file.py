@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.found_model import FoundKind, FoundModel
 from loopos.models.load import load_pretrained
@@ -50,7 +51,7 @@ def check_onnx(model: FoundModel) -> None:
         )
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise EnvironmentFault(f"--format onnx needs {', '.join(missing)}; run pip install 'loopos[onnx]'")
+        raise EnvironmentFault(f"--format onnx needs {', '.join(missing)}; run\n  {install_command('onnx')}")
 
 
 class WholeText(nn.Module):
