@@ -61,7 +61,9 @@ class FineTuningConfig(MethodConfig):
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=self.has_validation)
         yield from _check_metrics(self)
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
 
     def check_files(self) -> Iterator[Finding]:
         data = self.data

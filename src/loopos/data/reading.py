@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypeVar
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
+from loopos.data.decoding import TextRules
 from loopos.data.rows import Row, RowReader
 
 UNREADABLE = "unreadable row"
@@ -36,6 +37,14 @@ class SourceKeys(Protocol):
     def max_rows(self) -> int | None: ...
     @property
     def on_bad_row(self) -> Literal["error", "skip"]: ...
+    @property
+    def encoding(self) -> str | None: ...
+    @property
+    def max_line_bytes(self) -> int: ...
+    @property
+    def max_expansion(self) -> int: ...
+    @property
+    def split_by(self) -> Literal["prompt", "row"]: ...
 
 
 class ColumnsFound(Protocol):
@@ -87,7 +96,13 @@ def opened(data: SourceKeys, source: str, split: str) -> RowReader:
         streaming=data.streaming,
         max_rows=data.max_rows,
         on_bad_row=data.on_bad_row,
+        rules=text_rules(data),
     )
+
+
+def text_rules(data: SourceKeys) -> TextRules:
+    """The encoding and the bounds that the config sets for text files."""
+    return TextRules(data.encoding, data.max_line_bytes, data.max_expansion)
 
 
 def validation_source(data: SourceKeys, training_source: str) -> tuple[str, str] | None:
