@@ -14,18 +14,18 @@ import zstandard
 
 from loopos.config.faults import ConfigError, DataError
 from loopos.config.source import read_source
-from loopos.data.decoding import TextRules, read_lines, read_text
+from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
 from loopos.data.encodings import guessed_encoding
 from loopos.data.rows import read
 
 MIB = 1 << 20
 
 
-def _rows(path: Path, rules: TextRules = TextRules()) -> list[tuple[int | None, dict[str, object]]]:
+def _rows(path: Path, rules: TextRules = PLAIN_RULES) -> list[tuple[int | None, dict[str, object]]]:
     return [(row.line, row.values) for row in read(str(path), rules=rules)]
 
 
-def _refused(path: Path, rules: TextRules = TextRules()) -> str:
+def _refused(path: Path, rules: TextRules = PLAIN_RULES) -> str:
     with pytest.raises(DataError) as caught:
         _rows(path, rules)
     assert len(str(caught.value).splitlines()) <= 2

@@ -30,7 +30,6 @@ from loopos.config.keys import (
     Warmup,
 )
 
-
 MAX_LINE_BYTES = 64 << 20
 MAX_EXPANSION = 200
 

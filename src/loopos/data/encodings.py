@@ -36,9 +36,9 @@ def guessed_encoding(raw: bytes) -> str | None:
         except UnicodeDecodeError:
             continue
         beyond = [place for place, character in enumerate(text) if character > "\x7f"]
-        score = sum(_is_expected(text, place, expected) for place in beyond) / max(1, len(beyond))
+        score = sum(expected.match(text[place]) is not None for place in beyond) / max(1, len(beyond))
         if name in _WESTERN:
-            score -= _runs(text, beyond)
+            score -= _runs(text, beyond) + _signs_in_words(text, beyond)
         if name in _CYRILLIC:
             # Each reads the other's small letters as capitals.
             score -= 0.5 * sum(text[place].isupper() for place in beyond) / max(1, len(beyond))
@@ -47,11 +47,12 @@ def guessed_encoding(raw: bytes) -> str | None:
     return best if most >= 0.5 else None
 
 
-def _is_expected(text: str, place: int, expected: re.Pattern[str]) -> bool:
-    """Whether the character at `place` is one that these languages write there: a sign such as ³ is none in a word."""
-    character, beside = text[place], text[place - 1 : place] + text[place + 1 : place + 2]
-    is_sign_in_word = not character.isalpha() and character not in "’-" and len(beside) == 2 and beside.isalpha()
-    return expected.match(character) is not None and not is_sign_in_word
+def _signs_in_words(text: str, beyond: list[int]) -> float:
+    """The share of characters beyond ASCII that are signs, such as ³, between two letters."""
+    beside = {place: text[place - 1 : place] + text[place + 1 : place + 2] for place in beyond}
+    in_words = [place for place in beyond if len(beside[place]) == 2 and beside[place].isalpha()]
+    signs = [place for place in in_words if not text[place].isalpha() and text[place] not in "’–"]
+    return len(signs) / max(1, len(beyond))
 
 
 def _runs(text: str, beyond: list[int]) -> float:
