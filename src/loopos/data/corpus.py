@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
-from loopos.data.decoding import read_text
+from loopos.data.decoding import PLAIN_RULES, TextRules, read_text
 from loopos.data.formats import read_labelled
 from loopos.data.tokens import Encoded
 
@@ -33,18 +33,20 @@ class Corpus:
     said: str
 
 
-def read_corpus(source: str, columns: Mapping[str, str], *, max_rows: int | None = None) -> Corpus:
+def read_corpus(
+    source: str, columns: Mapping[str, str], *, max_rows: int | None = None, rules: TextRules = PLAIN_RULES
+) -> Corpus:
     """The documents of a text file, or the text column of any other source.
 
     Raises `DataError` for an unreadable file, one without text, or rows without a text column.
     """
     name = source.lower().removesuffix(".gz").removesuffix(".zst")
     if Path(source).is_file() and name.endswith(_TEXT_FILES):
-        parts = [part.strip() for part in _BLANK_LINES.split(read_text(source))]
+        parts = [part.strip() for part in _BLANK_LINES.split(read_text(source, rules))]
         documents = tuple(part for part in parts if part)[:max_rows]
         said = f"{source}: {len(documents)} documents, parted by blank lines"
     else:
-        reader = rows.read(source, max_rows=max_rows)
+        reader = rows.read(source, max_rows=max_rows, rules=rules)
         examples, report = read_labelled(reader, dict(columns), require_label=False)
         documents = tuple(example.text for example in examples)
         said = f"{source}: {len(documents)} documents; {'; '.join(report.said)}"

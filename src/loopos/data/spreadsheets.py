@@ -36,8 +36,8 @@ def spreadsheet_records(source: str, rules: TextRules, report: ReadReport) -> Re
         import openpyxl
     except ModuleNotFoundError as error:
         raise EnvironmentFault(
-            f'{path}: reading .xlsx files needs the package openpyxl: pip install openpyxl (the extra "excel"), or save '
-            "the sheet as CSV"
+            f'{path}: reading .xlsx files needs the package openpyxl (the extra "excel"): pip install openpyxl, or '
+            "save the sheet as CSV"
         ) from error
     require_regular(path)
     try:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loopos.data.decoding import split_lines
 from loopos.evaluation.frontier import FrontierPoint, frontier_svg
 from loopos.evaluation.markdown import cell, number, shown, table
 
@@ -85,7 +86,7 @@ def _samples(file: Path) -> list[str]:
     """The same prompts answered before training and last."""
     if not file.is_file():
         return []
-    told = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    told = [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
     steps = sorted({each["step"] for each in told})
     if len(steps) < 2:
         return []

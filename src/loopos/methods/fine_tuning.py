@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loopos.config.begun import as_begun
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
@@ -75,6 +76,7 @@ class FineTuner:
         """
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)

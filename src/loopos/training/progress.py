@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from loopos.config.faults import printable
+
 _LINE_EVERY_SECONDS = 10.0
 _RATE_OVER_STEPS = 20
 
@@ -64,11 +66,11 @@ class RunProgress:
     def say(self, *sentences: str) -> None:
         """Each sentence on a line of its own."""
         for sentence in () if self.quiet else sentences:
-            self.console.print(sentence, markup=False)
+            self.console.print(printable(sentence), markup=False)
 
     def warn(self, sentence: str) -> None:
         """A sentence that is shown even when quiet."""
-        self.console.print(sentence, markup=False, style="yellow" if sys.stderr.isatty() else None)
+        self.console.print(printable(sentence), markup=False, style="yellow" if sys.stderr.isatty() else None)
 
     def end(self) -> None:
         """Takes the bar away."""

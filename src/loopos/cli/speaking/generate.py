@@ -6,14 +6,13 @@ Enters: a model and prompts. Leaves: text on standard output, as it comes for on
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopos.cli.answers import say
+from loopos.cli.answers import json_lines, say, write
 from loopos.cli.columns import parse_columns
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
@@ -88,8 +87,7 @@ def run(place: str, options: GenerateOptions) -> int:
         and sys.stdout.isatty()
     ):
         for text in streamed(reasoner, asked[0], options.sampling):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            write(text)
         say()
         return 0
     records, texts = generated(reasoner, asked, options, strategy)
@@ -98,10 +96,9 @@ def run(place: str, options: GenerateOptions) -> int:
 
         say(blocks([each.text for each in asked], texts))
         return 0
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = json_lines(records)
     if options.output is None:
-        sys.stdout.write(lines)
-        sys.stdout.flush()
+        write(lines)
         return 0
     from loopos.cli.measuring.predict import write_whole
 
