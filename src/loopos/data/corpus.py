@@ -18,6 +18,7 @@ from loopos.config.faults import DataError, Fault
 from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_text
 from loopos.data.formats import read_labelled
+from loopos.data.text_bounds import spans
 from loopos.data.tokens import Encoded
 
 _TEXT_FILES = (".txt", ".md", ".text")
@@ -81,10 +82,10 @@ def encode_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], 
     """
     assert max_length >= 2, max_length
     pieces: list[Encoded] = []
-    if not documents:
-        return pieces
-    for index, ids in enumerate(tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]):
-        whole = [*ids, tokenizer.eos_token_id]
-        for first in range(0, len(whole) - 1, max_length - 1):
-            pieces.append(Encoded(whole[first : first + max_length], None, index))
+    for begin, end in spans([len(document) for document in documents], len(documents)):
+        batch = tokenizer(list(documents[begin:end]), add_special_tokens=False, verbose=False)["input_ids"]
+        for index, ids in enumerate(batch, start=begin):
+            whole = [*ids, tokenizer.eos_token_id]
+            for first in range(0, len(whole) - 1, max_length - 1):
+                pieces.append(Encoded(whole[first : first + max_length], None, index))
     return pieces

@@ -24,6 +24,7 @@ from loopos.data.conversations import ASSISTANT, Conversation, Message
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import PieceTokenizer
 from loopos.data.record import BadRows
+from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_parts import Part, TrainOn, before_answer, parts_of
 from loopos.data.supervised_rows import Completion, Example, PlainText
@@ -31,6 +32,7 @@ from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
 from loopos.data.tokens import Encoded, length_spread
 
 OverLength: TypeAlias = Literal["drop", "cut", "error"]
+OVER_HINT = 'raise training.max_length, or set data.over_length to "drop" or "cut"'
 OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
 CHUNK = 1024
 """Examples that are rendered and tokenised at a time."""
@@ -121,12 +123,15 @@ def encode_supervised(
     over: list[Fault] = []
     for first in range(0, len(examples), CHUNK):
         parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
-        encoded = encoder.encode([[part.piece for part in row] for row in parts])
-        for place, row_parts, pieces in zip(places, parts, encoded, strict=True):
+        whole = [[part.piece for part in row] for row in parts]
+        bounded = [encoder.bounded(row, max_length) for row in whole]
+        shortened = [short is not row for short, row in zip(bounded, whole, strict=True)]
+        encoded = encoder.encode(bounded)
+        for place, row_parts, pieces, is_short in zip(places, parts, encoded, shortened, strict=True):
             row = _joined(row_parts, pieces, place)
             length = len(row.ids)
             if max_length is not None and length > max_length:
-                over.append(_over_fault(examples[place], length, max_length))
+                over.append(over_fault(examples[place].row, length, max_length, OVER_HINT, at_least=is_short))
                 if over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
@@ -236,10 +241,10 @@ def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
     report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
 
 
-def _over_fault(example: Example, length: int, max_length: int) -> Fault:
-    row = example.row
-    hint = 'raise training.max_length, or set data.over_length to "drop" or "cut"'
-    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)
+def over_fault(row: Row, length: int, max_length: int, hint: str, *, at_least: bool) -> Fault:
+    """The fault of an example that is too long; at_least: its end was never tokenised."""
+    given = f"{'at least ' if at_least else ''}{length} tokens"
+    return Fault(row.place, row.line, None, "row", given, f"at most {max_length} (max_length)", hint)
 
 
 def check_over(
