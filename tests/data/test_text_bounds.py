@@ -113,9 +113,17 @@ def test_what_cannot_be_shown_to_be_equal_is_not_cut(tokenizers: dict[str, Any])
     assert not TextBound(PreTrainedTokenizerFast(tokenizer_object=joined)).is_safe
 
 
-@pytest.mark.parametrize("name", ["bpe", "wordpiece"])
-@pytest.mark.parametrize("pair", [None, "short", "long", "longer"])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("name", "pair", "side"),
+    [
+        ("bpe", None, "right"),
+        ("bpe", None, "left"),
+        ("wordpiece", None, "right"),
+        ("wordpiece", "short", "right"),
+        ("wordpiece", "long", "right"),
+        ("bpe", "longer", "right"),
+    ],
+)
 def test_labelled_rows_are_those_of_the_tokenizer(
     name: str, pair: str | None, side: str, tokenizers: dict[str, Any]
 ) -> None:

@@ -14,7 +14,17 @@ import typer
 
 import loopos
 from loopos.cli import cluster_commands, deploy_commands, export_commands, language_commands
-from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
+from loopos.cli.option_types import (
+    Columns,
+    Config,
+    Device,
+    Encoding,
+    Json,
+    Overrides,
+    RunFolder,
+    TrustRemoteCode,
+    Verbose,
+)
 from loopos.cli.outcome import Commands
 
 app = typer.Typer(
@@ -190,12 +200,13 @@ def data_check(
         str, typer.Argument(metavar="FILE", help="File, folder, glob or hub id of rows.", show_default=False)
     ],
     columns: Columns = None,
+    encoding: Encoding = None,
     json: Json = False,
 ) -> None:
     """Read a data file as training would, and report what is in it and what is wrong with it."""
     from loopos.cli.rows import data_check as command
 
-    raise typer.Exit(command.run(source, columns or [], as_json=json))
+    raise typer.Exit(command.run(source, columns or [], encoding=encoding, as_json=json))
 
 
 @data_app.command("preview")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from loopos.data.conversations import ASSISTANT, Message, messages_of, with_system
-from loopos.data.preference_formats import PreferenceFormat, detect
+from loopos.data.preference_formats import NAMES, PreferenceFormat, detect
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
-from loopos.data.rows import Row, RowReader
+from loopos.data.rows import Lines, Row, RowReader
 from loopos.data.templates import num_shared
 from loopos.data.values import kind_name
 
@@ -26,6 +26,8 @@ Words: TypeAlias = tuple[Message, ...] | str
 """Messages for the chat template, or a text that no template touches."""
 
 REPEATED = "same prompt again"
+PROMPT_LINES = Lines("prompt", frozenset().union(*(names for tiers in NAMES.values() for names in tiers)))
+"""A .txt file of prompts, one a line."""
 SAME_RESPONSES = "the two responses are the same"
 _ASSISTANT_MARK = "Assistant:"
 _UP_TO_LAST_BLANK = re.compile(r".*\S(?=\s)", re.DOTALL)
@@ -52,11 +54,7 @@ def read_prompts(
     """
 
     def from_row(row: Row, form: PreferenceFormat) -> Prompt | Unusable:
-        fields = RowFields(row, form.columns)
-        words = _words_of(fields, form, as_text)
-        if words is None or fields.problems:
-            return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
-        return Prompt(words, row)
+        return prompt_of(row, form, as_text=as_text)
 
     found: tuple[list[Prompt], PreferenceFormat, FormatReport]
     found = read_examples(
@@ -70,6 +68,15 @@ def read_prompts(
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
     told = stands_as_is([prompt.prompt for prompt in kept.values()])
     return list(kept.values()), replace(report, used=len(kept), dropped=dropped, said=(*report.said, *told))
+
+
+def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:
+    """The prompt of one row, or why it has none; `as_text` as for `read_prompts`."""
+    fields = RowFields(row, form.columns)
+    words = _words_of(fields, form, as_text)
+    if words is None or fields.problems:
+        return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+    return Prompt(words, row)
 
 
 def stands_as_is(prompts: Sequence[Words]) -> list[str]:

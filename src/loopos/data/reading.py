@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeVar
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
 from loopos.data.decoding import TextRules
-from loopos.data.rows import Row, RowReader
+from loopos.data.rows import Lines, Row, RowReader
 
 UNREADABLE = "unreadable row"
 
@@ -87,8 +87,8 @@ def account(report: FormatReport) -> str:
     return f"{report.read} rows read, {report.used} used{dropped}"
 
 
-def opened(data: SourceKeys, source: str, split: str) -> RowReader:
-    """The rows of a source, read as the config says. Raises as `rows.read`."""
+def opened(data: SourceKeys, source: str, split: str, lines: Lines | None = None) -> RowReader:
+    """The rows of a source, read as the config says; `lines` as for `rows.read`. Raises as `rows.read`."""
     return rows.read(
         source,
         split=split,
@@ -97,6 +97,7 @@ def opened(data: SourceKeys, source: str, split: str) -> RowReader:
         max_rows=data.max_rows,
         on_bad_row=data.on_bad_row,
         rules=text_rules(data),
+        lines=lines,
     )
 
 

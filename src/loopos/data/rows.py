@@ -48,6 +48,16 @@ class Row:
         return self.source if self.line is not None else f"{self.source} (row {self.index})"
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A .txt file that is plain text, or whose header names none of `unless`, is read as one row a line, with the line
+    in `column`.
+    """
+
+    column: str
+    unless: frozenset[str]
+
+
 class RowReader:
     """An iterable of the rows of one source; each pass reads anew and fills a new `report`.
 
@@ -66,11 +76,13 @@ class RowReader:
         max_rows: int | None,
         on_bad_row: Literal["error", "skip"],
         rules: TextRules = PLAIN_RULES,
+        lines: Lines | None = None,
     ) -> None:
         assert on_bad_row in ("error", "skip"), on_bad_row
         assert max_rows is None or max_rows > 0, max_rows
         self.location, self.columns, self.split, self.subset, self.rules = location, columns, split, subset, rules
         self.streaming, self.max_rows, self.on_bad_row = streaming, max_rows, on_bad_row
+        self.lines = lines
         self.report = self._new_report()
 
     def __iter__(self) -> Iterator[Row]:
@@ -127,7 +139,7 @@ class RowReader:
         match self.location.kind:
             case "files":
                 for path, file_format in self.location.files:
-                    yield path, _file_records(path, file_format, columns, self.rules, report)
+                    yield path, _file_records(path, file_format, columns, self.rules, self.lines, report)
             case "saved":
                 yield name, saved_records(name, self.split, columns, report)
             case "hub":
@@ -150,6 +162,7 @@ def read(
     max_rows: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     rules: TextRules = PLAIN_RULES,
+    lines: Lines | None = None,
 ) -> RowReader:
     """Opens a source of rows.
 
@@ -162,6 +175,7 @@ def read(
         max_rows: rows read at most, bad ones included.
         on_bad_row: "error" raises at the end of a pass that met one; "skip" counts them in `report`.
         rules: the encoding and the bounds of text files.
+        lines: how a .txt file that is no table is read; a fault when absent.
     Raises:
         DataError: nothing there or nothing readable, now or while iterating; bad rows as `BadRows`, a `DataError` too.
         EnvironmentFault: a package that the format needs is not installed.
@@ -175,17 +189,28 @@ def read(
         max_rows=max_rows,
         on_bad_row=on_bad_row,
         rules=rules,
+        lines=lines,
     )
 
 
 def _file_records(
-    path: str, file_format: FileFormat, columns: Sequence[str] | None, rules: TextRules, report: ReadReport
+    path: str,
+    file_format: FileFormat,
+    columns: Sequence[str] | None,
+    rules: TextRules,
+    plain: Lines | None,
+    report: ReadReport,
 ) -> Records:
     delimiter = "\t" if file_format == "tsv" else ","
     chosen: str = file_format
     if file_format == "txt":
         with closing(read_lines(path, rules)) as lines:
-            chosen, delimiter = sniff.sniff(list(itertools.islice(lines, sniff.SAMPLE_LINES)), path)
+            first = list(itertools.islice(lines, sniff.SAMPLE_LINES))
+        if plain is not None and sniff.is_lines(first, path, plain.unless):
+            report.say(f"{path}: read as one {plain.column} a line")
+            yield from _line_records(read_lines(path, rules), plain.column, report)
+            return
+        chosen, delimiter = sniff.sniff(first, path)
         report.say(f"{path}: read as {sniff.describe(chosen, delimiter)}, by its content")
     match chosen:
         case "csv" | "tsv":
@@ -204,6 +229,15 @@ def _file_records(
             yield from arrow_records(path, columns, report)
         case "xlsx":
             yield from spreadsheet_records(path, rules, report)
+
+
+def _line_records(lines: Iterator[tuple[int, str]], column: str, report: ReadReport) -> Records:
+    """One row for each line that is not blank."""
+    for number, line in lines:
+        if line.strip():
+            yield Record(number, {column: line.rstrip("\r")})
+        else:
+            report.blank_lines += 1
 
 
 def _json_records(path: str, rules: TextRules, report: ReadReport) -> Records:

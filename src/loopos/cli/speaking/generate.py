@@ -94,7 +94,7 @@ def run(place: str, options: GenerateOptions) -> int:
     if not _is_for_scripts(options):
         from loopos.cli.speaking.trace import blocks
 
-        say(blocks([each.text for each in asked], texts))
+        write(blocks([each.text for each in asked], texts) + "\n")
         return 0
     lines = json_lines(records)
     if options.output is None:
@@ -202,7 +202,8 @@ def generated(
     prompts = [reasoner.prompt(each.problem) for each in asked]
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
     completions = reasoner.engine.generate(prompts, settings, n=number)
-    records = [_numbered(completion_record(asked[c.prompt_index].text, c), c.sample_index, number) for c in completions]
+    recorded = [each.recorded for each in asked]
+    records = [_numbered(completion_record(recorded[c.prompt_index], c), c.sample_index, number) for c in completions]
     texts = [[c.text for c in completions[first : first + number]] for first in range(0, len(completions), number)]
     return records, texts
 
@@ -221,13 +222,13 @@ def _reasoned(
             chosen = answered.chains[answered.chosen or 0]
             told = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
             texts.append([f"{told}\n({confidence_said(answered)})"])
-        records = [answered_record(each.text, one, marks) for each, one in zip(asked, found, strict=True)]
+        records = [answered_record(each.recorded, one, marks) for each, one in zip(asked, found, strict=True)]
         return records, texts
     prompts = [reasoner.prompt(problem) for problem in problems]
     found = reasoner.sample(prompts, settings, n=options.samples, limits=limits)
     records, texts = [], []
     for each, answered in zip(asked, found, strict=True):
-        lines = [chain_record(each.text, chain, marks) for chain in answered.chains]
+        lines = [chain_record(each.recorded, chain, marks) for chain in answered.chains]
         records += [_numbered(line, number, options.samples) for number, line in enumerate(lines)]
         texts.append([described(chain, marks) if options.steps else chain.text for chain in answered.chains])
     return records, texts
@@ -245,7 +246,7 @@ def _beams(
     records = [
         _numbered(
             {
-                "prompt": each.text,
+                "prompt": each.recorded,
                 "text": beam.text,
                 "logprob": beam.score * len(beam.token_ids) ** settings.length_penalty,
                 "finish_reason": "stop token" if beam.token_ids[-1] in ends else "length",
