@@ -194,9 +194,9 @@ def _tokenised(
         # A piece's ids depend on whether it opens a text, not on what stands before it: one prompt serves all.
         whole = [[piece for group in groups for piece in group] for _, groups in found]
         bounded = [encoder.bounded(row, report.max_length) for row in whole]
-        for (place, groups), row, short, pieces in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
+        for (place, groups), uncut, short, pieces in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
             ids = iter(pieces)
-            yield place, [[token for _ in group for token in next(ids)] for group in groups], short is not row
+            yield place, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
 
 
 def _groups(prompt: Words, responses: Sequence[Words], template: ChatTemplate) -> list[list[Piece]]:

@@ -179,7 +179,7 @@ def _note_schema(schema: pyarrow.Schema, path: str, columns: Sequence[str] | Non
 def _damage(path: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
-    except (*errors, RecursionError) as error:
+    except (RecursionError, *errors) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise file_error(
             path,

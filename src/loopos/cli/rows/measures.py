@@ -18,6 +18,7 @@ from loopos.data.near_duplicates import near_duplicates
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt, Words, told
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
+from loopos.data.rows import Row
 from loopos.data.supervised_rows import Completion, PlainText
 
 Range = dict[str, float]
@@ -80,7 +81,7 @@ def ranges(examples: Sequence[Any]) -> dict[str, Range]:
 def counts(examples: Sequence[Any]) -> dict[str, float]:
     """What is counted over examples of one kind, by name."""
     first = examples[0]
-    prompts = {"different prompts": len({key_of_prompt(each) for each in examples})}
+    prompts: dict[str, float] = {"different prompts": len({key_of_prompt(each) for each in examples})}
     if isinstance(first, Comparison):
         pairs = [(each, pair) for each in examples for pair in each.pairs]
         decided = [(each, pair) for each, pair in pairs if pair.probability != 0.5]
@@ -146,7 +147,7 @@ def place_of(example: Any) -> int | None:
     """The line of an example, or its number where its file has no lines."""
     if isinstance(example, str):
         return None
-    row = example.row
+    row: Row = example.row
     return row.line if row.line is not None else row.index
 
 
