@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from loopos.cli.speaking.prompts import read_prompts
-from loopos.config.ppo import PpoConfig
-from loopos.config.preferences import PreferenceTextSection
+from loopos.config.faults import DataError
+from loopos.config.ppo_sections import PpoDataSection
+from loopos.config.reward_model import PreferenceDataSection
 from loopos.data.conversations import Message
-from loopos.data.preference_data import load_prompts
+from loopos.data.preference_data import load_comparisons, load_prompts
 from loopos.data.prompts import told
 from tests.cli.conftest import Invoke, write_jsonl
 
@@ -58,9 +59,7 @@ def _write(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_ppo_reads_them(name: str, tmp_path: Path) -> None:
-    section = PreferenceTextSection.model_validate(
-        {"pretrained_weights": "new", "output_dir": "run", "validation_share": 0}
-    )
+    section = PpoDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", "validation_share": 0})
     found = load_prompts(section, str(_write(tmp_path, name)), seed=1)
     assert [told(each.prompt) for each in found.train] == EXPECTED.get(name, ASKED)
     if name.startswith("lines"):
@@ -76,7 +75,7 @@ def test_generate_and_winrate_read_them(name: str, tmp_path: Path) -> None:
 
 def test_blank_lines_between_prompts_are_counted_by_ppo(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\nWrite a poem.\n\n\nTell a joke.\n")
-    section = PreferenceTextSection.model_validate({"pretrained_weights": "new", "output_dir": "run"})
+    section = PpoDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run"})
     found = load_prompts(section, str(tmp_path / "a.txt"), seed=1)
     assert sorted(each.row.line for each in [*found.train, *found.validation]) == [2, 5]
 
@@ -107,11 +106,8 @@ def test_what_generate_writes_is_asked_again_as_it_was(invoke: Invoke, language_
     ]
 
 
-def test_a_file_of_lines_is_a_valid_key_of_ppo(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("Write a poem.\n")
-    section = PpoConfig.model_fields["data"].annotation
-    assert section is not None
-    data = section.model_validate(
-        {"pretrained_weights": "new", "prompts": str(tmp_path / "prompts.txt"), "output_dir": str(tmp_path / "run")}
-    )
-    assert data.source == str(tmp_path / "prompts.txt")
+def test_methods_without_prompts_refuse_plain_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Write a poem, please.\nTell a joke.\n")
+    section = PreferenceDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run"})
+    with pytest.raises(DataError, match="plain text"):
+        load_comparisons(section, str(tmp_path / "a.txt"), seed=1)

@@ -196,6 +196,9 @@ class TrainingSection(Section):
 class ReadingSection(Section):
     """How files of rows are read, whatever they hold, and how validation rows are split off."""
 
+    plain_lines: ClassVar[str | None] = None
+    """The role of a line where a .txt file that is no table has one row a line; None where it is refused."""
+
     encoding: Text | None = Field(
         default=None,
         description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.preference_tokens import EncodedComparison, PreferenceReport, encode_comparisons, encode_prompts
 from loopos.data.preferences import Comparison, read_comparisons
-from loopos.data.prompts import PROMPT_LINES, Prompt, read_prompts, told
+from loopos.data.prompts import Prompt, read_prompts, told
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, told_repeats
-from loopos.data.rows import Lines, RowReader
+from loopos.data.rows import RowReader
 from loopos.data.split import split_off
 from loopos.data.templates import ChatTemplate
 
@@ -48,12 +48,10 @@ def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> 
 
 def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
     """`load_comparisons` for the prompts that a policy answers."""
-    return _load(data, source, read_prompts, seed=seed, lines=PROMPT_LINES)
+    return _load(data, source, read_prompts, seed=seed)
 
 
-def _load(
-    data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int, lines: Lines | None = None
-) -> PreferenceData[ExampleT]:
+def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:
     columns: Mapping[str, str] = {str(role): column for role, column in data.columns.items()}
 
     def examples(reader: RowReader) -> tuple[list[ExampleT], FormatReport]:
@@ -61,12 +59,12 @@ def _load(
 
     train: list[ExampleT]
     report: FormatReport
-    train, report = examples(opened(data, source, data.training_split, lines))
+    train, report = examples(opened(data, source, data.training_split))
     said, reports = [*report.said, account(report)], [report]
     validation: list[ExampleT] = []
     own = validation_source(data, source)
     if own is not None:
-        validation, validation_report = examples(opened(data, *own, lines))
+        validation, validation_report = examples(opened(data, *own))
         said.append(f"validation: {own[0]}, {account(validation_report)}")
         reports.append(validation_report)
     elif data.validation_share > 0:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from loopos.data.conversations import ASSISTANT, Message, messages_of, with_system
-from loopos.data.preference_formats import NAMES, PreferenceFormat, detect
+from loopos.data.preference_formats import PreferenceFormat, detect
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
-from loopos.data.rows import Lines, Row, RowReader
+from loopos.data.rows import Row, RowReader
 from loopos.data.templates import num_shared
 from loopos.data.values import kind_name
 
@@ -26,8 +26,6 @@ Words: TypeAlias = tuple[Message, ...] | str
 """Messages for the chat template, or a text that no template touches."""
 
 REPEATED = "same prompt again"
-PROMPT_LINES = Lines("prompt", frozenset().union(*(names for tiers in NAMES.values() for names in tiers)))
-"""A .txt file of prompts, one a line."""
 SAME_RESPONSES = "the two responses are the same"
 _ASSISTANT_MARK = "Assistant:"
 _UP_TO_LAST_BLANK = re.compile(r".*\S(?=\s)", re.DOTALL)

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
 from loopos.data.decoding import TextRules
+from loopos.data.preference_formats import NAMES
 from loopos.data.rows import Lines, Row, RowReader
 
 UNREADABLE = "unreadable row"
+_KNOWN_NAMES = frozenset().union(*(names for tiers in NAMES.values() for names in tiers))
+"""What a column of prompts or preferences may be called: a table with none of them is a text with commas."""
 
 
 class SourceKeys(Protocol):
@@ -37,6 +40,9 @@ class SourceKeys(Protocol):
     def max_rows(self) -> int | None: ...
     @property
     def on_bad_row(self) -> Literal["error", "skip"]: ...
+
+    plain_lines: ClassVar[str | None]
+
     @property
     def encoding(self) -> str | None: ...
     @property
@@ -87,8 +93,8 @@ def account(report: FormatReport) -> str:
     return f"{report.read} rows read, {report.used} used{dropped}"
 
 
-def opened(data: SourceKeys, source: str, split: str, lines: Lines | None = None) -> RowReader:
-    """The rows of a source, read as the config says; `lines` as for `rows.read`. Raises as `rows.read`."""
+def opened(data: SourceKeys, source: str, split: str) -> RowReader:
+    """The rows of a source, read as the config says. Raises as `rows.read`."""
     return rows.read(
         source,
         split=split,
@@ -97,7 +103,7 @@ def opened(data: SourceKeys, source: str, split: str, lines: Lines | None = None
         max_rows=data.max_rows,
         on_bad_row=data.on_bad_row,
         rules=text_rules(data),
-        lines=lines,
+        lines=Lines(data.plain_lines, _KNOWN_NAMES) if data.plain_lines is not None else None,
     )
 
 
