@@ -42,7 +42,7 @@ def test_near_and_far(one: str, other: str, expected: bool) -> None:
 def test_it_finds_what_comparing_all_finds() -> None:
     draw = random.Random(0)
     texts = []
-    for number in range(300):
+    for number in range(80):
         words = [word for sentence in draw.sample(SENTENCES, 3) for word in sentence.split()]
         texts.append(" ".join(words))
         if number % 5 == 0:
@@ -53,7 +53,7 @@ def test_it_finds_what_comparing_all_finds() -> None:
     found = near_duplicates(texts).pairs
     assert all(likeness[pair] >= near.NEAR for pair in found)
     # A text that is near only one which itself has an earlier twin may go unseen; most do not.
-    assert 50 < 0.9 * len(expected) <= len(found) <= len(expected)
+    assert 12 < 0.9 * len(expected) <= len(found) <= len(expected)
 
 
 def test_its_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def is_text_encoding(name: str) -> bool:
     """Whether Python decodes text by this name: an alphabet, no transformation such as base64 or punycode."""
     try:
         found = codecs.lookup(name)
-        return found.name not in _NO_ALPHABETS and isinstance("a".encode(name), bytes)
+        return found.name.replace("-", "_") not in _NO_ALPHABETS and isinstance("a".encode(name), bytes)
     except (LookupError, UnicodeError, ValueError):
         return False
 

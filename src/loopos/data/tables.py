@@ -177,9 +177,10 @@ def _note_schema(schema: pyarrow.Schema, path: str, columns: Sequence[str] | Non
 
 @contextmanager
 def _damage(path: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    caught: tuple[type[Exception], ...] = (*errors, RecursionError)
     try:
         yield
-    except (RecursionError, *errors) as error:
+    except caught as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise file_error(
             path,
