@@ -167,9 +167,11 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
 
 
 def check_reading(
-    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str]], encoding: str | None
+    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]], encoding: str | None
 ) -> Iterator[Finding]:
-    """A stream without an end, a column in two roles, an encoding that is not known; columns: (role, column)."""
+    """A stream without an end, a column in two roles, an encoding that is not known; columns: (role, column), None for
+    no column.
+    """
     if encoding is not None and not is_text_encoding(encoding):
         wanted = 'the name of a text encoding, such as "utf-8", "cp1252" or "shift_jis"'
         yield Finding(("data.encoding",), f'"{encoding}"', wanted)
@@ -181,7 +183,8 @@ def check_reading(
         if column in roles:
             given = f'"{column}", which is {roles[column]} already'
             yield Finding((f"data.columns.{role}",), given, "a column for one role")
-        roles[column] = role
+        if column is not None:
+            roles[column] = role
 
 
 def is_text_encoding(name: str) -> bool:

@@ -7,13 +7,14 @@ Enters: the `data` section of a method that learns from preferences. Leaves: tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.preferences import PreferenceTextSection
+from loopos.data.format_detection import Overrides
 from loopos.data.preference_tokens import EncodedComparison, PreferenceReport, encode_comparisons, encode_prompts
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts, told
@@ -52,7 +53,7 @@ def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> Pref
 
 
 def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:
-    columns: Mapping[str, str] = {str(role): column for role, column in data.columns.items()}
+    columns: Overrides = {str(role): column for role, column in data.columns.items()}
 
     def examples(reader: RowReader) -> tuple[list[ExampleT], FormatReport]:
         return read(reader, columns, as_text=data.chat_template == "none")
@@ -76,6 +77,13 @@ def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, se
     return PreferenceData(train, validation, said, reports)
 
 
+class Origin(NamedTuple):
+    """What a prompt was made from: its `text` as the file has it, and the file and line."""
+
+    text: str
+    place: str
+
+
 class PreferenceEncoder:
     """Makes the tokens of comparisons and prompts as a config says: by which template, how long."""
 
@@ -87,7 +95,7 @@ class PreferenceEncoder:
         # "none" leaves strings as they stand; messages still need a template, the tokenizer's own.
         chosen = "auto" if data.chat_template == "none" else data.chat_template
         self.template = ChatTemplate(tokenizer, chosen)
-        self.words: dict[tuple[int, ...], str] = {}
+        self.words: dict[tuple[int, ...], Origin] = {}
         """What was asked, by the ids of each prompt that was tokenised."""
 
     def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
@@ -115,5 +123,6 @@ class PreferenceEncoder:
             max_dropped_share=data.max_dropped_share,
             on_bad_row=data.on_bad_row,
         )
-        self.words |= {tuple(row): told(examples[place].prompt) for row, place in zip(ids, report.places, strict=True)}
+        for tokens, place in zip(ids, report.places, strict=True):
+            self.words[tuple(tokens)] = Origin(told(examples[place].prompt), examples[place].row.where)
         return ids, report

@@ -27,6 +27,7 @@ from loopos.data.kinds import Kind, kind_of, read_kind
 from loopos.data.label_space import key_of, members_of
 from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.plain_text import is_plain_text
+from loopos.data.reading import left_out
 from loopos.data.record import MAXIMUM_FAULTS
 from loopos.data.rows import RowReader, read
 
@@ -109,6 +110,7 @@ def check(source: str, columns: Mapping[str, str], rules: TextRules) -> Findings
         return found
     found.rows, found.used, found.said = report.read, report.used, list(report.said)
     found.said += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
+    found.said += left_out(report)
     found.add_faults(reader.report.faults, reader.report.num_faults)
     _measure(found, examples, "text" if isinstance(examples[0], Labelled) else "prompt")
     if kind.family == "labelled":

@@ -13,11 +13,12 @@ from loopos.cli.measuring.predict import read_texts
 from loopos.cli.outcome import note
 from loopos.config.faults import DataError, UserError
 from loopos.data import preference_formats, rows
-from loopos.data.conversations import ASSISTANT, Conversation, Message
+from loopos.data.context import with_context
+from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.preference_formats import PreferenceFormat
-from loopos.data.prompts import Words, prompt_key, prompt_of
-from loopos.data.reading import Unusable, read_examples
+from loopos.data.prompts import Prompt, Words, prompt_key, prompt_of
+from loopos.data.reading import FormatReport, Unusable, left_out, read_examples
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
@@ -33,12 +34,14 @@ class Asked:
     """`text`: for people. `problem`: the messages that the template renders, or a text that is continued as it is."""
 
     text: str
-    problem: tuple[Message, ...] | Completion
+    problem: tuple[Message, ...] | Question | Completion
 
     @property
     def words(self) -> Words:
         """The messages, or the text that is continued."""
-        return self.problem.prompt if isinstance(self.problem, Completion) else self.problem
+        if isinstance(self.problem, Completion):
+            return self.problem.prompt
+        return self.problem.messages if isinstance(self.problem, Question) else self.problem
 
     @property
     def recorded(self) -> str | list[dict[str, object]]:
@@ -56,10 +59,20 @@ class Asked:
         """The same after the system's words. Raises `UserError` where it has others, or no messages."""
         if system is None:
             return self
-        if isinstance(self.problem, Completion) or (self.problem and self.problem[0].role in _SYSTEM):
-            why = "is no message" if isinstance(self.problem, Completion) else "has a system message of its own"
+        messages = self.messages
+        if messages is None or (messages and messages[0].role in _SYSTEM):
+            why = "is no message" if messages is None else "has a system message of its own"
             raise UserError(f"--system: the prompt {self.text[:60]!r} {why}; leave out --system")
-        return replace(self, problem=(Message("system", system), *self.problem))
+        messages = (Message("system", system), *messages)
+        problem = replace(self.problem, messages=messages) if isinstance(self.problem, Question) else messages
+        return replace(self, problem=problem)
+
+    @property
+    def messages(self) -> tuple[Message, ...] | None:
+        """The messages that are asked; None for a text that is continued as it is."""
+        if isinstance(self.problem, Completion):
+            return None
+        return self.problem.messages if isinstance(self.problem, Question) else self.problem
 
 
 def of_text(text: str, place: int, *, raw: bool) -> Asked:
@@ -83,15 +96,17 @@ def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool) -> list[
     def from_row(row: Row, form: SupervisedFormat | PreferenceFormat) -> Asked | Unusable:
         if isinstance(form, PreferenceFormat):
             found = prompt_of(row, form, as_text=raw)
-            return found if isinstance(found, Unusable) else of_words(found.prompt, row)
+            return found if isinstance(found, Unusable) else of_prompt(found)
         fields = RowFields(row, form.columns)
         asked = _asked(fields, form, raw=raw)
         return asked if asked is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
 
-    found: tuple[list[Asked], SupervisedFormat | PreferenceFormat, object]
+    found: tuple[list[Asked], SupervisedFormat | PreferenceFormat, FormatReport]
     reader = rows.read(source)
     found = read_examples(reader, lambda names, place: _detect(names, columns, place), from_row)
-    asked, form, _ = found
+    asked, form, report = found
+    for sentence in left_out(report):
+        note(f"{source}: {sentence}")
     if not isinstance(form, PreferenceFormat) or (form.kind == "prompts" and not is_sampled(reader)):
         return asked
     distinct: dict[str, Asked] = {}
@@ -102,11 +117,12 @@ def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool) -> list[
     return list(distinct.values())
 
 
-def of_words(words: Words, row: Row) -> Asked:
+def of_prompt(prompt: Prompt) -> Asked:
     """The prompt that a row of prompts or comparisons holds."""
+    words = prompt.prompt
     if isinstance(words, str):
-        return Asked(words, Completion(words, "", row))
-    return Asked(words[-1].content, words)
+        return Asked(words, Completion(words, "", prompt.row))
+    return Asked(words[-1].content, Question(words, prompt.tools) if prompt.tools else words)
 
 
 def is_sampled(reader: RowReader) -> bool:
@@ -138,7 +154,7 @@ def _detect(names: Sequence[str], columns: Mapping[str, str], source: str) -> Su
 def _asked(fields: RowFields, form: SupervisedFormat, *, raw: bool) -> Asked | None:
     """What a row asks; None, with `fields.problems` filled, where it asks nothing."""
     if form.kind in ("demonstrations", "text"):
-        text = fields.text("problem" if form.kind == "demonstrations" else "text")
+        text = with_context(fields, "problem") if form.kind == "demonstrations" else fields.text("text")
         system = fields.optional_text("system")
         if fields.problems:
             return None
@@ -150,9 +166,11 @@ def _asked(fields: RowFields, form: SupervisedFormat, *, raw: bool) -> Asked | N
     match example:
         case Completion(prompt=text):
             return Asked(text, example)
-        case Conversation(messages=messages):
+        case Conversation(messages=messages, tools=tools):
             last = max(place for place, message in enumerate(messages) if message.role == ASSISTANT)
             asked_messages = messages[:last]
+            if tools:
+                return Asked(asked_messages[-1].content if asked_messages else "", Question(asked_messages, tools))
         case Demonstration():
             asked_messages = tuple(before_answer(example))
         case _:
