@@ -60,7 +60,14 @@ def test_show_keeps_to_what_is_not_at_its_default(trained: Any, project: Path, i
     assert lines[0].endswith("finished all 2 epochs")
     settings = {line.split()[0] for line in lines if line.startswith("  ") and "." in line.split()[0]}
     assert {name for name in settings if not name.startswith("data.")} == {
-        *("computation.method", "computation.mode", "model.num_classes", "training.batch_size", "training.device"),
+        *(
+            "computation.method",
+            "computation.mode",
+            "model.num_classes",
+            "model.pooling",
+            "training.batch_size",
+            "training.device",
+        ),
         *("training.learning_rate", "training.num_epochs", "training.optimizer", "training.precision"),
     }
     # The validation stands on a screen of 24 lines; nothing is there twice.

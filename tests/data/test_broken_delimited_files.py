@@ -105,7 +105,7 @@ CASES = [
     Case("latin-1", "a.csv", "text,label\ngood,pos\ncafé,neg\n".encode("latin-1"), 3, "encoding", "byte offset 23", 4),
     Case("latin-1 header", "a.csv", "téxt,label\na,b\n".encode("latin-1"), 1, "encoding", "byte 0xe9", 2),
     Case("cut character", "a.csv", "text,label\ngood é".encode()[:-1], 2, "encoding", "byte offset 16", 6),
-    Case("windows quotes", "a.jsonl", b'{"text": "\x93hi\x94", "label": 1}\n', 1, "encoding", "iconv", 11),
+    Case("windows quotes", "a.jsonl", b'{"text": "\x93hi\x94", "label": 1}\n', 1, "encoding", "data.encoding", 11),
     Case("after a mark", "a.csv", b"\xef\xbb\xbftext,label\n\xff,b\n", 2, "encoding", "byte offset 14", 1),
     Case("UTF-16 unmarked", "a.csv", GOOD.encode("utf-16-le"), 1, "encoding", "UTF-16 without"),
     Case("UTF-16 big unmarked", "a.csv", GOOD.encode("utf-16-be"), 1, "encoding", "UTF-16 without"),
@@ -133,7 +133,8 @@ CASES = [
     Case("bad row in zstd", "a.tsv.zst", zstandard.compress(b"text\tlabel\nbad\n"), 2, "label", "1 cell"),
     Case("latin-1 in gzip", "a.csv.gz", gzip.compress(b"text,label\n\xe9,b\n"), 2, "encoding", "byte offset 11"),
     # File names
-    Case("xlsx", "a.xlsx", b"PK", None, "file name", "'.xlsx'"),
+    Case("xls", "a.xls", b"PK", None, "file name", "'.xls'"),
+    Case("xlsx cut off", "a.xlsx", b"PK", None, "xlsx", "not a zip file"),
     Case("no suffix", "data", GOOD, None, "file name", "without a suffix"),
     Case("gz alone", "a.gz", GZ, None, "file name", "'.gz'"),
     Case("parquet gz", "a.parquet.gz", GZ, None, "file name", "'.parquet.gz'"),

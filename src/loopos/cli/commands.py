@@ -18,6 +18,7 @@ from loopos.cli.option_types import (
     Columns,
     Config,
     Device,
+    Encoding,
     Json,
     Overrides,
     RunFolder,
@@ -218,12 +219,13 @@ def data_check(
         ),
     ],
     columns: Columns = None,
+    encoding: Encoding = None,
     json: Json = False,
 ) -> None:
     """Read a data file as training would, and report what is in it and what is wrong with it."""
     from loopos.cli.rows import data_check as command
 
-    raise typer.Exit(command.run(source, columns or [], as_json=json))
+    raise typer.Exit(command.run(source, columns or [], encoding=encoding, as_json=json))
 
 
 @data_app.command("preview")

@@ -43,6 +43,15 @@ Columns = Annotated[
         help="Column of a role (text, text_pair, label; problem, reasoning, answer, messages ...); may be repeated.",
     ),
 ]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        "--encoding",
+        metavar="NAME",
+        help="Encoding of text files, such as cp1252; UTF-8 when absent.",
+        show_default=False,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages and bars of the libraries below too.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model from a hub run its own Python code, in this run.")

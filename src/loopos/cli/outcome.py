@@ -8,6 +8,7 @@ its traceback.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -16,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loopos.cli.wording import refuse_keys_as_options, wording_of
-from loopos.config.faults import UserError, Wording
+from loopos.config.faults import UserError, Wording, printable
 
 INTERRUPTED = 130
 # 128 + 13: what a shell reports of a program that SIGPIPE ended.
@@ -58,6 +59,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command; turns its errors into an exit code."""
+        _take_any_text()
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -81,6 +83,12 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+def _take_any_text() -> None:
+    """What the terminal's encoding lacks is escaped on standard output, as Python does on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, the CPU's or an accelerator's. torch's errors are told by name and words, so
     that torch need not be imported.
@@ -92,9 +100,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def complain(text: str) -> None:
     """`text` on standard error, in red on a terminal."""
-    typer.secho(text, err=True, fg=typer.colors.RED if sys.stderr.isatty() and "NO_COLOR" not in os.environ else None)
+    typer.secho(
+        printable(text), err=True, fg=typer.colors.RED if sys.stderr.isatty() and "NO_COLOR" not in os.environ else None
+    )
 
 
 def note(text: str) -> None:
     """`text` on standard error: what a person should know, and a script that reads the answer should not meet."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)

@@ -218,7 +218,9 @@ class ChainOfThoughtConfig(MethodConfig):
         yield from checks.check_source(
             {"reasoning_examples": data.reasoning_examples, "training_data": data.training_data}
         )
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
         yield from checks.check_no_head(training)
         yield from _check_step_format(data)
         yield from _check_metrics(self)

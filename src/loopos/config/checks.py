@@ -6,6 +6,7 @@ one method alone (its own config module), files (`paths`).
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -19,6 +20,8 @@ from loopos.config.sections import TrainingSection
 MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
 """Rates above which training only destroys: Adam's step is about the rate in size, whatever the gradient; SGD's is the
 rate times a gradient that is clipped to 1 by default."""
+_NO_ALPHABETS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
+"""Codecs of Python that escape text, or depend on the machine."""
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
 
 
@@ -189,9 +192,14 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
 
 
 def check_reading(
-    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]]
+    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]], encoding: str | None
 ) -> Iterator[Finding]:
-    """A stream without an end, and a column in two roles; columns: (role, column), None for no column."""
+    """A stream without an end, a column in two roles, an encoding that is not known; columns: (role, column), None for
+    no column.
+    """
+    if encoding is not None and not is_text_encoding(encoding):
+        wanted = 'the name of a text encoding, such as "utf-8", "cp1252" or "shift_jis"'
+        yield Finding(("data.encoding",), f'"{encoding}"', wanted)
     if streaming and max_rows is None:
         fields = ("data.streaming", "data.max_rows")
         yield Finding(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
@@ -202,6 +210,15 @@ def check_reading(
             yield Finding((f"data.columns.{role}",), given, "a column for one role")
         if column is not None:
             roles[column] = role
+
+
+def is_text_encoding(name: str) -> bool:
+    """Whether Python decodes text by this name: an alphabet, no transformation such as base64 or punycode."""
+    try:
+        found = codecs.lookup(name)
+        return found.name.replace("-", "_") not in _NO_ALPHABETS and isinstance("a".encode(name), bytes)
+    except (LookupError, UnicodeError, ValueError):
+        return False
 
 
 def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:

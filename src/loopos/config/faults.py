@@ -9,20 +9,27 @@ programming errors (`assert`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_FAULTS_SHOWN = 50
 
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but the line end and the tab, marks that turn the direction of writing around, lone surrogates."""
+
+
 def printable(text: str) -> str:
-    """`text` with every character that no terminal prints (control characters, lone surrogates) escaped."""
-    return "".join(
-        character
-        if character.isprintable() or character == "\n"
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    """`text` with every character escaped that a terminal obeys instead of showing it, or that has no bytes: what
+    labels, names and models' answers hold must not move the cursor or rename the window.
+    """
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def printable_json(text: str) -> str:
+    """JSON of the same value without those characters: they stand inside strings alone, where JSON can escape them."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 @dataclass(frozen=True, slots=True)

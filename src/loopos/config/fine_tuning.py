@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from pydantic import Field
 
@@ -51,17 +50,6 @@ class FineTuningConfig(MethodConfig):
         """Whether validation ever runs."""
         return self.has_validation and self.training.validate_every != "never"
 
-    def with_recorded(self, recorded: Mapping[str, Any]) -> FineTuningConfig:
-        """The config of a run that resumes, with the pooling and the target scaling that the run began with, where the
-        config leaves them to their defaults. recorded: what the run wrote of its config.
-        """
-        section = recorded.get("model", {})
-        # A run that recorded no scaling was of a version that standardized.
-        began = {"pooling": section.get("pooling"), "target_scaling": section.get("target_scaling", "standardize")}
-        given = self.model.model_fields_set
-        kept = {key: value for key, value in began.items() if value is not None and key not in given}
-        return self.model_copy(update={"model": self.model.model_copy(update=kept)})
-
     def check(self) -> Iterator[Finding]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
@@ -73,7 +61,9 @@ class FineTuningConfig(MethodConfig):
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=self.has_validation)
         yield from _check_metrics(self)
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
 
     def check_files(self) -> Iterator[Finding]:
         data = self.data

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from loopos.config.keys import Count, Optimizer, Place, Section, Share, Text
-from loopos.config.sections import SizesSection, TrainingSection
+from loopos.config.keys import Count, Optimizer, Place, Share, Text
+from loopos.config.sections import ReadingSection, SizesSection, TrainingSection
 
 LANGUAGE_METRICS = ("loss", "accuracy")
 """What a language model in training can be judged by: the loss of the trained tokens (nats), and, where answers are
@@ -31,7 +31,7 @@ class LanguageTrainingSection(TrainingSection):
     optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
 
 
-class TextSourceSection(Section):
+class TextSourceSection(ReadingSection):
     """How rows of text are read, and where the run goes."""
 
     validation_data: Place | None = Field(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from loopos.config.faults import Finding
-from loopos.config.source import close_files, close_matches
+from loopos.config.source import close_files, close_matches, special_file
 
 EMBEDDED_WEIGHTS = "smollm2-135m"
 NEW_WEIGHTS = "new"
@@ -107,6 +107,8 @@ def check_rows(field: str, value: str, example: str) -> Iterator[Finding]:
     elif looks_like_path(value, (*DATA_SUFFIXES, *COMPRESSED_SUFFIXES)):
         if not os.path.exists(value):
             yield Finding((field,), _missing(value), _DATA_WANTED, _with_close(value, hint))
+        elif kind := special_file(value):
+            yield Finding((field,), f'"{value}", {kind}', _DATA_WANTED, "write the data into a file first")
         elif not os.access(value, os.R_OK):
             yield Finding((field,), f'"{value}", which may not be read', _DATA_WANTED, "change its permissions")
     elif not is_hub_id(value):

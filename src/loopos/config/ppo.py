@@ -73,7 +73,9 @@ class PpoConfig(MethodConfig):
     def check(self) -> Iterator[Finding]:
         data = self.data
         yield from checks.check_source({"prompts": data.prompts, "training_data": data.training_data})
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
         yield from self.check_training()
 
     def check_training(self) -> Iterator[Finding]:

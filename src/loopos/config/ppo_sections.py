@@ -6,7 +6,7 @@ Enters: plain values. Leaves: frozen sections. Left out: what no single key can 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -154,6 +154,8 @@ class PpoRewardSection(Section):
 
 class PpoDataSection(PreferenceTextSection):
     """Where policy, reward model and prompts come from, how prompts are read, and where the run goes."""
+
+    plain_lines: ClassVar[str | None] = "prompt"
 
     reward_model: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
         default=None,

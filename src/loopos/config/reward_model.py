@@ -95,7 +95,9 @@ class RewardModelConfig(MethodConfig):
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
 
     def check_files(self) -> Iterator[Finding]:
         rows = (EXAMPLE_ROW, EXAMPLE_LINES)

@@ -32,6 +32,9 @@ from loopos.config.keys import (
     Warmup,
 )
 
+MAX_LINE_BYTES = 64 << 20
+MAX_EXPANSION = 200
+
 
 class ComputationSection(Section):
     """Which method runs."""
@@ -215,7 +218,28 @@ class TrainingSection(Section):
     tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
 
 
-class DataSection(Section):
+class ReadingSection(Section):
+    """How files of rows are read, whatever they hold, and how validation rows are split off."""
+
+    plain_lines: ClassVar[str | None] = None
+    """The role of a line where a .txt file that is no table has one row a line; None where it is refused."""
+
+    encoding: Text | None = Field(
+        default=None,
+        description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',
+    )
+    max_line_bytes: Count = Field(default=MAX_LINE_BYTES, description="longest line of a file of rows (bytes)")
+    max_expansion: Count = Field(
+        default=MAX_EXPANSION,
+        description="bytes that a compressed file may unpack to, for each byte of it; the first 64 MiB are free",
+    )
+    split_by: Literal["prompt", "row"] = Field(
+        default="prompt",
+        description="what stays whole when validation rows are split off: all rows of one prompt or text, or each row",
+    )
+
+
+class DataSection(ReadingSection):
     """Where the weights and rows come from, and where the run goes."""
 
     pretrained_weights: Place = Field(

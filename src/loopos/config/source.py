@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,18 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
     return root
 
 
+def special_file(path: str) -> str:
+    """What stands at `path` if it is neither a regular file nor a folder: a pipe, a socket or a device, which nobody
+    may open without waiting for ever. Empty for anything else, and where nothing is.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
+    return next((kind for test, kind in (*kinds, (stat.S_ISBLK, "a device")) if test(mode)), "")
+
+
 def close_matches(name: str, names: Sequence[str], cutoff: float = 0.6) -> list[str]:
     """At most three of `names` that `name` may have meant, best first; letter case is ignored.
 
@@ -176,6 +189,9 @@ def _read_text(name: str) -> str:
     wanted = "a config file (.json, .yaml or .yml)"
     if "\0" in name:
         raise _file_error(name, "a path with a NUL character", wanted)
+    kind = special_file(name)
+    if kind:
+        raise _file_error(name, kind, wanted, "write the config into a file first")
     try:
         with open(name, "rb") as file:
             data = file.read(MOST_BYTES + 1)

@@ -221,6 +221,8 @@ def _enumerated(schema: Schema) -> list[object]:
 
 
 def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
+    if isinstance(node, ListNode) and "glob" in str(allowed.get("description", "")):
+        return 'name one source: a folder, or a glob such as "data/*.jsonl"'
     if not isinstance(node, ScalarNode):
         return ""
     value, wanted = node.value, words(allowed, whole)

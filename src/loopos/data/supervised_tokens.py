@@ -127,12 +127,15 @@ def encode_supervised(
     over: list[Fault] = []
     for first in range(0, len(examples), CHUNK):
         parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
-        encoded = encoder.encode([[part.piece for part in row] for row in parts])
-        for place, row_parts, pieces in zip(places, parts, encoded, strict=True):
+        whole = [[part.piece for part in row] for row in parts]
+        bounded = [encoder.bounded(row, max_length) for row in whole]
+        shortened = [short is not row for short, row in zip(bounded, whole, strict=True)]
+        encoded = encoder.encode(bounded)
+        for place, row_parts, pieces, is_short in zip(places, parts, encoded, shortened, strict=True):
             row = _joined(row_parts, pieces, place)
             length = len(row.ids)
             if max_length is not None and length > max_length:
-                over.append(too_long(examples[place].row, length, max_length))
+                over.append(over_fault(examples[place].row, length, max_length, at_least=is_short))
                 if over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
@@ -246,9 +249,12 @@ def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
     report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
 
 
-def too_long(row: Row, length: int, max_length: int) -> Fault:
-    """The fault of a row of `length` tokens. What to do stands once, behind all of them (`check_over`)."""
-    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)")
+def over_fault(row: Row, length: int, max_length: int, *, at_least: bool) -> Fault:
+    """The fault of a row that is too long; at_least: its end was never tokenised. What to do stands once, behind all of
+    them (`check_over`).
+    """
+    given = f"{'at least ' if at_least else ''}{length} tokens"
+    return Fault(row.place, row.line, None, "row", given, f"at most {max_length} (max_length)")
 
 
 def check_over(

@@ -16,6 +16,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopos.config.begun import as_begun
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
@@ -73,11 +74,10 @@ class ChainOfThought:
         return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
-        """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
-        nothing of an earlier run is overwritten without `resume`.
-        """
+        """Data, model, fit, rounds of self-improvement, export, report; an earlier run stays. Raises `UserError`."""
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            self.config = as_begun(self.config, self.run_dir)
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
             rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loopos.config.begun import as_begun
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
@@ -37,7 +38,7 @@ from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import read_object, save_json
+from loopos.storage.json_files import save_json
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
@@ -79,8 +80,7 @@ class FineTuner:
         """
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
-            if resume and (self.run_dir / "config.json").is_file():
-                self.config = self.config.with_recorded(read_object(self.run_dir / "config.json"))
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)

@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopos.config.begun import as_begun
 from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
@@ -78,12 +79,11 @@ class PpoTrainer:
         return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
-        """Prompts, models, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an earlier
-        run is overwritten without `resume`.
-        """
+        """Prompts, models, fit, export, report; an earlier run stays without `resume`. Raises `UserError`."""
         check_installed(self.config.rollout)
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_models()
             with closing(self.engine):

@@ -15,10 +15,13 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from loopos.config.begun import as_begun
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
-from loopos.data.split import stratified_split
+from loopos.data.reading import text_rules
+from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.split import split_off
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_folder import claim
 from loopos.models.language_model import LanguageModel
@@ -64,6 +67,7 @@ class Pretrainer:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
@@ -80,17 +84,20 @@ class Pretrainer:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
         data, settings = self.config.data, self.config.training
         columns = {str(role): column for role, column in data.columns.items()}
-        corpus = read_corpus(data.source, columns, max_rows=data.max_rows)
+        corpus = read_corpus(data.source, columns, max_rows=data.max_rows, rules=text_rules(data))
         documents, held_out = list(corpus.documents), []
         self.progress.say(corpus.said)
         if data.validation_data is not None:
-            validation = read_corpus(data.validation_data, columns, max_rows=data.max_rows)
+            validation = read_corpus(data.validation_data, columns, max_rows=data.max_rows, rules=text_rules(data))
             held_out = list(validation.documents)
             self.progress.say(f"validation: {validation.said}")
         elif data.validation_share > 0 and len(documents) > 1:
-            kept, chosen = stratified_split(None, data.validation_share, settings.seed, num_rows=len(documents))
-            documents, held_out = [documents[i] for i in kept], [documents[i] for i in chosen]
-            self.progress.say(f"validation: {len(held_out)} documents, split off with seed {settings.seed}")
+            keys = [key_of_prompt(document) for document in documents]
+            split = split_off(keys, data.validation_share, settings.seed, by=data.split_by, what="text")
+            documents, held_out = [documents[i] for i in split.train], [documents[i] for i in split.validation]
+            self.progress.say(split.said.replace("rows", "documents"))
+        for sentence in told_repeats(documents, held_out, "text"):
+            self.progress.say(sentence.replace("rows", "documents"))
         self.tokenizer = self._tokenizer(documents)
         self.max_length = settings.max_length or Sizes.max_length
         self.pieces = encode_corpus(self.tokenizer, documents, max_length=self.max_length)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopos.config.begun import as_begun
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.batches import StepBatches
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
@@ -78,6 +79,7 @@ class RewardModelTrainer:
         """
         with session(self.config.training, self.config.distributed) as (self.device, self.world):
             claim(self.run_dir, resume=resume)
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit()

@@ -10,12 +10,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loopos.config.faults import UserError
+from loopos.config.faults import UserError, printable_json
+
+
+def json_text(
+    content: object,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    allow_nan: bool = True,
+    separators: tuple[str, str] | None = None,
+) -> str:
+    """JSON as LoopOS writes it: letters as they are, but control characters and halves of a character escaped, so that
+    every text has bytes and a line stays one line for all who read it.
+    """
+    text = json.dumps(
+        content, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan, separators=separators, ensure_ascii=False
+    )
+    # The line ends of an indented text stand between values; those inside strings are escaped already.
+    return printable_json(text)
 
 
 def save_json(path: Path, content: object) -> None:
     """Writes JSON with sorted keys, readable, with a last line end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_object(path: Path, *, advice: str = "") -> dict[str, Any]:

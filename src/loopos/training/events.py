@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
 
@@ -57,7 +58,7 @@ class EventLog:
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """Append one event; nan and inf become the texts "nan", "inf" and "-inf". Raises `DiskFull`."""
         event = {"event": kind, "step": step, "metrics": _finite(metrics), "timing": _finite(timing)}
-        line = json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._descriptor).st_size
         with disk_full_said(self.path, len(line), "an event"):
             try:

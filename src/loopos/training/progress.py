@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from loopos.config.faults import printable
 from loopos.config.figures import figure, once
 
 _LINE_EVERY_SECONDS = 10.0
@@ -91,11 +92,11 @@ class RunProgress:
     def say(self, *sentences: str) -> None:
         """Each sentence on a line of its own."""
         for sentence in () if self.quiet else sentences:
-            self.console.print(sentence, markup=False)
+            self.console.print(printable(sentence), markup=False)
 
     def warn(self, sentence: str) -> None:
         """A sentence that is shown even when quiet."""
-        self.console.print(sentence, markup=False, style="yellow" if sys.stderr.isatty() else None)
+        self.console.print(printable(sentence), markup=False, style="yellow" if sys.stderr.isatty() else None)
 
     def end(self) -> None:
         """Takes the bar away."""

@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from loopos.data.decoding import split_lines
 from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.json_files import json_text
 
 
 def write_samples(file: Path, step: int, records: Iterable[Mapping[str, JSON]]) -> None:
@@ -19,10 +21,10 @@ def write_samples(file: Path, step: int, records: Iterable[Mapping[str, JSON]]) 
     """
     earlier = []
     if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in split_lines(file.read_text(encoding="utf-8")):
             if json.loads(line)["step"] < step:
                 earlier.append(line)
-    lines = [*earlier, *(json.dumps({"step": step, **told}, ensure_ascii=False) for told in records)]
+    lines = [*earlier, *(json_text({"step": step, **told}) for told in records)]
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     with disk_full_said(file, sum(map(len, lines)), "the samples"):
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

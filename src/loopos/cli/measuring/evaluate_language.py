@@ -7,13 +7,12 @@ left out and counted. Left out: task models (`evaluate`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopos.cli.answers import as_time, say, say_json, table
+from loopos.cli.answers import as_time, json_lines, say, say_json, table
 from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
@@ -149,7 +148,7 @@ def run(
 
 
 def _write(file: Path, report: LanguageReport) -> None:
-    write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in report.records))
+    write_whole(file, json_lines(report.records))
     note(f"{file}: {len(report.records)} answers")
 
 

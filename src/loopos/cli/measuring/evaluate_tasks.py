@@ -23,7 +23,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
 from loopos.config.extras import install_command
-from loopos.config.faults import EnvironmentFault
+from loopos.config.faults import EnvironmentFault, printable_json
 
 _PACKAGE = "lm_eval"
 _DEFAULT_FILTER = "none"
@@ -109,7 +109,7 @@ def _metrics(told: Mapping[str, Any]) -> dict[str, float]:
 
 def _write(file: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
     lines = [
-        json.dumps({"task": name, **sample}, ensure_ascii=False, default=str) + "\n"
+        printable_json(json.dumps({"task": name, **sample}, ensure_ascii=False, default=str)) + "\n"
         for name, each in samples.items()
         for sample in each
     ]

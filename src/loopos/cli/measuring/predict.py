@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from loopos.cli.answers import json_lines, write
 from loopos.cli.columns import parse_columns
 from loopos.cli.opened_models import require_task_model
 from loopos.cli.outcome import note
@@ -26,7 +26,7 @@ from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import DataError, Fault, UserError
 from loopos.data import sniff
 from loopos.data.column_check import check_labelled
-from loopos.data.decoding import read_lines
+from loopos.data.decoding import read_lines, split_lines
 from loopos.data.formats import detect
 from loopos.data.rows import read
 from loopos.storage.writable import require_writable
@@ -67,8 +67,7 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     predictions = predictor.predict(texts) if texts is not None else predictor.predict_file(source, columns)
     written = rendered(predictions, file_format)
     if options.output is None:
-        sys.stdout.write(written)
-        sys.stdout.flush()
+        write(written)
     else:
         write_whole(options.output, written)
         note(f"{options.output}: {len(predictions)} predictions")
@@ -110,12 +109,12 @@ def holds_lines(source: str, columns: Mapping[str, str]) -> bool:
 def _standard_input_lines() -> list[str]:
     content = sys.stdin.buffer.read()
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = split_lines(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         given = f"the byte {content[error.start]:#04x}, which is not UTF-8"
         raise DataError([Fault("standard input", number, None, "encoding", given, "text in UTF-8")]) from error
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _is_data(path: str) -> bool:
@@ -144,7 +143,7 @@ def rendered(predictions: Sequence[Mapping[str, Any]], file_format: str) -> str:
     """The predictions as text, one a line."""
     rows = [_with_probability(prediction) for prediction in predictions]
     if file_format == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return json_lines(rows)
     flat = [_flat(row) for row in rows]
     written = io.StringIO()
     table = csv.DictWriter(written, list(flat[0]), delimiter="," if file_format == "csv" else "\t", lineterminator="\n")

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from loopos.cli import configs
 from loopos.cli.quiet import hush_libraries
+from loopos.config.faults import printable
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
@@ -64,7 +65,7 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
         shown, inputs.train, whole, inputs.data.train_targets[:num_rows], strict=False
     ):
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
-        console.print(Text(f"{example.row.source}{line}", style="bold"))
+        console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
         console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, pooling)))
         cut = f", {encoded.cut} cut at {inputs.max_length}" if encoded.cut else ""
         console.print(Text(f"{len(encoded.ids)} tokens{cut} · label {example.label!r} -> {target}\n"))
@@ -94,7 +95,7 @@ def token_text(tokenizer: Any, token: int) -> str:
     text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         text = str(tokenizer.convert_ids_to_tokens(token))
-    return text.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t")
+    return printable(text.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def rendered(tokens: Iterator[Piece]) -> Text:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.cli.answers import say
+from loopos.cli.answers import say, write
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import complain, note
 from loopos.cli.process import restart_with_settings
@@ -136,8 +136,7 @@ class Talk:
 
         with StopSignals() as signals:
             for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=tell):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                write(piece)
                 written += len(piece)
         say()
         for sentence in below:
