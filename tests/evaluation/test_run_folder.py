@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from loopos.config.differences import differences
 from loopos.config.faults import UserError
-from loopos.evaluation.run_folder import differences, find_runs, holds_run, read_run, refuse_started
+from loopos.evaluation.run_claim import refuse_started
+from loopos.evaluation.run_folder import find_runs, holds_run, read_run
 
 
 def event(kind: str, step: int | None, metrics: dict[str, Any] | None = None, **timing: float) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, confusion_table, say, say_json, table
-from loopos.evaluation.run_folder import Run, differences, find_runs, read_run
+from loopos.config.differences import differences
+from loopos.evaluation.run_folder import Run, find_runs, read_run
 
 # The metrics worth a column in a list, best first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")

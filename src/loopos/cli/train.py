@@ -56,14 +56,17 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     # Typed by what every method's config has; its own class is checked by `load`.
     config: Any = loaded.config
     # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
-    from loopos.evaluation.run_folder import refuse_started
+    from loopos.evaluation.run_claim import refuse_started
     from loopos.models.sources import weights_source
+    from loopos.storage.folder_lock import refuse_busy
+    from loopos.training.stopping import run_ends_at_once
 
     named = getattr(config.data, "pretrained_weights", None)
     if named is not None:
         weights_source(named)
-    if not options.resume and not options.dry_run:
-        for folder in run_folders(config):
+    for folder in [] if options.dry_run else run_folders(config):
+        refuse_busy(folder)
+        if not options.resume:
             refuse_started(folder)
     if options.num_processes is not None and not options.dry_run:
         return _launch(path, overrides, options)
@@ -74,7 +77,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
         from loopos.cli.planning import dry_run
 
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
-    result = train(config, options)
+    with run_ends_at_once():
+        result = train(config, options)
     if is_first_process():
         tell(told_of(config), result, as_json=options.json)
     return exit_code(result.stopped_by)

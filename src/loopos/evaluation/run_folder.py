@@ -138,25 +138,6 @@ def holds_run(folder: Path) -> bool:
     return (folder / EVENTS).is_file()
 
 
-def refuse_started(folder: Path) -> None:
-    """Raises `UserError` if a run has begun in `folder`: nothing of it is overwritten."""
-    if holds_run(folder):
-        raise UserError(
-            f"data.output_dir: {folder} holds a run already; go on with it by --resume, or name another folder"
-        )
-
-
-def claim(folder: Path, *, resume: bool) -> None:
-    """Makes a run's folder. Raises `UserError` if it holds a run or its checkpoints already, unless that is resumed."""
-    if not resume:
-        refuse_started(folder)
-        if any((folder / "checkpoints").glob("step-*")):
-            raise UserError(
-                f"data.output_dir: {folder} holds checkpoints of another run; wanted an empty or new folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises `UserError` for a folder without one, or with a broken config or event."""
     if not folder.is_dir():
@@ -201,24 +182,6 @@ def find_runs(folder: Path) -> list[Path]:
         elif len(Path(place).relative_to(folder).parts) >= _DEEPEST:
             folders.clear()
     return sorted(found)
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key → both values, of every key whose values differ; None where one config lacks the key."""
-    one, other = _flat(first), _flat(second)
-    keys = [*one, *(key for key in other if key not in one)]
-    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
+from loopos.data.digest import rows_digest, text_digest, tokenizer_digest
 from loopos.data.reading import account
 from loopos.data.supervised import SupervisedEncoder, load_supervised
 from loopos.data.supervised_rows import Example
@@ -31,19 +32,19 @@ from loopos.evaluation.found_chains import find_chains
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import set_trained_language_model
 from loopos.models.language_folder import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
 from loopos.training.fit import Fit, FitResult
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.random_states import seed_everything
+from loopos.training.run_identity import Identity, learned_from, setting, weights_below
 from loopos.training.samples import write_samples
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
@@ -73,8 +74,16 @@ class ChainOfThought:
         """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
         nothing of an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(
+                self.run_dir,
+                resume=resume,
+                is_first=self.world.is_first,
+                gather=self.world.gather,
+                note=self.progress.warn,
+            ),
+        ):
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
             rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0
@@ -159,8 +168,6 @@ class ChainOfThought:
         """One training of the model on these rows, in its own folder."""
         fit = self.build_fit(folder, rows)
         fit.open(resume=resume)
-        if self.world.is_first:
-            save_json(folder / "config.json", self.config.model_dump(mode="json"))
         return fit.run()
 
     def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
@@ -168,6 +175,7 @@ class ChainOfThought:
         settings, world, (share, shares) = self.config.training, self.world, self.world.share
         self.current = Fit(
             run_dir=folder,
+            config=self.config,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=share, world=shares),
@@ -175,11 +183,27 @@ class ChainOfThought:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.base,
+            identity=self._identity(rows),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
         return self.current
+
+    def _identity(self, rows: Sequence[Encoded]) -> Identity:
+        """What a training on these rows learns from."""
+        data = self.config.data
+        return {
+            **setting("computation.method", self.config.computation.method),
+            **weights_below(self.base),
+            **learned_from(
+                "data.reasoning_examples" if data.reasoning_examples else "data.training_data",
+                rows=rows_digest(rows),
+                tokenizer=tokenizer_digest(self.tokenizer),
+                template=text_digest(self.template.source),
+                max_length=self.max_length,
+            ),
+            **setting("data.step_format", dataclasses.asdict(self.step_format)),
+        }
 
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""

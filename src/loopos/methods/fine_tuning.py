@@ -22,6 +22,7 @@ from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
+from loopos.data.digest import rows_digest, tokenizer_digest
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
@@ -29,19 +30,19 @@ from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
+from loopos.training.run_identity import Identity, Trait, learned_from, setting, weights_below
 from loopos.training.session import session
 from loopos.training.task_objective import TaskObjective, task_objective
 from loopos.training.trained_weights import TrainedWeights
@@ -73,23 +74,25 @@ class FineTuner:
         """Data, model, update, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an
         earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(
+                self.run_dir,
+                resume=resume,
+                is_first=self.world.is_first,
+                gather=self.world.gather,
+                note=self.progress.warn,
+            ),
+        ):
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            self.record_config(self.world)
             result = fit.run()
             if not result.interrupted:
                 self.export()
             self.world.wait()
         return result
-
-    def record_config(self, world: World) -> None:
-        """Writes the resolved config, once it is known that the folder's run is this one."""
-        if world.is_first:
-            save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
 
     def load_data(self) -> tuple[Pretrained, LabelledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
@@ -168,6 +171,7 @@ class FineTuner:
         )
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=update,
             batches=batches,
@@ -175,10 +179,31 @@ class FineTuner:
             validation=self._validation(world) if self.config.validates and self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.pretrained.fingerprint,
+            identity=self._identity(),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
+
+    def _identity(self) -> Identity:
+        """What this run learns from, and what its outputs mean."""
+        section, space = self.config.model, self.data.space
+        losses: tuple[tuple[str, Any], ...] = (("class_weights", section.class_weights),)
+        if space.task == "classification":
+            losses += (("label_smoothing", section.label_smoothing),)
+        elif space.task == "regression":
+            losses = (("regression_loss", section.regression_loss), ("huber_delta", section.huber_delta))
+        named = (("task", space.task), ("labels", list(space.class_names)), ("pooling", section.pooling), *losses)
+        return {
+            **setting("computation.method", self.config.computation.method),
+            **weights_below(self.pretrained.fingerprint),
+            **learned_from(
+                "data.training_data",
+                rows=rows_digest(self.train_rows, self.targets.train),
+                tokenizer=tokenizer_digest(self.pretrained.tokenizer),
+                max_length=self.max_length,
+            ),
+            **{f"model.{key}": Trait(value, (f"model.{key}",)) for key, value in named},
+        }
 
     def objective(self) -> TaskObjective:
         """The loss of this config's head."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
+from loopos.data.digest import prompts_digest, text_digest, tokenizer_digest
 from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
 from loopos.data.reading import account
@@ -29,7 +30,7 @@ from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION as DIRECTIO
 from loopos.evaluation.report import write_report
 from loopos.evaluation.rewards import Rewards, judge_of
 from loopos.evaluation.rollout import Collector, request_of, rollout_metrics, sampling_of, seeded, variance_explained
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.functional.advantages import KlController
 from loopos.generation.rollouts.opening import Place, RunView, check_installed, open_rollouts
 from loopos.generation.rollouts.remote import RemoteRollouts
@@ -39,7 +40,6 @@ from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, l
 from loopos.models.reward_folder import OpenedReward, check_same_tokens, descriptions_together, open_reward_model
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
 from loopos.training.fit import Fit, FitResult
@@ -49,6 +49,7 @@ from loopos.training.policy_state import PolicyState
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.rollouts import RolloutBatches, RolloutPlan
+from loopos.training.run_identity import Identity, learned_from, setting, weights_below
 from loopos.training.samples import write_samples
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
@@ -79,15 +80,21 @@ class PpoTrainer:
         run is overwritten without `resume`.
         """
         check_installed(self.config.rollout)
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(
+                self.run_dir,
+                resume=resume,
+                is_first=self.world.is_first,
+                gather=self.world.gather,
+                note=self.progress.warn,
+            ),
+        ):
             self.load_data()
             self.build_models()
             with closing(self.engine):
                 self.fit = self.build_fit()
                 self.fit.open(resume=resume)
-                if self.world.is_first:
-                    save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
                 result = self.fit.run()
             if not result.interrupted:
                 self.export()
@@ -187,6 +194,7 @@ class PpoTrainer:
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(actor_critic, self.trained.masters, optimizer, self.precision, world, head=values),
             batches=self.batches,
@@ -194,7 +202,7 @@ class PpoTrainer:
             validation=self._validation() if self.check is not None else None,
             progress=self.progress,
             world=world,
-            base=self.base,
+            identity=self._identity(),
             facts=self._facts(plan.iterations),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
@@ -202,6 +210,23 @@ class PpoTrainer:
             carried=self.state,
             gives_up=lambda: "guard" if self.config.guards.stop and self.state.alarms else None,
         )
+
+    def _identity(self) -> Identity:
+        """What the policy is asked, by what its answers are rewarded, and what the reward model among that is."""
+        data, reward = self.config.data, self.config.reward
+        return {
+            **setting("computation.method", self.config.computation.method),
+            **weights_below(self.base, "data.reward_model"),
+            **learned_from(
+                "data.prompts" if data.prompts else "data.training_data",
+                rows=prompts_digest(self.prompts),
+                tokenizer=tokenizer_digest(self.tokenizer),
+                template=text_digest(self.encoder.template.source),
+                max_length=self.encoder.max_length,
+            ),
+            **setting("reward", reward.model_dump(mode="json")),
+            **setting("training.value_model", self.config.training.value_model),
+        }
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""

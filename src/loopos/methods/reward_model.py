@@ -21,6 +21,7 @@ import torch
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
+from loopos.data.digest import comparisons_digest, text_digest, tokenizer_digest
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
 from loopos.data.preference_data import PreferenceEncoder, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison
@@ -30,7 +31,7 @@ from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import buckets_told, measured
 from loopos.evaluation.report import write_report
 from loopos.evaluation.reward_scores import Normalisation, comparison_scores
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import FUSED_FROM
 from loopos.models.backbone import Backbone
@@ -38,13 +39,13 @@ from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
+from loopos.training.run_identity import Identity, Trait, learned_from, setting, weights_below
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
@@ -73,14 +74,20 @@ class RewardModelTrainer:
         """Data, model, fit, normalisation, export, report. Raises `UserError` for a mistake of the user's; nothing of
         an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(
+                self.run_dir,
+                resume=resume,
+                is_first=self.world.is_first,
+                gather=self.world.gather,
+                note=self.progress.warn,
+            ),
+        ):
             self.load_data()
             self.build_model()
             fit = self.build_fit()
             fit.open(resume=resume)
-            if self.world.is_first:
-                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
             result = fit.run()
             if not result.interrupted:
                 self.export()
@@ -161,6 +168,7 @@ class RewardModelTrainer:
         settings, world = self.config.training, self.world
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(
                 self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
@@ -170,10 +178,27 @@ class RewardModelTrainer:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.pretrained.fingerprint,
+            identity=self._identity(),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
+
+    def _identity(self) -> Identity:
+        """What this run learns from, and what its scores mean."""
+        data, reward = self.config.data, self.config.reward
+        learned = ("heads", "centring", "margins", "soft_labels")
+        return {
+            **setting("computation.method", self.config.computation.method),
+            **weights_below(self.pretrained.fingerprint),
+            **learned_from(
+                "data.preference_data" if data.preference_data else "data.training_data",
+                rows=comparisons_digest(self.train_rows),
+                tokenizer=tokenizer_digest(self.pretrained.tokenizer),
+                template=text_digest(self.encoder.template.source),
+                max_length=self.max_length,
+            ),
+            **{f"reward.{key}": Trait(getattr(reward, key), (f"reward.{key}",)) for key in learned},
+        }
 
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""

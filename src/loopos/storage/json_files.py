@@ -1,7 +1,7 @@
 """JSON files, out and in.
 
 Enters: a value, or a file. Leaves: the file, readable, or the object in it. Left out: configs, whose faults need a
-place (`config.json_text`); durability (`durable.py`).
+place (`config.json_text`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.faults import UserError
+from loopos.storage.durable import write_whole
 
 
 def save_json(path: Path, content: object) -> None:
-    """Writes JSON with sorted keys, readable, with a last line end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes JSON with sorted keys, readable, with a last line end; the file is whole or not there."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode())
 
 
 def read_object(path: Path, *, advice: str = "") -> dict[str, Any]:

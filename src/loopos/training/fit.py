@@ -13,24 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-from loopos.config.sections import TrainingSection
-from loopos.storage.durable import JSON
+from loopos.config.faults import Interrupted
+from loopos.config.sections import MethodConfig, TrainingSection
+from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
 from loopos.training.distributed import World
 from loopos.training.ending import Ending
 from loopos.training.progress import RunProgress
+from loopos.training.resuming import beginning
+from loopos.training.run_identity import Identity, of_training
 from loopos.training.run_log import RunLog
-from loopos.training.run_state import Carried, Position, RunState, identity_of
+from loopos.training.run_state import Carried, Position, RunState
 from loopos.training.schedules import factor, warmup_steps
 from loopos.training.step_source import BatchT, StepSource
-from loopos.training.stopping import EXIT_CODES, Best, StopSignals
+from loopos.training.stopping import EXIT_CODES, Best, StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
 from loopos.training.validation import Judges, Validation
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended. `stopped_by`: "epochs", "max_steps", "max_time", "early stopping", "SIGTERM" or "SIGINT".
+    """How a run ended. `stopped_by`: "epochs", "max_steps", "max_time", "early stopping", or a signal's name.
     `best`: step and metric of the best validation. `seconds`: in steps, validations and saves.
     """
 
@@ -56,6 +60,7 @@ class Fit(Generic[BatchT]):
         self,
         *,
         run_dir: Path,
+        config: MethodConfig,
         settings: TrainingSection,
         update: Update,
         batches: StepSource[BatchT],
@@ -63,7 +68,7 @@ class Fit(Generic[BatchT]):
         validation: Validation | None,
         progress: RunProgress,
         world: World,
-        base: str,
+        identity: Identity,
         facts: Mapping[str, JSON] | None = None,
         unfreeze: Callable[[], None] | None = None,
         planned_steps: int | None = None,
@@ -71,12 +76,14 @@ class Fit(Generic[BatchT]):
         carried: Carried | None = None,
         gives_up: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the
-        log should say of each session. unfreeze: called once, when `training.unfreeze_step` is reached. planned_steps:
-        `num_epochs` × steps an epoch when None. validation_unit: steps that `validate_every` counts in. carried: what
-        else the checkpoints hold. gives_up: asked after each step; the reason to end the run, if there is one.
+        """config: of the whole run, for config.json and the log. identity: what the run learns from and what its
+        outputs mean; a checkpoint of another identity is refused. facts: what the log should say of each session. unfreeze:
+        called once, when `training.unfreeze_step` is reached. planned_steps: `num_epochs` × steps an epoch when None.
+        validation_unit: steps that `validate_every` counts in. carried: what else the checkpoints hold. gives_up: asked
+        after each step; the reason to end the run, if there is one.
         """
-        self.run_dir, self.settings, self.update, self.batches = run_dir, settings, update, batches
+        self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
+        self.update, self.batches = update, batches
         self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
         self.facts, self.unfreeze = dict(facts or {}), unfreeze
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
@@ -84,10 +91,9 @@ class Fit(Generic[BatchT]):
         self.validation_unit = validation_unit
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.judges = Judges(validation, settings) if validation is not None else None
-        identity = identity_of(base, settings, batches, update)
         self.state = RunState(
             run_dir / "checkpoints",
-            identity,
+            {**identity, **of_training(settings, batches, update)},
             update,
             self.judges,
             world,
@@ -99,29 +105,39 @@ class Fit(Generic[BatchT]):
         self.log = RunLog()
         self._saved: dict[str, JSON] = {}
         self._save_seconds = 0.0
+        self._saved_at = time.monotonic()
+        self._save_is_overdue = False
 
     @property
     def position(self) -> Position:
         return self.state.position
 
     def open(self, *, resume: bool) -> None:
-        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one.
+        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one; then clears what
+        killed processes left among the checkpoints, and writes config.json.
 
-        Raises `UserError` (a checkpoint of another run); nothing is changed in the folder then.
+        Raises `UserError` (a checkpoint of another run, a log that is not the run's); nothing is changed in the folder
+        then. `DiskFull`.
         """
-        found, said = checkpoint.newest_whole(self.state.folder) if resume else (None, [])
-        for line in said:
+        begun = beginning(self.run_dir, self.config, self.state.identity, resume=resume)
+        found = begun.found
+        for line in self._restore(found) if found is not None else ():
             self.progress.warn(line)
-        if found is not None:
-            self._restore(found)
+        # No process looks for checkpoints any more when the first one clears.
+        self.world.wait()
         if self.world.is_first:
-            offset, step = (found.state["events_offset"], found.step) if found is not None else (0, None)
-            self.log.open(self.run_dir, offset=offset, tensorboard=self.settings.tensorboard, resumed_step=step)
+            for line in begun.lines:
+                self.progress.warn(line)
+            with disk_full_said(self.run_dir, len(str(self.config)), "the run's config"):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self.progress.say(*self.state.clear(found))
+                save_json(self.run_dir / "config.json", self.config)
+            self.log.open(begun.written, tensorboard=self.settings.tensorboard, resumed_step=begun.step)
         if found is not None:
             self.progress.say(f"resumed from the checkpoint of step {found.step}")
         elif resume:
             self.progress.say("no checkpoint to resume from: starting at step 0")
-        facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
+        facts = {"total_steps": self.total_steps, **begun.facts(), **self.facts, "settings": self.config}
         self.record("session", facts, {"time": time.time()})
 
     def run(self) -> FitResult:
@@ -133,9 +149,15 @@ class Fit(Generic[BatchT]):
                 "layers never train"
             )
         self.progress.begin(self.total_steps, self.position.step)
+        self._saved_at = time.monotonic()
         try:
-            with StopSignals() as signals:
+            with steps_end_in_order(speaks=self.world.is_first) as signals:
                 self._loop(signals)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted after step {self.position.step}; {self._last_saved()}: the same command with --resume "
+                "continues from it"
+            ) from None
         finally:
             self.progress.end()
             self.log.close()
@@ -172,7 +194,9 @@ class Fit(Generic[BatchT]):
                 "training.on_nonfinite to skip"
             ) from None
         own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
-        counted = self.world.sum_floats(own)
+        # The first process's clock decides for all.
+        counted = self.world.sum_floats({**own, "overdue": self.world.is_first and self._is_overdue()})
+        self._save_is_overdue = counted["overdue"] > 0
         seconds = time.monotonic() - began
         position.cursor = self.batches.after(position.cursor, result.losses)
         position.previous_step = position.step
@@ -227,10 +251,16 @@ class Fit(Generic[BatchT]):
 
     def _save_falls_due(self, validated: bool, is_best: bool) -> bool:
         every = self.settings.save_every
+        if self._save_is_overdue and every != "never":
+            return True
         if every == "validation":
             return validated and self.judges is not None
         # The best weights are kept whenever they come, not only where a step to save falls on them.
         return self._falls_due(every) or (is_best and self.settings.keep_best and every != "never")
+
+    def _is_overdue(self) -> bool:
+        limit = self.settings.save_interval
+        return limit is not None and time.monotonic() - self._saved_at >= limit
 
     def _falls_due(self, every: int | str, unit: int = 1) -> bool:
         if isinstance(every, str):
@@ -261,8 +291,8 @@ class Fit(Generic[BatchT]):
 
     def _save(self, is_best: bool) -> None:
         """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
-        began = time.monotonic()
-        self.state.begin_save(self.log.offset(), is_best=is_best)
+        began = self._saved_at = time.monotonic()
+        self.state.begin_save(self.log.place(), is_best=is_best)
         self._saved = {"is_best": is_best}
         self._save_seconds = time.monotonic() - began
 
@@ -274,9 +304,9 @@ class Fit(Generic[BatchT]):
             self.position.seconds += seconds
             self.record("checkpoint", self._saved, {"seconds": seconds})
 
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
-        for line in self.state.restore(found):
-            self.progress.warn(line)
+    def _restore(self, found: checkpoint.Checkpoint) -> list[str]:
+        """Goes back to a checkpoint; returns what the user is to know."""
+        lines = self.state.restore(found)
         position, unfreeze_step = self.position, self.settings.unfreeze_step
         if self.unfreeze is not None and unfreeze_step is not None and position.step > unfreeze_step:
             self.unfreeze()
@@ -285,6 +315,7 @@ class Fit(Generic[BatchT]):
             position.stopped_by = None
         elif position.stopped_by is None and position.step >= self.total_steps:
             position.concluded = False
+        return lines
 
     def _last_saved(self) -> str:
         whole, _ = checkpoint.newest_whole(self.state.folder)
