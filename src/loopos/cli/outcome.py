@@ -2,8 +2,8 @@
 
 Enters: what a command raises. Leaves: a few lines on standard error and the exit code: the error's own for a
 `UserError` (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a full disk), 1 when memory
-ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A reader that went away (a closed pipe) ends quietly. Any
-other exception is our bug and keeps its traceback.
+ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A closed pipe (its reader went away)
+ends quietly. Any other exception is our bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Enters: folders. Leaves: tables or JSON. Nothing is written, and torch is not im
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def list_runs(folder: Path, *, as_json: bool) -> int:
             (run.path, run.method, run.status, _progress(run), _headline(run), as_time(run.seconds), _when(run))
             for run in found
         ]
-        head = ("run", "method", "ended by", "steps", "best", "time", "begun")
+        head = ("run", "method", "state", "steps", "best", "time", "begun")
         say(table(rows, head=head, indent=""))
     return 0
 
@@ -38,12 +39,16 @@ def show(folder: Path, *, as_json: bool) -> int:
     """One run in full. Raises `UserError` for a folder without a run."""
     run = read_run(folder)
     if as_json:
-        say_json({**run.summary(), "first_metrics": run.first_metrics, "config": run.config})
+        history = {key: [list(each) for each in values] for key, values in run.history().items()}
+        say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
-    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; ended by {run.status}")
+    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.status}")
     say(f"begun {_when(run)}; " + ("model/ is there" if run.has_model else "no model yet"))
     say("settings")
     say(table([(key, _told(value)) for key, (value, _) in differences(run.config, {}).items() if value is not None]))
+    if run.history():
+        say("settings that changed when the run was resumed")
+        say(table([(key, _over_steps(values)) for key, values in run.history().items()]))
     metrics = [name for name in run.best_metrics if name != "best"]
     if metrics:
         say(f"validation, best at step {run.best_step}")
@@ -59,15 +64,23 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     """Two runs side by side. Raises `UserError` for a folder without a run."""
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
+    # A setting that changed within a run differs from what the other has, whatever it is by now.
+    over = {key: tuple(run.history().get(key) for run in (one, other)) for key in {**one.history(), **other.history()}}
+    for key in over:
+        settings.setdefault(key, (_value(one.config, key), _value(other.config, key)))
     names = [name for name in dict.fromkeys([*one.best_metrics, *other.best_metrics]) if name != "best"]
     metrics = {name: (one.best_metrics.get(name), other.best_metrics.get(name)) for name in names}
     if as_json:
-        say_json({"runs": [str(first), str(second)], "settings": settings, "metrics": metrics})
+        say_json({"runs": [str(first), str(second)], "settings": settings, "changed": over, "metrics": metrics})
         return 0
     head = ("", str(first), str(second))
     say(f"settings that differ: {len(settings) or 'none'}")
     if settings:
-        say(table([(key, _told(values[0]), _told(values[1])) for key, values in settings.items()], head=head))
+        rows = []
+        for key, values in settings.items():
+            steps = over.get(key, (None, None))
+            rows.append((key, *(_over_steps(s) if s else _told(v) for s, v in zip(steps, values, strict=True))))
+        say(table(rows, head=head))
     if metrics:
         say("metrics of the best validation")
         say(table([(name, *values) for name, values in metrics.items()], head=head))
@@ -85,6 +98,19 @@ def _headline(run: Run) -> str:
 
 def _when(run: Run) -> str:
     return "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
+
+
+def _over_steps(values: Sequence[tuple[int, Any]]) -> str:
+    """A setting's values over the steps of a run: "0.01, from step 6: 0.02"."""
+    (_, first), *later = values
+    return ", ".join([_told(first), *(f"from step {step}: {_told(value)}" for step, value in later)])
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _told(value: Any) -> str:

@@ -186,8 +186,8 @@ class TrainingSection(Section):
     )
     save_interval: Duration | None = Field(
         default=1800.0,
-        description='longest time between two checkpoints (seconds, or "90s", "30m"), unless save_every is never; null is no '
-        "limit",
+        description='longest time between two checkpoints (seconds, or "90s", "30m"), unless save_every is never; '
+        "null is no limit",
     )
     keep_last: Count = Field(default=1, description="newest checkpoints that are kept")
     keep_best: bool = Field(default=True, description="keep the best checkpoint too")

@@ -14,6 +14,7 @@ from typing import Any
 
 from loopos.evaluation.frontier import FrontierPoint, frontier_svg
 from loopos.evaluation.markdown import cell, number, shown, table
+from loopos.storage.durable import write_whole
 
 _SHOWN = (
     "reward",
@@ -68,7 +69,7 @@ def _frontier(run_dir: Path, rollouts: Sequence[Mapping[str, Any]], best: Sequen
     if not any(math.isfinite(point.kl) and math.isfinite(point.reward) for point in path):
         return []
     (run_dir / "curves").mkdir(exist_ok=True)
-    (run_dir / "curves" / "frontier.svg").write_text(frontier_svg(path, best_of_n=points), encoding="utf-8")
+    write_whole(run_dir / "curves" / "frontier.svg", frontier_svg(path, best_of_n=points).encode())
     parts = ["## Reward over KL", "![frontier](curves/frontier.svg)"]
     if best:
         rows = [

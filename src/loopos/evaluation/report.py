@@ -21,6 +21,7 @@ from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.policy_report import policy_sections
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import preference_sections
+from loopos.storage.durable import write_whole
 
 Event: TypeAlias = dict[str, Any]
 Series: TypeAlias = list[tuple[int, float]]
@@ -76,7 +77,7 @@ def write_report(run_dir: Path) -> Path:
     parts += preference_sections(events)
     parts += policy_sections(run_dir, events)
     report = run_dir / "report.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(report, ("\n\n".join(parts) + "\n").encode())
     return report
 
 
@@ -201,5 +202,5 @@ def _draw(path: Path, panels: dict[str, dict[str, Series]]) -> Path:
             axes.grid(alpha=0.3)
             if sum(bool(series) for series in lines.values()) > 1:
                 axes.legend()
-        path.write_text(svg_of(figure), encoding="utf-8")
+        write_whole(path, svg_of(figure).encode())
     return path

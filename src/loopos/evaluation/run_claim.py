@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from loopos.config.faults import UserError
 from loopos.evaluation.run_folder import CONFIG, EVENTS, holds_run
@@ -22,6 +23,15 @@ _FOLDERS = ("checkpoints", "model", "adapter", "curves", "rounds")
 _NEEDED_BYTES = 4096
 
 
+class Processes(Protocol):
+    """The processes of a run, seen from one of them."""
+
+    @property
+    def is_first(self) -> bool: ...
+
+    def gather(self, value: object) -> list[object]: ...
+
+
 def refuse_started(folder: Path) -> None:
     """Raises `UserError` if a run has begun in `folder`: nothing of it is overwritten."""
     if holds_run(folder):
@@ -31,24 +41,16 @@ def refuse_started(folder: Path) -> None:
 
 
 @contextmanager
-def claim(
-    folder: Path,
-    *,
-    resume: bool,
-    is_first: bool = True,
-    gather: Callable[[object], list[object]] = lambda value: [value],
-    note: Callable[[str], None] = lambda line: None,
-) -> Iterator[None]:
+def claim(folder: Path, world: Processes, *, resume: bool, note: Callable[[str], None]) -> Iterator[None]:
     """Holds a run's folder for this process, or for all processes of a run, of which the first one holds it, and clears
-    what killed processes left half done there. is_first, gather: this process among those of the run. note: receives
-    sentences for the user.
+    what killed processes left half done there. note: receives sentences for the user.
 
     Raises, on every process, `UserError` if another process holds the folder, if it contains a run or checkpoints that
     are not resumed, or something of another kind than a run writes; `DiskFull`.
     """
     with ExitStack() as held:
         problem: UserError | None = None
-        if is_first:
+        if world.is_first:
             try:
                 with disk_full_said(folder, _NEEDED_BYTES, "the run's folder"):
                     held.enter_context(only_writer(folder, note=note))
@@ -57,7 +59,7 @@ def claim(
                         note(line)
             except UserError as found:
                 problem = found
-        told = gather(None if problem is None else (str(problem), isinstance(problem, DiskFull)))
+        told = world.gather(None if problem is None else (str(problem), isinstance(problem, DiskFull)))
         first = told[0]
         if problem is not None:
             raise problem

@@ -21,7 +21,7 @@ from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
-from loopos.data.digest import rows_digest, text_digest, tokenizer_digest
+from loopos.data.digest import rows_digest
 from loopos.data.reading import account
 from loopos.data.supervised import SupervisedEncoder, load_supervised
 from loopos.data.supervised_rows import Example
@@ -40,11 +40,11 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
 from loopos.training.distributed import World
 from loopos.training.fit import Fit, FitResult
+from loopos.training.identities import of_reasoning
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.random_states import seed_everything
-from loopos.training.run_identity import Identity, learned_from, setting, weights_below
 from loopos.training.samples import write_samples
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
@@ -76,13 +76,7 @@ class ChainOfThought:
         """
         with (
             session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(
-                self.run_dir,
-                resume=resume,
-                is_first=self.world.is_first,
-                gather=self.world.gather,
-                note=self.progress.warn,
-            ),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
@@ -114,8 +108,7 @@ class ChainOfThought:
         self.problems = problems[: config.evaluation.problems] if config.generates else []
         told = [f"validation generates answers to {len(self.problems)} problems"] if self.problems else []
         tokens = f"tokens: {self.train_tokens.said()}"
-        for sentence in [pretrained.said, *self.data.said, self.template.said, tokens, *told]:
-            self.progress.say(sentence)
+        self.progress.say(pretrained.said, *self.data.said, self.template.said, tokens, *told)
         return pretrained
 
     def _worked(self) -> list[Example]:
@@ -183,27 +176,11 @@ class ChainOfThought:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            identity=self._identity(rows),
+            identity=of_reasoning(self.config, rows, self.encoder, base=self.base),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
         return self.current
-
-    def _identity(self, rows: Sequence[Encoded]) -> Identity:
-        """What a training on these rows learns from."""
-        data = self.config.data
-        return {
-            **setting("computation.method", self.config.computation.method),
-            **weights_below(self.base),
-            **learned_from(
-                "data.reasoning_examples" if data.reasoning_examples else "data.training_data",
-                rows=rows_digest(rows),
-                tokenizer=tokenizer_digest(self.tokenizer),
-                template=text_digest(self.template.source),
-                max_length=self.max_length,
-            ),
-            **setting("data.step_format", dataclasses.asdict(self.step_format)),
-        }
 
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
@@ -226,7 +203,8 @@ class ChainOfThought:
                 "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
                 "problem and answer, or the metric loss"
             )
-        return Validation(self.validate, metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched])
+        directions, rows = METRIC_DIRECTION, rows_digest(self.validation_rows)
+        return Validation(self.validate, metric, directions[metric], watched, directions[watched], rows)
 
     def validate(self) -> dict[str, float]:
         """Loss on the validation rows and, every `evaluation.every` validations, the metrics of generated answers."""

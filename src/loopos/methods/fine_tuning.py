@@ -22,7 +22,7 @@ from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
-from loopos.data.digest import rows_digest, tokenizer_digest
+from loopos.data.digest import rows_digest
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
@@ -40,9 +40,9 @@ from loopos.storage.durable import disk_full_said
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
+from loopos.training.identities import of_task
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
-from loopos.training.run_identity import Identity, Trait, learned_from, setting, weights_below
 from loopos.training.session import session
 from loopos.training.task_objective import TaskObjective, task_objective
 from loopos.training.trained_weights import TrainedWeights
@@ -76,13 +76,7 @@ class FineTuner:
         """
         with (
             session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(
-                self.run_dir,
-                resume=resume,
-                is_first=self.world.is_first,
-                gather=self.world.gather,
-                note=self.progress.warn,
-            ),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
             self.load_data()
             self.build_model()
@@ -179,31 +173,18 @@ class FineTuner:
             validation=self._validation(world) if self.config.validates and self.validation_rows else None,
             progress=self.progress,
             world=world,
-            identity=self._identity(),
+            identity=of_task(
+                self.config,
+                self.data.space,
+                self.train_rows,
+                self.targets.train,
+                self.pretrained.tokenizer,
+                max_length=self.max_length,
+                base=self.pretrained.fingerprint,
+            ),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
-
-    def _identity(self) -> Identity:
-        """What this run learns from, and what its outputs mean."""
-        section, space = self.config.model, self.data.space
-        losses: tuple[tuple[str, Any], ...] = (("class_weights", section.class_weights),)
-        if space.task == "classification":
-            losses += (("label_smoothing", section.label_smoothing),)
-        elif space.task == "regression":
-            losses = (("regression_loss", section.regression_loss), ("huber_delta", section.huber_delta))
-        named = (("task", space.task), ("labels", list(space.class_names)), ("pooling", section.pooling), *losses)
-        return {
-            **setting("computation.method", self.config.computation.method),
-            **weights_below(self.pretrained.fingerprint),
-            **learned_from(
-                "data.training_data",
-                rows=rows_digest(self.train_rows, self.targets.train),
-                tokenizer=tokenizer_digest(self.pretrained.tokenizer),
-                max_length=self.max_length,
-            ),
-            **{f"model.{key}": Trait(value, (f"model.{key}",)) for key, value in named},
-        }
 
     def objective(self) -> TaskObjective:
         """The loss of this config's head."""
@@ -227,7 +208,12 @@ class FineTuner:
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
         return Validation(
-            lambda: self.validate(world), metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched]
+            lambda: self.validate(world),
+            metric,
+            METRIC_DIRECTION[metric],
+            watched,
+            METRIC_DIRECTION[watched],
+            rows_digest(self.validation_rows, self.targets.validation),
         )
 
     def validate(self, world: World = World()) -> dict[str, float]:

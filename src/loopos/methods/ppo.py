@@ -19,7 +19,7 @@ from typing import Any
 
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
-from loopos.data.digest import prompts_digest, text_digest, tokenizer_digest
+from loopos.data.digest import prompts_digest
 from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
 from loopos.data.reading import account
@@ -44,12 +44,12 @@ from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
 from loopos.training.fit import Fit, FitResult
 from loopos.training.guards import GuardLimits, Guards
+from loopos.training.identities import of_policy
 from loopos.training.policy_objective import PpoObjective
 from loopos.training.policy_state import PolicyState
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.rollouts import RolloutBatches, RolloutPlan
-from loopos.training.run_identity import Identity, learned_from, setting, weights_below
 from loopos.training.samples import write_samples
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
@@ -82,13 +82,7 @@ class PpoTrainer:
         check_installed(self.config.rollout)
         with (
             session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(
-                self.run_dir,
-                resume=resume,
-                is_first=self.world.is_first,
-                gather=self.world.gather,
-                note=self.progress.warn,
-            ),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
             self.load_data()
             self.build_models()
@@ -202,7 +196,7 @@ class PpoTrainer:
             validation=self._validation() if self.check is not None else None,
             progress=self.progress,
             world=world,
-            identity=self._identity(),
+            identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
             facts=self._facts(plan.iterations),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
@@ -210,23 +204,6 @@ class PpoTrainer:
             carried=self.state,
             gives_up=lambda: "guard" if self.config.guards.stop and self.state.alarms else None,
         )
-
-    def _identity(self) -> Identity:
-        """What the policy is asked, by what its answers are rewarded, and what the reward model among that is."""
-        data, reward = self.config.data, self.config.reward
-        return {
-            **setting("computation.method", self.config.computation.method),
-            **weights_below(self.base, "data.reward_model"),
-            **learned_from(
-                "data.prompts" if data.prompts else "data.training_data",
-                rows=prompts_digest(self.prompts),
-                tokenizer=tokenizer_digest(self.tokenizer),
-                template=text_digest(self.encoder.template.source),
-                max_length=self.encoder.max_length,
-            ),
-            **setting("reward", reward.model_dump(mode="json")),
-            **setting("training.value_model", self.config.training.value_model),
-        }
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
@@ -284,7 +261,8 @@ class PpoTrainer:
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
-        return Validation(self.validate, metric, DIRECTION[metric], "reward", DIRECTION["reward"])
+        rows = prompts_digest(self.validation_prompts)
+        return Validation(self.validate, metric, DIRECTION[metric], "reward", DIRECTION["reward"], rows)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""

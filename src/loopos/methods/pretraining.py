@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
-from loopos.data.digest import rows_digest, tokenizer_digest
+from loopos.data.digest import rows_digest
 from loopos.data.split import stratified_split
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
@@ -30,10 +30,10 @@ from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
 from loopos.training.distributed import World
 from loopos.training.fit import Fit, FitResult
+from loopos.training.identities import of_text
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
-from loopos.training.run_identity import Identity, learned_from, setting, weights_below
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
@@ -62,13 +62,7 @@ class Pretrainer:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
         with (
             session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(
-                self.run_dir,
-                resume=resume,
-                is_first=self.world.is_first,
-                gather=self.world.gather,
-                note=self.progress.warn,
-            ),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
             self.load_data()
             self.build_model()
@@ -146,28 +140,16 @@ class Pretrainer:
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=NextToken(self.model),
-            validation=Validation(lambda: self.validate(world), "loss", "min", "loss", "min") if judged else None,
+            validation=self._validation(world) if judged else None,
             progress=self.progress,
             world=world,
-            identity=self._identity(),
+            identity=of_text(self.config, self.pieces, self.tokenizer, max_length=self.max_length),
             facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
         )
 
-    def _identity(self) -> Identity:
-        """What this run learns from."""
-        data, section = self.config.data, self.config.model
-        return {
-            **setting("computation.method", self.config.computation.method),
-            **weights_below("new"),
-            **learned_from(
-                "data.input_file" if data.input_file else "data.training_data",
-                rows=rows_digest(self.pieces),
-                tokenizer=tokenizer_digest(self.tokenizer),
-                max_length=self.max_length,
-            ),
-            **setting("model.num_heads", section.num_heads),
-            **setting("model.num_key_value_heads", section.num_key_value_heads),
-        }
+    def _validation(self, world: World) -> Validation:
+        rows = rows_digest(self.validation_pieces)
+        return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", rows)
 
     def validate(self, world: World = World()) -> dict[str, float]:
         """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""

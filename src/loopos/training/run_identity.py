@@ -61,28 +61,6 @@ def setting(key: str, value: JSON) -> dict[str, Trait]:
     return {key: Trait(value, (key,))}
 
 
-def learned_from(
-    source: str, *, rows: str, tokenizer: str, template: str | None = None, max_length: int | None
-) -> dict[str, Trait]:
-    """What every method learns from. source: the key that names the rows. rows, tokenizer, template: digests, of the
-    rows as they were encoded and in their order. max_length: in force.
-    """
-    rows_keys = (source, "data.", "training.max_length", "training.seed", "model.labels", "model.task")
-    traits = {
-        "training rows": Trait(rows, rows_keys, "the encoded rows"),
-        "data.tokenizer": Trait(tokenizer, ("data.tokenizer",), "the tokenizer's tokens"),
-        **setting("training.max_length", max_length),
-    }
-    if template is not None:
-        traits["data.chat_template"] = Trait(template, ("data.chat_template",), "the templates")
-    return traits
-
-
-def weights_below(base: str, *more: str) -> dict[str, Trait]:
-    """The weights that training begins with. more: further keys that name some of them."""
-    return {"base": Trait(base, ("data.pretrained_weights", *more), "the weights")}
-
-
 class RowCounts(Protocol):
     """What of a run's batches tells it from another run."""
 

@@ -160,8 +160,9 @@ class RunState:
         state = found.state
         position = dict(state["position"])
         self.position = Position(**{**position, "cursor": Cursor(**position["cursor"])})
+        lines = []
         if self.judges is not None and state["judges"] is not None:
-            self.judges.load(state["judges"])
+            lines = self.judges.load(state["judges"])
         self.update.masters.load(found.tensors["weights"])
         self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.masters.rows)
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
@@ -169,5 +170,5 @@ class RunState:
             self.carried.load(found.tensors.get("carried", {}), state["carried"])
         mine = str(self.world.rank)
         if mine not in state["random"]:
-            return [f"the checkpoint holds no random states for rank {mine}; it goes on from its seed"]
-        return checkpoint.restore_random_states(found.tensors[f"random-{mine}"], state["random"][mine])
+            return [*lines, f"the checkpoint holds no random states for rank {mine}; it starts from the seed"]
+        return lines + checkpoint.restore_random_states(found.tensors[f"random-{mine}"], state["random"][mine])

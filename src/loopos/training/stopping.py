@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from loopos.config.faults import Interrupted
+from loopos.storage.terminals import leave_the_terminal
 
 # How a run that a signal ended exits, after its checkpoint: what a scheduler or a closed terminal sends is an orderly
 # end, Ctrl-C is not.
@@ -39,13 +40,11 @@ class StopSignals:
         self.received: str | None = None
         self._names, self._answer, self._at_once, self._speaks = names, answer, at_once, speaks
         self._before: dict[int, Any] = {}
-        self._terminals: list[int] = []
 
     def __enter__(self) -> StopSignals:
         # Python lets the main thread alone handle signals; a run in another one is stopped by its owner.
         if threading.current_thread() is not threading.main_thread():
             return self
-        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for name in self._names:
             number = signal.Signals[name]
             if name in _MAY_BE_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
@@ -65,7 +64,7 @@ class StopSignals:
             raise KeyboardInterrupt
         is_first, self.received = self.received is None, name
         if name == "SIGHUP":
-            self._leave_the_terminal()
+            leave_the_terminal()
         if self._at_once:
             raise Interrupted(self._at_once.format(name=name), EXIT_CODES[name])
         if is_first and self._answer:
@@ -76,14 +75,6 @@ class StopSignals:
         if self._speaks:
             with suppress(OSError):
                 os.write(2, f"\n{line}\n".encode())
-
-    def _leave_the_terminal(self) -> None:
-        """A terminal that is gone must not end by an error of writing what is to end in order."""
-        for descriptor in self._terminals:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
-        self._terminals = []
 
 
 def steps_end_in_order(*, speaks: bool = True) -> StopSignals:

@@ -19,7 +19,8 @@ from loopos.training.stopping import Best
 @dataclass(frozen=True)
 class Validation:
     """`measure` gives the metrics, `metric` names the one that says what is best, `mode` whether less ("min") or more
-    ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule.
+    ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule. `rows`: a
+    digest of what is measured on.
     """
 
     measure: Callable[[], Mapping[str, float]]
@@ -27,6 +28,7 @@ class Validation:
     mode: Literal["min", "max"]
     watched: str
     watched_mode: Literal["min", "max"]
+    rows: str = ""
 
 
 class Judges:
@@ -64,15 +66,25 @@ class Judges:
             "best": self.best.state(),
             "watched": self.watched.state() if self.watched is not None else None,
             "plateau": self.plateau.state_dict() if self.plateau is not None else None,
+            "judged_by": {"metric": self.validation.metric, "rows": self.validation.rows},
+            "watched_by": {"metric": self.validation.watched, "rows": self.validation.rows},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`; what it does not hold starts anew."""
-        self.best.load(state["best"])
-        if self.watched is not None and state["watched"] is not None:
-            self.watched.load(state["watched"])
-        if self.plateau is not None and state["plateau"] is not None:
-            self.plateau.load_state_dict(state["plateau"])
+    def load(self, state: Mapping[str, Any]) -> list[str]:
+        """Resumes from `state`; what it does not hold starts anew, and so does what was measured by another metric or
+        on other rows, whose values cannot be compared. Returns a line for the user where that is so.
+        """
+        mine = self.state()
+        if state.get("judged_by", mine["judged_by"]) == mine["judged_by"]:
+            self.best.load(state["best"])
+        if state.get("watched_by", mine["watched_by"]) == mine["watched_by"]:
+            if self.watched is not None and state["watched"] is not None:
+                self.watched.load(state["watched"])
+            if self.plateau is not None and state["plateau"] is not None:
+                self.plateau.load_state_dict(state["plateau"])
+        if all(state.get(name, mine[name]) == mine[name] for name in ("judged_by", "watched_by")):
+            return []
+        return ["the metric or the validation rows have changed: what is best is judged anew from here on"]
 
 
 def best_of(metrics: Sequence[float | None], mode: Literal["min", "max"]) -> int:
