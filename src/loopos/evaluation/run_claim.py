@@ -14,10 +14,10 @@ from typing import Protocol
 from loopos.config.faults import UserError
 from loopos.evaluation.run_folder import CONFIG, EVENTS, holds_run
 from loopos.storage.durable import DiskFull, disk_full_said
-from loopos.storage.folder_lock import LOCK, only_writer
+from loopos.storage.folder_lock import only_writer
 from loopos.storage.whole_folder import clear_leftovers
 
-_FILES = (CONFIG, EVENTS, LOCK, "samples.jsonl", "report.md")
+_FILES = (CONFIG, EVENTS, "samples.jsonl", "report.md")
 _FOLDERS = ("checkpoints", "model", "adapter", "curves", "rounds")
 # What a folder needs of the disk: an entry and a block.
 _NEEDED_BYTES = 4096

@@ -32,6 +32,7 @@ SILENCE = 15.0
 
 # A look at a lock holds it for an instant: several tries tell that from a process that holds it.
 _TRIES, _BETWEEN_TRIES = 10, 0.05
+_MOST_BYTES = 4096
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 
 
@@ -104,6 +105,8 @@ def only_writer(folder: Path, *, note: Callable[[str], None] = lambda line: None
     was_there = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / LOCK).exists() and not (folder / LOCK).is_file():
+            raise UserError(f"{folder / LOCK}: expected a file of the run; move it away")
         held = _take(folder, note)
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -123,7 +126,7 @@ def lock_state(folder: Path) -> LockState | None:
     """Who holds a folder, or held it and ended without letting go; None where nobody does. Nothing is written."""
     file = folder / LOCK
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         # None there, or none that this user may look at.
         return None
@@ -218,7 +221,12 @@ def _let_go(place: Path, held: _Held) -> None:
 def _read(file: Path) -> Holder:
     """The record in a lock's file; without a process where there is none, or it is being written."""
     try:
-        record = json.loads(file.read_bytes())
+        # Not blocked by something else of this name, such as a pipe.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            record = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
+        finally:
+            os.close(descriptor)
         return Holder(int(record["pid"]), str(record["host"]), float(record["since"]))
     except (OSError, ValueError, TypeError, KeyError):
         return Holder(0, "", 0.0)
