@@ -58,7 +58,7 @@ def restore_random_states(tensors: Mapping[str, torch.Tensor], state: Mapping[st
     for name, restore in (("python", _restore_python), ("numpy", _restore_numpy), ("torch_cpu", _restore_torch)):
         try:
             restore(tensors, state)
-        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as problem:
+        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as problem:
             first = (str(problem).splitlines() or [""])[0]
             lines.append(
                 f"the random state of {name} in the checkpoint is not one of this version ({type(problem).__name__}: "

@@ -55,7 +55,10 @@ def beginning(run_dir: Path, config: Mapping[str, Any], identity: Identity, *, r
     if found is None:
         return Beginning(None, WrittenLog.none(run_dir), lines=tuple(lines))
     written = WrittenLog.read(run_dir, found.state["events_offset"], found.state.get("events_sha256"))
-    compared = compare(found.state.get("identity", {}), identity, changes(written.settings or config, config))
+    changed = changes(written.settings or config, config)
+    # Where the folder lies by now is no setting of the training.
+    changed.pop("data.output_dir", None)
+    compared = compare(found.state.get("identity", {}), identity, changed)
     if compared.refused:
         raise UserError(
             f"{run_dir}: --resume: this is another run than the one that was begun there:{as_lines(compared.refused)}\n"

@@ -48,6 +48,10 @@ class WrittenLog:
             raise EventLogError(f"{path}: {size:,} bytes, but the checkpoint was saved at byte {offset:,}; {RESTORE}")
         settings, warnings = None, []
         if offset:
+            if _byte(path, offset - 1) != b"\n":
+                raise EventLogError(
+                    f"{path}: no event ends at byte {offset:,}, where the checkpoint was saved; {RESTORE}"
+                )
             for event in read(path, num_bytes=offset):
                 if event["event"] == "session" and isinstance(event["metrics"].get("settings"), dict):
                     settings = event["metrics"]["settings"]
@@ -89,6 +93,12 @@ class RunLog:
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def _byte(path: Path, place: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(place)
+        return file.read(1)
 
 
 def _sha256(path: Path, num_bytes: int) -> str:
