@@ -1,7 +1,7 @@
 """`loopos train`: config checked, run claimed, method run, outcome told.
 
 Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C. All that can be checked without torch is
+on standard error, and an exit code: 0, also after SIGTERM, SIGHUP and SIGUSR1, 130 after Ctrl-C. All that can be checked without torch is
 checked before torch is imported.
 """
 
@@ -64,7 +64,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     named = getattr(config.data, "pretrained_weights", None)
     if named is not None:
         weights_source(named)
-    for folder in [] if options.dry_run else run_folders(config):
+    # Of several processes of a run one is enough to say so, and it alone will hold the folder.
+    for folder in [] if options.dry_run or not is_first_process() else run_folders(config):
         refuse_busy(folder)
         if not options.resume:
             refuse_started(folder)

@@ -106,9 +106,10 @@ class ChainOfThought:
             self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
-        told = [f"validation generates answers to {len(self.problems)} problems"] if self.problems else []
         tokens = f"tokens: {self.train_tokens.said()}"
-        self.progress.say(pretrained.said, *self.data.said, self.template.said, tokens, *told)
+        self.progress.say(pretrained.said, *self.data.said, self.template.said, tokens)
+        if self.problems:
+            self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
 
     def _worked(self) -> list[Example]:
@@ -159,9 +160,8 @@ class ChainOfThought:
 
     def fit(self, folder: Path, rows: Sequence[Encoded], *, resume: bool) -> FitResult:
         """One training of the model on these rows, in its own folder."""
-        fit = self.build_fit(folder, rows)
-        fit.open(resume=resume)
-        return fit.run()
+        self.build_fit(folder, rows).open(resume=resume)
+        return self.current.run()
 
     def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
@@ -185,12 +185,8 @@ class ChainOfThought:
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
         reports = {"training": self.train_tokens, "validation": self.validation_tokens}
-        return {
-            "rows": [account(report) for report in self.data.reports],
-            "tokens": {name: report.counts() for name, report in reports.items()},
-            "precision": self.precision,
-            "environment": self.environment,
-        }
+        rows, tokens = list(map(account, self.data.reports)), {name: each.counts() for name, each in reports.items()}
+        return {"rows": rows, "tokens": tokens, "precision": self.precision, "environment": self.environment}
 
     def _validation(self) -> Validation:
         settings = self.config.training

@@ -207,13 +207,9 @@ class PpoTrainer:
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
-        return {
-            "rows": list(map(account, self.data.reports)),
-            "tokens": self.tokens.counts(),
-            "iterations": iterations,
-            "precision": self.precision,
-            "environment": self.environment,
-        }
+        rows, tokens = list(map(account, self.data.reports)), self.tokens.counts()
+        environment = {"precision": self.precision, "environment": self.environment}
+        return {"rows": rows, "tokens": tokens, "iterations": iterations, **environment}
 
     def collect(self, iteration: int) -> Experience:
         """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""

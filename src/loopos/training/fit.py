@@ -132,10 +132,8 @@ class Fit(Generic[BatchT]):
                 self.progress.say(*self.state.clear(found))
                 save_json(self.run_dir / "config.json", self.config)
             self.log.open(begun.written, tensorboard=self.settings.tensorboard, resumed_step=begun.step)
-        if found is not None:
-            self.progress.say(f"resumed from the checkpoint of step {found.step}")
-        elif resume:
-            self.progress.say("no checkpoint to resume from: starting at step 0")
+        if resume:
+            self.progress.say(begun.sentence())
         facts = {"total_steps": self.total_steps, **begun.facts(), **self.facts, "settings": self.config}
         self.record("session", facts, {"time": time.time()})
 

@@ -35,6 +35,12 @@ class Beginning:
     def step(self) -> int | None:
         return None if self.found is None else self.found.step
 
+    def sentence(self) -> str:
+        """Where a resumed run begins."""
+        if self.found is None:
+            return "no checkpoint to resume from: starting at step 0"
+        return f"resumed from the checkpoint of step {self.found.step}"
+
     def facts(self) -> dict[str, JSON]:
         """What the log says of it."""
         return {
