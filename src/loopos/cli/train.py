@@ -1,8 +1,8 @@
 """`loopos train`: config checked, run claimed, method run, outcome told.
 
 Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, SIGHUP and SIGUSR1, 130 after Ctrl-C. All that can be checked without torch is
-checked before torch is imported.
+on standard error, and an exit code: 0, also after SIGTERM, SIGHUP and SIGUSR1, 130 after Ctrl-C. What can be checked
+without torch is checked before torch is imported.
 """
 
 from __future__ import annotations

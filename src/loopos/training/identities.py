@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,6 @@ from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.sections import MethodConfig
 from loopos.data.digest import comparisons_digest, prompts_digest, rows_digest, text_digest, tokenizer_digest
 from loopos.data.label_space import LabelSpace
 from loopos.data.preference_data import PreferenceEncoder
@@ -27,6 +26,8 @@ from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.supervised import SupervisedEncoder
 from loopos.data.tokens import Encoded
 from loopos.training.run_identity import Identity, Trait, setting
+
+_Config: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PpoConfig | PretrainingConfig
 
 
 def of_task(
@@ -104,15 +105,14 @@ def of_text(
 
 
 def _learned_from(
-    config: MethodConfig, key: str, rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, base: str
+    config: _Config, key: str, rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, base: str
 ) -> dict[str, Trait]:
     """What every method learns from. key: that of `data` that names the rows. rows: their digest, as they were encoded
     and in their order. max_length: in force.
     """
-    method: str = config.computation.method
     decides = (f"data.{key}", "data.", "training.max_length", "training.seed", "model.labels", "model.task")
     return {
-        **setting("computation.method", method),
+        **setting("computation.method", config.computation.method),
         "base": Trait(base, ("data.pretrained_weights", "data.reward_model"), "the weights"),
         "training rows": Trait(rows, decides, "the encoded rows"),
         "data.tokenizer": Trait(tokenizer_digest(tokenizer), ("data.tokenizer",), "the tokenizer's tokens"),
