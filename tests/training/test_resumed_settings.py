@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import pytest
@@ -15,12 +15,14 @@ import torch
 from pico_runs import class_rows, config_of, events_of, train
 
 from loopos.config.faults import UserError
+from loopos.config.sections import TrainingSection
 from loopos.evaluation.run_folder import read_run
 from loopos.training import checkpoint
 from loopos.training.checkpoint_folder import read_manifest, seal_folder
 from loopos.training.fit import FitResult
 from loopos.training.random_states import random_states, restore_random_states
 from loopos.training.samples import write_samples
+from loopos.training.validation import Judges, Validation
 
 Run = Callable[..., tuple[FitResult, Path]]
 ROWS = class_rows(24, ["bad", "fair", "good"])
@@ -176,11 +178,23 @@ def test_settings_that_may_change_are_told_one_by_one_and_kept(
     assert read_run(copied).history()["training.learning_rate"] == [(0, 0.003), (2, 0.005)]
 
 
-def test_what_was_best_by_another_metric_is_not_compared_with(copied: Path, pico_folder: Path) -> None:
-    """Accuracy is at most 1 and a loss above it: a best accuracy would let no loss be better."""
-    result = resume(copied, pico_folder, metric="loss", max_steps=4, validate_every=1)
-    losses = {event["step"]: event["metrics"]["loss"] for event in events_of(copied, "validation")}
-    assert result.best_metric == min(losses[3], losses[4])
+def test_what_was_best_by_another_metric_is_not_compared_with() -> None:
+    """An accuracy of 0.9 would let no loss above it be the best."""
+    settings = TrainingSection.model_validate({"learning_rate": 0.1, "early_stopping": {"patience": 2}})
+
+    def judges(metric: str, mode: Literal["min", "max"]) -> Judges:
+        return Judges(Validation(dict, metric, mode, metric, mode), settings)
+
+    before, after, same = judges("accuracy", "max"), judges("loss", "min"), judges("accuracy", "max")
+    assert before.observe({"accuracy": 0.9, "loss": 1.5}, 1)
+    assert not before.observe({"accuracy": 0.9, "loss": 1.5}, 2)
+    after.load(before.state())
+    assert after.observe({"accuracy": 0.9, "loss": 1.2}, 3)
+    assert not after.gives_up
+    assert same.load(before.state()) == []
+    assert (same.best.metric, same.best.step) == (0.9, 1)
+    assert not same.observe({"accuracy": 0.9}, 3)
+    assert same.gives_up
 
 
 def test_a_change_of_a_session_that_left_no_checkpoint_is_no_change(
