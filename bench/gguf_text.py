@@ -1,13 +1,12 @@
-"""Greedy text of an exported GGUF file: llama.cpp beside LoopOS's engine, on the same prompts.
+"""Greedy chat text of an exported GGUF file: llama.cpp beside LoopOS's engine, on the same conversations.
 
-    python bench/gguf_text.py [--model smollm2-135m] [--type f16] [--prompts 20] [--tokens 48]
+    python bench/gguf_text.py [--model smollm2-135m] [--types f16 q8_0 q4_0] [--prompts 20] [--tokens 48]
 
-Needs llama-cpp-python (pip install llama-cpp-python), which is built from source. The model is exported to a temporary
-folder; both engines continue the same token ids without sampling. One JSON line a prompt (tokens that agree before the
-first that does not, and whether both made the same ids of the prompt's text), then one with the shares. LoopOS runs the
-weights in fp32; llama.cpp computes F16 files partly in half precision, so that a near tie may fall the other way: where
-the two part, `gap` is how far LoopOS's logit of its own token lies above that of llama.cpp's, `noise` the root mean
-square of all differences between their logits there, and `spread` the standard deviation of LoopOS's.
+Needs xllamacpp (pip install xllamacpp), llama.cpp with wheels. The model is exported to a temporary folder; LoopOS writes
+the model's own answers, in fp32 and through its chat template, llama.cpp those of the file, through the template in it.
+One JSON line a prompt (whether the texts are equal, whether the prompts have equally many tokens, and how many tokens
+agree before the first that does not), then one a type with the shares. Where the two part, `gap` is how far LoopOS's
+log-probability of its own token lies above that of llama.cpp's, in nats: a near tie may fall the other way.
 """
 
 from __future__ import annotations
@@ -21,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = (
-    "The keeper of the lighthouse", "Once upon a time", "The capital of France is", "To make bread you need",
-    "def add(a, b):", "In 1969 two people", "Water boils at", "My favourite season is", "A good teacher", "The moon",
-    "Q: What is 17 + 26?\nA:", "The quick brown fox", "Dear Sir or Madam,", "List three colours:", "Rivers flow to",
-    "The recipe says", "If it rains tomorrow", "Music is", "The train left at", "She opened the door and",
+    "What is the capital of France?", "Write one sentence about a lighthouse.", "What is 17 + 26?",
+    "List three colours of the rainbow.", "Explain in two sentences why the sky is blue.",
+    "Give me a name for a grey cat.", "How do I boil an egg?", "Translate 'good morning' to Spanish.",
+    "Who wrote Romeo and Juliet?", "Write a Python function that adds two numbers.", "What do bees make?",
+    "Finish the sentence: If it rains tomorrow,", "What is the opposite of hot?", "Name a river in Egypt.",
+    "Tell me a short story about a fox.", "What should I pack for a day at the beach?",
+    "Rewrite politely: give me the report now.", "How many days has a leap year?", "What is a noun?",
+    "Suggest a title for a book about old trains.",
 )  # fmt: skip
 
 
@@ -34,68 +37,96 @@ def agreeing(one: list[int], other: list[int]) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def near_tie(model: Any, ids: list[int], scores: Any, ours: int, theirs: int) -> dict[str, float]:
-    """How far apart the logits of two tokens are after `ids`, and all of them from llama.cpp's, `scores`."""
+def gap_between(model: Any, ids: list[int], ours: int, theirs: int) -> float:
+    """How much likelier one token is than another after `ids`, in nats."""
     import torch
 
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-    noise = (logits - torch.from_numpy(scores)).square().mean().sqrt()
-    found = {"gap": logits[ours] - logits[theirs], "noise": noise, "spread": logits.std()}
-    return {name: round(float(value), 4) for name, value in found.items()}
+    return round(float(logits[ours] - logits[theirs]), 4)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", default="smollm2-135m")
-    options.add_argument("--type", default="f16")
-    options.add_argument("--prompts", type=int, default=len(PROMPTS))
-    options.add_argument("--tokens", type=int, default=48)
-    asked = options.parse_args()
-    try:
-        from llama_cpp import Llama
-    except ModuleNotFoundError:
-        sys.exit("bench/gguf_text.py needs llama-cpp-python: pip install llama-cpp-python")
+def chat_texts(opened: Any, ours: list[list[int]], prompts: list[list[int]], file: Path, texts: list[str]) -> list[Any]:
+    """A line for each prompt."""
+    from loopos.deploy.exporting.llama_cpp import LlamaCpp
+
+    runtime = LlamaCpp(file, context=1024)
+    lines = []
+    for text, prompt, expected in zip(texts, prompts, ours, strict=True):
+        answer = runtime.chat([{"role": "user", "content": text}], len(expected))
+        own = opened.tokenizer.decode(expected, skip_special_tokens=True)
+        line = {"prompt": text, "same_text": answer.text.strip() == own.strip(), "tokens": len(expected)}
+        line["same_prompt_length"] = answer.num_prompt == len(prompt)
+        if not line["same_text"]:
+            theirs = opened.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+            number = line["agree"] = min(agreeing(expected, theirs), len(expected) - 1)
+            step = runtime.next_token([*prompt, *expected[:number]])
+            if step is not None:
+                line["gap"] = gap_between(opened.model, [*prompt, *expected[:number]], expected[number], step.token)
+        print(json.dumps(line), flush=True)
+        lines.append(line)
+    return lines
+
+
+def compared(model: str, types: list[str], texts: list[str], tokens: int) -> dict[str, dict[str, Any]]:
+    """Type → its shares, each printed as it comes."""
     from loopos.deploy.export import export
     from loopos.deploy.export_settings import ExportSettings
     from loopos.generation.engine import Engine
     from loopos.generation.settings import SamplingSettings
     from loopos.models.language_folder import open_language_model
 
-    opened = open_language_model(asked.model)
-    texts = list(PROMPTS[: asked.prompts])
-    ids = [opened.tokenizer(text)["input_ids"] for text in texts]
+    opened = open_language_model(model)
+    prompts = [
+        opened.tokenizer(
+            opened.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            ),
+            add_special_tokens=False,
+        )["input_ids"]
+        for text in texts
+    ]
     engine = Engine(opened.model, opened.tokenizer, max_rows=len(texts))
-    settings = SamplingSettings(temperature=0.0, max_new_tokens=asked.tokens)
-    ours = [list(each.token_ids) for each in engine.generate(ids, settings)]
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        done = export(asked.model, Path(folder) / "out", ExportSettings(format="gguf", type=asked.type, check=False))
-        seconds = time.perf_counter() - begun
-        [file] = done.folder.glob("*.gguf")
-        runtime = Llama(model_path=str(file), n_ctx=512, logits_all=True, verbose=False)
-        whole = same_ids = 0
-        for text, prompt, expected in zip(texts, ids, ours, strict=True):
-            theirs: list[int] = []
-            runtime.reset()
-            for token in runtime.generate(prompt, temp=0.0, repeat_penalty=1.0):
-                theirs.append(int(token))
-                if len(theirs) == len(expected):
-                    break
-            equal_ids = runtime.tokenize(text.encode(), add_bos=False, special=True) == prompt
-            number = agreeing(expected, theirs)
-            whole += number == len(expected)
-            same_ids += equal_ids
-            line = {"prompt": text, "tokens": len(expected), "agree": number, "same_prompt_ids": equal_ids}
-            if number < min(len(expected), len(theirs)):
-                seen = [*prompt, *expected[:number]]
-                runtime.reset()
-                runtime.eval(seen)
-                line |= near_tie(opened.model, seen, runtime.scores[len(seen) - 1], expected[number], theirs[number])
-            print(json.dumps(line), flush=True)
-    told = {"model": asked.model, "type": asked.type, "prompts": len(texts), "same_text": whole / len(texts)}
-    told |= {"same_prompt_ids": same_ids / len(texts), "bytes": done.bytes_after, "export_seconds": round(seconds, 1)}
-    print(json.dumps(told), flush=True)
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=tokens)
+    ours = [list(each.token_ids) for each in engine.generate(prompts, settings)]
+    found = {}
+    for kind in types:
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            done = export(model, Path(folder) / "out", ExportSettings(format="gguf", type=kind))
+            seconds = time.perf_counter() - begun
+            [file] = done.folder.glob("*.gguf")
+            lines = chat_texts(opened, ours, prompts, file, texts)
+        parted = [line.get("gap", 0.0) for line in lines if not line["same_text"]]
+        assert done.check is not None
+        found[kind] = {
+            "model": model,
+            "type": kind,
+            "prompts": len(texts),
+            "same_text": sum(line["same_text"] for line in lines) / len(lines),
+            "same_prompt_length": sum(line["same_prompt_length"] for line in lines) / len(lines),
+            "largest_gap": max(parted, default=0.0),
+            "same_likeliest": round(done.check.same, 4),
+            "check": done.check.said(),
+            "bytes": done.bytes_after,
+            "export_seconds": round(seconds, 1),
+        }
+        print(json.dumps(found[kind]), flush=True)
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_0"])
+    options.add_argument("--prompts", type=int, default=len(PROMPTS))
+    options.add_argument("--tokens", type=int, default=48)
+    given = options.parse_args()
+    try:
+        import xllamacpp  # noqa: F401
+    except ModuleNotFoundError:
+        sys.exit("bench/gguf_text.py needs xllamacpp: pip install xllamacpp")
+    compared(given.model, given.types, list(PROMPTS[: given.prompts]), given.tokens)
 
 
 if __name__ == "__main__":

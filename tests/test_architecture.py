@@ -33,8 +33,8 @@ ARROWS: dict[str, set[str]] = {
 }
 # rlhf runs reward_model and then ppo.
 METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}}
-MOST_LINES_OF_A_FILE = 300
-MOST_LINES_OF_A_FUNCTION = 80
+MOST_LINES_OF_A_FILE = 500
+MOST_LINES_OF_A_FUNCTION = 65
 # The package's own front door and `python -m loopos`.
 FRONT = {"__init__.py", "__main__.py"}
 
@@ -148,10 +148,16 @@ def catches_everything(node: ast.ExceptHandler) -> bool:
     return node.type is None or "Exception" in caught or ("BaseException" in caught and not rises)
 
 
+# Calls the functions of users, from which anything may rise; it rises again with their name.
+CALLS_FOREIGN_CODE = {"evaluation/own_code.py"}
+
+
 def test_nothing_is_caught_that_was_not_expected() -> None:
     wrong = []
     handlers = 0
     for file in modules():
+        if file.relative_to(SOURCE).as_posix() in CALLS_FOREIGN_CODE:
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 handlers += 1

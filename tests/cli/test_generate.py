@@ -160,13 +160,14 @@ CONTRADICTIONS = [
         ("-p", "x", "--num-beams", 2, "--steps", "--top-p", 0.5, "-n", 3),
         ["--steps with --num-beams", "--top-p with --num-beams", "--samples: given 3; wanted 1 to --num-beams 2"],
     ),
+    (("-p", "x", "--reward-model", "y"), ["--reward-model: ranks the chains of --strategy best_of_n:N"]),
     (("-p", "x", "--raw", "--system", "y"), ["--system with --raw"]),
     ((), ["no prompt: give -p TEXT"]),
     (("-p", "x", "--input", "y.txt"), ["-p and --input"]),
     (("-p", " "), ["-p: given a blank text"]),
     (
         ("-p", "x", "--top-p", 2, "--max-steps", 0, "--strategy", "vote", "--device", "gpu", "--precision", "int8"),
-        ["--top-p: given 2.0", "--max-steps: given 0", "--strategy: given 'vote'", "--device: given gpu", "int8"],
+        ["--top-p: got 2.0", "--max-steps: given 0", "--strategy: given 'vote'", "--device: given gpu", "int8"],
     ),
     (("-p", "x", "--max-thinking-tokens", 300), ["--max-thinking-tokens: given 300; wanted fewer than"]),
 ]
@@ -197,7 +198,7 @@ def test_faults_come_without_torch(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     said = ended.stderr.splitlines()
     assert said[0].startswith("absent/model/here does not exist")
-    assert said[1].startswith("--top-k: given -1")
+    assert said[1].startswith("--top-k: got -1")
     assert said[2].startswith(".: no trained model here")
     assert said[3].startswith("--metric: given speed; wanted one of accuracy, loss, perplexity")
 

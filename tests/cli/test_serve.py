@@ -27,8 +27,8 @@ from tests.deploy.serving.conftest import Server, command, until
         (("--host", "models.example"), "without an API key"),
         (("--api-key", " "), "--api-key: given a blank key"),
         (("--port", 70000), "--port: given 70000; wanted 0"),
-        (("--max-rows", 0), "--max-rows: given 0; wanted 1 to 4096"),
-        (("--max-seconds", "nan"), "--max-seconds: given nan"),
+        (("--max-rows", 0), "--max-rows: got 0; expected 1 to 4096"),
+        (("--max-seconds", "nan"), "--max-seconds: got nan"),
         (("--device", "tpu"), "--device: given tpu"),
     ],
 )

@@ -10,6 +10,8 @@ from loopos.config.chain_of_thought import StepFormatSection
 from loopos.data.step_format import NAMED_FORMATS, StepFormat, chosen_format
 
 THINK, HASHES, LINES = NAMED_FORMATS["think"], NAMED_FORMATS["hashes"], NAMED_FORMATS["lines"]
+SAYS = StepFormat(opening="", closing="", answer_marker="The answer is ")
+SAYS_BEHIND = StepFormat(answer_marker="The answer is ")
 FORMATS = [
     THINK,
     HASHES,
@@ -91,6 +93,8 @@ def test_any_text_has_a_reading_and_a_border(form: StepFormat, text: str) -> Non
         (THINK, ["a"], "1\n", "white space around it"),
         (HASHES, ["#### 4"], "1", "step 1 begins with the answer marker '####'"),
         (LINES, [], "1\n2", "holds the delimiter"),
+        (HASHES, ["a"], "1\n2", "holds a line break"),
+        (THINK, ["a"], "1\n\nQuestion: 2", "it would be read back as the steps ['a'] and the answer '1'"),
         (StepFormat(delimiter="\n\n"), ["a\n", "b"], "1", "it would be read back as the steps ['a', '\\nb']"),
     ],
 )
@@ -117,6 +121,25 @@ def test_why_a_chain_is_refused(form: StepFormat, steps: list[str], answer: str,
         (StepFormat(answer_marker="Answer: "), "<think>\na\n</think>\n7", (("a",), "7", False)),
         (StepFormat(answer_marker="Answer: "), "<think>\na\n</think>\nAnswer: 7", (("a",), "7", True)),
         (StepFormat(answer_marker="Answer: "), "It is so. Answer: 7", ((), "7", False)),
+        # What stands behind the answer is not part of it: a question more, a sentence, the marks once more.
+        (HASHES, "7 + 6 = 13\n#### 43\n\nQuestion: What is 1 + 1?\n#### 2", (("7 + 6 = 13",), "43", False)),
+        (HASHES, "a\n#### 43\nSo she has 43 parcels and 2 boxes.", (("a",), "43", False)),
+        (HASHES, "a = 43 #### 43\nand 2 #### 2", (("a = 43 ",), "43", False)),
+        (HASHES, "a\n####\n43\n", (("a",), "43", True)),
+        (THINK, "<think>\na\n</think>\n43\n\nQuestion: What is 1 + 1?\n2", (("a",), "43", False)),
+        (THINK, "<think>\na\n</think>\n43\n### User:\nWhat?", (("a",), "43", False)),
+        (THINK, "<think>\na\n</think>\n43\n\nUser: What?", (("a",), "43", False)),
+        (THINK, "<think>\na\n</think>\n43<|im_start|>user\nWhat?", (("a",), "43", False)),
+        (THINK, "<think>\na\n</think>\n43\n<think>\nb\n</think>\n44", (("a",), "43", False)),
+        (THINK, "<think>\na\n</think>\n43</think>\n43", (("a",), "43", False)),
+        (THINK, "<think>\na\n</think>\nname: x\nuser: y", (("a",), "name: x\nuser: y", True)),
+        (LINES, "a\n43\n\nQuestion: What is 1 + 1?\n2", (("a",), "43", False)),
+        (LINES, "Question 1: is it odd?\nno\n43", (("Question 1: is it odd?", "no"), "43", True)),
+        (SAYS, "a\nThe answer is 43.\nb\nThe answer is 43.", (("a",), "43.", False)),
+        (SAYS, "a\nThe answer is 43. The answer is 43.", (("a",), "43.", False)),
+        (SAYS_BEHIND, "<think>\na\n</think>\nThe answer is 43.\nb\nThe answer is 44.", (("a",), "43.\nb", False)),
+        (SAYS_BEHIND, "<think>\na\n</think>\nThe answer is 43. The answer is 44.", (("a",), "43.", False)),
+        (SAYS_BEHIND, "<think>\na\n</think>\nSo. The answer is 43.\nThe answer is 44.", (("a",), "43.", False)),
     ],
 )
 def test_readings_of_what_models_write(

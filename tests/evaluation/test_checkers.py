@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.data.step_format import NAMED_FORMATS
+from loopos.evaluation.answer_metrics import Sample, judge
 from loopos.evaluation.checkers import checker
 
 
@@ -72,9 +78,42 @@ def test_a_user_s_function_runs_where_it_is_named(tmp_path: Path, monkeypatch: p
     assert checker("own_checks:ends")("abc", "c", {"kind": "x"}) == 1.0
     assert checker("own_checks:ends")("abc", "c", {"kind": "y"}) == 0.0
     assert checker("own_checks:half")("abc", "c", {}) == 0.5
-    with pytest.raises(UserError, match="returned 'yes', wanted true, false or a number from 0 to 1"):
+    with pytest.raises(
+        UserError,
+        match="returned 'yes'; expected true, false or a number from 0 to 1\n    for the answer 'a' where 'b' is",
+    ):
         checker("own_checks:bad")("a", "b", {})
     with pytest.raises(UserError, match="own_checks has no function number"):
         checker("own_checks:number")
     with pytest.raises(UserError, match="cannot import no_such_module"):
         checker("no_such_module:f")
+
+
+def test_what_a_checker_returns_and_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("own_checks")
+    monkeypatch.setitem(sys.modules, "own_checks", module)
+    for returned, score in (
+        (np.bool_(True), 1.0),
+        (np.float32(0.5), 0.5),
+        (torch.tensor(1), 1.0),
+        (Fraction(1, 2), 0.5),
+    ):
+        module.own = lambda answer, wanted, row, returned=returned: returned  # type: ignore[attr-defined]
+        assert checker("own_checks:own")("a", "b", {}) == score
+    for refused in (None, math.nan, 1.5, -1, "1", [1.0, 0.0], np.float64(np.inf)):
+        module.own = lambda answer, wanted, row, refused=refused: refused  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=r"^checker own_checks:own: returned .*; expected true, false or a number"):
+            checker("own_checks:own")("a", "b", {})
+
+    def raises(answer: str, wanted: str, row: dict[str, object]) -> bool:
+        return bool(row["missing"])
+
+    module.own = raises  # type: ignore[attr-defined]
+    samples = [Sample("<think>\na\n</think>\n7", 5, True)]
+    with pytest.raises(UserError) as told:
+        judge(
+            samples, "8", {}, step_format=NAMED_FORMATS["think"], checker=checker("own_checks:own"), place="t.jsonl:3"
+        )
+    first, second = str(told.value).splitlines()
+    assert first.startswith("t.jsonl:3: checker own_checks:own: raised KeyError at ")
+    assert second == "    for the answer '7' where '8' is expected"

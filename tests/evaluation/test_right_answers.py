@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import pytest
+from answer_pairs import GROUPS, PAIRS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from math_verify_differences import DIFFERENCES
 
+from loopos.data.step_format import NAMED_FORMATS
 from loopos.evaluation.answers import automatic, boxed, choice, exact, normalise, numeric, quantity, vote_key
+from loopos.evaluation.checkers import checker
 
 
 @pytest.mark.parametrize(
@@ -178,3 +183,79 @@ def test_answers_that_mean_the_same_vote_together() -> None:
     assert len({vote_key(answer) for answer in ("42", "42.0", "42 apples", " 42. ", r"\boxed{42}")}) == 1
     assert len({vote_key(answer) for answer in ("Yes", "yes.", " YES ")}) == 1
     assert len({vote_key(answer) for answer in ("42", "43", "yes", "", "42%")}) == 5
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_answers_as_people_and_models_write_them(group: str) -> None:
+    wrong = [pair for pair in GROUPS[group] if automatic(pair[0], pair[1]) is not pair[2]]
+    assert wrong == []
+
+
+def test_the_table_of_pairs_is_large_and_has_both_kinds() -> None:
+    assert len({pair[:2] for pair in PAIRS}) == len(PAIRS) >= 500
+    assert all({right for _, _, right in pairs} == {True, False} for pairs in GROUPS.values())
+
+
+@pytest.mark.slow
+def test_math_verify_differs_where_it_is_said_why() -> None:
+    """The pairs that hold mathematics; 10^99999999 is left out, on which the package waits for its own time limit."""
+    pytest.importorskip("math_verify")
+    check = checker("math_verify")
+    listed = {pair: why for why, pairs in DIFFERENCES.items() for pair in pairs}
+    asked = [pair for name, pairs in GROUPS.items() if name != "choices" for pair in pairs if "9999" not in pair[0]]
+    differing = {(given, wanted) for given, wanted, right in asked if (check(given, wanted, {}) == 1.0) is not right}
+    assert differing == set(listed)
+
+
+# lm-eval's task gsm8k: the filter strict-match, and what it leaves out of both sides before it compares.
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_LEFT_OUT = re.compile(r",|\$|(?s:.*)#### |\.$")
+
+
+def strict_match(text: str, wanted: str) -> bool:
+    """Whether lm-eval counts a completion as right by its filter strict-match."""
+    found = _STRICT.findall(text)
+    said, asked = (_LEFT_OUT.sub("", each).lower() for each in (found[0] if found else "[invalid]", wanted))
+    return said == asked
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("7 + 6 = 13\n#### 43", "43"),
+        ("7 + 6 = 13\n#### 43\n\nQuestion: What is 1 + 1?\n#### 2", "43"),
+        ("7 + 6 = 13\n#### 43\nSo she has 43 parcels and 2 boxes.", "43"),
+        ("a\n#### 43.", "43"),
+        ("a\n#### 1,234", "1234"),
+        ("a\n#### -5", "-5"),
+        ("a\n#### 42", "43"),
+        ("a\n43", "44"),
+        ("a #### 43\nb #### 44", "43"),
+        ("a #### 43\nb #### 44", "44"),
+    ],
+)
+def test_hashes_are_read_as_lm_eval_reads_them(text: str, wanted: str) -> None:
+    assert automatic(NAMED_FORMATS["hashes"].parse(text).answer, wanted) is strict_match(text, wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a\n#### $43", "the filter takes no sign of a currency"),
+        ("a\n#### 43.0", "the filter compares texts, not numbers"),
+        ("a\n####43", "the filter wants a space behind the marker"),
+        ("a\n#### **43**", "the filter takes no marks"),
+        ("a\n43", "the filter reads no answer without its marker"),
+    ],
+)
+def test_right_answers_that_lm_eval_s_filter_leaves_out(text: str, why: str) -> None:
+    assert automatic(NAMED_FORMATS["hashes"].parse(text).answer, "43"), why
+    assert not strict_match(text, "43")
+
+
+@pytest.mark.parametrize("text", ["9" * 19_000, "²" * 19_000, "option A, " * 1_900, "1 234 " * 3_000, "so " * 6_000])
+def test_long_repetitions_are_read_in_linear_time(text: str) -> None:
+    """A model that repeats itself; patterns that try every beginning would take minutes."""
+    assert not automatic(text, "42")
+    assert not automatic(text, "B")
+    vote_key(text)

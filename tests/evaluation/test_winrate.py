@@ -74,12 +74,21 @@ def test_scores_of_single_answers_have_no_order() -> None:
 @pytest.fixture
 def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "own_judges.py").write_text(
+        "import numpy as np\nimport torch\n"
         "def first(prompt, first, second):\n    return 'first'\n"
         "def longer(prompt, first, second):\n    return len(first), len(second)\n"
         "def leaning(prompt, first, second):\n    return len(first) + 1.5, len(second)\n"
         "def right(prompt, first, second):\n    return 'first' if prompt in first else 'second' if prompt in second else 'tie'\n"
         "def wrong(prompt, first, second):\n    return 'A'\n"
-        "def nan(prompt, first, second):\n    return float('nan'), 0.0\n",
+        "def nan(prompt, first, second):\n    return float('nan'), 0.0\n"
+        "def nothing(prompt, first, second):\n    pass\n"
+        "def one(prompt, first, second):\n    return torch.tensor(1.0)\n"
+        "def three(prompt, first, second):\n    return [1, 2, 3]\n"
+        "def none_of_two(prompt, first, second):\n    return None, 1.0\n"
+        "def array(prompt, first, second):\n    return np.array([len(first), len(second)])\n"
+        "def tensor(prompt, first, second):\n    return torch.tensor([len(first), len(second)])\n"
+        "def numbers(prompt, first, second):\n    return np.float32(len(first)), np.int64(len(second))\n"
+        "def raising(prompt, first, second):\n    return second.index('zz')\n",
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -116,10 +125,35 @@ def test_the_judge_sees_the_prompt(judges: str) -> None:
     assert told((Message("system", "be kind"), Message("user", "hello"))) == "system: be kind\n\nuser: hello"
 
 
-@pytest.mark.parametrize(("name", "said"), [("wrong", "'A', wanted \"first\""), ("nan", "(nan, 0.0), wanted")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wrong", "'A'; expected \"first\""),
+        ("nan", "(nan, 0.0); expected"),
+        ("nothing", "None; expected"),
+        ("one", "tensor(1.); expected"),
+        ("three", "[1, 2, 3]; expected"),
+        ("none_of_two", "(None, 1.0); expected"),
+    ],
+)
 def test_what_a_judge_must_not_say(judges: str, name: str, said: str) -> None:
     with pytest.raises(UserError, match=f"judge own_judges:{name}: returned") as caught:
         rulings(f"{judges}:{name}", ("one", "other"))
     assert said in str(caught.value)
+    assert str(caught.value).endswith("\n    for the prompt 'x'")
     with pytest.raises(UserError, match="has no function nobody"):
         by_function(f"{judges}:nobody")
+
+
+@pytest.mark.parametrize("name", ["longer", "array", "tensor", "numbers"])
+def test_two_scores_may_be_numbers_of_numpy_and_torch(judges: str, name: str) -> None:
+    (found,) = rulings(f"{judges}:{name}", ("yes", "no"))
+    assert (found.winner, found.orders, found.scores) == ("a", ("a", "a"), (3.0, 2.0))
+
+
+def test_what_a_judge_raises_is_told_with_its_prompt(judges: str) -> None:
+    with pytest.raises(
+        UserError, match=r"judge own_judges:raising: raised ValueError at .*own_judges.py:\d+: "
+    ) as told:
+        rulings(f"{judges}:raising", ("one", "other"), prompt="where is it")
+    assert str(told.value).endswith("\n    for the prompt 'where is it'")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from pico_language_models import Scripted, mixed_prompts, pico_model
+from pico_language_models import VOCABULARY, Scripted, mixed_prompts, pico_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.generation.completions import Running
@@ -85,8 +87,8 @@ def test_prompts_that_come_in_do_not_stop_the_rows(llama: PreTrainedModel, token
 
 def test_one_without_a_token_to_choose_fails_alone(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = mixed_prompts(1)[0]
-    # Divided by so little, logits overflow.
-    bad = SamplingSettings(temperature=1e-45, max_new_tokens=6)
+    # No token is left.
+    bad = SamplingSettings(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf), max_new_tokens=6)
     engine = Engine(llama, tokenizer)
     with engine.session(spares_others=True) as session:
         failing, fine = session.add([prompt, prompt], [bad, SAMPLED])

@@ -90,6 +90,35 @@ def test_what_it_learns_it_says(config: Configs) -> None:
     assert samples[0]["step"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ordinary", "special"])
+def test_step_markers_may_be_special_tokens(kind: str, config: Configs, pico_folder: Path, tmp_path: Path) -> None:
+    """What is learned by heart is read, whether or not the tokenizer calls the markers of the steps special."""
+    tokenizer = AutoTokenizer.from_pretrained(pico_folder)
+    marks = ["<think>", "</think>"]
+    if kind == "special":
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    else:
+        tokenizer.add_tokens(marks)
+    model = AutoModelForCausalLM.from_pretrained(pico_folder)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "marked")
+    rows = [{"problem": "What?", "reasoning": ["2 + 5 is it"], "answer": "7"}] * 40
+    method = ChainOfThought(
+        config(
+            rows,
+            training={"num_epochs": 12, "learning_rate": 2e-2, "optimizer": "adamw"},
+            data={"pretrained_weights": str(tmp_path / "marked")},
+        )
+    )
+    assert method.train().best_metric == 1.0
+    last = json.loads((method.run_dir / "samples.jsonl").read_text().splitlines()[-1])
+    assert (last["text"], last["answer"], last["is_right"]) == ("<think>\n2 + 5 is it\n</think>\n7", "7", True)
+    validation = events(method.run_dir, "validation")[-1]["metrics"]
+    assert (validation["accuracy"], validation["format_rate"], validation["mean_steps"]) == (1.0, 1.0, 1.0)
+
+
 def test_the_exported_folder_opens_in_transformers_and_speaks_the_same_format(config: Configs) -> None:
     method = ChainOfThought(config())
     method.train()

@@ -188,6 +188,20 @@ def asked_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
     return [float(prompt in ASKED) for prompt in prompts]
 
 
+def reads_a_key(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [{"no": 1.0}[prompt] for prompt in prompts]
+
+
+def test_what_a_function_raises_is_told_with_the_row(tmp_path: Path, pico_folder: Path) -> None:
+    prompts = ["no", "where is it"]
+    config = ppo_config(tmp_path / "run", pico_folder, functions=["test_ppo:reads_a_key"], prompts=prompts)
+    with pytest.raises(UserError) as told:
+        trained(config)
+    first, second = str(told.value).splitlines()
+    assert first.startswith(f"reward function test_ppo:reads_a_key: raised KeyError at {__file__}:")
+    assert second == f"    for {tmp_path / 'run.jsonl'}:2, the prompt 'where is it'"
+
+
 def test_functions_and_samples_are_given_what_was_asked(tmp_path: Path, pico_folder: Path) -> None:
     """The user's words, not what the chat template made of them."""
     data = {"chat_template": "plain", "validation_data": str(tmp_path / "run.jsonl")}

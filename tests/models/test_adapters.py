@@ -71,7 +71,7 @@ def test_an_adapted_model_starts_unchanged_merges_and_opens_with_peft(architectu
     disturb(model)
     adapted = hidden(model)
     assert (adapted - before).abs().max() > 0.05
-    save_lora(model, tmp_path / "adapter", lora, base=str(tmp_path / "base"))
+    save_lora(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     merge_lora(model)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert set(model.state_dict()) == set(tiny(architecture).state_dict())
@@ -83,7 +83,7 @@ def test_an_adapted_model_starts_unchanged_merges_and_opens_with_peft(architectu
 def test_an_adapter_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lora, folder = tiny("llama"), LoraSection(rank=2), tmp_path / "adapter"
     add_lora(model, lora, seed=0)
-    save_lora(model, folder, lora, base="base")
+    save_lora(model, folder, base="base")
     before = (folder / "adapter_model.safetensors").read_bytes()
     add_lora(other := tiny("llama"), lora, seed=1)
 
@@ -93,9 +93,9 @@ def test_an_adapter_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr("loopos.models.adapters.save_tensors", full)
         with pytest.raises(OSError, match="No space left"):
-            save_lora(other, folder, lora, base="base")
+            save_lora(other, folder, base="base")
     assert (folder / "adapter_model.safetensors").read_bytes() == before
-    save_lora(other, folder, lora, base="base")
+    save_lora(other, folder, base="base")
     assert (folder / "adapter_model.safetensors").read_bytes() != before
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]

@@ -97,7 +97,7 @@ def test_a_gguf_file_opens_and_is_converted_once(
     def refuse(*arguments: object) -> None:
         raise AssertionError("converted a second time")
 
-    monkeypatch.setattr(gguf, "_convert", refuse)
+    monkeypatch.setattr(gguf, "convert", refuse)
     load_pretrained(str(file))
 
 
@@ -107,18 +107,18 @@ def test_what_a_killed_conversion_left_goes(
 ) -> None:
     file, cache = gguf_file[0], tmp_path / "cache" / "gguf"
     monkeypatch.setenv("LOOPOS_CACHE", str(tmp_path / "cache"))
-    convert = gguf._convert
+    convert = gguf.convert
 
     def die(source: Path, folder: Path) -> None:
         convert(source, folder)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(gguf, "_convert", die)
+    monkeypatch.setattr(gguf, "convert", die)
     assert in_a_child(lambda: gguf.converted_folder(file), None) == -signal.SIGKILL
     [left] = cache.iterdir()
     assert left.name.startswith(".")
     assert (left / "model.safetensors").is_file()
-    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setattr(gguf, "convert", convert)
     folder = gguf.converted_folder(file)
     assert list(cache.iterdir()) == [folder]
 

@@ -22,6 +22,7 @@ def generate(
     steps: of.Steps = False,
     samples: of.Completions = 1,
     strategy: of.Strategy = "single",
+    reward_model: of.RankingModel = None,
     num_beams: of.NumBeams = None,
     temperature: of.Temperature = 0.0,
     top_k: of.TopK = 0,
@@ -58,8 +59,9 @@ def generate(
     limits = StepOptions(max_steps, max_step_tokens, min_thinking_tokens, max_thinking_tokens)
     options = command.GenerateOptions(
         prompts=tuple(prompts or ()), input=source, output=output, json=json, steps=steps, samples=samples, raw=raw,
-        strategy=strategy, num_beams=num_beams, system=system, columns=tuple(columns or ()), sampling=sampling,
-        limits=limits, device=device, precision=precision, trust_remote_code=trust_remote_code, verbose=verbose,
+        strategy=strategy, reward_model=reward_model, num_beams=num_beams, system=system,
+        columns=tuple(columns or ()), sampling=sampling, limits=limits, device=device, precision=precision,
+        trust_remote_code=trust_remote_code, verbose=verbose,
     )  # fmt: skip
     raise typer.Exit(command.run(model, options))
 
@@ -194,8 +196,12 @@ def serve(
     max_tokens: of.MaxTokens = 1024,
     max_queue: of.MaxQueue = 128,
     max_body: of.MaxBody = 1 << 20,
+    max_messages: of.MaxMessages = 1024,
     max_seconds: of.MaxSeconds = 300.0,
     max_lag: of.MaxLag = 1024,
+    max_connections: of.MaxConnections = 512,
+    header_seconds: of.HeaderSeconds = 10.0,
+    idle_seconds: of.IdleSeconds = 30.0,
     grace_seconds: of.GraceSeconds = 30.0,
     device: of.Device = "auto",
     precision: of.Precision = "auto",
@@ -208,7 +214,8 @@ def serve(
 
     limits = ServingLimits(
         max_rows=max_rows, max_context=max_context, max_tokens=max_tokens, max_queue=max_queue, max_body=max_body,
-        max_seconds=max_seconds, max_lag=max_lag, grace_seconds=grace_seconds,
+        max_messages=max_messages, max_seconds=max_seconds, max_lag=max_lag, max_connections=max_connections,
+        header_seconds=header_seconds, idle_seconds=idle_seconds, grace_seconds=grace_seconds,
     )  # fmt: skip
     options = command.ServeOptions(
         host=host, port=port, api_key=api_key, name=name, limits=limits, device=device, precision=precision,

@@ -13,7 +13,7 @@ from loopos.config.faults import FaultsError, UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.models.ensemble_recipe import read_ensemble, refuse_votes
 from loopos.models.model_folder import described, kind_of, model_folder, read_description, refuse_checkpoint
-from loopos.models.sources import EMBEDDED, weights_source
+from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, weights_source
 
 if TYPE_CHECKING:
     from loopos.evaluation.reasoning import Reasoner
@@ -31,7 +31,7 @@ def is_task_model(place: str) -> bool:
         return kind_of(description) != "language"
     refuse_checkpoint(Path(place))
     if Path(place).is_dir() and not any(
-        (Path(place) / name).is_file() for name in ("config.json", "model/config.json")
+        (Path(place) / name).is_file() for name in ("config.json", "model/config.json", ADAPTER_CONFIG)
     ):
         raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or a model's folder")
     try:

@@ -77,6 +77,9 @@ Strategy = Annotated[
     str,
     typer.Option("--strategy", help="How an answer is made: single, self_consistency:8, best_of_n:4 or step_beam:2x4."),
 ]
+RankingModel = Annotated[
+    str | None, typer.Option("--reward-model", help="Reward model that ranks the chains of --strategy best_of_n.")
+]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Steps after which the answer is forced.")]
 MaxStepTokens = Annotated[int | None, typer.Option("--max-step-tokens", help="Longest step (tokens).")]
 MinThinkingTokens = Annotated[
@@ -157,6 +160,10 @@ MaxQueue = Annotated[int, typer.Option("--max-queue", help="Completions that wai
 MaxBody = Annotated[int, typer.Option("--max-body", help="Bytes of a request; more are refused (413).")]
 MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Seconds of a request; longer ones end (408).")]
 MaxLag = Annotated[int, typer.Option("--max-lag", help="Tokens that a stream's reader may be behind before it is cut.")]
+MaxMessages = Annotated[int, typer.Option("--max-messages", help="Messages of a request; more are refused (400).")]
+MaxConnections = Annotated[int, typer.Option("--max-connections", help="Open connections; others wait.")]
+HeaderSeconds = Annotated[float, typer.Option("--header-seconds", help="Seconds for the header of a request.")]
+IdleSeconds = Annotated[float, typer.Option("--idle-seconds", help="Seconds of a connection between two requests.")]
 GraceSeconds = Annotated[float, typer.Option("--grace-seconds", help="Seconds for running requests at the end.")]
 
 # Of works that run by a recipe: None leaves the recipe's own value, or its default.

@@ -205,6 +205,7 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         **text_effects(config.data),
         **rollout_effects(config.rollout),
         "training.head_learning_rate": (False, "the value model's rate is value_learning_rate"),
+        "training.router_aux_loss": (False, "a policy is trained without it"),
         "training.kl_in": (has_penalty, "kl_coefficient is 0"),
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
         "training.kl_horizon": (training.kl_target is not None, "there is no kl_target"),

@@ -171,6 +171,10 @@ class TrainingSection(Section):
     max_length: Count | None = Field(
         default=None, description="longest sequence (tokens); the model's limit when absent"
     )
+    router_aux_loss: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="weight of the loss that evens out how a mixture of experts uses its experts; 0 is none",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="what a loss or gradient that is NaN or infinite does"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +73,13 @@ def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, se
     return PreferenceData(train, validation, said, reports)
 
 
+class Origin(NamedTuple):
+    """What a prompt was made from: its `text` as the file has it, and the file and line."""
+
+    text: str
+    place: str
+
+
 class PreferenceEncoder:
     """Makes the tokens of comparisons and prompts as a config says: by which template, how long."""
 
@@ -84,7 +91,7 @@ class PreferenceEncoder:
         # "none" leaves strings as they stand; messages still need a template, the tokenizer's own.
         chosen = "auto" if data.chat_template == "none" else data.chat_template
         self.template = ChatTemplate(tokenizer, chosen)
-        self.words: dict[tuple[int, ...], str] = {}
+        self.words: dict[tuple[int, ...], Origin] = {}
         """What was asked, by the ids of each prompt that was tokenised."""
 
     def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
@@ -112,5 +119,6 @@ class PreferenceEncoder:
             max_dropped_share=data.max_dropped_share,
             on_bad_row=data.on_bad_row,
         )
-        self.words |= {tuple(row): told(examples[place].prompt) for row, place in zip(ids, report.places, strict=True)}
+        for tokens, place in zip(ids, report.places, strict=True):
+            self.words[tuple(tokens)] = Origin(told(examples[place].prompt), examples[place].row.where)
         return ids, report

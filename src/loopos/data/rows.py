@@ -46,6 +46,11 @@ class Row:
         """The source as a fault names it: with the row's number where there is no line."""
         return self.source if self.line is not None else f"{self.source} (row {self.index})"
 
+    @property
+    def where(self) -> str:
+        """Source and line; the row's number where there is no line."""
+        return self.place if self.line is None else f"{self.source}:{self.line}"
+
 
 class RowReader:
     """An iterable of the rows of one source; each pass reads anew and fills a new `report`.

@@ -8,12 +8,15 @@ names: "think" (one step a line inside `<think>` … `</think>`, then the answer
 
 Nothing is escaped: a model learns the very text of the data. What could not be read back exactly is refused instead
 (`problem` says why): a step that is blank, or holds the delimiter, the closing tag, or begins as the answer does; an
-answer that is blank or has white space around it. So parse(render(steps, answer)) gives the same steps and answer.
+answer that is blank, has white space around it, or holds several lines where the format reads one. So
+parse(render(steps, answer)) gives the same steps and answer. What a model writes behind its answer (an explanation, the
+marker again, the next question) is not part of it.
 Left out: tokens (`supervised_tokens`), whether an answer is right (`evaluation`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,11 +24,20 @@ from typing import NamedTuple
 from loopos.config.chain_of_thought import StepFormatSection
 from loopos.data.record import shown
 
+# A line that begins another exchange: models that do not stop go on with the next question of their training texts.
+_NEXT_EXCHANGE = re.compile(
+    r"^[ \t>*]*(?:#+[ \t]*)?(?:question|problem|exercise|q)\s*\d*\s*\**[:.)]"
+    r"|^[ \t]*#+[ \t]*(?:user|human|instruction)\b"
+    r"|(?<=\n\n)\**(?:user|human)\**:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_TURN_MARK = r"<\|(?:im_start|start_header_id|start|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
+
 
 class Parsed(NamedTuple):
-    """What a text holds. `well_formed`: every part was where the format wants it, and the answer is not blank. Where
-    it was not, `steps` and `answer` are the best reading: without the closing tag there is no answer inside the
-    reasoning; without the marker the last line is the answer.
+    """What a text holds. `well_formed`: every part was where the format wants it, the answer is not blank, and nothing
+    stands behind it. Where it was not, `steps` and `answer` are the best reading: without the closing tag there is no
+    answer inside the reasoning; without the marker the last line is the answer; of several markers the first counts.
     """
 
     steps: tuple[str, ...]
@@ -36,7 +48,8 @@ class Parsed(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFormat:
     r"""The four strings around steps and answer. `delimiter` ends each step and is never empty. With an empty
-    `closing` the steps end at the first that begins with `answer_marker`; with both empty, before the last.
+    `closing` the steps end at the first that begins with `answer_marker`, and the answer is the rest of that line; with
+    both empty, the last step is the answer. Behind a `closing` an answer may have several lines.
     """
 
     opening: str = "<think>\n"
@@ -64,8 +77,12 @@ class StepFormat:
             return "the answer is blank"
         if answer != answer.strip():
             return f"the answer {shown(answer)} has white space around it"
-        if not self.closing.strip() and not self.answer_marker.strip() and self.delimiter in answer:
-            return f"the answer {shown(answer)} holds the delimiter {shown(self.delimiter)}"
+        if not self.closing.strip():
+            if not self.answer_marker.strip() and self.delimiter in answer:
+                return f"the answer {shown(answer)} holds the delimiter {shown(self.delimiter)}"
+            if self.answer_marker.strip() and "\n" in answer:
+                marker = shown(self.answer_marker)
+                return f"the answer {shown(answer)} holds a line break; behind {marker} one line is read"
         read = self.parse(self._written(steps, answer))
         if read != (tuple(steps), answer, True):
             return f"it would be read back as the steps {shown(list(read.steps))} and the answer {shown(read.answer)}"
@@ -84,12 +101,11 @@ class StepFormat:
         if not found:
             if opened is not None:
                 return Parsed(self._steps(opened), "", False)
-            return Parsed((), self._after_last_marker(text).strip(), False)
-        steps, answer = self._steps(body if opened is None else opened), rest.strip()
-        marker = self.answer_marker.strip()
-        marked = answer.startswith(marker)
-        answer = answer[len(marker) :].strip() if marked else self._after_last_marker(answer).strip()
-        return Parsed(steps, answer, marked and bool(answer))
+            return Parsed((), self._cut(self._after_marker(text))[0], False)
+        steps, rest = self._steps(body if opened is None else opened), rest.strip()
+        marked = rest.startswith(self.answer_marker.strip())
+        answer, is_whole = self._cut(self._after_marker(rest))
+        return Parsed(steps, answer, marked and is_whole and bool(answer))
 
     def answer_start(self, text: str) -> int:
         """Where the part of `text` begins that gives the answer (its marker included); 0 where all of it does."""
@@ -131,19 +147,24 @@ class StepFormat:
         return tuple(step for step in body.split(self.delimiter) if step.strip())
 
     def _parse_lines(self, text: str) -> Parsed:
-        """Formats without a closing: the answer is the marked line and what follows it, or the last line."""
+        """Formats without a closing: the answer is the rest of the marked line, or the last line."""
         opened = self._opened(text)
         body = text if opened is None else opened
         marker = self.answer_marker.strip()
         place = self._marked_line(body) if marker else -1
         if place >= 0:
-            answer = body[place:].lstrip()[len(marker) :].strip()
-            return Parsed(self._steps(body[:place]), answer, opened is not None and bool(answer))
+            line, behind = _first_line(body[place:].lstrip()[len(marker) :])
+            answer, is_whole = self._cut(line)
+            is_whole = is_whole and opened is not None and not behind
+            return Parsed(self._steps(body[:place]), answer, is_whole and bool(answer))
         if marker and marker in body:
-            before, _, after = body.rpartition(marker)
-            return Parsed(self._steps(before), after.strip(), False)
-        *steps, answer = self._steps(body) or ("",)
-        return Parsed(tuple(steps), answer.strip(), not marker and opened is not None and bool(answer.strip()))
+            before, _, after = body.partition(marker)
+            return Parsed(self._steps(before), self._cut(_first_line(after)[0])[0], False)
+        next_exchange = _NEXT_EXCHANGE.search(body, body.find("\n\n") + 1 or len(body))
+        kept = body if next_exchange is None else body[: next_exchange.start()]
+        *steps, answer = self._steps(kept) or ("",)
+        is_whole = next_exchange is None and not marker and opened is not None
+        return Parsed(tuple(steps), answer.strip(), is_whole and bool(answer.strip()))
 
     def _marked_line(self, text: str) -> int:
         """Where the first step-like piece begins that starts with the answer marker; -1 where there is none."""
@@ -154,9 +175,36 @@ class StepFormat:
             place += len(piece) + len(self.delimiter)
         return -1
 
-    def _after_last_marker(self, text: str) -> str:
+    def _after_marker(self, text: str) -> str:
+        """What stands behind the first marker; the whole text where there is none."""
         marker = self.answer_marker.strip()
-        return text.rpartition(marker)[2] if marker else text
+        return text.partition(marker)[2] if marker and marker in text else text
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        """The answer at the beginning of `text`, and whether it is all of it: it ends where the marks of the format
+        come again, or another exchange begins.
+        """
+        answer = text.strip()
+        marks = [_TURN_MARK, *(re.escape(mark) for mark in (self.opening.strip(), self.closing.strip()) if mark)]
+        if marker := self.answer_marker.strip():
+            # Within a sentence it may be a word of the answer.
+            marks.append(rf"(?:^|(?<=[.!?…] )|(?<=[.!?…])){re.escape(marker)}")
+        places = [found.start() for mark in marks if (found := re.search(mark, answer, re.MULTILINE)) is not None]
+        first_end = answer.find("\n")
+        next_exchange = _NEXT_EXCHANGE.search(answer, first_end + 1) if first_end >= 0 else None
+        if next_exchange is not None:
+            places.append(next_exchange.start())
+        if not places:
+            return answer, True
+        place = min(places)
+        line = answer.rfind("\n", 0, place) + 1
+        return (answer[:line].strip() or answer[:place].strip()), False
+
+
+def _first_line(text: str) -> tuple[str, str]:
+    """The first line of a text that is not blank, and what stands behind it."""
+    line, _, behind = text.strip().partition("\n")
+    return line.strip(), behind.strip()
 
 
 NAMED_FORMATS: Mapping[str, StepFormat] = {

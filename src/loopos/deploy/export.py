@@ -20,28 +20,32 @@ from loopos.config.paths import RECIPE
 from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings
 from loopos.deploy.exporting import gguf_file, hugging_face, onnx_file, reopened
 from loopos.deploy.exporting.adapter_folder import require_adapter, write_adapter
+from loopos.deploy.exporting.language_check import check_folder, check_gguf, reference
 from loopos.deploy.exporting.merged_adapter import weights_folder
 from loopos.deploy.exporting.model_card import model_card
 from loopos.deploy.exporting.modelfile import modelfile
 from loopos.deploy.exporting.number_formats import DTYPES
 from loopos.deploy.exporting.push import HubClient, own_client, push
-from loopos.deploy.exporting.reopened import Check
+from loopos.deploy.exporting.verdict import Check, compared, judge
 from loopos.deploy.shipped_folder import REPORT, refuse_taken, shipped_folder
 from loopos.evaluation.markdown import table
 from loopos.evaluation.progress import Tell, silent
 from loopos.models.found_model import FoundModel, find_model
 from loopos.models.quantized_folder import CODES
+from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object, save_json
-from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
+from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype, weight_files
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARD = "README.md"
+# onnxruntime computes in another order; a share of the largest output.
+_ONNX_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """folder: the export. bytes_before, bytes_after: of the weights alone. check: None where none was made. pushed:
-    where it was sent to.
+    """folder: the export. bytes_before, bytes_after: of the weights alone. check: None where none was made.
+    warning: what a lossy number format lost, where that is too much. pushed: where it was sent to.
     """
 
     folder: Path
@@ -50,6 +54,7 @@ class Exported:
     bytes_after: int
     check: Check | None
     notes: tuple[str, ...]
+    warning: str
     pushed: str | None
 
 
@@ -158,9 +163,10 @@ def _write(
         assert folder is not None
         file = f"{title}-{type_name.upper()}.gguf"
         notes += _write_gguf(model, folder, partial / file, type_name, settings, tell)
-    check = _check(model, folder, partial, file, settings) if settings.check else None
     own = "own" if model.codes is None else f"{model.codes} codes"
     type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
+    check = _check(model, folder, partial, file, settings, dtype, type_name, scratch) if settings.check else None
+    warning = judge(check, type_name, model.given) if check is not None else ""
     card = model_card(
         model,
         title=settings.push or title,
@@ -171,7 +177,7 @@ def _write(
     )
     (partial / CARD).write_text(card, encoding="utf-8")
     before = _bytes_of(model.adapter if is_adapter or folder is None else folder)
-    return Exported(partial, type_name, before, _bytes_of(partial), check, tuple(notes), None)
+    return Exported(partial, type_name, before, _bytes_of(partial), check, tuple(notes), warning, None)
 
 
 def _write_gguf(
@@ -189,26 +195,44 @@ def _write_gguf(
     return [f"tensors: {told}", f"pre-tokenizer: {prepared.vocabulary.pre}"]
 
 
-def _check(model: FoundModel, folder: Path | None, partial: Path, file: str, settings: ExportSettings) -> Check | None:
-    """What was written, opened again."""
+def _check(
+    model: FoundModel,
+    folder: Path | None,
+    partial: Path,
+    file: str,
+    settings: ExportSettings,
+    dtype: torch.dtype | None,
+    type_name: str,
+    scratch: Path,
+) -> Check | None:
+    """What was written, opened again by the program that it is for. dtype: the format that weights were rounded to."""
     if settings.format == "adapter":
-        if model.folder is None or model.adapter is None or model.base is None:
+        assert model.adapter is not None
+        if model.base is None:
             return None
-        original = reopened.adapter_outputs(model.adapter, model.base, model.folder)
-        return reopened.compared(original, reopened.adapter_outputs(partial, model.base, model.folder))
+        beside = model.folder or model.adapter
+        own = [reopened.adapter_outputs(model.adapter, model.base, beside, each) for each in (None, dtype)]
+        return compared(own[0], reopened.adapter_outputs(partial, model.base, beside), own[1])
     assert folder is not None
-    original = reopened.outputs_at(folder, model.kind)
-    if settings.format == "huggingface":
-        return reopened.compared(original, reopened.outputs_at(partial, model.kind))
+    if settings.format in ("gguf", "modelfile"):
+        own_weights = reference(folder, DTYPES.get(type_name), matrices_only=True)
+        return check_gguf(own_weights, partial / file, type_name, scratch / "gguf")
     if settings.format == "onnx":
         ids = reopened.probe_ids(folder, AutoConfig.from_pretrained(str(folder)))
-        return reopened.compared(original, onnx_file.onnx_outputs(partial / file, ids))
-    return reopened.compared(original, reopened.gguf_outputs(partial / file, folder))
+        original = reopened.outputs_at(folder, model.kind)
+        return compared(original, onnx_file.onnx_outputs(partial / file, ids), original, tolerance=_ONNX_ROUNDING)
+    if model.kind == "language":
+        return check_folder(reference(folder, dtype), partial)
+    rounded = reopened.outputs_at(folder, model.kind, dtype)
+    return compared(reopened.outputs_at(folder, model.kind), reopened.outputs_at(partial, model.kind), rounded)
 
 
 def _bytes_of(folder: Path | None) -> int:
-    """Bytes of the weights' files."""
+    """Bytes of the weights' files; of a model's folder, those that are opened."""
     assert folder is not None
+    if files := weight_files(folder):
+        files += [folder / HEAD] if (folder / HEAD).is_file() else []
+        return sum(file.stat().st_size for file in files)
     kinds = (".safetensors", ".gguf", ".onnx", ".data")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
@@ -228,6 +252,8 @@ def _report(model: FoundModel, exported: Exported, settings: ExportSettings) -> 
     if exported.notes:
         parts.append("\n".join(f"- {note}" for note in exported.notes))
     parts.append("## Opened again")
+    if exported.warning:
+        parts.append(f"**{exported.warning}**")
     if exported.check is None:
         parts.append("Not compared." if settings.check else "Not compared: --no-check was given.")
     else:

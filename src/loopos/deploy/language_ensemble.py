@@ -148,7 +148,8 @@ def _source(member: str, *, copy: bool) -> WeightsSource:
     if source.kind == "new":
         raise UserError('given "new", which has learned nothing; wanted trained models')
     if copy and _has_path(source) and source.kind != "folder":
-        raise UserError(f"--copy: {member} is a file; wanted a model's folder, such as loopos export writes")
+        what = "an adapter" if source.kind == "adapter" else "a file"
+        raise UserError(f"--copy: {member} is {what}; expected a model's folder, such as loopos export writes")
     return source
 
 

@@ -8,8 +8,10 @@ tensors nor on how they are spread over files. Left out: the mathematics (`mergi
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +20,7 @@ from torch import Tensor
 
 from loopos.config.faults import UserError
 from loopos.config.merge import MergeConfig
-from loopos.deploy.merging.adapters import (
-    Adapter,
-    adapted_source,
-    check_summable,
-    is_adapter,
-    open_adapter,
-    summed,
-)
+from loopos.deploy.merging.adapters import adapted_source, check_summable, open_summable, summed
 from loopos.deploy.merging.folder import write_beside, write_recipe
 from loopos.deploy.merging.greedy_soup import Trial, choose
 from loopos.deploy.merging.layers import stacked
@@ -35,8 +30,9 @@ from loopos.deploy.merging.sources import HEAD_TENSOR, SCORE, Source, open_sourc
 from loopos.deploy.merging.tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import dropped_said, row_metrics
 from loopos.deploy.shipped_folder import NOTHING_WRITTEN, REPORT, shipped_folder
-from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adapter
 from loopos.models.load import NUMBER_FORMATS
+from loopos.models.sources import ADAPTER_CONFIG
 from loopos.models.task_folder import HEAD
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
@@ -74,7 +70,20 @@ def merge(
     began = time.monotonic()
     if recipe.result == "adapter":
         return _merge_adapters(recipe, began)
-    models, base = open_models(recipe)
+    with ExitStack() as scratch:
+        return _merge_models(recipe, began, scratch, device=device, note=note, on_progress=on_progress)
+
+
+def _merge_models(
+    recipe: MergeConfig,
+    began: float,
+    scratch: ExitStack,
+    *,
+    device: str,
+    note: Callable[[str], None],
+    on_progress: OnProgress,
+) -> MergeResult:
+    models, base = open_models(recipe, scratch)
     plan = stacked(recipe, models) if recipe.method == "passthrough" else planned(recipe, models, base)
     for sentence in plan.notes:
         note(sentence)
@@ -103,13 +112,21 @@ def merge(
     return MergeResult(folder, len(plan.tensors), parameters, seconds, notes, measured, trials)
 
 
-def open_models(recipe: MergeConfig) -> tuple[list[Source], Source | None]:
-    """The models and the base. Raises `UserError` with the fault of each that cannot be opened."""
+def open_models(recipe: MergeConfig, scratch: ExitStack) -> tuple[list[Source], Source | None]:
+    """The models and the base. scratch: keeps the folders of adapters that had to be folded until all has been read.
+    Raises `UserError` with the fault of each that cannot be opened.
+    """
     faults: list[str] = []
+    out = Path(recipe.output_dir).absolute()
+
+    def scratch_folder() -> Path:
+        # On the disk that the result is written to.
+        above = next(each for each in out.parents if each.is_dir())
+        return Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.scratch-", dir=above)))
 
     def opened(place: str, base: str | None) -> Source | None:
         try:
-            return adapted_source(place, base) if is_adapter(place) else open_source(place)
+            return adapted_source(place, base, scratch_folder) if is_adapter(place) else open_source(place)
         except UserError as problem:
             faults.append(str(problem))
             return None
@@ -176,13 +193,13 @@ def _before(
 
 def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
     """Adapters summed into one. Raises `UserError` with every fault."""
-    faults, adapters = [], list[Adapter]()
+    faults, adapters = [], list[AdapterFolder]()
     for each in recipe.models:
         if not is_adapter(each.model):
             faults.append(f"{each.model}: no adapter folder; wanted one with {ADAPTER_CONFIG}")
             continue
         try:
-            adapters.append(open_adapter(each.model))
+            adapters.append(open_summable(each.model))
         except UserError as problem:
             faults.append(str(problem))
     weights = [each.weight for each in recipe.models if isinstance(each.weight, float)]

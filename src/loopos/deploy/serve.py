@@ -7,17 +7,21 @@ within a time of grace, and the process may end. Left out: opening models and op
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import math
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loopos.config.faults import UserError
+from loopos.deploy.serving.connections import Connection, Room, most_descriptors
 from loopos.deploy.serving.http import Gate, Service, application
 from loopos.deploy.serving.limits import ServingLimits
 from loopos.deploy.serving.metrics import ServingMetrics
@@ -25,9 +29,10 @@ from loopos.storage.terminals import leave_the_terminal
 
 # A reader that does not read is noticed after so many bytes in the kernel, not after the megabytes it would grow to.
 _SEND_BUFFER = 1 << 16
-# What a connection may keep silent before its first request, and between two: seconds.
-_FIRST_REQUEST, _NEXT_REQUEST = 30.0, 30
 _CONNECTIONS_WAITING = 512
+# Until the next try where there are no descriptors left: seconds.
+_NO_DESCRIPTORS = 0.5
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # For the errors of what the end cuts short: seconds.
 _LAST_ANSWERS = 1.0
 
@@ -76,20 +81,23 @@ def serve(
     a function that does what the signals do, for a server that runs in another thread than the main one.
     """
     gate = Gate(application(service, limits, metrics), metrics, api_key=api_key)
+    room = Room(min(limits.max_connections, most_descriptors()))
+    metrics.gauges["loopos_connections"] = ("Open connections.", lambda: len(room.open))
     config = uvicorn.Config(
         gate,
-        http=_Connection,
+        # Called with keywords, as the class that uvicorn expects is.
+        http=partial(Connection, room=room, header_seconds=limits.header_seconds),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=_NEXT_REQUEST,
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
         timeout_graceful_shutdown=1,
         backlog=_CONNECTIONS_WAITING,
     )
-    _Server(config, gate, service, limits, began).run(sockets=[bound])
+    _Server(config, gate, service, limits, began, room, bound).run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
@@ -102,17 +110,63 @@ class _Server(uvicorn.Server):
         service: Service,
         limits: ServingLimits,
         began: Callable[[Callable[[], None]], None],
+        room: Room,
+        bound: socket.socket,
     ) -> None:
         super().__init__(config)
         self._gate, self._service, self._limits, self._began = gate, service, limits, began
+        self._room, self._bound = room, bound
+        self._accepting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        # Connections are taken by `_accept`: asyncio's own way knows no bound, and spins where descriptors run out.
+        await super().startup([])
         self._loop = asyncio.get_running_loop()
+        self._bound.listen(_CONNECTIONS_WAITING)
+        self._bound.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept())
         if not self.should_exit:
             self._began(lambda: self.handle_exit(signal.SIGTERM, None))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait([self._accepting])
+        await super().shutdown(sockets)
+
+    async def _accept(self) -> None:
+        """Takes connections, as long as there is room for them and a descriptor."""
+        loop = asyncio.get_running_loop()
+        was_full = False
+        while True:
+            await self._room.wait()
+            try:
+                connection, _ = await loop.sock_accept(self._bound)
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                if error.errno not in _OUT_OF_DESCRIPTORS:
+                    raise
+                if not was_full:
+                    logging.getLogger("uvicorn.error").warning("%s: new connections wait", error.strerror)
+                was_full = True
+                self._room.close_idle()
+                await asyncio.sleep(_NO_DESCRIPTORS)
+                continue
+            was_full = False
+            try:
+                await loop.connect_accepted_socket(self._protocol, connection)
+            except OSError:
+                # Its client has gone already.
+                connection.close()
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gate.is_stopping or self._loop is None:
@@ -151,17 +205,3 @@ class _Server(uvicorn.Server):
         last = asyncio.get_running_loop().time() + seconds
         while self._gate.num_running and asyncio.get_running_loop().time() < last:
             await asyncio.sleep(0.05)
-
-
-class _Connection(H11Protocol):
-    """One client's connection, which the application can cut (`abort` in the scope's state)."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
-        self.loop.call_later(_FIRST_REQUEST, self._end_if_silent)
-
-    def _end_if_silent(self) -> None:
-        # None until the first request, whatever its annotation says.
-        if getattr(self, "cycle", None) is None:
-            self.transport.close()

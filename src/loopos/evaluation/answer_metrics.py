@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from loopos.config.faults import UserError
 from loopos.data.step_format import Parsed, StepFormat
 from loopos.evaluation.answers import vote_key
 from loopos.evaluation.checkers import RIGHT, Checker
@@ -40,13 +41,24 @@ class Verdict:
 
 
 def judge(
-    samples: Sequence[Sample], wanted: str, row: Mapping[str, object], *, step_format: StepFormat, checker: Checker
+    samples: Sequence[Sample],
+    wanted: str,
+    row: Mapping[str, object],
+    *,
+    step_format: StepFormat,
+    checker: Checker,
+    place: str = "",
 ) -> list[Verdict]:
-    """A verdict on each sample of one problem; a sample without an answer scores 0."""
+    """A verdict on each sample of one problem; a sample without an answer scores 0. place: of the row, for messages.
+    Raises `UserError` as the checker does.
+    """
     verdicts = []
     for sample in samples:
         parsed = step_format.parse(sample.text)
-        score = checker(parsed.answer, wanted, row) if parsed.answer else 0.0
+        try:
+            score = checker(parsed.answer, wanted, row) if parsed.answer else 0.0
+        except UserError as error:
+            raise UserError(f"{place}: {error}" if place else str(error)) from error
         verdicts.append(Verdict(sample, parsed, score))
     return verdicts
 

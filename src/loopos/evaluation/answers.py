@@ -1,188 +1,186 @@
-r"""Whether an answer is the wanted one: as text, as a number, as a choice.
+r"""Whether an answer is the expected one: as text, as a number, as a choice.
 
-Enters: two answers, what a model said and what was wanted. Leaves: True or False. Of a text with `\boxed{...}` the last
-box alone counts. Left out: where in a chain the answer stands (`data.step_format`); checkers of other packages and of
-users (`checkers`); metrics (`answer_metrics`).
+Enters: two answers, the model's and the expected one. Leaves: True or False. Of a text with `\boxed{...}` only the last
+box counts; words that lead to an answer ("the answer is") do not. Left out: where in a chain the answer stands
+(`data.step_format`), reading a number (`quantities`); checkers of other packages and of users (`checkers`); metrics
+(`answer_metrics`).
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from fractions import Fraction
-from typing import NamedTuple
 
-_AROUND = " \t\r\n\"'“”‘’`*$"
-_ENDINGS = ".,;:!?"
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)(\d))")
-_LATEX_NOISE = re.compile(r"\\left|\\right|\\[,!; ]|\\\(|\\\)|\\\[|\\\]|\^\s*\{?\\circ\}?")
-_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
-_NUMBER = re.compile(
-    r"""(?<![\w.])
-    (?P<sign>[-+]?)\s?(?P<currency>[$€£¥₹]?)\s?
-    (?: (?P<whole>\d+)\s+(?P<mixed_top>\d+)\s*/\s*(?P<mixed_bottom>\d+)
-      | (?P<top>\d+(?:\.\d+)?)\s*/\s*(?P<bottom>\d+(?:\.\d+)?)
-      | (?P<decimal>\d+(?:\.\d+)?|\.\d+)
-        (?: e(?P<exponent>[-+]?\d+) | \s*[x×*]\s*10\s*\^\s*\{?(?P<power>[-+]?\d+)\}? )? (?!\w*\d)
-    )
-    \s?(?P<percent>%?)""",
-    re.VERBOSE | re.IGNORECASE,
+from loopos.evaluation.quantities import (
+    AROUND,
+    ENDINGS,
+    LEAD,
+    TAG,
+    Quantity,
+    boxed,
+    plain_latex,
+    plain_unicode,
+    quantity,
 )
-_UNIT = re.compile(r"[^\W\d]+(?:[ /][^\W\d]+){0,2}")
-_PERCENT = re.compile(r"\s?per\s?cent\b", re.IGNORECASE)
-_MATH = re.compile(r"\$([^$]+)\$")
-# Longer runs of digits are a model that repeats itself, and Python refuses to read them.
-_MOST_CHARACTERS = 1000
-_LONE_CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?")
+
+__all__ = ["automatic", "boxed", "choice", "exact", "normalise", "numeric", "quantity", "vote_key"]
+
+_PYTHON_POWER = re.compile(r"(?<=[\w)])\*\*(?=-?\d)")
+_LATEX_SIGNS = {
+    r"\cdot": "*", r"\times": "*", r"\pi": "π", r"\le": "≤", r"\leq": "≤", r"\ge": "≥", r"\geq": "≥", r"\neq": "≠",
+    r"\ne": "≠", r"\pm": "±", r"\infty": "∞", r"\cup": "∪", r"\cap": "∩", r"\theta": "θ", r"\sqrt": "√",
+    r"\{": "{", r"\}": "}", r"\approx": "≈", r"\in": "∈",
+}  # fmt: skip
+_MATHEMATICAL = re.compile(r"[\d=+*/^<>≤≥≠±√π∞|{}\[\]()]")
+_YES_OR_NO = ("yes", "no", "true", "false")
+
+_LONE_CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?|\(([a-z])\)")
+_LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])\))\s+(\S.*)", re.DOTALL)
+_LETTER = r"[\[({<\"'*]*([A-Z])[\])}>\"'*]*"
+_ANY_CASE = r"[\[({<\"'*]*([A-Za-z])[\])}>\"'*]*"
+_BEHIND_LETTER = r"(?:[.:,;]|\s*$|\s+(?:because|since|as|for|is)\b|\s+[-–—]\s)"
 _CHOICE_FORMS = (
-    re.compile(r"\(?([A-Za-z])\)?[.:,]?"),
-    re.compile(r"\(?([A-Z])[).:](?:\s.*)?", re.DOTALL),
-    re.compile(r"\(([A-Za-z])\)(?:\s.*)?", re.DOTALL),
+    re.compile(rf"{_ANY_CASE}[.:,]?"),
+    re.compile(rf"(?:option|choice|answer)\s+{_ANY_CASE}[.:,]?", re.IGNORECASE),
+    re.compile(r"[*]*\(?([A-Z])[*]*[).:][*]*(?:\s.*)?", re.DOTALL),
+    re.compile(r"[*]*\(([A-Za-z])\)[*]*(?:\s.*)?", re.DOTALL),
+    re.compile(
+        rf"{_LETTER}(?:,?\s+(?:because|since|as|for|is\s+(?:the\s+)?(?:correct|right|true))\b|\s+[-–—]\s).*", re.DOTALL
+    ),
 )
-_CHOICE_SAID = re.compile(r"\b(?i:answer|option|choice)\s*(?:is|:|=)?\s*\(?([A-Z])\b(?!')")
+_CHOICE_SAID = re.compile(
+    r"\b(?i:answer|option|choice|choose|pick|select)s?\b[\s:=*\"'–—-]*"
+    r"(?i:(?:is|would\s+be|must\s+be|should\s+be|was)\b[\s:=*\"']*)?"
+    r"(?i:(?:the\s+)?(?:option|choice|letter|answer)\b[\s:=*\"']*)?"
+    rf"{_LETTER}(?![\w'’])"
+)
 _CHOICE_BRACKETED = re.compile(r"\(([A-Z])\)")
+_NOT_CHOSEN = re.compile(
+    r"\b(?:not|isn't|never|wrong|incorrect|rather\s+than|instead\s+of)\b[^.\n]{0,12}$", re.IGNORECASE
+)
 
-
-class Quantity(NamedTuple):
-    """A number in a text. `alone`: the text holds nothing else but its unit. `unit`: the currency or the words of it,
-    in the singular. 50% has the value 50.
-    """
-
-    value: Fraction
-    is_percent: bool
-    unit: frozenset[str]
-    alone: bool
+# Another letter beside the first one: "A or B", "A, B and C".
+_SEVERAL = re.compile(r"[\[({*]*[A-Z][\])}*]*\s*(?:,|/|&|\b(?:or|and)\b)\s*[\[({*]*[A-Z](?![\w'’])")
 
 
 def normalise(text: str) -> str:
     """The text without what does not change an answer: letter case, white space, Unicode's compatible forms, quotes,
-    Markdown's and LaTeX's marks around it, punctuation at its end.
+    Markdown's and LaTeX's marks around it, words that lead to it, punctuation at its end.
     """
-    plain = unicodedata.normalize("NFKC", _LATEX_TEXT.sub(r"\1", boxed(text))).casefold()
+    plain = plain_unicode(plain_latex(TAG.sub(" ", boxed(text)))).casefold()
+    plain = _PYTHON_POWER.sub("^", plain).replace("**", "")
     plain = " ".join(plain.split()).removeprefix(r"\(").removesuffix(r"\)")
-    while plain != (stripped := plain.strip(_AROUND).rstrip(_ENDINGS)):
+    while plain != (stripped := LEAD.sub("", plain.strip(AROUND).rstrip(ENDINGS))):
         plain = stripped
     return plain
 
 
-def boxed(text: str) -> str:
-    r"""What the last `\boxed{...}` of the text holds; the text itself where there is none, or one that does not end."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return text
-    first, depth = start + len(r"\boxed{"), 1
-    for place in range(first, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[first:place]
-    return text
-
-
-def quantity(text: str) -> Quantity | None:
-    """The number of a text that holds just one, or just one behind its last "="; None else.
-
-    Understood are thousands' commas, decimals, fractions and mixed numbers, exponents, percent, currencies, LaTeX's
-    fractions. A fraction over 0 is no number.
-    """
-    plain = _plain_number(text)
-    found = list(_NUMBER.finditer(plain))
-    if len(found) > 1 and "=" in plain:
-        plain = plain.rpartition("=")[2].strip()
-        found = list(_NUMBER.finditer(plain))
-    if len(found) != 1:
-        return None
-    match = found[0]
-    value = _value(match)
-    if value is None:
-        return None
-    around = f"{plain[: match.start()]} {plain[match.end() :]}".strip(_AROUND + _ENDINGS)
-    alone = not plain[: match.start()].strip(_AROUND) and (not around or _UNIT.fullmatch(around) is not None)
-    words = [_singular(word) for word in re.split(r"[ /]", around.casefold()) if word] if alone else []
-    currency = [_CURRENCIES[match["currency"]]] if match["currency"] else []
-    return Quantity(value, bool(match["percent"]), frozenset([*words, *currency]), alone)
-
-
 def exact(given: str, wanted: str) -> bool:
-    """Equal after `normalise`."""
-    return normalise(given) == normalise(wanted)
+    """Equal after `normalise`, of mathematics also without its spaces. Where one line is expected, the first line of
+    several counts; where yes, no, true or false is, the first word of a sentence does.
+    """
+    asked = normalise(wanted)
+    said = [normalise(given)]
+    if "\n" not in wanted.strip() and "\n" in given.strip():
+        said.append(normalise(given.strip().partition("\n")[0]))
+    if asked in said:
+        return True
+    if asked in _YES_OR_NO:
+        return any(re.match(rf"{asked}(?=[.,;:!?\n—-]|\s+-|$)", each) is not None for each in said)
+    return bool(_MATHEMATICAL.search(asked)) and _squeezed(asked) in map(_squeezed, said)
 
 
 def numeric(given: str, wanted: str, *, tolerance: float = 1e-6) -> bool:
     """|given − wanted| <= tolerance · |wanted| (for a wanted 0: <= tolerance), for two texts with one number each.
 
-    Where both name a unit they must share a word of it. 50% equals 0.5, and 50 too, since the sign is often left out.
+    Where both name a unit they must share a word of it. 50% equals 0.5, and 50 too, since the sign is often left out;
+    so is "million" of 1.5 million. 50 cents are 0.5 dollars.
     """
     said, asked = quantity(given), quantity(wanted)
-    if said is None or asked is None or (said.unit and asked.unit and not said.unit & asked.unit):
+    if said is None or asked is None:
         return False
-    pairs = [(said.value, asked.value)]
-    if said.is_percent and not asked.is_percent:
-        pairs.append((said.value / 100, asked.value))
-    if asked.is_percent and not said.is_percent:
-        pairs.append((said.value, asked.value / 100))
     # Through its decimal form: 0.03 as a binary number is a little less, and 103 must be within 0.03 of 100.
     allowed = Fraction(str(tolerance))
-    return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in pairs)
+    return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in _comparable(said, asked))
 
 
 def choice(given: str, wanted: str) -> bool:
-    """The same letter of a multiple choice: "B", "(b)", "B) because ...", "the answer is B"."""
+    """The same letter of a multiple choice: "B", "(b)", "B) because ...", "the answer is: **B**"."""
     said = _letter(given)
     return said is not None and said == _letter(wanted)
 
 
 def automatic(given: str, wanted: str, *, tolerance: float = 1e-6) -> bool:
-    """`numeric` where a number is wanted, `choice` where a lone capital letter is, else `exact`."""
+    """`numeric` where a number is expected, `choice` where a lone capital letter is, else `exact`. Of a labelled choice
+    such as "(B) Paris", label and text are both right.
+    """
     asked = quantity(wanted)
     if asked is not None and asked.alone:
-        return numeric(given, wanted, tolerance=tolerance)
-    if _LONE_CHOICE.fullmatch(boxed(wanted).strip()):
+        return numeric(given, wanted, tolerance=tolerance) or exact(given, wanted)
+    bare = boxed(wanted).strip()
+    if _LONE_CHOICE.fullmatch(bare):
         return choice(given, wanted)
-    return exact(given, wanted)
+    if exact(given, wanted):
+        return True
+    labelled = _LABELLED.fullmatch(bare)
+    return labelled is not None and (choice(given, f"({labelled[1] or labelled[2]})") or exact(given, labelled[3]))
 
 
 def vote_key(answer: str) -> str:
-    """What answers that mean the same share when chains vote: the value of a number, else the normal form."""
+    """What answers that mean the same share when chains vote: the value of a number, the letter of a labelled choice,
+    else the normal form.
+    """
     found = quantity(answer)
-    if found is None or not found.alone:
-        return normalise(answer)
-    return f"{found.value}%" if found.is_percent else str(found.value)
+    if found is not None and found.alone:
+        return f"{found.value}%" if found.is_percent else str(found.value)
+    bare = boxed(answer).strip(AROUND)
+    lone = _LONE_CHOICE.fullmatch(bare) or _LABELLED.fullmatch(bare)
+    return normalise(answer) if lone is None else str(lone[1] or lone[2]).casefold()
 
 
-def _plain_number(text: str) -> str:
-    plain = unicodedata.normalize("NFKC", _LATEX_TEXT.sub(r" \1", boxed(text)))
-    plain = plain.replace("−", "-").replace("⁄", "/").replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ",")
-    plain = _LATEX_FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]}", plain)
-    plain = _PERCENT.sub("%", _MATH.sub(r" \1 ", _LATEX_NOISE.sub("", plain)))
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain).strip(_AROUND.replace("$", ""))
+def _comparable(said: Quantity, asked: Quantity) -> list[tuple[Fraction, Fraction]]:
+    """The values to compare, in the ways that the two may be meant; none where their units differ."""
+    if said.unit and asked.unit and not said.unit & asked.unit:
+        if {"cent"} <= said.unit and {"dollar"} <= asked.unit:
+            return [(said.value / 100, asked.value)]
+        if {"dollar"} <= said.unit and {"cent"} <= asked.unit:
+            return [(said.value * 100, asked.value)]
+        return []
+    pairs = [(said.value, asked.value)]
+    if said.is_percent != asked.is_percent:
+        hundred = (said.value / 100, asked.value) if said.is_percent else (said.value, asked.value / 100)
+        pairs.append(hundred)
+    if (said.scale == 1) != (asked.scale == 1):
+        pairs.append((said.value / said.scale, asked.value / asked.scale))
+    return pairs
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    if len(match[0]) > _MOST_CHARACTERS:
-        return None
-    if match["whole"] is not None:
-        top, bottom = Fraction(match["mixed_top"]), Fraction(match["mixed_bottom"])
-        value = Fraction(match["whole"]) + top / bottom if bottom else None
-    elif match["top"] is not None:
-        bottom = Fraction(match["bottom"])
-        value = Fraction(match["top"]) / bottom if bottom else None
-    else:
-        power = int(match["exponent"] or match["power"] or 0)
-        value = Fraction(match["decimal"]) * Fraction(10) ** power if abs(power) <= _MOST_CHARACTERS else None
-    return -value if value is not None and match["sign"] == "-" else value
-
-
-def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+def _squeezed(normal: str) -> str:
+    """Mathematics in one way of writing: without spaces, signs of LaTeX as those of Unicode, brackets around one token
+    left out.
+    """
+    plain = re.sub(r"\\[a-z]+|\\[{}]", lambda found: _LATEX_SIGNS.get(found[0], found[0]), normal)
+    plain = re.sub(r"\bsqrt\b", "√", re.sub(r"\bpi\b", "π", plain))
+    plain = re.sub(
+        r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"<=", "≤", re.sub(r">=", "≥", plain)).replace("$", "").replace("·", "*")
+    )
+    plain = re.sub(r"([\^√])[{(](-?\w+)[)}]", r"\1\2", plain)
+    plain = re.sub(r"(?<![a-z√])\((\w+)\)/\(?(\w+)\)?(?!\w)", r"\1/\2", plain)
+    return re.sub(r"\*(?=[a-zπ√(])|(?<=[a-zπ)])\*(?=\d)", "", plain)
 
 
 def _letter(text: str) -> str | None:
-    plain = boxed(text).strip(_AROUND)
-    for form in _CHOICE_FORMS:
-        found = form.fullmatch(plain)
-        if found is not None:
-            return found[1].upper()
-    said = _CHOICE_SAID.findall(plain) or _CHOICE_BRACKETED.findall(plain)
-    letters = {letter.upper() for letter in said}
-    return letters.pop() if len(letters) == 1 else None
+    """The letter that a text chooses; None where it chooses none, or several."""
+    plain = TAG.sub(" ", plain_latex(boxed(text))).strip(AROUND)
+    first = plain.partition("\n")[0].strip(AROUND)
+    for each in (plain, first):
+        for form in _CHOICE_FORMS:
+            found = form.fullmatch(each)
+            if found is not None and not _SEVERAL.match(each):
+                return found[1].upper()
+    said = list(_CHOICE_SAID.finditer(plain)) or list(_CHOICE_BRACKETED.finditer(plain))
+    chosen = {
+        found[1].upper() for found in said if not _NOT_CHOSEN.search(plain, max(0, found.start(1) - 40), found.start(1))
+    }
+    are_one = len(chosen) == 1 and not any(_SEVERAL.match(plain, found.start(1)) for found in said)
+    return chosen.pop() if are_one else None

@@ -7,14 +7,15 @@ A user's code runs only where it is asked for by name ("module:function"). Left 
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeAlias
 
 from loopos.config.faults import EnvironmentFault, UserError
+from loopos.data.record import shown
 from loopos.evaluation.answers import automatic, choice, exact, numeric
-from loopos.evaluation.own_code import own_function
+from loopos.evaluation.own_code import number_of, own_function
 
 Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]
 """(answer, wanted answer, the row of data) → score."""
@@ -50,16 +51,24 @@ def checker(name: str, *, tolerance: float = 1e-6) -> Checker:
     raise UserError(f"checker: given {name}, wanted one of {', '.join(NAMES)}, or module:function")
 
 
+# Words of three letters and more, other than functions: a sentence, in which an expression has to be found.
+_SENTENCE = re.compile(r"(?<!\\)\b(?!(?:sqrt|sin|cos|tan|log|exp|frac|pi)\b)[^\W\d]{3,}|\$|\\[(\[]|\\boxed")
+
+
 def _math_verify() -> Checker:
     """Equality of mathematical expressions, by the package math-verify; what it cannot read is compared as text."""
     package = _extra("math_verify", "math-verify")
 
+    def parsed(text: str) -> list[Any]:
+        # Of "x + 1" without marks around it the package reads 1 only.
+        forms = (text, f"${text}$") if _SENTENCE.search(text) else (f"${text}$", text)
+        found: list[Any] = package.parse(forms[0]) or package.parse(forms[1])
+        return found
+
     def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
-        asked = package.parse(wanted) or package.parse(f"${wanted}$")
-        said = package.parse(answer) or package.parse(f"${answer}$")
-        if not asked or not said:
-            return float(exact(answer, wanted))
-        return float(package.verify(asked, said))
+        expected, got = parsed(wanted), parsed(answer)
+        is_equal = bool(expected and got) and package.verify(expected, got)
+        return float(is_equal or exact(answer, wanted))
 
     return check
 
@@ -96,9 +105,13 @@ def _users(name: str) -> Checker:
     function = own_function(name, "checker")
 
     def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
-        score = function(answer, wanted, dict(row))
-        if not isinstance(score, bool | int | float) or not math.isfinite(score) or not 0 <= score <= 1:
-            raise UserError(f"checker {name}: returned {score!r}, wanted true, false or a number from 0 to 1")
-        return float(score)
+        about = f"the answer {shown(answer)} where {shown(wanted)} is expected"
+        returned = function(answer, wanted, dict(row), about=about)
+        score = number_of(returned)
+        if score is None or not 0 <= score <= 1:
+            raise function.error(
+                f"returned {shown(returned)}; expected true, false or a number from 0 to 1\n    for {about}"
+            )
+        return score
 
     return check

@@ -156,7 +156,12 @@ class _Sampler:
     def _kept(self, found: Answered, example: Demonstration) -> tuple[int, list[list[str]]]:
         step_format = self._check.reasoner.step_format
         verdicts = judge(
-            found.samples(), example.answer, example.row.values, step_format=step_format, checker=self._check.checker
+            found.samples(),
+            example.answer,
+            example.row.values,
+            step_format=step_format,
+            checker=self._check.checker,
+            place=example.row.where,
         )
         right = [verdict for verdict in verdicts if _teaches(verdict, example, step_format)]
         distinct: dict[tuple[str, ...], list[str]] = {}

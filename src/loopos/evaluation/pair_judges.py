@@ -6,16 +6,14 @@ for. Left out: the answers, and what all rulings say together (`winrate`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from loopos.config.faults import UserError
-from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.prompts import Words, told
-from loopos.evaluation.own_code import own_function
-from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.data.record import shown
+from loopos.evaluation.own_code import OwnFunction, called_for, number_of, own_function, plain
+from loopos.evaluation.reward_predictor import RewardPredictor, judged_words
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
 
@@ -52,7 +50,7 @@ def by_reward(predictor: RewardPredictor) -> PairJudge:
     as_text = bool(predictor.opened.description["text"])
 
     def judge(contests: Sequence[Contest]) -> list[Ruling | None]:
-        asked = [_scored_words(each, answer, as_text=as_text) for each in contests for answer in (each.a, each.b)]
+        asked = [judged_words(each.prompt, answer, as_text=as_text) for each in contests for answer in (each.a, each.b)]
         scores = [None if found is None else found.score for found in predictor.judge_what_fits(asked)]
         return [
             None if a is None or b is None else Ruling(_higher(a, b, "a", "b"), scores=(a, b))
@@ -74,8 +72,9 @@ def by_function(name: str) -> PairJudge:
         found: list[Ruling | None] = []
         for each in contests:
             asked = told(each.prompt)
-            place, scores = _said(name, function(asked, each.a, each.b))
-            swapped, scores_swapped = _said(name, function(asked, each.b, each.a))
+            about = called_for(asked)
+            place, scores = _ruling(function, function(asked, each.a, each.b, about=about), about)
+            swapped, scores_swapped = _ruling(function, function(asked, each.b, each.a, about=about), about)
             orders = (_winner(place, "a", "b"), _winner(swapped, "b", "a"))
             winner = orders[0] if orders[0] == orders[1] else "tie"
             mean = None
@@ -87,24 +86,19 @@ def by_function(name: str) -> PairJudge:
     return judge
 
 
-def _scored_words(contest: Contest, answer: str, *, as_text: bool) -> tuple[Words, Words]:
-    """What a reward model reads. as_text: it was trained on texts as they stand, without a template."""
-    prompt = contest.prompt
-    if as_text and (isinstance(prompt, str) or len(prompt) == 1):
-        return told(prompt), answer
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return messages, (Message(ASSISTANT, answer),)
-
-
-def _said(name: str, said: Any) -> tuple[str, tuple[float, float] | None]:
+def _ruling(function: OwnFunction, returned: Any, about: str) -> tuple[str, tuple[float, float] | None]:
     """The place of the better answer, and the scores if it gave some. Raises `UserError`."""
-    if isinstance(said, str) and said in PLACES:
-        return said, None
-    if isinstance(said, Sequence) and not isinstance(said, str) and len(said) == 2:
-        first, second = said
-        if all(isinstance(score, bool | int | float) and math.isfinite(score) for score in said):
-            return _higher(first, second, "first", "second"), (float(first), float(second))
-    raise UserError(f'judge {name}: returned {said!r}, wanted "first", "second", "tie", or two finite numbers')
+    found = plain(returned)
+    if isinstance(found, str):
+        if found in PLACES:
+            return str(found), None
+    elif isinstance(found, Sequence):
+        scores = [number_of(score) for score in found]
+        if len(scores) == 2 and scores[0] is not None and scores[1] is not None:
+            return _higher(scores[0], scores[1], "first", "second"), (scores[0], scores[1])
+    raise function.error(
+        f'returned {shown(returned)}; expected "first", "second", "tie", or two finite numbers\n    for {about}'
+    )
 
 
 def _higher(one: float, other: float, name: str, other_name: str) -> Any:

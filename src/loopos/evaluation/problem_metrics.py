@@ -21,7 +21,14 @@ def judge_all(
 ) -> list[list[Verdict]]:
     """A verdict on every chain of every problem."""
     return [
-        judge(found.samples(), example.answer, example.row.values, step_format=step_format, checker=checker)
+        judge(
+            found.samples(),
+            example.answer,
+            example.row.values,
+            step_format=step_format,
+            checker=checker,
+            place=example.row.where,
+        )
         for found, example in zip(answered, examples, strict=True)
     ]
 

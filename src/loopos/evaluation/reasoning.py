@@ -7,17 +7,21 @@ problem. The same prompts as in training, by the same code. Left out: whether an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.strategies import Strategy
-from loopos.data.conversations import Message
+from loopos.data.conversations import Conversation, Message
+from loopos.data.demonstrations import Demonstration
+from loopos.data.prompts import Words
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
-from loopos.data.supervised_rows import Example
+from loopos.data.supervised_parts import before_answer
+from loopos.data.supervised_rows import Completion as RawText
+from loopos.data.supervised_rows import Example, PlainText
 from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.answer_metrics import Sample, majority
@@ -29,12 +33,15 @@ from loopos.models.ensemble_recipe import read_ensemble
 from loopos.models.language_ensemble import LanguageEnsemble
 from loopos.models.speaking import open_speaking
 
+Ranker: TypeAlias = Callable[[Sequence[tuple[Words, str]]], list[float]]
+"""Prompts with a response each → a score each; a higher one is better."""
+
 
 @dataclass(frozen=True)
 class Answered:
     """What was said to one problem. `chains`: all of them; `chosen`: the place of the one that speaks for them, None
     where none has an answer; `confidence`: its share of the votes (`is_voted`), or its mean logprob; None for a single
-    chain.
+    chain. `rewards`: what a reward model gives to the chains, where one ranked them.
     """
 
     chains: tuple[Chain, ...]
@@ -42,6 +49,7 @@ class Answered:
     answer: str
     confidence: float | None = None
     is_voted: bool = False
+    rewards: tuple[float, ...] = ()
 
     def samples(self) -> list[Sample]:
         """The chains as `answer_metrics` judges them."""
@@ -124,13 +132,16 @@ class Reasoner:
         *,
         strategy: Strategy = Strategy(),
         limits: StepLimits = StepLimits(),
+        ranker: Ranker | None = None,
     ) -> list[Answered]:
         """An answer to every problem, in order: where others vote too, the one that most of all chains give, or of all
-        best chains for a strategy that chooses one. Raises `UserError` for prompts that the model cannot take, and for
+        best chains for a strategy that chooses one. ranker: what `best_of_n` ranks by, in place of the chains' mean
+        logprob. Raises `UserError` for prompts that the model cannot take, and for
         several chains at temperature 0.
         """
-        found = self._answer(problems, settings, strategy, limits)
-        others = [each._answer(problems, settings, strategy, limits) for each in self.voters]
+        assert ranker is None or strategy.kind == "best_of_n", "a ranker ranks the chains of best_of_n"
+        found = self._answer(problems, settings, strategy, limits, ranker)
+        others = [each._answer(problems, settings, strategy, limits, ranker) for each in self.voters]
         if not others:
             return found
         speakers = (self, *self.voters)
@@ -149,8 +160,9 @@ class Reasoner:
         settings: SamplingSettings,
         strategy: Strategy,
         limits: StepLimits,
+        ranker: Ranker | None,
     ) -> list[Answered]:
-        """By this model alone."""
+        """By this model only."""
         prompts = [self.prompt(problem) for problem in problems]
         sampling, marks = self.sampling(settings), self.step_format
         if strategy.kind == "step_beam":
@@ -159,6 +171,9 @@ class Reasoner:
                 limits=limits if limits.max_steps is not None else replace(limits, max_steps=32),
             )  # fmt: skip
             return [self._best(chains) for chains in found]
+        if ranker is not None:
+            sampled = self.sample(prompts, settings, n=strategy.chains, limits=limits)
+            return self._ranked(problems, [found.chains for found in sampled], ranker)
         if strategy.kind == "best_of_n":
             ranked = best_of_n(self.engine, prompts, marks, sampling, n=strategy.chains, limits=limits)
             return [self._best(chains) for chains in ranked]
@@ -178,6 +193,22 @@ class Reasoner:
         sampled = reason(self.engine, prompts, self.step_format, self.sampling(settings), limits=limits, n=n)
         return [self._voted(chains) for chains in sampled]
 
+    def _ranked(
+        self, problems: Sequence[str | Sequence[Message] | Example], sampled: Sequence[Sequence[Chain]], ranker: Ranker
+    ) -> list[Answered]:
+        """The chains of each problem in the order of their rewards, the first of which speaks for them."""
+        asked = [_words(problem) for problem in problems]
+        pairs = [(words, chain.text) for words, chains in zip(asked, sampled, strict=True) for chain in chains]
+        rewards = iter(ranker(pairs))
+        found = []
+        for chains in sampled:
+            scored = sorted(((next(rewards), -place, chain) for place, chain in enumerate(chains)), reverse=True)
+            best = scored[0][2]
+            answer = self.step_format.parse(best.text).answer
+            ranked = tuple(chain for _, _, chain in scored)
+            found.append(Answered(ranked, 0, answer, rewards=tuple(reward for reward, _, _ in scored)))
+        return found
+
     def _best(self, chains: Sequence[Chain]) -> Answered:
         """The first of chains that come best first."""
         chosen = chains[0]
@@ -190,6 +221,21 @@ class Reasoner:
         if len(chains) == 1:
             return Answered(tuple(chains), 0 if answers[0] else None, answers[0])
         return _of_most(chains, answers)
+
+
+def _words(problem: str | Sequence[Message] | Example) -> Words:
+    """What was asked, as a reward model reads it."""
+    match problem:
+        case str():
+            return (Message("user", problem),)
+        case RawText(prompt=text):
+            return text
+        case Demonstration():
+            return tuple(before_answer(problem))
+        case Conversation() | PlainText():
+            raise UserError("a reward model ranks the answers to prompts; these rows hold whole conversations or texts")
+        case _:
+            return tuple(problem)
 
 
 def _together(speakers: Sequence[Reasoner], found: Sequence[Answered]) -> Answered:

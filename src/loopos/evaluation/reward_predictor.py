@@ -1,4 +1,4 @@
-"""A trained reward model, asked: scores of comparisons in a file, and how they agree with people.
+"""A trained reward model, asked: scores of responses, and how they agree with people.
 
 Enters: the place of a reward model, a data file. Leaves: normalised scores and metrics. Left out: the command
 (`cli.score`), training.
@@ -6,6 +6,8 @@ Enters: the place of a reward model, a data file. Leaves: normalised scores and 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +15,13 @@ from typing import Any, Literal
 import torch
 
 from loopos.data import rows
+from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.preference_batches import ComparisonRows
 from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
-from loopos.data.preferences import Comparison, read_comparisons
+from loopos.data.preferences import Comparison
 from loopos.data.prompts import Words
+from loopos.data.prompts import told as text_of
+from loopos.data.responses_to_score import read_responses
 from loopos.data.rows import Row
 from loopos.data.supervised_tokens import OverLength
 from loopos.data.templates import ChatTemplate
@@ -29,12 +34,24 @@ from loopos.models.reward_folder import OpenedReward, open_reward_model
 
 @dataclass(frozen=True)
 class Scored:
-    """`rows`: for each comparison its place and the scores of its responses in order, with `spread`, the heads'
-    standard deviation, where there are several. `metrics`: those of `preference_metrics`.
+    """`rows`: for each row its `line` and the `scores` of its responses in order, with `spread`, the heads' standard
+    deviation, where there are several; where each row has one response only, also `prompt` and `response`, with `score`
+    in place of `scores`. `metrics`: those of `preference_metrics` where rows say which response is better, else the
+    number of responses and mean and standard deviation of the scores.
     """
 
     rows: list[dict[str, Any]]
     metrics: dict[str, float]
+
+
+def judged_words(prompt: Words, response: str, *, as_text: bool) -> tuple[Words, Words]:
+    """What a reward model reads of a prompt and a response. as_text: it was trained on texts as they stand, without a
+    template.
+    """
+    if as_text and (isinstance(prompt, str) or len(prompt) == 1):
+        return text_of(prompt), response
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return messages, (Message(ASSISTANT, response),)
 
 
 @dataclass(frozen=True)
@@ -65,13 +82,15 @@ class RewardPredictor:
     def score_file(
         self, source: str, columns: Mapping[str, str], *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> Scored:
-        """Every comparison of a file. Raises `DataError`."""
+        """Every response of a file: comparisons, prompts with one response or several, conversations. Raises
+        `DataError`.
+        """
         reader = rows.read(source, on_bad_row=on_bad_row)
-        examples, _ = read_comparisons(reader, columns, as_text=bool(self.opened.description["text"]))
+        examples, _ = read_responses(reader, columns, as_text=bool(self.opened.description["text"]))
         return self.score(examples, on_bad_row=on_bad_row)
 
     def score(self, examples: Sequence[Comparison], *, on_bad_row: Literal["error", "skip"] = "error") -> Scored:
-        """Scores of comparisons, in their order; what is longer than the model was trained on is an error."""
+        """Scores of the responses of rows, in their order; what is longer than the model was trained on is an error."""
         encoded, _ = encode_comparisons(
             self.opened.tokenizer,
             examples,
@@ -83,14 +102,34 @@ class RewardPredictor:
         raw = comparison_scores(self.model, self._rows(encoded))
         scores = [self.normalisation(torch.tensor(raw[place]), ensemble_penalty=self.ensemble_penalty).tolist()
                   for place in range(len(encoded))]  # fmt: skip
+        is_single = all(len(example.responses) == 1 for example in examples)
         found = []
         for row, each, heads in zip(encoded, scores, (raw[place] for place in range(len(encoded))), strict=True):
-            place = examples[row.index].row
-            told: dict[str, Any] = {"line": place.line, "scores": [round(score, 6) for score in each]}
-            if len(heads[0]) > 1:
-                told["spread"] = [round(value, 6) for value in self._spread(heads)]
+            example, rounded = examples[row.index], [round(score, 6) for score in each]
+            told: dict[str, Any] = {"line": example.row.line}
+            spread = [round(value, 6) for value in self._spread(heads)] if len(heads[0]) > 1 else None
+            if is_single:
+                response = example.responses[0]
+                words = response if isinstance(response, str) else response[-1].content
+                told |= {"prompt": text_of(example.prompt), "response": words, "score": rounded[0]}
+            else:
+                told["scores"] = rounded
+            if spread is not None:
+                told["spread"] = spread[0] if is_single else spread
             found.append(told)
-        return Scored(found, measured(encoded, [[[score] for score in each] for each in scores]))
+        if any(example.pairs for example in examples):
+            return Scored(found, measured(encoded, [[[score] for score in each] for each in scores]))
+        flat = [score for each in scores for score in each]
+        summary = {"responses": len(flat), "mean_score": statistics.fmean(flat), "std_score": statistics.pstdev(flat)}
+        return Scored(found, summary)
+
+    def rank(self, conversations: Sequence[tuple[Words, str]]) -> list[float]:
+        """The score of each response, a text, after its prompt; −∞ for what is longer than the model was trained on.
+        Raises `UserError` where nothing fits.
+        """
+        as_text = bool(self.opened.description["text"])
+        pairs = [judged_words(prompt, response, as_text=as_text) for prompt, response in conversations]
+        return [-math.inf if found is None else found.score for found in self.judge_what_fits(pairs)]
 
     def judge(self, conversations: Sequence[tuple[Words, Words]]) -> list[Judged]:
         """Each response, after its prompt, by itself: messages for the chat template, both of them, or texts that stand

@@ -6,7 +6,6 @@ where they are asked for by name. Left out: penalties by token (`functional.adva
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,18 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.ppo_sections import PpoRewardSection, RolloutSection
-from loopos.evaluation.own_code import own_function
+from loopos.evaluation.own_code import OwnFunction, called_for, numbers_of, own_function
 from loopos.evaluation.reward_scores import Normalisation, Scorer, raw_scores
 from loopos.models.reward_folder import check_same_tokens, open_reward_model
 
-RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""(prompts, responses) → a number each."""
+RewardFunction: TypeAlias = Callable[[Sequence["Response"]], list[float]]
+"""Responses → a number each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
     """One response to one prompt: what was asked, and the ids that the template made of it. `ended`: by an end token or
-    a stop string, not at the limit of tokens.
+    a stop string, not at the limit of tokens. `place`: the file and line of the prompt, empty where it has none.
     """
 
     prompt: str
@@ -35,24 +34,33 @@ class Response:
     text: str
     ids: Sequence[int]
     ended: bool
+    place: str = ""
 
 
 def reward_function(name: str) -> RewardFunction:
-    """The function of a name "module:function", called as `function(prompts, responses)`; what it returns is checked.
-    Raises `UserError`.
+    """The function of a name "module:function", called as `function(prompts, responses)`. What it returns is checked,
+    and what it raises is told with the row it was called for. Raises `UserError`.
     """
     function = own_function(name, "reward function")
 
-    def checked(prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
-        found = list(function(list(prompts), list(responses)))
-        if len(found) != len(responses):
-            raise UserError(f"reward function {name}: returned {len(found)} scores for {len(responses)} responses")
-        for score in found:
-            if not isinstance(score, bool | int | float) or not math.isfinite(score):
-                raise UserError(f"reward function {name}: returned {score!r}, wanted a finite number")
-        return [float(score) for score in found]
+    def score(responses: Sequence[Response]) -> list[float]:
+        if not responses:
+            return []
+        places = [called_for(response.prompt, response.place) for response in responses]
+        try:
+            found = _called(function, responses, f"{len(responses)} responses, the first to {places[0]}")
+        except UserError:
+            # Which row it was, the function says when it is called for each alone.
+            for response, place in zip(responses, places, strict=True) if len(responses) > 1 else ():
+                _called(function, [response], place)
+            raise
+        return numbers_of(found, places, function)
 
-    return checked
+    return score
+
+
+def _called(function: OwnFunction, responses: Sequence[Response], about: str) -> Any:
+    return function([each.prompt for each in responses], [each.text for each in responses], about=about)
 
 
 class ModelScores:
@@ -104,9 +112,8 @@ class Rewards:
         if self.model is not None:
             parts["model"] = self.model(responses)
             totals = [total + self.section.model_weight * s for total, s in zip(totals, parts["model"], strict=True)]
-        prompts, texts = [each.prompt for each in responses], [each.text for each in responses]
         for name, (function, weight) in self.functions.items():
-            parts[name] = list(function(prompts, texts))
+            parts[name] = function(responses)
             totals = [total + weight * score for total, score in zip(totals, parts[name], strict=True)]
         totals = [
             total if response.ended else total - self.missing_end_penalty
@@ -128,5 +135,4 @@ def judge_of(
         opened = open_reward_model(name)
         check_same_tokens(tokenizer, opened.tokenizer, "evaluation.judge")
         return ModelScores(opened.model.requires_grad_(False).to(device), opened.description, device)
-    function = reward_function(name)
-    return lambda responses: list(function([each.prompt for each in responses], [each.text for each in responses]))
+    return reward_function(name)

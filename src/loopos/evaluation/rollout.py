@@ -21,12 +21,14 @@ from torch import Tensor
 from loopos.config.ppo_sections import RolloutSection
 from loopos.data.batches import in_order
 from loopos.data.kept_pass import KeptPass
+from loopos.data.preference_data import Origin
 from loopos.data.responses import ResponseRows
 from loopos.evaluation.policy_metrics import distinct_n, explained_variance, length_mean, repetition
 from loopos.evaluation.rewards import Response, Rewards
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.rollouts.request import Request, RolloutEngine
 from loopos.generation.settings import SamplingSettings
+from loopos.generation.text import decoded
 from loopos.models.roles import Roles
 
 # Tokens of one forward pass without gradients.
@@ -66,7 +68,7 @@ class Collector:
         rewards: Rewards,
         *,
         device: torch.device,
-        words: Mapping[tuple[int, ...], str] = MappingProxyType({}),
+        words: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
         kept: KeptPass | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
@@ -102,11 +104,9 @@ class Collector:
         tokenizer, found = self.engine.tokenizer, []
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
-            asked = self._words.get(tuple(prompt))
-            if asked is None:
-                asked = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
+            origin = self._words.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
             ended = completion.finish_reason in ("stop token", "stop string")
-            response = Response(asked, prompt, completion.text, completion.token_ids, ended)
+            response = Response(origin.text, prompt, completion.text, completion.token_ids, ended, origin.place)
             found.append((response, torch.tensor(completion.logprobs)))
         return found, written.staleness
 

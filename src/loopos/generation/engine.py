@@ -227,13 +227,8 @@ class Engine:
         return begun
 
     def _stop_ids(self, settings: SamplingSettings) -> frozenset[int]:
-        """Tokens that end a completion. A stop string that is itself a special token never shows in the text."""
-        special = [
-            self.tokenizer.convert_tokens_to_ids(stop)
-            for stop in settings.stop
-            if stop in self.tokenizer.all_special_tokens
-        ]
-        return frozenset((*settings.stop_token_ids, *special, *(self.end_tokens if settings.stop_at_end else ())))
+        """Tokens that end a completion."""
+        return frozenset((*settings.stop_token_ids, *(self.end_tokens if settings.stop_at_end else ())))
 
     def _rows_for(self, num_rows: int) -> Rows:
         if self._kept is not None:

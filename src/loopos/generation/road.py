@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loopos.generation.cache import IMPLEMENTATION
 from loopos.generation.kernel_layout import kernel_layout
-from loopos.generation.rows import FEW_ROWS, PLAIN, CachedRows, serving
+from loopos.generation.rows import FEW_ROWS, PLAIN, CachedRows, PlainRows, serving
 from loopos.models.attention import PackedUnsupported
 from loopos.models.quantized import exact_activations
 
@@ -34,11 +34,13 @@ _PROBE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 0.
 @dataclass(frozen=True)
 class Road:
     """How a model is to generate. `why_plain`: why `CachedRows` cannot serve it, in words; empty where it can.
-    `kernel_layout`: whether it gives the same logits with its weights in the kernel's layout.
+    `kernel_layout`: whether it gives the same logits with its weights in the kernel's layout. `own_cache`: whether the
+    model's own cache, which rows that run one by one use, gives the logits of a whole pass.
     """
 
     why_plain: str
     kernel_layout: bool = False
+    own_cache: bool = True
 
     def layout(self, model: PreTrainedModel, num_rows: int) -> AbstractContextManager[None]:
         """The weights as rows that decode together want them: a few are as fast with the weights as they lie."""
@@ -50,7 +52,8 @@ def probed(model: PreTrainedModel) -> Road:
     the kernel's layout where it does so too.
     """
     with exact_activations(model):
-        return _probed(model)
+        road = _probed(model)
+        return replace(road, own_cache=_own_cache_is_exact(model)) if road.why_plain else road
 
 
 def _probed(model: PreTrainedModel) -> Road:
@@ -80,6 +83,24 @@ def _difference(model: PreTrainedModel, sequences: Sequence[list[int]], expected
     difference = float((together.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     tolerance = _PROBE_TOLERANCE.get(model.dtype, 0.06)
     return "" if difference <= tolerance else f"its logits differ from each row alone by {difference:.1e}"
+
+
+def _own_cache_is_exact(model: PreTrainedModel) -> bool:
+    """Whether a prompt and two more tokens give, over the cache that the model returns, the logits of whole passes."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [number % vocabulary for number in range(3, 3 + _PROBE_LENGTHS[0])]
+    with serving(model, PLAIN):
+        whole = [
+            model(input_ids=torch.tensor([ids[:end]], device=model.device)).logits[0, -1] for end in (-2, -1, None)
+        ]
+        rows = PlainRows(model, 1)
+        try:
+            found = [rows.extend([0], [ids[:-2]])[0], rows.step(ids[-2:-1])[0], rows.step(ids[-1:])[0]]
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):
+            return False
+    expected = torch.stack(whole).float()
+    difference = (torch.stack(found).float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    return bool(difference <= _PROBE_TOLERANCE.get(model.dtype, 0.06))
 
 
 def _unserved(config: PreTrainedConfig) -> str:

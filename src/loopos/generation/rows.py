@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from loopos.functional.packing import PackedLayout
 from loopos.functional.reduce import segment_reduce
 from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
+from loopos.models.backbone import headless
 from loopos.models.quantized import QuantizedLinear
 
 # transformers' own attention that every model has.
@@ -170,7 +171,7 @@ def mean_hidden_states(model: PreTrainedModel, implementation: str, sequences: S
     """The mean of the last layer's hidden states over the tokens of each sequence, `[N, d]` fp32. To be called while
     `serving(model, implementation)`, beside rows that decode: these are not touched.
     """
-    base = getattr(model, model.base_model_prefix)
+    base = headless(model)
     extra: dict[str, object] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
     if implementation == PLAIN:
         alone = [base(input_ids=torch.tensor([list(ids)], device=model.device), **extra) for ids in sequences]
@@ -186,11 +187,12 @@ def mean_hidden_states(model: PreTrainedModel, implementation: str, sequences: S
 
 class PlainRows:
     """Rows run one by one, each with the cache that transformers makes for the model, or with none where the model
-    returns none. Slow, and as exact as the model itself. To be used while `serving(model, PLAIN)`.
+    returns none or `own_cache` is False. Slow, and as exact as the model itself. To be used while `serving(model,
+    PLAIN)`.
     """
 
-    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, num_rows: int, *, own_cache: bool = True) -> None:
+        self._model, self._own_cache = model, own_cache
         self._caches: list[object | None] = [None] * num_rows
         self.fed: list[list[int]] = [[] for _ in range(num_rows)]
 
@@ -222,11 +224,12 @@ class PlainRows:
         self.fed[row] += new
         cache = self._caches[row]
         ids = torch.tensor([self.fed[row] if cache is None else new], device=self._model.device)
-        extra: dict[str, object] = {} if getattr(self._model.config, "use_cache", None) is None else {"use_cache": True}
+        takes_cache = getattr(self._model.config, "use_cache", None) is not None
+        extra: dict[str, object] = {"use_cache": self._own_cache} if takes_cache else {}
         if cache is not None:
             extra["past_key_values"] = cache
         output = self._model(input_ids=ids, **extra)
-        self._caches[row] = getattr(output, "past_key_values", None)
+        self._caches[row] = getattr(output, "past_key_values", None) if self._own_cache else None
         logits: Tensor = output.logits
         return logits[0, -1]
 

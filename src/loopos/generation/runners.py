@@ -83,7 +83,9 @@ class ModelRunner:
         return without_gradients(self._attention)
 
     def rows(self, num_rows: int) -> Rows:
-        return CachedRows(self._model, num_rows) if self.path == "cached" else PlainRows(self._model, num_rows)
+        if self.path == "cached":
+            return CachedRows(self._model, num_rows)
+        return PlainRows(self._model, num_rows, own_cache=self._road.own_cache)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return mean_hidden_states(self._model, self._attention, sequences)

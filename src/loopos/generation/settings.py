@@ -12,6 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from loopos.config.faults import UserError
 
+# Logits divided by less, or less more than this, leave the numbers of fp32.
+LEAST_DIVISOR = 1e-6
+MOST_PENALTY = 1e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -47,21 +51,25 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         """Raises `UserError` with every setting that is out of its range."""
         ranges = (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("temperature", _is_temperature(self.temperature), f"0 (greedy), or {LEAST_DIVISOR:g} or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
             ("typical_p", 0 < self.typical_p <= 1, "above 0, at most 1 (off)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            (
+                "repetition_penalty",
+                LEAST_DIVISOR <= self.repetition_penalty <= 1 / LEAST_DIVISOR,
+                f"{LEAST_DIVISOR:g} to {1 / LEAST_DIVISOR:g}; 1 is off",
+            ),
+            ("presence_penalty", abs(self.presence_penalty) <= MOST_PENALTY, f"at most {MOST_PENALTY:g} in size"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= MOST_PENALTY, f"at most {MOST_PENALTY:g} in size"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or more"),
             ("logit_bias", all(token >= 0 for token in self.logit_bias), "token ids of 0 or more"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("stop", all(self.stop), "strings of at least one character"),
         )
         wrong = [
-            f"{name}: given {getattr(self, name)!r}; wanted {wanted}" for name, holds, wanted in ranges if not holds
+            f"{name}: got {getattr(self, name)!r}; expected {expected}" for name, holds, expected in ranges if not holds
         ]
         if wrong:
             raise UserError("\n".join(wrong))
@@ -85,3 +93,7 @@ class SamplingSettings:
     def of_choice(self) -> SamplingSettings:
         """What the choice of one token depends on: equal for rows that may be sampled together."""
         return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
+
+
+def _is_temperature(value: float) -> bool:
+    return value == 0 or LEAST_DIVISOR <= value < math.inf

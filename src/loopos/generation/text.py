@@ -14,9 +14,27 @@ from transformers import PreTrainedTokenizerBase
 _UNFINISHED = "\ufffd"
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of these tokens, special tokens left out, spaces as the tokens have them."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def silent_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> frozenset[int]:
+    """The ids that are no text: the begin, end and pad tokens, but for those that a stop string holds. All other
+    special tokens are text: step markers such as `<think>` are special tokens in many tokenizers.
+    """
+    silent = (
+        (tokenizer.bos_token, tokenizer.bos_token_id),
+        (tokenizer.eos_token, tokenizer.eos_token_id),
+        (tokenizer.pad_token, tokenizer.pad_token_id),
+    )
+    return frozenset(
+        int(number) for token, number in silent if token is not None and not any(token in string for string in stop)
+    )
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], silent: frozenset[int] | None = None) -> str:
+    """The text of these tokens without `silent` ones (None: those of `silent_tokens`), spaces as the tokens have
+    them.
+    """
+    without = silent_tokens(tokenizer) if silent is None else silent
+    kept = [each for each in ids if each not in without]
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
@@ -30,7 +48,7 @@ class GrowingText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stop, self._silent = tokenizer, tuple(stop), silent_tokens(tokenizer, stop)
         self._longest_stop = max(map(len, self._stop), default=0)
         self._ids: list[int] = []
         self._context, self._read = 0, 0
@@ -43,14 +61,14 @@ class GrowingText:
     def add(self, token: int) -> None:
         """Appends one token; `ends` gets the length of the text after it."""
         self._ids.append(token)
-        text = decoded(self._tokenizer, self._ids[self._context :])
+        text = decoded(self._tokenizer, self._ids[self._context :], self._silent)
         if len(text) > len(self._context_text) and not text.endswith(_UNFINISHED):
             self._append(text)
         self.ends.append(len(self.text))
 
     def finish(self) -> None:
         """Takes what was held back as it is."""
-        text = decoded(self._tokenizer, self._ids[self._context :])
+        text = decoded(self._tokenizer, self._ids[self._context :], self._silent)
         if len(text) > len(self._context_text):
             self._append(text)
             if self.ends:
@@ -69,7 +87,7 @@ class GrowingText:
     def _append(self, text: str) -> None:
         self.text += text[len(self._context_text) :]
         self._context, self._read = self._read, len(self._ids)
-        self._context_text = decoded(self._tokenizer, self._ids[self._context : self._read])
+        self._context_text = decoded(self._tokenizer, self._ids[self._context : self._read], self._silent)
         if self._stop and self.stopped_at is None:
             self._search()
 

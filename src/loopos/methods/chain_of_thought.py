@@ -45,6 +45,7 @@ from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.random_states import seed_everything
+from loopos.training.router_objective import with_router_loss
 from loopos.training.samples import write_samples
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
@@ -172,7 +173,7 @@ class ChainOfThought:
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=share, world=shares),
-            objective=NextToken(self.model),
+            objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
-from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.labelled import LabelledData, load_labelled
@@ -43,6 +42,7 @@ from loopos.training.fit import Fit, FitResult
 from loopos.training.identities import of_task
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
+from loopos.training.router_objective import with_router_loss
 from loopos.training.session import session
 from loopos.training.task_objective import TaskObjective, task_objective
 from loopos.training.trained_weights import TrainedWeights
@@ -133,7 +133,7 @@ class FineTuner:
         """Backbone and head, what trains, and the number format."""
         settings, section = self.config.training, self.config.model
         self.precision = resolve(settings.precision, self.device)
-        backbone = Backbone(self.pretrained.model, attention=section.attention)
+        self.backbone = backbone = Backbone(self.pretrained.model, attention=section.attention)
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
         held_back = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
@@ -169,7 +169,7 @@ class FineTuner:
             settings=settings,
             update=update,
             batches=batches,
-            objective=self.objective(),
+            objective=with_router_loss(self.objective(), self.backbone, settings.router_aux_loss),
             validation=self._validation(world) if self.config.validates and self.validation_rows else None,
             progress=self.progress,
             world=world,
@@ -249,7 +249,7 @@ class FineTuner:
                 self._log_confusion(outputs)
             if self.config.training.trainable == "lora":
                 backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
-                save_lora(backbone, self.run_dir / "adapter", self.config.training.lora or LoraSection(), base=base)
+                save_lora(backbone, self.run_dir / "adapter", base=base)
                 merge_lora(backbone)
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
             write_report(self.run_dir)

@@ -34,6 +34,7 @@ from loopos.training.identities import of_text
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
+from loopos.training.router_objective import with_router_loss
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
@@ -139,7 +140,7 @@ class Pretrainer:
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
-            objective=NextToken(self.model),
+            objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
             validation=self._validation(world) if judged else None,
             progress=self.progress,
             world=world,

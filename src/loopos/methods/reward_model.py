@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.sections import LoraSection
 from loopos.data.batches import StepBatches
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
@@ -46,6 +45,7 @@ from loopos.training.identities import of_preferences
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
+from loopos.training.router_objective import with_router_loss
 from loopos.training.session import session
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
@@ -120,9 +120,11 @@ class RewardModelTrainer:
         """Backbone and scalar heads, what trains, the number format."""
         settings = self.config.training
         self.precision = resolve(settings.precision, self.device)
-        backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
+        self.backbone = backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
         self.shares_prompts = self.device.type == "cpu" and backbone.shares_trunks
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
+        if not self.shares_prompts:
+            self.progress.say("prompts: computed once for each response, not once for all of a row")
         held_back = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
@@ -168,7 +170,9 @@ class RewardModelTrainer:
                 self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
             ),
             batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.share[0], world=world.share[1]),
-            objective=PairObjective(self.model, self.config.reward.centring),
+            objective=with_router_loss(
+                PairObjective(self.model, self.config.reward.centring), self.backbone, settings.router_aux_loss
+            ),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
@@ -238,7 +242,7 @@ class RewardModelTrainer:
             backbone = self.model.backbone.model
             if settings.trainable == "lora":
                 base = self.config.data.pretrained_weights
-                save_lora(backbone, self.run_dir / "adapter", settings.lora or LoraSection(), base=base)
+                save_lora(backbone, self.run_dir / "adapter", base=base)
                 merge_lora(backbone)
             self.pretrained.tokenizer.chat_template = self.encoder.template.source
             description = self.description(normalisation)

@@ -6,6 +6,7 @@ out: optimizers.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS, PREFIX, open_adapter_folder
 from loopos.models.backbone import Backbone
-from loopos.models.found_model import ADAPTER_WEIGHTS
 from loopos.models.lean_adapter import make_lean
-from loopos.storage.tensor_files import read_tensors, save_tensors
+from loopos.storage.tensor_files import save_tensors
 from loopos.storage.whole_folder import whole_folder
 
 ADAPTER = "default"
@@ -117,25 +118,43 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str 
             torch.manual_seed(seed)
             _inject(config, model, name)
     except ValueError as problem:
+        reason = str(problem).splitlines()[0]
         raise UserError(
-            f"training.lora.target_modules: {problem}; linear layers of this {type(model).__name__}: "
+            f"training.lora.target_modules: {reason}; linear layers of this {type(model).__name__}: "
             f"{', '.join(linear_names(model))}"
         ) from problem
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The last names of a model's linear layers, those that adapters wrap included, each once."""
+    """The names of a model's linear layers as `target_modules` takes them, those that adapters wrap included, each
+    once: the last part of the name, with more parts where other modules have that one too.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if name in wrapped
-            or (_is_linear(module) and not any(name.startswith(f"{outer}.") for outer in _outer(name, wrapped)))
-        }
-    )
+    modules = dict(model.named_modules())
+    wrapped = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    linear = {
+        name
+        for name, module in modules.items()
+        if name in wrapped
+        or (_is_linear(module) and not any(name.startswith(f"{outer}.") for outer in _outer(name, wrapped)))
+    }
+    inside = {name for name in modules if _outer(name, wrapped)}
+    others = [name for name in modules if name not in linear | inside]
+    return sorted({_shortest_suffix(name, others) for name in linear})
+
+
+def _shortest_suffix(name: str, others: Sequence[str]) -> str:
+    """The shortest end of a module's name, in whole parts, that no other name ends with."""
+    parts = name.split(".")
+    suffixes = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+    taken = {end for other in others for end in _ends(other)}
+    return next((suffix for suffix in suffixes if suffix not in taken), name)
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _outer(name: str, wrapped: set[str]) -> list[str]:
@@ -206,12 +225,11 @@ def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    """A layer whose whole work is a matrix product. A subclass may do more, such as one product for each group."""
+    return type(module) in (nn.Linear, Conv1D)
 
 
-def _lora_config(
-    model: nn.Module, lora: LoraSection, *, targets: Sequence[str], base: str | None = None, task: str | None = None
-) -> LoraConfig:
+def _lora_config(model: nn.Module, lora: LoraSection, *, targets: Sequence[str]) -> LoraConfig:
     from peft import LoraConfig
 
     # peft asks to be told of layers that keep their weight transposed, as GPT-2's do.
@@ -222,8 +240,6 @@ def _lora_config(
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         fan_in_fan_out=transposed,
-        base_model_name_or_path=base,
-        task_type=task,
     )
 
 
@@ -234,19 +250,25 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
     """Puts the adapter of a PEFT folder beside those that the model has, in place, without training it. Raises
-    `UserError` for a folder that holds none, or one of other layers.
+    `UserError` for a folder that holds none, one of other layers, and one that is more than LoRA over the weights as
+    they are, which the other adapters share.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
+    adapter = open_adapter_folder(folder)
+    if beyond := adapter.beyond_lora:
+        raise UserError(
+            f"{folder}: an adapter with {', '.join(beyond[:3])}, which cannot share its base with other adapters; "
+            "expected plain LoRA"
+        )
+    adapter.check_patterns([each for each, _ in model.named_modules()])
+    tensors = {key.removeprefix(PREFIX): stored.read() for key, stored in adapter.tensors.items()}
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        tensors = read_tensors(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, TypeError, UserError) as problem:
-        raise UserError(f"{folder}: no adapter that can be read: {problem}") from problem
-    _inject(config, model, name)
-    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-    result: Any = set_peft_model_state_dict(model, bare, adapter_name=name)
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+        _inject(LoraConfig.from_pretrained(str(folder)), model, name)
+        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+    except (ValueError, TypeError, KeyError, RuntimeError) as problem:
+        wrong = [repr(problem) if not str(problem) else str(problem).splitlines()[-1].strip()]
     if wrong:
         raise UserError(f"{folder}: an adapter of other layers than this {type(model).__name__} has: {wrong[0]}")
     for key, parameter in model.named_parameters():
@@ -264,30 +286,33 @@ def merge_lora(model: PreTrainedModel) -> None:
 
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent_name, _, child = name.rpartition(".")
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    # Over the tensors of one module wrappers are nested: each folds its own, and the outermost is taken out.
+    for module in reversed(wrappers.values()):
+        module.merge(safe_merge=True)
+    for name, module in wrappers.items():
+        parent_name, _, child = name.rpartition(".")
+        if parent_name not in wrappers:
             setattr(model.get_submodule(parent_name), child, module.get_base_layer())
 
 
-def save_lora(
-    model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: str, task: str = "FEATURE_EXTRACTION"
-) -> None:
+def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "FEATURE_EXTRACTION") -> None:
     """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that peft opens over the
     base model; replaces the folder at once. task: peft's name of what the model is for ("CAUSAL_LM" for a language
     model). Raises `OSError` when the disk is full.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    targets = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    # What peft made of the targets: it may have turned names of layers into names of tensors that hold several.
+    config: LoraConfig = next(
+        module.peft_config[ADAPTER]  # type: ignore[index,union-attr]
+        for module in model.modules()
+        if isinstance(getattr(module, "peft_config", None), dict)
     )
+    config = dataclasses.replace(config, base_model_name_or_path=base, task_type=task)
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name and f".{ADAPTER}." in name:
-            tensors["base_model.model." + name.replace(f".{ADAPTER}", "")] = parameter.detach()
+            tensors[PREFIX + name.replace(f".{ADAPTER}", "")] = parameter.detach()
     assert tensors, "no adapter in the model"
     with whole_folder(folder) as partial:
         save_tensors(partial / ADAPTER_WEIGHTS, tensors)
-        _lora_config(model, lora, targets=targets, base=base, task=task).save_pretrained(str(partial))
+        config.save_pretrained(str(partial))

@@ -26,7 +26,8 @@ IMPLEMENTATION = "loopos_packed"
 FUSED_FROM = 1024
 # Keywords that models hand to their attention and that do not change its result here.
 _WITHOUT_EFFECT = frozenset(
-    {"position_ids", "use_cache", "deterministic", "output_attentions", "output_hidden_states", "cache_position"}
+    {"position_ids", "use_cache", "deterministic", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"cache_position"}
 )
 
 

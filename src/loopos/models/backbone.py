@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loopos.config.faults import UserError
 from loopos.functional.packing import PackedLayout
 from loopos.models.attention import IMPLEMENTATION, PackedUnsupported
 from loopos.models.embedding import use_summed_embedding
 from loopos.models.quantized import exact_activations
+from loopos.models.routers import RouterRecorder
 
 # Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_EXPECTED = "a language model is expected to be a transformer with a token embedding below an output layer"
 _PROBE_LENGTHS = (3, 7, 1, 5)
 _PROBE_TOLERANCE = 2e-4
 
@@ -65,6 +68,11 @@ class Backbone(nn.Module):
         """
         return self.path == "packed" and _branches_are_exact(self.model)
 
+    @cached_property
+    def routers(self) -> RouterRecorder | None:
+        """What its routers of experts decide, pass by pass; None for a model without."""
+        return RouterRecorder.of(self.model)
+
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
@@ -77,6 +85,29 @@ class Backbone(nn.Module):
         if self.path == "packed":
             return _packed_hidden_states(self.model, ids, layout, token_types)
         return _padded_hidden_states(self.model, ids, layout, token_types)
+
+
+def headless(causal: PreTrainedModel) -> PreTrainedModel:
+    """The transformer below a causal language model's output layer. Raises `UserError` for a family whose model is not
+    built of the two.
+    """
+    # Families whose weights are a part of a larger model name the part's prefix, not their own attribute.
+    for name in (causal.base_model_prefix, "model", "transformer"):
+        base = getattr(causal, name, None) if name else None
+        if isinstance(base, PreTrainedModel) and base is not causal:
+            break
+    else:
+        raise UserError(f"{type(causal).__name__} is not supported: {_EXPECTED}, and it has no such part")
+    try:
+        embedding = base.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if embedding is None:
+        raise UserError(
+            f"{type(causal).__name__} is not supported: {_EXPECTED}, and its {type(base).__name__} does not give its "
+            "token embedding"
+        )
+    return base
 
 
 def _takes_token_types(model: PreTrainedModel) -> bool:
@@ -105,7 +136,7 @@ def _padded_hidden_states(
     order.
     """
     mask = torch.arange(max(layout.lengths), device=ids.device)[None] < layout.lengths_tensor()[:, None]
-    pad = getattr(model.config, "pad_token_id", None)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded = torch.full(
         mask.shape, pad if isinstance(pad, int) and pad >= 0 else 0, dtype=ids.dtype, device=ids.device
     ).masked_scatter(mask, ids)
@@ -140,6 +171,9 @@ def _why_not_packed(model: PreTrainedModel) -> str:
     reason = ""
     try:
         model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            # transformers would mask a packed row itself, up to the length that the module has a mask for.
+            raise PackedUnsupported("its attention is fixed in its own modules")
         packed = _packed_hidden_states(model, ids, layout, None)
         difference = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
         if not difference <= _PROBE_TOLERANCE:
@@ -168,6 +202,10 @@ def _branches_are_exact(model: PreTrainedModel) -> bool:
     together = PackedLayout.of_branches([(4, 3, 4)], model.device)
     try:
         found = _packed_hidden_states(model, ids, together, None)[together.last_tokens()]
+        # Attention dropout, which branches cannot have, is on in training only.
+        model.train(True)
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            _packed_hidden_states(model, ids, together, None)
     except PackedUnsupported:
         return False
     finally:

@@ -15,13 +15,12 @@ from typing import Any, Literal, TypeAlias
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS
 from loopos.models.model_folder import Kind, described, kind_of, model_folder, read_description
-from loopos.models.sources import EMBEDDED, folder_of, weights_source
+from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, base_of_adapter, folder_of, weights_source
 from loopos.storage.json_files import read_object
 
 FoundKind: TypeAlias = Kind | Literal["classifier", "encoder"]
 """That of LoopOS's models, or of other programs' transformers' sequence classifier, and any without a head."""
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FIELD = "data.pretrained_weights: "
 
 
@@ -77,7 +76,7 @@ def find_model(place: str) -> FoundModel:
             folder=folder,
             description=description,
             adapter=adapter if has_adapter else None,
-            base=_base_of(adapter) if has_adapter else None,
+            base=base_of_adapter(adapter) if has_adapter else None,
         )
     return _checkpoint(place)
 
@@ -93,22 +92,15 @@ def _adapter_alone(place: str, folder: Path) -> FoundModel:
             folder=beside / "model",
             description=description,
             adapter=folder,
-            base=_base_of(folder),
+            base=base_of_adapter(folder),
         )
     task = read_object(folder / ADAPTER_CONFIG).get("task_type")
-    if task != "CAUSAL_LM":
+    if task not in (None, "CAUSAL_LM"):
         raise UserError(
             f"{place}: an adapter of task {task}, without the model that its run wrote; wanted the folder of a run, "
             "or an adapter of task CAUSAL_LM"
         )
-    return FoundModel(place, "language", None, {}, folder, _base_of(folder))
-
-
-def _base_of(adapter: Path) -> str:
-    base = read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{adapter / ADAPTER_CONFIG}: names no base_model_name_or_path; wanted the weights under it")
-    return base
+    return FoundModel(place, "language", None, {}, folder, base_of_adapter(folder))
 
 
 def _checkpoint(place: str) -> FoundModel:
@@ -147,9 +139,15 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
+    # Torch is imported by it, and whoever asks a hub opens the model next.
+    from loopos.storage.tensor_files import weights_entry
+
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if weights_entry(folder) is None:
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
+        return folder
     # A name that cannot be one is a ValueError of the hub's.
     except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]

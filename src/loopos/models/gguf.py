@@ -2,17 +2,23 @@
 
 transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
 times over (config, tokenizer, weights). The folder (safetensors in fp32: the dequantised values exactly) then opens in
-under a second. It is named by the file's SHA-256, so a changed file is converted anew.
+under a second. It is named by the file's SHA-256 and the version of the conversion, so that a changed file is
+converted anew, and every file where the conversion itself has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.storage.whole_folder import whole_folder
+
+_VERSION = 2
+"""Of what a conversion writes; 2: the tokenizer is the file's own (`gguf_tokenizer.py`)."""
 
 
 def cache_folder() -> Path:
@@ -29,26 +35,32 @@ def converted_folder(file: Path) -> Path:
     """
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / digest[:32]
+    folder = cache_folder() / "gguf" / f"{digest[:32]}-{_VERSION}"
     if (folder / "config.json").is_file():
         return folder
     # Where another process finishes the same conversion first, its folder holds the same bytes and may be open by now.
     with whole_folder(folder, replaces=folder.exists()) as partial:
-        _convert(file, partial)
+        convert(file, partial)
     return folder
 
 
-def _convert(file: Path, folder: Path) -> None:
+def convert(file: Path, folder: Path) -> None:
+    """Writes the model of a GGUF file into an empty folder. Raises as `converted_folder`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loopos.models.gguf_metadata import read_metadata
+    from loopos.models.gguf_tokenizer import gguf_tokenizer
 
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        said = read_metadata(file)
+        named = _config(file, said)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **named)
+        tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, IndexError) as problem:
         raise UserError(
             f"{file}: cannot be read as GGUF: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
@@ -63,3 +75,16 @@ def _convert(file: Path, folder: Path) -> None:
     assert plain.dtype == torch.float32
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _config(file: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The config to open a file with, where transformers' own reader would leave out the size of a head: it takes
+    a Qwen3's for 128. Nothing for other architectures, whose config it reads whole.
+    """
+    if said["general.architecture"] != "qwen3":
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.head_dim = int(said["qwen3.attention.key_length"])
+    return {"config": config}

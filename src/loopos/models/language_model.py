@@ -15,7 +15,7 @@ from loopos.config.faults import UserError
 from loopos.functional.language_loss import LogitShape, next_token_loss_sum
 from loopos.functional.packing import PackedLayout
 from loopos.functional.token_logprobs import token_logprobs
-from loopos.models.backbone import Backbone
+from loopos.models.backbone import Backbone, headless
 from loopos.models.quantized import exact_activations
 
 _PROBE_TOLERANCE = 2e-4
@@ -31,8 +31,7 @@ class LanguageModel(nn.Module):
         in a way that is not known here.
         """
         super().__init__()
-        base = getattr(causal, causal.base_model_prefix)
-        assert isinstance(base, PreTrainedModel)
+        base = headless(causal)
         self.causal = causal
         self.shape = _logit_shape(causal.config.get_text_config())
         with exact_activations(causal):

@@ -19,9 +19,11 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedMo
 from loopos.config.faults import UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
+from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
+from loopos.models.folded_adapter import TASKS, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
-from loopos.models.sources import WeightsSource, folder_of, weights_source
+from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
 
@@ -92,6 +94,14 @@ def load_pretrained(
     other shapes than the config says, sizes that disagree with the weights, and encoder-decoder models.
     """
     source = weights_source(given)
+    if source.kind == "adapter":
+        return load_adapted(
+            open_adapter_folder(given),
+            causal=causal,
+            sizes=sizes,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+        )
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
     embeddings = config.get_text_config().vocab_size
@@ -119,6 +129,49 @@ def load_pretrained(
     return Pretrained(model, opened, said, fingerprint(model))
 
 
+def load_adapted(
+    adapter: AdapterFolder,
+    *,
+    base: str | None = None,
+    causal: bool = True,
+    sizes: Sizes = Sizes(),
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> Pretrained:
+    """An adapter folded into its base, or into the weights that `base` names, as a model. Raises `UserError` for an
+    adapter of another task, one of another model, and one that cannot be merged exactly.
+    """
+    if adapter.task not in TASKS:
+        raise UserError(f"{adapter.place}: an adapter of task {adapter.task}; expected one of task CAUSAL_LM")
+    speaks = TASKS[adapter.task]
+    if causal and not speaks:
+        raise UserError(
+            f"{adapter.place}: an adapter of a model without an output embedding ({adapter.task}), which makes no "
+            "text; expected one of task CAUSAL_LM"
+        )
+    named = base or base_of_adapter(adapter.folder)
+    under = load_pretrained(named, causal=speaks, sizes=sizes, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    model = fold_adapter(under.model, adapter)
+    own = under.tokenizer
+    if tokenizer is None and (adapter.folder / "tokenizer_config.json").is_file():
+        own = open_tokenizer(
+            WeightsSource(adapter.place, "adapter", adapter.folder), trust_remote_code=trust_remote_code
+        )
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+    if len(own) > rows:
+        raise UserError(
+            f"{adapter.place}: its tokenizer has {len(own)} tokens, but the model only {rows} embeddings: those of "
+            f"{', '.join(own.convert_ids_to_tokens(list(range(rows, len(own)))[:3]))} were not saved with the adapter; "
+            "expected an adapter saved with save_embedding_layers=True, or no tokenizer in its folder, so that the "
+            "base's is taken"
+        )
+    if speaks and not causal:
+        assert isinstance(model.base_model, PreTrainedModel)
+        model = model.base_model
+    said = f"{adapter.place}: {type(model).__name__}, {num_weights(model):,} parameters, an adapter folded into {named}"
+    return Pretrained(model, own, said, fingerprint(model))
+
+
 def load_config(given: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
     """The architecture alone, without weights: what a dry run needs. Raises `UserError`."""
     return _config(weights_source(given), sizes, trust_remote_code)
@@ -127,6 +180,9 @@ def load_config(given: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool =
 def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
     if source.kind == "new":
         return new_config(sizes)
+    if source.kind == "adapter":
+        assert source.path is not None
+        return _config(weights_source(base_of_adapter(source.path)), sizes, trust_remote_code)
     folder = folder_of(source)
     if source.kind in ("safetensors", "torch"):
         assert source.path is not None

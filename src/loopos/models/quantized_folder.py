@@ -48,9 +48,15 @@ _ROUNDED_ROWS = {
 
 
 def save_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Writes the config and the weights, whatever they are. Raises `OSError` or `SafetensorError` when the disk is
-    full.
+    """Writes the config and the weights, whatever they are. Raises `UserError` for weights that are not finite, and
+    `OSError` or `SafetensorError` when the disk is full.
     """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{name}: holds numbers that are not finite (nan or infinite), so the model is not saved; expected "
+                "weights that are numbers: go back to a checkpoint before it diverged"
+            )
     if not is_quantized(model):
         model.save_pretrained(folder)
         return

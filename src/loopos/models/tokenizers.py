@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from loopos.config.faults import UserError
 from loopos.models.gguf import converted_folder
-from loopos.models.sources import EMBEDDED, WeightsSource, embedded_model
+from loopos.models.sources import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -56,9 +56,11 @@ def _place_beside(source: WeightsSource) -> Path | str:
         )
     if source.path is None:
         return source.given
+    if source.kind == "adapter" and not (source.path / "tokenizer_config.json").is_file():
+        return _place_beside(weights_source(base_of_adapter(source.path)))
     if source.kind == "gguf":
         return converted_folder(source.path)
-    folder = source.path if source.kind == "folder" else source.path.parent
+    folder = source.path if source.kind in ("folder", "adapter") else source.path.parent
     if not any((folder / name).is_file() for name in _FILES):
         raise UserError(
             f"no tokenizer in {folder}: wanted one of {', '.join(_FILES)}; put it there or name one in data.tokenizer"

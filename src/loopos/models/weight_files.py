@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loopos.config.faults import UserError
 from loopos.models.sources import WeightsSource
+from loopos.storage.tensor_files import NAMED_WEIGHTS, weight_files
 
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _PICKLE_REFUSED = "refused, since opening it would run code"
@@ -57,6 +58,8 @@ def from_folder(
     cannot be read or that do not fill the model.
     """
     opener = model_class(config, causal=causal)
+    if Path(place).is_dir():
+        weight_files(Path(place))
     try:
         model, info = opener.from_pretrained(
             place,
@@ -75,6 +78,9 @@ def from_folder(
     left_over = {name.removeprefix(model.base_model_prefix + ".") for name in info["unexpected_keys"]}
     _refuse(place, model, missing=info["missing_keys"], mismatched=mismatched, left_over=left_over)
     assert isinstance(model, PreTrainedModel)
+    if hasattr(model.config, NAMED_WEIGHTS):
+        # It names a file of this folder; what is saved of the model lies under the usual name.
+        delattr(model.config, NAMED_WEIGHTS)
     return model
 
 

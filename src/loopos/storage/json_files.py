@@ -31,6 +31,8 @@ def read_object(path: Path, *, advice: str = "") -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {problem.strerror}{after}") from problem
     except ValueError as problem:
         raise UserError(f"{path}: broken: {problem}{after}") from problem
+    except RecursionError as problem:
+        raise UserError(f"{path}: broken: nested too deeply{after}") from problem
     if not isinstance(content, dict):
         raise UserError(f"{path}: broken: no JSON object{after}")
     return content

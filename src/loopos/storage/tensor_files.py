@@ -8,6 +8,7 @@ piece instead. Left out: what the tensors mean; the bytes themselves (`tensor_fo
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ from loopos.storage.durable import write_new
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header, safetensors_pieces, streamed_pieces
 
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+NAMED_WEIGHTS = "transformers_weights"
+"""The key of a config that names another file, or index, of its folder."""
+_INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +86,59 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     write_new(file, safetensors_pieces(tensors))
 
 
+def weights_entry(folder: Path) -> Path | None:
+    """The file of weights, or the index of several, that transformers opens in a folder: one that config.json names
+    (transformers_weights), then model.safetensors, its index, pytorch_model.bin, its index. None where there is none.
+    """
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    named = config.get(NAMED_WEIGHTS)
+    names = [named] if isinstance(named, str) else [WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model's folder, by the rule of `weights_entry`; none where it has none.
+    Raises `UserError` for a broken index, and one that names a file which is missing or outside the folder.
+    """
+    entry = weights_entry(folder)
+    if entry is None:
+        return []
+    if not entry.name.endswith(_INDEX_SUFFIX):
+        return [entry]
+    files = sorted(set(_weight_map(entry).values()))
+    root = folder.absolute()
+    for file in files:
+        if not Path(os.path.abspath(root / file)).is_relative_to(root):
+            raise UserError(f"{entry}: names {file}, which is outside of the folder; expected files beside the index")
+        if not (folder / file).is_file():
+            raise UserError(f"{folder}: {file} is missing, which {entry.name} names")
+    return [folder / file for file in files]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of each tensor → its file. Raises `UserError` for an index without them."""
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise UserError(f"{index}: broken: it has no weight_map of tensors' files")
+    return named
+
+
 def holds_weights(folder: Path) -> bool:
-    """Whether a model's folder has its weights as safetensors."""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    """Whether the weights that transformers opens in a folder are safetensors."""
+    entry = weights_entry(folder)
+    return entry is not None and entry.name.endswith((".safetensors", f".safetensors{_INDEX_SUFFIX}"))
 
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model's folder by name, by its index where there is one. Raises `UserError` for a folder without
-    safetensors, a file that is missing or broken, and an index that names what is in no file.
+    """The tensors of a model's folder by name, from the files that transformers opens. Raises `UserError` for a folder
+    without safetensors, a file that is missing or broken, and an index that names what is in no file.
     """
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder}: no {WEIGHTS} here; wanted weights as safetensors")
-        return stored_tensors([folder / WEIGHTS])
-    named = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-        raise UserError(f"{folder / INDEX}: broken: it has no weight_map of tensors' files")
-    files = sorted(set(named.values()))
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise UserError(f"{folder}: {absent[0]} is missing, which {INDEX} names")
-    found = stored_tensors(folder / file for file in files)
-    if nowhere := sorted(set(named) - set(found)):
-        raise UserError(f"{folder / INDEX}: names the tensor {nowhere[0]}, which is in no file")
+    entry = weights_entry(folder)
+    if entry is None or not holds_weights(folder):
+        raise UserError(f"{folder}: no {WEIGHTS} here; expected weights as safetensors")
+    found = stored_tensors(weight_files(folder))
+    if entry.name.endswith(_INDEX_SUFFIX) and (nowhere := sorted(set(_weight_map(entry)) - set(found))):
+        raise UserError(f"{entry}: names the tensor {nowhere[0]}, which is in no file")
     return found
 
 

@@ -112,7 +112,10 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, tuple[TensorSpec, int]
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
         raise ValueError("its first bytes tell no length of a header")
-    entries = json.loads(stream.read(length))
+    try:
+        entries = json.loads(stream.read(length))
+    except RecursionError as problem:
+        raise ValueError("its header is nested too deeply") from problem
     found: dict[str, tuple[TensorSpec, int]] = {}
     try:
         for name, entry in entries.items():
@@ -129,7 +132,23 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, tuple[TensorSpec, int]
             found[name] = (spec, 8 + length + start)
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"its header does not say what it must: {problem}") from problem
+    _check_layout(found, 8 + length, size)
     return found
+
+
+def _check_layout(found: Mapping[str, tuple[TensorSpec, int]], start: int, size: int) -> None:
+    """Raises `ValueError` unless the tensors fill the bytes from `start` to `size`, one after another, as the format
+    demands: those of two tensors could overlap otherwise, and bytes be hidden between them.
+    """
+    end, before = start, ""
+    for name, (spec, begin) in sorted(found.items(), key=lambda item: (item[1][1], item[1][0].num_bytes)):
+        if begin < end:
+            raise ValueError(f"{name} overlaps {before}")
+        if begin > end:
+            raise ValueError(f"{begin - end:,} bytes before {name} belong to no tensor")
+        end, before = begin + spec.num_bytes, name
+    if end != size:
+        raise ValueError(f"{size - end:,} bytes after the last tensor belong to none")
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:

@@ -93,6 +93,7 @@ def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -
         **setting("training.shuffle", settings.shuffle),
         **setting("training.trainable", settings.trainable),
         **setting("training.freeze_layers", settings.freeze_layers),
+        **setting("training.router_aux_loss", settings.router_aux_loss),
         **(setting("training.lora.alpha", lora.alpha) if lora is not None else {}),
     }
 

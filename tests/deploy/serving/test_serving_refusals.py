@@ -16,7 +16,9 @@ import openai
 import pytest
 from questions import ASKED, CHAT, GOOD, JSON, NEVER_ENDS, ask
 
+from loopos.generation import session as session_module
 from loopos.generation.completions import Running
+from loopos.generation.sampling import NonFiniteLogits
 from loopos.generation.session import Session
 from tests.deploy.serving.conftest import Server, until
 
@@ -42,7 +44,9 @@ def is_alive(server: Server) -> bool:
         (CHAT, {**GOOD, "tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
         (CHAT, {**GOOD, "tools": []}, 200, None, None),
         (CHAT, {**GOOD, "user": None, "seed": None, "stop": None}, 200, None, None),
-        (CHAT, {**GOOD, "user": "me"}, 400, "user", "unsupported_parameter"),
+        (CHAT, {**GOOD, "user": 5}, 400, "user", "unsupported_parameter"),
+        (CHAT, {**GOOD, "metadata": {"a": "b"}}, 400, "metadata", "unsupported_parameter"),
+        (CHAT, {**GOOD, "store": True}, 400, "store", "unsupported_parameter"),
         (CHAT, {**GOOD, "response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
         (CHAT, {**GOOD, "logprobs": True, "top_logprobs": 2}, 400, "top_logprobs", "unsupported_parameter"),
         (CHAT, {**GOOD, "temperature": 3}, 400, "temperature", "invalid_value"),
@@ -240,11 +244,20 @@ def test_a_reset_connection(server: Server) -> None:
     assert is_alive(server)
 
 
-def test_settings_without_a_token_to_choose(server: Server) -> None:
-    """Logits over so small a temperature overflow: that request fails, others do not."""
-    status, told, _ = ask(server, CHAT, {**GOOD, "temperature": 1e-45, "n": 2})
-    assert (status, told["error"]["type"], told["error"]["code"]) == (500, "server_error", "no_token")
-    assert is_alive(server)
+def test_settings_without_a_token_to_choose(language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That request fails, others do not."""
+    choose = session_module.choose
+
+    def finite_but_for(logits: Any, settings: Any, **others: Any) -> Any:
+        if settings.temperature == 1.5:
+            raise NonFiniteLogits("the model's logits are not finite")
+        return choose(logits, settings, **others)
+
+    monkeypatch.setattr(session_module, "choose", finite_but_for)
+    with language() as server:
+        status, told, _ = ask(server, CHAT, {**GOOD, "temperature": 1.5, "n": 2})
+        assert (status, told["error"]["type"], told["error"]["code"]) == (500, "server_error", "no_token")
+        assert is_alive(server)
 
 
 def test_a_model_that_fails_fails_its_requests_alone(
@@ -264,3 +277,39 @@ def test_a_model_that_fails_fails_its_requests_alone(
         assert (status, told["error"]["code"]) == (500, "model_failed")
         assert "out of memory" in told["error"]["message"]
         assert is_alive(server)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_in_a_step_does_not_end_the_server(
+    language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Session.step
+    failing = [True]
+
+    def fails(session: Session) -> list[Running]:
+        if session.num_waiting and failing and failing.pop():
+            raise KeyError("a mistake")
+        return step(session)
+
+    monkeypatch.setattr(Session, "step", fails)
+    with language() as server:
+        assert ask(server, CHAT, GOOD)[0] == 500
+        assert is_alive(server)
+
+
+def test_a_request_that_cannot_join_ends_no_other(
+    language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Session.add
+
+    def fails(session: Session, prompts: Any, settings: Any, **others: Any) -> Any:
+        if settings[0].seed == 13:
+            raise OverflowError("a seed that does not fit")
+        return add(session, prompts, settings, **others)
+
+    monkeypatch.setattr(Session, "add", fails)
+    with language() as server, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(ask, server, CHAT, {**GOOD, **LONG, "max_tokens": 120})
+        until(lambda: server.metric("loopos_active_rows") == 1)
+        assert ask(server, CHAT, {**GOOD, "seed": 13})[0] == 400
+        assert other.result()[0] == 200

@@ -1,8 +1,8 @@
 """`loopos score`: what a reward model gives to responses, and how often it agrees with people.
 
-Enters: a reward model and a file of comparisons, or of prompts with one response each. Leaves: JSON Lines with the
-score of every response, and for comparisons the metrics on standard error, or with `--json` the metrics alone as one
-object. Left out: training (`methods.reward_model`).
+Enters: a reward model and a file of responses: comparisons, prompts with a response or several, what `loopos generate`
+wrote, conversations. Leaves: JSON Lines with the score of every response, and the metrics on standard error, or with
+`--json` only the metrics as one object. Left out: training (`methods.reward_model`).
 """
 
 from __future__ import annotations

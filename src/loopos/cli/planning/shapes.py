@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from loopos.cli.planning import estimate
 from loopos.config.sections import TrainingSection
 from loopos.models.adapters import find_layers, set_trained, set_trained_language_model
+from loopos.models.backbone import headless
 
 # Styles of transformers' tensor-parallel plans by which each process holds a part of the weight.
 _DIVIDED = frozenset(
@@ -73,7 +74,7 @@ def meta_model(
     assert isinstance(model, PreTrainedModel)
     output: nn.Parameter | None = None
     if head is None:
-        base = getattr(model, model.base_model_prefix)
+        base = headless(model)
         output = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         later = {id(parameter) for parameter in set_trained_language_model(model, base, settings)}
     else:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loopos.cli.answers import as_bytes, say, say_json
 from loopos.cli.bar import Bar
+from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.deploy.export_settings import ExportSettings, check_settings
 from loopos.deploy.shipped_folder import refuse_taken
+
+if TYPE_CHECKING:
+    from loopos.deploy.export import Exported
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,13 @@ def run(place: str, options: ExportOptions) -> int:
                 "bytes_after": done.bytes_after,
                 "largest_difference": check.largest if check else None,
                 "same_likeliest": check.same if check else None,
+                "greedy_texts": list(check.texts) if check else [],
                 "notes": list(done.notes),
+                "warning": done.warning or None,
                 "pushed": done.pushed,
             }
         )
-        return 0
+        return _exit_code(done)
     say(f"{done.folder}: {options.format}, {done.type.upper()}, {as_bytes(done.bytes_after)}")
     say(f"  before {as_bytes(done.bytes_before)}")
     for line in done.notes:
@@ -68,4 +75,14 @@ def run(place: str, options: ExportOptions) -> int:
         say(f"  opened again: {done.check.said()}")
     if done.pushed is not None:
         say(f"  sent to {done.pushed}")
-    return 0
+    return _exit_code(done)
+
+
+def _exit_code(done: Exported) -> int:
+    """0, or that of an export that was written and says other things than the model, after a warning."""
+    from loopos.deploy.exporting.verdict import UNLIKE_EXIT_CODE
+
+    if not done.warning:
+        return 0
+    note(f"warning: {done.warning}")
+    return UNLIKE_EXIT_CODE

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import say
 from loopos.cli.columns import parse_columns
-from loopos.cli.opened_models import open_reasoner, require_language_model
+from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -33,7 +33,7 @@ from loopos.models.ensemble_recipe import read_ensemble
 
 if TYPE_CHECKING:
     from loopos.cli.speaking.prompts import Asked
-    from loopos.evaluation.reasoning import Reasoner
+    from loopos.evaluation.reasoning import Ranker, Reasoner
 
 _MOST_ROWS = 64
 
@@ -49,6 +49,7 @@ class GenerateOptions:
     steps: bool = False
     samples: int = 1
     strategy: str = "single"
+    reward_model: str | None = None
     num_beams: int | None = None
     raw: bool = False
     system: str | None = None
@@ -66,6 +67,8 @@ def run(place: str, options: GenerateOptions) -> int:
     strategy = checked(options)
     columns = parse_columns(options.columns)
     require_language_model(place)
+    if options.reward_model is not None:
+        require_reward_model(options.reward_model)
     _check_votes(place, options)
     restart_with_settings()
     for sentence in options.sampling.notes():
@@ -122,6 +125,8 @@ def checked(options: GenerateOptions) -> Strategy:
         faults.append("-p: given a blank text; wanted words, or --raw to begin with nothing")
     if options.raw and options.system is not None:
         faults.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
+    if options.reward_model is not None and strategy.kind != "best_of_n":
+        faults.append("--reward-model: ranks the chains of --strategy best_of_n:N; give both, such as best_of_n:4")
     faults += place_faults(options.device, options.precision)
     faults += (
         chain_faults(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
@@ -218,7 +223,8 @@ def _reasoned(
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
     problems = [each.problem for each in asked]
     if strategy.kind != "single" or reasoner.voters:
-        found = reasoner.answer(problems, settings, strategy=strategy, limits=limits)
+        ranker = _ranker(options)
+        found = reasoner.answer(problems, settings, strategy=strategy, limits=limits, ranker=ranker)
         texts = []
         for answered in found:
             chosen = answered.chains[answered.chosen or 0]
@@ -234,6 +240,16 @@ def _reasoned(
         records += [_numbered(line, number, options.samples) for number, line in enumerate(lines)]
         texts.append([described(chain, marks) if options.steps else chain.text for chain in answered.chains])
     return records, texts
+
+
+def _ranker(options: GenerateOptions) -> Ranker | None:
+    """What best_of_n ranks by, if not by the model's own logprobs."""
+    if options.reward_model is None:
+        return None
+    from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.training.precision import pick_device
+
+    return RewardPredictor.open(options.reward_model, device=pick_device(options.device).type).rank
 
 
 def _beams(

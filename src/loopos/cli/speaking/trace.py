@@ -6,6 +6,7 @@ making the chains (`evaluation.reasoning`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ def described(chain: Chain, step_format: StepFormat) -> str:
     steps, answer = told_steps(chain, step_format), step_format.parse(chain.text).answer
     lines = [f"{number}. {step.text.strip()}  [{step.logprob:.2f}]" for number, step in enumerate(steps, start=1)]
     if answer:
-        logprob = f"  [{chain.answer.logprob:.2f}]" if chain.well_formed else "  (not where the step format has it)"
-        return "\n".join([*lines, f"answer: {answer}{logprob}"])
+        where = (
+            f"[{chain.answer.logprob:.2f}]" if chain.well_formed else "(the answer was not in the expected step format)"
+        )
+        return "\n".join([*lines, f"answer: {answer}  {where}"])
     why = "the limit of tokens" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
     return "\n".join([*lines, f"answer: none (ended by {why})"])
 
@@ -34,6 +37,8 @@ def told_steps(chain: Chain, step_format: StepFormat) -> tuple[Step, ...]:
 def confidence_said(answered: Answered) -> str:
     """How sure an answer of several chains is."""
     num_chains = len(answered.chains)
+    if answered.rewards:
+        return f"best of {num_chains} chains, reward {answered.rewards[0]:.3f}"
     if answered.confidence is None:
         return ""
     if answered.is_voted:
@@ -73,6 +78,9 @@ def answered_record(prompt: str, answered: Answered, step_format: StepFormat) ->
     told["answer"] = answered.answer
     told["confidence"] = answered.confidence
     told["answers"] = [step_format.parse(chain.text).answer for chain in answered.chains]
+    if answered.rewards:
+        # What has no room in the reward model has no reward.
+        told["rewards"] = [reward if math.isfinite(reward) else None for reward in answered.rewards]
     return told
 
 

@@ -13,7 +13,9 @@ import torch
 
 from loopos.config.faults import UserError
 from loopos.deploy.exporting.number_formats import cast
-from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FoundModel
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS
+from loopos.models.found_model import FoundModel
+from loopos.models.sources import ADAPTER_CONFIG
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_files import read_tensors, save_tensors
 

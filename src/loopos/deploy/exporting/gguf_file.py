@@ -35,7 +35,7 @@ from loopos.deploy.exporting.gguf_layout import (
     places,
 )
 from loopos.deploy.exporting.gguf_vocabulary import Vocabulary, read_vocabulary
-from loopos.deploy.exporting.number_formats import cast
+from loopos.deploy.exporting.number_formats import cast, require_finite
 from loopos.evaluation.progress import Tell
 from loopos.storage.tensor_files import StoredTensor, folder_tensors
 from loopos.storage.tensor_format import TensorSpec
@@ -101,7 +101,9 @@ def write_gguf(prepared: PreparedGguf, file: Path, kind: str, *, name: str, tell
         writer.write_ti_data_to_file()
         for done, place in enumerate(prepared.places):
             tell(done, len(prepared.places), place.name)
-            tensor = place.arranged(prepared.weights[place.source].read())
+            tensor = prepared.weights[place.source].read()
+            require_finite(place.source, tensor)
+            tensor = place.arranged(tensor)
             writer.write_tensor_data(encoded(place.name, tensor, types[place.name]))
         writer.flush()
         for stream in writer.fout or ():

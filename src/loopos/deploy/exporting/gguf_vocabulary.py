@@ -17,18 +17,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from loopos.config.faults import UserError
-
-# GGUF's token types.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
-_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-# The regular expression that splits text → llama.cpp's name of it.
-_SPLITS = {
-    f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
-    f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe",
-}
-# Pre-tokenizers under which llama.cpp takes a word that is itself a token whole, before any merge.
-_WHOLE_WORDS = frozenset({"llama-bpe"})
+from loopos.models.gguf_tokenizer import (
+    CONTROL,
+    NORMAL,
+    SPLITS,
+    UNUSED,
+    USER_DEFINED,
+    WHOLE_WORDS,
+    unused_name,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def _tokens(described: Mapping[str, Any], num_rows: int, given: str) -> tuple[li
     if by_id and max(by_id) >= num_rows:
         raise UserError(f"{given}: its tokenizer has {max(by_id) + 1} tokens, its embedding {num_rows} rows")
     # Rows of the embedding beyond the vocabulary still need a name, each its own.
-    listed = [by_id.get(place, (f"[PAD{place}]", UNUSED)) for place in range(num_rows)]
+    listed = [by_id.get(place, (unused_name(place), UNUSED)) for place in range(num_rows)]
     return [token for token, _ in listed], [kind for _, kind in listed]
 
 
@@ -132,13 +129,13 @@ def _pre_tokenizer(described: Mapping[str, Any], given: str) -> str:
     elif len(before) == 1 and before[0].get("type") == "Split" and not last.get("use_regex", True):
         pattern = before[0].get("pattern", {}).get("Regex")
         plain = before[0].get("behavior") == "Isolated" and not before[0].get("invert")
-        name = _SPLITS.get(pattern) if plain else None
+        name = SPLITS.get(pattern) if plain else None
     if name is None:
         raise _refusal(given, f"it splits text by {', '.join(str(step.get('type')) for step in steps)} in its own way")
     normalizer = described.get("normalizer")
     if normalizer is not None and not (name == "qwen2" and normalizer.get("type") == "NFC"):
         raise _refusal(given, f"it normalises text by {normalizer.get('type')}")
-    if bool(model.get("ignore_merges")) != (name in _WHOLE_WORDS):
+    if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS):
         raise _refusal(given, f"ignore_merges is {bool(model.get('ignore_merges'))}, unlike that of {name}")
     return name
 
@@ -156,7 +153,7 @@ def _steps(described: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _refusal(given: str, why: str) -> UserError:
-    known = ", ".join(["gpt-2", "smollm", *_SPLITS.values()])
+    known = ", ".join(["gpt-2", "smollm", *SPLITS.values()])
     return UserError(
         f"{given}: its tokenizer is none that llama.cpp has a name for here: {why}; wanted a byte-level BPE that "
         f"splits text as one of {known} does: export it with --format huggingface"

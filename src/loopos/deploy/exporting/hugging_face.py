@@ -20,7 +20,7 @@ from loopos.evaluation.progress import Tell
 from loopos.models.load import NUMBER_FORMATS
 from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object, save_json
-from loopos.storage.tensor_files import INDEX, WEIGHTS, folder_tensors, write_tensors
+from loopos.storage.tensor_files import INDEX, NAMED_WEIGHTS, WEIGHTS, folder_tensors, write_tensors
 from loopos.storage.tensor_format import TensorSpec
 
 _PRECISIONS = {dtype: name for name, dtype in NUMBER_FORMATS.items()}
@@ -39,6 +39,8 @@ def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | 
         if file.is_file() and file.suffix in _COPIED and file.name not in _WRITTEN_HERE:
             shutil.copyfile(file, out / file.name)
     config = read_object(folder / _CONFIG)
+    # The weights are written under the usual name.
+    config.pop(NAMED_WEIGHTS, None)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from loopos.config.faults import UserError
-from loopos.models.adapters import ADAPTER, load_adapter, merge_lora
+from loopos.models.adapter_folder import open_adapter_folder
 from loopos.models.backbone import Backbone
 from loopos.models.found_model import FoundModel
 from loopos.models.heads import PooledModel
-from loopos.models.load import Pretrained, load_pretrained
+from loopos.models.load import Pretrained, load_adapted
 from loopos.models.opened_model import OpenedModel
 from loopos.models.task_folder import read_head
 from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype
@@ -62,35 +62,32 @@ def weights_folder(model: FoundModel, dtype: torch.dtype | None, scratch: Path) 
 
 def _merged(model: FoundModel, scratch: Path) -> Path:
     assert model.adapter is not None
-    assert model.base is not None
-    base = load_pretrained(model.base, causal=model.kind == "language")
-    load_adapter(base.model, model.adapter, ADAPTER)
-    merge_lora(base.model)
+    adapter = open_adapter_folder(model.adapter)
+    folded = load_adapted(adapter, base=model.base, causal=model.kind == "language")
     merged = OpenedModel(
-        model=base.model,
-        tokenizer=_tokenizer(model, base),
+        model=folded.model,
+        tokenizer=_tokenizer(model, folded),
         description={**model.description, "precision": "fp32"} if model.description else {},
         precision="fp32",
-        pooled=_with_head(model, base) if model.kind in ("head", "reward") else None,
+        pooled=_with_head(model, folded) if model.kind in ("head", "reward") else None,
     )
     merged.save(scratch / "merged")
     return scratch / "merged"
 
 
-def _tokenizer(model: FoundModel, base: Pretrained) -> PreTrainedTokenizerBase:
-    """That of the run or the adapter, which knows its chat template, before that of the base."""
-    own = model.folder or model.adapter
-    if own is None or not (own / "tokenizer_config.json").is_file():
-        return base.tokenizer
-    opened: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(own))
+def _tokenizer(model: FoundModel, folded: Pretrained) -> PreTrainedTokenizerBase:
+    """That of the run, which knows its chat template, before that of the adapter or its base."""
+    if model.folder is None or not (model.folder / "tokenizer_config.json").is_file():
+        return folded.tokenizer
+    opened: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model.folder))
     return opened
 
 
-def _with_head(model: FoundModel, base: Pretrained) -> PooledModel:
+def _with_head(model: FoundModel, folded: Pretrained) -> PooledModel:
     assert model.folder is not None
     weight = read_head(model.folder)
     # The backbone is written, not run: which way attention takes does not matter.
-    backbone = Backbone(base.model, attention="padded")
+    backbone = Backbone(folded.model, attention="padded")
     pooled = PooledModel(backbone, num_outputs=len(weight), pooling=model.description["pooling"], seed=0)
     with torch.no_grad():
         pooled.head.weight.copy_(weight)

@@ -1,17 +1,15 @@
-"""LoRA adapters in a merge: one over its base as a model, or several summed into one adapter.
+"""Adapters in a merge: one over its base as a model, or several summed into one adapter.
 
 Enters: PEFT adapter folders. Leaves: a `Source` whose tensors hold the adapter's change, or the tensors and config of
-an adapter whose change is exactly the weighted sum of the others'. Left out: adapters of other kinds than LoRA on
-linear layers, which are refused with the reason.
+an adapter whose change is exactly the weighted sum of the others'. Plain LoRA is read a tensor at a time; an adapter of
+another kind is folded into its base by peft first, and the changed weights lie in a scratch folder until they are read.
 Letters: r rank, A `[r, in]`, B `[out, r]`, s = alpha/r (with rslora alpha/√r).
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +17,66 @@ import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
-from loopos.deploy.merging.sources import LowRank, Source, open_source
-from loopos.models.found_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from loopos.storage.json_files import read_object
-from loopos.storage.tensor_files import StoredTensor, stored_tensors
+from loopos.deploy.merging.sources import Change, LowRank, Replaced, Source, open_source
+from loopos.models.adapter_folder import PREFIX, AdapterFolder, is_adapter, open_adapter_folder
+from loopos.models.load import load_adapted
+from loopos.models.pretrained_folder import save_pretrained
+from loopos.storage.tensor_files import StoredTensor
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """`layers`: module name → (A, B, s); `base`: the model that it says it was trained on."""
-
-    place: str
-    folder: Path
-    config: Mapping[str, Any]
-    layers: Mapping[str, tuple[StoredTensor, StoredTensor, float]]
-
-    @property
-    def base(self) -> str | None:
-        named = self.config.get("base_model_name_or_path")
-        return str(named) if named else None
+_Pairs = Mapping[str, tuple[StoredTensor, StoredTensor, float]]
+# What a sum of adapters keeps of the first one's config; the rest is of that adapter's own weights.
+_KEPT = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout")
 
 
-def is_adapter(place: str) -> bool:
-    """Whether a place is a folder of a PEFT adapter."""
-    return (Path(place) / ADAPTER_CONFIG).is_file()
-
-
-def open_adapter(place: str) -> Adapter:
+def open_summable(place: str) -> AdapterFolder:
     """The adapter in a folder. Raises `UserError` for one that is broken, or whose change is not scale·B·A alone."""
-    folder = Path(place)
-    config = read_object(folder / ADAPTER_CONFIG)
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{place}: no {ADAPTER_WEIGHTS}; wanted an adapter saved as safetensors")
-    refused = {
-        f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
-        "use_dora": config.get("use_dora"),
-        f"bias {config.get('bias')}": config.get("bias", "none") != "none",
-        "modules_to_save": config.get("modules_to_save"),
-        "trainable_token_indices": config.get("trainable_token_indices"),
-    }
-    found = [reason for reason, is_so in refused.items() if is_so]
-    parts: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in stored_tensors([folder / ADAPTER_WEIGHTS]).items():
-        match = _KEY.fullmatch(key)
-        if match is None or len(stored.spec.shape) != 2:
-            found.append(f"the tensor {key}")
-        else:
-            parts.setdefault(match[1], {})[match[2]] = stored
-    found += [f"{name} with one of its two matrices" for name, pair in parts.items() if len(pair) < 2]
-    if found:
+    adapter = open_adapter_folder(place)
+    if beyond := adapter.beyond_lora:
         raise UserError(
-            f"{place}: an adapter with {', '.join(found[:3])}; wanted LoRA on linear layers alone (train it with "
-            "LoopOS or peft and merge the model that it is folded into instead)"
+            f"{place}: an adapter with {', '.join(beyond[:3])}; expected plain LoRA on linear layers: to merge it as a "
+            'model, leave out "result": "adapter"'
         )
-    return Adapter(place, folder, config, {name: _layer(name, pair, config) for name, pair in parts.items()})
+    return adapter
 
 
-def _layer(
-    name: str, pair: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> tuple[StoredTensor, StoredTensor, float]:
-    rank = pair["A"].spec.shape[0]
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config["lora_alpha"]
-    )
-    return pair["A"], pair["B"], float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def adapted_source(place: str, base: str | None) -> Source:
-    """An adapter over `base`, or without one over the model that it names, as a model. Raises `UserError`."""
-    adapter = open_adapter(place)
+def adapted_source(place: str, base: str | None, scratch: Callable[[], Path]) -> Source:
+    """An adapter over `base`, or without one over the model that it names, as a model. scratch: makes an empty folder
+    that stays until the source has been read. Raises `UserError`.
+    """
+    adapter = open_adapter_folder(place)
     named = base or adapter.base
     if named is None:
         raise UserError(f"{place}: an adapter that names no base model; name one in base")
-    under = open_source(named)
+    if adapter.beyond_lora or is_adapter(named):
+        return _folded_source(adapter, named, scratch())
+    return _low_rank_source(adapter, open_source(named), named)
+
+
+def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
+    """An adapter of any kind over its base: weights that it leaves as they are keep the base's number format."""
+    folded = load_adapted(adapter, base=base)
+    save_pretrained(scratch, folded.model, folded.tokenizer)
+    whole = open_source(str(scratch))
+    if is_adapter(base):
+        return replace(whole, place=adapter.place)
+    under, stored, changes = open_source(base), dict[str, StoredTensor](), dict[str, Change]()
+    for name, tensor in whole.stored.items():
+        own = under.stored.get(name)
+        if own is None or own.spec.shape != tensor.spec.shape:
+            stored[name] = tensor
+            continue
+        stored[name] = own
+        if not torch.equal(own.read().to(tensor.spec.dtype), tensor.read()):
+            changes[name] = Replaced(tensor)
+    return replace(whole, place=adapter.place, stored=stored, changes=changes)
+
+
+def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Source:
+    """Plain LoRA over a base, read a tensor at a time."""
     transposed = bool(adapter.config.get("fan_in_fan_out"))
-    changes, wrong = {}, []
-    for module, (down, up, scale) in adapter.layers.items():
+    changes: dict[str, Change] = {}
+    wrong = []
+    for module, (down, up, scale) in adapter.lora_pairs().items():
         name = _name_in(under, f"{module}.weight")
         shape = (up.spec.shape[0], down.spec.shape[1])
         wanted = shape[::-1] if transposed else shape
@@ -109,8 +88,8 @@ def adapted_source(place: str, base: str | None) -> Source:
             changes[name] = LowRank(down, up, scale, transposed)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{place}: an adapter of another model than {named}: {'; '.join(wrong[:3])}{more}")
-    return replace(under, place=place, changes=changes)
+        raise UserError(f"{adapter.place}: an adapter of another model than {named}: {'; '.join(wrong[:3])}{more}")
+    return replace(under, place=adapter.place, changes=changes)
 
 
 def _name_in(source: Source, name: str) -> str | None:
@@ -125,58 +104,52 @@ def _prefixes(source: Source) -> list[str]:
     return [".".join(parts[:end]) + "." for end in range(1, len(parts))]
 
 
-def check_summable(adapters: Sequence[Adapter]) -> list[str]:
+def check_summable(adapters: Sequence[AdapterFolder]) -> list[str]:
     """What keeps adapters from being summed: other bases, layers of other shapes; every fault."""
     faults = []
+    shapes = [{name: _shape(pair) for name, pair in adapter.lora_pairs().items()} for adapter in adapters]
     first = adapters[0]
-    for other in adapters[1:]:
+    for other, own in zip(adapters[1:], shapes[1:], strict=True):
         if other.base != first.base:
             faults.append(f"{other.place} was trained on {other.base}, {first.place} on {first.base}")
         if bool(other.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
             faults.append(f"{other.place} keeps its weights transposed, {first.place} does not, or the reverse")
-        for name, (down, up, _) in other.layers.items():
-            if name not in first.layers:
-                continue
-            own = (first.layers[name][1].spec.shape[0], first.layers[name][0].spec.shape[1])
-            if own != (up.spec.shape[0], down.spec.shape[1]):
-                faults.append(
-                    f"{name}: {first.place} changes {list(own)}, {other.place} {[up.spec.shape[0], down.spec.shape[1]]}"
-                )
+        faults += [
+            f"{name}: {first.place} changes {list(shapes[0][name])}, {other.place} {list(shape)}"
+            for name, shape in own.items()
+            if name in shapes[0] and shapes[0][name] != shape
+        ]
     return faults
 
 
-def summed(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _shape(pair: tuple[StoredTensor, StoredTensor, float]) -> tuple[int, int]:
+    """Outputs and inputs of the layer that a pair changes."""
+    down, up, _ = pair
+    return up.spec.shape[0], down.spec.shape[1]
+
+
+def summed(adapters: Sequence[AdapterFolder], weights: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config of the adapter with ΔW = Σ w_i s_i B_i A_i: the A_i one over the other, the B_i, each times
     w_i s_i, side by side. Its rank is the sum of the ranks, its scale 1; an adapter that lacks a layer adds zeros.
     """
-    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.layers))
-    ranks = [max(down.spec.shape[0] for down, _, _ in adapter.layers.values()) for adapter in adapters]
+    parts: list[_Pairs] = [adapter.lora_pairs() for adapter in adapters]
+    names = list(dict.fromkeys(name for pairs in parts for name in pairs))
+    ranks = [max(down.spec.shape[0] for down, _, _ in pairs.values()) for pairs in parts]
     tensors: dict[str, Tensor] = {}
     for name in names:
         downs, ups = [], []
-        shape = next(
-            (each.layers[name][0].spec.shape[1], each.layers[name][1].spec.shape[0])
-            for each in adapters
-            if name in each.layers
-        )
-        for adapter, weight, rank in zip(adapters, weights, ranks, strict=True):
-            down, up = torch.zeros(rank, shape[0]), torch.zeros(shape[1], rank)
-            if name in adapter.layers:
-                stored_down, stored_up, scale = adapter.layers[name]
+        outputs, inputs = next(_shape(pairs[name]) for pairs in parts if name in pairs)
+        for pairs, weight, rank in zip(parts, weights, ranks, strict=True):
+            down, up = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
+            if name in pairs:
+                stored_down, stored_up, scale = pairs[name]
                 own = stored_down.spec.shape[0]
                 down[:own] = stored_down.read().float()
                 up[:, :own] = stored_up.read().float() * (weight * scale)
             downs.append(down)
             ups.append(up)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat(downs)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat(ups, dim=1)
-    config = {
-        **adapters[0].config,
-        "r": sum(ranks),
-        "lora_alpha": sum(ranks),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "target_modules": sorted({name.rpartition(".")[2] for name in names}),
-    }
-    return tensors, config
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat(downs)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(ups, dim=1)
+    config = {key: adapters[0].config[key] for key in _KEPT if key in adapters[0].config}
+    # Whole names: the last part of one may be that of a layer in another place, which no adapter changes.
+    return tensors, {**config, "r": sum(ranks), "lora_alpha": sum(ranks), "target_modules": sorted(names)}

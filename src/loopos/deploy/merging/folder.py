@@ -21,6 +21,7 @@ from loopos.deploy.merging.vocabulary import TOKENIZER
 from loopos.deploy.shipped_folder import REPORT
 from loopos.models.load import NUMBER_FORMATS
 from loopos.storage.json_files import save_json
+from loopos.storage.tensor_files import NAMED_WEIGHTS
 
 # What stands beside a model and says nothing of the merged one.
 _LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", REPORT, "events.jsonl"})
@@ -77,6 +78,7 @@ def _is_of_tokenizer(file: Path) -> bool:
 def _config(plan: Plan, recipe: MergeConfig) -> dict[str, Any]:
     first = plan.models[0]
     config = stacked_config(recipe, plan.models) if recipe.method == "passthrough" else dict(first.config)
+    config.pop(NAMED_WEIGHTS, None)
     if recipe.dtype != "auto":
         name = str(NUMBER_FORMATS[recipe.dtype]).removeprefix("torch.")
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loopos.config.merge import PARAMETERS, MergeConfig
-from loopos.deploy.merging.adapters import Adapter
 from loopos.deploy.merging.greedy_soup import Trial
 from loopos.deploy.merging.plan import Plan
 from loopos.deploy.merging.tensors import Change
 from loopos.evaluation.markdown import cell, shown, table
+from loopos.models.adapter_folder import AdapterFolder
 
 _MOST_GROUPS = 8
 
@@ -119,10 +119,10 @@ def _metrics(measured: Measured) -> str:
     return table(["model", *names], rows)
 
 
-def adapter_report(adapters: Sequence[Adapter], factors: Sequence[float], config: Mapping[str, object]) -> str:
+def adapter_report(adapters: Sequence[AdapterFolder], factors: Sequence[float], config: Mapping[str, object]) -> str:
     """The report of adapters that were summed into one."""
     rows = [
-        [cell(each.place), shown(factor), cell(each.config.get("r")), str(len(each.layers))]
+        [cell(each.place), shown(factor), cell(each.config.get("r")), str(len(each.lora_pairs()))]
         for each, factor in zip(adapters, factors, strict=True)
     ]
     told = f"One adapter of rank {config['r']} whose change is the sum of the others', each times its factor."

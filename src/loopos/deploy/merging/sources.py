@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,14 @@ from loopos.models.found_model import local_place
 from loopos.models.model_folder import described
 from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object
-from loopos.storage.tensor_files import StoredTensor, folder_tensors, holds_weights, stored_tensors
+from loopos.storage.tensor_files import (
+    WEIGHTS,
+    StoredTensor,
+    folder_tensors,
+    holds_weights,
+    stored_tensors,
+    weights_entry,
+)
 from loopos.storage.tensor_format import TensorSpec
 
 HEAD_TENSOR = "head.weight"
@@ -47,10 +54,24 @@ class LowRank:
     scale: float
     transposed: bool
 
-    def delta(self) -> Tensor:
-        """The whole change, fp32."""
+    def applied(self, weight: Tensor) -> Tensor:
+        """The weight with the change, fp32."""
         change = (self.up.read().float() @ self.down.read().float()).mul_(self.scale)
-        return change.t() if self.transposed else change
+        return weight.float().add_(change.t() if self.transposed else change)
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A change of one tensor that is known as what the tensor becomes, of its shape."""
+
+    whole: StoredTensor
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """What the weight becomes, fp32."""
+        return self.whole.read().float()
+
+
+Change: TypeAlias = LowRank | Replaced
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class Source:
     config: Mapping[str, Any]
     description: Mapping[str, Any]
     stored: Mapping[str, StoredTensor]
-    changes: Mapping[str, LowRank] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -125,7 +146,7 @@ class Source:
         """A tensor in its own format; with an adapter's change in fp32."""
         tensor = self.stored[name].read()
         if name in self.changes:
-            tensor = tensor.float().add_(self.changes[name].delta())
+            tensor = self.changes[name].applied(tensor)
         return tensor
 
     def read_float(self, name: str) -> Tensor:
@@ -159,16 +180,14 @@ def _torch_file(place: str, name: str) -> str:
 
 
 def _tensors(place: str, folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder's safetensors files. Raises `UserError`."""
+    """The tensors of the safetensors files that transformers opens in a folder. Raises `UserError`."""
     if holds_weights(folder):
         return folder_tensors(folder)
-    files = sorted(file for file in folder.glob("*.safetensors") if file.name != HEAD)
-    if files:
-        return stored_tensors(files)
-    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in folder.glob(suffix))
-    if pickles:
-        raise UserError(_torch_file(place, pickles[0]))
-    raise UserError(f"{place}: {folder} holds no weights; wanted *.safetensors beside config.json")
+    if (entry := weights_entry(folder)) is not None:
+        raise UserError(_torch_file(place, entry.name))
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name != HEAD)
+    hint = f"; to take another file, name it: {folder / others[0]}" if others else ""
+    raise UserError(f"{place}: {folder} holds no weights; expected {WEIGHTS} beside config.json{hint}")
 
 
 def _head(place: str, folder: Path) -> StoredTensor:

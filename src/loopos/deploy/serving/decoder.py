@@ -183,17 +183,26 @@ class Decoder:
                 await self._wake.wait()
             joining, self._joining = self._joining, []
             leaving, self._leaving = self._leaving, []
-            try:
-                news = await self._thread.run(self._turn, joining, leaving)
-            except (RuntimeError, MemoryError, UserError) as problem:
-                first = (str(problem).splitlines() or [type(problem).__name__])[0]
-                self._fail(ApiError(500, f"the model failed: {first}", code="model_failed"))
-                await self._thread.run(self._begin)
+            turn = asyncio.ensure_future(self._thread.run(self._turn, joining, leaving))
+            await asyncio.wait([turn])
+            problem = turn.exception()
+            if problem is not None:
+                await self._after_failure(problem)
                 continue
+            news = turn.result()
             for ticket, event in news:
                 if not ticket.has_left:
                     ticket.deliver(event)
             self._live -= {ticket for ticket in self._live if _is_done(ticket)}
+
+    async def _after_failure(self, problem: BaseException) -> None:
+        """Answers those that decode by an error, and begins anew: whatever failed, the next request is served."""
+        first = (str(problem).splitlines() or [type(problem).__name__])[0]
+        self._fail(ApiError(500, f"the model failed: {first}", code="model_failed"))
+        if not isinstance(problem, RuntimeError | MemoryError | UserError):
+            # A mistake of ours: its traceback goes to the server's log.
+            asyncio.get_running_loop().call_exception_handler({"message": "a step failed", "exception": problem})
+        await self._thread.run(self._begin)
 
     def _begin(self) -> None:
         """A session without completions; in the model's thread."""
@@ -209,13 +218,19 @@ class Decoder:
         """One step, and what it has for whom; in the model's thread."""
         session = self._session
         assert session is not None
+        news: list[tuple[Ticket, Piece | list[Completion] | ApiError]] = []
         for ticket in leaving:
             self._cancel(ticket, session)
         for ticket in joining:
-            if not ticket.has_left:
+            if ticket.has_left:
+                continue
+            try:
                 ticket.handles = session.add(ticket.prompts, ticket.settings, n=ticket.n, watch_text=ticket.streams)
-                self._owners.update(dict.fromkeys(ticket.handles, ticket))
-        news: list[tuple[Ticket, Piece | list[Completion] | ApiError]] = []
+            except (UserError, ValueError, ArithmeticError, TypeError) as problem:
+                # Its own fault, before it has a row: the others decode on.
+                news.append((ticket, ApiError(400, str(problem).splitlines()[0], code="invalid_value")))
+                continue
+            self._owners.update(dict.fromkeys(ticket.handles, ticket))
         for running in session.step():
             owner = self._owners.get(running)
             if owner is None:

@@ -60,19 +60,24 @@ class Form:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(place, {"delta": delta}, None, None) for place in range(number)]
 
-    def chunk(self, piece: Piece, offset: int) -> dict[str, Any] | None:
-        """The chunk of one token; None where it has nothing to say yet. offset: characters of the choice's text before
-        it.
+    def chunks(self, piece: Piece, offset: int) -> list[dict[str, Any]]:
+        """The chunks of one token: what it says, if anything, and behind the last one, without words, why it was the
+        last. offset: characters of the choice's text before it.
         """
-        if not piece.text and piece.finish_reason is None and not self.logprobs:
-            return None
-        logprobs = None
-        if self.logprobs and piece.finish_reason != "stop token":
-            logprobs = self._logprobs([piece.token], [piece.logprob], [offset])
-        said: dict[str, Any] = {"delta": {"content": piece.text} if piece.text else {}}
+        index, found = self._index(piece), []
+        is_told = self.logprobs and piece.finish_reason != "stop token"
+        if piece.text or is_told:
+            logprobs = self._logprobs([piece.token], [piece.logprob], [offset]) if is_told else None
+            found.append(self._chunk(index, self._said(piece.text), logprobs, None))
+        if piece.finish_reason is not None:
+            found.append(self._chunk(index, self._said(""), None, finish(piece.finish_reason)))
+        return found
+
+    def _said(self, text: str) -> dict[str, Any]:
+        """What a chunk says."""
         if self.kind == "text":
-            said = {"text": piece.text}
-        return self._chunk(self._index(piece), said, logprobs, finish(piece.finish_reason))
+            return {"text": text}
+        return {"delta": {"content": text} if text else {}}
 
     def last(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
         """The chunk without choices that tells the usage."""

@@ -16,11 +16,12 @@ from starlette.responses import JSONResponse, Response
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.prompts import Words
+from loopos.deploy.serving.bodies import Asked, ClassifyRequest, ScoreRequest
 from loopos.deploy.serving.decoder import ModelThread
 from loopos.deploy.serving.errors import ApiError
 from loopos.deploy.serving.limits import ServingLimits
 from loopos.deploy.serving.metrics import ServingMetrics
-from loopos.deploy.serving.requests import Asked, ClassifyRequest, ScoreRequest, read_for
+from loopos.deploy.serving.requests import read_for
 from loopos.deploy.serving.streams import while_wanted
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.predictor import Predictor
@@ -133,7 +134,9 @@ class HeadService(Generic[Body, Question]):
         self._thread.close()
 
     async def _answer(self, request: Request, raw: bytes, deadline: float) -> Response:
-        questions = self._head.questions(read_for(self._head.body, raw, self.name))
+        questions = self._head.questions(
+            read_for(self._head.body, raw, self.name, max_messages=self._limits.max_messages)
+        )
         work = self._thread.call(self._run, questions)
         found = await while_wanted(request, work, deadline=deadline, seconds=self._limits.max_seconds)
         self._metrics.prompt_tokens += found.tokens

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loopos.config.faults import UserError
+from loopos.deploy.serving.bodies import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, Generation
 from loopos.deploy.serving.decoder import Decoder, ModelThread, Ticket
 from loopos.deploy.serving.errors import ApiError
 from loopos.deploy.serving.forms import Form
 from loopos.deploy.serving.limits import ServingLimits, check_rows
 from loopos.deploy.serving.metrics import ServingMetrics
 from loopos.deploy.serving.prompts import Prompts
-from loopos.deploy.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read_for
+from loopos.deploy.serving.requests import read_for
 from loopos.deploy.serving.streams import EventStream, event, while_wanted
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
 
+Body = TypeVar("Body", bound=Asked)
 # Tokens of one forward pass of embeddings: rows that decode wait for no more.
 _EMBEDDED_TOKENS = 2048
 
@@ -71,7 +73,7 @@ class LanguageService:
         self._prompts.close()
 
     async def _chat(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = read_for(ChatRequest, raw, self.name)
+        asked = self._read(ChatRequest, raw)
         if asked.top_logprobs:
             raise ApiError(
                 400,
@@ -80,11 +82,14 @@ class LanguageService:
                 code="unsupported_parameter",
             )
         messages = [message.message() for message in asked.messages]
-        prompt = await self._prompts.of_chat(messages)
-        return await self._answer(request, asked, [prompt], "messages", deadline, logprobs=asked.logprobs)
+
+        async def prompts() -> list[list[int]]:
+            return [await self._prompts.of_chat(messages)]
+
+        return await self._answer(request, asked, prompts, 1, "messages", deadline, logprobs=asked.logprobs)
 
     async def _complete(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = read_for(CompletionRequest, raw, self.name)
+        asked = self._read(CompletionRequest, raw)
         if asked.logprobs:
             raise ApiError(
                 400,
@@ -92,22 +97,35 @@ class LanguageService:
                 param="logprobs",
                 code="unsupported_parameter",
             )
-        prompts = await self._prompts.of_texts(asked.prompts())
-        return await self._answer(request, asked, prompts, "prompt", deadline, logprobs=asked.logprobs == 0)
+        texts = asked.prompts()
+
+        async def prompts() -> list[list[int]]:
+            return await self._prompts.of_texts(texts)
+
+        return await self._answer(request, asked, prompts, len(texts), "prompt", deadline, logprobs=asked.logprobs == 0)
+
+    def _read(self, kind: type[Body], raw: bytes) -> Body:
+        return read_for(kind, raw, self.name, max_messages=self._limits.max_messages)
 
     async def _answer(
         self,
         request: Request,
         asked: ChatRequest | CompletionRequest,
-        prompts: Sequence[list[int]],
+        tokenised: Callable[[], Coroutine[Any, Any, list[list[int]]]],
+        count: int,
         param: str,
         deadline: float,
         *,
         logprobs: bool,
     ) -> Response:
+        """tokenised: makes the ids of the `count` prompts, once all that can be checked without them is."""
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
-        settings = self._settings(asked, prompts, param)
+        general, most = self._general(asked, count)
+        prompts = await while_wanted(request, tokenised(), deadline=deadline, seconds=self._limits.max_seconds)
+        self._check(prompts, param)
+        # The last token is never fed, so it needs no position.
+        settings = [replace(general, max_new_tokens=min(most, self.context + 1 - len(prompt))) for prompt in prompts]
         ticket = Ticket(prompts, settings, n=asked.n, streams=asked.stream, max_lag=self._limits.max_lag)
         form = Form(
             "chat" if isinstance(asked, ChatRequest) else "text",
@@ -159,24 +177,26 @@ class LanguageService:
             made += 1
             self._metrics.generated_tokens += 1
             choice = (piece.prompt_index, piece.sample_index)
-            chunk_of_piece = form.chunk(piece, offsets.get(choice, 0))
+            found = form.chunks(piece, offsets.get(choice, 0))
             offsets[choice] = offsets.get(choice, 0) + len(piece.text)
-            if chunk_of_piece is not None:
-                yield event(chunk_of_piece)
+            for chunk in found:
+                yield event(chunk)
         if form.includes_usage:
             yield event(form.last(num_prompt, made))
 
-    def _settings(self, asked: Generation, prompts: Sequence[list[int]], param: str) -> list[SamplingSettings]:
-        """The settings of each prompt. Raises `ApiError` for what the model or this server cannot take."""
+    def _general(self, asked: Generation, count: int) -> tuple[SamplingSettings, int]:
+        """The settings of each of `count` prompts, and the most new tokens. Raises `ApiError` for what the model or
+        this server cannot take.
+        """
         try:
-            check_rows(len(prompts) * asked.n, self._limits)
+            check_rows(count * asked.n, self._limits)
         except UserError as error:
             raise ApiError(400, str(error), param="n", code="invalid_value") from error
         most, name = asked.new_tokens()
         if most is not None and most > self._limits.max_tokens:
             raise ApiError(
                 400,
-                f"{name}: given {most}; this server's limit is {self._limits.max_tokens}",
+                f"{name}: got {most}; this server's limit is {self._limits.max_tokens}",
                 param=name,
                 code="invalid_value",
             )
@@ -189,10 +209,7 @@ class LanguageService:
                     param="logit_bias",
                     code="invalid_value",
                 )
-        self._check(prompts, param)
-        wanted = self._limits.max_tokens if most is None else most
-        # The last token is never fed, so it needs no position.
-        return [replace(settings, max_new_tokens=min(wanted, self.context + 1 - len(prompt))) for prompt in prompts]
+        return settings, self._limits.max_tokens if most is None else most
 
     def _check(self, prompts: Sequence[list[int]], param: str) -> None:
         for prompt in prompts:
@@ -209,13 +226,13 @@ class LanguageService:
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
     async def _embed(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = read_for(EmbeddingRequest, raw, self.name)
-        sequences = await self._prompts.of_texts(asked.inputs())
+        asked = self._read(EmbeddingRequest, raw)
+        inputs, seconds = asked.inputs(), self._limits.max_seconds
+        sequences = await while_wanted(request, self._prompts.of_texts(inputs), deadline=deadline, seconds=seconds)
         self._check(sequences, "input")
         num_tokens = sum(map(len, sequences))
         self._metrics.prompt_tokens += num_tokens
-        work = self._vectors(sequences)
-        vectors = await while_wanted(request, work, deadline=deadline, seconds=self._limits.max_seconds)
+        vectors = await while_wanted(request, self._vectors(sequences), deadline=deadline, seconds=seconds)
         told = [
             {
                 "object": "embedding",

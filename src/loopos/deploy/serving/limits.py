@@ -20,8 +20,11 @@ _MOST_ROWS = 4096
 class ServingLimits:
     """`max_rows`: completions that decode together. `max_context`: tokens of a prompt and its completion. `max_tokens`:
     new tokens of one completion. `max_queue`: completions, or calls of a head, that wait. `max_body`: bytes of a
-    request. `max_seconds`: a request from its first byte to the last of its answer. `max_lag`: tokens that a reader of
-    a stream may be behind. `grace_seconds`: what running requests get when the server is to stop.
+    request. `max_messages`: messages of a request. `max_seconds`: a request from its first byte to the last of its
+    answer. `max_lag`: tokens that a reader of a stream may be behind. `max_connections`: open ones; others wait.
+    `header_seconds`: from the begin of a connection, or the first byte of a later request, to the end of its header.
+    `idle_seconds`: a connection between two requests. `grace_seconds`: what running requests get when the server is to
+    stop.
     """
 
     max_rows: int = 16
@@ -29,8 +32,12 @@ class ServingLimits:
     max_tokens: int = 1024
     max_queue: int = 128
     max_body: int = 1 << 20
+    max_messages: int = 1024
     max_seconds: float = 300.0
     max_lag: int = 1024
+    max_connections: int = 512
+    header_seconds: float = 10.0
+    idle_seconds: float = 30.0
     grace_seconds: float = 30.0
 
     def faults(self) -> list[str]:
@@ -41,11 +48,15 @@ class ServingLimits:
             ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
             ("--max-queue", self.max_queue, self.max_queue >= 0, "0 or more"),
             ("--max-body", self.max_body, self.max_body >= 1, "1 or more bytes"),
+            ("--max-messages", self.max_messages, self.max_messages >= 1, "1 or more"),
             ("--max-seconds", self.max_seconds, 0 < self.max_seconds < math.inf, "a number above 0"),
             ("--max-lag", self.max_lag, self.max_lag >= 1, "1 or more"),
+            ("--max-connections", self.max_connections, self.max_connections >= 1, "1 or more"),
+            ("--header-seconds", self.header_seconds, 0 < self.header_seconds < math.inf, "a number above 0"),
+            ("--idle-seconds", self.idle_seconds, 0 < self.idle_seconds < math.inf, "a number above 0"),
             ("--grace-seconds", self.grace_seconds, 0 <= self.grace_seconds < math.inf, "0 or more"),
         )
-        return [f"{name}: given {given}; wanted {wanted}" for name, given, holds, wanted in ranges if not holds]
+        return [f"{name}: got {got}; expected {expected}" for name, got, holds, expected in ranges if not holds]
 
 
 def is_loopback(host: str) -> bool:

@@ -1,207 +1,79 @@
 """JSON bodies → checked requests.
 
-Enters: the bytes of a body. Leaves: a frozen request, or an `ApiError` that names the parameter. A parameter that is
-not supported is refused, unless its value asks for nothing; null is the same as absent. Left out: whether the model can
-take it (`language.py`, `heads.py`).
+Enters: the bytes of a body. Leaves: a frozen request (`bodies.py`), or an `ApiError` that names the parameter. A
+parameter that is not supported is refused, unless its value asks for nothing; null is the same as absent, and as no
+words in a message of the assistant. Left out: whether the model can take it (`language.py`, `heads.py`).
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from loopos.config.faults import UserError
-from loopos.data.conversations import Message
+from loopos.deploy.serving.bodies import Asked
 from loopos.deploy.serving.errors import ApiError, unknown_model
-from loopos.generation.settings import SamplingSettings
 
-# What OpenAI's own default is when completions name no number.
-COMPLETION_TOKENS = 16
-# Values of parameters that are not supported which ask for nothing.
-_NO_EFFECT: Mapping[str, object] = {
-    "echo": False,
-    "best_of": 1,
-    "suffix": "",
-    "tools": [],
-    "functions": [],
-    "response_format": {"type": "text"},
-    "store": False,
+_TEXT = object()
+_TRUTH = object()
+# Values of parameters that are not supported which ask for nothing; `_TEXT`, `_TRUTH`: any text, true and false.
+_NO_EFFECT: Mapping[str, tuple[object, ...]] = {
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    # Without tools there is nothing to choose or to call at once.
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (_TRUTH,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    # Names of the end user, which decide nothing here.
+    "user": (_TEXT,),
+    "safety_identifier": (_TEXT,),
+    "prompt_cache_key": (_TEXT,),
 }
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TextPart(_Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    """One message."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def message(self) -> Message:
-        """As the chat template takes it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(self.role, content, more={} if self.name is None else {"name": self.name})
-
-
-class StreamOptions(_Body):
-    """What a stream holds besides."""
-
-    include_usage: bool = False
-
-
-class Asked(_Body):
-    """What every request says."""
-
-    model: str
-
-
-class Generation(Asked):
-    """What chat and completions share."""
-
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    no_repeat_ngram: int = 0
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    stop: str | Annotated[list[str], Field(max_length=16)] = []
-    seed: int | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    def settings(self) -> SamplingSettings:
-        """How tokens are chosen, with the number of new ones left open; without a seed any. Raises `ApiError`."""
-        try:
-            return SamplingSettings(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                typical_p=self.typical_p,
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                no_repeat_ngram=self.no_repeat_ngram,
-                logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
-                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-                seed=secrets.randbits(63) if self.seed is None else self.seed,
-            )
-        except UserError as error:
-            first = str(error).splitlines()[0]
-            raise ApiError(400, first, param=first.partition(":")[0], code="invalid_value") from error
-
-    def new_tokens(self) -> tuple[int | None, str]:
-        """The most new tokens that were asked for, and the parameter that did."""
-        return self.max_tokens, "max_tokens"
-
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class ChatRequest(Generation):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool = False
-    top_logprobs: int = 0
-
-    def new_tokens(self) -> tuple[int | None, str]:
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens, "max_completion_tokens"
-        return self.max_tokens, "max_tokens"
-
-
-class CompletionRequest(Generation):
-    """POST /v1/completions. `logprobs`: 0 gives those of the tokens themselves."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
-
-    def prompts(self) -> Sequence[str | list[int]]:
-        return several(self.prompt, "prompt")
-
-    def new_tokens(self) -> tuple[int | None, str]:
-        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens, "max_tokens"
-
-
-class EmbeddingRequest(Asked):
-    """POST /v1/embeddings."""
-
-    input: str | list[str] | list[int] | list[list[int]]
-    encoding_format: Literal["float", "base64"] = "float"
-
-    def inputs(self) -> Sequence[str | list[int]]:
-        return several(self.input, "input")
-
-
-class ClassifyRequest(Asked):
-    """POST /v1/classify: a text, or several, each a text or a pair of texts."""
-
-    input: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]]
-
-    def texts(self) -> list[str | tuple[str, str]]:
-        given = [self.input] if isinstance(self.input, str) else self.input
-        return [each if isinstance(each, str) else (each[0], each[1]) for each in given]
-
-
-class ScoreRequest(Asked):
-    """POST /v1/score: a conversation whose last message is judged, or a prompt with one response or several."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=2)] | None = None
-    prompt: str | Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    response: str | Annotated[list[str], Field(min_length=1)] | None = None
-
-
-def several(given: str | list[str] | list[int] | list[list[int]], param: str) -> Sequence[str | list[int]]:
-    """One text or one list of tokens, or several of either. Raises `ApiError` for none."""
-    if not given and given != "":
-        raise ApiError(
-            400, f"{param}: an empty list; wanted at least one text or token", param=param, code="invalid_value"
-        )
-    if isinstance(given, str):
-        return [given]
-    tokens = [each for each in given if isinstance(each, int)]
-    return [tokens] if tokens else [each for each in given if not isinstance(each, int)]
+_NO_EFFECT_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+}
+_NO_EFFECT_IN_STREAM_OPTIONS: Mapping[str, tuple[object, ...]] = {"include_obfuscation": (False,)}
 
 
 Request = TypeVar("Request", bound=Asked)
 
 
-def read_for(kind: type[Request], raw: bytes, served: str) -> Request:
+def read_for(kind: type[Request], raw: bytes, served: str, *, max_messages: int) -> Request:
     """The request to the model of that name that a body holds. Raises `ApiError`: 400, or 404 for another model."""
-    asked = _read(kind, raw)
+    asked = _read(kind, raw, max_messages)
     if asked.model != served:
         raise unknown_model(asked.model, served)
     return asked
 
 
-def _read(kind: type[Request], raw: bytes) -> Request:
-    body = {name: value for name, value in _object(raw).items() if value is not None and not _asks_nothing(name, value)}
+def _read(kind: type[Request], raw: bytes, max_messages: int) -> Request:
+    body = _effective(_object(raw), _NO_EFFECT)
     for name in ("messages", "prompt"):
         if isinstance(body.get(name), list):
-            body[name] = [_without_nulls(each) for each in body[name]]
+            # Before anything is made of them.
+            if len(body[name]) > max_messages and any(isinstance(each, dict) for each in body[name]):
+                raise ApiError(
+                    400,
+                    f"{name}: {len(body[name]):,} messages; this server's limit is {max_messages:,}",
+                    param=name,
+                    code="invalid_value",
+                )
+            body[name] = [_effective_message(each) for each in body[name]]
+    if isinstance(body.get("stream_options"), dict):
+        body["stream_options"] = _effective(body["stream_options"], _NO_EFFECT_IN_STREAM_OPTIONS)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -220,7 +92,7 @@ def _object(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {str(error).splitlines()[0]}", code="invalid_json") from error
     if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object; wanted {...}", code="invalid_json")
+        raise ApiError(400, "the body is no JSON object; expected {...}", code="invalid_json")
     return body
 
 
@@ -228,33 +100,74 @@ def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number of JSON")
 
 
-def _without_nulls(value: Any) -> Any:
-    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
+def _effective(values: Mapping[str, Any], no_effect: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
+    """The values that ask for something: neither null nor one of `no_effect`."""
+
+    def asks_nothing(name: str, value: object) -> bool:
+        return any(
+            isinstance(value, str)
+            if nothing is _TEXT
+            else isinstance(value, bool)
+            if nothing is _TRUTH
+            else type(value) is type(nothing) and value == nothing
+            for nothing in no_effect.get(name, ())
+        )
+
+    return {name: value for name, value in values.items() if value is not None and not asks_nothing(name, value)}
 
 
-def _asks_nothing(name: str, value: object) -> bool:
-    nothing = _NO_EFFECT.get(name)
-    return type(value) is type(nothing) and value == nothing
+def _effective_message(message: Any) -> Any:
+    """A message without what asks for nothing. The assistant's content may be null, as OpenAI's is where it called a
+    tool or refused.
+    """
+    if not isinstance(message, dict):
+        return message
+    found = _effective(message, _NO_EFFECT_IN_MESSAGE)
+    if "content" in message and message["content"] is None:
+        found["content"] = "" if message.get("role") == "assistant" else None
+    if isinstance(found.get("content"), list):
+        found["content"] = [_effective(part, {}) if isinstance(part, dict) else part for part in found["content"]]
+    return found
 
 
 def _refuse(error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]) -> NoReturn:
-    """The first fault as an `ApiError`; what is not supported comes before what is wrong."""
-    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
-    fault = faults[0]
-    param = _place(fault["loc"], body)
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields)
-        raise ApiError(
-            400,
-            f"{param}: not supported by this server; supported are {known}",
-            param=param,
-            code="unsupported_parameter",
-        ) from error
-    if fault["type"] == "missing":
-        raise ApiError(
-            400, f"{param}: missing; wanted a value", param=param, code="missing_required_parameter"
-        ) from error
-    raise ApiError(400, f"{param}: {fault['msg']}", param=param, code="invalid_value") from error
+    """The first error as an `ApiError`; what is not supported comes before what is wrong."""
+    errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    first = errors[0]
+    param = _place(first["loc"], body)
+    where, code, message = f"{param}: " if param else "", "invalid_value", first["msg"]
+    if first["type"] == "extra_forbidden":
+        code = "unsupported_parameter"
+        message = f"not supported by this server; supported are {', '.join(_fields_at(first['loc'], kind))}"
+    elif first["type"] == "missing":
+        code, message = "missing_required_parameter", "missing; expected a value"
+    elif param.endswith("content"):
+        message = "expected a text or a list of text parts; only the assistant's may be null"
+    elif first["type"] in ("literal_error", "string_pattern_mismatch"):
+        message = f"got {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    raise ApiError(400, f"{where}{message}", param=param or None, code=code) from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _fields_at(path: Sequence[str | int], kind: type[BaseModel]) -> list[str]:
+    """The fields of the object that the end of a path stands in."""
+    fields = kind.model_fields
+    for part in path[:-1]:
+        if isinstance(part, str) and part in fields:
+            inner = _model_in(fields[part].annotation)
+            fields = fields if inner is None else inner.model_fields
+    return list(fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The class of objects that a field's type holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model_in(each)) is not None), None)
 
 
 def _place(path: Sequence[str | int], body: Mapping[str, Any]) -> str:

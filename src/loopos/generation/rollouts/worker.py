@@ -22,6 +22,7 @@ from loopos.generation.engine import Engine
 from loopos.generation.rollouts.request import Request
 from loopos.generation.rollouts.transport import Order
 from loopos.models.adapters import ADAPTER, add_lora
+from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, Sizes, cast_parameters, load_pretrained
 from loopos.storage.tensor_format import safetensors_pieces
 
@@ -112,7 +113,7 @@ class EngineWriter:
                     "same ones on every host"
                 )
             causal.requires_grad_(False)
-            add_lora(getattr(causal, causal.base_model_prefix), recipe.lora, seed=0)
+            add_lora(headless(causal), recipe.lora, seed=0)
         cast_parameters(causal, NUMBER_FORMATS[recipe.number_format])
         if recipe.on_gpu:
             causal.to("cuda")  # type: ignore[arg-type]  # transformers' stub wants the model itself

@@ -1,0 +1,137 @@
+"""Rows → prompts with their responses, whatever says which is better, if anything does.
+
+Enters: the rows of a reader, the user's choice of columns. Leaves: `Comparison`s in the rows' order. Understood are
+comparisons (`preferences`); rows of a prompt and a response, as `loopos generate` writes them too; a prompt with a list
+of responses; conversations, whose last message is the assistant's. The last three come without pairs. Left out:
+scoring (`evaluation.reward_predictor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from loopos.config.faults import DataError
+from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
+from loopos.data.format_detection import Family, Fit, Shape, detected
+from loopos.data.preference_formats import NAMES as PREFERENCE_NAMES
+from loopos.data.preference_formats import PreferenceFormat
+from loopos.data.preference_formats import detect as detect_comparisons
+from loopos.data.preferences import Comparison, comparison_of
+from loopos.data.prompts import Words, asked
+from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.rows import Row, RowReader
+
+Kind: TypeAlias = Literal["conversations", "prompts with a response", "prompts with responses"]
+
+NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
+    "messages": (frozenset({"messages"}), frozenset({"conversations", "conversation"})),
+    "prompt": PREFERENCE_NAMES["prompt"][:-1],
+    "response": (
+        frozenset({"response"}),
+        frozenset({"completion"}),
+        frozenset({"text"}),
+        frozenset({"output"}),
+        frozenset({"answer"}),
+    ),
+    "responses": (frozenset({"responses"}), frozenset({"completions"})),
+    "input": (frozenset({"input"}),),
+    "system": (frozenset({"system"}), frozenset({"system_prompt"})),
+}
+"""The names of each role's column in tiers, a better tier winning over a later one."""
+
+SHAPES: tuple[tuple[Shape[Kind], ...], ...] = (
+    (
+        Shape("conversations", ("messages",), ("system",)),
+        Shape("prompts with responses", ("prompt", "responses"), ("input", "system")),
+    ),
+    (Shape("prompts with a response", ("prompt", "response"), ("input", "system")),),
+)
+_EXAMPLES = (
+    '{"prompt", "response"}, {"prompt", "text"} as generate writes them, {"prompt", "responses"}, {"messages"}, or '
+    'comparisons such as {"prompt", "chosen", "rejected"}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """`columns`: role → column."""
+
+    kind: Kind
+    columns: Mapping[str, str]
+    said: str
+
+
+def read_responses(
+    reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
+) -> tuple[list[Comparison], FormatReport]:
+    """Reads a whole source of one format, in its order.
+
+    Args:
+        overrides: role to column.
+        as_text: a prompt and responses that are all strings stand as they are, instead of being messages.
+    Raises:
+        DataError: as `preferences.read_comparisons`.
+    """
+
+    def from_row(row: Row, form: PreferenceFormat | ResponseFormat) -> Comparison | Unusable:
+        fields = RowFields(row, form.columns)
+        if isinstance(form, PreferenceFormat):
+            found = comparison_of(fields, form, as_text=as_text)
+        else:
+            found = _answered(fields, form, as_text=as_text)
+        return found if found is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+
+    examples: tuple[list[Comparison], PreferenceFormat | ResponseFormat, FormatReport]
+    examples = read_examples(reader, lambda columns, source: _detect(columns, overrides, source), from_row)
+    return examples[0], examples[2]
+
+
+def _detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> PreferenceFormat | ResponseFormat:
+    """Comparisons where they are, else responses by themselves."""
+    try:
+        return detect_comparisons(columns, overrides, source=source)
+    except DataError:
+        fit = detected(_FAMILY, columns, overrides, source)
+        return ResponseFormat(fit.shape.kind, fit.columns, fit.said)
+
+
+def _answered(fields: RowFields, form: ResponseFormat, *, as_text: bool) -> Comparison | None:
+    """The responses of a row; None, with `fields.problems` filled, where it holds none."""
+    if form.kind == "conversations":
+        messages = with_system(fields, messages_of(fields, "messages"), shown(fields.field("messages")))
+        if not fields.problems and (len(messages) < 2 or messages[-1].role != ASSISTANT):
+            roles = ", ".join(message.role for message in messages)
+            fields.add("no response", fields.field("messages"), f"messages of {roles}", "a last one of the assistant")
+        return None if fields.problems else Comparison(messages[:-1], (messages[-1:],), (), fields.row)
+    if form.kind == "prompts with responses":
+        values = fields.listed_values("responses", "a list of responses")
+        named = [(f"{fields.field('responses')}[{number}]", value) for number, value in enumerate(values)]
+    else:
+        named = [(fields.field("response"), fields.value("response"))]
+    is_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *(v for _, v in named)))
+    prompt = asked(fields, as_text=is_text)
+    responses = tuple(_response(fields, place, value, as_text=is_text) for place, value in named)
+    return None if fields.problems else Comparison(prompt, responses, (), fields.row)
+
+
+def _response(fields: RowFields, place: str, value: object, *, as_text: bool) -> Words:
+    """A text, a message, or a list of them."""
+    if isinstance(value, list | dict):
+        items = value if isinstance(value, list) else [value]
+        read = [message_of(fields, place, item) for item in items]
+        return tuple(message for message in read if message is not None)
+    text = fields.checked("response", place, value)
+    return text if as_text else (Message(ASSISTANT, text),)
+
+
+def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, str]:
+    """What several formats that fit are called, and the choice of the first one's first column."""
+    role, column = next(iter(fits[0].columns.items()))
+    return " and ".join(fit.shape.kind for fit in fits), f'"{role}": "{column}"'
+
+
+_FAMILY = Family(NAMES, SHAPES, _EXAMPLES, '"prompt": "COLUMN", "response": "COLUMN"', _rivals)
