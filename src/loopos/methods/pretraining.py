@@ -142,8 +142,7 @@ class Pretrainer:
         batches = StepBatches.of(
             settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
         )
-        judged, rows = self.config.validates and bool(self.validation_pieces), len(self.validation_pieces)
-        validation = Validation(lambda: self.validate(world), "loss", "min", "loss", "min", rows) if judged else None
+        judged = self.config.validates and bool(self.validation_pieces)
         return Fit(
             run_dir=self.run_dir,
             config=self.config,
@@ -151,7 +150,7 @@ class Pretrainer:
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
-            validation=validation,
+            validation=self._validation(world) if judged else None,
             progress=self.progress,
             world=world,
             identity=of_text(self.config, self.pieces, self.tokenizer, max_length=self.max_length),
@@ -160,7 +159,7 @@ class Pretrainer:
 
     def _validation(self, world: World) -> Validation:
         rows = rows_digest(self.validation_pieces)
-        return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", rows)
+        return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", len(self.validation_pieces), rows)
 
     def validate(self, world: World = World()) -> dict[str, float]:
         """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""
