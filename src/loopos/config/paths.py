@@ -17,6 +17,8 @@ EMBEDDED_WEIGHTS = "smollm2-135m"
 NEW_WEIGHTS = "new"
 MODEL_DESCRIPTION = "loopos.json"
 """The file in which a trained model's folder describes itself."""
+MANIFEST = "loopos-manifest.json"
+"""The file in a model's or adapter's folder that holds the size and SHA-256 of the others."""
 RECIPE = "recipe.json"
 """The file that tells how a merged, pruned, joined or exported model was made, so that it can be made again."""
 WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")

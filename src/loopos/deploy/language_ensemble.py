@@ -36,6 +36,7 @@ from loopos.models.sources import WeightsSource, weights_source
 from loopos.models.speaking import open_speaking
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.json_files import save_json
+from loopos.storage.manifest import check_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,8 @@ def _path(source: WeightsSource, number: int, partial: Path, out: Path, *, copy:
     assert source.path is not None
     if not copy:
         return os.path.relpath(source.path.resolve(), out.absolute())
+    if source.path.is_dir():
+        check_manifest(source.path)
     place = f"members/{number}"
     shutil.copytree(source.path, partial / place)
     return place

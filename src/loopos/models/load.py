@@ -26,6 +26,7 @@ from loopos.models.quantized_folder import from_quantized, holds_codes
 from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
+from loopos.storage.manifest import check_manifest, check_weights_file
 
 NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
@@ -102,6 +103,7 @@ def load_pretrained(
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )
+    _check_files(source)
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
     embeddings = config.get_text_config().vocab_size
@@ -127,6 +129,14 @@ def load_pretrained(
     parameters = num_weights(model)
     said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
     return Pretrained(model, opened, said, fingerprint(model))
+
+
+def _check_files(source: WeightsSource) -> None:
+    """Raises `UserError` for a file beside the weights that is not what was saved, where a manifest says so."""
+    if (folder := folder_of(source)) is not None:
+        check_manifest(folder)
+    if source.kind in ("safetensors", "torch", "gguf") and source.path is not None:
+        check_weights_file(source.path)
 
 
 def load_adapted(

@@ -14,6 +14,7 @@ from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
 from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest
 
 FORMAT = 1
 ENSEMBLE = "ensemble"
@@ -47,6 +48,7 @@ def described(place: str | Path) -> dict[str, Any]:
 def read_description(folder: Path) -> dict[str, Any]:
     """What a trained model's folder says of itself. Raises `UserError` where it is broken or of another version."""
     file = folder / MODEL_DESCRIPTION
+    check_manifest(folder, of=lambda name: name == MODEL_DESCRIPTION)
     description = read_object(file, advice="make it again: loopos train CONFIG --resume")
     if description.get("format") != FORMAT:
         raise UserError(

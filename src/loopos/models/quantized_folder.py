@@ -32,6 +32,7 @@ from loopos.models.quantized import (
     quantized_layers,
 )
 from loopos.models.weight_files import fill, model_class
+from loopos.storage.tensor_files import require_finite
 
 WEIGHTS = "model.safetensors"
 CODES = "torchao"
@@ -52,11 +53,7 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
     `OSError` or `SafetensorError` when the disk is full.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{name}: holds numbers that are not finite (nan or infinite), so the model is not saved; expected "
-                "weights that are numbers: go back to a checkpoint before it diverged"
-            )
+        require_finite(name, tensor)
     if not is_quantized(model):
         model.save_pretrained(folder)
         return

@@ -26,7 +26,7 @@ from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.models.model_folder import FORMAT, kind_of, model_folder, read_description
 from loopos.models.quantized_folder import save_weights
 from loopos.storage.json_files import save_json
-from loopos.storage.tensor_files import read_tensors, save_tensors
+from loopos.storage.tensor_files import read_tensors, require_finite, save_tensors
 from loopos.storage.whole_folder import whole_folder
 
 ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -63,7 +63,9 @@ def save_task_model(
 def read_head(folder: Path) -> Tensor:
     """The head's weight `[C, d]`. Raises `UserError` for a file that is missing or broken."""
     try:
-        return read_tensors(folder / HEAD)["weight"]
+        weight = read_tensors(folder / HEAD)["weight"]
+        require_finite("the head", weight)
+        return weight
     except (KeyError, UserError) as problem:
         raise UserError(f"{folder}: broken: {problem}; make it again: loopos train CONFIG --resume") from problem
 

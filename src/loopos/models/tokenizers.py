@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from loopos.config.faults import UserError
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
+from loopos.storage.manifest import check_manifest, is_weights
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -26,6 +27,8 @@ def open_tokenizer(
     Raises `UserError` where there is none or it cannot be read.
     """
     place = _named_place(named) if named is not None else _place_beside(source)
+    if isinstance(place, Path):
+        check_manifest(place if place.is_dir() else place.parent, of=lambda name: not is_weights(name))
     try:
         if isinstance(place, Path):
             _check_json(place if place.is_file() else place / "tokenizer.json")

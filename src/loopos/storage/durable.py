@@ -1,6 +1,6 @@
 """Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
 
-A full disk becomes one `DiskFull` line. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`,
+A full disk becomes one `DiskFull` line, and every other refusal of the file system names its file. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`,
 `training.events`), folders (`whole_folder.py`); nothing here imports torch.
 """
 
@@ -58,10 +58,23 @@ def disk_full_said(folder: Path, needed_bytes: int, what: str, advice: str = RES
         ) from error
 
 
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Gives an `OSError` that passes through the block the file that it is about, where it names none: a write or an
+    fsync that fails knows a descriptor only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
     """Write a new file and fsync it; returns its size in bytes. Raises `FileExistsError` if it is there already."""
     size = 0
-    with path.open("xb") as file:
+    with names_file(path), path.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
             size += len(chunk)
@@ -85,15 +98,16 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord
 
 def hash_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file as it lies on the disk, read once in pieces."""
-    with path.open("rb") as file:
+    with names_file(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileRecord(size=file.tell(), sha256=digest.hexdigest())
 
 
 def fsync_place(place: Path) -> None:
     """Make a file's content durable, or the names inside a folder: a rename survives a power cut only after this."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with names_file(place):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

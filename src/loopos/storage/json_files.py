@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.faults import UserError
+from loopos.storage.durable import names_file
 
 
 def save_json(path: Path, content: object) -> None:
     """Writes JSON with sorted keys, readable, with a last line end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    with names_file(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def read_object(path: Path, *, advice: str = "") -> dict[str, Any]:

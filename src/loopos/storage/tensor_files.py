@@ -20,6 +20,7 @@ from torch import Tensor
 from loopos.config.faults import UserError
 from loopos.storage.durable import write_new
 from loopos.storage.json_files import read_object, save_json
+from loopos.storage.manifest import check_manifest
 from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header, safetensors_pieces, streamed_pieces
 
 CONFIG = "config.json"
@@ -81,8 +82,24 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name: stored.read() for name, stored in stored_tensors([file]).items()}
 
 
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raises `UserError` for a tensor with numbers that are none: no model with such weights is saved or shipped."""
+    if not tensor.is_floating_point():
+        return
+    # Floats of 8 bits have no comparison in torch.
+    if bad := int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum()):
+        raise UserError(
+            f"{name}: {bad:,} of {tensor.numel():,} numbers are not finite (nan or infinite); expected a model whose "
+            "weights are numbers: go back to a checkpoint before it diverged"
+        )
+
+
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a new file of tensors that are in memory, and fsyncs it. Raises `OSError` when the disk is full."""
+    """Writes a new file of a model's tensors that are in memory, and fsyncs it. Raises `UserError` for numbers that are
+    not finite, `OSError` when the disk is full.
+    """
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
     write_new(file, safetensors_pieces(tensors))
 
 
@@ -131,8 +148,10 @@ def holds_weights(folder: Path) -> bool:
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a model's folder by name, from the files that transformers opens. Raises `UserError` for a folder
-    without safetensors, a file that is missing or broken, and an index that names what is in no file.
+    without safetensors, a file that is missing, broken or not what was saved, and an index that names what is in no
+    file.
     """
+    check_manifest(folder)
     entry = weights_entry(folder)
     if entry is None or not holds_weights(folder):
         raise UserError(f"{folder}: no {WEIGHTS} here; expected weights as safetensors")
