@@ -14,7 +14,7 @@ from loopos.storage.durable import disk_full_said
 from loopos.storage.whole_folder import whole_folder
 
 REPORT = "report.md"
-NOTHING_WRITTEN = "nothing was written: free some space, then run the command again"
+NOTHING_WRITTEN = "nothing was written: {remedy}, then run the command again"
 
 
 def refuse_taken(out: Path) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +19,8 @@ from loopos.config.faults import UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
+from loopos.models.broken_files import BROKEN, reason_of
+from loopos.models.config_check import check_config
 from loopos.models.folded_adapter import TASKS, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
@@ -200,9 +201,11 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
             return new_config(sizes)
         folder = source.path.parent
     place = str(folder or source.given)
+    if folder is not None:
+        check_config(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as problem:
+    except BROKEN as problem:
         raise UserError(_why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)
     _check_config(config, sizes, source.given)
@@ -251,9 +254,7 @@ def _check_config(config: PreTrainedConfig, sizes: Sizes, given: str) -> None:
 
 
 def _why(source: WeightsSource, problem: Exception) -> str:
-    first = (str(problem).splitlines() or [type(problem).__name__])[0]
-    if isinstance(problem, StrictDataclassError):
-        first = " ".join(str(problem).split())
+    first = reason_of(problem)
     if source.kind == "hub":
         return (
             f"data.pretrained_weights: {source.given} is neither a file or folder here nor reachable on a hub: "

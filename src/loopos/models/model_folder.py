@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
+from loopos.models.description_check import check_description
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest
 
 FORMAT = 1
 ENSEMBLE = "ensemble"
 """The key under which a folder's description tells the members of an ensemble."""
+LANGUAGE_ENSEMBLE = "language_ensemble"
+"""That of an ensemble of language models."""
 Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
 """A language model; a model with a head that predicts labels or values; a reward model; several with a head as one."""
 
@@ -46,7 +49,9 @@ def described(place: str | Path) -> dict[str, Any]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What a trained model's folder says of itself. Raises `UserError` where it is broken or of another version."""
+    """What a trained model's folder says of itself. Raises `UserError` where it is broken, of another version, or not
+    what was saved.
+    """
     file = folder / MODEL_DESCRIPTION
     check_manifest(folder, of=lambda name: name == MODEL_DESCRIPTION)
     description = read_object(file, advice="make it again: loopos train CONFIG --resume")
@@ -54,6 +59,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: format {description.get('format')}, wanted {FORMAT}: written by another version of LoopOS"
         )
+    if LANGUAGE_ENSEMBLE not in description:
+        kind = kind_of(description)
+        check_description(file, description, "head" if kind == "language" and (folder / HEAD_FILE).is_file() else kind)
     return description
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.models.quantized_folder import save_weights
 from loopos.config.faults import UserError
 from loopos.config.paths import MANIFEST
+from loopos.models.quantized_folder import save_weights
 from loopos.storage.durable import FileRecord, fsync_place
 from loopos.storage.manifest import read_manifest, write_manifest
 from loopos.storage.whole_folder import partial_folder

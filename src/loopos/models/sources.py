@@ -12,6 +12,7 @@ from pathlib import Path
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.gguf import converted_folder
 from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED = "smollm2-135m"
@@ -97,7 +98,8 @@ def base_of_adapter(folder: Path) -> str:
 def _model_folder(path: Path) -> Path:
     """The folder that holds config.json: the given one, or `model/` inside the output folder of a run."""
     for folder in (path, path / "model"):
-        if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
+        check_manifest(folder, of=lambda name: name == "config.json")
+        if (folder / "config.json").is_file() and "model_type" in read_object(folder / "config.json"):
             return folder
     raise UserError(
         f"data.pretrained_weights: {path} holds no model: expected a config.json with model_type, or an "

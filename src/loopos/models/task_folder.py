@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
@@ -30,7 +30,7 @@ from loopos.storage.tensor_files import read_tensors, require_finite, save_tenso
 from loopos.storage.whole_folder import whole_folder
 
 ProblemType: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
-HEAD = "head.safetensors"
+HEAD = HEAD_FILE
 _PROBLEM_TYPES: Mapping[str, ProblemType] = {
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",

@@ -37,7 +37,7 @@ def os_error_of(problem: BaseException, path: str) -> OSError | None:
 
 @contextmanager
 def bare_as_value_error() -> Iterator[None]:
-    """An exception of no class of its own leaves the block as a `ValueError` with the same words; others as they are."""
+    """An exception of no class of its own leaves the block as a `ValueError` with the same words."""
     try:
         yield
     except BaseException as problem:

@@ -1,6 +1,6 @@
 """The manifest of a model's folder: what its files were when they were saved.
 
-    loopos-manifest.json   {"files": {"model.safetensors": {"sha256": "…", "size": 1234}, …}, "format": 1, "sha256": "…"}
+    loopos-manifest.json   {"files": {"model.safetensors": {"sha256": "…", "size": 1234}}, "format": 1, "sha256": "…"}
 
 Enters: a folder that is written, or opened. Leaves: its manifest, or an error that names the file that is no longer
 what was saved. Every file that opening a model may read is in it; documents for people (*.md, *.svg) and the recipe are

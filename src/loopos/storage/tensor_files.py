@@ -57,6 +57,18 @@ class StoredTensor:
         return flat.view(self.spec.shape)
 
 
+def check_readable(file: Path) -> None:
+    """Raises `UserError` for a file that cannot be opened. Libraries say of one that may not be read that it is not
+    there.
+    """
+    try:
+        file.open("rb").close()
+    except PermissionError as problem:
+        raise UserError(f"{file}: may not be read by this user; ask its owner for: chmod a+r {file.name}") from problem
+    except OSError as problem:
+        raise UserError(f"{file}: cannot be read: {problem.strerror}") from problem
+
+
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of safetensors files by name; headers alone are read. Raises `UserError` for a file that is none, is
     cut short, or holds a tensor that another one holds too.
