@@ -10,7 +10,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -384,7 +384,7 @@ GGUF_CUTS = {
 
 
 @pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Iterator[bytes]:
+def gguf_bytes(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> bytes:
     pytest.importorskip("gguf")
     from test_gguf import write_gguf
     from transformers import LlamaConfig
@@ -397,7 +397,7 @@ def gguf_bytes(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> I
     )  # fmt: skip
     file = tmp_path_factory.mktemp("gguf") / "pico.gguf"
     write_gguf(file, made)
-    yield file.read_bytes()
+    return file.read_bytes()
 
 
 @pytest.mark.parametrize("cut", GGUF_CUTS)

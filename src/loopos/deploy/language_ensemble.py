@@ -23,7 +23,6 @@ from loopos.evaluation.markdown import shown, table
 from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.progress import Tell
 from loopos.models.ensemble_recipe import (
-    LANGUAGE_ENSEMBLE,
     LANGUAGE_METHODS,
     VOTE,
     described_members,
@@ -31,7 +30,7 @@ from loopos.models.ensemble_recipe import (
 )
 from loopos.models.language_ensemble import check_one_vocabulary
 from loopos.models.load import load_config
-from loopos.models.model_folder import FORMAT
+from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE
 from loopos.models.sources import WeightsSource, weights_source
 from loopos.models.speaking import open_speaking
 from loopos.models.tokenizers import open_tokenizer

@@ -1,8 +1,9 @@
 """What libraries raise about a model's files, as one line of ours.
 
 Enters: a block in which transformers, tokenizers, safetensors or gguf reads files that anybody may have written.
-Leaves: what the block gives, or a `UserError` with what was read and the reason. A damaged file reaches arithmetic, attributes
-and look-ups of theirs, so the kinds of errors are many. Left out: our own checks, which come first and say more.
+Leaves: what the block gives, or a `UserError` with what was read and the reason. A damaged file reaches arithmetic,
+attributes and look-ups of theirs, so the kinds of errors are many. Left out: our own checks, which come first and say
+more.
 """
 
 from __future__ import annotations
