@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from loopos.models.quantized_folder import from_quantized, holds_codes
 from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
-from loopos.storage.manifest import check_manifest, check_weights_file
+from loopos.storage.manifest import check_manifest, checked_meanwhile, is_weights
 
 NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
@@ -104,7 +105,32 @@ def load_pretrained(
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )
-    _check_files(source)
+    with _files_checked(source):
+        return _load(source, sizes, tokenizer, causal=causal, trust_remote_code=trust_remote_code, quantized=quantized)
+
+
+def _files_checked(source: WeightsSource) -> AbstractContextManager[None]:
+    """What raises `UserError` for a file beside the weights that is not what was saved, where a manifest says so."""
+    if source.kind in ("safetensors", "torch") and source.path is not None:
+        own = source.path.name
+        return checked_meanwhile(source.path.parent, of=lambda name: name == own or not is_weights(name))
+    if source.kind == "gguf" and source.path is not None:
+        own = source.path.name
+        check_manifest(source.path.parent, of=lambda name: name == own)
+    folder = folder_of(source)
+    return nullcontext() if folder is None else checked_meanwhile(folder)
+
+
+def _load(
+    source: WeightsSource,
+    sizes: Sizes,
+    tokenizer: str | None,
+    *,
+    causal: bool,
+    trust_remote_code: bool,
+    quantized: bool,
+) -> Pretrained:
+    given = source.given
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
     embeddings = config.get_text_config().vocab_size
@@ -130,14 +156,6 @@ def load_pretrained(
     parameters = num_weights(model)
     said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
     return Pretrained(model, opened, said, fingerprint(model))
-
-
-def _check_files(source: WeightsSource) -> None:
-    """Raises `UserError` for a file beside the weights that is not what was saved, where a manifest says so."""
-    if (folder := folder_of(source)) is not None:
-        check_manifest(folder)
-    if source.kind in ("safetensors", "torch", "gguf") and source.path is not None:
-        check_weights_file(source.path)
 
 
 def load_adapted(

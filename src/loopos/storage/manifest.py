@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -91,9 +93,20 @@ def check_manifest(folder: Path, *, of: Callable[[str], bool] = lambda name: Tru
         )
 
 
-def check_weights_file(file: Path) -> None:
-    """`check_manifest` of a file of weights and what stands beside it, other files of weights left out."""
-    check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
+@contextmanager
+def checked_meanwhile(folder: Path, *, of: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+    """`check_manifest`, of weights in a thread while the block reads them: hashing takes a third of the time that
+    opening a model takes. Damage that is found then comes before what the block raises of it.
+    """
+    check_manifest(folder, of=lambda name: of(name) and not is_weights(name))
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check_manifest, folder, of=lambda name: of(name) and is_weights(name))
+        try:
+            yield
+        except UserError:
+            checked.result()
+            raise
+        checked.result()
 
 
 def is_weights(name: str) -> bool:

@@ -21,7 +21,7 @@ from loopos.models.found_model import local_place
 from loopos.models.model_folder import described
 from loopos.models.task_folder import HEAD
 from loopos.storage.json_files import read_object
-from loopos.storage.manifest import check_weights_file
+from loopos.storage.manifest import check_manifest, is_weights
 from loopos.storage.tensor_files import (
     WEIGHTS,
     StoredTensor,
@@ -161,7 +161,7 @@ def open_source(place: str) -> Source:
     if file is not None and file.suffix != ".safetensors":
         raise UserError(_torch_file(place, file.name))
     if file is not None:
-        check_weights_file(file)
+        check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
     config = read_object(folder / "config.json", advice="wanted the config beside the weights")
     stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
     description = described(folder)
