@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loopos.config.faults import UserError
+from loopos.config.paths import MANIFEST
 from loopos.deploy.merge import merge
 from loopos.deploy.quality import row_metrics
 from loopos.evaluation.predictor import Predictor
@@ -150,6 +151,7 @@ def test_a_greedy_soup_is_never_worse_than_its_best_model(
     shutil.copytree(classifiers[0], bad)
     head = load_file(bad / "model" / "head.safetensors")["weight"]
     save_file({"weight": -3 * head}, bad / "model" / "head.safetensors")
+    (bad / "model" / MANIFEST).unlink()
     models = [bad, *classifiers]
     result = run("greedy_soup", models, tmp_path / "out", validation_data=held_out)
     best = max(row_metrics(str(each), held_out)["accuracy"] for each in models)
