@@ -8,6 +8,8 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loopos.data.conversations import Message
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -72,3 +74,26 @@ def word_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     opened.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
     opened.chat_template = chat_template
     return opened
+
+
+TOOL_CHATML = (  # writes tools first, calls as Qwen2.5 does, and what tools answer
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}"
+    "{% for call in message.tool_calls or [] %}"
+    '{{ \'<call>{"name": "\' + call.function.name + \'", "arguments": \' + (call.function.arguments | tojson) }}'
+    "{{ '}</call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ITEMS_CHATML = TOOL_CHATML.replace(  # as Qwen3.5 and later: a parameter a line
+    "(call.function.arguments | tojson)", "'' }}{% for key, value in call.function.arguments | items %}{{ key + '=' + value }}{% endfor %}{{ ''"
+)  # fmt: skip
+
+
+def long_talk(number: int) -> list[Message]:
+    """`number` turns that differ, some with the words of templates in them."""
+    said = ["hi", "<|im_end|>", "assistant\n", "a ", "two\n lines "]
+    return [
+        Message("user", f"{said[place % 5]}{place}") if place % 2 == 0 else Message("assistant", f"so {said[place % 5]}{place}")
+        for place in range(number)
+    ]  # fmt: skip

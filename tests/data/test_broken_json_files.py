@@ -67,6 +67,10 @@ SYNTAX = [
     Case("a number as json", "a.json", "\n5", 2, "file", "an array of objects"),
     Case("text as json", "a.json", "hello", 1, "file", "hello"),
     Case("empty object", "a.json", "{}", 1, "data", "no list of rows"),
+    Case("other key", "a.json", '{"rows": [{"text": "a", "label": 1}]}', 1, "data", 'rename it to "data"'),
+    Case(
+        "several objects", "a.json", '{"text": "a",\n "label": 1}\n{"text": "b",\n "label": 2}', 3, "file", "one array"
+    ),
     Case("other object", "a.json", '{"rows": [{"text": "a"}]}', 1, "data", "an object with 'rows'"),
     Case("columns", "a.json", '{"text": {"0": "a"}, "label": {"0": 1}}', 1, "data", "put the rows into a list"),
     Case("data no list", "a.json", '{"data": {"text": "a"}}', 1, "data", "an object with 'data'"),
@@ -148,7 +152,7 @@ LABELS = [
     Case("fraction, ten classes", "a.jsonl", rows(1, 2.5, 3), 2, "label", "leave model.num_classes", num_classes=10),
     Case("fraction, names", "a.csv", cells("1", "2.5"), 3, "label", "leave model.labels", class_names=("a", "b")),
     Case("fraction as class", "a.jsonl", rows(1, 2.5), 2, "label", "not a fraction", task="classification"),
-    Case("list as class", "a.jsonl", rows(["a"], ["b"]), 1, "label", "one class", task="classification"),
+    Case("list as class", "a.jsonl", rows(["a", "b"], ["b"]), 1, "label", "multi_label", task="classification"),
     Case("number as list", "a.jsonl", rows(3, 4), 1, "label", "a|b in CSV", task="multi_label", faults=2),
     Case("25 numbers as lists", "a.jsonl", rows(*range(25)), 1, "label", "and 5 more", task="multi_label", faults=20),
 ]  # fmt: skip

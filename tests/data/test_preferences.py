@@ -150,7 +150,7 @@ FORMATS: list[tuple[str, dict[str, Any], Shown, list[Shown], tuple[Pair, ...]]] 
         {
             "prompt": "a",
             "chosen": [
-                {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]},
+                {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
                 {"role": "tool", "content": "t"}, assistant("b"),
             ],
             "rejected": "c",
@@ -269,7 +269,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"prompt": " "}, "prompt", "given ' '"),
     (PAIR, {"prompt": None}, "prompt", "given null"),
     (PAIR, {"prompt": []}, "prompt", "given an empty list"),
-    (PAIR, {"prompt": {"role": "user"}}, "prompt", "(an object)"),
+    (PAIR, {"prompt": {"role": "user"}}, "prompt.content", "given null"),
     (PAIR, {"prompt": ["a"]}, "prompt[0]", 'a message such as {"role": "user"'),
     (PAIR, {"prompt": [{"role": "user", "content": ""}]}, "prompt[0].content", "given ''"),
     (PAIR, {"prompt": [user("a"), assistant("x")]}, "prompt", "messages of user, assistant"),

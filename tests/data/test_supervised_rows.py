@@ -220,7 +220,7 @@ def test_weights_and_other_keys_of_a_message(tmp_path: Path) -> None:
         ([{"role": "assistant", "content": "a", "weight": -1}], "messages[0].weight", "a number >= 0"),
         ([{"role": "assistant", "content": "a", "weight": True}], "messages[0].weight", "a number >= 0"),
         ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight", "on a message of the user"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "messages[0].content", "not all text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "messages[0].content[0]", "the type 'image'"),
     ],
 )
 def test_bad_messages(tmp_path: Path, messages: object, field: str, piece: str) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_templates import (
     BRACKETS,
     CHATML,
+    CHATML_MARKED,
     END_OF_TEXT,
     FORGETFUL,
     LAST_ONLY,
     NO_END,
     SPECIAL,
     THINKING,
+    TOOL_CHATML,
+    long_talk,
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -165,3 +169,68 @@ def test_calls_of_tools_without_words(tokenizer: PreTrainedTokenizerBase) -> Non
         '[{"name": "f"}]<|im_end|>',
         "nothing<|im_end|>",
     ]
+
+
+class Counted:
+    """Counts renderings and the characters they write."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = self.characters = 0
+        rendered = ChatTemplate._rendered
+
+        def counted(template: ChatTemplate, *arguments: Any, prompting: bool) -> str:
+            text = rendered(template, *arguments, prompting=prompting)
+            self.calls, self.characters = self.calls + 1, self.characters + len(text)
+            return text
+
+        monkeypatch.setattr(ChatTemplate, "_rendered", counted)
+
+
+def written(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: list[Message], prompting: bool
+) -> str:
+    """What transformers renders."""
+    conversation = [message.as_template() for message in messages]
+    text = tokenizer.apply_chat_template(
+        conversation, chat_template=template.source, tokenize=False, add_generation_prompt=prompting
+    )
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML_MARKED, BRACKETS, END_OF_TEXT, NO_END, TOOL_CHATML, THINKING, None])
+def test_turns_begin_where_generation_starts_from(tokenizer: PreTrainedTokenizerBase, source: str | None) -> None:
+    """Each turn's start, found without rendering, is that of the rendering of the messages before it."""
+    tokenizer.chat_template = source
+    template = ChatTemplate(tokenizer)
+    tool = [
+        Message("assistant", "", more={"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}),
+        Message("tool", "1"),
+    ]
+    more = tool if source == TOOL_CHATML else []
+    messages = [*long_talk(7)[:-1], *long_talk(2)[:1], *more, *long_talk(12)[1:]]
+    pieces = template.pieces(messages)
+    places = [place for place, piece in enumerate(pieces) if piece.message is not None]
+    assert len(places) == sum(message.role == "assistant" for message in messages)
+    for place in places:
+        number = pieces[place].message
+        assert number is not None
+        before = written(tokenizer, template, messages[:number], True)
+        assert "".join(piece.text for piece in pieces[:place]) == before
+    assert "".join(piece.text for piece in pieces) == written(tokenizer, template, messages, False)
+
+
+def test_ten_thousand_turns_are_rendered_three_times(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = CHATML
+    template, counted = ChatTemplate(tokenizer), Counted(monkeypatch)
+    messages = long_talk(10_000)
+    pieces = template.pieces(messages)
+    whole = sum(len(piece.text) for piece in pieces)
+    assert sum(piece.message is not None for piece in pieces) == 5000
+    assert counted.calls <= 3
+    assert counted.characters <= 3 * whole
+    counted.calls = counted.characters = 0
+    template.prompt(messages[:-1])
+    assert counted.calls <= 4

@@ -36,12 +36,15 @@ TextRole: TypeAlias = Literal[
     "messages",
     "instruction",
     "input",
+    "context",
+    "choices",
     "output",
     "history",
     "prompt",
     "completion",
     "text",
     "system",
+    "tools",
 ]
 
 _CHECKER = re.compile(r"auto|exact|numeric|choice|math_verify|reasoning_gym|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -90,7 +93,9 @@ class ReasoningDataSection(TextSourceSection):
         default=None, description='file, folder, glob or hub id "org/name" of the demonstrations to train on'
     )
     training_data: Text | None = Field(default=None, description="another name of reasoning_examples")
-    columns: dict[TextRole, Text] = Field(default={}, description="column of each role; detected when absent")
+    columns: dict[TextRole, Text | None] = Field(
+        default={}, description="column of each role; detected when absent, null for none"
+    )
     chat_template: Text = Field(
         default="auto",
         description='"auto" (the tokenizer\'s own, else plain), "plain", or a file with a Jinja template',

@@ -163,8 +163,10 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
         yield Finding(fields, f"{' and '.join(given)}", "one of the two", "both name the rows to train on")
 
 
-def check_reading(*, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str]]) -> Iterator[Finding]:
-    """A stream without an end, and a column in two roles; columns: (role, column)."""
+def check_reading(
+    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]]
+) -> Iterator[Finding]:
+    """A stream without an end, and a column in two roles; columns: (role, column), None for no column."""
     if streaming and max_rows is None:
         fields = ("data.streaming", "data.max_rows")
         yield Finding(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
@@ -173,7 +175,8 @@ def check_reading(*, streaming: bool, max_rows: int | None, columns: Iterable[tu
         if column in roles:
             given = f'"{column}", which is {roles[column]} already'
             yield Finding((f"data.columns.{role}",), given, "a column for one role")
-        roles[column] = role
+        if column is not None:
+            roles[column] = role
 
 
 def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:

@@ -38,10 +38,14 @@ PreferenceRole: TypeAlias = Literal[
     "margin",
     "p_human",
     "tie",
+    "response_1",
+    "response_2",
+    "preference",
     "system",
+    "tools",
     "input",
-    "messages",
-    "problem",
+    "context",
+    "choices",
 ]
 
 
@@ -54,7 +58,9 @@ class PreferenceTextSection(TextSourceSection):
     tokenizer: Text | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    columns: dict[PreferenceRole, Text] = Field(default={}, description="column of each role; detected when absent")
+    columns: dict[PreferenceRole, Text | None] = Field(
+        default={}, description="column of each role; detected when absent, null for none"
+    )
     chat_template: Text = Field(
         default="auto",
         description='"auto" (the tokenizer\'s own, else plain), "plain", "none" (strings stand as they are), or a file '

@@ -23,6 +23,20 @@ def listed(columns: Sequence[str]) -> str:
     return ", ".join(shown(name) for name in columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
 
 
+def unread(columns: Sequence[str], read: Iterable[str | None]) -> tuple[str, ...]:
+    """The columns that no role reads."""
+    taken = set(read)
+    return tuple(name for name in columns if name not in taken)
+
+
+def named(columns: Sequence[str]) -> str:
+    """The names of columns for a sentence, twenty at most; quoted where a bare name could be misread."""
+    names = [
+        name if name.isprintable() and name.strip() == name and "," not in name else shown(name) for name in columns
+    ]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def candidates(columns: Sequence[str], tiers: Sequence[frozenset[str]]) -> list[str]:
     """The columns named in the first tier that names any."""
     return next((found for tier in tiers if (found := [name for name in columns if plain_name(name) in tier])), [])
@@ -36,11 +50,11 @@ def ambiguous(role: str, found: Sequence[str], columns: Sequence[str], source: s
 
 
 def check_overrides(
-    columns: Sequence[str], overrides: Iterable[tuple[str, str]], roles: Sequence[str], source: str
+    columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
 ) -> None:
     """Raises `DataError` for a role or column of `data.columns` that there is not, and a column in two roles.
 
-    overrides: (role, column).
+    overrides: (role, column); None for a role that no column plays.
     """
     taken: dict[str, str] = {}
     for role, column in overrides:
@@ -49,6 +63,8 @@ def check_overrides(
             near = difflib.get_close_matches(role, roles, n=1)
             hint = f"did you mean {near[0]}?" if near else ""
             raise DataError([Fault(source, None, None, field, shown(role), f"one of {', '.join(roles)}", hint)])
+        if column is None:
+            continue
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f"did you mean {shown(near[0])}?" if near else ""

@@ -3,8 +3,9 @@
 Enters: a row's fields. Leaves: a `Conversation`, or problems. Understood are `messages` (role and content, as OpenAI,
 TRL and Axolotl write them), ShareGPT's `conversations` (from and value), Alpaca's instruction, input, output (with
 LLaMA-Factory's history) and TRL's prompt and completion as lists of messages. What a message holds beside role and
-content (`name`, `tool_calls`, `reasoning_content` …) reaches the chat template unchanged. Left out: prompt and
-completion as strings, which no template touches (`supervised_rows`); the template (`templates`).
+content (`name`, `reasoning_content` …) reaches the chat template unchanged; tools and calls of them as `tool_schemas`
+says. Left out: prompt and completion as strings, which no template touches (`supervised_rows`); the template
+(`templates`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from loopos.data.context import with_context
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row
+from loopos.data.tool_schemas import CALLS, Tool, tools_of, with_calls
 from loopos.data.values import kind_name
 
 ASSISTANT = "assistant"
@@ -38,6 +41,8 @@ _ROLES: Mapping[str, str] = {
 _NAMES = (("role", "content"), ("from", "value"))
 _MESSAGE_WANTED = 'a message such as {"role": "user", "content": "..."}'
 _WEIGHT = "weight"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_WANTED = 'text, or parts {"type": "text", "text": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order; at least one behind the first `num_prompt`, which are context, is the assistant's."""
+    """Messages in order; at least one behind the first `num_prompt`, which are context, is the assistant's. `tools`:
+    those that the template writes before them.
+    """
 
     messages: tuple[Message, ...]
     row: Row
     num_prompt: int = 0
+    tools: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Messages that the assistant is to answer, and the tools that it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 def conversation(fields: RowFields) -> Conversation | None:
@@ -72,11 +88,9 @@ def conversation(fields: RowFields) -> Conversation | None:
 
 
 def instruction(fields: RowFields) -> Conversation | None:
-    """The conversation of an Alpaca row: earlier turns of `history`, then instruction and, a line below, input."""
-    asked, output = fields.text("instruction"), fields.text("output")
-    given = fields.optional_text("input")
-    messages = [*_spoken("system", fields.optional_text("system")), *_history(fields)]
-    messages.append(Message("user", asked if given is None else f"{asked}\n{given}"))
+    """The conversation of an Alpaca row: earlier turns of `history`, then instruction and, below it, its context."""
+    question, output = with_context(fields, "instruction"), fields.text("output")
+    messages = [*_spoken("system", fields.optional_text("system")), *_history(fields), Message("user", question)]
     return _whole(fields, [*messages, Message(ASSISTANT, output)], "output")
 
 
@@ -113,7 +127,8 @@ def message_of(fields: RowFields, place: str, value: object) -> Message | None:
         fields.add("unknown role", f"{place}.{speaker}", shown(value[speaker]), wanted)
         return None
     more = {key: item for key, item in value.items() if key not in (speaker, told, _WEIGHT) and item is not None}
-    content = _content(fields, f"{place}.{told}", value.get(told), is_optional="tool_calls" in more)
+    more = with_calls(fields, place, more)
+    content = _content(fields, f"{place}.{told}", value.get(told), is_optional=CALLS in more)
     return Message(role, content, _weight(fields, place, role, value.get(_WEIGHT)), more)
 
 
@@ -134,7 +149,8 @@ def _whole(fields: RowFields, messages: Sequence[Message], role: str, *, num_pro
         roles = ", ".join(dict.fromkeys(message.role for message in learned))
         wanted = "at least one message of the assistant"
         fields.add("no assistant message", fields.field(role), f"messages of {roles} alone", wanted)
-    return None if fields.problems else Conversation(tuple(messages), fields.row, num_prompt)
+    tools = tools_of(fields)
+    return None if fields.problems else Conversation(tuple(messages), fields.row, num_prompt, tools)
 
 
 def _spoken(role: str, content: str | None) -> list[Message]:
@@ -143,8 +159,8 @@ def _spoken(role: str, content: str | None) -> list[Message]:
 
 def _history(fields: RowFields) -> list[Message]:
     """LLaMA-Factory's pairs of earlier instructions and answers, oldest first."""
-    value, messages = fields.value("history"), list[Message]()
-    if value is None:
+    value, messages = fields.structure("history"), list[Message]()
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         given = f"{shown(value)} ({kind_name(value)})"
@@ -162,13 +178,26 @@ def _content(fields: RowFields, place: str, value: object, *, is_optional: bool)
     if is_optional and (value is None or value == ""):
         return ""
     if isinstance(value, list):
-        texts = [part.get("text") if isinstance(part, dict) else None for part in value]
-        if not value or not all(isinstance(text, str) for text in texts):
-            given = f"a list of parts that are not all text: {shown(value)}"
-            fields.add("content is not text alone", place, given, 'text, or parts {"type": "text", "text": "..."}')
-            return ""
-        value = "".join(str(text) for text in texts)
+        texts = []
+        for number, part in enumerate(value):
+            text = _text_of(part)
+            if text is None:
+                kind = part.get("type") if isinstance(part, dict) else None
+                given = f"a part of the type {shown(kind)}" if kind is not None else f"a part {shown(part)}"
+                hint = "images, sound and files are not learned: take them out of the rows, or the rows themselves"
+                fields.add("content is not text alone", f"{place}[{number}]", given, _PART_WANTED, hint)
+                return ""
+            texts.append(text)
+        value = "".join(texts)
     return fields.checked("content", place, value)
+
+
+def _text_of(part: object) -> str | None:
+    """The text of a part of a message; None for a part of another kind."""
+    if not isinstance(part, dict) or part.get("type", "text") not in _TEXT_PARTS:
+        return None
+    text = part.get("text")
+    return text if isinstance(text, str) else None
 
 
 def _weight(fields: RowFields, place: str, role: str, value: object) -> float:

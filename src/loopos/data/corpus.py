@@ -18,6 +18,7 @@ from loopos.config.faults import DataError, Fault
 from loopos.data import rows
 from loopos.data.decoding import read_text
 from loopos.data.formats import read_labelled
+from loopos.data.reading import account
 from loopos.data.tokens import Encoded
 
 _TEXT_FILES = (".txt", ".md", ".text")
@@ -47,7 +48,7 @@ def read_corpus(source: str, columns: Mapping[str, str], *, max_rows: int | None
         reader = rows.read(source, max_rows=max_rows)
         examples, report = read_labelled(reader, dict(columns), require_label=False)
         documents = tuple(example.text for example in examples)
-        said = f"{source}: {len(documents)} documents; {'; '.join(report.said)}"
+        said = f"{source}: {len(documents)} documents; {'; '.join(report.said)}; {account(report)}"
     if not documents:
         raise DataError([Fault(source, None, None, "text", "no text", "at least one document")])
     return Corpus(documents, said)

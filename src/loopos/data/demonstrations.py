@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from loopos.data.context import chosen_letter, with_context
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
+from loopos.data.structures import structure_of
 from loopos.data.values import kind_name, unicode_problem
 
 HASHES = "####"
@@ -35,8 +37,9 @@ class Demonstration:
 
 def demonstration(fields: RowFields, step_format: StepFormat) -> Demonstration | None:
     """The demonstration that a row holds; None, with `fields.problems` filled, where it holds none."""
-    problem, system = fields.text("problem"), fields.optional_text("system")
+    problem, system = with_context(fields, "problem"), fields.optional_text("system")
     steps, answer = _chain(fields, step_format.delimiter)
+    answer = chosen_letter(fields, answer)
     if not fields.problems:
         reason = step_format.problem(steps, answer)
         if reason is not None:
@@ -94,6 +97,10 @@ def _answer(fields: RowFields) -> str:
 def _steps(fields: RowFields, delimiter: str) -> tuple[str, ...]:
     """The steps of the reasoning column; an empty list means an answer without reasoning."""
     value, field = fields.value("reasoning"), fields.field("reasoning")
+    if isinstance(value, str):
+        # CSV keeps a list of steps as its text.
+        listed = structure_of(value)
+        value = listed if isinstance(listed, list) and all(isinstance(step, str) for step in listed) else value
     if value == []:
         return ()
     if isinstance(value, list):

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.columns import ambiguous, candidates, check_overrides, listed
 
 Kind = TypeVar("Kind", bound=str)
+Overrides: TypeAlias = Mapping[str, str | None]
+"""Role → the column that the user chose for it; None: no column plays it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +68,27 @@ class Family(Generic[Kind]):
     rivals: Callable[[Sequence[Fit[Kind]]], tuple[str, str]]
 
 
-def detected(family: Family[Kind], columns: Sequence[str], overrides: Mapping[str, str], source: str) -> Fit[Kind]:
+def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides, source: str) -> Fit[Kind]:
     """Finds the format and the column of each of its roles.
 
     Args:
         columns: names of the columns that are there.
-        overrides: role to column, from `data.columns`; the format is then one that has all these roles.
+        overrides: role to column, from `data.columns`; the format is then one that has all these roles. None keeps
+            every column out of a role.
         source: the file's name for faults.
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.
     """
     check_overrides(columns, overrides.items(), list(family.names), source)
-    tiers = [[shape for shape in tier if set(overrides) <= set(shape.roles)] for tier in family.tiers]
+    names = {role: tiers for role, tiers in family.names.items() if overrides.get(role, "") is not None}
+    chosen = {role: column for role, column in overrides.items() if column is not None}
+    tiers = [[shape for shape in tier if set(chosen) <= set(shape.roles)] for tier in family.tiers]
     if not any(tiers):
-        given = f"the roles {', '.join(overrides)} together"
+        given = f"the roles {', '.join(chosen)} together"
         wanted = "roles of one format: " + "; ".join(", ".join(shape.roles) for tier in family.tiers for shape in tier)
         raise DataError([Fault(source, None, None, "data.columns", given, wanted)])
     for tier in tiers:
-        fits = [fit for shape in tier if (fit := _fit(shape, family.names, columns, overrides, source)) is not None]
+        fits = [fit for shape in tier if (fit := _fit(shape, names, columns, chosen, source)) is not None]
         if len(fits) > 1:
             called, choice = family.rivals(fits)
             given = f"columns of {len(fits)} formats: {called} ({listed(columns)})"
@@ -93,7 +98,7 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Mapping[st
             if fits[0].doubt is not None:
                 raise DataError([fits[0].doubt])
             return fits[0]
-    missing = f" (with {', '.join(overrides)} given)" if overrides else ""
+    missing = f" (with {', '.join(chosen)} given)" if chosen else ""
     given = f"no columns that make a known format{missing}; there: {listed(columns)}"
     hint = f"name the columns: data.columns: {{{family.choice}}}"
     raise DataError([Fault(source, None, None, "data.columns", given, f"columns such as {family.examples}", hint)])
@@ -111,7 +116,7 @@ def _fit(
     found = dict(overrides)
     doubt: Fault | None = None
     for role in shape.roles:
-        fitting = [] if role in found else candidates(free, names[role])
+        fitting = [] if role in found else candidates(free, names.get(role, ()))
         if len(fitting) > 1 and doubt is None:
             doubt = ambiguous(role, fitting, columns, source)
         if fitting:

@@ -9,31 +9,44 @@ Left out: what a label means (`labels`); tokens (`tokens`).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
-from loopos.data.columns import ambiguous, candidates, check_overrides, listed, plain_name
+from loopos.data.columns import ambiguous, candidates, check_overrides, listed, plain_name, unread
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.rows import Row, RowReader
+from loopos.data.structures import structure_of
 from loopos.data.values import Problem, kind_name, text_problem, unicode_problem
 
 ROLES = ("text", "text_pair", "label")
+VERDICT = "answer"
+_VERDICTS = ("accept", "reject", "ignore")
 Overrides: TypeAlias = Mapping[str, str] | Mapping[Literal["text", "text_pair", "label"], str]
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledFormat:
-    """The column behind each role, and the sentence that says so. `label` is None when there is none to read."""
+    """The column behind each role, and the sentence that says so. `label` is None when there is none to read;
+    `verdict`: Prodigy's column `answer`, whose rows are learned where it is "accept".
+    """
 
     text: str
     text_pair: str | None
     label: str | None
     said: str
     label_required: bool = True
+    verdict: str | None = None
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Role → column."""
+        served = {"text": self.text, "text_pair": self.text_pair, "label": self.label, "answer": self.verdict}
+        return {role: name for role, name in served.items() if name is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +89,9 @@ def detect(
     assert text is not None, "a text column is required of `_only`"
     served = [("text", text), ("text_pair", pair), ("label", label)]
     said = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
-    return LabelledFormat(text, pair, label, said, require_label)
+    left = unread(columns, (text, pair, label))
+    verdict = next((name for name in left if plain_name(name) == VERDICT), None) if require_label else None
+    return LabelledFormat(text, pair, label, said, require_label, verdict)
 
 
 def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
@@ -110,7 +125,26 @@ def read_labelled(
         example_of,
     )
     names = reader.report.class_names.get(form.label or "", ())
-    return examples, replace(report, class_names=names)
+    return _accepted(examples, form, replace(report, class_names=names))
+
+
+def _accepted(
+    examples: list[Labelled], form: LabelledFormat, report: FormatReport
+) -> tuple[list[Labelled], FormatReport]:
+    """The examples that an annotator accepted, where the rows are Prodigy's; else all of them."""
+    if form.verdict is None:
+        return examples, report
+    verdicts = [example.row.values.get(form.verdict) for example in examples]
+    if not all(isinstance(verdict, str) and verdict in _VERDICTS for verdict in verdicts):
+        # A column of that name with other values is none of Prodigy's, and nothing reads it.
+        columns = {role: name for role, name in report.columns.items() if name != form.verdict}
+        return examples, replace(report, columns=columns, unread=(*report.unread, form.verdict))
+    kept = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict == "accept"]
+    counted = Counter(f'"{form.verdict}" is {verdict}' for verdict in verdicts if verdict != "accept")
+    if not kept:
+        given, wanted = f"no row whose {shown(form.verdict)} is accept", "at least one accepted row"
+        raise DataError([Fault(examples[0].row.source, None, None, form.verdict, given, wanted)])
+    return kept, replace(report, used=len(kept), dropped={**report.dropped, **counted})
 
 
 def _example(row: Row, form: LabelledFormat) -> Labelled:
@@ -119,8 +153,16 @@ def _example(row: Row, form: LabelledFormat) -> Labelled:
     assert pair is None or isinstance(pair, str), "checked by _problems"
     label: object | None = None
     if form.label is not None and (form.label_required or _label_problem(row.values, form.label) is None):
-        label = row.values[form.label]
-    return Labelled(text, pair, label.strip() if isinstance(label, str) else label, row)
+        label = _label_of(row.values[form.label])
+    return Labelled(text, pair, label, row)
+
+
+def _label_of(value: object) -> object:
+    """A label as it stands, a text without the blanks around it; a list of classes also as the text that spells it."""
+    if not isinstance(value, str):
+        return value
+    listed = structure_of(value)
+    return listed if isinstance(listed, list) else value.strip()
 
 
 def _pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
@@ -170,7 +212,7 @@ def _missing(values: Mapping[str, object]) -> Problem:
 def _label_problem(values: Mapping[str, object], column: str) -> Problem | None:
     if column not in values:
         return _missing(values)
-    label = values[column]
+    label = _label_of(values[column])
     if label is None or (isinstance(label, str) and not label.strip()):
         return "is null", "null" if label is None else f"an empty label ({shown(label)})", ""
     if isinstance(label, list):

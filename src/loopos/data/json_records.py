@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
@@ -146,6 +146,10 @@ def json_document(text: str, source: str) -> Records:
     else:
         raise file_error(source, shown(text[start : start + 40]), _DOCUMENT_WANTED, line=text.count("\n", 0, start) + 1)
     behind = _skip(text, end)
+    if text[start] == "{" and text.startswith("{", behind):
+        line = text.count("\n", 0, behind) + 1
+        hint = "put them into one array: [{...}, {...}], or write each on one line, in a file named .jsonl"
+        raise file_error(source, "a second object behind the first", _DOCUMENT_WANTED, hint, line=line)
     if behind < len(text):
         raise DataError([reader.syntax_fault(text, behind, "more text behind the document", None)])
 
@@ -169,6 +173,7 @@ def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Faul
 def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Record | Fault, None, int]:
     """Yields the elements of the array under "data" of the object at `start`; returns the place behind the object."""
     names: list[str] = []
+    lists: list[str] = []
     rows_found = False
     position, closed = _skip(text, start + 1), False
     if text.startswith("}", position):
@@ -189,16 +194,22 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
             rows_found = True
             end = yield from _array(reader, text, value)
         else:
-            _, end = reader.decode(text, value)
+            found, end = reader.decode(text, value)
+            lists += [name] if isinstance(found, list) else []
         position, closed = _after_member(reader, text, end, "}")
-    if not rows_found:
-        line = text.count("\n", 0, start) + 1
-        given = (
-            f"an object with {', '.join(shown(name) for name in names[:8])}" if names else "an object without a list"
-        )
-        hint = 'put the rows into a list: {"data": [{"text": "...", "label": "..."}, ...]}'
-        raise file_error(reader.source, f"{given} and no list of rows", _DOCUMENT_WANTED, hint, line=line, field="data")
+    if not rows_found and not text.startswith("{", _skip(text, position)):
+        raise _no_rows(reader.source, names, lists, text.count("\n", 0, start) + 1)
     return position
+
+
+def _no_rows(source: str, names: Sequence[str], lists: Sequence[str], line: int) -> DataError:
+    """The error of an object whose rows do not stand under "data". lists: the names of its lists."""
+    held = ", ".join(map(shown, names[:8])) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    hint = 'put the rows into a list under the key "data": {"data": [{"text": "...", "label": "..."}, ...]}'
+    if len(lists) == 1:
+        hint = f'if {shown(lists[0])} holds the rows, rename it to "data", or leave only its array in the file'
+    given = f'an object with {held} and no list of rows under the key "data"'
+    return file_error(source, given, _DOCUMENT_WANTED, hint, line=line, field="data")
 
 
 def _after_member(reader: JsonReader, text: str, position: int, closing: str) -> tuple[int, bool]:

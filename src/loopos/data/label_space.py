@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeGuard
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.record import shown
@@ -22,6 +22,7 @@ from loopos.data.rows import Row
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
 Kind: TypeAlias = Literal["whole number", "number", "text", "true or false", "list"]
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 # Leading zeros make a name ("007"), not a number: two names must never become one class.
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
@@ -53,11 +54,12 @@ class LabelSpace:
         """
         if self.task == "regression":
             if kind_of(label) not in ("number", "whole number"):
-                raise label_error(row, column, label, "a number (task: regression)")
+                hint = f"write {label.replace(',', '.')}, with a point" if is_comma_number(label) else ""
+                raise label_error(row, column, label, "a number (task: regression)", hint)
             assert isinstance(label, str | int | float)
             return float(label)
         if self.task == "classification":
-            return self._place(label, label, row, column)
+            return self._place(sole(label), label, row, column)
         members = members_of(label)
         if members is None:
             raise label_error(row, column, label, "a list of classes (task: multi_label)")
@@ -141,6 +143,16 @@ def members_of(label: object) -> list[object] | None:
     if isinstance(label, str):
         return [part.strip() for part in label.split("|") if part.strip()]
     return None
+
+
+def sole(label: object) -> object:
+    """The only member of a list of one, as annotation tools write a class; any other label as it is."""
+    return members[0] if isinstance(label, list) and (members := members_of(label)) and len(members) == 1 else label
+
+
+def is_comma_number(label: object) -> TypeGuard[str]:
+    """Whether a label is text such as "3,5"."""
+    return isinstance(label, str) and _DECIMAL_COMMA.fullmatch(label) is not None
 
 
 def label_error(row: Row, column: str, label: object, wanted: str, hint: str = "") -> DataError:

@@ -43,7 +43,14 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
     """
     examples, report = read_labelled(opened(data, data.training_data, data.training_split), data.columns)
     names = model.labels or (report.class_names if model.task in (None, "classification") else None) or None
-    space = infer_task(examples, model.task, model.num_classes, names, column=data.columns.get("label", "label"))
+    space = infer_task(
+        examples,
+        model.task,
+        model.num_classes,
+        names,
+        column=report.columns.get("label", "label"),
+        on_bad_row=data.on_bad_row,
+    )
     examples, targets, report = encode_all(space, examples, report, on_bad_row=data.on_bad_row)
     said, reports = [*report.said, space.said, account(report)], [report]
     held_out: list[Labelled] = []
@@ -77,7 +84,7 @@ def encode_all(
     faults: list[Fault] = []
     for example in examples:
         try:
-            targets.append(space.encode(example.label, example.row))
+            targets.append(space.encode(example.label, example.row, report.columns.get("label", "label")))
         except DataError as problem:
             faults += problem.faults
         else:
@@ -85,6 +92,7 @@ def encode_all(
     if faults and (on_bad_row == "error" or not kept):
         raise BadRows(faults, len(faults), "correct these labels, or set data.on_bad_row to skip")
     if faults:
-        dropped = {**report.dropped, "label of no class": len(faults)}
+        reason = "label that is no number" if space.task == "regression" else "label of no class"
+        dropped = {**report.dropped, reason: len(faults)}
         report = replace(report, used=len(kept), dropped=dropped, faults=(*report.faults, *faults))
     return kept, targets, report

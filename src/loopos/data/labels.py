@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.formats import Labelled
-from loopos.data.label_space import Kind, LabelSpace, Task, key_of, kind_of, label_error, members_of
+from loopos.data.label_space import Kind, LabelSpace, Task, key_of, kind_of, label_error, members_of, sole
 from loopos.data.record import MAXIMUM_FAULTS, BadRows, shown
+from loopos.data.stray_labels import comma_fault, commas, of_other_kinds, stray_fault, texts_among_numbers
 
 __all__ = ["LabelSpace", "infer_task"]
 _PLURALS: dict[Kind, str] = {"whole number": "whole numbers", "text": "text", "true or false": "true or false"}
@@ -30,6 +32,7 @@ def infer_task(
     class_names: Sequence[str] | None = None,
     *,
     column: str = "label",
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> LabelSpace:
     """Reads the task and the classes off the labels, or checks the labels against those given.
 
@@ -39,6 +42,8 @@ def infer_task(
         num_classes: as the config says it; 1 means regression.
         class_names: names in the order of the classes (`model.labels`): the labels themselves, or names for 0 to n - 1.
         column: the label's column, for faults.
+        on_bad_row: "skip" reads the space off the other labels where a few are of no class or no number; the space then
+            does not encode those.
     Raises:
         DataError: labels of several kinds, or other than the task, num_classes or class_names say; a single class.
     """
@@ -50,18 +55,24 @@ def infer_task(
         raise DataError(
             [Fault(source, None, None, "model.num_classes", given, "as many classes as model.labels names")]
         )
+    skips = on_bad_row == "skip"
     if task is None:
-        task = _task_of(examples, num_classes, column)
+        task, examples = _task_of(examples, num_classes, class_names, column, skips=skips)
     if task == "regression":
-        return _regression(examples, num_classes, class_names, column)
+        return _regression(examples, num_classes, class_names, column, skips=skips)
+    if skips and not _all_text(examples):
+        examples = _without(examples, of_other_kinds(examples, is_class=task == "classification"))
     members = _members(examples, task, column)
     kind = _member_kind(examples, members, task, column)
     counts = Counter(
         key for listed in members for key in (key_of(member, kind) for member in listed) if key is not None
     )
     keys, names = _classes(counts, kind, num_classes, class_names, source)
-    space = LabelSpace(task, names, keys, kind, len(keys), _said(task, kind, keys, names, counts, len(examples)))
-    _encode_all(space, examples, column)
+    space = LabelSpace(task, names, keys, kind, len(keys), "")
+    _encode_all(space, examples, column, skips=skips)
+    counts = Counter({key: count for key, count in counts.items() if key in keys})
+    said = _said(task, kind, keys, names, counts, examples, column)
+    space = LabelSpace(task, names, keys, kind, len(keys), said)
     if len(counts) < (2 if task == "classification" else 1):
         given = f"every row labelled {next(iter(counts))}" if counts else "no row with a class"
         hint = "nothing can be learned from a single class; is the right column the label (data.columns.label)?"
@@ -69,15 +80,41 @@ def infer_task(
     return space
 
 
-def _task_of(examples: Sequence[Labelled], num_classes: int | None, column: str) -> Task:
+def _task_of(
+    examples: Sequence[Labelled],
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    column: str,
+    *,
+    skips: bool,
+) -> tuple[Task, Sequence[Labelled]]:
+    """The task that the labels suggest, and the examples that it is read off."""
+    strays = texts_among_numbers(examples, num_classes, class_names)
+    if skips:
+        strays = strays or ([] if _all_text(examples) else of_other_kinds(examples, is_class=False))
+        examples = _without(examples, strays)
+    elif strays and _all_text(examples):
+        _raise([stray_fault(example, column) for example in strays])
+    if _all_text(examples):
+        _raise([comma_fault(example, column) for example in commas(examples)])
     kinds = _first_of_each_kind(examples, column)
     if set(kinds) <= _NUMBERS:
-        return "regression" if "number" in kinds or num_classes == 1 else "classification"
+        return "regression" if "number" in kinds or num_classes == 1 else "classification", examples
     if set(kinds) == {"list"}:
-        return "multi_label"
-    if len(kinds) == 1 or all(isinstance(example.label, str) for example in examples):
-        return "classification"
+        return "multi_label", examples
+    if len(kinds) == 1 or _all_text(examples):
+        return "classification", examples
     raise _mixed(kinds, column)
+
+
+def _all_text(examples: Sequence[Labelled]) -> bool:
+    """Whether every label is text, as in CSV."""
+    return all(isinstance(example.label, str) for example in examples)
+
+
+def _without(examples: Sequence[Labelled], strays: Sequence[Labelled]) -> list[Labelled]:
+    left_out = {id(example) for example in strays}
+    return [example for example in examples if id(example) not in left_out]
 
 
 def _first_of_each_kind(examples: Sequence[Labelled], column: str) -> dict[Kind, Labelled]:
@@ -92,7 +129,7 @@ def _first_of_each_kind(examples: Sequence[Labelled], column: str) -> dict[Kind,
 
 def _mixed(kinds: dict[Kind, Labelled], column: str) -> DataError:
     wanted = "labels of one kind in all rows"
-    hint = "write all labels alike"
+    hint = "write all labels alike, or set data.on_bad_row to skip to leave out the few of another kind"
     faults = []
     for kind, example in kinds.items():
         given = f"{shown(example.label)} (the first {kind})"
@@ -101,7 +138,12 @@ def _mixed(kinds: dict[Kind, Labelled], column: str) -> DataError:
 
 
 def _regression(
-    examples: Sequence[Labelled], num_classes: int | None, class_names: Sequence[str] | None, column: str
+    examples: Sequence[Labelled],
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    column: str,
+    *,
+    skips: bool,
 ) -> LabelSpace:
     if num_classes not in (None, 1) or class_names is not None:
         numbered = [example for example in examples if kind_of(example.label) == "number"]
@@ -110,7 +152,7 @@ def _regression(
         hint = f"leave {field} out for regression, or correct the label"
         raise label_error(first.row, column, first.label, f"a class, as {field} is given", hint)
     space = LabelSpace("regression", (), (), "number", 1, "")
-    values = [value for value in _encode_all(space, examples, column) if isinstance(value, float)]
+    values = [value for value in _encode_all(space, examples, column, skips=skips) if isinstance(value, float)]
     if min(values) == max(values):
         given = f"the value {values[0]:g} in every row"
         raise DataError([Fault(examples[0].row.source, None, None, column, given, "values that differ")])
@@ -121,7 +163,7 @@ def _regression(
 def _members(examples: Sequence[Labelled], task: Task, column: str) -> list[list[object]]:
     """The classes that each row lists: one for classification."""
     if task == "classification":
-        return [[example.label] for example in examples]
+        return [[sole(example.label)] for example in examples]
     listed = [members_of(example.label) for example in examples]
     faults = [
         Fault(example.row.place, example.row.line, None, column, shown(example.label),
@@ -141,7 +183,8 @@ def _member_kind(examples: Sequence[Labelled], members: Sequence[Sequence[object
         for member in listed:
             kind = kind_of(member)
             if kind is None or kind == "list":
-                raise label_error(example.row, column, example.label, f"one class (task: {task})")
+                hint = 'with several classes a row, model.task is "multi_label"' if kind == "list" else ""
+                raise label_error(example.row, column, example.label, f"one class (task: {task})", hint)
             only_strings = only_strings and isinstance(member, str)
             kinds.setdefault(kind, example)
     if not kinds:
@@ -187,31 +230,48 @@ def _by_count(item: tuple[str, int]) -> tuple[int, str]:
     return -item[1], item[0]
 
 
-def _encode_all(space: LabelSpace, examples: Sequence[Labelled], column: str) -> list[int | float | list[int]]:
+def _encode_all(
+    space: LabelSpace, examples: Sequence[Labelled], column: str, *, skips: bool
+) -> list[int | float | list[int]]:
+    """The labels in the space's numbers; without those that it does not hold where bad rows are skipped, unless none is
+    left.
+    """
     encoded, faults = [], list[Fault]()
     for example in examples:
         try:
             encoded.append(space.encode(example.label, example.row, column))
         except DataError as error:
             faults.extend(error.faults)
-    _raise(faults)
+    if not skips or not encoded:
+        _raise(faults)
     return encoded
 
 
 def _raise(faults: Sequence[Fault]) -> None:
     if faults:
-        advice = "correct the labels, or model.task, model.num_classes and model.labels"
+        advice = (
+            "correct the labels, or model.task, model.num_classes and model.labels; or set data.on_bad_row to skip to "
+            "leave these rows out"
+        )
         raise BadRows(faults[:MAXIMUM_FAULTS], len(faults), advice)
 
 
 def _said(
-    task: Task, kind: Kind, keys: Sequence[str], names: Sequence[str], counts: Counter[str], num_rows: int
+    task: Task,
+    kind: Kind,
+    keys: Sequence[str],
+    names: Sequence[str],
+    counts: Counter[str],
+    examples: Sequence[Labelled],
+    column: str,
 ) -> str:
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     said = f"task: {task}, {len(keys)} classes ({listed}), from labels that are {_PLURALS[kind]}"
     unseen = [name for key, name in zip(keys, names, strict=True) if key not in counts]
     if unseen:
         said += f"; no row is labelled {', '.join(unseen[:12])}{', ...' if len(unseen) > 12 else ''}"
-    if len(keys) > max(20, num_rows // 2):
-        said += f"; {len(keys)} classes for {num_rows} rows: is {shown('label')} the right column?"
+    if len(keys) > max(20, len(examples) // 2):
+        said += f"; {len(keys)} classes for {len(examples)} rows: is {shown(column)} the right column?"
+    if task == "multi_label" and all(isinstance(each.label, list) and len(each.label) == 1 for each in examples):
+        said += '; every list holds one label: for one class a row set model.task to "classification"'
     return said

@@ -7,13 +7,14 @@ Enters: the `data` section of a method that learns from preferences. Leaves: tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.preferences import PreferenceTextSection
+from loopos.data.format_detection import Overrides
 from loopos.data.preference_tokens import EncodedComparison, PreferenceReport, encode_comparisons, encode_prompts
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts, told
@@ -51,7 +52,7 @@ def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> Pref
 
 
 def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:
-    columns: Mapping[str, str] = {str(role): column for role, column in data.columns.items()}
+    columns: Overrides = {str(role): column for role, column in data.columns.items()}
 
     def examples(reader: RowReader) -> tuple[list[ExampleT], FormatReport]:
         return read(reader, columns, as_text=data.chat_template == "none")

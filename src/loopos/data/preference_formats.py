@@ -1,4 +1,5 @@
-"""Columns → what the rows of a preference data set are: pairs, pairs with an implicit prompt, groups; or prompts alone.
+"""Columns → what the rows of a preference data set are: pairs, pairs with an implicit prompt, pairs with a preferred
+side, groups; or only prompts.
 
 Enters: names of columns and, from `data.columns`, the user's own choice. Leaves: a `PreferenceFormat` with the sentence
 that says it. The names are those that TRL, LLaMA-Factory, Axolotl and OpenRLHF read, without regard to case. A format
@@ -12,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from loopos.data.format_detection import Family, Fit, Shape, detected
+from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
+from loopos.data.format_detection import Family, Fit, Overrides, Shape, detected
+from loopos.data.tool_schemas import TOOL_NAMES
 
-Kind: TypeAlias = Literal["pairs", "groups", "implicit pairs", "prompts"]
+Kind: TypeAlias = Literal["pairs", "groups", "judged pairs", "implicit pairs", "prompts"]
 
 NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "prompt": (
@@ -33,26 +36,42 @@ NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "margin": (frozenset({"margin"}),),
     "p_human": (frozenset({"p_human"}), frozenset({"p_chosen"}), frozenset({"probability"})),
     "tie": (frozenset({"tie"}),),
-    "input": (frozenset({"input"}),),
+    "response_1": (
+        frozenset({"response1", "response_1"}),
+        frozenset({"response_a", "answer1", "answer_1", "answer_a", "completion_a", "output_1", "conversation_a"}),
+    ),
+    "response_2": (
+        frozenset({"response2", "response_2"}),
+        frozenset({"response_b", "answer2", "answer_2", "answer_b", "completion_b", "output_2", "conversation_b"}),
+    ),
+    "preference": (
+        frozenset({"preference"}),
+        frozenset({"preference.responses"}),
+        frozenset({"winner", "comparison", "preferred"}),
+    ),
+    **CONTEXT_NAMES,
     "system": (frozenset({"system"}), frozenset({"system_prompt"})),
+    "tools": TOOL_NAMES,
 }
 """The names of each role's column in tiers, a better tier winning over a later one."""
 
 _CERTAINTY = ("margin", "p_human", "tie")
+_BESIDE = (*CONTEXT_ROLES, "system", "tools")
 SHAPES: tuple[tuple[Shape[Kind], ...], ...] = (
     (
-        Shape("pairs", ("prompt", "chosen", "rejected"), (*_CERTAINTY, "input", "system")),
-        Shape("groups", ("prompt", "responses", "scores"), ("input", "system")),
-        Shape("groups", ("prompt", "responses", "ranking"), ("input", "system")),
+        Shape("pairs", ("prompt", "chosen", "rejected"), (*_CERTAINTY, *_BESIDE)),
+        Shape("groups", ("prompt", "responses", "scores"), _BESIDE),
+        Shape("groups", ("prompt", "responses", "ranking"), _BESIDE),
+        Shape("judged pairs", ("prompt", "response_1", "response_2", "preference"), ("margin", *_BESIDE)),
     ),
-    (Shape("implicit pairs", ("chosen", "rejected"), (*_CERTAINTY, "system")),),
-    (Shape("prompts", ("prompt",), ("input", "system")),),
+    (Shape("implicit pairs", ("chosen", "rejected"), (*_CERTAINTY, "system", "tools")),),
+    (Shape("prompts", ("prompt",), _BESIDE),),
 )
 """The formats in tiers, a better tier winning over a later one; the last is for those who ask for prompts alone."""
 
 _PAIR_EXAMPLES = (
-    '{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}, {"prompt", "responses", "scores"} or '
-    '{"prompt", "responses", "ranking"}'
+    '{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}, {"prompt", "responses", "scores"}, '
+    '{"prompt", "responses", "ranking"} or {"prompt", "response1", "response2", "preference"}'
 )
 _PROMPT_EXAMPLES = '{"prompt"}, {"question"}, {"instruction", "input"}, {"messages"} or {"chosen", "rejected"}'
 
@@ -67,7 +86,7 @@ class PreferenceFormat:
 
 
 def detect(
-    columns: Sequence[str], overrides: Mapping[str, str], *, source: str = "data", prompts: bool = False
+    columns: Sequence[str], overrides: Overrides, *, source: str = "data", prompts: bool = False
 ) -> PreferenceFormat:
     """Finds the format and the column of each of its roles.
 

@@ -28,6 +28,7 @@ from loopos.data.record import BadRows
 from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
 from loopos.data.tokens import length_spread
+from loopos.data.tool_schemas import Tool
 
 PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same tokens"
 
@@ -186,7 +187,7 @@ def _tokenised(
             example = examples[place]
             try:
                 responses = example.responses if isinstance(example, Comparison) else ()
-                found.append((place, _groups(example.prompt, responses, template)))
+                found.append((place, _groups(example.prompt, responses, template, example.tools)))
             except TemplateRefusal as problem:
                 wanted = "messages that the template renders turn by turn"
                 row = example.row
@@ -198,14 +199,16 @@ def _tokenised(
             yield place, [[token for _ in group for token in next(ids)] for group in groups]
 
 
-def _groups(prompt: Words, responses: Sequence[Words], template: ChatTemplate) -> list[list[Piece]]:
+def _groups(
+    prompt: Words, responses: Sequence[Words], template: ChatTemplate, tools: Sequence[Tool]
+) -> list[list[Piece]]:
     """The pieces of the prompt, then of each response up to its last end token. Raises `TemplateRefusal`."""
     if isinstance(prompt, str):
         return [[Piece(prompt, begins=True)], *([Piece(str(response), closes=True)] for response in responses)]
-    groups = [template.prompt(prompt)]
+    groups = [template.prompt(prompt, tools)]
     for response in responses:
         assert not isinstance(response, str), "messages go with messages"
-        pieces = template.pieces([*prompt, *response])
+        pieces = template.pieces([*prompt, *response], tools)
         turns = [place for place, piece in enumerate(pieces) if piece.message is not None]
         start = next(place for place in turns if pieces[place].message == len(prompt))
         assert pieces[:start] == groups[0], "a turn begins behind what generation starts from"

@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loopos.data.conversations import ASSISTANT, Message, message_of
+from loopos.data.format_detection import Overrides
 from loopos.data.preference_formats import PreferenceFormat, detect
+from loopos.data.preference_votes import share_of_votes
 from loopos.data.prompts import Words, add_same, asked, check_spoken, implied, is_same, stands_as_is
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
+from loopos.data.tool_schemas import Tool, check_no_tools, tools_of
 from loopos.data.values import is_number, kind_name
 
 _TIE = 0.5
@@ -49,10 +52,11 @@ class Comparison:
     responses: tuple[Words, ...]
     pairs: tuple[Pair, ...]
     row: Row
+    tools: tuple[Tool, ...] = ()
 
 
 def read_comparisons(
-    reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
+    reader: RowReader, overrides: Overrides, *, as_text: bool = False
 ) -> tuple[list[Comparison], FormatReport]:
     """Reads a whole source into comparisons of one format, in its order.
 
@@ -83,16 +87,22 @@ def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -
             found = _pair(fields, as_text)
         case "groups":
             found = _group(fields, as_text)
+        case "judged pairs":
+            found = _pair(fields, as_text, ("response_1", "response_2"))
         case _:
             split = implied(fields)
             found = None if split is None else Comparison(split[0], split[1], (_judged(fields),), fields.row)
-    return None if fields.problems else found
+    fields.check_no_media()
+    tools = tools_of(fields)
+    if found is not None and isinstance(found.prompt, str):
+        check_no_tools(fields, tools)
+    return None if fields.problems or found is None else replace(found, tools=tools)
 
 
-def _pair(fields: RowFields, as_text: bool) -> Comparison | None:
-    """TRL's prompt, chosen and rejected, each a text or messages."""
-    values = {role: fields.value(role) for role in ("chosen", "rejected")}
-    as_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *values.values()))
+def _pair(fields: RowFields, as_text: bool, roles: tuple[str, str] = ("chosen", "rejected")) -> Comparison | None:
+    """A prompt and two responses, each a text or messages."""
+    values = {role: fields.spoken(role) for role in roles}
+    as_text = as_text and all(isinstance(value, str) for value in (fields.spoken("prompt"), *values.values()))
     prompt = asked(fields, as_text=as_text)
     responses = [
         _told(fields, fields.field(role), value)
@@ -100,16 +110,18 @@ def _pair(fields: RowFields, as_text: bool) -> Comparison | None:
         else _answered(fields.text(role), as_text)
         for role, value in values.items()
     ]
-    return _compared(fields, prompt, responses, list(map(fields.field, values)), [_judged(fields)])
+    judged = _preferred(fields) if fields.has("preference") else _judged(fields)
+    return _compared(fields, prompt, responses, list(map(fields.field, values)), [judged])
 
 
 def _group(fields: RowFields, as_text: bool) -> Comparison | None:
     """A prompt with many responses, each a text or messages, and their scores or ranking."""
-    values = fields.listed_values("responses", "a list of two or more responses")
-    places = [f"{fields.field('responses')}[{number}]" for number in range(len(values))]
+    listed = fields.listed_values("responses", "a list of two or more responses")
+    places = [f"{fields.field('responses')}[{number}]" for number in range(len(listed))]
+    values = [fields.spoken_value(place, value) for place, value in zip(places, listed, strict=True)]
     if len(values) == 1:
         fields.add("one response alone", fields.field("responses"), "1 response", "two or more responses")
-    as_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *values))
+    as_text = as_text and all(isinstance(value, str) for value in (fields.spoken("prompt"), *values))
     prompt = asked(fields, as_text=as_text)
     responses = [
         _told(fields, place, value)
@@ -176,6 +188,15 @@ def _judged(fields: RowFields) -> Pair:
             fields.add("margin of a tie", fields.field("margin"), given, "no margin, or 0")
         probability = _TIE
     return Pair(0, 1, 1.0 if probability is None else probability, margin or 0.0)
+
+
+def _preferred(fields: RowFields) -> Pair:
+    """The pair of a row that says which of two responses is preferred."""
+    share, margin = share_of_votes(fields), _number(fields, "margin", math.inf)
+    better = 0 if share >= _TIE else 1
+    if share == _TIE and margin:
+        fields.add("margin of a tie", fields.field("margin"), f"{margin:g} beside a tie", "no margin, or 0")
+    return Pair(better, 1 - better, max(share, 1 - share), margin or 0.0)
 
 
 def _number(fields: RowFields, role: str, most: float) -> float | None:

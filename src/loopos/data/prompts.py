@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from loopos.data.conversations import ASSISTANT, Message, messages_of, with_system
+from loopos.data.context import CONTEXT_ROLES, with_context
+from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
+from loopos.data.format_detection import Overrides
 from loopos.data.preference_formats import PreferenceFormat, detect
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
-from loopos.data.templates import num_shared
+from loopos.data.template_checks import num_shared
+from loopos.data.tool_schemas import Tool, check_no_tools, tools_of
 from loopos.data.values import kind_name
 
 Words: TypeAlias = tuple[Message, ...] | str
@@ -37,10 +40,11 @@ class Prompt:
 
     prompt: Words
     row: Row
+    tools: tuple[Tool, ...] = ()
 
 
 def read_prompts(
-    reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
+    reader: RowReader, overrides: Overrides, *, as_text: bool = False
 ) -> tuple[list[Prompt], FormatReport]:
     """Reads a whole source into prompts, in its order; those of preference rows too. Of a conversation the assistant's
     last words are left off. A prompt that came before is dropped and counted.
@@ -52,11 +56,7 @@ def read_prompts(
     """
 
     def from_row(row: Row, form: PreferenceFormat) -> Prompt | Unusable:
-        fields = RowFields(row, form.columns)
-        words = _words_of(fields, form, as_text)
-        if words is None or fields.problems:
-            return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
-        return Prompt(words, row)
+        return prompt_of(row, form, as_text=as_text)
 
     found: tuple[list[Prompt], PreferenceFormat, FormatReport]
     found = read_examples(
@@ -65,11 +65,23 @@ def read_prompts(
     examples, _, report = found
     kept: dict[str, Prompt] = {}
     for prompt in examples:
-        kept.setdefault(prompt_key(prompt.prompt), prompt)
+        kept.setdefault(prompt_key(prompt.prompt, prompt.tools), prompt)
     repeated = len(examples) - len(kept)
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
     told = stands_as_is([prompt.prompt for prompt in kept.values()])
     return list(kept.values()), replace(report, used=len(kept), dropped=dropped, said=(*report.said, *told))
+
+
+def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:
+    """The prompt of one row, or why it has none; `as_text` as for `read_prompts`."""
+    fields = RowFields(row, form.columns)
+    words, tools = _words_of(fields, form, as_text), tools_of(fields)
+    fields.check_no_media()
+    if isinstance(words, str):
+        check_no_tools(fields, tools)
+    if words is None or fields.problems:
+        return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+    return Prompt(words, row, tools)
 
 
 def stands_as_is(prompts: Sequence[Words]) -> list[str]:
@@ -81,15 +93,19 @@ def stands_as_is(prompts: Sequence[Words]) -> list[str]:
 
 def asked(fields: RowFields, *, as_text: bool) -> Words:
     """The prompt of a row that has a column for it; an empty stand-in where `fields.problems` say why there is none."""
-    given = fields.optional_text("input")
-    if isinstance(fields.value("prompt"), list):
-        if given is not None:
-            fields.add(
-                "input beside messages", fields.field("input"), shown(given), "all that is asked in the messages"
-            )
+    value = fields.spoken("prompt")
+    if isinstance(value, dict):
+        message = message_of(fields, fields.field("prompt"), value)
+        return with_system(fields, [message] if message is not None else [], shown(fields.field("prompt")))
+    if isinstance(value, list):
+        for role in CONTEXT_ROLES:
+            given = fields.value(role)
+            if given is not None and not (isinstance(given, str) and not given.strip()):
+                hint = f'write it into the messages, or leave it out: data.columns: {{"{role}": null}}'
+                wanted = "all that is asked in the messages"
+                fields.add(f"{role} beside messages", fields.field(role), shown(given), wanted, hint)
         return with_system(fields, messages_of(fields, "prompt"), shown(fields.field("prompt")))
-    text = fields.text("prompt")
-    text = text if given is None else f"{text}\n{given}"
+    text = with_context(fields, "prompt")
     if not as_text:
         return with_system(fields, [Message("user", text)], shown(fields.field("prompt")))
     _check_no_system(fields)
@@ -98,10 +114,11 @@ def asked(fields: RowFields, *, as_text: bool) -> Words:
 
 def implied(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
     """Prompt and responses of a row whose two responses begin with the prompt; None, with problems filled, else."""
-    values = {role: fields.value(role) for role in ("chosen", "rejected")}
+    values = {role: fields.spoken(role) for role in ("chosen", "rejected")}
     if all(isinstance(value, list) for value in values.values()):
         return _implied_messages(fields)
     texts = [fields.text(role) for role, value in values.items() if not isinstance(value, list)]
+    check_no_tools(fields, tools_of(fields))
     if fields.problems:
         return None
     if len(texts) < 2:
@@ -215,7 +232,7 @@ def told(prompt: Words) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
 
 
-def prompt_key(prompt: Words) -> str:
-    """A text that is the same for equal prompts alone."""
+def prompt_key(prompt: Words, tools: Sequence[Tool] = ()) -> str:
+    """A text that is the same only for equal prompts with equal tools."""
     value = prompt if isinstance(prompt, str) else [message.as_template() for message in prompt]
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps([value, *tools] if tools else value, sort_keys=True, default=str)

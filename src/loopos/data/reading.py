@@ -8,12 +8,14 @@ themselves (`formats`, `supervised_formats`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
+from loopos.data.annotations import flat_rows
+from loopos.data.columns import named, unread
 from loopos.data.rows import Row, RowReader
 
 UNREADABLE = "unreadable row"
@@ -39,8 +41,10 @@ class SourceKeys(Protocol):
 
 
 class ColumnsFound(Protocol):
-    """A format: the sentence that says which column plays which role."""
+    """A format: role → the column that it reads, and the sentence that says so."""
 
+    @property
+    def columns(self) -> Mapping[str, str]: ...
     @property
     def said(self) -> str: ...
 
@@ -61,7 +65,8 @@ class Unusable:
 class FormatReport:
     """The account of a pass: `read` = `used` + the sum of `dropped`, which counts the rows dropped for each reason.
 
-    `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any.
+    `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any. `columns`:
+    role → column; `unread`: the columns that no role reads.
     """
 
     read: int
@@ -70,12 +75,19 @@ class FormatReport:
     said: tuple[str, ...]
     faults: tuple[Fault, ...] = field(default=())
     class_names: tuple[str, ...] = field(default=())
+    columns: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=())
 
 
 def account(report: FormatReport) -> str:
-    """read = used + dropped, in words."""
+    """read = used + dropped, and the columns that were not read, in words."""
     dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
-    return f"{report.read} rows read, {report.used} used{dropped}"
+    return "; ".join([f"{report.read} rows read, {report.used} used{dropped}", *left_out(report)])
+
+
+def left_out(report: FormatReport) -> list[str]:
+    """The sentence that names the columns which no role reads; none where all are read."""
+    return [f"not read: {named(report.unread)}"] if report.unread else []
 
 
 def opened(data: SourceKeys, source: str, split: str) -> RowReader:
@@ -111,10 +123,11 @@ def read_examples(
         DataError: as `rows.read` and `detect`; no row that can be used; bad rows by the reader's policy, the file's
             and the format's together.
     """
-    pass_rows = list(reader.rows())
+    pass_rows = flat_rows(list(reader.rows()))
     report, examples = reader.report, list[Example]()
     dropped = Counter({UNREADABLE: report.bad_rows} if report.bad_rows else {})
     form: Form | None = None
+    columns: list[str] = []
     if pass_rows:
         columns = list(dict.fromkeys(name for row in pass_rows for name in row.values))
         try:
@@ -134,6 +147,14 @@ def read_examples(
         first = f"the first fault: {report.faults[0]}" if report.faults else ""
         raise DataError([Fault(report.source, None, None, "rows", given, "at least one good row", first)])
     said = (*report.said, form.said)
-    counted = FormatReport(report.rows_read, len(examples), dict(dropped), said, tuple(report.faults))
+    counted = FormatReport(
+        report.rows_read,
+        len(examples),
+        dict(dropped),
+        said,
+        tuple(report.faults),
+        columns=form.columns,
+        unread=unread(columns, form.columns.values()),
+    )
     assert counted.read == counted.used + sum(counted.dropped.values()), counted
     return examples, form, counted

@@ -29,7 +29,7 @@ Kind: TypeAlias = Literal["conversations", "prompts with a response", "prompts w
 
 NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "messages": (frozenset({"messages"}), frozenset({"conversations", "conversation"})),
-    "prompt": PREFERENCE_NAMES["prompt"][:-1],
+    "prompt": tuple(tier for tier in PREFERENCE_NAMES["prompt"] if "messages" not in tier),
     "response": (
         frozenset({"response"}),
         frozenset({"completion"}),

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from loopos.config.faults import Fault
-from loopos.data.columns import listed
+from loopos.data.columns import listed, plain_name
+from loopos.data.record import shown
 from loopos.data.rows import Row
+from loopos.data.structures import spells_message, spells_messages, structure_of, without_nulls
 from loopos.data.values import kind_name, text_problem
 
 RowProblem: TypeAlias = tuple[str, Fault]
 _TEXT_WANTED = "a text that is not blank"
+_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+_MESSAGES_HINT = "write the list as JSON: json.dumps(row[column]), or use JSON Lines or parquet"
 
 
 class RowFields:
@@ -35,14 +39,42 @@ class RowFields:
         return self.columns.get(role, role)
 
     def value(self, role: str) -> object:
-        """What the row holds for a role; None where it is null or missing."""
-        return self.row.values.get(self.columns[role]) if role in self.columns else None
+        """What the row holds for a role, its objects without nulls; None where it is null or missing."""
+        return without_nulls(self.row.values.get(self.columns[role])) if role in self.columns else None
+
+    def structure(self, role: str) -> object:
+        """The value of a role that holds a list or an object, also as the text that spells it: parsed then."""
+        value = self.value(role)
+        parsed = structure_of(value) if isinstance(value, str) else None
+        return value if parsed is None else parsed
+
+    def spoken(self, role: str) -> object:
+        """The value of a role that holds a text or messages, the messages also as the text that spells them."""
+        return self.spoken_value(self.field(role), self.value(role))
+
+    def spoken_value(self, field: str, value: object) -> object:
+        """`spoken` for a value. Text that begins as messages do and spells none is noted in `problems`."""
+        if not isinstance(value, str) or not (spells_messages(value) or spells_message(value)):
+            return value
+        parsed = structure_of(value)
+        if parsed is None and spells_messages(value):
+            self.add("messages are no list", field, f"{shown(value)}, which is neither JSON nor a Python list",
+                     "a text, or a list of messages", _MESSAGES_HINT)  # fmt: skip
+        is_message = isinstance(parsed, list) or (
+            isinstance(parsed, dict) and ("content" in parsed or "value" in parsed)
+        )
+        return parsed if is_message else value
 
     def text(self, role: str) -> str:
         """The text of a role that must be there and not blank."""
         if self._is_missing(role):
             return ""
-        return self.checked(role, self.field(role), self.value(role))
+        value = self.value(role)
+        if isinstance(value, str) and spells_messages(value):
+            hint = 'name the column as messages: data.columns: {"messages": "COLUMN"}'
+            self.add(f"{role} holds messages", self.field(role), f"messages as text: {shown(value)}", "a text", hint)
+            return ""
+        return self.checked(role, self.field(role), value)
 
     def optional_text(self, role: str) -> str | None:
         """The text of a role that may be absent, null or blank: None then."""
@@ -53,12 +85,14 @@ class RowFields:
 
     def listed_values(self, role: str, wanted: str) -> list[object]:
         """The list of a role that must be there and not empty."""
-        value = self.value(role)
+        value = self.structure(role)
         if self._is_missing(role):
             return []
         if not isinstance(value, list) or not value:
             given = "an empty list" if value == [] else f"{kind_name(value)}"
-            hint = "in CSV a cell cannot hold messages: use JSON Lines or parquet" if isinstance(value, str) else ""
+            hint = ""
+            if isinstance(value, str):
+                given, hint = f"text that is neither JSON nor a Python list: {shown(value)}", _MESSAGES_HINT
             self.add(f"{role} is no list", self.field(role), given, wanted, hint)
             return []
         return value
@@ -72,6 +106,15 @@ class RowFields:
         reason, given, hint = problem
         self.add(f"{name} {reason}", field, given, _TEXT_WANTED, hint)
         return ""
+
+    def check_no_media(self) -> None:
+        """Notes images, videos or sound beside the row's words: a model that reads text would learn without them."""
+        read = set(self.columns.values())
+        for name, value in self.row.values.items():
+            if value and plain_name(name) in _MEDIA and name not in read:
+                hint = "take these rows out, or the column, if the words make sense without it"
+                self.add(f"{plain_name(name)} beside text", name, f"{shown(value)} ({kind_name(value)})",
+                         "rows of text", hint)  # fmt: skip
 
     def add(self, reason: str, field: str, given: str, wanted: str, hint: str = "") -> None:
         """Notes a problem of the row."""

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from loopos.data.format_detection import Family, Fit, Shape, detected
+from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
+from loopos.data.format_detection import Family, Fit, Overrides, Shape, detected
+from loopos.data.tool_schemas import TOOL_NAMES
 
 Kind: TypeAlias = Literal["demonstrations", "conversations", "instructions", "completions", "text"]
 
@@ -33,22 +35,28 @@ NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "answer": (frozenset({"answer", "final_answer"}),),
     "messages": (frozenset({"messages"}), frozenset({"conversations", "conversation"})),
     "instruction": (frozenset({"instruction"}),),
-    "input": (frozenset({"input"}),),
+    **CONTEXT_NAMES,
     "output": (frozenset({"output"}), frozenset({"response"})),
     "history": (frozenset({"history"}),),
     "prompt": (frozenset({"prompt"}),),
     "completion": (frozenset({"completion"}),),
     "text": (frozenset({"text"}),),
     "system": (frozenset({"system"}), frozenset({"system_prompt"})),
+    "tools": TOOL_NAMES,
 }
 """The names of each role's column in tiers, a better tier winning over a later one."""
 
 SHAPES: tuple[tuple[Shape[Kind], ...], ...] = (
     (
-        Shape("conversations", ("messages",), ("system",)),
-        Shape("demonstrations", ("problem", "answer"), ("reasoning", "system"), stand_ins={"answer": "reasoning"}),
-        Shape("instructions", ("instruction", "output"), ("input", "history", "system")),
-        Shape("completions", ("prompt", "completion")),
+        Shape("conversations", ("messages",), ("system", "tools")),
+        Shape(
+            "demonstrations",
+            ("problem", "answer"),
+            ("reasoning", *CONTEXT_ROLES, "system"),
+            stand_ins={"answer": "reasoning"},
+        ),
+        Shape("instructions", ("instruction", "output"), (*CONTEXT_ROLES, "history", "system", "tools")),
+        Shape("completions", ("prompt", "completion"), ("tools",)),
     ),
     (Shape("text", ("text",)),),
 )
@@ -69,12 +77,12 @@ class SupervisedFormat:
     said: str
 
 
-def detect(columns: Sequence[str], overrides: Mapping[str, str], *, source: str = "data") -> SupervisedFormat:
+def detect(columns: Sequence[str], overrides: Overrides, *, source: str = "data") -> SupervisedFormat:
     """Finds the format and the column of each of its roles.
 
     Args:
         columns: names of the columns that are there.
-        overrides: role to column, from `data.columns`; the format is then one that has all these roles.
+        overrides: role to column, from `data.columns`, None for no column; the format then has all these roles.
         source: the file's name for faults.
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.

@@ -13,7 +13,9 @@ from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.demonstrations import Demonstration
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
+from loopos.data.template_checks import check_reasoning
 from loopos.data.templates import ChatTemplate, Piece
+from loopos.data.tool_schemas import Tool
 
 TrainOn: TypeAlias = Literal["all", "assistant", "answer"]
 
@@ -35,6 +37,7 @@ def before_answer(example: Demonstration) -> list[Message]:
 def parts_of(example: Example, template: ChatTemplate, step_format: StepFormat, train_on: TrainOn) -> list[Part]:
     """The parts of an example, as `supervised_tokens.encode_supervised` says. Raises `TemplateRefusal`."""
     context = 1.0 if train_on == "all" else 0.0
+    tools: tuple[Tool, ...] = ()
     match example:
         case PlainText(text=text):
             return [Part(Piece(text, begins=True, closes=True), 1.0)]
@@ -44,8 +47,8 @@ def parts_of(example: Example, template: ChatTemplate, step_format: StepFormat, 
             chain = step_format.render(example.steps, example.answer)
             messages, num_prompt = [*before_answer(example), Message(ASSISTANT, chain)], 0
         case _:
-            messages, num_prompt = list(example.messages), example.num_prompt
-    pieces = template.pieces(messages)
+            messages, num_prompt, tools = list(example.messages), example.num_prompt, example.tools
+    pieces = template.pieces(messages, tools)
     last = max((piece.message for piece in pieces if piece.message is not None), default=None)
     parts: list[Part] = []
     for piece in pieces:
@@ -53,6 +56,8 @@ def parts_of(example: Example, template: ChatTemplate, step_format: StepFormat, 
             parts.append(Part(piece, context))
             continue
         weight = messages[piece.message].weight if piece.message >= num_prompt else context
+        if weight > 0:
+            check_reasoning(messages[piece.message], piece.text)
         is_last = piece.message == last
         if not is_last:
             parts.append(Part(piece, 0.0 if train_on == "answer" else weight))

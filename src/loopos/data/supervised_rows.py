@@ -7,17 +7,18 @@ order and a `FormatReport` in which read = used + dropped. Left out: templates a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from loopos.data.conversations import Conversation, conversation, instruction, prompted
 from loopos.data.demonstrations import Demonstration, demonstration
+from loopos.data.format_detection import Overrides
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_formats import SupervisedFormat, detect
+from loopos.data.tool_schemas import check_no_tools, tools_of
 from loopos.data.values import kind_name
 
 
@@ -42,7 +43,7 @@ Example: TypeAlias = Demonstration | Conversation | Completion | PlainText
 
 
 def read_supervised(
-    reader: RowReader, overrides: Mapping[str, str], *, step_format: StepFormat
+    reader: RowReader, overrides: Overrides, *, step_format: StepFormat
 ) -> tuple[list[Example], FormatReport]:
     """Reads a whole source into examples of one format, in its order.
 
@@ -75,13 +76,14 @@ def example_of(fields: RowFields, form: SupervisedFormat, step_format: StepForma
             example = _completion(fields)
         case "text":
             example = PlainText(fields.text("text"), fields.row)
-    assert example is None or not fields.problems or form.kind == "text"
+    if form.kind != "text":
+        fields.check_no_media()
     return None if fields.problems else example
 
 
 def _completion(fields: RowFields) -> Completion | Conversation | None:
     """TRL's prompt and completion: two strings, or two lists of messages."""
-    prompt, completion = fields.value("prompt"), fields.value("completion")
+    prompt, completion = fields.spoken("prompt"), fields.spoken("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompted(fields)
     if isinstance(prompt, list) or isinstance(completion, list):
@@ -90,4 +92,5 @@ def _completion(fields: RowFields) -> Completion | Conversation | None:
         fields.add("prompt and completion of two kinds", fields.field("completion"), given, wanted)
         return None
     texts = fields.text("prompt"), fields.text("completion")
+    check_no_tools(fields, tools_of(fields))
     return None if fields.problems else Completion(*texts, fields.row)

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import DataError, Fault
-from loopos.data.conversations import ASSISTANT, Conversation, Message
+from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import PieceTokenizer
 from loopos.data.record import BadRows
@@ -32,6 +32,8 @@ from loopos.data.tokens import Encoded, length_spread
 
 OverLength: TypeAlias = Literal["drop", "cut", "error"]
 OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
+Problem: TypeAlias = str | Sequence[Message] | Question | Example
+"""What a model is asked."""
 CHUNK = 1024
 """Examples that are rendered and tokenised at a time."""
 
@@ -151,14 +153,15 @@ def encode_supervised(
 
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase,
-    problem: str | Sequence[Message] | Example,
+    problem: Problem,
     *,
     template: ChatTemplate | None = None,
 ) -> list[int]:
     """The ids that generation starts from: those of a row of training before what the model is to say.
 
     Args:
-        problem: a question (a user's message), the messages so far, or an example, whose last turn is left out.
+        problem: a question (a user's message), the messages so far, these with tools, or an example, whose last turn is
+            left out.
         template: the tokenizer's own if None.
     Raises:
         TemplateRefusal: the template cannot render these messages.
@@ -170,12 +173,15 @@ def prompt_tokens(
         case PlainText():
             pieces = [Piece("", begins=True)]
         case _:
-            pieces = (template or ChatTemplate(tokenizer)).prompt(_asked(problem))
+            tools = problem.tools if isinstance(problem, Conversation | Question) else ()
+            pieces = (template or ChatTemplate(tokenizer)).prompt(_asked(problem), tools)
     return [token for ids in encoder.encode([pieces])[0] for token in ids]
 
 
-def _asked(problem: str | Sequence[Message] | Example) -> Sequence[Message]:
+def _asked(problem: Problem) -> Sequence[Message]:
     """The messages before the turn that is to be generated."""
+    if isinstance(problem, Question):
+        return problem.messages
     if isinstance(problem, str):
         return [Message("user", problem)]
     if isinstance(problem, Demonstration):

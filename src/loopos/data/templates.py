@@ -1,9 +1,10 @@
 """Messages → the pieces of text that are tokenised, with what the assistant says kept apart.
 
-Enters: messages and the tokenizer's own chat template, rendered in transformers' sandbox, once, over the whole
-conversation. Leaves: `Piece`s: context, or one turn of the assistant with the end token that it must learn. Where a
-turn begins is found by rendering the messages before it with the generation prompt, which is what generation starts
-from; a template whose earlier text changes when messages follow, or that leaves out words of the assistant, is refused.
+Enters: messages, tools and the tokenizer's own chat template, rendered within bounds (`template_sandbox`), once, over
+the whole conversation. Leaves: `Piece`s: context, or one turn of the assistant with the end token that it must learn.
+Where a turn begins is found by rendering the messages before it with the generation prompt, which is what generation
+starts from; a template whose earlier text changes when messages follow is refused, and so is one that leaves out a
+message, a call of a tool or the tools.
 Tokenizers without a template get a plain one:
 
     ### User:⏎
@@ -18,40 +19,49 @@ Left out: tokens (`supervised_tokens`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.record import shown
-
-_PLAIN_TURNS = (
-    "{% for message in messages %}"
-    "{{ '### ' + (message['role'] | capitalize) + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+from loopos.data.template_checks import (
+    SPLIT_HINT,
+    TEMPLATE_HINT,
+    TemplateRefusal,
+    changes,
+    check_context,
+    end_of,
+    end_of_words,
+    num_shared,
+    with_reasoning,
 )
+from loopos.data.template_sandbox import TemplateFailure, rendered
+from loopos.data.template_source import end_token, plain_template, source_of, tool_source
+from loopos.data.tool_schemas import Tool, call_names
+
+__all__ = ["ChatTemplate", "Piece", "TemplateRefusal", "end_token", "plain_template"]
+
 _ASKED, _SAID = "Kestrel 41", "Heron 73"
-_SPLIT_HINT = (
-    'give one row for each turn of the assistant (with the turns before it as "prompt"), or set data.chat_template to '
-    '"plain"'
+_TOOL = "kestrel_count"
+_PROBE_TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": _TOOL,
+        "description": "Counts kestrels.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string", "description": "Where."}}},
+    },
+}
+_MOST_PREFIX_CHARACTERS = 50_000_000
+"""Characters that are rendered to find where the turns of one conversation begin. Most templates need two renderings,
+however many turns; one whose text before the assistant's words differs from turn to turn needs one for each."""
+_TOOLS_HINT = (
+    "name a file with a template that writes tools in data.chat_template, or leave them out: "
+    'data.columns: {"tools": null}'
 )
-
-
-class TemplateRefusal(ValueError):
-    """A template cannot render some messages so that what the assistant says can be learned; says why, and `hint`."""
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +77,6 @@ class Piece:
     closes: bool = False
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's end token. Raises `UserError` where it has none."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end token (eos_token), so the model could not learn to stop; set one in its "
-            "tokenizer_config.json, or name another tokenizer in data.tokenizer"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The plain format as a Jinja template, with the begin token if the tokenizer adds one by itself. A tokenizer that
-    keeps it in `chat_template` opens the trained model elsewhere with the same format.
-    """
-    added = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
-    return ("{{ bos_token }}" if added else "") + _PLAIN_TURNS
-
-
 class ChatTemplate:
     """Renders messages by one template. `said` says which; `end` is the text that ends a turn of the assistant, empty
     where the template writes none and the tokenizer's end token is put behind each turn.
@@ -97,39 +89,43 @@ class ChatTemplate:
         """
         end_token(tokenizer)
         self.tokenizer = tokenizer
-        self.source, self.said = _source(tokenizer, chosen)
+        self.source, self.said = source_of(tokenizer, chosen)
+        self._tool_source = tool_source(tokenizer, chosen) or self.source
         if "strftime_now" in self.source:
             self.said += "; it writes the date of the run into the text"
         self._header, self.end = self._probe()
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
         """The rendered conversation in pieces, whose texts together are the whole. Raises `TemplateRefusal`."""
-        whole = self._rendered(messages, prompting=False)
+        if tools and not self._writes_tools:
+            raise TemplateRefusal("the chat template does not write the row's tools", _TOOLS_HINT)
+        whole = self._rendered(messages, tools, prompting=False)
         turns = [number for number, message in enumerate(messages) if message.role == ASSISTANT]
-        starts = [self._turn_start(messages[:number], whole) for number in turns]
+        starts = self._turn_starts(messages, tools, turns, whole)
         limits = [*starts, len(whole)][1:]
         pieces: list[Piece] = []
         place = 0
         for number, start, limit in zip(turns, starts, limits, strict=True):
-            end = self._turn_end(messages[number], whole, start, limit)
+            end = self._turn_end(messages, number, tools, whole, start, limit)
             if start > place:
                 pieces.append(Piece(whole[place:start]))
             pieces.append(Piece(whole[start:end], number, closes=not self.end))
             place = end
+        check_context(messages, whole)
         return [*pieces, Piece(whole[place:])] if place < len(whole) else pieces
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
         """The pieces that generation of the next turn starts from: the same as those before that turn in training.
 
         Raises `TemplateRefusal`.
         """
-        text = self._rendered(messages, prompting=True)
-        earlier = self.pieces(messages)
+        text = self._rendered(messages, tools, prompting=True)
+        earlier = self.pieces(messages, tools)
         while earlier and earlier[-1].message is None:
             earlier.pop()
         past = "".join(piece.text for piece in earlier)
         if not text.startswith(past):
-            raise TemplateRefusal(_changes(past, text), _SPLIT_HINT)
+            raise TemplateRefusal(changes(past, text), SPLIT_HINT)
         return [*earlier, Piece(text[len(past) :])] if len(text) > len(past) else earlier
 
     @property
@@ -140,55 +136,109 @@ class ChatTemplate:
             ids.add(self.tokenizer(self.end, add_special_tokens=False)["input_ids"][-1])
         return tuple(sorted(ids))
 
-    def _turn_start(self, before: Sequence[Message], whole: str) -> int:
+    @cached_property
+    def _writes_tools(self) -> bool:
+        """Whether the template writes the tools that it is given."""
+        question = [Message("user", _ASKED)]
+        try:
+            return _TOOL in self._rendered(question, [_PROBE_TOOL], prompting=True)
+        except TemplateRefusal:
+            # It looks at tools: what it has against the row's own, it says when they are rendered.
+            return True
+
+    def _turn_starts(
+        self, messages: Sequence[Message], tools: Sequence[Tool], turns: Sequence[int], whole: str
+    ) -> list[int]:
+        """Where each turn begins in `whole`.
+
+        The first turn behind a message of each role, and the last turn of all, are rendered for themselves. What stands
+        between that message's words and the turn then shows where the others begin; where it is not there, they are
+        rendered too. So the work grows with the conversation, not with its square.
+        """
+        between: dict[str, str] = {}
+        starts: list[int] = []
+        place = spent = 0
+        for number in turns:
+            before = messages[number - 1] if number else None
+            start = -1
+            if before is not None and before.role in between and number != turns[-1]:
+                start = end_of(before.content.strip() + between[before.role], whole, place)
+            if start < 0:
+                start = self._turn_start(messages[:number], tools, whole)
+                spent += start
+                if spent > _MOST_PREFIX_CHARACTERS:
+                    reason = f"the chat template would have to be rendered for each of {len(turns):,} turns"
+                    raise TemplateRefusal(reason, "split the conversation into shorter ones")
+            if before is not None and before.role != ASSISTANT and before.role not in between:
+                words = before.content.strip()
+                found = whole.rfind(words, place, start) if words else -1
+                if found >= 0:
+                    between[before.role] = whole[found + len(words) : start]
+            starts.append(start)
+            place = start
+        return starts
+
+    def _turn_start(self, before: Sequence[Message], tools: Sequence[Tool], whole: str) -> int:
         """Where a turn begins in `whole`: behind what generation would start from."""
         if not before:
             place = whole.find(self._header)
             if place < 0:
                 raise TemplateRefusal(f"the chat template writes no {shown(self._header)} before the assistant's words")
             return place + len(self._header)
-        prompt = self._rendered(before, prompting=True)
+        prompt = self._rendered(before, tools, prompting=True)
         if not whole.startswith(prompt):
-            raise TemplateRefusal(_changes(prompt, whole), _SPLIT_HINT)
+            raise TemplateRefusal(changes(prompt, whole), SPLIT_HINT)
         return len(prompt)
 
-    def _turn_end(self, message: Message, whole: str, start: int, limit: int) -> int:
-        """Where a turn ends in `whole`: behind the message's words and, if there is one, the end token after them.
+    def _turn_end(
+        self, messages: Sequence[Message], number: int, tools: Sequence[Tool], whole: str, start: int, limit: int
+    ) -> int:
+        """Where the turn of a message ends in `whole`: behind its words and calls and, if there is one, the end
+        token after them.
 
         Templates may change white space between the words, and write more around them.
         """
-        said = _end_of_words(message.content, whole, start, limit)
-        if said < 0:
+        message = messages[number]
+        end = end_of_words(message.content, whole, start, limit)
+        if end < 0:
             reason = f"{shown(message.content)} became {shown(whole[start:limit])}"
-            raise TemplateRefusal(
-                f"the chat template leaves out part of what the assistant says: {reason}", _SPLIT_HINT
-            )
-        if not self.end:
-            return said
-        place = whole.find(self.end, said, limit)
-        if place < 0:
-            raise TemplateRefusal(f"no end token {shown(self.end)} follows what the assistant says")
-        return place + len(self.end)
+            raise TemplateRefusal(f"the chat template leaves out part of what the assistant says: {reason}", SPLIT_HINT)
+        called = start
+        for name in call_names(message.more):
+            called = end_of(name, whole, called, limit)
+            if called < 0:
+                raise TemplateRefusal(f"the chat template leaves out a call of the tool {shown(name)}", TEMPLATE_HINT)
+        if self.end:
+            place = whole.find(self.end, max(end, called), limit)
+            if place < 0:
+                raise TemplateRefusal(f"no end token {shown(self.end)} follows what the assistant says")
+            return place + len(self.end)
+        if called == start:
+            return end
+        # Nothing marks where the last call ends but the end of the text up to here.
+        return min(limit, len(self._rendered(messages[: number + 1], tools, prompting=False).rstrip()))
 
-    def _rendered(self, messages: Sequence[Message], *, prompting: bool) -> str:
-        conversation: Any = [message.as_template() for message in messages]
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompting: bool) -> str:
+        variables = {
+            "messages": [with_reasoning(message.as_template()) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": prompting,
+            **self.tokenizer.special_tokens_map,
+        }
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, chat_template=self.source, tokenize=False, add_generation_prompt=prompting
-            )
-        except (TemplateError, TypeError) as problem:
-            roles = ", ".join(message.role for message in messages)
+            return rendered(self._tool_source if tools else self.source, variables)
+        except TemplateFailure as problem:
+            roles = ", ".join(message.role for message in messages[:20]) + (", ..." if len(messages) > 20 else "")
             raise TemplateRefusal(f"the chat template refuses messages of {roles}: {problem}") from problem
-        assert isinstance(text, str)
-        return text
 
     def _probe(self) -> tuple[str, str]:
         """What stands between a question and an answer, and the end token behind the answer with what precedes it."""
         question, answer = Message("user", _ASKED), Message(ASSISTANT, _SAID)
         try:
-            asked = self._rendered([question], prompting=False)
-            prompt = self._rendered([question], prompting=True)
-            text = self._rendered([question, answer], prompting=False)
+            asked = self._rendered([question], (), prompting=False)
+            prompt = self._rendered([question], (), prompting=True)
+            text = self._rendered([question, answer], (), prompting=False)
         except TemplateRefusal as problem:
             raise UserError(f'{problem}; set data.chat_template to "plain" or to a file') from problem
         _, answered, tail = text.rpartition(_SAID)
@@ -205,46 +255,3 @@ class ChatTemplate:
             return header, ""
         place, _, token = min(places)
         return header, tail[: place + len(token)]
-
-
-def _source(tokenizer: PreTrainedTokenizerBase, chosen: str) -> tuple[str, str]:
-    """The template's text, and the sentence that says where it is from."""
-    if chosen not in ("auto", "plain"):
-        try:
-            return Path(chosen).read_text(encoding="utf-8"), f"chat template: {chosen}"
-        except (OSError, UnicodeDecodeError) as problem:
-            raise UserError(
-                f'data.chat_template: {chosen} cannot be read ({problem}); wanted "auto", "plain" or a file with a '
-                "Jinja template"
-            ) from problem
-    if chosen == "auto" and tokenizer.chat_template is not None:
-        try:
-            return tokenizer.get_chat_template(), "chat template: the tokenizer's own"
-        except ValueError as problem:
-            raise UserError(f'{problem}; set data.chat_template to "plain" or to a file') from problem
-    why = "" if chosen == "plain" else ", since the tokenizer has none"
-    return plain_template(tokenizer), f"chat template: plain (### User: ... ### Assistant: ...){why}"
-
-
-def _end_of_words(content: str, whole: str, start: int, limit: int) -> int:
-    """Where the words of `content` end in `whole[start:limit]`, whatever white space is between them; -1 if nowhere."""
-    place = whole.find(content.strip(), start, limit)
-    if place >= 0:
-        return place + len(content.strip())
-    words = re.compile(r"\s*".join(re.escape(word) for word in content.split()))
-    found = words.search(whole, start, limit)
-    return found.end() if found is not None else -1
-
-
-def num_shared(one: str, other: str) -> int:
-    """How many characters both texts begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
-
-
-def _changes(prompt: str, whole: str) -> str:
-    place = num_shared(prompt, whole)
-    return (
-        "the chat template changes earlier text when messages follow: "
-        f"{shown(prompt[place : place + 40])} became {shown(whole[place : place + 40])}"
-    )

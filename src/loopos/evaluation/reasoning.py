@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.config.strategies import Strategy
-from loopos.data.conversations import Conversation, Message
+from loopos.data.conversations import Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.prompts import Words
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised_parts import before_answer
 from loopos.data.supervised_rows import Completion as RawText
-from loopos.data.supervised_rows import Example, PlainText
-from loopos.data.supervised_tokens import prompt_tokens
+from loopos.data.supervised_rows import PlainText
+from loopos.data.supervised_tokens import Problem, prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.answer_metrics import Sample, majority
 from loopos.generation.engine import Engine
@@ -114,7 +114,7 @@ class Reasoner:
             voters.insert(0, reasoner)
         return reasoner
 
-    def prompt(self, problem: str | Sequence[Message] | Example) -> list[int]:
+    def prompt(self, problem: Problem) -> list[int]:
         """The tokens that generation starts from. Raises `UserError` where the chat template refuses the messages."""
         try:
             return prompt_tokens(self.tokenizer, problem, template=self.template)
@@ -127,7 +127,7 @@ class Reasoner:
 
     def answer(
         self,
-        problems: Sequence[str | Sequence[Message] | Example],
+        problems: Sequence[Problem],
         settings: SamplingSettings = SamplingSettings(),
         *,
         strategy: Strategy = Strategy(),
@@ -147,7 +147,7 @@ class Reasoner:
         speakers = (self, *self.voters)
         return [_together(speakers, each) for each in zip(found, *others, strict=True)]
 
-    def has_room(self, problem: str | Sequence[Message] | Example) -> bool:
+    def has_room(self, problem: Problem) -> bool:
         """Whether the problem leaves every model a position for an answer."""
         return all(
             each.engine.max_positions is None or len(each.prompt(problem)) < each.engine.max_positions
@@ -156,7 +156,7 @@ class Reasoner:
 
     def _answer(
         self,
-        problems: Sequence[str | Sequence[Message] | Example],
+        problems: Sequence[Problem],
         settings: SamplingSettings,
         strategy: Strategy,
         limits: StepLimits,
@@ -194,7 +194,7 @@ class Reasoner:
         return [self._voted(chains) for chains in sampled]
 
     def _ranked(
-        self, problems: Sequence[str | Sequence[Message] | Example], sampled: Sequence[Sequence[Chain]], ranker: Ranker
+        self, problems: Sequence[Problem], sampled: Sequence[Sequence[Chain]], ranker: Ranker
     ) -> list[Answered]:
         """The chains of each problem in the order of their rewards, the first of which speaks for them."""
         asked = [_words(problem) for problem in problems]
@@ -223,7 +223,7 @@ class Reasoner:
         return _of_most(chains, answers)
 
 
-def _words(problem: str | Sequence[Message] | Example) -> Words:
+def _words(problem: Problem) -> Words:
     """What was asked, as a reward model reads it."""
     match problem:
         case str():
@@ -232,6 +232,10 @@ def _words(problem: str | Sequence[Message] | Example) -> Words:
             return text
         case Demonstration():
             return tuple(before_answer(problem))
+        case Question():
+            if problem.tools:
+                raise UserError("a reward model ranks answers to prompts without tools; leave --reward-model out")
+            return problem.messages
         case Conversation() | PlainText():
             raise UserError("a reward model ranks the answers to prompts; these rows hold whole conversations or texts")
         case _:

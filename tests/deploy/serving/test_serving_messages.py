@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from questions import ASKED, CHAT, GOOD, NEVER_ENDS, ask
 from transformers import AutoTokenizer
 
 from loopos.data.conversations import Message
 from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import ChatTemplate
+from loopos.deploy.serving import requests as requests_module
 from loopos.deploy.serving.bodies import ChatRequest, CompletionRequest, ScoreRequest
 from loopos.deploy.serving.errors import ApiError
 from loopos.deploy.serving.prompts import Prompts
@@ -208,8 +210,42 @@ def test_too_many_messages_are_refused_before_they_are_rendered(
     body = b'{"model": "m", "prompt": [{"role": "user", "content": "a"}, {}, {}], "response": "b"}'
     with pytest.raises(ApiError, match="prompt: 3 messages; this server's limit is 2"):
         read_for(ScoreRequest, body, "m", max_messages=2)
+    with pytest.raises(ApiError, match="logit_bias: 5,000 tokens; this server's limit is 4,096"):
+        read(logit_bias={str(place): 101 for place in range(5000)})
     ids = b'{"model": "m", "prompt": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'
     assert read_for(CompletionRequest, ids, "m", max_messages=2).prompt == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "sentence"),
+    [
+        (CompletionRequest, {"prompt": [5] * 100_000 + ["a"]}, "prompt.100000: Input should be a valid integer"),
+        (CompletionRequest, {"prompt": [[5]] * 100_000 + ["a"]}, "prompt.100000: Input should be a valid list"),
+        (CompletionRequest, {"prompt": ["a"] + [5] * 100_000}, "prompt.1: Input should be a valid string"),
+        (CompletionRequest, {"prompt": 5}, "prompt: Input should be a valid string"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "x"}] * 50_000}]},
+            "messages.0.content.0.type",
+        ),
+    ],
+)
+def test_of_many_faults_the_first_is_told_and_the_others_are_not_gathered(
+    kind: Any, values: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of errors would keep the event loop busy, and every other client waiting."""
+    gathered: list[int] = []
+    refuse = requests_module._refuse
+
+    def counting(error: ValidationError, *others: Any) -> Any:
+        gathered.append(error.error_count())
+        return refuse(error, *others)
+
+    monkeypatch.setattr(requests_module, "_refuse", counting)
+    with pytest.raises(ApiError) as told:
+        read_for(kind, json.dumps({"model": "m", **values}).encode(), "m", max_messages=8)
+    assert told.value.message.startswith(sentence)
+    assert gathered[0] <= 4
 
 
 def test_the_deadline_holds_while_a_prompt_is_rendered(

@@ -17,6 +17,7 @@ from loopos.config.faults import UserError
 from loopos.config.strategies import Strategy
 from loopos.data import rows
 from loopos.data.demonstrations import Demonstration
+from loopos.data.reading import left_out
 from loopos.data.supervised_rows import Example, read_supervised
 from loopos.data.supervised_tokens import OVER_LENGTH, encode_supervised
 from loopos.evaluation.answer_metrics import Verdict, answer_metrics
@@ -94,7 +95,7 @@ class Evaluation:
         reader = rows.read(source, max_rows=max_rows, on_bad_row=on_bad_row)
         self.examples, found = read_supervised(reader, columns, step_format=self.reasoner.step_format)
         self.report.dropped.update(found.dropped)
-        for sentence in found.said:
+        for sentence in (*found.said, *left_out(found)):
             self.note(sentence)
         problems = sum(isinstance(example, Demonstration) for example in self.examples)
         self.metrics = tuple(self.plan.metrics) or (("accuracy",) if problems else ("loss", "perplexity"))

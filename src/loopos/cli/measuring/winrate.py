@@ -126,7 +126,7 @@ def _distinct(asked: Sequence[Asked], options: WinRateOptions) -> tuple[list[Ask
 
 def _words(asked: Asked) -> Words:
     """Messages, or the text that is continued as it is."""
-    return asked.problem if isinstance(asked.problem, tuple) else asked.problem.prompt
+    return asked.messages if asked.messages is not None else asked.text
 
 
 def _replies(place: str, asked: Sequence[Asked], options: WinRateOptions) -> list[list[Reply] | None]:

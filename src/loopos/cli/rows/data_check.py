@@ -20,6 +20,7 @@ from loopos.config.faults import DataError, Fault
 from loopos.data.formats import Labelled, LabelledFormat, detect, read_labelled
 from loopos.data.label_space import key_of, members_of
 from loopos.data.labels import LabelSpace, infer_task
+from loopos.data.reading import left_out
 from loopos.data.record import MAXIMUM_FAULTS
 from loopos.data.rows import RowReader, read
 
@@ -71,6 +72,7 @@ def check(source: str, columns: Mapping[str, str]) -> Findings:
         return found
     examples, report = read_labelled(reader, columns, require_label=form.label is not None)
     found.rows, found.used, found.said = report.read, report.used, list(report.said)
+    found.said += left_out(report)
     _add_faults(found, report.faults, reader.report.num_faults)
     _measure(found, examples)
     if form.label is not None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
+from loopos.data.template_sandbox import TemplateFailure, rendered
 from loopos.storage.json_files import read_object
 
 Conversation: TypeAlias = Sequence[Mapping[str, str]]
@@ -80,7 +80,7 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, given: str) -> str:
     if isinstance(tokenizer.chat_template, str):
         try:
             turns = find_turns(tokenizer)
-        except (_NotTurns, TemplateError) as problem:
+        except (_NotTurns, TemplateFailure) as problem:
             raise UserError(
                 f"{given}: its chat template cannot be translated for Ollama: {problem}; wanted one that writes each "
                 "turn as fixed text around its content, as ChatML does: export with --format gguf, and write the "
@@ -104,7 +104,7 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, given: str) -> str:
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """How the tokenizer's chat template writes turns. Raises `_NotTurns` or jinja2's `TemplateError`."""
+    """How the tokenizer's chat template writes turns. Raises `_NotTurns` or `TemplateFailure`."""
     system, user, assistant = ({"role": role, "content": _SAID[role]} for role in _ROLES)
     last = {"role": "user", "content": _LAST}
     before_system, system_user, user_assistant, assistant_user, after_user = _cut(
@@ -140,11 +140,14 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, prompting: bool) -> str:
-    text = tokenizer.apply_chat_template(
-        [dict(each) for each in messages], tokenize=False, add_generation_prompt=prompting
-    )
-    assert isinstance(text, str)
-    return text
+    variables = {
+        "messages": [dict(each) for each in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": prompting,
+        **tokenizer.special_tokens_map,
+    }
+    return rendered(tokenizer.get_chat_template(), variables)
 
 
 def _cut(text: str, contents: Sequence[str]) -> list[str]:

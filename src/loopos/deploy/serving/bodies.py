@@ -37,12 +37,32 @@ def _kind_of_content(value: object) -> str:
     return "text" if isinstance(value, str) else "parts"
 
 
+def _kind_of_inputs(value: object) -> str:
+    """By the first of them: a list is then read once, and its first fault ends it, however long it is."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else ""
+    return "tokens" if isinstance(first, int) else "lists of tokens" if isinstance(first, list) else "texts"
+
+
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Inputs = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Field(fail_fast=True), Tag("lists of tokens")],
+    Discriminator(_kind_of_inputs),
+]
+"""One text or list of tokens, or several of either."""
+
+
 class ChatMessage(Body):
     """One message. `name` stands in the prompt, so that it may hold no control token."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_kind_of_content)
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("parts")],
+        Discriminator(_kind_of_content),
     ]
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
 
@@ -131,7 +151,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions. `logprobs`: 0 gives those of the tokens themselves."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Inputs
     logprobs: int | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:
@@ -144,7 +164,7 @@ class CompletionRequest(Generation):
 class EmbeddingRequest(Asked):
     """POST /v1/embeddings."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
 
     def inputs(self) -> Sequence[str | list[int]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from loopos.deploy.serving.bodies import Asked
 from loopos.deploy.serving.errors import ApiError, unknown_model
 
+_MOST_BIASES = 4096
 _TEXT = object()
 _TRUTH = object()
 # Values of parameters that are not supported which ask for nothing; `_TEXT`, `_TRUTH`: any text, true and false.
@@ -63,21 +64,25 @@ def _read(kind: type[Request], raw: bytes, max_messages: int) -> Request:
     body = _effective(_object(raw), _NO_EFFECT)
     for name in ("messages", "prompt"):
         if isinstance(body.get(name), list):
-            # Before anything is made of them.
-            if len(body[name]) > max_messages and any(isinstance(each, dict) for each in body[name]):
-                raise ApiError(
-                    400,
-                    f"{name}: {len(body[name]):,} messages; this server's limit is {max_messages:,}",
-                    param=name,
-                    code="invalid_value",
-                )
+            if any(isinstance(each, dict) for each in body[name]):
+                _bounded(name, len(body[name]), max_messages, "messages")
             body[name] = [_effective_message(each) for each in body[name]]
+    if isinstance(body.get("logit_bias"), dict):
+        _bounded("logit_bias", len(body["logit_bias"]), _MOST_BIASES, "tokens")
     if isinstance(body.get("stream_options"), dict):
         body["stream_options"] = _effective(body["stream_options"], _NO_EFFECT_IN_STREAM_OPTIONS)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         _refuse(error, body, kind)
+
+
+def _bounded(name: str, number: int, most: int, what: str) -> None:
+    """Raises `ApiError` for more of them than there may be, before anything is made of them."""
+    if number > most:
+        raise ApiError(
+            400, f"{name}: {number:,} {what}; this server's limit is {most:,}", param=name, code="invalid_value"
+        )
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""What stands beside a question → the text that is asked.
+
+Enters: a row's fields. Leaves: question, input, context and lettered choices, each below the one before, as
+LLaMA-Factory writes `input` below the instruction; the letter of an answer that is a place among the choices. Left out:
+which columns these are (`supervised_formats`, `preference_formats`).
+
+    Which city is it?          instruction, problem or prompt
+    The depot is on the Danube.  input, context
+    A. Ulm                       choices
+    B. Bonn
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.structures import structure_of
+from loopos.data.values import is_number, kind_name
+
+CONTEXT_ROLES = ("input", "context", "choices")
+"""The roles that stand below a question, in this order."""
+
+CONTEXT_NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
+    "input": (frozenset({"input"}),),
+    "context": (
+        frozenset({"context"}),
+        frozenset({
+            "contexts", "passage", "passages", "document", "documents", "paragraph", "article", "background",
+            "evidence", "schema", "sql_context", "reference_text", "source_text",
+        }),
+    ),
+    "choices": (frozenset({"choices"}), frozenset({"options"})),
+}  # fmt: skip
+"""The names of their columns in tiers."""
+
+_CONTEXT_WANTED = "a text, or a list of texts"
+_CHOICES_WANTED = "a list of texts, or an object with a text for each letter"
+
+
+def with_context(fields: RowFields, role: str) -> str:
+    """The text of a role that must be there, with what the row holds beside it below."""
+    parts = [fields.text(role), *context_parts(fields)]
+    return "\n".join(parts)
+
+
+def context_parts(fields: RowFields) -> list[str]:
+    """What a row holds beside its question, in order; nothing for columns that are not there, null or blank."""
+    given = fields.optional_text("input")
+    parts = [given] if given is not None else []
+    context = _context(fields)
+    parts += [context] if context else []
+    choices = fields.structure("choices")
+    if isinstance(choices, str):
+        parts += [choices] if choices.strip() else []
+    else:
+        parts += [f"{letter}. {text}" for letter, text in _lettered(fields)]
+    return parts
+
+
+def chosen_letter(fields: RowFields, answer: str) -> str:
+    """An answer beside choices as a letter, where it is a whole number: the place of a choice, counted from 0."""
+    choices = _lettered(fields) if fields.has("choices") and not fields.problems else []
+    if not choices or not answer.isdecimal():
+        return answer
+    texts = [text.strip() for _, text in choices]
+    if answer in [letter for letter, _ in choices]:
+        return answer
+    place = int(answer)
+    is_place = place < len(choices)
+    if answer in texts and not (is_place and texts[place] != answer):
+        return answer
+    wanted, hint = f"a letter, or a place from 0 to {len(choices) - 1}", "write the letter of the right choice"
+    if answer in texts or not is_place:
+        given = f"{answer}, which is the text of one choice and the place of another" if is_place else answer
+        fields.add("answer is no choice", fields.field("answer"), given, wanted, hint)
+        return ""
+    return choices[place][0]
+
+
+def _context(fields: RowFields) -> str:
+    """A text as it stands; several, each below the one before."""
+    value = fields.value("context")
+    if isinstance(value, str) and isinstance(listed := structure_of(value), list):
+        value = listed
+    if isinstance(value, str) or value is None:
+        return fields.optional_text("context") or ""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n".join(item for item in value if item.strip())
+    _add(fields, "context", value, _CONTEXT_WANTED)
+    return ""
+
+
+def _lettered(fields: RowFields) -> list[tuple[str, str]]:
+    """Letters and texts of the choices, whichever way they are written."""
+    value = fields.structure("choices")
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        # ARC and CommonsenseQA: {"text": [...], "label": [...]}
+        texts, letters = value["text"], value.get("label")
+    elif isinstance(value, dict):
+        texts, letters = list(value.values()), list(value)
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        texts = [item.get("text") for item in value]
+        letters = [item.get("label") for item in value]
+    elif isinstance(value, list):
+        texts, letters = value, None
+    else:
+        if value is not None and not isinstance(value, str):
+            _add(fields, "choices", value, _CHOICES_WANTED)
+        return []
+    texts = [str(text) if is_number(text) else text for text in texts]
+    if letters is None or all(letter is None for letter in letters):
+        letters = list(string.ascii_uppercase[: len(texts)])
+    fits = len(letters) == len(texts) and all(isinstance(item, str) and item.strip() for item in (*texts, *letters))
+    if not fits:
+        _add(fields, "choices", value, _CHOICES_WANTED)
+        return []
+    return list(zip(letters, texts, strict=True))
+
+
+def _add(fields: RowFields, role: str, value: object, wanted: str) -> None:
+    hint = f'to leave it out: data.columns: {{"{role}": null}}'
+    fields.add(f"{role} does not fit", fields.field(role), f"{shown(value)} ({kind_name(value)})", wanted, hint)

@@ -1,0 +1,109 @@
+"""Whether a rendered text holds what its messages say, and where.
+
+Enters: messages and the text that a template made of them. Leaves: places in the text; `TemplateRefusal` where a
+message, or the reasoning of one that is learned, is not there. Templates may change white space between words, and
+escape text as JSON does. Left out: rendering, turns and their end tokens (`templates`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from loopos.data.conversations import ASSISTANT, Message
+from loopos.data.record import shown
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The keys under which a message's reasoning stands in data sets and templates."""
+TEMPLATE_HINT = "name a file with a template that writes it in data.chat_template, or take it out of the rows"
+SPLIT_HINT = (
+    'give one row for each turn of the assistant (with the turns before it as "prompt"), or set data.chat_template to '
+    '"plain"'
+)
+_NEAR = 4000
+"""Characters behind a message in which the next one usually begins."""
+
+
+class TemplateRefusal(ValueError):
+    """A template cannot render some messages so that what the assistant says can be learned; says why, and `hint`."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+def with_reasoning(message: dict[str, object]) -> dict[str, object]:
+    """The message with its reasoning under each name that templates read, as transformers passes it."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, REASONING[0]: reasoning}
+
+
+def check_reasoning(message: Message, turn: str) -> None:
+    """Raises `TemplateRefusal` where a turn that is learned holds no word of the message's reasoning."""
+    for name in REASONING:
+        words = message.more.get(name)
+        if isinstance(words, str) and end_of_words(words, turn, 0, len(turn)) < 0:
+            reason = f"the chat template leaves out the {name} of what the assistant says: {shown(words)}"
+            raise TemplateRefusal(reason, SPLIT_HINT)
+
+
+def check_context(messages: Sequence[Message], whole: str) -> None:
+    """Raises `TemplateRefusal` for a message of others than the assistant whose words the text does not hold. They may
+    stand anywhere, and be escaped as JSON escapes them.
+    """
+    place = 0
+    for message in messages:
+        if message.role == ASSISTANT or not message.content.strip():
+            continue
+        words = message.content.strip()
+        end = _next_end(words, whole, place)
+        if end < 0:
+            # Slower, and for few: words in another place, or with other white space between them.
+            end = end_of_words(words, whole, place, len(whole))
+        if end >= 0:
+            place = end
+        elif end_of_words(words, whole, 0, place) < 0:
+            reason = f"the chat template leaves out a message of the role {message.role}: {shown(message.content)}"
+            raise TemplateRefusal(reason, TEMPLATE_HINT)
+
+
+def _next_end(words: str, whole: str, start: int) -> int:
+    """Where words, as they stand or as JSON escapes them, end behind `start`; -1 if nowhere. What comes next is looked
+    at first: a search to the end for each message would take the square of the conversation's length.
+    """
+    escaped = json.dumps(words, ensure_ascii=False)[1:-1]
+    near = start + 2 * len(escaped) + _NEAR
+    places = (end_of(text, whole, start, limit) for limit in (near, len(whole)) for text in (words, escaped))
+    return next((place for place in places if place >= 0), -1)
+
+
+def end_of(text: str, whole: str, start: int, limit: int | None = None) -> int:
+    """Where `text` ends in `whole[start:limit]`; -1 if it is not there."""
+    place = whole.find(text, start, limit)
+    return place + len(text) if place >= 0 else -1
+
+
+def end_of_words(content: str, whole: str, start: int, limit: int) -> int:
+    """Where the words of `content` end in `whole[start:limit]`, whatever white space is between them; -1 if nowhere."""
+    place = whole.find(content.strip(), start, limit)
+    if place >= 0:
+        return place + len(content.strip())
+    words = re.compile(r"\s*".join(re.escape(word) for word in content.split()))
+    found = words.search(whole, start, limit)
+    return found.end() if found is not None else -1
+
+
+def num_shared(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def changes(prompt: str, whole: str) -> str:
+    """The sentence that says where a prompt is not what the whole text begins with."""
+    place = num_shared(prompt, whole)
+    return (
+        "the chat template changes earlier text when messages follow: "
+        f"{shown(prompt[place : place + 40])} became {shown(whole[place : place + 40])}"
+    )

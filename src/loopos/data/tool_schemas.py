@@ -1,0 +1,125 @@
+"""Tools that a conversation may call, and calls of them, as chat templates take them.
+
+Enters: the value of a row's column of tools, or of a message's `tool_calls`. Leaves: tools in OpenAI's form
+
+    {"type": "function", "function": {"name": ..., "description": ..., "parameters": {JSON Schema}}}
+
+and calls whose arguments are objects, or problems. A tool without the outer object gets it; arguments and lists kept as
+JSON text are parsed. Left out: whether a template writes them (`templates`), whether a call fits its schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from loopos.data.record import shown
+from loopos.data.row_fields import RowFields
+from loopos.data.structures import in_order, structure_of
+from loopos.data.values import kind_name
+
+Tool: TypeAlias = Mapping[str, Any]
+CALLS, OLD_CALL = "tool_calls", "function_call"
+TOOL_NAMES = (frozenset({"tools"}), frozenset({"tool_defs", "tool_definitions"}), frozenset({"functions"}))
+"""The names of a column of tools in tiers."""
+
+_TOOL_WANTED = 'a tool such as {"type": "function", "function": {"name": ..., "parameters": {...}}}'
+_TOOLS_WANTED = "a list of tools, also as JSON text"
+_CALL_WANTED = 'a call such as {"type": "function", "function": {"name": ..., "arguments": {...}}}'
+_ARGUMENTS_WANTED = "an object, also as JSON text"
+
+
+def tools_of(fields: RowFields) -> tuple[Tool, ...]:
+    """The tools of a row, none where it has none; what cannot be read is noted in `fields.problems`."""
+    value, place = fields.structure("tools"), fields.field("tools")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    if not isinstance(value, list):
+        fields.add("tools are no list", place, f"{shown(value)} ({kind_name(value)})", _TOOLS_WANTED)
+        return ()
+    tools = [_tool(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
+    return tuple(tool for tool in tools if tool is not None)
+
+
+def check_no_tools(fields: RowFields, tools: tuple[Tool, ...]) -> None:
+    """Notes tools beside a text that no template touches: nothing would write them."""
+    if tools:
+        given, wanted = f"{len(tools)} tools beside text that stands as it is", "messages, or no tools"
+        hint = 'write them into the prompt, or leave them out: data.columns: {"tools": null}'
+        fields.add("tools beside text", fields.field("tools"), given, wanted, hint)
+
+
+def with_calls(fields: RowFields, place: str, more: dict[str, object]) -> dict[str, object]:
+    """A message's other keys with its calls of tools as templates take them: `function_call`, OpenAI's older name for a
+    single call, becomes a list of one, and an empty list goes.
+    """
+    kept = {name: value for name, value in more.items() if name not in (CALLS, OLD_CALL)}
+    value = more.get(CALLS)
+    if isinstance(value, str):
+        value = structure_of(value) or value
+    if value is None and OLD_CALL in more:
+        value = [{"type": "function", "function": more[OLD_CALL]}]
+    if value is None or value == []:
+        return kept
+    if not isinstance(value, list):
+        fields.add("tool_calls are no list", f"{place}.{CALLS}", shown(value), f"a list with {_CALL_WANTED}")
+        return kept
+    calls = [_call(fields, f"{place}.{CALLS}[{number}]", call) for number, call in enumerate(value)]
+    return {**kept, CALLS: calls}
+
+
+def call_names(more: Mapping[str, object]) -> list[str]:
+    """The names of the functions that a message calls, in order."""
+    calls = more.get(CALLS)
+    found = [_function_of(call).get("name") for call in calls] if isinstance(calls, list) else []
+    return [name for name in found if isinstance(name, str)]
+
+
+def _tool(fields: RowFields, place: str, value: object) -> Tool | None:
+    if isinstance(value, str):
+        value = structure_of(value) or value
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        fields.add("tool has no name", place, f"{shown(value)} ({kind_name(value)})", _TOOL_WANTED)
+        return None
+    assert isinstance(value, dict)
+    outer = {name: item for name, item in value.items() if name != "function"} if function is not value else {}
+    parameters = function.get("parameters")
+    if isinstance(parameters, str):
+        parsed = structure_of(parameters)
+        if not isinstance(parsed, dict):
+            fields.add("parameters are no object", f"{place}.parameters", shown(parameters), _ARGUMENTS_WANTED)
+            return None
+        function = {**function, "parameters": parsed}
+    function = in_order(function, ("name", "description", "parameters"))
+    return in_order({"type": "function", **outer, "function": function}, ("type", "function"))
+
+
+def _call(fields: RowFields, place: str, value: object) -> dict[str, object]:
+    function = _function_of(value)
+    if not isinstance(value, dict) or not isinstance(function.get("name"), str):
+        fields.add("tool call has no name", place, f"{shown(value)} ({kind_name(value)})", _CALL_WANTED)
+        return {}
+    arguments = function.get("arguments")
+    is_nested = function is not value
+    if isinstance(arguments, str):
+        parsed = structure_of(arguments)
+        arguments = parsed if parsed is not None else arguments
+    if arguments is not None and not isinstance(arguments, dict):
+        named = f"{place}.function.arguments" if is_nested else f"{place}.arguments"
+        hint = "a call without arguments has {}" if arguments == "" else ""
+        fields.add(
+            "arguments are no object", named, f"{shown(arguments)} ({kind_name(arguments)})", _ARGUMENTS_WANTED, hint
+        )
+    if arguments is not None:
+        function = {**function, "arguments": arguments}
+    function = in_order(function, ("name", "arguments"))
+    return in_order({**value, "function": function}, ("id", "type", "function")) if is_nested else function
+
+
+def _function_of(call: object) -> dict[str, Any]:
+    """What a call names: under `function`, or beside each other."""
+    if not isinstance(call, dict):
+        return {}
+    function = call.get("function", call)
+    return function if isinstance(function, dict) else {}
