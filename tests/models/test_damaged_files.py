@@ -438,6 +438,10 @@ HEAD_DESCRIPTION: dict[str, Any] = {
         ("target_std", [1], "target_std: expected a number"),
         ("task", "magic", "task: expected one of"),
         ("step_format", {"opening": 3}, "step_format: expected texts named"),
+        ("ensemble", [], "ensemble: expected a method, members, and a weight each, got []"),
+        ("ensemble", {"method": "mean", "members": [3], "weights": [1.0]}, "ensemble: expected a method"),
+        ("ensemble", {"method": "mean", "members": ["a"], "weights": ["1"]}, "ensemble: expected a method"),
+        ("language_ensemble", {"method": "mean", "members": ["a"]}, "language_ensemble: expected a method"),
     ],
 )  # fmt: skip
 def test_a_description_with_a_key_of_another_kind_is_named(key: str, value: Any, expected: str, tmp_path: Path) -> None:

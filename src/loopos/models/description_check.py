@@ -63,14 +63,37 @@ def _step_format(value: Any) -> bool:
     return isinstance(value, dict) and set(value) <= keys and all(isinstance(each, str) for each in value.values())
 
 
+def _ensemble(member: Fits) -> Fits:
+    def fits(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and isinstance(value.get("method"), str)
+            and _list_of(member)(value.get("members"))
+            and _list_of(_number)(value.get("weights"))
+        )
+
+    return fits
+
+
+def _member(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(value.get(key), str) for key in ("name", "path"))
+
+
+_MEMBERS = "a method, members, and a weight each"
 _PRECISION = (_one_of("bf16", "fp16", "fp32"), "bf16, fp16 or fp32")
 _TASKS = ("classification", "multi_label", "regression")
 _POOLINGS: tuple[str, ...] = get_args(Pooling)
 _NUMBERS = (_list_of(_number), "a list of numbers")
 _NAMES = (_list_of(_text), "a list of texts")
+_TASK = (_one_of(*_TASKS), f"one of {', '.join(_TASKS)}")
+_LABELS = {
+    "task": _TASK,
+    "class_names": _NAMES,
+    "label_space": (_label_space, "the labels as training wrote them"),
+    "threshold": (_number, "a number"),
+}
 _OF_HEADS = {
     "pooling": (_one_of(*_POOLINGS), f"one of {', '.join(_POOLINGS)}"),
-    "class_names": _NAMES,
     "max_length": (_count, "a whole number from 1"),
     "precision": _PRECISION,
 }
@@ -79,18 +102,19 @@ _NEEDED: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
     "language": {"precision": _PRECISION, "stop_tokens": (_list_of(_token), "a list of token ids")},
     "head": {
         **_OF_HEADS,
-        "task": (_one_of(*_TASKS), f"one of {', '.join(_TASKS)}"),
-        "label_space": (_label_space, "the labels as training wrote them"),
+        **_LABELS,
         "target_mean": (_number, "a number"),
         "target_std": (_number, "a number"),
-        "threshold": (_number, "a number"),
     },
     "reward": {
         **_OF_HEADS,
+        "class_names": _NAMES,
         "score_mean": _NUMBERS,
         "score_std": _NUMBERS,
         "text": (lambda value: isinstance(value, bool), "true or false"),
     },
+    "ensemble": {**_LABELS, "ensemble": (_ensemble(_text), _MEMBERS)},
+    "language_ensemble": {"language_ensemble": (_ensemble(_member), _MEMBERS)},
 }
 _OPTIONAL: Mapping[str, tuple[Fits, str]] = {
     "step_format": (_or_none(_step_format), "texts named opening, closing, delimiter and answer_marker"),
@@ -100,10 +124,10 @@ _OPTIONAL: Mapping[str, tuple[Fits, str]] = {
 
 
 def check_description(file: Path, description: Mapping[str, Any], kind: str) -> None:
-    """Raises `UserError` with the keys that are missing or of another kind. kind: "language", "head" or "reward"; an
-    ensemble's are checked where its members are opened.
+    """Raises `UserError` with the keys that are missing or of another kind. kind: of the model, "language_ensemble"
+    too.
     """
-    wrong = list(_faults(description, _NEEDED.get(kind, {})))
+    wrong = list(_faults(description, _NEEDED[kind]))
     if wrong:
         raise UserError(
             "\n".join([*(f"{file}: {fault}" for fault in wrong[:3]), "restore it, or save the model again"])

@@ -59,9 +59,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: format {description.get('format')}, wanted {FORMAT}: written by another version of LoopOS"
         )
-    if LANGUAGE_ENSEMBLE not in description:
-        kind = kind_of(description)
-        check_description(file, description, "head" if kind == "language" and (folder / HEAD_FILE).is_file() else kind)
+    kind: str = LANGUAGE_ENSEMBLE if LANGUAGE_ENSEMBLE in description else kind_of(description)
+    # A head stands for the key that tells of it, which may be what is missing.
+    check_description(file, description, "head" if kind == "language" and (folder / HEAD_FILE).is_file() else kind)
     return description
 
 
