@@ -142,6 +142,8 @@ def config_of(
                 "pretrained_weights": str(weights),
                 "training_data": str(file),
                 "output_dir": str(run),
+                # Small tables repeat their texts, and what is learned of them shows in validation.
+                "split_by": "row",
                 **(data or {}),
             },
         }

@@ -148,3 +148,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
     assert kept
     assert whole.startswith(kept)
     assert kept != whole
+
+
+def test_a_note_on_an_answer_stands_on_a_line_of_its_own(chat: Any) -> None:
+    """Also where both streams go into one pipe."""
+    lines = chat("hello\n").output.splitlines()
+    assert [line for line in lines if "cut at" in line] == [line for line in lines if line.startswith("note: cut at")]
+    assert any(line.startswith("note: cut at") for line in lines)

@@ -172,7 +172,7 @@ def test_amounts_of_memory(given: str, expected: float) -> None:
 
 @pytest.mark.parametrize("given", ["80", "GiB", "80Gbit", "-1GB", "0GB", "80 gallons"])
 def test_amounts_that_are_none(given: str) -> None:
-    with pytest.raises(UserError, match=r"--memory: given .* wanted an amount with its unit"):
+    with pytest.raises(UserError, match=r"--memory: got .*; give a unit, for example 80GiB"):
         cluster(memory=given)
 
 

@@ -51,7 +51,7 @@ def test_a_language_model(command: tuple[str, ...], language_run: Path, invoke: 
     check_refused(invoke(*(names.get(word, word) for word in command)), file, out)
 
 
-@pytest.mark.parametrize("command", [("predict", "RUN", "good one"), ("evaluate", "RUN", "DATA")])
+@pytest.mark.parametrize("command", [("predict", "RUN", "DATA"), ("evaluate", "RUN", "DATA")])
 def test_a_classifier(command: tuple[str, ...], trained: Any, project: Path, invoke: Invoke, tmp_path: Path) -> None:
     file = flipped(project / "outputs" / "first", tmp_path / "run")
     names = {"RUN": file.parent.parent, "DATA": project / "test.jsonl"}

@@ -47,7 +47,10 @@ def test_preview_shows_tokens_cuts_and_labels(project: Path, invoke: Invoke) -> 
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == f"{project / 'train.jsonl'}:1"
-    assert lines[1].count("[") == 6
+    assert lines[1].count("[") == 1
+    assert "[pooled] by last" in result.stdout
+    mean = invoke("data", "preview", project / "run.json", "training.max_length=6", "model.pooling=mean").stdout
+    assert mean.splitlines()[1].count("[") == 6
     assert lines[1].count("~") >= 2
     assert lines[2].startswith("6 tokens, ")
     assert lines[2].endswith("cut at 6 · label 'good' -> 1")
@@ -118,7 +121,8 @@ def test_check_of_a_file_without_a_text_column(tmp_path: Path, invoke: Invoke) -
     file = write_jsonl(tmp_path / "rows.jsonl", [{"a": "one", "label": 0}])
     result = invoke("data", "check", file)
     assert result.exit_code == 2
-    assert "data.columns.text" in result.stdout
+    assert "--columns: no text column found. Columns: 'a', 'label'" in result.stdout
+    assert "choose one: --columns text=COLUMN" in result.stdout
 
 
 def test_check_of_a_file_that_is_not_there(tmp_path: Path, invoke: Invoke) -> None:

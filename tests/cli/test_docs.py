@@ -44,7 +44,19 @@ def section(command: tuple[str, ...]) -> str:
 def test_the_commands_are_these() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
         *("train", "validate", "schema", "predict", "evaluate", "score", "data check", "data preview"),
-        *("runs list", "runs show", "runs diff", "doctor", "demo", "generate", "chat", "serve", "merge", "prune"),
+        *(
+            "runs list",
+            "runs show",
+            "runs diff",
+            "runs report",
+            "doctor",
+            "demo",
+            "generate",
+            "chat",
+            "serve",
+            "merge",
+            "prune",
+        ),
         *("export", "ensemble", "winrate", "quantize", "plan"),
     }
 

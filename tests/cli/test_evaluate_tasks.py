@@ -20,7 +20,7 @@ def test_without_the_extra_it_says_how_to_get_it(
     )
     result = invoke("evaluate", language_run, "--tasks", "arc_easy")
     assert result.exit_code == 1
-    assert 'pip install "loopos[eval]"' in result.stderr
+    assert 'pip install -e ".[eval]"' in result.stderr
 
 
 @pytest.mark.parametrize(

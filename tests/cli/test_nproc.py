@@ -76,7 +76,7 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path, pico_folder: Pat
     (tmp_path / "rows.jsonl").write_text('{"text": "lamp"}\n', encoding="utf-8")
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
-    assert done.stderr.count("given no column that is known as a label") == 1, done.stderr
+    assert done.stderr.count("no label column found") == 1, done.stderr
     assert "rank" not in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -97,7 +97,7 @@ def test_a_blank_line_is_an_error_with_its_number(run_folder: Path, invoke: Invo
         (["-o", "answers.parquet"], "--output: given the suffix .parquet"),
         (["--columns", "text"], "--columns: given text; wanted ROLE=COLUMN"),
         (["--columns", "text=a", "--columns", "text=b"], "--columns: given text twice"),
-        (["-o", "no/such/folder.csv"], "cannot be written"),
+        (["-o", "no/such/folder.csv"], "there is no folder"),
     ],
 )
 def test_wrong_options(run_folder: Path, invoke: Invoke, arguments: list[str], said: str) -> None:

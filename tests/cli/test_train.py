@@ -65,10 +65,38 @@ def test_the_summary_is_short_and_progress_is_on_standard_error(project: Path, i
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{folder}: 2 steps at ")
-    assert lines[0].endswith("ended by max_steps")
-    assert lines[-1] == f"  predict with it: loopos predict {folder} INPUT"
-    assert len(lines) == 3
+    assert lines[0].endswith("stopped at max_steps 2")
+    assert f"  predict with it: loopos predict {folder} INPUT" in lines
+    assert lines[1].startswith("  validation of step 2: loss ")
+    assert "micro_f1" not in lines[1]
+    assert len(lines) == 4
     assert "validation at step 2" in result.stderr
+
+
+def test_a_run_that_did_not_beat_its_start_says_so_in_its_last_line(
+    project: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loopos.methods.fine_tuning import FineTuner
+
+    monkeypatch.setattr("loopos.methods.fine_tuning.write_report", lambda folder: None)
+    told: dict[str, str] = {}
+    for name, words in (("worse", []), ("json", ["--json"])):
+        left = [0.75, 0.25, 0.5]
+        monkeypatch.setattr(FineTuner, "validate", lambda self, world=None, left=left: {"accuracy": left.pop(0)})
+        result = invoke("train", project / "run.json", f"data.output_dir={project}/outputs/{name}", *words)
+        assert result.exit_code == 0, result.stderr
+        told[name] = result.stdout
+    lines = told["worse"].splitlines()
+    assert lines[0].endswith("finished all 2 epochs")
+    assert lines[-1] == (
+        "  training did not beat the start: accuracy is 0.5 at best (step 12) and was 0.75 before training"
+    )
+    assert not [line for line in lines if "best validation" in line]
+    found = json.loads(told["json"])
+    assert (found["beat_start"], found["best_step"], found["best_metric"]) == (False, None, None)
+    assert (found["start_metric"], found["exported_step"], found["metrics"]) == (0.75, 12, {"accuracy": 0.5})
+    shown = json.loads(invoke("runs", "show", f"{project}/outputs/json", "--json").stdout)
+    assert (shown["beat_start"], shown["best_step"], shown["ended"]) == (False, None, "finished all 2 epochs")
 
 
 def test_faults_show_without_torch_in_a_few_lines(tmp_path: Path, guide_config: Path) -> None:
@@ -123,7 +151,8 @@ def test_a_signal_ends_the_run_in_order(trained: Any, project: Path) -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 130
     said = output.read_text(encoding="utf-8")
-    assert "ended by SIGINT" in said
+    assert "interrupted by Ctrl-C" in said
+    assert f"loopos runs report {folder}" in said
     assert "--resume" in said
     assert len(list((folder / "checkpoints").glob("step-*"))) == 1
     assert not (folder / "model").exists()
@@ -175,4 +204,4 @@ def test_a_dry_run_counts_what_trains(
 def test_a_dry_run_in_words(project: Path, invoke: Invoke) -> None:
     result = invoke("train", project / "run.json", "--dry-run")
     names = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert names == ["model", "trains", "data", "rows", "tokens", "steps", "memory", "disk", "time"]
+    assert names == ["model", "trains", "data", "rows", "tokens", "steps", "memory", "disk", "time", "verdict"]

@@ -41,7 +41,7 @@ def test_a_good_config_loads_with_its_values_and_defaults(load_text: Loads, good
     loaded = load_text(good)
     config = config_of(loaded)
     assert (loaded.path, loaded.text, loaded.notes) == ("run.json", good, [])
-    assert (config.model.d_model, config.model.num_classes, config.model.pooling) == (384, 10, "mean")
+    assert (config.model.d_model, config.model.num_classes, config.model.pooling) == (384, 10, "auto")
     assert (config.training.learning_rate, config.training.batch_size, config.training.num_epochs) == (1e-5, 16, 5)
     assert (config.training.optimizer, config.training.schedule, config.training.betas) == (
         "sgd",

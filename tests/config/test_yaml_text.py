@@ -57,9 +57,9 @@ BROKEN = [
     ("a:\n  b: 1\n  b: 2\n", 3, 3, 'the key "b" a second time', "line 2"),
     ("a:\n\tb: 1\n", 2, 1, "a tab", "spaces"),
     ("a: b: c\n", 1, 5, "mapping values are not allowed", "quotes"),
-    ("a: [1, 2\n", 2, 1, "no YAML", ""),
-    ("a: 'b\n", 2, 1, "no YAML", ""),
-    ("a: 1\n--- \nb: 2\n", 2, 1, "no YAML", "second document"),
+    ("a: [1, 2\n", 2, 1, "not valid YAML", ""),
+    ("a: 'b\n", 2, 1, "not valid YAML", ""),
+    ("a: 1\n--- \nb: 2\n", 2, 1, "not valid YAML", "second document"),
     ("a: *missing\n", 1, 4, "undefined alias", ""),
     ("1: a\n", 1, 1, "a key that is no text", ""),
     ("null: a\n", 1, 1, "a key that is no text", ""),
@@ -72,9 +72,9 @@ BROKEN = [
     ("a: &a [*a]\n", 1, 4, "levels", "alias"),
     ("a: \x07\n", 1, 4, "the character 0x7", ""),
     ("a: " + "[" * 600, 1, 1, "levels", ""),
-    ("a: @x\n", 1, 4, "no YAML", ""),
-    ("a: 1\n b: 2\n", 2, 3, "no YAML", ""),
-    ("%YAML 9.9\n--- a", 1, 1, "no YAML", ""),
+    ("a: @x\n", 1, 4, "not valid YAML", ""),
+    ("a: 1\n b: 2\n", 2, 3, "not valid YAML", ""),
+    ("%YAML 9.9\n--- a", 1, 1, "not valid YAML", ""),
 ]
 
 

@@ -158,8 +158,8 @@ LABELS = [
 ]  # fmt: skip
 
 COLUMNS = [
-    Case("no text", "a.csv", "foo,label\na,b\n", None, "data.columns.text", "there: 'foo'"),
-    Case("no label", "a.csv", "text,foo\na,b\n", None, "data.columns.label", "there: 'text', 'foo'"),
+    Case("no text", "a.csv", "foo,label\na,b\n", None, "data.columns.text", "Columns: 'foo'"),
+    Case("no label", "a.csv", "text,foo\na,b\n", None, "data.columns.label", "Columns: 'text', 'foo'"),
     Case("two texts", "a.csv", "sentence,review,label\na,b,c\n", None, "data.columns.text", "sentence, review"),
     Case("two labels", "a.csv", "text,intent,emotion\na,b,c\n", None, "data.columns.label", "intent, emotion"),
     Case("label and labels", "a.csv", "text,label,labels\na,b,c\n", None, "data.columns.label", "label, labels"),
@@ -167,7 +167,7 @@ COLUMNS = [
     Case("two pairs", "a.csv", "question,answer,passage,label\na,b,c,d\n", None, "data.columns.text", "with"),
     Case("unknown role", "a.csv", cells("a", "b"), None, "data.columns.txt", "mean text?",
          columns={"txt": "text"}),
-    Case("unknown column", "a.csv", cells("a", "b"), None, "data.columns.label", "'label'?",
+    Case("unknown column", "a.csv", cells("a", "b"), None, "data.columns.label", '"label"?',
          columns={"label": "lable"}),
     Case("one for two", "a.csv", cells("a", "b"), None, "data.columns.label", "serves text too",
          columns={"text": "label", "label": "label"}),

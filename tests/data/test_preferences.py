@@ -84,15 +84,15 @@ def test_the_choice_is_said_and_can_be_made() -> None:
 @pytest.mark.parametrize(
     ("columns", "overrides", "field", "piece"),
     [
-        ("prompt chosen", {}, "data.columns", "no columns that make a known format; there: 'prompt', 'chosen'"),
+        ("prompt chosen", {}, "data.columns", "these columns make no known format: 'prompt', 'chosen'"),
         ("prompt responses", {}, "data.columns", '"chosen": "COLUMN", "rejected": "COLUMN"'),
         ("text label", {}, "data.columns", '{"prompt", "responses", "ranking"}'),
         ("prompt responses scores ranking", {}, "data.columns", 'data.columns: {"scores": "COLUMN"}'),
         ("prompt chosen rejected responses scores", {}, "data.columns", "columns of 2 formats"),
         ("messages conversations chosen rejected", {}, "data.columns.prompt", "messages, conversations"),
-        ("prompt chosen Chosen rejected", {}, "data.columns.chosen", "2 that may be the chosen"),
+        ("prompt chosen Chosen rejected", {}, "data.columns.chosen", "2 columns may be the chosen"),
         ("q chosen rejected", {"promt": "q"}, "data.columns.promt", "did you mean prompt?"),
-        ("prompt chosen rejected", {"prompt": "promt"}, "data.columns.prompt", "did you mean 'prompt'?"),
+        ("prompt chosen rejected", {"prompt": "promt"}, "data.columns.prompt", 'did you mean "prompt"?'),
         ("prompt chosen rejected", {"chosen": "rejected", "rejected": "rejected"}, "data.columns.rejected", "serves"),
         ("a b", {"scores": "a", "chosen": "b"}, "data.columns", "roles of one format"),
     ],
@@ -282,8 +282,8 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"rejected": None}, "rejected", "given null"),
     (PAIR, {"rejected": [{"role": "bard", "content": "c"}]}, "rejected[0].role", "'bard'"),
     (PAIR, {"rejected": {"content": "c"}}, "rejected", "an object with 'content'"),
-    (PAIR, {"rejected": "b"}, "rejected", "'b', as the other; wanted responses that differ"),
-    (PAIR, {"rejected": [assistant("b\n")]}, "rejected", "responses that differ"),
+    (PAIR, {"rejected": "b"}, "rejected", "chosen and rejected are identical ('b')"),
+    (PAIR, {"rejected": [assistant("b\n")]}, "rejected", "are identical"),
     (PAIR, {"rejected": "\ud800"}, "rejected", "half of a surrogate pair"),
     (PAIR, {"margin": -1}, "margin", "given -1 (a number); wanted a number >= 0"),
     (PAIR, {"margin": "much"}, "margin", "given 'much' (text)"),
@@ -298,14 +298,14 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"prompt": [user("a")], "input": "x"}, "input", "all that is asked in the messages"),
     (PAIR, {"prompt": [{"role": "system", "content": "s"}, user("a")], "system": "s"}, "system", "in one place"),
     (IMPLIED, {"chosen": "x: b"}, "rejected", "responses that begin with the same prompt"),
-    (IMPLIED, {"rejected": "a: b"}, "rejected", "responses that differ"),
-    (IMPLIED, {"rejected": "a: b\n"}, "rejected", "responses that differ"),
+    (IMPLIED, {"rejected": "a: b"}, "rejected", "are identical"),
+    (IMPLIED, {"rejected": "a: b\n"}, "rejected", "are identical"),
     (IMPLIED, {"rejected": " "}, "rejected", "given ' '"),
     (IMPLIED, {"chosen": CHAT["chosen"]}, "rejected", "a list as chosen and text as rejected"),
     (IMPLIED, {"system": "s"}, "system", "no system beside text"),
     (IMPLIED, {"p_human": 2}, "p_human", "given 2"),
     (CHAT, {"rejected": [user("x"), assistant("c")]}, "rejected", "messages that begin with 'a' and 'x'"),
-    (CHAT, {"rejected": CHAT["chosen"]}, "rejected", "responses that differ"),
+    (CHAT, {"rejected": CHAT["chosen"]}, "rejected", "are identical"),
     (CHAT, {"rejected": [user("a")]}, "rejected", "no message behind the prompt"),
     (CHAT, {"rejected": [user("a"), user("x"), assistant("c")]}, "rejected", "messages of user, assistant"),
     (CHAT, {"chosen": [user("a"), assistant("b"), user("x")]}, "chosen", "messages of assistant, user"),
@@ -314,7 +314,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (GROUP, {"responses": "b"}, "responses", "a list of two or more responses"),
     (GROUP, {"responses": ["b", " "]}, "responses[1]", "given ' '"),
     (GROUP, {"responses": ["b", [user("c")]]}, "responses[1]", "messages of user"),
-    (GROUP, {"responses": ["b", "b"]}, "responses[1]", "responses that differ"),
+    (GROUP, {"responses": ["b", "b"]}, "responses[1]", "are identical"),
     (GROUP, {"scores": [1]}, "scores", "1 scores for 2 responses"),
     (GROUP, {"scores": [1, "good"]}, "scores[1]", "given 'good' (text)"),
     (GROUP, {"scores": None}, "scores", "given null"),
@@ -332,7 +332,7 @@ def test_broken_rows_name_line_and_field(
     with pytest.raises(DataError) as caught:
         comparisons_of(tmp_path, good, good | change)
     (fault,) = caught.value.faults
-    assert str(fault).startswith(f"{tmp_path}/rows.jsonl:2: {field}: given ")
+    assert str(fault).startswith(f"{tmp_path}/rows.jsonl:2: {field}: ")
     assert piece in str(fault)
 
 

@@ -79,10 +79,33 @@ def test_missing_files_name_the_near_ones(tmp_path: Path) -> None:
         read(" ")
 
 
-@pytest.mark.parametrize(("names", "seen"), [((), "nothing"), (("a.xlsx", "b.png"), "'a.xlsx', 'b.png'")])
+@pytest.mark.parametrize(("names", "seen"), [((), "nothing"), (("a.xls", "b.png"), "'a.xls', 'b.png'")])
 def test_a_folder_without_data_is_a_fault(names: tuple[str, ...], seen: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"a folder that holds {seen}; wanted files named .csv"):
         read(_folder(tmp_path / "rows", *names))
+
+
+def test_a_folder_of_subfolders_names_the_globs_that_read_them(tmp_path: Path) -> None:
+    (tmp_path / "repo" / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "repo" / "data" / "deep" / "a.jsonl").write_text('{"text": "a"}\n')
+    source = str(tmp_path / "repo")
+    with pytest.raises(DataError) as caught:
+        read(source)
+    glob = f"{source}/**/*.jsonl"
+    assert f"subfolders are not read; to read those files, give {glob!r}" in str(caught.value)
+    assert _texts(glob) == ["a"]
+    _folder(tmp_path / "repo", "top.csv")
+    reader = read(source)
+    assert [row.values["text"] for row in reader] == ["top.csv"]
+    assert f"{source}: files in subfolders are not read; {glob!r} would read them" in reader.report.said
+
+
+@pytest.mark.parametrize("between", [",", ", ", " ", ";"])
+def test_a_list_of_files_in_one_text_is_told_the_glob(between: str, tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "rows", "a.csv", "b.csv")
+    with pytest.raises(DataError) as caught:
+        read(f"{folder}/a.csv{between}{folder}/b.csv")
+    assert f"one source is read: a folder or a glob, such as '{folder}/*.csv'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.faults import DataError
-from loopos.data.split import stratified_split
+from loopos.data.split import split_off, stratified_split
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,77 @@ def test_regression_gets_its_share(labels: list[float], share: float) -> None:
     training, validation = stratified_split(labels, share, 3)
     assert sorted([*training, *validation]) == list(range(len(labels)))
     assert len(validation) == min(max(1, int(share * len(labels) + 0.5)), len(labels) - 1)
+
+
+def test_all_rows_of_a_prompt_go_to_one_side() -> None:
+    """24 prompts with six pairs each, as one asks people: 29 rows of 144 are wanted, and five prompts have 30."""
+    keys = [f"prompt {row % 24}" for row in range(144)]
+    found = split_off(keys, 0.2, 42, by="prompt")
+    asked = {keys[row] for row in found.validation}
+    assert len(found.validation) == 30
+    assert len(asked) == 5
+    assert asked.isdisjoint(keys[row] for row in found.train)
+    assert sorted([*found.train, *found.validation]) == list(range(144))
+    assert found.said == ("validation: 30 of the rows, those of 5 of the 24 prompts, split off with seed 42; 114 train")
+    # By row every prompt is on both sides.
+    rows = split_off(keys, 0.2, 42, by="row")
+    assert len(rows.validation) == 29
+    assert {keys[row] for row in rows.validation} <= {keys[row] for row in rows.train}
+
+
+@pytest.mark.parametrize("labels", [None, [row % 3 for row in range(60)], [row / 7 for row in range(60)]])
+def test_rows_without_repeats_are_split_as_ever(labels: list[int] | list[float] | None) -> None:
+    """Runs that began before groups were kept go on with the same rows."""
+    found = split_off(list(range(60)), 0.1, 7, by="prompt", labels=labels)
+    assert (found.train, found.validation) == stratified_split(labels, 0.1, 7, num_rows=60)
+
+
+def test_groups_keep_the_mix_of_labels() -> None:
+    """90 rows of class 0 and 10 of class 1, every text twice: 10 validate, 9 and 1 by row, whole pairs here."""
+    keys, labels = [row // 2 for row in range(100)], [int(row >= 90) for row in range(100)]
+    found = split_off(keys, 0.1, 42, by="prompt", what="text", labels=labels)
+    counted = Counter(labels[row] for row in found.validation)
+    assert counted in ({0: 8, 1: 2}, {0: 10, 1: 2}, {0: 8}, {0: 10})
+    assert {keys[row] for row in found.validation}.isdisjoint(keys[row] for row in found.train)
+    assert "split off by label with seed 42" in found.said
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "validation"),
+    [
+        # A group over the share stays in training.
+        ([90, 5, 5], 0.1, {5}),
+        ([50, 50], 0.1, {50}),
+        ([1, 99], 0.5, {1}),
+        ([99, 1], 0.9, {99}),
+    ],
+)
+def test_uneven_groups(sizes: list[int], share: float, validation: set[int]) -> None:
+    keys = [place for place, size in enumerate(sizes) for _ in range(size)]
+    found = split_off(keys, share, 3, by="prompt")
+    assert found.train
+    assert found.validation
+    assert {sizes[keys[row]] for row in found.validation} == validation
+
+
+def test_rows_of_one_prompt_are_split_by_row_and_it_is_said() -> None:
+    found = split_off(["same"] * 10, 0.2, 42, by="prompt")
+    assert (len(found.train), len(found.validation)) == (8, 2)
+    assert "row by row, since all rows have one prompt" in found.said
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=st.lists(st.integers(0, 9), min_size=2, max_size=60),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+    classes=st.integers(1, 3),
+)
+def test_both_sides_have_whole_groups(keys: list[int], share: float, seed: int, classes: int) -> None:
+    labels = [key % classes for key in keys] if classes > 1 else None
+    found = split_off(keys, share, seed, by="prompt", labels=labels)
+    assert found.train
+    assert found.validation
+    assert sorted([*found.train, *found.validation]) == list(range(len(keys)))
+    if len(set(keys)) > 1:
+        assert {keys[row] for row in found.validation}.isdisjoint(keys[row] for row in found.train)

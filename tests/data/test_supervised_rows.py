@@ -79,9 +79,9 @@ def test_the_choice_is_said_and_can_be_made() -> None:
     [
         ("messages prompt completion", {}, "data.columns", "conversations and completions"),
         ("question answer final_answer", {}, "data.columns.answer", "answer, final_answer"),
-        ("title body", {}, "data.columns", "no columns that make a known format"),
+        ("title body", {}, "data.columns", "these columns make no known format"),
         ("question answer", {"problm": "question"}, "data.columns.problm", "did you mean problem?"),
-        ("question answer", {"problem": "qestion"}, "data.columns.problem", "did you mean 'question'?"),
+        ("question answer", {"problem": "qestion"}, "data.columns.problem", 'did you mean "question"?'),
         ("question answer", {"problem": "answer", "answer": "answer"}, "data.columns.answer", "serves problem too"),
         ("a b", {"problem": "a", "completion": "b"}, "data.columns", "roles of one format"),
     ],
@@ -214,7 +214,7 @@ def test_weights_and_other_keys_of_a_message(tmp_path: Path) -> None:
         ([["user", "a"]], "messages[0]", "(a list)"),
         ([{"content": "a"}], "messages[0]", "an object with 'content'"),
         ([{"role": "narrator", "content": "a"}], "messages[0].role", "'narrator'"),
-        ([{"role": "user", "content": "a"}], "messages", "messages of user alone"),
+        ([{"role": "user", "content": "a"}], "messages", "no assistant message: nothing to learn (roles: user)"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], "messages[1].content", "''"),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], "messages[0].content", "null"),
         ([{"role": "assistant", "content": "a", "weight": -1}], "messages[0].weight", "a number >= 0"),
@@ -225,7 +225,7 @@ def test_weights_and_other_keys_of_a_message(tmp_path: Path) -> None:
 )
 def test_bad_messages(tmp_path: Path, messages: object, field: str, piece: str) -> None:
     fault = faults_of(tmp_path, {"messages": messages})[0]
-    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: {field}: given ")
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: {field}: ")
     assert piece in fault
 
 

@@ -30,7 +30,7 @@ def test_our_checkers_by_name() -> None:
 @pytest.mark.parametrize("name", ["math_verify", "reasoning_gym"])
 def test_a_missing_package_is_said_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(EnvironmentFault, match=r"pip install 'loopos\[rewards\]'"):
+    with pytest.raises(EnvironmentFault, match=r'pip install -e "\.\[rewards\]"'):
         checker(name)
 
 

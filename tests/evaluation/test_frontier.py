@@ -43,7 +43,7 @@ def test_what_is_named() -> None:
         "Reward of $5",
         "KL to the reference, nats",
         "reward",
-        "policy, by iteration",
+        "policy",
         "best of n",
     ):
         assert found.count(name) == 1, name
@@ -71,7 +71,7 @@ def test_a_point_that_is_not_finite_is_a_gap_without_a_name() -> None:
 
 def test_either_series_alone() -> None:
     assert "best of n" not in texts(frontier_svg(PATH))
-    assert "policy, by iteration" not in texts(frontier_svg([], best_of_n=DRAWS))
+    assert "policy" not in texts(frontier_svg([], best_of_n=DRAWS))
     assert texts(frontier_svg(PATH[:1])).count("start") == 1
 
 

@@ -167,6 +167,20 @@ def test_conversations_train_by_their_loss(config: Configs) -> None:
     assert "accuracy" not in validations[0]["metrics"]
     assert result.best_metric is not None
     assert result.best_metric < validations[0]["metrics"]["loss"]
+    assert (result.beat_start, result.start_metric) == (True, validations[0]["metrics"]["loss"])
+    # Of both validation conversations, at each validation: what was asked, what the data and the model answer.
+    samples = [json.loads(line) for line in (method.run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [event["step"] for event in validations for _ in range(2)]
+    assert all(sample["prompt"] == f"say {sample['reference']}" for sample in samples)
+    # The exported weights are the last ones, and transformers writes with them what stands there.
+    assert result.best_step == result.step
+    model = AutoModelForCausalLM.from_pretrained(method.run_dir / "model", dtype=torch.float32)
+    assert method.check is not None
+    prompt = torch.tensor([method.check.reasoner.prompt(method.chats[1])])
+    stops = list(method.template.stop_tokens)
+    written = model.generate(prompt, max_new_tokens=48, do_sample=False, eos_token_id=stops, pad_token_id=0)[0]
+    text = method.tokenizer.decode(written[prompt.shape[1] :], skip_special_tokens=True)
+    assert samples[-1]["response"] == text
 
 
 def test_rounds_keep_right_and_distinct_chains_and_train_on_them(config: Configs) -> None:

@@ -1,4 +1,4 @@
-"""Every pooling trains, and the model folder opens with transformers alone."""
+"""Every pooling trains, and the model folder opens where LoopOS is not installed (`test_hand_over.py` has the rest)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pico_runs import WORDS, class_rows, config_of, events_of, pair_tokenizer, save_pico, text_of, train
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from loopos.functional.packing import PackedLayout
 from loopos.models.task_folder import open_task_model
@@ -46,21 +46,11 @@ def test_pooling_last_opens_as_transformers_own_classifier(architecture: str, ho
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "first", "max"])
-def test_every_pooling_trains_and_opens_as_auto_model(pooling: str, home: Path, bert_folder: Path) -> None:
+def test_every_pooling_trains(pooling: str, home: Path, bert_folder: Path) -> None:
     # An encoder: in a causal model the first token sees itself alone.
     run = home / f"pooling_{pooling}"
     train(config_of(run, bert_folder, class_rows(48), model={"pooling": pooling}, training={"num_epochs": 4}))
     assert losses_of(run)[-1] < losses_of(run)[0] / 2
-    opened, info = AutoModel.from_pretrained(run / "model", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
-    mine, tokenizer, _ = open_task_model(run)
-    ids = tokenizer("good lamp", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected = opened.eval()(input_ids=ids).last_hidden_state[0]
-        # Segment 0 everywhere, as transformers takes it when none is given.
-        found = mine.backbone.eval()(ids[0], PackedLayout((ids.shape[1],)), torch.zeros_like(ids[0]))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_model_folder_opens_where_loopos_is_not_imported(home: Path, pico_folder: Path) -> None:

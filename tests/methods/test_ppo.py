@@ -206,8 +206,21 @@ def test_functions_and_samples_are_given_what_was_asked(tmp_path: Path, pico_fol
     """The user's words, not what the chat template made of them."""
     data = {"chat_template": "plain", "validation_data": str(tmp_path / "run.jsonl")}
     training = {"validate_every": 3, "max_iterations": 1}
-    config = ppo_config(tmp_path / "run", pico_folder, functions=["test_ppo:asked_words"], data=data, training=training)
-    trained(config)
+    functions, best_of = ["test_ppo:asked_words"], {"best_of": [2]}
+    config = ppo_config(
+        tmp_path / "run", pico_folder, functions=functions, data=data, training=training, evaluation=best_of
+    )
+    method = trained(config)
+    # Best-of-n stands on the validation prompts too, and begins with one answer a prompt; KL: ln 2 − 1/2.
+    found = events_of(tmp_path / "run", "best_of_n")
+    assert [(each["n"], each["reward"]) for each in found] == [(1, 1.0), (2, 1.0)]
+    assert [each["kl"] for each in found] == pytest.approx([0.0, 0.1931], abs=1e-4)
+    # Nothing is better than a reward that is 1 from the start.
+    assert (method.result.stopped_by, method.result.beat_start, method.result.best_step) == (
+        "max_iterations",
+        False,
+        None,
+    )
     assert [event["reward"] for event in events_of(tmp_path / "run", "rollout")] == [1.0]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {sample["prompt"] for sample in samples} == set(ASKED)

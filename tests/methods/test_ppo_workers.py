@@ -81,7 +81,7 @@ def test_without_staleness_it_is_the_run_of_the_engine_at_hand(
                 evaluation={"best_of": [2]},
             )
         )
-    for kind, number in {"rollout": 3, "step": 12, "validation": 4, "best_of_n": 1}.items():
+    for kind, number in {"rollout": 3, "step": 12, "validation": 4, "best_of_n": 2}.items():
         local, remote = (events_of(tmp_path / engine, kind) for engine in ("local", "ray"))
         assert len(local) == len(remote) == number
         for one, other in zip(local, remote, strict=True):

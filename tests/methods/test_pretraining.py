@@ -40,6 +40,8 @@ def config_in(folder: Path, **training: Any) -> PretrainingConfig:
             "training": {"learning_rate": 0.01, "max_length": 24, "batch_size": 8, "precision": "fp32", **training},
             "data": {
                 "input_file": str(text),
+                # The text repeats its sentences, and what is learned of them shows in validation.
+                "split_by": "row",
                 "output_dir": str(folder / "run"),
                 "output_weights": str(folder / "models" / "pretrained_model.bin"),
             },

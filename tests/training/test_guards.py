@@ -76,9 +76,9 @@ def test_reward_hacking_needs_a_risen_reward_and_a_fallen_judge() -> None:
     assert [len(now) for now in found] == [0, 0, 0, 0, 1]
     (alarm,) = found[4]
     assert (alarm.name, alarm.value, alarm.limit) == ("judge", 6.25, 6.5)
-    assert alarm.said == (
-        "the reward rose from 1 to 4 while the judge fell to 6.25, more than 0.5 under its best, 7: "
-        "the reward model is being exploited."
+    assert alarm.message == (
+        "reward rose from 1 to 4 while the judge fell to 6.25, more than 0.5 below its best (7): "
+        "the policy may be exploiting the reward model"
     )
 
 
@@ -111,7 +111,7 @@ def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -
         {"judge": 6.0},
     )
     assert [place for place, now in enumerate(found) if now] == [5, 9]
-    assert "from 1 to 3 while the judge fell to 6, more than 0.5 under its best, 9" in found[9][0].said
+    assert "from 1 to 3 while the judge fell to 6, more than 0.5 below its best (9)" in found[9][0].message
 
 
 def test_alarms_say_their_numbers() -> None:
@@ -119,15 +119,21 @@ def test_alarms_say_their_numbers() -> None:
     last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "end_share": 0.25}
     before, found = alarms(ALL, first, last)
     assert before == []
-    assert [(alarm.name, alarm.value, alarm.limit, alarm.said) for alarm in found] == [
-        ("kl", 12.5, 10.0, "kl is 12.5, above its limit of 10."),
-        ("entropy", 0.5, 1.0, "entropy is 0.5 nats, below 1, 0.25 times the first, 4: too sure."),
-        ("response_length", 300, 200, "response_length is 300 tokens, above 200, 2 times the first, 100."),
-        ("repetition", 0.75, 0.5, "repetition is 0.75, above its limit of 0.5."),
-        ("end_share", 0.25, 0.5, "end_share is 0.25, more than 0.25 under the first, 0.75: responses are cut."),
+    assert [(alarm.name, alarm.value, alarm.limit, alarm.message) for alarm in found] == [
+        ("kl", 12.5, 10.0, "KL 12.5 is above its limit of 10: the policy moves far from its reference"),
+        ("entropy", 0.5, 1.0, "entropy 0.5 fell below 25% of its start (4): the policy may be collapsing"),
+        ("response_length", 300, 200, "mean length 300 left the range 50–200 around its start (100 tokens)"),
+        ("repetition", 0.75, 0.5, "repetition 0.75 is above its limit of 0.5: responses repeat themselves"),
+        (
+            "end_share",
+            0.25,
+            0.5,
+            "the share of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
+        ),
     ]
     (short,) = alarms(ALL, {"response_length": 100}, {"response_length": 20})[1]
-    assert short.said == "response_length is 20 tokens, below 50, 1/2 of the first, 100."
+    assert short.message == "mean length 20 left the range 50–200 around its start (100 tokens)"
+    assert short.limit == 50
 
 
 def test_without_limits_nothing_sounds() -> None:

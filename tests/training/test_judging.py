@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pico_runs import class_rows, config_of, events_of, last_weights
 from safetensors.torch import load_file
 
+from loopos.config.sections import TrainingSection
+from loopos.evaluation.run_folder import read_run
+from loopos.functional.comparing import is_better
 from loopos.methods.fine_tuning import FineTuner
-from loopos.training.fit import FitResult
+from loopos.training.events import fingerprint
+from loopos.training.fit import Fit, FitResult
 from loopos.training.progress import RunProgress
 from loopos.training.stopping import Best
+from loopos.training.validation import Judges, Validation
 
 Run = Callable[..., tuple[FitResult, Path]]
 
@@ -37,7 +43,7 @@ def saved_steps(folder: Path) -> list[int]:
 def test_the_best_weights_are_kept_and_exported_not_the_last(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [0.1, 0.5, 0.9, 0.7, 0.6, 0.2])
     result, folder = run(validate_every=2, keep_last=1, save_every=2)
-    # Validations at 0 (not judged), 2, 4, 6, 8, 10: the best is that of step 4.
+    # Validations at 0 (the start), 2, 4, 6, 8, 10: the best is that of step 4, and beats the start.
     assert (result.best_step, result.best_metric) == (4, 0.9)
     assert saved_steps(folder) == [4, 10]
     best = load_file(folder / "checkpoints" / "step-00000004" / "weights.safetensors")
@@ -100,8 +106,8 @@ def test_early_stopping_watches_its_own_metric(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr(FineTuner, "validate", lambda self, world=None: {"accuracy": 0.5, "loss": next(losses)})
     result, _ = run(validate_every=2, early_stopping={"patience": 2, "metric": "loss"})
     assert (result.step, result.stopped_by) == (8, "early stopping")
-    # Accuracy never got better than at its first validation.
-    assert result.best_step == 2
+    # Accuracy is the same at every validation: the lowest loss, 2.0 at step 4, tells them apart.
+    assert result.best_step == 4
 
 
 def test_the_plateau_schedule_halves_the_learning_rate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +126,125 @@ def test_a_metric_that_is_not_defined_is_said_and_judges_nothing(
     assert result.best_step is None
     assert (folder / "model").is_dir()
     assert "validation at step 2: auroc is not defined on these rows" in capsys.readouterr().err
+
+
+WORSE = [0.9, 0.5, 0.6, 0.7, 0.4, 0.3]
+"""Accuracy before training, and after steps 2, 4, 6, 8 and 10."""
+
+
+def test_a_run_that_does_not_beat_its_start_marks_nothing_as_best(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, WORSE)
+    result, folder = run(validate_every=2)
+    assert (result.best_step, result.best_metric, result.beat_start, result.start_metric) == (None, None, False, 0.9)
+    assert (result.best_trained_step, result.best_trained_metric) == (6, 0.7)
+    validations = events_of(folder, "validation")
+    assert [event["step"] for event in validations] == [0, 2, 4, 6, 8, 10]
+    assert not any(event["metrics"]["best"] for event in validations)
+    # What is exported is said plainly: the best of what was trained.
+    exports = events_of(folder, "export")
+    assert [(event["step"], event["metrics"]["weights"]) for event in exports] == [(6, "best trained")]
+    exported = load_file(folder / "model" / "head.safetensors")["weight"]
+    kept = load_file(folder / "checkpoints" / "step-00000006" / "weights.safetensors")
+    assert torch.equal(exported, kept["head.weight"])
+    outcome = read_run(folder).outcome
+    assert (outcome.beat_start, outcome.best, outcome.weights) == (False, None, "best trained")
+    assert outcome.verdict() == (
+        "training did not beat the start: accuracy is 0.7 at best (step 6) and was 0.9 before training"
+    )
+
+
+def test_the_start_is_exported_where_it_is_asked_for_and_nothing_beats_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, WORSE)
+    result, folder = run(validate_every=2, export_start=True)
+    assert (result.step, result.beat_start) == (10, False)
+    assert saved_steps(folder) == [0, 10]
+    start = load_file(folder / "checkpoints" / "step-00000000" / "weights.safetensors")
+    exported = load_file(folder / "model" / "head.safetensors")["weight"]
+    assert torch.equal(exported, start["head.weight"])
+    assert not torch.equal(exported, last_weights(folder)["head.weight"])
+    assert [(e["step"], e["metrics"]["weights"]) for e in events_of(folder, "export")] == [(0, "start")]
+    # One validation above the start is enough for it to go.
+    scripted(monkeypatch, [0.5, 0.4, 0.6, 0.3])
+    _, folder = run("beaten", validate_every=2, export_start=True)
+    assert saved_steps(folder) == [4, 10]
+    assert [(e["step"], e["metrics"]["weights"]) for e in events_of(folder, "export")] == [(4, "best")]
+
+
+def test_a_run_resumed_from_its_start_is_the_uninterrupted_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the checkpoint of step 0: the start is known, and not measured again."""
+    scripted(monkeypatch, WORSE)
+    _, whole = run("whole", validate_every=2, export_start=True)
+
+    def dies(self: Fit[Any]) -> None:
+        self._finish_save()
+        raise KeyboardInterrupt
+
+    scripted(monkeypatch, WORSE)
+    with monkeypatch.context() as patched:
+        patched.setattr(Fit, "_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("killed", validate_every=2, export_start=True)
+    scripted(monkeypatch, WORSE[1:])
+    _, resumed = run("killed", resume=True, validate_every=2, export_start=True)
+    assert fingerprint(resumed / "events.jsonl") == fingerprint(whole / "events.jsonl")
+    assert len(events_of(resumed, "validation")) == 6
+    assert events_of(resumed, "export")[-1]["step"] == 0
+
+
+def test_without_a_validation_at_the_start_nothing_is_said_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [0.5, 0.7, 0.6])
+    result, folder = run(validate_every=5, validate_at_start=False)
+    assert [event["step"] for event in events_of(folder, "validation")] == [5, 10]
+    assert (result.beat_start, result.start_metric, result.best_step) == (None, None, 10)
+    assert read_run(folder).outcome.verdict() == "best validation: accuracy 0.7 at step 10"
+
+
+def test_ties_of_the_metric_are_broken_by_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([(0.5, 2.0), (0.5, 1.5), (0.8, 1.0), (0.8, 0.9), (0.8, 0.95), (0.7, 0.1)])
+    monkeypatch.setattr(
+        FineTuner, "validate", lambda self, world=None: dict(zip(("accuracy", "loss"), next(seen), strict=True))
+    )
+    result, folder = run(validate_every=2)
+    assert (result.best_step, result.best_metric, result.beat_start) == (6, 0.8, True)
+    best = [event["metrics"]["best"] for event in events_of(folder, "validation")]
+    # Step 2 is as accurate as the start, with a lower loss.
+    assert best == [False, True, True, True, False, False]
+    assert saved_steps(folder) == [6, 10]
+
+
+@pytest.mark.parametrize(
+    ("metric", "than", "mode", "loss", "than_loss", "expected"),
+    [
+        (0.6, 0.5, "max", None, None, True),
+        (0.6, 0.5, "min", None, None, False),
+        (0.5, 0.5, "max", 1.0, 2.0, True),
+        (0.5, 0.5, "max", 2.0, 1.0, False),
+        (0.5, 0.5, "min", None, 1.0, False),
+        (0.5, 0.5, "min", math.nan, 1.0, False),
+        (math.nan, None, "max", None, None, False),
+        (math.inf, 0.5, "max", None, None, False),
+        (-9.0, None, "max", None, None, True),
+        (-9.0, math.nan, "max", None, None, True),
+    ],
+)
+def test_which_of_two_validations_is_better(
+    metric: float, than: float | None, mode: str, loss: float | None, than_loss: float | None, expected: bool
+) -> None:
+    assert is_better(metric, than, mode, loss=loss, than_loss=than_loss) is expected
+
+
+def test_judges_of_an_older_checkpoint_know_no_start() -> None:
+    """As 4ff8e20 wrote it: a metric, a step and a count."""
+    validation = Validation(dict, "accuracy", "max", "accuracy", "max")
+    settings = TrainingSection.model_validate({"learning_rate": 0.1})
+    judges = Judges(validation, settings)
+    judges.load({"best": {"metric": 0.5, "step": 4, "stale": 1}, "watched": None, "plateau": None})
+    assert (judges.beat_start, judges.knows_start, judges.best.step) == (None, False, 4)
+    # Without a known loss the tie stays with the earlier one.
+    assert not judges.observe({"accuracy": 0.5, "loss": 0.1}, 6)
+    assert judges.observe({"accuracy": 0.6, "loss": 0.1}, 8)
 
 
 def test_what_is_best_by_hand() -> None:

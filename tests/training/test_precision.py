@@ -166,7 +166,7 @@ def test_gradients_that_overflow_at_a_scale_of_one_are_no_overflow_of_the_scale(
 
 
 def test_fp16_is_refused_where_there_is_no_cuda(tmp_path: Path, pico_folder: Path) -> None:
-    with pytest.raises(UserError, match="fp16 is for CUDA alone"):
+    with pytest.raises(UserError, match="only CUDA trains in fp16"):
         resolve("fp16", CPU)
     config = config_of(tmp_path / "run", pico_folder, class_rows(16), training={"precision": "fp16"})
     if not torch.cuda.is_available():

@@ -6,22 +6,37 @@ on a terminal, in a file and in a pipe.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
 
+from loopos.config.faults import printable
+from loopos.config.figures import figure
+from loopos.storage.json_files import json_text
+
 
 def say(text: str = "") -> None:
-    """`text` on standard output."""
-    typer.echo(text)
+    """`text` on standard output; control characters in it are shown, not obeyed."""
+    typer.echo(printable(text))
 
 
 def say_json(value: object) -> None:
     """`value` as JSON on standard output; nan and infinity, which JSON lacks, become null."""
-    typer.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=2))
+    typer.echo(json_text(_finite(value), allow_nan=False, indent=2))
+
+
+def json_lines(values: Iterable[object]) -> str:
+    """The values as JSON Lines."""
+    return "".join(json_text(value) + "\n" for value in values)
+
+
+def write(text: str) -> None:
+    """`text` on standard output at once, without a line end: as it is into a file or pipe, as `say` on a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), indent: str = "  ") -> str:
@@ -65,7 +80,7 @@ def shown(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+        return figure(value)
     return str(value)
 
 

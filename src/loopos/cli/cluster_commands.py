@@ -40,7 +40,7 @@ def plan(
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Say whether a run fits on a cluster and what it sends, before anything is bought or queued."""
+    """Estimate memory and network traffic on a cluster."""
     from loopos.cli.planning import plan as command
 
     options = command.PlanOptions(

@@ -14,8 +14,21 @@ import typer
 
 import loopos
 from loopos.cli import cluster_commands, deploy_commands, export_commands, language_commands
-from loopos.cli.option_types import Columns, Config, Device, Json, Overrides, RunFolder, TrustRemoteCode, Verbose
+from loopos.cli.option_types import (
+    Columns,
+    Config,
+    Device,
+    Encoding,
+    Json,
+    Overrides,
+    RunFolder,
+    TrustRemoteCode,
+    Verbose,
+    path,
+)
 from loopos.cli.outcome import Commands
+from loopos.config.paths import expanded
+from loopos.methods.table import methods_help
 
 app = typer.Typer(
     cls=Commands,
@@ -44,7 +57,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
-@app.command()
+@app.command(help=f"Train as a config says.\n\n{methods_help()}")
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -60,7 +73,6 @@ def train(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train as a config says."""
     from loopos.cli import train as command
 
     options = command.TrainOptions(resume, dry_run, quiet, trust_remote_code, json, verbose, nproc)
@@ -94,10 +106,11 @@ def predict(
             metavar="INPUT",
             help="Data file, .txt of one text a line, or - for one text a line from standard input.",
             show_default=False,
+            parser=expanded,
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.")
+        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.", parser=path)
     ] = None,
     file_format: Annotated[
         str | None, typer.Option("--format", help="jsonl, csv or tsv; by the suffix of -o, else jsonl.")
@@ -117,13 +130,21 @@ def predict(
 def score(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Output folder of a reward_model run, or its model/.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="Output folder of a reward_model run, or its model/.",
+            show_default=False,
+            parser=expanded,
+        ),
     ],
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="File, folder or glob of comparisons.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE", help="File, folder or glob of comparisons.", show_default=False, parser=expanded
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.")
+        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.", parser=path)
     ] = None,
     columns: Columns = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")] = False,
@@ -149,15 +170,20 @@ def merge(
             metavar="RECIPE | MODEL... [KEY=VALUE ...]",
             help="Recipe, .json or .yaml, or the models themselves; and keys of the recipe.",
             show_default=False,
+            parser=expanded,
         ),
     ],
     method: Annotated[str | None, typer.Option("--method", help="How tensors are merged; see docs/merging.md.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Model that the others were trained from.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Model that the others were trained from.", parser=expanded)
+    ] = None,
     weight: Annotated[list[float] | None, typer.Option("--weight", help="Factor of a model, in their order.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", parser=path)] = None,
     evaluate: Annotated[
         list[str] | None,
-        typer.Option("--evaluate", metavar="DATA", help="Rows to measure models and result on; may be repeated."),
+        typer.Option(
+            "--evaluate", metavar="DATA", help="Rows to measure models and result on; may be repeated.", parser=expanded
+        ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
@@ -187,15 +213,19 @@ app.command()(export_commands.ensemble)
 @data_app.command("check")
 def data_check(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="File, folder, glob or hub id of rows.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE", help="File, folder, glob or hub id of rows.", show_default=False, parser=expanded
+        ),
     ],
     columns: Columns = None,
+    encoding: Encoding = None,
     json: Json = False,
 ) -> None:
     """Read a data file as training would, and report what is in it and what is wrong with it."""
     from loopos.cli.rows import data_check as command
 
-    raise typer.Exit(command.run(source, columns or [], as_json=json))
+    raise typer.Exit(command.run(source, columns or [], encoding=encoding, as_json=json))
 
 
 @data_app.command("preview")
@@ -216,7 +246,9 @@ def data_preview(
 
 @runs_app.command("list")
 def runs_list(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds runs.")] = Path("outputs"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds runs.", parser=path)] = Path(
+        "outputs"
+    ),
     json: Json = False,
 ) -> None:
     """List the runs in a folder with their state and best metrics."""
@@ -226,17 +258,42 @@ def runs_list(
 
 
 @runs_app.command("show")
-def runs_show(run: RunFolder, json: Json = False) -> None:
-    """Show one run: its settings, its state, its best validation, its confusion table."""
+def runs_show(
+    run: RunFolder,
+    every: Annotated[bool, typer.Option("--all", help="Show the settings at their defaults too.")] = False,
+    json: Json = False,
+) -> None:
+    """Show one run: its settings, its state, its validation against the start, its confusion table."""
     from loopos.cli import runs as command
 
-    raise typer.Exit(command.show(run, as_json=json))
+    raise typer.Exit(command.show(run, as_json=json, every_setting=every))
+
+
+@runs_app.command("report")
+def runs_report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder for the report.", show_default="the run's", parser=path
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write report.md and report.html of a run, finished, running or killed."""
+    from loopos.cli import runs as command
+
+    raise typer.Exit(command.report(run, output, as_json=json))
 
 
 @runs_app.command("diff")
 def runs_diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Output folder of a run.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another.", show_default=False)],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="Output folder of a run.", show_default=False, parser=path)
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="Output folder of another.", show_default=False, parser=path)
+    ],
     json: Json = False,
 ) -> None:
     """Compare two runs: settings that differ, metrics side by side."""

@@ -11,16 +11,19 @@ from pathlib import Path
 
 from loopos.cli.answers import say, say_json
 from loopos.cli.outcome import note
-from loopos.config.faults import ConfigError, UserError
+from loopos.config.faults import FaultsError, UserError
 from loopos.config.load import LoadedConfig, load, load_recipe
 from loopos.config.merge import MergeConfig, is_merge_recipe
+from loopos.config.other_tools import METHOD_ALIASES
 from loopos.config.source import read_source
+from loopos.data.column_check import check_columns
 from loopos.methods.table import METHODS, config_classes
 
 
 def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     """The config, with its notes told. Raises `ConfigError`."""
     loaded = load(path, overrides, config_classes())
+    check_columns(loaded.config)
     tell_notes(loaded)
     return loaded
 
@@ -42,7 +45,7 @@ def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
         return 0
     try:
         loaded = _loaded(path, overrides)
-    except ConfigError as error:
+    except FaultsError as error:
         faults = [dataclasses.asdict(fault) for fault in error.faults]
         say_json({"file": str(path), "valid": False, "faults": faults, "notes": []})
         return error.exit_code
@@ -55,7 +58,9 @@ def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     source = read_source(path)
     if is_merge_recipe(source.root):
         return load_recipe(source, overrides, MergeConfig)
-    return load(path, overrides, config_classes())
+    loaded = load(path, overrides, config_classes())
+    check_columns(loaded.config)
+    return loaded
 
 
 def schema(method: str) -> int:
@@ -63,6 +68,7 @@ def schema(method: str) -> int:
     from loopos.config.json_schema import schema as schema_of
 
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
+    method = METHOD_ALIASES.get(method, method)
     if method not in rows:
         known = ", ".join([*(name for _, name in METHODS), "merge"])
         raise UserError(f"--method: given {method}; wanted one of {known}")

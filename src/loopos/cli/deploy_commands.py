@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from loopos.cli import option_types as of
+from loopos.config.paths import expanded
 
 
 def prune(
@@ -28,7 +29,10 @@ def prune(
         str | None, typer.Option("--scope", help="magnitude: one threshold for each linear layer, or global.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", metavar="FILE", help="Text or rows that the model reads to choose.")
+        str | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="Text or rows that the model reads to choose.", parser=expanded
+        ),
     ] = None,
     calibration_rows: of.CalibrationRows = None,
     calibration_tokens: of.CalibrationTokens = None,
@@ -66,7 +70,10 @@ def quantize(
         str | None, typer.Option("--calibration", help="How weights are rounded: none, gptq or awq.")
     ] = None,
     calibration_text: Annotated[
-        str | None, typer.Option("--calibration-text", metavar="FILE", help="Text or rows that gptq and awq read.")
+        str | None,
+        typer.Option(
+            "--calibration-text", metavar="FILE", help="Text or rows that gptq and awq read.", parser=expanded
+        ),
     ] = None,
     calibration_rows: of.CalibrationRows = None,
     calibration_tokens: of.CalibrationTokens = None,

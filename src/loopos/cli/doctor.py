@@ -17,6 +17,7 @@ import loopos
 from loopos.cli.answers import as_bytes, say, say_json, table
 from loopos.cli.process import is_glibc, settings_in_force, wanted_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault
 from loopos.models.sources import embedded_model
 
@@ -147,10 +148,10 @@ def described(found: dict[str, Any]) -> str:
     lines.append(f"embedded  {embedded['file'] if 'file' in embedded else embedded['error']}")
     for extra, packages in found["extras"].items():
         absent = [name for name, version in packages.items() if version is None]
-        said = f'pip install "loopos[{extra}]" ({", ".join(absent)} missing)' if absent else "there"
+        said = f"{install_command(extra)} ({', '.join(absent)} missing)" if absent else "there"
         lines.append(f"extra     {extra}: {said}")
     if found["missing"]:
-        lines.append(f"missing   {', '.join(found['missing'])}: pip install loopos")
+        lines.append(f"missing   {', '.join(found['missing'])}: {install_command()}")
     lines.append("ready to train" if found["ready"] else "not ready to train")
     return "\n".join(lines)
 

@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
-from loopos.cli.option_types import Columns, Device, Json, Verbose
+from loopos.cli.option_types import Columns, Device, Json, Verbose, path
+from loopos.config.paths import expanded
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write, which is not there yet.", show_default=False)
+    Path,
+    typer.Option("--output", "-o", help="Folder to write, which is not there yet.", show_default=False, parser=path),
 ]
 
 
@@ -24,6 +26,7 @@ def export(
             metavar="MODEL",
             help='Run folder, model folder, adapter folder, checkpoint of transformers or "smollm2-135m".',
             show_default=False,
+            parser=expanded,
         ),
     ],
     output: Output,
@@ -53,7 +56,10 @@ def ensemble(
     members: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Runs or model folders of one task, or language models.", show_default=False
+            metavar="MODEL...",
+            help="Runs or model folders of one task, or language models.",
+            show_default=False,
+            parser=expanded,
         ),
     ],
     output: Output,
@@ -64,11 +70,14 @@ def ensemble(
         list[float] | None, typer.Option("--weight", help="Share of a language model, in their order; may be repeated.")
     ] = None,
     fit: Annotated[
-        str | None, typer.Option("--fit", metavar="DATA", help="Labelled rows that weights are fitted on.")
+        str | None,
+        typer.Option("--fit", metavar="DATA", help="Labelled rows that weights are fitted on.", parser=expanded),
     ] = None,
     test: Annotated[
         str | None,
-        typer.Option("--test", metavar="DATA", help="Rows or text that members and ensemble are measured on."),
+        typer.Option(
+            "--test", metavar="DATA", help="Rows or text that members and ensemble are measured on.", parser=expanded
+        ),
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the members into the folder, not their paths alone.")

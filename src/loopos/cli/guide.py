@@ -35,7 +35,12 @@ def command_of(arguments: Sequence[str]) -> list[str]:
     what.add_argument("-c", "--config", metavar="CONFIG", help="train as this config says")
     what.add_argument("--validate", metavar="CONFIG", help="check this config and report every fault")
     what.add_argument("--list-configs", action="store_true", help="list the configs in the folder configs/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="settings that win over the config's")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY.PATH=VALUE",
+        help="overrides of config keys, e.g. training.learning_rate=1e-4",
+    )
     asked = parser.parse_args(arguments)
     if asked.list_configs:
         return ["list"]

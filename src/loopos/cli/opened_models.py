@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.config.faults import FaultsError, UserError
-from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.faults import UserError
+from loopos.config.paths import MODEL_DESCRIPTION, is_hub_id
 from loopos.models.ensemble_recipe import read_ensemble, refuse_votes
-from loopos.models.model_folder import described, kind_of, model_folder, read_description
+from loopos.models.model_folder import described, kind_of, model_folder, read_description, refuse_checkpoint
 from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, weights_source
 
 if TYPE_CHECKING:
@@ -21,22 +21,17 @@ if TYPE_CHECKING:
 REWARD_RUN = "reward_model"
 """The folder of the reward model's run in that of an rlhf run."""
 
-# What checks name whose words come from a config; here they come from the command line.
-_FIELDS = {"data.pretrained_weights: ": "", "training.device: ": "--device: "}
-
 
 def is_task_model(place: str) -> bool:
     """Whether a head says what the model's outputs mean. Raises `UserError` for a place that holds no model."""
     if description := described(place):
         return kind_of(description) != "language"
+    refuse_checkpoint(Path(place))
     if Path(place).is_dir() and not any(
         (Path(place) / name).is_file() for name in ("config.json", "model/config.json", ADAPTER_CONFIG)
     ):
         raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or a model's folder")
-    try:
-        source = weights_source(place)
-    except UserError as error:
-        raise in_our_words(error) from error
+    source = weights_source(place, looks_up=False)
     if source.kind == "new":
         raise UserError(f'given "new", which has learned nothing; wanted a trained model, such as "{EMBEDDED}"')
     return False
@@ -45,9 +40,14 @@ def is_task_model(place: str) -> bool:
 def require_language_model(place: str) -> None:
     """Raises `UserError` unless a language model may be there."""
     if not is_task_model(place):
+        # A hub id: whether the hub is there.
+        if not described(place):
+            weights_source(place)
         return
     refuse_reward_model(place)
-    raise UserError(f"{place}: a model with a head, which says no text; use loopos predict and loopos evaluate")
+    raise UserError(
+        f"{place}: a classifier or regressor; it cannot generate text. Use loopos predict and loopos evaluate"
+    )
 
 
 def refuse_reward_model(place: str) -> None:
@@ -58,6 +58,26 @@ def refuse_reward_model(place: str) -> None:
         raise UserError(
             f"{place}: a reward model, which scores responses; wanted a model that predicts labels or says text. "
             f"Use it with: loopos score {place} FILE"
+        )
+
+
+def require_task_model(place: str) -> None:
+    """Raises `UserError` unless a model with a head that predicts labels or values is there."""
+    description = described(place)
+    if not description and (place == EMBEDDED or not Path(place).exists()):
+        raise UserError(
+            f"{place}: a base model without a head, which has learned no labels; train it first, with "
+            f'"pretrained_weights": "{place}" and "method": "fine_tuning" in a config: loopos train CONFIG'
+            if place == EMBEDDED or is_hub_id(place)
+            else f"{place}: no such folder; wanted the output_dir of a finished run, or its folder model/"
+        )
+    description = read_description(model_folder(place))
+    kind = kind_of(description)
+    if kind == "reward":
+        refuse_reward_model(place)
+    if kind == "language":
+        raise UserError(
+            f"{place}: a language model, which predicts no labels; use loopos generate, loopos chat or loopos evaluate"
         )
 
 
@@ -108,24 +128,10 @@ def open_reasoner(
     from loopos.evaluation.reasoning import Reasoner
     from loopos.training.precision import pick_device
 
-    try:
-        return Reasoner.open(
-            place,
-            device=pick_device(device).type,
-            precision=None if precision == "auto" else precision,
-            max_rows=max_rows,
-            trust_remote_code=trust_remote_code,
-        )
-    except UserError as error:
-        raise in_our_words(error) from error
-
-
-def in_our_words(error: UserError) -> UserError:
-    """The error without the names of a config's keys."""
-    if isinstance(error, FaultsError):
-        return error
-    text = str(error)
-    for theirs, ours in _FIELDS.items():
-        if text.startswith(theirs):
-            text = ours + text.removeprefix(theirs)
-    return type(error)(text)
+    return Reasoner.open(
+        place,
+        device=pick_device(device).type,
+        precision=None if precision == "auto" else precision,
+        max_rows=max_rows,
+        trust_remote_code=trust_remote_code,
+    )

@@ -11,13 +11,28 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False)]
+from loopos.config.paths import expanded
+
+
+def path(text: str) -> Path:
+    """A path that the command line names, with "~" as the home folder: no shell expands it in `--output=~/run`."""
+    return Path(expanded(text))
+
+
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False, parser=path)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that win over the config's.", show_default=False),
+    typer.Argument(
+        metavar="KEY.PATH=VALUE", help="Overrides of config keys, e.g. training.learning_rate=1e-4.", show_default=False
+    ),
 ]
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN", help="Output folder of a run, or its folder model/.", show_default=False, parser=path
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Columns = Annotated[
@@ -26,6 +41,15 @@ Columns = Annotated[
         "--columns",
         metavar="ROLE=COLUMN",
         help="Column of a role (text, text_pair, label; problem, reasoning, answer, messages ...); may be repeated.",
+    ),
+]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        "--encoding",
+        metavar="NAME",
+        help="Encoding of text files, such as cp1252; UTF-8 when absent.",
+        show_default=False,
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages and bars of the libraries below too.")]
@@ -40,6 +64,7 @@ Model = Annotated[
         metavar="MODEL",
         help="Run folder or model folder; of a language model also a weights file or hub id.",
         show_default=False,
+        parser=expanded,
     ),
 ]
 LanguageModel = Annotated[
@@ -48,6 +73,7 @@ LanguageModel = Annotated[
         metavar="MODEL",
         help='Run folder, model folder, "smollm2-135m", weights file or hub id of a language model.',
         show_default=False,
+        parser=expanded,
     ),
 ]
 Precision = Annotated[
@@ -59,13 +85,13 @@ TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest to
 MinP = Annotated[float, typer.Option("--min-p", help="Draw from tokens this many times as likely as the likeliest.")]
 TypicalP = Annotated[float, typer.Option("--typical-p", help="Draw from tokens of typical surprise that hold this.")]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Divides the logits of tokens that were there; 1 is off.")
+    float, typer.Option("--repetition-penalty", help="Penalizes tokens that already occur; 1 turns it off.")
 ]
 PresencePenalty = Annotated[
-    float, typer.Option("--presence-penalty", help="Subtracted once from the logits of tokens said before.")
+    float, typer.Option("--presence-penalty", help="Subtracted once from the logits of tokens that already occur.")
 ]
 FrequencyPenalty = Annotated[
-    float, typer.Option("--frequency-penalty", help="Subtracted for each time that a token was said before.")
+    float, typer.Option("--frequency-penalty", help="Subtracted for each time that a token already occurs.")
 ]
 NoRepeatNgram = Annotated[int, typer.Option("--no-repeat-ngram", help="No n tokens in a row twice; 0 is off.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest completion (tokens).")]
@@ -93,20 +119,27 @@ SystemText = Annotated[str | None, typer.Option("--system", metavar="TEXT", help
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; may be repeated.")]
 Input = Annotated[
     str | None,
-    typer.Option("--input", metavar="FILE", help="One prompt a line, a data file of problems, or - for stdin."),
+    typer.Option(
+        "--input", metavar="FILE", help="One prompt a line, a data file of problems, or - for stdin.", parser=expanded
+    ),
 ]
-LinesFile = Annotated[Path | None, typer.Option("--output", "-o", help="File to write JSON lines to.")]
+LinesFile = Annotated[Path | None, typer.Option("--output", "-o", help="File to write JSON lines to.", parser=path)]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines on standard output, one a completion.")]
 Steps = Annotated[bool, typer.Option("--steps", help="Show each step with its logprob, then the answer.")]
 Completions = Annotated[int, typer.Option("--samples", "-n", help="Completions of each prompt.")]
 Chains = Annotated[int, typer.Option("--samples", "-n", help="Chains of each problem, which vote.")]
 NumBeams = Annotated[int | None, typer.Option("--num-beams", help="Width of a beam search over tokens.")]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the prompt is continued as it stands.")]
-Data = Annotated[str | None, typer.Argument(metavar="DATA", help="Data file; none with --tasks.", show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Argument(metavar="DATA", help="Data file; none with --tasks.", show_default=False, parser=expanded),
+]
 Tasks = Annotated[
     list[str] | None, typer.Option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-eval; may be repeated.")
 ]
-TaskFolder = Annotated[Path | None, typer.Option("--task-folder", help="Tasks of your own, as lm-eval's .yaml files.")]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--task-folder", help="Tasks of your own, as lm-eval's .yaml files.", parser=path)
+]
 NumFewshot = Annotated[int | None, typer.Option("--num-fewshot", help="Worked examples before a task's question.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Tasks are asked through the chat template.")]
 Metrics = Annotated[list[str] | None, typer.Option("--metric", help="accuracy, loss or perplexity; may be repeated.")]
@@ -121,22 +154,37 @@ Window = Annotated[
 Stride = Annotated[
     int | None, typer.Option("--stride", help="Plain text: tokens between two windows; half a window when absent.")
 ]
-RecordsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a problem.")]
+RecordsFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write one JSON line per problem.", parser=path)
+]
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")
 ]
 
-ModelA = Annotated[str, typer.Argument(metavar="A", help="Language model, as under generate.", show_default=False)]
-ModelB = Annotated[str, typer.Argument(metavar="B", help="Language model that A is held against.", show_default=False)]
+ModelA = Annotated[
+    str, typer.Argument(metavar="A", help="Language model, as under generate.", show_default=False, parser=expanded)
+]
+ModelB = Annotated[
+    str, typer.Argument(metavar="B", help="Language model that A is held against.", show_default=False, parser=expanded)
+]
 PromptsFile = Annotated[
-    str, typer.Argument(metavar="PROMPTS", help="One prompt a line, a data file, or - for stdin.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="PROMPTS", help="One prompt a line, a data file, or - for stdin.", show_default=False, parser=expanded
+    ),
 ]
 Judge = Annotated[
     str,
-    typer.Option("--judge", metavar="JUDGE", help="Run of a reward model, or module:function.", show_default=False),
+    typer.Option(
+        "--judge",
+        metavar="JUDGE",
+        help="Run of a reward model, or module:function.",
+        show_default=False,
+        parser=expanded,
+    ),
 ]
 Pairs = Annotated[int, typer.Option("--samples", "-n", help="Answers of each model to a prompt, pair by pair.")]
-PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="File for a record a pair.")]
+PairsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write one JSON line per pair.", parser=path)]
 
 ServedModel = Annotated[
     str,
@@ -144,6 +192,7 @@ ServedModel = Annotated[
         metavar="MODEL",
         help='Run folder or model folder of any kind; "smollm2-135m", a weights file or hub id of a language model.',
         show_default=False,
+        parser=expanded,
     ),
 ]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; one that others reach needs an API key.")]
@@ -173,9 +222,12 @@ ModelOrRecipe = Annotated[
         metavar="MODEL|RECIPE",
         help="Run folder, model folder, weights file or hub id; or a recipe, .json or .yaml.",
         show_default=False,
+        parser=expanded,
     ),
 ]
-ChangedOutput = Annotated[Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.")]
+ChangedOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="New folder for model, recipe and report.", parser=path)
+]
 CalibrationRows = Annotated[
     int | None, typer.Option("--calibration-rows", help="Rows of calibration text; 128 when absent.")
 ]
@@ -187,6 +239,11 @@ CalibrationSeed = Annotated[
 ]
 EvaluatedOn = Annotated[
     str | None,
-    typer.Option("--evaluate", metavar="FILE", help="What it cost: text for perplexity, labelled rows for a head."),
+    typer.Option(
+        "--evaluate",
+        metavar="FILE",
+        help="What it cost: text for perplexity, labelled rows for a head.",
+        parser=expanded,
+    ),
 ]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")]

@@ -2,12 +2,13 @@
 
 Enters: what a command raises. Leaves: a few lines on standard error and the exit code: the error's own for a
 `UserError` (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a full disk), 74 for any
-other error of the file system, 1 when memory ran out, 130 for Ctrl-C. A reader that went away (a closed pipe) ends
-quietly. Any other exception is our bug and keeps its traceback.
+other error of the file system, 1 when memory ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A
+closed pipe (its reader went away) ends quietly. Any other exception is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from loopos.config.faults import UserError
+from loopos.cli.wording import refuse_keys_as_options, wording_of
+from loopos.config.faults import Interrupted, UserError, Wording, printable
 from loopos.storage.durable import StorageFault, is_of_files, told_of
 
 INTERRUPTED = 130
@@ -39,15 +41,37 @@ class Commands(TyperGroup):
             option.default = False
         return option
 
+    def _wording(self, name: str | None) -> Wording:
+        """How the command called `name` names settings."""
+        return wording_of(*self._names_of(name))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` begin with. Raises `UserError` for a key of a config that is written as an option."""
+        resolved = super().resolve_command(ctx, args)
+        refuse_keys_as_options(args[1:], *self._names_of(args[0]))
+        return resolved
+
+    def _names_of(self, name: str | None) -> tuple[list[str], list[str]]:
+        """The options of a command, as they are written, and the names of its arguments."""
+        command = self.commands.get(name) if name is not None else None
+        parameters = command.params if command is not None else []
+        options = [option for each in parameters for option in (*each.opts, *each.secondary_opts)]
+        return [*options, "--help"], [each.name for each in parameters if each.name is not None]
+
     def invoke(self, ctx: Any) -> Any:
         """Runs a command; turns its errors into an exit code."""
+        _take_any_text()
         try:
             return super().invoke(ctx)
         except UserError as error:
+            message = error.message(self._wording(ctx.invoked_subcommand))
             # Without words where another process of the run has told the reason.
-            if str(error):
-                complain(str(error))
+            if message:
+                complain(message)
             raise typer.Exit(error.exit_code) from None
+        except Interrupted as ended:
+            complain(str(ended))
+            raise typer.Exit(ended.exit_code) from None
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -68,6 +92,12 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+def _take_any_text() -> None:
+    """What the terminal's encoding lacks is escaped on standard output, as Python does on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, the CPU's or an accelerator's. torch's errors are told by name and words, so
     that torch need not be imported.
@@ -79,9 +109,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def complain(text: str) -> None:
     """`text` on standard error, in red on a terminal."""
-    typer.secho(text, err=True, fg=typer.colors.RED if sys.stderr.isatty() and "NO_COLOR" not in os.environ else None)
+    typer.secho(
+        printable(text), err=True, fg=typer.colors.RED if sys.stderr.isatty() and "NO_COLOR" not in os.environ else None
+    )
 
 
 def note(text: str) -> None:
     """`text` on standard error: what a person should know, and a script that reads the answer should not meet."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)

@@ -10,11 +10,14 @@ import logging
 import os
 import sys
 
+from loopos.models.quiet import VERBOSE
+
 SILENCE = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
 }
 # torchao, where it is installed, is imported with transformers, and tells of every kernel of another machine.
 _TALKATIVE = ("torchao", "torch.utils._pytree")
@@ -23,6 +26,7 @@ _TALKATIVE = ("torchao", "torch.utils._pytree")
 def hush_libraries(*, verbose: bool) -> None:
     """Silences the libraries, unless the user wants to see everything."""
     if verbose:
+        os.environ[VERBOSE] = "1"
         return
     for name, value in SILENCE.items():
         os.environ.setdefault(name, value)

@@ -1,8 +1,8 @@
 """`loopos train`: config checked, run claimed, method run, outcome told.
 
 Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C. All that can be checked without torch is
-checked before torch is imported.
+on standard error, and an exit code: 0, also after SIGTERM, SIGHUP and SIGUSR1, 130 after Ctrl-C, 4 after a guard. What
+can be checked without torch is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli import configs
-from loopos.cli.answers import as_time, say, say_json
+from loopos.cli.answers import as_time, say, say_json, shown
+from loopos.cli.installed_torch import refuse_absent_device
 from loopos.cli.opened_models import use_of
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import UserError
+from loopos.config.figures import once
 from loopos.config.load import load
+from loopos.data.column_check import check_columns
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
-    from loopos.training.fit import FitResult
+    from loopos.evaluation.run_folder import Run
+    from loopos.training.fit_result import FitResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +60,26 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     # Typed by what every method's config has; its own class is checked by `load`.
     config: Any = loaded.config
     # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
-    from loopos.evaluation.run_folder import refuse_started
-    from loopos.models.sources import weights_source
+    from loopos.evaluation.run_claim import refuse_started
+    from loopos.models.sources import check_tokenizer_source, weights_source
+    from loopos.storage.folder_lock import refuse_busy
+    from loopos.storage.writable import require_writable
+    from loopos.training.stopping import run_ends_at_once
 
+    check_columns(config)
+    for section in (config.training, getattr(config, "reward_training", None) or config.training):
+        refuse_absent_device(section.device, section.precision)
+    # Of several processes of a run one is enough to say so, and it alone will hold the folder.
+    for folder in [] if options.dry_run or not is_first_process() else run_folders(config):
+        refuse_busy(folder)
+        if not options.resume:
+            refuse_started(folder)
+    if not options.dry_run:
+        require_writable("data.output_dir", Path(config.data.output_dir))
+    check_tokenizer_source(config.data.tokenizer)
     named = getattr(config.data, "pretrained_weights", None)
     if named is not None:
         weights_source(named)
-    if not options.resume and not options.dry_run:
-        for folder in run_folders(config):
-            refuse_started(folder)
     if options.num_processes is not None and not options.dry_run:
         return _launch(path, overrides, options)
     restart_with_settings()
@@ -74,7 +89,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
         from loopos.cli.planning import dry_run
 
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
-    result = train(config, options)
+    with run_ends_at_once():
+        result = train(config, options)
     if is_first_process():
         tell(told_of(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
@@ -93,7 +109,11 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 def train(config: Any, options: TrainOptions) -> FitResult:
     """Runs the config's method to its end."""
     trainer_class = method_class(config.computation.mode, config.computation.method)
+    from loopos.training.precision import pick_device, resolve
     from loopos.training.progress import RunProgress
+
+    # Before the weights and the rows are read.
+    resolve(config.training.precision, pick_device(config.training.device))
 
     trainer = trainer_class(
         config,
@@ -119,9 +139,12 @@ def told_of(config: Any) -> Path:
 
 
 def exit_code(stopped_by: str) -> int:
-    """0, but for a run that Ctrl-C ended."""
-    from loopos.training.stopping import EXIT_CODES
+    """0, except for a run that Ctrl-C or a guard ended."""
+    from loopos.training.stopping import EXIT_CODES, GUARD, GUARD_EXIT_CODE
 
+    if stopped_by == GUARD:
+        # A launcher ends every process once one has failed: only the first, which has reported by now, may fail.
+        return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
 
 
@@ -135,29 +158,41 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     from loopos.evaluation.run_folder import read_run
 
     found = read_run(run_dir)
-    metrics = {name: value for name, value in found.best_metrics.items() if name != "best"}
     if as_json:
-        say_json(
-            {
-                "run": str(run_dir),
-                "step": result.step,
-                "stopped_by": result.stopped_by,
-                "best_step": result.best_step,
-                "best_metric": result.best_metric,
-                "metrics": metrics,
-                "tokens": result.tokens,
-                "tokens_per_second": found.tokens_a_second,
-                "seconds": result.seconds,
-                "model": str(run_dir / "model") if found.has_model else None,
-            }
-        )
+        say_json(_as_json(run_dir, result, found))
         return
     told_rate = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
-    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; ended by {result.stopped_by}")
-    if metrics:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
-        say(f"  best validation, at step {result.best_step}: {told}")
+    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; {found.ended}")
+    verdict, metrics = found.outcome.verdict(), once(found.exported_metrics)
+    if metrics and found.exported_step is not None:
+        figures = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
+        say(f"  validation of step {found.exported_step}: {figures}")
+    if found.outcome.beat_start is not False and verdict:
+        say(f"  {verdict}")
     if result.interrupted:
-        say("  go on with it: the same command with --resume")
+        say("  continue it: the same command with --resume")
+        say(f"  its report so far: loopos runs report {run_dir}")
     elif found.has_model:
         say(f"  {use_of(str(run_dir))}")
+    if found.outcome.beat_start is False:
+        # Last, where it cannot be overlooked.
+        say(f"  {verdict}")
+
+
+def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
+    return {
+        "run": str(run_dir),
+        "step": result.step,
+        "stopped_by": result.stopped_by,
+        "ended": found.ended,
+        "best_step": result.best_step,
+        "best_metric": result.best_metric,
+        "beat_start": found.outcome.beat_start,
+        "start_metric": result.start_metric,
+        "exported_step": found.exported_step,
+        "metrics": found.exported_metrics,
+        "tokens": result.tokens,
+        "tokens_per_second": found.tokens_a_second,
+        "seconds": result.seconds,
+        "model": str(run_dir / "model") if found.has_model else None,
+    }

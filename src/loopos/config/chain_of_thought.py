@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Count, Section, Text
+from loopos.config.keys import Count, Place, Section, Text
 from loopos.config.language_sections import (
     LANGUAGE_METRICS,
     LanguageModelSection,
@@ -83,20 +83,20 @@ class StepFormatSection(Section):
 class ReasoningDataSection(TextSourceSection):
     """Where the weights and the demonstrations come from, how they are read, and where the run goes."""
 
-    pretrained_weights: Text = Field(
+    pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Text | None = Field(
+    tokenizer: Place | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    reasoning_examples: Text | None = Field(
+    reasoning_examples: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the demonstrations to train on'
     )
-    training_data: Text | None = Field(default=None, description="another name of reasoning_examples")
+    training_data: Place | None = Field(default=None, description="another name of reasoning_examples")
     columns: dict[TextRole, Text | None] = Field(
         default={}, description="column of each role; detected when absent, null for none"
     )
-    chat_template: Text = Field(
+    chat_template: Place = Field(
         default="auto",
         description='"auto" (the tokenizer\'s own, else plain), "plain", or a file with a Jinja template',
     )
@@ -153,6 +153,10 @@ class AnswerEvaluationSection(Section):
 
     problems: Annotated[int, Field(ge=0)] = Field(
         default=64, description="validation problems that are generated; 0 measures the loss alone"
+    )
+    samples: Annotated[int, Field(ge=0)] = Field(
+        default=3,
+        description="validation conversations or prompts that are answered for samples and the report; 0 is none",
     )
     every: Count = Field(default=1, description="validations from one with generated answers to the next")
     checker: Checker = Field(default="auto", description="what says that an answer is right")
@@ -214,7 +218,9 @@ class ChainOfThoughtConfig(MethodConfig):
         yield from checks.check_source(
             {"reasoning_examples": data.reasoning_examples, "training_data": data.training_data}
         )
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
         yield from checks.check_no_head(training)
         yield from _check_step_format(data)
         yield from _check_metrics(self)
@@ -245,15 +251,18 @@ class ChainOfThoughtConfig(MethodConfig):
             "training.head_learning_rate": (False, "a language model has no head of its own"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
             "data.max_dropped_share": (data.over_length == "drop", f"over_length is {data.over_length}"),
-            "evaluation.every": (self.generates, "no answers are generated"),
+            "evaluation.every": (
+                self.generates or (self.validates and self.evaluation.samples > 0),
+                "no answers are generated",
+            ),
             "evaluation.checker": (
                 self.generates or self.self_improvement is not None,
                 "no answers are generated",
             ),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
         if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
             said.append("data.validation_data is the training data: validation will score rows that were trained on")
         return said

@@ -6,6 +6,7 @@ one method alone (its own config module), files (`paths`).
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -16,6 +17,11 @@ from loopos.config.faults import Finding
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
 
+MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
+"""Rates above which training only destroys: Adam's step is about the rate in size, whatever the gradient; SGD's is the
+rate times a gradient that is clipped to 1 by default."""
+_NO_ALPHABETS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
+"""Codecs of Python that escape text, or depend on the machine."""
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
 
 
@@ -66,7 +72,10 @@ def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | No
     if missing and (weights == NEW_WEIGHTS or is_bare_weights(weights)):
         given = f'no {", ".join(missing)} with "{weights}"'
         fields = ("model", "data.pretrained_weights", *(f"model.{name}" for name in missing))
-        yield Finding(fields, given, f"all of {', '.join(SIZES)}", "these weights come without their sizes")
+        sentence = (
+            f"{given}: {'new weights' if weights == NEW_WEIGHTS else 'weights in a bare file'} need all five sizes"
+        )
+        yield Finding(fields, sentence, "", f"set {', '.join(f'model.{name}' for name in missing)}")
     if weights == NEW_WEIGHTS and tokenizer is None:
         hint = 'for example "tokenizer": "smollm2-135m"'
         yield Finding(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
@@ -95,6 +104,18 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
         yield Finding(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+
+
+def rate_notes(training: TrainingSection) -> list[str]:
+    """The sentence on a learning rate at which an optimizer destroys weights; none for one that may train."""
+    most = MOST_RATE[training.optimizer]
+    rates = {"learning_rate": training.learning_rate, "head_learning_rate": training.head_learning_rate}
+    return [
+        f"training.{name} {rate:g} is far beyond what {training.optimizer} trains with (below {most:g}): the weights "
+        "will very likely be destroyed"
+        for name, rate in rates.items()
+        if rate is not None and rate > most
+    ]
 
 
 def check_no_head(training: TrainingSection) -> Iterator[Finding]:
@@ -131,12 +152,17 @@ def check_optimizer(training: TrainingSection) -> Iterator[Finding]:
         yield Finding(fields, given, "0, or optimizer sgd or muon", hint)
     if training.precision == "fp16" and training.device in ("cpu", "mps"):
         fields = ("training.precision", "training.device")
-        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "fp16 is for CUDA alone")
+        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "only CUDA trains in fp16")
 
 
 def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Finding]:
     """What needs validation, where there is none. has_validation: rows are kept for it."""
     cause: tuple[str, ...]
+    if training.export_start and not (training.validate_at_start and training.keep_best):
+        cause = tuple(f"training.{name}" for name in ("validate_at_start", "keep_best") if not getattr(training, name))
+        fields = ("training.export_start", *cause)
+        hint = "the start is exported where it is the best of what was validated and kept"
+        yield Finding(fields, "true", "false, or validate_at_start and keep_best true", hint)
     if has_validation and training.validate_every != "never":
         return
     if has_validation:
@@ -147,6 +173,8 @@ def check_validation(training: TrainingSection, *, has_validation: bool) -> Iter
     wanted = "validation rows (validation_data or validation_share) and validate_every"
     if training.early_stopping is not None:
         yield Finding(("training.early_stopping", *cause), f"early stopping with {reason}", wanted)
+    if training.export_start:
+        yield Finding(("training.export_start", *cause), f"true with {reason}", f"{wanted}, or false")
     if training.schedule == "plateau":
         yield Finding(("training.schedule", *cause), f'"plateau" with {reason}', f"{wanted}, or another schedule")
 
@@ -164,9 +192,14 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
 
 
 def check_reading(
-    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]]
+    *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]], encoding: str | None
 ) -> Iterator[Finding]:
-    """A stream without an end, and a column in two roles; columns: (role, column), None for no column."""
+    """A stream without an end, a column in two roles, an encoding that is not known; columns: (role, column), None for
+    no column.
+    """
+    if encoding is not None and not is_text_encoding(encoding):
+        wanted = 'the name of a text encoding, such as "utf-8", "cp1252" or "shift_jis"'
+        yield Finding(("data.encoding",), f'"{encoding}"', wanted)
     if streaming and max_rows is None:
         fields = ("data.streaming", "data.max_rows")
         yield Finding(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
@@ -177,6 +210,15 @@ def check_reading(
             yield Finding((f"data.columns.{role}",), given, "a column for one role")
         if column is not None:
             roles[column] = role
+
+
+def is_text_encoding(name: str) -> bool:
+    """Whether Python decodes text by this name: an alphabet, no transformation such as base64 or punycode."""
+    try:
+        found = codecs.lookup(name)
+        return found.name.replace("-", "_") not in _NO_ALPHABETS and isinstance("a".encode(name), bytes)
+    except (LookupError, UnicodeError, ValueError):
+        return False
 
 
 def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:

@@ -61,7 +61,9 @@ class FineTuningConfig(MethodConfig):
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=self.has_validation)
         yield from _check_metrics(self)
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
 
     def check_files(self) -> Iterator[Finding]:
         data = self.data
@@ -81,11 +83,12 @@ class FineTuningConfig(MethodConfig):
         has_effect = {
             **checks.effects(training),
             "model.huber_delta": (model.regression_loss == "huber", f"regression_loss is {model.regression_loss}"),
+            "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
         if training.trainable == "lora" and training.optimizer == "sgd" and training.learning_rate < 0.01:
             said.append(
                 f"training.optimizer is sgd, which at a rate of {training.learning_rate:g} hardly moves adapters; take "

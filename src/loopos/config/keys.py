@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from loopos.config.paths import expanded
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
-Pooling: TypeAlias = Literal["mean", "last", "first", "max"]
+Pooling: TypeAlias = Literal["auto", "mean", "last", "first", "max"]
+TargetScaling: TypeAlias = Literal["auto", "standardize", "scale", "none"]
 Optimizer: TypeAlias = Literal["sgd", "adam", "adamw", "adafactor", "muon"]
 Schedule: TypeAlias = Literal[
     "constant", "linear", "cosine", "cosine_restarts", "warmup_stable_decay", "plateau", "inverse_sqrt"
@@ -88,6 +91,10 @@ Warmup: TypeAlias = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
     ),
 ]
+
+
+Place: TypeAlias = Annotated[Text, AfterValidator(expanded)]
+"""What may be a path: "~" is the home folder, as in a shell."""
 
 
 class Section(BaseModel):

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from loopos.config.keys import Count, Optimizer, Section, Share, Text
-from loopos.config.sections import SizesSection, TrainingSection
+from loopos.config.keys import Count, Optimizer, Place, Share, Text
+from loopos.config.sections import ReadingSection, SizesSection, TrainingSection
 
 LANGUAGE_METRICS = ("loss", "accuracy")
 """What a language model in training can be judged by: the loss of the trained tokens (nats), and, where answers are
@@ -31,14 +31,14 @@ class LanguageTrainingSection(TrainingSection):
     optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
 
 
-class TextSourceSection(Section):
+class TextSourceSection(ReadingSection):
     """How rows of text are read, and where the run goes."""
 
-    validation_data: Text | None = Field(
+    validation_data: Place | None = Field(
         default=None, description="file, folder, glob or hub id of the rows to validate on; split off when absent"
     )
     validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
-    output_dir: Text = Field(description="folder of the run")
+    output_dir: Place = Field(description="folder of the run")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
     streaming: bool = Field(
         default=False,

@@ -11,13 +11,16 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from loopos.config.faults import ConfigError, Fault, Finding
+from loopos.config.foreign_configs import tool_of, translated
 from loopos.config.keys import ALSO_UNDER_DATA
 from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
+from loopos.config.other_tools import METHOD_ALIASES, method_advice
+from loopos.config.paths import expanded
 from loopos.config.sections import MethodConfig
 from loopos.config.source import COMMAND_LINE, Source, apply_overrides, as_mapping, close_matches, read_source
 from loopos.config.wording import Schema, faults_of, shown
@@ -51,8 +54,13 @@ def load(
     those of the command line last.
     """
     assert methods, "a table of methods has at least one row"
-    source = read_source(path)
+    source = read_source(expanded(os.fspath(path)))
+    tool = tool_of(source.root)
+    if tool is not None:
+        sentence = f"a config of {tool}, which LoopOS does not read"
+        raise ConfigError([Fault(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
     root = without_entry(apply_overrides(source.root, overrides), "$schema")
+    root, alias_notes = _with_own_method(root)
     root, renamed, faults = _moved_to_training(root)
     row, method_faults = _choose(root, methods)
     faults.extend(method_faults)
@@ -63,7 +71,7 @@ def load(
     if faults:
         raise ConfigError(_by_line(faults))
     assert config is not None
-    return LoadedConfig(config, source.path, source.text, config.notes())
+    return LoadedConfig(config, source.path, source.text, [*alias_notes, *config.notes()])
 
 
 def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
@@ -123,6 +131,18 @@ def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], 
     return with_entry(root, "data", data, root.keys["data"]), renamed, faults
 
 
+def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
+    """`root` with a method that goes by another name under its own, and the sentence that says so."""
+    computation = as_mapping(root, "computation")
+    node = None if computation is None else computation.entries.get("method")
+    if computation is None or not isinstance(node, ScalarNode) or node.value not in METHOD_ALIASES:
+        return root, []
+    own = METHOD_ALIASES[node.value]
+    renamed = with_entry(computation, "method", replace(node, value=own), computation.keys["method"])
+    note = f'computation.method "{node.value}" is "{own}"; chats are learned as they are, without steps'
+    return with_entry(root, "computation", renamed, root.keys["computation"]), [note]
+
+
 def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Fault]]:
     """The row of the table that the config means, also where it has to be guessed, and the faults of its names."""
     modes = list(dict.fromkeys(mode for mode, _ in methods))
@@ -138,6 +158,11 @@ def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None
         faults.append(_name_fault(root, "mode", mode_name, modes, ""))
     names = list(dict.fromkeys(name for row_mode, name in methods if row_mode == mode_name or not known_mode))
     guess: str | None = None
+    if isinstance(method_name, str) and method_name not in names:
+        advice = method_advice(method_name)
+        if advice is not None:
+            # Faults of a method that is not meant would only be in the way.
+            return None, [*faults, _name_fault(root, "method", method_name, names, advice[0])]
     if isinstance(method_name, str):
         close = [method_name] if method_name in names else close_matches(method_name, names)
         guess = close[0] if close else None

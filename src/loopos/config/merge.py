@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from loopos.config import checks
 from loopos.config.faults import Finding
-from loopos.config.keys import Section, Text
+from loopos.config.keys import Place, Section, Text
 from loopos.config.merge_checks import ELECTING, WITHOUT_BASE, check_overwriting, check_recipe
 from loopos.config.nodes import MappingNode
 from loopos.config.paths import check_output_folder, check_rows, check_weights
@@ -69,7 +69,7 @@ def _named(value: object) -> object:
 class MergedModel(Section):
     """One of the models that are merged."""
 
-    model: Text = Field(description="run, model folder, weights file, adapter folder, embedded model or hub id")
+    model: Place = Field(description="run, model folder, weights file, adapter folder, embedded model or hub id")
     weight: Weights = Field(default=1.0, description="factor of the model; a list is spread over the layers")
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = Field(
         default=None, description="passthrough: layers taken, [first, one after the last]; all of them when absent"
@@ -99,8 +99,8 @@ class MergeConfig(MethodConfig):
 
     method: MergeMethod = Field(description="how tensors are merged")
     models: Annotated[list[Entry], Field(min_length=1)] = Field(description="the models, in order")
-    output_dir: Text = Field(description="folder to write")
-    base: Text | None = Field(default=None, description="model that the others were trained from")
+    output_dir: Place = Field(description="folder to write")
+    base: Place | None = Field(default=None, description="model that the others were trained from")
     description: str = Field(default="", description="free text, for people")
     t: Units = Field(default=0.5, description="slerp: where between the first model (0) and the second (1)")
     scale: Weights = Field(default=1.0, description="factor λ on the merged change, before the base is added")
@@ -115,7 +115,7 @@ class MergeConfig(MethodConfig):
     patterns: list[PatternSection] = Field(
         default_factory=list, description="values for tensors by name; the first that matches counts"
     )
-    tokenizer: Text = Field(
+    tokenizer: Place = Field(
         default="first",
         description='whose tokenizer the result gets: "first", "base", a model of the recipe; or "union" of all tokens',
     )
@@ -127,11 +127,11 @@ class MergeConfig(MethodConfig):
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="start of all random numbers")
     shard_gigabytes: Annotated[float, Field(gt=0)] = Field(default=5.0, description="largest file of weights (GB)")
-    validation_data: Text | None = Field(default=None, description="greedy_soup: rows by which models are chosen")
+    validation_data: Place | None = Field(default=None, description="greedy_soup: rows by which models are chosen")
     metric: Text | None = Field(
         default=None, description="greedy_soup: metric to keep; accuracy, pair_accuracy, mae or loss when absent"
     )
-    evaluate: list[Text] = Field(
+    evaluate: list[Place] = Field(
         default_factory=list, description="rows on which all models and the result are measured"
     )
 

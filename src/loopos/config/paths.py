@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from loopos.config.faults import Finding
-from loopos.config.source import close_files, close_matches
+from loopos.config.source import close_files, close_matches, special_file
 
 EMBEDDED_WEIGHTS = "smollm2-135m"
 NEW_WEIGHTS = "new"
@@ -35,6 +35,13 @@ _WEIGHTS_HINT = (
 _DATA_WANTED = (
     "a file, folder or glob of csv, tsv, json, jsonl, txt, parquet or arrow (text also .gz, .zst), or a hub id"
 )
+
+
+def expanded(value: str) -> str:
+    """`value` with a "~" at its start as the home folder, as a shell does; "~" of no user here stays, and is refused
+    (`check_output_folder`). "./~" is a folder of that name.
+    """
+    return os.path.expanduser(value) if value.startswith("~") else value
 
 
 def looks_like_path(value: str, suffixes: Sequence[str]) -> bool:
@@ -104,6 +111,8 @@ def check_rows(field: str, value: str, example: str) -> Iterator[Finding]:
     elif looks_like_path(value, (*DATA_SUFFIXES, *COMPRESSED_SUFFIXES)):
         if not os.path.exists(value):
             yield Finding((field,), _missing(value), _DATA_WANTED, _with_close(value, hint))
+        elif kind := special_file(value):
+            yield Finding((field,), f'"{value}", {kind}', _DATA_WANTED, "write the data into a file first")
         elif not os.access(value, os.R_OK):
             yield Finding((field,), f'"{value}", which may not be read', _DATA_WANTED, "change its permissions")
     elif not is_hub_id(value):
@@ -117,6 +126,9 @@ def check_output_folder(field: str, value: str) -> Iterator[Finding]:
     wanted = "a folder, new or of an earlier run"
     if "\0" in value:
         yield Finding((field,), f'"{value}"', wanted)
+        return
+    if value.startswith("~"):
+        yield Finding((field,), f'"{value}", the home folder of no user here', wanted)
         return
     above = os.path.abspath(value)
     while not os.path.lexists(above):
@@ -132,7 +144,7 @@ def _missing(value: str) -> str:
     """What is missing: the file, or already a folder on the way to it."""
     folder = os.path.dirname(value.rstrip("/"))
     if value.startswith("~"):
-        return f'"{value}" (~ is not expanded in a config)'
+        return f'"{value}", the home folder of no user here'
     if folder and not os.path.isdir(folder):
         return f'"{value}" (there is no folder "{folder}")'
     return f'"{value}", which does not exist'

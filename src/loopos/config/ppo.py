@@ -73,7 +73,9 @@ class PpoConfig(MethodConfig):
     def check(self) -> Iterator[Finding]:
         data = self.data
         yield from checks.check_source({"prompts": data.prompts, "training_data": data.training_data})
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
         yield from self.check_training()
 
     def check_training(self) -> Iterator[Finding]:
@@ -110,7 +112,7 @@ class PpoConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        said = checks.without_effect(self, _effects(self))
+        said = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
         if training.minibatches > training.batch_size:
             said.append(
                 f"training.minibatches ({training.minibatches}) is more than training.batch_size "
@@ -215,6 +217,10 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "guards.patience": (is_guarded, "no guard has a limit"),
         "guards.stop": (is_guarded, "no guard has a limit"),
         "evaluation.judge": unanswered,
-        "evaluation.best_of": unanswered,
+        "evaluation.best_of": (
+            (config.validates and training.validate_at_start, "nothing is validated before the first step")
+            if config.validates
+            else unanswered
+        ),
         "evaluation.kl_limit": unanswered,
     }

@@ -6,11 +6,11 @@ Enters: plain values. Leaves: frozen sections. Left out: what no single key can 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from loopos.config.keys import Count, Schedule, Section, Share, Text
+from loopos.config.keys import Count, Place, Schedule, Section, Share, Text
 from loopos.config.language_sections import LanguageTrainingSection
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection
@@ -155,15 +155,17 @@ class PpoRewardSection(Section):
 class PpoDataSection(PreferenceTextSection):
     """Where policy, reward model and prompts come from, how prompts are read, and where the run goes."""
 
-    reward_model: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+    plain_lines: ClassVar[str | None] = "prompt"
+
+    reward_model: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
         default=None,
         description="folder of a reward_model run, or of its model; several of them are an ensemble; null with "
         "functions alone",
     )
-    prompts: Text | None = Field(
+    prompts: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the prompts to train on'
     )
-    training_data: Text | None = Field(default=None, description="another name of prompts")
+    training_data: Place | None = Field(default=None, description="another name of prompts")
     max_prompt_tokens: Count | None = Field(
         default=None, description="longest prompt (tokens); what max_length leaves beside max_new_tokens when absent"
     )
@@ -209,7 +211,7 @@ class PpoEvaluationSection(Section):
     prompts: Annotated[int, Field(ge=0)] = Field(
         default=64, description="validation prompts that are answered; 0 is no validation"
     )
-    judge: Text | None = Field(
+    judge: Place | None = Field(
         default=None, description='a second opinion: "module:function", or the folder of another reward model'
     )
     best_of: list[Count] = Field(

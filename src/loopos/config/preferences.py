@@ -16,7 +16,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.faults import Finding
-from loopos.config.keys import Count, Section, Text
+from loopos.config.keys import Count, Place, Section, Text
 from loopos.config.language_sections import TextSourceSection
 from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import TrainingSection
@@ -52,16 +52,16 @@ PreferenceRole: TypeAlias = Literal[
 class PreferenceTextSection(TextSourceSection):
     """Where the weights come from, how rows of preferences or prompts become text, and where the run goes."""
 
-    pretrained_weights: Text = Field(
+    pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Text | None = Field(
+    tokenizer: Place | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
     columns: dict[PreferenceRole, Text | None] = Field(
         default={}, description="column of each role; detected when absent, null for none"
     )
-    chat_template: Text = Field(
+    chat_template: Place = Field(
         default="auto",
         description='"auto" (the tokenizer\'s own, else plain), "plain", "none" (strings stand as they are), or a file '
         "with a Jinja template",
@@ -162,7 +162,7 @@ def validation_notes(
     """Sentences on validation that never runs, or that scores rows of training; `source`: the rows to train on."""
     said = []
     if training.save_every == "validation" and not validates:
-        said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+        said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
     if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
         said.append("data.validation_data is the training data: validation will score rows that were trained on")
     return said

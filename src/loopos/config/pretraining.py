@@ -15,7 +15,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Text
+from loopos.config.keys import Place, Text
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection, TextSourceSection
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
 from loopos.config.sections import ComputationSection, MethodConfig
@@ -30,16 +30,16 @@ _WEIGHT_FILES = (".bin", ".safetensors")
 class PretrainingDataSection(TextSourceSection):
     """Where the text comes from, where the run goes, and where the weights go."""
 
-    input_file: Text | None = Field(
+    input_file: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the text to train on'
     )
-    training_data: Text | None = Field(default=None, description="another name of input_file")
-    tokenizer: Text | None = Field(
+    training_data: Place | None = Field(default=None, description="another name of input_file")
+    tokenizer: Place | None = Field(
         default=None,
         description="folder, file or hub id of a tokenizer; one of vocab_size tokens is trained when absent",
     )
     columns: dict[Literal["text"], Text] = Field(default={}, description="column of the text; detected when absent")
-    output_weights: Text = Field(
+    output_weights: Place = Field(
         default=DEFAULT_WEIGHTS,
         description="folder, or .bin or .safetensors file, of the finished weights; tokenizer and config stand beside",
     )
@@ -92,7 +92,9 @@ class PretrainingConfig(MethodConfig):
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_source({"input_file": data.input_file, "training_data": data.training_data})
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
         yield from _check_new(self)
 
     def check_files(self) -> Iterator[Finding]:
@@ -113,9 +115,9 @@ class PretrainingConfig(MethodConfig):
             "training.head_learning_rate": (False, "a language model has no head of its own"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = checks.without_effect(self, has_effect)
+        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
         return said
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config.faults import Finding
-from loopos.config.keys import Text
+from loopos.config.keys import Place, Text
 from loopos.config.recipe import Recipe, check_text, read
 
 Method: TypeAlias = Literal["magnitude", "wanda", "sparsegpt", "heads", "channels", "layers"]
@@ -36,7 +36,7 @@ class PruningRecipe(Recipe):
     scope: Literal["layer", "global"] = Field(
         default="layer", description="magnitude: one threshold for each linear layer, or one for all"
     )
-    calibration: Text | None = Field(
+    calibration: Place | None = Field(
         default=None, description="file of text or rows that the model reads to see which weights matter"
     )
 

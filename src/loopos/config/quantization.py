@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config.faults import Finding
-from loopos.config.keys import Text
+from loopos.config.keys import Place, Text
 from loopos.config.recipe import Recipe, check_text, read
 
 Method: TypeAlias = Literal["int8", "int8-dynamic", "int4"]
@@ -29,7 +29,7 @@ class QuantizationRecipe(Recipe):
     calibration: Calibration = Field(
         default="none", description="how weights are rounded: to the nearest code, or by what the layers read of a text"
     )
-    calibration_text: Text | None = Field(
+    calibration_text: Place | None = Field(
         default=None, description="gptq, awq: file of text or rows that the model reads"
     )
     keep: list[Text] = Field(

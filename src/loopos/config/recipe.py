@@ -13,9 +13,9 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from loopos.config.faults import ConfigError, Fault, Finding
-from loopos.config.keys import Count, Section, Text
+from loopos.config.keys import Count, Place, Section, Text
 from loopos.config.nodes import MappingNode, Mark, find, plain, value_mark
-from loopos.config.paths import check_rows, check_weights, looks_like_path
+from loopos.config.paths import check_rows, check_weights, expanded, looks_like_path
 from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
 from loopos.config.wording import faults_of
 
@@ -25,13 +25,13 @@ _EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep
 class Recipe(Section):
     """What a change of a trained model's weights is told, whatever the change."""
 
-    model: Text = Field(description="run folder, model folder, weights file or hub id of the model")
+    model: Place = Field(description="run folder, model folder, weights file or hub id of the model")
     calibration_rows: Count = Field(default=128, description="rows of calibration text, drawn by the seed")
     calibration_tokens: Annotated[int, Field(ge=2)] = Field(
         default=512, description="length of a calibration row (tokens); at most the model's positions"
     )
     columns: dict[str, Text] = Field(default={}, description="column of each role of the calibration rows")
-    evaluate: Text | None = Field(
+    evaluate: Place | None = Field(
         default=None,
         description="file that says what it cost: text for perplexity, labelled rows for a model with a head",
     )
@@ -66,7 +66,7 @@ def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
     fault.
     """
     mark = Mark(COMMAND_LINE)
-    root = read_source(path).root if path is not None else MappingNode({}, {}, mark)
+    root = read_source(expanded(path)).root if path is not None else MappingNode({}, {}, mark)
     root = apply_overrides(root, overrides)
     try:
         recipe = kind.model_validate(plain(root))

@@ -14,7 +14,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Text
+from loopos.config.keys import Place
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
 from loopos.config.preferences import (
     PreferenceTextSection,
@@ -55,10 +55,10 @@ class RewardTrainingSection(LanguageTrainingSection):
 class PreferenceDataSection(PreferenceTextSection):
     """Where the weights and the preferences come from, how they are read, and where the run goes."""
 
-    preference_data: Text | None = Field(
+    preference_data: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'
     )
-    training_data: Text | None = Field(default=None, description="another name of preference_data")
+    training_data: Place | None = Field(default=None, description="another name of preference_data")
 
     @property
     def source(self) -> str:
@@ -95,7 +95,9 @@ class RewardModelConfig(MethodConfig):
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
-        yield from checks.check_reading(streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items())
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
 
     def check_files(self) -> Iterator[Finding]:
         rows = (EXAMPLE_ROW, EXAMPLE_LINES)
@@ -107,7 +109,7 @@ class RewardModelConfig(MethodConfig):
         data, training, reward = self.data, self.training, self.reward
         effects = {**checks.effects(training), **text_effects(data)}
         effects["reward.normalise_over"] = (reward.normalise, "reward.normalise is false")
-        said = checks.without_effect(self, effects)
+        said = checks.without_effect(self, effects) + checks.rate_notes(training)
         if "margin" in data.columns and not reward.margins:
             said.append("data.columns.margin has no effect: reward.margins is false")
         if "p_human" in data.columns and not reward.soft_labels:

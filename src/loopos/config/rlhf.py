@@ -14,7 +14,7 @@ from pydantic import Field
 
 from loopos.config.distributed import DistributedSection
 from loopos.config.faults import Finding
-from loopos.config.keys import Count, Text
+from loopos.config.keys import Count, Place
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
 from loopos.config.ppo_sections import (
@@ -41,9 +41,12 @@ REWARD_LEARNING_RATE = 1e-5
 
 _READ_ALIKE = (
     *("pretrained_weights", "tokenizer", "chat_template", "on_bad_row", "max_dropped_share"),
-    *("validation_share", "max_prompt_tokens", "output_dir"),
+    *("validation_share", "split_by", "max_line_bytes", "max_expansion", "max_prompt_tokens", "output_dir"),
 )
-_READ_FROM = ("columns", "streaming", "max_rows", "training_split", "validation_split", "subset", "validation_data")
+_READ_FROM = (
+    *("columns", "encoding", "streaming", "max_rows", "training_split", "validation_split", "subset"),
+    "validation_data",
+)
 _OF_BOTH_PHASES = ("data.validation_share", "data.max_dropped_share")
 _NAMES_IN_PPO = {"reward.": "rewards."}
 _NAMES_IN_REWARD_MODEL = {"training.": "reward_training."}
@@ -52,10 +55,10 @@ _NAMES_IN_REWARD_MODEL = {"training.": "reward_training."}
 class RlhfDataSection(PreferenceDataSection):
     """Where the weights, the preferences and the prompts come from, how they are read, and where the run goes."""
 
-    prompts: Text | None = Field(
+    prompts: Place | None = Field(
         default=None,
         description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences when '
-        "absent; columns, splits, streaming, max_rows and validation_data are of the preferences alone",
+        "absent; columns, encoding, splits, streaming, max_rows and validation_data are of the preferences alone",
     )
     max_prompt_tokens: Count | None = Field(
         default=None, description="longest prompt (tokens); what max_length leaves beside max_new_tokens when absent"
@@ -108,7 +111,7 @@ class RlhfConfig(MethodConfig):
             device=training.device,
             precision=training.precision,
         )
-        read = data.model_dump(include=set(PreferenceDataSection.model_fields))
+        read = data.model_dump(include=set(PreferenceDataSection.model_fields), exclude_unset=True)
         return RewardModelConfig(
             description=self.description,
             model=self.model,
@@ -125,7 +128,8 @@ class RlhfConfig(MethodConfig):
         """
         data = self.data
         own_prompts = data.prompts is not None
-        read = data.model_dump(include=set(_READ_ALIKE if own_prompts else _READ_ALIKE + _READ_FROM))
+        alike = set(_READ_ALIKE if own_prompts else _READ_ALIKE + _READ_FROM)
+        read = data.model_dump(include=alike, exclude_unset=True)
         given = {
             "reward_model": os.path.join(self.reward_model_dir, "model"),
             "prompts": data.prompts if own_prompts else data.preference_data,

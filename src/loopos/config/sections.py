@@ -18,17 +18,22 @@ from loopos.config.keys import (
     Duration,
     Metric,
     Optimizer,
+    Place,
     Pooling,
     Precision,
     Role,
     Schedule,
     Section,
     Share,
+    TargetScaling,
     Task,
     Text,
     Trainable,
     Warmup,
 )
+
+MAX_LINE_BYTES = 64 << 20
+MAX_EXPANSION = 200
 
 
 class ComputationSection(Section):
@@ -60,7 +65,15 @@ class ModelSection(SizesSection):
         default=None, description="classes of the head, at least 2, or 1 for regression; read off the data when absent"
     )
     task: Task | None = Field(default=None, description="what the head predicts; read off the labels when absent")
-    pooling: Pooling = Field(default="mean", description="how hidden states of one sequence become one vector")
+    pooling: Pooling = Field(
+        default="auto",
+        description="how hidden states of one sequence become one vector; auto: last where transformers' own "
+        "classifier of the architecture reads the last token, else mean",
+    )
+    head_init_std: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="standard deviation of a new head's weights; the model's initializer_range when absent",
+    )
     labels: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None, description="names of the classes, in order"
     )
@@ -72,6 +85,11 @@ class ModelSection(SizesSection):
     regression_loss: Literal["mse", "huber"] = Field(default="mse", description="loss of a regression head")
     huber_delta: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
+    )
+    target_scaling: TargetScaling = Field(
+        default="auto",
+        description="what a regression head learns: (value - mean) / deviation of the training rows, value / "
+        "deviation, or the value; auto: value / deviation where the mean is at most a deviation from 0, else the first",
     )
     multi_label_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="probability from which a label counts as predicted"
@@ -181,6 +199,9 @@ class TrainingSection(Section):
     validate_every: Count | Literal["epoch", "never"] = Field(
         default="epoch", description="when to validate (optimizer steps)"
     )
+    validate_at_start: bool = Field(
+        default=True, description="validate before the first step too, so that the run is compared with its start"
+    )
     early_stopping: EarlyStoppingSection | None = Field(default=None, description="when to stop early; null is never")
     metric: Metric | None = Field(
         default=None, description="metric that says which checkpoint is best; the task's own when absent"
@@ -188,25 +209,54 @@ class TrainingSection(Section):
     save_every: Count | Literal["validation", "epoch", "never"] = Field(
         default="validation", description="when to save a checkpoint (optimizer steps)"
     )
+    save_interval: Duration | None = Field(
+        default=1800.0,
+        description='longest time between two checkpoints (seconds, or "90s", "30m"), unless save_every is never; '
+        "null is no limit",
+    )
     keep_last: Count = Field(default=1, description="newest checkpoints that are kept")
-    keep_best: bool = Field(default=True, description="keep the best checkpoint too")
+    keep_best: bool = Field(default=True, description="keep the best checkpoint too, and export it")
+    export_start: bool = Field(
+        default=False, description="export the weights of the start where no validation after it is better"
+    )
     log_every: Count = Field(default=1, description="optimizer steps between two lines of the log")
     tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
 
 
-class DataSection(Section):
+class ReadingSection(Section):
+    """How files of rows are read, whatever they hold, and how validation rows are split off."""
+
+    plain_lines: ClassVar[str | None] = None
+    """The role of a line where a .txt file that is no table has one row a line; None where it is refused."""
+
+    encoding: Text | None = Field(
+        default=None,
+        description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',
+    )
+    max_line_bytes: Count = Field(default=MAX_LINE_BYTES, description="longest line of a file of rows (bytes)")
+    max_expansion: Count = Field(
+        default=MAX_EXPANSION,
+        description="bytes that a compressed file may unpack to, for each byte of it; the first 64 MiB are free",
+    )
+    split_by: Literal["prompt", "row"] = Field(
+        default="prompt",
+        description="what stays whole when validation rows are split off: all rows of one prompt or text, or each row",
+    )
+
+
+class DataSection(ReadingSection):
     """Where the weights and rows come from, and where the run goes."""
 
-    pretrained_weights: Text = Field(
+    pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Text | None = Field(
+    tokenizer: Place | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    training_data: Text = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
-    validation_data: Text | None = Field(default=None, description="the same for validation; split off when absent")
+    training_data: Place = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
+    validation_data: Place | None = Field(default=None, description="the same for validation; split off when absent")
     validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
-    output_dir: Text = Field(description="folder of the run")
+    output_dir: Place = Field(description="folder of the run")
     columns: dict[Role, Text] = Field(default={}, description="column of each role; detected when absent")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
     on_truncation: Literal["truncate", "error"] = Field(

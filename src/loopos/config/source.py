@@ -8,8 +8,10 @@ mean.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,10 @@ from loopos.config.nodes import (
 MOST_BYTES = 10_000_000
 COMMAND_LINE = "command line"
 _OVERRIDE_KEY = re.compile(r"[A-Za-z0-9_$-]+(?:\.[A-Za-z0-9_$-]+)*")
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+# A name that ends so is data; .json and .txt are told by what they hold.
+_DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx", ".gz", ".zst")
+_MOST_NAMED = 5
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -50,12 +56,21 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     whose top level is no mapping.
     """
     name = os.fspath(path)
+    if name.lower().endswith(_DATA_SUFFIXES) and os.path.isfile(name):
+        raise _data_file_error(name)
     text = _read_text(name)
-    root = parse_text(text, name)
+    try:
+        root = parse_text(text, name)
+    except ConfigError:
+        if name.lower().endswith(".txt"):
+            raise _data_file_error(name) from None
+        raise
     if root is None:
         raise _file_error(
             name, "a file with no settings in it", 'a mapping with "model", "computation", "training" and "data"'
         )
+    if isinstance(root, ListNode) and root.items and isinstance(root.items[0], MappingNode):
+        raise _data_file_error(name)
     if not isinstance(root, MappingNode):
         given = "a list" if isinstance(root, ListNode) else "a single value"
         wanted = 'a mapping with "model", "computation", "training" and "data"'
@@ -103,6 +118,18 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
     return root
 
 
+def special_file(path: str) -> str:
+    """What stands at `path` if it is neither a regular file nor a folder: a pipe, a socket or a device, which nobody
+    may open without waiting for ever. Empty for anything else, and where nothing is.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
+    return next((kind for test, kind in (*kinds, (stat.S_ISBLK, "a device")) if test(mode)), "")
+
+
 def close_matches(name: str, names: Sequence[str], cutoff: float = 0.6) -> list[str]:
     """At most three of `names` that `name` may have meant, best first; letter case is ignored.
 
@@ -126,17 +153,50 @@ def _file_error(name: str, given: str, wanted: str, hint: str = "") -> ConfigErr
     return ConfigError([Fault(name, None, None, "", given, wanted, hint)])
 
 
+def _other_configs(name: str) -> str:
+    """The hint for a config that is not there: the one whose name is close, or those beside it."""
+    close = [path for path in close_files(name) if path.lower().endswith(CONFIG_SUFFIXES)]
+    if close:
+        return f"did you mean {close[0]}?"
+    folder = os.path.dirname(name) or "."
+    try:
+        beside = sorted(each for each in os.listdir(folder) if each.lower().endswith(CONFIG_SUFFIXES))
+    except (OSError, ValueError):
+        beside = []
+    if beside:
+        more = ", ..." if len(beside) > _MOST_NAMED else ""
+        return f"configs in {folder}: {', '.join(beside[:_MOST_NAMED])}{more}"
+    return "check the path; relative paths begin at the current directory"
+
+
+def _data_file_error(name: str) -> ConfigError:
+    """The error of rows of data where a config belongs, with a config that names them."""
+    with open(name, "rb") as file:
+        start = file.read(4096).decode("utf-8", errors="replace").lower()
+    methods = {"sft": ("messages", "conversations"), "reward_model": ("chosen",), "chain_of_thought": ("problem",)}
+    method = next((name for name, columns in methods.items() if any(f'"{each}"' in start for each in columns)), "")
+    run = os.path.basename(name).partition(".")[0] or "run"
+    example = {
+        "computation": {"mode": "posttraining", "method": method or "fine_tuning"},
+        "training": {"learning_rate": 5e-5, "optimizer": "adamw"},
+        "data": {"pretrained_weights": "smollm2-135m", "training_data": name, "output_dir": f"outputs/{run}"},
+    }
+    hint = f"write a config that names it, for example {run}.json:\n{json.dumps(example, ensure_ascii=False)}"
+    return ConfigError([Fault(name, None, None, "", "this is a data file, not a config", "", hint)])
+
+
 def _read_text(name: str) -> str:
     wanted = "a config file (.json, .yaml or .yml)"
     if "\0" in name:
         raise _file_error(name, "a path with a NUL character", wanted)
+    kind = special_file(name)
+    if kind:
+        raise _file_error(name, kind, wanted, "write the config into a file first")
     try:
         with open(name, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        close = close_files(name)
-        hint = f"did you mean {close[0]}?" if close else "check the path; relative paths begin at the current directory"
-        raise _file_error(name, "a path where no file is", wanted, hint) from None
+        raise _file_error(name, "a path where no file is", wanted, _other_configs(name)) from None
     except IsADirectoryError:
         raise _file_error(name, "a folder", wanted, "name the file inside it") from None
     except OSError as error:

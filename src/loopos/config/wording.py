@@ -16,40 +16,13 @@ from pydantic import ValidationError
 
 from loopos.config.faults import Fault
 from loopos.config.nodes import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
+from loopos.config.other_tools import OTHER_KEYS
 from loopos.config.source import COMMAND_LINE, close_matches
 
 Schema: TypeAlias = dict[str, Any]
 
 _BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error", "value_error")
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-_OTHER_TOOLS_NAMES = {
-    "learning_rate": "lr",
-    "num_epochs": "epochs num_train_epochs",
-    "batch_size": "bs per_device_train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "warmup": "warmup_steps warmup_ratio",
-    "schedule": "lr_scheduler lr_scheduler_type scheduler",
-    "optimizer": "optim",
-    "epsilon": "eps adam_epsilon",
-    "weight_decay": "wd",
-    "max_grad_norm": "grad_clip clip_grad",
-    "precision": "dtype torch_dtype",
-    "validate_every": "eval_steps eval_every eval_strategy",
-    "save_every": "save_steps save_strategy",
-    "log_every": "logging_steps",
-    "keep_last": "save_total_limit",
-    "max_length": "max_seq_length max_seq_len",
-    "d_model": "hidden_size n_embd",
-    "num_heads": "num_attention_heads n_head n_heads",
-    "num_layers": "num_hidden_layers n_layer n_layers",
-    "d_ff": "intermediate_size",
-    "num_classes": "num_labels n_classes",
-    "labels": "classes class_names label_names",
-    "pretrained_weights": "model_name_or_path checkpoint weights",
-    "training_data": "train_data train_file",
-    "validation_data": "val_data validation_file",
-}
-_OTHER_NAMES = {other: name for name, others in _OTHER_TOOLS_NAMES.items() for other in others.split()}
 
 
 def faults_of(
@@ -210,7 +183,7 @@ def _hint_for_key(key: str, path: Path, schema: Schema) -> str:
     for section in schema.get("properties", {}):
         for name in _properties_at((section,), schema):
             owners.setdefault(name, section)
-    meant = key if key in owners else _OTHER_NAMES.get(key.lower(), "")
+    meant = key if key in owners else OTHER_KEYS.get(key.lower(), "").rpartition(".")[2]
     if meant in own:
         return f'did you mean "{meant}"?'
     if meant in owners:
@@ -248,6 +221,8 @@ def _enumerated(schema: Schema) -> list[object]:
 
 
 def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
+    if isinstance(node, ListNode) and "glob" in str(allowed.get("description", "")):
+        return 'name one source: a folder, or a glob such as "data/*.jsonl"'
     if not isinstance(node, ScalarNode):
         return ""
     value, wanted = node.value, words(allowed, whole)

@@ -84,7 +84,7 @@ def _syntax_fault(error: yaml.YAMLError, lines: LineTable, text: str) -> Fault:
         hint = 'text with ": " in it stands in quotes; check the indentation'
     elif "single document" in problem:
         hint = "remove the second document, after ---"
-    return Fault(place.source, place.line, place.column, "", f"text that is no YAML ({problem})", "YAML", hint)
+    return Fault(place.source, place.line, place.column, "", f"not valid YAML: {problem}", "", hint)
 
 
 class _Builder:

@@ -7,10 +7,19 @@ that fits nothing. Left out: which names a role goes by (`column_names`, `superv
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Sequence
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.faults import DataError, Fault, Remedy
 from loopos.data.record import shown
+
+COLUMN = "COLUMN"
+"""What stands for the column's name where it cannot be guessed."""
+CHOOSE_ONE = "choose one"
+# A column called "text,label" is two that were not parted.
+_DELIMITERS = frozenset(",;\t|")
+_WORDS = re.compile(r"[^\W_]+")
 
 
 def plain_name(name: str) -> str:
@@ -42,35 +51,92 @@ def candidates(columns: Sequence[str], tiers: Sequence[frozenset[str]]) -> list[
     return next((found for tier in tiers if (found := [name for name in columns if plain_name(name) in tier])), [])
 
 
+def closest(name: str, columns: Sequence[str]) -> str | None:
+    """The column that `name` may have meant: the same but for case, blanks and dashes; the only one whose words begin
+    with those of `name`; or the one spelled most like it. None where there is none.
+    """
+    plain = {plain_name(column): column for column in reversed(columns)}
+    if plain_name(name) in plain:
+        return plain[plain_name(name)]
+    asked = _words(name)
+    if asked:
+        holding = [column for column in columns if _holds(_words(column), asked)]
+        if len(holding) == 1:
+            return holding[0]
+    near = difflib.get_close_matches(plain_name(name), list(plain), n=1)
+    return plain[near[0]] if near else None
+
+
+def likely(columns: Sequence[str], tiers: Sequence[frozenset[str]]) -> str | None:
+    """The only column one of whose words is a name in the first tier that any column has such a word of."""
+    for tier in tiers:
+        found = [column for column in columns if tier.intersection(_words(column)) and not set(column) & _DELIMITERS]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def column_remedy(lead: str, *roles: tuple[str, str]) -> Remedy:
+    """The remedy that names the column of each role. roles: (role, column)."""
+    return Remedy(lead, tuple((f"data.columns.{role}", column) for role, column in roles))
+
+
+def not_found(role: str, columns: Sequence[str], tiers: Sequence[frozenset[str]], source: str) -> Fault:
+    """The fault of a role whose column goes by none of the names in `tiers`."""
+    sentence = f"no {role} column found. Columns: {listed(columns)}"
+    remedy = column_remedy(CHOOSE_ONE, (role, likely(columns, tiers) or COLUMN))
+    return Fault(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
+
+
 def ambiguous(role: str, found: Sequence[str], columns: Sequence[str], source: str) -> Fault:
     """The fault of several columns, or pairs of them ("a with b"), that fit a role equally well."""
-    given = f"{len(found)} that may be the {role}: {', '.join(found)} (columns: {listed(columns)})"
-    hint = f'name it: data.columns: {{"{role}": "{found[0].partition(" with ")[0]}"}}'
-    return Fault(source, None, None, f"data.columns.{role}", given, "one column", hint)
+    sentence = f"{len(found)} columns may be the {role}: {', '.join(found)}. Columns: {listed(columns)}"
+    remedy = column_remedy(CHOOSE_ONE, (role, found[0].partition(" with ")[0]))
+    return Fault(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
 
 
-def check_overrides(
+def override_faults(
     columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
-) -> None:
-    """Raises `DataError` for a role or column of `data.columns` that there is not, and a column in two roles.
+) -> list[Fault]:
+    """The faults of roles and columns of `data.columns` that are not there, and of a column in two roles.
 
     overrides: (role, column); None for a role that no column plays.
     """
     taken: dict[str, str] = {}
+    faults: list[Fault] = []
     for role, column in overrides:
         field = f"data.columns.{role}"
         if role not in roles:
             near = difflib.get_close_matches(role, roles, n=1)
             hint = f"did you mean {near[0]}?" if near else ""
-            raise DataError([Fault(source, None, None, field, shown(role), f"one of {', '.join(roles)}", hint)])
-        if column is None:
-            continue
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"did you mean {shown(near[0])}?" if near else ""
-            wanted = f"one of the columns that are there: {listed(columns)}"
-            raise DataError([Fault(source, None, None, field, shown(column), wanted, hint)])
-        if column in taken:
+            faults.append(Fault(source, None, None, field, shown(role), f"one of {', '.join(roles)}", hint))
+        elif column is not None and column not in columns:
+            near_column = closest(column, columns)
+            hint = f"did you mean {json.dumps(near_column, ensure_ascii=False)}?" if near_column is not None else ""
+            remedy = column_remedy("set", (role, near_column)) if near_column is not None else None
+            sentence = f"no column {shown(column)}. Columns: {listed(columns)}"
+            faults.append(Fault(source, None, None, field, sentence, "", hint, remedy))
+        elif column is not None and column in taken:
             given = f"{shown(column)}, which serves {taken[column]} too"
-            raise DataError([Fault(source, None, None, field, given, "a column for each role")])
-        taken[column] = role
+            faults.append(Fault(source, None, None, field, given, "a column for each role"))
+        if column is not None:
+            taken.setdefault(column, role)
+    return faults
+
+
+def check_overrides(
+    columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
+) -> None:
+    """Raises `DataError` with all `override_faults`."""
+    faults = override_faults(columns, overrides, roles, source)
+    if faults:
+        raise DataError(faults)
+
+
+def _words(name: str) -> list[str]:
+    return _WORDS.findall(name.lower())
+
+
+def _holds(words: Sequence[str], asked: Sequence[str]) -> bool:
+    """Whether each of the words asked for begins a word of the column's name."""
+    return all(any(word.startswith(part) for word in words) for part in asked)

@@ -146,9 +146,9 @@ def with_system(fields: RowFields, messages: Sequence[Message], said: str) -> tu
 def _whole(fields: RowFields, messages: Sequence[Message], role: str, *, num_prompt: int = 0) -> Conversation | None:
     learned = messages[num_prompt:]
     if not fields.problems and not any(message.role == ASSISTANT for message in learned):
-        roles = ", ".join(dict.fromkeys(message.role for message in learned))
-        wanted = "at least one message of the assistant"
-        fields.add("no assistant message", fields.field(role), f"messages of {roles} alone", wanted)
+        roles = ", ".join(dict.fromkeys(message.role for message in learned)) or "none"
+        sentence = f"no assistant message: nothing to learn (roles: {roles})"
+        fields.add("no assistant message", fields.field(role), sentence, "")
     tools = tools_of(fields)
     return None if fields.problems else Conversation(tuple(messages), fields.row, num_prompt, tools)
 

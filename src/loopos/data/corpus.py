@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
-from loopos.data.decoding import read_text
+from loopos.data.decoding import PLAIN_RULES, TextRules, read_text
 from loopos.data.formats import read_labelled
 from loopos.data.reading import account
+from loopos.data.text_bounds import spans
 from loopos.data.tokens import Encoded
 
 _TEXT_FILES = (".txt", ".md", ".text")
@@ -34,18 +35,20 @@ class Corpus:
     said: str
 
 
-def read_corpus(source: str, columns: Mapping[str, str], *, max_rows: int | None = None) -> Corpus:
+def read_corpus(
+    source: str, columns: Mapping[str, str], *, max_rows: int | None = None, rules: TextRules = PLAIN_RULES
+) -> Corpus:
     """The documents of a text file, or the text column of any other source.
 
     Raises `DataError` for an unreadable file, one without text, or rows without a text column.
     """
     name = source.lower().removesuffix(".gz").removesuffix(".zst")
     if Path(source).is_file() and name.endswith(_TEXT_FILES):
-        parts = [part.strip() for part in _BLANK_LINES.split(read_text(source))]
+        parts = [part.strip() for part in _BLANK_LINES.split(read_text(source, rules))]
         documents = tuple(part for part in parts if part)[:max_rows]
         said = f"{source}: {len(documents)} documents, parted by blank lines"
     else:
-        reader = rows.read(source, max_rows=max_rows)
+        reader = rows.read(source, max_rows=max_rows, rules=rules)
         examples, report = read_labelled(reader, dict(columns), require_label=False)
         documents = tuple(example.text for example in examples)
         said = f"{source}: {len(documents)} documents; {'; '.join(report.said)}; {account(report)}"
@@ -80,10 +83,10 @@ def encode_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], 
     """
     assert max_length >= 2, max_length
     pieces: list[Encoded] = []
-    if not documents:
-        return pieces
-    for index, ids in enumerate(tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]):
-        whole = [*ids, tokenizer.eos_token_id]
-        for first in range(0, len(whole) - 1, max_length - 1):
-            pieces.append(Encoded(whole[first : first + max_length], None, index))
+    for begin, end in spans([len(document) for document in documents], len(documents)):
+        batch = tokenizer(list(documents[begin:end]), add_special_tokens=False, verbose=False)["input_ids"]
+        for index, ids in enumerate(batch, start=begin):
+            whole = [*ids, tokenizer.eos_token_id]
+            for first in range(0, len(whole) - 1, max_length - 1):
+                pieces.append(Encoded(whole[first : first + max_length], None, index))
     return pieces

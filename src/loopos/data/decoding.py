@@ -1,23 +1,26 @@
 """Bytes of a file → numbered lines of text.
 
-Enters: the path of a text file, plain or compressed (.gz, .zst). Leaves: its lines, 1-based, decoded from UTF-8 (with
-or without a byte order mark) or from UTF-16 with one. Lines end at the line feed alone: a carriage return before it
-stays on the line, so that a quoted CSV cell keeps it; readers strip it at the end of a record.
-Left out: guessing other encodings. A wrong guess trains on garbled text, so those are faults with the byte's place.
+Enters: the path of a text file, plain or compressed (.gz, .zst), and the `TextRules`. Leaves: its lines, 1-based,
+decoded from UTF-8 (with or without a byte order mark), from UTF-16 with one, or from the encoding that the user names.
+Lines end at the line feed alone: a carriage return before it stays on the line, so that a quoted CSV cell keeps it;
+readers strip it at the end of a record. In a file without any line feed carriage returns end the lines.
+Left out: reading in a guessed encoding. A wrong guess trains on garbled text, so other encodings are faults with the
+byte's place, which name the likely one (`encodings`).
 """
 
 from __future__ import annotations
 
 import codecs
-import gzip
-import zlib
+import itertools
 from collections.abc import Generator, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
-from loopos.config.faults import DataError, EnvironmentFault
+from loopos.config.faults import DataError
+from loopos.config.sections import MAX_EXPANSION, MAX_LINE_BYTES
+from loopos.data.encodings import guessed_encoding
 from loopos.data.record import file_error
+from loopos.data.unpacking import chunks_of
 
-CHUNK_BYTES = 1 << 20
 _SIGNATURES = (
     (b"\x1f\x8b", "gzip data"),
     (b"\x28\xb5\x2f\xfd", "zstd data"),
@@ -34,93 +37,158 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TEXT_WANTED = "UTF-8 text (or UTF-16 with a byte order mark)"
 
 
-def compression(path: str) -> str:
-    """The compression that a file's name states: "gz", "zst" or "" for none."""
-    suffix = Path(path).suffix.lower()
-    return suffix[1:] if suffix in (".gz", ".zst") else ""
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How text files are read. `encoding`: None for UTF-8, and UTF-16 with a byte order mark; a mark wins over it.
+    `max_line_bytes`: longest line of a file of rows; `max_expansion`: unpacked bytes for each byte of a .gz or .zst.
+    """
+
+    encoding: str | None = None
+    max_line_bytes: int = MAX_LINE_BYTES
+    max_expansion: int = MAX_EXPANSION
 
 
-def read_lines(path: str) -> Generator[tuple[int, str], None, None]:
+PLAIN_RULES = TextRules()
+
+
+def read_lines(path: str, rules: TextRules = PLAIN_RULES) -> Generator[tuple[int, str], None, None]:
     """Yields `(number, line)` of a text file, numbers from 1, without the line feed.
 
     Raises:
-        DataError: empty file, not text, another encoding (byte offset and line), broken compression.
+        DataError: no regular file, empty file, not text, another encoding (byte offset and line), a line over the
+            limit, broken compression or such that unpacks to too much.
         EnvironmentFault: a .zst file without the `zstandard` package.
     """
-    chunks = _chunks(path)
+    yield from _lines(path, rules, rules.max_line_bytes)
+
+
+def read_text(path: str, rules: TextRules = PLAIN_RULES) -> str:
+    """The whole text of a file; as `read_lines`, with every line feed kept (a JSON document needs it in one piece, and
+    a corpus may be one line), whatever the length of its lines.
+    """
+    return "\n".join(line for _, line in _lines(path, rules, None))
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text by the same rule: ended by line feeds, or in a text without any by carriage returns."""
+    lines = text.split("\n" if "\n" in text else "\r")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _lines(path: str, rules: TextRules, limit: int | None) -> Generator[tuple[int, str], None, None]:
+    chunks = chunks_of(path, rules.max_expansion)
     head = next(chunks, b"")
     if not head:
         raise file_error(path, "an empty file", "rows of data", "check the path, or how the file was made")
-    _check_signature(path, head)
-    if head.startswith(_UTF16_MARKS):
-        yield from _utf16_lines(path, b"".join([head, *chunks]))
+    if head.startswith(_UTF16_MARKS) and not head.startswith(b"\xff\xfe\x00\x00"):
+        yield from _wide_lines(path, b"".join([head, *chunks]), "utf-16", limit)
         return
+    _check_signature(path, head, rules.encoding)
     start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-    yield from _utf8_lines(path, head[start:], chunks, start)
+    encoding = "utf-8" if start or rules.encoding is None else codecs.lookup(rules.encoding).name
+    if "a\n".encode(encoding) != b"a\n":
+        yield from _wide_lines(path, b"".join([head, *chunks]), encoding, limit)
+        return
+    yield from _narrow_lines(path, itertools.chain([head[start:]], chunks), encoding, start, limit)
 
 
-def read_text(path: str) -> str:
-    """The whole text of a file; as `read_lines`, with every line feed kept (a JSON document needs it in one piece)."""
-    return "\n".join(line for _, line in read_lines(path))
-
-
-def _utf8_lines(path: str, head: bytes, chunks: Iterator[bytes], offset: int) -> Iterator[tuple[int, str]]:
-    for number, raw in enumerate(_byte_lines(head, chunks), start=1):
+def _narrow_lines(
+    path: str, chunks: Iterator[bytes], encoding: str, offset: int, limit: int | None
+) -> Iterator[tuple[int, str]]:
+    """Lines of an encoding in which a line feed is one byte."""
+    for number, raw in enumerate(_byte_lines(path, chunks, limit), start=1):
         try:
-            line = raw.decode("utf-8")
+            line = raw.decode(encoding)
         except UnicodeDecodeError as error:
             place = offset + error.start
-            raise file_error(
-                path,
-                f"byte 0x{raw[error.start]:02x} at byte offset {place}, which is not UTF-8",
-                _TEXT_WANTED,
-                "convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
-                line=number,
-                column=len(raw[: error.start].decode("utf-8")) + 1,
-                field="encoding",
-            ) from error
+            given = f"byte 0x{raw[error.start]:02x} at byte offset {place}, which is not {_written(encoding)}"
+            column = len(raw[: error.start].decode(encoding, errors="replace")) + 1
+            wanted = _TEXT_WANTED if encoding == "utf-8" else f"{_written(encoding)} text (data.encoding)"
+            hint = _encoding_hint(raw, encoding)
+            raise file_error(path, given, wanted, hint, line=number, column=column, field="encoding") from error
         yield number, line
         offset += len(raw) + 1
 
 
-def _utf16_lines(path: str, data: bytes) -> Iterator[tuple[int, str]]:
+def _written(encoding: str) -> str:
+    return "UTF-8" if encoding == "utf-8" else encoding
+
+
+def _encoding_hint(raw: bytes, encoding: str) -> str:
+    guess = guessed_encoding(raw)
+    if guess is None or guess == encoding:
+        return "save the file as UTF-8, or name its encoding in data.encoding"
+    return f'this looks like {guess}: set data.encoding to "{guess}" and look at the rows, or save the file as UTF-8'
+
+
+def _wide_lines(path: str, data: bytes, encoding: str, limit: int | None) -> Iterator[tuple[int, str]]:
+    """Lines of an encoding in which a line feed is more than one byte, or another one: the text is decoded whole."""
     try:
-        text = data.decode("utf-16")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        readable = data[: error.start].decode("utf-16", errors="ignore")
+        readable = data[: error.start].decode(encoding, errors="ignore")
+        why = ", as the byte order mark says" if encoding == "utf-16" else " (data.encoding)"
         raise file_error(
             path,
-            f"bytes at byte offset {error.start} that are not UTF-16, as the byte order mark says",
+            f"bytes at byte offset {error.start} that are not {encoding.upper()}{why}",
             _TEXT_WANTED,
             "save the file again as UTF-8",
             line=readable.count("\n") + 1,
             field="encoding",
         ) from error
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()
-    yield from enumerate(lines, start=1)
+    for number, line in enumerate(split_lines(text.removeprefix("\ufeff")), start=1):
+        if limit is not None and len(line) > limit:
+            raise _too_long(path, number, limit)
+        yield number, line
 
 
-def _byte_lines(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    pending = [head]
-    while True:
-        pieces = b"".join(pending).split(b"\n") if b"\n" in pending[-1] else None
-        if pieces is not None:
-            pending = [pieces.pop()]
-            yield from pieces
-        chunk = next(chunks, None)
-        if chunk is None:
-            break
+def _byte_lines(path: str, chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+    """Lines without their ends. What ends them is known at the first line feed, or at the end of the file, or where so
+    much came without one that a line would be over the limit.
+    """
+    pending: list[bytes] = []
+    size, number = 0, 0
+    ended_by: bytes | None = None
+    for chunk in chunks:
+        if ended_by is None and b"\n" in chunk:
+            ended_by = b"\n"
         pending.append(chunk)
+        size += len(chunk)
+        if ended_by is None and limit is not None and size > limit:
+            ended_by = b"\r" if b"\r" in b"".join(pending)[:-1] else b"\n"
+            pending = [b"".join(pending)]
+        if ended_by is not None and ended_by in pending[-1]:
+            *whole, rest = b"".join(pending).split(ended_by)
+            pending, size = [rest], len(rest)
+            for line in whole:
+                number += 1
+                if limit is not None and len(line) > limit:
+                    raise _too_long(path, number, limit)
+                yield line
+        if limit is not None and size > limit:
+            raise _too_long(path, number + 1, limit)
     rest = b"".join(pending)
+    if ended_by is None and b"\r" in rest:
+        *whole, rest = rest.split(b"\r")
+        yield from whole
     if rest:
         yield rest
 
 
-def _check_signature(path: str, head: bytes) -> None:
+def _too_long(path: str, number: int, limit: int) -> DataError:
+    return file_error(
+        path,
+        f"a line of more than {limit:,} bytes",
+        "one row a line",
+        "is this a file of rows? If it is, raise data.max_line_bytes",
+        line=number,
+        field="line",
+    )
+
+
+def _check_signature(path: str, head: bytes, encoding: str | None) -> None:
     for signature, name in _SIGNATURES:
-        if head.startswith(signature):
+        if head.startswith(signature) and not (encoding is not None and name.startswith("UTF-32")):
             raise file_error(
                 path,
                 name,
@@ -130,71 +198,14 @@ def _check_signature(path: str, head: bytes) -> None:
                 field="encoding",
             )
     sample = head[:400]
-    if len(sample) >= 8 and 0 in sample and not head.startswith(_UTF16_MARKS):
+    if encoding is None and len(sample) >= 8 and 0 in sample:
         even, odd = sample[0::2].count(0) * 2, sample[1::2].count(0) * 2
         if max(even, odd) > 0.8 * len(sample) and min(even, odd) < 0.2 * len(sample):
             raise file_error(
                 path,
                 "what looks like UTF-16 without a byte order mark",
                 _TEXT_WANTED,
-                "save the file again as UTF-8",
+                f'set data.encoding to "utf-16-{"be" if even > odd else "le"}", or save the file again as UTF-8',
                 line=1,
                 field="encoding",
             )
-
-
-def _chunks(path: str) -> Iterator[bytes]:
-    reader = {"gz": _gzip_chunks, "zst": _zstd_chunks}.get(compression(path), _plain_chunks)
-    try:
-        yield from reader(path)
-    except PermissionError as error:
-        raise file_error(path, "a file that may not be read", "a readable file", "check its permissions") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _broken_compression(path, "gzip", str(error)) from error
-
-
-def _plain_chunks(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _gzip_chunks(path: str) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _zstd_chunks(path: str) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ModuleNotFoundError as error:
-        raise EnvironmentFault(
-            f"{path}: reading .zst files needs the package zstandard: pip install zstandard"
-        ) from error
-    decompressor, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    try:
-        for chunk in _plain_chunks(path):
-            while chunk:
-                begun = True
-                data = decompressor.decompress(chunk)
-                if data:
-                    yield data
-                chunk = b""
-                if decompressor.eof:
-                    chunk, begun = decompressor.unused_data, False
-                    decompressor = zstandard.ZstdDecompressor().decompressobj()
-    except zstandard.ZstdError as error:
-        raise _broken_compression(path, "zstd", str(error)) from error
-    if begun:
-        raise _broken_compression(path, "zstd", "the data ends in the middle of a frame")
-
-
-def _broken_compression(path: str, kind: str, reason: str) -> DataError:
-    return file_error(
-        path,
-        f"broken {kind} data ({reason})",
-        f"a whole {kind} file",
-        "the file is cut off, damaged, or not compressed at all: copy or download it again, or correct its suffix",
-        field="compression",
-    )

@@ -142,6 +142,7 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
         # pandas writes its row index under an empty name, the commonest nameless column there is.
         names = ["column 1", *names[1:]]
         report.say(f'{source}: the first column has no name and is called "column 1"')
+    places: dict[str, int] = {}
     for position, name in enumerate(names, start=1):
         if not name:
             raise file_error(
@@ -152,10 +153,10 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
                 line=number,
                 field="header",
             )
-        if name in names[: position - 1]:
+        if places.setdefault(name, position) != position:
             raise file_error(
                 source,
-                f"the column name {shown(name)} twice (columns {names.index(name) + 1} and {position})",
+                f"the column name {shown(name)} twice (columns {places[name]} and {position})",
                 "distinct names",
                 "the first line must be the header; rename one of the two",
                 line=number,
@@ -163,6 +164,15 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
             )
         if "\0" in name:
             raise file_error(source, "a NUL character (byte 0)", "text", "remove the byte", line=number, field="header")
+        if "\r" in name:
+            raise file_error(
+                source,
+                f"a carriage return inside the column name {shown(name)}",
+                "line ends of one kind: LF, CRLF or CR",
+                "the file mixes them: save it again with one kind",
+                line=number,
+                field="header",
+            )
     return names
 
 

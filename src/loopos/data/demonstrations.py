@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from loopos.data.columns import COLUMN, column_remedy
 from loopos.data.context import chosen_letter, with_context
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
@@ -74,8 +75,10 @@ def _solution(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
     _, hashes, answer = "\n".join(steps).rpartition(HASHES)
     if not hashes or not answer.strip() or "\n" in answer:
         given = f"a solution that ends in {shown(steps[-1] if steps else '')}, and no answer column"
-        hint = 'or name its column: data.columns: {"answer": "COLUMN"}'
-        fields.add("answer is missing", fields.field("reasoning"), given, f"{HASHES} answer in the last line", hint)
+        remedy = column_remedy("or name its column", ("answer", COLUMN))
+        fields.add(
+            "answer is missing", fields.field("reasoning"), given, f"{HASHES} answer in the last line", "", remedy
+        )
         return (), ""
     kept = list(steps[:-1])
     last = steps[-1].rpartition(HASHES)[0].strip()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from loopos.config.faults import DataError, Fault
-from loopos.data.columns import ambiguous, candidates, check_overrides, listed
+from loopos.data.columns import CHOOSE_ONE, ambiguous, candidates, check_overrides, column_remedy, listed
 
 Kind = TypeVar("Kind", bound=str)
 Overrides: TypeAlias = Mapping[str, str | None]
@@ -57,15 +57,16 @@ class Family(Generic[Kind]):
     """The formats among which one is looked for.
 
     `names`: role → the names of its column in tiers; `tiers`: the formats. In both a better tier wins over a later one.
-    `examples` and `choice`, for the fault where no format fits: columns that would do, and what `data.columns` might
-    say. `rivals`, for the fault where several fit: what to call them, and what `data.columns` says to decide.
+    `examples` and `choice`, for the fault where no format fits: columns that would do, and the (role, column) that
+    `data.columns` might name. `rivals`, for the fault where several fit: what to call them, and the (role, column) that
+    decides.
     """
 
     names: Mapping[str, tuple[frozenset[str], ...]]
     tiers: tuple[tuple[Shape[Kind], ...], ...]
     examples: str
-    choice: str
-    rivals: Callable[[Sequence[Fit[Kind]]], tuple[str, str]]
+    choice: tuple[tuple[str, str], ...]
+    rivals: Callable[[Sequence[Fit[Kind]]], tuple[str, tuple[str, str]]]
 
 
 def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides, source: str) -> Fit[Kind]:
@@ -92,16 +93,16 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides,
         if len(fits) > 1:
             called, choice = family.rivals(fits)
             given = f"columns of {len(fits)} formats: {called} ({listed(columns)})"
-            hint = f"name the columns of one: data.columns: {{{choice}}}"
-            raise DataError([Fault(source, None, None, "data.columns", given, "one format", hint)])
+            remedy = column_remedy(CHOOSE_ONE, choice)
+            raise DataError([Fault(source, None, None, "data.columns", given, "one format", "", remedy)])
         if fits:
             if fits[0].doubt is not None:
                 raise DataError([fits[0].doubt])
             return fits[0]
     missing = f" (with {', '.join(chosen)} given)" if chosen else ""
-    given = f"no columns that make a known format{missing}; there: {listed(columns)}"
-    hint = f"name the columns: data.columns: {{{family.choice}}}"
-    raise DataError([Fault(source, None, None, "data.columns", given, f"columns such as {family.examples}", hint)])
+    sentence = f"these columns make no known format{missing}: {listed(columns)}. Known: {family.examples}"
+    remedy = column_remedy("name the columns", *family.choice)
+    raise DataError([Fault(source, None, None, "data.columns", sentence, "", "", remedy)])
 
 
 def _fit(

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
-from loopos.data.columns import ambiguous, candidates, check_overrides, listed, plain_name, unread
+from loopos.data.columns import ambiguous, candidates, listed, not_found, override_faults, plain_name, unread
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.rows import Row, RowReader
@@ -68,25 +68,24 @@ def detect(
     `require_label` a label is read where there is just one candidate. `source` is the file's name for faults.
     Raises `DataError`: an override that fits no role or column, no candidate for a role, or several.
     """
-    check_overrides(columns, overrides.items(), ROLES, source)
-    free = [name for name in columns if name not in overrides.values()]
+    faults = override_faults(columns, overrides.items(), ROLES, source)
+    taken = [column for role, column in overrides.items() if role in ROLES]
+    free = [name for name in columns if name not in taken]
     label = overrides.get("label")
+    no_label: list[Fault] = []
     if label is None:
-        label = _only("label", candidates(free, LABEL_TIERS), columns, source, require_label)
+        found = candidates(free, LABEL_TIERS)
+        label = found[0] if len(found) == 1 else None
+        if require_label and label is None:
+            no_label = [ambiguous("label", found, columns, source) if found else _no_label(columns, taken, source)]
         free = [name for name in free if name != label]
     text, pair = overrides.get("text"), overrides.get("text_pair")
     if text is None:
-        pairs = [] if pair is not None else _pairs(free)
-        best = candidates(free, TEXT_TIERS)
-        lone_text = [name for name in best if plain_name(name) == "text" and all(name not in names for names in pairs)]
-        if len(pairs) == 1 and not lone_text:
-            text, pair = pairs[0]
-        elif pairs:
-            named = [*lone_text, *(f"{first} with {second}" for first, second in pairs)]
-            raise DataError([ambiguous("text", named, columns, source)])
-        else:
-            text = _only("text", best, columns, source, True)
-    assert text is not None, "a text column is required of `_only`"
+        text, pair, fault = _text_columns(free, pair, columns, source)
+        faults += [fault] if fault is not None else []
+    if faults or no_label:
+        raise DataError([*faults, *no_label])
+    assert text is not None, "without a text there is a fault"
     served = [("text", text), ("text_pair", pair), ("label", label)]
     said = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
     left = unread(columns, (text, pair, label))
@@ -170,18 +169,35 @@ def _pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
     return [(named[first], named[second]) for first, second in PAIRS if first in named and second in named]
 
 
-def _only(role: str, found: Sequence[str], columns: Sequence[str], source: str, required: bool) -> str | None:
-    if len(found) == 1:
-        return found[0]
-    if not required:
-        return None
-    if found:
-        raise DataError([ambiguous(role, found, columns, source)])
-    given = f"no column that is known as a {role}; there: {listed(columns)}"
-    hint = f'name it: data.columns: {{"{role}": "COLUMN"}}'
-    if role == "label":
-        hint += ". In CSV and TSV the first line must be the header"
-    raise DataError([Fault(source, None, None, f"data.columns.{role}", given, f"a column such as {role}", hint)])
+def _text_columns(
+    free: Sequence[str], pair: str | None, columns: Sequence[str], source: str
+) -> tuple[str | None, str | None, Fault | None]:
+    """Text column and its partner among the columns that no other role has, or the fault of the choice.
+
+    pair: the partner where `data.columns` names it.
+    """
+    pairs = [] if pair is not None else _pairs(free)
+    best = candidates(free, TEXT_TIERS)
+    lone_text = [name for name in best if plain_name(name) == "text" and all(name not in names for names in pairs)]
+    if len(pairs) == 1 and not lone_text:
+        return *pairs[0], None
+    if pairs:
+        named = [*lone_text, *(f"{first} with {second}" for first, second in pairs)]
+        return None, None, ambiguous("text", named, columns, source)
+    if len(best) == 1:
+        return best[0], pair, None
+    if best:
+        return None, None, ambiguous("text", best, columns, source)
+    return None, None, not_found("text", columns, TEXT_TIERS, source)
+
+
+def _no_label(columns: Sequence[str], taken: Sequence[str], source: str) -> Fault:
+    """The fault of data without a label; where no column has a known name, with what the first line must be."""
+    fault = not_found("label", columns, LABEL_TIERS, source)
+    looks_named = any(plain_name(name) in tier for name in columns for tier in (*TEXT_TIERS, *LABEL_TIERS))
+    if looks_named or set(taken) & set(columns):
+        return fault
+    return replace(fault, hint="In CSV and TSV the first line must be the header;")
 
 
 def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Fault]]:

@@ -8,9 +8,11 @@ marks where the next row begins. Left out: pandas' column-oriented JSON, refused
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 
 from loopos.config.faults import DataError, Fault
@@ -33,8 +35,8 @@ class JsonReader:
     def _members(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         members = dict(pairs)
         if len(members) < len(pairs):
-            names = [name for name, _ in pairs]
-            self._doubled.append(next(name for name in names if names.count(name) > 1))
+            counts = Counter(name for name, _ in pairs)
+            self._doubled.append(next(name for name, count in counts.items() if count > 1))
         return members
 
     def _constant(self, name: str) -> float:
@@ -117,16 +119,27 @@ def json_lines(lines: Iterator[tuple[int, str]], source: str, report: ReadReport
 def is_json_lines(text: str) -> bool:
     """Whether `text`, which begins with an object, is JSON Lines: a second line that is not blank begins an object too,
     or follows a whole one."""
-    lines = re.finditer(r"[^\n]*\S[^\n]*", text)
-    first, second = next(lines, None), next(lines, None)
-    if first is None or second is None:
+    first, second = itertools.islice(itertools.chain(_filled_lines(text), ("", "")), 2)
+    if not second:
         return False
-    if second.group().lstrip().startswith("{"):
+    if second.startswith("{"):
         return True
     try:
-        return isinstance(json.loads(first.group()), dict)
+        return isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _filled_lines(text: str) -> Iterator[str]:
+    """The lines that are not blank, without the white space around them."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        line = text[start:end].strip()
+        if line:
+            yield line
+        start = end + 1
 
 
 def json_document(text: str, source: str) -> Records:
@@ -172,7 +185,7 @@ def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Faul
 
 def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Record | Fault, None, int]:
     """Yields the elements of the array under "data" of the object at `start`; returns the place behind the object."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     lists: list[str] = []
     rows_found = False
     position, closed = _skip(text, start + 1), False
@@ -188,7 +201,7 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
         if name in names:
             line = text.count("\n", 0, position) + 1
             raise file_error(reader.source, f"the name {shown(name)} twice", "distinct names", line=line, field=name)
-        names.append(name)
+        names[name] = None
         value = _skip(text, colon + 1)
         if name == "data" and text.startswith("[", value):
             rows_found = True
@@ -198,7 +211,7 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
             lists += [name] if isinstance(found, list) else []
         position, closed = _after_member(reader, text, end, "}")
     if not rows_found and not text.startswith("{", _skip(text, position)):
-        raise _no_rows(reader.source, names, lists, text.count("\n", 0, start) + 1)
+        raise _no_rows(reader.source, list(names), lists, text.count("\n", 0, start) + 1)
     return position
 
 

@@ -14,8 +14,9 @@ from loopos.config.sections import DataSection, ModelSection
 from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.reading import FormatReport, account, opened, validation_source
-from loopos.data.record import BadRows
-from loopos.data.split import stratified_split
+from loopos.data.record import SKIP_ROWS, BadRows
+from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.split import split_off
 
 Target = int | float | list[int]
 
@@ -64,10 +65,19 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         said.append(f"validation: {own[0]}, {account(held_out_report)}")
         reports.append(held_out_report)
     elif data.validation_share > 0:
-        kept, chosen = stratified_split(targets, data.validation_share, seed, source=data.training_data)  # type: ignore[arg-type]
-        held_out, held_out_targets = [examples[i] for i in chosen], [targets[i] for i in chosen]
-        examples, targets = [examples[i] for i in kept], [targets[i] for i in kept]
-        said.append(f"validation: {len(chosen)} of the rows, split off by label with seed {seed}; {len(kept)} train")
+        split = split_off(
+            [key_of_prompt(example) for example in examples],
+            data.validation_share,
+            seed,
+            by=data.split_by,
+            what="text",
+            labels=targets,  # type: ignore[arg-type]
+            source=data.training_data,
+        )
+        held_out, held_out_targets = [examples[i] for i in split.validation], [targets[i] for i in split.validation]
+        examples, targets = [examples[i] for i in split.train], [targets[i] for i in split.train]
+        said.append(split.said)
+    said += told_repeats(examples, held_out, "text")
     return LabelledData(space, examples, targets, held_out, held_out_targets, said, reports)
 
 
@@ -90,7 +100,7 @@ def encode_all(
         else:
             kept.append(example)
     if faults and (on_bad_row == "error" or not kept):
-        raise BadRows(faults, len(faults), "correct these labels, or set data.on_bad_row to skip")
+        raise BadRows(faults, len(faults), "correct these labels", SKIP_ROWS)
     if faults:
         reason = "label that is no number" if space.task == "regression" else "label of no class"
         dropped = {**report.dropped, reason: len(faults)}

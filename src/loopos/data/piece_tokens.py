@@ -8,12 +8,14 @@ with it. Left out: which of them are learned (`supervised_tokens`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data.record import shown
 from loopos.data.templates import Piece, end_token
+from loopos.data.text_bounds import TextBound, spans
 
 # What stands before a piece inside a text, for tokenizers that put a blank before whatever they take for a beginning.
 _ANCHORS = ("\n", "a", ".")
@@ -27,8 +29,18 @@ class PieceTokenizer:
         """Raises `UserError` where the tokenizer has no end token."""
         self.tokenizer, self.end = tokenizer, end_token(tokenizer)
         self.leading = _leading(tokenizer)
+        self._bound = TextBound(tokenizer)
         spelled = "".join(tokenizer.convert_ids_to_tokens(self._ids([_PROBE])[0]))
         self._marks_beginnings = spelled != _PROBE and spelled.endswith(_PROBE)
+
+    def bounded(self, row: Sequence[Piece], num_tokens: int | None) -> Sequence[Piece]:
+        """The row itself, or one whose far too long pieces are their beginnings, each of more than `num_tokens` tokens:
+        those first in it are the same.
+        """
+        texts = [self._bound.beginning(piece.text, num_tokens) for piece in row]
+        if all(len(text) == len(piece.text) for text, piece in zip(texts, row, strict=True)):
+            return row
+        return [replace(piece, text=text) for text, piece in zip(texts, row, strict=True)]
 
     def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
         """The ids of each piece of each row."""
@@ -64,10 +76,11 @@ class PieceTokenizer:
         )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        batch = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = batch["input_ids"]
+        ids: list[list[int]] = []
+        for first, last in spans([len(text) for text in texts], len(texts)):
+            chunk = list(texts[first:last])
+            batch = self.tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids += batch["input_ids"]
         return ids
 
 

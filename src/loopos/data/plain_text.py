@@ -12,12 +12,12 @@ from pathlib import Path
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import sniff
-from loopos.data.decoding import read_lines, read_text
+from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
 
 _PROSE = (".md", ".text")
 
 
-def is_plain_text(source: str) -> bool:
+def is_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> bool:
     """Whether a source is a file of running text: .md or .text, or a .txt that holds neither JSON nor a table nor
     worked problems nor comparisons; each also with .gz or .zst behind.
     """
@@ -26,7 +26,7 @@ def is_plain_text(source: str) -> bool:
         return False
     if name.endswith(_PROSE):
         return True
-    with closing(read_lines(source)) as lines:
+    with closing(read_lines(source, rules)) as lines:
         first = list(itertools.islice(lines, sniff.SAMPLE_LINES))
     if not any(line.strip() for _, line in first):
         return True

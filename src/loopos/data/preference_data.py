@@ -19,8 +19,9 @@ from loopos.data.preference_tokens import EncodedComparison, PreferenceReport, e
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts, told
 from loopos.data.reading import FormatReport, account, opened, validation_source
+from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.rows import RowReader
-from loopos.data.split import stratified_split
+from loopos.data.split import split_off
 from loopos.data.templates import ChatTemplate
 
 ExampleT = TypeVar("ExampleT", Comparison, Prompt)
@@ -68,9 +69,11 @@ def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, se
         said.append(f"validation: {own[0]}, {account(validation_report)}")
         reports.append(validation_report)
     elif data.validation_share > 0:
-        kept, chosen = stratified_split(None, data.validation_share, seed, num_rows=len(train), source=source)
-        train, validation = [train[place] for place in kept], [train[place] for place in chosen]
-        said.append(f"validation: {len(validation)} of the rows, split off with seed {seed}; {len(train)} train")
+        keys = [key_of_prompt(example) for example in train]
+        split = split_off(keys, data.validation_share, seed, by=data.split_by, source=source)
+        train, validation = [train[place] for place in split.train], [train[place] for place in split.validation]
+        said.append(split.said)
+    said += told_repeats(train, validation)
     return PreferenceData(train, validation, said, reports)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from loopos.data.columns import COLUMN
 from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
 from loopos.data.format_detection import Family, Fit, Overrides, Shape, detected
 from loopos.data.tool_schemas import TOOL_NAMES
@@ -102,12 +103,12 @@ def detect(
     return PreferenceFormat(fit.shape.kind, fit.columns, fit.said)
 
 
-def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, str]:
+def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:
     """What several formats that fit are called, and the choice of a role that the first one alone has."""
     named = " and ".join("{" + ", ".join(fit.shape.needed) + "}" for fit in fits)
     role = next(role for role in fits[0].shape.needed if role not in fits[1].shape.roles)
-    return named, f'"{role}": "COLUMN"'
+    return named, (role, COLUMN)
 
 
-_COMPARISONS = Family(NAMES, SHAPES[:-1], _PAIR_EXAMPLES, '"chosen": "COLUMN", "rejected": "COLUMN"', _rivals)
-_WITH_PROMPTS = Family(NAMES, SHAPES, _PROMPT_EXAMPLES, '"prompt": "COLUMN"', _rivals)
+_COMPARISONS = Family(NAMES, SHAPES[:-1], _PAIR_EXAMPLES, (("chosen", COLUMN), ("rejected", COLUMN)), _rivals)
+_WITH_PROMPTS = Family(NAMES, SHAPES, _PROMPT_EXAMPLES, (("prompt", COLUMN),), _rivals)

@@ -24,8 +24,8 @@ from loopos.data.piece_tokens import PieceTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, Words
 from loopos.data.reading import FormatReport, account
-from loopos.data.record import BadRows
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over
+from loopos.data.record import SKIP_ROWS, BadRows
+from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_fault
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
 from loopos.data.tokens import length_spread
 from loopos.data.tool_schemas import Tool
@@ -112,10 +112,10 @@ def encode_comparisons(
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
     over: list[Fault] = []
-    for place, (prompt, *whole) in _tokenised(tokenizer, examples, template, report):
+    for place, (prompt, *whole), is_short in _tokenised(tokenizer, examples, template, report):
         responses, longest = whole, max(map(len, whole))
         if max_length is not None and len(prompt) + longest > max_length:
-            over.append(_over_fault(examples[place], len(prompt) + longest, max_length))
+            over.append(over_fault(examples[place].row, len(prompt) + longest, max_length, at_least=is_short))
             if over_length == "drop" or len(prompt) >= max_length:
                 dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
                 continue
@@ -157,9 +157,9 @@ def encode_prompts(
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Fault] = []
-    for place, (prompt,) in _tokenised(tokenizer, prompts, template, report):
+    for place, (prompt,), is_short in _tokenised(tokenizer, prompts, template, report):
         if max_length is not None and len(prompt) > max_length:
-            over.append(_over_fault(prompts[place], len(prompt), max_length))
+            over.append(over_fault(prompts[place].row, len(prompt), max_length, at_least=is_short))
             dropped[PROMPT_OVER] += 1
             continue
         rows.append(prompt)
@@ -175,9 +175,9 @@ def _tokenised(
     examples: Sequence[Comparison] | Sequence[Prompt],
     template: ChatTemplate | None,
     report: PreferenceReport,
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """The place of each example that the template renders, with the ids of its prompt and of each response; what it
-    refuses is noted as faults.
+) -> Iterator[tuple[int, list[list[int]], bool]]:
+    """The place of each example that the template renders, with the ids of its prompt and of each response, and whether
+    the end of one is missing, far behind the report's `max_length`; what the template refuses is noted as faults.
     """
     template = template or ChatTemplate(tokenizer)
     encoder = PieceTokenizer(tokenizer)
@@ -193,10 +193,11 @@ def _tokenised(
                 row = example.row
                 report.faults.append(Fault(row.place, row.line, None, "messages", str(problem), wanted, problem.hint))
         # A piece's ids depend on whether it opens a text, not on what stands before it: one prompt serves all.
-        encoded = encoder.encode([[piece for group in groups for piece in group] for _, groups in found])
-        for (place, groups), pieces in zip(found, encoded, strict=True):
+        whole = [[piece for group in groups for piece in group] for _, groups in found]
+        bounded = [encoder.bounded(row, report.max_length) for row in whole]
+        for (place, groups), uncut, short, pieces in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
             ids = iter(pieces)
-            yield place, [[token for _ in group for token in next(ids)] for group in groups]
+            yield place, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
 
 
 def _groups(
@@ -229,14 +230,7 @@ def _settle(
     report.used, report.dropped = len(report.lengths), dict(dropped)
     assert report.read == report.used + sum(report.dropped.values()), report
     if report.faults and on_bad_row == "error":
-        advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
-        raise BadRows(report.faults, len(report.faults), advice)
+        raise BadRows(report.faults, len(report.faults), "correct the rows", SKIP_ROWS)
     check_over(over, report.read, report.max_length, over_length, max_dropped_share)
     if not report.used:
         raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row that fits")])
-
-
-def _over_fault(example: Comparison | Prompt, length: int, max_length: int) -> Fault:
-    """The fault of an example that is too long."""
-    row, hint = example.row, "shorten the row, or raise training.max_length"
-    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)

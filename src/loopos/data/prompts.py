@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from loopos.data.columns import COLUMN, column_remedy
 from loopos.data.context import CONTEXT_ROLES, with_context
 from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
 from loopos.data.format_detection import Overrides
@@ -169,7 +170,8 @@ def is_same(one: Words, other: Words) -> bool:
 def add_same(fields: RowFields, place: str, words: Words) -> None:
     """Notes that a response says what another does."""
     text = words if isinstance(words, str) else words[-1].content
-    fields.add(SAME_RESPONSES, place, f"{shown(text)}, as the other", "responses that differ")
+    which = "two responses" if fields.has("responses") else "chosen and rejected"
+    fields.add(SAME_RESPONSES, place, f"{which} are identical ({shown(text)})", "")
 
 
 def _implied_messages(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
@@ -218,9 +220,9 @@ def _check_no_system(fields: RowFields) -> None:
 
 
 def _add_unshared(fields: RowFields, given: str) -> None:
-    hint = 'or name the column of the prompt: data.columns: {"prompt": "COLUMN"}'
+    remedy = column_remedy("name the column of the prompt", ("prompt", COLUMN))
     wanted = "responses that begin with the same prompt, since there is no prompt column"
-    fields.add("no shared prompt", fields.field("rejected"), given, wanted, hint)
+    fields.add("no shared prompt", fields.field("rejected"), given, wanted, remedy=remedy)
 
 
 def told(prompt: Words) -> str:

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import rows
 from loopos.data.annotations import flat_rows
 from loopos.data.columns import named, unread
-from loopos.data.rows import Row, RowReader
+from loopos.data.decoding import TextRules
+from loopos.data.preference_formats import NAMES
+from loopos.data.rows import Lines, Row, RowReader
 
 UNREADABLE = "unreadable row"
+_KNOWN_NAMES = frozenset().union(*(names for tiers in NAMES.values() for names in tiers))
+"""What a column of prompts or preferences may be called: a table with none of them is a text with commas."""
 
 
 class SourceKeys(Protocol):
@@ -38,6 +42,17 @@ class SourceKeys(Protocol):
     def max_rows(self) -> int | None: ...
     @property
     def on_bad_row(self) -> Literal["error", "skip"]: ...
+
+    plain_lines: ClassVar[str | None]
+
+    @property
+    def encoding(self) -> str | None: ...
+    @property
+    def max_line_bytes(self) -> int: ...
+    @property
+    def max_expansion(self) -> int: ...
+    @property
+    def split_by(self) -> Literal["prompt", "row"]: ...
 
 
 class ColumnsFound(Protocol):
@@ -99,7 +114,14 @@ def opened(data: SourceKeys, source: str, split: str) -> RowReader:
         streaming=data.streaming,
         max_rows=data.max_rows,
         on_bad_row=data.on_bad_row,
+        rules=text_rules(data),
+        lines=Lines(data.plain_lines, _KNOWN_NAMES) if data.plain_lines is not None else None,
     )
+
+
+def text_rules(data: SourceKeys) -> TextRules:
+    """The encoding and the bounds that the config sets for text files."""
+    return TextRules(data.encoding, data.max_line_bytes, data.max_expansion)
 
 
 def validation_source(data: SourceKeys, training_source: str) -> tuple[str, str] | None:

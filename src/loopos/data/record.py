@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.faults import DataError, Fault, Remedy, Wording
 
 MAXIMUM_FAULTS = 20
 """Faults shown in one error; the rest is counted."""
@@ -81,17 +81,26 @@ def file_error(
     return DataError([Fault(source, line, column, field, given, wanted, hint)])
 
 
+SKIP_ROWS = Remedy("or leave them out", (("data.on_bad_row", "skip"),))
+"""What a user can do about bad rows besides correcting them."""
+
+
 class BadRows(DataError):
-    """Rows that can't be used: `faults` are the first of them, `total` counts them all, `advice` ends the message."""
+    """Rows that can't be used: `faults` are the first of them, `total` counts them all; `advice` and `remedy` end the
+    message.
+    """
 
     total: int
     advice: str
+    remedy: Remedy | None
 
-    def __init__(self, faults: Sequence[Fault], total: int, advice: str) -> None:
+    def __init__(self, faults: Sequence[Fault], total: int, advice: str, remedy: Remedy | None = None) -> None:
         assert total >= len(faults)
         super().__init__(faults[:MAXIMUM_FAULTS])
-        self.total, self.advice = total, advice
+        self.total, self.advice, self.remedy = total, advice, remedy
 
-    def __str__(self) -> str:
+    def message(self, wording: Wording) -> str:
         more = self.total - len(self.faults)
-        return "\n".join([super().__str__(), *([f"... and {more} more faults"] if more else []), self.advice])
+        remedy = wording.remedy(self.remedy) if self.remedy is not None else ""
+        advice = ", ".join(part for part in (self.advice, remedy) if part)
+        return "\n".join([super().message(wording), *([f"... and {more} more faults"] if more else []), advice])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError
+from loopos.data.columns import COLUMN
 from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
 from loopos.data.format_detection import Family, Fit, Shape, detected
 from loopos.data.preference_formats import NAMES as PREFERENCE_NAMES
@@ -86,12 +87,12 @@ def read_responses(
         return found if found is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
 
     examples: tuple[list[Comparison], PreferenceFormat | ResponseFormat, FormatReport]
-    examples = read_examples(reader, lambda columns, source: _detect(columns, overrides, source), from_row)
+    examples = read_examples(reader, lambda columns, source: detect(columns, overrides, source), from_row)
     return examples[0], examples[2]
 
 
-def _detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> PreferenceFormat | ResponseFormat:
-    """Comparisons where they are, else responses by themselves."""
+def detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> PreferenceFormat | ResponseFormat:
+    """Comparisons where they are, else responses by themselves. Raises `DataError`."""
     try:
         return detect_comparisons(columns, overrides, source=source)
     except DataError:
@@ -128,10 +129,9 @@ def _response(fields: RowFields, place: str, value: object, *, as_text: bool) ->
     return text if as_text else (Message(ASSISTANT, text),)
 
 
-def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, str]:
+def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:
     """What several formats that fit are called, and the choice of the first one's first column."""
-    role, column = next(iter(fits[0].columns.items()))
-    return " and ".join(fit.shape.kind for fit in fits), f'"{role}": "{column}"'
+    return " and ".join(fit.shape.kind for fit in fits), next(iter(fits[0].columns.items()))
 
 
-_FAMILY = Family(NAMES, SHAPES, _EXAMPLES, '"prompt": "COLUMN", "response": "COLUMN"', _rivals)
+_FAMILY = Family(NAMES, SHAPES, _EXAMPLES, (("prompt", COLUMN), ("response", COLUMN)), _rivals)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from loopos.config.faults import Fault
+from loopos.config.faults import Fault, Remedy
 from loopos.data.columns import listed, plain_name
 from loopos.data.record import shown
 from loopos.data.rows import Row
@@ -116,9 +116,11 @@ class RowFields:
                 self.add(f"{plain_name(name)} beside text", name, f"{shown(value)} ({kind_name(value)})",
                          "rows of text", hint)  # fmt: skip
 
-    def add(self, reason: str, field: str, given: str, wanted: str, hint: str = "") -> None:
+    def add(
+        self, reason: str, field: str, given: str, wanted: str, hint: str = "", remedy: Remedy | None = None
+    ) -> None:
         """Notes a problem of the row."""
-        self.problems.append((reason, Fault(self.row.place, self.row.line, None, field, given, wanted, hint)))
+        self.problems.append((reason, Fault(self.row.place, self.row.line, None, field, given, wanted, hint, remedy)))
 
     def _is_missing(self, role: str) -> bool:
         if self.field(role) in self.row.values:

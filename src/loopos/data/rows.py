@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loopos.config.faults import Fault
+from loopos.config.paths import expanded
 from loopos.data import sniff
-from loopos.data.decoding import read_lines, read_text
+from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
 from loopos.data.delimited import delimited_records
 from loopos.data.json_records import is_json_lines, json_document, json_lines
 from loopos.data.preference_text import preference_records
-from loopos.data.record import MAXIMUM_FAULTS, BadRows, ReadReport, Record, Records, file_error
+from loopos.data.record import MAXIMUM_FAULTS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error
 from loopos.data.sources import FileFormat, Location, locate
+from loopos.data.spreadsheets import spreadsheet_records
 from loopos.data.tables import arrow_records, check_columns, hub_records, parquet_records, saved_records
 from loopos.data.worked_text import worked_records
 
@@ -52,6 +54,16 @@ class Row:
         return self.place if self.line is None else f"{self.source}:{self.line}"
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A .txt file that is plain text, or whose header names none of `unless`, is read as one row a line, with the line
+    in `column`.
+    """
+
+    column: str
+    unless: frozenset[str]
+
+
 class RowReader:
     """An iterable of the rows of one source; each pass reads anew and fills a new `report`.
 
@@ -69,11 +81,14 @@ class RowReader:
         streaming: bool,
         max_rows: int | None,
         on_bad_row: Literal["error", "skip"],
+        rules: TextRules = PLAIN_RULES,
+        lines: Lines | None = None,
     ) -> None:
         assert on_bad_row in ("error", "skip"), on_bad_row
         assert max_rows is None or max_rows > 0, max_rows
-        self.location, self.columns, self.split, self.subset = location, columns, split, subset
+        self.location, self.columns, self.split, self.subset, self.rules = location, columns, split, subset, rules
         self.streaming, self.max_rows, self.on_bad_row = streaming, max_rows, on_bad_row
+        self.lines = lines
         self.report = self._new_report()
 
     def __iter__(self) -> Iterator[Row]:
@@ -109,8 +124,7 @@ class RowReader:
     def finish(self) -> None:
         """Ends a pass: raises `BadRows` if it met a bad row under the policy "error"."""
         if self.report.bad_rows and self.on_bad_row == "error":
-            advice = "correct the rows, or set data.on_bad_row to skip to go on without them"
-            raise BadRows(self.report.faults, self.report.num_faults, advice)
+            raise BadRows(self.report.faults, self.report.num_faults, "correct the rows", SKIP_ROWS)
 
     def _new_report(self) -> ReadReport:
         files = [path for path, _ in self.location.files] or [self.location.name]
@@ -130,7 +144,7 @@ class RowReader:
         match self.location.kind:
             case "files":
                 for path, file_format in self.location.files:
-                    yield path, _file_records(path, file_format, columns, report)
+                    yield path, _file_records(path, file_format, columns, self.rules, self.lines, report)
             case "saved":
                 yield name, saved_records(name, self.split, columns, report)
             case "hub":
@@ -152,6 +166,8 @@ def read(
     streaming: bool = False,
     max_rows: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
+    rules: TextRules = PLAIN_RULES,
+    lines: Lines | None = None,
 ) -> RowReader:
     """Opens a source of rows.
 
@@ -163,47 +179,74 @@ def read(
         streaming: read a hub id while it arrives; raise at the first bad row instead of the end.
         max_rows: rows read at most, bad ones included.
         on_bad_row: "error" raises at the end of a pass that met one; "skip" counts them in `report`.
+        rules: the encoding and the bounds of text files.
+        lines: how a .txt file that is no table is read; a fault when absent.
     Raises:
         DataError: nothing there or nothing readable, now or while iterating; bad rows as `BadRows`, a `DataError` too.
         EnvironmentFault: a package that the format needs is not installed.
     """
     return RowReader(
-        locate(source, split),
+        locate(expanded(source), split),
         columns=columns,
         split=split,
         subset=subset,
         streaming=streaming,
         max_rows=max_rows,
         on_bad_row=on_bad_row,
+        rules=rules,
+        lines=lines,
     )
 
 
-def _file_records(path: str, file_format: FileFormat, columns: Sequence[str] | None, report: ReadReport) -> Records:
+def _file_records(
+    path: str,
+    file_format: FileFormat,
+    columns: Sequence[str] | None,
+    rules: TextRules,
+    plain: Lines | None,
+    report: ReadReport,
+) -> Records:
     delimiter = "\t" if file_format == "tsv" else ","
     chosen: str = file_format
     if file_format == "txt":
-        with closing(read_lines(path)) as lines:
-            chosen, delimiter = sniff.sniff(list(itertools.islice(lines, sniff.SAMPLE_LINES)), path)
+        with closing(read_lines(path, rules)) as lines:
+            first = list(itertools.islice(lines, sniff.SAMPLE_LINES))
+        if plain is not None and sniff.is_lines(first, path, plain.unless):
+            report.say(f"{path}: read as one {plain.column} a line")
+            yield from _line_records(read_lines(path, rules), plain.column, report)
+            return
+        chosen, delimiter = sniff.sniff(first, path)
         report.say(f"{path}: read as {sniff.describe(chosen, delimiter)}, by its content")
     match chosen:
         case "csv" | "tsv":
-            yield from delimited_records(read_lines(path), path, delimiter, report)
+            yield from delimited_records(read_lines(path, rules), path, delimiter, report)
         case "jsonl":
-            yield from json_lines(read_lines(path), path, report)
+            yield from json_lines(read_lines(path, rules), path, report)
         case "json":
-            yield from _json_records(path, report)
+            yield from _json_records(path, rules, report)
         case "worked":
-            yield from worked_records(read_lines(path), path, report)
+            yield from worked_records(read_lines(path, rules), path, report)
         case "preferences":
-            yield from preference_records(read_lines(path), path, report)
+            yield from preference_records(read_lines(path, rules), path, report)
         case "parquet":
             yield from parquet_records(path, columns, report)
         case "arrow":
             yield from arrow_records(path, columns, report)
+        case "xlsx":
+            yield from spreadsheet_records(path, rules, report)
 
 
-def _json_records(path: str, report: ReadReport) -> Records:
-    text = read_text(path)
+def _line_records(lines: Iterator[tuple[int, str]], column: str, report: ReadReport) -> Records:
+    """One row for each line that is not blank."""
+    for number, line in lines:
+        if line.strip():
+            yield Record(number, {column: line.rstrip("\r")})
+        else:
+            report.blank_lines += 1
+
+
+def _json_records(path: str, rules: TextRules, report: ReadReport) -> Records:
+    text = read_text(path, rules)
     if text.lstrip().startswith("{") and is_json_lines(text):
         report.say(f"{path}: read as JSON Lines, by its content")
         yield from json_lines(enumerate(text.split("\n"), start=1), path, report)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
+from loopos.config.faults import DataError
+from loopos.data.columns import plain_name
 from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, split_record
 from loopos.data.json_records import is_json_lines
 from loopos.data.preference_text import is_preference_text
@@ -64,6 +66,20 @@ def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, st
         line=number,
         field="format",
     )
+
+
+def is_lines(lines: Sequence[tuple[int, str]], source: str, names: frozenset[str]) -> bool:
+    """Whether the file that begins with `lines` is no data but one text a line: it is in no known format, or a table
+    whose header holds none of `names`, as two lines with a comma each may look like one.
+    """
+    if not any(line.strip() for _, line in lines):
+        return False
+    try:
+        chosen, delimiter = sniff(lines, source)
+    except DataError:
+        return True
+    header = next(line for _, line in lines if line.strip()).split(delimiter) if delimiter else []
+    return chosen in ("csv", "tsv") and names.isdisjoint(plain_name(name.strip().strip('"')) for name in header)
 
 
 def describe(name: str, delimiter: str) -> str:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError
 from loopos.data.record import file_error, shown
+from loopos.data.unpacking import require_regular
 
-FileFormat: TypeAlias = Literal["csv", "tsv", "json", "jsonl", "txt", "parquet", "arrow"]
+FileFormat: TypeAlias = Literal["csv", "tsv", "json", "jsonl", "txt", "parquet", "arrow", "xlsx"]
 _FORMATS: dict[str, FileFormat] = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -30,9 +33,10 @@ _FORMATS: dict[str, FileFormat] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".xlsx": "xlsx",
 }
 _COMPRESSIBLE = ("csv", "tsv", "json", "jsonl", "txt")
-FORMATS_WANTED = ".csv, .tsv, .json, .jsonl, .txt (also .gz or .zst), .parquet or .arrow"
+FORMATS_WANTED = ".csv, .tsv, .json, .jsonl, .txt (also .gz or .zst), .parquet, .arrow or .xlsx"
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -43,6 +47,7 @@ _SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
+_MOST_SUBFOLDERS = 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -70,12 +75,21 @@ def locate(source: str, split: str) -> Location:
     if os.path.isdir(source):
         return _folder(source, split)
     if os.path.exists(source):
+        require_regular(source)
         return Location("files", source, ((source, file_format(source)),))
+    if os.path.isfile(sheet_of(source)[0]):
+        return Location("files", source, ((source, "xlsx"),))
     if glob.has_magic(source):
         return _glob(source)
     if is_hub_id(source):
         return Location("hub", source)
     raise _missing(source)
+
+
+def sheet_of(source: str) -> tuple[str, str | None]:
+    """The spreadsheet that "FILE.xlsx#SHEET" names, and the sheet in it; any other source, and None."""
+    file, mark, sheet = source.partition(".xlsx#")
+    return (f"{file}.xlsx", sheet) if mark and sheet else (source, None)
 
 
 def is_hub_id(source: str) -> bool:
@@ -118,10 +132,12 @@ def _folder(folder: str, split: str) -> Location:
         return Location("saved", folder)
     paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
     files = [path for path in paths if os.path.isfile(path) and _format_of(path) is not None]
+    below = _patterns_below(paths)
     if not files:
         kinds = ", ".join(shown(name) for name in names[:8]) if names else "nothing"
-        raise file_error(folder, f"a folder that holds {kinds}", f"files named {FORMATS_WANTED}", field="folder")
-    said = []
+        hint = f"subfolders are not read; to read those files, give {' or '.join(below)}" if below else ""
+        raise file_error(folder, f"a folder that holds {kinds}", f"files named {FORMATS_WANTED}", hint, field="folder")
+    said = [f"{folder}: files in subfolders are not read; {' or '.join(below)} would read them"] if below else []
     if len(files) < len(paths):
         others = [os.path.basename(path) for path in paths if path not in files]
         said.append(f"{folder}: not read: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
@@ -143,6 +159,17 @@ def _folder(folder: str, split: str) -> Location:
     return Location("files", folder, tuple((path, file_format(path)) for path in files), tuple(said))
 
 
+def _patterns_below(paths: Sequence[str]) -> list[str]:
+    """The globs that read the data files in subfolders, one for each kind of file; few folders are looked into."""
+    found: dict[str, None] = {}
+    for folder in [path for path in paths if os.path.isdir(path)][:_MOST_SUBFOLDERS]:
+        for place, _, names in itertools.islice(os.walk(folder), _MOST_SUBFOLDERS):
+            kinds = {os.path.splitext(name)[1] for name in names if _format_of(name) is not None}
+            above = os.path.dirname(folder)
+            found |= {repr(os.path.join(above, "**", f"*{kind}")): None for kind in sorted(kinds) if place}
+    return list(found)
+
+
 def _split_of(path: str) -> str | None:
     for word in re.split(r"[^a-z]+", os.path.basename(path).lower()):
         if word in _SPLIT_WORDS:
@@ -157,9 +184,19 @@ def _glob(pattern: str) -> Location:
     return Location("files", pattern, tuple((path, file_format(path)) for path in files))
 
 
+def _common_glob(paths: Sequence[str]) -> str:
+    """A glob that matches all these files, and perhaps others."""
+    folder = os.path.commonpath([os.path.dirname(path) or "." for path in paths]) if len(paths) > 1 else ""
+    suffixes = {os.path.splitext(path)[1] for path in paths}
+    return os.path.join("" if folder == "." else folder, f"*{suffixes.pop()}" if len(suffixes) == 1 else "*")
+
+
 def _missing(source: str) -> DataError:
     folder = os.path.dirname(source) or "."
-    if not os.path.isdir(folder):
+    parts = [part.strip() for part in re.split(r"[,;]\s*|\s+", source) if part.strip()]
+    if len(parts) > 1 and all(os.path.exists(part) for part in parts):
+        hint = f"one source is read: a folder or a glob, such as {_common_glob(parts)!r}"
+    elif not os.path.isdir(folder):
         hint = f"there is no folder {folder!r}"
     else:
         near = difflib.get_close_matches(os.path.basename(source), sorted(os.listdir(folder)), n=3, cutoff=0.6)

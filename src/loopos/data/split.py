@@ -2,24 +2,105 @@
 
 Enters: the encoded labels of all rows, the share and a seed. Leaves: two lists of row places, each in the rows' order.
 Every row draws a 64-bit key from NumPy's PCG64 (O'Neill 2014), whose raw output is fixed for all platforms and
-versions, which NumPy's `permutation` is not; the smallest keys of each class go to validation.
-Left out: rows that belong together (same author, same film): give `data.validation_data` for those.
+versions, which NumPy's `permutation` is not; the smallest keys of each class go to validation. Rows of one prompt or
+text stay together, so that nothing that validates was learned from; a group's key is that of its first row.
+Left out: rows that belong together otherwise (same author, same film): give `data.validation_data` for those.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy
 
 from loopos.config.faults import DataError, Fault
 
 MAXIMUM_BINS = 10
+Labels: TypeAlias = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Places of the rows of either side, ascending; together every row once. `said`: how they were parted."""
+
+    train: list[int]
+    validation: list[int]
+    said: str
+
+
+def split_off(
+    keys: Sequence[Hashable],
+    share: float,
+    seed: int,
+    *,
+    by: Literal["prompt", "row"],
+    what: Literal["prompt", "text"] = "prompt",
+    labels: Labels = None,
+    source: str = "data",
+) -> Split:
+    """Splits rows into training and validation; rows of one key all go to one side.
+
+    Where no key repeats, or `by` is "row", or all rows have one key, this is `stratified_split`. Else each class (bin,
+    or all rows together) has the number of rows that `stratified_split` would give it, and fills it with whole groups:
+    a group is taken where that comes closer to the number. Its class is that of its first row.
+
+    Args:
+        keys: the prompt or text of each row.
+        what: how a key is called.
+        labels: as for `stratified_split`.
+    Raises:
+        DataError: fewer than two rows.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    how = f"split off{' by label' if labels is not None else ''} with seed {seed}"
+    if by == "prompt" and 1 < len(groups) < len(keys):
+        train, validation = _whole_groups(list(groups.values()), labels, len(keys), share, seed)
+        num_groups = len({keys[row] for row in validation})
+        counted = f"{len(validation)} of the rows, those of {num_groups} of the {len(groups)} {what}s"
+    else:
+        train, validation = stratified_split(labels, share, seed, num_rows=len(keys), source=source)
+        counted = f"{len(validation)} of the rows"
+        if by == "prompt" and len(groups) == 1 and len(keys) > 1:
+            how += f", row by row, since all rows have one {what}"
+    return Split(train, validation, f"validation: {counted}, {how}; {len(train)} train")
+
+
+def _whole_groups(
+    groups: list[list[int]], labels: Labels, total: int, share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """The rows of either side, where groups stay whole: at least one on each."""
+    draws = numpy.random.PCG64(seed).random_raw(total).tolist()
+    wanted = _wanted(share, total)
+    first_labels = None if labels is None else [labels[group[0]] for group in groups]
+    strata = _groups(first_labels, len(groups), _wanted(share, len(groups)))  # type: ignore[arg-type]
+    quotas = _quotas([sum(len(groups[place]) for place in stratum) for stratum in strata], wanted)
+    order = {place: (draws[group[0]], group[0]) for place, group in enumerate(groups)}
+    chosen: set[int] = set()
+    for stratum, quota in zip(strata, quotas, strict=True):
+        taken = 0
+        for place in sorted(stratum, key=order.__getitem__):
+            size = len(groups[place])
+            if abs(taken + size - quota) < abs(taken - quota) and len(chosen) < len(groups) - 1:
+                chosen.add(place)
+                taken += size
+    if not chosen:
+        chosen.add(min(range(len(groups)), key=lambda place: (len(groups[place]), order[place])))
+    validation = {row for place in chosen for row in groups[place]}
+    return [row for row in range(total) if row not in validation], sorted(validation)
+
+
+def _wanted(share: float, total: int) -> int:
+    """How many of `total` rows validate."""
+    return min(max(1, math.floor(share * total + 0.5)), total - 1)
 
 
 def stratified_split(
-    labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None,
+    labels: Labels,
     share: float,
     seed: int,
     *,
@@ -50,7 +131,7 @@ def stratified_split(
         given = f"{total} row{'s' if total != 1 else ''}"
         hint = "add rows, or give data.validation_data"
         raise DataError([Fault(source, None, None, "data.validation_share", given, "at least 2 rows to split", hint)])
-    wanted = min(max(1, math.floor(share * total + 0.5)), total - 1)
+    wanted = _wanted(share, total)
     groups = _groups(labels, total, wanted)
     keys = numpy.random.PCG64(seed).random_raw(total).tolist()
     validation: set[int] = set()
@@ -59,9 +140,7 @@ def stratified_split(
     return [row for row in range(total) if row not in validation], sorted(validation)
 
 
-def _groups(
-    labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None, total: int, wanted: int
-) -> list[list[int]]:
+def _groups(labels: Labels, total: int, wanted: int) -> list[list[int]]:
     """Rows by class, by bin, or all together."""
     if labels is None or any(isinstance(label, Sequence) for label in labels):
         return [list(range(total))]

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.data.reading import FormatReport, account, opened, validation_source
-from loopos.data.split import stratified_split
+from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.split import split_off
 from loopos.data.step_format import StepFormat, chosen_format
 from loopos.data.supervised_rows import Example, read_supervised
 from loopos.data.supervised_tokens import Supervised, SupervisedReport, encode_supervised
@@ -51,9 +52,11 @@ def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
         said.append(f"validation: {own[0]}, {account(validation_report)}")
         reports.append(validation_report)
     elif data.validation_share > 0:
-        kept, chosen = stratified_split(None, data.validation_share, seed, num_rows=len(train), source=data.source)
-        train, validation = [train[place] for place in kept], [train[place] for place in chosen]
-        said.append(f"validation: {len(validation)} of the rows, split off with seed {seed}; {len(train)} train")
+        keys = [key_of_prompt(example) for example in train]
+        split = split_off(keys, data.validation_share, seed, by=data.split_by, source=data.source)
+        train, validation = [train[place] for place in split.train], [train[place] for place in split.validation]
+        said.append(split.said)
+    said += told_repeats(train, validation)
     return SupervisedData(step_format, train, validation, said, reports)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from loopos.data.columns import COLUMN
 from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
 from loopos.data.format_detection import Family, Fit, Overrides, Shape, detected
 from loopos.data.tool_schemas import TOOL_NAMES
@@ -91,10 +92,9 @@ def detect(columns: Sequence[str], overrides: Overrides, *, source: str = "data"
     return SupervisedFormat(fit.shape.kind, fit.columns, fit.said)
 
 
-def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, str]:
+def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:
     """What several formats that fit are called, and the choice of the first one's first column."""
-    role, column = next(iter(fits[0].columns.items()))
-    return " and ".join(fit.shape.kind for fit in fits), f'"{role}": "{column}"'
+    return " and ".join(fit.shape.kind for fit in fits), next(iter(fits[0].columns.items()))
 
 
-_FAMILY = Family(NAMES, SHAPES, _EXAMPLES, '"problem": "COLUMN", "answer": "COLUMN"', _rivals)
+_FAMILY = Family(NAMES, SHAPES, _EXAMPLES, (("problem", COLUMN), ("answer", COLUMN)), _rivals)

@@ -12,6 +12,7 @@ Left out: templates (`templates`), batches (`batches`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,8 @@ from loopos.config.faults import DataError, Fault
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import PieceTokenizer
-from loopos.data.record import BadRows
+from loopos.data.record import SKIP_ROWS, BadRows
+from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_parts import Part, TrainOn, before_answer, parts_of
 from loopos.data.supervised_rows import Completion, Example, PlainText
@@ -36,6 +38,8 @@ Problem: TypeAlias = str | Sequence[Message] | Question | Example
 """What a model is asked."""
 CHUNK = 1024
 """Examples that are rendered and tokenised at a time."""
+MOST_LONG_SHOWN = 5
+"""Rows over max_length that an error lists; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +127,15 @@ def encode_supervised(
     over: list[Fault] = []
     for first in range(0, len(examples), CHUNK):
         parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
-        encoded = encoder.encode([[part.piece for part in row] for row in parts])
-        for place, row_parts, pieces in zip(places, parts, encoded, strict=True):
+        whole = [[part.piece for part in row] for row in parts]
+        bounded = [encoder.bounded(row, max_length) for row in whole]
+        shortened = [short is not row for short, row in zip(bounded, whole, strict=True)]
+        encoded = encoder.encode(bounded)
+        for place, row_parts, pieces, is_short in zip(places, parts, encoded, shortened, strict=True):
             row = _joined(row_parts, pieces, place)
             length = len(row.ids)
             if max_length is not None and length > max_length:
-                over.append(_over_fault(examples[place], length, max_length))
+                over.append(over_fault(examples[place].row, length, max_length, at_least=is_short))
                 if over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
@@ -144,7 +151,7 @@ def encode_supervised(
     _fill(report, rows)
     assert report.read == report.used + sum(report.dropped.values()), report
     if refused and on_bad_row == "error":
-        raise BadRows(refused, len(refused), "correct the rows, or set data.on_bad_row to skip to go on without them")
+        raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
     check_over(over, len(examples), max_length, over_length, max_dropped_share)
     if not rows:
         raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row with a token to learn")])
@@ -242,10 +249,12 @@ def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
     report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
 
 
-def _over_fault(example: Example, length: int, max_length: int) -> Fault:
-    row = example.row
-    hint = 'raise training.max_length, or set data.over_length to "drop" or "cut"'
-    return Fault(row.place, row.line, None, "row", f"{length} tokens", f"at most {max_length} (max_length)", hint)
+def over_fault(row: Row, length: int, max_length: int, *, at_least: bool) -> Fault:
+    """The fault of a row that is too long; at_least: its end was never tokenised. What to do stands once, behind all of
+    them (`check_over`).
+    """
+    given = f"{'at least ' if at_least else ''}{length} tokens"
+    return Fault(row.place, row.line, None, "row", given, f"at most {max_length} (max_length)")
 
 
 def check_over(
@@ -255,11 +264,13 @@ def check_over(
     "error", more than `max_dropped_share` of the rows `read` under "drop".
     """
     if over and over_length == "error":
-        raise BadRows(over[:20], len(over), 'shorten these rows, or set data.over_length to "drop" or "cut"')
+        advice = f'{len(over)} of {read} rows are over max_length {max_length}, and data.over_length is "error": '
+        advice += 'raise training.max_length, shorten these rows, or set data.over_length to "drop"'
+        raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
     if over_length == "drop" and len(over) > max_dropped_share * read:
         advice = (
-            f"{len(over)} of {read} rows are over max_length {max_length}, more than "
-            f"data.max_dropped_share ({max_dropped_share:g}) allows to drop: raise training.max_length, set "
-            'data.over_length to "cut", or data.max_dropped_share to 1'
+            f"{len(over)} of {read} rows are over max_length {max_length}, more than data.max_dropped_share "
+            f"({max_dropped_share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to at least "
+            f"{math.ceil(len(over) / read * 100) / 100:g}"
         )
-        raise BadRows(over[:20], len(over), advice)
+        raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
+from loopos.data.unpacking import require_regular
+from loopos.storage.hub import why_unreachable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,6 +32,7 @@ def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport
     import pyarrow
     import pyarrow.parquet
 
+    require_regular(path)
     with (
         _damage(path, "parquet", (pyarrow.ArrowException, OSError, ValueError)),
         pyarrow.parquet.ParquetFile(path) as table,
@@ -36,8 +40,7 @@ def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport
         schema = table.schema_arrow
         _note_schema(schema, path, columns, report)
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) if columns is not None else None):
-            for values in batch.to_pylist():
-                yield Record(None, values)
+            yield from _batch_records(batch, None)
 
 
 def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
@@ -47,23 +50,37 @@ def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) 
         DataError: a damaged file, a column that is not there.
     """
     import pyarrow
-    import pyarrow.ipc
 
+    require_regular(path)
     with _damage(path, "arrow", (pyarrow.ArrowException, OSError, ValueError)), pyarrow.memory_map(path) as memory:
-        is_file = memory.read(6) == b"ARROW1"
-        memory.seek(0)
-        batches: Iterator[pyarrow.RecordBatch]
-        if is_file:
-            table = pyarrow.ipc.open_file(memory)
-            schema, batches = table.schema, (table.get_batch(number) for number in range(table.num_record_batches))
-        else:
-            stream = pyarrow.ipc.open_stream(memory)
-            schema, batches = stream.schema, iter(stream)
+        schema, batches = _arrow_batches(memory)
         _note_schema(schema, path, columns, report)
         for batch in batches:
-            chosen = batch.select(list(columns)) if columns is not None else batch
-            for values in chosen.to_pylist():
-                yield Record(None, values)
+            yield from _batch_records(batch, columns)
+
+
+def _arrow_batches(memory: pyarrow.NativeFile) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    """Schema and batches of a file in either format, none of them checked."""
+    import pyarrow
+    import pyarrow.ipc
+
+    is_file = memory.read(6) == b"ARROW1"
+    memory.seek(0)
+    if is_file:
+        table = pyarrow.ipc.open_file(memory)
+        return table.schema, (table.get_batch(number) for number in range(table.num_record_batches))
+    stream = pyarrow.ipc.open_stream(memory)
+    return stream.schema, iter(stream)
+
+
+def _batch_records(batch: pyarrow.RecordBatch, columns: Sequence[str] | None) -> Records:
+    """The rows of a batch, read only when every offset, length and text in it is known to be sound: Arrow reads what
+    damaged ones point to, wherever in memory that is, and the process dies.
+    """
+    batch.validate(full=True)
+    chosen = batch.select(list(columns)) if columns is not None else batch
+    for values in chosen.to_pylist():
+        yield Record(None, values)
 
 
 def saved_records(folder: str, split: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
@@ -75,7 +92,12 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
     import datasets
     import pyarrow
 
-    with _damage(folder, "save_to_disk", (pyarrow.ArrowException, OSError, ValueError, KeyError)):
+    damage = (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with _damage(folder, "save_to_disk", damage):
+        for file in sorted(Path(folder).rglob("*.arrow")):
+            with pyarrow.memory_map(str(file)) as memory:
+                for batch in _arrow_batches(memory)[1]:
+                    batch.validate(full=True)
         table = datasets.load_from_disk(folder)
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
@@ -98,6 +120,7 @@ def hub_records(
     Raises:
         DataError: no such data set, split or subset, no network, or one that needs a login.
     """
+    why_unreachable()
     import datasets
 
     failures = (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
@@ -106,10 +129,11 @@ def hub_records(
         yield from _dataset_records(table, name, columns, report)
     except failures as error:
         wanted = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or "?").splitlines()[0][:200]
+        reason = "; ".join(each for each in (why_unreachable(), f"{type(error).__name__}: {first}") if each)
         raise file_error(
             name,
-            f"a hub id that could not be loaded ({type(error).__name__}: {reason[:200]})",
+            f"a hub id that could not be loaded ({reason})",
             wanted,
             "check the id, data.subset and the split; set HF_TOKEN for a private or gated one; without a network, copy "
             "the data set to a folder (datasets: save_to_disk) and give its path",
@@ -144,20 +168,22 @@ def _dataset_records(table: Any, source: str, columns: Sequence[str] | None, rep
 def _note_schema(schema: pyarrow.Schema, path: str, columns: Sequence[str] | None, report: ReadReport) -> None:
     check_columns(schema.names, columns, path)
     stored = (schema.metadata or {}).get(b"huggingface")
-    if stored is None:
-        return
-    features = json.loads(stored).get("info", {}).get("features", {})
-    for name, feature in features.items():
+    features: Any = json.loads(stored) if stored is not None else {}
+    for key in ("info", "features"):
+        features = features.get(key) if isinstance(features, dict) else None
+    for name, feature in features.items() if isinstance(features, dict) else ():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            report.class_names[name] = tuple(inner["names"])
+        names = inner.get("names") if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" else None
+        if isinstance(names, list) and all(isinstance(each, str) for each in names):
+            report.class_names[name] = tuple(names)
 
 
 @contextmanager
 def _damage(path: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    caught: tuple[type[Exception], ...] = (*errors, RecursionError)
     try:
         yield
-    except errors as error:
+    except caught as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise file_error(
             path,

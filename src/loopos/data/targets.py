@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopos.config.keys import TargetScaling
 from loopos.data.labelled import LabelledData, Target
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Class numbers `[N]`, multi-hot `[N, C]`, or values `[N]` standardised by the training rows: a value in the
-    user's unit is mean + std·output.
+    """Class numbers `[N]`, multi-hot `[N, C]`, or values `[N]` scaled by the training rows: a value in the user's unit
+    is mean + std·output.
     """
 
     train: Tensor
@@ -27,8 +28,10 @@ class Targets:
     std: float = 1.0
 
 
-def targets_of(data: LabelledData) -> Targets:
-    """The targets of training and validation rows, by `data.space.task`."""
+def targets_of(data: LabelledData, *, scaling: TargetScaling = "auto") -> Targets:
+    """The targets of training and validation rows, by `data.space.task`. scaling: what values are scaled to, as
+    `model.target_scaling` says.
+    """
     train, validation = data.train_targets, data.validation_targets
     if data.space.task == "classification":
         return Targets(torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64))
@@ -36,11 +39,15 @@ def targets_of(data: LabelledData) -> Targets:
         return Targets(torch.tensor(train, dtype=torch.float32), torch.tensor(validation, dtype=torch.float32))
     values = torch.tensor(train, dtype=torch.float64)
     mean, std = float(values.mean()), float(values.std(unbiased=False))
+    if scaling == "auto":
+        # A head without bias, which transformers' own classifiers have, learns values around 0 as well as others.
+        scaling = "scale" if abs(mean) <= std else "standardize"
+    mean = mean if scaling == "standardize" else 0.0
     # Training rows may all have one value where validation rows differ.
-    std = std if std > 0 else 1.0
-    return Targets(_standardised(train, mean, std), _standardised(validation, mean, std), mean, std)
+    std = std if std > 0 and scaling != "none" else 1.0
+    return Targets(_scaled(train, mean, std), _scaled(validation, mean, std), mean, std)
 
 
-def _standardised(values: Sequence[Target], mean: float, std: float) -> Tensor:
+def _scaled(values: Sequence[Target], mean: float, std: float) -> Tensor:
     """In fp64 until the end: large values with small differences keep them."""
     return ((torch.tensor(values, dtype=torch.float64) - mean) / std).float()

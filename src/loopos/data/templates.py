@@ -22,8 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
@@ -42,6 +41,9 @@ from loopos.data.template_checks import (
 from loopos.data.template_sandbox import TemplateFailure, rendered
 from loopos.data.template_source import end_token, plain_template, source_of, tool_source
 from loopos.data.tool_schemas import Tool, call_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatTemplate", "Piece", "TemplateRefusal", "end_token", "plain_template"]
 

@@ -7,14 +7,16 @@ batching.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import DataError, Fault, UserError
 from loopos.data.formats import Labelled
+from loopos.data.text_bounds import TextBound, spans
 
 _CHUNK = 1024
+_MOST_COUNTED = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +36,23 @@ class Encoded:
 
 @dataclass
 class TokenReport:
-    """What tokenising did: examples, tokens kept, examples cut and the tokens that they lost."""
+    """What tokenising did: examples, tokens kept, examples cut and the tokens that they lost. `shortened`: texts so
+    long that their ends were never tokenised; what they lost is counted as far as it was.
+    """
 
     examples: int = 0
     tokens: int = 0
     truncated: int = 0
     tokens_cut: int = 0
     max_length: int | None = None
+    shortened: int = 0
     lengths: list[int] = field(default_factory=list, repr=False)
 
     def said(self) -> str:
         middle = length_spread(self.lengths) or "no tokens"
         cut = (
-            f"; {self.truncated} cut at {self.max_length} ({self.tokens_cut} tokens lost)"
+            f"; {self.truncated} cut at {self.max_length} "
+            f"({'at least ' if self.shortened else ''}{self.tokens_cut} tokens lost)"
             if self.truncated
             else "; none cut"
         )
@@ -86,17 +92,18 @@ def encode_labelled(
     encoded: list[Encoded] = []
     faults: list[Fault] = []
     report = TokenReport(max_length=max_length)
-    for first in range(0, len(examples), _CHUNK):
-        chunk = examples[first : first + _CHUNK]
+    bound = TextBound(tokenizer)
+    # What is cut at its front keeps its end.
+    wanted = max_length if tokenizer.truncation_side == "right" else None
+    for first, last in spans([_size(example) for example in examples], _CHUNK):
+        chunk = [_beginning(example, bound, wanted) for example in examples[first:last]]
+        long = [_size(short) < _size(example) for short, example in zip(chunk, examples[first:last], strict=True)]
         whole = _tokenise(tokenizer, chunk, None)
         over = [i for i, ids in enumerate(whole["input_ids"]) if max_length is not None and len(ids) > max_length]
         if over:
             _check_room(tokenizer, chunk, max_length)
-        cut = (
-            dict(zip(over, _rows(_tokenise(tokenizer, [chunk[i] for i in over], max_length)), strict=True))
-            if over
-            else {}
-        )
+        near = [_near(chunk[i], examples[first + i], bound, wanted) for i in over]
+        cut = dict(zip(over, _rows(_tokenise(tokenizer, near, max_length)), strict=True)) if over else {}
         for i, (ids, types) in enumerate(_rows(whole)):
             kept_ids, kept_types = cut.get(i, (ids, types))
             if not kept_ids:
@@ -109,17 +116,50 @@ def encode_labelled(
                 faults.append(
                     _fault(
                         chunk[i],
-                        f"{len(ids)} tokens",
+                        f"{'at least ' if long[i] else ''}{len(ids)} tokens",
                         f"at most {max_length} (training.max_length), since data.on_truncation is error",
                     )
                 )
             encoded.append(Encoded(kept_ids, kept_types, first + i, len(ids) - len(kept_ids)))
             report.truncated += i in cut
+            report.shortened += long[i]
     if faults:
         raise DataError(faults)
     report.examples, report.lengths = len(encoded), [len(example.ids) for example in encoded]
     report.tokens, report.tokens_cut = sum(report.lengths), sum(example.cut for example in encoded)
     return encoded, report
+
+
+def _size(example: Labelled) -> int:
+    return len(example.text) + len(example.text_pair or "")
+
+
+def _beginning(example: Labelled, bound: TextBound, num_tokens: int | None, short: int | None = None) -> Labelled:
+    """The example, with texts that are far too long cut to what is read of them at most; `short` as for `beginning`."""
+    text, pair = bound.beginning(example.text, num_tokens, short=short), example.text_pair
+    pair = None if pair is None else bound.beginning(pair, num_tokens, short=short)
+    is_whole = text is example.text and pair is example.text_pair
+    return example if is_whole else replace(example, text=text, text_pair=pair)
+
+
+def _near(example: Labelled, whole: Labelled, bound: TextBound, num_tokens: int | None) -> Labelled:
+    """The example with texts a little longer than what is kept of them: a tokenizer keeps what it cuts off in pieces,
+    and those of a pair times each other.
+
+    Of a pair the longer text is cut first, and has one token more in the end where both are: it stays the longer one.
+    By tokens; by characters where a text is too long to be tokenised only to be counted.
+    """
+    near = _beginning(example, bound, num_tokens, short=1)
+    if near is whole or near.text_pair is None or whole.text_pair is None:
+        return near
+    length = bound.count if _size(whole) <= _MOST_COUNTED else len
+    is_first_longer = length(whole.text) > length(whole.text_pair)
+    counts = bound.count(near.text), bound.count(near.text_pair)
+    if (counts[0] > counts[1]) == is_first_longer:
+        return near
+    if is_first_longer:
+        return replace(near, text=bound.beginning(whole.text, max(counts), short=1))
+    return replace(near, text_pair=bound.beginning(whole.text_pair, max(counts), short=1))
 
 
 def _check_room(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labelled], max_length: int | None) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from loopos.config.faults import UserError
 from loopos.config.paths import RECIPE
 from loopos.deploy.export_settings import FLOATS, ExportSettings, check_settings
-from loopos.deploy.exporting import gguf_file, hugging_face, onnx_file, reopened
+from loopos.deploy.exporting import gguf_file, hugging_face, onnx_file, reopened, task_check
 from loopos.deploy.exporting.adapter_folder import require_adapter, write_adapter
 from loopos.deploy.exporting.language_check import check_folder, check_gguf, reference
 from loopos.deploy.exporting.merged_adapter import weights_folder
@@ -33,6 +33,7 @@ from loopos.evaluation.progress import Tell, silent
 from loopos.models.found_model import FoundModel, find_model
 from loopos.models.quantized_folder import CODES
 from loopos.models.task_folder import HEAD
+from loopos.models.task_layout import how_it_opens, layout_in
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.manifest import check_manifest
 from loopos.storage.tensor_files import folder_tensors, holds_weights, require_finite, usual_dtype, weight_files
@@ -103,8 +104,8 @@ def _check_format(model: FoundModel, settings: ExportSettings) -> None:
     if output_format in ("gguf", "modelfile"):
         if model.kind != "language":
             raise UserError(
-                f"{model.given}: a model that says no text ({model.kind}); --format {output_format} holds language "
-                "models alone: use --format huggingface"
+                f"{model.given}: a classifier or regressor; --format {output_format} holds only language models: use "
+                "--format huggingface"
             )
         gguf_file.require_gguf()
         if model.folder is not None and holds_weights(model.folder):
@@ -160,6 +161,7 @@ def _write(
             if dtype not in _NAMES:
                 raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
+        notes += [how_it_opens(partial)] if model.kind in ("head", "reward") else []
     elif settings.format == "onnx":
         assert folder is not None
         for name, stored in folder_tensors(folder).items():
@@ -180,6 +182,7 @@ def _write(
         output_format=settings.format,
         type_name=type_name,
         licence=settings.licence,
+        layout=layout_in(partial) if model.kind in ("head", "reward") and settings.format == "huggingface" else None,
     )
     (partial / CARD).write_text(card, encoding="utf-8")
     before = _bytes_of(model.adapter if is_adapter or folder is None else folder)
@@ -220,6 +223,8 @@ def _check(
         own = [reopened.adapter_outputs(model.adapter, model.base, beside, each) for each in (None, dtype)]
         return compared(own[0], reopened.adapter_outputs(partial, model.base, beside), own[1])
     assert folder is not None
+    if model.kind in ("head", "reward") and settings.format in ("huggingface", "onnx"):
+        return task_check.checked(folder, partial, settings.format, exact=_keeps_numbers(folder, settings))
     if settings.format in ("gguf", "modelfile"):
         own_weights = reference(folder, DTYPES.get(type_name), matrices_only=True)
         return check_gguf(own_weights, partial / file, type_name, scratch / "gguf")
@@ -231,6 +236,18 @@ def _check(
         return check_folder(reference(folder, dtype), partial)
     rounded = reopened.outputs_at(folder, model.kind, dtype)
     return compared(reopened.outputs_at(folder, model.kind), reopened.outputs_at(partial, model.kind), rounded)
+
+
+def _keeps_numbers(folder: Path, settings: ExportSettings) -> bool:
+    """Whether the export holds the weights of `folder` as they are, or in a wider format."""
+    stored = usual_dtype(folder_tensors(folder))
+    return settings.type in (None, "f32") or DTYPES[settings.type] == stored
+
+
+def _probes(check: Check) -> str:
+    if isinstance(check, task_check.TaskCheck):
+        return f"{len(task_check.PROBES)} probe texts in one padded batch"
+    return f"the probe text “{reopened.PROBE}”"
 
 
 def _bytes_of(folder: Path | None) -> int:
@@ -264,6 +281,6 @@ def _report(model: FoundModel, exported: Exported, settings: ExportSettings) -> 
         parts.append("Not compared." if settings.check else "Not compared: --no-check was given.")
     else:
         parts.append(
-            f"Original and export, both in fp32 on CPU, on the probe text “{reopened.PROBE}”: {exported.check.said()}."
+            f"Original and export, both in fp32 on CPU, on {_probes(exported.check)}: {exported.check.said()}."
         )
     return "\n\n".join(parts) + "\n"

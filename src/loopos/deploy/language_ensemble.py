@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
+from loopos.config.paths import MODEL_DESCRIPTION, RECIPE, expanded
 from loopos.data.plain_text import is_plain_text, read_plain_text
 from loopos.deploy.quality import dropped_said, row_metrics
 from loopos.deploy.shipped_folder import REPORT, refuse_taken, shipped_folder
@@ -159,7 +159,7 @@ def _identity(source: WeightsSource) -> str:
 
 def _has_path(source: WeightsSource) -> bool:
     """Whether the member is named by a path, and not as the embedded model or by a hub's id."""
-    return source.path is not None and Path(source.given).expanduser().exists()
+    return source.path is not None and Path(expanded(source.given)).exists()
 
 
 def _bytes(source: WeightsSource) -> int:

@@ -26,14 +26,14 @@ from loopos.deploy.merging.greedy_soup import Trial, choose
 from loopos.deploy.merging.layers import stacked
 from loopos.deploy.merging.plan import Plan, planned
 from loopos.deploy.merging.report import Measured, adapter_report, report
-from loopos.deploy.merging.sources import HEAD_TENSOR, SCORE, Source, open_source
+from loopos.deploy.merging.sources import HEAD_TENSOR, Source, open_source
 from loopos.deploy.merging.tensors import Change, OnProgress, TensorMerger
 from loopos.deploy.quality import dropped_said, row_metrics
 from loopos.deploy.shipped_folder import NOTHING_WRITTEN, REPORT, shipped_folder
 from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adapter
-from loopos.models.load import NUMBER_FORMATS
 from loopos.models.sources import ADAPTER_CONFIG
 from loopos.models.task_folder import HEAD
+from loopos.models.task_layout import TaskLayout, layout_at
 from loopos.storage.durable import disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.storage.tensor_files import save_tensors, write_tensors
@@ -151,23 +151,24 @@ def _write(
     write_beside(folder, plan, recipe)
     merger = TensorMerger(plan, recipe, weights, on_progress)
     head = plan.tensors.get(HEAD_TENSOR)
-    score: Tensor | None = None
+    weights_of = {name: each for name, each in plan.tensors.items() if name != HEAD_TENSOR}
+    layout: TaskLayout | None = None
     if head is not None:
-        score = merger.tensor(head, torch.float32)
-        save_tensors(folder / HEAD, {"weight": score})
-    specs = {name: TensorSpec(merger.dtype_of(each), each.spec.shape) for name, each in plan.tensors.items()}
-    if head is not None:
-        specs.pop(HEAD_TENSOR)
-        if plan.models[0].has_score:
-            own = plan.models[0].stored[SCORE].spec
-            chosen = own.dtype if recipe.dtype == "auto" else NUMBER_FORMATS[recipe.dtype]
-            specs[SCORE] = TensorSpec(chosen, own.shape)
+        weight = merger.tensor(head, torch.float32)
+        save_tensors(folder / HEAD, {"weight": weight})
+        layout, tokenizer = layout_at(folder, weight)
+        layout.config(tokenizer.pad_token_id).save_pretrained(folder)
+        layout.write_beside(folder, tokenizer)
+        weights_of = {layout.tensor_name(name): each for name, each in weights_of.items()}
+    specs = {name: TensorSpec(merger.dtype_of(each), each.spec.shape) for name, each in weights_of.items()}
+    if layout is not None:
+        specs |= layout.head_specs()
 
     def tensor_of(name: str) -> Tensor:
-        if name == SCORE and name not in plan.tensors:
-            assert score is not None
-            return score.to(specs[name].dtype)
-        return merger.tensor(plan.tensors[name], specs[name].dtype)
+        if name not in weights_of:
+            assert layout is not None
+            return layout.outputs.weight
+        return merger.tensor(weights_of[name], specs[name].dtype)
 
     write_tensors(folder, specs, tensor_of, most_bytes=recipe.shard_gigabytes * 1e9)
     return merger.changes

@@ -12,15 +12,17 @@ from pathlib import Path
 from loopos.config.faults import UserError
 from loopos.storage.durable import disk_full_said
 from loopos.storage.whole_folder import whole_folder
+from loopos.storage.writable import require_writable
 
 REPORT = "report.md"
 NOTHING_WRITTEN = "nothing was written: {remedy}, then run the command again"
 
 
 def refuse_taken(out: Path) -> None:
-    """Raises `UserError` where something lies already: nothing is overwritten."""
+    """Raises `UserError` where something lies already, for nothing is overwritten, and where nothing can be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output: given {out}, which is there already; wanted a new folder")
+    require_writable("data.output_dir", out)
 
 
 @contextmanager

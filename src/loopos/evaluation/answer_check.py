@@ -1,22 +1,50 @@
-"""Validation by generated answers: problems → metrics and records, over all ranks.
+"""Validation by generated answers: problems → metrics and records, chats → records, over all ranks.
 
-Enters: a reasoner, validation problems, the `generation` and `evaluation` sections. Leaves: metrics by name, a record a
-problem, and the settings that generation takes from a config. Left out: when it runs and where records go (`methods`).
+Enters: a reasoner, validation rows, the `generation` and `evaluation` sections. Leaves: metrics by name, a record a
+row, and the settings that generation takes from a config. Left out: when it runs and where records go (`methods`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from loopos.config.chain_of_thought import AnswerEvaluationSection, ReasoningGenerationSection
 from loopos.config.strategies import Strategy
+from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.demonstrations import Demonstration
+from loopos.data.supervised_rows import Completion, Example
+from loopos.data.supervised_tokens import prompt_tokens
+from loopos.data.templates import TemplateRefusal
 from loopos.evaluation.checkers import checker
 from loopos.evaluation.problem_metrics import judge_all, problem_metrics, record
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import StepLimits
+
+Chat: TypeAlias = Conversation | Completion
+
+
+def chats_of(examples: Sequence[Example]) -> list[Chat]:
+    """Those that ask something and have no answer to check."""
+    return [each for each in examples if isinstance(each, Completion | Conversation) and question_of(each)]
+
+
+def question_of(chat: Chat) -> str:
+    """The question: the prompt, or the last message before the answer."""
+    if isinstance(chat, Completion):
+        return chat.prompt
+    place = _answer_place(chat)
+    return chat.messages[place - 1].content if place > 0 else ""
+
+
+def answer_of(chat: Chat) -> str:
+    """The data's answer."""
+    return chat.completion if isinstance(chat, Completion) else chat.messages[_answer_place(chat)].content
+
+
+def _answer_place(chat: Conversation) -> int:
+    return max(place for place, message in enumerate(chat.messages) if message.role == ASSISTANT)
 
 
 class AnswerCheck:
@@ -35,6 +63,49 @@ class AnswerCheck:
         self.sampling, self.limits = sampling_of(generation, seed=seed), limits_of(generation)
         self.strategy = Strategy.parse(generation.strategy)
         self.checker = checker(evaluation.checker, tolerance=evaluation.tolerance)
+
+    def validate(
+        self,
+        problems: Sequence[Demonstration],
+        chats: Sequence[Chat],
+        share: tuple[int, int],
+        gather: Callable[[object], list[object]],
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """`measure` of the problems and `samples` of the chats, where there are any."""
+        metrics, records = self.measure(problems, share=share, gather=gather) if problems else ({}, [])
+        return metrics, [*records, *(self.samples(chats, share=share, gather=gather) if chats else ())]
+
+    def samples(
+        self, chats: Sequence[Chat], *, share: tuple[int, int], gather: Callable[[object], list[object]]
+    ) -> list[dict[str, Any]]:
+        """The model's own answer to each, beside that of the data; the same on every rank. One that the template cannot
+        ask, or that leaves no room for an answer, is left out.
+        """
+        rank, ranks = share
+        answerable = [(chat, prompt) for chat in chats[rank::ranks] if (prompt := self._prompt_of(chat)) is not None]
+        prompts, sampling = [prompt for _, prompt in answerable], self.reasoner.sampling(self.sampling)
+        completions = self.reasoner.engine.generate(prompts, sampling, logprobs=False) if prompts else []
+        mine = [
+            {
+                "prompt": question_of(chat),
+                "reference": answer_of(chat),
+                "response": found.text,
+                "finish_reason": found.finish_reason,
+            }
+            for (chat, _), found in zip(answerable, completions, strict=True)
+        ]
+        parts = [part for part in gather(mine) if isinstance(part, list)]
+        longest = max(map(len, parts))
+        return [part[place] for place in range(longest) for part in parts if place < len(part)]
+
+    def _prompt_of(self, chat: Chat) -> list[int] | None:
+        reasoner = self.reasoner
+        try:
+            prompt = prompt_tokens(reasoner.tokenizer, chat, template=reasoner.template)
+        except TemplateRefusal:
+            return None
+        most = reasoner.engine.max_positions
+        return prompt if prompt and (most is None or len(prompt) < most) else None
 
     def measure(
         self,

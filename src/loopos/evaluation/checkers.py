@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeAlias
 
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.data.record import shown
 from loopos.evaluation.answers import automatic, choice, exact, numeric
@@ -23,8 +24,6 @@ Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]
 NAMES = ("auto", "exact", "numeric", "choice", "math_verify", "reasoning_gym")
 RIGHT = 1.0
 """The score from which an answer counts as right."""
-
-_INSTALL = "pip install 'loopos[rewards]'"
 
 
 def checker(name: str, *, tolerance: float = 1e-6) -> Checker:
@@ -97,7 +96,7 @@ def _extra(module: str, package: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(
-            f"checker {module}: the package {package} is not installed ({problem}); run\n  {_INSTALL}"
+            f"checker {module}: the package {package} is not installed ({problem}); run\n  {install_command('rewards')}"
         ) from problem
 
 

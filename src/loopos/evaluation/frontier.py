@@ -1,6 +1,7 @@
 """What a policy's reward cost in KL → one SVG.
 
-Enters: points of KL and reward: the policy by iteration, and best-of-n sampling for comparison. Leaves: the text of an
+Enters: points of KL and reward, all measured on the same prompts: the policy by iteration, and best-of-n sampling for
+comparison. Leaves: the text of an
 SVG; equal points give equal text. Left out: measuring the points (`policy_metrics` has best-of-n's) and a run's other
 curves (`report`).
 """
@@ -24,18 +25,22 @@ class FrontierPoint:
 
 
 def frontier_svg(
-    points: Sequence[FrontierPoint], *, best_of_n: Sequence[FrontierPoint] = (), title: str = "Reward over KL"
+    points: Sequence[FrontierPoint],
+    best_of_n: Sequence[FrontierPoint] = (),
+    *,
+    title: str = "Reward over KL",
+    label: str = "policy",
 ) -> str:
-    """Reward over KL: the policy's `points` in the order of iterations as a line, named at both ends; each of
-    `best_of_n` with its name. A point that is not finite leaves a gap and has no name. Raises ValueError without a
+    """Reward over KL: the policy's `points` in the order of iterations as a line called `label`, named at both ends; of
+    `best_of_n` each with its name. A point that is not finite leaves a gap and has no name. Raises ValueError without a
     finite point.
     """
     if not any(_is_finite(point) for point in [*points, *best_of_n]):
         raise ValueError(f"{len(points) + len(best_of_n)} points and none finite given, wanted at least one")
     with drawing(6.0, 4.0) as figure:
         axes = figure.add_subplot()
-        for label, series, style, named in (
-            ("policy, by iteration", points, "-o", _ends(points)),
+        for name, series, style, named in (
+            (label, points, "-o", _ends(points)),
             ("best of n", best_of_n, "D", best_of_n),
         ):
             if not any(_is_finite(point) for point in series):
@@ -46,7 +51,7 @@ def frontier_svg(
                 [point.reward if point else math.nan for point in shown],
                 style,
                 ms=4,
-                label=label,
+                label=name,
             )
             for point in named:
                 if _is_finite(point):

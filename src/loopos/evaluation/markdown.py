@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from loopos.config.figures import figure
+
 
 def number(value: object) -> float | None:
     """A number, or the text that stands for nan or inf in JSON; None for all else."""
@@ -27,5 +29,5 @@ def cell(value: object) -> str:
 
 
 def shown(value: float) -> str:
-    """A number with four digits that tell."""
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    """A number with four significant digits."""
+    return figure(value)

@@ -32,6 +32,25 @@ METRIC_DIRECTION: Mapping[str, Literal["min", "max"]] = {
     "spearman": "max",
 }
 
+# For readers of reports; docs/metrics.md has the definitions.
+METRIC_MEANING: Mapping[str, str] = {
+    "accuracy": "share of rows that are right",
+    "macro_f1": "balance of precision and recall, every class counting the same",
+    "micro_f1": "balance of precision and recall over all decisions together",
+    "auroc": "chance that a row of a class gets a higher probability for it than a row of another; 0.5 is guessing",
+    "log_loss": "how surprising the right answers are to the model, nats; 0 is certainty",
+    "ece": "how far the stated probabilities are from the shares that are right; 0 is perfect",
+    "subset_accuracy": "share of rows with every label right",
+    "mae": "mean size of the errors, in the unit of the targets",
+    "rmse": "as mae, with large errors counting more",
+    "r2": "share of the targets' variance that is explained; 0 is no better than their mean",
+    "pearson": "linear correlation of predictions and targets",
+    "spearman": "correlation of their ranks",
+    "perplexity": "exp(loss): tokens that the model wavers between",
+    "pair_accuracy": "share of pairs whose preferred response scores higher",
+    "score_gap": "mean distance of the preferred response's score from the other's",
+}
+
 NUM_CALIBRATION_BINS = 15
 
 # A probability of 0 for what happened would cost infinity; scikit-learn's bound for float64.

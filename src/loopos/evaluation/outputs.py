@@ -76,6 +76,15 @@ def measure(task: str, meaning: Meaning, targets: Sequence[Any], *, threshold: f
     return regression_metrics(meaning, targets)
 
 
+def residual_points(meaning: Meaning, targets: Sequence[Any], most: int = 1000) -> dict[str, Any]:
+    """`true` and `predicted` values of the first `most` rows, and `rows`, the number of all."""
+    return {
+        "rows": len(meaning),
+        "true": [float(value) for value in targets[:most]],
+        "predicted": meaning[:most].tolist(),
+    }
+
+
 def confusion(meaning: Meaning, targets: Sequence[int]) -> list[list[int]]:
     """Counts `[C, C]` of true class (row) and predicted class (column)."""
     matrix: list[list[int]] = confusion_matrix(targets, meaning.argmax(-1), meaning.shape[1]).tolist()

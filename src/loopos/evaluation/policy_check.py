@@ -39,10 +39,11 @@ class PolicyCheck:
         self.estimator, self.kl_limit = estimator, kl_limit
         self._first: dict[str, list[float]] = {}
 
-    def measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and records of all prompts, the same on every rank. "judge" is the mean of the judge's scores,
-        "win_rate" the share of prompts whose answer scores higher by it than the first one did, ties half;
-        "reward_win_rate" the same by the reward.
+        "win_rate" the share of prompts whose answer scores higher by it than before training, ties half;
+        "reward_win_rate" the same by the reward. is_start: these are the answers before training, which later ones are
+        compared with; without them there are no win rates.
         """
         rollouts = self.collector(request_of(self.prompts, self.sampling))
         metrics = rollout_metrics(rollouts, estimator=self.estimator)
@@ -56,7 +57,7 @@ class PolicyCheck:
             metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
             if self.judge is not None:
                 metrics["win_rate"] = win_rate(scores["judge"], self._first["judge"]).rate
-        else:
+        if is_start:
             self._first = scores
         records = [
             {
@@ -71,14 +72,17 @@ class PolicyCheck:
         return metrics, records
 
     def best_of_n(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """`best_of_n` on these prompts, with the policy as it is now; nothing for no numbers."""
+        """`best_of_n` on these prompts, with the policy as it is now; of 1 too, where the comparison begins. Nothing
+        for no numbers.
+        """
         if not numbers:
             return []
-        answers = self.collector.answers(request_of(self.prompts, self.sampling, max(numbers)))
-        return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], numbers, self.judge)
+        every = sorted({1, *numbers})
+        answers = self.collector.answers(request_of(self.prompts, self.sampling, every[-1]))
+        return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], every, self.judge)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs: the scores of the first answers."""
+        """What a checkpoint needs: the scores of the answers before training."""
         return {"first": self._first}
 
     def load(self, state: Mapping[str, Any]) -> None:

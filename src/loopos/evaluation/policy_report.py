@@ -1,100 +1,199 @@
-"""What report.md says of a policy: reward and KL by iteration, best-of-n beside it, answers before and after.
+"""What a report says of a policy: curves by iteration, reward over KL beside best-of-n, guards.
 
-Enters: a run's folder and events ("rollout", "best_of_n", "alarm") and its samples.jsonl. Leaves: sections of Markdown,
-and `curves/frontier.svg`. Left out: measuring.
+Enters: a run with events "rollout", "validation", "best_of_n" and "alarm". Leaves: blocks. Points that are compared are
+measured on the same prompts, those of validation; what an iteration wrote to its own training prompts is drawn beside
+them and named so. Left out: measuring, samples (`samples_report`).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from loopos.config.figures import figure
+from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph, Picture
+from loopos.evaluation.drawing import curves_svg
 from loopos.evaluation.frontier import FrontierPoint, frontier_svg
-from loopos.evaluation.markdown import cell, number, shown, table
+from loopos.evaluation.markdown import number
+from loopos.evaluation.report_facts import spread
+from loopos.evaluation.run_folder import Run
 
-_SHOWN = (
+# In the order of the panels; what of these was not measured is left out.
+_PANELS = {
+    "reward": "Reward",
+    "kl": "KL to the reference, nats a response",
+    "judge": "Judge",
+    "win_rate": "Win rate against the start, by the judge",
+    "reward_win_rate": "Win rate against the start, by the reward",
+    "entropy": "Entropy, nats a token",
+    "response_length": "Response length, tokens",
+    "end_share": "Share of finished responses",
+    "repetition": "Repetition",
+    "clip_share": "Clipped share",
+    "approximate_kl": "Approximate KL of the updates",
+    "policy_loss": "Policy loss",
+    "value_loss": "Value loss",
+    "explained_variance": "Explained variance of the values",
+    "kl_coefficient": "KL coefficient",
+}
+_LISTED = (
     "reward",
     "kl",
     "entropy",
     "response_length",
     "end_share",
     "repetition",
+    "clip_share",
     "kl_coefficient",
     "explained_variance",
 )
 _MOST_ITERATIONS_LISTED = 40
-_SAMPLES = 3
+# Key of `guards` → the metric that it watches, and the limit in words.
+_GUARDS = {
+    "kl": ("kl", "KL at most {limit} nats a response"),
+    "entropy_share": ("entropy", "entropy at least {limit} of its start"),
+    "length_ratio": ("response_length", "mean length within a factor of {limit} of its start"),
+    "repetition": ("repetition", "repetition at most {limit}"),
+    "end_share_drop": ("end_share", "share of finished responses at most {limit} below its start"),
+    "judge_drop": ("judge", "judge at most {limit} below its best while the reward has risen"),
+}
 
 
-def policy_sections(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sections of a run with rollouts; none for another."""
-    rollouts = [event["metrics"] for event in events if event["event"] == "rollout"]
-    if not rollouts:
+@dataclass
+class _Iteration:
+    """What one iteration wrote, and what its updates gave."""
+
+    rollout: Mapping[str, Any]
+    steps: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def of(self, name: str) -> float | None:
+        """The figure of the rollouts, or the mean over the iteration's updates."""
+        if (found := number(self.rollout.get(name))) is not None:
+            return found
+        values = [value for step in self.steps if (value := number(step.get(name))) is not None]
+        return statistics.fmean(values) if values else None
+
+
+def policy_blocks(run: Run) -> list[Block]:
+    """The report of a run with rollouts; nothing for another."""
+    iterations, validations = _by_iteration(run.events)
+    if not iterations:
         return []
-    stride = math.ceil(len(rollouts) / _MOST_ITERATIONS_LISTED)
-    listed = rollouts[::-1][::stride][::-1]
-    names = [name for name in _SHOWN if any(name in rollout for rollout in listed)]
-    rows = [(str(each["iteration"] + 1), *(_figure(each.get(name)) for name in names)) for each in listed]
-    parts = ["## Iterations", table(("iteration", *names), rows)]
-    best = [event["metrics"] for event in events if event["event"] == "best_of_n"]
-    parts += _frontier(run_dir, rollouts, best)
-    alarms = [event for event in events if event["event"] == "alarm"]
-    if alarms:
-        rows = [
-            (
-                str(each["step"]),
-                each["metrics"]["name"],
-                _figure(each["metrics"]["value"]),
-                _figure(each["metrics"]["limit"]),
-            )
-            for each in alarms
-        ]
-        parts += ["## Alarms", table(("step", "guard", "value", "limit"), rows)]
-    return [*parts, *_samples(run_dir / "samples.jsonl")]
+    parts: list[Block] = [Heading("Iterations"), Picture("iterations", _curves(iterations, validations))]
+    if validations:
+        sources = "validation: the same prompts every time. training: the prompts of the iteration, others each time."
+        parts.append(Paragraph(sources))
+    names = [name for name in _LISTED if any(each.of(name) is not None for each in iterations)]
+    listed = spread(iterations, _MOST_ITERATIONS_LISTED)
+    rows = [(str(each.rollout["iteration"] + 1), *(_cell(each.of(name)) for name in names)) for each in listed]
+    parts.append(Grid(("iteration", *names), rows, numbers=range(len(names) + 1)))
+    best = [event["metrics"] for event in run.events if event["event"] == "best_of_n"]
+    return [*parts, *_frontier(iterations, validations, best), *_guards(run)]
 
 
-def _figure(value: object) -> str:
-    found = number(value)
-    return "" if found is None else shown(found)
+def _by_iteration(
+    events: Sequence[Mapping[str, Any]],
+) -> tuple[list[_Iteration], list[tuple[int, Mapping[str, Any]]]]:
+    """The iterations in order, and each validation with the number of iterations that were done before it."""
+    iterations: list[_Iteration] = []
+    validations = []
+    for event in events:
+        if event["event"] == "rollout":
+            iterations.append(_Iteration(event["metrics"]))
+        elif event["event"] == "step" and iterations:
+            iterations[-1].steps.append(event["metrics"])
+        elif event["event"] == "validation":
+            validations.append((len(iterations), event["metrics"]))
+    return iterations, validations
 
 
-def _frontier(run_dir: Path, rollouts: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Reward over KL, and best-of-n as the baseline that needs no training."""
-    path = [FrontierPoint(f"iteration {each['iteration'] + 1}", each["kl"], each["reward"]) for each in rollouts]
+def _curves(iterations: Sequence[_Iteration], validations: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
+    """One panel a figure, over the iterations that the policy had been trained for when it was measured."""
+    panels = {}
+    for name, title in _PANELS.items():
+        written = [(float(each.rollout["iteration"]), each.of(name)) for each in iterations]
+        judged = [(float(done), number(metrics.get(name))) for done, metrics in validations]
+        lines = {
+            source: [(done, value) for done, value in points if value is not None]
+            for source, points in (("training", written), ("validation", judged))
+        }
+        if any(lines.values()):
+            panels[title] = {source: points for source, points in lines.items() if points}
+    return curves_svg(panels, axis="iterations trained")
+
+
+def _frontier(
+    iterations: Sequence[_Iteration],
+    validations: Sequence[tuple[int, Mapping[str, Any]]],
+    best: Sequence[Mapping[str, Any]],
+) -> list[Block]:
+    """Reward over KL on the validation prompts, and best-of-n on the same prompts as the baseline without training; of
+    a run without validation, on the prompts of each iteration.
+    """
+    measured = validations or [(int(each.rollout["iteration"]), each.rollout) for each in iterations]
+    path = [
+        FrontierPoint("start" if done == 0 else f"iteration {done}", _or_nan(metrics, "kl"), _or_nan(metrics, "reward"))
+        for done, metrics in measured
+    ]
     points = [FrontierPoint(f"best of {each['n']}", each["kl"], each["reward"]) for each in best]
     if not any(math.isfinite(point.kl) and math.isfinite(point.reward) for point in path):
         return []
-    (run_dir / "curves").mkdir(exist_ok=True)
-    (run_dir / "curves" / "frontier.svg").write_text(frontier_svg(path, best_of_n=points), encoding="utf-8")
-    parts = ["## Reward over KL", "![frontier](curves/frontier.svg)"]
+    if validations:
+        label, sentence = "policy, validation prompts", "Policy and best-of-n answer the same validation prompts."
+    else:
+        label = "policy, training prompts"
+        sentence = "There was no validation: each point stands on the training prompts of its iteration."
+    parts: list[Block] = [Heading("Reward over KL"), Picture("frontier", frontier_svg(path, points, label=label))]
+    parts.append(Paragraph(sentence))
     if best:
         rows = [
-            (str(each["n"]), _figure(each["kl"]), _figure(each["reward"]), _figure(each.get("judge"))) for each in best
+            (str(each["n"]), *(_cell(number(each.get(name))) for name in ("kl", "reward", "judge"))) for each in best
         ]
         parts += [
-            "Best of n answers of the first policy, by the reward, on the validation prompts (KL: log n − (n − 1)/n).",
-            table(("n", "kl", "reward", "judge"), rows),
+            Paragraph("Best of n answers of the policy before training, chosen by the reward; KL: log n − (n − 1)/n."),
+            Grid(("n", "kl", "reward", "judge"), rows, numbers=range(4)),
         ]
     return parts
 
 
-def _samples(file: Path) -> list[str]:
-    """The same prompts answered before training and last."""
-    if not file.is_file():
+def _guards(run: Run) -> list[Block]:
+    """Every guard with its limit, whether it was on, and when it sounded."""
+    section: Mapping[str, Any] = run.config.get("guards") or {}
+    alarms = [event for event in run.events if event["event"] == "alarm"]
+    if not section and not alarms:
         return []
-    told = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    steps = sorted({each["step"] for each in told})
-    if len(steps) < 2:
-        return []
-    first, last = ([each for each in told if each["step"] == step] for step in (steps[0], steps[-1]))
-    parts = ["## Answers before and after"]
-    for before, after in list(zip(first, last, strict=False))[:_SAMPLES]:
-        rows = [
-            (name, shown(each["reward"]), cell(each["response"]))
-            for name, each in (("before", before), ("after", after))
-        ]
-        parts += [f"> {cell(before['prompt'])}", table(("", "reward", "answer"), rows)]
-    return parts
+    rows = [_guard_row(key, section.get(key), alarms) for key in _GUARDS]
+    ends = "An alarm ends the run." if section.get("stop") else "An alarm does not end the run (guards.stop is false)."
+    parts: list[Block] = [Heading("Guards"), Grid(("guard", "limit", "sounded"), rows), Paragraph(ends)]
+    messages = [
+        f"Step {each['step']}: {each['metrics']['message']}." for each in alarms if "message" in each["metrics"]
+    ]
+    return [*parts, *map(Paragraph, messages)]
+
+
+def _guard_row(key: str, limit: float | None, alarms: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    metric, words = _GUARDS[key]
+    sounded = list(_sounded(metric, alarms))
+    if limit is None and not sounded:
+        return f"guards.{key}", "off", ""
+    allowed = "" if limit is None else words.format(limit=figure(limit))
+    return f"guards.{key}", allowed, "; ".join(sounded) or "never"
+
+
+def _sounded(metric: str, alarms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for each in alarms:
+        found = each["metrics"]
+        if found["name"] == metric:
+            yield f"step {each['step']}: {_cell(number(found['value']))}, limit {_cell(number(found['limit']))}"
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else figure(value)
+
+
+def _or_nan(metrics: Mapping[str, Any], name: str) -> float:
+    found = number(metrics.get(name))
+    return math.nan if found is None else found

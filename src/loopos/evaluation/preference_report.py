@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopos.data.preference_tokens import EncodedComparison
-from loopos.evaluation.markdown import shown, table
+from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph
+from loopos.evaluation.markdown import shown
 from loopos.evaluation.preference_metrics import margin_buckets, preference_metrics, reliability
 
 Scores = Sequence[Sequence[Sequence[float]]]
@@ -55,12 +56,12 @@ def buckets_told(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str,
     }
 
 
-def preference_sections(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What report.md says of a reward model, from the last event "preferences"; nothing without one."""
+def preference_blocks(events: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What a report says of a reward model, from the last event "preferences"; nothing without one."""
     found = [event["metrics"] for event in events if event["event"] == "preferences"]
     if not found:
         return []
-    parts = ["## Preferences"]
+    parts: list[Block] = [Heading("Preferences")]
     if found[-1]["by_margin"]:
         rows = [
             (
@@ -70,13 +71,18 @@ def preference_sections(events: Sequence[Mapping[str, Any]]) -> list[str]:
             )
             for each in found[-1]["by_margin"]
         ]
-        parts += ["Accuracy by margin, with its 95% interval.", table(("margin", "pairs", "pair accuracy"), rows)]
+        parts += [
+            Paragraph("Accuracy by margin, with its 95% interval."),
+            Grid(("margin", "pairs", "pair accuracy"), rows, numbers=(1,)),
+        ]
     rows = [
         (f"{each['confidence']:.3f}", f"{each['frequency']:.3f}", str(each["pairs"]))
         for each in found[-1]["calibration"]
     ]
-    parts += ["Calibration: how often the first of two is preferred where the model gives it that chance."]
-    return [*parts, table(("chance given", "preferred", "pairs, both orders"), rows)]
+    parts.append(
+        Paragraph("Calibration: how often the first of two is preferred where the model gives it that chance.")
+    )
+    return [*parts, Grid(("chance given", "preferred", "pairs, both orders"), rows, numbers=range(3))]
 
 
 def _pairs(rows: Sequence[EncodedComparison], scores: Scores) -> _Pairs:

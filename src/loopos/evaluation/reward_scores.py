@@ -17,6 +17,7 @@ from torch import Tensor
 from loopos.data.batches import PackedRows, in_order, in_step
 from loopos.data.preference_batches import ComparisonRows
 from loopos.data.tokens import Encoded
+from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.functional.packing import PackedLayout
 
 Scorer = Callable[[Tensor, PackedLayout], Tensor]
@@ -62,24 +63,41 @@ class Normalisation:
 
 @torch.no_grad()
 def raw_scores(model: Scorer, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Raw scores `[N, k]` on CPU of token rows, each prompt and response, in their order."""
+    """Raw scores `[N, k]` on CPU of token rows, each prompt and response, in their order. Raises `NonFiniteOutputs`."""
     encoded = PackedRows([Encoded(list(ids), None, place) for place, ids in enumerate(rows)], None, device)
     found: dict[int, Tensor] = {}
     for batch in in_order(encoded, tokens=_TOKENS):
         found.update(zip(batch.rows, model(batch.ids, batch.layout).float().cpu(), strict=True))
-    return torch.stack([found[place] for place in range(len(rows))])
+    return _finite(torch.stack([found[place] for place in range(len(rows))]))
 
 
 @torch.no_grad()
 def comparison_scores(
     model: Scorer, rows: ComparisonRows, *, rank: int = 0, world: int = 1
 ) -> dict[int, list[list[float]]]:
-    """The place of each comparison of this rank's share → raw scores of its responses, a list of k each."""
+    """The place of each comparison of this rank's share → raw scores of its responses, a list of k each. Raises
+    `NonFiniteOutputs`.
+    """
     found: dict[int, list[list[float]]] = {}
+    every: list[Tensor] = []
     for batch, counts in in_step(rows, tokens=_TOKENS, rank=rank, world=world):
         scores, first = model(batch.ids, batch.layout).float().cpu(), 0
         for row in batch.rows if counts else ():
             count = len(rows.examples[row].responses)
             found[row] = scores[first : first + count].tolist()
             first += count
+        if counts:
+            every.append(scores)
+    if every:
+        _finite(torch.cat(every))
     return found
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """The raw scores `[N, k]`. Raises `NonFiniteOutputs`: a mean or a rank of what is no number says nothing."""
+    if bad := int((~scores.isfinite().all(-1)).sum()):
+        raise NonFiniteOutputs(
+            f"the reward model's scores of {bad} of {len(scores)} responses are not finite numbers; lower "
+            "training.learning_rate if this is its training, use precision fp32 or other weights if it is trained"
+        )
+    return scores

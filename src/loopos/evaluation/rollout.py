@@ -23,6 +23,7 @@ from loopos.data.batches import in_order
 from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import Origin
 from loopos.data.responses import ResponseRows
+from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.policy_metrics import distinct_n, explained_variance, length_mean, repetition
 from loopos.evaluation.rewards import Response, Rewards
 from loopos.functional.advantages import KlEstimator, kl_terms
@@ -192,7 +193,9 @@ def _importance(rollouts: Sequence[Rollout], mismatch: Tensor, cap: float | None
 def rollout_metrics(
     rollouts: Sequence[Rollout], *, estimator: KlEstimator, importance_cap: float | None = None
 ) -> dict[str, float]:
-    """Figures of an iteration, as docs/metrics.md defines them; kl is nats a response, entropy nats a token."""
+    """Figures of an iteration, as docs/metrics.md defines them; kl is nats a response, entropy nats a token. Raises
+    `NonFiniteOutputs`.
+    """
     tokens = [rollout.response.ids for rollout in rollouts]
     mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
     metrics = {
@@ -211,7 +214,13 @@ def rollout_metrics(
         metrics["distinct_2"] = distinct
     for name in rollouts[0].parts:
         metrics[f"score_{name}"] = statistics.fmean(rollout.parts[name] for rollout in rollouts)
-    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    unusable = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if unusable:
+        named = ", ".join(f"{name} is {value}" for name, value in unusable.items())
+        raise NonFiniteOutputs(
+            f"the figures of {len(rollouts)} responses are not finite numbers: {named}; lower training.learning_rate, "
+            "or bound the rewards with reward.score_clip"
+        )
     return metrics
 
 

@@ -16,30 +16,34 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopos.config.begun import as_begun
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
+from loopos.data.digest import rows_digest
 from loopos.data.reading import account
 from loopos.data.supervised import SupervisedEncoder, load_supervised
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import SupervisedReport
 from loopos.data.tokens import Encoded, longest
-from loopos.evaluation.answer_check import AnswerCheck
+from loopos.evaluation.answer_check import AnswerCheck, chats_of
 from loopos.evaluation.found_chains import find_chains
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import set_trained_language_model
 from loopos.models.language_folder import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_reasoning
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -74,8 +78,11 @@ class ChainOfThought:
         """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
         nothing of an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
+            self.config = as_begun(self.config, self.run_dir)
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
             rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0
@@ -104,10 +111,11 @@ class ChainOfThought:
             self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
-        told = [f"validation generates answers to {len(self.problems)} problems"] if self.problems else []
+        self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
         tokens = f"tokens: {self.train_tokens.said()}"
-        for sentence in [pretrained.said, *self.data.said, self.template.said, tokens, *told]:
-            self.progress.say(sentence)
+        self.progress.say(pretrained.said, *self.data.said, self.template.said, tokens)
+        if self.problems:
+            self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
 
     def _worked(self) -> list[Example]:
@@ -148,7 +156,7 @@ class ChainOfThought:
         )
         self.progress.say(self.trained.said())
         self.check: AnswerCheck | None = None
-        if self.problems or self.config.self_improvement is not None:
+        if self.problems or self.chats or self.config.self_improvement is not None:
             causal = self.model.causal
             with self.trained.whole():
                 reasoner = Reasoner(causal, self.tokenizer, template=self.template, step_format=self.step_format)
@@ -158,17 +166,15 @@ class ChainOfThought:
 
     def fit(self, folder: Path, rows: Sequence[Encoded], *, resume: bool) -> FitResult:
         """One training of the model on these rows, in its own folder."""
-        fit = self.build_fit(folder, rows)
-        fit.open(resume=resume)
-        if self.world.is_first:
-            save_json(folder / "config.json", self.config.model_dump(mode="json"))
-        return fit.run()
+        self.build_fit(folder, rows).open(resume=resume)
+        return self.current.run()
 
     def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
         settings, world, (share, shares) = self.config.training, self.world, self.world.share
         self.current = Fit(
             run_dir=folder,
+            config=self.config,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=share, world=shares),
@@ -176,7 +182,7 @@ class ChainOfThought:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.base,
+            identity=of_reasoning(self.config, rows, self.encoder, base=self.base),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
@@ -185,12 +191,8 @@ class ChainOfThought:
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
         reports = {"training": self.train_tokens, "validation": self.validation_tokens}
-        return {
-            "rows": [account(report) for report in self.data.reports],
-            "tokens": {name: report.counts() for name, report in reports.items()},
-            "precision": self.precision,
-            "environment": self.environment,
-        }
+        rows, tokens = list(map(account, self.data.reports)), {name: each.counts() for name, each in reports.items()}
+        return {"rows": rows, "tokens": tokens, "precision": self.precision, "environment": self.environment}
 
     def _validation(self) -> Validation:
         settings = self.config.training
@@ -203,17 +205,20 @@ class ChainOfThought:
                 "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
                 "problem and answer, or the metric loss"
             )
-        return Validation(self.validate, metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched])
+        directions, rows = METRIC_DIRECTION, rows_digest(self.validation_rows)
+        num_rows = len(self.validation_rows)
+        return Validation(self.validate, metric, directions[metric], watched, directions[watched], num_rows, rows)
 
     def validate(self) -> dict[str, float]:
-        """Loss on the validation rows and, every `evaluation.every` validations, the metrics of generated answers."""
+        """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and
+        samples for the report.
+        """
         loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
-        if not self.problems or not self._generates_now():
+        if self.check is None or not self._generates_now():
             return {"loss": loss}
-        assert self.check is not None
         world = self.world
         with self.trained.whole():
-            metrics, records = self.check.measure(self.problems, share=world.share, gather=world.gather_shares)
+            metrics, records = self.check.validate(self.problems, self.chats, world.share, world.gather_shares)
         if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         return {"loss": loss, **metrics}
@@ -263,18 +268,14 @@ class ChainOfThought:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        settings = self.config.training
-        judges, number = self.current.judges, len(results) - 1
+        settings, judges, number = self.config.training, self.current.judges, len(results) - 1
         if judges is not None and settings.keep_best:
-            number = best_of([result.best_metric for result in results], judges.validation.mode)
+            number = best_of([result.best_trained_metric for result in results], judges.validation.mode)
         if number != len(results) - 1:
             self.build_model(self._load_pretrained())
-        step = self.trained.take_best(self._folder_of(number), settings)
-        told = f" of round {number}" if len(results) > 1 else ""
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}{told}")
-        elif self.validation_rows:
-            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
+        folder, which = self._folder_of(number), number if len(results) > 1 else None
+        take = (self.trained, folder, settings, results[number], self.world, self.progress)
+        take_chosen(*take, of_round=which, whole_run=self.run_dir)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())

@@ -18,27 +18,33 @@ from typing import Any
 
 from torch import Tensor
 
+from loopos.config.begun import as_begun
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
+from loopos.data.digest import rows_digest
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
-from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
+from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
+from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
+from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_task
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.router_objective import with_router_loss
@@ -73,23 +79,20 @@ class FineTuner:
         """Data, model, update, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an
         earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            self.record_config(self.world)
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
-
-    def record_config(self, world: World) -> None:
-        """Writes the resolved config, once it is known that the folder's run is this one."""
-        if world.is_first:
-            save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+        return self.result
 
     def load_data(self) -> tuple[Pretrained, LabelledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
@@ -106,9 +109,16 @@ class FineTuner:
         self.max_length = longest(self.pretrained.tokenizer, positions, config.training.max_length)
         self.train_rows, self.train_tokens = self._encode(self.data.train)
         self.validation_rows, self.validation_tokens = self._encode(self.data.validation)
-        self.targets = targets_of(self.data)
+        self.targets = targets_of(self.data, scaling=section.target_scaling)
+        self.pooling = section.pooling if section.pooling != "auto" else default_pooling(self.pretrained.model.config)
+        # What "auto" came to is what the run is known by, and resumed with.
+        resolved = section.model_copy(update={"pooling": self.pooling})
+        self.config = config.model_copy(update={"model": resolved})
         for sentence in [self.pretrained.said, *self.data.said, f"tokens: {self.train_tokens.said()}"]:
             self.progress.say(sentence)
+        plain = self.pooling == "last" == default_pooling(self.pretrained.model.config) and self.targets.mean == 0
+        how = "as it is" if plain else "with trust_remote_code=True only"
+        self.progress.say(f"pooling: {self.pooling}; transformers will open the trained model {how}")
         if self.validation_rows:
             self.progress.say(f"validation tokens: {self.validation_tokens.said()}")
         return self.pretrained, self.data
@@ -142,8 +152,13 @@ class FineTuner:
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
-        model = PooledModel(backbone, num_outputs=outputs, pooling=section.pooling, seed=settings.seed)
-        self.model = model
+        self.model = PooledModel(
+            backbone,
+            num_outputs=outputs,
+            pooling=self.pooling,
+            seed=settings.seed,
+            head_std=section.head_init_std,
+        )
         self.trained = TrainedWeights(
             self.model,
             settings,
@@ -168,6 +183,7 @@ class FineTuner:
         )
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=update,
             batches=batches,
@@ -175,7 +191,15 @@ class FineTuner:
             validation=self._validation(world) if self.config.validates and self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.pretrained.fingerprint,
+            identity=of_task(
+                self.config,
+                self.data.space,
+                self.train_rows,
+                self.targets.train,
+                self.pretrained.tokenizer,
+                max_length=self.max_length,
+                base=self.pretrained.fingerprint,
+            ),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
@@ -201,8 +225,15 @@ class FineTuner:
         metric = settings.metric or _MAIN_METRIC[self.data.space.task]
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
+        directions = METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]
         return Validation(
-            lambda: self.validate(world), metric, METRIC_DIRECTION[metric], watched, METRIC_DIRECTION[watched]
+            lambda: self.validate(world),
+            metric,
+            directions[0],
+            watched,
+            directions[1],
+            len(self.validation_rows),
+            rows_digest(self.validation_rows, self.targets.validation),
         )
 
     def validate(self, world: World = World()) -> dict[str, float]:
@@ -226,16 +257,16 @@ class FineTuner:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        self._take_best()
+        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
         outputs = None
-        if self.data.space.task == "classification" and self.validation_rows:
+        if self.data.space.task in ("classification", "regression") and self.validation_rows:
             outputs = self._validation_outputs(self.world)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
             if outputs is not None:
-                self._log_confusion(outputs)
+                self._log_predictions(outputs)
             if self.config.training.trainable == "lora":
                 backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
                 save_lora(backbone, self.run_dir / "adapter", base=base)
@@ -243,19 +274,19 @@ class FineTuner:
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+        self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
 
-    def _take_best(self) -> None:
-        step = self.trained.take_best(self.run_dir, self.config.training)
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}")
-        elif self.config.validates and self.validation_rows:
-            self.progress.say("exporting the last weights: no checkpoint of the best validation was kept")
-
-    def _log_confusion(self, outputs: Tensor) -> None:
-        matrix = confusion(self._meaning(outputs), self.targets.validation.tolist())
-        names = list(self.data.space.class_names)
+    def _log_predictions(self, outputs: Tensor) -> None:
+        """What the exported weights predict for the validation rows, for the report."""
+        meaning = self._meaning(outputs)
         with EventLog(self.run_dir / "events.jsonl") as log:
-            log.write("confusion", step=None, metrics={"class_names": names, "matrix": matrix}, timing={})
+            if self.data.space.task == "classification":
+                matrix = confusion(meaning, self.targets.validation.tolist())
+                names = list(self.data.space.class_names)
+                log.write("confusion", step=None, metrics={"class_names": names, "matrix": matrix}, timing={})
+            else:
+                pairs = residual_points(meaning, self.data.validation_targets)
+                log.write("residuals", step=None, metrics=pairs, timing={})
 
     def description(self) -> dict[str, Any]:
         """What the model folder says of its task."""
@@ -263,7 +294,7 @@ class FineTuner:
         return {
             "method": "fine_tuning",
             "task": space.task,
-            "pooling": self.config.model.pooling,
+            "pooling": self.pooling,
             "class_names": list(space.class_names),
             "label_space": dataclasses.asdict(space),
             "target_mean": self.targets.mean,

@@ -17,19 +17,21 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopos.config.begun import as_begun
+from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
+from loopos.data.digest import prompts_digest
 from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
 from loopos.data.reading import account
 from loopos.data.responses import ResponseBatch
 from loopos.data.tokens import longest
 from loopos.evaluation.policy_check import PolicyCheck
-from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION as DIRECTION
 from loopos.evaluation.report import write_report
 from loopos.evaluation.rewards import Rewards, judge_of
 from loopos.evaluation.rollout import Collector, request_of, rollout_metrics, sampling_of, seeded, variance_explained
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.functional.advantages import KlController
 from loopos.generation.rollouts.opening import Place, RunView, check_installed, open_rollouts
 from loopos.generation.rollouts.remote import RemoteRollouts
@@ -39,11 +41,13 @@ from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, l
 from loopos.models.reward_folder import OpenedReward, check_same_tokens, descriptions_together, open_reward_model
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
 from loopos.training.guards import GuardLimits, Guards
+from loopos.training.identities import of_policy
 from loopos.training.policy_objective import PpoObjective
 from loopos.training.policy_state import PolicyState
 from loopos.training.precision import resolve
@@ -51,6 +55,7 @@ from loopos.training.progress import RunProgress
 from loopos.training.rollouts import RolloutBatches, RolloutPlan
 from loopos.training.samples import write_samples
 from loopos.training.session import session
+from loopos.training.stopping import GUARD
 from loopos.training.trained_weights import TrainedWeights
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
@@ -75,24 +80,23 @@ class PpoTrainer:
         return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
-        """Prompts, models, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an earlier
-        run is overwritten without `resume`.
-        """
+        """Prompts, models, fit, export, report; an earlier run stays without `resume`. Raises `UserError`."""
         check_installed(self.config.rollout)
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_models()
             with closing(self.engine):
                 self.fit = self.build_fit()
                 self.fit.open(resume=resume)
-                if self.world.is_first:
-                    save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-                result = self.fit.run()
-            if not result.interrupted:
+                self.result = self.fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> None:
         """Reads the prompts, loads policy and reward model, and tokenises; says what was decided."""
@@ -116,10 +120,8 @@ class PpoTrainer:
         limit = min((each for each in (room, data.max_prompt_tokens) if each is not None), default=None)
         self.encoder = PreferenceEncoder(data, self.tokenizer, max_length=limit)
         self.prompts, self.tokens = self.encoder.prompts(self.data.train)
-        self.validation_prompts: list[list[int]] = []
-        if config.validates and self.data.validation:
-            chosen = self.data.validation[: config.evaluation.prompts]
-            self.validation_prompts, _ = self.encoder.prompts(chosen)
+        chosen = self.data.validation[: config.evaluation.prompts] if config.validates else []
+        self.validation_prompts: list[list[int]] = self.encoder.prompts(chosen)[0] if chosen else []
         tokens = f"tokens: {self.tokens.said()}"
         self.progress.say(self.pretrained.said, *self.data.said, self.encoder.template.said, tokens)
 
@@ -187,6 +189,7 @@ class PpoTrainer:
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(actor_critic, self.trained.masters, optimizer, self.precision, world, head=values),
             batches=self.batches,
@@ -194,24 +197,21 @@ class PpoTrainer:
             validation=self._validation() if self.check is not None else None,
             progress=self.progress,
             world=world,
-            base=self.base,
+            identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
             facts=self._facts(plan.iterations),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
+            planned_end=plan.planned_end,
             validation_unit=self.batches.steps_an_epoch,
             carried=self.state,
-            gives_up=lambda: "guard" if self.config.guards.stop and self.state.alarms else None,
+            gives_up=lambda: GUARD if self.config.guards.stop and self.state.alarms else None,
         )
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
-        return {
-            "rows": list(map(account, self.data.reports)),
-            "tokens": self.tokens.counts(),
-            "iterations": iterations,
-            "precision": self.precision,
-            "environment": self.environment,
-        }
+        rows, tokens = list(map(account, self.data.reports)), self.tokens.counts()
+        environment = {"precision": self.precision, "environment": self.environment}
+        return {"rows": rows, "tokens": tokens, "iterations": iterations, **environment}
 
     def collect(self, iteration: int) -> Experience:
         """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
@@ -234,8 +234,8 @@ class PpoTrainer:
         self.controller.observe(metrics["kl"], len(rollouts))
         timing = {"seconds": time.monotonic() - began, **self.engine.timing()}
         self.fit.record("rollout", {"iteration": iteration, **metrics}, timing)
-        told = " · ".join(f"{name} {metrics[name]:.3f}" for name in ("reward", "kl", "response_length", "end_share"))
-        self.progress.say(f"iteration {iteration + 1}: {told}")
+        told = [f"{name} {figure(metrics[name])}" for name in ("reward", "kl", "response_length", "end_share")]
+        self.progress.say(f"iteration {iteration + 1}: {' · '.join(told)}")
         self._ask_guards(metrics)
         return experience
 
@@ -246,40 +246,39 @@ class PpoTrainer:
 
     def _ask_guards(self, metrics: Mapping[str, float]) -> None:
         for alarm in self.guards.observe(metrics):
-            self.state.alarms.append(alarm.said)
-            self.progress.warn(f"alarm: {alarm.said}")
-            self.fit.record("alarm", {"name": alarm.name, "value": alarm.value, "limit": alarm.limit}, {})
+            self.state.alarms.append(alarm.message)
+            self.progress.warn(f"alarm: {alarm.message}")
+            self.fit.record("alarm", alarm.as_json(), {})
 
     def _check(self) -> PolicyCheck:
-        asked, judge, report = self.config.evaluation, None, self.config.training.kl_report
-        if asked.judge is not None:
-            judge = judge_of(asked.judge, self.tokenizer, self.device, is_function=asked.judge_is_function)
+        section, judge, report = self.config.evaluation, None, self.config.training.kl_report
+        if section.judge is not None:
+            judge = judge_of(section.judge, self.tokenizer, self.device, is_function=section.judge_is_function)
         where = self.collector, self.validation_prompts, self.sampling
-        return PolicyCheck(*where, judge, estimator=report, kl_limit=asked.kl_limit)
+        return PolicyCheck(*where, judge, estimator=report, kl_limit=section.kl_limit)
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
-        return Validation(self.validate, metric, DIRECTION[metric], "reward", DIRECTION["reward"])
+        digest = prompts_digest(self.validation_prompts)
+        return Validation(self.validate, metric, "max", "reward", "max", len(self.validation_prompts), digest)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
         assert self.check is not None
+        step = self.fit.position.step
         with self.trained.whole():
-            if self.fit.position.step == 0:
-                for told in self.check.best_of_n(self.config.evaluation.best_of):
-                    self.fit.record("best_of_n", told, {})
-            metrics, records = self.check.measure()
+            for told in self.check.best_of_n(self.config.evaluation.best_of) if step == 0 else ():
+                self.fit.record("best_of_n", told, {})
+            metrics, records = self.check.measure(is_start=step == 0)
         if self.world.is_first:
-            write_samples(self.run_dir / "samples.jsonl", self.fit.position.step, records)
+            write_samples(self.run_dir / "samples.jsonl", step, records)
         self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
         return metrics
 
     def export(self) -> None:
         """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
         settings, policy = self.config.training, self.roles.actor_critic.policy.causal
-        step = self.trained.take_best(self.run_dir, settings)
-        told = "the last weights" if step is None else f"the best weights, of step {step}"
-        self.progress.say(f"exporting {told}")
+        take_chosen(self.trained, self.run_dir, settings, self.result, self.world, self.progress)
         if not self.trained.gather():
             return
         lora = settings.lora or LoraSection() if settings.trainable == "lora" else None

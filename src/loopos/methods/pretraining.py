@@ -15,21 +15,27 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from loopos.config.begun import as_begun
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
-from loopos.data.split import stratified_split
+from loopos.data.digest import rows_digest
+from loopos.data.reading import text_rules
+from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.split import split_off
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Sizes, new_config
 from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_text
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -60,35 +66,39 @@ class Pretrainer:
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            if self.world.is_first:
-                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> None:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
         data, settings = self.config.data, self.config.training
         columns = {str(role): column for role, column in data.columns.items()}
-        corpus = read_corpus(data.source, columns, max_rows=data.max_rows)
+        corpus = read_corpus(data.source, columns, max_rows=data.max_rows, rules=text_rules(data))
         documents, held_out = list(corpus.documents), []
         self.progress.say(corpus.said)
         if data.validation_data is not None:
-            validation = read_corpus(data.validation_data, columns, max_rows=data.max_rows)
+            validation = read_corpus(data.validation_data, columns, max_rows=data.max_rows, rules=text_rules(data))
             held_out = list(validation.documents)
             self.progress.say(f"validation: {validation.said}")
         elif data.validation_share > 0 and len(documents) > 1:
-            kept, chosen = stratified_split(None, data.validation_share, settings.seed, num_rows=len(documents))
-            documents, held_out = [documents[i] for i in kept], [documents[i] for i in chosen]
-            self.progress.say(f"validation: {len(held_out)} documents, split off with seed {settings.seed}")
+            keys = [key_of_prompt(document) for document in documents]
+            split = split_off(keys, data.validation_share, settings.seed, by=data.split_by, what="text")
+            documents, held_out = [documents[i] for i in split.train], [documents[i] for i in split.validation]
+            self.progress.say(split.said.replace("rows", "documents"))
+        for sentence in told_repeats(documents, held_out, "text"):
+            self.progress.say(sentence.replace("rows", "documents"))
         self.tokenizer = self._tokenizer(documents)
         self.max_length = settings.max_length or Sizes.max_length
         self.pieces = encode_corpus(self.tokenizer, documents, max_length=self.max_length)
@@ -135,16 +145,21 @@ class Pretrainer:
         judged = self.config.validates and bool(self.validation_pieces)
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
-            validation=Validation(lambda: self.validate(world), "loss", "min", "loss", "min") if judged else None,
+            validation=self._validation(world) if judged else None,
             progress=self.progress,
             world=world,
-            base="new",
+            identity=of_text(self.config, self.pieces, self.tokenizer, max_length=self.max_length),
             facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
         )
+
+    def _validation(self, world: World) -> Validation:
+        rows = rows_digest(self.validation_pieces)
+        return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", len(self.validation_pieces), rows)
 
     def validate(self, world: World = World()) -> dict[str, float]:
         """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""
@@ -155,9 +170,7 @@ class Pretrainer:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
         process takes part, and the first one writes.
         """
-        step = self.trained.take_best(self.run_dir, self.config.training)
-        if step is not None:
-            self.progress.say(f"exporting the best weights, of step {step}")
+        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
         if not self.trained.gather():
             return
         place = Path(self.config.data.output_weights)

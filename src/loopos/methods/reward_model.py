@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopos.config.begun import as_begun
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.batches import StepBatches
+from loopos.data.digest import comparisons_digest
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
 from loopos.data.preference_data import PreferenceEncoder, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison
@@ -29,18 +31,21 @@ from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import buckets_told, measured
 from loopos.evaluation.report import write_report
 from loopos.evaluation.reward_scores import Normalisation, comparison_scores
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import FUSED_FROM
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
+from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
+from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
-from loopos.training.fit import Fit, FitResult
+from loopos.training.fit import Fit
+from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_preferences
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
@@ -73,19 +78,20 @@ class RewardModelTrainer:
         """Data, model, fit, normalisation, export, report. Raises `UserError` for a mistake of the user's; nothing of
         an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
+            self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit()
             fit.open(resume=resume)
-            if self.world.is_first:
-                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
-            result = fit.run()
-            if not result.interrupted:
+            self.result = fit.run()
+            if not self.result.interrupted:
                 self.export()
             self.world.wait()
-        return result
+        return self.result
 
     def load_data(self) -> Pretrained:
         """Reads the comparisons, loads the model, and tokenises by its template; says what was decided."""
@@ -163,6 +169,7 @@ class RewardModelTrainer:
         settings, world = self.config.training, self.world
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(
                 self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
@@ -174,7 +181,7 @@ class RewardModelTrainer:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.pretrained.fingerprint,
+            identity=of_preferences(self.config, self.train_rows, self.encoder, base=self.pretrained.fingerprint),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
@@ -194,8 +201,9 @@ class RewardModelTrainer:
         metric = settings.metric or "pair_accuracy"
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
-        direction = PREFERENCE_METRIC_DIRECTION
-        return Validation(self.validate, metric, direction[metric], watched, direction[watched])
+        direction, digest = PREFERENCE_METRIC_DIRECTION, comparisons_digest(self.validation_rows)
+        rows = len(self.validation_rows)
+        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows, digest)
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
         """Raw scores of every comparison's responses, of all shares together."""
@@ -218,10 +226,7 @@ class RewardModelTrainer:
         the run's checkpoints are whole then.
         """
         settings, heads = self.config.training, self.config.reward.heads
-        step = self.trained.take_best(self.run_dir, settings)
-        self.progress.say(
-            "exporting the last weights" if step is None else f"exporting the best weights, of step {step}"
-        )
+        take_chosen(self.trained, self.run_dir, settings, self.result, self.world, self.progress)
         normalisation = Normalisation.none(heads)
         if self.config.reward.normalise:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
@@ -247,6 +252,7 @@ class RewardModelTrainer:
             save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, description)
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+        self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
 
     def _normalising_rows(self) -> list[EncodedComparison]:
         """Training comparisons, at most `reward.normalise_over` of them, the same ones for the same seed."""

@@ -1,19 +1,19 @@
 """The table of methods: what `computation.mode` and `computation.method` name.
 
 Enters: a mode and a method. Leaves: the class of its config, and the class that trains, both imported only when they
-are asked for: a config is checked without torch. To add a method, add a row.
+are asked for: a config is checked without torch. To add a method, add a row here and in `config.method_configs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from loopos.config.sections import MethodConfig
-    from loopos.training.fit import FitResult
+    from loopos.training.fit_result import FitResult
     from loopos.training.progress import RunProgress
 
 MethodName = tuple[str, str]
@@ -37,50 +37,68 @@ class MethodClass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """Where the two classes of a method live ("module:Class"), and what the method does, in a line."""
+    """Where the class that trains lives ("module:Class"), and what the method does, in a line. Where its config lives
+    is in `config.method_configs`.
+    """
 
-    config: str
     trainer: str
-    said: str
+    summary: str
 
 
 METHODS: Mapping[MethodName, MethodRow] = {
     ("posttraining", "fine_tuning"): MethodRow(
-        config="loopos.config.fine_tuning:FineTuningConfig",
         trainer="loopos.methods.fine_tuning:FineTuner",
-        said="a head over pooled hidden states: classification, multi-label, regression",
+        summary="classification, multi-label classification or regression of texts",
     ),
     ("posttraining", "chain_of_thought"): MethodRow(
-        config="loopos.config.chain_of_thought:ChainOfThoughtConfig",
         trainer="loopos.methods.chain_of_thought:ChainOfThought",
-        said="problem, steps, answer: a language model that reasons, from demonstrations and its own right chains",
+        summary="supervised fine-tuning (sft): chats, instructions, reasoning in steps",
     ),
     ("posttraining", "reward_model"): MethodRow(
-        config="loopos.config.reward_model:RewardModelConfig",
         trainer="loopos.methods.reward_model:RewardModelTrainer",
-        said="a score of responses, from which of them people prefer",
+        summary="a score of responses, learned from preferences",
     ),
     ("posttraining", "ppo"): MethodRow(
-        config="loopos.config.ppo:PpoConfig",
         trainer="loopos.methods.ppo:PpoTrainer",
-        said="a policy that writes what a reward model, or functions of yours, score high",
+        summary="reinforcement learning from a reward model, or from functions",
     ),
     ("posttraining", "rlhf"): MethodRow(
-        config="loopos.config.rlhf:RlhfConfig",
         trainer="loopos.methods.rlhf:ReinforcementTrainer",
-        said="human preferences: a reward model from comparisons, then a policy trained on it by PPO",
+        summary="a reward model from preferences, then PPO against it",
     ),
     ("pretraining", "autoregressive"): MethodRow(
-        config="loopos.config.pretraining:PretrainingConfig",
         trainer="loopos.methods.pretraining:Pretrainer",
-        said="a tokenizer and a new causal language model from plain text",
+        summary="pretraining: a tokenizer and a new language model from text",
     ),
 }
 
 
-def config_classes() -> dict[MethodName, type[MethodConfig]]:
+class _ConfigClasses(Mapping[MethodName, "type[MethodConfig]"]):
+    """The config class of each method, imported when it is looked up: one of them takes 20 ms."""
+
+    def __getitem__(self, name: MethodName) -> type[MethodConfig]:
+        # Imported here: pydantic takes a tenth of a second, which the commands' help does without.
+        from loopos.config.method_configs import config_class
+
+        return config_class(*name)
+
+    def __iter__(self) -> Iterator[MethodName]:
+        return iter(METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+
+def config_classes() -> Mapping[MethodName, type[MethodConfig]]:
     """The config class of every method, as `config.load` takes them."""
-    return {name: _imported(row.config) for name, row in METHODS.items()}
+    return _ConfigClasses()
+
+
+def methods_help() -> str:
+    """The methods for `loopos train --help`, one a line; the mark in front keeps the lines apart."""
+    width = max(len(method) for _, method in METHODS)
+    lines = [f"  {method:<{width}}  {row.summary}" for (_, method), row in METHODS.items()]
+    return "\n".join(["\b", "Methods (computation.method):", *lines])
 
 
 def method_class(mode: str, method: str) -> MethodClass:

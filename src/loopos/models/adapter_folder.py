@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.faults import UserError
+from loopos.config.paths import expanded
 from loopos.models.adapter_patterns import matches
 from loopos.models.sources import ADAPTER_CONFIG
 from loopos.storage.json_files import read_object
@@ -201,12 +203,12 @@ def _divisor(rank: int, *, rooted: bool) -> float:
 
 def is_adapter(place: str | Path) -> bool:
     """Whether a place is a folder of a PEFT adapter."""
-    return (Path(place).expanduser() / ADAPTER_CONFIG).is_file()
+    return (Path(expanded(os.fspath(place))) / ADAPTER_CONFIG).is_file()
 
 
 def open_adapter_folder(place: str | Path) -> AdapterFolder:
     """The adapter in a folder. Raises `UserError` for one that is broken, or whose config says what cannot be."""
-    folder = Path(place).expanduser()
+    folder = Path(expanded(os.fspath(place)))
     check_manifest(folder)
     config = read_object(folder / ADAPTER_CONFIG)
     wrong = list(_wrong_values(config))
@@ -256,9 +258,9 @@ def _check_ranks(adapter: AdapterFolder) -> None:
     given = {key: adapter.config.get(key) for key in ("r", "init_r", "target_r")}
     patterns = adapter.config.get("rank_pattern") or {}
     given |= {f"rank_pattern.{name}": rank for name, rank in patterns.items() if type(rank) is int}
-    for key, rank in given.items():
-        if rank is not None and rank > max(largest, 4096):
-            raise UserError(f"{file}: {key}: got {rank}; expected at most {largest}, the longest side of its weights")
+    for key, value in given.items():
+        if value is not None and value > max(largest, 4096):
+            raise UserError(f"{file}: {key}: got {value}; expected at most {largest}, the longest side of its weights")
 
 
 def _shown(value: Any) -> str:

@@ -56,7 +56,8 @@ def fold_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
         expected = _outputs(wrapped, ids)
     _give_each_its_own(wrapped)
     with _refused(adapter, "merged into"), _hushed():
-        merged = wrapped.base_model.merge_and_unload(safe_merge=True)
+        tuner: Any = wrapped.base_model
+        merged = tuner.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     _tie_again(merged, tied=tied)
     merged.eval()  # type: ignore[no-untyped-call]
@@ -68,6 +69,12 @@ def fold_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
             f"outputs differ by {largest:.3g} where they reach {scale:.3g}; it cannot be merged"
         )
     return merged.requires_grad_(True)
+
+
+def embeddings(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The modules of the input's and the output's embedding; None for an output that the model lacks."""
+    opened: Any = model
+    return opened.get_input_embeddings(), opened.get_output_embeddings()
 
 
 def saved_rows(adapter: AdapterFolder, embedding: str) -> int | None:
@@ -129,9 +136,10 @@ def _wrapped(model: PreTrainedModel, adapter: AdapterFolder) -> PeftModel:
 
 
 def _merges(config: PeftConfig) -> bool:
+    from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    return hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload")
+    return hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(config.peft_type)), "merge_and_unload")
 
 
 @contextmanager
@@ -164,7 +172,7 @@ def _described(adapter: AdapterFolder) -> str:
 
 def _resize(model: PreTrainedModel, adapter: AdapterFolder) -> None:
     """Gives the embeddings the rows that the adapter brings. Raises `UserError` where it brings those of one side."""
-    entry, output = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    entry, output = embeddings(model)
     names = {id(module): name for name, module in model.named_modules()}
     rows = saved_rows(adapter, names[id(entry)])
     if rows is None or rows == entry.weight.shape[0]:
@@ -192,7 +200,7 @@ def _tie_again(model: PreTrainedModel, *, tied: bool) -> None:
     """Ties the embeddings where they are still equal; where the adapter made them differ the config says so."""
     if not tied:
         return
-    entry, output = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    entry, output = embeddings(model)
     equal = output is None or torch.equal(entry.weight, output.weight)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = equal
@@ -203,7 +211,7 @@ def _tie_again(model: PreTrainedModel, *, tied: bool) -> None:
 
 def _probe(model: PreTrainedModel, adapter: AdapterFolder) -> Tensor:
     """Tokens `[1, T]` from all over the vocabulary, and those that the adapter trains by themselves."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+    rows = embeddings(model)[0].weight.shape[0]
     trained = adapter.config.get("trainable_token_indices") or adapter.config.get("token_indices") or []
     indices = [each for part in trained.values() for each in part] if isinstance(trained, dict) else list(trained)
     spread = torch.linspace(0, rows - 1, 24).long().tolist()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS
+from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS, expanded
 from loopos.models.config_check import check_config
 from loopos.models.model_folder import Kind, described, kind_of, model_folder, read_description
 from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, base_of_adapter, folder_of, weights_source
@@ -21,8 +21,6 @@ from loopos.storage.json_files import read_object
 
 FoundKind: TypeAlias = Kind | Literal["classifier", "encoder"]
 """That of LoopOS's models, or of other programs' transformers' sequence classifier, and any without a head."""
-
-_FIELD = "data.pretrained_weights: "
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class FoundModel:
 
 def find_model(place: str) -> FoundModel:
     """What lies at `place`. Raises `UserError` where there is no model, or an ensemble, which is several."""
-    path = Path(place).expanduser()
+    path = Path(expanded(place))
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter_alone(place, path)
     if description := described(path):
@@ -120,15 +118,11 @@ def _checkpoint(place: str) -> FoundModel:
 
 def local_place(given: str) -> tuple[Path, Path | None]:
     """The folder on this machine that has, or would have, the config of what `given` names, and the file of weights
-    where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`, without the key of a config.
+    where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`.
     """
     if given == NEW_WEIGHTS:
         raise UserError('given "new", which has learned nothing; wanted a trained model')
-    try:
-        source = weights_source(given)
-    except UserError as problem:
-        # The checks behind name the key of a config; here the words come from a command line or a recipe.
-        raise type(problem)(str(problem).removeprefix(_FIELD)) from problem
+    source = weights_source(given)
     if source.kind == "hub":
         return _from_hub(given), None
     if folder := folder_of(source):

@@ -95,8 +95,8 @@ def _added(row: int, token: str, kind: int) -> Mapping[str, Any]:
 
 def _post_processor(kept: Mapping[str, Any], tokens: list[str]) -> Mapping[str, Any] | None:
     """What puts begin and end tokens around a text."""
-    around = {key: kept.get(f"ggml.{key}_token_id") for key in ("bos", "eos") if kept.get(f"ggml.add_{key}_token")}
-    around = {key: row for key, row in around.items() if row is not None}
+    added = [key for key in ("bos", "eos") if kept.get(f"ggml.add_{key}_token")]
+    around = {key: int(kept[name]) for key in added if (name := f"ggml.{key}_token_id") in kept}
     if not around:
         return None
 

@@ -46,15 +46,16 @@ class PooledModel(nn.Module):
         head_std: float | None = None,
     ) -> None:
         """backbone: of its own, or a view of one that belongs to another module. head_std: standard deviation that W is
-        drawn with; the model's own `initializer_range` when None.
+        drawn with, 0 for a head of zeros; the model's own `initializer_range` when None.
         """
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
         self.head = nn.Linear(backbone.hidden_size, num_outputs, bias=False, dtype=torch.float32)
-        std = head_std or getattr(backbone.model.config.get_text_config(), "initializer_range", None) or 0.02
+        if head_std is None:
+            head_std = getattr(backbone.model.config.get_text_config(), "initializer_range", None) or 0.02
         with torch.no_grad():
-            self.head.weight.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+            self.head.weight.normal_(0.0, head_std, generator=torch.Generator().manual_seed(seed))
 
     def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
         """ids `[T]`, layout of N sequences → outputs (logits or standardised predictions) `[N, C]` in fp32."""

@@ -90,7 +90,8 @@ def open_language_model(place: str, *, trust_remote_code: bool = False) -> Opene
         folder = model_folder(place)
         if kind_of(description) != "language":
             raise UserError(
-                f"{folder}: a {description['task']} model, which says no text; use loopos predict and loopos evaluate"
+                f"{folder}: a {description['task']} model; it cannot generate text. Use loopos predict and loopos "
+                "evaluate"
             )
         if LANGUAGE_ENSEMBLE in description:
             raise UserError(f"{folder}: an ensemble of language models; wanted a single one: name a member of it")

@@ -16,22 +16,24 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.faults import SettingError, UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
 from loopos.models.broken_files import BROKEN, reason_of
 from loopos.models.config_check import check_config
-from loopos.models.folded_adapter import TASKS, fold_adapter
+from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
 from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
+from loopos.models.task_layout import backbone_config
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
 from loopos.storage.manifest import check_manifest, checked_meanwhile, is_weights
 
 NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
+_KEY = "data.pretrained_weights"
 _SIZES = {
     "d_model": "hidden_size",
     "num_heads": "num_attention_heads",
@@ -133,10 +135,10 @@ def _load(
     given = source.given
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
-    embeddings = config.get_text_config().vocab_size
-    if len(opened) > embeddings:
+    num_rows = config.get_text_config().vocab_size
+    if len(opened) > num_rows:
         raise UserError(
-            f"the tokenizer has {len(opened)} tokens but the model of {given} only {embeddings} embeddings: "
+            f"the tokenizer has {len(opened)} tokens but the model of {given} only {num_rows} embeddings: "
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
@@ -145,9 +147,10 @@ def _load(
         model = from_file(source, config, causal=causal)
     elif (folder := folder_of(source)) is not None and holds_codes(config):
         if not quantized:
-            raise UserError(
-                f"data.pretrained_weights: {given} is quantized: its weights are codes, which can be neither trained "
-                "nor changed; wanted the model that it was made from"
+            raise SettingError(
+                _KEY,
+                f"{given} is quantized: its weights are codes, which can be neither trained nor changed; wanted the "
+                "model that it was made from",
             )
         model = from_quantized(given, folder, config, causal=causal)
     else:
@@ -186,7 +189,7 @@ def load_adapted(
         own = open_tokenizer(
             WeightsSource(adapter.place, "adapter", adapter.folder), trust_remote_code=trust_remote_code
         )
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+    rows = embeddings(model)[0].weight.shape[0]
     if len(own) > rows:
         raise UserError(
             f"{adapter.place}: its tokenizer has {len(own)} tokens, but the model only {rows} embeddings: those of "
@@ -222,9 +225,9 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
     if folder is not None:
         check_config(folder / "config.json")
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = backbone_config(place) or AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except BROKEN as problem:
-        raise UserError(_why(source, problem)) from problem
+        raise SettingError(_KEY, _why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)
     _check_config(config, sizes, source.given)
     return config
@@ -275,11 +278,10 @@ def _why(source: WeightsSource, problem: Exception) -> str:
     first = reason_of(problem)
     if source.kind == "hub":
         return (
-            f"data.pretrained_weights: {source.given} is neither a file or folder here nor reachable on a hub: "
-            f"{first}\n"
+            f"{source.given} is neither a file or folder here nor reachable on a hub: {first}\n"
             'use the embedded model ("smollm2-135m"), a local folder, or set HF_TOKEN for a private model'
         )
-    return f"data.pretrained_weights: cannot read the config of {source.given}: {first}"
+    return f"cannot read the config of {source.given}: {first}"
 
 
 def fingerprint(model: PreTrainedModel) -> str:

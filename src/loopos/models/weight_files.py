@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loopos.config.faults import UserError
+from loopos.config.faults import SettingError, UserError
 from loopos.config.paths import NEW_WEIGHTS
-from loopos.models.broken_files import BROKEN, broken_as_user_error, reason_of
+from loopos.models.broken_files import BROKEN, reason_of
+from loopos.models.quiet import quiet_transformers
 from loopos.models.sources import WeightsSource
 from loopos.storage.tensor_files import (
     NAMED_WEIGHTS,
@@ -33,6 +34,7 @@ from loopos.storage.tensor_files import (
 )
 
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
+_KEY = "data.pretrained_weights"
 # A tensor's names, index and tied copies let a model be larger than its file, but not by far.
 _MOST_NUMBERS_A_BYTE, _SLACK = 2, 10_000_000
 # Tensors of a pickle that is no archive: it is refused where it is read.
@@ -45,9 +47,10 @@ def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     for an architecture that has no such model.
     """
     if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
-        raise UserError(
-            f"data.pretrained_weights: {config.model_type} is no causal language model; wanted one that predicts the "
-            "next token, such as a Llama, Qwen, Gemma or GPT-2"
+        raise SettingError(
+            _KEY,
+            f"{config.model_type} is no causal language model; wanted one that predicts the next token, such as a "
+            "Llama, Qwen, Gemma or GPT-2",
         )
     return AutoModelForCausalLM if causal else AutoModel
 
@@ -60,8 +63,11 @@ def new_model(config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
     """A model with new weights, fp32, drawn from torch's generator."""
     opener = model_class(config, causal=causal)
     given = config.name_or_path or NEW_WEIGHTS
-    with broken_as_user_error(f"data.pretrained_weights: {given}: no {config.model_type} can be built of its config"):
+    try:
         model = opener.from_config(config, dtype=torch.float32)
+    except BROKEN as problem:
+        fault = f"{given}: no {config.model_type} can be built of its config: {reason_of(problem)}"
+        raise SettingError(_KEY, fault) from problem
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -73,16 +79,16 @@ def check_sizes(
     such a config would take the time and memory of its sizes before a missing tensor could be found. num_bytes: of the
     files, each of whose numbers takes one at least. Packed weights of other programs are let through.
     """
-    fault = f"data.pretrained_weights: {given}: its config.json describes"
+    fault = f"{given}: its config.json describes"
     layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if layers > num_tensors:
-        raise UserError(f"{fault} {layers:,} layers, but its weights are {num_tensors:,} tensors")
+        raise SettingError(_KEY, f"{fault} {layers:,} layers, but its weights are {num_tensors:,} tensors")
     if getattr(config, "quantization_config", None) is not None:
         return
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in new_model(config, causal=causal).parameters())
     if numbers > _MOST_NUMBERS_A_BYTE * num_bytes + _SLACK:
-        raise UserError(f"{fault} {numbers:,} numbers, but its weights are {num_bytes:,} bytes")
+        raise SettingError(_KEY, f"{fault} {numbers:,} numbers, but its weights are {num_bytes:,} bytes")
 
 
 def _num_tensors(file: Path) -> int:
@@ -115,18 +121,19 @@ def from_folder(
     if Path(place).is_dir():
         _check_folder(Path(place), config, causal=causal)
     try:
-        model, info = opener.from_pretrained(
-            place,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with quiet_transformers():
+            model, info = opener.from_pretrained(
+                place,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except pickle.UnpicklingError as problem:
-        raise UserError(f"data.pretrained_weights: {place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
+        raise SettingError(_KEY, f"{place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
     except BROKEN as problem:
-        raise UserError(f"data.pretrained_weights: cannot load {place}: {reason_of(problem)}") from problem
+        raise SettingError(_KEY, f"cannot load {place}: {reason_of(problem)}") from problem
     mismatched = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
     # Names of tensors without a place keep the prefix that they have in a model with its head.
     left_over = {name.removeprefix(model.base_model_prefix + ".") for name in info["unexpected_keys"]}
@@ -229,9 +236,10 @@ def _refuse(
     if surplus := _surplus_layers(wanted, left_over):
         told.append(f"layers that the model has no place for: {_some(surplus)}")
     if told:
-        raise UserError(
-            f"data.pretrained_weights: {given} does not fill {type(model).__name__}: {'; '.join(told)}; wanted weights "
-            "of these sizes: correct the sizes under model or in config.json, or name other weights"
+        raise SettingError(
+            _KEY,
+            f"{given} does not fill {type(model).__name__}: {'; '.join(told)}; wanted weights of these sizes: correct "
+            "the sizes under model or in config.json, or name other weights",
         )
 
 

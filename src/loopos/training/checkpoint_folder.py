@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from loopos.config.faults import UserError
 from loopos.storage.durable import JSON, fsync_place, hash_file, write_hashed
+from loopos.storage.json_files import json_text
 from loopos.storage.tensor_format import safetensors_pieces
 from loopos.training.slices import RowSpan, SlicedTensors, described, group_of
 
@@ -52,7 +53,7 @@ def folder_name(step: int) -> str:
 def encode_state(state: Mapping[str, JSON]) -> bytes:
     """The bytes of `state.json`. Keys are text and floats finite (asserted); tuples come back as lists."""
     _assert_text_keys(state, "state")
-    return json.dumps(state, allow_nan=False, ensure_ascii=False, sort_keys=True).encode()
+    return json_text(state, allow_nan=False, sort_keys=True).encode()
 
 
 def _assert_text_keys(value: JSON, where: str) -> None:

@@ -17,13 +17,22 @@ from loopos.training.validation import Judges
 
 @dataclass(frozen=True)
 class Ending:
-    """gives_up: the method's own reason to end the run, if it has one now."""
+    """`planned_steps`: of the run without `training.max_steps`, and `planned_end` what has ended then: "epochs", or
+    "max_iterations". `gives_up`: the method's own reason to end the run, if it has one now.
+    """
 
     settings: TrainingSection
-    total_steps: int
+    planned_steps: int
+    planned_end: str
     judges: Judges | None
     world: World
     gives_up: Callable[[], str | None]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps after which the run ends."""
+        limit = self.settings.max_steps
+        return self.planned_steps if limit is None else min(self.planned_steps, limit)
 
     def reason(self, position: Position, received: str | None) -> str | None:
         """received: the name of a signal that this process was sent."""
@@ -34,9 +43,11 @@ class Ending:
         names = [name for name, _ in told if name is not None]
         if names:
             return str(names[0])
-        if position.step >= self.total_steps:
-            return "max_steps" if self.total_steps == self.settings.max_steps else "epochs"
-        return "max_time" if told[0][1] else self.gives_up()
+        # An alarm in the last step is the reason, though the run would have ended there anyway.
+        given_up = self.gives_up()
+        if given_up is None and position.step >= self.total_steps:
+            return "max_steps" if self.total_steps < self.planned_steps else self.planned_end
+        return given_up or ("max_time" if told[0][1] else None)
 
     def still_holds(self, position: Position) -> bool:
         """Whether the reason that ended a run still ends it under the settings it is resumed with."""

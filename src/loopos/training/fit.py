@@ -9,53 +9,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-from loopos.config.sections import TrainingSection
-from loopos.storage.durable import JSON
+from loopos.config.faults import Interrupted
+from loopos.config.sections import MethodConfig, TrainingSection
+from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
 from loopos.training.distributed import World
+from loopos.training.due import Due, falls_due, passes
 from loopos.training.ending import Ending
+from loopos.training.fit_result import FitResult as FitResult
 from loopos.training.progress import RunProgress
+from loopos.training.resuming import beginning
+from loopos.training.run_identity import Identity, of_training
 from loopos.training.run_log import RunLog
-from loopos.training.run_state import Carried, Position, RunState, identity_of
+from loopos.training.run_state import Carried, Position, RunState
 from loopos.training.schedules import factor, warmup_steps
+from loopos.training.session_facts import session_facts
 from loopos.training.step_source import BatchT, StepSource
-from loopos.training.stopping import EXIT_CODES, Best, StopSignals
+from loopos.training.stopping import EXIT_CODES, StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
 from loopos.training.validation import Judges, Validation
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended. `stopped_by`: "epochs", "max_steps", "max_time", "early stopping", "SIGTERM" or "SIGINT".
-    `best`: step and metric of the best validation. `seconds`: in steps, validations and saves.
-    """
-
-    step: int
-    stopped_by: str
-    best_step: int | None
-    best_metric: float | None
-    tokens: int
-    seconds: float
-
-    @property
-    def interrupted(self) -> bool:
-        """Ended by a signal: there is more to train, and `--resume` goes on."""
-        return self.stopped_by in EXIT_CODES
-
-
 class Fit(Generic[BatchT]):
-    """One run in one folder: `open`, then `run`. Steps are numbered by their place in the plan: a source that leaves
-    the rest of an epoch out goes on with the number of the next one's first step.
+    """One run in one folder: `open`, then `run`. A source may leave out the rest of an epoch; the next step has the
+    number of the next epoch's first one.
     """
 
     def __init__(
         self,
         *,
         run_dir: Path,
+        config: MethodConfig,
         settings: TrainingSection,
         update: Update,
         batches: StepSource[BatchT],
@@ -63,31 +51,34 @@ class Fit(Generic[BatchT]):
         validation: Validation | None,
         progress: RunProgress,
         world: World,
-        base: str,
+        identity: Identity,
         facts: Mapping[str, JSON] | None = None,
         unfreeze: Callable[[], None] | None = None,
         planned_steps: int | None = None,
+        planned_end: str = "epochs",
         validation_unit: int = 1,
         carried: Carried | None = None,
         gives_up: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the
-        log should say of each session. unfreeze: called once, when `training.unfreeze_step` is reached. planned_steps:
-        `num_epochs` × steps an epoch when None. validation_unit: steps that `validate_every` counts in. carried: what
-        else the checkpoints hold. gives_up: asked after each step; the reason to end the run, if there is one.
+        """config: of the whole run, for config.json and the log. identity: what the run learns from and what its
+        outputs mean; a checkpoint of another identity is refused. facts: what the log records of each session.
+        unfreeze: called once, at `training.unfreeze_step`. planned_steps: `num_epochs` × steps an epoch when None;
+        planned_end: what has ended after them. validation_unit: steps that `validate_every` counts in. carried: what
+        else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any.
         """
-        self.run_dir, self.settings, self.update, self.batches = run_dir, settings, update, batches
+        self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
+        self.update, self.batches = update, batches
         self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
         self.facts, self.unfreeze = dict(facts or {}), unfreeze
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
-        self.total_steps = planned if settings.max_steps is None else min(planned, settings.max_steps)
         self.validation_unit = validation_unit
-        self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.judges = Judges(validation, settings) if validation is not None else None
-        identity = identity_of(base, settings, batches, update)
+        self.ending = Ending(settings, planned, planned_end, self.judges, world, gives_up)
+        self.total_steps = self.ending.total_steps
+        self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.state = RunState(
             run_dir / "checkpoints",
-            identity,
+            {**identity, **of_training(settings, batches, update)},
             update,
             self.judges,
             world,
@@ -95,33 +86,39 @@ class Fit(Generic[BatchT]):
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
         )
-        self.ending = Ending(settings, self.total_steps, self.judges, world, gives_up)
         self.log = RunLog()
         self._saved: dict[str, JSON] = {}
         self._save_seconds = 0.0
+        self.due = Due(settings)
 
     @property
     def position(self) -> Position:
         return self.state.position
 
     def open(self, *, resume: bool) -> None:
-        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one.
+        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one; then clears what
+        killed processes left among the checkpoints, and writes config.json.
 
-        Raises `UserError` (a checkpoint of another run); nothing is changed in the folder then.
+        Raises `UserError` (a checkpoint of another run, a log that is not the run's); nothing is changed in the folder
+        then. `DiskFull`.
         """
-        found, said = checkpoint.newest_whole(self.state.folder) if resume else (None, [])
-        for line in said:
-            self.progress.warn(line)
-        if found is not None:
+        begun = beginning(self.run_dir, self.config, self.state.identity, resume=resume)
+        if (found := begun.found) is not None:
             self._restore(found)
+        # No process looks for checkpoints any more when the first one clears.
+        self.world.wait()
         if self.world.is_first:
-            offset, step = (found.state["events_offset"], found.step) if found is not None else (0, None)
-            self.log.open(self.run_dir, offset=offset, tensorboard=self.settings.tensorboard, resumed_step=step)
-        if found is not None:
-            self.progress.say(f"resumed from the checkpoint of step {found.step}")
-        elif resume:
-            self.progress.say("no checkpoint to resume from: starting at step 0")
-        facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
+            for line in begun.lines:
+                self.progress.warn(line)
+            with disk_full_said(self.run_dir, len(str(self.config)), "the run's config"):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self.progress.say(*self.state.clear(found))
+                save_json(self.run_dir / "config.json", self.config)
+            self.log.open(begun.written, tensorboard=self.settings.tensorboard, resumed_step=begun.step)
+        if resume:
+            self.progress.say(begun.sentence())
+        facts = {"total_steps": self.total_steps, **begun.facts(), **self.facts, "settings": self.config}
+        facts |= session_facts(self.batches, self.validation, self.update, self.world)
         self.record("session", facts, {"time": time.time()})
 
     def run(self) -> FitResult:
@@ -134,20 +131,20 @@ class Fit(Generic[BatchT]):
             )
         self.progress.begin(self.total_steps, self.position.step)
         try:
-            with StopSignals() as signals:
+            with steps_end_in_order(speaks=self.world.is_first) as signals:
                 self._loop(signals)
+        except KeyboardInterrupt:
+            whole, resumes = self._last_saved(), "the same command with --resume continues"
+            raise Interrupted(f"interrupted after step {self.position.step}; {whole}; {resumes}") from None
         finally:
             self.progress.end()
             self.log.close()
-        position, best = self.position, self.judges.best if self.judges is not None else Best("min")
-        assert position.stopped_by is not None
-        return FitResult(position.step, position.stopped_by, best.step, best.metric, position.tokens, position.seconds)
+        return FitResult.of(self.position, self.judges)
 
     def _loop(self, signals: StopSignals) -> None:
         position = self.position
-        if position.step == 0:
-            # Before training: the figure to compare with, never the best weights.
-            self._validate(judged=False)
+        if position.step == 0 and self.settings.validate_at_start:
+            self._validate_start()
         if not position.concluded:
             self._conclude(signals)
         while position.stopped_by is None:
@@ -172,7 +169,9 @@ class Fit(Generic[BatchT]):
                 "training.on_nonfinite to skip"
             ) from None
         own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
-        counted = self.world.sum_floats(own)
+        # The first process's clock decides for all.
+        counted = self.world.sum_floats({**own, "overdue": self.world.is_first and self.due.waits_too_long()})
+        self.due.save_is_overdue = counted["overdue"] > 0
         seconds = time.monotonic() - began
         position.cursor = self.batches.after(position.cursor, result.losses)
         position.previous_step = position.step
@@ -183,7 +182,7 @@ class Fit(Generic[BatchT]):
         position.seconds += seconds
         if result.skipped:
             self.progress.warn(f"step {position.step}: not finite, skipped ({position.skipped} so far)")
-        if result.skipped or self._passes(self.settings.log_every) or position.step >= self.total_steps:
+        if result.skipped or passes(position, self.settings.log_every) or position.step >= self.total_steps:
             self._log_step(result, rate, counted["tokens"], seconds)
         self.progress.step(position.step, result.losses, int(counted["tokens"]), seconds)
 
@@ -217,34 +216,40 @@ class Fit(Generic[BatchT]):
             self._save(is_best=False)
             position.stopped_by = reason
             return
-        validated = reason is not None or self._falls_due(settings.validate_every, self.validation_unit)
+        validated = reason is not None or falls_due(position, settings.validate_every, self.validation_unit)
         is_best = validated and self._validate()
         if reason is None and validated and self.judges is not None and self.judges.gives_up:
             reason = "early stopping"
         position.concluded, position.stopped_by = True, reason
-        if reason is not None or self._save_falls_due(validated, is_best):
+        is_judged = self.judges is not None
+        if reason is not None or self.due.save(position, validated=validated, is_best=is_best, is_judged=is_judged):
             self._save(is_best)
 
-    def _save_falls_due(self, validated: bool, is_best: bool) -> bool:
-        every = self.settings.save_every
-        if every == "validation":
-            return validated and self.judges is not None
-        # The best weights are kept whenever they come, not only where a step to save falls on them.
-        return self._falls_due(every) or (is_best and self.settings.keep_best and every != "never")
+    def _validate_start(self) -> None:
+        """Measures what training has to beat; a run resumed from a checkpoint of step 0 knows it already."""
+        if self.judges is None or self.judges.knows_start:
+            return
+        metrics, began = self._measure()
+        self.judges.observe_start(metrics)
+        self._log_validation(metrics, began, best=False, best_trained=False, verdict="the start")
+        if self.settings.export_start:
+            # Until a validation beats it, the start is the best checkpoint.
+            self._save(is_best=True)
 
-    def _falls_due(self, every: int | str, unit: int = 1) -> bool:
-        if isinstance(every, str):
-            return every in ("epoch", "iteration") and self.position.cursor.step == 0
-        return self._passes(every * unit)
-
-    def _passes(self, every: int) -> bool:
-        """Whether the last step ended at or went over a multiple of `every`."""
-        return self.position.step // every > self.position.previous_step // every
-
-    def _validate(self, *, judged: bool = True) -> bool:
-        """Measures, logs and, if `judged`, judges; whether this is the best validation so far."""
-        if self.validation is None or self.judges is None:
+    def _validate(self) -> bool:
+        """Measures, judges and logs; whether the checkpoint of these weights is the best one to export."""
+        if self.judges is None:
             return False
+        metrics, began = self._measure()
+        best_trained = self.judges.observe(metrics, self.position.step)
+        best = best_trained and self.judges.beat_start is not False
+        verdict = "best" if best else "no better than the start" if best_trained else ""
+        self._log_validation(metrics, began, best=best, best_trained=best_trained, verdict=verdict)
+        return best if self.settings.export_start else best_trained
+
+    def _measure(self) -> tuple[dict[str, float], float]:
+        """A validation's metrics, and when it began."""
+        assert self.validation is not None, "there are no judges without one"
         began = time.monotonic()
         metrics = dict(self.validation.measure())
         for name in sorted({self.validation.metric, self.validation.watched} - set(metrics)):
@@ -252,17 +257,22 @@ class Fit(Generic[BatchT]):
                 f"validation at step {self.position.step}: {name} is not defined on these rows and predictions, so "
                 "nothing is judged by it; name another metric in training.metric if this stays"
             )
-        better = judged and self.judges.observe(metrics, self.position.step)
+        return metrics, began
+
+    def _log_validation(
+        self, metrics: Mapping[str, float], began: float, *, best: bool, best_trained: bool, verdict: str
+    ) -> None:
+        assert self.validation is not None
         seconds = time.monotonic() - began
         self.position.seconds += seconds
-        self.record("validation", {**metrics, "best": better}, {"seconds": seconds})
-        self.progress.validation(self.position.step, metrics, better)
-        return better
+        self.record("validation", {**metrics, "best": best, "best_trained": best_trained}, {"seconds": seconds})
+        self.progress.validation(self.position.step, metrics, verdict, first=self.validation.metric)
 
     def _save(self, is_best: bool) -> None:
         """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
         began = time.monotonic()
-        self.state.begin_save(self.log.offset(), is_best=is_best)
+        self.due.saved()
+        self.state.begin_save(self.log.place(), is_best=is_best)
         self._saved = {"is_best": is_best}
         self._save_seconds = time.monotonic() - began
 
@@ -291,5 +301,5 @@ class Fit(Generic[BatchT]):
         return f"the checkpoint of step {whole.step} is whole" if whole else "there is no checkpoint yet"
 
     def record(self, kind: str, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
-        """Writes an event of the present step."""
-        self.log.write(kind, self.position.step, metrics, timing)
+        """Writes an event of the present step, with the time of day: a run that was killed shows when it ended."""
+        self.log.write(kind, self.position.step, metrics, {**timing, "time": time.time()})

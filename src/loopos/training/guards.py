@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_LABELS = {"kl": "KL", "repetition": "repetition"}
+_MEANINGS = {"kl": "the policy moves far from its reference", "repetition": "responses repeat themselves"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardLimits:
@@ -46,12 +49,16 @@ class GuardLimits:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """`value` of the metric `name` is beyond `limit`; `said` tells a person so."""
+    """`value` of the metric `name` is beyond `limit`; `message` says so."""
 
     name: str
     value: float
     limit: float
-    said: str
+    message: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The alarm for the log."""
+        return {"name": self.name, "value": self.value, "limit": self.limit, "message": self.message}
 
 
 class Guards:
@@ -116,10 +123,10 @@ class Guards:
                 continue
             value = metrics[name]
             if not math.isfinite(value):
-                yield Alarm(name, value, setting, f"{name} is {value}, not a number to go by."), True
+                yield Alarm(name, value, setting, f"{name} is {value}: not a finite number"), True
             elif name in ("kl", "repetition"):
-                said = f"{name} is {value:.4g}, above its limit of {setting:.4g}."
-                yield Alarm(name, value, setting, said), value > setting
+                message = f"{_LABELS[name]} {value:.4g} is above its limit of {setting:.4g}: {_MEANINGS[name]}"
+                yield Alarm(name, value, setting, message), value > setting
             elif name == "entropy":
                 yield self._entropy(value, setting)
             elif name == "response_length":
@@ -130,32 +137,36 @@ class Guards:
                 yield self._judge(value, setting, self._latest_reward)
 
     def _entropy(self, value: float, share: float) -> tuple[Alarm, bool]:
-        first = self._first["entropy"]
-        limit = share * first
-        said = f"entropy is {value:.4g} nats, below {limit:.4g}, {share:.4g} times the first, {first:.4g}: too sure."
-        return Alarm("entropy", value, limit, said), value < limit
+        start = self._first["entropy"]
+        fell = f"entropy {value:.4g} fell below {100 * share:.4g}% of its start ({start:.4g})"
+        message = f"{fell}: the policy may be collapsing"
+        return Alarm("entropy", value, share * start, message), value < share * start
 
     def _length(self, value: float, ratio: float) -> tuple[Alarm, bool]:
-        first = self._first["response_length"]
-        is_long = value > first
-        limit = first * ratio if is_long else first / ratio
-        told = f"above {limit:.4g}, {ratio:.4g} times" if is_long else f"below {limit:.4g}, 1/{ratio:.4g} of"
-        said = f"response_length is {value:.4g} tokens, {told} the first, {first:.4g}."
-        return Alarm("response_length", value, limit, said), (value > limit if is_long else value < limit)
+        start = self._first["response_length"]
+        shortest, longest = start / ratio, start * ratio
+        limit = longest if value > start else shortest
+        message = (
+            f"mean length {value:.4g} left the range {shortest:.4g}–{longest:.4g} around its start ({start:.4g} tokens)"
+        )
+        return Alarm("response_length", value, limit, message), not shortest <= value <= longest
 
     def _end_share(self, value: float, drop: float) -> tuple[Alarm, bool]:
-        first = self._first["end_share"]
-        limit = first - drop
-        said = f"end_share is {value:.4g}, more than {drop:.4g} under the first, {first:.4g}: responses are cut."
-        return Alarm("end_share", value, limit, said), value < limit
+        start = self._first["end_share"]
+        limit = start - drop
+        message = (
+            f"the share of finished responses, {value:.4g}, fell more than {drop:.4g} below its start ({start:.4g}): "
+            "responses are cut off"
+        )
+        return Alarm("end_share", value, limit, message), value < limit
 
     def _judge(self, value: float, drop: float, reward: float) -> tuple[Alarm, bool]:
         """Reward hacking: what is trained on rises while what it stands for falls (Gao et al. 2023, figure 1)."""
         assert self._best_judge is not None, "a finite judge was taken as the best one"
-        first = self._first["reward"]
+        start = self._first["reward"]
         limit = self._best_judge - drop
-        said = (
-            f"the reward rose from {first:.4g} to {reward:.4g} while the judge fell to {value:.4g}, more than "
-            f"{drop:.4g} under its best, {self._best_judge:.4g}: the reward model is being exploited."
+        message = (
+            f"reward rose from {start:.4g} to {reward:.4g} while the judge fell to {value:.4g}, more than {drop:.4g} "
+            f"below its best ({self._best_judge:.4g}): the policy may be exploiting the reward model"
         )
-        return Alarm("judge", value, limit, said), reward > first and value < limit
+        return Alarm("judge", value, limit, message), reward > start and value < limit

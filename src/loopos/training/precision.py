@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loopos.config.faults import UserError
+from loopos.config.faults import SettingError
 from loopos.functional.gradient_sum import sum_gradient_of
 from loopos.training.sharding import Rows, Sharding
 from loopos.training.slices import rows_of
@@ -27,8 +27,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
     if not there[name]:
-        raise UserError(
-            f"training.device: given {name}, but torch {torch.__version__} sees no such device; use auto or cpu"
+        raise SettingError(
+            "training.device", f"given {name}, but torch {torch.__version__} sees no such device; use auto or cpu"
         )
     return torch.device(name)
 
@@ -38,9 +38,9 @@ def resolve(precision: str, device: torch.device) -> str:
     stay. Raises `UserError` for fp16 on another device than CUDA.
     """
     if precision == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"training.precision: given fp16, but the device is {device.type}, and fp16 is for CUDA alone; wanted "
-            "auto, fp32 or bf16"
+        raise SettingError(
+            "training.precision",
+            f"given fp16, but the device is {device.type}, and only CUDA trains in fp16; use auto, fp32 or bf16",
         )
     if precision != "auto":
         return precision

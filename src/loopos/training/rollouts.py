@@ -23,7 +23,7 @@ from loopos.training.experience import Experience
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
     """The numbers of an online run. `num_prompts`: in the data. `batch_size`: responses of an iteration over all
-    processes. `iterations`: of the whole run.
+    processes. `iterations`: of the whole run; `planned_end`: what ends it then, "epochs" or "max_iterations".
     """
 
     num_prompts: int
@@ -37,12 +37,14 @@ class RolloutPlan:
     shuffle: bool = True
     approximate_kl_limit: float | None = None
     iterations: int = 0
+    planned_end: str = "epochs"
 
     @classmethod
     def of(cls, settings: PpoTrainingSection, *, num_prompts: int, rank: int, world: int) -> RolloutPlan:
         """What a config's `training` section asks for."""
         batch_size = settings.batch_size * world
         iterations = -(-settings.num_epochs * num_prompts // batch_size)
+        limit = settings.max_iterations
         return cls(
             num_prompts=num_prompts,
             batch_size=batch_size,
@@ -54,7 +56,8 @@ class RolloutPlan:
             seed=settings.seed,
             shuffle=settings.shuffle,
             approximate_kl_limit=settings.approximate_kl_limit,
-            iterations=min(iterations, settings.max_iterations or iterations),
+            iterations=min(iterations, limit or iterations),
+            planned_end="max_iterations" if limit is not None and limit < iterations else "epochs",
         )
 
     def prompts_of(self, iteration: int) -> list[int]:

@@ -250,7 +250,7 @@ def test_the_card_says_what_is_known_and_its_code_runs(
     told = {metric["type"]: metric["value"] for metric in result["metrics"]}
     best = run_of(run / "model")
     assert best is not None
-    assert told["accuracy"] == best.best_metrics["accuracy"]
+    assert told["accuracy"] == best.exported_metrics["accuracy"]
     assert result["dataset"]["name"] == "held_out.jsonl"
     assert "`run.jsonl`" in text
     assert "| accuracy |" in text
@@ -275,7 +275,7 @@ def test_the_code_for_a_language_model_runs(
 def test_the_report_and_the_recipe(pico_folder: Path, tmp_path: Path) -> None:
     as_folder(pico_folder, tmp_path / "out", "bf16")
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "largest difference of the outputs" in report
+    assert "outputs differ by at most" in report
     assert "weights before" in report
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["model"] == str(pico_folder)
@@ -360,7 +360,7 @@ def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, 
         "--type: given q8_0; wanted one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
     )
     check_refused("--push: given name; wanted owner/name", pico_folder, out, format="gguf", push="name")
-    check_refused("holds language models alone", head_run, out, format="gguf")
+    check_refused("holds only language models", head_run, out, format="gguf")
     check_refused("no adapter here", head_run, out, format="adapter")
     check_refused("holds no model", tmp_path, out, format="huggingface")
     check_refused("which has learned nothing|wanted the folder", "new", out, format="huggingface")

@@ -25,5 +25,5 @@ def test_llama_cpp_says_what_the_model_says() -> None:
     assert all(each["same_prompt_length"] == 1.0 for each in found.values())
     assert found["f16"]["same_text"] >= 0.9
     assert found["f16"]["largest_gap"] < 0.05
-    assert found["q8_0"]["same_likeliest"] > 0.95
-    assert found["q4_0"]["same_likeliest"] > 0.7
+    assert found["q8_0"]["same_likeliest"] > 0.9
+    assert found["q4_0"]["same_likeliest"] > 0.5

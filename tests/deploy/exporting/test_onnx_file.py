@@ -15,6 +15,7 @@ from loopos.deploy.export_settings import ExportSettings
 from loopos.deploy.exporting import onnx_file
 from loopos.functional.packing import PackedLayout
 from loopos.models.heads import POOLINGS, pool
+from loopos.models.modeling_loopos import pooled
 
 
 @pytest.mark.parametrize("how", POOLINGS)
@@ -25,7 +26,7 @@ def test_padded_pooling_is_that_of_packed_rows(how: str) -> None:
     for number, part in enumerate(rows.split(lengths)):
         padded[number, : len(part)], mask[number, : len(part)] = part, 1
     expected = pool(rows, PackedLayout(lengths, torch.device("cpu")), how)
-    torch.testing.assert_close(onnx_file.pooled(padded, mask, how), expected)
+    torch.testing.assert_close(pooled(padded, mask, how), expected)
 
 
 def test_a_language_model_and_a_missing_package_are_told(

@@ -77,10 +77,15 @@ def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) 
 
 def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path, tmp_path: Path) -> None:
     """The names of the two differ by the base model's prefix, and the base has no such head."""
-    trained = classifier(tmp_path / "run", pico_folder, 4, training={"num_epochs": 1})
+    trained = classifier(tmp_path / "run", pico_folder, 4, model={"pooling": "mean"}, training={"num_epochs": 1})
+    # As another program writes the headless model.
+    tensors = {name.removeprefix("model."): each for name, each in tensors_of(trained / "model").items()}
+    save_file(tensors, trained / "model" / "model.safetensors", metadata={"format": "pt"})
     run("task_arithmetic", [trained, trained], tmp_path / "out", base=pico_folder, scale=0.0)
     found, base = tensors_of(tmp_path / "out"), tensors_of(pico_folder)
-    assert torch.equal(found["layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=False)
     own, head = (load_file(each / "head.safetensors")["weight"] for each in (trained / "model", tmp_path / "out"))
     torch.testing.assert_close(head, own)
     assert "averaged, since the base has none: head.weight" in (tmp_path / "out" / "report.md").read_text()

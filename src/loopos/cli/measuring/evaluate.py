@@ -18,6 +18,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import refuse
 from loopos.config.faults import UserError
+from loopos.data.column_check import check_labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def run(place: str, source: str | None, options: EvaluateOptions) -> int:
         )
     refuse_reward_model(place)
     refuse([f"{name}: for language models; {place} is a model with a head" for name in options.language.changed()])
+    check_labelled(source, columns, require_label=True)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.ensemble import open_predictor

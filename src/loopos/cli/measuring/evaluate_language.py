@@ -7,14 +7,14 @@ left out and counted. Left out: task models (`evaluate`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopos.cli.answers import as_time, say, say_json, table
-from loopos.cli.opened_models import open_reasoner
+from loopos.cli.answers import as_time, json_lines, say, say_json, table
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
+from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -28,6 +28,7 @@ from loopos.cli.speaking.sampling_options import (
     refuse,
 )
 from loopos.config.strategies import Strategy
+from loopos.data.column_check import check_supervised
 from loopos.data.plain_text import is_plain_text
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ def run(
     from loopos.evaluation.checkers import checker
 
     found_checker = checker(options.checker)
+    if options.output is not None:
+        refuse_unwritable(options.output)
+    check_supervised(source, columns)
+    require_language_model(place)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
@@ -143,9 +148,7 @@ def run(
 
 
 def _write(file: Path, report: LanguageReport) -> None:
-    from loopos.cli.measuring.predict import write_whole
-
-    write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in report.records))
+    write_whole(file, json_lines(report.records))
     note(f"{file}: {len(report.records)} answers")
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, say, say_json, table
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
-from loopos.config.faults import EnvironmentFault
+from loopos.config.extras import install_command
+from loopos.config.faults import EnvironmentFault, printable_json
 
 _PACKAGE = "lm_eval"
 _DEFAULT_FILTER = "none"
@@ -65,9 +67,11 @@ def run(
     if options.folder is not None and not options.folder.is_dir():
         faults.append(f"--task-folder: {options.folder} is no folder; wanted one with task files (.yaml)")
     refuse(faults)
+    if output is not None:
+        refuse_unwritable(output)
     require_language_model(place)
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise EnvironmentFault('--tasks needs lm_eval; run\n  pip install "loopos[eval]"')
+        raise EnvironmentFault(f"--tasks needs lm_eval; run\n  {install_command('eval')}")
     restart_with_settings()
     hush_libraries(verbose=verbose)
     reasoner = open_reasoner(place, device=device, precision=precision)
@@ -104,10 +108,8 @@ def _metrics(told: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _write(file: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
-    from loopos.cli.measuring.predict import write_whole
-
     lines = [
-        json.dumps({"task": name, **sample}, ensure_ascii=False, default=str) + "\n"
+        printable_json(json.dumps({"task": name, **sample}, ensure_ascii=False, default=str)) + "\n"
         for name, each in samples.items()
         for sample in each
     ]

@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 
 from loopos.cli.answers import as_time, say, say_json, table
-from loopos.cli.opened_models import in_our_words
+from loopos.cli.opened_models import require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
-from loopos.config.faults import UserError
 from loopos.data.plain_text import read_plain_text
 
 _LINE_EVERY_SECONDS = 10.0
@@ -34,17 +33,15 @@ def run(
     """Measures and prints. Raises `UserError`."""
     refuse(list(place_faults(device, precision)))
     text = read_plain_text(source)
+    require_language_model(place)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.perplexity import text_loss
     from loopos.models.speaking import open_speaking
     from loopos.training.precision import pick_device
 
-    try:
-        chosen = None if precision == "auto" else precision
-        opened = open_speaking(place, device=pick_device(device).type, precision=chosen)
-    except UserError as error:
-        raise in_our_words(error) from error
+    chosen = None if precision == "auto" else precision
+    opened = open_speaking(place, device=pick_device(device).type, precision=chosen)
     began = said = time.monotonic()
 
     def progress(done: int, whole: int) -> None:

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from loopos.cli.answers import json_lines, write
 from loopos.cli.columns import parse_columns
-from loopos.cli.opened_models import refuse_reward_model
+from loopos.cli.opened_models import require_task_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.config.faults import DataError, Fault, UserError
 from loopos.data import sniff
-from loopos.data.decoding import read_lines
+from loopos.data.column_check import check_labelled
+from loopos.data.decoding import read_lines, split_lines
 from loopos.data.formats import detect
 from loopos.data.rows import read
+from loopos.storage.writable import require_writable
 
 FORMATS = ("jsonl", "csv", "tsv")
 STANDARD_INPUT = "-"
@@ -48,9 +50,13 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     """Predicts and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
     file_format = output_format(options.output, options.format)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     if options.output is not None and source != STANDARD_INPUT and _same_file(options.output, source):
         raise UserError(f"--output: given {options.output}, which is the input; wanted another file")
-    refuse_reward_model(str(place))
+    require_task_model(str(place))
+    if not holds_lines(source, columns):
+        check_labelled(source, columns, require_label=False)
     restart_with_settings()
     texts = read_texts(source, columns)
     hush_libraries(verbose=options.verbose)
@@ -61,8 +67,7 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     predictions = predictor.predict(texts) if texts is not None else predictor.predict_file(source, columns)
     written = rendered(predictions, file_format)
     if options.output is None:
-        sys.stdout.write(written)
-        sys.stdout.flush()
+        write(written)
     else:
         write_whole(options.output, written)
         note(f"{options.output}: {len(predictions)} predictions")
@@ -85,24 +90,31 @@ def read_texts(source: str, columns: Mapping[str, str]) -> list[str] | None:
     A .txt file is data if `columns` are given, or if it holds JSON or a header that names a text column. Raises
     `DataError` for a blank line: it has no prediction, and leaving it out would shift all that follow.
     """
+    if not holds_lines(source, columns):
+        return None
     if source == STANDARD_INPUT:
         return _checked("standard input", _standard_input_lines())
-    if not source.lower().endswith(".txt") or columns or not os.path.isfile(source) or _is_data(source):
-        return None
     note(f"{source}: read as one text a line")
     with closing(read_lines(source)) as lines:
         return _checked(source, (line.rstrip("\r") for _, line in lines))
 
 
+def holds_lines(source: str, columns: Mapping[str, str]) -> bool:
+    """Whether a source is one text a line: standard input, or a .txt file that is no data."""
+    if source == STANDARD_INPUT:
+        return True
+    return source.lower().endswith(".txt") and not columns and os.path.isfile(source) and not _is_data(source)
+
+
 def _standard_input_lines() -> list[str]:
     content = sys.stdin.buffer.read()
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = split_lines(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         given = f"the byte {content[error.start]:#04x}, which is not UTF-8"
         raise DataError([Fault("standard input", number, None, "encoding", given, "text in UTF-8")]) from error
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _is_data(path: str) -> bool:
@@ -131,7 +143,7 @@ def rendered(predictions: Sequence[Mapping[str, Any]], file_format: str) -> str:
     """The predictions as text, one a line."""
     rows = [_with_probability(prediction) for prediction in predictions]
     if file_format == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return json_lines(rows)
     flat = [_flat(row) for row in rows]
     written = io.StringIO()
     table = csv.DictWriter(written, list(flat[0]), delimiter="," if file_format == "csv" else "\t", lineterminator="\n")
@@ -168,6 +180,16 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raises `UserError` for a file that could not be written: said before the work, and not after it."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder; name a file")
+    if not folder.is_dir():
+        raise UserError(f"--output: {path}: there is no folder {folder}; make it, or name another place")
+    require_writable("data.output_dir", folder)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is whole or not there. Raises `UserError` for a folder that is not there or not writable."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -175,8 +197,10 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--output: {path}: cannot be written ({error.strerror}); wanted a writable place") from error
+        # Where nothing can be written, nothing can be removed either, and nothing was left.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"--output: {path}: cannot be written ({error.strerror}); name another place") from error
 
 
 def _same_file(output: Path, source: str) -> bool:

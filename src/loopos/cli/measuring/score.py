@@ -7,18 +7,17 @@ wrote, conversations. Leaves: JSON Lines with the score of every response, and t
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.cli.answers import say_json, table
+from loopos.cli.answers import json_lines, say_json, table, write
 from loopos.cli.columns import parse_columns
-from loopos.cli.measuring.predict import write_whole
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.data.column_check import check_responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,10 @@ class ScoreOptions:
 def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     require_reward_model(place)
+    check_responses(source, columns)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor
@@ -50,10 +52,9 @@ def run(place: str, source: str, options: ScoreOptions) -> int:
     if options.json:
         say_json({"rows": len(scored.rows), **scored.metrics})
         return 0
-    written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows)
+    written = json_lines(scored.rows)
     if options.output is None:
-        sys.stdout.write(written)
-        sys.stdout.flush()
+        write(written)
     else:
         write_whole(options.output, written)
         note(f"{options.output}: {len(scored.rows)} rows")

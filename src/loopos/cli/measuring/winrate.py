@@ -7,7 +7,6 @@ output, and with -o a record a pair. The models are open one after the other. Le
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopos.cli.answers import say, say_json, table
+from loopos.cli.answers import json_lines, say, say_json, table
 from loopos.cli.columns import parse_columns
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -57,6 +57,8 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     """Answers, judges and prints. Raises `UserError`."""
     refuse(_faults(options))
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     for place in (first, second):
         require_language_model(place)
     if not _is_function(options.judge):
@@ -183,12 +185,10 @@ def _judged(
 
 
 def _write(file: Path, pairs: Sequence[Pair]) -> None:
-    from loopos.cli.measuring.predict import write_whole
     from loopos.data.prompts import told
     from loopos.evaluation.winrate import record
 
-    lines = [json.dumps(record(pair, told(pair.contest.prompt)), ensure_ascii=False) + "\n" for pair in pairs]
-    write_whole(file, "".join(lines))
+    write_whole(file, json_lines(record(pair, told(pair.contest.prompt)) for pair in pairs))
     note(f"{file}: {len(pairs)} pairs")
 
 

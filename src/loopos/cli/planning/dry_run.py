@@ -14,7 +14,7 @@ from typing import Any
 from loopos.cli.answers import say, say_json
 from loopos.cli.planning import estimate, policy_plan
 from loopos.cli.planning.machine import Machine, free_bytes
-from loopos.cli.planning.plan_text import described
+from loopos.cli.planning.plan_text import described, fits
 from loopos.cli.planning.preference_work import open_prompts, planned_reward_shape, trained_reward_shapes
 from loopos.cli.planning.rates import measured_rates
 from loopos.cli.planning.shapes import Model, meta_model
@@ -27,6 +27,8 @@ from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
 from loopos.data.tokens import Encoded
 from loopos.training.precision import pick_device, resolve
 
+DOES_NOT_FIT = 3
+"""The exit code of a run that needs more memory or disk than there is."""
 # Enough steps of the first epoch to meet its largest batch, or one near it.
 _MOST_STEPS_LOOKED_AT = 2000
 # Problems that validation answers together.
@@ -34,13 +36,17 @@ _GENERATED_TOGETHER = 64
 
 
 def run(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool, as_json: bool) -> int:
-    """Prints the plan of a run. Raises `UserError`, as the run would."""
+    """Prints the plan of a run; 3 where it needs more memory or disk than there is. Raises `UserError`, as the run
+    would.
+    """
+    # Before the rows are read.
+    resolve(config.training.precision, pick_device(config.training.device))
     plan = plan_of(config, trust_remote_code=trust_remote_code)
     if as_json:
         say_json(plan)
     else:
         say(described(plan))
-    return 0
+    return 0 if fits(plan) else DOES_NOT_FIT
 
 
 def plan_of(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
@@ -222,9 +228,9 @@ def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:
 
 
 def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int:
-    """Validations of a whole run: before the first step, then as `validate_every` says, and at the end."""
+    """Validations of a whole run: before the first step, if any, then as `validate_every` says, and at the end."""
     every = config.training.validate_every
     if every == "never":
         return 0
     interval = steps_an_epoch if every == "epoch" else int(every)
-    return 1 + -(-steps // interval)
+    return int(config.training.validate_at_start) + -(-steps // interval)

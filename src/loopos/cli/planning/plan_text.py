@@ -19,6 +19,31 @@ def described(plan: Mapping[str, Any]) -> str:
     return _aligned(_policy(plan) if "iterations" in plan else _offline(plan))
 
 
+def fits(plan: Mapping[str, Any]) -> bool:
+    """Whether memory and disk have room for the run, or for both phases of rlhf."""
+    if "policy" in plan:
+        return fits(plan["reward_model"]) and fits(plan["policy"])
+    return not _lacking(plan)
+
+
+def _lacking(plan: Mapping[str, Any]) -> list[str]:
+    """What a run needs more of than there is, with how much."""
+    memory, disk = plan["memory"], plan["disk"]
+    short = {"memory": memory["peak"] - memory["there"], "disk": disk["all"] - disk["free"]}
+    return [f"{as_bytes(missing)} more {name}" for name, missing in short.items() if missing > 0]
+
+
+def _verdict(plan: Mapping[str, Any]) -> str:
+    lacking = _lacking(plan)
+    if not lacking:
+        return "fits"
+    return (
+        f"does not fit: needs {' and '.join(lacking)}\n{'':10}lower training.batch_size (and raise "
+        f"training.gradient_accumulation), lower training.max_length,\n{'':10}or set "
+        "training.gradient_checkpointing=true or training.trainable=lora"
+    )
+
+
 def _aligned(lines: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<8}  {text}" for name, text in lines.items())
 
@@ -82,4 +107,5 @@ def _cost(plan: Mapping[str, Any]) -> dict[str, str]:
         f"{as_bytes(disk['model'])}); {as_bytes(disk['free'])} free",
         "time": f"about {as_time(spent['seconds'])} of training{of_parts}, without loading and saving{left_out} "
         f"(measured now: {spent['operations_a_second'] / 1e9:,.0f} GFLOP/s, {spent['bytes_a_second'] / 1e9:.0f} GB/s)",
+        "verdict": _verdict(plan),
     }

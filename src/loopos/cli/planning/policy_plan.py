@@ -123,7 +123,7 @@ def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
     validations = 0
     if prompts.validation and training.validate_every != "never":
         # Before the first step, then every so many iterations, and at the end.
-        validations = 1 + -(-iterations // training.validate_every)
+        validations = int(training.validate_at_start) + -(-iterations // training.validate_every)
     rows = -(-plan.batch_size // (plan.minibatches * plan.accumulation))
     by_length = sorted(prompts.train, reverse=True)
     return Amounts(

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from loopos.cli import configs
 from loopos.cli.quiet import hush_libraries
+from loopos.config.faults import printable
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
@@ -53,8 +54,10 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     from loopos.cli.planning.inputs import open_inputs
     from loopos.data.reading import account
     from loopos.data.tokens import encode_labelled
+    from loopos.models.native_classifier import default_pooling
 
     inputs = open_inputs(config, trust_remote_code=trust_remote_code)
+    pooling = config.model.pooling if config.model.pooling != "auto" else default_pooling(inputs.architecture)
     console = Console(highlight=False, soft_wrap=True)
     shown = inputs.data.train[:num_rows]
     whole, _ = encode_labelled(inputs.tokenizer, shown, max_length=None)
@@ -62,11 +65,11 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
         shown, inputs.train, whole, inputs.data.train_targets[:num_rows], strict=False
     ):
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
-        console.print(Text(f"{example.row.source}{line}", style="bold"))
-        console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, config.model.pooling)))
+        console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
+        console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, pooling)))
         cut = f", {encoded.cut} cut at {inputs.max_length}" if encoded.cut else ""
         console.print(Text(f"{len(encoded.ids)} tokens{cut} · label {example.label!r} -> {target}\n"))
-    console.print(Text(f"[pooled] by {config.model.pooling} · bare: read, not pooled · ~cut~"))
+    console.print(Text(f"[pooled] by {pooling} · bare: read, not pooled · ~cut~"))
     console.print(Text(f"train: {inputs.train_report.said()}"))
     if inputs.validation:
         console.print(Text(f"validation: {inputs.validation_report.said()}"))
@@ -92,7 +95,7 @@ def token_text(tokenizer: Any, token: int) -> str:
     text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         text = str(tokenizer.convert_ids_to_tokens(token))
-    return text.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t")
+    return printable(text.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def rendered(tokens: Iterator[Piece]) -> Text:

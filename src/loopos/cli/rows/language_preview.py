@@ -17,7 +17,7 @@ from rich.text import Text
 from loopos.cli.planning.work import open_pretraining, open_reasoning
 from loopos.cli.rows.data_preview import token_text
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.faults import DataError
+from loopos.config.faults import DataError, printable
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
@@ -43,7 +43,7 @@ def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *,
     encoder, section = inputs.encoder, config.data
     for example in inputs.data.train[:num_rows]:
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
-        console.print(Text(f"{example.row.source}{line}", style="bold"))
+        console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
         try:
             # Whole, so that what is cut can be shown.
             (row,), _ = encode_supervised(
@@ -62,7 +62,7 @@ def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *,
         console.print(Text(f"{_counts(row, kept)}{fate}\n"))
     console.print(Text(_LEGEND))
     for sentence in (*inputs.data.said, encoder.template.said):
-        console.print(Text(sentence))
+        console.print(Text(printable(sentence)))
     # Last: where too many rows are dropped it raises, as training would.
     for name, examples in (("train", inputs.data.train), ("validation", inputs.data.validation)):
         if examples and (name == "train" or config.validates):

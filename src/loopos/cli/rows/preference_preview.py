@@ -15,7 +15,7 @@ from rich.text import Text
 
 from loopos.cli.planning.preference_work import PromptInputs, open_comparisons, open_prompts
 from loopos.cli.rows.language_preview import CONTEXT, CUT, LEARNED, rendered
-from loopos.config.faults import DataError
+from loopos.config.faults import DataError, printable
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig
@@ -64,7 +64,7 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
         _show(console, encoder.tokenizer, whole, encoder.max_length, config.data.over_length)
     console.print(Text(_COMPARISON_LEGEND))
     for sentence in (*inputs.data.said, encoder.template.said):
-        console.print(Text(sentence))
+        console.print(Text(printable(sentence)))
     # Last: where too many rows are dropped it raises, as training would.
     console.print(Text(f"train: {encoder.comparisons(inputs.data.train)[1].said()}"))
     if config.validates and inputs.data.validation:
@@ -146,7 +146,7 @@ def _prompts(config: PpoConfig, console: Console, num_rows: int, *, trust_remote
 def _account(console: Console, inputs: PromptInputs, *, shows_legend: bool) -> None:
     encoder = inputs.encoder
     for sentence in (*([_PROMPT_LEGEND] if shows_legend else []), *inputs.data.said, encoder.template.said):
-        console.print(Text(sentence))
+        console.print(Text(printable(sentence)))
     console.print(Text(f"train: {encoder.prompts(inputs.data.train)[1].said()}"))
     if inputs.asked:
         console.print(Text(f"validation: {encoder.prompts(inputs.asked)[1].said()}"))
@@ -154,7 +154,7 @@ def _account(console: Console, inputs: PromptInputs, *, shows_legend: bool) -> N
 
 def _place(row: Row) -> Text:
     line = f":{row.line}" if row.line is not None else f" (row {row.index})"
-    return Text(f"{row.source}{line}", style="bold")
+    return Text(printable(f"{row.source}{line}"), style="bold")
 
 
 def _line(name: str, said: Text) -> Text:

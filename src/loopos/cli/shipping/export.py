@@ -72,7 +72,7 @@ def run(place: str, options: ExportOptions) -> int:
     for line in done.notes:
         say(f"  {line}")
     if done.check is not None:
-        say(f"  opened again: {done.check.said()}")
+        say(f"  verified: {done.check.said()}")
     if done.pushed is not None:
         say(f"  sent to {done.pushed}")
     return _exit_code(done)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopos.cli.answers import as_bytes
-from loopos.cli.opened_models import is_task_model, open_reasoner
+from loopos.cli.opened_models import is_task_model, open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault
 from loopos.deploy.serving.limits import ServingLimits, address_faults
 from loopos.models.model_folder import described, kind_of
@@ -58,8 +59,10 @@ def run(place: str, options: ServeOptions) -> int:
     )
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise EnvironmentFault(f'loopos serve needs {" and ".join(missing)}; run\n  pip install "loopos[serve]"')
+        raise EnvironmentFault(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
     has_head = is_task_model(place)
+    if not has_head:
+        require_language_model(place)
     # The model runs in a thread beside the one that talks to clients: bound to one core they would wait for each other.
     restart_with_settings(binds_threads=False)
     hush_libraries(verbose=options.verbose)

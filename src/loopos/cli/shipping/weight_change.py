@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loopos.cli.answers import as_bytes, say, say_json, table
 from loopos.cli.columns import parse_columns
-from loopos.cli.opened_models import in_our_words
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.config.faults import UserError
 from loopos.config.recipe import Recipe
 from loopos.deploy.shipped_folder import refuse_taken
 
@@ -67,11 +65,8 @@ def run(
     from loopos.cli.bar import Bar
     from loopos.training.precision import pick_device
 
-    try:
-        with Bar(counted) as bar:
-            return work(recipe, pick_device(recipe.device).type, options.output, bar)
-    except UserError as error:
-        raise in_our_words(error) from error
+    with Bar(counted) as bar:
+        return work(recipe, pick_device(recipe.device).type, options.output, bar)
 
 
 def tell(

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.cli.answers import say
+from loopos.cli.answers import say, write
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import complain, note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import SamplingOptions, place_faults, refuse
 from loopos.config.faults import UserError
+from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.cli.speaking.conversation import Conversation
@@ -127,11 +128,19 @@ class Talk:
         from loopos.training.stopping import StopSignals
 
         talk = self.conversation
+        written, below = 0, list[str]()
+
+        def tell(sentence: str) -> None:
+            # A note stands on a line of its own, also where both streams go into one pipe.
+            below.append(sentence) if written else note(sentence)
+
         with StopSignals() as signals:
-            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=_note_below):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=tell):
+                write(piece)
+                written += len(piece)
         say()
+        for sentence in below:
+            note(sentence)
         if signals.received == "SIGINT":
             note("(interrupted; what was said is kept)")
         if self.shows_steps and talk.last is not None:
@@ -157,16 +166,9 @@ class Talk:
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save: no file; wanted /save FILE.jsonl")
-        number = self.conversation.save(Path(text).expanduser())
+        number = self.conversation.save(Path(expanded(text)))
         note(f"{text}: {number} messages added")
 
     def _steps(self, _: str) -> None:
         self.shows_steps = not self.shows_steps
         note(f"steps: {'shown' if self.shows_steps else 'not shown'}")
-
-
-def _note_below(sentence: str) -> None:
-    """A note in the middle of an answer, on a line of its own."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        sentence = f"\n{sentence}"
-    note(sentence)

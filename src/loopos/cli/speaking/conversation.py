@@ -7,10 +7,10 @@ turns are left out of what it sees, and said to be. Left out: the terminal (`cha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from loopos.cli.answers import json_lines
 from loopos.config.faults import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.evaluation.reasoning import Reasoner
@@ -100,7 +100,7 @@ class Conversation:
         told = [message.as_template() for message in (*system, *self.messages)]
         try:
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"messages": told}, ensure_ascii=False) + "\n")
+                lines.write(json_lines([{"messages": told}]))
         except OSError as error:
             raise UserError(f"/save: {file}: cannot be written ({error.strerror}); wanted a writable place") from error
         return len(told)

@@ -6,15 +6,15 @@ Enters: a model and prompts. Leaves: text on standard output, as it comes for on
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopos.cli.answers import say
+from loopos.cli.answers import json_lines, say, write
 from loopos.cli.columns import parse_columns
+from loopos.cli.measuring.predict import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -66,6 +66,8 @@ def run(place: str, options: GenerateOptions) -> int:
     """Generates and prints. Raises `UserError`."""
     strategy = checked(options)
     columns = parse_columns(options.columns)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     require_language_model(place)
     if options.reward_model is not None:
         require_reward_model(options.reward_model)
@@ -91,23 +93,19 @@ def run(place: str, options: GenerateOptions) -> int:
         and sys.stdout.isatty()
     ):
         for text in streamed(reasoner, asked[0], options.sampling):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            write(text)
         say()
         return 0
     records, texts = generated(reasoner, asked, options, strategy)
     if not _is_for_scripts(options):
         from loopos.cli.speaking.trace import blocks
 
-        say(blocks([each.text for each in asked], texts))
+        write(blocks([each.text for each in asked], texts) + "\n")
         return 0
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = json_lines(records)
     if options.output is None:
-        sys.stdout.write(lines)
-        sys.stdout.flush()
+        write(lines)
         return 0
-    from loopos.cli.measuring.predict import write_whole
-
     write_whole(options.output, lines)
     note(f"{options.output}: {len(records)} lines")
     return 0
@@ -210,7 +208,8 @@ def generated(
     prompts = [reasoner.prompt(each.problem) for each in asked]
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
     completions = reasoner.engine.generate(prompts, settings, n=number)
-    records = [_numbered(completion_record(asked[c.prompt_index].text, c), c.sample_index, number) for c in completions]
+    recorded = [each.recorded for each in asked]
+    records = [_numbered(completion_record(recorded[c.prompt_index], c), c.sample_index, number) for c in completions]
     texts = [[c.text for c in completions[first : first + number]] for first in range(0, len(completions), number)]
     return records, texts
 
@@ -230,13 +229,13 @@ def _reasoned(
             chosen = answered.chains[answered.chosen or 0]
             told = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
             texts.append([f"{told}\n({confidence_said(answered)})"])
-        records = [answered_record(each.text, one, marks) for each, one in zip(asked, found, strict=True)]
+        records = [answered_record(each.recorded, one, marks) for each, one in zip(asked, found, strict=True)]
         return records, texts
     prompts = [reasoner.prompt(problem) for problem in problems]
     found = reasoner.sample(prompts, settings, n=options.samples, limits=limits)
     records, texts = [], []
     for each, answered in zip(asked, found, strict=True):
-        lines = [chain_record(each.text, chain, marks) for chain in answered.chains]
+        lines = [chain_record(each.recorded, chain, marks) for chain in answered.chains]
         records += [_numbered(line, number, options.samples) for number, line in enumerate(lines)]
         texts.append([described(chain, marks) if options.steps else chain.text for chain in answered.chains])
     return records, texts
@@ -264,7 +263,7 @@ def _beams(
     records = [
         _numbered(
             {
-                "prompt": each.text,
+                "prompt": each.recorded,
                 "text": beam.text,
                 "logprob": beam.score * len(beam.token_ids) ** settings.length_penalty,
                 "finish_reason": "stop token" if beam.token_ids[-1] in ends else "length",

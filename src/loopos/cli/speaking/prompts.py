@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from loopos.cli.measuring.predict import read_texts
 from loopos.cli.outcome import note
 from loopos.config.faults import DataError, UserError
-from loopos.data import rows
-from loopos.data.columns import candidates
-from loopos.data.context import CONTEXT_ROLES, with_context
+from loopos.data import preference_formats, rows
+from loopos.data.context import with_context
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
+from loopos.data.preference_formats import PreferenceFormat
+from loopos.data.prompts import Prompt, Words, prompt_key, prompt_of
 from loopos.data.reading import FormatReport, Unusable, left_out, read_examples
 from loopos.data.row_fields import RowFields
-from loopos.data.rows import Row
+from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
-from loopos.data.supervised_formats import NAMES, SupervisedFormat, detect
+from loopos.data.supervised_formats import SupervisedFormat, detect
 from loopos.data.supervised_parts import before_answer
 from loopos.data.supervised_rows import Completion, example_of
 
@@ -34,6 +35,25 @@ class Asked:
 
     text: str
     problem: tuple[Message, ...] | Question | Completion
+
+    @property
+    def words(self) -> Words:
+        """The messages, or the text that is continued."""
+        if isinstance(self.problem, Completion):
+            return self.problem.prompt
+        return self.problem.messages if isinstance(self.problem, Question) else self.problem
+
+    @property
+    def recorded(self) -> str | list[dict[str, object]]:
+        """The prompt as a record of the answer holds it, so that it can be asked again: a text, or the messages where
+        there are more than one of the user's.
+        """
+        words = self.words
+        if isinstance(words, str):
+            return words
+        if len(words) == 1 and words[0].as_template() == {"role": "user", "content": words[0].content}:
+            return words[0].content
+        return [message.as_template() for message in words]
 
     def with_system(self, system: str | None) -> Asked:
         """The same after the system's words. Raises `UserError` where it has others, or no messages."""
@@ -63,7 +83,9 @@ def of_text(text: str, place: int, *, raw: bool) -> Asked:
 
 
 def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool) -> list[Asked]:
-    """The prompts of standard input ("-") or a .txt file, one a line, or of the rows of a data file.
+    """The prompts of standard input ("-") or a .txt file, one a line, or of the rows of a data file: rows that a
+    language model trains on, prompts, comparisons, and what `loopos generate` writes. Of several rows with responses
+    to one prompt the first counts.
 
     Raises `DataError` for a blank line, a file of no known format, and rows that cannot be used.
     """
@@ -71,41 +93,62 @@ def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool) -> list[
     if texts is not None:
         return [of_text(text, place, raw=raw) for place, text in enumerate(texts)]
 
-    def from_row(row: Row, form: SupervisedFormat) -> Asked | Unusable:
+    def from_row(row: Row, form: SupervisedFormat | PreferenceFormat) -> Asked | Unusable:
+        if isinstance(form, PreferenceFormat):
+            found = prompt_of(row, form, as_text=raw)
+            return found if isinstance(found, Unusable) else of_prompt(found)
         fields = RowFields(row, form.columns)
         asked = _asked(fields, form, raw=raw)
         return asked if asked is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
 
-    found: tuple[list[Asked], SupervisedFormat, FormatReport]
-    found = read_examples(rows.read(source), lambda names, place: _detect(names, columns, place), from_row)
-    for sentence in left_out(found[2]):
+    found: tuple[list[Asked], SupervisedFormat | PreferenceFormat, FormatReport]
+    reader = rows.read(source)
+    found = read_examples(reader, lambda names, place: _detect(names, columns, place), from_row)
+    asked, form, report = found
+    for sentence in left_out(report):
         note(f"{source}: {sentence}")
-    return found[0]
+    if not isinstance(form, PreferenceFormat) or (form.kind == "prompts" and not is_sampled(reader)):
+        return asked
+    distinct: dict[str, Asked] = {}
+    for each in asked:
+        distinct.setdefault(prompt_key(each.words), each)
+    if len(distinct) < len(asked):
+        note(f"{source}: {len(asked)} rows with {len(distinct)} different prompts")
+    return list(distinct.values())
 
 
-def _detect(names: Sequence[str], columns: Mapping[str, str], source: str) -> SupervisedFormat:
-    """The format of the rows; where there is none, a column of problems alone."""
+def of_prompt(prompt: Prompt) -> Asked:
+    """The prompt that a row of prompts or comparisons holds."""
+    words = prompt.prompt
+    if isinstance(words, str):
+        return Asked(words, Completion(words, "", prompt.row))
+    return Asked(words[-1].content, Question(words, prompt.tools) if prompt.tools else words)
+
+
+def is_sampled(reader: RowReader) -> bool:
+    """Whether the rows are what `loopos generate -n` writes: several for a prompt."""
+    first = next(iter(reader.rows()), None)
+    return first is not None and {"prompt", "text", "sample"} <= set(first.values)
+
+
+def _detect(names: Sequence[str], columns: Mapping[str, str], source: str) -> SupervisedFormat | PreferenceFormat:
+    """The format of the rows. Conversations need no answer here, and a text beside a prompt is what a model said to it;
+    where rows are none that a language model trains on, they are prompts or comparisons.
+    """
     try:
-        return detect(names, columns, source=source)
+        form = detect(names, columns, source=source)
+    except DataError as error:
+        form, refused = None, error
+    if form is not None and form.kind not in ("conversations", "text"):
+        return form
+    # Prompts know the role by another name.
+    renamed = {"prompt" if role == "problem" else role: column for role, column in columns.items()}
+    try:
+        return preference_formats.detect(names, renamed, source=source, prompts=True)
     except DataError:
-        found = candidates(names, [*NAMES["problem"], *NAMES["instruction"]])
-        chosen = columns.get("problem", found[0] if len(found) == 1 and not columns else None)
-        if chosen is None or chosen not in names:
-            raise
-        roles = {"problem": chosen, **_beside(names, columns, chosen)}
-        served = ", ".join(f'{role} <- "{column}"' for role, column in roles.items())
-        return SupervisedFormat("demonstrations", roles, f"format: problems ({served})")
-
-
-def _beside(names: Sequence[str], columns: Mapping[str, str], problem: str) -> dict[str, str]:
-    """The columns that stand below a problem, as in training: those that were chosen, or one that fits."""
-    found = {role: columns[role] for role in (*CONTEXT_ROLES, "system") if role in columns}
-    free = [name for name in names if name != problem and name not in found.values()]
-    for role in (*CONTEXT_ROLES, "system"):
-        fitting = candidates(free, NAMES[role])
-        if role not in found and len(fitting) == 1:
-            found[role] = fitting[0]
-    return found
+        if form is None:
+            raise refused from None
+        return form
 
 
 def _asked(fields: RowFields, form: SupervisedFormat, *, raw: bool) -> Asked | None:

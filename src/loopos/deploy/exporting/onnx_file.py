@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault, UserError
 from loopos.models.found_model import FoundKind, FoundModel
 from loopos.models.load import load_pretrained
-from loopos.models.model_folder import read_description
+from loopos.models.modeling_loopos import LoopOSForSequenceClassification
 from loopos.models.task_folder import read_head
+from loopos.models.task_layout import layout_at
 
 FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -47,17 +51,15 @@ def check_onnx(model: FoundModel) -> None:
         )
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise EnvironmentFault(f"--format onnx needs {', '.join(missing)}; run pip install 'loopos[onnx]'")
+        raise EnvironmentFault(f"--format onnx needs {', '.join(missing)}; run\n  {install_command('onnx')}")
 
 
 class WholeText(nn.Module):
     """Padded batches → what the model says of each text."""
 
-    def __init__(self, model: PreTrainedModel, *, pooling: str | None = None, head: Tensor | None = None) -> None:
-        """pooling, head: of a model of LoopOS; without them the model's own outputs are given."""
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model, self.pooling = model, pooling
-        self.head = None if head is None else nn.Parameter(head, requires_grad=False)
+        self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """`[B, T]` each → logits or scores `[B, C]`, or hidden states `[B, T, d]` of an encoder."""
@@ -67,23 +69,7 @@ class WholeText(nn.Module):
             logits: Tensor = output.logits
             return logits
         hidden: Tensor = output.last_hidden_state
-        if self.head is None or self.pooling is None:
-            return hidden
-        return pooled(hidden, attention_mask, self.pooling) @ self.head.T
-
-
-def pooled(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """One vector a text, over its real tokens, as `models.heads.pool`. hidden `[B, T, d]`, mask `[B, T]` with pads on
-    the right → `[B, d]`.
-    """
-    if how == "first":
-        return hidden[:, 0]
-    if how == "last":
-        return hidden[torch.arange(hidden.shape[0]), mask.sum(1) - 1]
-    real = mask.unsqueeze(-1).to(hidden.dtype)
-    if how == "mean":
-        return (hidden * real).sum(1) / real.sum(1)
-    return hidden.masked_fill(real == 0, float("-inf")).amax(1)
+        return hidden
 
 
 def whole_text(folder: Path, kind: FoundKind) -> WholeText:
@@ -94,12 +80,13 @@ def whole_text(folder: Path, kind: FoundKind) -> WholeText:
     backbone = load_pretrained(str(folder)).model
     if kind == "encoder":
         return _ready(WholeText(backbone))
-    head, pooling = read_head(folder).float(), read_description(folder)["pooling"]
-    return _ready(WholeText(backbone, pooling=pooling, head=head))
+    # Our own model for every pooling: it finds the tokens by their mask, wherever pads are, and none by its id.
+    layout, tokenizer = layout_at(folder, read_head(folder))
+    return _ready(WholeText(replace(layout, kind="own", classifier=None).module(backbone, tokenizer.pad_token_id)))
 
 
 def _ready(model: WholeText) -> WholeText:
-    model.model.config.use_cache = False
+    _text_config(model).use_cache = False
     return model.eval()
 
 
@@ -109,7 +96,7 @@ def write_onnx(folder: Path, kind: FoundKind, out: Path) -> str:
     """
     model = whole_text(folder, kind)
     example = _example(model)
-    config = model.model.config.get_text_config()
+    config = _text_config(model)
     texts = torch.export.Dim("texts", min=1, max=_MOST_TEXTS)
     tokens = torch.export.Dim("tokens", min=2, max=min(_LONGEST, getattr(config, "max_position_embeddings", _LONGEST)))
     try:
@@ -135,12 +122,32 @@ def write_onnx(folder: Path, kind: FoundKind, out: Path) -> str:
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    if kind in ("head", "reward"):
+        _write_task_files(folder, out)
     return FILE
+
+
+def _write_task_files(folder: Path, out: Path) -> None:
+    """The tokenizer, and a config that says what the graph's outputs mean: the graph computes the head, so that no code
+    is needed beside it.
+    """
+    layout, tokenizer = layout_at(folder, read_head(folder))
+    config = replace(layout, kind="native", classifier=None).config(tokenizer.pad_token_id)
+    config.architectures = None
+    config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _text_config(model: WholeText) -> Any:
+    """The text part of the config of the transformer, below a head of ours too."""
+    opened: Any = model.model
+    backbone: Any = opened.base_model if isinstance(opened, LoopOSForSequenceClassification) else opened
+    return backbone.config.get_text_config()
 
 
 def _example(model: WholeText) -> dict[str, Tensor]:
     """Two texts of unlike length, by which the program is traced."""
-    config = model.model.config.get_text_config()
+    config = _text_config(model)
     ids = torch.arange(2 * 7).reshape(2, 7) % config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
@@ -151,11 +158,20 @@ def _example(model: WholeText) -> dict[str, Tensor]:
 
 
 def onnx_outputs(file: Path, ids: Tensor) -> Tensor:
-    """What the graph says of one text `[1, T]`, by onnxruntime on CPU: `[1, C]`, or `[T, d]`."""
+    """What the graph says of one text `[1, T]`: `[1, C]`, or `[T, d]`."""
+    found = onnx_logits(
+        file, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    )
+    return found.reshape(-1, found.shape[-1])
+
+
+def onnx_logits(file: Path, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the graph says of a batch of `[B, T]` each, by onnxruntime on CPU: `[B, C]`, or `[B, T, d]`. Inputs that it
+    does not take are left out.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    wanted = {each.name for each in session.get_inputs()}
-    [found] = session.run(None, {name: value.numpy() for name, value in given.items() if name in wanted})
-    return torch.from_numpy(found).reshape(-1, found.shape[-1])
+    names = {each.name for each in session.get_inputs()}
+    [found] = session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})
+    return torch.from_numpy(found)

@@ -46,8 +46,8 @@ class Check:
 
     def said(self) -> str:
         outputs = (
-            f"largest difference of the outputs {self.largest:.3g} (they reach {self.scale:.3g}), the same likeliest "
-            f"in {self.same:.1%} of places"
+            f"outputs differ by at most {self.largest:.3g} (largest output {self.scale:.3g}); same top prediction at "
+            f"{self.same:.1%} of positions"
         )
         return "; ".join([outputs, *self.texts])
 

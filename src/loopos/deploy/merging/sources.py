@@ -20,6 +20,7 @@ from loopos.config.faults import UserError
 from loopos.models.found_model import local_place
 from loopos.models.model_folder import described
 from loopos.models.task_folder import HEAD
+from loopos.models.task_layout import SCORE, backbone_part
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest, is_weights
 from loopos.storage.tensor_files import (
@@ -34,8 +35,6 @@ from loopos.storage.tensor_format import TensorSpec
 
 HEAD_TENSOR = "head.weight"
 """The name here of a task model's head, which has a file of its own."""
-SCORE = "score.weight"
-"""The head's copy inside transformers' sequence classifier."""
 # Narrower floats and most unsigned numbers have no arithmetic in torch.
 _COMPUTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                        torch.int16, torch.int8, torch.uint8, torch.bool})  # fmt: skip
@@ -78,8 +77,9 @@ Change: TypeAlias = LowRank | Replaced
 @dataclass(frozen=True)
 class Source:
     """One model. `place`: its name in the recipe; `folder`: where its config and tokenizer are; `config`: its
-    config.json; `description`: its loopos.json, empty for other models; `stored`: its tensors by their own names, the
-    head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter over them.
+    config.json, of a model with a head the backbone's part; `description`: its loopos.json, empty for other models;
+    `stored`: its tensors by their own names, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter
+    over them.
     """
 
     place: str
@@ -92,17 +92,12 @@ class Source:
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """The tensors that are merged: without an output embedding that is tied to the input's, and without the copy
-        of the head in transformers' classifier, which is made from the head.
+        of the head that transformers reads, which is made from the head.
         """
         left = set(OUTPUTS) if self.text_config.get("tie_word_embeddings") else set()
         if HEAD_TENSOR in self.stored:
             left.add(SCORE)
         return {name: each.spec for name, each in self.stored.items() if name not in left}
-
-    @property
-    def has_score(self) -> bool:
-        """Whether the weights hold transformers' copy of the head."""
-        return HEAD_TENSOR in self.stored and SCORE in self.stored
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -162,7 +157,7 @@ def open_source(place: str) -> Source:
         raise UserError(_torch_file(place, file.name))
     if file is not None:
         check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
-    config = read_object(folder / "config.json", advice="wanted the config beside the weights")
+    config = backbone_part(read_object(folder / "config.json", advice="wanted the config beside the weights"))
     stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
     description = described(folder)
     if "pooling" in description:

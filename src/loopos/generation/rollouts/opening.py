@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedModel
 
+from loopos.config.extras import install_command
 from loopos.config.faults import EnvironmentFault
 from loopos.config.ppo import PpoConfig
 from loopos.config.rollout import RolloutEngineSection
@@ -68,8 +69,8 @@ def check_installed(section: RolloutEngineSection) -> None:
     """Raises `EnvironmentFault` where what the engine needs on this host is missing; vLLM is the workers' own need."""
     if section.is_remote and find_spec("ray") is None:
         raise EnvironmentFault(
-            f'rollout.engine: given "{section.engine}", but Ray is not installed; wanted the extra: '
-            "pip install 'loopos[cluster]', or \"local\""
+            f'rollout.engine: "{section.engine}" needs Ray, which is not installed; take "local", or run\n'
+            f"  {install_command('cluster')}"
         )
     if section.engine == "vllm" and section.address is None:
         # On a cluster the workers' hosts have both, not this one.

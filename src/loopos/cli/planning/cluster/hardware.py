@@ -68,7 +68,7 @@ class Cluster:
 def _amount(option: str, given: str, units: tuple[str, ...], *, example: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)(b|bit)(?:/s)?\s*", given.lower())
     if found is None or found[3] not in units or float(found[1]) == 0:
-        raise UserError(f"{option}: given {given!r}; wanted an amount with its unit, as {example}")
+        raise UserError(f"{option}: got {given!r}; give a unit, for example {example}")
     return float(found[1]) * _BYTES[found[2]] / (8 if found[3] == "bit" else 1)
 
 

@@ -31,7 +31,7 @@ def _lines(plan: PhasePlan) -> dict[str, str]:
     total, trained = (sum(getattr(each.parameters, name) for each in networks) for name in ("total", "trained"))
     roles = [f"{each.role}: {each.said}, {each.parameters.total:,}" for each in networks]
     found = {
-        "cluster": f"{cluster.gpus} GPUs, {cluster.gpus_a_node} a node, {as_bytes(cluster.memory)} each",
+        "cluster": _cluster(cluster),
         "model": f"{networks[0].model.name}, {total:,} parameters, {trained:,} train",
         "roles": _INDENT.join(roles) if len(roles) > 1 else "",
         "forward": f"{load.rows} rows of {load.row_tokens:,} tokens, {load.tokens:,} in all; "
@@ -45,6 +45,14 @@ def _lines(plan: PhasePlan) -> dict[str, str]:
         "verdict": _verdict(plan),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _cluster(cluster: Cluster) -> str:
+    memory = as_bytes(cluster.memory)
+    if cluster.gpus == 1:
+        return f"1 GPU with {memory}"
+    nodes = -(-cluster.gpus // cluster.gpus_a_node)
+    return f"{cluster.gpus} GPUs with {memory} each, on {nodes} {'node' if nodes == 1 else 'nodes'}"
 
 
 def _memory(plan: PhasePlan) -> str:
@@ -88,9 +96,17 @@ def _seconds(seconds: float) -> str:
 def _verdict(plan: PhasePlan) -> str:
     if plan.fits:
         return "fits"
-    over = f"does not fit: {as_bytes(plan.need.peak - plan.cluster.room)} too much"
+    gpus = _count_gpus(plan.cluster.gpus)
+    more = f"(needs {as_bytes(plan.need.peak - plan.cluster.room)} more as configured)"
     if plan.smallest is not None:
-        return f"{over}; fits with{_INDENT}{' '.join(plan.words)}"
+        return f"does not fit {more}; fits with{_INDENT}{' '.join(plan.words)}"
     if plan.gpus is not None:
-        return f"{over}, whatever the setting; {plan.gpus} such GPUs would do"
-    return f"{over}, whatever the setting and however many such GPUs; wanted GPUs of more memory, or fewer tokens a row"
+        return f"does not fit on {gpus} with any setting {more}; fits on {_count_gpus(plan.gpus)} like these"
+    return (
+        f"does not fit on any number of such GPUs with any setting {more}; take GPUs with more memory, or fewer tokens "
+        "a row"
+    )
+
+
+def _count_gpus(count: int) -> str:
+    return f"{count} {'GPU' if count == 1 else 'GPUs'}"

@@ -1,0 +1,103 @@
+"""How a command names the settings that a message speaks of: by its own options, where it has them.
+
+Enters: the options of a command; the words it was called with. Leaves: a `Wording` for its messages; the key of the
+config that a word meant which is no option. Left out: the messages (`config.faults`), catching them (`outcome`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Collection, Sequence
+
+from loopos.config.faults import IN_CONFIG, Remedy, UserError, Wording
+
+COLUMNS, SKIP_BAD_ROWS = "--columns", "--skip-bad-rows"
+_ARGUMENTS = frozenset({"data.pretrained_weights", "data.training_data"})
+"""Keys that are arguments of the commands without a config: the message need not name them."""
+_OPTIONS = {
+    "data.columns": COLUMNS,
+    "data.on_bad_row": SKIP_BAD_ROWS,
+    "training.device": "--device",
+    "training.precision": "--precision",
+    "data.output_dir": "--output",
+}
+_SWITCHES = frozenset({SKIP_BAD_ROWS})
+_TAKES_KEYS = "overrides"
+
+
+class OptionWording(Wording):
+    """Settings as the options of a command that reads no config. options: those that it has."""
+
+    def __init__(self, options: Collection[str]) -> None:
+        self.options = frozenset(options)
+
+    def field(self, key: str) -> str:
+        if key in _ARGUMENTS:
+            return ""
+        return self._option(key) or key
+
+    def remedy(self, remedy: Remedy) -> str:
+        said = []
+        for key, value in remedy.settings:
+            option = self._option(key)
+            if option is None:
+                return ""
+            role = key.removeprefix("data.columns.")
+            said.append(option if option in _SWITCHES else f"{option} {_quoted(f'{role}={value}')}")
+        return f"{remedy.lead}: {' '.join(said)}"
+
+    def _option(self, key: str) -> str | None:
+        option = _OPTIONS.get("data.columns" if key.startswith("data.columns.") else key)
+        return option if option in self.options else None
+
+
+def wording_of(options: Collection[str], arguments: Collection[str]) -> Wording:
+    """The wording of a command with these options and arguments: one that takes keys of a config names keys."""
+    return IN_CONFIG if _TAKES_KEYS in arguments else OptionWording(options)
+
+
+def refuse_keys_as_options(words: Sequence[str], options: Collection[str], arguments: Collection[str]) -> None:
+    """Raises `UserError` for a word such as `--lr` that is no option of a command that takes keys, and means one."""
+    if _TAKES_KEYS not in arguments:
+        return
+    meant = []
+    for place, word in enumerate(words):
+        if word == "--":
+            break
+        name, equals, value = word.partition("=")
+        if not word.startswith("-") or name in options:
+            continue
+        key = _key_of(name)
+        if key is not None:
+            following = words[place + 1] if place + 1 < len(words) and not words[place + 1].startswith("-") else ""
+            meant.append((name, f"{key}={value if equals else following or 'VALUE'}"))
+    if meant:
+        names = ", ".join(name for name, _ in meant)
+        raise UserError(
+            f"no option {names}: settings of the config are given as key=value\n    "
+            f"write {' '.join(_quoted(setting) for _, setting in meant)}"
+        )
+
+
+def _key_of(option: str) -> str | None:
+    """The dotted key that an option such as `--lr`, `--batch-size` or `--training.seed` means."""
+    from loopos.config.other_tools import OTHER_KEYS
+    from loopos.methods.table import config_classes
+
+    name = option.lstrip("-").replace("-", "_")
+    keys: dict[str, str] = {}
+    for config_class in config_classes().values():
+        for section, field in config_class.model_fields.items():
+            for key in getattr(field.annotation, "model_fields", {}):
+                keys.setdefault(f"{section}.{key}", f"{section}.{key}")
+                keys.setdefault(key, f"{section}.{key}")
+    section, dot, key = name.rpartition(".")
+    return keys.get(name) or OTHER_KEYS.get(key if dot else name)
+
+
+def _quoted(word: str) -> str:
+    """`word` as a shell takes it; in double quotes where these are enough, for they work in every shell."""
+    if shlex.quote(word) == word:
+        return word
+    return shlex.quote(word) if set(word) & set('"$`\\!') else json.dumps(word, ensure_ascii=False)

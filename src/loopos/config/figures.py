@@ -1,0 +1,34 @@
+"""How figures are written for people: the same in progress lines, answers and reports.
+
+Enters: numbers and metrics by name. Leaves: text, and the metrics without those that say one thing twice. It stands on
+the ground floor because training, evaluation and the command line all write figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+# Second name → first name of metrics that are equal by definition on some tasks: micro F1 of one class a row is
+# accuracy, and the validation loss of a classifier without weights is its log loss.
+_SECOND_NAMES = {"micro_f1": "accuracy", "log_loss": "loss"}
+
+
+def figure(value: float) -> str:
+    """Four significant digits; whole numbers without decimals, large ones grouped."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def once(metrics: Mapping[str, Value]) -> dict[str, Value]:
+    """The metrics without those whose value stands there already under another name."""
+    return {name: value for name, value in metrics.items() if not _is_second(name, value, metrics)}
+
+
+def _is_second(name: str, value: object, metrics: Mapping[str, Value]) -> bool:
+    other = metrics.get(_SECOND_NAMES.get(name, ""))
+    if not isinstance(value, int | float) or not isinstance(other, int | float):
+        return False
+    return math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-12)

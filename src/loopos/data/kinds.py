@@ -1,0 +1,121 @@
+"""Rows of a source → what they are for: labelled examples, rows for language models, comparisons, prompts, or lines.
+
+Enters: a reader, the user's choice of columns. Leaves: the kind with its columns, and the examples. Each kind is found
+as the method that trains on it finds it; where rows fit several, the more particular kind is taken:
+
+    comparisons > demonstrations, conversations, instructions, completions > labelled > prompts > texts
+
+but a question and an answer beside a column "label" are a pair of texts with a label, and a text beside a prompt is
+what a model wrote to it.
+Left out: what is measured of the rows (`cli.rows.data_check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from loopos.config.faults import DataError, Fault
+from loopos.data import formats, preference_formats, supervised_formats
+from loopos.data.column_names import LABEL_TIERS
+from loopos.data.columns import candidates, listed, plain_name
+from loopos.data.formats import read_labelled
+from loopos.data.preferences import read_comparisons
+from loopos.data.prompts import read_prompts
+from loopos.data.reading import FormatReport
+from loopos.data.rows import RowReader
+from loopos.data.step_format import NAMED_FORMATS
+from loopos.data.supervised_rows import read_supervised
+
+Family: TypeAlias = Literal["labelled", "texts", "language", "comparisons", "prompts"]
+
+_OF_COMPARISONS = frozenset({"chosen", "rejected", "responses", "response_j", "response_k"})
+_EXPECTED = (
+    "text and label (fine_tuning); messages, prompt and completion, instruction and output, or problem, reasoning and "
+    "answer (chain_of_thought); prompt, chosen and rejected (reward_model); or prompt (ppo)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`family`: which reader reads the rows; `name`: what people call them; `roles`: role → column."""
+
+    family: Family
+    name: str
+    roles: Mapping[str, str]
+
+
+def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> Kind:
+    """What rows of these columns are. Raises `DataError` where they are none of what any method reads, or several."""
+    refused: dict[str, DataError] = {}
+
+    def attempt(name: str, detect: Callable[[], Any]) -> Any:
+        try:
+            return detect()
+        except DataError as error:
+            refused[name] = error
+            return None
+
+    compared = attempt("comparisons", lambda: preference_formats.detect(columns, overrides, source=source))
+    language = attempt("language", lambda: supervised_formats.detect(columns, overrides, source=source))
+    labelled = attempt("labelled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
+    prompts = attempt("prompts", lambda: preference_formats.detect(columns, overrides, source=source, prompts=True))
+    if compared is not None:
+        return Kind("comparisons", compared.kind, compared.columns)
+    if any(plain_name(name) in _OF_COMPARISONS for name in columns) and not overrides:
+        raise refused["comparisons"]
+    has_label = labelled is not None and labelled.label is not None
+    is_pair_with_label = has_label and language is not None and language.kind == "demonstrations"
+    is_pair_with_label = is_pair_with_label and plain_name(labelled.label) in ("label", "labels")
+    if language is not None and language.kind != "text" and not is_pair_with_label:
+        return Kind("language", language.kind, language.columns)
+    if prompts is not None and not has_label and any(plain_name(name) == "text" for name in columns):
+        return Kind("prompts", "samples", prompts.columns)
+    if labelled is not None and (has_label or prompts is None or plain_name(labelled.text) == "text"):
+        served = {"text": labelled.text, "text_pair": labelled.text_pair, "label": labelled.label}
+        roles = {role: name for role, name in served.items() if name is not None}
+        return Kind("labelled" if has_label else "texts", "labelled" if has_label else "texts", roles)
+    if language is not None:
+        return Kind("language", language.kind, language.columns)
+    if prompts is not None:
+        return Kind("prompts", "prompts", prompts.columns)
+    raise _no_kind(columns, overrides, refused, source)
+
+
+def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], FormatReport]:
+    """The examples, read as the method that trains on them reads them. Raises `DataError`."""
+    match kind.family:
+        case "labelled" | "texts":
+            return read_labelled(reader, overrides, require_label=kind.family == "labelled")
+        case "language":
+            examples, report = read_supervised(reader, overrides, step_format=NAMED_FORMATS["think"])
+            return list(examples), report
+        case "comparisons":
+            compared, report = read_comparisons(reader, overrides)
+            return list(compared), report
+        case "prompts":
+            prompts, report = read_prompts(reader, overrides)
+            return list(prompts), report
+
+
+def _no_kind(
+    columns: Sequence[str], overrides: Mapping[str, str], refused: Mapping[str, DataError], source: str
+) -> DataError:
+    """The error of the reader that the user's own roles are meant for; without any, of all of them in one."""
+    if overrides:
+        known = {
+            "labelled": set(formats.ROLES),
+            "comparisons": set(preference_formats.NAMES),
+            "language": set(supervised_formats.NAMES),
+        }
+        meant = max(known, key=lambda name: len(set(overrides) & known[name]))
+        return refused[meant]
+    if candidates(columns, LABEL_TIERS):
+        return refused["labelled"]
+    doubtful = [error for error in refused.values() if "that may be the" in str(error) or "formats:" in str(error)]
+    if doubtful:
+        return doubtful[0]
+    given = f"no columns of a known kind of data; there: {listed(columns)}"
+    hint = "name them, as in --columns text=COLUMN --columns label=COLUMN. In CSV the first line must be the header"
+    return DataError([Fault(source, None, None, "columns", given, f"columns such as {_EXPECTED}", hint)])

@@ -1,0 +1,76 @@
+"""Examples → keys by which equal ones are found, and the count of validation rows that were learned from.
+
+Enters: examples of any kind. Leaves: a key for what an example asks, a key for all that it holds, a sentence. Rows of
+validation that are in training too measure memory: every method counts and says them. Left out: texts that are nearly
+the same (`near_duplicates`), splitting (`split`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeAlias
+
+from loopos.data.conversations import ASSISTANT, Conversation
+from loopos.data.demonstrations import Demonstration
+from loopos.data.formats import Labelled
+from loopos.data.preferences import Comparison
+from loopos.data.prompts import Prompt, Words, prompt_key
+from loopos.data.supervised_rows import Completion, PlainText
+
+AnyExample: TypeAlias = Labelled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | str
+
+
+def key_of_prompt(example: AnyExample) -> Hashable:
+    """What an example asks: its text or texts, its problem, the messages before the assistant first speaks."""
+    match example:
+        case str():
+            return example.strip()
+        case Labelled(text=text, text_pair=pair):
+            return text.strip(), pair.strip() if pair is not None else None
+        case Demonstration(problem=problem, system=system):
+            return problem, system
+        case Conversation(messages=messages):
+            place = next(place for place, message in enumerate(messages) if message.role == ASSISTANT)
+            return prompt_key(messages[:place])
+        case Completion(prompt=prompt):
+            return prompt.strip()
+        case PlainText(text=text):
+            return text.strip()
+        case _:
+            return _key(example.prompt)
+
+
+def key_of_row(example: AnyExample) -> Hashable:
+    """All that an example teaches."""
+    prompt = key_of_prompt(example)
+    match example:
+        case Labelled(label=label):
+            return prompt, repr(label)
+        case Demonstration(steps=steps, answer=answer):
+            return prompt, steps, answer
+        case Conversation(messages=messages):
+            return prompt_key(messages)
+        case Completion(completion=completion):
+            return prompt, completion.strip()
+        case Comparison(responses=responses, pairs=pairs):
+            # Which response stands first says nothing: the better one does.
+            ranked = {(_key(responses[pair.better]), _key(responses[pair.worse])) for pair in pairs}
+            return prompt, frozenset(ranked)
+        case _:
+            return prompt
+
+
+def told_repeats(train: Sequence[AnyExample], validation: Sequence[AnyExample], what: str = "prompt") -> list[str]:
+    """The sentence that counts the rows of validation that training has too; none where it has none of them."""
+    rows, prompts = ({key(each) for each in train} for key in (key_of_row, key_of_prompt))
+    whole = sum(key_of_row(each) in rows for each in validation)
+    shared = sum(key_of_prompt(each) in prompts for each in validation) - whole
+    found = [f"{whole} are in the training data too"] if whole else []
+    found += [f"{shared} share their {what} with a training row"] if shared else []
+    if not found:
+        return []
+    return [f"validation: of {len(validation)} rows {' and '.join(found)}; what is measured on them is partly memory"]
+
+
+def _key(words: Words) -> str:
+    return prompt_key(words.strip() if isinstance(words, str) else words)

@@ -1,0 +1,121 @@
+"""A "~" at the start of a place is the home folder: in every key of every config and recipe, and in every option."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pydantic import BaseModel
+
+import loopos
+from loopos.cli import option_types
+from loopos.cli.commands import app
+from loopos.config.keys import Place
+from loopos.config.load import LoadedConfig
+from loopos.config.merge import MergeConfig
+from loopos.config.paths import expanded
+from loopos.config.pruning import PruningRecipe
+from loopos.config.quantization import QuantizationRecipe
+from loopos.data.rows import read
+from loopos.methods.table import config_classes
+
+ALL = [*config_classes().values(), MergeConfig, PruningRecipe, QuantizationRecipe]
+# What the description of a key says where its value is, or may be, a place.
+SAYS_PLACE = ("folder", "file", "hub id", "another name of", "model that the others", "models of the recipe", "rows on")
+NO_PLACE = {"encoding", "max_expansion", "max_line_bytes",
+    "training_split", "validation_split", "subset", "streaming", "shard_gigabytes", "checkpoints", "tensorboard",
+    "keep_last", "result", "mode",
+}  # fmt: skip
+Loads = Callable[..., LoadedConfig]
+PLACES = {"INPUT", "MODEL", "FILE", "DATA", "A", "B", "PROMPTS", "JUDGE", "MODEL|RECIPE", "MODEL...", "FOLDER"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def sections(model: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:
+    """Every key below a config: the class it stands in, its name, its field."""
+    for name, field in model.model_fields.items():
+        inner = [each for each in (field.annotation, *typing.get_args(field.annotation)) if isinstance(each, type)]
+        nested = [each for each in inner if issubclass(each, BaseModel)]
+        if nested:
+            yield from sections(nested[0])
+        else:
+            yield model.__name__, name, field
+
+
+def takes_places(annotation: Any, metadata: Any = ()) -> bool:
+    """Whether the validators of a type expand "~"."""
+    if any(getattr(each, "func", None) is expanded for each in metadata):
+        return True
+    parts = [*typing.get_args(annotation), *getattr(annotation, "__metadata__", ())]
+    return any(getattr(each, "func", None) is expanded or takes_places(each) for each in parts)
+
+
+def test_every_key_that_names_a_place_expands_the_home_folder() -> None:
+    assert takes_places(Place)
+    assert not takes_places(str)
+    keys = {key[:2]: key[2] for each in ALL for key in sections(each)}
+    told = {
+        (owner, name)
+        for (owner, name), field in keys.items()
+        if name not in NO_PLACE
+        and field.annotation is not bool
+        and any(s in (field.description or "") for s in SAYS_PLACE)
+    }
+    assert len(told) >= 25
+    wrong = sorted(key for key in told if not takes_places(keys[key].annotation, keys[key].metadata))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("~/run", "{home}/run"), ("~", "{home}"), ("./~/run", "./~/run"), ("a/~", "a/~")]
+)
+def test_what_a_tilde_is(home: Path, load_text: Loads, good: str, given: str, meant: str) -> None:
+    loaded: Any = load_text(good, [f"data.output_dir={given}"]).config
+    assert loaded.data.output_dir == meant.format(home=home)
+    in_file: Any = load_text(good.replace('"outputs/run"', f'"{given}"')).config
+    assert in_file.data.output_dir == meant.format(home=home)
+
+
+def test_data_is_read_from_the_home_folder(home: Path) -> None:
+    (home / "rows.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    assert [row.values["text"] for row in read("~/rows.csv")] == ["a"]
+
+
+def test_a_config_is_read_from_the_home_folder(home: Path, good: str, folder: Path) -> None:
+    (home / "run.json").write_text(good, encoding="utf-8")
+    assert loopos.read_config("~/run.json") is not None
+
+
+def parameters() -> Iterator[tuple[str, Any, Any]]:
+    """Every parameter of every command: its name, its type, and typer's record of it."""
+    groups = [app, *(group.typer_instance for group in app.registered_groups)]
+    for command in (each for group in groups if group is not None for each in group.registered_commands):
+        assert command.callback is not None
+        hints = typing.get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            if hasattr(hint, "__metadata__"):
+                kind, info = typing.get_args(hint)[:2]
+                yield f"{command.callback.__name__} {name}", kind, info
+
+
+def test_every_option_that_takes_a_path_expands_the_home_folder(home: Path) -> None:
+    found = [
+        (name, kind, info)
+        for name, kind, info in parameters()
+        if "Path" in str(kind) or getattr(info, "metavar", None) in PLACES
+    ]
+    assert len(found) >= 30
+    for name, kind, info in found:
+        expected = Path(home / "x") if "Path" in str(kind) else str(home / "x")
+        assert info.parser is not None, f"{name}: has no parser; give it `path` or `expanded`"
+        assert info.parser("~/x") == expected, name
+    assert isinstance(typer.Option(parser=option_types.path).parser("a"), Path)
