@@ -25,10 +25,12 @@ from loopos.config.sections import LoraSection
 from loopos.deploy.export import ExportSettings, export
 from loopos.models.adapter_folder import open_adapter_folder
 from loopos.models.adapters import add_lora, save_lora
+from loopos.models.config_check import OWN_MODEL_TYPE, check_config
 from loopos.models.language_folder import open_language_model, save_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
 from loopos.models.model_folder import read_description
+from loopos.models.modeling_loopos import LoopOSConfig
 from loopos.models.pretrained_folder import save_pretrained
 from loopos.storage.json_files import save_json
 from loopos.storage.manifest import check_manifest
@@ -453,6 +455,20 @@ def test_a_description_with_a_key_of_another_kind_is_named(key: str, value: Any,
     with pytest.raises(UserError) as caught:
         read_description(tmp_path)
     assert str(caught.value).splitlines()[0].startswith(f"{tmp_path / 'loopos.json'}: {expected}")
+
+
+def test_a_config_of_our_own_is_checked_by_its_backbone(pico_folder: Path, tmp_path: Path) -> None:
+    assert LoopOSConfig.model_type == OWN_MODEL_TYPE
+    backbone = json.loads((pico_folder / "config.json").read_text())
+    whole = {"model_type": OWN_MODEL_TYPE, "backbone_type": "llama", "num_hidden_layers": 0, "vocab_size": 0}
+    save_json(tmp_path / "config.json", {**whole, "backbone_config": backbone})
+    check_config(tmp_path / "config.json")
+    save_json(tmp_path / "config.json", {**whole, "backbone_config": {**backbone, "num_attention_heads": 0}})
+    with pytest.raises(UserError, match=r"backbone_config\.num_attention_heads: expected a whole number from 1, got 0"):
+        check_config(tmp_path / "config.json")
+    save_json(tmp_path / "config.json", whole)
+    with pytest.raises(UserError, match="backbone_config, backbone_type: expected an object"):
+        check_config(tmp_path / "config.json")
 
 
 def test_a_whole_description_is_taken(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from loopos.config.faults import UserError
 from loopos.storage.json_files import read_object
 
+OWN_MODEL_TYPE = "loopos_pooled"
+"""The model_type of a head over a backbone that LoopOS writes (`modeling_loopos.py`)."""
 MOST_LAYERS = 1_000
 """Ten times those of the deepest models; each takes time to build, before its weights are looked for."""
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
@@ -40,7 +42,14 @@ def check_config(file: Path) -> None:
 
 
 def _faults(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    for key in _COUNTS:
+    own = config.get("model_type") == OWN_MODEL_TYPE
+    if own:
+        # Its own counts are those that make other programs refuse it.
+        if not isinstance(config.get("backbone_config"), dict) or not isinstance(config.get("backbone_type"), str):
+            yield f"{above}backbone_config, backbone_type: expected an object and the name of an architecture"
+            return
+        yield from _faults(config["backbone_config"], f"{above}backbone_config.")
+    for key in () if own else _COUNTS:
         value = config.get(key)
         # Some architectures list a size a layer.
         for each in value if isinstance(value, list) else [value]:
