@@ -25,6 +25,7 @@ def moved(language_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(language_run, folder)
     tensors = load_file(folder / "model" / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, folder / "model" / "model.safetensors")
+    (folder / "model" / "loopos-manifest.json").unlink()
     return folder
 
 

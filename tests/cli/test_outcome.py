@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from typing import Any
@@ -45,6 +47,29 @@ def test_an_error_gives_its_own_code() -> None:
 
     assert ending_in(DiskFull("full")).exit_code == 74
     assert ending_in(EnvironmentFault("no gguf")).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EIO, "Input/output error"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EACCES, "Permission denied"),
+        (errno.ENOTDIR, "Not a directory"),
+        (errno.EISDIR, "Is a directory"),
+        (errno.ENAMETOOLONG, "File name too long"),
+        (errno.ESTALE, "Stale file handle"),
+        (errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_an_error_of_the_file_system_is_one_line_with_its_file(number: int, reason: str) -> None:
+    result = ending_in(OSError(number, os.strerror(number), "outputs/run/file"))
+    assert (result.exit_code, result.stderr) == (74, f"outputs/run/file: {reason}\n")
+
+
+def test_an_error_of_a_network_is_no_error_of_a_file() -> None:
+    error = ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    assert ending_in(error).exception is error
 
 
 def test_interrupted_ends_with_130() -> None:

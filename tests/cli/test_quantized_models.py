@@ -144,6 +144,7 @@ def test_codes_of_other_programs_are_refused(home: Home, tmp_path: Path, invoke:
     config = json.loads((foreign / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (foreign / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (foreign / "loopos-manifest.json").unlink()
     result = invoke("export", foreign, "--format", "huggingface", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "codes of gptq, which LoopOS does not read" in result.stderr

@@ -119,3 +119,25 @@ def test_runs_need_no_torch() -> None:
 
     program = "import sys, loopos.cli.runs, loopos.cli.rows.data_check; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"[" * 50_000 + b"]" * 50_000),
+        ("config.json", b'{"computation": "\xff"}'),
+        ("config.json", b"3"),
+        ("events.jsonl", b"[" * 50_000 + b"]" * 50_000 + b"\n"),
+    ],
+)
+def test_a_broken_run_does_not_end_the_list(
+    file: str, content: bytes, two_runs: tuple[Path, Path], tmp_path: Path, invoke: Invoke
+) -> None:
+    for name, source in zip(("one", "two"), two_runs, strict=True):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "one" / file).write_bytes(content)
+    result = invoke("runs", "list", tmp_path, "--json")
+    assert result.exit_code == 0
+    assert [each["run"] for each in json.loads(result.stdout)] == [str(tmp_path / "two")]
+    assert result.stderr.startswith(f"left out: {tmp_path / 'one' / file}")
+    assert len(result.stderr.splitlines()) == 1

@@ -148,6 +148,7 @@ def test_classes_in_another_order_are_matched(members: list[str], tmp_path: Path
         space[name] = space[name][::-1]
     description["class_names"] = description["class_names"][::-1]
     (tmp_path / "turned" / "loopos.json").write_text(json.dumps(description))
+    (tmp_path / "turned" / "loopos-manifest.json").unlink()
     made([members[0], str(tmp_path / "turned")], tmp_path / "pair")
     assert probabilities(tmp_path / "pair") == pytest.approx(probabilities(members[0]), abs=1e-6)
     assert max(each["variance"] for each in loopos.load(tmp_path / "pair").predict(TEXTS)) < 1e-12

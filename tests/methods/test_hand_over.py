@@ -125,7 +125,8 @@ def older_layout(run: Path, pico_folder: Path, to: Path) -> Path:
         run / "model", config=AutoConfig.from_pretrained(pico_folder), output_loading_info=True
     )
     backbone.save_pretrained(to)
-    (to / "modeling_loopos.py").unlink()
+    for name in ("modeling_loopos.py", "loopos-manifest.json"):
+        (to / name).unlink()
     return to
 
 

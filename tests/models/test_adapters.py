@@ -97,7 +97,11 @@ def test_an_adapter_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatc
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     save_lora(other, folder, base="base")
     assert (folder / "adapter_model.safetensors").read_bytes() != before
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loopos-manifest.json",
+    ]
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -118,8 +118,8 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
         tensors_changed(lambda t: t.update({UP.replace(".1.", ".2."): torch.zeros(64, 32)})),
         r"layers that the model has no place for: layers\.2",
     ),
-    "safetensors cut": (file_cut("weights.safetensors", 0.5), "cannot be read as weights"),
-    "safetensors empty": (file_cut("weights.safetensors", 0.0), "cannot be read as weights"),
+    "safetensors cut": (file_cut("weights.safetensors", 0.5), "no whole safetensors file"),
+    "safetensors empty": (file_cut("weights.safetensors", 0.0), "no whole safetensors file"),
     "bin cut": (file_cut("weights.bin", 0.7), "not a whole zip-format torch file"),
     "bin empty": (file_cut("weights.bin", 0.0), "not a whole zip-format torch file"),
     "legacy pickle": (legacy_pickle, "old pickle"),
@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "zip of something else": (another_zip, "cannot be read as weights"),
     "no tensors in it": (not_tensors, "wanted a dictionary of tensors by name"),
     "config of another width": (config_changed(hidden_size=64), "of another shape"),
-    "config that is no config": (config_changed(hidden_size="wide"), "cannot read the config"),
+    "config that is no config": (config_changed(hidden_size="wide"), "hidden_size: expected a whole number"),
     "config of an unknown architecture": (config_changed(model_type="nosuch"), "cannot read the config"),
     "a file of another kind": (text_file, r"wanted \.gguf, \.safetensors, \.bin or a folder"),
     "a file that is not there": (lambda folder: str(folder / "no.safetensors"), "does not exist"),
@@ -144,7 +144,7 @@ def test_what_is_broken_is_refused_in_words(fault: str, parts: Path, tmp_path: P
     with pytest.raises(UserError, match=said) as caught:
         load_pretrained(given)
     assert not list(tmp_path.rglob(EXECUTED))
-    assert Path(given).name in str(caught.value)
+    assert Path(given).name in str(caught.value) or "config.json" in str(caught.value)
     assert len(str(caught.value)) < 700
 
 
@@ -159,9 +159,9 @@ def as_pickle(folder: Path, content: object) -> None:
 
 
 FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "weights cut": (file_cut("model.safetensors", 0.5), "cannot load"),
+    "weights cut": (file_cut("model.safetensors", 0.5), "no whole safetensors file"),
     "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
-    "config cut": (file_cut("config.json", 0.9), "cannot read the config"),
+    "config cut": (file_cut("config.json", 0.9), r"config\.json: broken"),
     "config of another width": (config_changed(intermediate_size=96), "of another shape"),
     "config of fewer layers": (config_changed(num_hidden_layers=1), r"no place for: .*layers\.1"),
     "config of more layers": (config_changed(num_hidden_layers=3), r"missing: layers\.2"),
@@ -169,7 +169,7 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: as_pickle(folder, {"a": Evil(folder)}),
         "refused, since opening it would run code",
     ),
-    "tokenizer cut": (file_cut("tokenizer.json", 0.9), "no tokenizer in"),
+    "tokenizer cut": (file_cut("tokenizer.json", 0.9), r"tokenizer\.json: broken"),
     "tokenizer of another kind": (
         lambda folder: (folder / "tokenizer.json").write_text('{"model": 3}'),
         "no tokenizer in",

@@ -20,6 +20,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
 from loopos.config.faults import UserError
+from loopos.storage.durable import StorageFault
 from loopos.storage.tensor_format import DTYPE_NAMES, safetensors_pieces
 from loopos.training import checkpoint
 
@@ -326,9 +327,11 @@ def test_full_disk_is_one_line_and_leaves_the_previous_whole(
     assert said == []
 
 
-def test_other_system_errors_rise_as_they_are(tmp_path: Path) -> None:
+def test_other_system_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(
+        StorageFault, match=rf"^{tmp_path}/file/checkpoints: Not a directory .*the checkpoint of step 1"
+    ):
         save_tiny(tmp_path / "file" / "checkpoints", 1)
 
 

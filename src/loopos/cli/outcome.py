@@ -1,9 +1,9 @@
 """How a command ends: the one place where errors become messages and exit codes.
 
 Enters: what a command raises. Leaves: a few lines on standard error and the exit code: the error's own for a
-`UserError` (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a full disk), 1 when memory
-ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A closed pipe (its reader went away)
-ends quietly. Any other exception is our bug and keeps its traceback.
+`UserError` (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a full disk), 74 for any
+other error of the file system, 1 when memory ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A
+closed pipe (its reader went away) ends quietly. Any other exception is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from loopos.cli.wording import refuse_keys_as_options, wording_of
 from loopos.config.faults import Interrupted, UserError, Wording, printable
+from loopos.storage.durable import StorageFault, is_of_files, told_of
 
 INTERRUPTED = 130
 # 128 + 13: what a shell reports of a program that SIGPIPE ended.
@@ -78,6 +79,11 @@ class Commands(TyperGroup):
             # What is still in the buffer has no reader: the interpreter must not try to write it at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(CLOSED_PIPE) from None
+        except OSError as error:
+            if not is_of_files(error):
+                raise
+            complain(told_of(error))
+            raise typer.Exit(StorageFault.exit_code) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

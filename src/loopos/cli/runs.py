@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, confusion_table, say, say_json, shown, table
+from loopos.cli.outcome import note
 from loopos.config.differences import differences
+from loopos.config.faults import UserError
 from loopos.config.figures import once
 from loopos.config.method_configs import changed_settings
 from loopos.evaluation.run_folder import Run, find_runs, read_run
@@ -21,8 +23,15 @@ _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
 
 
 def list_runs(folder: Path, *, as_json: bool) -> int:
-    """One line a run. Raises `UserError` if there is no such folder."""
-    found = [read_run(path) for path in find_runs(folder)]
+    """One line a run; one that is broken is named on standard error, and the others are listed. Raises `UserError` if
+    there is no such folder.
+    """
+    found = []
+    for path in find_runs(folder):
+        try:
+            found.append(read_run(path))
+        except UserError as problem:
+            note(f"left out: {problem}")
     if as_json:
         say_json([run.summary() for run in found])
     elif not found:

@@ -35,7 +35,8 @@ from loopos.models.quantized_folder import CODES
 from loopos.models.task_folder import HEAD
 from loopos.models.task_layout import how_it_opens, layout_in
 from loopos.storage.json_files import read_object, save_json
-from loopos.storage.tensor_files import folder_tensors, holds_weights, usual_dtype, weight_files
+from loopos.storage.manifest import check_manifest
+from loopos.storage.tensor_files import folder_tensors, holds_weights, require_finite, usual_dtype, weight_files
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARD = "README.md"
@@ -76,6 +77,9 @@ def export(
     type_name = check_settings(settings)
     refuse_taken(out)
     model = find_model(place)
+    for folder in (model.folder, model.adapter):
+        if folder is not None:
+            check_manifest(folder)
     _check_format(model, settings)
     needed = _bytes_of(model.folder) if model.folder is not None else 0
     with shipped_folder(out, needed, "the exported model") as partial:
@@ -160,6 +164,8 @@ def _write(
         notes += [how_it_opens(partial)] if model.kind in ("head", "reward") else []
     elif settings.format == "onnx":
         assert folder is not None
+        for name, stored in folder_tensors(folder).items():
+            require_finite(name, stored.read())
         file = onnx_file.write_onnx(folder, model.kind, partial)
     else:
         assert folder is not None

@@ -23,7 +23,6 @@ from loopos.evaluation.markdown import shown, table
 from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.progress import Tell
 from loopos.models.ensemble_recipe import (
-    LANGUAGE_ENSEMBLE,
     LANGUAGE_METHODS,
     VOTE,
     described_members,
@@ -31,11 +30,12 @@ from loopos.models.ensemble_recipe import (
 )
 from loopos.models.language_ensemble import check_one_vocabulary
 from loopos.models.load import load_config
-from loopos.models.model_folder import FORMAT
+from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE
 from loopos.models.sources import WeightsSource, weights_source
 from loopos.models.speaking import open_speaking
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.json_files import save_json
+from loopos.storage.manifest import check_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +175,8 @@ def _path(source: WeightsSource, number: int, partial: Path, out: Path, *, copy:
     assert source.path is not None
     if not copy:
         return os.path.relpath(source.path.resolve(), out.absolute())
+    if source.path.is_dir():
+        check_manifest(source.path)
     place = f"members/{number}"
     shutil.copytree(source.path, partial / place)
     return place

@@ -15,7 +15,7 @@ from loopos.storage.whole_folder import whole_folder
 from loopos.storage.writable import require_writable
 
 REPORT = "report.md"
-NOTHING_WRITTEN = "nothing was written: free some space, then run the command again"
+NOTHING_WRITTEN = "nothing was written: {remedy}, then run the command again"
 
 
 def refuse_taken(out: Path) -> None:

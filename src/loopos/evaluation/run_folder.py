@@ -19,6 +19,7 @@ from loopos.config.differences import changes
 from loopos.config.faults import UserError
 from loopos.evaluation.outcome import FLAGS, Outcome, ending, outcome_of
 from loopos.storage.folder_lock import lock_state
+from loopos.storage.json_files import read_object
 
 Event: TypeAlias = dict[str, Any]
 State: TypeAlias = Literal["running", "finished", "interrupted", "killed", "failed", "unknown"]
@@ -211,7 +212,8 @@ def read_run(folder: Path) -> Run:
     for name in (CONFIG, EVENTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no run: it holds no {name}; wanted the output_dir of a run")
-    return Run(folder, _read_config(folder / CONFIG), list(read_events(folder / EVENTS)))
+    config = read_object(folder / CONFIG, advice="expected the config that the run wrote")
+    return Run(folder, config, list(read_events(folder / EVENTS)))
 
 
 def run_of(model: Path) -> Run | None:
@@ -229,7 +231,7 @@ def read_events(path: Path) -> Iterator[Event]:
                 return
             try:
                 event = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not an event ({error}); wanted one JSON object a line") from error
             if not isinstance(event, dict) or not {"event", "step", "metrics", "timing"} <= set(event):
                 raise UserError(f"{path}:{number}: not an event; wanted the keys event, step, metrics and timing")
@@ -248,13 +250,3 @@ def find_runs(folder: Path) -> list[Path]:
         elif len(Path(place).relative_to(folder).parts) >= _DEEPEST:
             folders.clear()
     return sorted(found)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); wanted the config that the run wrote") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: given no JSON object; wanted the config that the run wrote")
-    return config

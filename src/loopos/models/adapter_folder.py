@@ -22,6 +22,7 @@ from loopos.config.paths import expanded
 from loopos.models.adapter_patterns import matches
 from loopos.models.sources import ADAPTER_CONFIG
 from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest
 from loopos.storage.tensor_files import StoredTensor, stored_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -208,6 +209,7 @@ def is_adapter(place: str | Path) -> bool:
 def open_adapter_folder(place: str | Path) -> AdapterFolder:
     """The adapter in a folder. Raises `UserError` for one that is broken, or whose config says what cannot be."""
     folder = Path(expanded(os.fspath(place)))
+    check_manifest(folder)
     config = read_object(folder / ADAPTER_CONFIG)
     wrong = list(_wrong_values(config))
     if wrong:

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.faults import UserError
-from loopos.models.model_folder import described, model_folder
-
-LANGUAGE_ENSEMBLE = "language_ensemble"
-"""The key under which a folder's description tells its members."""
+from loopos.models.model_folder import LANGUAGE_ENSEMBLE, described, model_folder
 
 VOTE = "vote"
 LANGUAGE_METHODS: tuple[str, ...] = ("mean", "logits", VOTE)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS, expanded
+from loopos.models.config_check import check_config
 from loopos.models.model_folder import Kind, described, kind_of, model_folder, read_description
 from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, base_of_adapter, folder_of, weights_source
 from loopos.storage.json_files import read_object
@@ -105,6 +106,7 @@ def _checkpoint(place: str) -> FoundModel:
     folder, file = local_place(place)
     if file is not None:
         raise UserError(f'{place}: wanted the folder of a model, with config.json, a .gguf file or "{EMBEDDED}"')
+    check_config(folder / "config.json")
     architectures = read_object(folder / "config.json").get("architectures") or [""]
     kind: FoundKind = "encoder"
     if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loopos.config.faults import EnvironmentFault, UserError
+from loopos.config.faults import EnvironmentFault
+from loopos.models.config_check import MOST_LAYERS
 from loopos.models.quiet import quiet_transformers
 from loopos.storage.whole_folder import whole_folder
 
@@ -50,6 +51,7 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from loopos.models.broken_files import broken_as_user_error
     from loopos.models.gguf_metadata import read_metadata
     from loopos.models.gguf_tokenizer import gguf_tokenizer
 
@@ -57,18 +59,12 @@ def convert(file: Path, folder: Path) -> None:
         import gguf  # noqa: F401
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
-    try:
-        with quiet_transformers(bars_of_its_own=True):
-            said = read_metadata(file)
-            named = _config(file, said)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, **named
-            )
-            tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, RuntimeError, IndexError) as problem:
-        raise UserError(
-            f"{file}: cannot be read as GGUF: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
-        ) from problem
+    with broken_as_user_error(f"{file}: cannot be read as GGUF"), quiet_transformers(bars_of_its_own=True):
+        said = read_metadata(file)
+        _check_layers(said)
+        named = _config(file, said)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **named)
+        tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     config = loaded.config
     # The dequantised model is an ordinary one; left in, these marks make transformers refuse to save it.
     for mark in ("quantization_config", "_name_or_path"):
@@ -80,6 +76,15 @@ def convert(file: Path, folder: Path) -> None:
     with quiet_transformers():
         plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_layers(said: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a number of layers that no model has: each takes time to build, before its tensors are
+    looked for.
+    """
+    key = f"{said['general.architecture']}.block_count"
+    if not (type(said[key]) is int and 1 <= said[key] <= MOST_LAYERS):
+        raise ValueError(f"{key}: expected a whole number from 1 to {MOST_LAYERS:,}, got {said[key]}")
 
 
 def _config(file: Path, said: Mapping[str, Any]) -> dict[str, Any]:

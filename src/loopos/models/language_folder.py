@@ -20,9 +20,8 @@ from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
 from loopos.models.adapters import merge_lora, save_lora
-from loopos.models.ensemble_recipe import LANGUAGE_ENSEMBLE
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
-from loopos.models.model_folder import FORMAT, described, kind_of, model_folder
+from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE, described, kind_of, model_folder
 from loopos.models.quantized import is_quantized
 from loopos.models.quantized_folder import save_weights
 from loopos.storage.json_files import save_json

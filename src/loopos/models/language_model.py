@@ -17,6 +17,7 @@ from loopos.functional.packing import PackedLayout
 from loopos.functional.token_logprobs import token_logprobs
 from loopos.models.backbone import Backbone, headless
 from loopos.models.quantized import exact_activations
+from loopos.storage.tensor_files import require_finite
 
 _PROBE_TOLERANCE = 2e-4
 
@@ -95,7 +96,7 @@ def _logit_shape(config: PreTrainedConfig) -> LogitShape:
 
 @torch.no_grad()
 def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) -> None:
-    """Raises `UserError` unless on these weights logits are shape(E·h), and depend on no later token."""
+    """Raises `UserError` unless on these weights logits are finite and shape(E·h), and depend on no later token."""
     config, was_training = causal.config.get_text_config(), causal.training
     causal.train(False)
     ids = torch.arange(config.vocab_size - 1, config.vocab_size - 7, -1, device=causal.device).clamp_(min=0)[None]
@@ -104,6 +105,13 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     expected = shape(hidden @ _output_embedding(causal).t())
     before = causal(input_ids=ids[:, :-1]).logits[0].float()
     causal.train(was_training)
+    if not bool(logits.isfinite().all()):
+        for name, weight in causal.state_dict().items():
+            require_finite(name, weight)
+        raise UserError(
+            f"{type(causal).__name__}: its logits are not finite though its weights are: they overflow "
+            f"{str(causal.dtype).removeprefix('torch.')}; choose another number format, or take other weights"
+        )
     tolerance = _PROBE_TOLERANCE if causal.dtype == torch.float32 else 0.05
     largest = logits.abs().max().clamp_min(1e-6)
     if not float((logits[:-1] - before).abs().max() / largest) <= tolerance:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +20,8 @@ from loopos.config.faults import SettingError, UserError
 from loopos.config.language_sections import LanguageModelSection
 from loopos.config.sections import ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
+from loopos.models.broken_files import BROKEN, reason_of
+from loopos.models.config_check import check_config
 from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
@@ -27,6 +29,7 @@ from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, wei
 from loopos.models.task_layout import backbone_config
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
+from loopos.storage.manifest import check_manifest, checked_meanwhile, is_weights
 
 NUMBER_FORMATS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The config's names of sizes → transformers'.
@@ -104,6 +107,32 @@ def load_pretrained(
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )
+    with _files_checked(source):
+        return _load(source, sizes, tokenizer, causal=causal, trust_remote_code=trust_remote_code, quantized=quantized)
+
+
+def _files_checked(source: WeightsSource) -> AbstractContextManager[None]:
+    """What raises `UserError` for a file beside the weights that is not what was saved, where a manifest says so."""
+    if source.kind in ("safetensors", "torch") and source.path is not None:
+        own = source.path.name
+        return checked_meanwhile(source.path.parent, of=lambda name: name == own or not is_weights(name))
+    if source.kind == "gguf" and source.path is not None:
+        own = source.path.name
+        check_manifest(source.path.parent, of=lambda name: name == own)
+    folder = folder_of(source)
+    return nullcontext() if folder is None else checked_meanwhile(folder)
+
+
+def _load(
+    source: WeightsSource,
+    sizes: Sizes,
+    tokenizer: str | None,
+    *,
+    causal: bool,
+    trust_remote_code: bool,
+    quantized: bool,
+) -> Pretrained:
+    given = source.given
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
     num_rows = config.get_text_config().vocab_size
@@ -193,9 +222,11 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
             return new_config(sizes)
         folder = source.path.parent
     place = str(folder or source.given)
+    if folder is not None:
+        check_config(folder / "config.json")
     try:
         config = backbone_config(place) or AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as problem:
+    except BROKEN as problem:
         raise SettingError(_KEY, _why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)
     _check_config(config, sizes, source.given)
@@ -244,9 +275,7 @@ def _check_config(config: PreTrainedConfig, sizes: Sizes, given: str) -> None:
 
 
 def _why(source: WeightsSource, problem: Exception) -> str:
-    first = (str(problem).splitlines() or [type(problem).__name__])[0]
-    if isinstance(problem, StrictDataclassError):
-        first = " ".join(str(problem).split())
+    first = reason_of(problem)
     if source.kind == "hub":
         return (
             f"{source.given} is neither a file or folder here nor reachable on a hub: {first}\n"

@@ -14,14 +14,18 @@ from typing import Any, Literal, TypeAlias
 
 from loopos.config.extras import install_command
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION, expanded
+from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION, expanded
 from loopos.config.preferences import REWARD_TASK
+from loopos.models.description_check import check_description
 from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest
 
 FORMAT = 1
 _CHECKPOINT = re.compile(r"step-\d{8,}")
 ENSEMBLE = "ensemble"
 """The key under which a folder's description tells the members of an ensemble."""
+LANGUAGE_ENSEMBLE = "language_ensemble"
+"""That of an ensemble of language models."""
 Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
 """A language model; a model with a head that predicts labels or values; a reward model; several with a head as one."""
 
@@ -63,14 +67,20 @@ def described(place: str | Path) -> dict[str, Any]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What a trained model's folder says of itself. Raises `UserError` where it is broken or of another version."""
+    """What a trained model's folder says of itself. Raises `UserError` where it is broken, of another version, or not
+    what was saved.
+    """
     file = folder / MODEL_DESCRIPTION
+    check_manifest(folder, of=lambda name: name == MODEL_DESCRIPTION)
     description = read_object(file, advice="make it again: loopos train CONFIG --resume")
     if description.get("format") != FORMAT:
         raise UserError(
             f"{file}: format {description.get('format')}, this LoopOS reads {FORMAT}: written by another version; "
             f"upgrade loopos: {install_command()}"
         )
+    kind: str = LANGUAGE_ENSEMBLE if LANGUAGE_ENSEMBLE in description else kind_of(description)
+    # A head stands for the key that tells of it, which may be what is missing.
+    check_description(file, description, "head" if kind == "language" and (folder / HEAD_FILE).is_file() else kind)
     return description
 
 

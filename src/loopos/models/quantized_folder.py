@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from loopos.config.faults import UserError
+from loopos.models.broken_files import broken_as_user_error, reason_of
 from loopos.models.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -32,7 +32,8 @@ from loopos.models.quantized import (
     quantized_layers,
 )
 from loopos.models.quiet import quiet_transformers
-from loopos.models.weight_files import fill, model_class
+from loopos.models.weight_files import check_sizes, fill, new_model
+from loopos.storage.tensor_files import check_readable, require_finite, stored_tensors
 
 WEIGHTS = "model.safetensors"
 CODES = "torchao"
@@ -53,11 +54,7 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
     `OSError` or `SafetensorError` when the disk is full.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{name}: holds numbers that are not finite (nan or infinite), so the model is not saved; expected "
-                "weights that are numbers: go back to a checkpoint before it diverged"
-            )
+        require_finite(name, tensor)
     if not is_quantized(model):
         with quiet_transformers():
             model.save_pretrained(folder)
@@ -94,17 +91,18 @@ def from_quantized(given: str, folder: Path, config: PreTrainedConfig, *, causal
     Raises `UserError` for codes of another program, and for weights that do not fill the model.
     """
     file = folder / WEIGHTS
-    try:
+    check_readable(file)
+    stored = stored_tensors([file])
+    with broken_as_user_error(f"{file}: broken", advice="make it again: loopos quantize"):
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
         tensors = load_file(file)
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{file}: broken: {problem}; make it again: loopos quantize") from problem
     # The skeleton is one of plain layers.
     del config.quantization_config
+    # A byte holds two codes of 4 bits.
+    check_sizes(given, config, causal=causal, num_tensors=len(stored), num_bytes=2 * file.stat().st_size)
     with no_init_weights():
-        model = model_class(config, causal=causal).from_config(config, dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
+        model = new_model(config, causal=causal)
     for name, kept in _codes_in(given, header).items():
         _place(given, model, name, kept, tensors)
     output, entry = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
@@ -122,9 +120,9 @@ def _codes_in(given: str, header: Mapping[str, str]) -> dict[str, Mapping[str, A
     """Name of each weight in codes → what the header says of it."""
     try:
         described = {name: json.loads(header[name]) for name in json.loads(header["tensor_names"])}
-    except (KeyError, ValueError) as problem:
-        raise UserError(f"{given}: its weights do not say how their codes are read: {problem}") from problem
-    found = {name: kept for name, kept in described.items() if kept["_type"] != "Tensor"}
+        found = {name: kept for name, kept in described.items() if kept["_type"] != "Tensor"}
+    except (KeyError, ValueError, TypeError, RecursionError) as problem:
+        raise UserError(f"{given}: its weights do not say how their codes are read: {reason_of(problem)}") from problem
     if other := {kept["_type"] for kept in found.values()} - {"Int8Tensor", "Int4Tensor"}:
         raise UserError(f"{given}: codes of the kind {', '.join(sorted(other))}; wanted a folder of loopos quantize")
     return found

@@ -15,6 +15,7 @@ from loopos.models.gguf import converted_folder
 from loopos.models.model_folder import refuse_checkpoint
 from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED = "smollm2-135m"
@@ -110,7 +111,8 @@ def base_of_adapter(folder: Path) -> str:
 def _model_folder(path: Path) -> Path:
     """The folder that holds config.json: the given one, or `model/` inside the output folder of a run."""
     for folder in (path, path / "model"):
-        if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
+        check_manifest(folder, of=lambda name: name == "config.json")
+        if (folder / "config.json").is_file() and "model_type" in read_object(folder / "config.json"):
             return folder
     refuse_checkpoint(path)
     raise SettingError(

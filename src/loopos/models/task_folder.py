@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
-from loopos.config.paths import MODEL_DESCRIPTION
+from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
@@ -26,10 +26,11 @@ from loopos.models.model_folder import FORMAT, kind_of, model_folder, read_descr
 from loopos.models.quantized_folder import save_weights
 from loopos.models.task_layout import TaskLayout, folder_tokenizer
 from loopos.storage.json_files import save_json
-from loopos.storage.tensor_files import read_tensors, save_tensors
+from loopos.storage.manifest import check_manifest
+from loopos.storage.tensor_files import read_tensors, require_finite, save_tensors
 from loopos.storage.whole_folder import whole_folder
 
-HEAD = "head.safetensors"
+HEAD = HEAD_FILE
 
 
 def save_task_model(
@@ -55,8 +56,11 @@ def save_task_model(
 
 def read_head(folder: Path) -> Tensor:
     """The head's weight `[C, d]`. Raises `UserError` for a file that is missing or broken."""
+    check_manifest(folder, of=lambda name: name == HEAD)
     try:
-        return read_tensors(folder / HEAD)["weight"]
+        weight = read_tensors(folder / HEAD)["weight"]
+        require_finite("the head", weight)
+        return weight
     except (KeyError, UserError) as problem:
         raise UserError(f"{folder}: broken: {problem}; make it again: loopos train CONFIG --resume") from problem
 

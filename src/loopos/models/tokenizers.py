@@ -5,18 +5,19 @@ Enters: a `WeightsSource` and the configured name. Leaves: a transformers tokeni
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loopos.config.faults import SettingError, UserError
 from loopos.config.paths import expanded
+from loopos.models.broken_files import broken_as_user_error
 from loopos.models.gguf import converted_folder
 from loopos.models.sources import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
 from loopos.models.task_layout import backbone_config
 from loopos.storage.hub import require_hub
+from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest, is_weights
 
 _KEY = "data.tokenizer"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -30,28 +31,25 @@ def open_tokenizer(
     Raises `UserError` where there is none or it cannot be read.
     """
     place = _named_place(named) if named is not None else _place_beside(source)
-    try:
+    if isinstance(place, Path):
+        check_manifest(place if place.is_dir() else place.parent, of=lambda name: not is_weights(name))
+    with broken_as_user_error(
+        f"no tokenizer in {place}", advice="put tokenizer.json there or name one in data.tokenizer"
+    ):
         if isinstance(place, Path):
             _check_json(place if place.is_file() else place / "tokenizer.json")
         if isinstance(place, Path) and place.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(place))  # type: ignore[no-untyped-call]
         config = backbone_config(place) if isinstance(place, Path) and (place / "config.json").is_file() else None
         opened = AutoTokenizer.from_pretrained(str(place), config=config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as problem:
-        first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(
-            f"no tokenizer in {place}: {first}; put tokenizer.json there or name one in data.tokenizer"
-        ) from problem
     assert isinstance(opened, PreTrainedTokenizerBase)
     return opened
 
 
 def _check_json(file: Path) -> None:
-    """Raises ValueError for a broken tokenizer.json, for which the library itself raises a bare `Exception`."""
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise ValueError(f"{file.name} describes no tokenizer")
+    """Raises `UserError` for a tokenizer.json that is no JSON, or describes no tokenizer."""
+    if file.is_file() and not isinstance(read_object(file).get("model"), dict):
+        raise ValueError(f"{file.name} describes no tokenizer")
 
 
 def _place_beside(source: WeightsSource) -> Path | str:

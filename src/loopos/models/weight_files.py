@@ -14,19 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loopos.config.faults import SettingError, UserError
+from loopos.config.paths import NEW_WEIGHTS
+from loopos.models.broken_files import BROKEN, reason_of
 from loopos.models.quiet import quiet_transformers
 from loopos.models.sources import WeightsSource
-from loopos.storage.tensor_files import NAMED_WEIGHTS, weight_files
+from loopos.storage.tensor_files import (
+    NAMED_WEIGHTS,
+    check_readable,
+    folder_tensors,
+    holds_weights,
+    stored_tensors,
+    weight_files,
+)
 
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _KEY = "data.pretrained_weights"
+# A tensor's names, index and tied copies let a model be larger than its file, but not by far.
+_MOST_NUMBERS_A_BYTE, _SLACK = 2, 10_000_000
+# Tensors of a pickle that is no archive: it is refused where it is read.
+_OLD_PICKLE = 1_000_000
 _PICKLE_REFUSED = "refused, since opening it would run code"
 
 
@@ -49,9 +61,54 @@ def _remote(config: PreTrainedConfig) -> Collection[str]:
 
 def new_model(config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
     """A model with new weights, fp32, drawn from torch's generator."""
-    model = model_class(config, causal=causal).from_config(config, dtype=torch.float32)
+    opener = model_class(config, causal=causal)
+    given = config.name_or_path or NEW_WEIGHTS
+    try:
+        model = opener.from_config(config, dtype=torch.float32)
+    except BROKEN as problem:
+        fault = f"{given}: no {config.model_type} can be built of its config: {reason_of(problem)}"
+        raise SettingError(_KEY, fault) from problem
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def check_sizes(
+    given: str, config: PreTrainedConfig, *, causal: bool = False, num_tensors: int, num_bytes: int
+) -> None:
+    """Raises `UserError` where a config describes far more layers, or numbers, than files of weights hold: a model of
+    such a config would take the time and memory of its sizes before a missing tensor could be found. num_bytes: of the
+    files, each of whose numbers takes one at least. Packed weights of other programs are let through.
+    """
+    fault = f"{given}: its config.json describes"
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > num_tensors:
+        raise SettingError(_KEY, f"{fault} {layers:,} layers, but its weights are {num_tensors:,} tensors")
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in new_model(config, causal=causal).parameters())
+    if numbers > _MOST_NUMBERS_A_BYTE * num_bytes + _SLACK:
+        raise SettingError(_KEY, f"{fault} {numbers:,} numbers, but its weights are {num_bytes:,} bytes")
+
+
+def _num_tensors(file: Path) -> int:
+    """Tensors of a torch file, at most: each has an entry in its archive."""
+    if not zipfile.is_zipfile(file):
+        return _OLD_PICKLE
+    with zipfile.ZipFile(file) as archive:
+        return len(archive.namelist())
+
+
+def _check_folder(folder: Path, config: PreTrainedConfig, *, causal: bool) -> None:
+    """Raises `UserError` for weights in a folder that may not be read, are broken, or are not of the config's sizes."""
+    files = weight_files(folder)
+    for file in files:
+        check_readable(file)
+    if files:
+        safe = holds_weights(folder)
+        num_tensors = len(folder_tensors(folder, verify=False)) if safe else sum(_num_tensors(file) for file in files)
+        num_bytes = sum(file.stat().st_size for file in files)
+        check_sizes(str(folder), config, causal=causal, num_tensors=num_tensors, num_bytes=num_bytes)
 
 
 def from_folder(
@@ -62,7 +119,7 @@ def from_folder(
     """
     opener = model_class(config, causal=causal)
     if Path(place).is_dir():
-        weight_files(Path(place))
+        _check_folder(Path(place), config, causal=causal)
     try:
         with quiet_transformers():
             model, info = opener.from_pretrained(
@@ -75,8 +132,8 @@ def from_folder(
             )
     except pickle.UnpicklingError as problem:
         raise SettingError(_KEY, f"{place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as problem:
-        raise SettingError(_KEY, f"cannot load {place}: {_first_line(problem)}") from problem
+    except BROKEN as problem:
+        raise SettingError(_KEY, f"cannot load {place}: {reason_of(problem)}") from problem
     mismatched = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
     # Names of tensors without a place keep the prefix that they have in a model with its head.
     left_over = {name.removeprefix(model.base_model_prefix + ".") for name in info["unexpected_keys"]}
@@ -93,8 +150,11 @@ def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool =
     without the base model's prefix. A headless model leaves language-model heads aside. Raises `UserError` as
     `from_folder` does.
     """
+    assert source.path is not None
+    tensors, num_bytes = read_tensors(source), source.path.stat().st_size
+    check_sizes(source.given, config, causal=causal, num_tensors=len(tensors), num_bytes=num_bytes)
     model = new_model(config, causal=causal)
-    fill(source.given, model, read_tensors(source))
+    fill(source.given, model, tensors)
     model.tie_weights()
     return model
 
@@ -126,8 +186,10 @@ def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
     reason.
     """
     assert source.path is not None
+    check_readable(source.path)
     try:
         if source.kind == "safetensors" or _holds_safetensors(source.path):
+            stored_tensors([source.path])
             return load_file(source.path)
         if not zipfile.is_zipfile(source.path):
             raise UserError(
@@ -137,8 +199,8 @@ def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
         loaded = torch.load(source.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise UserError(f"{source.path}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as problem:
-        raise UserError(f"{source.path}: cannot be read as weights: {_first_line(problem)}") from problem
+    except BROKEN as problem:
+        raise UserError(f"{source.path}: cannot be read as weights: {reason_of(problem)}") from problem
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{source.path}: wanted a dictionary of tensors by name, found {type(loaded).__name__}")
@@ -191,7 +253,3 @@ def _surplus_layers(wanted: Collection[str], left_over: Collection[str]) -> list
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]

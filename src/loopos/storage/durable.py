@@ -1,7 +1,8 @@
 """Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
 
-A full disk becomes one `DiskFull` line. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`,
-`training.events`), folders (`whole_folder.py`); nothing here imports torch.
+A full disk becomes one `DiskFull` line, any other refusal of the file system one `StorageFault` line that names its
+file. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`, `training.events`), folders
+(`whole_folder.py`); nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,14 +21,41 @@ from loopos.config.faults import UserError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
-RESUME = "what was saved before is whole: free some space, then continue with --resume"
+RESUME = "what was saved before is whole: {remedy}, then continue with --resume"
 _DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
+_REMEDIES = {
+    errno.EIO: "check the disk",
+    errno.EROFS: "make the file system writable",
+    errno.EACCES: "change the permissions",
+    errno.EPERM: "change the permissions",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs' files",
+}
+# Errors that are about files even where they name none: a read, a write or an fsync of an open one.
+_OF_OPEN_FILES = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.EMFILE, *_DISK_FULL_CODES})
 
 
-class DiskFull(UserError):
-    """The disk, or the user's quota of it, is full; what was being written is not there, what was there before is."""
+class StorageFault(UserError):
+    """The file system refused to write or to read; what was being written is not there, what was there before is."""
 
     exit_code = 74
+
+
+class DiskFull(StorageFault):
+    """The disk, or the user's quota of it, is full."""
+
+
+def is_of_files(error: OSError) -> bool:
+    """Whether an error is one of the file system, and not of a network or a hub, whose errors are an `OSError` too."""
+    if error.errno is None or isinstance(error, ConnectionError):
+        return False
+    return error.filename is not None or error.errno in _OF_OPEN_FILES
+
+
+def told_of(error: OSError, place: str | Path = "a file") -> str:
+    """An error of the file system in words: the file, or `place` where it names none, and the reason."""
+    path = place if error.filename is None else os.fsdecode(error.filename)
+    return f"{path}: {error.strerror or type(error).__name__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +69,45 @@ class FileRecord:
 @contextmanager
 def disk_full_said(folder: Path, needed_bytes: int, what: str, advice: str = RESUME) -> Iterator[None]:
     """Turn "no space left" (ENOSPC, EDQUOT) inside the block into a `DiskFull` that gives needed and free bytes, and
-    says what to do.
+    any other error of the file system into a `StorageFault` that names the file. advice: what to do, with the place
+    {remedy} for what must be mended first.
 
-    Every other `OSError` passes through unchanged.
+    Errors of a network pass through unchanged.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL_CODES:
+        if not is_of_files(error):
             raise
+        if error.errno not in _DISK_FULL_CODES:
+            remedy = advice.format(remedy=_REMEDIES.get(error.errno or 0, "mend this"))
+            raise StorageFault(f"{told_of(error, folder)} (while writing {what}); {remedy}") from error
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         free_bytes = shutil.disk_usage(existing).free
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
         raise DiskFull(
-            f"{folder}: {reason}: {what} needs {needed_bytes:,} bytes, {free_bytes:,} are free; {advice}"
+            f"{folder}: {reason}: {what} needs {needed_bytes:,} bytes, {free_bytes:,} are free; "
+            f"{advice.format(remedy='free some space')}"
         ) from error
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Gives an `OSError` that passes through the block the file that it is about, where it names none: a write or an
+    fsync that fails knows a descriptor only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
     """Write a new file and fsync it; returns its size in bytes. Raises `FileExistsError` if it is there already."""
     size = 0
-    with path.open("xb") as file:
+    with names_file(path), path.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
             size += len(chunk)
@@ -89,7 +135,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        with names_file(path), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -102,15 +148,16 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def hash_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file as it lies on the disk, read once in pieces."""
-    with path.open("rb") as file:
+    with names_file(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileRecord(size=file.tell(), sha256=digest.hexdigest())
 
 
 def fsync_place(place: Path) -> None:
     """Make a file's content durable, or the names inside a folder: a rename survives a power cut only after this."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with names_file(place):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -20,6 +20,7 @@ from torch import Tensor
 from loopos.config.faults import UserError
 from loopos.storage.durable import write_new
 from loopos.storage.json_files import read_object, save_json
+from loopos.storage.manifest import check_manifest
 from loopos.storage.tensor_format import TensorSpec, in_file_order, read_header, safetensors_pieces, streamed_pieces
 
 CONFIG = "config.json"
@@ -56,6 +57,18 @@ class StoredTensor:
         return flat.view(self.spec.shape)
 
 
+def check_readable(file: Path) -> None:
+    """Raises `UserError` for a file that cannot be opened. Libraries say of one that may not be read that it is not
+    there.
+    """
+    try:
+        file.open("rb").close()
+    except PermissionError as problem:
+        raise UserError(f"{file}: may not be read by this user; ask its owner for: chmod a+r {file.name}") from problem
+    except OSError as problem:
+        raise UserError(f"{file}: cannot be read: {problem.strerror}") from problem
+
+
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of safetensors files by name; headers alone are read. Raises `UserError` for a file that is none, is
     cut short, or holds a tensor that another one holds too.
@@ -81,8 +94,24 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name: stored.read() for name, stored in stored_tensors([file]).items()}
 
 
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raises `UserError` for a tensor with numbers that are none: no model with such weights is saved or shipped."""
+    if not tensor.is_floating_point():
+        return
+    # Floats of 8 bits have no comparison in torch.
+    if bad := int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum()):
+        raise UserError(
+            f"{name}: {bad:,} of {tensor.numel():,} numbers are not finite (nan or infinite); expected a model whose "
+            "weights are numbers: go back to a checkpoint before it diverged"
+        )
+
+
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a new file of tensors that are in memory, and fsyncs it. Raises `OSError` when the disk is full."""
+    """Writes a new file of a model's tensors that are in memory, and fsyncs it. Raises `UserError` for numbers that are
+    not finite, `OSError` when the disk is full.
+    """
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
     write_new(file, safetensors_pieces(tensors))
 
 
@@ -129,10 +158,13 @@ def holds_weights(folder: Path) -> bool:
     return entry is not None and entry.name.endswith((".safetensors", f".safetensors{_INDEX_SUFFIX}"))
 
 
-def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
+def folder_tensors(folder: Path, *, verify: bool = True) -> dict[str, StoredTensor]:
     """The tensors of a model's folder by name, from the files that transformers opens. Raises `UserError` for a folder
-    without safetensors, a file that is missing or broken, and an index that names what is in no file.
+    without safetensors, a file that is missing, broken or not what was saved, and an index that names what is in no
+    file. verify: whether the files are compared with the folder's manifest, which is left to a caller that does so.
     """
+    if verify:
+        check_manifest(folder)
     entry = weights_entry(folder)
     if entry is None or not holds_weights(folder):
         raise UserError(f"{folder}: no {WEIGHTS} here; expected weights as safetensors")

@@ -2,12 +2,12 @@
 
     OUT   .OUT.partial-PID while it is written   .OUT.replaced-PID what was OUT, in the instant between two renames
 
-Enters: a place, and who writes into it. Leaves: the folder at its place, durable. Left out: what it holds.
+Enters: a place, and who writes into it. Leaves: the folder at its place, durable, with a manifest of its files
+(`manifest.py`), each of which may be read by whom the umask lets. Left out: what it holds.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from loopos.storage.durable import fsync_place
+from loopos.storage.foreign_errors import os_error_of
+from loopos.storage.manifest import file_records, write_manifest
 
 _LEFTOVER = re.compile(r"\.(.+)\.(partial|replaced|removed)-(\d{1,9})")
 
@@ -82,18 +82,27 @@ def partial_folder(final: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        write_manifest(partial, file_records(partial))
+        _open_to_readers(partial)
         # A rename alone may come before what it names.
         for place in (*partial.rglob("*"), partial):
             fsync_place(place)
-    except SafetensorError as problem:
+    except BaseException as problem:
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors hides the system's error number; a caller that handles a full disk needs it.
-        if f"os error {errno.ENOSPC}" in str(problem):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from problem
+        # A caller that handles a full disk needs the system's error number, which some libraries hide.
+        if (hidden_error := os_error_of(problem, str(final))) is not None:
+            raise hidden_error from problem
         raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Gives each file the mode that a new one has under the umask: safetensors makes files that the owner alone may
+    read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode & 0o111 | mode)
 
 
 def clear_leftovers(folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from loopos.config.faults import UserError
-from loopos.storage.durable import JSON, DiskFull, disk_full_said, fsync_place
+from loopos.storage.durable import JSON, StorageFault, disk_full_said, fsync_place
 from loopos.storage.tensor_format import num_bytes
 from loopos.storage.whole_folder import hidden, is_another_process, put_in_place, remove
 from loopos.training.checkpoint_folder import (
@@ -97,14 +97,14 @@ class Save:
         """
         if self._thread is not None:
             self._thread.join()
-        problem = None if self._problem is None else (str(self._problem), isinstance(self._problem, DiskFull))
+        problem = None if self._problem is None else (str(self._problem), isinstance(self._problem, StorageFault))
         gathered = self.world.gather((self._records, problem))
         told = [each for each in gathered if isinstance(each, tuple)]
         failed = [theirs for _, theirs in told if theirs is not None]
         if failed:
             self.give_up()
-            said, is_full = failed[0]
-            raise self._problem or (DiskFull(said) if is_full else UserError(said))
+            said, is_of_storage = failed[0]
+            raise self._problem or (StorageFault(said) if is_of_storage else UserError(said))
         if self.world.is_first:
             try:
                 self._seal({name: record for written, _ in told for name, record in written.items()})

@@ -348,7 +348,9 @@ def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> No
     shutil.copytree(lora_language_run, tmp_path / "run")
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    check_refused("no whole safetensors file", adapter, tmp_path / "out", format="adapter", check=False)
+    check_refused(
+        "adapter_model.safetensors: damaged or changed", adapter, tmp_path / "out", format="adapter", check=False
+    )
 
 
 def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loopos.config.faults import UserError
+from loopos.config.paths import MANIFEST
 from loopos.deploy.merge import merge
 from loopos.deploy.quality import row_metrics
 from loopos.evaluation.predictor import Predictor
@@ -80,6 +81,7 @@ def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path
     # As another program writes the headless model.
     tensors = {name.removeprefix("model."): each for name, each in tensors_of(trained / "model").items()}
     save_file(tensors, trained / "model" / "model.safetensors", metadata={"format": "pt"})
+    (trained / "model" / MANIFEST).unlink()
     run("task_arithmetic", [trained, trained], tmp_path / "out", base=pico_folder, scale=0.0)
     found, base = tensors_of(tmp_path / "out"), tensors_of(pico_folder)
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
@@ -155,6 +157,7 @@ def test_a_greedy_soup_is_never_worse_than_its_best_model(
     shutil.copytree(classifiers[0], bad)
     head = load_file(bad / "model" / "head.safetensors")["weight"]
     save_file({"weight": -3 * head}, bad / "model" / "head.safetensors")
+    (bad / "model" / MANIFEST).unlink()
     models = [bad, *classifiers]
     result = run("greedy_soup", models, tmp_path / "out", validation_data=held_out)
     best = max(row_metrics(str(each), held_out)["accuracy"] for each in models)

@@ -192,7 +192,10 @@ def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: P
         open_model(str(tmp_path / "out"))
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(UserError, match="broken"):
+    with pytest.raises(UserError, match="damaged or changed"):
+        load_pretrained(str(tmp_path / "out"), causal=True, quantized=True)
+    (tmp_path / "out" / "loopos-manifest.json").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: no whole safetensors file"):
         load_pretrained(str(tmp_path / "out"), causal=True, quantized=True)
 
 

@@ -35,9 +35,9 @@ from loopos.deploy.exporting.gguf_layout import (
     places,
 )
 from loopos.deploy.exporting.gguf_vocabulary import Vocabulary, read_vocabulary
-from loopos.deploy.exporting.number_formats import cast, require_finite
+from loopos.deploy.exporting.number_formats import cast
 from loopos.evaluation.progress import Tell
-from loopos.storage.tensor_files import StoredTensor, folder_tensors
+from loopos.storage.tensor_files import StoredTensor, folder_tensors, require_finite
 from loopos.storage.tensor_format import TensorSpec
 
 Numbers: TypeAlias = NDArray[Any]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
+from loopos.config.paths import MANIFEST, MODEL_DESCRIPTION, RECIPE
 from loopos.deploy.exporting.number_formats import cast
 from loopos.evaluation.progress import Tell
 from loopos.models.load import NUMBER_FORMATS
@@ -39,7 +39,7 @@ _PRECISIONS = {dtype: name for name, dtype in NUMBER_FORMATS.items()}
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 # What is no weight of the model and no report about another folder.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")
-_WRITTEN_HERE = frozenset({_CONFIG, MODEL_DESCRIPTION, RECIPE, INDEX, "trainer_state.json"})
+_WRITTEN_HERE = frozenset({_CONFIG, MANIFEST, MODEL_DESCRIPTION, RECIPE, INDEX, "trainer_state.json"})
 
 
 def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, tell: Tell) -> None:

@@ -12,17 +12,9 @@ import torch
 from torch import Tensor
 
 from loopos.config.faults import UserError
+from loopos.storage.tensor_files import require_finite
 
 DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raises `UserError` for a tensor with numbers that are none."""
-    if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
-        raise UserError(
-            f"{name}: {bad:,} of {tensor.numel():,} numbers are not finite (nan or infinite); expected a model whose "
-            "weights are numbers: go back to a checkpoint before it diverged"
-        )
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

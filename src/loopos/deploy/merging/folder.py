@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.merge import MergeConfig
-from loopos.config.paths import MODEL_DESCRIPTION, RECIPE
+from loopos.config.paths import MANIFEST, MODEL_DESCRIPTION, RECIPE
 from loopos.deploy.merging.layers import stacked_config
 from loopos.deploy.merging.plan import Plan
 from loopos.deploy.merging.sources import Source
@@ -24,7 +24,7 @@ from loopos.storage.json_files import save_json
 from loopos.storage.tensor_files import NAMED_WEIGHTS
 
 # What stands beside a model and says nothing of the merged one.
-_LEFT = frozenset({RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", REPORT, "events.jsonl"})
+_LEFT = frozenset({MANIFEST, RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", REPORT, "events.jsonl"})
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 

@@ -22,6 +22,7 @@ from loopos.models.model_folder import described
 from loopos.models.task_folder import HEAD
 from loopos.models.task_layout import SCORE, backbone_part
 from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest, is_weights
 from loopos.storage.tensor_files import (
     WEIGHTS,
     StoredTensor,
@@ -154,6 +155,8 @@ def open_source(place: str) -> Source:
     folder, file = local_place(place)
     if file is not None and file.suffix != ".safetensors":
         raise UserError(_torch_file(place, file.name))
+    if file is not None:
+        check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
     config = backbone_part(read_object(folder / "config.json", advice="wanted the config beside the weights"))
     stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
     description = described(folder)
