@@ -26,7 +26,7 @@ from loopos.methods.table import config_classes
 ALL = [*config_classes().values(), MergeConfig, PruningRecipe, QuantizationRecipe]
 # What the description of a key says where its value is, or may be, a place.
 SAYS_PLACE = ("folder", "file", "hub id", "another name of", "model that the others", "models of the recipe", "rows on")
-NO_PLACE = {"encoding", "max_expansion", "max_line_bytes", 
+NO_PLACE = {"encoding", "max_expansion", "max_line_bytes",
     "training_split", "validation_split", "subset", "streaming", "shard_gigabytes", "checkpoints", "tensorboard",
     "keep_last", "result", "mode",
 }  # fmt: skip
