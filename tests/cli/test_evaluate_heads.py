@@ -133,6 +133,7 @@ def test_a_file_in_another_encoding(run_folder: Path, tmp_path: Path, invoke: In
     source.write_bytes("text,label\ngood café,good\nbad café,bad\n".encode("cp1252"))
     refused = invoke("predict", run_folder, source)
     assert (refused.exit_code, "rows.csv:2" in refused.stderr) == (2, True)
+    assert "--encoding cp1252" in refused.stderr
     result = invoke("predict", run_folder, source, "--encoding", "cp1252")
     assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == ["good café", "bad café"]
     piped = invoke("predict", run_folder, "-", "--encoding", "cp1252", text="good café".encode("cp1252"))

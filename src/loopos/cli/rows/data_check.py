@@ -19,7 +19,7 @@ from loopos.cli.answers import say, say_json, shown, table
 from loopos.cli.columns import parse_columns, text_rules
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.rows import measures
-from loopos.cli.wording import COLUMNS, OptionWording
+from loopos.cli.wording import COLUMNS, ENCODING, OptionWording
 from loopos.config.faults import DataError, Fault
 from loopos.data.decoding import TextRules, read_lines
 from loopos.data.formats import Labelled
@@ -33,7 +33,7 @@ from loopos.data.rows import RowReader, read
 
 _MOST_LISTED = 12
 _FAULTY = 2
-_WORDING = OptionWording([COLUMNS])
+_WORDING = OptionWording([COLUMNS, ENCODING])
 _SERVES = {
     "labelled": "trains fine_tuning",
     "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label, chain_of_thought and "
