@@ -129,6 +129,12 @@ class RewardPredictor:
         summary = {"responses": len(flat), "mean_score": statistics.fmean(flat), "std_score": statistics.pstdev(flat)}
         return Scored(found, summary)
 
+    def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The score of each response after its prompt: (prompt, response) each. Raises as `judge`."""
+        as_text = bool(self.opened.description["text"])
+        judged = self.judge([judged_words(prompt, response, as_text=as_text) for prompt, response in pairs])
+        return [each.score for each in judged]
+
     def rank(self, conversations: Sequence[tuple[Words, str]]) -> list[float]:
         """The score of each response, a text, after its prompt; −∞ for what is longer than the model was trained on.
         Raises `UserError` where nothing fits.
