@@ -52,12 +52,16 @@ def test_a_packaged_config_names_the_packaged_data_from_anywhere(
 
 def test_no_run_is_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "act"
-    assert demo_files.fresh_folder(folder, run="part") == folder
+    with demo_files.fresh_folder(folder, run="part") as fresh:
+        assert fresh == folder
     (folder / "part").mkdir(parents=True)
-    assert demo_files.fresh_folder(folder, run="part") == folder
-    (folder / "part" / "events.jsonl").touch()
-    assert demo_files.fresh_folder(folder, run="part") == tmp_path / "act-2"
-    assert demo_files.fresh_folder(folder) == folder
+    with demo_files.fresh_folder(folder, run="part") as fresh:
+        assert fresh == folder
+        (folder / "part" / "events.jsonl").touch()
+    with demo_files.fresh_folder(folder, run="part") as fresh:
+        assert fresh == tmp_path / "act-2"
+    with demo_files.fresh_folder(folder) as fresh:
+        assert fresh == folder
 
 
 def test_without_the_embedded_model_nothing_begins(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -435,7 +435,7 @@ def test_a_first_phase_that_has_begun_is_not_overwritten(
     (home / "begun" / "reward_model" / "events.jsonl").write_text("", encoding="utf-8")
     result = invoke("train", file, "--quiet")
     assert result.exit_code == 2
-    assert f"{home / 'begun' / 'reward_model'} holds a run already" in result.stderr
+    assert f"{home / 'begun' / 'reward_model'} already contains a run" in result.stderr
 
 
 @pytest.mark.parametrize("method", [name for _, name in METHODS])

@@ -30,9 +30,9 @@ def two_runs(trained: Any, project: Path, tmp_path_factory: pytest.TempPathFacto
 def test_list(two_runs: tuple[Path, Path], invoke: Invoke) -> None:
     result = invoke("runs", "list", two_runs[0].parent)
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["run", "method", "ended", "by", "steps", "validation", "time", "begun"]
+    assert lines[0].split() == ["run", "method", "state", "steps", "validation", "time", "begun"]
     assert [line.split()[0] for line in lines[1:]] == [str(path) for path in two_runs]
-    assert lines[1].split()[1:4] == ["fine_tuning", "epochs", "12/12"]
+    assert lines[1].split()[1:5] == ["fine_tuning", "finished", "(epochs)", "12/12"]
     listed = json.loads(invoke("runs", "list", two_runs[0].parent, "--json").stdout)
     assert [each["run"] for each in listed] == [str(path) for path in two_runs]
     assert listed[0]["step"] == 12

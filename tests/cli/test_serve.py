@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -123,3 +124,25 @@ def test_what_outlasts_the_time_of_grace_is_told(language_run: Path) -> None:
         assert "Traceback" not in process.stderr.read()
         runs.join(60)
     assert [(status, told["error"]["code"]) for status, told in answers] == [(503, "stopping")]
+
+
+def test_a_closed_terminal_ends_the_server_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP does what SIGTERM does; where it is ignored (nohup), it stays ignored."""
+    from loopos.deploy.serve import _Server
+
+    server = _Server.__new__(_Server)
+    server._captured_signals = []
+    received: list[int] = []
+    monkeypatch.setattr(server, "handle_exit", lambda number, frame: received.append(number))
+    before = signal.getsignal(signal.SIGHUP)
+    with server.capture_signals():
+        for name in ("SIGHUP", "SIGTERM"):
+            os.kill(os.getpid(), signal.Signals[name])
+    assert received == [signal.SIGHUP, signal.SIGTERM]
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server.capture_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -113,7 +113,7 @@ ADDED_TO_MODEL: list[tuple[str, str, str]] = [
     ('"task": 1', "task", '"classification"'),
     ('"pooling": "average"', "pooling", '"auto", "mean", "last", "first" or "max"'),
     ('"pooling": null', "pooling", '"mean"'),
-    ('"target_scaling": "standardise"', "target_scaling", '"standardize", "scale" or "none"'),
+    ('"target_scaling": "standardise"', "target_scaling", '"auto", "standardize", "scale" or "none"'),
     ('"target_scaling": null', "target_scaling", '"scale"'),
     ('"head_init_std": -0.1', "head_init_std", "a number >= 0"),
     ('"labels": ["yes", "no"]', "labels", "as many names as classes"),

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from loopos.config.differences import differences
 from loopos.config.faults import UserError
-from loopos.evaluation.run_folder import differences, find_runs, holds_run, read_run, refuse_started
+from loopos.evaluation.run_claim import refuse_started
+from loopos.evaluation.run_folder import find_runs, holds_run, read_run
 
 
 def event(kind: str, step: int | None, metrics: dict[str, Any] | None = None, **timing: float) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def write_run(folder: Path, events: list[dict[str, Any]], tail: str = "") -> Pat
 
 def test_a_finished_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", FINISHED))
-    assert (run.status, run.step, run.total_steps, run.began, run.seconds) == ("epochs", 4, 4, 100.0, 0.75)
+    assert (run.state, run.ended_by, run.status) == ("finished", "epochs", "finished (epochs)")
+    assert (run.step, run.total_steps, run.began, run.seconds) == (4, 4, 100.0, 0.75)
     assert (run.best_step, run.exported_metrics["accuracy"]) == (2, 0.75)
     assert (run.first_metrics["accuracy"], run.last_metrics["accuracy"]) == (0.25, 0.5)
     assert run.confusion == (["a", "b"], [[1, 0], [1, 2]])
@@ -45,10 +48,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert run.summary()["metrics"] == {"accuracy": 0.75}
 
 
-def test_a_run_that_was_resumed_and_runs_still_is_unfinished(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_that_was_resumed_runs_still_or_was_killed(tmp_path: Path) -> None:
     events = [*FINISHED[:6], event("end", 4, {"stopped_by": "SIGTERM"}), event("session", 4, {"total_steps": 9})]
     run = read_run(write_run(tmp_path / "run", events))
-    assert (run.status, run.total_steps) == ("unfinished", 9)
+    assert (run.state, run.status, run.total_steps) == ("unknown", "still running, or killed", 9)
 
 
 def test_the_first_two_steps_do_not_count_for_the_rate(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_run_is_not_overwritten(fine_tuning_config: Build) -> None:
 
 def test_a_checkpoint_of_other_data_is_refused(fine_tuning_config: Build) -> None:
     train(fine_tuning_config(training={"num_epochs": 2}), resume=False)
-    with pytest.raises(UserError, match="rows_a_step: the checkpoint has 8, this run 4"):
+    with pytest.raises(UserError, match=r"training\.batch_size: was 8, is 4\n"):
         train(fine_tuning_config(training={"num_epochs": 2, "batch_size": 4}), resume=True)
 
 

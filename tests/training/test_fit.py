@@ -149,7 +149,7 @@ def test_a_checkpoint_from_elsewhere_is_refused_before_anything_changes(
     other = save_pico("qwen3", tmp_path / "qwen3", pico_tokenizer)
     log, written = (folder / "events.jsonl").read_bytes(), (folder / "config.json").read_bytes()
     config = config_of(tmp_path / "run", other, class_rows(48), data={"validation_share": 1 / 6})
-    with pytest.raises(UserError, match=r"belongs to another run \(base: the checkpoint has [0-9a-f]{16}, this run"):
+    with pytest.raises(UserError, match=rf"data\.pretrained_weights: was {pico_folder}, is {other}\n"):
         train(config, resume=True)
     assert (folder / "events.jsonl").read_bytes() == log
     assert (folder / "config.json").read_bytes() == written

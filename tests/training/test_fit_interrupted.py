@@ -16,12 +16,14 @@ import torch
 from pico_runs import events_of, last_weights
 from safetensors.torch import load_file
 
+from loopos.config.faults import Interrupted
+from loopos.methods.fine_tuning import FineTuner
 from loopos.storage.durable import DiskFull
 from loopos.training import saving
 from loopos.training.events import fingerprint
 from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress
-from loopos.training.stopping import StopSignals
+from loopos.training.stopping import StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep
 
 Run = Callable[..., tuple[FitResult, Path]]
@@ -117,9 +119,11 @@ def test_a_full_disk_under_the_log_is_said_too(run: Run, monkeypatch: pytest.Mon
 # Signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [3, 5, 10])
+@pytest.mark.parametrize(
+    ("name", "step"), [("SIGTERM", 3), ("SIGTERM", 5), ("SIGTERM", 10), ("SIGHUP", 5), ("SIGUSR1", 4)]
+)
 def test_a_signal_at_a_step_that_validates_loses_nothing(
-    step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation that was due is made up for when the run is resumed, also after the very last step."""
     settings = {"schedule": "plateau", "plateau_patience": 0, "early_stopping": {"patience": 9}}
@@ -129,12 +133,12 @@ def test_a_signal_at_a_step_that_validates_loses_nothing(
     def stop(self: RunProgress, number: int, *arguments: Any) -> None:
         stepped(self, number, *arguments)
         if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.Signals[name])
 
     with monkeypatch.context() as patched:
         patched.setattr(RunProgress, "step", stop)
         result, folder = run(**settings)
-    assert (result.step, result.stopped_by, result.interrupted) == (step, "SIGTERM", True)
+    assert (result.step, result.stopped_by, result.interrupted) == (step, name, True)
     assert validated_steps(folder)[-1] < step
     assert not (folder / "model").exists()
     result, _ = run(resume=True, **settings)
@@ -142,6 +146,64 @@ def test_a_signal_at_a_step_that_validates_loses_nothing(
     assert fingerprint(folder / "events.jsonl") == fingerprint(whole / "events.jsonl")
     for name in ("model.safetensors", "head.safetensors"):
         assert (folder / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_ctrl_c_answers_at_once_and_a_second_one_names_the_last_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both come within step 4, before it has ended."""
+    from loopos.training.task_objective import TaskObjective
+
+    whole, told = TaskObjective.loss, list[str]()
+
+    def loss(self: TaskObjective, batch: Any) -> Any:
+        if len(told) == 3:
+            capfd.readouterr()
+            os.kill(os.getpid(), signal.SIGINT)
+            told.append(capfd.readouterr().err)
+            os.kill(os.getpid(), signal.SIGINT)
+        told.append("")
+        return whole(self, batch)
+
+    monkeypatch.setattr(TaskObjective, "loss", loss)
+    with pytest.raises(Interrupted, match=r"after step 3; the checkpoint of step 2 is whole; .*--resume") as caught:
+        run(save_every=2, validate_every="never")
+    assert caught.value.exit_code == 130
+    assert told[3] == "\nSIGINT: stopping after this step; Ctrl-C again to stop now\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("moment", ["load_data", "export"])
+def test_a_signal_before_the_first_step_or_in_the_export_has_a_word_and_a_code(
+    moment: str, name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+
+    def work(self: FineTuner) -> None:
+        os.kill(os.getpid(), signal.Signals[name])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTuner, moment, work)
+        with pytest.raises(Interrupted, match=f"ended by {name}, not within a step: .*--resume continues") as caught:
+            run(max_steps=1, validate_every="never")
+    assert caught.value.exit_code == (130 if name == "SIGINT" else 0)
+    assert {number: signal.getsignal(number) for number in before} == before
+    if moment == "load_data":
+        # Nothing was begun, and nothing stays.
+        assert not (tmp_path / "run").exists()
+    else:
+        assert run(max_steps=1, validate_every="never", resume=True)[0].step == 1
+        assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_process_that_ignores_hangups_goes_on_ignoring_them() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with steps_end_in_order() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_signals_are_left_alone_outside_the_main_thread() -> None:
@@ -157,3 +219,27 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.join()
     assert entered == [None]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# A full disk under the other files of a run ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "events.jsonl"])
+def test_a_full_disk_at_the_start_of_a_resumed_run_leaves_its_files_whole(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = run(max_steps=4, save_every=2, keep_last=9)
+    before = {file: file.read_bytes() for file in (folder / "config.json", folder / "events.jsonl")}
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace" if name == "config.json" else "ftruncate", full)
+        with pytest.raises(DiskFull, match=r"the disk is full.*--resume"):
+            run(max_steps=6, save_every=2, keep_last=9, resume=True)
+    assert (folder / "events.jsonl").read_bytes() == before[folder / "events.jsonl"]
+    if name == "config.json":
+        assert (folder / "config.json").read_bytes() == before[folder / "config.json"]
+    assert not [entry for entry in folder.iterdir() if "partial" in entry.name]
+    assert run(max_steps=6, save_every=2, keep_last=9, resume=True)[0].step == 6

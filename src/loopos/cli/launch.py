@@ -14,8 +14,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loopos.cli.outcome import INTERRUPTED, complain
+from loopos.cli.outcome import complain
 from loopos.config.faults import UserError
+from loopos.training.stopping import EXIT_CODES
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -25,7 +26,7 @@ _LAST_CHECKPOINT = 30
 
 
 def launch(words: Sequence[str], num_processes: int) -> int:
-    """Runs `python -m loopos WORDS` in this many processes. Ctrl-C and SIGTERM reach each of them: they write a
+    """Runs `python -m loopos WORDS` in this many processes. A signal that ends a run reaches each of them: they write a
     checkpoint and end. Raises `UserError` inside of another launcher's process.
     """
     if "WORLD_SIZE" in os.environ:
@@ -49,13 +50,14 @@ def launch(words: Sequence[str], num_processes: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         shutdown_timeout=_LAST_CHECKPOINT,
+        signals_to_handle=",".join((*EXIT_CODES, "SIGQUIT")),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "loopos", *words)
     except ChildFailedError as error:
         return _told(error)
     except SignalException as ended:
-        return INTERRUPTED if ended.sigval.name == "SIGINT" else 0
+        return EXIT_CODES.get(ended.sigval.name, 1)
     return 0
 
 

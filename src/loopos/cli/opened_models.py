@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loopos.config.faults import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, is_hub_id
 from loopos.models.ensemble_recipe import read_ensemble, refuse_votes
-from loopos.models.model_folder import described, kind_of, model_folder, read_description
+from loopos.models.model_folder import described, kind_of, model_folder, read_description, refuse_checkpoint
 from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, weights_source
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def is_task_model(place: str) -> bool:
     """Whether a head says what the model's outputs mean. Raises `UserError` for a place that holds no model."""
     if description := described(place):
         return kind_of(description) != "language"
+    refuse_checkpoint(Path(place))
     if Path(place).is_dir() and not any(
         (Path(place) / name).is_file() for name in ("config.json", "model/config.json", ADAPTER_CONFIG)
     ):

@@ -2,8 +2,8 @@
 
 Enters: what a command raises. Leaves: a few lines on standard error and the exit code: the error's own for a
 `UserError` (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a full disk), 1 when memory
-ran out, 130 for Ctrl-C. A reader that went away (a closed pipe) ends quietly. Any other exception is our bug and keeps
-its traceback.
+ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A closed pipe (its reader went away)
+ends quietly. Any other exception is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loopos.cli.wording import refuse_keys_as_options, wording_of
-from loopos.config.faults import UserError, Wording, printable
+from loopos.config.faults import Interrupted, UserError, Wording, printable
 
 INTERRUPTED = 130
 # 128 + 13: what a shell reports of a program that SIGPIPE ended.
@@ -68,6 +68,9 @@ class Commands(TyperGroup):
             if message:
                 complain(message)
             raise typer.Exit(error.exit_code) from None
+        except Interrupted as ended:
+            complain(str(ended))
+            raise typer.Exit(ended.exit_code) from None
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None

@@ -6,13 +6,15 @@ Enters: folders. Leaves: tables, JSON or a report; only `report` writes. torch i
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, confusion_table, say, say_json, shown, table
+from loopos.config.differences import differences
 from loopos.config.figures import once
 from loopos.config.method_configs import changed_settings
-from loopos.evaluation.run_folder import Run, differences, find_runs, read_run
+from loopos.evaluation.run_folder import Run, find_runs, read_run
 
 # The metrics worth a column in a list, best first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
@@ -30,7 +32,7 @@ def list_runs(folder: Path, *, as_json: bool) -> int:
             (run.path, run.method, run.status, _progress(run), _headline(run), as_time(run.seconds), _when(run))
             for run in found
         ]
-        head = ("run", "method", "ended by", "steps", "validation", "time", "begun")
+        head = ("run", "method", "state", "steps", "validation", "time", "begun")
         say(table(rows, head=head, indent=""))
     return 0
 
@@ -41,7 +43,8 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
     """
     run = read_run(folder)
     if as_json:
-        say_json({**run.summary(), "first_metrics": run.first_metrics, "config": run.config})
+        history = {key: [list(each) for each in values] for key, values in run.history().items()}
+        say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
     say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.ended}")
     say(f"begun {_when(run)}; " + ("model/ is there" if run.has_model else "no model yet"))
@@ -49,6 +52,9 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
     settings = every if every_setting else changed_settings(run.config)
     say("settings" if every_setting else f"settings that are not at their defaults ({len(every)} with --all)")
     say(table([(key, _told(value)) for key, value in settings.items()]))
+    if run.history():
+        say("settings that changed when the run was resumed")
+        say(table([(key, _over_steps(values)) for key, values in run.history().items()]))
     metrics = once(run.exported_metrics)
     if metrics:
         say("validation")
@@ -79,15 +85,23 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     """Two runs side by side. Raises `UserError` for a folder without a run."""
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
+    # A setting that changed within a run differs from what the other has, whatever it is by now.
+    over = {key: tuple(run.history().get(key) for run in (one, other)) for key in {**one.history(), **other.history()}}
+    for key in over:
+        settings.setdefault(key, (_value(one.config, key), _value(other.config, key)))
     ours, theirs = one.exported_metrics, other.exported_metrics
     metrics = {name: (ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])}
     if as_json:
-        say_json({"runs": [str(first), str(second)], "settings": settings, "metrics": metrics})
+        say_json({"runs": [str(first), str(second)], "settings": settings, "changed": over, "metrics": metrics})
         return 0
     head = ("", str(first), str(second))
     say(f"settings that differ: {len(settings) or 'none'}")
     if settings:
-        say(table([(key, _told(values[0]), _told(values[1])) for key, values in settings.items()], head=head))
+        rows = []
+        for key, values in settings.items():
+            steps = over.get(key, (None, None))
+            rows.append((key, *(_over_steps(s) if s else _told(v) for s, v in zip(steps, values, strict=True))))
+        say(table(rows, head=head))
     if metrics:
         say("validation metrics of the exported weights")
         say(table([(name, *values) for name, values in metrics.items()], head=head))
@@ -108,6 +122,19 @@ def _headline(run: Run) -> str:
 
 def _when(run: Run) -> str:
     return "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
+
+
+def _over_steps(values: Sequence[tuple[int, Any]]) -> str:
+    """A setting's values over the steps of a run: "0.01, from step 6: 0.02"."""
+    (_, first), *later = values
+    return ", ".join([_told(first), *(f"from step {step}: {_told(value)}" for step, value in later)])
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _told(value: Any) -> str:

@@ -1,8 +1,8 @@
 """`loopos train`: config checked, run claimed, method run, outcome told.
 
 Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, 130 after Ctrl-C, 4 after a guard. All that can be checked
-without torch is checked before torch is imported.
+on standard error, and an exit code: 0, also after SIGTERM, SIGHUP and SIGUSR1, 130 after Ctrl-C, 4 after a guard. What
+can be checked without torch is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -60,15 +60,19 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     # Typed by what every method's config has; its own class is checked by `load`.
     config: Any = loaded.config
     # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
-    from loopos.evaluation.run_folder import refuse_started
+    from loopos.evaluation.run_claim import refuse_started
     from loopos.models.sources import check_tokenizer_source, weights_source
+    from loopos.storage.folder_lock import refuse_busy
     from loopos.storage.writable import require_writable
+    from loopos.training.stopping import run_ends_at_once
 
     check_columns(config)
     for section in (config.training, getattr(config, "reward_training", None) or config.training):
         refuse_absent_device(section.device, section.precision)
-    if not options.resume and not options.dry_run:
-        for folder in run_folders(config):
+    # Of several processes of a run one is enough to say so, and it alone will hold the folder.
+    for folder in [] if options.dry_run or not is_first_process() else run_folders(config):
+        refuse_busy(folder)
+        if not options.resume:
             refuse_started(folder)
     if not options.dry_run:
         require_writable("data.output_dir", Path(config.data.output_dir))
@@ -85,7 +89,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
         from loopos.cli.planning import dry_run
 
         return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
-    result = train(config, options)
+    with run_ends_at_once():
+        result = train(config, options)
     if is_first_process():
         tell(told_of(config), result, as_json=options.json)
     return exit_code(result.stopped_by)

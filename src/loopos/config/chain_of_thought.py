@@ -262,7 +262,7 @@ class ChainOfThoughtConfig(MethodConfig):
         }
         said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
         if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
             said.append("data.validation_data is the training data: validation will score rows that were trained on")
         return said

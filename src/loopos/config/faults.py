@@ -153,6 +153,14 @@ class SettingError(UserError):
         return self.message(IN_CONFIG)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work at once. The message is the user's; the exit code is that of an end by this signal."""
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class FaultsError(UserError):
     """Faults reported together; the message lists at most `MOST_FAULTS_SHOWN` of them and counts the rest."""
 

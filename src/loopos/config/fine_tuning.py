@@ -88,7 +88,7 @@ class FineTuningConfig(MethodConfig):
         }
         said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
         if training.trainable == "lora" and training.optimizer == "sgd" and training.learning_rate < 0.01:
             said.append(
                 f"training.optimizer is sgd, which at a rate of {training.learning_rate:g} hardly moves adapters; take "

@@ -15,7 +15,7 @@ from loopos.config.paths import expanded
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
 Pooling: TypeAlias = Literal["auto", "mean", "last", "first", "max"]
-TargetScaling: TypeAlias = Literal["standardize", "scale", "none"]
+TargetScaling: TypeAlias = Literal["auto", "standardize", "scale", "none"]
 Optimizer: TypeAlias = Literal["sgd", "adam", "adamw", "adafactor", "muon"]
 Schedule: TypeAlias = Literal[
     "constant", "linear", "cosine", "cosine_restarts", "warmup_stable_decay", "plateau", "inverse_sqrt"

@@ -162,7 +162,7 @@ def validation_notes(
     """Sentences on validation that never runs, or that scores rows of training; `source`: the rows to train on."""
     said = []
     if training.save_every == "validation" and not validates:
-        said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+        said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
     if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
         said.append("data.validation_data is the training data: validation will score rows that were trained on")
     return said

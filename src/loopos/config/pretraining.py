@@ -117,7 +117,7 @@ class PretrainingConfig(MethodConfig):
         }
         said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, and nothing is validated: checkpoints at the end alone")
+            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
         return said
 
 

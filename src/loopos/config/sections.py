@@ -87,9 +87,9 @@ class ModelSection(SizesSection):
         default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
     )
     target_scaling: TargetScaling = Field(
-        default="standardize",
-        description="what a regression head learns: (value - mean) / deviation of the training rows, "
-        "value / deviation, or the value",
+        default="auto",
+        description="what a regression head learns: (value - mean) / deviation of the training rows, value / "
+        "deviation, or the value; auto: value / deviation where the mean is at most a deviation from 0, else the first",
     )
     multi_label_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="probability from which a label counts as predicted"
@@ -208,6 +208,11 @@ class TrainingSection(Section):
     )
     save_every: Count | Literal["validation", "epoch", "never"] = Field(
         default="validation", description="when to save a checkpoint (optimizer steps)"
+    )
+    save_interval: Duration | None = Field(
+        default=1800.0,
+        description='longest time between two checkpoints (seconds, or "90s", "30m"), unless save_every is never; '
+        "null is no limit",
     )
     keep_last: Count = Field(default=1, description="newest checkpoints that are kept")
     keep_best: bool = Field(default=True, description="keep the best checkpoint too, and export it")

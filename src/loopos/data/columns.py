@@ -122,15 +122,13 @@ def override_faults(
             near = difflib.get_close_matches(role, roles, n=1)
             hint = f"did you mean {near[0]}?" if near else ""
             faults.append(Fault(source, None, None, field, shown(role), f"one of {', '.join(roles)}", hint))
-        elif column is None:
-            continue
-        elif column not in columns:
+        elif column is not None and column not in columns:
             near_column = closest(column, columns)
             hint = f"did you mean {json.dumps(near_column, ensure_ascii=False)}?" if near_column is not None else ""
             remedy = column_remedy("set", (role, near_column)) if near_column is not None else None
             sentence = f"no column {shown(column)}. Columns: {listed(columns)}"
             faults.append(Fault(source, None, None, field, sentence, "", hint, remedy))
-        elif column in taken:
+        elif column is not None and column in taken:
             given = f"{shown(column)}, which serves {taken[column]} too"
             faults.append(Fault(source, None, None, field, given, "a column for each role"))
         if column is not None:

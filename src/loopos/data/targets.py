@@ -28,7 +28,7 @@ class Targets:
     std: float = 1.0
 
 
-def targets_of(data: LabelledData, *, scaling: TargetScaling = "standardize") -> Targets:
+def targets_of(data: LabelledData, *, scaling: TargetScaling = "auto") -> Targets:
     """The targets of training and validation rows, by `data.space.task`. scaling: what values are scaled to, as
     `model.target_scaling` says.
     """
@@ -38,10 +38,13 @@ def targets_of(data: LabelledData, *, scaling: TargetScaling = "standardize") ->
     if data.space.task == "multi_label":
         return Targets(torch.tensor(train, dtype=torch.float32), torch.tensor(validation, dtype=torch.float32))
     values = torch.tensor(train, dtype=torch.float64)
-    mean = float(values.mean()) if scaling == "standardize" else 0.0
-    std = 1.0 if scaling == "none" else float(values.std(unbiased=False))
+    mean, std = float(values.mean()), float(values.std(unbiased=False))
+    if scaling == "auto":
+        # A head without bias, which transformers' own classifiers have, learns values around 0 as well as others.
+        scaling = "scale" if abs(mean) <= std else "standardize"
+    mean = mean if scaling == "standardize" else 0.0
     # Training rows may all have one value where validation rows differ.
-    std = std if std > 0 else 1.0
+    std = std if std > 0 and scaling != "none" else 1.0
     return Targets(_scaled(train, mean, std), _scaled(validation, mean, std), mean, std)
 
 

@@ -12,7 +12,9 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
@@ -23,6 +25,7 @@ from loopos.deploy.serving.connections import Connection, Room, most_descriptors
 from loopos.deploy.serving.http import Gate, Service, application
 from loopos.deploy.serving.limits import ServingLimits
 from loopos.deploy.serving.metrics import ServingMetrics
+from loopos.storage.terminals import leave_the_terminal
 
 # A reader that does not read is noticed after so many bytes in the kernel, not after the megabytes it would grow to.
 _SEND_BUFFER = 1 << 16
@@ -74,8 +77,8 @@ def serve(
     api_key: str | None,
     began: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Serves until SIGTERM or SIGINT; a second signal ends at once. began: called when requests are taken, with a
-    function that does what the signals do, for a server that runs in another thread than the main one.
+    """Serves until SIGTERM, SIGINT or SIGHUP; a second signal ends at once. began: called when requests are taken, with
+    a function that does what the signals do, for a server that runs in another thread than the main one.
     """
     gate = Gate(application(service, limits, metrics), metrics, api_key=api_key)
     room = Room(min(limits.max_connections, most_descriptors()))
@@ -171,6 +174,23 @@ class _Server(uvicorn.Server):
             return
         self._gate.is_stopping = True
         self._loop.call_soon_threadsafe(self._drain)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # A terminal that is closed ends the server as SIGTERM does, unless it was started to ignore that (nohup).
+        hangs_up = threading.current_thread() is threading.main_thread()
+        hangs_up = hangs_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        before = signal.signal(signal.SIGHUP, self._hang_up) if hangs_up else None
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            if hangs_up:
+                signal.signal(signal.SIGHUP, before)
+
+    def _hang_up(self, sig: int, frame: FrameType | None) -> None:
+        leave_the_terminal()
+        self.handle_exit(sig, frame)
 
     def _drain(self) -> None:
         self._draining = asyncio.create_task(self._finish())

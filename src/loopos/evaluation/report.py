@@ -8,7 +8,6 @@ Left out: judging what the figures mean, beyond how the run did against its star
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +26,7 @@ from loopos.evaluation.report_facts import opening, spread
 from loopos.evaluation.run_folder import Run, read_run
 from loopos.evaluation.samples_report import samples_blocks
 from loopos.evaluation.task_report import task_blocks
+from loopos.storage.durable import write_whole
 
 Event: TypeAlias = dict[str, Any]
 Series: TypeAlias = list[tuple[int, float]]
@@ -52,9 +52,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     (folder / _PICTURES).mkdir(parents=True, exist_ok=True)
     for block in blocks:
         if isinstance(block, Picture):
-            _write_whole(folder / _PICTURES / f"{block.name}.svg", block.svg)
-    _write_whole(folder / "report.html", as_html(title, blocks))
-    _write_whole(folder / "report.md", as_markdown(title, blocks, pictures=_PICTURES))
+            write_whole(folder / _PICTURES / f"{block.name}.svg", block.svg.encode())
+    write_whole(folder / "report.html", as_html(title, blocks).encode())
+    write_whole(folder / "report.md", as_markdown(title, blocks, pictures=_PICTURES).encode())
     return folder / "report.md"
 
 
@@ -133,10 +133,3 @@ def _curves(steps: Sequence[Event], validations: Sequence[Event]) -> list[Block]
         panels = {name: {name: _series(validations, name)} for name in names}
         drawn.append(Picture("validation", curves_svg(panels, axis="step")))
     return drawn
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Puts a file in the place of the one before at once: a reader, or a killed process, never leaves half of it."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

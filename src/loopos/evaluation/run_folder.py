@@ -6,18 +6,25 @@ imported. Left out: checkpoints and weights.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from loopos.config.differences import changes
 from loopos.config.faults import UserError
 from loopos.evaluation.outcome import FLAGS, Outcome, ending, outcome_of
+from loopos.storage.folder_lock import lock_state
 
 Event: TypeAlias = dict[str, Any]
+State: TypeAlias = Literal["running", "finished", "interrupted", "killed", "failed", "unknown"]
+"""running: a process holds the folder. finished: ended by itself. interrupted: ended by a signal, after a checkpoint.
+killed: its process is gone and could not say so. failed: ended by an error. unknown: of an older version, which left no
+sign: still running, or killed."""
 
 CONFIG, EVENTS = "config.json", "events.jsonl"
 # Deep enough for outputs/project/run; a whole disk is not searched.
@@ -38,16 +45,51 @@ class Run:
         return str(self.config.get("computation", {}).get("method", ""))
 
     @property
-    def status(self) -> str:
-        """How the last session ended: "epochs", "max_steps", "max_time", "early stopping", "SIGTERM", "SIGINT", or
-        "unfinished" (it runs still, or was killed).
+    def ended_by(self) -> str | None:
+        """How the last session ended: "epochs", "max_steps", "max_time", "early stopping", a signal's name; None where
+        it has not, or could not say.
         """
         for event in reversed(self.events):
             if event["event"] == "end":
                 return str(event["metrics"]["stopped_by"])
             if event["event"] == "session":
                 break
-        return "unfinished"
+        return None
+
+    @cached_property
+    def state(self) -> State:
+        """What is known of the run's process now: `State` tells the values apart."""
+        lock = lock_state(self.path)
+        if lock is not None:
+            # Whoever ends in order lets go of the folder; what is left of a lock tells that its process could not.
+            return "running" if lock.is_held else "killed"
+        if self.ended_by is not None:
+            return "interrupted" if self.ended_by.startswith("SIG") else "finished"
+        keeps_settings = any("settings" in event["metrics"] for event in self._of("session"))
+        return "failed" if keeps_settings else "unknown"
+
+    @property
+    def status(self) -> str:
+        """`state` in a word or two, with the reason where one is known."""
+        if self.state == "unknown":
+            return "still running, or killed"
+        return f"{self.state} ({self.ended_by})" if self.state in ("finished", "interrupted") else self.state
+
+    @property
+    def settings(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The step at which each session began, with its settings, oldest first; those of an older version, which did
+        not log them, are those of config.json.
+        """
+        sessions = [event for event in self.events if event["event"] == "session"]
+        return [(event["step"] or 0, event["metrics"].get("settings", self.config)) for event in sessions]
+
+    def history(self) -> dict[str, list[tuple[int, Any]]]:
+        """Dotted key → (step, value from there on), of every setting that differs between the run's sessions."""
+        found: dict[str, list[tuple[int, Any]]] = {}
+        for (_, before), (step, after) in itertools.pairwise(self.settings):
+            for key, (was, now) in changes(before, after).items():
+                found.setdefault(key, [(0, was)]).append((step, now))
+        return found
 
     @property
     def has_model(self) -> bool:
@@ -66,8 +108,9 @@ class Run:
 
     @property
     def began(self) -> float | None:
-        """When the newest session began (seconds since 1970)."""
-        return next((event["timing"].get("time") for event in self._of("session")), None)
+        """When the run began (seconds since 1970); what was resumed began before."""
+        sessions = (event for event in self.events if event["event"] == "session")
+        return next((event["timing"].get("time") for event in sessions), None)
 
     @property
     def seconds(self) -> float:
@@ -137,7 +180,8 @@ class Run:
         return {
             "run": str(self.path),
             "method": self.method,
-            "status": self.status,
+            "state": self.state,
+            "ended_by": self.ended_by,
             "step": self.step,
             "total_steps": self.total_steps,
             "ended": self.ended,
@@ -158,25 +202,6 @@ def _unflagged(event: Event) -> dict[str, Any]:
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in `folder`."""
     return (folder / EVENTS).is_file()
-
-
-def refuse_started(folder: Path) -> None:
-    """Raises `UserError` if a run has begun in `folder`: nothing of it is overwritten."""
-    if holds_run(folder):
-        raise UserError(
-            f"data.output_dir: {folder} holds a run already; go on with it by --resume, or name another folder"
-        )
-
-
-def claim(folder: Path, *, resume: bool) -> None:
-    """Makes a run's folder. Raises `UserError` if it holds a run or its checkpoints already, unless that is resumed."""
-    if not resume:
-        refuse_started(folder)
-        if any((folder / "checkpoints").glob("step-*")):
-            raise UserError(
-                f"data.output_dir: {folder} holds checkpoints of another run; wanted an empty or new folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def read_run(folder: Path) -> Run:
@@ -223,24 +248,6 @@ def find_runs(folder: Path) -> list[Path]:
         elif len(Path(place).relative_to(folder).parts) >= _DEEPEST:
             folders.clear()
     return sorted(found)
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key → both values, of every key whose values differ; None where one config lacks the key."""
-    one, other = _flat(first), _flat(second)
-    keys = [*one, *(key for key in other if key not in one)]
-    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from loopos.config.faults import UserError
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
+from loopos.data.digest import rows_digest
 from loopos.data.reading import account
 from loopos.data.supervised import SupervisedEncoder, load_supervised
 from loopos.data.supervised_rows import Example
@@ -32,17 +33,17 @@ from loopos.evaluation.found_chains import find_chains
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import set_trained_language_model
 from loopos.models.language_folder import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_reasoning
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -74,9 +75,13 @@ class ChainOfThought:
         return Path(self.config.data.output_dir)
 
     def train(self, *, resume: bool = False) -> FitResult:
-        """Data, model, fit, rounds of self-improvement, export, report; an earlier run stays. Raises `UserError`."""
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        """Data, model, fit, rounds of self-improvement, export, report. Raises `UserError` for a mistake of the user's;
+        nothing of an earlier run is overwritten without `resume`.
+        """
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
             self.config = as_begun(self.config, self.run_dir)
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
@@ -107,7 +112,8 @@ class ChainOfThought:
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
         self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
-        self.progress.say(pretrained.said, *self.data.said, self.template.said, f"tokens: {self.train_tokens.said()}")
+        tokens = f"tokens: {self.train_tokens.said()}"
+        self.progress.say(pretrained.said, *self.data.said, self.template.said, tokens)
         if self.problems:
             self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
@@ -160,17 +166,15 @@ class ChainOfThought:
 
     def fit(self, folder: Path, rows: Sequence[Encoded], *, resume: bool) -> FitResult:
         """One training of the model on these rows, in its own folder."""
-        fit = self.build_fit(folder, rows)
-        fit.open(resume=resume)
-        if self.world.is_first:
-            save_json(folder / "config.json", self.config.model_dump(mode="json"))
-        return fit.run()
+        self.build_fit(folder, rows).open(resume=resume)
+        return self.current.run()
 
     def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
         settings, world, (share, shares) = self.config.training, self.world, self.world.share
         self.current = Fit(
             run_dir=folder,
+            config=self.config,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=share, world=shares),
@@ -178,7 +182,7 @@ class ChainOfThought:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.base,
+            identity=of_reasoning(self.config, rows, self.encoder, base=self.base),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
@@ -187,12 +191,8 @@ class ChainOfThought:
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
         reports = {"training": self.train_tokens, "validation": self.validation_tokens}
-        return {
-            "rows": [account(report) for report in self.data.reports],
-            "tokens": {name: report.counts() for name, report in reports.items()},
-            "precision": self.precision,
-            "environment": self.environment,
-        }
+        rows, tokens = list(map(account, self.data.reports)), {name: each.counts() for name, each in reports.items()}
+        return {"rows": rows, "tokens": tokens, "precision": self.precision, "environment": self.environment}
 
     def _validation(self) -> Validation:
         settings = self.config.training
@@ -205,8 +205,9 @@ class ChainOfThought:
                 "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
                 "problem and answer, or the metric loss"
             )
-        modes, rows = (METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]), len(self.validation_rows)
-        return Validation(self.validate, metric, modes[0], watched, modes[1], rows)
+        directions, rows = METRIC_DIRECTION, rows_digest(self.validation_rows)
+        num_rows = len(self.validation_rows)
+        return Validation(self.validate, metric, directions[metric], watched, directions[watched], num_rows, rows)
 
     def validate(self) -> dict[str, float]:
         """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and

@@ -22,6 +22,7 @@ from loopos.config.begun import as_begun
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
+from loopos.data.digest import rows_digest
 from loopos.data.formats import ROLES
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account
@@ -30,7 +31,7 @@ from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.heads import PooledModel
@@ -39,12 +40,12 @@ from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit
 from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_task
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.router_objective import with_router_loss
@@ -79,26 +80,20 @@ class FineTuner:
         """Data, model, update, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an
         earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
             self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            self.record_config(self.world)
             self.result = fit.run()
             if not self.result.interrupted:
                 self.export()
             self.world.wait()
         return self.result
-
-    def record_config(self, world: World) -> None:
-        """Writes the resolved config, once it is known that the folder's run is this one."""
-        if world.is_first:
-            recorded = self.config.model_dump(mode="json")
-            recorded["model"]["pooling"] = self.pooling
-            save_json(self.run_dir / "config.json", recorded)
 
     def load_data(self) -> tuple[Pretrained, LabelledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
@@ -117,6 +112,9 @@ class FineTuner:
         self.validation_rows, self.validation_tokens = self._encode(self.data.validation)
         self.targets = targets_of(self.data, scaling=section.target_scaling)
         self.pooling = section.pooling if section.pooling != "auto" else default_pooling(self.pretrained.model.config)
+        # What "auto" came to is what the run is known by, and resumed with.
+        resolved = section.model_copy(update={"pooling": self.pooling})
+        self.config = config.model_copy(update={"model": resolved})
         for sentence in [self.pretrained.said, *self.data.said, f"tokens: {self.train_tokens.said()}"]:
             self.progress.say(sentence)
         plain = self.pooling == "last" == default_pooling(self.pretrained.model.config) and self.targets.mean == 0
@@ -186,6 +184,7 @@ class FineTuner:
         )
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=update,
             batches=batches,
@@ -193,7 +192,15 @@ class FineTuner:
             validation=self._validation(world) if self.config.validates and self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.pretrained.fingerprint,
+            identity=of_task(
+                self.config,
+                self.data.space,
+                self.train_rows,
+                self.targets.train,
+                self.pretrained.tokenizer,
+                max_length=self.max_length,
+                base=self.pretrained.fingerprint,
+            ),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
@@ -221,7 +228,13 @@ class FineTuner:
         watched = (early.metric if early is not None else None) or metric
         directions = METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]
         return Validation(
-            lambda: self.validate(world), metric, directions[0], watched, directions[1], len(self.validation_rows)
+            lambda: self.validate(world),
+            metric,
+            directions[0],
+            watched,
+            directions[1],
+            len(self.validation_rows),
+            rows_digest(self.validation_rows, self.targets.validation),
         )
 
     def validate(self, world: World = World()) -> dict[str, float]:

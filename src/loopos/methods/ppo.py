@@ -21,6 +21,7 @@ from loopos.config.begun import as_begun
 from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
+from loopos.data.digest import prompts_digest
 from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import PreferenceEncoder, load_prompts
 from loopos.data.reading import account
@@ -30,7 +31,7 @@ from loopos.evaluation.policy_check import PolicyCheck
 from loopos.evaluation.report import write_report
 from loopos.evaluation.rewards import Rewards, judge_of
 from loopos.evaluation.rollout import Collector, request_of, rollout_metrics, sampling_of, seeded, variance_explained
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.functional.advantages import KlController
 from loopos.generation.rollouts.opening import Place, RunView, check_installed, open_rollouts
 from loopos.generation.rollouts.remote import RemoteRollouts
@@ -40,13 +41,13 @@ from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, l
 from loopos.models.reward_folder import OpenedReward, check_same_tokens, descriptions_together, open_reward_model
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
 from loopos.training.fit import Fit
 from loopos.training.fit_result import FitResult
 from loopos.training.guards import GuardLimits, Guards
+from loopos.training.identities import of_policy
 from loopos.training.policy_objective import PpoObjective
 from loopos.training.policy_state import PolicyState
 from loopos.training.precision import resolve
@@ -81,16 +82,16 @@ class PpoTrainer:
     def train(self, *, resume: bool = False) -> FitResult:
         """Prompts, models, fit, export, report; an earlier run stays without `resume`. Raises `UserError`."""
         check_installed(self.config.rollout)
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
             self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_models()
             with closing(self.engine):
                 self.fit = self.build_fit()
                 self.fit.open(resume=resume)
-                if self.world.is_first:
-                    save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
                 self.result = self.fit.run()
             if not self.result.interrupted:
                 self.export()
@@ -188,6 +189,7 @@ class PpoTrainer:
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(actor_critic, self.trained.masters, optimizer, self.precision, world, head=values),
             batches=self.batches,
@@ -195,7 +197,7 @@ class PpoTrainer:
             validation=self._validation() if self.check is not None else None,
             progress=self.progress,
             world=world,
-            base=self.base,
+            identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
             facts=self._facts(plan.iterations),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
@@ -207,13 +209,9 @@ class PpoTrainer:
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
-        return {
-            "rows": list(map(account, self.data.reports)),
-            "tokens": self.tokens.counts(),
-            "iterations": iterations,
-            "precision": self.precision,
-            "environment": self.environment,
-        }
+        rows, tokens = list(map(account, self.data.reports)), self.tokens.counts()
+        environment = {"precision": self.precision, "environment": self.environment}
+        return {"rows": rows, "tokens": tokens, "iterations": iterations, **environment}
 
     def collect(self, iteration: int) -> Experience:
         """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
@@ -261,7 +259,8 @@ class PpoTrainer:
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
-        return Validation(self.validate, metric, "max", "reward", "max", len(self.validation_prompts))
+        digest = prompts_digest(self.validation_prompts)
+        return Validation(self.validate, metric, "max", "reward", "max", len(self.validation_prompts), digest)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""

@@ -19,22 +19,23 @@ from loopos.config.begun import as_begun
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
+from loopos.data.digest import rows_digest
 from loopos.data.reading import text_rules
 from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.split import split_off
 from loopos.evaluation.report import write_report
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Sizes, new_config
 from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_text
 from loopos.training.language_objective import NextToken, mean_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
@@ -65,15 +66,15 @@ class Pretrainer:
 
     def train(self, *, resume: bool = False) -> FitResult:
         """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
             self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)
             fit.open(resume=resume)
-            if self.world.is_first:
-                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
             self.result = fit.run()
             if not self.result.interrupted:
                 self.export()
@@ -141,20 +142,24 @@ class Pretrainer:
         batches = StepBatches.of(
             settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
         )
-        judged, rows = self.config.validates and bool(self.validation_pieces), len(self.validation_pieces)
-        validation = Validation(lambda: self.validate(world), "loss", "min", "loss", "min", rows) if judged else None
+        judged = self.config.validates and bool(self.validation_pieces)
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
             batches=batches,
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
-            validation=validation,
+            validation=self._validation(world) if judged else None,
             progress=self.progress,
             world=world,
-            base="new",
+            identity=of_text(self.config, self.pieces, self.tokenizer, max_length=self.max_length),
             facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
         )
+
+    def _validation(self, world: World) -> Validation:
+        rows = rows_digest(self.validation_pieces)
+        return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", len(self.validation_pieces), rows)
 
     def validate(self, world: World = World()) -> dict[str, float]:
         """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""

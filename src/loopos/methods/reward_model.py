@@ -21,6 +21,7 @@ import torch
 from loopos.config.begun import as_begun
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.batches import StepBatches
+from loopos.data.digest import comparisons_digest
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
 from loopos.data.preference_data import PreferenceEncoder, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison
@@ -30,7 +31,7 @@ from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import buckets_told, measured
 from loopos.evaluation.report import write_report
 from loopos.evaluation.reward_scores import Normalisation, comparison_scores
-from loopos.evaluation.run_folder import claim
+from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import FUSED_FROM
 from loopos.models.backbone import Backbone
@@ -39,12 +40,12 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
-from loopos.storage.json_files import save_json
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit import Fit
 from loopos.training.fit_result import FitResult
+from loopos.training.identities import of_preferences
 from loopos.training.precision import resolve
 from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
@@ -77,15 +78,15 @@ class RewardModelTrainer:
         """Data, model, fit, normalisation, export, report. Raises `UserError` for a mistake of the user's; nothing of
         an earlier run is overwritten without `resume`.
         """
-        with session(self.config.training, self.config.distributed) as (self.device, self.world):
-            claim(self.run_dir, resume=resume)
+        with (
+            session(self.config.training, self.config.distributed) as (self.device, self.world),
+            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
+        ):
             self.config = as_begun(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit()
             fit.open(resume=resume)
-            if self.world.is_first:
-                save_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
             self.result = fit.run()
             if not self.result.interrupted:
                 self.export()
@@ -168,6 +169,7 @@ class RewardModelTrainer:
         settings, world = self.config.training, self.world
         return Fit(
             run_dir=self.run_dir,
+            config=self.config,
             settings=settings,
             update=build_update(
                 self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
@@ -179,7 +181,7 @@ class RewardModelTrainer:
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
             world=world,
-            base=self.pretrained.fingerprint,
+            identity=of_preferences(self.config, self.train_rows, self.encoder, base=self.pretrained.fingerprint),
             facts=self._facts(),
             unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
@@ -199,9 +201,9 @@ class RewardModelTrainer:
         metric = settings.metric or "pair_accuracy"
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
-        direction = PREFERENCE_METRIC_DIRECTION
+        direction, digest = PREFERENCE_METRIC_DIRECTION, comparisons_digest(self.validation_rows)
         rows = len(self.validation_rows)
-        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows)
+        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows, digest)
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
         """Raw scores of every comparison's responses, of all shares together."""

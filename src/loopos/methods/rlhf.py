@@ -8,7 +8,9 @@ itself the policy's run. After Ouyang et al. 2022. Left out: both phases (`metho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from loopos.config.rlhf import RlhfConfig
 from loopos.generation.rollouts.opening import check_installed
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
+from loopos.storage.folder_lock import only_writer
 from loopos.training.fit_result import FitResult
 from loopos.training.progress import RunProgress
 
@@ -39,6 +42,15 @@ class ReinforcementTrainer:
         done is not run again. Raises `UserError` for a mistake of the user's.
         """
         check_installed(self.config.rollout)
+        # Both phases hold the folder between them too; the first process of several does, as in each phase.
+        with only_writer(Path(self.config.data.output_dir)) if self._is_first else nullcontext():
+            return self._phases(resume=resume)
+
+    @property
+    def _is_first(self) -> bool:
+        return os.environ.get("RANK", "0") == "0"
+
+    def _phases(self, *, resume: bool) -> FitResult:
         folder = Path(self.config.reward_model_dir)
         if not (resume and (folder / "model" / MODEL_DESCRIPTION).is_file()):
             self.progress.say("phase 1 of 2: reward model")

@@ -302,11 +302,8 @@ def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "F
     model). Raises `OSError` when the disk is full.
     """
     # What peft made of the targets: it may have turned names of layers into names of tensors that hold several.
-    config: LoraConfig = next(
-        module.peft_config[ADAPTER]  # type: ignore[index,union-attr]
-        for module in model.modules()
-        if isinstance(getattr(module, "peft_config", None), dict)
-    )
+    known = (getattr(module, "peft_config", None) for module in model.modules())
+    config: LoraConfig = next(configs[ADAPTER] for configs in known if isinstance(configs, dict))
     config = dataclasses.replace(config, base_model_name_or_path=base, task_type=task)
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

@@ -7,6 +7,7 @@ Enters: a place. Leaves: the folder, or its description (`loopos.json`). Left ou
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,6 +19,7 @@ from loopos.config.preferences import REWARD_TASK
 from loopos.storage.json_files import read_object
 
 FORMAT = 1
+_CHECKPOINT = re.compile(r"step-\d{8,}")
 ENSEMBLE = "ensemble"
 """The key under which a folder's description tells the members of an ensemble."""
 Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
@@ -32,9 +34,22 @@ def model_folder(place: str | Path) -> Path:
     for folder in (given, given / "model"):
         if (folder / MODEL_DESCRIPTION).is_file():
             return folder
+    refuse_checkpoint(given)
     if (given / "events.jsonl").is_file():
         raise UserError(f"{place}: this run has no finished model yet; go on with loopos train CONFIG --resume")
     raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or its folder model/")
+
+
+def refuse_checkpoint(place: Path) -> None:
+    """Raises `UserError` for the folder of a checkpoint, or of several: they hold what resuming needs, and no model."""
+    steps = [place] if _CHECKPOINT.fullmatch(place.name) else sorted(place.glob("step-*"))
+    if not steps or not (steps[-1] / "manifest.json").is_file():
+        return
+    step = int(steps[-1].name.removeprefix("step-"))
+    raise UserError(
+        f"{place}: a checkpoint holds weights and optimizer for --resume, not a model; to get the model of the newest "
+        f"checkpoint, end its run there: loopos train CONFIG --resume training.max_steps={step}"
+    )
 
 
 def described(place: str | Path) -> dict[str, Any]:

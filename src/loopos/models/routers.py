@@ -71,8 +71,10 @@ class RouterRecorder:
         def record(module: nn.Module, inputs: object, output: Any) -> None:
             logits = (output[index] if isinstance(output, tuple) else output).flatten(0, -2)
             last = output[-1] if isinstance(output, tuple) else None
-            known = isinstance(last, Tensor) and not last.is_floating_point() and last.shape[-1] == self._num_chosen
-            chosen = last.flatten(0, -2) if known else logits.topk(self._num_chosen, dim=-1).indices
+            if isinstance(last, Tensor) and not last.is_floating_point() and last.shape[-1] == self._num_chosen:
+                chosen = last.flatten(0, -2)
+            else:
+                chosen = logits.topk(self._num_chosen, dim=-1).indices
             self._passes.append(_Pass(logits, chosen.detach()))
 
         return record

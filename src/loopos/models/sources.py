@@ -12,6 +12,7 @@ from pathlib import Path
 from loopos.config.faults import EnvironmentFault, SettingError, UserError
 from loopos.config.paths import expanded, is_hub_id, looks_like_path
 from loopos.models.gguf import converted_folder
+from loopos.models.model_folder import refuse_checkpoint
 from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
 
@@ -111,6 +112,7 @@ def _model_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(encoding="utf-8"):
             return folder
+    refuse_checkpoint(path)
     raise SettingError(
         _KEY,
         f"{path} holds no model: expected a config.json with model_type, or an adapter_config.json, in it or in its "

@@ -83,6 +83,23 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord
     return FileRecord(size=size, sha256=digest.hexdigest())
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, or replaces it, at once and durably: a crash at any instant leaves the old one or the new one. Its
+    mode is the umask's. Raises `OSError`; the old file is whole then.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_place(path.parent)
+
+
 def hash_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file as it lies on the disk, read once in pieces."""
     with path.open("rb") as file:

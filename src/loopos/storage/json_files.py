@@ -1,7 +1,7 @@
 """JSON files, out and in.
 
 Enters: a value, or a file. Leaves: the file, readable, or the object in it. Left out: configs, whose faults need a
-place (`config.json_text`); durability (`durable.py`).
+place (`config.json_text`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.faults import UserError, printable_json
+from loopos.storage.durable import write_whole
 
 
 def json_text(
@@ -32,8 +33,8 @@ def json_text(
 
 
 def save_json(path: Path, content: object) -> None:
-    """Writes JSON with sorted keys, readable, with a last line end."""
-    path.write_text(json_text(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Writes JSON with sorted keys, readable, with a last line end; the file is whole or not there."""
+    write_whole(path, (json_text(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_object(path: Path, *, advice: str = "") -> dict[str, Any]:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 
 from loopos.storage.durable import fsync_place
 
+_LEFTOVER = re.compile(r"\.(.+)\.(partial|replaced|removed)-(\d{1,9})")
+
 
 def hidden(final: Path, purpose: str) -> Path:
     """The sibling in which this process holds `final` while it is "partial", "replaced" or "removed"."""
@@ -92,6 +94,33 @@ def partial_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def clear_leftovers(folder: Path) -> list[str]:
+    """Removes what processes that were killed left half done in a folder, files and folders alike; what one of them was
+    about to replace goes back. Returns a line for each. Only the folder's one writer may call this (`folder_lock`).
+    """
+    lines = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        caught = _LEFTOVER.fullmatch(entry.name)
+        if caught is None or is_another_process(int(caught[3])):
+            continue
+        final = folder / caught[1]
+        if caught[2] == "replaced" and not final.exists() and not caught[1].startswith("."):
+            os.rename(entry, final)
+            lines.append(f"{final}: put back, its replacement was never finished")
+        else:
+            remove(entry)
+            lines.append(f"{entry}: removed, left by process {caught[3]} that ended before it was done")
+    return lines
+
+
+def remove(place: Path) -> None:
+    """Removes a file, a link, or a folder with all in it."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
 
 
 def _clear(folder: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from loopos.storage.durable import JSON, DiskFull
-from loopos.storage.whole_folder import hidden
+from loopos.storage.whole_folder import hidden, remove
 from loopos.training.checkpoint_folder import (
     HIDDEN_NAME,
     STATE,
@@ -116,14 +115,15 @@ def best(root: Path) -> Path | None:
     return next((folder for folder in _folders(root) if looks_whole(folder) and read_manifest(folder)["is_best"]), None)
 
 
-def prune(root: Path, keep_last: int, keep_best: bool) -> list[Path]:
+def prune(root: Path, keep_last: int, keep_best: bool, *, newest: int | None = None) -> list[Path]:
     """Remove all but the newest `keep_last` checkpoints and, with `keep_best`, the best one; returns what was removed.
+    newest: the step of the newest one that can be relied on, where that is known; those of later steps stay.
 
     Only checkpoints whose manifest and file sizes are right count as kept. Newer damaged ones stay for the user to
     look at; damaged ones older than those kept are removed.
     """
     assert keep_last >= 1, "the newest checkpoint always stays"
-    folders = _folders(root)
+    folders = [folder for step, folder in _by_step(root) if newest is None or step <= newest]
     whole = [folder for folder in folders if looks_whole(folder)]
     kept = whole[:keep_last]
     if not kept:
@@ -136,7 +136,7 @@ def prune(root: Path, keep_last: int, keep_best: bool) -> list[Path]:
         doomed = folder if folder.name.startswith(".") else hidden(folder, "removed")
         if doomed != folder:
             os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
     return removed
 
 
@@ -145,7 +145,12 @@ def _entries(root: Path) -> list[Path]:
 
 
 def _folders(root: Path) -> list[Path]:
-    """All checkpoint folders, newest first; one caught in the middle of its replacement under its hidden name."""
+    """All checkpoint folders, newest first."""
+    return [folder for _, folder in _by_step(root)]
+
+
+def _by_step(root: Path) -> list[tuple[int, Path]]:
+    """Step and folder of all checkpoints, newest first; one caught in its replacement under its hidden name."""
     found: dict[int, Path] = {}
     for entry in _entries(root):
         caught = HIDDEN_NAME.fullmatch(entry.name)
@@ -154,4 +159,4 @@ def _folders(root: Path) -> list[Path]:
     for entry in _entries(root):
         if visible := STEP_NAME.fullmatch(entry.name):
             found[int(visible[1])] = entry
-    return [found[step] for step in sorted(found, reverse=True)]
+    return [(step, found[step]) for step in sorted(found, reverse=True)]

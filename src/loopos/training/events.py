@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ from loopos.storage.durable import JSON, disk_full_said
 from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
+_KEYS = frozenset({"event", "step", "metrics", "timing"})
+_PIECE_BYTES = 65536
+RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
 
 
 class EventLogError(UserError):
@@ -44,23 +48,26 @@ class EventLog:
     """Append-only JSON lines. A line is handed to the system whole, so that a killed process loses none.
 
     Opening drops a torn last line (a power cut or a full disk left it); `torn_bytes` says how many bytes that were.
+    Raises `DiskFull`.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(self._descriptor).st_size
-        self.torn_bytes = size - self._end_of_last_whole_line(size)
-        if self.torn_bytes:
-            os.ftruncate(self._descriptor, size - self.torn_bytes)
+        with self._disk_full_said(0):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            self.torn_bytes = size - self._end_of_last_whole_line(size)
+            if self.torn_bytes:
+                os.ftruncate(self._descriptor, size - self.torn_bytes)
+        self._hashed, self._digest = 0, hashlib.sha256()
 
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """Append one event; nan and inf become the texts "nan", "inf" and "-inf". Raises `DiskFull`."""
         event = {"event": kind, "step": step, "metrics": _finite(metrics), "timing": _finite(timing)}
         line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._descriptor).st_size
-        with disk_full_said(self.path, len(line), "an event"):
+        with self._disk_full_said(len(line)):
             try:
                 written = 0
                 while written < len(line):
@@ -71,25 +78,39 @@ class EventLog:
 
     def offset(self) -> int:
         """Bytes of the log so far, made durable first: what a checkpoint stores for `rewind`. Raises `DiskFull`."""
-        with disk_full_said(self.path, 0, "the event log"):
+        with self._disk_full_said(0):
             os.fsync(self._descriptor)
         return os.fstat(self._descriptor).st_size
 
+    def sha256(self, offset: int) -> str:
+        """SHA-256 (hexadecimal) of the first `offset` bytes, each of which is read once however often this is called
+        with growing offsets.
+        """
+        if offset < self._hashed:
+            self._hashed, self._digest = 0, hashlib.sha256()
+        while self._hashed < offset:
+            piece = os.pread(self._descriptor, min(_PIECE_BYTES, offset - self._hashed), self._hashed)
+            assert piece, f"{self.path} is shorter than {offset:,} bytes"
+            self._digest.update(piece)
+            self._hashed += len(piece)
+        return self._digest.hexdigest()
+
     def rewind(self, offset: int) -> None:
-        """Drop all events after `offset`. Raises `EventLogError` if the log is shorter or no line ends there."""
+        """Drop all events after `offset`. Raises `EventLogError` if the log is shorter or no line ends there,
+        `DiskFull`.
+        """
         size = os.fstat(self._descriptor).st_size
         if offset > size:
             raise EventLogError(
-                f"{self.path}: {size:,} bytes, the checkpoint was saved at byte {offset:,}; wanted the log that "
-                "belongs to this checkpoint: put it back, or start in another output_dir"
+                f"{self.path}: {size:,} bytes, but the checkpoint was saved at byte {offset:,}; {RESTORE}"
             )
         if offset > 0 and os.pread(self._descriptor, 1, offset - 1) != b"\n":
             raise EventLogError(
-                f"{self.path}: no event ends at byte {offset:,}, where the checkpoint was saved; wanted the log that "
-                "belongs to this checkpoint: put it back, or start in another output_dir"
+                f"{self.path}: no event ends at byte {offset:,}, where the checkpoint was saved; {RESTORE}"
             )
-        os.ftruncate(self._descriptor, offset)
-        os.fsync(self._descriptor)
+        with self._disk_full_said(0):
+            os.ftruncate(self._descriptor, offset)
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Let the file go; nothing is held back."""
@@ -103,11 +124,13 @@ class EventLog:
     ) -> None:
         self.close()
 
+    def _disk_full_said(self, needed_bytes: int) -> AbstractContextManager[None]:
+        return disk_full_said(self.path, needed_bytes, "an event" if needed_bytes else "the event log")
+
     def _end_of_last_whole_line(self, size: int) -> int:
-        piece_bytes = 65536
         end = size
         while end > 0:
-            start = max(0, end - piece_bytes)
+            start = max(0, end - _PIECE_BYTES)
             position = os.pread(self._descriptor, end - start, start).rfind(b"\n")
             if position >= 0:
                 return start + position + 1
@@ -145,22 +168,30 @@ class TensorBoardAdapter:
         self._writer.close()
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Every event in order. A torn last line is left out; a broken line elsewhere raises `EventLogError`."""
+def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Every event in order, of the first `num_bytes` where that is given. A torn last line is left out; a broken line
+    elsewhere raises `EventLogError`.
+    """
+    place = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            place += len(line)
+            if not line.endswith(b"\n") or (num_bytes is not None and place > num_bytes):
                 return
             try:
                 event = json.loads(line)
             except ValueError as error:
-                raise EventLogError(
-                    f"{path}:{number}: not an event ({error}); wanted one JSON object a line: the file was changed "
-                    "after the run wrote it, restore it"
-                ) from error
-            if not isinstance(event, dict):
-                raise EventLogError(f"{path}:{number}: given {line.decode().strip()[:40]}; wanted a JSON object")
+                raise _broken(path, number, f"({error})") from error
+            if not isinstance(event, dict) or not event.keys() >= _KEYS or not isinstance(event["metrics"], dict):
+                raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
             yield event
+
+
+def _broken(path: Path, number: int, why: str) -> EventLogError:
+    return EventLogError(
+        f"{path}:{number}: not an event {why}; the file was changed after the run wrote it: restore it, or start in "
+        "another output_dir"
+    )
 
 
 def fingerprint(path: Path) -> str:

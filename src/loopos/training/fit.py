@@ -12,19 +12,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic
 
-from loopos.config.sections import TrainingSection
-from loopos.storage.durable import JSON
+from loopos.config.faults import Interrupted
+from loopos.config.sections import MethodConfig, TrainingSection
+from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
 from loopos.training.distributed import World
+from loopos.training.due import Due, falls_due, passes
 from loopos.training.ending import Ending
 from loopos.training.fit_result import FitResult as FitResult
 from loopos.training.progress import RunProgress
+from loopos.training.resuming import beginning
+from loopos.training.run_identity import Identity, of_training
 from loopos.training.run_log import RunLog
-from loopos.training.run_state import Carried, Position, RunState, identity_of
+from loopos.training.run_state import Carried, Position, RunState
 from loopos.training.schedules import factor, warmup_steps
 from loopos.training.session_facts import session_facts
 from loopos.training.step_source import BatchT, StepSource
-from loopos.training.stopping import EXIT_CODES, StopSignals
+from loopos.training.stopping import EXIT_CODES, StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
 from loopos.training.validation import Judges, Validation
 
@@ -38,6 +43,7 @@ class Fit(Generic[BatchT]):
         self,
         *,
         run_dir: Path,
+        config: MethodConfig,
         settings: TrainingSection,
         update: Update,
         batches: StepSource[BatchT],
@@ -45,7 +51,7 @@ class Fit(Generic[BatchT]):
         validation: Validation | None,
         progress: RunProgress,
         world: World,
-        base: str,
+        identity: Identity,
         facts: Mapping[str, JSON] | None = None,
         unfreeze: Callable[[], None] | None = None,
         planned_steps: int | None = None,
@@ -54,12 +60,14 @@ class Fit(Generic[BatchT]):
         carried: Carried | None = None,
         gives_up: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """base: what the weights that do not train are; a checkpoint of another base is refused. facts: what the log
-        records of each session. unfreeze: called once, at `training.unfreeze_step`. planned_steps: `num_epochs` × steps
-        an epoch when None; planned_end: what has ended after them. validation_unit: steps that `validate_every` counts
-        in. carried: what else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any.
+        """config: of the whole run, for config.json and the log. identity: what the run learns from and what its
+        outputs mean; a checkpoint of another identity is refused. facts: what the log records of each session.
+        unfreeze: called once, at `training.unfreeze_step`. planned_steps: `num_epochs` × steps an epoch when None;
+        planned_end: what has ended after them. validation_unit: steps that `validate_every` counts in. carried: what
+        else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any.
         """
-        self.run_dir, self.settings, self.update, self.batches = run_dir, settings, update, batches
+        self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
+        self.update, self.batches = update, batches
         self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
         self.facts, self.unfreeze = dict(facts or {}), unfreeze
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
@@ -68,10 +76,9 @@ class Fit(Generic[BatchT]):
         self.ending = Ending(settings, planned, planned_end, self.judges, world, gives_up)
         self.total_steps = self.ending.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
-        identity = identity_of(base, settings, batches, update)
         self.state = RunState(
             run_dir / "checkpoints",
-            identity,
+            {**identity, **of_training(settings, batches, update)},
             update,
             self.judges,
             world,
@@ -82,30 +89,37 @@ class Fit(Generic[BatchT]):
         self.log = RunLog()
         self._saved: dict[str, JSON] = {}
         self._save_seconds = 0.0
+        self.due = Due(settings)
 
     @property
     def position(self) -> Position:
         return self.state.position
 
     def open(self, *, resume: bool) -> None:
-        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one.
+        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one; then clears what
+        killed processes left among the checkpoints, and writes config.json.
 
-        Raises `UserError` (a checkpoint of another run); nothing is changed in the folder then.
+        Raises `UserError` (a checkpoint of another run, a log that is not the run's); nothing is changed in the folder
+        then. `DiskFull`.
         """
-        found, said = checkpoint.newest_whole(self.state.folder) if resume else (None, [])
-        for line in said:
-            self.progress.warn(line)
-        if found is not None:
+        begun = beginning(self.run_dir, self.config, self.state.identity, resume=resume)
+        if (found := begun.found) is not None:
             self._restore(found)
+        # No process looks for checkpoints any more when the first one clears.
+        self.world.wait()
         if self.world.is_first:
-            offset, step = (found.state["events_offset"], found.step) if found is not None else (0, None)
-            self.log.open(self.run_dir, offset=offset, tensorboard=self.settings.tensorboard, resumed_step=step)
-        if found is not None:
-            self.progress.say(f"resumed from the checkpoint of step {found.step}")
-        elif resume:
-            self.progress.say("no checkpoint to resume from: starting at step 0")
-        facts = {"resumed": found is not None, "total_steps": self.total_steps, **self.facts}
-        self.record("session", {**facts, **session_facts(self.batches, self.validation, self.update, self.world)}, {})
+            for line in begun.lines:
+                self.progress.warn(line)
+            with disk_full_said(self.run_dir, len(str(self.config)), "the run's config"):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self.progress.say(*self.state.clear(found))
+                save_json(self.run_dir / "config.json", self.config)
+            self.log.open(begun.written, tensorboard=self.settings.tensorboard, resumed_step=begun.step)
+        if resume:
+            self.progress.say(begun.sentence())
+        facts = {"total_steps": self.total_steps, **begun.facts(), **self.facts, "settings": self.config}
+        facts |= session_facts(self.batches, self.validation, self.update, self.world)
+        self.record("session", facts, {"time": time.time()})
 
     def run(self) -> FitResult:
         """Trains to the end. Raises `NonFiniteStep` and `DiskFull`; a signal ends it in order, after a checkpoint."""
@@ -117,8 +131,11 @@ class Fit(Generic[BatchT]):
             )
         self.progress.begin(self.total_steps, self.position.step)
         try:
-            with StopSignals() as signals:
+            with steps_end_in_order(speaks=self.world.is_first) as signals:
                 self._loop(signals)
+        except KeyboardInterrupt:
+            whole, resumes = self._last_saved(), "the same command with --resume continues"
+            raise Interrupted(f"interrupted after step {self.position.step}; {whole}; {resumes}") from None
         finally:
             self.progress.end()
             self.log.close()
@@ -152,7 +169,9 @@ class Fit(Generic[BatchT]):
                 "training.on_nonfinite to skip"
             ) from None
         own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
-        counted = self.world.sum_floats(own)
+        # The first process's clock decides for all.
+        counted = self.world.sum_floats({**own, "overdue": self.world.is_first and self.due.waits_too_long()})
+        self.due.save_is_overdue = counted["overdue"] > 0
         seconds = time.monotonic() - began
         position.cursor = self.batches.after(position.cursor, result.losses)
         position.previous_step = position.step
@@ -163,7 +182,7 @@ class Fit(Generic[BatchT]):
         position.seconds += seconds
         if result.skipped:
             self.progress.warn(f"step {position.step}: not finite, skipped ({position.skipped} so far)")
-        if result.skipped or self._passes(self.settings.log_every) or position.step >= self.total_steps:
+        if result.skipped or passes(position, self.settings.log_every) or position.step >= self.total_steps:
             self._log_step(result, rate, counted["tokens"], seconds)
         self.progress.step(position.step, result.losses, int(counted["tokens"]), seconds)
 
@@ -197,29 +216,14 @@ class Fit(Generic[BatchT]):
             self._save(is_best=False)
             position.stopped_by = reason
             return
-        validated = reason is not None or self._falls_due(settings.validate_every, self.validation_unit)
+        validated = reason is not None or falls_due(position, settings.validate_every, self.validation_unit)
         is_best = validated and self._validate()
         if reason is None and validated and self.judges is not None and self.judges.gives_up:
             reason = "early stopping"
         position.concluded, position.stopped_by = True, reason
-        if reason is not None or self._save_falls_due(validated, is_best):
+        is_judged = self.judges is not None
+        if reason is not None or self.due.save(position, validated=validated, is_best=is_best, is_judged=is_judged):
             self._save(is_best)
-
-    def _save_falls_due(self, validated: bool, is_best: bool) -> bool:
-        every = self.settings.save_every
-        if every == "validation":
-            return validated and self.judges is not None
-        # The best weights are kept whenever they come, not only where a step to save falls on them.
-        return self._falls_due(every) or (is_best and self.settings.keep_best and every != "never")
-
-    def _falls_due(self, every: int | str, unit: int = 1) -> bool:
-        if isinstance(every, str):
-            return every in ("epoch", "iteration") and self.position.cursor.step == 0
-        return self._passes(every * unit)
-
-    def _passes(self, every: int) -> bool:
-        """Whether the last step ended at or went over a multiple of `every`."""
-        return self.position.step // every > self.position.previous_step // every
 
     def _validate_start(self) -> None:
         """Measures what training has to beat; a run resumed from a checkpoint of step 0 knows it already."""
@@ -267,7 +271,8 @@ class Fit(Generic[BatchT]):
     def _save(self, is_best: bool) -> None:
         """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
         began = time.monotonic()
-        self.state.begin_save(self.log.offset(), is_best=is_best)
+        self.due.saved()
+        self.state.begin_save(self.log.place(), is_best=is_best)
         self._saved = {"is_best": is_best}
         self._save_seconds = time.monotonic() - began
 

@@ -49,12 +49,30 @@ def random_states() -> tuple[dict[str, torch.Tensor], dict[str, JSON]]:
 
 
 def restore_random_states(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> list[str]:
-    """Put back what `random_states` gave; returns one line for each saved or present device left without a match.
+    """Put back what `random_states` gave; returns one line for each saved or present device without a match, and for
+    each generator whose state another version of Python, NumPy or torch wrote in a form that this one does not take.
 
     An empty list means that every draw from here on equals the one that would have followed the save.
     """
+    lines = []
+    for name, restore in (("python", _restore_python), ("numpy", _restore_numpy), ("torch_cpu", _restore_torch)):
+        try:
+            restore(tensors, state)
+        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as problem:
+            first = (str(problem).splitlines() or [""])[0]
+            lines.append(
+                f"the random state of {name} in the checkpoint is not one of this version ({type(problem).__name__}: "
+                f"{first}); it starts from the seed, and the run does not repeat the uninterrupted one to the bit"
+            )
+    return lines + _restore_devices(tensors)
+
+
+def _restore_python(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     words = tuple(tensors["python"].tolist())
     random.setstate((state["python_version"], words, state["python_next_gauss"]))
+
+
+def _restore_numpy(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     numpy.random.set_state(
         {
             "bit_generator": "MT19937",
@@ -63,8 +81,10 @@ def restore_random_states(tensors: Mapping[str, torch.Tensor], state: Mapping[st
             "gauss": state["numpy_gauss"],
         }
     )
+
+
+def _restore_torch(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     torch.set_rng_state(tensors["torch_cpu"])
-    return _restore_devices(tensors)
 
 
 def _restore_devices(tensors: Mapping[str, torch.Tensor]) -> list[str]:

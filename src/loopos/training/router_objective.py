@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -54,14 +54,14 @@ BatchT = TypeVar("BatchT", bound=Packed)
 
 
 @dataclass(frozen=True)
-class RouterObjective:
+class RouterObjective(Generic[BatchT]):
     """loss + c·(E·Σ_e f_e·P_e), with f_e the share of the tokens that expert e gets and P_e its mean probability
     (Fedus et al. 2021, equations 4 to 6; over k experts a token and all layers together, as in transformers).
 
     f and P are those of a forward pass, and passes count by their tokens.
     """
 
-    objective: Objective[BatchT]  # type: ignore[valid-type]
+    objective: Objective[BatchT]
     recorder: Recorder
     coefficient: float
 
@@ -70,17 +70,17 @@ class RouterObjective:
         extra = {"router_aux_loss": self.coefficient} if self.coefficient else {}
         return {**self.objective.weights, **extra}
 
-    def counts(self, batch: BatchT) -> Mapping[str, float]:  # type: ignore[misc]
+    def counts(self, batch: BatchT) -> Mapping[str, float]:
         tokens = float(batch.layout.num_tokens)
         return {**self.objective.counts(batch), "router_aux_loss": tokens, "expert_load": tokens}
 
-    def loss(self, batch: BatchT) -> Mapping[str, Tensor]:  # type: ignore[misc]
+    def loss(self, batch: BatchT) -> Mapping[str, Tensor]:
         sums = self.objective.loss(batch)
         routing = self.recorder.take(batch.layout)
         tokens = batch.layout.num_tokens
         return {**sums, "router_aux_loss": routing.auxiliary_loss * tokens, "expert_load": routing.load * tokens}
 
-    def idle(self, batch: BatchT) -> Tensor:  # type: ignore[misc]
+    def idle(self, batch: BatchT) -> Tensor:
         return self.objective.idle(batch)
 
 

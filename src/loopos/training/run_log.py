@@ -1,16 +1,66 @@
 """The log of one run: `events.jsonl` and its adapters behind one `write`.
 
-Enters: events. Leaves: the log, cut back to a checkpoint's place at resume. Ranks other than the first write nothing.
-Left out: the file itself (`events.py`).
+Enters: events. Leaves: the log, cut back to a checkpoint's place at resume, and before that held against what the
+checkpoint says of it. Ranks other than the first write nothing. Left out: the file itself (`events.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loopos.storage.durable import JSON
-from loopos.training.events import EventLog, EventWriter, TensorBoardAdapter
+from loopos.training.events import RESTORE, EventLog, EventLogError, EventWriter, TensorBoardAdapter, read
+
+_EVENTS, _CONFIG = "events.jsonl", "config.json"
+
+
+@dataclass(frozen=True)
+class WrittenLog:
+    """What was logged up to a checkpoint. `settings`: the resolved config of the last session by then; None where
+    nothing tells it. `warnings`: sentences for the user.
+    """
+
+    path: Path
+    offset: int
+    settings: dict[str, Any] | None
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls, run_dir: Path) -> WrittenLog:
+        """That of a run that begins."""
+        return cls(run_dir / _EVENTS, 0, None)
+
+    @classmethod
+    def read(cls, run_dir: Path, offset: int, sha256: str | None) -> WrittenLog:
+        """Reads the log up to a checkpoint and checks every line, so that a broken one ends no training later.
+        sha256: of these bytes, where the checkpoint tells it.
+
+        Raises `EventLogError` for a log that is shorter, and for a broken line.
+        """
+        path = run_dir / _EVENTS
+        size = path.stat().st_size if path.is_file() else 0
+        if size < offset:
+            raise EventLogError(f"{path}: {size:,} bytes, but the checkpoint was saved at byte {offset:,}; {RESTORE}")
+        settings, warnings = None, []
+        if offset:
+            if _byte(path, offset - 1) != b"\n":
+                raise EventLogError(
+                    f"{path}: no event ends at byte {offset:,}, where the checkpoint was saved; {RESTORE}"
+                )
+            for event in read(path, num_bytes=offset):
+                if event["event"] == "session" and isinstance(event["metrics"].get("settings"), dict):
+                    settings = event["metrics"]["settings"]
+            if sha256 is not None and _sha256(path, offset) != sha256:
+                warnings.append(
+                    f"{path}: its first {offset:,} bytes are not what the run wrote (SHA-256 differs): curves and "
+                    "report may tell wrong numbers; the weights are those of the checkpoint"
+                )
+        return cls(path, offset, settings or _config(run_dir / _CONFIG), tuple(warnings))
 
 
 class RunLog:
@@ -20,23 +70,50 @@ class RunLog:
         self._log: EventLog | None = None
         self._writers: list[EventWriter] = []
 
-    def open(self, run_dir: Path, *, offset: int, tensorboard: bool, resumed_step: int | None) -> None:
-        """offset: byte that the log is cut back to, 0 for a new run. Raises `EventLogError`."""
-        self._log = EventLog(run_dir / "events.jsonl")
+    def open(self, written: WrittenLog, *, tensorboard: bool, resumed_step: int | None) -> None:
+        """written: what the log is cut back to. Raises `EventLogError`, `DiskFull`."""
+        self._log = EventLog(written.path)
         self._writers = [self._log]
-        self._log.rewind(offset)
+        self._log.rewind(written.offset)
         if tensorboard:
-            self._writers.append(TensorBoardAdapter(run_dir / "tensorboard", resumed_step=resumed_step))
+            self._writers.append(TensorBoardAdapter(written.path.parent / "tensorboard", resumed_step=resumed_step))
 
     def write(self, kind: str, step: int, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """One event. Raises `DiskFull`."""
         for writer in self._writers:
             writer.write(kind, step=step, metrics=metrics, timing=timing)
 
-    def offset(self) -> int:
-        """Bytes so far, for a checkpoint."""
-        return self._log.offset() if self._log is not None else 0
+    def place(self) -> dict[str, int | str]:
+        """For a checkpoint: how many bytes there are so far, and their SHA-256."""
+        if self._log is None:
+            return {"events_offset": 0}
+        offset = self._log.offset()
+        return {"events_offset": offset, "events_sha256": self._log.sha256(offset)}
 
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def _byte(path: Path, place: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(place)
+        return file.read(1)
+
+
+def _sha256(path: Path, num_bytes: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while num_bytes and (piece := file.read(min(1 << 20, num_bytes))):
+            digest.update(piece)
+            num_bytes -= len(piece)
+    return digest.hexdigest()
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    """The config that an older version left beside its log without telling the log; None where it cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -13,11 +13,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from loopos.config.faults import UserError
-from loopos.config.sections import TrainingSection
 from loopos.data.batches import Cursor
 from loopos.training import checkpoint
 from loopos.training.distributed import World
+from loopos.training.run_identity import Identity, values_of
 from loopos.training.slices import RowSpan, slice_name
 from loopos.training.update import NonFiniteStep, Update
 from loopos.training.validation import Judges
@@ -55,22 +54,12 @@ class Carried(Protocol):
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
 
 
-class RowCounts(Protocol):
-    """What of a run's batches tells it from another run."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def rows_a_step(self) -> int: ...
-
-
 @dataclass
 class RunState:
-    """All of a run that its checkpoints hold. `identity`: name → value of what a resumed run must have the same."""
+    """All of a run that its checkpoints hold. `identity`: what a resumed run must have the same."""
 
     folder: Path
-    identity: Mapping[str, str | int | bool]
+    identity: Identity
     update: Update
     judges: Judges | None
     world: World
@@ -80,9 +69,10 @@ class RunState:
     position: Position = field(default_factory=Position)
     _saving: checkpoint.Save | None = None
 
-    def begin_save(self, events_offset: int, *, is_best: bool) -> None:
+    def begin_save(self, log_place: Mapping[str, int | str], *, is_best: bool) -> None:
         """Begins to write all that resuming needs; every rank gives its random states, and its share of what is shared
         out. The writing goes on beside what follows, until `finish_save`, which must come before the next weights.
+        log_place: where the event log stands.
 
         Raises `DiskFull`, and `NonFiniteStep` for weights that are not finite.
         """
@@ -102,7 +92,7 @@ class RunState:
             self.folder,
             self.position.step,
             tensors,
-            {**self._as_json(), "random": random, "events_offset": events_offset},
+            {**self._as_json(), "random": random, **log_place},
             self.update.masters.parameters,
             rows,
             metric=self.judges.best.metric if self.judges is not None else None,
@@ -143,9 +133,19 @@ class RunState:
             checkpoint.prune(self.folder, self.keep_last, self.keep_best)
         return True
 
+    def clear(self, found: checkpoint.Checkpoint | None) -> list[str]:
+        """Removes what killed processes left half done among the checkpoints, and those that are too many; what was
+        found, and newer ones that are damaged, stay. Only the folder's one writer may call this. Returns a line each.
+        """
+        lines = checkpoint.sweep(self.folder, is_only_writer=True)
+        if found is not None:
+            removed = checkpoint.prune(self.folder, self.keep_last, self.keep_best, newest=found.step)
+            lines += [f"{folder}: removed, beyond training.keep_last" for folder in removed]
+        return lines
+
     def _as_json(self) -> dict[str, Any]:
         return {
-            "identity": dict(self.identity),
+            "identity": values_of(self.identity),
             "position": asdict(self.position),
             "judges": self.judges.state() if self.judges is not None else None,
             "loss_scale": self.update.loss_scale,
@@ -154,16 +154,15 @@ class RunState:
         }
 
     def restore(self, found: checkpoint.Checkpoint) -> list[str]:
-        """Puts everything back to where `found` left it; returns a line for each thing that could not be.
-
-        Raises `UserError`, before anything is changed, for a checkpoint of another run.
+        """Puts everything back to where `found`, a checkpoint of this run, left it; returns a line for each thing that
+        could not be.
         """
-        self._refuse_another_run(found)
         state = found.state
         position = dict(state["position"])
         self.position = Position(**{**position, "cursor": Cursor(**position["cursor"])})
+        lines = []
         if self.judges is not None and state["judges"] is not None:
-            self.judges.load(state["judges"])
+            lines = self.judges.load(state["judges"])
         self.update.masters.load(found.tensors["weights"])
         self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.masters.rows)
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
@@ -171,34 +170,5 @@ class RunState:
             self.carried.load(found.tensors.get("carried", {}), state["carried"])
         mine = str(self.world.rank)
         if mine not in state["random"]:
-            return [f"the checkpoint holds no random states for rank {mine}; it goes on from its seed"]
-        return checkpoint.restore_random_states(found.tensors[f"random-{mine}"], state["random"][mine])
-
-    def _refuse_another_run(self, found: checkpoint.Checkpoint) -> None:
-        theirs = found.state.get("identity", {})
-        changed = [
-            f"{name}: the checkpoint has {theirs.get(name)}, this run {mine}"
-            for name, mine in self.identity.items()
-            if theirs.get(name) != mine
-        ]
-        if changed:
-            raise UserError(
-                f"{found.path} belongs to another run ({'; '.join(changed)}); resume with the config and data it began "
-                "with, or name another output_dir"
-            )
-
-
-def identity_of(
-    base: str, settings: TrainingSection, batches: RowCounts, update: Update
-) -> Mapping[str, str | int | bool]:
-    """What makes a run this one: the weights below, the rows, what trains and how."""
-    masters = update.masters
-    return {
-        "base": base,
-        "rows": batches.num_rows,
-        "rows_a_step": batches.rows_a_step,
-        "weights that train": f"{len(masters.parameters)} tensors of {masters.num_elements:,} numbers",
-        "training.optimizer": settings.optimizer,
-        "training.seed": settings.seed,
-        "training.shuffle": settings.shuffle,
-    }
+            return [*lines, f"the checkpoint holds no random states for rank {mine}; it starts from the seed"]
+        return lines + checkpoint.restore_random_states(found.tensors[f"random-{mine}"], state["random"][mine])

@@ -26,7 +26,7 @@ import torch
 from loopos.config.faults import UserError
 from loopos.storage.durable import JSON, DiskFull, disk_full_said, fsync_place
 from loopos.storage.tensor_format import num_bytes
-from loopos.storage.whole_folder import hidden, is_another_process, put_in_place
+from loopos.storage.whole_folder import hidden, is_another_process, put_in_place, remove
 from loopos.training.checkpoint_folder import (
     HIDDEN_NAME,
     Records,
@@ -178,22 +178,23 @@ def save(
         raise
 
 
-def sweep(root: Path) -> list[str]:
-    """Clear what dead processes left half done under `root`; returns one line for each thing done.
+def sweep(root: Path, *, is_only_writer: bool = False) -> list[str]:
+    """Clear what dead processes left half done under `root`; returns one line for each thing done. is_only_writer: this
+    process holds the run's folder, so that what it finds is nobody's, whatever process has its number by now.
 
     A checkpoint caught between the two renames of its replacement gets its name back.
     """
     said = []
     for entry in sorted(root.iterdir()) if root.is_dir() else []:
         caught = HIDDEN_NAME.fullmatch(entry.name)
-        if caught is None or is_another_process(int(caught[3])):
+        if caught is None or (not is_only_writer and is_another_process(int(caught[3]))):
             continue
         if caught[2] == "replaced" and not (root / caught[1]).exists():
             os.rename(entry, root / caught[1])
             fsync_place(root)
             said.append(f"{root / caught[1]}: put back, its replacement was never finished")
         else:
-            shutil.rmtree(entry)
+            remove(entry)
             said.append(f"{entry}: removed, left by process {caught[3]} that ended before it was done")
     return said
 

@@ -7,7 +7,7 @@ data, models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -17,6 +17,7 @@ from loopos.training.distributed import World, is_broken_collective, join_world,
 from loopos.training.liveness import EndedElsewhere, Liveness
 from loopos.training.precision import pick_device
 from loopos.training.random_states import seed_everything
+from loopos.training.stopping import run_ends_at_once
 
 
 @contextmanager
@@ -32,11 +33,8 @@ def session(settings: TrainingSection, distributed: DistributedSection) -> Itera
     try:
         # The same on every rank until the model is there: new weights are drawn, and must be those of all.
         seed_everything(settings.seed)
-        if world.size == 1:
+        with run_ends_at_once(), nullcontext() if world.size == 1 else _watched(world, distributed):
             yield device, world
-        else:
-            with _watched(world, distributed):
-                yield device, world
     finally:
         leave_world(world)
 

@@ -15,7 +15,7 @@ import torch
 
 from loopos.storage.durable import JSON
 from loopos.training.distributed import World
-from loopos.training.run_state import RowCounts
+from loopos.training.run_identity import RowCounts
 from loopos.training.update import Update
 from loopos.training.validation import Validation
 

@@ -22,7 +22,8 @@ from loopos.training.stopping import Best
 class Validation:
     """`measure` gives the metrics, `metric` names the one that says what is best, `mode` whether less ("min") or more
     ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule. `num_rows`:
-    rows that are measured, for the log.
+    rows that are measured, for the log. `rows`: a
+    digest of them.
     """
 
     measure: Callable[[], Mapping[str, float]]
@@ -31,6 +32,7 @@ class Validation:
     watched: str
     watched_mode: Literal["min", "max"]
     num_rows: int | None = None
+    rows: str = ""
 
 
 class Judges:
@@ -91,19 +93,30 @@ class Judges:
             "start": self.start.state() if self.knows_start else None,
             "watched": self.watched.state() if self.watched is not None else None,
             "plateau": self.plateau.state_dict() if self.plateau is not None else None,
+            "judged_by": {"metric": self.validation.metric, "rows": self.validation.rows},
+            "watched_by": {"metric": self.validation.watched, "rows": self.validation.rows},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`; what it does not hold, such as the start in one of an older version, stays unknown."""
-        self.best.load(state["best"])
+    def load(self, state: Mapping[str, Any]) -> list[str]:
+        """Resumes from `state`; what it does not hold, such as the start in one of an older version, stays unknown, and
+        what was measured by another metric or on other rows, whose values cannot be compared, starts anew. Returns a
+        line for the user where that is so.
+        """
+        mine = self.state()
         start = state.get("start")
-        self.knows_start = start is not None
-        if start is not None:
-            self.start.load(start)
-        if self.watched is not None and state["watched"] is not None:
-            self.watched.load(state["watched"])
-        if self.plateau is not None and state["plateau"] is not None:
-            self.plateau.load_state_dict(state["plateau"])
+        if state.get("judged_by", mine["judged_by"]) == mine["judged_by"]:
+            self.best.load(state["best"])
+            self.knows_start = start is not None
+            if start is not None:
+                self.start.load(start)
+        if state.get("watched_by", mine["watched_by"]) == mine["watched_by"]:
+            if self.watched is not None and state["watched"] is not None:
+                self.watched.load(state["watched"])
+            if self.plateau is not None and state["plateau"] is not None:
+                self.plateau.load_state_dict(state["plateau"])
+        if all(state.get(name, mine[name]) == mine[name] for name in ("judged_by", "watched_by")):
+            return []
+        return ["the metric or the validation rows have changed: what is best is judged anew from here on"]
 
 
 def best_of(metrics: Sequence[float | None], mode: Literal["min", "max"]) -> int:

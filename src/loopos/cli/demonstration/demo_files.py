@@ -6,15 +6,17 @@ Enters: names of packaged files. Leaves: paths, loaded configs. Left out: what a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from loopos.config.load import load
 from loopos.evaluation.run_folder import holds_run
 from loopos.methods.table import config_classes
+from loopos.storage.folder_lock import FolderBusy, only_writer
 
 _PACKAGE = "loopos.demo"
 
@@ -40,10 +42,18 @@ def packaged_config(stack: ExitStack, name: str, changes: Mapping[str, object] |
     return load(path, [f"{key}={json.dumps(value)}" for key, value in given.items()], config_classes()).config
 
 
-def fresh_folder(folder: Path, *, run: str = ".") -> Path:
-    """`folder`, or with the first number from 2 under which no run lies in its part `run`: no run is overwritten."""
-    number, fresh = 1, folder
-    while holds_run(fresh / run):
-        number += 1
-        fresh = folder.with_name(f"{folder.name}-{number}")
-    return fresh
+@contextmanager
+def fresh_folder(folder: Path, *, run: str = ".") -> Iterator[Path]:
+    """`folder`, or with the first number from 2 under which no run lies in its part `run`, and which no other demo has:
+    no run is overwritten. It is held until the block ends.
+    """
+    for number in count(1):
+        fresh = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with ExitStack() as held:
+            try:
+                held.enter_context(only_writer(fresh))
+            except FolderBusy:
+                continue
+            if not holds_run(fresh / run):
+                yield fresh
+                return

@@ -23,8 +23,8 @@ _FOLDER = Path("outputs/demo/fine_tuning")
 def fine_tuning() -> int:
     """Trains, then shows accuracy before and after, the confusion table, and predictions of messages never seen."""
     began = time.monotonic()
-    folder = fresh_folder(_FOLDER)
     with ExitStack() as stack:
+        folder = stack.enter_context(fresh_folder(_FOLDER))
         result = train(packaged_config(stack, CONFIG, {"data.output_dir": folder}), TrainOptions())
     if result.interrupted:
         return exit_code(result.stopped_by)

@@ -37,9 +37,9 @@ def preferences() -> int:
     shows what came of it.
     """
     began = time.monotonic()
-    folder = fresh_folder(_FOLDER, run="reward_model")
     say("replies to customers, good and bad ones, written for LoopOS (none is collected from people)")
     with ExitStack() as stack:
+        folder = stack.enter_context(fresh_folder(_FOLDER, run="reward_model"))
         replies = folder / "replies.jsonl"
         write_replies(replies, packaged_file(stack, TRAINING))
         changes: dict[str, object] = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}

@@ -34,8 +34,8 @@ def chain_of_thought() -> int:
     began = time.monotonic()
     with ExitStack() as stack:
         written = json.loads(packaged_file(stack, CONFIG).read_text(encoding="utf-8"))["data"]
-        folder = fresh_folder(Path(written["reasoning_examples"]).parent, run="with_chains")
-        folder.mkdir(parents=True, exist_ok=True)
+        place = Path(written["reasoning_examples"]).parent
+        folder = stack.enter_context(fresh_folder(place, run="with_chains"))
         tokens = write_data(folder, written)
         say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, answers alone")
         answered = {}

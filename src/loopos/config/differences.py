@@ -1,0 +1,60 @@
+"""Two configs side by side: which keys differ.
+
+Enters: two resolved configs, as nested mappings. Leaves: dotted key → both values. Left out: what a difference means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key → both values, of every key whose values differ; None where one config lacks the key."""
+    one, other = _flat(first), _flat(second)
+    keys = [*one, *(key for key in other if key not in one)]
+    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`differences`, without the keys that only one of the two versions of LoopOS knows: a key counts as changed only
+    where both configs hold it, or hold the section that it would be in.
+    """
+    one, other = _flat(before), _flat(after)
+    return {
+        key: values
+        for key, values in differences(before, after).items()
+        if _is_known(key, one) and _is_known(key, other) and not (_is_section(key, one) or _is_section(key, other))
+    }
+
+
+def shown(value: Any) -> str:
+    """A value of a config in a sentence."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return str(value)
+
+
+def _is_known(key: str, flat: Mapping[str, Any]) -> bool:
+    """Whether a config holds a key, or has null, or nothing in it, for a section above it."""
+    sections = key.split(".")
+    return any(".".join(sections[:length]) in flat for length in range(1, len(sections) + 1)) or _is_section(key, flat)
+
+
+def _is_section(key: str, flat: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{key}.") for name in flat)
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

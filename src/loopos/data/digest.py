@@ -1,0 +1,66 @@
+"""What was learned from, as a digest: encoded rows in their order, and the tokenizer that made them.
+
+Enters: encoded examples with their targets, encoded comparisons, prompts; a tokenizer. Leaves: SHA-256 (hexadecimal)
+over what training sees of them, so that equal digests mean equal batches. Left out: texts, files and their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loopos.data.preference_tokens import EncodedComparison
+from loopos.data.tokens import Encoded
+
+
+def rows_digest(rows: Iterable[Encoded], targets: Tensor | None = None) -> str:
+    """Ids, segment ids and loss weights of examples in their order, and the targets. targets: of all examples."""
+    digest = hashlib.sha256()
+    for row in rows:
+        types, weights = row.token_types or (), row.weights or ()
+        digest.update(array("q", [len(row.ids), len(types), len(weights)]).tobytes())
+        digest.update(array("i", row.ids).tobytes())
+        digest.update(array("i", types).tobytes())
+        digest.update(array("d", weights).tobytes())
+    if targets is not None:
+        digest.update(repr((targets.dtype, tuple(targets.shape))).encode())
+        digest.update(targets.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def comparisons_digest(comparisons: Iterable[EncodedComparison]) -> str:
+    """Prompts, responses and pairs (which is better, with margin and probability) in their order."""
+    digest = hashlib.sha256()
+    for each in comparisons:
+        texts = (each.prompt, *each.responses)
+        digest.update(array("q", [len(texts), len(each.pairs), *map(len, texts)]).tobytes())
+        for ids in texts:
+            digest.update(array("i", ids).tobytes())
+        for pair in each.pairs:
+            digest.update(array("d", [pair.better, pair.worse, pair.probability, pair.margin]).tobytes())
+    return digest.hexdigest()
+
+
+def prompts_digest(prompts: Iterable[Sequence[int]]) -> str:
+    """Ids of prompts in their order."""
+    digest = hashlib.sha256()
+    for ids in prompts:
+        digest.update(array("q", [len(ids)]).tobytes())
+        digest.update(array("i", ids).tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Which text each id stands for, and which ids are special. How text is split shows in the rows."""
+    content = {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": sorted(set(tokenizer.all_special_ids))}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """A text, such as a chat template."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

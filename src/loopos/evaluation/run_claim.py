@@ -1,0 +1,89 @@
+"""A run's folder, claimed: one run writes there at a time, and none over another.
+
+Enters: the folder, and whether its run is resumed. Leaves: the folder, held until the run ends. Left out: the lock
+itself (`storage.folder_lock`), what a folder holds (`run_folder`). torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from loopos.config.faults import UserError
+from loopos.evaluation.run_folder import CONFIG, EVENTS, holds_run
+from loopos.storage.durable import DiskFull, disk_full_said
+from loopos.storage.folder_lock import only_writer
+from loopos.storage.whole_folder import clear_leftovers
+
+_FILES = (CONFIG, EVENTS, "samples.jsonl", "report.md")
+_FOLDERS = ("checkpoints", "model", "adapter", "curves", "rounds")
+# What a folder needs of the disk: an entry and a block.
+_NEEDED_BYTES = 4096
+
+
+class Processes(Protocol):
+    """The processes of a run, seen from one of them."""
+
+    @property
+    def is_first(self) -> bool: ...
+
+    def gather(self, value: object) -> list[object]: ...
+
+
+def refuse_started(folder: Path) -> None:
+    """Raises `UserError` if a run has begun in `folder`: nothing of it is overwritten."""
+    if holds_run(folder):
+        raise UserError(
+            f"data.output_dir: {folder} already contains a run; continue it with --resume or choose another output_dir"
+        )
+
+
+@contextmanager
+def claim(folder: Path, world: Processes, *, resume: bool, note: Callable[[str], None]) -> Iterator[None]:
+    """Holds a run's folder for this process, or for all processes of a run, of which the first one holds it, and clears
+    what killed processes left half done there. note: receives sentences for the user.
+
+    Raises, on every process, `UserError` if another process holds the folder, if it contains a run or checkpoints that
+    are not resumed, or something of another kind than a run writes; `DiskFull`.
+    """
+    with ExitStack() as held:
+        problem: UserError | None = None
+        if world.is_first:
+            try:
+                with disk_full_said(folder, _NEEDED_BYTES, "the run's folder"):
+                    held.enter_context(only_writer(folder, note=note))
+                    _check(folder, resume=resume)
+                    for line in clear_leftovers(folder):
+                        note(line)
+            except UserError as found:
+                problem = found
+        told = world.gather(None if problem is None else (str(problem), isinstance(problem, DiskFull)))
+        first = told[0]
+        if problem is not None:
+            raise problem
+        if isinstance(first, tuple):
+            raise DiskFull(first[0]) if first[1] else UserError(first[0])
+        yield
+
+
+def _check(folder: Path, *, resume: bool) -> None:
+    if not resume:
+        refuse_started(folder)
+        if any((folder / "checkpoints").glob("step-*")):
+            raise UserError(
+                f"data.output_dir: {folder} contains checkpoints of another run; choose an empty or new folder"
+            )
+    for name in _FILES:
+        place = folder / name
+        if place.exists() and not place.is_file():
+            raise UserError(f"{place}: expected a file of the run, got {_kind(place)}; move it away")
+    for name in _FOLDERS:
+        place = folder / name
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place}: expected a folder of the run, got a file; move it away")
+
+
+def _kind(place: Path) -> str:
+    return "a folder" if place.is_dir() else "something that is neither a file nor a folder"
