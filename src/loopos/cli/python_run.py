@@ -18,8 +18,9 @@ from loopos.config.load import load
 from loopos.config.sections import MethodConfig
 from loopos.data.column_check import check_columns
 from loopos.data.given_rows import GivenRows, written
-from loopos.evaluation.run_folder import refuse_started
+from loopos.evaluation.run_claim import refuse_started
 from loopos.methods.table import config_classes
+from loopos.storage.folder_lock import refuse_busy
 from loopos.training.fit_result import FitResult
 
 ROWS = "rows"
@@ -59,8 +60,11 @@ def _with_rows(
         return load(config, overrides, config_classes()).config
     named = [f"data.{key}={key}.jsonl" for key in rows]
     first: Any = load(config, [*overrides, *named], config_classes(), check_files=False).config
-    if not resume:
-        for folder in run_folders(first):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("data: rows of a program are written by one process; got several; write a file and name it")
+    for folder in run_folders(first):
+        refuse_busy(folder)
+        if not resume:
             refuse_started(folder)
     folder = Path(first.data.output_dir) / ROWS
     placed = [f"data.{key}={written(value, folder, key)}" for key, value in rows.items()]
