@@ -53,7 +53,7 @@ def test_rows_of_a_program_train_as_a_file_does(kind: str, of_a_file: Path, tmp_
     assert loopos.load(tmp_path / "run", device="cpu").predict(texts) == loopos.load(
         of_a_file, "head", device="cpu"
     ).predict(texts)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         loopos.train(config_of(tmp_path / "run", pico_folder), data=rows, quiet=True)
 
 
