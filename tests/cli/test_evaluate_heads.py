@@ -52,6 +52,24 @@ def test_the_rows_of_an_evaluation(run_folder: Path, mixed: Path, tmp_path: Path
     assert [each["support"] for each in metrics["classes"]] == [sum(row) for row in metrics["confusion"]]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "evaluate language", "score", "winrate", "generate"])
+def test_the_input_is_not_overwritten(
+    run_folder: Path, pico_folder: Path, tmp_path: Path, invoke: Invoke, command: str
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    before = file.read_bytes()
+    words: list[object] = {
+        "evaluate": ["evaluate", run_folder, file],
+        "evaluate language": ["evaluate", pico_folder, file],
+        "score": ["score", run_folder, file],
+        "winrate": ["winrate", pico_folder, pico_folder, file, "--judge", "module:judge"],
+        "generate": ["generate", pico_folder, "--input", file, "--json"],
+    }[command]
+    result = invoke(*words, "-o", file)
+    assert (result.exit_code, "which is the input" in result.stderr) == (2, True), result.stderr
+    assert file.read_bytes() == before
+
+
 def test_the_figures_of_classes_are_on_screen(run_folder: Path, mixed: Path, invoke: Invoke) -> None:
     result = invoke("evaluate", run_folder, mixed)
     head = next(line for line in result.stdout.splitlines() if "precision" in line)

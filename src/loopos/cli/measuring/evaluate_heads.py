@@ -45,7 +45,7 @@ def run(
     file_format = output_format(output, None)
     for option, file in (("--output", output), ("--report", report)):
         if file is not None:
-            refuse_unwritable(file, option)
+            refuse_unwritable(file, option, source=source)
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report: got {report}; expected a file that ends in .html")
     check_labelled(source, columns, require_label=True, remembered=remembered_columns(place), rules=rules)

@@ -120,7 +120,7 @@ def run(
 
     found_checker = checker(options.checker)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=source)
     require_language_model(place)
     remembered = remembered_columns(place)
     check_supervised(source, columns, remembered=remembered, rules=rules)

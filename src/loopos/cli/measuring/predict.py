@@ -29,7 +29,7 @@ from loopos.cli.opened_models import require_task_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.config.faults import DataError, Fault, UserError
+from loopos.config.faults import DataError, Fault
 from loopos.data import sniff
 from loopos.data.column_check import check_labelled
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, split_lines
@@ -60,9 +60,7 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
     rules = text_rules(options.encoding)
     file_format = output_format(options.output, options.format)
     if options.output is not None:
-        refuse_unwritable(options.output)
-    if options.output is not None and source != STANDARD_INPUT and _same_file(options.output, source):
-        raise UserError(f"--output: got {options.output}, which is the input; expected another file")
+        refuse_unwritable(options.output, source=source)
     require_task_model(str(place))
     if not _holds_lines(source, columns, rules):
         check_labelled(source, columns, require_label=False, remembered=remembered_columns(place), rules=rules)
@@ -177,10 +175,6 @@ def _checked(source: str, lines: Iterable[str]) -> list[str]:
     if not texts:
         raise DataError([Fault(source, None, None, "text", "no line", "one text a line")])
     return texts
-
-
-def _same_file(output: Path, source: str) -> bool:
-    return output.exists() and os.path.exists(source) and os.path.samefile(output, source)
 
 
 def _with_probability(prediction: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,8 +66,10 @@ def rendered(rows: Sequence[Mapping[str, Any]], file_format: str) -> str:
     return written.getvalue()
 
 
-def refuse_unwritable(path: Path, option: str = "--output") -> None:
+def refuse_unwritable(path: Path, option: str = "--output", *, source: str | None = None) -> None:
     """Raises `UserError` for a file that could not be written: said before the work, and not after it."""
+    if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+        raise UserError(f"{option}: got {path}, which is the input; expected another file")
     folder = path.absolute().parent
     if path.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a file")

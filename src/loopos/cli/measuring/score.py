@@ -38,7 +38,7 @@ def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=source)
     require_reward_model(place)
     check_responses(source, columns, rules)
     restart_with_settings()

@@ -59,7 +59,7 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     refuse(_faults(options))
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=source)
     for place in (first, second):
         require_language_model(place)
     if not _is_function(options.judge):

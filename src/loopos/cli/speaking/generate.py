@@ -69,7 +69,7 @@ def run(place: str, options: GenerateOptions) -> int:
     strategy = checked(options)
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=options.input)
     require_language_model(place)
     if options.reward_model is not None:
         require_reward_model(options.reward_model)
