@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import loopos
+from loopos.config.faults import ConfigError, UserError
 
 
 def test_the_public_names_are_pinned() -> None:
     trained = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "PpoConfig", "PpoTrainer"]
     asked = ["Predictor", "Reasoner"]
     human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
-    classes = [*trained, *asked, *human]
-    assert loopos.__all__ == [*classes, "__version__", "load", "read_config"]
+    classes = [*trained, *asked, *human, "SamplingSettings"]
+    assert loopos.__all__ == [*classes, "__version__", "load", "read_config", "train"]
     assert all(getattr(loopos, name) is not None for name in loopos.__all__)
 
 
@@ -37,6 +41,83 @@ def test_import_is_light() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         loopos.Trainer  # noqa: B018
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": 0}\n')
+    return {
+        "computation": {"mode": "posttraining", "method": "fine_tuning"},
+        "training": {"learning_rate": 0.1},
+        "data": {"pretrained_weights": "smollm2-135m", "training_data": rows, "output_dir": folder / "run"},
+    }
+
+
+def test_a_config_is_a_dict_too(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(config, default=str))
+    assert loopos.read_config(config, ["training.seed=3"]) == loopos.read_config(path, ["training.seed=3"])
+    assert loopos.read_config(config, kind=loopos.FineTuningConfig).training.learning_rate == 0.1
+    with pytest.raises(UserError, match="got a FineTuningConfig; expected a PpoConfig"):
+        loopos.read_config(config, kind=loopos.PpoConfig)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("training", {"learning_rat": 1}),
+        ("training", {"learning_rate": "fast"}),
+        # Keys that contradict each other.
+        ("training", {"trainable": "lora", "freeze_layers": 3}),
+        ("data", {"training_data": "nowhere.jsonl"}),
+    ],
+)
+def test_a_dict_has_the_faults_of_a_file(tmp_path: Path, section: str, change: dict[str, Any]) -> None:
+    config = config_of(tmp_path)
+    config[section] |= change
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(config, default=str))
+    with pytest.raises(ConfigError) as of_file:
+        loopos.read_config(path)
+    with pytest.raises(ConfigError) as of_dict:
+        loopos.read_config(config)
+    told = [(fault.field, fault.given, fault.wanted) for fault in of_dict.value.faults]
+    assert told == [(fault.field, fault.given, fault.wanted) for fault in of_file.value.faults]
+    assert {fault.place for fault in of_dict.value.faults} == {"config"}
+
+
+def test_a_value_that_no_config_holds_is_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config["training"]["learning_rate"] = {1, 2}
+    with pytest.raises(ConfigError, match=r"config: training\.learning_rate: given \{1, 2\} \(set\)"):
+        loopos.read_config(config)
+
+
+@pytest.mark.slow
+def test_the_snippets_of_the_documents_have_types(tmp_path: Path) -> None:
+    assert (Path(loopos.__file__).parent / "py.typed").is_file()
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    found = [
+        snippet
+        for page in pages
+        for snippet in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        if "import loopos\n" in snippet
+    ]
+    assert len(found) >= 4
+    files = [tmp_path / f"snippet_{number}.py" for number in range(len(found))]
+    for file, text in zip(files, found, strict=True):
+        file.write_text(text, encoding="utf-8")
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", str(root / "pyproject.toml"), *map(str, files)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MYPYPATH": str(root / "src")},
+        cwd=root,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_a_config_is_read_with_overrides(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ The public names. Each is imported when it is first used, so that `import loopos
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 if TYPE_CHECKING:
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
+    from loopos.data.given_rows import GivenRows
     from loopos.evaluation.ensemble import EnsemblePredictor
+    from loopos.evaluation.opening import Kind
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.generation.settings import SamplingSettings
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
     from loopos.methods.ppo import PpoTrainer
     from loopos.methods.reward_model import RewardModelTrainer
     from loopos.methods.rlhf import ReinforcementTrainer
+    from loopos.training.fit_result import FitResult
+
+    ConfigType = TypeVar("ConfigType", bound=MethodConfig)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,9 +48,11 @@ __all__ = [
     "RewardModelTrainer",
     "RewardPredictor",
     "RlhfConfig",
+    "SamplingSettings",
     "__version__",
     "load",
     "read_config",
+    "train",
 ]
 
 _PLACES = {
@@ -61,29 +69,90 @@ _PLACES = {
     "RewardModelTrainer": "loopos.methods.reward_model",
     "RewardPredictor": "loopos.evaluation.reward_predictor",
     "RlhfConfig": "loopos.config.rlhf",
+    "SamplingSettings": "loopos.generation.settings",
 }
 
 
-def load(run: str | os.PathLike[str]) -> Predictor | EnsemblePredictor:
-    """Opens the result of a run: `loopos.load("outputs/run").predict(["some text"])`.
+@overload
+def load(run: str | os.PathLike[str], kind: Literal["head"], *, device: str = ...) -> Predictor | EnsemblePredictor: ...
+@overload
+def load(run: str | os.PathLike[str], kind: Literal["language"], *, device: str = ...) -> Reasoner: ...
+@overload
+def load(run: str | os.PathLike[str], kind: Literal["reward"], *, device: str = ...) -> RewardPredictor: ...
+@overload
+def load(run: str | os.PathLike[str], kind: None = ..., *, device: str = ...) -> Any: ...
+def load(run: str | os.PathLike[str], kind: Kind | None = None, *, device: str = "auto") -> Any:
+    """Opens a trained model: `loopos.load("outputs/run").predict(["some text"])`.
 
-    run: a run's output folder, its folder model/, or the folder of an ensemble. Raises
-    `loopos.config.faults.UserError`.
+    A classifier or regressor, or an ensemble of them, is a `Predictor` with `predict`; a reward model a
+    `RewardPredictor` with `score_texts`; a language model a `Reasoner` with `generate`, `chat`, `stream` and `answer`.
+
+    run: a run's output folder, its folder model/, the folder of an ensemble; of a language model also "smollm2-135m", a
+    weights file or a hub id. kind: "head", "reward" or "language", where only that one will do; it tells type checkers
+    the class. device: auto, cpu, cuda or mps. Raises `loopos.config.faults.UserError`.
     """
-    from loopos.evaluation.ensemble import open_predictor
+    from loopos.evaluation.opening import open_model
+    from loopos.training.precision import pick_device
 
-    return open_predictor(os.fspath(run))
+    return open_model(os.fspath(run), kind, device=pick_device(device).type)
 
 
-def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MethodConfig:
-    """The frozen config in a JSON or YAML file, for `FineTuner(read_config("run.json"))`.
+@overload
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str] = ..., *, kind: type[ConfigType]
+) -> ConfigType: ...
+@overload
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str] = ..., *, kind: None = ...
+) -> MethodConfig: ...
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, object],
+    overrides: Sequence[str] = (),
+    *,
+    kind: type[MethodConfig] | None = None,
+) -> MethodConfig:
+    """The frozen, checked config of a JSON or YAML file, or of a dict with the same keys.
 
-    overrides: "key.path=value" each. Raises `loopos.config.faults.ConfigError` with every fault.
+    overrides: "key.path=value" each. kind: the class that it must be, such as `loopos.FineTuningConfig`. Raises
+    `loopos.config.faults.ConfigError` with every fault.
     """
+    from loopos.config.faults import UserError
     from loopos.config.load import load as load_config
     from loopos.methods.table import config_classes
 
-    return load_config(path, overrides, config_classes()).config
+    found = load_config(config, overrides, config_classes()).config
+    if kind is not None and not isinstance(found, kind):
+        raise UserError(f"computation.method: got a {type(found).__name__}; expected a {kind.__name__}")
+    return found
+
+
+def train(
+    config: MethodConfig | str | os.PathLike[str] | Mapping[str, object],
+    overrides: Sequence[str] = (),
+    *,
+    data: GivenRows | None = None,
+    validation_data: GivenRows | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+) -> FitResult:
+    """Trains, as `loopos train` does: `loopos.train("run.json")`, `loopos.train({...}, data=rows)`.
+
+    config: a file, a dict with the same keys, or what `read_config` gave. overrides: "key.path=value" each. data,
+    validation_data: rows as dicts, a pandas DataFrame or a `datasets.Dataset`; they are written into the run's folder
+    and stand in place of the config's `data.training_data` and `data.validation_data`. resume: go on from the last
+    checkpoint. Raises `loopos.config.faults.UserError`.
+    """
+    from loopos.cli.python_run import train as train_run
+    from loopos.cli.train import TrainOptions
+
+    return train_run(
+        config,
+        overrides,
+        data=data,
+        validation_data=validation_data,
+        options=TrainOptions(resume=resume, quiet=quiet, trust_remote_code=trust_remote_code),
+    )
 
 
 def __getattr__(name: str) -> Any:

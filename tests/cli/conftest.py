@@ -46,7 +46,7 @@ def invoke() -> Invoke:
     """`invoke("train", "x.json")`: exit_code, stdout and stderr of a command. Exceptions of ours are raised."""
     runner = CliRunner()
 
-    def run(*arguments: object, text: str | None = None) -> Any:
+    def run(*arguments: object, text: str | bytes | None = None) -> Any:
         return runner.invoke(app, [str(each) for each in arguments], input=text, catch_exceptions=False)
 
     return run

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.measuring.predict import rendered
+from loopos.cli.measuring.row_files import rendered
 from tests.cli.conftest import ENDINGS, Invoke, rows, write_jsonl
 
 CLASSES = {"good", "bad", "where"}
@@ -73,7 +73,9 @@ def test_tables(run_folder: Path, tmp_path: Path, invoke: Invoke, suffix: str, d
     with output.open(newline="", encoding="utf-8") as file:
         read = list(csv.DictReader(file, delimiter=delimiter))
     assert len(read) == 2
-    assert set(read[0]) == {"label", "probability", *(f"probability_{name}" for name in CLASSES)}
+    assert list(read[0])[:3] == ["text", "label", "probability"]
+    assert [row["text"] for row in read] == ["bad film", "good film"]
+    assert set(read[0]) == {"text", "label", "probability", *(f"probability_{name}" for name in CLASSES)}
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
@@ -93,8 +95,8 @@ def test_a_blank_line_is_an_error_with_its_number(run_folder: Path, invoke: Invo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--format", "xml"], "--format: given xml"),
-        (["-o", "answers.parquet"], "--output: given the suffix .parquet"),
+        (["--format", "xml"], "--format: got xml"),
+        (["-o", "answers.parquet"], "--output: got the suffix .parquet"),
         (["--columns", "text"], "--columns: given text; wanted ROLE=COLUMN"),
         (["--columns", "text=a", "--columns", "text=b"], "--columns: given text twice"),
         (["-o", "no/such/folder.csv"], "there is no folder"),

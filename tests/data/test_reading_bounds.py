@@ -105,7 +105,10 @@ def test_the_encoding_is_a_key_and_the_error_guesses_it(encoding: str, text: str
         (tmp_path / name).write_bytes(content.encode(encoding))
         assert _rows(tmp_path / name, TextRules(encoding=encoding))[0][1] == {"text": text, "label": "pos"}
         refused = _refused(tmp_path / name)
-        assert f'this looks like {encoding}: set data.encoding to "{encoding}"' in refused
+        assert (
+            f'this looks like {encoding}: save the file as UTF-8 or read it so and look at the rows: data.encoding: "{encoding}"'
+            in refused
+        )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])

@@ -11,6 +11,7 @@ from pico_runs import WORDS, class_rows, config_of, events_of, text_of, train, w
 
 import loopos
 from loopos.config.faults import DataError, UserError
+from loopos.evaluation.outcome import FLAGS
 from loopos.evaluation.outputs import NonFiniteOutputs, interpret, measure
 from loopos.evaluation.predictor import Predictor
 
@@ -56,7 +57,7 @@ def best_validation(run: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression"])
 def test_evaluating_gives_the_metrics_of_the_best_validation(task: str, runs: dict[str, Path], home: Path) -> None:
-    logged = {name: value for name, value in best_validation(runs[task]).items() if name not in ("best", "loss")}
+    logged = {name: value for name, value in best_validation(runs[task]).items() if name not in (*FLAGS, "loss")}
     found = Predictor.open(runs[task]).evaluate_file(str(home / f"{task}_validation.jsonl"))
     assert len(logged) >= 5
     assert found["rows"] == 30

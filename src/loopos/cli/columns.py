@@ -1,13 +1,15 @@
-"""`--columns ROLE=COLUMN`: the words of the command line as the mapping that readers take.
+"""`--columns ROLE=COLUMN` and `--encoding NAME`: the words of the command line as readers take them.
 
-Enters: words. Leaves: role → column. Left out: whether the role and the column exist (`data.formats`).
+Enters: words. Leaves: role → column, `TextRules`. Left out: whether the role and the column exist (`data.formats`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loopos.config.checks import is_text_encoding
 from loopos.config.faults import UserError
+from loopos.data.decoding import TextRules
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, str]:
@@ -21,3 +23,10 @@ def parse_columns(words: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--columns: given {role} twice ({columns[role]} and {column}); wanted one column a role")
         columns[role] = column
     return columns
+
+
+def text_rules(encoding: str | None) -> TextRules:
+    """How text files are read under --encoding. Raises `UserError` for no encoding of text."""
+    if encoding is not None and not is_text_encoding(encoding):
+        raise UserError(f"--encoding: got {encoding}; expected the name of a text encoding, such as cp1252")
+    return TextRules(encoding)

@@ -116,13 +116,14 @@ def predict(
         str | None, typer.Option("--format", help="jsonl, csv or tsv; by the suffix of -o, else jsonl.")
     ] = None,
     columns: Columns = None,
+    encoding: Encoding = None,
     device: Device = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Predict every row of the input, in its order."""
     from loopos.cli.measuring import predict as command
 
-    options = command.PredictOptions(output, file_format, tuple(columns or ()), device, verbose)
+    options = command.PredictOptions(output, file_format, tuple(columns or ()), encoding, device, verbose)
     raise typer.Exit(command.run(run, source, options))
 
 
@@ -147,6 +148,7 @@ def score(
         Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.", parser=path)
     ] = None,
     columns: Columns = None,
+    encoding: Encoding = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")] = False,
     ensemble_penalty: Annotated[
         float, typer.Option("--ensemble-penalty", min=0, help="Standard deviations of the heads taken off their mean.")
@@ -158,7 +160,9 @@ def score(
     """Score responses with a reward model; with --json print how it agrees with people alone."""
     from loopos.cli.measuring import score as command
 
-    options = command.ScoreOptions(output, tuple(columns or ()), skip_bad_rows, ensemble_penalty, device, json, verbose)
+    options = command.ScoreOptions(
+        output, tuple(columns or ()), encoding, skip_bad_rows, ensemble_penalty, device, json, verbose
+    )
     raise typer.Exit(command.run(model, source, options))
 
 

@@ -43,6 +43,7 @@ def generate(
     raw: of.Raw = False,
     system: of.SystemText = None,
     columns: of.Columns = None,
+    encoding: of.Encoding = None,
     device: of.Device = "auto",
     precision: of.Precision = "auto",
     trust_remote_code: of.TrustRemoteCode = False,
@@ -60,8 +61,8 @@ def generate(
     options = command.GenerateOptions(
         prompts=tuple(prompts or ()), input=source, output=output, json=json, steps=steps, samples=samples, raw=raw,
         strategy=strategy, reward_model=reward_model, num_beams=num_beams, system=system,
-        columns=tuple(columns or ()), sampling=sampling, limits=limits, device=device, precision=precision,
-        trust_remote_code=trust_remote_code, verbose=verbose,
+        columns=tuple(columns or ()), encoding=encoding, sampling=sampling, limits=limits, device=device,
+        precision=precision, trust_remote_code=trust_remote_code, verbose=verbose,
     )  # fmt: skip
     raise typer.Exit(command.run(model, options))
 
@@ -122,7 +123,9 @@ def evaluate(
     num_fewshot: of.NumFewshot = None,
     chat: of.Chat = False,
     output: of.RecordsFile = None,
+    report: of.ReportFile = None,
     columns: of.Columns = None,
+    encoding: of.Encoding = None,
     skip_bad_rows: of.SkipBadRows = False,
     device: of.Device = "auto",
     precision: of.Precision = "auto",
@@ -142,7 +145,10 @@ def evaluate(
         limit=limit, output=output, precision=precision, window=window, stride=stride,
     )  # fmt: skip
     of_tasks = TaskOptions(tuple(tasks or ()), task_folder, num_fewshot, chat)
-    options = command.EvaluateOptions(tuple(columns or ()), skip_bad_rows, device, json, verbose, language, of_tasks)
+    options = command.EvaluateOptions(
+        columns=tuple(columns or ()), encoding=encoding, report=report, skip_bad_rows=skip_bad_rows, device=device,
+        json=json, verbose=verbose, language=language, tasks=of_tasks,
+    )  # fmt: skip
     raise typer.Exit(command.run(model, source, options))
 
 
@@ -163,6 +169,7 @@ def winrate(
     raw: of.Raw = False,
     system: of.SystemText = None,
     columns: of.Columns = None,
+    encoding: of.Encoding = None,
     device: of.Device = "auto",
     precision: of.Precision = "auto",
     trust_remote_code: of.TrustRemoteCode = False,
@@ -179,8 +186,8 @@ def winrate(
     )  # fmt: skip
     options = command.WinRateOptions(
         judge=judge, samples=samples, limit=limit, output=output, raw=raw, system=system,
-        columns=tuple(columns or ()), device=device, precision=precision, trust_remote_code=trust_remote_code,
-        json=json, verbose=verbose, sampling=sampling,
+        columns=tuple(columns or ()), encoding=encoding, device=device, precision=precision,
+        trust_remote_code=trust_remote_code, json=json, verbose=verbose, sampling=sampling,
     )  # fmt: skip
     raise typer.Exit(command.run(first, second, prompts, options))
 

@@ -155,7 +155,22 @@ Stride = Annotated[
     int | None, typer.Option("--stride", help="Plain text: tokens between two windows; half a window when absent.")
 ]
 RecordsFile = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write one JSON line per problem.", parser=path)
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="One JSON line per problem; for a model with a head, every row, mistakes first (.jsonl, .csv, .tsv).",
+        parser=path,
+    ),
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="For models with a head: metrics, classes, confusion or residuals, and mistakes as an HTML page.",
+        parser=path,
+    ),
 ]
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")

@@ -12,11 +12,12 @@ from collections.abc import Collection, Sequence
 
 from loopos.config.faults import IN_CONFIG, Remedy, UserError, Wording
 
-COLUMNS, SKIP_BAD_ROWS = "--columns", "--skip-bad-rows"
+COLUMNS, ENCODING, SKIP_BAD_ROWS = "--columns", "--encoding", "--skip-bad-rows"
 _ARGUMENTS = frozenset({"data.pretrained_weights", "data.training_data"})
 """Keys that are arguments of the commands without a config: the message need not name them."""
 _OPTIONS = {
     "data.columns": COLUMNS,
+    "data.encoding": ENCODING,
     "data.on_bad_row": SKIP_BAD_ROWS,
     "training.device": "--device",
     "training.precision": "--precision",
@@ -43,8 +44,9 @@ class OptionWording(Wording):
             option = self._option(key)
             if option is None:
                 return ""
-            role = key.removeprefix("data.columns.")
-            said.append(option if option in _SWITCHES else f"{option} {_quoted(f'{role}={value}')}")
+            if option == COLUMNS:
+                value = f"{key.removeprefix('data.columns.')}={value}"
+            said.append(option if option in _SWITCHES else f"{option} {_quoted(value)}")
         return f"{remedy.lead}: {' '.join(said)}"
 
     def _option(self, key: str) -> str | None:

@@ -22,7 +22,15 @@ from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plai
 from loopos.config.other_tools import METHOD_ALIASES, method_advice
 from loopos.config.paths import expanded
 from loopos.config.sections import MethodConfig
-from loopos.config.source import COMMAND_LINE, Source, apply_overrides, as_mapping, close_matches, read_source
+from loopos.config.source import (
+    COMMAND_LINE,
+    Source,
+    apply_overrides,
+    as_mapping,
+    close_matches,
+    read_source,
+    source_of,
+)
 from loopos.config.wording import Schema, faults_of, shown
 
 Methods = Mapping[tuple[str, str], type[MethodConfig]]
@@ -41,20 +49,20 @@ class LoadedConfig:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Mapping[str, object],
     overrides: Sequence[str],
     methods: Methods,
     *,
     check_files: bool = True,
 ) -> LoadedConfig:
-    """Read, override and check a config.
+    """Read, override and check a config: a file, or its sections as a mapping.
 
     `methods` gives the config class of each (mode, method). With `check_files` false, files that the config names need
     not be there (a finished run is opened without its training data). Raises `ConfigError` with every fault, by line,
     those of the command line last.
     """
     assert methods, "a table of methods has at least one row"
-    source = read_source(expanded(os.fspath(path)))
+    source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
     tool = tool_of(source.root)
     if tool is not None:
         sentence = f"a config of {tool}, which LoopOS does not read"

@@ -12,12 +12,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loopos.config.faults import ConfigError, Fault
 from loopos.config.json_text import parse_json
 from loopos.config.nodes import (
+    MOST_LEVELS,
     LineTable,
     ListNode,
     MappingNode,
@@ -27,11 +28,14 @@ from loopos.config.nodes import (
     child,
     dotted,
     find,
+    plain,
     with_entry,
 )
 
 MOST_BYTES = 10_000_000
 COMMAND_LINE = "command line"
+IN_PYTHON = "config"
+"""The source of a config that was given as a dict."""
 _OVERRIDE_KEY = re.compile(r"[A-Za-z0-9_$-]+(?:\.[A-Za-z0-9_$-]+)*")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 # A name that ends so is data; .json and .txt are told by what they hold.
@@ -78,6 +82,29 @@ def read_source(path: str | os.PathLike[str]) -> Source:
             [Fault(name, root.mark.line, root.mark.column, "", given, wanted, "put { and } around the settings")]
         )
     return Source(name, text, root)
+
+
+def source_of(values: Mapping[str, object]) -> Source:
+    """A config that a Python program holds. Raises `ConfigError` for values that no config file can hold."""
+    root = _node_of(values, (), 0)
+    assert isinstance(root, MappingNode), "a mapping becomes one"
+    return Source(IN_PYTHON, json.dumps(plain(root), indent=2, ensure_ascii=False), root)
+
+
+def _node_of(value: object, path: tuple[str, ...], depth: int) -> Node:
+    mark = Mark(IN_PYTHON)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return ScalarNode(value, json.dumps(value, ensure_ascii=False), mark)
+    if depth < MOST_LEVELS and isinstance(value, list | tuple):
+        return ListNode(tuple(_node_of(item, (*path, str(place)), depth + 1) for place, item in enumerate(value)), mark)
+    if depth < MOST_LEVELS and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        entries = {key: _node_of(item, (*path, key), depth + 1) for key, item in value.items()}
+        return MappingNode(entries, dict.fromkeys(entries, mark), mark)
+    got = f"{value!r:.80} ({type(value).__name__})"
+    wanted = "text, a number, true, false, None, a list or a dict with text as keys"
+    raise ConfigError([Fault(IN_PYTHON, None, None, ".".join(path), got, wanted)])
 
 
 def parse_text(text: str, name: str) -> Node | None:

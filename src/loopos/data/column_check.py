@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from loopos.config.faults import DataError, Fault
 from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_formats
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.reading import SourceKeys, opened, validation_source
 from loopos.data.rows import Row, RowReader, read
 from loopos.storage.hub import require_hub
@@ -41,39 +42,58 @@ def check_columns(config: MethodConfig) -> None:
         raise DataError(faults)
 
 
-def check_labelled(source: str, columns: Mapping[str, str], *, require_label: bool) -> None:
-    """Raises `DataError` where a source lacks the columns of labelled rows; without `require_label`, of texts."""
-    _check_one(source, _labelled(columns, require_label=require_label))
+def check_labelled(
+    source: str,
+    columns: Mapping[str, str],
+    *,
+    require_label: bool,
+    remembered: Mapping[str, str | None] | None = None,
+    rules: TextRules = PLAIN_RULES,
+) -> None:
+    """Raises `DataError` where a source lacks the columns of labelled rows; without `require_label`, of texts.
+    remembered: role → column as the model was trained.
+    """
+    _check_one(source, _labelled(columns, require_label=require_label, remembered=remembered), rules)
 
 
-def check_responses(source: str, columns: Mapping[str, str]) -> None:
+def check_responses(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> None:
     """Raises `DataError` where a source lacks the columns of responses that can be scored."""
     from loopos.data import responses_to_score  # 50 ms that only one command pays
 
-    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place))
+    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place), rules)
 
 
-def check_supervised(source: str, columns: Mapping[str, str]) -> None:
+def check_supervised(
+    source: str,
+    columns: Mapping[str, str],
+    *,
+    remembered: Mapping[str, str | None] | None = None,
+    rules: TextRules = PLAIN_RULES,
+) -> None:
     """Raises `DataError` where a source lacks the columns of rows for language models."""
-    _check_one(source, _supervised(columns))
+    _check_one(source, _supervised(columns, remembered), rules)
 
 
-def _check_one(source: str, detect: Detect) -> None:
-    faults = _faults(source, lambda: read(source), detect)
+def _check_one(source: str, detect: Detect, rules: TextRules) -> None:
+    faults = _faults(source, lambda: read(source, rules=rules), detect)
     if faults:
         raise DataError(faults)
 
 
-def _labelled(columns: Mapping[str, str], *, require_label: bool) -> Detect:
-    return lambda names, source: formats.detect(names, columns, require_label=require_label, source=source)
+def _labelled(
+    columns: Mapping[str, str], *, require_label: bool, remembered: Mapping[str, str | None] | None = None
+) -> Detect:
+    return lambda names, source: formats.detect(
+        names, columns, require_label=require_label, remembered=remembered, source=source
+    )
 
 
 def _preferences(columns: Mapping[str, str], *, prompts: bool = False) -> Detect:
     return lambda names, source: preference_formats.detect(names, columns, source=source, prompts=prompts)
 
 
-def _supervised(columns: Mapping[str, str]) -> Detect:
-    return lambda names, source: supervised_formats.detect(names, columns, source=source)
+def _supervised(columns: Mapping[str, str], remembered: Mapping[str, str | None] | None = None) -> Detect:
+    return lambda names, source: supervised_formats.detect(names, columns, remembered=remembered, source=source)
 
 
 def _sources(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:

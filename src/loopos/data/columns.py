@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from loopos.config.faults import DataError, Fault, Remedy
 from loopos.data.record import shown
@@ -30,6 +30,18 @@ def plain_name(name: str) -> str:
 def listed(columns: Sequence[str]) -> str:
     """The names of columns for a message, twenty at most."""
     return ", ".join(shown(name) for name in columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
+
+
+def recalled(
+    columns: Sequence[str], overrides: Mapping[str, str], remembered: Mapping[str, str | None], roles: Iterable[str]
+) -> dict[str, str]:
+    """`overrides` (role → column), and for other `roles` the column that is `remembered` from training, where the
+    source has it and no override takes it.
+    """
+    taken = set(overrides.values())
+    found = ((role, remembered.get(role)) for role in roles)
+    kept = {role: name for role, name in found if name is not None and name in columns and name not in taken}
+    return {**kept, **overrides}
 
 
 def unread(columns: Sequence[str], read: Iterable[str | None]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from loopos.config.faults import DataError
+from loopos.config.faults import DataError, Remedy
 from loopos.config.sections import MAX_EXPANSION, MAX_LINE_BYTES
 from loopos.data.encodings import guessed_encoding
 from loopos.data.record import file_error
@@ -34,6 +34,7 @@ _SIGNATURES = (
     (b"\x00\x00\xfe\xff", "UTF-32 text"),
 )
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_ENCODING = "data.encoding"
 _TEXT_WANTED = "UTF-8 text (or UTF-16 with a byte order mark)"
 
 
@@ -103,9 +104,11 @@ def _narrow_lines(
             place = offset + error.start
             given = f"byte 0x{raw[error.start]:02x} at byte offset {place}, which is not {_written(encoding)}"
             column = len(raw[: error.start].decode(encoding, errors="replace")) + 1
-            wanted = _TEXT_WANTED if encoding == "utf-8" else f"{_written(encoding)} text (data.encoding)"
-            hint = _encoding_hint(raw, encoding)
-            raise file_error(path, given, wanted, hint, line=number, column=column, field="encoding") from error
+            wanted = _TEXT_WANTED if encoding == "utf-8" else f"{_written(encoding)} text"
+            hint, remedy = _encoding_advice(raw, encoding)
+            raise file_error(
+                path, given, wanted, hint, line=number, column=column, field="encoding", remedy=remedy
+            ) from error
         yield number, line
         offset += len(raw) + 1
 
@@ -114,11 +117,12 @@ def _written(encoding: str) -> str:
     return "UTF-8" if encoding == "utf-8" else encoding
 
 
-def _encoding_hint(raw: bytes, encoding: str) -> str:
+def _encoding_advice(raw: bytes, encoding: str) -> tuple[str, Remedy]:
     guess = guessed_encoding(raw)
     if guess is None or guess == encoding:
-        return "save the file as UTF-8, or name its encoding in data.encoding"
-    return f'this looks like {guess}: set data.encoding to "{guess}" and look at the rows, or save the file as UTF-8'
+        return "save the file as UTF-8", Remedy("or name its encoding", ((_ENCODING, "NAME"),))
+    hint = f"this looks like {guess}: save the file as UTF-8"
+    return hint, Remedy("or read it so and look at the rows", ((_ENCODING, guess),))
 
 
 def _wide_lines(path: str, data: bytes, encoding: str, limit: int | None) -> Iterator[tuple[int, str]]:
@@ -127,7 +131,7 @@ def _wide_lines(path: str, data: bytes, encoding: str, limit: int | None) -> Ite
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         readable = data[: error.start].decode(encoding, errors="ignore")
-        why = ", as the byte order mark says" if encoding == "utf-16" else " (data.encoding)"
+        why = ", as the byte order mark says" if encoding == "utf-16" else ""
         raise file_error(
             path,
             f"bytes at byte offset {error.start} that are not {encoding.upper()}{why}",
@@ -205,7 +209,8 @@ def _check_signature(path: str, head: bytes, encoding: str | None) -> None:
                 path,
                 "what looks like UTF-16 without a byte order mark",
                 _TEXT_WANTED,
-                f'set data.encoding to "utf-16-{"be" if even > odd else "le"}", or save the file again as UTF-8',
+                "save the file again as UTF-8",
                 line=1,
                 field="encoding",
+                remedy=Remedy("or name its encoding", ((_ENCODING, f"utf-16-{'be' if even > odd else 'le'}"),)),
             )

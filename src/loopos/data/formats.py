@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
-from loopos.data.columns import ambiguous, candidates, listed, not_found, override_faults, plain_name, unread
+from loopos.data.columns import ambiguous, candidates, listed, not_found, override_faults, plain_name, recalled, unread
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.rows import Row, RowReader
@@ -60,14 +60,21 @@ class Labelled:
 
 
 def detect(
-    columns: Sequence[str], overrides: Overrides, *, require_label: bool = True, source: str = "data"
+    columns: Sequence[str],
+    overrides: Overrides,
+    *,
+    require_label: bool = True,
+    remembered: Mapping[str, str | None] | None = None,
+    source: str = "data",
 ) -> LabelledFormat:
     """Finds the column of each role by its name, without regard to case.
 
     `overrides` (role to column, from `data.columns`) decide; with `text` given, a pair is not guessed. Without
-    `require_label` a label is read where there is just one candidate. `source` is the file's name for faults.
+    `require_label` a label is read where there is just one candidate. `remembered`: role to column as the model was
+    trained, for roles without an override, where the source has the column. `source` is the file's name for faults.
     Raises `DataError`: an override that fits no role or column, no candidate for a role, or several.
     """
+    overrides = recalled(columns, {str(role): name for role, name in overrides.items()}, remembered or {}, ROLES)
     faults = override_faults(columns, overrides.items(), ROLES, source)
     taken = [column for role, column in overrides.items() if role in ROLES]
     free = [name for name in columns if name not in taken]
@@ -106,9 +113,13 @@ def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
 
 
 def read_labelled(
-    reader: RowReader, overrides: Overrides, require_label: bool = True
+    reader: RowReader,
+    overrides: Overrides,
+    require_label: bool = True,
+    *,
+    remembered: Mapping[str, str | None] | None = None,
 ) -> tuple[list[Labelled], FormatReport]:
-    """Reads a whole source into labelled examples, in its order.
+    """Reads a whole source into labelled examples, in its order. remembered: as `detect`.
 
     Raises:
         DataError: as `rows.read` and `detect`; bad rows by the reader's policy, the file's and the format's together.
@@ -120,7 +131,9 @@ def read_labelled(
 
     examples, form, report = read_examples(
         reader,
-        lambda columns, source: detect(columns, overrides, require_label=require_label, source=source),
+        lambda columns, source: detect(
+            columns, overrides, require_label=require_label, remembered=remembered, source=source
+        ),
         example_of,
     )
     names = reader.report.class_names.get(form.label or "", ())

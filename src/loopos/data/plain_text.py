@@ -37,9 +37,9 @@ def is_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> bool:
     return False
 
 
-def read_plain_text(source: str) -> str:
+def read_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> str:
     """The whole text. Raises `DataError` for a file that is not there, cannot be read or holds no text."""
-    text = read_text(source)
+    text = read_text(source, rules)
     if not text.strip():
         raise DataError([Fault(source, None, None, "text", "no text", "a file with running text in it")])
     return text

@@ -76,9 +76,10 @@ def file_error(
     line: int | None = None,
     column: int | None = None,
     field: str = "file",
+    remedy: Remedy | None = None,
 ) -> DataError:
     """The error of a fault that makes a whole file unreadable, whatever the policy for bad rows."""
-    return DataError([Fault(source, line, column, field, given, wanted, hint)])
+    return DataError([Fault(source, line, column, field, given, wanted, hint, remedy)])
 
 
 SKIP_ROWS = Remedy("or leave them out", (("data.on_bad_row", "skip"),))

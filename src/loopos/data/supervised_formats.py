@@ -78,16 +78,26 @@ class SupervisedFormat:
     said: str
 
 
-def detect(columns: Sequence[str], overrides: Overrides, *, source: str = "data") -> SupervisedFormat:
+def detect(
+    columns: Sequence[str],
+    overrides: Overrides,
+    *,
+    remembered: Mapping[str, str | None] | None = None,
+    source: str = "data",
+) -> SupervisedFormat:
     """Finds the format and the column of each of its roles.
 
     Args:
         columns: names of the columns that are there.
         overrides: role to column, from `data.columns`, None for no column; the format then has all these roles.
+        remembered: the overrides that the model was trained with, which serve where there are no others and the source
+            has all their columns.
         source: the file's name for faults.
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.
     """
+    if remembered and not overrides and all(name is None or name in columns for name in remembered.values()):
+        overrides = remembered
     fit = detected(_FAMILY, columns, overrides, source)
     return SupervisedFormat(fit.shape.kind, fit.columns, fit.said)
 

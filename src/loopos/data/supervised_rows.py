@@ -7,6 +7,7 @@ order and a `FormatReport` in which read = used + dropped. Left out: templates a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -43,9 +44,13 @@ Example: TypeAlias = Demonstration | Conversation | Completion | PlainText
 
 
 def read_supervised(
-    reader: RowReader, overrides: Overrides, *, step_format: StepFormat
+    reader: RowReader,
+    overrides: Overrides,
+    *,
+    step_format: StepFormat,
+    remembered: Mapping[str, str | None] | None = None,
 ) -> tuple[list[Example], FormatReport]:
-    """Reads a whole source into examples of one format, in its order.
+    """Reads a whole source into examples of one format, in its order. remembered: as `supervised_formats.detect`.
 
     Raises:
         DataError: as `rows.read` and `supervised_formats.detect`; bad rows by the reader's policy, the file's and the
@@ -58,7 +63,9 @@ def read_supervised(
         return example if example is not None else Unusable(fields.problems[0][0], [f for _, f in fields.problems])
 
     found: tuple[list[Example], SupervisedFormat, FormatReport]
-    found = read_examples(reader, lambda columns, source: detect(columns, overrides, source=source), from_row)
+    found = read_examples(
+        reader, lambda columns, source: detect(columns, overrides, remembered=remembered, source=source), from_row
+    )
     return found[0], found[2]
 
 

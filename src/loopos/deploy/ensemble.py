@@ -211,6 +211,7 @@ def _description(
         "class_names": list(first["class_names"]),
         "label_space": dict(first["label_space"]),
         "threshold": threshold,
+        "columns": dict(first.get("columns", {})),
         ENSEMBLE: {"method": method, "members": list(places), "weights": list(weights)},
     }
 

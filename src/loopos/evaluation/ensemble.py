@@ -13,12 +13,15 @@ from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
 from loopos.data import rows
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labelled import Target, encode_all
+from loopos.data.rows import RowReader
 from loopos.data.tokens import TokenReport
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
+from loopos.evaluation.judgement import Judgement
 from loopos.evaluation.outputs import Meaning, measure
-from loopos.evaluation.predictor import Predictor, answers_of, examples_of, metrics_of, space_of
+from loopos.evaluation.predictor import Predictor, answers_of, examples_of, space_of
 from loopos.evaluation.progress import Tell, silent
 from loopos.models.model_folder import ENSEMBLE, model_folder, read_description
 
@@ -46,6 +49,7 @@ class EnsemblePredictor:
         self.tell = tell or silent
         self.tokens = TokenReport()
         self.space = space_of(description)
+        self.columns: dict[str, str | None] = dict(description.get("columns", {}))
         told = description[ENSEMBLE]
         self.method = str(told["method"])
         self.places = [folder / place for place in told["members"]]
@@ -75,12 +79,12 @@ class EnsemblePredictor:
         """As `Predictor.predict`, and of every row "variance", "entropy" and "mutual_information" (of regressors
         "std"), of a majority "votes" and "tied" too.
         """
-        return self._predictions(examples_of(texts))
+        return self.predict_examples(examples_of(texts))
 
     def predict_file(self, source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """As `Predictor.predict_file`."""
-        examples, _ = read_labelled(rows.read(source), columns or {}, require_label=False)
-        return self._predictions(examples)
+        examples, _ = read_labelled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
+        return self.predict_examples(examples)
 
     def evaluate_file(
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
@@ -88,26 +92,40 @@ class EnsemblePredictor:
         """As `Predictor.evaluate_file`."""
         return self.judge(source, columns, on_bad_row=on_bad_row)[1]
 
+    def judge_file(
+        self,
+        source: str,
+        columns: Mapping[str, str] | None = None,
+        *,
+        on_bad_row: Literal["error", "skip"] = "error",
+        rules: TextRules = PLAIN_RULES,
+    ) -> Judgement:
+        """As `Predictor.judge_file`."""
+        reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
+        return self._judged(reader, columns)[1]
+
     def judge(
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> tuple[list[dict[str, float]], dict[str, Any]]:
         """The metrics of each member, and those of the ensemble, from one pass over the members."""
-        read, report = read_labelled(rows.read(source, on_bad_row=on_bad_row), columns or {})
-        examples, targets, report = encode_all(self.space, read, report, on_bad_row=on_bad_row)
+        alone, judgement = self._judged(rows.read(source, on_bad_row=on_bad_row), columns)
+        return alone, judgement.metrics
+
+    def _judged(self, reader: RowReader, columns: Mapping[str, str] | None) -> tuple[list[dict[str, float]], Judgement]:
+        read, report = read_labelled(reader, columns or {}, remembered=self.columns)
+        examples, targets, report = encode_all(self.space, read, report, on_bad_row=reader.on_bad_row)
         alone: list[dict[str, float]] = []
 
         def visit(meaning: Meaning, threshold: float) -> None:
             alone.append(measure(self.space.task, meaning, targets, threshold=threshold))
 
         combined = self.combined(examples, visit)
-        metrics = metrics_of(
-            self.space, combined.meaning, targets, report, self.tokens, threshold=self.description["threshold"]
-        )
-        return alone, metrics
+        threshold = self.description["threshold"]
+        return alone, Judgement(self.space, examples, targets, combined.meaning, report, self.tokens, threshold)
 
     def truths(self, source: str, columns: Mapping[str, str] | None = None) -> tuple[list[Meaning], list[Target]]:
         """What every member says of the rows of a labelled file, and their encoded labels."""
-        read, report = read_labelled(rows.read(source), columns or {})
+        read, report = read_labelled(rows.read(source), columns or {}, remembered=self.columns)
         examples, targets, _ = encode_all(self.space, read, report, on_bad_row="error")
         said: list[Meaning] = []
         self.combined(examples, lambda meaning, _: said.append(meaning))
@@ -134,7 +152,8 @@ class EnsemblePredictor:
         self.tell(len(self.places), len(self.places), "")
         return tally.result()
 
-    def _predictions(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+    def predict_examples(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+        """As `predict`, of examples; their labels are not looked at."""
         found = self.combined(examples)
         answers = answers_of(self.space, found.meaning, threshold=self.description["threshold"])
         for name, values in found.uncertainty.items():

@@ -15,15 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data import rows
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labelled, read_labelled
-from loopos.data.labelled import Target, encode_all
+from loopos.data.labelled import encode_all
 from loopos.data.labels import LabelSpace
-from loopos.data.reading import FormatReport
 from loopos.data.rows import Row
 from loopos.data.tokens import TokenReport, encode_labelled
-from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of
+from loopos.evaluation.judgement import Judgement
+from loopos.evaluation.outputs import Meaning, interpret, outputs_of
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
+from loopos.models.model_folder import remembered_columns
 from loopos.models.task_folder import open_task_model
 
 
@@ -43,6 +45,7 @@ class Predictor:
         self.model, self.tokenizer, self.description, self.device = model.eval(), tokenizer, description, device
         self.tokens = TokenReport()
         self.space = space_of(description)
+        self.columns: dict[str, str | None] = dict(description.get("columns", {}))
 
     @classmethod
     def open(cls, place: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
@@ -56,29 +59,45 @@ class Predictor:
         if chosen not in NUMBER_FORMATS:
             raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
         cast_parameters(model.backbone.model, NUMBER_FORMATS[chosen])
+        description = {**description, "columns": remembered_columns(place)}
         return cls(model.to(device), tokenizer, description, torch.device(device))
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
         """One prediction a text or text pair, in order: {"label", "probabilities"}, {"labels", "probabilities"} or
         {"value"}.
         """
-        return self._predictions(examples_of(texts))
+        return self.predict_examples(examples_of(texts))
 
     def predict_file(self, source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """One prediction a row of a data file, in its order. Raises `DataError` for a row without text: none is
         skipped.
         """
-        examples, _ = read_labelled(rows.read(source), columns or {}, require_label=False)
-        return self._predictions(examples)
+        examples, _ = read_labelled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
+        return self.predict_examples(examples)
 
     def evaluate_file(
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> dict[str, Any]:
-        """Metrics on a labelled data file, with "rows" and, for classification, "confusion"."""
-        read, report = read_labelled(rows.read(source, on_bad_row=on_bad_row), columns or {})
+        """`Judgement.metrics` of a labelled data file."""
+        return self.judge_file(source, columns, on_bad_row=on_bad_row).metrics
+
+    def judge_file(
+        self,
+        source: str,
+        columns: Mapping[str, str] | None = None,
+        *,
+        on_bad_row: Literal["error", "skip"] = "error",
+        rules: TextRules = PLAIN_RULES,
+    ) -> Judgement:
+        """What the model predicts for the rows of a labelled data file, held against their labels. columns: role →
+        column, before those that the run was trained with. Raises `DataError`.
+        """
+        reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
+        read, report = read_labelled(reader, columns or {}, remembered=self.columns)
         examples, targets, report = encode_all(self.space, read, report, on_bad_row=on_bad_row)
         meaning = self.meaning(self.outputs(examples))
-        return metrics_of(self.space, meaning, targets, report, self.tokens, threshold=self.description["threshold"])
+        threshold = self.description["threshold"]
+        return Judgement(self.space, examples, targets, meaning, report, self.tokens, threshold)
 
     def outputs(self, examples: Sequence[Labelled]) -> Tensor:
         """Outputs `[N, C]` of the head, in the examples' order."""
@@ -94,7 +113,8 @@ class Predictor:
             target_std=self.description["target_std"],
         )
 
-    def _predictions(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+    def predict_examples(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+        """As `predict`, of examples; their labels are not looked at."""
         return answers_of(self.space, self.meaning(self.outputs(examples)), threshold=self.description["threshold"])
 
 
@@ -131,25 +151,3 @@ def answers_of(space: LabelSpace, meaning: Meaning, *, threshold: float) -> list
         else:
             answers.append({"labels": space.decode([int(p >= threshold) for p in row]), **told})
     return answers
-
-
-def metrics_of(
-    space: LabelSpace,
-    meaning: Meaning,
-    targets: Sequence[Target],
-    report: FormatReport,
-    tokens: TokenReport,
-    *,
-    threshold: float,
-) -> dict[str, Any]:
-    """Metrics against encoded labels, with "rows", what was dropped or cut and, for classification, "confusion"."""
-    metrics: dict[str, Any] = dict(measure(space.task, meaning, targets, threshold=threshold))
-    metrics["rows"] = report.used
-    if report.dropped:
-        metrics["dropped"] = dict(report.dropped)
-    if tokens.truncated:
-        metrics["truncated"] = tokens.truncated
-    if space.task == "classification":
-        places = [target for target in targets if isinstance(target, int)]
-        metrics["class_names"], metrics["confusion"] = list(space.class_names), confusion(meaning, places)
-    return metrics

@@ -7,7 +7,7 @@ problem. The same prompts as in training, by the same code. Left out: whether an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -57,7 +57,7 @@ class Answered:
 
 
 class Reasoner:
-    """Answers problems in steps: `Reasoner.open("outputs/run").answer(["What is 17 + 26?"])`."""
+    """Answers problems in steps, and speaks: `loopos.load("outputs/run").answer(["What is 17 + 26?"])`."""
 
     def __init__(
         self,
@@ -147,6 +147,35 @@ class Reasoner:
         speakers = (self, *self.voters)
         return [_together(speakers, each) for each in zip(found, *others, strict=True)]
 
+    def generate(
+        self, prompts: Sequence[Problem], settings: SamplingSettings = SamplingSettings(), *, n: int = 1
+    ) -> list[str]:
+        """n texts for every prompt, in order: all of the first prompt, then all of the second. A prompt is a user's
+        message or the messages so far; a `loopos.data.supervised_rows.Completion` is continued without a template.
+        Raises `UserError` for prompts that the model cannot take, and for an ensemble that votes.
+        """
+        self._refuse_voters()
+        tokens = [self.prompt(prompt) for prompt in prompts]
+        return [each.text for each in self.engine.generate(tokens, self.sampling(settings), n=n, logprobs=False)]
+
+    def chat(
+        self, messages: str | Sequence[Mapping[str, object]], settings: SamplingSettings = SamplingSettings()
+    ) -> str:
+        """The reply to a user's message, or to messages {"role", "content"}. Raises as `generate`."""
+        return self.generate([_messages(messages)], settings)[0]
+
+    def stream(
+        self, messages: str | Sequence[Mapping[str, object]], settings: SamplingSettings = SamplingSettings()
+    ) -> Iterator[str]:
+        """The pieces of the reply, as they come; together they are the text of `chat`."""
+        self._refuse_voters()
+        tokens = self.prompt(_messages(messages))
+        return (piece.text for piece in self.engine.stream([tokens], self.sampling(settings)))
+
+    def _refuse_voters(self) -> None:
+        if self.voters:
+            raise UserError("an ensemble that votes over answers, and gives no distribution over tokens; use answer()")
+
     def has_room(self, problem: Problem) -> bool:
         """Whether the problem leaves every model a position for an answer."""
         return all(
@@ -221,6 +250,20 @@ class Reasoner:
         if len(chains) == 1:
             return Answered(tuple(chains), 0 if answers[0] else None, answers[0])
         return _of_most(chains, answers)
+
+
+def _messages(given: str | Sequence[Mapping[str, object]]) -> Problem:
+    """A user's message as it is, or messages of dicts. Raises `UserError` for one without role or content."""
+    if isinstance(given, str):
+        return given
+    messages = []
+    for number, message in enumerate(given):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(f'message {number}: got {dict(message)!r:.80}; expected a dict with "role" and "content"')
+        more = {key: value for key, value in message.items() if key not in ("role", "content")}
+        messages.append(Message(role, content, more=more))
+    return messages
 
 
 def _words(problem: Problem) -> Words:

@@ -16,6 +16,7 @@ import torch
 
 from loopos.data import rows
 from loopos.data.conversations import ASSISTANT, Message
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.preference_batches import ComparisonRows
 from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
 from loopos.data.preferences import Comparison
@@ -80,12 +81,17 @@ class RewardPredictor:
         return cls(open_reward_model(place), torch.device(device), ensemble_penalty=ensemble_penalty)
 
     def score_file(
-        self, source: str, columns: Mapping[str, str], *, on_bad_row: Literal["error", "skip"] = "error"
+        self,
+        source: str,
+        columns: Mapping[str, str],
+        *,
+        on_bad_row: Literal["error", "skip"] = "error",
+        rules: TextRules = PLAIN_RULES,
     ) -> Scored:
         """Every response of a file: comparisons, prompts with one response or several, conversations. Raises
         `DataError`.
         """
-        reader = rows.read(source, on_bad_row=on_bad_row)
+        reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
         examples, _ = read_responses(reader, columns, as_text=bool(self.opened.description["text"]))
         return self.score(examples, on_bad_row=on_bad_row)
 
@@ -122,6 +128,12 @@ class RewardPredictor:
         flat = [score for each in scores for score in each]
         summary = {"responses": len(flat), "mean_score": statistics.fmean(flat), "std_score": statistics.pstdev(flat)}
         return Scored(found, summary)
+
+    def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The score of each response after its prompt: (prompt, response) each. Raises as `judge`."""
+        as_text = bool(self.opened.description["text"])
+        judged = self.judge([judged_words(prompt, response, as_text=as_text) for prompt, response in pairs])
+        return [each.score for each in judged]
 
     def rank(self, conversations: Sequence[tuple[Words, str]]) -> list[float]:
         """The score of each response, a text, after its prompt; −∞ for what is longer than the model was trained on.

@@ -43,6 +43,17 @@ class ClassFigures:
         both = self.rows + self.predicted
         return 2 * self.right / both if both else None
 
+    def as_record(self) -> dict[str, str | int | float | None]:
+        """The figures by name; "support": rows of the class."""
+        return {
+            "class": self.name,
+            "precision": self.precision,
+            "recall": self.recall,
+            "f1": self.f1,
+            "support": self.rows,
+            "predicted": self.predicted,
+        }
+
 
 def class_figures(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[ClassFigures]:
     """Every class of a confusion matrix `[C, C]`, row = true class, column = predicted class."""
@@ -54,27 +65,36 @@ def class_figures(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -
 
 def confusion_blocks(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[Block]:
     """Per-class table, the confusion as a picture and, of few classes, as a table; of many the largest confusions."""
-    rows = [
-        (each.name, f"{each.rows:,}", f"{each.predicted:,}", *map(_share, (each.precision, each.recall, each.f1)))
-        for each in class_figures(class_names, matrix)
-    ]
-    head = ("class", "rows", "predicted", "precision", "recall", "F1")
-    parts: list[Block] = [Heading("Classes"), Grid(head, rows, numbers=range(1, 6)), Heading("Confusion")]
+    parts: list[Block] = [Heading("Classes"), class_grid(class_figures(class_names, matrix)), Heading("Confusion")]
     if len(class_names) <= _MOST_CLASSES_IN_PICTURE:
         parts.append(Picture("confusion", confusion_svg(class_names, matrix), "Row: true class. Column: predicted."))
     if len(class_names) <= _MOST_CLASSES_IN_TABLE:
         lines = [(name, *map(str, counts)) for name, counts in zip(class_names, matrix, strict=True)]
         return [*parts, Grid(("true class", *class_names), lines, numbers=range(1, len(class_names) + 1))]
+    largest, pairs = largest_confusions(matrix, _MOST_CONFUSIONS_LISTED)
+    sentence = f"{len(class_names)} classes: the {len(largest)} largest of {pairs} confusions."
+    lines = [(class_names[true], class_names[predicted], str(count)) for count, true, predicted in largest]
+    return [*parts, Paragraph(sentence), Grid(("true class", "predicted class", "rows"), lines, numbers=(2,))]
+
+
+def class_grid(figures: Sequence[ClassFigures], *, name: str = "class") -> Grid:
+    """A table of one line for each class or label."""
+    rows = [
+        (each.name, f"{each.rows:,}", f"{each.predicted:,}", *map(_share, (each.precision, each.recall, each.f1)))
+        for each in figures
+    ]
+    return Grid((name, "rows", "predicted", "precision", "recall", "F1"), rows, numbers=range(1, 6))
+
+
+def largest_confusions(matrix: Sequence[Sequence[int]], most: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Count, true class and predicted class of the `most` largest confusions, and how many there are."""
     pairs = [
         (count, true, predicted)
         for true, counts in enumerate(matrix)
         for predicted, count in enumerate(counts)
         if true != predicted and count > 0
     ]
-    largest = sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_MOST_CONFUSIONS_LISTED]
-    sentence = f"{len(class_names)} classes: the {len(largest)} largest of {len(pairs)} confusions."
-    lines = [(class_names[true], class_names[predicted], str(count)) for count, true, predicted in largest]
-    return [*parts, Paragraph(sentence), Grid(("true class", "predicted class", "rows"), lines, numbers=(2,))]
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:most], len(pairs)
 
 
 def residual_blocks(true: Sequence[float], predicted: Sequence[float], *, rows: int) -> list[Block]:

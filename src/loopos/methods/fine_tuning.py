@@ -23,6 +23,7 @@ from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
+from loopos.data.formats import ROLES
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
@@ -301,6 +302,7 @@ class FineTuner:
             "target_std": self.targets.std,
             "threshold": self.config.model.multi_label_threshold,
             "max_length": self.max_length,
+            "columns": {role: name for role, name in self.data.reports[0].columns.items() if role in ROLES},
             "precision": "bf16" if self.precision == "bf16" else "fp32",
             "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
         }

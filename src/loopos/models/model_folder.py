@@ -84,6 +84,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def remembered_columns(place: str | Path) -> dict[str, str | None]:
+    """Role → column of the rows that the model at a place was trained on: those it recorded, or for a run of an older
+    version or of a language model those its config names. Nothing for a place without such a record.
+    """
+    description = described(place)
+    if "columns" in description:
+        return dict(description["columns"])
+    if not description:
+        return {}
+    config = model_folder(place).parent / "config.json"
+    if not config.is_file():
+        return {}
+    data = read_object(config, advice="restore it").get("data", {})
+    return dict(data.get("columns") or {})
+
+
 def kind_of(description: Mapping[str, Any]) -> Kind:
     """Which kind of model a description is of. One that LoopOS did not write is taken to say text."""
     if ENSEMBLE in description:

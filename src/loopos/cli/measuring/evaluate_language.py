@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import as_time, json_lines, say, say_json, table
-from loopos.cli.measuring.predict import refuse_unwritable, write_whole
+from loopos.cli.measuring.row_files import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -29,7 +29,9 @@ from loopos.cli.speaking.sampling_options import (
 )
 from loopos.config.strategies import Strategy
 from loopos.data.column_check import check_supervised
+from loopos.data.decoding import TextRules
 from loopos.data.plain_text import is_plain_text
+from loopos.models.model_folder import remembered_columns
 
 if TYPE_CHECKING:
     from loopos.cli.measuring.language_report import LanguageReport
@@ -64,9 +66,9 @@ class LanguageOptions:
         own = [names.get(name, option(name)) for name in plain if getattr(self, name) != getattr(default, name)]
         return own + [option(name) for name in (*self.sampling.changed(), *self.limits.changed())]
 
-    def reads_plain_text(self, source: str) -> bool:
+    def reads_plain_text(self, source: str, rules: TextRules) -> bool:
         """Whether a source is running text: by its content, or because an option of text alone was given."""
-        return any(getattr(self, name) is not None for name in OF_TEXT) or is_plain_text(source)
+        return any(getattr(self, name) is not None for name in OF_TEXT) or is_plain_text(source, rules)
 
 
 def checked(options: LanguageOptions, device: str) -> Strategy:
@@ -104,6 +106,7 @@ def run(
     place: str,
     source: str,
     columns: Mapping[str, str],
+    rules: TextRules,
     options: LanguageOptions,
     *,
     skip_bad_rows: bool,
@@ -117,9 +120,10 @@ def run(
 
     found_checker = checker(options.checker)
     if options.output is not None:
-        refuse_unwritable(options.output)
-    check_supervised(source, columns)
+        refuse_unwritable(options.output, source=source)
     require_language_model(place)
+    remembered = remembered_columns(place)
+    check_supervised(source, columns, remembered=remembered, rules=rules)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
@@ -136,7 +140,14 @@ def run(
     )
     reasoner = open_reasoner(place, device=device, precision=options.precision, may_vote=True)
     evaluation = Evaluation(reasoner, plan, note=note)
-    evaluation.read(source, columns, max_rows=options.limit, on_bad_row="skip" if skip_bad_rows else "error")
+    evaluation.read(
+        source,
+        columns,
+        remembered=remembered,
+        rules=rules,
+        max_rows=options.limit,
+        on_bad_row="skip" if skip_bad_rows else "error",
+    )
     report = evaluation.measure()
     if options.output is not None:
         _write(options.output, report)

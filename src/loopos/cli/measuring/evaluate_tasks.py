@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.cli.answers import as_time, say, say_json, table
-from loopos.cli.measuring.predict import refuse_unwritable, write_whole
+from loopos.cli.measuring.row_files import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings

@@ -14,6 +14,7 @@ from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.speaking.sampling_options import place_faults, refuse
+from loopos.data.decoding import TextRules
 from loopos.data.plain_text import read_plain_text
 
 _LINE_EVERY_SECONDS = 10.0
@@ -22,6 +23,7 @@ _LINE_EVERY_SECONDS = 10.0
 def run(
     place: str,
     source: str,
+    rules: TextRules,
     *,
     window: int | None,
     stride: int | None,
@@ -32,7 +34,7 @@ def run(
 ) -> int:
     """Measures and prints. Raises `UserError`."""
     refuse(list(place_faults(device, precision)))
-    text = read_plain_text(source)
+    text = read_plain_text(source, rules)
     require_language_model(place)
     restart_with_settings()
     hush_libraries(verbose=verbose)

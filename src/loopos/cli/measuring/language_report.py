@@ -16,6 +16,7 @@ from typing import Any, Literal
 from loopos.config.faults import UserError
 from loopos.config.strategies import Strategy
 from loopos.data import rows
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.demonstrations import Demonstration
 from loopos.data.reading import left_out
 from loopos.data.supervised_rows import Example, read_supervised
@@ -87,13 +88,17 @@ class Evaluation:
         source: str,
         columns: Mapping[str, str],
         *,
+        remembered: Mapping[str, str | None] | None = None,
+        rules: TextRules = PLAIN_RULES,
         max_rows: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
         """Reads the rows. Raises `DataError`; and `UserError` where accuracy is wanted of rows without answers."""
         self.source, self.on_bad_row = source, on_bad_row
-        reader = rows.read(source, max_rows=max_rows, on_bad_row=on_bad_row)
-        self.examples, found = read_supervised(reader, columns, step_format=self.reasoner.step_format)
+        reader = rows.read(source, max_rows=max_rows, on_bad_row=on_bad_row, rules=rules)
+        self.examples, found = read_supervised(
+            reader, columns, step_format=self.reasoner.step_format, remembered=remembered
+        )
         self.report.dropped.update(found.dropped)
         for sentence in (*found.said, *left_out(found)):
             self.note(sentence)

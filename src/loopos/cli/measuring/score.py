@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loopos.cli.answers import json_lines, say_json, table, write
-from loopos.cli.columns import parse_columns
-from loopos.cli.measuring.predict import refuse_unwritable, write_whole
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.measuring.row_files import refuse_unwritable, write_whole
 from loopos.cli.opened_models import require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -26,6 +26,7 @@ class ScoreOptions:
 
     output: Path | None = None
     columns: tuple[str, ...] = ()
+    encoding: str | None = None
     skip_bad_rows: bool = False
     ensemble_penalty: float = 0.0
     device: str = "auto"
@@ -35,11 +36,11 @@ class ScoreOptions:
 
 def run(place: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
-    columns = parse_columns(options.columns)
+    columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=source)
     require_reward_model(place)
-    check_responses(source, columns)
+    check_responses(source, columns, rules)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor
@@ -48,7 +49,7 @@ def run(place: str, source: str, options: ScoreOptions) -> int:
     predictor = RewardPredictor.open(
         place, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
     )
-    scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error")
+    scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules)
     if options.json:
         say_json({"rows": len(scored.rows), **scored.metrics})
         return 0

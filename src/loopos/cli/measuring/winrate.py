@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import json_lines, say, say_json, table
-from loopos.cli.columns import parse_columns
-from loopos.cli.measuring.predict import refuse_unwritable, write_whole
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.measuring.row_files import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -45,6 +45,7 @@ class WinRateOptions:
     raw: bool = False
     system: str | None = None
     columns: tuple[str, ...] = ()
+    encoding: str | None = None
     device: str = "auto"
     precision: str = "auto"
     trust_remote_code: bool = False
@@ -56,9 +57,9 @@ class WinRateOptions:
 def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     """Answers, judges and prints. Raises `UserError`."""
     refuse(_faults(options))
-    columns = parse_columns(options.columns)
+    columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=source)
     for place in (first, second):
         require_language_model(place)
     if not _is_function(options.judge):
@@ -68,7 +69,7 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
         note(sentence)
     from loopos.cli.speaking.prompts import read_prompts
 
-    asked, dropped = _distinct(read_prompts(source, columns, raw=options.raw), options)
+    asked, dropped = _distinct(read_prompts(source, columns, raw=options.raw, rules=rules), options)
     hush_libraries(verbose=options.verbose)
     # Before anything is generated: a judge that cannot be opened shows at once.
     judge = _opened_judge(options)

@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loopos.cli.answers import say, say_json, shown, table
-from loopos.cli.columns import parse_columns
+from loopos.cli.columns import parse_columns, text_rules
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.rows import measures
-from loopos.cli.wording import COLUMNS, OptionWording
-from loopos.config.checks import is_text_encoding
-from loopos.config.faults import DataError, Fault, UserError
+from loopos.cli.wording import COLUMNS, ENCODING, OptionWording
+from loopos.config.faults import DataError, Fault
 from loopos.data.decoding import TextRules, read_lines
 from loopos.data.formats import Labelled
 from loopos.data.kinds import Kind, kind_of, read_kind
@@ -34,7 +33,7 @@ from loopos.data.rows import RowReader, read
 
 _MOST_LISTED = 12
 _FAULTY = 2
-_WORDING = OptionWording([COLUMNS])
+_WORDING = OptionWording([COLUMNS, ENCODING])
 _SERVES = {
     "labelled": "trains fine_tuning",
     "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label, chain_of_thought and "
@@ -82,9 +81,7 @@ class Findings:
 def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: bool) -> int:
     """Checks and prints. Raises `UserError` for a source that cannot be opened at all."""
     hush_libraries(verbose=False)
-    if encoding is not None and not is_text_encoding(encoding):
-        raise UserError(f"--encoding: got {encoding}; expected the name of a text encoding, such as cp1252")
-    found = check(source, parse_columns(columns), TextRules(encoding))
+    found = check(source, parse_columns(columns), text_rules(encoding))
     if as_json:
         shown_faults = found.faults[:MAXIMUM_FAULTS]
         faults = [{"place": fault.place, **asdict(fault), "message": fault.text(_WORDING)} for fault in shown_faults]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import json_lines, say, write
-from loopos.cli.columns import parse_columns
-from loopos.cli.measuring.predict import refuse_unwritable, write_whole
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.measuring.row_files import refuse_unwritable, write_whole
 from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
@@ -29,6 +29,7 @@ from loopos.cli.speaking.sampling_options import (
     refuse,
 )
 from loopos.config.strategies import Strategy
+from loopos.data.decoding import TextRules
 from loopos.models.ensemble_recipe import read_ensemble
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class GenerateOptions:
     raw: bool = False
     system: str | None = None
     columns: tuple[str, ...] = ()
+    encoding: str | None = None
     device: str = "auto"
     precision: str = "auto"
     trust_remote_code: bool = False
@@ -65,9 +67,9 @@ class GenerateOptions:
 def run(place: str, options: GenerateOptions) -> int:
     """Generates and prints. Raises `UserError`."""
     strategy = checked(options)
-    columns = parse_columns(options.columns)
+    columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
-        refuse_unwritable(options.output)
+        refuse_unwritable(options.output, source=options.input)
     require_language_model(place)
     if options.reward_model is not None:
         require_reward_model(options.reward_model)
@@ -75,7 +77,7 @@ def run(place: str, options: GenerateOptions) -> int:
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
-    asked = _asked(options, columns)
+    asked = _asked(options, columns, rules)
     hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
         place,
@@ -119,6 +121,8 @@ def checked(options: GenerateOptions) -> Strategy:
         faults.append("no prompt: give -p TEXT, or --input with a file (- is standard input)")
     if options.prompts and options.input is not None:
         faults.append("-p and --input: wanted one of the two")
+    if options.encoding is not None and options.input is None:
+        faults.append("--encoding without --input: it says how a file is read")
     if not options.raw and any(not prompt.strip() for prompt in options.prompts):
         faults.append("-p: given a blank text; wanted words, or --raw to begin with nothing")
     if options.raw and options.system is not None:
@@ -168,11 +172,11 @@ def _beam_faults(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
         yield f"{option(name)} with --num-beams: a beam search takes the likeliest tokens alone; give one of the two"
 
 
-def _asked(options: GenerateOptions, columns: dict[str, str]) -> list[Asked]:
+def _asked(options: GenerateOptions, columns: dict[str, str], rules: TextRules) -> list[Asked]:
     from loopos.cli.speaking.prompts import of_text, read_prompts
 
     if options.input is not None:
-        asked = read_prompts(options.input, columns, raw=options.raw)
+        asked = read_prompts(options.input, columns, raw=options.raw, rules=rules)
     else:
         asked = [of_text(text, place, raw=options.raw) for place, text in enumerate(options.prompts)]
     return [each.with_system(options.system) for each in asked]

@@ -15,6 +15,7 @@ from loopos.config.faults import DataError, UserError
 from loopos.data import preference_formats, rows
 from loopos.data.context import with_context
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.demonstrations import Demonstration
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.prompts import Prompt, Words, prompt_key, prompt_of
@@ -82,14 +83,14 @@ def of_text(text: str, place: int, *, raw: bool) -> Asked:
     return Asked(text, (Message("user", text),))
 
 
-def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool) -> list[Asked]:
+def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool, rules: TextRules = PLAIN_RULES) -> list[Asked]:
     """The prompts of standard input ("-") or a .txt file, one a line, or of the rows of a data file: rows that a
     language model trains on, prompts, comparisons, and what `loopos generate` writes. Of several rows with responses
     to one prompt the first counts.
 
     Raises `DataError` for a blank line, a file of no known format, and rows that cannot be used.
     """
-    texts = read_texts(source, columns)
+    texts = read_texts(source, columns, rules)
     if texts is not None:
         return [of_text(text, place, raw=raw) for place, text in enumerate(texts)]
 
@@ -102,7 +103,7 @@ def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool) -> list[
         return asked if asked is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
 
     found: tuple[list[Asked], SupervisedFormat | PreferenceFormat, FormatReport]
-    reader = rows.read(source)
+    reader = rows.read(source, rules=rules)
     found = read_examples(reader, lambda names, place: _detect(names, columns, place), from_row)
     asked, form, report = found
     for sentence in left_out(report):

@@ -1,0 +1,51 @@
+"""A trained model of any kind, opened by what its folder says it is.
+
+Enters: a place. Leaves: a `Predictor`, an `EnsemblePredictor`, a `RewardPredictor` or a `Reasoner`. Left out: what each
+of them does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from loopos.config.faults import UserError
+from loopos.config.paths import is_hub_id
+from loopos.evaluation.ensemble import EnsemblePredictor, open_predictor
+from loopos.evaluation.predictor import Predictor
+from loopos.evaluation.reasoning import Reasoner
+from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.models.model_folder import described, kind_of, model_folder
+from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED
+
+Kind: TypeAlias = Literal["head", "language", "reward"]
+Opened: TypeAlias = Predictor | EnsemblePredictor | RewardPredictor | Reasoner
+_USES = {"head": "predict", "language": "generate", "reward": "score_texts"}
+
+
+def open_model(place: str, kind: Kind | None = None, *, device: str = "cpu") -> Opened:
+    """The model at a place. kind: the only one that will do. Raises `UserError` for a place without a model, or with
+    another kind of model.
+    """
+    found = _kind_at(place)
+    if kind is not None and kind not in _USES:
+        raise UserError(f"kind: got {kind!r}; expected one of {', '.join(_USES)}")
+    if kind is not None and found != kind:
+        raise UserError(f'{place}: got a model of kind "{found}", which has {_USES[found]}(); expected "{kind}"')
+    if found == "head":
+        return open_predictor(place, device=device)
+    if found == "reward":
+        return RewardPredictor.open(place, device=device)
+    return Reasoner.open(place, device=device)
+
+
+def _kind_at(place: str) -> Kind:
+    description = described(place)
+    if description:
+        found = kind_of(description)
+        return "head" if found == "ensemble" else found
+    names = ("config.json", "model/config.json", ADAPTER_CONFIG)
+    is_model = place == EMBEDDED or Path(place).is_file() or any((Path(place) / name).is_file() for name in names)
+    if not is_model and not is_hub_id(place):
+        model_folder(place)  # says what is missing
+    return "language"
