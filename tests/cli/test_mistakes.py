@@ -21,7 +21,26 @@ MOST_LINES = 12
 TEXT, LABEL = "Issue description (free text)", "Cat. lvl-1"
 COLUMNS = f"Columns: 'Ticket', '{TEXT}', '{LABEL}'"
 GIVEN_COLUMNS = f"data.columns={json.dumps({'text': TEXT, 'label': LABEL})}"
-MODEL = {"format": 1, "task": "classification", "pooling": "mean"}
+MODEL = {
+    "format": 1,
+    "task": "classification",
+    "pooling": "mean",
+    "max_length": 64,
+    "precision": "fp32",
+    "class_names": ["bad", "good"],
+    "label_space": {
+        "task": "classification",
+        "class_names": ["bad", "good"],
+        "keys": ["bad", "good"],
+        "label_kind": "text",
+        "num_outputs": 2,
+        "said": "2 classes",
+    },
+    "threshold": 0.5,
+    "target_mean": 0.0,
+    "target_std": 1.0,
+}
+JUDGE = {"task": "reward", "score_mean": [0.0], "score_std": [1.0], "text": False}
 
 AXOLOTL = """\
 base_model: org/small
@@ -228,7 +247,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8")
-    for name, change in (("trained", {}), ("newer", {"format": 2}), ("judge", {"task": "reward"})):
+    for name, change in (("trained", {}), ("newer", {"format": 2}), ("judge", JUDGE)):
         (folder / name / "model").mkdir(parents=True)
         (folder / name / "model" / "loopos.json").write_text(json.dumps(MODEL | change), encoding="utf-8")
     return folder

@@ -193,7 +193,7 @@ def test_without_ray_or_vllm_it_says_what_is_missing(
 ) -> None:
     config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "ray"})
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentFault, match=r"Ray is not installed.*loopos\[cluster\]"):
+    with pytest.raises(EnvironmentFault, match=r"needs Ray, which is not installed[\s\S]*\[cluster\]"):
         trained(config)
     assert not (tmp_path / "run").exists()
     config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "vllm"})

@@ -184,7 +184,7 @@ def child_environment() -> dict[str, str]:
 
 def test_tensorboard_missing_is_said_with_the_line_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
-    with pytest.raises(EnvironmentFault, match=r'pip install "loopos\[track\]"'):
+    with pytest.raises(EnvironmentFault, match=r"pip install .*\[track\]"):
         TensorBoardAdapter(tmp_path)
 
 

@@ -52,7 +52,9 @@ def test_the_best_weights_are_kept_and_exported_not_the_last(run: Run, monkeypat
     assert torch.equal(exported, best["head.weight"])
     assert not torch.equal(exported, last["head.weight"])
     name = "layers.0.mlp.up_proj.weight"
-    assert torch.equal(load_file(folder / "model" / "model.safetensors")[name], best[f"backbone.model.{name}"])
+    assert torch.equal(
+        load_file(folder / "model" / "model.safetensors")[f"model.{name}"], best[f"backbone.model.{name}"]
+    )
 
 
 def test_the_best_is_saved_also_where_no_step_to_save_falls(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

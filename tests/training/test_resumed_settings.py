@@ -95,7 +95,7 @@ def renamed(begun: Path, change: str) -> Path:
     ("change", "told"),
     [
         ({"model": {"labels": ["good", "fair", "bad"]}}, "model.labels: was [bad, fair, good], is [good, fair, bad]"),
-        ({"model": {**MODEL, "pooling": "last"}}, "model.pooling: was mean, is last"),
+        ({"model": {**MODEL, "pooling": "mean"}}, "model.pooling: was last, is mean"),
         ({"model": {**MODEL, "label_smoothing": 0.1}}, "model.label_smoothing: was 0.0, is 0.1"),
         ({"model": {**MODEL, "class_weights": "balanced"}}, "model.class_weights: was null, is balanced"),
         ({"max_length": 63}, "training.max_length: was 64, is 63"),
@@ -235,8 +235,8 @@ def test_a_run_of_an_older_version_resumes_with_one_line(
     copied: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_of_an_older_version(copied)
-    with pytest.raises(UserError, match=r"model\.pooling: was mean, is last\n"):
-        resume(copied, pico_folder, model={**MODEL, "pooling": "last"})
+    with pytest.raises(UserError, match=r"model\.pooling: was last, is mean\n"):
+        resume(copied, pico_folder, model={**MODEL, "pooling": "mean"})
     assert resume(copied, pico_folder, learning_rate=0.005).stopped_by == "max_steps"
     told = [line for line in capsys.readouterr().err.splitlines() if " was " in line]
     learning_rate, unknown = (line for line in told if "data.training_data" not in line)

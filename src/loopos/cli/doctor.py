@@ -34,6 +34,8 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "eval": ("lm_eval",),
     "cluster": ("ray",),
+    "excel": ("openpyxl",),
+    "gguf": ("gguf", "xllamacpp"),
     "bench": ("accelerate", "trl"),
 }
 

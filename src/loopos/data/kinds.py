@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import DataError, Fault
 from loopos.data import formats, preference_formats, supervised_formats
-from loopos.data.column_names import LABEL_TIERS
-from loopos.data.columns import candidates, listed, plain_name
+from loopos.data.column_names import LABEL_TIERS, TEXT_TIERS
+from loopos.data.columns import candidates, likely, listed, plain_name
 from loopos.data.formats import read_labelled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
@@ -111,9 +111,9 @@ def _no_kind(
         }
         meant = max(known, key=lambda name: len(set(overrides) & known[name]))
         return refused[meant]
-    if candidates(columns, LABEL_TIERS):
+    if candidates(columns, LABEL_TIERS) or likely(columns, TEXT_TIERS) is not None:
         return refused["labelled"]
-    doubtful = [error for error in refused.values() if "that may be the" in str(error) or "formats:" in str(error)]
+    doubtful = [error for error in refused.values() if "columns may be the" in str(error) or "formats:" in str(error)]
     if doubtful:
         return doubtful[0]
     given = f"no columns of a known kind of data; there: {listed(columns)}"

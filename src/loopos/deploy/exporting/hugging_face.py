@@ -83,7 +83,12 @@ def _write_task_model(folder: Path, out: Path, dtype: torch.dtype | None, tell: 
     """
     if dtype is None:
         model, tokenizer, description = open_task_model(folder, attention="padded")
-        save_task_model(out, model, tokenizer, description)
+        # Saving replaces a folder as a whole, and `out` holds what is needed until the export ends.
+        whole = out / ".model"
+        save_task_model(whole, model, tokenizer, description)
+        for file in whole.iterdir():
+            file.rename(out / file.name)
+        whole.rmdir()
         return
     head = read_head(folder)
     layout, tokenizer = layout_at(folder, head)

@@ -82,17 +82,22 @@ class Prompts:
             spelled.append(found[0])
             return f"\ue000{mark}-{len(spelled) - 1}\ue001"
 
-        rendered = self._template.prompt(
-            [
-                each if each.role == ASSISTANT else replace(each, content=self._control.sub(stand_in, each.content))
-                for each in messages
-            ]
-        )
+        with_stand_ins = [
+            each if each.role == ASSISTANT else replace(each, content=self._control.sub(stand_in, each.content))
+            for each in messages
+        ]
+        changed = f"the chat template changes {shown(spelled[0])}, which a message holds as text"
+        try:
+            rendered = self._template.prompt(with_stand_ins)
+        except TemplateRefusal as refusal:
+            if mark in str(refusal):
+                raise TemplateRefusal(changed) from refusal
+            raise
         # Every second part of a piece is the number of a token.
         parts = [(piece, re.split(f"\ue000{mark}-([0-9]+)\ue001", piece.text)) for piece in rendered]
         numbers = {int(number) for _, texts in parts for number in texts[1::2]}
         if len(numbers) < len(spelled):
-            raise TemplateRefusal(f"the chat template changes {shown(spelled[0])}, which a message holds as text")
+            raise TemplateRefusal(changed)
         row = [
             Piece(
                 "" if place % 2 else text,
