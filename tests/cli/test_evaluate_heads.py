@@ -131,6 +131,8 @@ def test_the_columns_of_training_are_remembered(named: Path, invoke: Invoke, rec
     if not recorded:  # a run of a version that did not record them
         del content["columns"]
     description.write_text(json.dumps(content))
+    # As that version left the folder: without digests of its files.
+    (named / "run" / "model" / "loopos-manifest.json").unlink(missing_ok=True)
     try:
         measured = invoke("evaluate", named / "run", named / "train.jsonl", "--json")
         assert measured.exit_code == 0, measured.stderr
