@@ -102,7 +102,14 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     ids = torch.arange(config.vocab_size - 1, config.vocab_size - 7, -1, device=causal.device).clamp_(min=0)[None]
     logits = causal(input_ids=ids).logits[0].float()
     hidden = base(input_ids=ids).last_hidden_state[0]
-    expected = shape(hidden @ _output_embedding(causal).t())
+    embedding = _output_embedding(causal)
+    if hidden.shape[-1] != embedding.shape[-1]:
+        raise UserError(
+            f"{type(causal).__name__} makes its logits in a way that is not known here (hidden states of "
+            f"{hidden.shape[-1]} features, an output layer of {embedding.shape[-1]}); expected a model whose output "
+            "layer is a matrix without bias"
+        )
+    expected = shape(hidden @ embedding.t())
     before = causal(input_ids=ids[:, :-1]).logits[0].float()
     causal.train(was_training)
     if not bool(logits.isfinite().all()):

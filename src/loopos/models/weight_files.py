@@ -33,6 +33,7 @@ from loopos.storage.tensor_files import (
     weight_files,
 )
 
+_UNSUPPORTED = {"reformer": "it trains on rows of one fixed length only"}
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _KEY = "data.pretrained_weights"
 # A tensor's names, index and tied copies let a model be larger than its file, but not by far.
@@ -46,6 +47,8 @@ def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     """The class that opens a headless model, or a causal language model with its output embedding. Raises `UserError`
     for an architecture that has no such model.
     """
+    if reason := _UNSUPPORTED.get(config.model_type):
+        raise UserError(f"data.pretrained_weights: {config.model_type} is not supported: {reason}")
     if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
         raise SettingError(
             _KEY,
