@@ -1,4 +1,4 @@
-"""Every causal language model family of transformers at pico size: two layers of width 32, a vocabulary of 400.
+"""Every causal language model family of transformers at pico size: two layers of width 32, a vocabulary of 416.
 
 The sizes go by the names that families share; `SPECIAL` holds what a family needs beside them.
 """
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCABULARY = 400
+VOCABULARY = 416  # more than the pico tokenizer has, to which some families add tokens
 FAMILIES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 _WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim", "lru_width", "embedding_dim")
 _FEED_FORWARD = (

@@ -44,7 +44,9 @@ class FamilyRun:
     def __init__(self, model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
         self.model, self.folder, self.base = model, folder, folder / "base"
         model.save_pretrained(self.base)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(self.base)
+        # Some families open it by a class of their own, which adds tokens: what is saved holds them.
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.tokenizer.save_pretrained(self.base)
 
     def findings(self, checks: tuple[str, ...] = CHECKS) -> dict[str, str]:
