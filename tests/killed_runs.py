@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -19,8 +20,13 @@ NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "5"))
 
 def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | None:
     """Does `work` in a forked process; kills it after so many seconds. The exit status, or None if killed."""
+    # What the parent holds must not be collected in the child: native objects, such as a session of onnxruntime, wait
+    # there for threads that a fork does not copy.
+    gc.freeze()
     child = os.fork()
-    if child == 0:
+    if child != 0:
+        gc.unfreeze()
+    else:
         status = 1
         try:
             silence = os.open(os.devnull, os.O_WRONLY)
