@@ -36,7 +36,7 @@ _WITH_HEADER = frozenset({"csv", "tsv", "parquet", "arrow"})
 def check_columns(config: MethodConfig) -> None:
     """Raises `DataError` where a source that the config names lacks a column that the method reads."""
     faults: list[Fault] = []
-    for source, reader, detect in _sources(config):
+    for source, reader, detect in sources_of(config):
         faults += [fault for fault in _faults(source, reader, detect) if fault not in faults]
     if faults:
         raise DataError(faults)
@@ -96,7 +96,7 @@ def _supervised(columns: Mapping[str, str], remembered: Mapping[str, str | None]
     return lambda names, source: supervised_formats.detect(names, columns, remembered=remembered, source=source)
 
 
-def _sources(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
+def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
     """Each source of rows, how it is opened, and how its format is found.
 
     By the method's name: importing the configs of all methods to tell them by class takes longer than the check.
@@ -116,8 +116,8 @@ def _sources(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect
         case "ppo":
             yield from _both(data, data.source, _preferences(columns, prompts=True))
         case "rlhf":
-            yield from _sources(config.reward_model_config())
-            yield from _sources(config.ppo_config())
+            yield from sources_of(config.reward_model_config())
+            yield from sources_of(config.ppo_config())
         case _:
             raise AssertionError(f"no columns are known of the method {method}")
 
