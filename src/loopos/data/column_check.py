@@ -4,7 +4,7 @@ Enters: a config, or a source with the user's own choice of columns. Leaves: not
 of all sources at once. It looks without torch and transformers, so that a wrong name shows at once and not after their
 import. What it refuses, reading would refuse: columns may differ by row in JSON, so there a fault of the first rows is
 looked for in all of them. Left out: hub ids and data sets saved by `datasets`, which take longer to open than this may;
-the rows themselves.
+the rows themselves (`row_check`).
 """
 
 from __future__ import annotations
