@@ -161,8 +161,8 @@ class Fit(Generic[BatchT]):
             return
         raise NonFiniteStep(
             f"no step was taken: loss or gradient was not finite in all {position.step}, so the weights are those of "
-            "the start and nothing is exported; lower training.learning_rate, or look for weights or labels that are not "
-            "finite"
+            "the start and nothing is exported; lower training.learning_rate, or look for weights or labels that are "
+            "not finite"
         )
 
     def _step(self) -> None:
