@@ -42,6 +42,12 @@ MODEL = {
 }
 JUDGE = {"task": "reward", "score_mean": [0.0], "score_std": [1.0], "text": False}
 
+NEW = {
+    "model": {"d_model": 32, "num_heads": 2, "num_layers": 2, "d_ff": 64, "vocab_size": 300},
+    "computation": {"mode": "pretraining", "method": "autoregressive"},
+    "training": {"learning_rate": 1e-3},
+    "data": {"input_file": "words.txt", "output_dir": "out"},
+}
 AXOLOTL = """\
 base_model: org/small
 datasets:
@@ -136,6 +142,18 @@ WRONG = 'data.columns={"text": "Issue", "label": "cat"}'
 WRONG_SAID = (f'did you mean "{TEXT}"? set: data.columns: {{"text": "{TEXT}"}}', f'did you mean "{LABEL}"?')
 OPTION = f'choose one: --columns "text={TEXT}"'
 
+STRAY_SAID = (
+    "stray.csv:3: Cat. lvl-1: given 'Praise'; wanted one of the 2 classes Billing, Delivery\n",
+    'correct these labels, or leave them out: data.on_bad_row: "skip"',
+)
+CHATS_SAID = (
+    "bad_chats.jsonl:4:24: JSON: given '\"us' (Unterminated string starting at); wanted valid JSON",
+    "bad_chats.jsonl:2: messages[1].role: given 'bot'; wanted one of human, user, gpt,",
+    "bad_chats.jsonl:3: messages: no assistant message: nothing to learn (roles: user)",
+    'correct the rows, or leave them out: data.on_bad_row: "skip"',
+)
+SAME_SAID = ("pairs.jsonl:2: rejected: chosen and rejected are identical ('b')", 'data.on_bad_row: "skip"')
+
 # (name, words, exit code, what must be said)
 QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("no such config", ["train", "nowhere-at-all.json"], 2, ("where no file is", "configs in .: axolotl.yaml, ")),
@@ -202,6 +220,26 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("an open address", ["serve", "trained", "--host", "0.0.0.0"], 2, ("--host", "API key")),
     ("a rate that destroys", ["validate", "text.json", "training.learning_rate=1e6"], 0,
      ("note: training.learning_rate 1e+06 is far beyond what sgd trains with",)),
+    ("label of no class", ["train", "stray.json"], 2, STRAY_SAID),
+    ("label of no class, dry run", ["train", "stray.json", "--dry-run"], 2, STRAY_SAID),
+    ("label of no class, validate", ["validate", "stray.json"], 2, STRAY_SAID),
+    ("label of no class, json", ["validate", "stray.json", "--json"], 2, ('"source": "stray.csv"', '"line": 3')),
+    ("label of no class, several processes", ["train", "stray.json", "--nproc", "2"], 2, STRAY_SAID),
+    ("too few classes", ["train", "text.json", "model.num_classes=1"], 2,
+     ("tickets.csv: model.num_classes: given 2 different labels ('Billing': 30, 'Delivery': 30); wanted 1 class",)),
+    ("rows without text", ["train", "empty.json"], 2, ("empty.jsonl:2: text: ", 'data.on_bad_row: "skip"')),
+    ("bad chats", ["train", "bad_chats.json"], 2, CHATS_SAID),
+    ("bad chats, dry run", ["train", "bad_chats.json", "--dry-run"], 2, CHATS_SAID),
+    ("bad chats, validate", ["validate", "bad_chats.json"], 2, CHATS_SAID),
+    ("bad chats to validate on", ["train", "chats.json", "data.validation_data=bad_chats.jsonl"], 2, CHATS_SAID),
+    ("chosen is rejected", ["train", "pairs.json"], 2, SAME_SAID),
+    ("chosen is rejected, rlhf", ["train", "rlhf.json", "--dry-run"], 2, SAME_SAID),
+    ("chosen is rejected, rlhf, validate", ["validate", "rlhf.json"], 2, SAME_SAID),
+    ("bad prompts", ["validate", "rlhf.json", "data.preference_data=good_pairs.jsonl", "data.prompts=no_prompt.jsonl"], 2,
+     ("no_prompt.jsonl:2: prompt: ",)),
+    ("a text of no words", ["validate", "new.json", "data.input_file=blank.txt"], 2, ("blank.txt", "text")),
+    ("a text of no words to validate on", ["train", "new.json", "data.validation_data=blank.txt"], 2, ("blank.txt",)),
+    ("a text to train on", ["validate", "new.json"], 0, ("valid (pretraining, autoregressive)",)),
     ("the methods", ["train", "--help"], 0, ("chain_of_thought  supervised fine-tuning (sft)",)),
 ]  # fmt: skip
 
@@ -229,15 +267,25 @@ def config(**data: object) -> dict[str, Any]:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a new user has it: tickets in a table, a first config, and what else the mistakes need."""
     folder = tmp_path_factory.mktemp("desk")
-    lines = [f"{number},I was charged twice for order {number},Billing" for number in range(60)]
+    kinds = ("Billing", "Delivery")
+    lines = [f"{number},I was charged twice for order {number},{kinds[number % 2]}" for number in range(60)]
     (folder / "tickets.csv").write_text("\n".join([f"Ticket,{TEXT},{LABEL}", *lines]) + "\n", encoding="utf-8")
     (folder / "rows.json").write_text(json.dumps([{"text": "a", "label": "b"}]), encoding="utf-8")
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    write_jsonl(folder / "chats.jsonl", [{"messages": chat}])
+    write_jsonl(folder / "chats.jsonl", [{"messages": chat}, {"messages": [*chat, *chat]}])
+    _write_faulty_rows(folder, chat)
     contents = {
         "run.json": json.dumps(config(), indent=2),
         "text.json": json.dumps(config(columns={"text": TEXT, "label": LABEL}), indent=2),
         "chats.json": json.dumps(config(training_data="chats.jsonl")).replace("fine_tuning", "sft"),
+        "stray.json": json.dumps(config(columns={"text": TEXT, "label": LABEL}, validation_data="stray.csv")),
+        "empty.json": json.dumps(config(training_data="empty.jsonl")),
+        "bad_chats.json": json.dumps(config(training_data="bad_chats.jsonl")).replace("fine_tuning", "sft"),
+        "pairs.json": json.dumps(config(training_data="pairs.jsonl")).replace("fine_tuning", "reward_model"),
+        "rlhf.json": json.dumps(config(training_data=None, preference_data="pairs.jsonl")).replace(
+            "fine_tuning", "rlhf"
+        ),
+        "new.json": json.dumps(NEW),
         "comma.json": json.dumps(config()).replace("1e-05}", "1e-05,}"),
         "repeated.json": json.dumps(config()).replace('"training":', '"training": {}, "training":'),
         "broken.yaml": "data: {training_data: [tickets.csv\n",
@@ -251,6 +299,21 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "model").mkdir(parents=True)
         (folder / name / "model" / "loopos.json").write_text(json.dumps(MODEL | change), encoding="utf-8")
     return folder
+
+
+def _write_faulty_rows(folder: Path, chat: list[dict[str, str]]) -> None:
+    (folder / "words.txt").write_text("one\n\ntwo\n\nthree\n", encoding="utf-8")
+    (folder / "blank.txt").write_text("\n \n\n", encoding="utf-8")
+    (folder / "stray.csv").write_text(f"{TEXT},{LABEL}\nwell,Billing\nthanks,Praise\n", encoding="utf-8")
+    write_jsonl(folder / "empty.jsonl", [{"text": "a", "label": "b"}, {"text": " ", "label": "c"}])
+    asked = chat[0]
+    bad = [{"messages": chat}, {"messages": [asked, {"role": "bot", "content": "x"}]}, {"messages": [asked]}]
+    with write_jsonl(folder / "bad_chats.jsonl", bad).open("a", encoding="utf-8") as file:
+        file.write('{"messages": [{"role": "us')
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "b", "rejected": "b"}]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    write_jsonl(folder / "good_pairs.jsonl", [{**pairs[0], "prompt": f"p {number}"} for number in range(4)])
+    write_jsonl(folder / "no_prompt.jsonl", [{"prompt": "p"}, {"prompt": ""}])
 
 
 @pytest.fixture(scope="module")

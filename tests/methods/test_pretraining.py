@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.pretraining import PretrainingConfig
-from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
+from loopos.data.corpus import read_corpus
+from loopos.data.corpus_tokens import encode_corpus, train_tokenizer
 from loopos.functional.packing import PackedLayout
 from loopos.methods.fine_tuning import FineTuner
 from loopos.methods.pretraining import Pretrainer

@@ -33,8 +33,8 @@ def validated_steps(folder: Path) -> list[int]:
     return [event["step"] for event in events_of(folder, "validation")]
 
 
-def break_loss_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The loss of the `number`-th forward pass is nan."""
+def break_loss_at(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
+    """The loss of the `number`-th forward pass is nan; None: of every one."""
     from loopos.training.task_objective import TaskObjective
 
     whole, calls = TaskObjective.loss, [0]
@@ -42,7 +42,7 @@ def break_loss_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def loss(self: TaskObjective, batch: Any) -> Any:
         calls[0] += 1
         parts = whole(self, batch)
-        return {"loss": parts["loss"] * math.nan} if calls[0] == number else parts
+        return {"loss": parts["loss"] * math.nan} if number in (None, calls[0]) else parts
 
     monkeypatch.setattr(TaskObjective, "loss", loss)
 
@@ -68,6 +68,23 @@ def test_a_nan_is_skipped_and_counted_where_that_was_asked_for(run: Run, monkeyp
     name = "head.weight"
     assert torch.equal(states[1][name], states[2][name])
     assert not torch.equal(states[2][name], states[3][name])
+
+
+def test_a_run_that_took_no_step_is_no_success(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    break_loss_at(monkeypatch, None)
+    said = r"^no step was taken: loss or gradient was not finite in all 10, so the weights are those of the start and"
+    with pytest.raises(NonFiniteStep, match=said) as told:
+        run(on_nonfinite="skip", validate_every="never")
+    assert told.value.exit_code == 1
+    assert len(events_of(tmp_path / "run", "step")) == 10
+    assert not events_of(tmp_path / "run", "end")
+    assert not (tmp_path / "run" / "model").exists()
+    # It stays so when it is resumed, unless there are steps to come.
+    with pytest.raises(NonFiniteStep, match=said):
+        run(on_nonfinite="skip", validate_every="never", resume=True)
+    monkeypatch.undo()
+    result, _ = run(on_nonfinite="skip", validate_every="never", num_epochs=3, resume=True)
+    assert result.step == 15
 
 
 def test_weights_that_overflow_are_never_saved(run: Run, tmp_path: Path) -> None:

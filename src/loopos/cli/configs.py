@@ -17,6 +17,7 @@ from loopos.config.merge import MergeConfig, is_merge_recipe
 from loopos.config.other_tools import METHOD_ALIASES
 from loopos.config.source import read_source
 from loopos.data.column_check import check_columns
+from loopos.data.row_check import check_rows
 from loopos.methods.table import METHODS, config_classes
 
 
@@ -60,6 +61,7 @@ def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
         return load_recipe(source, overrides, MergeConfig)
     loaded = load(path, overrides, config_classes())
     check_columns(loaded.config)
+    check_rows(loaded.config)
     return loaded
 
 

@@ -48,8 +48,9 @@ def restart_with_settings(*, binds_threads: bool = True) -> None:
     """Starts this process once more with the settings, if it is the command line's own and gains from them.
     binds_threads: each of the model's threads keeps its core.
 
-    Called by the commands that compute, when all that needs no torch is checked and before anything is printed. Does
-    not return where it restarts. `sys.orig_argv` repeats the interpreter's own options too.
+    Called by the commands that compute, when all that needs no torch is checked and before anything is printed; by
+    `train` first of all, since what its checks read is kept for training. Does not return where it restarts.
+    `sys.orig_argv` repeats the interpreter's own options too.
     """
     if not is_own_process() or not should_restart(os.environ):
         return

@@ -23,6 +23,8 @@ from loopos.config.faults import UserError
 from loopos.config.figures import once
 from loopos.config.load import load
 from loopos.data.column_check import check_columns
+from loopos.data.read_ahead import kept_for_training
+from loopos.data.row_check import check_rows
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
@@ -81,19 +83,27 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if named is not None:
         weights_source(named)
     if options.num_processes is not None and not options.dry_run:
+        check_rows(config)
         return _launch(path, overrides, options)
     restart_with_settings()
     configs.tell_notes(loaded)
     hush_libraries(verbose=options.verbose)
     if options.dry_run:
-        from loopos.cli.planning import dry_run
-
-        return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
+        return _plan(config, options)
     with run_ends_at_once():
         result = train(config, options)
     if is_first_process():
         tell(told_of(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
+
+
+def _plan(config: Any, options: TrainOptions) -> int:
+    """What training would take. Raises `UserError`."""
+    with kept_for_training():
+        check_rows(config)
+        from loopos.cli.planning import dry_run
+
+        return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
 
 
 def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
@@ -108,20 +118,22 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 
 def train(config: Any, options: TrainOptions) -> FitResult:
     """Runs the config's method to its end."""
-    trainer_class = method_class(config.computation.mode, config.computation.method)
-    from loopos.training.precision import pick_device, resolve
-    from loopos.training.progress import RunProgress
+    with kept_for_training():
+        check_rows(config)
+        trainer_class = method_class(config.computation.mode, config.computation.method)
+        from loopos.training.precision import pick_device, resolve
+        from loopos.training.progress import RunProgress
 
-    # Before the weights and the rows are read.
-    resolve(config.training.precision, pick_device(config.training.device))
+        # Before the weights are read.
+        resolve(config.training.precision, pick_device(config.training.device))
 
-    trainer = trainer_class(
-        config,
-        progress=RunProgress(quiet=options.quiet or not is_first_process()),
-        trust_remote_code=options.trust_remote_code,
-        environment=settings_in_force(),
-    )
-    return trainer.train(resume=options.resume)
+        trainer = trainer_class(
+            config,
+            progress=RunProgress(quiet=options.quiet or not is_first_process()),
+            trust_remote_code=options.trust_remote_code,
+            environment=settings_in_force(),
+        )
+        return trainer.train(resume=options.resume)
 
 
 def run_folders(config: Any) -> list[Path]:

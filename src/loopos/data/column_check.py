@@ -4,7 +4,7 @@ Enters: a config, or a source with the user's own choice of columns. Leaves: not
 of all sources at once. It looks without torch and transformers, so that a wrong name shows at once and not after their
 import. What it refuses, reading would refuse: columns may differ by row in JSON, so there a fault of the first rows is
 looked for in all of them. Left out: hub ids and data sets saved by `datasets`, which take longer to open than this may;
-the rows themselves.
+the rows themselves (`row_check`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WITH_HEADER = frozenset({"csv", "tsv", "parquet", "arrow"})
 def check_columns(config: MethodConfig) -> None:
     """Raises `DataError` where a source that the config names lacks a column that the method reads."""
     faults: list[Fault] = []
-    for source, reader, detect in _sources(config):
+    for source, reader, detect in sources_of(config):
         faults += [fault for fault in _faults(source, reader, detect) if fault not in faults]
     if faults:
         raise DataError(faults)
@@ -96,7 +96,7 @@ def _supervised(columns: Mapping[str, str], remembered: Mapping[str, str | None]
     return lambda names, source: supervised_formats.detect(names, columns, remembered=remembered, source=source)
 
 
-def _sources(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
+def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
     """Each source of rows, how it is opened, and how its format is found.
 
     By the method's name: importing the configs of all methods to tell them by class takes longer than the check.
@@ -116,8 +116,8 @@ def _sources(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect
         case "ppo":
             yield from _both(data, data.source, _preferences(columns, prompts=True))
         case "rlhf":
-            yield from _sources(config.reward_model_config())
-            yield from _sources(config.ppo_config())
+            yield from sources_of(config.reward_model_config())
+            yield from sources_of(config.ppo_config())
         case _:
             raise AssertionError(f"no columns are known of the method {method}")
 

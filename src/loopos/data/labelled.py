@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.faults import ConfigError, DataError, Fault
+from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import DataSection, ModelSection
 from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labels import LabelSpace, infer_task
+from loopos.data.read_ahead import handed_over
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.repeats import key_of_prompt, told_repeats
@@ -36,6 +38,7 @@ class LabelledData:
     reports: list[FormatReport]
 
 
+@handed_over
 def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> LabelledData:
     """Reads `data.training_data` and the validation rows: their own file, their own split of a hub id, or a seeded
     stratified share of the training rows.
@@ -79,6 +82,18 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         said.append(split.said)
     said += told_repeats(examples, held_out, "text")
     return LabelledData(space, examples, targets, held_out, held_out_targets, said, reports)
+
+
+def check_for_task(config: FineTuningConfig, space: LabelSpace) -> None:
+    """Raises `ConfigError` for keys that contradict what the labels turned out to be."""
+    model = config.model.model_copy(update={"task": space.task, "num_classes": space.num_outputs})
+    told = f"the labels of {config.data.training_data} say task: {space.task}, {space.num_outputs} outputs"
+    faults = [
+        Fault("config", None, None, finding.fields[0], finding.given, finding.wanted, told)
+        for finding in config.model_copy(update={"model": model}).check()
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def encode_all(

@@ -1,28 +1,24 @@
-"""The comparisons and prompts of a run: rows read, columns found, validation rows set apart, tokens made.
+"""The comparisons and prompts of a run: rows read, columns found, validation rows set apart.
 
-Enters: the `data` section of a method that learns from preferences. Leaves: training and validation examples, and a
-`PreferenceEncoder` that makes tokens by the section's rules. Left out: templates and tokens themselves (`templates`,
-`preference_tokens`), batches.
+Enters: the `data` section of a method that learns from preferences. Leaves: training and validation examples. Imports
+neither torch nor transformers: the rows are checked before them. Left out: tokens (`preference_encoder`), batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import Generic, TypeVar
 
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.format_detection import Overrides
-from loopos.data.preference_tokens import EncodedComparison, PreferenceReport, encode_comparisons, encode_prompts
 from loopos.data.preferences import Comparison, read_comparisons
-from loopos.data.prompts import Prompt, read_prompts, told
+from loopos.data.prompts import Prompt, read_prompts
+from loopos.data.read_ahead import handed_over
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.rows import RowReader
 from loopos.data.split import split_off
-from loopos.data.templates import ChatTemplate
 
 ExampleT = TypeVar("ExampleT", Comparison, Prompt)
 _Read = Callable[..., tuple[list[ExampleT], FormatReport]]
@@ -40,6 +36,7 @@ class PreferenceData(Generic[ExampleT]):
     reports: list[FormatReport]
 
 
+@handed_over
 def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Comparison]:
     """Reads the comparisons to train on and to validate on: their own file, their own split of a hub id, or a seeded
     share of the training rows. Raises `DataError`.
@@ -47,6 +44,7 @@ def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> 
     return _load(data, source, read_comparisons, seed=seed)
 
 
+@handed_over
 def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
     """`load_comparisons` for the prompts that a policy answers."""
     return _load(data, source, read_prompts, seed=seed)
@@ -75,54 +73,3 @@ def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, se
         said.append(split.said)
     said += told_repeats(train, validation)
     return PreferenceData(train, validation, said, reports)
-
-
-class Origin(NamedTuple):
-    """What a prompt was made from: its `text` as the file has it, and the file and line."""
-
-    text: str
-    place: str
-
-
-class PreferenceEncoder:
-    """Makes the tokens of comparisons and prompts as a config says: by which template, how long."""
-
-    def __init__(
-        self, data: PreferenceTextSection, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-    ) -> None:
-        """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
-        self.data, self.tokenizer, self.max_length = data, tokenizer, max_length
-        # "none" leaves strings as they stand; messages still need a template, the tokenizer's own.
-        chosen = "auto" if data.chat_template == "none" else data.chat_template
-        self.template = ChatTemplate(tokenizer, chosen)
-        self.words: dict[tuple[int, ...], Origin] = {}
-        """What was asked, by the ids of each prompt that was tokenised."""
-
-    def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
-        """Raises `DataError` as `encode_comparisons`."""
-        data = self.data
-        return encode_comparisons(
-            self.tokenizer,
-            examples,
-            template=self.template,
-            max_length=self.max_length,
-            over_length=data.over_length,
-            max_dropped_share=data.max_dropped_share,
-            on_bad_row=data.on_bad_row,
-        )
-
-    def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], PreferenceReport]:
-        """Raises `DataError` as `encode_prompts`."""
-        data = self.data
-        ids, report = encode_prompts(
-            self.tokenizer,
-            examples,
-            template=self.template,
-            max_length=self.max_length,
-            over_length=data.over_length,
-            max_dropped_share=data.max_dropped_share,
-            on_bad_row=data.on_bad_row,
-        )
-        for tokens, place in zip(ids, report.places, strict=True):
-            self.words[tuple(tokens)] = Origin(told(examples[place].prompt), examples[place].row.where)
-        return ids, report

@@ -14,8 +14,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import numpy
-
 from loopos.config.faults import DataError, Fault
 
 MAXIMUM_BINS = 10
@@ -74,7 +72,7 @@ def _whole_groups(
     groups: list[list[int]], labels: Labels, total: int, share: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """The rows of either side, where groups stay whole: at least one on each."""
-    draws = numpy.random.PCG64(seed).random_raw(total).tolist()
+    draws = _draws(seed, total)
     wanted = _wanted(share, total)
     first_labels = None if labels is None else [labels[group[0]] for group in groups]
     strata = _groups(first_labels, len(groups), _wanted(share, len(groups)))  # type: ignore[arg-type]
@@ -92,6 +90,14 @@ def _whole_groups(
         chosen.add(min(range(len(groups)), key=lambda place: (len(groups[place]), order[place])))
     validation = {row for place in chosen for row in groups[place]}
     return [row for row in range(total) if row not in validation], sorted(validation)
+
+
+def _draws(seed: int, count: int) -> list[int]:
+    """The key of each row."""
+    import numpy  # 50 ms, which a fault of the rows does not wait for
+
+    draws: list[int] = numpy.random.PCG64(seed).random_raw(count).tolist()
+    return draws
 
 
 def _wanted(share: float, total: int) -> int:
@@ -133,7 +139,7 @@ def stratified_split(
         raise DataError([Fault(source, None, None, "data.validation_share", given, "at least 2 rows to split", hint)])
     wanted = _wanted(share, total)
     groups = _groups(labels, total, wanted)
-    keys = numpy.random.PCG64(seed).random_raw(total).tolist()
+    keys = _draws(seed, total)
     validation: set[int] = set()
     for group, quota in zip(groups, _quotas([len(group) for group in groups], wanted), strict=True):
         validation.update(sorted(group, key=lambda row: (keys[row], row))[:quota])

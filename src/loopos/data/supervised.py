@@ -1,24 +1,20 @@
-"""The examples of a language model's run: rows read, columns found, validation rows set apart, tokens made.
+"""The examples of a language model's run: rows read, columns found, validation rows set apart.
 
-Enters: the `data` section of chain-of-thought training. Leaves: `SupervisedData`, and a `SupervisedEncoder` that makes
-tokens by the section's rules. Left out: templates and tokens themselves (`templates`, `supervised_tokens`), batches.
+Enters: the `data` section of chain-of-thought training. Leaves: `SupervisedData`. Imports neither torch nor
+transformers: the rows are checked before them. Left out: tokens (`supervised_encoder`), batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from loopos.config.chain_of_thought import ReasoningDataSection
+from loopos.data.read_ahead import handed_over
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.split import split_off
 from loopos.data.step_format import StepFormat, chosen_format
 from loopos.data.supervised_rows import Example, read_supervised
-from loopos.data.supervised_tokens import Supervised, SupervisedReport, encode_supervised
-from loopos.data.templates import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class SupervisedData:
     reports: list[FormatReport]
 
 
+@handed_over
 def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
     """Reads the training rows and the validation rows: their own file, their own split of a hub id, or a seeded share
     of the training rows.
@@ -58,33 +55,3 @@ def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
         said.append(split.said)
     said += told_repeats(train, validation)
     return SupervisedData(step_format, train, validation, said, reports)
-
-
-class SupervisedEncoder:
-    """Makes the tokens of examples as a config says: by which template and step format, what is learned, how long."""
-
-    def __init__(
-        self,
-        data: ReasoningDataSection,
-        step_format: StepFormat,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int | None,
-    ) -> None:
-        """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
-        self.data, self.step_format, self.tokenizer, self.max_length = data, step_format, tokenizer, max_length
-        self.template = ChatTemplate(tokenizer, data.chat_template)
-
-    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], SupervisedReport]:
-        """Raises `DataError` as `encode_supervised`."""
-        return encode_supervised(
-            self.tokenizer,
-            examples,
-            step_format=self.step_format,
-            train_on=self.data.train_on,
-            max_length=self.max_length,
-            over_length=self.data.over_length,
-            max_dropped_share=self.data.max_dropped_share,
-            on_bad_row=self.data.on_bad_row,
-            template=self.template,
-        )

@@ -13,13 +13,11 @@ from typing import Any, Literal, TypeAlias
 
 from loopos.config.faults import UserError
 from loopos.data import rows
-from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labelled, read_labelled
 from loopos.data.labelled import Target, encode_all
-from loopos.data.rows import RowReader
 from loopos.data.tokens import TokenReport
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
-from loopos.evaluation.judgement import Judgement
+from loopos.evaluation.judging import judge_file
 from loopos.evaluation.outputs import Meaning, measure
 from loopos.evaluation.predictor import Predictor, answers_of, examples_of, space_of
 from loopos.evaluation.progress import Tell, silent
@@ -90,38 +88,26 @@ class EnsemblePredictor:
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> dict[str, Any]:
         """As `Predictor.evaluate_file`."""
-        return self.judge(source, columns, on_bad_row=on_bad_row)[1]
-
-    def judge_file(
-        self,
-        source: str,
-        columns: Mapping[str, str] | None = None,
-        *,
-        on_bad_row: Literal["error", "skip"] = "error",
-        rules: TextRules = PLAIN_RULES,
-    ) -> Judgement:
-        """As `Predictor.judge_file`."""
-        reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
-        return self._judged(reader, columns)[1]
+        return judge_file(self, source, columns, on_bad_row=on_bad_row).metrics
 
     def judge(
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> tuple[list[dict[str, float]], dict[str, Any]]:
         """The metrics of each member, and those of the ensemble, from one pass over the members."""
-        alone, judgement = self._judged(rows.read(source, on_bad_row=on_bad_row), columns)
-        return alone, judgement.metrics
-
-    def _judged(self, reader: RowReader, columns: Mapping[str, str] | None) -> tuple[list[dict[str, float]], Judgement]:
-        read, report = read_labelled(reader, columns or {}, remembered=self.columns)
-        examples, targets, report = encode_all(self.space, read, report, on_bad_row=reader.on_bad_row)
         alone: list[dict[str, float]] = []
 
-        def visit(meaning: Meaning, threshold: float) -> None:
-            alone.append(measure(self.space.task, meaning, targets, threshold=threshold))
+        def together(examples: Sequence[Labelled], targets: Sequence[Target]) -> Meaning:
+            def visit(meaning: Meaning, threshold: float) -> None:
+                alone.append(measure(self.space.task, meaning, targets, threshold=threshold))
 
-        combined = self.combined(examples, visit)
-        threshold = self.description["threshold"]
-        return alone, Judgement(self.space, examples, targets, combined.meaning, report, self.tokens, threshold)
+            return self.combined(examples, visit).meaning
+
+        judgement = judge_file(self, source, columns, on_bad_row=on_bad_row, meaning_of=together)
+        return alone, judgement.metrics
+
+    def meaning_of(self, examples: Sequence[Labelled], targets: Sequence[Target] = ()) -> Meaning:
+        """As `Predictor.meaning_of`, of all members together."""
+        return self.combined(examples).meaning
 
     def truths(self, source: str, columns: Mapping[str, str] | None = None) -> tuple[list[Meaning], list[Target]]:
         """What every member says of the rows of a labelled file, and their encoded labels."""

@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.faults import UserError
 from loopos.data import rows
-from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labelled, read_labelled
-from loopos.data.labelled import encode_all
+from loopos.data.labelled import Target
 from loopos.data.labels import LabelSpace
 from loopos.data.rows import Row
 from loopos.data.tokens import TokenReport, encode_labelled
-from loopos.evaluation.judgement import Judgement
+from loopos.evaluation.judging import judge_file
 from loopos.evaluation.outputs import Meaning, interpret, outputs_of
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
@@ -79,25 +78,11 @@ class Predictor:
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> dict[str, Any]:
         """`Judgement.metrics` of a labelled data file."""
-        return self.judge_file(source, columns, on_bad_row=on_bad_row).metrics
+        return judge_file(self, source, columns, on_bad_row=on_bad_row).metrics
 
-    def judge_file(
-        self,
-        source: str,
-        columns: Mapping[str, str] | None = None,
-        *,
-        on_bad_row: Literal["error", "skip"] = "error",
-        rules: TextRules = PLAIN_RULES,
-    ) -> Judgement:
-        """What the model predicts for the rows of a labelled data file, held against their labels. columns: role →
-        column, before those that the run was trained with. Raises `DataError`.
-        """
-        reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
-        read, report = read_labelled(reader, columns or {}, remembered=self.columns)
-        examples, targets, report = encode_all(self.space, read, report, on_bad_row=on_bad_row)
-        meaning = self.meaning(self.outputs(examples))
-        threshold = self.description["threshold"]
-        return Judgement(self.space, examples, targets, meaning, report, self.tokens, threshold)
+    def meaning_of(self, examples: Sequence[Labelled], targets: Sequence[Target] = ()) -> Meaning:
+        """What the outputs for examples say; their labels are not looked at."""
+        return self.meaning(self.outputs(examples))
 
     def outputs(self, examples: Sequence[Labelled]) -> Tensor:
         """Outputs `[N, C]` of the head, in the examples' order."""
@@ -115,7 +100,7 @@ class Predictor:
 
     def predict_examples(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
         """As `predict`, of examples; their labels are not looked at."""
-        return answers_of(self.space, self.meaning(self.outputs(examples)), threshold=self.description["threshold"])
+        return answers_of(self.space, self.meaning_of(examples), threshold=self.description["threshold"])
 
 
 def space_of(description: Mapping[str, Any]) -> LabelSpace:

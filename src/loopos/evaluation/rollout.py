@@ -21,7 +21,7 @@ from torch import Tensor
 from loopos.config.ppo_sections import RolloutSection
 from loopos.data.batches import in_order
 from loopos.data.kept_pass import KeptPass
-from loopos.data.preference_data import Origin
+from loopos.data.preference_encoder import Origin
 from loopos.data.responses import ResponseRows
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.policy_metrics import distinct_n, explained_variance, length_mean, repetition

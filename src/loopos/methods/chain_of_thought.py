@@ -24,7 +24,8 @@ from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
 from loopos.data.digest import rows_digest
 from loopos.data.reading import account
-from loopos.data.supervised import SupervisedEncoder, load_supervised
+from loopos.data.supervised import load_supervised
+from loopos.data.supervised_encoder import SupervisedEncoder
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import SupervisedReport
 from loopos.data.tokens import Encoded, longest

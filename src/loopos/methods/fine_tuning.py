@@ -19,12 +19,11 @@ from typing import Any
 from torch import Tensor
 
 from loopos.config.begun import as_begun
-from loopos.config.faults import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.formats import ROLES
-from loopos.data.labelled import LabelledData, load_labelled
+from loopos.data.labelled import LabelledData, check_for_task, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
@@ -99,7 +98,7 @@ class FineTuner:
         """Reads, splits and tokenises the rows; says what was decided."""
         config, section = self.config, self.config.model
         self.data = load_labelled(config.data, section, seed=config.training.seed)
-        self._check_for_task(self.data.space.task, self.data.space.num_outputs)
+        check_for_task(config, self.data.space)
         self.pretrained = load_pretrained(
             config.data.pretrained_weights,
             sizes=Sizes.of(section, max_length=config.training.max_length),
@@ -123,17 +122,6 @@ class FineTuner:
         if self.validation_rows:
             self.progress.say(f"validation tokens: {self.validation_tokens.said()}")
         return self.pretrained, self.data
-
-    def _check_for_task(self, task: str, num_outputs: int) -> None:
-        """Raises `ConfigError` for keys that contradict what the labels turned out to be."""
-        model = self.config.model.model_copy(update={"task": task, "num_classes": num_outputs})
-        told = f"the labels of {self.config.data.training_data} say task: {task}, {num_outputs} outputs"
-        faults = [
-            Fault("config", None, None, finding.fields[0], finding.given, finding.wanted, told)
-            for finding in self.config.model_copy(update={"model": model}).check()
-        ]
-        if faults:
-            raise ConfigError(faults)
 
     def _encode(self, examples: Sequence[Any]) -> tuple[list[Encoded], TokenReport]:
         return encode_labelled(

@@ -23,7 +23,8 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
 from loopos.data.digest import prompts_digest
 from loopos.data.kept_pass import KeptPass
-from loopos.data.preference_data import PreferenceEncoder, load_prompts
+from loopos.data.preference_data import load_prompts
+from loopos.data.preference_encoder import PreferenceEncoder
 from loopos.data.reading import account
 from loopos.data.responses import ResponseBatch
 from loopos.data.tokens import longest

@@ -18,9 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from loopos.config.begun import as_begun
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
-from loopos.data.corpus import encode_corpus, read_corpus, train_tokenizer
+from loopos.data.corpus import load_corpus
+from loopos.data.corpus_tokens import encode_corpus, train_tokenizer
 from loopos.data.digest import rows_digest
-from loopos.data.reading import text_rules
 from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.split import split_off
 from loopos.evaluation.report import write_report
@@ -84,12 +84,11 @@ class Pretrainer:
     def load_data(self) -> None:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
         data, settings = self.config.data, self.config.training
-        columns = {str(role): column for role, column in data.columns.items()}
-        corpus = read_corpus(data.source, columns, max_rows=data.max_rows, rules=text_rules(data))
+        corpus = load_corpus(data, data.source)
         documents, held_out = list(corpus.documents), []
         self.progress.say(corpus.said)
         if data.validation_data is not None:
-            validation = read_corpus(data.validation_data, columns, max_rows=data.max_rows, rules=text_rules(data))
+            validation = load_corpus(data, data.validation_data)
             held_out = list(validation.documents)
             self.progress.say(f"validation: {validation.said}")
         elif data.validation_share > 0 and len(documents) > 1:

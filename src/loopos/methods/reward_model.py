@@ -23,7 +23,8 @@ from loopos.config.reward_model import RewardModelConfig
 from loopos.data.batches import StepBatches
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
-from loopos.data.preference_data import PreferenceEncoder, load_comparisons
+from loopos.data.preference_data import load_comparisons
+from loopos.data.preference_encoder import PreferenceEncoder
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.reading import account
 from loopos.data.tokens import longest

@@ -140,6 +140,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    # Ctrl-C too must leave nothing beside the file.
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -166,6 +166,7 @@ def _take(folder: Path, note: Callable[[str], None]) -> _Held:
         mine = Holder(os.getpid(), socket.gethostname(), time.time())
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
+    # Ctrl-C too must not leave the lock held.
     except BaseException:
         if descriptor is not None:
             os.close(descriptor)

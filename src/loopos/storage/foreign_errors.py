@@ -40,6 +40,7 @@ def bare_as_value_error() -> Iterator[None]:
     """An exception of no class of its own leaves the block as a `ValueError` with the same words."""
     try:
         yield
+    # pyo3's PanicException is a BaseException alone; all but bare ones rise on.
     except BaseException as problem:
         if is_bare(problem):
             raise ValueError(str(problem) or _PANIC) from problem

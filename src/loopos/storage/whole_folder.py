@@ -87,6 +87,7 @@ def partial_folder(final: Path) -> Iterator[Path]:
         # A rename alone may come before what it names.
         for place in (*partial.rglob("*"), partial):
             fsync_place(place)
+    # Ctrl-C too must leave nothing beside the folder.
     except BaseException as problem:
         shutil.rmtree(partial, ignore_errors=True)
         # A caller that handles a full disk needs the system's error number, which some libraries hide.

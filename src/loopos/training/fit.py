@@ -151,7 +151,19 @@ class Fit(Generic[BatchT]):
             self._step()
             self._conclude(signals)
         self._finish_save()
+        self._check_trained()
         self.record("end", {"stopped_by": position.stopped_by}, {"seconds": position.seconds})
+
+    def _check_trained(self) -> None:
+        """Raises `NonFiniteStep` for a run that is over and has taken no step: its weights are those of the start."""
+        position = self.position
+        if position.stopped_by in EXIT_CODES or not 0 < position.step == position.skipped:
+            return
+        raise NonFiniteStep(
+            f"no step was taken: loss or gradient was not finite in all {position.step}, so the weights are those of "
+            "the start and nothing is exported; lower training.learning_rate, or look for weights or labels that are "
+            "not finite"
+        )
 
     def _step(self) -> None:
         position = self.position

@@ -21,9 +21,9 @@ from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.digest import comparisons_digest, prompts_digest, rows_digest, text_digest, tokenizer_digest
 from loopos.data.label_space import LabelSpace
-from loopos.data.preference_data import PreferenceEncoder
+from loopos.data.preference_encoder import PreferenceEncoder
 from loopos.data.preference_tokens import EncodedComparison
-from loopos.data.supervised import SupervisedEncoder
+from loopos.data.supervised_encoder import SupervisedEncoder
 from loopos.data.tokens import Encoded
 from loopos.training.run_identity import Identity, Trait, setting
 

@@ -108,6 +108,7 @@ class Save:
         if self.world.is_first:
             try:
                 self._seal({name: record for written, _ in told for name, record in written.items()})
+            # Ctrl-C too must leave no half of a checkpoint.
             except BaseException:
                 self.give_up()
                 raise
@@ -173,6 +174,7 @@ def save(
     try:
         saving.begin()
         return saving.finish()
+    # Ctrl-C too must leave no half of a checkpoint.
     except BaseException:
         saving.give_up()
         raise

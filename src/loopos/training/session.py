@@ -46,6 +46,7 @@ def _watched(world: World, distributed: DistributedSection) -> Iterator[None]:
     liveness.begin()
     try:
         yield
+    # Whatever ends this process, Ctrl-C too, the others wait for it until they are told.
     except BaseException as problem:
         if is_broken_collective(problem):
             liveness.blame(problem)

@@ -99,6 +99,8 @@ def test_a_lossy_export_below_its_share_warns() -> None:
     far, near = Check(3.0, 2.0, 0.42, texts=("greedy",)), Check(0.1, 2.0, 0.95)
     assert "q4_0 says other things than the model: the likeliest token is the same in 42.0%" in judge(far, "q4_0", "m")
     assert judge(near, "q8_0", "m") == ""
+    assert "in 68.5% of places, expected at least 80%; take a wider" in judge(replace(far, same=0.685), "q4_0", "m")
+    assert judge(replace(far, same=0.8), "q4_0", "m") == ""
     assert judge(replace(far, faults=("any",)), "q8_0", "m")
     assert judge(far, "f16", "m") == ""
     with pytest.raises(ExportDiffers, match="m: the export is another model"):

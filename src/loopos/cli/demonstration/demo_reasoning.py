@@ -84,7 +84,7 @@ def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
     from loopos.config.chain_of_thought import ReasoningDataSection
     from loopos.data import rows
     from loopos.data.step_format import chosen_format
-    from loopos.data.supervised import SupervisedEncoder
+    from loopos.data.supervised_encoder import SupervisedEncoder
     from loopos.data.supervised_rows import read_supervised
     from loopos.models.sources import weights_source
     from loopos.models.tokenizers import open_tokenizer

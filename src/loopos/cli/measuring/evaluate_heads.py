@@ -52,10 +52,11 @@ def run(
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.ensemble import open_predictor
+    from loopos.evaluation.judging import judge_file
     from loopos.training.precision import pick_device
 
     predictor = open_predictor(place, device=pick_device(device).type)
-    judgement = predictor.judge_file(source, columns, on_bad_row="skip" if skip_bad_rows else "error", rules=rules)
+    judgement = judge_file(predictor, source, columns, on_bad_row="skip" if skip_bad_rows else "error", rules=rules)
     if as_json:
         say_json(judgement.metrics)
     else:

@@ -17,7 +17,8 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import LoraSection
-from loopos.data.preference_data import PreferenceData, PreferenceEncoder, load_comparisons, load_prompts
+from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
+from loopos.data.preference_encoder import PreferenceEncoder
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt
 from loopos.data.tokens import longest

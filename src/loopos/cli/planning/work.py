@@ -19,7 +19,8 @@ from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.preference_tokens import EncodedComparison
-from loopos.data.supervised import SupervisedData, SupervisedEncoder, load_supervised
+from loopos.data.supervised import SupervisedData, load_supervised
+from loopos.data.supervised_encoder import SupervisedEncoder
 from loopos.data.tokens import Encoded, longest
 from loopos.methods.pretraining import Pretrainer
 from loopos.models.attention import FUSED_FROM

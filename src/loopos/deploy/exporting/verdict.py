@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loopos.config.faults import UserError
 
-LEAST_SAME: Mapping[str, float] = {"q8_0": 0.9, "q4_0": 0.5}
+LEAST_SAME: Mapping[str, float] = {"q8_0": 0.9, "q4_0": 0.8}
 """Lossy number format → the least share of places where the export's likeliest token is the model's."""
 UNLIKE_EXIT_CODE = 6
 """Of a lossy export below that share, which is written all the same."""

@@ -146,6 +146,7 @@ class LanguageService:
                 return JSONResponse(await self._prompts.run(form.whole, completions, num_prompt))
             chunks = self._chunks(ticket, form, num_prompt, request.scope["state"]["began"])
             first = await while_wanted(request, _next(chunks), deadline=deadline, seconds=seconds)
+        # Cancelled too, as when the client is gone: its rows must not go on.
         except BaseException:
             self._decoder.leave(ticket)
             raise
