@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
@@ -82,6 +82,9 @@ class StepFormatSection(Section):
 
 class ReasoningDataSection(TextSourceSection):
     """Where the weights and the demonstrations come from, how they are read, and where the run goes."""
+
+    source_keys: ClassVar[tuple[str, ...]] = ("reasoning_examples", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("reasoning_examples", "training_data", "validation_data")
 
     pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'

@@ -62,13 +62,7 @@ def load(
     those of the command line last.
     """
     assert methods, "a table of methods has at least one row"
-    source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
-    tool = tool_of(source.root)
-    if tool is not None:
-        sentence = f"a config of {tool}, which LoopOS does not read"
-        raise ConfigError([Fault(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
-    root = without_entry(apply_overrides(source.root, overrides), "$schema")
-    root, alias_notes = _with_own_method(root)
+    source, root, alias_notes = _read(path, overrides)
     root, renamed, faults = _moved_to_training(root)
     row, method_faults = _choose(root, methods)
     faults.extend(method_faults)
@@ -80,6 +74,32 @@ def load(
         raise ConfigError(_by_line(faults))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, [*alias_notes, *config.notes()])
+
+
+def method_config_class(
+    path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str], methods: Methods
+) -> tuple[type[MethodConfig], MappingNode]:
+    """The config class of the method that a config names, and its tree with the overrides; keys are not checked.
+    Raises `ConfigError` where the file cannot be read or names no method.
+    """
+    _, root, _ = _read(path, overrides)
+    row, faults = _choose(root, methods)
+    if row is None:
+        raise ConfigError(_by_line(faults))
+    return methods[row], root
+
+
+def _read(
+    path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]
+) -> tuple[Source, MappingNode, list[str]]:
+    """A config's source, its tree with the overrides, and the note where its method has another name."""
+    source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
+    tool = tool_of(source.root)
+    if tool is not None:
+        sentence = f"a config of {tool}, which LoopOS does not read"
+        raise ConfigError([Fault(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
+    root, notes = _with_own_method(without_entry(apply_overrides(source.root, overrides), "$schema"))
+    return source, root, notes
 
 
 def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:

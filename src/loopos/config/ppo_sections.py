@@ -155,6 +155,9 @@ class PpoRewardSection(Section):
 class PpoDataSection(PreferenceTextSection):
     """Where policy, reward model and prompts come from, how prompts are read, and where the run goes."""
 
+    source_keys: ClassVar[tuple[str, ...]] = ("prompts", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("prompts", "training_data", "validation_data")
+
     plain_lines: ClassVar[str | None] = "prompt"
 
     reward_model: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(

@@ -7,7 +7,7 @@ and for missing files. Left out: what only the data or the weights can tell.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -54,6 +54,9 @@ class RewardTrainingSection(LanguageTrainingSection):
 
 class PreferenceDataSection(PreferenceTextSection):
     """Where the weights and the preferences come from, how they are read, and where the run goes."""
+
+    source_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data", "validation_data")
 
     preference_data: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'

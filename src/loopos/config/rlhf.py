@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -54,6 +55,8 @@ _NAMES_IN_REWARD_MODEL = {"training.": "reward_training."}
 
 class RlhfDataSection(PreferenceDataSection):
     """Where the weights, the preferences and the prompts come from, how they are read, and where the run goes."""
+
+    row_keys: ClassVar[tuple[str, ...]] = (*PreferenceDataSection.row_keys, "prompts")
 
     prompts: Place | None = Field(
         default=None,
