@@ -7,7 +7,7 @@ codes (`cli.train`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +21,19 @@ from loopos.config.nodes import ScalarNode, find
 from loopos.config.sections import MethodConfig, ReadingSection
 from loopos.data.column_check import check_columns
 from loopos.data.given_rows import GivenRows, are_rows, remove_written, written
+from loopos.evaluation.own_code import OwnFunction
+from loopos.evaluation.own_metrics import GivenMetrics, OwnMetrics, name_of
 from loopos.evaluation.run_claim import refuse_started
 from loopos.methods.table import config_classes
 from loopos.storage.folder_lock import refuse_busy
 from loopos.storage.whole_folder import remove
+from loopos.training.callbacks import Callbacks
 from loopos.training.fit_result import FitResult
 
 ROWS = "rows"
 """The folder of rows given in Python, in that of the run."""
 
+Callback: TypeAlias = Callable[[dict[str, Any]], object]
 WrittenConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, object]
 
 
@@ -39,19 +43,24 @@ def train(
     *,
     data: GivenRows | None,
     validation_data: GivenRows | None,
+    callbacks: Sequence[Callback],
+    metrics: GivenMetrics,
     options: TrainOptions,
 ) -> FitResult:
     """As `loopos.train`. Raises `UserError`."""
+    seen_by, own = Callbacks([_named(callback) for callback in callbacks]), OwnMetrics.of(metrics)
     if isinstance(config, MethodConfig):
         if overrides or data is not None or validation_data is not None:
             raise UserError("data and overrides go with a file or a dict: got a config that is checked already")
+        _check_measured(config, own)
         check_columns(config)
-        return train_config(config, options)
-    given = _Given.of(config, overrides, data, validation_data)
+        return train_config(config, options, seen_by, own)
+    given = _Given.of(config, overrides, data, validation_data, tuple(own.functions))
     checked = given.load(resume=options.resume)
     try:
+        _check_measured(checked, own)
         check_columns(checked)
-        return train_config(checked, options)
+        return train_config(checked, options, seen_by, own)
     except UserError:
         if options.resume:
             given.forget(run_folders(checked))
@@ -61,13 +70,14 @@ def train(
 @dataclass(frozen=True)
 class _Given:
     """A config and rows. `in_place`: rows that stand in the dict, by the key of `data`, where `config` has a stand-in;
-    `instead`: those that take the place of what the config names.
+    `instead`: those that take the place of what the config names. `own_metrics`: names that the config may use.
     """
 
     config: WrittenConfig
     overrides: Sequence[str]
     in_place: Mapping[str, GivenRows]
     instead: Mapping[str, GivenRows]
+    own_metrics: Sequence[str]
     added: list[Path] = field(default_factory=list)
 
     @classmethod
@@ -77,6 +87,7 @@ class _Given:
         overrides: Sequence[str],
         data: GivenRows | None,
         validation_data: GivenRows | None,
+        own_metrics: Sequence[str],
     ) -> _Given:
         section = config.get("data") if isinstance(config, Mapping) else None
         if isinstance(config, Mapping) and isinstance(section, Mapping):
@@ -89,12 +100,13 @@ class _Given:
         instead = {} if validation_data is None else {"validation_data": validation_data}
         if data is not None:
             instead[_source_key(config, overrides)] = data
-        return cls(config, overrides, {key: rows for key, rows in found.items() if key not in instead}, instead)
+        in_place = {key: rows for key, rows in found.items() if key not in instead}
+        return cls(config, overrides, in_place, instead, own_metrics)
 
     def load(self, *, resume: bool) -> MethodConfig:
         """The config with the rows written into its run's folder; nothing is written beside another run."""
         if not self.in_place and not self.instead:
-            return load(self.config, self.overrides, config_classes()).config
+            return self._loaded({}, self.config, check_files=True)
         first: Any = self._loaded({key: f"{key}.jsonl" for key in self.instead}, self.config, check_files=False)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("data: rows of a program are written by one process; got several; write a file and name it")
@@ -118,7 +130,8 @@ class _Given:
 
     def _loaded(self, placed: Mapping[str, str], config: WrittenConfig, *, check_files: bool) -> MethodConfig:
         named = [f"data.{key}={place}" for key, place in placed.items()]
-        return load(config, [*self.overrides, *named], config_classes(), check_files=check_files).config
+        words, methods = [*self.overrides, *named], config_classes()
+        return load(config, words, methods, check_files=check_files, own_metrics=self.own_metrics).config
 
     def forget(self, runs: Sequence[Path]) -> None:
         """Removes what `load` wrote and no run has taken up: the rows of a run that was refused."""
@@ -129,6 +142,21 @@ class _Given:
                 remove(place)
                 with suppress(OSError):
                     place.parent.rmdir()
+
+
+def _check_measured(config: Any, own: OwnMetrics) -> None:
+    """Raises `UserError` where the metrics would never be measured."""
+    if own and not config.validates:
+        raise UserError(
+            f"metrics: got {', '.join(own.functions)}, but the config validates nothing; expected validation rows and "
+            'another training.validate_every than "never"'
+        )
+
+
+def _named(callback: Callback) -> OwnFunction:
+    if not callable(callback):
+        raise UserError(f"callbacks: got {callback!r:.80}; expected functions of an event")
+    return OwnFunction(f"callback {name_of(callback)}", callback)
 
 
 def _section(config: type[MethodConfig]) -> type[ReadingSection]:

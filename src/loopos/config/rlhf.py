@@ -102,6 +102,11 @@ class RlhfConfig(MethodConfig):
         """The folder of the first phase's run."""
         return os.path.join(self.data.output_dir, "reward_model")
 
+    @property
+    def validates(self) -> bool:
+        """Whether the second phase ever validates."""
+        return self.ppo_config().validates
+
     def reward_model_config(self) -> RewardModelConfig:
         """The config of the first phase."""
         data, training = self.data, self.training
