@@ -94,9 +94,11 @@ def load(run: str | os.PathLike[str], kind: Kind | None = None, *, device: str =
     the class. device: auto, cpu, cuda or mps. Raises `loopos.config.faults.UserError`.
     """
     from loopos.evaluation.opening import open_model
+    from loopos.models.quiet import quiet_libraries
     from loopos.training.precision import pick_device
 
-    return open_model(os.fspath(run), kind, device=pick_device(device).type)
+    with quiet_libraries():
+        return open_model(os.fspath(run), kind, device=pick_device(device).type)
 
 
 @overload
@@ -152,16 +154,18 @@ def train(
     """
     from loopos.cli.python_run import train as train_run
     from loopos.cli.train import TrainOptions
+    from loopos.models.quiet import quiet_libraries
 
-    return train_run(
-        config,
-        overrides,
-        data=data,
-        validation_data=validation_data,
-        callbacks=callbacks,
-        metrics=metrics or {},
-        options=TrainOptions(resume=resume, quiet=quiet, trust_remote_code=trust_remote_code),
-    )
+    with quiet_libraries():
+        return train_run(
+            config,
+            overrides,
+            data=data,
+            validation_data=validation_data,
+            callbacks=callbacks,
+            metrics=metrics or {},
+            options=TrainOptions(resume=resume, quiet=quiet, trust_remote_code=trust_remote_code),
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas
 import pytest
 from pico_runs import class_rows
 from preference_runs import ASKED, comparisons
+from transformers.utils import logging as of_transformers
 
 import loopos
 from loopos.config.faults import DataError, UserError
@@ -155,6 +157,34 @@ def test_what_holds_no_rows_is_refused(tmp_path: Path, pico_folder: Path) -> Non
             loopos.train(config_of(tmp_path / "run", pico_folder), data=rows)
     with pytest.raises(DataError, match=r"training_data.*int 3; wanted rows"):
         loopos.train(config_of(tmp_path / "run", pico_folder), data=cast(Any, 3))
+
+
+def test_the_libraries_are_silent_and_as_they_were_afterwards(
+    tmp_path: Path, pico_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOOPOS_VERBOSE", raising=False)
+    before = of_transformers.get_verbosity(), of_transformers.is_progress_bar_enabled()
+    of_transformers.set_verbosity_warning()  # type: ignore[no-untyped-call]
+    of_transformers.enable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.logging.set_verbosity_info()
+    datasets.enable_progress_bars()
+    try:
+        rows = datasets.Dataset.from_list(comparisons(16))
+        # A bar is drawn where nothing silences it: what is silent below is so by LoopOS.
+        rows.save_to_disk(str(tmp_path / "rows"))
+        assert "Saving the dataset" in capfd.readouterr().err
+        config = language_config("reward_model", tmp_path, pico_folder, {"preference_data": rows})
+        loopos.train(config, quiet=True)
+        loopos.load(tmp_path / "run", "reward", device="cpu")
+        assert capfd.readouterr() == ("", "")
+        assert (of_transformers.get_verbosity(), of_transformers.is_progress_bar_enabled()) == (logging.WARNING, True)
+        assert datasets.logging.get_verbosity() == datasets.logging.INFO
+        assert not datasets.are_progress_bars_disabled()
+    finally:
+        datasets.logging.set_verbosity_warning()
+        of_transformers.set_verbosity(before[0])
+        if not before[1]:
+            of_transformers.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def test_a_language_model_is_opened(pico_folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from loopos.config.faults import DataError, Fault
 from loopos.storage.durable import disk_full_said, write_whole
+from loopos.storage.hub import quiet_datasets
 from loopos.storage.whole_folder import remove, whole_folder
 
 _DIGITS = 12
@@ -83,7 +84,7 @@ def _written_dataset(rows: Any, folder: Path, name: str) -> Path:
     if not place.exists():
         with disk_full_said(folder, 1, "the rows"):
             folder.mkdir(parents=True, exist_ok=True)
-            with whole_folder(place) as partial:
+            with whole_folder(place) as partial, quiet_datasets():
                 rows.save_to_disk(str(partial))
     return place
 
