@@ -58,7 +58,7 @@ class Callbacks:
         return self._any
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Tells every function of an event. Nothing rises from here: a failure waits in `failure`."""
+        """Calls every function with an event. Raises nothing: a failure waits in `failure`."""
         for function in list(self._functions):
             about = f"the event {event['event']} of step {event['step']}"
             try:
@@ -76,11 +76,10 @@ class Callbacks:
                 if answer == STOP and self.reason is None:
                     self.reason, self.label = CALLBACK, function.label
 
-    def raise_failure(self, told: str = "") -> None:
-        """Raises the `UserError` of a callback that failed. told: what the user is to know beside it."""
+    def raise_failure(self, state: str) -> None:
+        """Raises the `UserError` of a callback that failed. state: how the run stands, for the message."""
         if self.failure is not None:
-            message = f"{self.failure}\n{told}" if told else str(self.failure)
-            raise UserError(message) from (self.failure.__cause__ or self.failure)
+            raise UserError(f"{self.failure}\n{state}") from (self.failure.__cause__ or self.failure)
 
 
 def _named(label: str, problem: UserError) -> UserError:

@@ -162,8 +162,8 @@ class Fit(Generic[BatchT]):
 
     def _raise_failure(self) -> None:
         """Raises the `UserError` of a callback that failed, once the run has ended in order."""
-        told = f"the run ended after step {self.position.step}; {self._last_saved()}; it resumes with resume=True"
-        self.callbacks.raise_failure(told)
+        state = f"the run ended after step {self.position.step}; {self._last_saved()}; it resumes with resume=True"
+        self.callbacks.raise_failure(state)
 
     def _step(self) -> None:
         position = self.position
