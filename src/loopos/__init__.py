@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 if TYPE_CHECKING:
+    from loopos.cli.python_run import Callback
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
     from loopos.config.fine_tuning import FineTuningConfig
     from loopos.config.ppo import PpoConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from loopos.data.given_rows import GivenRows
     from loopos.evaluation.ensemble import EnsemblePredictor
     from loopos.evaluation.opening import Kind
+    from loopos.evaluation.own_metrics import GivenMetrics
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
@@ -92,9 +94,11 @@ def load(run: str | os.PathLike[str], kind: Kind | None = None, *, device: str =
     the class. device: auto, cpu, cuda or mps. Raises `loopos.config.faults.UserError`.
     """
     from loopos.evaluation.opening import open_model
+    from loopos.models.quiet import quiet_libraries
     from loopos.training.precision import pick_device
 
-    return open_model(os.fspath(run), kind, device=pick_device(device).type)
+    with quiet_libraries():
+        return open_model(os.fspath(run), kind, device=pick_device(device).type)
 
 
 @overload
@@ -132,27 +136,36 @@ def train(
     *,
     data: GivenRows | None = None,
     validation_data: GivenRows | None = None,
+    callbacks: Sequence[Callback] = (),
+    metrics: GivenMetrics | None = None,
     resume: bool = False,
     quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> FitResult:
     """Trains, as `loopos train` does: `loopos.train("run.json")`, `loopos.train({...}, data=rows)`.
 
-    config: a file, a dict with the same keys, or what `read_config` gave. overrides: "key.path=value" each. data,
-    validation_data: rows as dicts, a pandas DataFrame or a `datasets.Dataset`; they are written into the run's folder
-    and stand in place of the config's `data.training_data` and `data.validation_data`. resume: go on from the last
-    checkpoint. Raises `loopos.config.faults.UserError`.
+    config: a file, a dict with the same keys, or what `read_config` gave. In a dict, rows may stand at every key of
+    `data` that names a file of rows: a list of dicts, a pandas DataFrame or a `datasets.Dataset`; they are written into
+    the run's folder. overrides: "key.path=value" each. data, validation_data: rows that replace those that the config
+    names. callbacks: functions of an event, a dict as `events.jsonl` holds it; one that returns "stop" ends the run.
+    metrics: validation metrics by name, each a function of (predictions, targets), or a pair of it and "min" where less
+    is better. resume: go on from the last checkpoint. docs/post_training.md, "In Python", has the details. Raises
+    `loopos.config.faults.UserError`.
     """
     from loopos.cli.python_run import train as train_run
     from loopos.cli.train import TrainOptions
+    from loopos.models.quiet import quiet_libraries
 
-    return train_run(
-        config,
-        overrides,
-        data=data,
-        validation_data=validation_data,
-        options=TrainOptions(resume=resume, quiet=quiet, trust_remote_code=trust_remote_code),
-    )
+    with quiet_libraries():
+        return train_run(
+            config,
+            overrides,
+            data=data,
+            validation_data=validation_data,
+            callbacks=callbacks,
+            metrics=metrics or {},
+            options=TrainOptions(resume=resume, quiet=quiet, trust_remote_code=trust_remote_code),
+        )
 
 
 def __getattr__(name: str) -> Any:

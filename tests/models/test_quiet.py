@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from loopos.models.load import load_pretrained
 from loopos.models.pretrained_folder import save_pretrained
-from loopos.models.quiet import VERBOSE, quiet_transformers
+from loopos.models.quiet import quiet_libraries
+from loopos.storage.hub import VERBOSE
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def test_opening_and_saving_a_model_says_nothing(
 
 def test_what_a_program_has_set_is_as_before() -> None:
     logging.set_verbosity_info()  # type: ignore[no-untyped-call]
-    with quiet_transformers():
+    with quiet_libraries():
         assert logging.get_verbosity() == logging.ERROR
         assert not logging.is_progress_bar_enabled()
     assert logging.get_verbosity() == logging.INFO
@@ -47,6 +48,6 @@ def test_what_a_program_has_set_is_as_before() -> None:
 
 def test_who_wants_everything_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VERBOSE, "1")
-    with quiet_transformers():
+    with quiet_libraries():
         assert logging.get_verbosity() == logging.WARNING
         assert logging.is_progress_bar_enabled()

@@ -7,65 +7,170 @@ codes (`cli.train`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from loopos.cli.train import TrainOptions, run_folders
 from loopos.cli.train import train as train_config
 from loopos.config.faults import UserError
-from loopos.config.load import load
-from loopos.config.sections import MethodConfig
+from loopos.config.load import load, method_config_class
+from loopos.config.nodes import ScalarNode, find
+from loopos.config.sections import MethodConfig, ReadingSection
 from loopos.data.column_check import check_columns
-from loopos.data.given_rows import GivenRows, written
+from loopos.data.given_rows import GivenRows, are_rows, remove_written, written
+from loopos.evaluation.own_code import OwnFunction
+from loopos.evaluation.own_metrics import GivenMetrics, OwnMetrics, name_of
 from loopos.evaluation.run_claim import refuse_started
 from loopos.methods.table import config_classes
 from loopos.storage.folder_lock import refuse_busy
+from loopos.storage.whole_folder import remove
+from loopos.training.callbacks import Callbacks
 from loopos.training.fit_result import FitResult
 
 ROWS = "rows"
 """The folder of rows given in Python, in that of the run."""
 
+Callback: TypeAlias = Callable[[dict[str, Any]], object]
+WrittenConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, object]
+
 
 def train(
-    config: MethodConfig | str | os.PathLike[str] | Mapping[str, object],
+    config: MethodConfig | WrittenConfig,
     overrides: Sequence[str],
     *,
     data: GivenRows | None,
     validation_data: GivenRows | None,
+    callbacks: Sequence[Callback],
+    metrics: GivenMetrics,
     options: TrainOptions,
 ) -> FitResult:
     """As `loopos.train`. Raises `UserError`."""
-    given = {"training_data": data, "validation_data": validation_data}
-    rows = {key: value for key, value in given.items() if value is not None}
-    checked = config if isinstance(config, MethodConfig) else None
-    if checked is not None and (rows or overrides):
-        raise UserError("data and overrides go with a file or a dict: got a config that is checked already")
-    if checked is None:
-        assert not isinstance(config, MethodConfig)
-        checked = _with_rows(config, overrides, rows, resume=options.resume)
-    check_columns(checked)
-    return train_config(checked, options)
+    seen_by, own = Callbacks([_named(callback) for callback in callbacks]), OwnMetrics.of(metrics)
+    if isinstance(config, MethodConfig):
+        if overrides or data is not None or validation_data is not None:
+            raise UserError("data and overrides go with a file or a dict: got a config that is checked already")
+        _check_measured(config, own)
+        check_columns(config)
+        return train_config(config, options, seen_by, own)
+    given = _Given.of(config, overrides, data, validation_data, tuple(own.functions))
+    checked = given.load(resume=options.resume)
+    try:
+        _check_measured(checked, own)
+        check_columns(checked)
+        return train_config(checked, options, seen_by, own)
+    except UserError:
+        if options.resume:
+            given.forget(run_folders(checked))
+        raise
 
 
-def _with_rows(
-    config: str | os.PathLike[str] | Mapping[str, object],
-    overrides: Sequence[str],
-    rows: Mapping[str, GivenRows],
-    *,
-    resume: bool,
-) -> MethodConfig:
-    """The config with the rows written into its run's folder; nothing is written beside another run."""
-    if not rows:
-        return load(config, overrides, config_classes()).config
-    named = [f"data.{key}={key}.jsonl" for key in rows]
-    first: Any = load(config, [*overrides, *named], config_classes(), check_files=False).config
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("data: rows of a program are written by one process; got several; write a file and name it")
-    for folder in run_folders(first):
-        refuse_busy(folder)
-        if not resume:
-            refuse_started(folder)
-    folder = Path(first.data.output_dir) / ROWS
-    placed = [f"data.{key}={written(value, folder, key)}" for key, value in rows.items()]
-    return load(config, [*overrides, *placed], config_classes()).config
+@dataclass(frozen=True)
+class _Given:
+    """A config and rows. `in_place`: rows that stand in the dict, by the key of `data`, where `config` has a stand-in;
+    `instead`: those that take the place of what the config names. `own_metrics`: names that the config may use.
+    """
+
+    config: WrittenConfig
+    overrides: Sequence[str]
+    in_place: Mapping[str, GivenRows]
+    instead: Mapping[str, GivenRows]
+    own_metrics: Sequence[str]
+    added: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        config: WrittenConfig,
+        overrides: Sequence[str],
+        data: GivenRows | None,
+        validation_data: GivenRows | None,
+        own_metrics: Sequence[str],
+    ) -> _Given:
+        section = config.get("data") if isinstance(config, Mapping) else None
+        if isinstance(config, Mapping) and isinstance(section, Mapping):
+            names, _ = method_config_class({**config, "data": {}}, overrides, config_classes())
+            keys = [key for key in _section(names).row_keys if are_rows(section.get(key))]
+            found: dict[str, Any] = {key: section[key] for key in keys}
+            config = {**config, "data": {**section, **{key: f"{key}.jsonl" for key in keys}}}
+        else:
+            found = {}
+        instead = {} if validation_data is None else {"validation_data": validation_data}
+        if data is not None:
+            instead[_source_key(config, overrides)] = data
+        in_place = {key: rows for key, rows in found.items() if key not in instead}
+        return cls(config, overrides, in_place, instead, own_metrics)
+
+    def load(self, *, resume: bool) -> MethodConfig:
+        """The config with the rows written into its run's folder; nothing is written beside another run."""
+        if not self.in_place and not self.instead:
+            return self._loaded({}, self.config, check_files=True)
+        first: Any = self._loaded({key: f"{key}.jsonl" for key in self.instead}, self.config, check_files=False)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("data: rows of a program are written by one process; got several; write a file and name it")
+        for run in run_folders(first):
+            refuse_busy(run)
+            if not resume:
+                refuse_started(run)
+        folder, placed = Path(first.data.output_dir) / ROWS, {}
+        there = set(folder.glob("*"))
+        for key, rows in {**self.in_place, **self.instead}.items():
+            if not resume:
+                remove_written(folder, key)
+            placed[key] = written(rows, folder, key)
+        self.added.extend(place for place in placed.values() if place not in there)
+        config = self.config
+        if isinstance(config, Mapping) and self.in_place:
+            section = config["data"]
+            assert isinstance(section, Mapping), "rows were found in it"
+            config = {**config, "data": {**section, **{key: placed[key] for key in self.in_place}}}
+        return self._loaded({key: str(placed[key]) for key in self.instead}, config, check_files=True)
+
+    def _loaded(self, placed: Mapping[str, str], config: WrittenConfig, *, check_files: bool) -> MethodConfig:
+        named = [f"data.{key}={place}" for key, place in placed.items()]
+        words, methods = [*self.overrides, *named], config_classes()
+        return load(config, words, methods, check_files=check_files, own_metrics=self.own_metrics).config
+
+    def forget(self, runs: Sequence[Path]) -> None:
+        """Removes what `load` wrote and no run has taken up: the rows of a run that was refused."""
+        configs = [run / "config.json" for run in runs]
+        kept = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
+        for place in self.added:
+            if not any(place.name in config for config in kept):
+                remove(place)
+                with suppress(OSError):
+                    place.parent.rmdir()
+
+
+def _check_measured(config: Any, own: OwnMetrics) -> None:
+    """Raises `UserError` where the metrics would never be measured."""
+    if own and not config.validates:
+        raise UserError(
+            f"metrics: got {', '.join(own.functions)}, but the config validates nothing; expected validation rows and "
+            'another training.validate_every than "never"'
+        )
+
+
+def _named(callback: Callback) -> OwnFunction:
+    if not callable(callback):
+        raise UserError(f"callbacks: got {callback!r:.80}; expected functions of an event")
+    return OwnFunction(f"callback {name_of(callback)}", callback)
+
+
+def _section(config: type[MethodConfig]) -> type[ReadingSection]:
+    """The class of a method's section `data`."""
+    section = config.model_fields["data"].annotation
+    assert isinstance(section, type), "data is a section"
+    assert issubclass(section, ReadingSection), "every method reads rows"
+    return section
+
+
+def _source_key(config: WrittenConfig, overrides: Sequence[str]) -> str:
+    """The key by which a config names its rows to train on; the method's own where it names none."""
+    found, root = method_config_class(config, overrides, config_classes())
+    keys = _section(found).source_keys
+    nodes = {key: find(root, ("data", key)) for key in keys}
+    named = [key for key, node in nodes.items() if isinstance(node, ScalarNode) and node.value is not None]
+    return named[0] if named else keys[0]

@@ -6,11 +6,10 @@ at import, and the same said to those that are imported already; what the user h
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 
-from loopos.models.quiet import VERBOSE
+from loopos.models.quiet import silence_imported
+from loopos.storage.hub import VERBOSE
 
 SILENCE = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -19,8 +18,6 @@ SILENCE = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
 }
-# torchao, where it is installed, is imported with transformers, and tells of every kernel of another machine.
-_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 def hush_libraries(*, verbose: bool) -> None:
@@ -30,15 +27,4 @@ def hush_libraries(*, verbose: bool) -> None:
         return
     for name, value in SILENCE.items():
         os.environ.setdefault(name, value)
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if "transformers" in sys.modules:
-        from transformers.utils import logging as of_transformers
-
-        of_transformers.set_verbosity_error()  # type: ignore[no-untyped-call]
-        of_transformers.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if "datasets" in sys.modules:
-        import datasets
-
-        datasets.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
+    silence_imported()

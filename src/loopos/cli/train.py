@@ -28,7 +28,9 @@ from loopos.data.row_check import check_rows
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
+    from loopos.evaluation.own_metrics import OwnMetrics
     from loopos.evaluation.run_folder import Run
+    from loopos.training.callbacks import Callbacks
     from loopos.training.fit_result import FitResult
 
 
@@ -116,24 +118,32 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     return launch(["train", str(path), *overrides, *options.words()], options.num_processes)
 
 
-def train(config: Any, options: TrainOptions) -> FitResult:
-    """Runs the config's method to its end."""
+def train(
+    config: Any, options: TrainOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
+) -> FitResult:
+    """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
     with kept_for_training():
         check_rows(config)
         trainer_class = method_class(config.computation.mode, config.computation.method)
+        from loopos.evaluation.own_metrics import OwnMetrics
+        from loopos.training.callbacks import Callbacks
         from loopos.training.precision import pick_device, resolve
         from loopos.training.progress import RunProgress
 
+        callbacks = callbacks or Callbacks()
         # Before the weights are read.
         resolve(config.training.precision, pick_device(config.training.device))
-
         trainer = trainer_class(
             config,
             progress=RunProgress(quiet=options.quiet or not is_first_process()),
             trust_remote_code=options.trust_remote_code,
             environment=settings_in_force(),
+            callbacks=callbacks,
+            metrics=metrics or OwnMetrics(),
         )
-        return trainer.train(resume=options.resume)
+        result = trainer.train(resume=options.resume)
+    callbacks.raise_failure("the run is finished")
+    return result
 
 
 def run_folders(config: Any) -> list[Path]:

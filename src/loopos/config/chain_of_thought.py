@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Count, Place, Section, Text
+from loopos.config.keys import BUILT_IN_METRICS, Count, Place, Section, Text
 from loopos.config.language_sections import (
     LANGUAGE_METRICS,
     LanguageModelSection,
@@ -82,6 +82,9 @@ class StepFormatSection(Section):
 
 class ReasoningDataSection(TextSourceSection):
     """Where the weights and the demonstrations come from, how they are read, and where the run goes."""
+
+    source_keys: ClassVar[tuple[str, ...]] = ("reasoning_examples", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("reasoning_examples", "training_data", "validation_data")
 
     pretrained_weights: Place = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
@@ -284,7 +287,7 @@ def _check_metrics(config: ChainOfThoughtConfig) -> Iterator[Finding]:
     if stopping is not None:
         named["training.early_stopping.metric"] = stopping.metric
     for field, metric in named.items():
-        if metric is not None and metric not in LANGUAGE_METRICS:
+        if metric in BUILT_IN_METRICS - set(LANGUAGE_METRICS):
             yield Finding((field,), f'"{metric}"', f"one of {', '.join(LANGUAGE_METRICS)}")
         elif metric == "accuracy" and config.validates and not always:
             given = '"accuracy", which not every validation measures'

@@ -15,7 +15,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import METRICS, Metric
+from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
 from loopos.config.paths import (
     check_output_folder,
     check_rows,
@@ -148,6 +148,6 @@ def _check_metrics(config: FineTuningConfig) -> Iterator[Finding]:
     if stopping is not None:
         named["training.early_stopping.metric"] = stopping.metric
     for field, metric in named.items():
-        if task is not None and metric is not None and metric not in METRICS[task]:
+        if task is not None and metric in BUILT_IN_METRICS - set(METRICS[task]):
             allowed = ", ".join(METRICS[task])
             yield Finding((field, "model.task"), f'"{metric}" with task {task}', f"one of {allowed}")

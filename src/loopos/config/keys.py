@@ -7,9 +7,20 @@ a whole number is not taken from true, "16" or 16.0. Left out: the keys themselv
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 
 from loopos.config.paths import expanded
 
@@ -23,7 +34,7 @@ Schedule: TypeAlias = Literal[
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Trainable: TypeAlias = Literal["all", "head", "lora"]
 Role: TypeAlias = Literal["text", "text_pair", "label"]
-Metric: TypeAlias = Literal[
+BuiltInMetric: TypeAlias = Literal[
     "loss",
     "accuracy",
     "macro_f1",
@@ -39,7 +50,26 @@ Metric: TypeAlias = Literal[
     "spearman",
 ]
 
-METRICS: dict[Task, tuple[Metric, ...]] = {
+
+OWN_METRICS = "own_metrics"
+"""Key of the context of validation: the names of the metrics that a Python program brings along."""
+
+
+def _or_own(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    """The name of such a metric as it is; anything else for the type to judge."""
+    own = (info.context or {}).get(OWN_METRICS, ())
+    return value if isinstance(value, str) and value in own else handler(value)
+
+
+MAY_BE_OWN = WrapValidator(_or_own)
+AS_IT_IS = PlainSerializer(lambda value: value)
+"""A name outside the literals is written without a warning."""
+
+Metric: TypeAlias = Annotated[BuiltInMetric, MAY_BE_OWN, AS_IT_IS]
+
+BUILT_IN_METRICS: frozenset[str] = frozenset(get_args(BuiltInMetric))
+
+METRICS: dict[Task, tuple[BuiltInMetric, ...]] = {
     "classification": ("loss", "accuracy", "macro_f1", "micro_f1", "auroc", "log_loss", "ece"),
     "multi_label": ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "log_loss"),
     "regression": ("loss", "mae", "rmse", "r2", "pearson", "spearman"),

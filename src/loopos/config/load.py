@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import ValidationError
 
 from loopos.config.faults import ConfigError, Fault, Finding
 from loopos.config.foreign_configs import tool_of, translated
-from loopos.config.keys import ALSO_UNDER_DATA
+from loopos.config.keys import ALSO_UNDER_DATA, OWN_METRICS
 from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
 from loopos.config.other_tools import METHOD_ALIASES, method_advice
 from loopos.config.paths import expanded
@@ -54,32 +55,54 @@ def load(
     methods: Methods,
     *,
     check_files: bool = True,
+    own_metrics: Collection[str] = (),
 ) -> LoadedConfig:
     """Read, override and check a config: a file, or its sections as a mapping.
 
     `methods` gives the config class of each (mode, method). With `check_files` false, files that the config names need
-    not be there (a finished run is opened without its training data). Raises `ConfigError` with every fault, by line,
-    those of the command line last.
+    not be there (a finished run is opened without its training data). own_metrics: names that metrics may have beside
+    ours. Raises `ConfigError` with every fault, by line, those of the command line last.
     """
     assert methods, "a table of methods has at least one row"
-    source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
-    tool = tool_of(source.root)
-    if tool is not None:
-        sentence = f"a config of {tool}, which LoopOS does not read"
-        raise ConfigError([Fault(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
-    root = without_entry(apply_overrides(source.root, overrides), "$schema")
-    root, alias_notes = _with_own_method(root)
+    source, root, alias_notes = _read(path, overrides)
     root, renamed, faults = _moved_to_training(root)
     row, method_faults = _choose(root, methods)
     faults.extend(method_faults)
     if row is None:
         raise ConfigError(_by_line(faults))
-    config, found = _validated(methods[row], root, renamed, {fault.field for fault in faults}, check_files)
+    known = {fault.field for fault in faults}
+    config, found = _validated(methods[row], root, renamed, known, check_files, {OWN_METRICS: own_metrics})
     faults.extend(found)
     if faults:
         raise ConfigError(_by_line(faults))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, [*alias_notes, *config.notes()])
+
+
+def method_config_class(
+    path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str], methods: Methods
+) -> tuple[type[MethodConfig], MappingNode]:
+    """The config class of the method that a config names, and its tree with the overrides; keys are not checked.
+    Raises `ConfigError` where the file cannot be read or names no method.
+    """
+    _, root, _ = _read(path, overrides)
+    row, faults = _choose(root, methods)
+    if row is None:
+        raise ConfigError(_by_line(faults))
+    return methods[row], root
+
+
+def _read(
+    path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]
+) -> tuple[Source, MappingNode, list[str]]:
+    """A config's source, its tree with the overrides, and the note where its method has another name."""
+    source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
+    tool = tool_of(source.root)
+    if tool is not None:
+        sentence = f"a config of {tool}, which LoopOS does not read"
+        raise ConfigError([Fault(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
+    root, notes = _with_own_method(without_entry(apply_overrides(source.root, overrides), "$schema"))
+    return source, root, notes
 
 
 def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
@@ -209,6 +232,7 @@ def _validated(
     renamed: Mapping[str, str],
     told: set[str],
     check_files: bool,
+    context: Mapping[str, Any] | None = None,
 ) -> tuple[MethodConfig | None, list[Fault]]:
     """The config, if its shape is valid, and all faults; `told` are fields whose fault is known already."""
     values = plain(root)
@@ -217,14 +241,14 @@ def _validated(
     faulty: set[str] = set(told)
     config: MethodConfig | None = None
     try:
-        config = config_class.model_validate(values)
+        config = config_class.model_validate(values, context=context)
         whole: MethodConfig | None = config
     except ValidationError as error:
         schema = _schema_of(config_class)
         described = faults_of(error, root, schema, renamed)
         faults.extend(fault for path, fault in described if fault.field not in told)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
-        whole = _repaired(config_class, values, schema)
+        whole = _repaired(config_class, values, schema, context)
     if whole is not None:
         findings = [*whole.check(), *(whole.check_files() if check_files else ())]
         faults.extend(_placed(findings, root, faulty, renamed))
@@ -236,7 +260,9 @@ def _schema_of(config_class: type[MethodConfig]) -> Schema:
     return config_class.model_json_schema()
 
 
-def _repaired(config_class: type[MethodConfig], values: dict[str, Plain], schema: Schema) -> MethodConfig | None:
+def _repaired(
+    config_class: type[MethodConfig], values: dict[str, Plain], schema: Schema, context: Mapping[str, Any] | None
+) -> MethodConfig | None:
     """A valid config from the valid values alone, so that the checks of several keys can run too.
 
     Faulty keys take their defaults, missing ones a stand-in; what was found through either is not reported.
@@ -244,7 +270,7 @@ def _repaired(config_class: type[MethodConfig], values: dict[str, Plain], schema
     values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
     for _ in range(_MOST_REPAIRS):
         try:
-            return config_class.model_validate(values)
+            return config_class.model_validate(values, context=context)
         except ValidationError as error:
             details = error.errors(include_url=False, include_context=False, include_input=False)
         for detail in details:

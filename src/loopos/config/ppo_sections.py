@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from loopos.config.keys import Count, Place, Schedule, Section, Share, Text
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Place, Schedule, Section, Share, Text
 from loopos.config.language_sections import LanguageTrainingSection
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection
@@ -21,7 +21,7 @@ FunctionName: TypeAlias = Annotated[
 ]
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 AboveZero: TypeAlias = Annotated[float, Field(gt=0)]
-PolicyMetric: TypeAlias = Literal["reward"]
+PolicyMetric: TypeAlias = Annotated[Literal["reward"], MAY_BE_OWN, AS_IT_IS]
 """What a policy in training can be judged by: the mean score of its answers to the validation prompts."""
 ZeroOrMore: TypeAlias = Annotated[float, Field(ge=0)]
 
@@ -154,6 +154,9 @@ class PpoRewardSection(Section):
 
 class PpoDataSection(PreferenceTextSection):
     """Where policy, reward model and prompts come from, how prompts are read, and where the run goes."""
+
+    source_keys: ClassVar[tuple[str, ...]] = ("prompts", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("prompts", "training_data", "validation_data")
 
     plain_lines: ClassVar[str | None] = "prompt"
 

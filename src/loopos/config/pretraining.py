@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ _WEIGHT_FILES = (".bin", ".safetensors")
 
 class PretrainingDataSection(TextSourceSection):
     """Where the text comes from, where the run goes, and where the weights go."""
+
+    source_keys: ClassVar[tuple[str, ...]] = ("input_file", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("input_file", "training_data", "validation_data")
 
     input_file: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the text to train on'

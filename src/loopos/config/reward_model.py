@@ -7,14 +7,14 @@ and for missing files. Left out: what only the data or the weights can tell.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import Finding
-from loopos.config.keys import Place
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Place
 from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
 from loopos.config.preferences import (
     PreferenceTextSection,
@@ -27,7 +27,7 @@ from loopos.config.sections import ComputationSection, EarlyStoppingSection, Met
 
 EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
 EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."
-RewardMetric: TypeAlias = Literal["loss", "pair_accuracy"]
+RewardMetric: TypeAlias = Annotated[Literal["loss", "pair_accuracy"], MAY_BE_OWN, AS_IT_IS]
 """What a reward model in training can be judged by: the loss of the pairs (nats), and the share of them whose better
 response has the higher score."""
 
@@ -54,6 +54,9 @@ class RewardTrainingSection(LanguageTrainingSection):
 
 class PreferenceDataSection(PreferenceTextSection):
     """Where the weights and the preferences come from, how they are read, and where the run goes."""
+
+    source_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data")
+    row_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data", "validation_data")
 
     preference_data: Place | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'

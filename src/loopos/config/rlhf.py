@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -55,6 +56,8 @@ _NAMES_IN_REWARD_MODEL = {"training.": "reward_training."}
 class RlhfDataSection(PreferenceDataSection):
     """Where the weights, the preferences and the prompts come from, how they are read, and where the run goes."""
 
+    row_keys: ClassVar[tuple[str, ...]] = (*PreferenceDataSection.row_keys, "prompts")
+
     prompts: Place | None = Field(
         default=None,
         description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences when '
@@ -98,6 +101,11 @@ class RlhfConfig(MethodConfig):
     def reward_model_dir(self) -> str:
         """The folder of the first phase's run."""
         return os.path.join(self.data.output_dir, "reward_model")
+
+    @property
+    def validates(self) -> bool:
+        """Whether the second phase ever validates."""
+        return self.ppo_config().validates
 
     def reward_model_config(self) -> RewardModelConfig:
         """The config of the first phase."""

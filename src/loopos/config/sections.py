@@ -229,6 +229,12 @@ class ReadingSection(Section):
     plain_lines: ClassVar[str | None] = None
     """The role of a line where a .txt file that is no table has one row a line; None where it is refused."""
 
+    source_keys: ClassVar[tuple[str, ...]] = ("training_data",)
+    """The keys that may name the rows to train on, the method's own first."""
+
+    row_keys: ClassVar[tuple[str, ...]] = ("training_data", "validation_data")
+    """All keys that name rows."""
+
     encoding: Text | None = Field(
         default=None,
         description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',

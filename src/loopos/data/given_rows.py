@@ -1,17 +1,26 @@
 """Rows that a Python program holds → a source that `rows.read` opens.
 
 Enters: dicts, a pandas DataFrame or a `datasets.Dataset`, and a folder. Leaves: a JSON Lines file, or the data set's
-own folder, whose names of classes stay. Left out: what the columns mean.
+own folder, whose names of classes stay. The name holds a digest of the rows: other rows have another name, and the same
+rows are written once. Left out: what the columns mean.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from loopos.config.faults import DataError, Fault
+from loopos.storage.durable import disk_full_said, write_whole
+from loopos.storage.hub import quiet_datasets
+from loopos.storage.whole_folder import remove, whole_folder
+
+_DIGITS = 12
+_BATCH = 1000
 
 
 @runtime_checkable
@@ -31,29 +40,61 @@ class Frame(Protocol):
 GivenRows: TypeAlias = Iterable[Mapping[str, object]] | SavesItself | Frame
 
 
-def written(rows: GivenRows, folder: Path, name: str) -> str:
-    """Writes the rows under `name` in `folder`, over what is there by that name, and returns the source. Raises
-    `DataError` for a row that is no mapping or that JSON cannot hold.
+def are_rows(value: object) -> bool:
+    """Whether the value of a config's key that names rows is rows, and not the name of a source."""
+    return value is not None and not isinstance(value, str | os.PathLike | bool | int | float)
+
+
+def written(rows: object, folder: Path, name: str) -> Path:
+    """Writes the rows into `folder` under `name` and their digest, where they are not there yet, and returns the
+    source. Raises `DataError` for a row that is no mapping or that JSON cannot hold, `DiskFull`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(rows, Mapping):
+        splits = ", ".join(map(str, list(rows)[:5]))
+        got = f"a {type(rows).__name__} with the keys {splits}"
+        raise DataError([Fault(name, None, None, "", got, "rows: a list of dicts, a DataFrame or a Dataset")])
     if isinstance(rows, SavesItself):
-        rows.save_to_disk(str(folder / name))
-        return str(folder / name)
-    file = folder / f"{name}.jsonl"
+        return _written_dataset(rows, folder, name)
     if isinstance(rows, Frame):
-        rows.to_json(file, orient="records", lines=True, force_ascii=False)
-        return str(file)
-    lines = [_line(row, number, name) for number, row in enumerate(rows)]
-    file.write_text("".join(lines), encoding="utf-8")
-    return str(file)
+        content = str(rows.to_json(None, orient="records", lines=True, force_ascii=False)).encode()
+    elif isinstance(rows, Iterable):
+        content = b"".join(_line(row, number, name) for number, row in enumerate(rows))
+    else:
+        got = f"{type(rows).__name__} {rows!r:.80}"
+        raise DataError([Fault(name, None, None, "", got, "rows: a list of dicts, a DataFrame or a Dataset")])
+    file = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:_DIGITS]}.jsonl"
+    if not file.exists():
+        with disk_full_said(folder, len(content), "the rows"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, content)
+    return file
 
 
-def _line(row: object, number: int, name: str) -> str:
+def remove_written(folder: Path, name: str) -> None:
+    """Removes what `written` left under `name`."""
+    for place in folder.glob(f"{name}-{'?' * _DIGITS}*"):
+        remove(place)
+
+
+def _written_dataset(rows: Any, folder: Path, name: str) -> Path:
+    digest = hashlib.sha256(repr(rows.features).encode())
+    for table in rows.with_format("arrow").iter(batch_size=_BATCH):
+        digest.update(json.dumps(table.to_pylist(), default=repr).encode())
+    place = folder / f"{name}-{digest.hexdigest()[:_DIGITS]}"
+    if not place.exists():
+        with disk_full_said(folder, 1, "the rows"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_folder(place) as partial, quiet_datasets():
+                rows.save_to_disk(str(partial))
+    return place
+
+
+def _line(row: object, number: int, name: str) -> bytes:
     if not isinstance(row, Mapping):
         got = f"{type(row).__name__} {row!r:.80}"
         raise DataError([Fault(f"{name} (row {number})", None, None, "", got, "a dict of column to value")])
     try:
-        return json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+        return (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         sentence = f"a value that JSON does not hold: {error}"
         raise DataError([Fault(f"{name} (row {number})", None, None, "", sentence, "")]) from error

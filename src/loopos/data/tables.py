@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
 from loopos.data.unpacking import require_regular
-from loopos.storage.hub import why_unreachable
+from loopos.storage.hub import quiet_datasets, why_unreachable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -98,7 +98,8 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
             with pyarrow.memory_map(str(file)) as memory:
                 for batch in _arrow_batches(memory)[1]:
                     batch.validate(full=True)
-        table = datasets.load_from_disk(folder)
+        with quiet_datasets():
+            table = datasets.load_from_disk(folder)
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
             raise file_error(
@@ -125,7 +126,8 @@ def hub_records(
 
     failures = (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
     try:
-        table = datasets.load_dataset(name, name=subset, split=split, streaming=streaming)
+        with quiet_datasets():
+            table = datasets.load_dataset(name, name=subset, split=split, streaming=streaming)
         yield from _dataset_records(table, name, columns, report)
     except failures as error:
         wanted = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")

@@ -154,10 +154,11 @@ def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
     """Why the last session ended, in words; "still running, or killed" where the log does not say."""
     settings: Mapping[str, Any] = config.get("training", {})
     session: Mapping[str, Any] = {}
-    stopped_by = None
+    stopped_by, callback = None, "a callback"
     for event in reversed(events):
         if event["event"] == "end" and stopped_by is None:
             stopped_by = str(event["metrics"]["stopped_by"])
+            callback = str(event["metrics"].get("callback", callback))
         if event["event"] == "session":
             session = event["metrics"]
             break
@@ -178,6 +179,10 @@ def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
             alarms = [event["metrics"] for event in events if event["event"] == "alarm"]
             alarm = alarms[-1].get("message") or alarms[-1]["name"] if alarms else "an alarm"
             return f"stopped by a guard: {alarm}"
+        case "callback":
+            return f"stopped by {callback}"
+        case "callback error":
+            return f"stopped by an error in {callback}"
         case "SIGINT":
             return "interrupted by Ctrl-C"
         case _:

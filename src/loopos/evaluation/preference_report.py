@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph
 from loopos.evaluation.markdown import shown
+from loopos.evaluation.metrics import Floats
 from loopos.evaluation.preference_metrics import margin_buckets, preference_metrics, reliability
 
 Scores = Sequence[Sequence[Sequence[float]]]
@@ -43,6 +46,14 @@ def measured(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, flo
         better_lengths=pairs.better_lengths,
         worse_lengths=pairs.worse_lengths,
     )
+
+
+def preferred_scores(rows: Sequence[EncodedComparison], scores: Scores) -> tuple[Floats, Floats]:
+    """Scores `[P]` of the preferred response of each pair and of the other one."""
+    pairs = _pairs(rows, scores)
+    better, worse = numpy.array(pairs.better), numpy.array(pairs.worse)
+    is_turned = numpy.array(pairs.probabilities) < 0.5
+    return numpy.where(is_turned, worse, better), numpy.where(is_turned, better, worse)
 
 
 def buckets_told(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, Any]:

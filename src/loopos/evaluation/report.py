@@ -88,19 +88,21 @@ def metric_names(events: Sequence[Event]) -> list[str]:
 def _against_start(run: Run, validations: Sequence[Event]) -> Grid:
     """Every metric before training, at its best after it, and of the weights that are exported."""
     rows = []
+    sessions = [event["metrics"] for event in run.events if event["event"] == "session"]
+    directions = {**_DIRECTIONS, **(sessions[-1].get("own_metrics", {}) if sessions else {})}
     before, exported = run.outcome.start, run.outcome.exported
     after = [event for event in validations if event["step"] != 0]
     for name in metric_names(validations):
         finite = [point for point in _series(after, name) if math.isfinite(point[1])]
         best = ("", "")
-        if name in _DIRECTIONS and finite:
-            choose = min if _DIRECTIONS[name] == "min" else max
+        if name in directions and finite:
+            choose = min if directions[name] == "min" else max
             step, value = choose(finite, key=lambda point: point[1])
             best = (figure(value), str(step))
         first = number(before.metrics.get(name)) if before is not None else None
         chosen = number(exported.metrics.get(name)) if exported is not None else None
         decides = " (decides)" if name == run.outcome.metric else ""
-        rows.append((f"{name}{decides}", _DIRECTIONS.get(name, ""), _cell(first), *best, _cell(chosen)))
+        rows.append((f"{name}{decides}", directions.get(name, ""), _cell(first), *best, _cell(chosen)))
     step_told = "" if exported is None else f", step {exported.step}"
     head = ("metric", "better", "before training", "best after", "at step", f"exported{step_told}")
     return Grid(head, rows, numbers=range(2, 6))

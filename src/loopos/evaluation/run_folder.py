@@ -65,6 +65,8 @@ class Run:
             # Whoever ends in order lets go of the folder; what is left of a lock tells that its process could not.
             return "running" if lock.is_held else "killed"
         if self.ended_by is not None:
+            if self.ended_by == "callback error":
+                return "failed"
             return "interrupted" if self.ended_by.startswith("SIG") else "finished"
         keeps_settings = any("settings" in event["metrics"] for event in self._of("session"))
         return "failed" if keeps_settings else "unknown"

@@ -32,6 +32,7 @@ from loopos.data.tokens import Encoded, longest
 from loopos.evaluation.answer_check import AnswerCheck, chats_of
 from loopos.evaluation.found_chains import find_chains
 from loopos.evaluation.metrics import METRIC_DIRECTION
+from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
@@ -40,6 +41,7 @@ from loopos.models.language_folder import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
+from loopos.training.callbacks import CALLBACK, Callbacks, kept_random_states
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
@@ -61,7 +63,7 @@ from loopos.training.validation import Validation, best_of
 class ChainOfThought:
     """Teaches a language model to reason in steps: `ChainOfThought(config).train()`.
 
-    `environment`: settings of the process, by name, for the log.
+    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions.
     """
 
     config: ChainOfThoughtConfig
@@ -69,6 +71,8 @@ class ChainOfThought:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    metrics: OwnMetrics = field(default_factory=OwnMetrics)
     world: World = field(default=World(), init=False)
 
     @property
@@ -87,12 +91,16 @@ class ChainOfThought:
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
             rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0
-            while not results[-1].interrupted and len(results) <= rounds:
+            while not self._is_over(results[-1]) and len(results) <= rounds:
                 results.append(self.improve(len(results), resume=resume))
             if not results[-1].interrupted:
                 self.export(results)
             self.world.wait()
         return results[-1]
+
+    def _is_over(self, result: FitResult) -> bool:
+        """Whether no round follows: a signal or a callback has ended the run."""
+        return result.interrupted or result.stopped_by == CALLBACK
 
     def load_data(self) -> Pretrained:
         """Reads the rows, loads the model, and tokenises by its template; says what was decided."""
@@ -182,6 +190,7 @@ class ChainOfThought:
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
+            callbacks=self.callbacks,
             world=world,
             identity=of_reasoning(self.config, rows, self.encoder, base=self.base),
             facts=self._facts(),
@@ -206,9 +215,14 @@ class ChainOfThought:
                 "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
                 "problem and answer, or the metric loss"
             )
-        directions, rows = METRIC_DIRECTION, rows_digest(self.validation_rows)
-        num_rows = len(self.validation_rows)
-        return Validation(self.validate, metric, directions[metric], watched, directions[watched], num_rows, rows)
+        if self.metrics and not self.problems and not self.chats:
+            raise UserError(
+                "metrics: no validation row asks for an answer; expected problems or chats among the validation rows, "
+                "and evaluation.problems or evaluation.samples above 0"
+            )
+        directions = [self.metrics.direction(name, METRIC_DIRECTION) for name in (metric, watched)]
+        num_rows, rows, own = len(self.validation_rows), rows_digest(self.validation_rows), self.metrics.directions
+        return Validation(self.validate, metric, directions[0], watched, directions[1], num_rows, rows, own)
 
     def validate(self) -> dict[str, float]:
         """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and
@@ -222,7 +236,11 @@ class ChainOfThought:
             metrics, records = self.check.validate(self.problems, self.chats, world.share, world.gather_shares)
         if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
-        return {"loss": loss, **metrics}
+        answers = [record["answer"] if "answer" in record else record["response"] for record in records]
+        references = [record["wanted"] if "wanted" in record else record["reference"] for record in records]
+        metrics = {"loss": loss, **metrics}
+        with kept_random_states():
+            return self.metrics.added(metrics, answers, references, is_first=world.is_first, gather=world.gather)
 
     def _generates_now(self) -> bool:
         """Counted by the step, so that a resumed run generates at the same validations."""
@@ -276,7 +294,7 @@ class ChainOfThought:
             self.build_model(self._load_pretrained())
         folder, which = self._folder_of(number), number if len(results) > 1 else None
         take = (self.trained, folder, settings, results[number], self.world, self.progress)
-        take_chosen(*take, of_round=which, whole_run=self.run_dir)
+        take_chosen(*take, callbacks=self.callbacks, of_round=which, whole_run=self.run_dir)
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())

@@ -16,6 +16,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from loopos.config.begun import as_begun
@@ -29,6 +30,7 @@ from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
+from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
@@ -39,6 +41,7 @@ from loopos.models.native_classifier import default_pooling
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
+from loopos.training.callbacks import Callbacks, kept_random_states
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
@@ -61,7 +64,7 @@ _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regres
 class FineTuner:
     """Adapts a pretrained language model to a task: `FineTuner(config).train()`.
 
-    `environment`: settings of the process, by name, for the log.
+    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions.
     """
 
     config: FineTuningConfig
@@ -69,6 +72,8 @@ class FineTuner:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    metrics: OwnMetrics = field(default_factory=OwnMetrics)
     world: World = field(default=World(), init=False)
 
     @property
@@ -179,6 +184,7 @@ class FineTuner:
             objective=with_router_loss(self.objective(), self.backbone, settings.router_aux_loss),
             validation=self._validation(world) if self.config.validates and self.validation_rows else None,
             progress=self.progress,
+            callbacks=self.callbacks,
             world=world,
             identity=of_task(
                 self.config,
@@ -214,7 +220,7 @@ class FineTuner:
         metric = settings.metric or _MAIN_METRIC[self.data.space.task]
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
-        directions = METRIC_DIRECTION[metric], METRIC_DIRECTION[watched]
+        directions = [self.metrics.direction(name, METRIC_DIRECTION) for name in (metric, watched)]
         return Validation(
             lambda: self.validate(world),
             metric,
@@ -223,14 +229,18 @@ class FineTuner:
             directions[1],
             len(self.validation_rows),
             rows_digest(self.validation_rows, self.targets.validation),
+            self.metrics.directions,
         )
 
     def validate(self, world: World = World()) -> dict[str, float]:
         """Loss and metrics on the validation rows. Raises `NonFiniteOutputs`."""
         outputs = self._validation_outputs(world)
         threshold, told = self.config.model.multi_label_threshold, self.data.validation_targets
-        metrics = measure(self.data.space.task, self._meaning(outputs), told, threshold=threshold)
-        return {"loss": self.objective().mean_of(outputs, self.targets.validation), **metrics}
+        meaning = self._meaning(outputs)
+        metrics = measure(self.data.space.task, meaning, told, threshold=threshold)
+        metrics = {"loss": self.objective().mean_of(outputs, self.targets.validation), **metrics}
+        with kept_random_states():
+            return self.metrics.added(metrics, meaning, np.array(told), is_first=world.is_first, gather=world.gather)
 
     def _validation_outputs(self, world: World) -> Tensor:
         outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.share[0], world=world.share[1])
@@ -246,7 +256,15 @@ class FineTuner:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
+        take_chosen(
+            self.trained,
+            self.run_dir,
+            self.config.training,
+            self.result,
+            self.world,
+            self.progress,
+            callbacks=self.callbacks,
+        )
         outputs = None
         if self.data.space.task in ("classification", "regression") and self.validation_rows:
             outputs = self._validation_outputs(self.world)
@@ -268,7 +286,7 @@ class FineTuner:
     def _log_predictions(self, outputs: Tensor) -> None:
         """What the exported weights predict for the validation rows, for the report."""
         meaning = self._meaning(outputs)
-        with EventLog(self.run_dir / "events.jsonl") as log:
+        with EventLog(self.run_dir / "events.jsonl", self.callbacks or None) as log:
             if self.data.space.task == "classification":
                 matrix = confusion(meaning, self.targets.validation.tolist())
                 names = list(self.data.space.class_names)

@@ -28,6 +28,7 @@ from loopos.data.preference_encoder import PreferenceEncoder
 from loopos.data.reading import account
 from loopos.data.responses import ResponseBatch
 from loopos.data.tokens import longest
+from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.policy_check import PolicyCheck
 from loopos.evaluation.report import write_report
 from loopos.evaluation.rewards import Rewards, judge_of
@@ -42,6 +43,7 @@ from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, l
 from loopos.models.reward_folder import OpenedReward, check_same_tokens, descriptions_together, open_reward_model
 from loopos.models.roles import Roles, build_roles
 from loopos.storage.durable import disk_full_said
+from loopos.training.callbacks import Callbacks, kept_random_states
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.experience import AdvantageSettings, Experience, experience_of
@@ -66,7 +68,7 @@ from loopos.training.validation import Validation
 class PpoTrainer:
     """Trains a policy on rewards: `PpoTrainer(config).train()`.
 
-    `environment`: settings of the process, by name, for the log.
+    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions.
     """
 
     config: PpoConfig
@@ -74,6 +76,8 @@ class PpoTrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    metrics: OwnMetrics = field(default_factory=OwnMetrics)
     world: World = field(default=World(), init=False)
 
     @property
@@ -197,6 +201,7 @@ class PpoTrainer:
             objective=self.objective,
             validation=self._validation() if self.check is not None else None,
             progress=self.progress,
+            callbacks=self.callbacks,
             world=world,
             identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
             facts=self._facts(plan.iterations),
@@ -260,8 +265,15 @@ class PpoTrainer:
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
-        digest = prompts_digest(self.validation_prompts)
-        return Validation(self.validate, metric, "max", "reward", "max", len(self.validation_prompts), digest)
+        settings, own = self.config.training, self.metrics
+        early = settings.early_stopping
+        named = (settings.metric or "", (early.metric if early is not None else None) or "")
+        # Named or not, the reward is held against the limit of the KL; the user's own metrics are not.
+        decides = named[0] if named[0] in own.functions else metric
+        watched = named[1] if named[1] in own.functions else "reward"
+        directions = [own.direction(name, {metric: "max", "reward": "max"}) for name in (decides, watched)]
+        rows, digest = len(self.validation_prompts), prompts_digest(self.validation_prompts)
+        return Validation(self.validate, decides, directions[0], watched, directions[1], rows, digest, own.directions)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the policy's answers to the validation prompts; what it said goes to samples.jsonl."""
@@ -274,12 +286,18 @@ class PpoTrainer:
         if self.world.is_first:
             write_samples(self.run_dir / "samples.jsonl", step, records)
         self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
-        return metrics
+        responses, prompts = ([record[key] for record in records] for key in ("response", "prompt"))
+        with kept_random_states():
+            return self.metrics.added(
+                metrics, responses, prompts, is_first=self.world.is_first, gather=self.world.gather
+            )
 
     def export(self) -> None:
         """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
         settings, policy = self.config.training, self.roles.actor_critic.policy.causal
-        take_chosen(self.trained, self.run_dir, settings, self.result, self.world, self.progress)
+        take_chosen(
+            self.trained, self.run_dir, settings, self.result, self.world, self.progress, callbacks=self.callbacks
+        )
         if not self.trained.gather():
             return
         lora = settings.lora or LoraSection() if settings.trainable == "lora" else None

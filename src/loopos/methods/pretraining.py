@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loopos.config.begun import as_begun
+from loopos.config.faults import UserError
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import load_corpus
@@ -23,6 +24,7 @@ from loopos.data.corpus_tokens import encode_corpus, train_tokenizer
 from loopos.data.digest import rows_digest
 from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.split import split_off
+from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
 from loopos.models.language_model import LanguageModel
@@ -31,6 +33,7 @@ from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.sources import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
+from loopos.training.callbacks import Callbacks
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
@@ -51,6 +54,7 @@ class Pretrainer:
     """Trains a tokenizer and a language model from nothing: `Pretrainer(config).train()`.
 
     `environment`: settings of the process, by name, for the log. `trust_remote_code`: for `data.tokenizer`.
+    `callbacks`, `metrics`: the user's own functions.
     """
 
     config: PretrainingConfig
@@ -58,6 +62,8 @@ class Pretrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    metrics: OwnMetrics = field(default_factory=OwnMetrics)
     world: World = field(default=World(), init=False)
 
     @property
@@ -151,12 +157,16 @@ class Pretrainer:
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
             validation=self._validation(world) if judged else None,
             progress=self.progress,
+            callbacks=self.callbacks,
             world=world,
             identity=of_text(self.config, self.pieces, self.tokenizer, max_length=self.max_length),
             facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
         )
 
     def _validation(self, world: World) -> Validation:
+        if self.metrics:
+            named = ", ".join(self.metrics.functions)
+            raise UserError(f"metrics: got {named}; expected none: pretraining answers nothing that they could measure")
         rows = rows_digest(self.validation_pieces)
         return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", len(self.validation_pieces), rows)
 
@@ -169,7 +179,15 @@ class Pretrainer:
         """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
         process takes part, and the first one writes.
         """
-        take_chosen(self.trained, self.run_dir, self.config.training, self.result, self.world, self.progress)
+        take_chosen(
+            self.trained,
+            self.run_dir,
+            self.config.training,
+            self.result,
+            self.world,
+            self.progress,
+            callbacks=self.callbacks,
+        )
         if not self.trained.gather():
             return
         place = Path(self.config.data.output_weights)

@@ -28,8 +28,9 @@ from loopos.data.preference_encoder import PreferenceEncoder
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.reading import account
 from loopos.data.tokens import longest
+from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
-from loopos.evaluation.preference_report import buckets_told, measured
+from loopos.evaluation.preference_report import buckets_told, measured, preferred_scores
 from loopos.evaluation.report import write_report
 from loopos.evaluation.reward_scores import Normalisation, comparison_scores
 from loopos.evaluation.run_claim import claim
@@ -41,6 +42,7 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
+from loopos.training.callbacks import Callbacks, kept_random_states
 from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
@@ -61,7 +63,7 @@ from loopos.training.validation import Validation
 class RewardModelTrainer:
     """Learns what people prefer: `RewardModelTrainer(config).train()`.
 
-    `environment`: settings of the process, by name, for the log.
+    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions.
     """
 
     config: RewardModelConfig
@@ -69,6 +71,8 @@ class RewardModelTrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    metrics: OwnMetrics = field(default_factory=OwnMetrics)
     world: World = field(default=World(), init=False)
 
     @property
@@ -181,6 +185,7 @@ class RewardModelTrainer:
             ),
             validation=self._validation() if self.validation_rows else None,
             progress=self.progress,
+            callbacks=self.callbacks,
             world=world,
             identity=of_preferences(self.config, self.train_rows, self.encoder, base=self.pretrained.fingerprint),
             facts=self._facts(),
@@ -202,9 +207,9 @@ class RewardModelTrainer:
         metric = settings.metric or "pair_accuracy"
         early = settings.early_stopping
         watched = (early.metric if early is not None else None) or metric
-        direction, digest = PREFERENCE_METRIC_DIRECTION, comparisons_digest(self.validation_rows)
-        rows = len(self.validation_rows)
-        return Validation(self.validate, metric, direction[metric], watched, direction[watched], rows, digest)
+        directions = [self.metrics.direction(name, PREFERENCE_METRIC_DIRECTION) for name in (metric, watched)]
+        rows, digest, own = len(self.validation_rows), comparisons_digest(self.validation_rows), self.metrics.directions
+        return Validation(self.validate, metric, directions[0], watched, directions[1], rows, digest, own)
 
     def scores(self, examples: list[EncodedComparison]) -> list[list[list[float]]]:
         """Raw scores of every comparison's responses, of all shares together."""
@@ -220,14 +225,19 @@ class RewardModelTrainer:
 
     def validate(self) -> dict[str, float]:
         """The metrics of the validation comparisons."""
-        return measured(self.validation_rows, self.scores(self.validation_rows))
+        rows, scores = self.validation_rows, self.scores(self.validation_rows)
+        metrics, (preferred, other) = measured(rows, scores), preferred_scores(rows, scores)
+        with kept_random_states():
+            return self.metrics.added(metrics, preferred, other, is_first=self.world.is_first, gather=self.world.gather)
 
     def export(self) -> None:
         """Takes the best weights, normalises the scores, and writes the model folder and the report. Raises `DiskFull`;
         the run's checkpoints are whole then.
         """
         settings, heads = self.config.training, self.config.reward.heads
-        take_chosen(self.trained, self.run_dir, settings, self.result, self.world, self.progress)
+        take_chosen(
+            self.trained, self.run_dir, settings, self.result, self.world, self.progress, callbacks=self.callbacks
+        )
         normalisation = Normalisation.none(heads)
         if self.config.reward.normalise:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
@@ -240,7 +250,7 @@ class RewardModelTrainer:
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
             if validation:
-                with EventLog(self.run_dir / "events.jsonl") as log:
+                with EventLog(self.run_dir / "events.jsonl", self.callbacks or None) as log:
                     tables = buckets_told(self.validation_rows, validation)
                     log.write("preferences", step=None, metrics=tables, timing={})
             backbone = self.model.backbone.model

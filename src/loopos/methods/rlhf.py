@@ -16,10 +16,12 @@ from pathlib import Path
 
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.rlhf import RlhfConfig
+from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.generation.rollouts.opening import check_installed
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.storage.folder_lock import only_writer
+from loopos.training.callbacks import CALLBACK, Callbacks
 from loopos.training.fit_result import FitResult
 from loopos.training.progress import RunProgress
 
@@ -28,7 +30,8 @@ from loopos.training.progress import RunProgress
 class ReinforcementTrainer:
     """Both phases, one after the other: `ReinforcementTrainer(config).train()`.
 
-    `environment`: settings of the process, by name, for the log.
+    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions;
+    metrics are of the second phase.
     """
 
     config: RlhfConfig
@@ -36,10 +39,12 @@ class ReinforcementTrainer:
     progress: RunProgress = field(default_factory=RunProgress)
     trust_remote_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    metrics: OwnMetrics = field(default_factory=OwnMetrics)
 
     def train(self, *, resume: bool = False) -> FitResult:
-        """The result of the second phase, or of the first where a signal ended it. With `resume` a first phase that is
-        done is not run again. Raises `UserError` for a mistake of the user's.
+        """The result of the second phase, or of the first where a signal or a callback ended it. With `resume` a first
+        phase that is done is not run again. Raises `UserError` for a mistake of the user's.
         """
         check_installed(self.config.rollout)
         # Both phases hold the folder between them too; the first process of several does, as in each phase.
@@ -59,9 +64,10 @@ class ReinforcementTrainer:
                 progress=self.progress,
                 trust_remote_code=self.trust_remote_code,
                 environment=self.environment,
+                callbacks=self.callbacks,
             )
             result = phase.train(resume=resume)
-            if result.interrupted:
+            if result.interrupted or result.stopped_by == CALLBACK:
                 return result
         self.progress.say("phase 2 of 2: policy")
         policy = PpoTrainer(
@@ -69,5 +75,7 @@ class ReinforcementTrainer:
             progress=self.progress,
             trust_remote_code=self.trust_remote_code,
             environment=self.environment,
+            callbacks=self.callbacks,
+            metrics=self.metrics,
         )
         return policy.train(resume=resume)

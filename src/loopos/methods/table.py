@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from loopos.config.sections import MethodConfig
+    from loopos.evaluation.own_metrics import OwnMetrics
+    from loopos.training.callbacks import Callbacks
     from loopos.training.fit_result import FitResult
     from loopos.training.progress import RunProgress
 
@@ -30,7 +32,14 @@ class MethodClass(Protocol):
     """The class of a method. `config` is of the method's own config class."""
 
     def __call__(
-        self, config: Any, *, progress: RunProgress, trust_remote_code: bool, environment: Mapping[str, str]
+        self,
+        config: Any,
+        *,
+        progress: RunProgress,
+        trust_remote_code: bool,
+        environment: Mapping[str, str],
+        callbacks: Callbacks = ...,
+        metrics: OwnMetrics = ...,
     ) -> Method:
         """A method ready to train."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from loopos.config.faults import EnvironmentFault
 from loopos.models.config_check import MOST_LAYERS
-from loopos.models.quiet import quiet_transformers
+from loopos.models.quiet import quiet_libraries
 from loopos.storage.whole_folder import whole_folder
 
 _VERSION = 2
@@ -59,7 +59,7 @@ def convert(file: Path, folder: Path) -> None:
         import gguf  # noqa: F401
     except ModuleNotFoundError as problem:
         raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
-    with broken_as_user_error(f"{file}: cannot be read as GGUF"), quiet_transformers(bars_of_its_own=True):
+    with broken_as_user_error(f"{file}: cannot be read as GGUF"), quiet_libraries(bars_of_its_own=True):
         said = read_metadata(file)
         _check_layers(said)
         named = _config(file, said)
@@ -73,7 +73,7 @@ def convert(file: Path, folder: Path) -> None:
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
     assert plain.dtype == torch.float32
-    with quiet_transformers():
+    with quiet_libraries():
         plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

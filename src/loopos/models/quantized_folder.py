@@ -31,7 +31,7 @@ from loopos.models.quantized import (
     is_quantized,
     quantized_layers,
 )
-from loopos.models.quiet import quiet_transformers
+from loopos.models.quiet import quiet_libraries
 from loopos.models.weight_files import check_sizes, fill, new_model
 from loopos.storage.tensor_files import check_readable, require_finite, stored_tensors
 
@@ -56,7 +56,7 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
     for name, tensor in model.state_dict().items():
         require_finite(name, tensor)
     if not is_quantized(model):
-        with quiet_transformers():
+        with quiet_libraries():
             model.save_pretrained(folder)
         return
     tensors, first_of = {}, set()

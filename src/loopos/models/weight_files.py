@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from loopos.config.faults import SettingError, UserError
 from loopos.config.paths import NEW_WEIGHTS
 from loopos.models.broken_files import BROKEN, reason_of
-from loopos.models.quiet import quiet_transformers
+from loopos.models.quiet import quiet_libraries
 from loopos.models.sources import WeightsSource
 from loopos.storage.tensor_files import (
     NAMED_WEIGHTS,
@@ -124,7 +124,7 @@ def from_folder(
     if Path(place).is_dir():
         _check_folder(Path(place), config, causal=causal)
     try:
-        with quiet_transformers():
+        with quiet_libraries():
             model, info = opener.from_pretrained(
                 place,
                 config=config,

@@ -2,6 +2,7 @@
 
 Enters: the id of a model or data set. Leaves: nothing, or an error that says why it cannot be had. The libraries would
 try again and again for a minute, each look-up anew; where one try fails they are told to look into their cache only.
+datasets' bars and chatter are switched off from here too, for every room that opens or writes a data set.
 Left out: fetching anything (huggingface_hub, transformers, datasets).
 """
 
@@ -11,10 +12,15 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from loopos.config.faults import SettingError
+
+VERBOSE = "LOOPOS_VERBOSE"
+"""The variable that shows what the libraries print."""
 
 # Connecting and answering each; the name's look-up knows no limit of its own, hence the thread.
 _TIMEOUT_SECONDS = 4.0
@@ -54,6 +60,34 @@ def why_unreachable() -> str | None:
 
         datasets.config.HF_HUB_OFFLINE = True
     return f"{constants.ENDPOINT} cannot be reached ({reason})"
+
+
+def silence_datasets() -> Callable[[], None]:
+    """datasets without bars and chatter; what it returns puts back what was before."""
+    import datasets
+
+    level, shows_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    # With the variable at 0 the user has asked for bars, and no call may turn them off.
+    if turns_off := shows_bars and datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None:
+        datasets.disable_progress_bars()
+
+    def as_before() -> None:
+        datasets.logging.set_verbosity(level)
+        if turns_off:
+            datasets.enable_progress_bars()
+
+    return as_before
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """datasets without bars and chatter, unless the user wants to see everything."""
+    as_before = silence_datasets() if not os.environ.get(VERBOSE) else lambda: None
+    try:
+        yield
+    finally:
+        as_before()
 
 
 def is_cached(name: str, *, kind: Literal["model", "dataset"]) -> bool:

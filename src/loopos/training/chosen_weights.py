@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loopos.config.sections import TrainingSection
 from loopos.storage.durable import JSON
+from loopos.training.callbacks import Callbacks
 from loopos.training.distributed import World
 from loopos.training.events import EventLog
 from loopos.training.fit_result import FitResult
@@ -25,6 +26,7 @@ def take_chosen(
     world: World,
     progress: RunProgress,
     *,
+    callbacks: Callbacks,
     of_round: int | None = None,
     whole_run: Path | None = None,
 ) -> None:
@@ -42,7 +44,7 @@ def take_chosen(
     if whole_run is not None and of_round:
         logs[whole_run] = {"weights": kind, "round": of_round}
     for folder, metrics in logs.items():
-        with EventLog(folder / "events.jsonl") as log:
+        with EventLog(folder / "events.jsonl", callbacks or None) as log:
             log.write("export", step=taken, metrics=metrics, timing={})
 
 

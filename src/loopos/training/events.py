@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -48,11 +48,11 @@ class EventLog:
     """Append-only JSON lines. A line is handed to the system whole, so that a killed process loses none.
 
     Opening drops a torn last line (a power cut or a full disk left it); `torn_bytes` says how many bytes that were.
-    Raises `DiskFull`.
+    watch: called with each event once it is written. Raises `DiskFull`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, watch: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self._watch = path, watch
         with self._disk_full_said(0):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -75,6 +75,8 @@ class EventLog:
             except OSError:
                 os.ftruncate(self._descriptor, start)
                 raise
+        if self._watch is not None:
+            self._watch(json.loads(line))
 
     def offset(self) -> int:
         """Bytes of the log so far, made durable first: what a checkpoint stores for `rewind`. Raises `DiskFull`."""

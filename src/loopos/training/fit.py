@@ -17,6 +17,7 @@ from loopos.config.sections import MethodConfig, TrainingSection
 from loopos.storage.durable import JSON, disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
+from loopos.training.callbacks import CALLBACK_ERROR, Callbacks
 from loopos.training.distributed import World
 from loopos.training.due import Due, falls_due, passes
 from loopos.training.ending import Ending
@@ -59,13 +60,16 @@ class Fit(Generic[BatchT]):
         validation_unit: int = 1,
         carried: Carried | None = None,
         gives_up: Callable[[], str | None] = lambda: None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         """config: of the whole run, for config.json and the log. identity: what the run learns from and what its
         outputs mean; a checkpoint of another identity is refused. facts: what the log records of each session.
         unfreeze: called once, at `training.unfreeze_step`. planned_steps: `num_epochs` × steps an epoch when None;
         planned_end: what has ended after them. validation_unit: steps that `validate_every` counts in. carried: what
-        else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any.
+        else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any. callbacks: see
+        each event, and may end the run.
         """
+        self.callbacks = callbacks or Callbacks()
         self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
         self.update, self.batches = update, batches
         self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
@@ -73,7 +77,7 @@ class Fit(Generic[BatchT]):
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
         self.validation_unit = validation_unit
         self.judges = Judges(validation, settings) if validation is not None else None
-        self.ending = Ending(settings, planned, planned_end, self.judges, world, gives_up)
+        self.ending = Ending(settings, planned, planned_end, self.judges, world, gives_up, self.callbacks)
         self.total_steps = self.ending.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.state = RunState(
@@ -86,7 +90,7 @@ class Fit(Generic[BatchT]):
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
         )
-        self.log = RunLog()
+        self.log = RunLog(self.callbacks)
         self._saved: dict[str, JSON] = {}
         self._save_seconds = 0.0
         self.due = Due(settings)
@@ -145,6 +149,7 @@ class Fit(Generic[BatchT]):
         position = self.position
         if position.step == 0 and self.settings.validate_at_start:
             self._validate_start()
+        self._raise_failure()
         if not position.concluded:
             self._conclude(signals)
         while position.stopped_by is None:
@@ -152,7 +157,14 @@ class Fit(Generic[BatchT]):
             self._conclude(signals)
         self._finish_save()
         self._check_trained()
-        self.record("end", {"stopped_by": position.stopped_by}, {"seconds": position.seconds})
+        ended_by = {} if self.callbacks.label is None else {"callback": self.callbacks.label}
+        self.record("end", {"stopped_by": position.stopped_by, **ended_by}, {"seconds": position.seconds})
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        """Raises the `UserError` of a callback that failed, once the run has ended in order."""
+        state = f"the run ended after step {self.position.step}; {self._last_saved()}; it resumes with resume=True"
+        self.callbacks.raise_failure(state)
 
     def _check_trained(self) -> None:
         """Raises `NonFiniteStep` for a run that is over and has taken no step: its weights are those of the start."""
@@ -222,7 +234,7 @@ class Fit(Generic[BatchT]):
         """All that is due after a step: validate, judge, stop, save."""
         position, settings = self.position, self.settings
         reason = self.ending.reason(position, signals.received)
-        if reason in EXIT_CODES:
+        if reason in EXIT_CODES or reason == CALLBACK_ERROR:
             # There may be seconds left before a kill: the rest is done when the run is resumed.
             position.concluded = False
             self._save(is_best=False)
@@ -232,10 +244,16 @@ class Fit(Generic[BatchT]):
         is_best = validated and self._validate()
         if reason is None and validated and self.judges is not None and self.judges.gives_up:
             reason = "early stopping"
-        position.concluded, position.stopped_by = True, reason
+        if validated:
+            # A callback may answer to the validation.
+            called_off = self.ending.called_off()
+            reason = called_off if called_off == CALLBACK_ERROR else reason or called_off
+        # What a failed callback ended goes on when it is resumed.
+        position.concluded, position.stopped_by = True, None if reason == CALLBACK_ERROR else reason
         is_judged = self.judges is not None
         if reason is not None or self.due.save(position, validated=validated, is_best=is_best, is_judged=is_judged):
             self._save(is_best)
+        position.stopped_by = reason
 
     def _validate_start(self) -> None:
         """Measures what training has to beat; a run resumed from a checkpoint of step 0 knows it already."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loopos.training.callbacks import CALLBACK_ERROR
 from loopos.training.run_state import Position
 from loopos.training.stopping import EXIT_CODES
 from loopos.training.validation import Judges
@@ -15,11 +16,11 @@ from loopos.training.validation import Judges
 
 @dataclass(frozen=True)
 class FitResult:
-    """`stopped_by`: "epochs", "max_iterations", "max_steps", "max_time", "early stopping", "guard", "SIGTERM" or
-    "SIGINT". `best_step`, `best_metric`: of the best validation, None where none beat the start. `best_trained_step`,
-    `best_trained_metric`: of the best validation after the start, better than it or not. `start_metric`: of the
-    validation before the first update; `beat_start`: whether training beat it, None where that is not known. `seconds`:
-    in steps, validations and saves.
+    """`stopped_by`: "epochs", "max_iterations", "max_steps", "max_time", "early stopping", "guard", "callback",
+    "callback error", or the name of a signal. `best_step`, `best_metric`: of the best validation, None where none beat
+    the start. `best_trained_step`, `best_trained_metric`: of the best validation after the start, better than it or
+    not. `start_metric`: of the validation before the first update; `beat_start`: whether training beat it, None where
+    that is not known. `seconds`: in steps, validations and saves.
     """
 
     step: int
@@ -55,5 +56,5 @@ class FitResult:
 
     @property
     def interrupted(self) -> bool:
-        """Ended by a signal: there is more to train, and `--resume` continues."""
-        return self.stopped_by in EXIT_CODES
+        """Ended by a signal, or by a callback that failed: there is more to train, and `--resume` continues."""
+        return self.stopped_by in EXIT_CODES or self.stopped_by == CALLBACK_ERROR

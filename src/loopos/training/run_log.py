@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.storage.durable import JSON
+from loopos.training.callbacks import Callbacks
 from loopos.training.events import RESTORE, EventLog, EventLogError, EventWriter, TensorBoardAdapter, read
 
 _EVENTS, _CONFIG = "events.jsonl", "config.json"
@@ -64,15 +65,18 @@ class WrittenLog:
 
 
 class RunLog:
-    """Opened by `open`; before that, and on other ranks than the first, writing does nothing."""
+    """Opened by `open`; before that, and on other ranks than the first, writing does nothing. callbacks: see each event
+    once it is written.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: Callbacks) -> None:
+        self._callbacks = callbacks
         self._log: EventLog | None = None
         self._writers: list[EventWriter] = []
 
     def open(self, written: WrittenLog, *, tensorboard: bool, resumed_step: int | None) -> None:
         """written: what the log is cut back to. Raises `EventLogError`, `DiskFull`."""
-        self._log = EventLog(written.path)
+        self._log = EventLog(written.path, self._callbacks or None)
         self._writers = [self._log]
         self._log.rewind(written.offset)
         if tensorboard:

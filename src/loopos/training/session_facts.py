@@ -24,13 +24,15 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def session_facts(batches: RowCounts, validation: Validation | None, update: Update, world: World) -> dict[str, JSON]:
-    """`num_rows` (trained on and validated on), `judged_by` (the metric that decides, and its direction), `versions`,
-    `machine`.
+    """`num_rows` (trained on and validated on), `judged_by` (the metric that decides, and its direction),
+    `own_metrics` (their directions, where there are any), `versions`, `machine`.
     """
     rows = {"training": batches.num_rows, "validation": validation.num_rows if validation is not None else None}
     judged: dict[str, JSON] = {}
     if validation is not None:
         judged = {"judged_by": {"metric": validation.metric, "mode": validation.mode}}
+        if validation.own_metrics:
+            judged["own_metrics"] = dict(validation.own_metrics)
     device = next(iter(update.masters.parameters.values())).device
     return {"num_rows": rows, **judged, **about_machine(device, world.size)}
 

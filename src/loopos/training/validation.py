@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loopos.config.sections import TrainingSection
@@ -23,7 +23,7 @@ class Validation:
     """`measure` gives the metrics, `metric` names the one that says what is best, `mode` whether less ("min") or more
     ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule. `num_rows`:
     rows that are measured, for the log. `rows`: a
-    digest of them.
+    digest of them. `own_metrics`: the user's own, with their directions, for the log.
     """
 
     measure: Callable[[], Mapping[str, float]]
@@ -33,6 +33,7 @@ class Validation:
     watched_mode: Literal["min", "max"]
     num_rows: int | None = None
     rows: str = ""
+    own_metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 class Judges:
