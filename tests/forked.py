@@ -12,17 +12,18 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import IO
 
 from tqdm.std import tqdm
 
 
 class Child:
-    """A forked process that does `work`, with these variables added to its environment: exit status 0, or 1 where
-    `work` raised. As a context it is killed and waited for, unless it has ended.
+    """A forked process that does `work`, with these variables added to its environment. Its exit status: 0, what
+    `work` gave to `sys.exit`, or 1 where it raised. As a context it is killed and waited for, unless it has ended.
     """
 
     def __init__(self, work: Callable[[], object], environment: Mapping[str, str] | None = None) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._output, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         self.returncode: int | None = None
         # What the parent holds must not be collected in the child: native objects, such as a session of onnxruntime,
         # wait there for threads that a fork does not copy.
@@ -35,15 +36,18 @@ class Child:
     def _do(self, work: Callable[[], object], environment: Mapping[str, str]) -> None:
         status = 1
         try:
+            os.dup2(self._output.fileno(), 1)
             os.dup2(self._errors.fileno(), 2)
-            sys.stderr = os.fdopen(2, "w", buffering=1)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             os.environ.update(environment)
             # The lock of progress bars is shared with this process's parent: killed with it, it would stop the parent.
             tqdm.set_lock(threading.RLock())
             work()
             status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         finally:
-            if status:
+            if sys.exc_info()[0] is not None:
                 traceback.print_exc(file=sys.stderr)
             os._exit(status)
 
@@ -55,9 +59,12 @@ class Child:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def kill(self) -> None:
+    def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
     def wait(self, until: float | None = None) -> int | None:
         """The exit status, or None where it still works at the moment `until` of the monotonic clock."""
@@ -68,8 +75,12 @@ class Child:
     @property
     def errors(self) -> str:
         """What it has written to stderr."""
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")
+        return _text_of(self._errors)
+
+    @property
+    def output(self) -> str:
+        """What it has written to stdout."""
+        return _text_of(self._output)
 
     def __enter__(self) -> Child:
         return self
@@ -79,4 +90,10 @@ class Child:
     ) -> None:
         self.kill()
         self.wait()
+        self._output.close()
         self._errors.close()
+
+
+def _text_of(file: IO[bytes]) -> str:
+    # The place in the file is the child's too, which may write on.
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
