@@ -20,9 +20,10 @@ def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | No
     """Does `work` in a forked process; kills it after so many seconds. The exit status, or None if killed."""
     with Child(work) as child:
         code = child.wait(None if kill_after is None else time.monotonic() + kill_after)
-        if code is None:
-            child.kill()
-            code = child.wait()
+        if code is not None:
+            return code
+        child.kill()
+        code = child.wait()
     return None if code == -signal.SIGKILL else code
 
 
