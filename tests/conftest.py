@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,40 @@ def few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruning and quantizing measure speed as ever, but fewer times: no test looks at how fast."""
     monkeypatch.setattr("loopos.deploy.rates.GOES", 1)
     monkeypatch.setattr("loopos.deploy.rates.WRITTEN", 2)
+
+
+FIGURES = {
+    "report": ("curves_svg",),
+    "task_report": ("confusion_svg", "residuals_svg"),
+    "policy_report": ("curves_svg", "frontier_svg"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _undrawn() -> Iterator[None]:
+    """Reports have empty figures, but for tests that ask for `drawn`: drawing takes ten times a pico run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in FIGURES.items():
+            for name in names:
+                patch.setattr(f"loopos.evaluation.{module}.{name}", _no_figure)
+        yield
+
+
+def _no_figure(*values: object, **named: object) -> str:
+    return "<svg/>"
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[None]:
+    """Reports have their figures, from here to the end of the file."""
+    from loopos.evaluation import drawing, frontier
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in FIGURES.items():
+            for name in names:
+                source = frontier if name == "frontier_svg" else drawing
+                patch.setattr(f"loopos.evaluation.{module}.{name}", getattr(source, name))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import random
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tqdm.std import tqdm
+from forked import Child
 
 NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "5"))
 
 
 def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | None:
     """Does `work` in a forked process; kills it after so many seconds. The exit status, or None if killed."""
-    # What the parent holds must not be collected in the child: native objects, such as a session of onnxruntime, wait
-    # there for threads that a fork does not copy.
-    gc.freeze()
-    child = os.fork()
-    if child != 0:
-        gc.unfreeze()
-    else:
-        status = 1
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 2)
-            # The lock of progress bars is shared with this process's parent: killed with it, it would stop the parent.
-            tqdm.set_lock(threading.RLock())
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    deadline = None if kill_after is None else time.monotonic() + kill_after
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if deadline is not None and time.monotonic() >= deadline:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            code = os.waitstatus_to_exitcode(status)
-            return None if code == -signal.SIGKILL else code
-        time.sleep(0.002)
+    with Child(work) as child:
+        code = child.wait(None if kill_after is None else time.monotonic() + kill_after)
+        if code is not None:
+            return code
+        child.kill()
+        code = child.wait()
+    return None if code == -signal.SIGKILL else code
 
 
 def digest(file: Path) -> str:

@@ -1,74 +1,68 @@
-"""Runs in several processes: one start of Python for any number of runs, one after another."""
+"""Runs in several processes, which a fork of the test's own process starts at no cost."""
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
-import loopos
+from forked import Child
 
-# A run a line: mode, method, config, whether it is resumed.
-RUNS = """
-import json, sys
-from loopos.methods.table import config_classes, method_class
+from loopos.methods.table import method_class
 from loopos.training.progress import RunProgress
 
-for line in sys.stdin:
-    mode, method, config, resume = json.loads(line)
-    chosen, trainer = config_classes()[mode, method].model_validate(config), method_class(mode, method)
-    # Drawing takes ten times a pico run's time.
-    vars(sys.modules[trainer.__module__])["write_report"] = lambda folder: None
-    trainer(chosen, progress=RunProgress(quiet=True), trust_remote_code=False, environment={}).train(resume=resume)
-"""
 
-
-def run_world(size: int, runs: Sequence[tuple[Any, bool]]) -> None:
-    """Runs (config, resumed or not) in `size` processes, to the end."""
-    processes = start_world(size, runs)
-    errors = []
-    for process in processes:
-        with process:
-            assert process.stderr is not None
-            errors.append(process.stderr.read()[-3000:])
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
-
-
-def start_world(size: int, runs: Sequence[tuple[Any, bool]]) -> list[subprocess.Popen[str]]:
-    """The processes of `run_world`, at work."""
+def start_processes(size: int, work: Callable[[], object]) -> list[Child]:
+    """`size` processes of one group that do `work`, with the environment that torchrun gives."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    places = [str(Path(loopos.__file__).parents[1]), str(Path(__file__).parent / "methods")]
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")]),
-    }
-    lines = "".join(
-        json.dumps([c.computation.mode, c.computation.method, c.model_dump(mode="json"), resume]) + "\n"
-        for c, resume in runs
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RUNS],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(lines)
-        process.stdin.close()
-    return processes
+
+    def alone() -> None:
+        # As in a process of its own: what torch warns of there is no error.
+        warnings.simplefilter("default")
+        work()
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    return [Child(alone, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+
+
+def run_processes(size: int, work: Callable[[], object], *, seconds: float = 300.0) -> None:
+    """Does `work` in `size` processes, to the end; where one fails the others are killed."""
+    with ExitStack() as stack:
+        processes = [stack.enter_context(each) for each in start_processes(size, work)]
+        limit = time.monotonic() + seconds
+        while any(each.poll() is None for each in processes) and time.monotonic() < limit:
+            if any(each.returncode for each in processes):
+                # The others notice, and may say why.
+                limit = min(limit, time.monotonic() + 10)
+            time.sleep(0.002)
+        found = [each.returncode for each in processes]
+        assert found == [0] * size, "\n".join(each.errors[-3000:] for each in processes)
+
+
+def train_here(config: Any, *, resume: bool = False) -> None:
+    """A run without its report: drawing takes ten times a pico run's time."""
+    trainer = method_class(config.computation.mode, config.computation.method)
+    with patch.object(sys.modules[trainer.__module__], "write_report"):
+        trainer(config, progress=RunProgress(quiet=True), trust_remote_code=False, environment={}).train(resume=resume)
+
+
+def _train_all(runs: Sequence[tuple[Any, bool]]) -> None:
+    for config, resume in runs:
+        train_here(config, resume=resume)
+
+
+def run_world(size: int, runs: Sequence[tuple[Any, bool]]) -> None:
+    """Runs (config, resumed or not), one after another, in `size` processes, to the end."""
+    run_processes(size, lambda: _train_all(runs))
+
+
+def start_world(size: int, runs: Sequence[tuple[Any, bool]]) -> list[Child]:
+    """The processes of `run_world`, at work."""
+    return start_processes(size, lambda: _train_all(runs))

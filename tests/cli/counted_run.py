@@ -1,11 +1,10 @@
 """What a run sends and what its tensors take, counted where torch does it: collectives by their bytes, storages while
-they live. Started as a program it is one of two processes: it trains as the given configs say, then a sharded model.
+they live.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,10 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from worlds import train_here
+
+from loopos.methods.table import config_classes
+from loopos.training.update import Update
 
 # Which argument of a collective holds the whole tensors: the gathered output, or what is reduced.
 WHOLE = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}
@@ -71,8 +74,6 @@ class LiveBytes(TorchDispatchMode):
 
 def counting(counter: Any) -> Any:
     """Every optimizer step of a run goes through `counter()`."""
-    from loopos.training.update import Update
-
     step = Update.__call__
 
     def counted(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -83,14 +84,8 @@ def counting(counter: Any) -> Any:
 
 
 def train(config: dict[str, Any]) -> None:
-    from loopos.methods.table import config_classes, method_class
-    from loopos.training.progress import RunProgress
-
-    mode, method = config["computation"]["mode"], config["computation"]["method"]
-    chosen = config_classes()[mode, method].model_validate(config)
-    method_class(mode, method)(
-        chosen, progress=RunProgress(quiet=True), trust_remote_code=False, environment={}
-    ).train()
+    chosen = config_classes()[config["computation"]["mode"], config["computation"]["method"]]
+    train_here(chosen.model_validate(config))
 
 
 def sharded_step(weights: str, *, reshard: bool) -> dict[str, int]:
@@ -108,9 +103,10 @@ def sharded_step(weights: str, *, reshard: bool) -> dict[str, int]:
     return dict(sent.bytes)
 
 
-def main(job: dict[str, Any], answer: Path) -> None:
+def count(configs: dict[str, dict[str, Any]], weights: str, answer: Path) -> None:
+    """As one of two processes: trains as the configs say, then a sharded model; the first writes what was sent."""
     found: dict[str, Any] = {}
-    for name, config in job["configs"].items():
+    for name, config in configs.items():
         sent: list[SentBytes] = []
 
         def counter(sent: list[SentBytes] = sent) -> SentBytes:
@@ -121,11 +117,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
             train(config)
         found[name] = [dict(each.bytes) for each in sent]
     torch.distributed.init_process_group("gloo")
-    found["shard"] = [sharded_step(job["weights"], reshard=True), sharded_step(job["weights"], reshard=False)]
+    found["shard"] = [sharded_step(weights, reshard=True), sharded_step(weights, reshard=False)]
     if torch.distributed.get_rank() == 0:
         answer.write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))

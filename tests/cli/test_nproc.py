@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Child
+
+from loopos.cli.commands import app
 
 WORDS = ("lamp", "river", "stone", "cloud", "green", "seven")
 
@@ -60,10 +63,11 @@ def process_of_rank(rank: int, launcher: int) -> int:
 
 
 def test_it_trains_in_two_processes(tmp_path: Path, pico_folder: Path) -> None:
+    """The launcher is forked, what it starts are processes of their own."""
     config = config_of(tmp_path, pico_folder, num_epochs=1)
-    done = subprocess.run(command(config, "--json"), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    with Child(lambda: app(["train", str(config), "--nproc", "2", "--json"])) as launcher:
+        assert launcher.wait(time.monotonic() + 240) == 0, launcher.errors
+        answer = json.loads(launcher.output)
     # 58 of 64 rows train, eight a step over both processes.
     assert answer["stopped_by"] == "epochs"
     assert answer["step"] == 8

@@ -5,18 +5,16 @@ what two processes really send.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from counted_run import LiveBytes, counting, train
+from counted_run import LiveBytes, count, counting, train
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from worlds import run_processes
 
 from loopos.cli.planning.cluster.hardware import Cluster
 from loopos.cli.planning.cluster.memory import need_of
@@ -151,21 +149,12 @@ def sent(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> dict[st
     ):
         (folder / name).mkdir()
         configs[name] = config_of(folder / name, pico_folder, method, **training)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = json.dumps({"configs": configs, "weights": str(pico_folder)})
-    places = [str(TESTS / "methods"), os.environ.get("PYTHONPATH", "")]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared["PYTHONPATH"] = os.pathsep.join(filter(None, places))
-    command = [sys.executable, str(Path(__file__).parent / "counted_run.py"), job, str(folder / "answer.json")]
-    processes = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors.decode()[-3000:]
+
+    def work() -> None:
+        sys.path.insert(0, str(TESTS / "methods"))
+        count(configs, str(pico_folder), folder / "answer.json")
+
+    run_processes(2, work)
     return {**json.loads((folder / "answer.json").read_text(encoding="utf-8")), "configs": configs}
 
 

@@ -17,6 +17,8 @@ from loopos.config.faults import UserError
 from loopos.evaluation.blocks import inline_svg
 from loopos.evaluation.report import write_report
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 CONFIG = {
     "description": "Ten intents",
     "model": {"task": "classification", "num_classes": 3},
@@ -56,7 +58,7 @@ def lines_of(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def usual_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def usual_run(tmp_path_factory: pytest.TempPathFactory, drawn: None) -> Path:
     run = make_run(tmp_path_factory.mktemp("usual") / "my_run", USUAL)
     write_report(run)
     return run

@@ -69,7 +69,7 @@ def guide_weights(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guide_runs(guide_weights: Path, home: Path) -> dict[str, FitResult]:
+def guide_runs(guide_weights: Path, home: Path, drawn: None) -> dict[str, FitResult]:
     """The guide's config, unchanged but for its paths, run as it is read from its file."""
     from loopos.config.load import load
     from loopos.methods.table import config_classes

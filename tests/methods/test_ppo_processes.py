@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from preference_runs import comparisons, events_of, ppo_config, reward_config, write_rows
+from worlds import run_world
 
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.training.progress import RunProgress
-
-ONE_RUN = """
-import json, sys
-from loopos.methods.table import METHODS, config_classes, method_class
-from loopos.training.progress import RunProgress
-
-mode, method, config = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-chosen = config_classes()[mode, method].model_validate(config)
-method_class(mode, method)(chosen, progress=RunProgress(quiet=True), trust_remote_code=False, environment={}).train()
-"""
-
-
-def run_two_processes(config: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, places)),
-    }
-    chosen = config.computation
-    arguments = [sys.executable, "-c", ONE_RUN, chosen.mode, chosen.method, json.dumps(config.model_dump(mode="json"))]
-    processes = [
-        subprocess.Popen(arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
 
 
 @pytest.mark.slow
@@ -60,7 +24,7 @@ def test_reward_models(tmp_path: Path, pico_folder: Path) -> None:
         if name == "one":
             RewardModelTrainer(config, progress=RunProgress(quiet=True)).train()
         else:
-            run_two_processes(config)
+            run_world(2, [(config, False)])
     one, two = (events_of(tmp_path / name, "step") for name in ("one", "two"))
     assert len(one) == len(two) == 8
     for mine, theirs in zip(one, two, strict=True):
@@ -79,7 +43,7 @@ def test_ppo(tmp_path: Path, pico_folder: Path) -> None:
         if name == "one":
             PpoTrainer(config, progress=RunProgress(quiet=True)).train()
         else:
-            run_two_processes(config)
+            run_world(2, [(config, False)])
     for kind, number in {"step": 8, "rollout": 2}.items():
         one, two = (events_of(tmp_path / name, kind) for name in ("one", "two"))
         assert len(one) == len(two) == number

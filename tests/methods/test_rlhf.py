@@ -9,6 +9,7 @@ import pytest
 import torch
 from preference_runs import comparisons, events_of, write_rows
 
+from loopos.config.language_sections import LanguageModelSection
 from loopos.config.load import load
 from loopos.config.rlhf import RlhfConfig
 from loopos.evaluation.reward_predictor import RewardPredictor
@@ -19,8 +20,8 @@ from loopos.training.progress import RunProgress
 GUIDE = Path(__file__).parents[2] / "configs" / "rlhf.json"
 
 
-def write_guide_files(folder: Path) -> None:
-    """What the guide's config names: a model of its sizes as `models/pretrained_model.bin` beside a tokenizer of 16,000
+def write_guide_files(folder: Path, model: LanguageModelSection) -> None:
+    """What the guide's config names: a model of these sizes as `models/pretrained_model.bin` beside a tokenizer of 16,000
     tokens, and comparisons as people write them.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,8 +34,9 @@ def write_guide_files(folder: Path) -> None:
     fast.save_pretrained(folder / "models")
     torch.manual_seed(0)
     sizes = LlamaConfig(
-        vocab_size=16000, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=48, tie_word_embeddings=True, max_position_embeddings=2048,
+        vocab_size=16000, hidden_size=model.d_model, intermediate_size=model.d_ff,
+        num_hidden_layers=model.num_layers, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
+        max_position_embeddings=2048,
     )  # fmt: skip
     torch.save(LlamaForCausalLM(sizes).state_dict(), folder / "models" / "pretrained_model.bin")
     (folder / "data").mkdir()
@@ -46,11 +48,23 @@ def write_guide_files(folder: Path) -> None:
     )
 
 
-def test_the_guides_config_runs_both_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_guide_files(tmp_path)
+@pytest.mark.usefixtures("drawn")
+@pytest.mark.parametrize(
+    "smaller",
+    [
+        ("model.d_model=48", "model.d_ff=96", "model.num_layers=2"),
+        pytest.param((), marks=pytest.mark.slow, id="as it is"),
+    ],
+)
+def test_the_guides_config_runs_both_phases(
+    smaller: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load(GUIDE, (), config_classes()).config
-    assert isinstance(config, RlhfConfig)
+    guide = load(GUIDE, smaller, config_classes(), check_files=False).config
+    assert isinstance(guide, RlhfConfig)
+    write_guide_files(tmp_path, guide.model)
+    config = load(GUIDE, smaller, config_classes()).config
+    assert config == guide
     result = ReinforcementTrainer(config, progress=RunProgress(quiet=True)).train()
     run = tmp_path / "outputs" / "rlhf"
     # 9 of 10 prompts train, 8 an iteration, once each: 2 iterations of 4 inner epochs.

@@ -10,32 +10,24 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sharded_methods import METHODS, measured, small_run
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
-from worlds import run_world, start_world
+from worlds import run_world, start_world, train_here
 
 from loopos.config.distributed import DistributedSection, check_distributed
 from loopos.config.faults import UserError
-from loopos.methods.table import method_class
 from loopos.training import checkpoint, sharding
 from loopos.training.distributed import World
-from loopos.training.progress import RunProgress
 from loopos.training.sharding import Sharding, sharding_for
 from loopos.training.tensor_parallel import split_layers
 
 SHARD = {"mode": "shard"}
 SPLIT = {"tensor_parallel": 2}
-
-
-def run_alone(config: Any, *, resume: bool = False) -> None:
-    trainer = method_class(config.computation.mode, config.computation.method)
-    with patch(f"{trainer.__module__}.write_report"):
-        trainer(config, progress=RunProgress(quiet=True)).train(resume=resume)
 
 
 def assert_same(found: Path, expected: Path, *, relative: float = 1e-6) -> None:
@@ -75,7 +67,7 @@ def compare_worlds(
 ) -> None:
     """Every method in one process, and in `size` of them by each way."""
     for method in methods:
-        run_alone(small_run(method, home / method / "alone", weights, 1, {}, **training))
+        train_here(small_run(method, home / method / "alone", weights, 1, {}, **training))
     runs = {
         (method, way): small_run(method, home / method / way, weights, shares_of(size, settings), settings, **training)
         for method in methods
@@ -128,7 +120,7 @@ def test_what_trains_and_how(training: dict[str, Any], tmp_path: Path, pico_fold
 def check_resumed(home: Path, weights: Path, sizes: Sequence[int], *, first: Mapping[str, Any], size: int) -> None:
     """A run of which `size` processes train the first 3 steps and `sizes` the rest is that of one process."""
     settings: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.5}
-    run_alone(small_run("fine_tuning", home / "whole", weights, 1, {}, **settings))
+    train_here(small_run("fine_tuning", home / "whole", weights, 1, {}, **settings))
     shares = shares_of(size, first)
     begun = small_run("fine_tuning", home / "first", weights, shares, first, max_steps=3, **settings)
     run_world(size, [(begun, False)])
@@ -138,7 +130,7 @@ def check_resumed(home: Path, weights: Path, sizes: Sequence[int], *, first: Map
         shutil.rmtree(run / "model")
         config = small_run("fine_tuning", run, weights, other, SHARD, **settings)
         if other == 1:
-            run_alone(config, resume=True)
+            train_here(config, resume=True)
         else:
             run_world(other, [(config, True)])
         assert_same_but_for_a_validation(run, home / "whole", step=3)

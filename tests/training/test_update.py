@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from worlds import run_world
 
 from loopos.data.batches import Cursor, PackedRows, StepBatches, deal
 from loopos.data.tokens import Encoded
@@ -24,14 +20,6 @@ from loopos.training.progress import RunProgress
 from loopos.training.update import NonFiniteStep
 
 Build = Callable[..., Any]
-
-ONE_RUN = """
-import json, sys
-from loopos.config.fine_tuning import FineTuningConfig
-from loopos.methods.fine_tuning import FineTuner
-from loopos.training.progress import RunProgress
-FineTuner(FineTuningConfig.model_validate(json.loads(sys.argv[1])), progress=RunProgress(quiet=True)).train()
-"""
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -58,27 +46,6 @@ def layouts(fine_tuning_config: Build, tmp_path: Path, **training: Any) -> dict[
     }
 
 
-def run_two_processes(config: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    arguments = [sys.executable, "-c", ONE_RUN, json.dumps(config.model_dump(mode="json"))]
-    processes = [
-        subprocess.Popen(arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
-
-
 # SGD: Adam divides by the gradient's own size and would hide a gradient that is too large by a factor.
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_one_process_accumulation_and_two_processes_are_one_run(
@@ -88,7 +55,7 @@ def test_one_process_accumulation_and_two_processes_are_one_run(
     configs = layouts(fine_tuning_config, tmp_path, optimizer=optimizer, learning_rate=rate, max_grad_norm=1.0)
     FineTuner(configs["one"], progress=RunProgress(quiet=True)).train()
     FineTuner(configs["accumulate"], progress=RunProgress(quiet=True)).train()
-    run_two_processes(configs["two"])
+    run_world(2, [(configs["two"], False)])
     one = steps_of(tmp_path / "one")
     assert len(one) == 8  # 56 rows, 16 a step, the last step of an epoch has 8
     assert [step["rows"] for step in one[:4]] == [16, 32, 48, 56]

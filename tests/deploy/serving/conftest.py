@@ -1,12 +1,9 @@
-"""Servers on loopback: the command itself in a process of its own, and services in a thread of the test."""
+"""Servers on loopback: the command in a forked process, and services in a thread of the test."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -17,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Child
 from openai import OpenAI
 
+from loopos.cli.commands import app
 from loopos.deploy.serve import address_of, listening, serve
 from loopos.deploy.serving.http import Service
 from loopos.deploy.serving.language import LanguageService
@@ -27,6 +26,7 @@ from loopos.deploy.serving.metrics import ServingMetrics
 from loopos.evaluation.reasoning import Reasoner
 
 WAIT = 60
+LISTENS = re.compile(r"^(\S+): .* at (http://\S+) ", re.MULTILINE)
 
 
 @dataclass
@@ -70,26 +70,16 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def command(*words: object, environment: dict[str, str] | None = None) -> Iterator[tuple[Server, Any]]:
-    """`loopos serve` with these words, on a free port; the server and its process."""
-    line = [sys.executable, "-m", "loopos", "serve", *map(str, words), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
-    told = ""
-    try:
-        assert process.stderr is not None
-        for text in process.stderr:
-            told += text
-            found = re.search(r"^(\S+): .* at (http://\S+) ", text)
-            if found:
-                server = Server(found[2], found[1], lambda: process.send_signal(signal.SIGTERM))
-                yield server, process
-                server.close()
-                break
-        else:
-            raise AssertionError(told)
-    finally:
-        process.kill()
-        process.communicate()
+def command(*words: object) -> Iterator[tuple[Server, Child]]:
+    """`loopos serve` with these words, on a free port, in a forked process; the server and its process."""
+    line = ["serve", *map(str, words), "--port", "0", "--device", "cpu"]
+    with Child(lambda: app(line)) as process:
+        until(lambda: LISTENS.search(process.errors) is not None or process.poll() is not None)
+        found = LISTENS.search(process.errors)
+        assert found is not None, process.errors
+        server = Server(found[2], found[1], lambda: process.send_signal(signal.SIGTERM))
+        yield server, process
+        server.close()
 
 
 @contextmanager
