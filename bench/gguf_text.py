@@ -48,7 +48,7 @@ def gap_between(model: Any, ids: list[int], ours: int, theirs: int) -> float:
 
 def chat_texts(opened: Any, ours: list[list[int]], prompts: list[list[int]], file: Path, texts: list[str]) -> list[Any]:
     """A line for each prompt."""
-    from loopos.deploy.exporting.llama_cpp import LlamaCpp
+    from loopos.exporting.language_check import LlamaCpp
 
     runtime = LlamaCpp(file, context=1024)
     lines = []
@@ -70,11 +70,11 @@ def chat_texts(opened: Any, ours: list[list[int]], prompts: list[list[int]], fil
 
 def compared(model: str, types: list[str], texts: list[str], tokens: int) -> dict[str, dict[str, Any]]:
     """Type → its shares, each printed as it comes."""
-    from loopos.deploy.export import export
-    from loopos.deploy.export_settings import ExportSettings
+    from loopos.exporting.export import export
+    from loopos.exporting.settings import ExportSettings
     from loopos.generation.engine import Engine
     from loopos.generation.settings import SamplingSettings
-    from loopos.models.language_folder import open_language_model
+    from loopos.models.folders import open_language_model
 
     opened = open_language_model(model)
     prompts = [

@@ -26,8 +26,8 @@ CASES = {
 
 
 def run(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    from loopos.config.pruning import PruningRecipe
-    from loopos.deploy.prune import Pruner
+    from loopos.compression.prune import Pruner
+    from loopos.config.compression import PruningRecipe
     from loopos.models.load import load_config
 
     num_layers = load_config(options.model).num_hidden_layers

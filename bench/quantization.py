@@ -29,8 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def run(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    from loopos.config.quantization import QuantizationRecipe
-    from loopos.deploy.quantize import Quantizer
+    from loopos.compression.quantize import Quantizer
+    from loopos.config.compression import QuantizationRecipe
 
     keys = CASES[case]
 

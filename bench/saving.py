@@ -26,7 +26,7 @@ def child(folder: Path, mode: str, saves: bool, size: int) -> None:
     """One process of a run; the first one prints its figures."""
     from loopos.config.pretraining import PretrainingConfig
     from loopos.methods.pretraining import Pretrainer
-    from loopos.training.events import read
+    from loopos.storage.events import read
     from loopos.training.fit import Fit, FitResult
     from loopos.training.progress import RunProgress
     from loopos.training.run_state import RunState

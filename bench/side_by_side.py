@@ -85,7 +85,7 @@ def rate_of(amounts: Iterable[float], seconds: Iterable[float]) -> float:
 def folder_of(model: str) -> str:
     """The model as a folder that transformers opens."""
     from loopos.models.gguf import converted_folder
-    from loopos.models.sources import weights_source
+    from loopos.models.resolve import weights_source
 
     source = weights_source(model)
     return str(converted_folder(source.path) if source.kind == "gguf" and source.path else source.path or model)
@@ -98,7 +98,7 @@ def rows_of(file: str) -> list[dict[str, Any]]:
 
 def steps_of(run: str | Path) -> list[dict[str, Any]]:
     """The events of a LoopOS run's steps: `metrics` and `timing`."""
-    from loopos.training.events import read
+    from loopos.storage.events import read
 
     return [event for event in read(Path(run) / "events.jsonl") if event["event"] == "step"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,8 @@ def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Ca
 @pytest.fixture
 def few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruning and quantizing measure speed as ever, but fewer times: no test looks at how fast."""
-    monkeypatch.setattr("loopos.deploy.rates.GOES", 1)
-    monkeypatch.setattr("loopos.deploy.rates.WRITTEN", 2)
+    monkeypatch.setattr("loopos.compression.pipeline.GOES", 1)
+    monkeypatch.setattr("loopos.compression.pipeline.WRITTEN", 2)
 
 
 FIGURES = {
@@ -168,7 +169,8 @@ def _no_figure(*values: object, **named: object) -> str:
 @pytest.fixture(scope="module")
 def drawn() -> Iterator[None]:
     """Reports have their figures, from here to the end of the file."""
-    from loopos.evaluation import drawing, frontier
+    from loopos.evaluation import drawing
+    from loopos.evaluation import policy_report as frontier
 
     with pytest.MonkeyPatch.context() as patch:
         for module, names in FIGURES.items():
@@ -185,3 +187,12 @@ def _single_threaded() -> None:
 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Forty paragraphs of a few sentences each."""
+    draw = random.Random(0)
+    file = tmp_path / "text.md"
+    file.write_text("\n\n".join(" ".join(draw.choices(SENTENCES, k=4)) for _ in range(40)), encoding="utf-8")
+    return file

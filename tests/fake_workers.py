@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from loopos.generation.completions import Completion
-from loopos.generation.rollouts.transport import Answered, Event, Joined, Lost, Order
+from loopos.rl.workers.protocol import Answered, Event, Joined, Lost, Order
 
 Worker = Callable[[Order, Callable[[], bytes]], list[Completion]]
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.methods.fine_tuning import FineTuner
-from loopos.training.events import read
+from loopos.storage.events import read
 from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress
 

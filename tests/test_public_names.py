@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import loopos
-from loopos.config.faults import ConfigError, UserError
+from loopos.config.diagnostics import ConfigError, UserError
 
 
 def test_the_public_names_are_pinned() -> None:

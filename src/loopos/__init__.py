@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
     from loopos.data.given_rows import GivenRows
-    from loopos.evaluation.ensemble import EnsemblePredictor
     from loopos.evaluation.opening import Kind
     from loopos.evaluation.own_metrics import GivenMetrics
-    from loopos.evaluation.predictor import Predictor
+    from loopos.evaluation.predictor import EnsemblePredictor, Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.generation.settings import SamplingSettings
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from loopos.methods.ppo import PpoTrainer
     from loopos.methods.reward_model import RewardModelTrainer
     from loopos.methods.rlhf import ReinforcementTrainer
-    from loopos.training.fit_result import FitResult
+    from loopos.training.run_state import FitResult
 
     ConfigType = TypeVar("ConfigType", bound=MethodConfig)
 
@@ -91,7 +90,7 @@ def load(run: str | os.PathLike[str], kind: Kind | None = None, *, device: str =
 
     run: a run's output folder, its folder model/, the folder of an ensemble; of a language model also "smollm2-135m", a
     weights file or a hub id. kind: "head", "reward" or "language", where only that one will do; it tells type checkers
-    the class. device: auto, cpu, cuda or mps. Raises `loopos.config.faults.UserError`.
+    the class. device: auto, cpu, cuda or mps. Raises `loopos.config.diagnostics.UserError`.
     """
     from loopos.evaluation.opening import open_model
     from loopos.models.quiet import quiet_libraries
@@ -118,9 +117,9 @@ def read_config(
     """The frozen, checked config of a JSON or YAML file, or of a dict with the same keys.
 
     overrides: "key.path=value" each. kind: the class that it must be, such as `loopos.FineTuningConfig`. Raises
-    `loopos.config.faults.ConfigError` with every fault.
+    `loopos.config.diagnostics.ConfigError` with every fault.
     """
-    from loopos.config.faults import UserError
+    from loopos.config.diagnostics import UserError
     from loopos.config.load import load as load_config
     from loopos.methods.table import config_classes
 
@@ -150,7 +149,7 @@ def train(
     names. callbacks: functions of an event, a dict as `events.jsonl` holds it; one that returns "stop" ends the run.
     metrics: validation metrics by name, each a function of (predictions, targets), or a pair of it and "min" where less
     is better. resume: go on from the last checkpoint. docs/post_training.md, "In Python", has the details. Raises
-    `loopos.config.faults.UserError`.
+    `loopos.config.diagnostics.UserError`.
     """
     from loopos.cli.python_run import train as train_run
     from loopos.cli.train import TrainOptions

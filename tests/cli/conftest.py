@@ -95,7 +95,7 @@ def language_run(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) ->
 
     from loopos.data.step_format import StepFormat
     from loopos.data.templates import ChatTemplate
-    from loopos.models.language_folder import save_language_model
+    from loopos.models.folders import save_language_model
     from loopos.models.load import load_pretrained
 
     folder = tmp_path_factory.mktemp("language") / "run"

@@ -112,7 +112,7 @@ def test_a_lossy_export_that_says_other_things_ends_with_a_code_of_its_own(
     pico_folder: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")
-    monkeypatch.setattr("loopos.deploy.exporting.verdict.LEAST_SAME", {"q8_0": 1.1})
+    monkeypatch.setattr("loopos.exporting.checks.LEAST_SAME", {"q8_0": 1.1})
     result = invoke("export", pico_folder, "--format", "gguf", "--type", "q8_0", "-o", tmp_path / "out")
     assert result.exit_code == 6, result.stderr
     assert "warning: q8_0 says other things than the model: the likeliest token is the same in" in result.stderr

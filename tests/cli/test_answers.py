@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from loopos.cli.answers import as_bytes, as_time, confusion_table, say_json, shown, table
+from loopos.cli.answers import confusion_table, say_json, shown, table
+from loopos.config.figures import as_bytes, as_time
 
 
 def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:

@@ -14,7 +14,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from loopos.cli.commands import app
-from loopos.config.distributed import DistributedSection
+from loopos.config.sections import DistributedSection
 
 DOCS = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
 

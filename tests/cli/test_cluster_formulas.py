@@ -6,23 +6,24 @@ from dataclasses import replace
 
 import pytest
 
-from loopos.cli.planning.cluster.hardware import Cluster
-from loopos.cli.planning.cluster.memory import Need, held_of, need_of
-from loopos.cli.planning.cluster.plan import plan_of, setting_of
-from loopos.cli.planning.cluster.setting import Asked, Setting
-from loopos.cli.planning.cluster.traffic import (
+from loopos.config.diagnostics import UserError
+from loopos.config.sections import TrainingSection
+from loopos.planning.cluster.memory import (
     ALL_GATHER,
     ALL_REDUCE,
     REDUCE_SCATTER,
+    Need,
     Transfer,
+    held_of,
     iteration_transfers,
+    need_of,
     step_transfers,
 )
-from loopos.cli.planning.cluster.work import Cache, Load, Network
-from loopos.cli.planning.estimate import Architecture, Parameters
-from loopos.cli.planning.shapes import Model, Units
-from loopos.config.faults import UserError
-from loopos.config.sections import TrainingSection
+from loopos.planning.cluster.plan import plan_of, setting_of
+from loopos.planning.cluster.setting import Asked, Cluster, Setting
+from loopos.planning.cluster.work import Cache, Load, Network
+from loopos.planning.estimate import Architecture, Parameters
+from loopos.planning.shapes import Model, Units
 
 # 1000 parameters: 8 layers of 100, 200 outside of them; tensor parallelism divides 640. d = 4, k = 2, m = 8, h = 4.
 COUNTS = Parameters(total=1000, trained_matrices=900, trained_rest=100, matrix_sides=80, multiplied=800, largest=100)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.speaking.prompts import read_prompts
-from loopos.config.faults import DataError
+from loopos.cli.prompts import read_prompts
+from loopos.config.diagnostics import DataError
 from loopos.data.rows import read
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import read_supervised

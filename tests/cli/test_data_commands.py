@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.rows.data_preview import CUT, KEPT, POOLED, pieces
+from loopos.cli.data_preview import CUT, KEPT, POOLED, pieces
 from tests.cli.conftest import Invoke, write_jsonl
 
 

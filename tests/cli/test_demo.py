@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.demonstration import demo, demo_files, demo_fine_tuning, demo_preferences, demo_reasoning
-from loopos.config.faults import EnvironmentFault
+from loopos.cli import demo
+from loopos.cli import demo as demo_files
+from loopos.cli import demo as demo_fine_tuning
+from loopos.cli import demo as demo_preferences
+from loopos.cli import demo as demo_reasoning
+from loopos.config.diagnostics import EnvironmentFault
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from loopos.cli import doctor
-from loopos.config.faults import EnvironmentFault
+from loopos.config.diagnostics import EnvironmentFault
 from tests.cli.conftest import Invoke
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loopos.cli.planning.estimate import (
+from loopos.planning.estimate import (
     HEAP_GROWTH,
     MATMUL_EFFICIENCY,
     STEP_PASSES,

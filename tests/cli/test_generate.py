@@ -138,10 +138,10 @@ def test_beams_are_transformers(language_run: Path, invoke: Invoke) -> None:
 
 
 def test_streamed_text_is_the_whole_text(language_run: Path, greedy: Reference) -> None:
+    from loopos.cli.generate import streamed
     from loopos.cli.opened_models import open_reasoner
-    from loopos.cli.speaking.generate import streamed
-    from loopos.cli.speaking.prompts import of_text
-    from loopos.cli.speaking.sampling_options import SamplingOptions
+    from loopos.cli.prompts import of_text
+    from loopos.cli.sampling_options import SamplingOptions
 
     reasoner = open_reasoner(str(language_run), device="cpu", precision="auto")
     pieces = list(streamed(reasoner, of_text(PROMPT, 0, raw=False), SamplingOptions(max_new_tokens=12)))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from loopos.deploy.serving.language import LanguageService
-from loopos.deploy.serving.limits import ServingLimits
-from loopos.deploy.serving.metrics import ServingMetrics
-from loopos.evaluation.reasoning import Reasoner
-from tests.cli.conftest import Invoke, write_jsonl
 from tests.deploy.serving.conftest import served
+
+from loopos.evaluation.reasoning import Reasoner
+from loopos.serving.language import LanguageService
+from loopos.serving.limits import ServingLimits
+from loopos.serving.metrics import ServingMetrics
+from tests.cli.conftest import Invoke, write_jsonl
 
 TEXT = "the parcel came late and the box was open. good value, works as described"
 
@@ -25,7 +25,7 @@ def other_run(tmp_path_factory: pytest.TempPathFactory, language_run: Path) -> P
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loopos.models.language_folder import open_language_model, save_language_model
+    from loopos.models.folders import open_language_model, save_language_model
 
     opened = open_language_model(str(language_run))
     torch.manual_seed(11)
@@ -135,8 +135,8 @@ def test_it_is_served(joined: Path, invoke: Invoke) -> None:
 def test_answers_are_voted_on(
     voting: Path, language_run: Path, other_run: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
-    from loopos.config.strategies import Strategy
-    from loopos.evaluation.answer_metrics import majority
+    from loopos.config.keys import Strategy
+    from loopos.evaluation.checkers import majority
     from loopos.generation.settings import SamplingSettings
 
     settings = SamplingSettings(temperature=1.0, max_new_tokens=12, seed=2)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.planning import dry_run
-from loopos.cli.planning.estimate import Architecture, cache_bytes, logit_bytes, training_seconds
-from loopos.cli.rows.language_preview import CONTEXT, CUT, LEARNED, fates
+from loopos.cli.language_preview import CONTEXT, CUT, LEARNED, fates
+from loopos.planning import dry_run
+from loopos.planning.estimate import Architecture, cache_bytes, logit_bytes, training_seconds
 from tests.cli.conftest import Invoke, write_jsonl
 from tests.cli.test_estimate import SMALL
 

@@ -119,7 +119,7 @@ def test_faults_come_at_once_and_without_a_traceback(language_run: Path, invoke:
 def test_a_full_disk_is_said(
     language_run: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loopos.deploy import merge
+    from loopos.merging import merge
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

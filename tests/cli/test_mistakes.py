@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.planning import dry_run, machine
+from loopos.planning import dry_run, machine
 from tests.cli.conftest import Invoke, write_jsonl
 
 MOST_LINES = 12

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from loopos.cli.outcome import Commands, is_out_of_memory
-from loopos.config.faults import ConfigError, EnvironmentFault, Fault, UserError
+from loopos.config.diagnostics import ConfigError, EnvironmentFault, Fault, UserError
 
 
 class OutOfMemoryError(RuntimeError):

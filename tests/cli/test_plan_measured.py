@@ -16,12 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from worlds import run_processes
 
-from loopos.cli.planning.cluster.hardware import Cluster
-from loopos.cli.planning.cluster.memory import need_of
-from loopos.cli.planning.cluster.setting import Setting
-from loopos.cli.planning.cluster.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, step_transfers
-from loopos.cli.planning.cluster.work import Load, loads_of
 from loopos.methods.table import config_classes
+from loopos.planning.cluster.memory import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, need_of, step_transfers
+from loopos.planning.cluster.setting import Cluster, Setting
+from loopos.planning.cluster.work import Load, loads_of
 
 TESTS = Path(__file__).parents[1]
 REPLICATE = Setting(1, 1, False, True, False)

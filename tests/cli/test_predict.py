@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.measuring.row_files import rendered
+from loopos.cli.row_files import rendered
 from tests.cli.conftest import ENDINGS, Invoke, rows, write_jsonl
 
 CLASSES = {"good", "bad", "where"}
@@ -119,8 +119,8 @@ def test_input_that_is_not_utf8_is_named_by_line(run_folder: Path, monkeypatch: 
     import io
     import sys
 
-    from loopos.cli.measuring.predict import read_texts
-    from loopos.config.faults import DataError
+    from loopos.cli.predict import read_texts
+    from loopos.config.diagnostics import DataError
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xe4d\n")))
     with pytest.raises(DataError, match=r"standard input:2: encoding: given the byte 0xe4"):

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from loopos.cli.opened_models import use_of
-from loopos.cli.planning import dry_run
-from loopos.cli.planning.estimate import MATMUL_EFFICIENCY, generation_seconds
-from loopos.cli.rows.preference_preview import fates, spoken
+from loopos.cli.preference_preview import fates, spoken
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.table import METHODS
+from loopos.planning import dry_run
+from loopos.planning.estimate import MATMUL_EFFICIENCY, generation_seconds
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke, write_jsonl
 from tests.cli.test_estimate import SMALL
@@ -384,7 +384,7 @@ def test_a_reward_model_predicts_no_labels_and_says_no_text(home: Path, reward_r
 
 
 def test_a_reward_model_is_no_predictor(reward_run: Path) -> None:
-    from loopos.config.faults import UserError
+    from loopos.config.diagnostics import UserError
     from loopos.evaluation.predictor import Predictor
 
     with pytest.raises(UserError, match="loopos score"):

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from loopos.cli import answers
-from loopos.config.faults import printable, printable_json
+from loopos.config.diagnostics import printable, printable_json
 from loopos.data.decoding import split_lines
+from loopos.storage.events import EventLog
 from loopos.storage.json_files import json_text, read_object, save_json
-from loopos.training.events import EventLog
-from loopos.training.progress import RunProgress
-from loopos.training.samples import write_samples
+from loopos.training.progress import RunProgress, write_samples
 from tests.cli.conftest import Invoke
 
 HALF, TITLE, CLEAR, TURNED = "\ud800", "\x1b]0;owned\x07", "\x9b2J", "\u202egpj.exe"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.speaking.prompts import read_prompts
-from loopos.config.faults import DataError
-from loopos.config.ppo_sections import PpoDataSection
+from loopos.cli.prompts import read_prompts
+from loopos.config.diagnostics import DataError
 from loopos.config.reward_model import PreferenceDataSection
+from loopos.config.rl import PpoDataSection
 from loopos.data.conversations import Message
 from loopos.data.preference_data import load_comparisons, load_prompts
 from loopos.data.prompts import told

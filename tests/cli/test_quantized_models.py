@@ -11,17 +11,17 @@ import pytest
 import torch
 from pico_runs import class_rows, config_of, train
 from safetensors.torch import load_file
+from tests.deploy.serving.conftest import command, served
+from tests.deploy.serving.questions import CHAT, ask
 
-from loopos.deploy.serving.heads import ClassifyHead, HeadService, ScoreHead
-from loopos.deploy.serving.limits import ServingLimits
-from loopos.deploy.serving.metrics import ServingMetrics
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.reward_model import RewardModelTrainer
+from loopos.serving.heads import ClassifyHead, HeadService, ScoreHead
+from loopos.serving.limits import ServingLimits
+from loopos.serving.metrics import ServingMetrics
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke
-from tests.deploy.serving.conftest import command, served
-from tests.deploy.serving.questions import CHAT, ask
 from tests.methods.preference_runs import comparisons, reward_config, write_rows
 
 Home = dict[str, Path]
@@ -39,8 +39,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path, language_r
     runs = {"language": language_run, "head": folder / "classes", "reward": folder / "rewards"}
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loopos.deploy.rates.GOES", 1)
-        patch.setattr("loopos.deploy.rates.WRITTEN", 2)
+        patch.setattr("loopos.compression.pipeline.GOES", 1)
+        patch.setattr("loopos.compression.pipeline.WRITTEN", 2)
         for kind, run in runs.items():
             made[kind] = folder / f"{kind}-small"
             result = invoke("quantize", run, "--method", "int4", "-o", made[kind])

@@ -117,7 +117,7 @@ def test_runs_need_no_torch() -> None:
     import subprocess
     import sys
 
-    program = "import sys, loopos.cli.runs, loopos.cli.rows.data_check; print('torch' in sys.modules)"
+    program = "import sys, loopos.cli.runs, loopos.cli.data_check; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.deploy.serving.conftest import Server, command, until
 
 from tests.cli.conftest import Invoke
-from tests.deploy.serving.conftest import Server, command, until
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_outlasts_the_time_of_grace_is_told(language_run: Path) -> None:
 
 def test_a_closed_terminal_ends_the_server_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGHUP does what SIGTERM does; where it is ignored (nohup), it stays ignored."""
-    from loopos.deploy.serve import _Server
+    from loopos.serving.server import _Server
 
     server = _Server.__new__(_Server)
     server._captured_signals = []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loopos.cli.commands import app
-from loopos.cli.planning import dry_run
+from loopos.planning import dry_run
 from tests.cli.conftest import Invoke
 
 

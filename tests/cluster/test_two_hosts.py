@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from two_hosts import Cluster, Host, missing, two_hosts
 
-from loopos.training.events import read
+from loopos.storage.events import read
 
 pytestmark = pytest.mark.cluster
 

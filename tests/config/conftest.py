@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.load import LoadedConfig, load
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopos.config.faults import ConfigError
+from loopos.config.diagnostics import ConfigError
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.load import Methods, load
 from loopos.config.sections import ComputationSection, MethodConfig

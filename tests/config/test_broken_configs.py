@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import Fault
+from loopos.config.diagnostics import Fault
 
 Case = tuple[str, str, int, str, str]
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig, StepFormatSection
-from loopos.config.faults import ConfigError, Fault
-from loopos.config.json_schema import schema
-from loopos.config.load import LoadedConfig, load
+from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.load import LoadedConfig, load, schema
 
 GUIDE = Path(__file__).parents[2] / "configs" / "chain_of_thought.json"
 GOOD = """{

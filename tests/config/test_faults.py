@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loopos.config.faults import ConfigError, DataError, EnvironmentFault, Fault, UserError
+from loopos.config.diagnostics import ConfigError, DataError, EnvironmentFault, Fault, UserError
 
 
 def test_a_fault_is_place_field_given_wanted_and_hint() -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from loopos.config.faults import Fault
+from loopos.config.diagnostics import Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Task
 from loopos.config.load import LoadedConfig

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from loopos.config.fine_tuning import FineTuningConfig
-from loopos.config.json_schema import schema
+from loopos.config.load import schema
 
 SCHEMA = schema(FineTuningConfig)
 

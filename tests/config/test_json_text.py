@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopos.config.faults import ConfigError
-from loopos.config.json_text import parse_json
-from loopos.config.nodes import MOST_LEVELS, MappingNode, Mark, find, key_mark, plain, value_mark
+from loopos.config.diagnostics import ConfigError
+from loopos.config.json_text import MOST_LEVELS, MappingNode, Mark, find, key_mark, parse_json, plain, value_mark
 
 # (text, line, column, piece of `given`, piece of `wanted`, piece of the hint)
 BROKEN = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from loopos.config.faults import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.load import LoadedConfig, Methods, load
 from loopos.config.sections import ComputationSection, MethodConfig
@@ -92,7 +92,7 @@ def test_the_guides_config_loads_once_its_files_exist(monkeypatch: pytest.Monkey
 
 def test_loading_imports_nothing_heavy() -> None:
     code = (
-        "import sys, loopos.config.load, loopos.config.fine_tuning, loopos.config.json_schema;"
+        "import sys, loopos.config.load, loopos.config.fine_tuning, loopos.config.load;"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'yaml', 'rich'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

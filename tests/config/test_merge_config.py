@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import ConfigError
+from loopos.config.diagnostics import ConfigError
 from loopos.config.load import load_recipe
 from loopos.config.merge import MergeConfig
 from loopos.config.source import read_source

@@ -14,12 +14,11 @@ from pydantic import BaseModel
 import loopos
 from loopos.cli import option_types
 from loopos.cli.commands import app
+from loopos.config.compression import PruningRecipe, QuantizationRecipe
 from loopos.config.keys import Place
 from loopos.config.load import LoadedConfig
 from loopos.config.merge import MergeConfig
 from loopos.config.paths import expanded
-from loopos.config.pruning import PruningRecipe
-from loopos.config.quantization import QuantizationRecipe
 from loopos.data.rows import read
 from loopos.methods.table import config_classes
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import ConfigError, Fault
-from loopos.config.json_schema import schema
-from loopos.config.load import LoadedConfig, Methods, load
+from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.load import LoadedConfig, Methods, load, schema
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import ConfigError, Fault
-from loopos.config.json_schema import schema
-from loopos.config.load import LoadedConfig, load
+from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.load import LoadedConfig, load, schema
 from loopos.config.pretraining import PretrainingConfig
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "pretraining.json"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loopos.config.checks import is_text_encoding
-from loopos.config.faults import ConfigError
+from loopos.config.diagnostics import ConfigError
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.load import Methods, load
 from loopos.config.rlhf import RlhfConfig

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopos.config.faults import ConfigError
-from loopos.config.json_text import parse_json
-from loopos.config.nodes import MappingNode, Mark, plain, value_mark
+from loopos.config.diagnostics import ConfigError
+from loopos.config.json_text import MappingNode, Mark, parse_json, plain, value_mark
 from loopos.config.source import apply_overrides, close_matches, parse_text, read_source
 
 # (name, bytes, line, column, piece of `given`)

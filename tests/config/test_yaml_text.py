@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopos.config.faults import ConfigError
-from loopos.config.nodes import Mark, key_mark, plain, value_mark
+from loopos.config.diagnostics import ConfigError
+from loopos.config.json_text import Mark, key_mark, plain, value_mark
 from loopos.config.yaml_text import parse_yaml
 
 SCALARS: list[tuple[str, object]] = [

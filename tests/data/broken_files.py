@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.formats import read_labelled
 from loopos.data.label_space import LabelSpace, Task
 from loopos.data.labels import infer_task

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.formats import read_labelled
 from loopos.data.preferences import Pair, read_comparisons
 from loopos.data.prompts import read_prompts

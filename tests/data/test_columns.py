@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import DataError, Fault, Remedy, Wording
+from loopos.config.diagnostics import DataError, Fault, Remedy, Wording
 from loopos.config.fine_tuning import FineTuningConfig
-from loopos.data import column_check
-from loopos.data.column_check import check_columns, check_labelled
-from loopos.data.column_names import LABEL_TIERS, TEXT_TIERS
-from loopos.data.columns import closest, likely
+from loopos.data import row_check
+from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, closest, likely
+from loopos.data.row_check import check_columns, check_labelled
 
 TICKETS = ["Ticket", "Issue description (free text)", "Cat. lvl-1"]
 
@@ -78,7 +77,7 @@ def test_the_faults_of_both_sources_come_at_once(tmp_path: Path) -> None:
 
 def test_only_the_first_rows_of_a_table_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row behind the sample that cannot be read does not matter to the header."""
-    monkeypatch.setattr(column_check, "_SAMPLE", 3)
+    monkeypatch.setattr(row_check, "_SAMPLE", 3)
     lines = ["text,label", *(f"t{number},a" for number in range(3))]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\nbroken\n", encoding="utf-8")
     check_labelled(str(tmp_path / "rows.csv"), {}, require_label=True)
@@ -87,7 +86,7 @@ def test_only_the_first_rows_of_a_table_are_read(tmp_path: Path, monkeypatch: py
 
 
 def test_a_column_that_comes_late_in_json_lines_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(column_check, "_SAMPLE", 2)
+    monkeypatch.setattr(row_check, "_SAMPLE", 2)
     rows: list[dict[str, str]] = [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     check_labelled(str(tmp_path / "rows.jsonl"), {}, require_label=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation
 from loopos.data.demonstrations import Demonstration
 from loopos.data.formats import read_labelled

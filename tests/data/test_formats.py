@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.formats import LabelledFormat, detect, read_labelled, to_labelled
 from loopos.data.rows import Row, read
 

@@ -13,7 +13,7 @@ import pytest
 from chat_templates import SPECIAL, TOOL_CHATML
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.formats import read_labelled
 from loopos.data.labels import infer_task
 from loopos.data.preference_tokens import encode_comparisons

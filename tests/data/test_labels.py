@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.formats import Labelled
 from loopos.data.label_space import LabelSpace, Task, key_of, kind_of, members_of
 from loopos.data.labels import infer_task

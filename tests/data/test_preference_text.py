@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data import rows
 from loopos.data.preferences import Pair, read_comparisons
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation, Message
 from loopos.data.preference_tokens import (
     EncodedComparison,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.preference_formats import detect
 from loopos.data.preferences import Comparison, Pair, read_comparisons
 from loopos.data.prompts import Words

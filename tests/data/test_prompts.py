@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.preference_formats import detect
 from loopos.data.prompts import Prompt, Words, read_prompts, shared_text
 from loopos.data.rows import read

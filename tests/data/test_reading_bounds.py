@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from loopos.config.faults import ConfigError, DataError
+from loopos.config.diagnostics import ConfigError, DataError
 from loopos.config.source import read_source
-from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
-from loopos.data.encodings import guessed_encoding
+from loopos.data.decoding import PLAIN_RULES, TextRules, guessed_encoding, read_lines, read_text
 from loopos.data.rows import read
 
 MIB = 1 << 20

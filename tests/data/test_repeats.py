@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from loopos.config.begun import as_begun
 from loopos.config.chain_of_thought import ReasoningDataSection
+from loopos.config.differences import as_begun
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.sections import DataSection, ModelSection

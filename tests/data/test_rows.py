@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.record import BadRows
 from loopos.data.rows import read
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.rows import read
 from loopos.data.sources import is_hub_id, locate
 

@@ -11,7 +11,7 @@ from typing import Any
 import openpyxl
 import pytest
 
-from loopos.config.faults import DataError, EnvironmentFault
+from loopos.config.diagnostics import DataError, EnvironmentFault
 from loopos.data.formats import read_labelled
 from loopos.data.rows import read
 

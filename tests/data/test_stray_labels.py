@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.config.sections import DataSection, ModelSection
 from loopos.data.labelled import LabelledData, load_labelled
 from loopos.data.reading import account

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loopos.data.structures import LONGEST_PYTHON_TEXT, structure_of, without_nulls
+from loopos.data.record import LONGEST_PYTHON_TEXT, structure_of, without_nulls
 
 
 @pytest.mark.parametrize(

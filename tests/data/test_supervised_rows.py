@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation
 from loopos.data.demonstrations import Demonstration
 from loopos.data.reading import FormatReport
 from loopos.data.rows import read
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised import load_supervised
-from loopos.data.supervised_formats import detect
-from loopos.data.supervised_rows import Completion, Example, PlainText, read_supervised
+from loopos.data.supervised_rows import Completion, Example, PlainText, detect, read_supervised
 
 THINK = NAMED_FORMATS["think"]
 

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError, UserError
+from loopos.config.diagnostics import DataError, UserError
 from loopos.data.conversations import Conversation, Message
 from loopos.data.demonstrations import Demonstration
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
-from loopos.data.supervised_parts import TrainOn
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.supervised_tokens import (
     OverLength,
     Supervised,
     SupervisedReport,
+    TrainOn,
     encode_supervised,
     prompt_tokens,
 )

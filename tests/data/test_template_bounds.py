@@ -9,7 +9,7 @@ import pytest
 from chat_templates import CHATML, SPECIAL, long_talk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data import template_sandbox, templates
 from loopos.data.conversations import Message
 from loopos.data.template_sandbox import TemplateFailure, rendered

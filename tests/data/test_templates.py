@@ -21,7 +21,7 @@ from chat_templates import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
 from loopos.data.templates import ChatTemplate, TemplateRefusal, plain_template
 

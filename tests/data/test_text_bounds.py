@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loopos.data import text_bounds
+from loopos.data import tokens as text_bounds
 from loopos.data.formats import Labelled
 from loopos.data.preference_tokens import encode_comparisons
 from loopos.data.preferences import Comparison, Pair
@@ -19,8 +19,7 @@ from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion
 from loopos.data.supervised_tokens import encode_supervised
-from loopos.data.text_bounds import TextBound, spans
-from loopos.data.tokens import encode_labelled
+from loopos.data.tokens import TextBound, encode_labelled, spans
 from tests.conftest import SENTENCES
 
 LONG = 2400

@@ -8,7 +8,7 @@ import pytest
 from pico_runs import pair_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError, UserError
+from loopos.config.diagnostics import DataError, UserError
 from loopos.data.formats import Labelled
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labelled, longest

@@ -10,7 +10,7 @@ import pytest
 from chat_templates import CHATML, ITEMS_CHATML, NO_END, SPECIAL, TOOL_CHATML
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.preference_tokens import encode_comparisons, encode_prompts
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts

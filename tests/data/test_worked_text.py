@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
 from loopos.data.demonstrations import Demonstration
 from loopos.data.rows import Row, read
 from loopos.data.supervised import load_supervised

@@ -7,8 +7,7 @@ from itertools import combinations
 import pytest
 
 from loopos.data.step_format import NAMED_FORMATS
-from loopos.evaluation.answer_metrics import Sample, Verdict, answer_metrics, judge, majority, pass_at_k
-from loopos.evaluation.checkers import checker
+from loopos.evaluation.checkers import Sample, Verdict, answer_metrics, checker, judge, majority, pass_at_k
 
 THINK = NAMED_FORMATS["think"]
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from loopos.config.faults import EnvironmentFault, UserError
+from loopos.config.diagnostics import EnvironmentFault, UserError
 from loopos.data.step_format import NAMED_FORMATS
-from loopos.evaluation.answer_metrics import Sample, judge
-from loopos.evaluation.checkers import checker
+from loopos.evaluation.checkers import Sample, checker, judge
 
 
 def test_our_checkers_by_name() -> None:

@@ -8,7 +8,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from loopos.evaluation.frontier import FrontierPoint, frontier_svg
+from loopos.evaluation.policy_report import FrontierPoint, frontier_svg
 
 PATH = [
     FrontierPoint("start", 0.0, 1.0),

@@ -11,7 +11,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.evaluation.perplexity import TextLoss, text_loss, windows
 from tests.conftest import SENTENCES
 

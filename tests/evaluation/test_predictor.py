@@ -10,10 +10,10 @@ import torch
 from pico_runs import WORDS, class_rows, config_of, events_of, text_of, train, write_jsonl
 
 import loopos
-from loopos.config.faults import DataError, UserError
-from loopos.evaluation.outcome import FLAGS
+from loopos.config.diagnostics import DataError, UserError
 from loopos.evaluation.outputs import NonFiniteOutputs, interpret, measure
 from loopos.evaluation.predictor import Predictor
+from loopos.evaluation.run_folder import FLAGS
 
 
 @pytest.fixture(scope="module")

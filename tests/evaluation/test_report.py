@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.evaluation.blocks import inline_svg
 from loopos.evaluation.report import write_report
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from loopos.config.faults import UserError
-from loopos.config.ppo_sections import PpoRewardSection, RolloutSection
-from loopos.evaluation.best_of_n import best_of_n
-from loopos.evaluation.rewards import Response, Rewards, reward_function
+from loopos.config.diagnostics import UserError
+from loopos.config.rl import PpoRewardSection, RolloutSection
+from loopos.rl.collector import best_of_n
+from loopos.rl.rewards import Response, Rewards, reward_function
 
 
 def words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.evaluation.run_claim import claim
 from loopos.storage.durable import DiskFull
 from loopos.storage.folder_lock import LOCK

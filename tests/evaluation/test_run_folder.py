@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from loopos.config.diagnostics import UserError
 from loopos.config.differences import differences
-from loopos.config.faults import UserError
 from loopos.evaluation.run_claim import refuse_started
 from loopos.evaluation.run_folder import find_runs, holds_run, read_run
 

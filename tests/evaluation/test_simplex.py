@@ -6,7 +6,7 @@ import numpy
 import pytest
 from scipy.optimize import minimize
 
-from loopos.evaluation.simplex import Floats, log_loss_weights, squared_error_weights
+from loopos.evaluation.combining import Floats, log_loss_weights, squared_error_weights
 
 
 def log_loss(weights: Floats, truths: Floats) -> float:

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
 from loopos.data.prompts import told
-from loopos.evaluation.pair_judges import Contest, Ruling, Winner, by_function
 from loopos.evaluation.policy_metrics import win_rate
-from loopos.evaluation.winrate import Pair, Reply, rate_of, record, standard_error, summary
+from loopos.evaluation.winrate import (
+    Contest,
+    Pair,
+    Reply,
+    Ruling,
+    Winner,
+    by_function,
+    rate_of,
+    record,
+    standard_error,
+    summary,
+)
 
 
 def pair(place: int, winner: Winner, *, a: str = "yes", b: str = "no!", orders: Any = None) -> Pair:

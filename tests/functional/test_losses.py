@@ -12,8 +12,8 @@ from torch.nn import functional
 from loopos.data.batches import Batch
 from loopos.functional import losses
 from loopos.functional.packing import PackedLayout
-from loopos.functional.reduce import segment_reduce, weighted_mean
-from loopos.training.task_objective import TaskObjective, balanced_weights
+from loopos.functional.reductions import segment_reduce, weighted_mean
+from loopos.training.objectives import TaskObjective, balanced_weights
 
 
 def test_cross_entropy_by_hand() -> None:

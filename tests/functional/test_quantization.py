@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopos.functional.awq import awq_factors
-from loopos.functional.gptq import gptq
+from loopos.compression.solvers import awq_factors, gptq
 from loopos.functional.quantization import fitted_grid, pack_nibbles, rounded_rows, unpack_nibbles
 
 

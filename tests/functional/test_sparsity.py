@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopos.functional.sparse_gpt import DAMPING, sparse_gpt
-from loopos.functional.sparsity import (
+from loopos.compression.solvers import (
+    DAMPING,
     kept_above,
     kept_of_all,
     kept_of_groups,
@@ -16,6 +16,7 @@ from loopos.functional.sparsity import (
     kept_of_rows,
     magnitude_scores,
     num_zeros,
+    sparse_gpt,
     wanda_scores,
 )
 

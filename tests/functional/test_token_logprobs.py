@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopos.functional.gradient_sum import sum_gradient_of
-from loopos.functional.language_loss import CHUNK, LogitShape
-from loopos.functional.token_logprobs import token_logprobs
+from loopos.functional.language_loss import CHUNK, LogitShape, token_logprobs
+from loopos.functional.reductions import sum_gradient_of
 
 SHAPES = {"plain": LogitShape(), "scaled": LogitShape(0.5), "capped": LogitShape(2.0, 5.0)}
 

@@ -9,7 +9,7 @@ import torch
 from pico_language_models import mixed_prompts, pico_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.generation.beam import BeamSettings, beam_search
 from loopos.generation.engine import Engine
 

@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 from fake_workers import FakeWorkers
 
-from loopos.config.faults import EnvironmentFault
+from loopos.config.diagnostics import EnvironmentFault
 from loopos.generation.completions import Completion
-from loopos.generation.rollouts.dispatch import Dispatcher
-from loopos.generation.rollouts.request import Request
 from loopos.generation.settings import SamplingSettings
+from loopos.rl.workers.dispatch import Dispatcher
+from loopos.rl.workers.protocol import Request
 
 
 def asked(number: int, n: int = 1, first: int = 0) -> Request:

@@ -10,7 +10,7 @@ import torch
 from pico_language_models import FAMILIES, Scripted, mixed_prompts, pico_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings

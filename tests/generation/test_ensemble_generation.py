@@ -10,7 +10,7 @@ import torch
 from pico_language_models import VOCABULARY, Scripted, mixed_prompts, pico_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.functional.mixing import MixtureMethod, mixed_logits
 from loopos.functional.packing import PackedLayout
 from loopos.generation.beam import BeamSettings, beam_search

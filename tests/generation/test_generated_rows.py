@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from loopos.generation.cache import IMPLEMENTATION
-from loopos.generation.placing import fill
-from loopos.generation.road import probed
+from loopos.generation.decoders import probed
 from loopos.generation.rows import PLAIN, CachedRows, PlainRows, Rows, serving
+from loopos.generation.scheduler import fill
 
 
 def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:

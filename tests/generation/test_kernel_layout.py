@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.sections import LoraSection
-from loopos.generation.adapted_weight import own_layer, packed
+from loopos.generation.cpu.layers import kernel_layout
+from loopos.generation.cpu.weights import PackedWeight, own_layer, packed
 from loopos.generation.engine import Engine
-from loopos.generation.kernel_layout import kernel_layout
-from loopos.generation.packed_weight import PackedWeight
 from loopos.generation.settings import SamplingSettings
 from loopos.models.adapters import active_adapter, add_lora
 

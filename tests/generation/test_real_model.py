@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loopos.config.faults import EnvironmentFault
+from loopos.config.diagnostics import EnvironmentFault
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
 from loopos.models.gguf import converted_folder
-from loopos.models.sources import EMBEDDED, embedded_model
+from loopos.models.resolve import EMBEDDED, embedded_model
 
 NEW = 8
 WORDS = [

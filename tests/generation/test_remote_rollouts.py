@@ -10,10 +10,10 @@ import pytest
 from fake_workers import FakeWorkers
 from test_dispatch import asked, expected, told
 
-from loopos.config.faults import EnvironmentFault
-from loopos.generation.rollouts.dispatch import Dispatcher
-from loopos.generation.rollouts.remote import RemoteRollouts
-from loopos.generation.rollouts.request import Request
+from loopos.config.diagnostics import EnvironmentFault
+from loopos.rl.workers.dispatch import Dispatcher
+from loopos.rl.workers.protocol import Request
+from loopos.rl.workers.remote import RemoteRollouts
 
 
 @dataclass

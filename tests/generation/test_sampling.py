@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.generation.sampling import (
     History,
     NonFiniteLogits,
@@ -35,13 +35,13 @@ from loopos.generation.sampling import (
     only_top_p,
     only_typical,
     penalised,
+    uniforms,
     with_bias,
     with_count_penalties,
     with_repetition_penalty,
     without_repeated_ngrams,
 )
 from loopos.generation.settings import SamplingSettings
-from loopos.generation.streams import uniforms
 
 CPU = torch.device("cpu")
 

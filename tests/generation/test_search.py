@@ -9,7 +9,7 @@ import torch
 from pico_language_models import Scripted
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, self_consistency, step_beam_search, vote
 from loopos.generation.settings import SamplingSettings

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.generation.completions import Running
 from loopos.generation.engine import Engine
 from loopos.generation.sampling import NonFiniteLogits
-from loopos.generation.session import Session
+from loopos.generation.scheduler import Session
 from loopos.generation.settings import SamplingSettings
 
 SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=9, seed=11)

@@ -10,13 +10,13 @@ import torch
 from pico_language_models import Scripted
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loopos.cli.speaking.trace import chain_record, described
+from loopos.cli.trace import chain_record, described
 from loopos.data.demonstrations import Demonstration
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.templates import ChatTemplate
+from loopos.evaluation.answer_check import judge_all
 from loopos.evaluation.checkers import checker
-from loopos.evaluation.problem_metrics import judge_all
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings

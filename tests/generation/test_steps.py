@@ -11,12 +11,11 @@ import torch
 from pico_language_models import mixed_prompts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
-from loopos.generation.completions import Verdict
+from loopos.config.diagnostics import UserError
+from loopos.generation.completions import GrowingText, Verdict
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepLimits, mean_logprob, reason
-from loopos.generation.text import GrowingText
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from loopos.generation.streams import stream_key, uniforms
+from loopos.generation.sampling import stream_key, uniforms
 
 
 def test_splitmix_reference_values() -> None:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loopos.generation.text import GrowingText, decoded
+from loopos.generation.completions import GrowingText, decoded
 
 TEXTS = [
     "the parcel came late",

@@ -9,7 +9,7 @@ from typing import Any
 
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.training.events import read
+from loopos.storage.events import read
 
 ASKED = ("where is my parcel", "my card was charged twice", "the lamp broke", "the film was slow", "change my order")
 KIND = ("thank you, it comes within the hour", "a kind answer: we change it", "we love to change the order for you")

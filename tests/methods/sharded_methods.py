@@ -12,7 +12,7 @@ from preference_runs import ppo_config, reward_config
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.pretraining import PretrainingConfig
-from loopos.training.events import read
+from loopos.storage.events import read
 
 PROBLEMS = [
     {"problem": f"add {a} and {b}", "reasoning": [f"{a} + {b} = {a + b}"] * (1 + a % 2), "answer": str(a + b)}

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.evaluation.reasoning import Reasoner
 from loopos.methods.chain_of_thought import ChainOfThought
 

@@ -13,7 +13,7 @@ from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.methods.chain_of_thought import ChainOfThought
-from loopos.training.events import fingerprint, read
+from loopos.storage.events import fingerprint, read
 from loopos.training.progress import RunProgress
 
 ROWS = [

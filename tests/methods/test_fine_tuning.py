@@ -12,7 +12,7 @@ import torch
 from pico_runs import WORDS, class_rows, config_of, events_of, pair_tokenizer, save_pico, text_of, train
 from transformers import AutoTokenizer
 
-from loopos.config.faults import ConfigError, UserError
+from loopos.config.diagnostics import ConfigError, UserError
 from loopos.data.tokens import encode_labelled
 from loopos.evaluation.predictor import Predictor
 from loopos.functional.packing import PackedLayout

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from loopos.data.conversations import Message
-from loopos.deploy.export import export
-from loopos.deploy.export_settings import ExportSettings
-from loopos.deploy.exporting.verdict import ExportDiffers
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.exporting.checks import ExportDiffers
+from loopos.exporting.export import export
+from loopos.exporting.settings import ExportSettings
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.models import task_layout
 from loopos.training.progress import RunProgress
@@ -210,7 +210,7 @@ def test_a_reward_model_gives_its_scores(
 def test_an_onnx_graph_gives_values_in_the_files_unit_wherever_pads_are(tmp_path: Path, pico_folder: Path) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    from loopos.deploy.exporting.onnx_file import onnx_logits
+    from loopos.exporting.onnx import onnx_logits
 
     run = trained(tmp_path / "run", pico_folder, "regression", pooling="mean")
     export(str(run), tmp_path / "out", ExportSettings(format="onnx"))

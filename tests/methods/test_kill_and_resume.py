@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.methods.fine_tuning import FineTuner
-from loopos.training.events import fingerprint, read
+from loopos.storage.events import fingerprint, read
 from loopos.training.progress import RunProgress
 
 Build = Callable[..., Any]

@@ -12,7 +12,7 @@ from pico_runs import WORDS, class_rows, config_of, events_of, pair_tokenizer, s
 from transformers import AutoModelForSequenceClassification
 
 from loopos.functional.packing import PackedLayout
-from loopos.models.task_folder import open_task_model
+from loopos.models.folders import open_task_model
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from preference_runs import ASKED, early_letters, events_of, ppo_config, reward_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.ppo import PpoConfig
-from loopos.data.kept_pass import KeptPass
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
-from loopos.models.actor_critic import ActorCritic
+from loopos.rl.experience import KeptPass
+from loopos.rl.roles import ActorCritic
 from loopos.training.progress import RunProgress
 
 EARLY = "preference_runs:early_letters"

@@ -24,8 +24,8 @@ pytestmark = [
 RUN = """
 import json, os, re, signal, sys, threading
 from loopos.config.ppo import PpoConfig
-from loopos.generation.rollouts import opening
-from loopos.generation.rollouts.ray_transport import RayTransport
+from loopos.rl.workers import opening
+from loopos.rl.workers.ray_transport import RayTransport
 from loopos.methods.ppo import PpoTrainer
 from loopos.training.progress import RunProgress
 

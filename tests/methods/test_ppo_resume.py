@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from loopos.config.rlhf import RlhfConfig
 from loopos.methods.rlhf import ReinforcementTrainer
-from loopos.training.events import fingerprint, read
+from loopos.storage.events import fingerprint, read
 from loopos.training.progress import RunProgress
 
 TRAINING = {

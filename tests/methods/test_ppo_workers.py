@@ -15,12 +15,12 @@ from fake_workers import FakeWorkers
 from killed_runs import digest
 from preference_runs import early_letters, events_of, ppo_config
 
-from loopos.config.faults import EnvironmentFault, UserError
+from loopos.config.diagnostics import EnvironmentFault, UserError
 from loopos.config.ppo import PpoConfig
-from loopos.generation.rollouts import opening
-from loopos.generation.rollouts.worker import RolloutWorker
 from loopos.methods.ppo import PpoTrainer
-from loopos.training.events import fingerprint
+from loopos.rl.workers import opening
+from loopos.rl.workers.worker import RolloutWorker
+from loopos.storage.events import fingerprint
 from loopos.training.progress import RunProgress
 
 EARLY = "preference_runs:early_letters"

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.corpus import read_corpus
-from loopos.data.corpus_tokens import encode_corpus, train_tokenizer
+from loopos.data.tokens import encode_corpus, train_tokenizer
 from loopos.functional.packing import PackedLayout
 from loopos.methods.fine_tuning import FineTuner
 from loopos.methods.pretraining import Pretrainer
 from loopos.models.language_model import LanguageModel
-from loopos.training.events import read
+from loopos.storage.events import read
 from loopos.training.progress import RunProgress
 
 SENTENCES = (

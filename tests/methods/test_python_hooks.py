@@ -16,9 +16,9 @@ from preference_runs import ASKED, comparisons
 from test_python_road import PROBLEMS, config_of, language_config
 
 import loopos
-from loopos.config.faults import ConfigError, UserError
+from loopos.config.diagnostics import ConfigError, UserError
 from loopos.evaluation.run_folder import read_run
-from loopos.training.events import fingerprint, read
+from loopos.storage.events import fingerprint, read
 
 Train = Callable[..., Any]
 

@@ -17,8 +17,8 @@ from preference_runs import ASKED, comparisons
 from transformers.utils import logging as of_transformers
 
 import loopos
-from loopos.config.faults import DataError, UserError
-from loopos.evaluation.ensemble import open_predictor
+from loopos.config.diagnostics import DataError, UserError
+from loopos.evaluation.predictor import open_predictor
 from loopos.evaluation.reasoning import Reasoner
 
 

@@ -9,17 +9,17 @@ import torch
 from preference_runs import comparisons, events_of, reward_config
 from transformers import AutoModel
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.reward_model import RewardModelConfig
-from loopos.data.preference_batches import ComparisonRows
+from loopos.data.batches import ComparisonRows
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
-from loopos.evaluation.reward_scores import Normalisation, raw_scores
+from loopos.evaluation.reward_predictor import Normalisation, raw_scores
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.models.backbone import Backbone
+from loopos.models.folders import open_reward_model
 from loopos.models.heads import PooledModel
-from loopos.models.reward_folder import open_reward_model
-from loopos.training.preference_objective import PairObjective
+from loopos.training.objectives import PairObjective
 from loopos.training.progress import RunProgress
 
 

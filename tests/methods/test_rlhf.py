@@ -9,9 +9,9 @@ import pytest
 import torch
 from preference_runs import comparisons, events_of, write_rows
 
-from loopos.config.language_sections import LanguageModelSection
 from loopos.config.load import load
 from loopos.config.rlhf import RlhfConfig
+from loopos.config.sections import LanguageModelSection
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.rlhf import ReinforcementTrainer
 from loopos.methods.table import config_classes

@@ -19,12 +19,11 @@ from sharded_methods import METHODS, measured, small_run
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from worlds import run_world, start_world, train_here
 
-from loopos.config.distributed import DistributedSection, check_distributed
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.config.sections import DistributedSection, check_distributed
 from loopos.training import checkpoint, sharding
 from loopos.training.distributed import World
-from loopos.training.sharding import Sharding, sharding_for
-from loopos.training.tensor_parallel import split_layers
+from loopos.training.sharding import Sharding, sharding_for, split_layers
 
 SHARD = {"mode": "shard"}
 SPLIT = {"tensor_parallel": 2}

@@ -11,7 +11,7 @@ import torch
 from pico_runs import class_rows, config_of, events_of, prepared, train
 from torch import Tensor
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.batches import Cursor
 from loopos.training.distributed import World
 

@@ -16,21 +16,21 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.merge import MergeConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.deploy.export import export
-from loopos.deploy.export_settings import ExportSettings
-from loopos.deploy.merge import merge
 from loopos.evaluation.predictor import Predictor
+from loopos.exporting.export import export
+from loopos.exporting.settings import ExportSettings
 from loopos.functional.packing import PackedLayout
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
+from loopos.merging.merge import merge
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.methods.fine_tuning import FineTuner
 from loopos.methods.reward_model import RewardModelTrainer
-from loopos.models.language_folder import open_language_model
+from loopos.models.folders import open_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
 

@@ -13,7 +13,7 @@ from pico_runs import class_rows, config_of, prepared, save_pico, train
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection
 from loopos.models.adapters import active_adapter, add_lora, freeze_lower, layer_list, merge_lora, save_lora
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, T5Config
 
-from loopos.config.faults import EnvironmentFault, UserError
+from loopos.config.diagnostics import EnvironmentFault, UserError
 from loopos.models.load import Sizes, load_pretrained
-from loopos.models.sources import weights_source
+from loopos.models.resolve import weights_source
 
 # The pico model's sizes, as a config would give them beside a bare file.
 SIZES = Sizes(d_model=32, num_heads=4, num_key_value_heads=2, num_layers=2, d_ff=64, vocab_size=400)

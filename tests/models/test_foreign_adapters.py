@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.merge import MergeConfig
-from loopos.deploy.export import export
-from loopos.deploy.export_settings import ExportSettings
-from loopos.deploy.merge import merge
-from loopos.models.language_folder import open_language_model
+from loopos.exporting.export import export
+from loopos.exporting.settings import ExportSettings
+from loopos.merging.merge import merge
+from loopos.models.folders import open_language_model
 from loopos.models.load import load_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -261,7 +261,7 @@ def test_a_regular_expression_without_end_is_ended(
     key: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`(\\w+)+!` tries every way to cut a name before it finds that none ends in a bang."""
-    monkeypatch.setattr("loopos.models.adapter_patterns.TIME_LIMIT", 0.3)
+    monkeypatch.setattr("loopos.models.adapter_folder.TIME_LIMIT", 0.3)
     bomb = r"(\w+\.?)+!"
     value = {bomb: 4} if key.endswith("pattern") else bomb
     place = rewritten(plain, tmp_path / "adapter", **{key: value})

@@ -13,7 +13,7 @@ from pico_runs import hidden_states
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.models import gguf
 from loopos.models.load import Pretrained, load_config, load_pretrained
 

@@ -30,9 +30,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.functional.packing import PackedLayout
-from loopos.models.language_folder import open_language_model, save_language_model
+from loopos.models.folders import open_language_model, save_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
 from loopos.training.precision import Masters

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from killed_runs import in_a_child
 
-from loopos.models import pretrained_folder
+from loopos.models import folders
+from loopos.models.folders import save_pretrained
 from loopos.models.load import load_pretrained
-from loopos.models.pretrained_folder import save_pretrained
 
 
 @pytest.mark.parametrize("name", ["folder", "folder/weights.bin"])
@@ -48,7 +48,7 @@ def test_files_are_durable_before_they_have_their_names(
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_what_a_killed_writer_left_goes(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = load_pretrained(str(pico_folder), causal=True)
-    monkeypatch.setattr(pretrained_folder, "fsync_place", lambda place: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(folders, "fsync_place", lambda place: os.kill(os.getpid(), signal.SIGKILL))
     assert in_a_child(lambda: save_pretrained(tmp_path, opened.model, opened.tokenizer), None) == -signal.SIGKILL
     assert not (tmp_path / "model.safetensors").exists()
     assert [place.name.startswith(".model.safetensors.partial-") for place in tmp_path.glob(".*")] == [True]

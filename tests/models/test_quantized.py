@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loopos.functional.quantization import fitted_grid, rounded_rows
-from loopos.generation.kernel_layout import kernel_layout
+from loopos.generation.cpu.layers import kernel_layout
 from loopos.models.load import cast_parameters
 from loopos.models.quantized import QuantizedEmbedding, QuantizedLinear, exact_activations, kept_form, num_weights
 

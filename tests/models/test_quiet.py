@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
+from loopos.models.folders import save_pretrained
 from loopos.models.load import load_pretrained
-from loopos.models.pretrained_folder import save_pretrained
 from loopos.models.quiet import quiet_libraries
 from loopos.storage.hub import VERBOSE
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.functional.packing import PackedLayout
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.models.backbone import Backbone, headless
-from loopos.training.events import read
+from loopos.storage.events import read
 
 
 @pytest.mark.parametrize("attention", ["packed", "padded"])

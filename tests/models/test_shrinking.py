@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loopos.config.faults import UserError
-from loopos.models.adapters import layer_list
-from loopos.models.blocks import BlockPass, Linear, block_influence, linears_of
-from loopos.models.shrinking import (
+from loopos.compression.blocks import (
+    BlockPass,
+    Linear,
+    block_influence,
     channel_layers,
     drop_layers,
     head_shape,
     keep_channels,
     keep_groups,
+    linears_of,
     possible_groups,
     set_channels,
     set_groups,
 )
+from loopos.config.diagnostics import UserError
+from loopos.models.adapters import layer_list
 from tests.generation.pico_language_models import FAMILIES, pico_model
 
 WITH_HEADS = [name for name in FAMILIES if name != "gpt2"]

@@ -14,9 +14,9 @@ from pico_runs import class_rows, config_of, train
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.models.folders import open_task_model, save_task_model
 from loopos.models.model_folder import model_folder
-from loopos.models.task_folder import open_task_model, save_task_model
 from loopos.storage.durable import DiskFull
 
 

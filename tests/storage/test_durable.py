@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from loopos.deploy.shipped_folder import shipped_folder
 from loopos.storage.durable import DiskFull, StorageFault, disk_full_said, write_new
 from loopos.storage.json_files import save_json
+from loopos.storage.output_folder import shipped_folder
 from loopos.storage.whole_folder import whole_folder
 
 REFUSALS = (errno.EIO, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import SettingError
+from loopos.config.diagnostics import SettingError
 from loopos.storage import hub
-from loopos.storage.writable import require_writable
+from loopos.storage.durable import require_writable
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loopos.config.faults import UserError
-from loopos.storage.tensor_files import folder_tensors, stored_tensors, usual_dtype, write_tensors
-from loopos.storage.tensor_format import TensorSpec
+from loopos.config.diagnostics import UserError
+from loopos.storage.tensor_files import TensorSpec, folder_tensors, stored_tensors, usual_dtype, write_tensors
 
 TENSORS: dict[str, Tensor] = {
     "b": torch.arange(6.0).view(2, 3),

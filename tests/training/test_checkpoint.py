@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.storage.durable import StorageFault
-from loopos.storage.tensor_format import DTYPE_NAMES, safetensors_pieces
+from loopos.storage.tensor_files import DTYPE_NAMES, safetensors_pieces
 from loopos.training import checkpoint
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.faults import EnvironmentFault
+from loopos.config.diagnostics import EnvironmentFault
 from loopos.storage.durable import JSON, DiskFull
-from loopos.training.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
+from loopos.storage.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
 
 
 def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> None:
@@ -171,7 +171,7 @@ def test_a_write_cut_short_by_the_system_is_completed(tmp_path: Path, monkeypatc
 
 
 def test_reading_events_does_not_import_torch() -> None:
-    code = "import sys, loopos.training.events; print('torch' in sys.modules)"
+    code = "import sys, loopos.storage.events; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=child_environment()
     )

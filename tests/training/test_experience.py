@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopos.training.experience import AdvantageSettings, Experience, experience_of
+from loopos.rl.experience import AdvantageSettings, Experience, experience_of
 
 
 @dataclass(frozen=True)

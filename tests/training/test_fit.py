@@ -13,7 +13,7 @@ import pytest
 import torch
 from pico_runs import class_rows, config_of, events_of, last_weights, prepared, save_pico, train
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.batches import Cursor
 from loopos.training.distributed import World
 from loopos.training.fit import FitResult

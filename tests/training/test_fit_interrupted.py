@@ -16,11 +16,11 @@ import torch
 from pico_runs import events_of, last_weights
 from safetensors.torch import load_file
 
-from loopos.config.faults import Interrupted
+from loopos.config.diagnostics import Interrupted
 from loopos.methods.fine_tuning import FineTuner
 from loopos.storage.durable import DiskFull
-from loopos.training import saving
-from loopos.training.events import fingerprint
+from loopos.storage.events import fingerprint
+from loopos.training import checkpoint_files
 from loopos.training.fit import FitResult
 from loopos.training.progress import RunProgress
 from loopos.training.stopping import StopSignals, steps_end_in_order
@@ -35,7 +35,7 @@ def validated_steps(folder: Path) -> list[int]:
 
 def break_loss_at(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
     """The loss of the `number`-th forward pass is nan; None: of every one."""
-    from loopos.training.task_objective import TaskObjective
+    from loopos.training.objectives import TaskObjective
 
     whole, calls = TaskObjective.loss, [0]
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected, whole = run("whole", save_every=3, keep_best=False)
-    saves, written = [0], saving.write_group
+    saves, written = [0], checkpoint_files.write_group
 
     def fill_up(folder: Path, group: str, *arguments: Any) -> Any:
         saves[0] += group == "weights"
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
         return written(folder, group, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "write_group", fill_up)
+        patched.setattr(checkpoint_files, "write_group", fill_up)
         with pytest.raises(DiskFull, match=r"the disk is full: the checkpoint of step 6 needs [\d,]+ bytes") as caught:
             run(save_every=3, keep_best=False)
     assert caught.value.exit_code == 74
@@ -169,7 +169,7 @@ def test_ctrl_c_answers_at_once_and_a_second_one_names_the_last_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Both come within step 4, before it has ended."""
-    from loopos.training.task_objective import TaskObjective
+    from loopos.training.objectives import TaskObjective
 
     whole, told = TaskObjective.loss, list[str]()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.training.guards import Alarm, GuardLimits, Guards
+from loopos.rl.monitors import Alarm, GuardLimits, Guards
 
 ALL = GuardLimits(
     kl=10.0,

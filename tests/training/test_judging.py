@@ -16,7 +16,7 @@ from loopos.config.sections import TrainingSection
 from loopos.evaluation.run_folder import read_run
 from loopos.functional.comparing import is_better
 from loopos.methods.fine_tuning import FineTuner
-from loopos.training.events import fingerprint
+from loopos.storage.events import fingerprint
 from loopos.training.fit import Fit, FitResult
 from loopos.training.progress import RunProgress
 from loopos.training.stopping import Best

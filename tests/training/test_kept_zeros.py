@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from loopos.config.sections import TrainingSection
 from loopos.training.distributed import World
-from loopos.training.kept_zeros import zeros_to_keep
 from loopos.training.precision import Masters
+from loopos.training.trained_weights import zeros_to_keep
 from loopos.training.update import build_update
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "adafactor", "muon")
@@ -89,8 +89,8 @@ def test_without_the_key_zeros_are_filled() -> None:
 @pytest.fixture
 def pruned(tmp_path: Path, pico_tokenizer: Path, few_goes: None) -> Path:
     """A pico Llama, half of whose block weights are zero."""
-    from loopos.config.pruning import PruningRecipe
-    from loopos.deploy.prune import Pruner
+    from loopos.compression.prune import Pruner
+    from loopos.config.compression import PruningRecipe
 
     whole = save_pico("llama", tmp_path / "whole", pico_tokenizer)
     Pruner(PruningRecipe(model=str(whole), method="magnitude", sparsity=0.5)).prune(tmp_path / "pruned")

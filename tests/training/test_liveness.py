@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch.distributed as dist
 
-from loopos.config.faults import UserError
-from loopos.training.liveness import Liveness
+from loopos.config.diagnostics import UserError
+from loopos.training.session import Liveness
 
 SILENCE = 0.6
 
@@ -129,7 +129,7 @@ def test_a_broken_collective_without_a_store_names_the_place_of_both(monkeypatch
 
 
 def test_a_store_that_never_answers_holds_up_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loopos.training.liveness._STORE_TIMEOUT", 0.2)
+    monkeypatch.setattr("loopos.training.session._STORE_TIMEOUT", 0.2)
     with processes(["one", "two"]) as (ranks, _):
         hanging = threading.Event()
 

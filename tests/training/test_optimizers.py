@@ -11,7 +11,7 @@ from pico_runs import class_rows, config_of, events_of, last_weights, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loopos.training.events import fingerprint
+from loopos.storage.events import fingerprint
 from loopos.training.optimizers import OptimizerSet, OptimizerSettings
 
 NAMES = ("sgd", "adam", "adamw", "adafactor", "muon")

@@ -14,14 +14,14 @@ import pytest
 import torch
 from pico_runs import class_rows, config_of, events_of, train
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.sections import TrainingSection
 from loopos.evaluation.run_folder import read_run
 from loopos.training import checkpoint
-from loopos.training.checkpoint_folder import read_manifest, seal_folder
+from loopos.training.checkpoint_files import read_manifest, seal_folder
 from loopos.training.fit import FitResult
+from loopos.training.progress import write_samples
 from loopos.training.random_states import random_states, restore_random_states
-from loopos.training.samples import write_samples
 from loopos.training.validation import Judges, Validation
 
 Run = Callable[..., tuple[FitResult, Path]]
@@ -361,7 +361,7 @@ def test_every_file_of_a_run_has_the_mode_of_the_umask(begun: Path) -> None:
 def test_a_checkpoint_is_no_model_and_says_how_to_get_one(copied: Path, pico_folder: Path) -> None:
     from loopos.cli.opened_models import is_task_model
     from loopos.models.model_folder import model_folder
-    from loopos.models.sources import weights_source
+    from loopos.models.resolve import weights_source
 
     for place in (copied / "checkpoints" / "step-00000002", copied / "checkpoints"):
         for opened in (is_task_model, model_folder, weights_source):

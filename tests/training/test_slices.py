@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loopos.training import checkpoint, saving
-from loopos.training.checkpoint_folder import CheckpointError, Records, folder_name, seal_folder, write_group
+from loopos.training import checkpoint, checkpoint_files
+from loopos.training.checkpoint_files import CheckpointError, Records, folder_name, seal_folder, write_group
 from loopos.training.sharding import Rows
 from loopos.training.slices import SlicedTensors, rows_of, slice_name
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_there_when_it_is_finished(tmp_path: Path, monkeypatch: 
         assert go_on.wait(10)
         return write_group(folder, group, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(saving, "write_group", slowly)
+    monkeypatch.setattr(checkpoint_files, "write_group", slowly)
     weights = {"matrix": MATRIX}
     save = checkpoint.Save(tmp_path, 3, {"weights": weights}, {"seen": 1}, weights)
     save.begin(in_background=True)
@@ -123,7 +123,7 @@ def test_what_goes_wrong_beside_training_is_told_at_the_end(tmp_path: Path, monk
     def fails(*arguments: object) -> Records:
         raise PermissionError("not here")
 
-    monkeypatch.setattr(saving, "write_group", fails)
+    monkeypatch.setattr(checkpoint_files, "write_group", fails)
     save = checkpoint.Save(tmp_path, 3, {"weights": {}}, {}, {})
     save.begin(in_background=True)
     with pytest.raises(PermissionError, match="not here"):

@@ -14,8 +14,8 @@ from worlds import run_world
 from loopos.data.batches import Cursor, PackedRows, StepBatches, deal
 from loopos.data.tokens import Encoded
 from loopos.methods.fine_tuning import FineTuner
+from loopos.storage.events import read
 from loopos.training.distributed import World
-from loopos.training.events import read
 from loopos.training.progress import RunProgress
 from loopos.training.update import NonFiniteStep
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from loopos.config.faults import printable
+from loopos.config.diagnostics import printable
 from loopos.config.figures import figure
 from loopos.storage.json_files import json_text
 
@@ -82,22 +82,6 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return figure(value)
     return str(value)
-
-
-def as_bytes(count: float) -> str:
-    """A count of bytes in a unit that fits, with three digits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def as_time(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 300:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _is_number(value: object) -> bool:

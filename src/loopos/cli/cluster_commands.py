@@ -41,7 +41,7 @@ def plan(
     verbose: of.Verbose = False,
 ) -> None:
     """Estimate memory and network traffic on a cluster."""
-    from loopos.cli.planning import plan as command
+    from loopos.cli import plan as command
 
     options = command.PlanOptions(
         gpus, memory, gpus_a_node, interconnect, node_link, mode, shard_size, tensor_parallel, tokens,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loopos.config.checks import is_text_encoding
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.decoding import TextRules
 
 

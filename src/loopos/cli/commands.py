@@ -121,7 +121,7 @@ def predict(
     verbose: Verbose = False,
 ) -> None:
     """Predict every row of the input, in its order."""
-    from loopos.cli.measuring import predict as command
+    from loopos.cli import predict as command
 
     options = command.PredictOptions(output, file_format, tuple(columns or ()), encoding, device, verbose)
     raise typer.Exit(command.run(run, source, options))
@@ -158,7 +158,7 @@ def score(
     verbose: Verbose = False,
 ) -> None:
     """Score responses with a reward model; with --json print how it agrees with people alone."""
-    from loopos.cli.measuring import score as command
+    from loopos.cli import score as command
 
     options = command.ScoreOptions(
         output, tuple(columns or ()), encoding, skip_bad_rows, ensemble_penalty, device, json, verbose
@@ -194,7 +194,7 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Merge trained models, or adapters, into one."""
-    from loopos.cli.shipping import merge as command
+    from loopos.cli import merge as command
 
     options = command.MergeOptions(
         method, base, tuple(weight or ()), output, tuple(evaluate or ()), device, json, verbose
@@ -227,7 +227,7 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Read a data file as training would, and report what is in it and what is wrong with it."""
-    from loopos.cli.rows import data_check as command
+    from loopos.cli import data_check as command
 
     raise typer.Exit(command.run(source, columns or [], encoding=encoding, as_json=json))
 
@@ -241,7 +241,7 @@ def data_preview(
     verbose: Verbose = False,
 ) -> None:
     """Show the first training rows as tokens: what is learned or pooled, what is context, what is cut."""
-    from loopos.cli.rows import data_preview as command
+    from loopos.cli import data_preview as command
 
     raise typer.Exit(
         command.run(config, overrides or [], num_rows=rows, trust_remote_code=trust_remote_code, verbose=verbose)
@@ -317,6 +317,6 @@ def doctor(json: Json = False) -> None:
 @app.command()
 def demo(verbose: Verbose = False) -> None:
     """Train a real model of 135M parameters on packaged data: fine-tuning, chain of thought, preferences."""
-    from loopos.cli.demonstration import demo as command
+    from loopos.cli import demo as command
 
     raise typer.Exit(command.run(verbose=verbose))

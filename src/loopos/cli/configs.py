@@ -11,13 +11,12 @@ from pathlib import Path
 
 from loopos.cli.answers import say, say_json
 from loopos.cli.outcome import note
-from loopos.config.faults import FaultsError, UserError
+from loopos.config.diagnostics import FaultsError, UserError
 from loopos.config.load import LoadedConfig, load, load_recipe
 from loopos.config.merge import MergeConfig, is_merge_recipe
 from loopos.config.other_tools import METHOD_ALIASES
 from loopos.config.source import read_source
-from loopos.data.column_check import check_columns
-from loopos.data.row_check import check_rows
+from loopos.data.row_check import check_columns, check_rows
 from loopos.methods.table import METHODS, config_classes
 
 
@@ -67,7 +66,7 @@ def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
 
 def schema(method: str) -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
-    from loopos.config.json_schema import schema as schema_of
+    from loopos.config.load import schema as schema_of
 
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
     method = METHOD_ALIASES.get(method, method)

@@ -46,8 +46,8 @@ def prune(
     verbose: of.Verbose = False,
 ) -> None:
     """Prune a model: set weights to zero, or take out heads, channels or layers."""
-    from loopos.cli.shipping import prune as command
-    from loopos.cli.shipping.weight_change import ChangeOptions
+    from loopos.cli import prune as command
+    from loopos.cli.weight_change import ChangeOptions
 
     recipe = {
         "method": method, "sparsity": command.shares(sparsity), "pattern": pattern, "scope": scope,
@@ -91,8 +91,8 @@ def quantize(
     verbose: of.Verbose = False,
 ) -> None:
     """Quantize a model: weights as codes of eight or four bits, smaller on disk and in memory."""
-    from loopos.cli.shipping import quantize as command
-    from loopos.cli.shipping.weight_change import ChangeOptions
+    from loopos.cli import quantize as command
+    from loopos.cli.weight_change import ChangeOptions
 
     recipe = {
         "method": method, "group_size": group_size, "calibration": calibration, "calibration_text": calibration_text,

@@ -14,12 +14,13 @@ import sys
 from typing import Any
 
 import loopos
-from loopos.cli.answers import as_bytes, say, say_json, table
+from loopos.cli.answers import say, say_json, table
 from loopos.cli.process import is_glibc, settings_in_force, wanted_settings
 from loopos.cli.quiet import hush_libraries
+from loopos.config.diagnostics import EnvironmentFault
 from loopos.config.extras import install_command
-from loopos.config.faults import EnvironmentFault
-from loopos.models.sources import embedded_model
+from loopos.config.figures import as_bytes
+from loopos.models.resolve import embedded_model
 
 REQUIRED = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "peft", "pydantic", "typer",

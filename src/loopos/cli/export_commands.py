@@ -46,7 +46,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Export a model for other programs: one folder, with a model card."""
-    from loopos.cli.shipping import export as command
+    from loopos.cli import export as command
 
     options = command.ExportOptions(output, file_format, number_type, push, licence, not no_check, json, verbose)
     raise typer.Exit(command.run(model, options))
@@ -88,7 +88,7 @@ def ensemble(
     verbose: Verbose = False,
 ) -> None:
     """Join classifiers, regressors or language models to one model."""
-    from loopos.cli.shipping import ensemble as command
+    from loopos.cli import ensemble as command
 
     options = command.EnsembleOptions(
         output, method, tuple(weight or ()), fit, test, copy, tuple(columns or ()), device, json, verbose

@@ -52,7 +52,7 @@ def command_of(arguments: Sequence[str]) -> list[str]:
 def list_configs(folder: Path) -> None:
     """Prints each config of `folder` with its mode, method and description; a broken one with the first fault."""
     from loopos.cli.answers import say, table
-    from loopos.config.faults import ConfigError
+    from loopos.config.diagnostics import ConfigError
     from loopos.config.source import read_source
 
     rows: list[tuple[object, ...]] = []
@@ -70,7 +70,7 @@ def list_configs(folder: Path) -> None:
 
 
 def _values(root: object) -> dict[str, object]:
-    from loopos.config.nodes import MappingNode, plain
+    from loopos.config.json_text import MappingNode, plain
 
     assert isinstance(root, MappingNode)
     values = plain(root)

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from loopos.config.faults import SettingError
+from loopos.config.diagnostics import SettingError
 
 _LINE = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=]*= *(.+)$", re.MULTILINE)
 

@@ -50,8 +50,8 @@ def generate(
     verbose: of.Verbose = False,
 ) -> None:
     """Generate text from prompts, or solve problems in steps."""
-    from loopos.cli.speaking import generate as command
-    from loopos.cli.speaking.sampling_options import SamplingOptions, StepOptions
+    from loopos.cli import generate as command
+    from loopos.cli.sampling_options import SamplingOptions, StepOptions
 
     sampling = SamplingOptions(
         temperature, top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty,
@@ -84,8 +84,8 @@ def chat(
     verbose: of.Verbose = False,
 ) -> None:
     """Talk with a language model; /help lists the commands there."""
-    from loopos.cli.speaking import chat as command
-    from loopos.cli.speaking.sampling_options import SamplingOptions
+    from loopos.cli import chat as command
+    from loopos.cli.sampling_options import SamplingOptions
 
     sampling = SamplingOptions(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -133,10 +133,10 @@ def evaluate(
     verbose: of.Verbose = False,
 ) -> None:
     """Measure a model on data or tasks: predictions, answers to problems, or the loss of text."""
-    from loopos.cli.measuring import evaluate as command
-    from loopos.cli.measuring.evaluate_language import LanguageOptions
-    from loopos.cli.measuring.evaluate_tasks import TaskOptions
-    from loopos.cli.speaking.sampling_options import SamplingOptions, StepOptions
+    from loopos.cli import evaluate as command
+    from loopos.cli.evaluate_language import LanguageOptions
+    from loopos.cli.evaluate_tasks import TaskOptions
+    from loopos.cli.sampling_options import SamplingOptions, StepOptions
 
     language = LanguageOptions(
         metrics=tuple(metrics or ()), strategy=strategy, samples=samples, pass_k=tuple(pass_k or ()), checker=checker,
@@ -177,8 +177,8 @@ def winrate(
     verbose: of.Verbose = False,
 ) -> None:
     """Compare the answers of two language models to the same prompts by a judge."""
-    from loopos.cli.measuring import winrate as command
-    from loopos.cli.speaking.sampling_options import SamplingOptions
+    from loopos.cli import winrate as command
+    from loopos.cli.sampling_options import SamplingOptions
 
     sampling = SamplingOptions(
         temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ()),
@@ -216,8 +216,8 @@ def serve(
     verbose: of.Verbose = False,
 ) -> None:
     """Serve a trained model over HTTP as OpenAI's interface: chat, completions, embeddings; labels; scores."""
-    from loopos.cli.shipping import serve as command
-    from loopos.deploy.serving.limits import ServingLimits
+    from loopos.cli import serve as command
+    from loopos.serving.limits import ServingLimits
 
     limits = ServingLimits(
         max_rows=max_rows, max_context=max_context, max_tokens=max_tokens, max_queue=max_queue, max_body=max_body,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loopos.cli.outcome import complain
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.training.stopping import EXIT_CODES
 
 if TYPE_CHECKING:

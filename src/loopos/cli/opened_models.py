@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, is_hub_id
-from loopos.models.ensemble_recipe import read_ensemble, refuse_votes
+from loopos.models.language_ensemble import read_ensemble, refuse_votes
 from loopos.models.model_folder import described, kind_of, model_folder, read_description, refuse_checkpoint
-from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED, weights_source
+from loopos.models.resolve import ADAPTER_CONFIG, EMBEDDED, weights_source
 
 if TYPE_CHECKING:
     from loopos.evaluation.reasoning import Reasoner

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loopos.cli.wording import refuse_keys_as_options, wording_of
-from loopos.config.faults import Interrupted, UserError, Wording, printable
+from loopos.config.diagnostics import Interrupted, UserError, Wording, printable
 from loopos.storage.durable import StorageFault, is_of_files, told_of
 
 INTERRUPTED = 130

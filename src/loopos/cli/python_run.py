@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 
 from loopos.cli.train import TrainOptions, run_folders
 from loopos.cli.train import train as train_config
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.config.json_text import ScalarNode, find
 from loopos.config.load import load, method_config_class
-from loopos.config.nodes import ScalarNode, find
 from loopos.config.sections import MethodConfig, ReadingSection
-from loopos.data.column_check import check_columns
 from loopos.data.given_rows import GivenRows, are_rows, remove_written, written
+from loopos.data.row_check import check_columns
 from loopos.evaluation.own_code import OwnFunction
 from loopos.evaluation.own_metrics import GivenMetrics, OwnMetrics, name_of
 from loopos.evaluation.run_claim import refuse_started
@@ -28,7 +28,7 @@ from loopos.methods.table import config_classes
 from loopos.storage.folder_lock import refuse_busy
 from loopos.storage.whole_folder import remove
 from loopos.training.callbacks import Callbacks
-from loopos.training.fit_result import FitResult
+from loopos.training.run_state import FitResult
 
 ROWS = "rows"
 """The folder of rows given in Python, in that of the run."""

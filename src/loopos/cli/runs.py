@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loopos.cli.answers import as_time, confusion_table, say, say_json, shown, table
+from loopos.cli.answers import confusion_table, say, say_json, shown, table
 from loopos.cli.outcome import note
+from loopos.config.diagnostics import UserError
 from loopos.config.differences import differences
-from loopos.config.faults import UserError
-from loopos.config.figures import once
+from loopos.config.figures import as_time, once
 from loopos.config.method_configs import changed_settings
 from loopos.evaluation.run_folder import Run, find_runs, read_run
 

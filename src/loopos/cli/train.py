@@ -14,24 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopos.cli import configs
-from loopos.cli.answers import as_time, say, say_json, shown
+from loopos.cli.answers import say, say_json, shown
 from loopos.cli.installed_torch import refuse_absent_device
 from loopos.cli.opened_models import use_of
 from loopos.cli.process import restart_with_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
-from loopos.config.faults import UserError
-from loopos.config.figures import once
+from loopos.config.diagnostics import UserError
+from loopos.config.figures import as_time, once
 from loopos.config.load import load
-from loopos.data.column_check import check_columns
 from loopos.data.read_ahead import kept_for_training
-from loopos.data.row_check import check_rows
+from loopos.data.row_check import check_columns, check_rows
 from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
     from loopos.evaluation.own_metrics import OwnMetrics
     from loopos.evaluation.run_folder import Run
     from loopos.training.callbacks import Callbacks
-    from loopos.training.fit_result import FitResult
+    from loopos.training.run_state import FitResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,9 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     config: Any = loaded.config
     # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
     from loopos.evaluation.run_claim import refuse_started
-    from loopos.models.sources import check_tokenizer_source, weights_source
+    from loopos.models.resolve import check_tokenizer_source, weights_source
+    from loopos.storage.durable import require_writable
     from loopos.storage.folder_lock import refuse_busy
-    from loopos.storage.writable import require_writable
     from loopos.training.stopping import run_ends_at_once
 
     check_columns(config)
@@ -100,12 +99,17 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 
 
 def _plan(config: Any, options: TrainOptions) -> int:
-    """What training would take. Raises `UserError`."""
+    """Prints what training would take; 3 where it needs more memory or disk than there is. Raises `UserError`."""
     with kept_for_training():
         check_rows(config)
-        from loopos.cli.planning import dry_run
+        from loopos.planning import dry_run
 
-        return dry_run.run(config, trust_remote_code=options.trust_remote_code, as_json=options.json)
+        plan = dry_run.plan_of(config, trust_remote_code=options.trust_remote_code)
+    if options.json:
+        say_json(plan)
+    else:
+        say(dry_run.described(plan))
+    return 0 if dry_run.fits(plan) else dry_run.DOES_NOT_FIT
 
 
 def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:

@@ -10,7 +10,7 @@ import json
 import shlex
 from collections.abc import Collection, Sequence
 
-from loopos.config.faults import IN_CONFIG, Remedy, UserError, Wording
+from loopos.config.diagnostics import IN_CONFIG, Remedy, UserError, Wording
 
 COLUMNS, ENCODING, SKIP_BAD_ROWS = "--columns", "--encoding", "--skip-bad-rows"
 _ARGUMENTS = frozenset({"data.pretrained_weights", "data.training_data"})

@@ -14,18 +14,19 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection, check_distributed
-from loopos.config.faults import Finding
-from loopos.config.keys import BUILT_IN_METRICS, Count, Place, Section, Text
-from loopos.config.language_sections import (
+from loopos.config.diagnostics import Finding
+from loopos.config.keys import BUILT_IN_METRICS, EXAMPLES, STRATEGY, Count, Place, Section, Strategy, Text
+from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
+from loopos.config.sections import (
     LANGUAGE_METRICS,
+    ComputationSection,
+    DistributedSection,
     LanguageModelSection,
     LanguageTrainingSection,
+    MethodConfig,
     TextSourceSection,
+    check_distributed,
 )
-from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
-from loopos.config.sections import ComputationSection, MethodConfig
-from loopos.config.strategies import EXAMPLES, STRATEGY, Strategy
 
 EXAMPLE_ROW = '{"problem": "What is 17 + 26?", "reasoning": ["7 + 6 = 13, carry 1", "1 + 2 + 1 = 4"], "answer": "43"}'
 EXAMPLE_LINES = ", or lines: Problem: What is 17 + 26? / 7 + 6 = 13, carry 1 / 1 + 2 + 1 = 4 / Answer: 43"

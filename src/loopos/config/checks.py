@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
 

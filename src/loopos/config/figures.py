@@ -32,3 +32,19 @@ def _is_second(name: str, value: object, metrics: Mapping[str, Value]) -> bool:
     if not isinstance(value, int | float) or not isinstance(other, int | float):
         return False
     return math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-12)
+
+
+def as_bytes(count: float) -> str:
+    """A count of bytes in a unit that fits, with three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def as_time(seconds: float) -> str:
+    """Seconds, minutes or hours, as fits."""
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection, check_distributed
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
 from loopos.config.paths import (
     check_output_folder,
@@ -22,7 +21,15 @@ from loopos.config.paths import (
     check_tokenizer,
     check_weights,
 )
-from loopos.config.sections import ComputationSection, DataSection, MethodConfig, ModelSection, TrainingSection
+from loopos.config.sections import (
+    ComputationSection,
+    DataSection,
+    DistributedSection,
+    MethodConfig,
+    ModelSection,
+    TrainingSection,
+    check_distributed,
+)
 
 EXAMPLE_ROW = '{"text": "the parcel came late", "label": "complaint"}'
 

@@ -2,11 +2,17 @@
 
 Enters: plain values. Leaves: checked ones; pydantic's errors rise and `wording` puts them into words. Types are strict:
 a whole number is not taken from true, "16" or 16.0. Left out: the keys themselves (`sections.py`).
+
+How an answer is made of chains of reasoning: the names that configs and the command line give.
+
+Enters: one word such as "self_consistency:8". Leaves: a `Strategy`. Left out: the strategies themselves
+(`generation.search`).
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
@@ -131,3 +137,30 @@ class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, strict types, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
+STRATEGY = re.compile(r"single|(self_consistency|best_of_n):([1-9][0-9]*)|step_beam:([1-9][0-9]*)x([1-9][0-9]*)")
+EXAMPLES = ("single", "self_consistency:8", "best_of_n:4", "step_beam:2x4")
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """`chains`: sampled for each problem (single: 1); of a step beam search `beams` go on, each with `candidates`."""
+
+    kind: Literal["single", "self_consistency", "best_of_n", "step_beam"] = "single"
+    chains: int = 1
+    beams: int = 1
+    candidates: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """The strategy of a name. Raises ValueError for another form."""
+        found = STRATEGY.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no strategy; wanted one like {', '.join(EXAMPLES)}")
+        kind, samples, beams, candidates = found.groups()
+        if beams:
+            return cls("step_beam", int(beams) * int(candidates), int(beams), int(candidates))
+        if samples:
+            return cls("best_of_n" if kind == "best_of_n" else "self_consistency", int(samples))
+        return cls()

@@ -3,6 +3,11 @@
 Enters: a path, `key.path=value` words, and the table of methods. Leaves: `LoadedConfig`, or `ConfigError`. Faults of
 syntax come alone; else those of single keys, of keys together and of files come in one list, by line. Left out: running
 the method. Nothing heavy is imported.
+
+The JSON Schema of a config, for people, scripts and editors.
+
+Enters: the config class of a method. Leaves: a schema (draft 2020-12) with titles, descriptions and defaults. Left out:
+what only several keys together can tell; `load` checks that.
 """
 
 from __future__ import annotations
@@ -16,11 +21,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loopos.config.faults import ConfigError, Fault, Finding
-from loopos.config.foreign_configs import tool_of, translated
+from loopos.config.diagnostics import ConfigError, Fault, Finding
+from loopos.config.json_text import (
+    MappingNode,
+    Path,
+    Plain,
+    ScalarNode,
+    find,
+    plain,
+    value_mark,
+    with_entry,
+    without_entry,
+)
 from loopos.config.keys import ALSO_UNDER_DATA, OWN_METRICS
-from loopos.config.nodes import MappingNode, Path, Plain, ScalarNode, find, plain, value_mark, with_entry, without_entry
-from loopos.config.other_tools import METHOD_ALIASES, method_advice
+from loopos.config.other_tools import METHOD_ALIASES, method_advice, tool_of, translated
 from loopos.config.paths import expanded
 from loopos.config.sections import MethodConfig
 from loopos.config.source import (
@@ -307,3 +321,26 @@ def _placed(
         written = next((path for _, path in names if find(root, path) is not None), names[0][1])
         field = renamed.get(finding.fields[0], finding.fields[0])
         yield _fault_at(root, written, field, finding.given, finding.wanted, finding.hint)
+
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schema(config_class: type[MethodConfig]) -> dict[str, Any]:
+    """The schema of `config_class`.
+
+    It allows what `load` allows beyond the fields: "$schema" at the top, by which editors find this schema, and under
+    `data` those keys of `training` that the guide's configs have there.
+    """
+    described: dict[str, Any] = config_class.model_json_schema()
+    properties = described["properties"]
+    properties["$schema"] = {
+        "type": "string",
+        "title": "Schema",
+        "description": "where editors find this schema; ignored",
+    }
+    sections = described["$defs"]
+    if "DataSection" in sections and "TrainingSection" in sections:
+        for key in ALSO_UNDER_DATA:
+            sections["DataSection"]["properties"][key] = sections["TrainingSection"]["properties"][key]
+    return {"$schema": DIALECT, **described}

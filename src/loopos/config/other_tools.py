@@ -2,11 +2,21 @@
 
 Enters: the name of a method or a key, as TRL, Axolotl, LLaMA-Factory or a paper has it. Leaves: LoopOS's own name, or a
 sentence on what there is instead. Left out: whole configs of other tools (`foreign_configs`).
+
+Configs of other tools: recognized by their keys, and written as configs of LoopOS as far as there are counterparts.
+
+Enters: the tree of a config file. Leaves: the tool that it is of (TRL, whose trainers take transformers'
+TrainingArguments; Axolotl; LLaMA-Factory), and a `Translation`. Left out: names of single keys (`other_tools`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loopos.config.json_text import MappingNode, Plain, plain
 
 METHOD_ALIASES = {"sft": "chain_of_thought"}
 """Other names under which a method may be asked for."""
@@ -92,3 +102,240 @@ def method_advice(name: str) -> tuple[str, bool] | None:
     if kind == "adapter":
         return 'adapters go with any method: "training": {"trainable": "lora"}', False
     return None
+
+
+_SAME_KEYS = {
+    key: f"training.{key}"
+    for key in ("learning_rate", "num_epochs", "max_steps", "weight_decay", "max_grad_norm", "gradient_checkpointing")
+} | {
+    "seed": "training.seed",
+    "optimizer": "training.optimizer",
+    "max_length": "training.max_length",
+    "output_dir": "data.output_dir",
+    "streaming": "data.streaming",
+}
+_SIGNS: Mapping[str, str] = {
+    "Axolotl": "base_model micro_batch_size sequence_len datasets adapter val_set_size sample_packing "
+    "lora_target_linear train_on_inputs dataset_prepared_path flash_attention pad_to_sequence_len load_in_4bit rl",
+    "LLaMA-Factory": "stage finetuning_type cutoff_len template dataset lora_target lora_rank dataset_dir do_train "
+    "plot_loss overwrite_cache preprocessing_num_workers val_size pref_beta",
+    "TRL": "model_name_or_path dataset_name dataset_train_split per_device_train_batch_size num_train_epochs use_peft "
+    "lora_r lora_target_modules max_seq_length packing lr_scheduler_type warmup_ratio logging_steps bf16 report_to "
+    "gradient_accumulation_steps eval_strategy output_dir learning_rate torch_dtype attn_implementation",
+}
+_SIGNATURES = {tool: frozenset(signs.split()) for tool, signs in _SIGNS.items()}
+_FEWEST_SIGNS = 2
+_OPTIONS = {"trust_remote_code": "--trust-remote-code", "resume_from_checkpoint": "--resume", "dataset_dir": "the path"}
+"""Keys that are no setting here, and what stands for them."""
+_NOTHING: tuple[object, ...] = (None, False, "", "none", "no", "steps", [], {})
+"""Values that ask for nothing: their keys need no counterpart."""
+_OWN_SECTIONS = ("model", "computation", "training", "data")
+
+
+@dataclass
+class Translation:
+    """A config of another tool: which one's, its method by the names here, the sections of the config here, which key
+    became which, and the keys without counterpart. `advice`: why there is no method, if there is none.
+    """
+
+    tool: str
+    method: str | None
+    advice: str
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The translation in lines: a config to paste, the keys, and what is left out."""
+        lines = []
+        if self.method is not None:
+            sections = [f'  "{name}": {json.dumps(part, ensure_ascii=False)}' for name, part in self.config.items()]
+            lines += ["as a config of LoopOS:", "{", ",\n".join(sections), "}"]
+        else:
+            lines.append(self.advice)
+        if self.keys:
+            lines.append("keys: " + ", ".join(f"{theirs} → {ours}" for theirs, ours in self.keys.items()))
+        if self.left_out:
+            lines.append(f"without counterpart: {', '.join(self.left_out)}")
+        return "\n".join(lines)
+
+
+def tool_of(root: MappingNode) -> str | None:
+    """The tool that a config is of by its keys; None for one of LoopOS, and for keys of no tool."""
+    if any(name in root.entries for name in _OWN_SECTIONS if isinstance(root.entries.get(name), MappingNode)):
+        return None
+    counts = {tool: len(signs.intersection(root.entries)) for tool, signs in _SIGNATURES.items()}
+    best = max(counts, key=lambda tool: counts[tool])
+    return best if counts[best] >= _FEWEST_SIGNS else None
+
+
+def translated(root: MappingNode, tool: str) -> Translation:
+    """A config of `tool` as one of LoopOS, as far as there are counterparts."""
+    values = plain(root)
+    assert isinstance(values, dict)
+    method, advice = _method_of(values)
+    found = Translation(tool, method, advice)
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("stage", "rl", "reward_model") and method is not None:
+            found.keys[key] = "computation.method"
+            continue
+        if key in _OPTIONS:
+            found.keys[key] = _OPTIONS[key]
+            continue
+        ours = _SAME_KEYS.get(key) or OTHER_KEYS.get(key)
+        setting = _setting(key, ours, value) if ours is not None else None
+        if setting is None:
+            found.left_out += [key] if value not in _NOTHING else []
+            continue
+        settings.setdefault(*setting)
+        found.keys[key] = setting[0]
+    if method is None:
+        return found
+    if settings.get("training.trainable") != "lora":
+        settings = {key: value for key, value in settings.items() if not key.startswith("training.lora.")}
+    defaults = {
+        "computation.mode": "pretraining" if method == "autoregressive" else "posttraining",
+        "computation.method": method,
+        "training.learning_rate": 1e-5,
+        "data.pretrained_weights": "smollm2-135m",
+        "data.training_data": "train.jsonl",
+        "data.output_dir": "outputs/run",
+    }
+    if method == "autoregressive":
+        del defaults["data.pretrained_weights"]
+        settings.pop("data.pretrained_weights", None)
+    if method != "sft":
+        settings.pop("data.train_on", None)
+    for key, value in {**defaults, **settings}.items():
+        *path, name = key.split(".")
+        section: dict[str, Any] = found.config
+        for step in path:
+            section = section.setdefault(step, {})
+        section[name] = value
+    return found
+
+
+def _method_of(values: Mapping[str, Plain]) -> tuple[str | None, str]:
+    """The method here of a tool's config, or None and why there is none."""
+    named = values.get("stage") or values.get("rl") or ("reward" if values.get("reward_model") is True else "sft")
+    name = str(named)
+    if name in METHOD_ALIASES:
+        return name, ""
+    advice = method_advice(name)
+    folded = METHODS_HERE.get(name.lower())
+    if folded is not None:
+        return folded, ""
+    return (name, "") if name == "ppo" else (None, advice[0] if advice is not None else f"{name} is not available")
+
+
+def _setting(key: str, ours: str, value: Plain) -> tuple[str, Any] | None:
+    """The key here and its value; None where the value has no counterpart."""
+    convert = _VALUES.get(ours)
+    result = value if convert is None else convert(key, value)
+    return None if result is None else (ours, result)
+
+
+def _schedule(key: str, value: Plain) -> Plain:
+    names = {
+        "constant_with_warmup": "constant",
+        "cosine_with_restarts": "cosine_restarts",
+        "reduce_lr_on_plateau": "plateau",
+    }
+    known = ("constant", "linear", "cosine", "cosine_restarts", "warmup_stable_decay", "plateau", "inverse_sqrt")
+    name = names.get(str(value), str(value))
+    return name if name in known else None
+
+
+def _optimizer(key: str, value: Plain) -> Plain:
+    text = str(value)
+    return next((name for name in ("adamw", "adafactor", "muon", "sgd", "adam") if name in text), None)
+
+
+def _precision(key: str, value: Plain) -> Plain:
+    if key in ("bf16", "fp16"):
+        return key if value is True else "auto" if value == "auto" else None
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(value), "auto")
+
+
+def _trainable(key: str, value: Plain) -> Plain:
+    return "lora" if value in (True, "lora", "qlora") else "all" if value in (False, "full", "") else None
+
+
+def _target_modules(key: str, value: Plain) -> Plain:
+    if value in (True, "all", "all-linear"):
+        return "all-linear"
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",")]
+    return value if isinstance(value, list) else None
+
+
+def _interval(key: str, value: Plain) -> Plain:
+    if value in ("no", "epoch"):
+        return "never" if value == "no" else "epoch"
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _rows(key: str, value: Plain) -> Plain:
+    """The first data set that is named. LLaMA-Factory names several with commas, by the files of its folder data/."""
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict):
+        first = first.get("path")
+    if not isinstance(first, str) or not first.strip():
+        return None
+    name = first.split(",")[0].strip()
+    is_registered = key in ("dataset", "eval_dataset") and not set(name) & set("/.")
+    return f"data/{name}.json" if is_registered else name
+
+
+def _share(key: str, value: Plain) -> Plain:
+    return value if isinstance(value, int | float) and 0 <= value < 1 else None
+
+
+def _positive(key: str, value: Plain) -> Plain:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+
+def _epochs(key: str, value: Plain) -> Plain:
+    return max(1, round(value)) if isinstance(value, int | float) and value > 0 else None
+
+
+def _warmup(key: str, value: Plain) -> Plain:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or value < 0
+        or (key == "warmup_ratio" and not value)
+    ):
+        return None
+    return float(value) if 0 < value < 1 else int(value) if float(value).is_integer() else None
+
+
+def _train_on(key: str, value: Plain) -> Plain:
+    is_all = value if key in ("train_on_inputs", "train_on_prompt") else not value
+    return "all" if is_all else "assistant"
+
+
+_VALUES: Mapping[str, Callable[[str, Plain], Plain]] = {
+    "training.schedule": _schedule,
+    "training.optimizer": _optimizer,
+    "training.precision": _precision,
+    "training.trainable": _trainable,
+    "training.lora.target_modules": _target_modules,
+    "training.validate_every": _interval,
+    "training.save_every": _interval,
+    "training.log_every": _interval,
+    "training.keep_last": _interval,
+    "training.max_steps": _positive,
+    "training.learning_rate": _positive,
+    "training.max_grad_norm": _positive,
+    "training.num_epochs": _epochs,
+    "training.warmup": _warmup,
+    "training.early_stopping.patience": _positive,
+    "data.training_data": _rows,
+    "data.validation_data": _rows,
+    "data.validation_share": _share,
+    "data.max_rows": _positive,
+    "data.train_on": _train_on,
+}

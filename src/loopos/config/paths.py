@@ -10,7 +10,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.source import close_files, close_matches, special_file
 
 EMBEDDED_WEIGHTS = "smollm2-135m"

@@ -12,25 +12,31 @@ from typing import Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection, check_distributed
-from loopos.config.faults import Finding
-from loopos.config.language_sections import LanguageModelSection
-from loopos.config.ppo_sections import (
-    GuardSection,
-    PpoDataSection,
-    PpoEvaluationSection,
-    PpoRewardSection,
-    PpoTrainingSection,
-    RolloutSection,
-)
+from loopos.config.diagnostics import Finding
 from loopos.config.preferences import (
     check_reward_model,
     check_text_files,
     text_effects,
     validation_notes,
 )
-from loopos.config.rollout import RolloutEngineSection, check_rollout, rollout_effects
-from loopos.config.sections import ComputationSection, MethodConfig
+from loopos.config.rl import (
+    GuardSection,
+    PpoDataSection,
+    PpoEvaluationSection,
+    PpoRewardSection,
+    PpoTrainingSection,
+    RolloutEngineSection,
+    RolloutSection,
+    check_rollout,
+    rollout_effects,
+)
+from loopos.config.sections import (
+    ComputationSection,
+    DistributedSection,
+    LanguageModelSection,
+    MethodConfig,
+    check_distributed,
+)
 
 EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
 

@@ -15,11 +15,10 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.keys import Count, Place, Section, Text
-from loopos.config.language_sections import TextSourceSection
 from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
-from loopos.config.sections import TrainingSection
+from loopos.config.sections import TextSourceSection, TrainingSection
 from loopos.config.source import close_files
 
 REWARD_TASK = "reward"

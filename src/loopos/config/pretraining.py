@@ -13,12 +13,18 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection, check_distributed
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.keys import Place, Text
-from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection, TextSourceSection
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
-from loopos.config.sections import ComputationSection, MethodConfig
+from loopos.config.sections import (
+    ComputationSection,
+    DistributedSection,
+    LanguageModelSection,
+    LanguageTrainingSection,
+    MethodConfig,
+    TextSourceSection,
+    check_distributed,
+)
 
 EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
 DEFAULT_WEIGHTS = "models/pretrained_model.bin"

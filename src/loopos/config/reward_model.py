@@ -12,10 +12,8 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.distributed import DistributedSection, check_distributed
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Place
-from loopos.config.language_sections import LanguageModelSection, LanguageTrainingSection
 from loopos.config.preferences import (
     PreferenceTextSection,
     RewardSection,
@@ -23,7 +21,15 @@ from loopos.config.preferences import (
     text_effects,
     validation_notes,
 )
-from loopos.config.sections import ComputationSection, EarlyStoppingSection, MethodConfig
+from loopos.config.sections import (
+    ComputationSection,
+    DistributedSection,
+    EarlyStoppingSection,
+    LanguageModelSection,
+    LanguageTrainingSection,
+    MethodConfig,
+    check_distributed,
+)
 
 EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
 EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."

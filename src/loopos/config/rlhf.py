@@ -13,19 +13,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopos.config.distributed import DistributedSection
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.keys import Count, Place
-from loopos.config.language_sections import LanguageModelSection
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
-from loopos.config.ppo_sections import (
-    GuardSection,
-    PpoDataSection,
-    PpoEvaluationSection,
-    PpoRewardSection,
-    PpoTrainingSection,
-    RolloutSection,
-)
 from loopos.config.preferences import RewardSection, check_text_files
 from loopos.config.reward_model import (
     EXAMPLE_LINES,
@@ -34,8 +24,16 @@ from loopos.config.reward_model import (
     RewardModelConfig,
     RewardTrainingSection,
 )
-from loopos.config.rollout import RolloutEngineSection
-from loopos.config.sections import ComputationSection, MethodConfig
+from loopos.config.rl import (
+    GuardSection,
+    PpoDataSection,
+    PpoEvaluationSection,
+    PpoRewardSection,
+    PpoTrainingSection,
+    RolloutEngineSection,
+    RolloutSection,
+)
+from loopos.config.sections import ComputationSection, DistributedSection, LanguageModelSection, MethodConfig
 
 REWARD_LEARNING_RATE = 1e-5
 """The peak learning rate of the reward model where the config has no `reward_training`."""

@@ -2,6 +2,17 @@
 
 Enters: plain values. Leaves: frozen, keyword-only sections. Left out: the types of values (`keys.py`), what no single
 key can tell (`fine_tuning.py`), files (`paths.py`).
+
+Sections of a config that methods for language models share: the model without a head, the optimizer's defaults, and
+where texts come from.
+
+Enters: plain values. Leaves: frozen sections. Left out: what no single key can tell (`checks`, and each method's own
+module).
+
+The section `distributed`: how the processes of a run share its model, and what they expect of each other.
+
+Enters: nothing but values. Leaves: `DistributedSection`, and what contradicts it. Left out: how many processes there
+are, which the launcher says.
 """
 
 from __future__ import annotations
@@ -11,7 +22,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from loopos.config.faults import Finding
+from loopos.config.diagnostics import Finding
 from loopos.config.keys import (
     ClassWeights,
     Count,
@@ -294,3 +305,94 @@ class MethodConfig(Section):
     def notes(self) -> list[str]:
         """Sentences on keys that were given but have no effect."""
         return []
+
+
+LANGUAGE_METRICS = ("loss", "accuracy")
+"""What a language model in training can be judged by: the loss of the trained tokens (nats), and, where answers are
+generated, the share of them that is right."""
+
+
+class LanguageModelSection(SizesSection):
+    """The model's sizes (needed for new weights and bare files alone)."""
+
+    attention: Literal["auto", "packed", "padded"] = Field(default="auto", description="how sequences share a batch")
+
+
+class LanguageTrainingSection(TrainingSection):
+    """The optimizer, its schedule, what trains, and when to validate, save and stop; AdamW unless told otherwise."""
+
+    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
+
+
+class TextSourceSection(ReadingSection):
+    """How rows of text are read, and where the run goes."""
+
+    validation_data: Place | None = Field(
+        default=None, description="file, folder, glob or hub id of the rows to validate on; split off when absent"
+    )
+    validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
+    output_dir: Place = Field(description="folder of the run")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
+    streaming: bool = Field(
+        default=False,
+        description="read a hub id while it arrives, without storing it on disk first; max_rows bounds what is taken",
+    )
+    max_rows: Count | None = Field(default=None, description="rows after which reading ends")
+    training_split: Text = Field(default="train", description="split of a hub id to train on")
+    validation_split: Text | None = Field(default=None, description="split of a hub id to validate on")
+    subset: Text | None = Field(default=None, description="subset of a hub id")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether any rows are kept for validation."""
+        return self.validation_data is not None or self.validation_split is not None or self.validation_share > 0
+
+
+WHOLE_MATRICES = ("muon", "adafactor")
+"""Optimizers whose rule for a matrix needs all of its rows."""
+
+
+class DistributedSection(Section):
+    """Without effect in a run of one process."""
+
+    mode: Literal["auto", "replicate", "shard"] = Field(
+        default="auto", description="whether each process holds the whole model, or a share of it (FSDP2)"
+    )
+    shard_size: Count | None = Field(
+        default=None,
+        description="processes, or groups that split layers, that share one copy of the model; all when absent",
+    )
+    tensor_parallel: Count = Field(
+        default=1, description="processes that split every layer among them and see the same rows; a divisor of all"
+    )
+    cpu_offload: bool = Field(
+        default=False, description="weights, gradients and optimizer rest in the host's memory (shard on CUDA)"
+    )
+    reshard_after_forward: bool = Field(
+        default=True, description="let go of the others' shares of a layer between its forward and its backward pass"
+    )
+    timeout: Duration = Field(
+        default=600.0, description='time after which a collective counts as hung (seconds, or "90s", "30m", "2h")'
+    )
+    silence: Duration = Field(
+        default=20.0, description='time without a sign of life after which a process counts as lost (seconds, or "90s")'
+    )
+
+
+def check_distributed(distributed: DistributedSection, optimizer: str) -> Iterator[Finding]:
+    """Keys of sharding against each other and against the optimizer."""
+    if distributed.mode == "shard" and optimizer in WHOLE_MATRICES:
+        fields = ("training.optimizer", "distributed.mode")
+        hint = "its rule needs whole matrices, of which a process holds some rows"
+        yield Finding(fields, f'{optimizer} with mode "shard"', 'sgd, adam or adamw, or mode "replicate"', hint)
+    if distributed.tensor_parallel > 1 and optimizer in WHOLE_MATRICES:
+        fields = ("training.optimizer", "distributed.tensor_parallel")
+        given = f"{optimizer} with tensor_parallel {distributed.tensor_parallel}"
+        hint = "its rule needs whole matrices, of which a process holds a part"
+        yield Finding(fields, given, "sgd, adam or adamw, or tensor_parallel 1", hint)
+    if distributed.mode == "replicate":
+        for name in ("shard_size", "cpu_offload", "reshard_after_forward"):
+            given = getattr(distributed, name)
+            if given != DistributedSection.model_fields[name].default:
+                fields = (f"distributed.{name}", "distributed.mode")
+                yield Finding(fields, f'{str(given).lower()} with mode "replicate"', 'mode "shard" or "auto"')

@@ -15,9 +15,8 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loopos.config.faults import ConfigError, Fault
-from loopos.config.json_text import parse_json
-from loopos.config.nodes import (
+from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.json_text import (
     MOST_LEVELS,
     LineTable,
     ListNode,
@@ -28,6 +27,7 @@ from loopos.config.nodes import (
     child,
     dotted,
     find,
+    parse_json,
     plain,
     with_entry,
 )

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from loopos.config.faults import Fault
-from loopos.config.nodes import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
+from loopos.config.diagnostics import Fault
+from loopos.config.json_text import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
 from loopos.config.other_tools import OTHER_KEYS
 from loopos.config.source import COMMAND_LINE, close_matches
 

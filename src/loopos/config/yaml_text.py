@@ -11,9 +11,8 @@ import re
 
 import yaml
 
-from loopos.config.faults import ConfigError, Fault
-from loopos.config.json_text import repeated_key
-from loopos.config.nodes import MOST_LEVELS, LineTable, ListNode, MappingNode, Mark, Node, ScalarNode
+from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.json_text import MOST_LEVELS, LineTable, ListNode, MappingNode, Mark, Node, ScalarNode, repeated_key
 
 MOST_NODES = 100_000  # aliases of aliases can make a tree of any size from a few lines
 _TAG = "tag:yaml.org,2002:"

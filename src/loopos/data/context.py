@@ -15,10 +15,8 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 
-from loopos.data.record import shown
+from loopos.data.record import is_number, kind_name, shown, structure_of
 from loopos.data.row_fields import RowFields
-from loopos.data.structures import structure_of
-from loopos.data.values import is_number, kind_name
 
 CONTEXT_ROLES = ("input", "context", "choices")
 """The roles that stand below a question, in this order."""

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loopos.data.context import with_context
-from loopos.data.record import shown
+from loopos.data.record import kind_name, shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row
 from loopos.data.tool_schemas import CALLS, Tool, tools_of, with_calls
-from loopos.data.values import kind_name
 
 ASSISTANT = "assistant"
 _ROLES: Mapping[str, str] = {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
 from loopos.config.pretraining import PretrainingDataSection
 from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_text

@@ -1,4 +1,16 @@
-"""Bytes of a file → numbered lines of text.
+"""Bytes that are not UTF-8 → the encoding that they may be in, for a hint.
+
+Enters: the line with the first byte that does not fit. Leaves: a name for `data.encoding`, or nothing. A guess is never
+used to read: a wrong one trains on garbled text. Each candidate decodes the line; the one whose characters beyond ASCII
+are most often those that its languages write wins, the earlier one where two are equal.
+
+A file → its bytes in chunks, unpacked where its name says .gz or .zst.
+
+Enters: the path of a regular file, how far it may expand. Leaves: chunks of bytes. A small file that unpacks to
+gigabytes is refused before the memory is taken: beyond `FREE_BYTES` the output may be at most `max_expansion` times the
+size of the file. Left out: what the bytes mean (`decoding`).
+
+Bytes of a file → numbered lines of text.
 
 Enters: the path of a text file, plain or compressed (.gz, .zst), and the `TextRules`. Leaves: its lines, 1-based,
 decoded from UTF-8 (with or without a byte order mark), from UTF-16 with one, or from the encoding that the user names.
@@ -11,15 +23,184 @@ byte's place, which name the likely one (`encodings`).
 from __future__ import annotations
 
 import codecs
+import gzip
 import itertools
+import os
+import re
+import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from loopos.config.faults import DataError, Remedy
+from loopos.config.diagnostics import DataError, EnvironmentFault, Remedy
 from loopos.config.sections import MAX_EXPANSION, MAX_LINE_BYTES
-from loopos.data.encodings import guessed_encoding
+from loopos.config.source import special_file
 from loopos.data.record import file_error
-from loopos.data.unpacking import chunks_of
+
+_LATIN = "À-ÖØ-öø-ÿŒœŠšŽžŸ€‘’“”„–—…•™«»°§£©®¡¿ªº·´¨×±²³½¼¾µ\u00a0"
+_CANDIDATES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("cp1252", re.compile(f"[{_LATIN}]")),
+    ("mac_roman", re.compile(f"[{_LATIN}]")),
+    ("cp1250", re.compile(f"[{_LATIN}ĄąĆćĘęŁłŃńŚśŹźŻżČčĎďĚěŇňŘřŤťŮůŐőŰűĂăŞşŢţ]")),
+    ("cp1251", re.compile("[А-яЁёІіЇїЄєҐґ№«»–—…“”„’\u00a0]")),
+    ("koi8_r", re.compile("[А-яЁё]")),
+    ("shift_jis", re.compile("[ぁ-んァ-ヶー一-龠々、。「」・！？（）]")),
+    ("euc_kr", re.compile("[가-힣]")),
+    ("gb18030", re.compile("[一-龠，。！？、：；（）“”《》…—]")),
+    ("big5", re.compile("[一-龠，。！？、：；（）「」]")),
+)
+_CYRILLIC = ("cp1251", "koi8_r")
+_WESTERN = ("cp1252", "mac_roman", "cp1250")
+_SAMPLE_BYTES = 1 << 16
+
+
+def guessed_encoding(raw: bytes) -> str | None:
+    """The encoding that `raw`, which is not UTF-8, is most likely in; None where none fits."""
+    best, most = None, 0.0
+    sample = raw[:_SAMPLE_BYTES]
+    for name, expected in _CANDIDATES:
+        try:
+            text = sample.decode(name)
+        except UnicodeDecodeError:
+            continue
+        beyond = [place for place, character in enumerate(text) if character > "\x7f"]
+        score = sum(expected.match(text[place]) is not None for place in beyond) / max(1, len(beyond))
+        if name in _WESTERN:
+            score -= _runs(text, beyond) + _signs_in_words(text, beyond)
+        if name in _CYRILLIC:
+            # Each reads the other's small letters as capitals.
+            score -= 0.5 * sum(text[place].isupper() for place in beyond) / max(1, len(beyond))
+        if score > most + 1e-9:
+            best, most = name, score
+    return best if most >= 0.5 else None
+
+
+def _signs_in_words(text: str, beyond: list[int]) -> float:
+    """The share of characters beyond ASCII that are signs, such as ³, between two letters."""
+    beside = {place: text[place - 1 : place] + text[place + 1 : place + 2] for place in beyond}
+    in_words = [place for place in beyond if len(beside[place]) == 2 and beside[place].isalpha()]
+    signs = [place for place in in_words if not text[place].isalpha() and text[place] not in "’–"]
+    return len(signs) / max(1, len(beyond))
+
+
+def _runs(text: str, beyond: list[int]) -> float:
+    """The share of letters beyond ASCII with another one on both sides: high for any alphabet that is not Latin."""
+    letters = {place for place in beyond if text[place].isalpha()}
+    return sum(place - 1 in letters and place + 1 in letters for place in letters) / max(1, len(beyond))
+
+
+CHUNK_BYTES = 1 << 20
+FREE_BYTES = 64 << 20
+"""Unpacked bytes that are always read, whatever the file's own size: small files of repeated rows shrink a lot."""
+# A block of zstd is 4 bytes at the least and 128 KiB unpacked: so many bytes of input give at most 128 MiB at once.
+_ZSTD_INPUT_BYTES = 4096
+
+
+def compression(path: str) -> str:
+    """The compression that a file's name states: "gz", "zst" or "" for none."""
+    suffix = Path(path).suffix.lower()
+    return suffix[1:] if suffix in (".gz", ".zst") else ""
+
+
+def require_regular(path: str) -> None:
+    """Raises `DataError` for a pipe, a socket or a device: to open one may wait for ever."""
+    kind = special_file(path)
+    if kind:
+        raise file_error(path, kind, "a regular file", "write the data into a file first, and give its path")
+
+
+def chunks_of(path: str, max_expansion: int) -> Iterator[bytes]:
+    """Yields the bytes of a file, unpacked.
+
+    Raises:
+        DataError: a pipe, socket or device; a file that may not or cannot be read; broken compression; one that
+            unpacks to more than `max_expansion` times its size.
+        EnvironmentFault: a .zst file without the `zstandard` package.
+    """
+    require_regular(path)
+    kind = compression(path)
+    reader = {"gz": _gzip_chunks, "zst": _zstd_chunks}.get(kind, _plain_chunks)
+    try:
+        most = max(FREE_BYTES, max_expansion * os.path.getsize(path)) if kind else None
+        unpacked = 0
+        for chunk in reader(path):
+            unpacked += len(chunk)
+            if most is not None and unpacked > most:
+                raise _expands_too_far(path, max_expansion)
+            yield chunk
+    except PermissionError as error:
+        raise file_error(path, "a file that may not be read", "a readable file", "check its permissions") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _broken_compression(path, "gzip", str(error)) from error
+    except OSError as error:
+        raise file_error(path, f"a file that cannot be read ({error.strerror or error})", "a readable file") from error
+
+
+def check_expansion(path: str, unpacked: int, max_expansion: int) -> None:
+    """Raises `DataError` where a packed file states that it unpacks to too many bytes (a spreadsheet is one)."""
+    if unpacked > max(FREE_BYTES, max_expansion * os.path.getsize(path)):
+        raise _expands_too_far(path, max_expansion)
+
+
+def _plain_chunks(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _gzip_chunks(path: str) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _zstd_chunks(path: str) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise EnvironmentFault(
+            f"{path}: reading .zst files needs the package zstandard: pip install zstandard"
+        ) from error
+    decompressor, begun = zstandard.ZstdDecompressor().decompressobj(), False
+    try:
+        for whole in _plain_chunks(path):
+            for start in range(0, len(whole), _ZSTD_INPUT_BYTES):
+                chunk = whole[start : start + _ZSTD_INPUT_BYTES]
+                while chunk:
+                    begun = True
+                    data = decompressor.decompress(chunk)
+                    if data:
+                        yield data
+                    chunk = b""
+                    if decompressor.eof:
+                        chunk, begun = decompressor.unused_data, False
+                        decompressor = zstandard.ZstdDecompressor().decompressobj()
+    except zstandard.ZstdError as error:
+        raise _broken_compression(path, "zstd", str(error)) from error
+    if begun:
+        raise _broken_compression(path, "zstd", "the data ends in the middle of a frame")
+
+
+def _broken_compression(path: str, kind: str, reason: str) -> DataError:
+    return file_error(
+        path,
+        f"broken {kind} data ({reason})",
+        f"a whole {kind} file",
+        "the file is cut off, damaged, or not compressed at all: copy or download it again, or correct its suffix",
+        field="compression",
+    )
+
+
+def _expands_too_far(path: str, max_expansion: int) -> DataError:
+    size = os.path.getsize(path)
+    return file_error(
+        path,
+        f"{size:,} bytes that unpack to more than {max(FREE_BYTES, max_expansion * size):,}",
+        f"at most {max_expansion} times as many (data.max_expansion)",
+        "raise data.max_expansion if the file is what it should be, or unpack it first",
+        field="compression",
+    )
+
 
 _SIGNATURES = (
     (b"\x1f\x8b", "gzip data"),

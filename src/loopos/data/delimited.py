@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}

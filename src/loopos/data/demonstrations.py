@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 from loopos.data.columns import COLUMN, column_remedy
 from loopos.data.context import chosen_letter, with_context
-from loopos.data.record import shown
+from loopos.data.record import kind_name, shown, structure_of, unicode_problem
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
-from loopos.data.structures import structure_of
-from loopos.data.values import kind_name, unicode_problem
 
 HASHES = "####"
 _REASONING_WANTED = "a list of steps, or one text with a step a line"

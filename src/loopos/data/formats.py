@@ -14,14 +14,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from loopos.config.faults import DataError, Fault
-from loopos.data.column_names import LABEL_TIERS, PAIRS, TEXT_TIERS
-from loopos.data.columns import ambiguous, candidates, listed, not_found, override_faults, plain_name, recalled, unread
+from loopos.config.diagnostics import DataError, Fault
+from loopos.data.columns import (
+    LABEL_TIERS,
+    PAIRS,
+    TEXT_TIERS,
+    ambiguous,
+    candidates,
+    listed,
+    not_found,
+    override_faults,
+    plain_name,
+    recalled,
+    unread,
+)
 from loopos.data.reading import FormatReport, Unusable, read_examples
-from loopos.data.record import shown
+from loopos.data.record import Problem, kind_name, shown, structure_of, text_problem, unicode_problem
 from loopos.data.rows import Row, RowReader
-from loopos.data.structures import structure_of
-from loopos.data.values import Problem, kind_name, text_problem, unicode_problem
 
 ROLES = ("text", "text_pair", "label")
 VERDICT = "answer"

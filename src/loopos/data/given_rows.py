@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
 from loopos.storage.durable import disk_full_said, write_whole
 from loopos.storage.hub import quiet_datasets
 from loopos.storage.whole_folder import remove, whole_folder

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 _BLANK = re.compile(r"[ \t\n\r]*")

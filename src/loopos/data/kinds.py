@@ -16,10 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from loopos.config.faults import DataError, Fault
-from loopos.data import formats, preference_formats, supervised_formats
-from loopos.data.column_names import LABEL_TIERS, TEXT_TIERS
-from loopos.data.columns import candidates, likely, listed, plain_name
+from loopos.config.diagnostics import DataError, Fault
+from loopos.data import formats, preference_formats, supervised_rows
+from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, listed, plain_name
 from loopos.data.formats import read_labelled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
@@ -58,7 +57,7 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
             return None
 
     compared = attempt("comparisons", lambda: preference_formats.detect(columns, overrides, source=source))
-    language = attempt("language", lambda: supervised_formats.detect(columns, overrides, source=source))
+    language = attempt("language", lambda: supervised_rows.detect(columns, overrides, source=source))
     labelled = attempt("labelled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
     prompts = attempt("prompts", lambda: preference_formats.detect(columns, overrides, source=source, prompts=True))
     if compared is not None:
@@ -107,7 +106,7 @@ def _no_kind(
         known = {
             "labelled": set(formats.ROLES),
             "comparisons": set(preference_formats.NAMES),
-            "language": set(supervised_formats.NAMES),
+            "language": set(supervised_rows.NAMES),
         }
         meant = max(known, key=lambda name: len(set(overrides) & known[name]))
         return refused[meant]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, TypeGuard
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
 from loopos.data.record import shown
 from loopos.data.rows import Row
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loopos.config.faults import ConfigError, DataError, Fault
+from loopos.config.diagnostics import ConfigError, DataError, Fault
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import DataSection, ModelSection
 from loopos.data.formats import Labelled, read_labelled

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
 from loopos.data.templates import Piece, end_token
-from loopos.data.text_bounds import TextBound, spans
+from loopos.data.tokens import TextBound, spans
 
 # What stands before a piece inside a text, for tokenizers that put a blank before whatever they take for a beginning.
 _ANCHORS = ("\n", "a", ".")

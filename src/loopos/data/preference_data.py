@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from loopos.config.preferences import PreferenceTextSection
-from loopos.data.format_detection import Overrides
+from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts
 from loopos.data.read_ahead import handed_over

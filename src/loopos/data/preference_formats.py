@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from loopos.data.columns import COLUMN
+from loopos.data.columns import COLUMN, Family, Fit, Overrides, Shape, detected
 from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
-from loopos.data.format_detection import Family, Fit, Overrides, Shape, detected
 from loopos.data.tool_schemas import TOOL_NAMES
 
 Kind: TypeAlias = Literal["pairs", "groups", "judged pairs", "implicit pairs", "prompts"]

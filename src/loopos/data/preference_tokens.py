@@ -8,6 +8,11 @@ once and of each response with its end token, and a report in which read = used 
 
 for a text without the marks of a step format, where supervised rows have one more border. There are no pads.
 Left out: batches (`batches`), what the pairs mean for a loss.
+
+Comparisons and prompts → tokens, by the rules of the config.
+
+Enters: the `data` section of a method that learns from preferences, and the tokenizer. Leaves: a `PreferenceEncoder`.
+Left out: rows (`preference_data`), templates and tokens themselves (`templates`, `preference_tokens`), batches.
 """
 
 from __future__ import annotations
@@ -15,14 +20,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
+from loopos.config.preferences import PreferenceTextSection
 from loopos.data.piece_tokens import PieceTokenizer
 from loopos.data.preferences import Comparison, Pair
-from loopos.data.prompts import Prompt, Words
+from loopos.data.prompts import Prompt, Words, told
 from loopos.data.reading import FormatReport, account
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_fault
@@ -234,3 +240,54 @@ def _settle(
     check_over(over, report.read, report.max_length, over_length, max_dropped_share)
     if not report.used:
         raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row that fits")])
+
+
+class Origin(NamedTuple):
+    """What a prompt was made from: its `text` as the file has it, and the file and line."""
+
+    text: str
+    place: str
+
+
+class PreferenceEncoder:
+    """Makes the tokens of comparisons and prompts as a config says: by which template, how long."""
+
+    def __init__(
+        self, data: PreferenceTextSection, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+    ) -> None:
+        """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
+        self.data, self.tokenizer, self.max_length = data, tokenizer, max_length
+        # "none" leaves strings as they stand; messages still need a template, the tokenizer's own.
+        chosen = "auto" if data.chat_template == "none" else data.chat_template
+        self.template = ChatTemplate(tokenizer, chosen)
+        self.words: dict[tuple[int, ...], Origin] = {}
+        """What was asked, by the ids of each prompt that was tokenised."""
+
+    def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
+        """Raises `DataError` as `encode_comparisons`."""
+        data = self.data
+        return encode_comparisons(
+            self.tokenizer,
+            examples,
+            template=self.template,
+            max_length=self.max_length,
+            over_length=data.over_length,
+            max_dropped_share=data.max_dropped_share,
+            on_bad_row=data.on_bad_row,
+        )
+
+    def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], PreferenceReport]:
+        """Raises `DataError` as `encode_prompts`."""
+        data = self.data
+        ids, report = encode_prompts(
+            self.tokenizer,
+            examples,
+            template=self.template,
+            max_length=self.max_length,
+            over_length=data.over_length,
+            max_dropped_share=data.max_dropped_share,
+            on_bad_row=data.on_bad_row,
+        )
+        for tokens, place in zip(ids, report.places, strict=True):
+            self.words[tuple(tokens)] = Origin(told(examples[place].prompt), examples[place].row.where)
+        return ids, report

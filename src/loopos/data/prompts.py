@@ -13,18 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from loopos.data.columns import COLUMN, column_remedy
+from loopos.data.columns import COLUMN, Overrides, column_remedy
 from loopos.data.context import CONTEXT_ROLES, with_context
 from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
-from loopos.data.format_detection import Overrides
 from loopos.data.preference_formats import PreferenceFormat, detect
 from loopos.data.reading import FormatReport, Unusable, read_examples
-from loopos.data.record import shown
+from loopos.data.record import kind_name, shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
 from loopos.data.template_checks import num_shared
 from loopos.data.tool_schemas import Tool, check_no_tools, tools_of
-from loopos.data.values import kind_name
 
 Words: TypeAlias = tuple[Message, ...] | str
 """Messages for the chat template, or a text that no template touches."""

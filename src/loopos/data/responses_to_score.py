@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from loopos.config.faults import DataError
-from loopos.data.columns import COLUMN
+from loopos.config.diagnostics import DataError
+from loopos.data.columns import COLUMN, Family, Fit, Shape, detected
 from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
-from loopos.data.format_detection import Family, Fit, Shape, detected
 from loopos.data.preference_formats import NAMES as PREFERENCE_NAMES
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.preference_formats import detect as detect_comparisons

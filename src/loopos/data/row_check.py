@@ -1,4 +1,12 @@
-"""The rows that training would read, read before torch and transformers are imported.
+"""Whether a source has the columns that a method or a command reads, found out from its first rows.
+
+Enters: a config, or a source with the user's own choice of columns. Leaves: nothing, or a `DataError` with the faults
+of all sources at once. It looks without torch and transformers, so that a wrong name shows at once and not after their
+import. What it refuses, reading would refuse: columns may differ by row in JSON, so there a fault of the first rows is
+looked for in all of them. Left out: hub ids and data sets saved by `datasets`, which take longer to open than this may;
+the rows themselves (`row_check`).
+
+The rows that training would read, read before torch and transformers are imported.
 
 Enters: a config. Leaves: nothing, or the faults of its rows: what cannot be read, labels of no class, chats without an
 answer, pairs that are the same. What is found to be good is handed to training by `read_ahead`. Left out: hub ids and
@@ -8,14 +16,163 @@ long: its class and its chat template come with transformers.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from loopos.config.begun import as_begun
+from loopos.config.diagnostics import DataError, Fault
+from loopos.config.differences import as_begun
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
-from loopos.data.column_check import sources_of
+from loopos.data import formats, preference_formats, supervised_rows
+from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.read_ahead import read_first
+from loopos.data.reading import SourceKeys, opened, validation_source
+from loopos.data.rows import Row, RowReader, read
+from loopos.storage.hub import require_hub
+
+Detect: TypeAlias = Callable[[Sequence[str], str], object]
+"""Finds a format from columns and the name of their source, or raises `DataError`."""
+
+_SAMPLE = 50
+# What pretraining reads whole, without columns.
+_RUNNING_TEXT = (".txt", ".md", ".text")
+# Formats in which every row has the columns of the first.
+_WITH_HEADER = frozenset({"csv", "tsv", "parquet", "arrow"})
+
+
+def check_columns(config: MethodConfig) -> None:
+    """Raises `DataError` where a source that the config names lacks a column that the method reads."""
+    faults: list[Fault] = []
+    for source, reader, detect in sources_of(config):
+        faults += [fault for fault in _faults(source, reader, detect) if fault not in faults]
+    if faults:
+        raise DataError(faults)
+
+
+def check_labelled(
+    source: str,
+    columns: Mapping[str, str],
+    *,
+    require_label: bool,
+    remembered: Mapping[str, str | None] | None = None,
+    rules: TextRules = PLAIN_RULES,
+) -> None:
+    """Raises `DataError` where a source lacks the columns of labelled rows; without `require_label`, of texts.
+    remembered: role → column as the model was trained.
+    """
+    _check_one(source, _labelled(columns, require_label=require_label, remembered=remembered), rules)
+
+
+def check_responses(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> None:
+    """Raises `DataError` where a source lacks the columns of responses that can be scored."""
+    from loopos.data import responses_to_score  # 50 ms that only one command pays
+
+    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place), rules)
+
+
+def check_supervised(
+    source: str,
+    columns: Mapping[str, str],
+    *,
+    remembered: Mapping[str, str | None] | None = None,
+    rules: TextRules = PLAIN_RULES,
+) -> None:
+    """Raises `DataError` where a source lacks the columns of rows for language models."""
+    _check_one(source, _supervised(columns, remembered), rules)
+
+
+def _check_one(source: str, detect: Detect, rules: TextRules) -> None:
+    faults = _faults(source, lambda: read(source, rules=rules), detect)
+    if faults:
+        raise DataError(faults)
+
+
+def _labelled(
+    columns: Mapping[str, str], *, require_label: bool, remembered: Mapping[str, str | None] | None = None
+) -> Detect:
+    return lambda names, source: formats.detect(
+        names, columns, require_label=require_label, remembered=remembered, source=source
+    )
+
+
+def _preferences(columns: Mapping[str, str], *, prompts: bool = False) -> Detect:
+    return lambda names, source: preference_formats.detect(names, columns, source=source, prompts=prompts)
+
+
+def _supervised(columns: Mapping[str, str], remembered: Mapping[str, str | None] | None = None) -> Detect:
+    return lambda names, source: supervised_rows.detect(names, columns, remembered=remembered, source=source)
+
+
+def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
+    """Each source of rows, how it is opened, and how its format is found.
+
+    By the method's name: importing the configs of all methods to tell them by class takes longer than the check.
+    """
+    data, method = config.data, config.computation.method
+    columns: dict[str, str] = {**getattr(data, "columns", {})}
+    match method:
+        case "fine_tuning":
+            yield from _both(data, data.training_data, _labelled(columns, require_label=True))
+        case "autoregressive":
+            if not data.source.lower().removesuffix(".gz").removesuffix(".zst").endswith(_RUNNING_TEXT):
+                yield from _both(data, data.source, _labelled(columns, require_label=False))
+        case "chain_of_thought":
+            yield from _both(data, data.source, _supervised(columns))
+        case "reward_model":
+            yield from _both(data, data.source, _preferences(columns))
+        case "ppo":
+            yield from _both(data, data.source, _preferences(columns, prompts=True))
+        case "rlhf":
+            yield from sources_of(config.reward_model_config())
+            yield from sources_of(config.ppo_config())
+        case _:
+            raise AssertionError(f"no columns are known of the method {method}")
+
+
+def _both(data: SourceKeys, source: str, detect: Detect) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
+    """The source of the training rows, and that of the validation rows if it is another one."""
+    yield source, partial(opened, data, source, data.training_split), detect
+    own = validation_source(data, source)
+    if own is not None:
+        yield own[0], partial(opened, data, *own), detect
+
+
+def _faults(source: str, open_reader: Callable[[], RowReader], detect: Detect) -> list[Fault]:
+    try:
+        reader = open_reader()
+        if reader.location.kind == "hub":
+            require_hub("data.training_data", source, kind="dataset")
+        if reader.location.kind != "files":
+            return []
+        with closing(_rows(reader)) as rows:
+            sample = list(itertools.islice(rows, _SAMPLE))
+        problem = _problem(sample, detect)
+        if problem is None:
+            return []
+        if len(reader.location.files) > 1 or reader.location.files[0][1] not in _WITH_HEADER:
+            problem = _problem(list(_rows(reader)), detect)
+        return list(problem.faults) if problem is not None else []
+    except DataError as unreadable:
+        return list(unreadable.faults)
+
+
+def _rows(reader: RowReader) -> Generator[Row]:
+    yield from reader.rows()
+
+
+def _problem(rows: Sequence[Row], detect: Detect) -> DataError | None:
+    """Why no format is found; None where one is, or where there are no rows to tell."""
+    if not rows:
+        return None
+    try:
+        detect(list(dict.fromkeys(name for row in rows for name in row.values)), rows[0].source)
+    except DataError as problem:
+        return problem
+    return None
 
 
 def check_rows(config: MethodConfig) -> None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from loopos.config.faults import Fault, Remedy
+from loopos.config.diagnostics import Fault, Remedy
 from loopos.data.columns import listed, plain_name
-from loopos.data.record import shown
+from loopos.data.record import (
+    kind_name,
+    shown,
+    spells_message,
+    spells_messages,
+    structure_of,
+    text_problem,
+    without_nulls,
+)
 from loopos.data.rows import Row
-from loopos.data.structures import spells_message, spells_messages, structure_of, without_nulls
-from loopos.data.values import kind_name, text_problem
 
 RowProblem: TypeAlias = tuple[str, Fault]
 _TEXT_WANTED = "a text that is not blank"

@@ -1,4 +1,11 @@
-"""Files, folders, globs and hub ids → rows, each of which knows its file and line.
+"""What a .txt file holds, by its content.
+
+Enters: the first lines of a text file. Leaves: "jsonl", "json", "worked" (problems with their steps: `worked_text`),
+"preferences" (comparisons: `preference_text`), "csv" or "tsv", and the delimiter. A file counts as delimited if its
+first line splits into names (short, without a sentence's punctuation) and the lines under it split into as many cells.
+Left out: plain prose, which has no label; it is refused with what was seen.
+
+Files, folders, globs and hub ids → rows, each of which knows its file and line.
 
 Enters: the value of `data.training_data` (csv, tsv, json, jsonl, ndjson or txt, plain, .gz or .zst; parquet, arrow; a
 folder or glob of such files; a `save_to_disk` folder; a hub id). Leaves: an iterable of `Row` and a `ReadReport`.
@@ -6,28 +13,122 @@ Text files are read here, with the standard library, and not by `datasets`: its 
 and guess one type for a whole column ("01" becomes 1, a missing cell turns whole numbers into floats). `datasets`
 serves what it alone can open: its saved folders and the hub.
 Left out: what the columns mean (`formats`), and shuffling (`batches`).
+
+Files of plain text, told from files of rows.
+
+Enters: the value of a data source. Leaves: whether it is running text, and the text. Left out: documents of such a file
+(`corpus`), rows (`rows`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeAlias
 
-from loopos.config.faults import Fault
+from loopos.config.diagnostics import DataError, Fault
 from loopos.config.paths import expanded
-from loopos.data import sniff
+from loopos.data.columns import plain_name
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
-from loopos.data.delimited import delimited_records
+from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, delimited_records, split_record
 from loopos.data.json_records import is_json_lines, json_document, json_lines
-from loopos.data.preference_text import preference_records
-from loopos.data.record import MAXIMUM_FAULTS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error
+from loopos.data.record import MAXIMUM_FAULTS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error, shown
 from loopos.data.sources import FileFormat, Location, locate
-from loopos.data.spreadsheets import spreadsheet_records
-from loopos.data.tables import arrow_records, check_columns, hub_records, parquet_records, saved_records
-from loopos.data.worked_text import worked_records
+from loopos.data.tables import (
+    arrow_records,
+    check_columns,
+    hub_records,
+    parquet_records,
+    saved_records,
+    spreadsheet_records,
+)
+from loopos.data.text_records import is_preference_text, is_worked_text, preference_records, worked_records
+
+TextFormat: TypeAlias = Literal["jsonl", "json", "worked", "preferences", "csv", "tsv"]
+SAMPLE_LINES = 100
+_TABLE_LINES = 20
+_WORDS: Mapping[str, str] = {
+    "jsonl": "JSON Lines",
+    "json": "a JSON document",
+    "csv": "CSV",
+    "tsv": "TSV",
+    "worked": "worked problems",
+    "preferences": "comparisons of two responses",
+}
+_NAME = re.compile(r"[^\W\d][\w .-]{0,39}")
+
+
+def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, str]:
+    """The format and, for delimited text, the delimiter of the file that begins with `lines`.
+
+    Raises:
+        DataError: the lines are neither JSON nor worked problems nor comparisons nor delimited text with a header.
+    """
+    filled = [(number, line.rstrip("\r")) for number, line in lines if line.strip()]
+    if not filled:
+        raise file_error(source, "blank lines only", "JSON Lines, CSV or TSV", line=1)
+    number, first = filled[0]
+    opening = first.lstrip()
+    if opening.startswith("{"):
+        alone = len(filled) == 1 and '"data"' not in opening
+        return ("jsonl" if alone or is_json_lines("\n".join(line for _, line in filled[:2])) else "json"), ""
+    if re.match(r"\[\s*([{\]]|$)", opening):
+        return "json", ""
+    if is_worked_text([line for _, line in filled]):
+        return "worked", ""
+    if is_preference_text([line for _, line in filled]):
+        return "preferences", ""
+    for delimiter in ("\t", ",", ";"):
+        if delimiter in first and _is_delimited(filled[:_TABLE_LINES], delimiter):
+            return ("tsv" if delimiter == "\t" else "csv"), delimiter
+    raise file_error(
+        source,
+        f"plain text: {shown(first)}",
+        "JSON Lines, CSV or TSV with a header line, or worked problems (Problem: ..., its steps, Answer: ...), or "
+        "comparisons (Prompt: ..., Chosen: ..., Rejected: ...)",
+        'write one {"text": "...", "label": "..."} a line, or begin with the header line text,label',
+        line=number,
+        field="format",
+    )
+
+
+def is_lines(lines: Sequence[tuple[int, str]], source: str, names: frozenset[str]) -> bool:
+    """Whether the file that begins with `lines` is no data but one text a line: it is in no known format, or a table
+    whose header holds none of `names`, as two lines with a comma each may look like one.
+    """
+    if not any(line.strip() for _, line in lines):
+        return False
+    try:
+        chosen, delimiter = sniff(lines, source)
+    except DataError:
+        return True
+    header = next(line for _, line in lines if line.strip()).split(delimiter) if delimiter else []
+    return chosen in ("csv", "tsv") and names.isdisjoint(plain_name(name.strip().strip('"')) for name in header)
+
+
+def describe(name: str, delimiter: str) -> str:
+    """The format in words, for the report."""
+    return f"{_WORDS[name]} (delimiter: {DELIMITER_NAMES[delimiter]})" if delimiter else _WORDS[name]
+
+
+def _is_delimited(filled: Sequence[tuple[int, str]], delimiter: str) -> bool:
+    cells = filled[0][1].split(delimiter)
+    header = [name.strip().strip('"') for name in cells]
+    if not all(_NAME.fullmatch(name) for name in header) or len(set(header)) < len(header):
+        return False
+    if all(re.fullmatch(r'[\w.-]+|"[\w.-]+"', cell) for cell in cells):
+        return True
+    lines, widths = iter(filled), list[int]()
+    for number, line in lines:
+        try:
+            widths.append(len(split_record(number, line, lines, delimiter)))
+        except BrokenQuote:
+            break
+    return len(widths) > 1 and set(widths) == {len(header)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +311,13 @@ def _file_records(
     chosen: str = file_format
     if file_format == "txt":
         with closing(read_lines(path, rules)) as lines:
-            first = list(itertools.islice(lines, sniff.SAMPLE_LINES))
-        if plain is not None and sniff.is_lines(first, path, plain.unless):
+            first = list(itertools.islice(lines, SAMPLE_LINES))
+        if plain is not None and is_lines(first, path, plain.unless):
             report.say(f"{path}: read as one {plain.column} a line")
             yield from _line_records(read_lines(path, rules), plain.column, report)
             return
-        chosen, delimiter = sniff.sniff(first, path)
-        report.say(f"{path}: read as {sniff.describe(chosen, delimiter)}, by its content")
+        chosen, delimiter = sniff(first, path)
+        report.say(f"{path}: read as {describe(chosen, delimiter)}, by its content")
     match chosen:
         case "csv" | "tsv":
             yield from delimited_records(read_lines(path, rules), path, delimiter, report)
@@ -252,3 +353,34 @@ def _json_records(path: str, rules: TextRules, report: ReadReport) -> Records:
         yield from json_lines(enumerate(text.split("\n"), start=1), path, report)
     else:
         yield from json_document(text, path)
+
+
+_PROSE = (".md", ".text")
+
+
+def is_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> bool:
+    """Whether a source is a file of running text: .md or .text, or a .txt that holds neither JSON nor a table nor
+    worked problems nor comparisons; each also with .gz or .zst behind.
+    """
+    name = source.lower().removesuffix(".gz").removesuffix(".zst")
+    if not Path(source).is_file() or not name.endswith((".txt", *_PROSE)):
+        return False
+    if name.endswith(_PROSE):
+        return True
+    with closing(read_lines(source, rules)) as lines:
+        first = list(itertools.islice(lines, SAMPLE_LINES))
+    if not any(line.strip() for _, line in first):
+        return True
+    try:
+        sniff(first, source)
+    except DataError:
+        return True
+    return False
+
+
+def read_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> str:
+    """The whole text. Raises `DataError` for a file that is not there, cannot be read or holds no text."""
+    text = read_text(source, rules)
+    if not text.strip():
+        raise DataError([Fault(source, None, None, "text", "no text", "a file with running text in it")])
+    return text

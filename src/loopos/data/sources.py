@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from loopos.config.faults import DataError
+from loopos.config.diagnostics import DataError
+from loopos.data.decoding import require_regular
 from loopos.data.record import file_error, shown
-from loopos.data.unpacking import require_regular
 
 FileFormat: TypeAlias = Literal["csv", "tsv", "json", "jsonl", "txt", "parquet", "arrow", "xlsx"]
 _FORMATS: dict[str, FileFormat] = {

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.diagnostics import DataError, Fault
 
 MAXIMUM_BINS = 10
 Labels: TypeAlias = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None

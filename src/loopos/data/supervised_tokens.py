@@ -1,4 +1,9 @@
-"""Examples → token ids and, born with them, which tokens are learned. For language models, the only place.
+"""Examples → parts of text with the factor on their loss: what is context, what is learned.
+
+Enters: an example, the chat template, the `StepFormat`, what to train on. Leaves: `Part`s in order, whose texts
+together are the example; reasoning and answer are parts of their own. Left out: tokens (`supervised_tokens`).
+
+Examples → token ids and, born with them, which tokens are learned. For language models, the only place.
 
 Enters: examples (`supervised_rows`), a tokenizer, the `StepFormat`, what to train on. Leaves: `Supervised` rows and a
 report in which read = used + dropped. Every piece of an example (context, reasoning, answer) is tokenised by itself, so
@@ -8,6 +13,11 @@ that no token lies on both sides of a border and the ids of a prompt are those t
 
 The end token is always part of what is learned; the begin token is never doubled; there are no pads.
 Left out: templates (`templates`), batches (`batches`).
+
+Examples of a language model's run → tokens, by the rules of the config.
+
+Enters: the `data` section of chain-of-thought training, its step format and the tokenizer. Leaves: a
+`SupervisedEncoder`. Left out: rows (`supervised`), templates and tokens themselves (`templates`, `supervised_tokens`).
 """
 
 from __future__ import annotations
@@ -20,17 +30,72 @@ from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.faults import DataError, Fault
+from loopos.config.chain_of_thought import ReasoningDataSection
+from loopos.config.diagnostics import DataError, Fault
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import PieceTokenizer
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
-from loopos.data.supervised_parts import Part, TrainOn, before_answer, parts_of
 from loopos.data.supervised_rows import Completion, Example, PlainText
+from loopos.data.template_checks import check_reasoning
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
 from loopos.data.tokens import Encoded, length_spread
+from loopos.data.tool_schemas import Tool
+
+TrainOn: TypeAlias = Literal["all", "assistant", "answer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece with the factor on the loss of its tokens; 0 = context."""
+
+    piece: Piece
+    weight: float
+
+
+def before_answer(example: Demonstration) -> list[Message]:
+    """The messages that a demonstration's chain answers."""
+    system = [Message("system", example.system)] if example.system is not None else []
+    return [*system, Message("user", example.problem)]
+
+
+def parts_of(example: Example, template: ChatTemplate, step_format: StepFormat, train_on: TrainOn) -> list[Part]:
+    """The parts of an example, as `supervised_tokens.encode_supervised` says. Raises `TemplateRefusal`."""
+    context = 1.0 if train_on == "all" else 0.0
+    tools: tuple[Tool, ...] = ()
+    match example:
+        case PlainText(text=text):
+            return [Part(Piece(text, begins=True, closes=True), 1.0)]
+        case Completion(prompt=prompt, completion=completion):
+            return [Part(Piece(prompt, begins=True), context), Part(Piece(completion, closes=True), 1.0)]
+        case Demonstration():
+            chain = step_format.render(example.steps, example.answer)
+            messages, num_prompt = [*before_answer(example), Message(ASSISTANT, chain)], 0
+        case _:
+            messages, num_prompt, tools = list(example.messages), example.num_prompt, example.tools
+    pieces = template.pieces(messages, tools)
+    last = max((piece.message for piece in pieces if piece.message is not None), default=None)
+    parts: list[Part] = []
+    for piece in pieces:
+        if piece.message is None:
+            parts.append(Part(piece, context))
+            continue
+        weight = messages[piece.message].weight if piece.message >= num_prompt else context
+        if weight > 0:
+            check_reasoning(messages[piece.message], piece.text)
+        is_last = piece.message == last
+        if not is_last:
+            parts.append(Part(piece, 0.0 if train_on == "answer" else weight))
+            continue
+        start = step_format.answer_start(piece.text)
+        if start > 0:
+            reasoning = Piece(piece.text[:start], piece.message)
+            parts.append(Part(reasoning, 0.0 if train_on == "answer" else weight))
+        parts.append(Part(Piece(piece.text[start:], piece.message, closes=piece.closes), weight))
+    return parts
+
 
 OverLength: TypeAlias = Literal["drop", "cut", "error"]
 OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
@@ -274,3 +339,33 @@ def check_over(
             f"{math.ceil(len(over) / read * 100) / 100:g}"
         )
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
+
+
+class SupervisedEncoder:
+    """Makes the tokens of examples as a config says: by which template and step format, what is learned, how long."""
+
+    def __init__(
+        self,
+        data: ReasoningDataSection,
+        step_format: StepFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None,
+    ) -> None:
+        """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
+        self.data, self.step_format, self.tokenizer, self.max_length = data, step_format, tokenizer, max_length
+        self.template = ChatTemplate(tokenizer, data.chat_template)
+
+    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], SupervisedReport]:
+        """Raises `DataError` as `encode_supervised`."""
+        return encode_supervised(
+            self.tokenizer,
+            examples,
+            step_format=self.step_format,
+            train_on=self.data.train_on,
+            max_length=self.max_length,
+            over_length=self.data.over_length,
+            max_dropped_share=self.data.max_dropped_share,
+            on_bad_row=self.data.on_bad_row,
+            template=self.template,
+        )

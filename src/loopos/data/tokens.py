@@ -1,19 +1,104 @@
-"""Examples → token ids. The only place where text becomes tokens.
+"""Texts that are far longer than a model reads → their beginnings, which give the same first tokens.
+
+Enters: a tokenizer, a text, how many tokens of it are wanted. Leaves: the text, or a beginning of it that has more
+tokens than that, the same ones. Tokenising 100 MB takes more than 20 GB of memory, to keep 256 tokens of it.
+
+Why the tokens are equal: the text is cut before a blank that stands between two ASCII letters or digits. The
+vocabulary is searched for a token that holds a letter or digit followed by a blank. Where there is none, no token
+spans the cut; every merge of BPE makes a token of the vocabulary, so that no merge ever spanned it either, and both
+sides are merged as if the other were not there. The likeliest split of a unigram model parts there as well, and
+WordPiece never joins words. Where there is such a token, or another kind of tokenizer, texts are never cut.
+Left out: how long a row may be (`tokens`, `supervised_tokens`).
+
+Examples → token ids. The only place where text becomes tokens.
 
 Enters: `Labelled` examples and a tokenizer. Leaves: `Encoded` examples, and a report of what was cut. Left out:
 batching.
+
+Documents for pretraining → a tokenizer → pieces of tokens.
+
+Enters: documents. Leaves: a byte-level BPE tokenizer trained on them, `Encoded` pieces. Left out: how documents are
+read (`corpus`), batches, the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loopos.config.faults import DataError, Fault, UserError
+from loopos.config.diagnostics import DataError, Fault, UserError
 from loopos.data.formats import Labelled
-from loopos.data.text_bounds import TextBound, spans
+
+SHORT_CHARACTERS = 1 << 17
+"""Texts up to this are tokenised whole, so that what is lost of them is counted exactly (characters)."""
+CHARACTERS_PER_TOKEN = 32
+"""Characters of the first try for each token that is wanted, doubled until it has that many."""
+CHUNK_CHARACTERS = 1 << 22
+"""Characters that are tokenised at a time, longer texts alone: some 200 bytes of memory each."""
+_CUT = re.compile(r"[A-Za-z0-9](?= [A-Za-z0-9])")
+_SPANS_CUT = re.compile(r"[A-Za-z0-9][ Ġ▁]")
+_SEARCHED = 1 << 16
+# What lies behind the tokens that are wanted: more than the longest look ahead of any splitting into words.
+_MARGIN_TOKENS = 16
+_KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
+
+
+class TextBound:
+    """Cuts texts for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def is_safe(self) -> bool:
+        """Whether the tokens before a cut are those of the whole text: by the vocabulary, read once."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or type(backend.model).__name__ not in _KINDS:
+            return False
+        return not any(_SPANS_CUT.search(token) for token in self.tokenizer.get_vocab())
+
+    def beginning(self, text: str, num_tokens: int | None, *, short: int | None = None) -> str:
+        """The beginning of a long text that has more than `num_tokens` tokens, those of the whole text; the text itself
+        where it is short, may not be cut, or has nowhere to cut it. None: all tokens are wanted. short: characters up
+        to which a text is left whole; `SHORT_CHARACTERS` when absent.
+        """
+        short = SHORT_CHARACTERS if short is None else short
+        if num_tokens is None or len(text) <= short or not self.is_safe:
+            return text
+        size = max(CHARACTERS_PER_TOKEN * num_tokens, short)
+        while size < len(text):
+            cut = _CUT.search(text, size, size + _SEARCHED)
+            if cut is not None:
+                begun = text[: cut.end()]
+                if self.count(begun) > num_tokens + _MARGIN_TOKENS:
+                    return begun
+            size *= 2
+        return text
+
+    def count(self, text: str) -> int:
+        """The tokens of a text, without special ones."""
+        batch = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return len(batch["input_ids"])
+
+
+def spans(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of runs of neighbours: at most `most` of them, and at most `CHUNK_CHARACTERS` where one alone does
+    not have more. sizes: characters of each.
+    """
+    first, total = 0, 0
+    for place, size in enumerate(sizes):
+        if place > first and (place - first == most or total + size > CHUNK_CHARACTERS):
+            yield first, place
+            first, total = place, 0
+        total += size
+    if first < len(sizes):
+        yield first, len(sizes)
+
 
 _CHUNK = 1024
 _MOST_COUNTED = 1 << 21
@@ -203,3 +288,41 @@ def _rows(batch: dict[str, list[list[int]]]) -> list[tuple[list[int], list[int] 
 
 def _fault(example: Labelled, given: str, wanted: str) -> Fault:
     return Fault(example.row.source, example.row.line, None, "text", given, wanted)
+
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019) of at most `vocab_size` tokens: every text
+    can be written in it and read back. Pad, BOS and EOS are three tokens of their own.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
+
+
+def encode_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, max_length: int) -> list[Encoded]:
+    """Every document's tokens and its EOS, cut into pieces of at most `max_length`. No piece spans two documents.
+
+    A piece begins with the last token of the one before it: every token but a document's first is predicted once.
+    `index` is the document's place.
+    """
+    assert max_length >= 2, max_length
+    pieces: list[Encoded] = []
+    for begin, end in spans([len(document) for document in documents], len(documents)):
+        batch = tokenizer(list(documents[begin:end]), add_special_tokens=False, verbose=False)["input_ids"]
+        for index, ids in enumerate(batch, start=begin):
+            whole = [*ids, tokenizer.eos_token_id]
+            for first in range(0, len(whole) - 1, max_length - 1):
+                pieces.append(Encoded(whole[first : first + max_length], None, index))
+    return pieces

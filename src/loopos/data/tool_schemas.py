@@ -13,10 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from loopos.data.record import shown
+from loopos.data.record import in_order, kind_name, shown, structure_of
 from loopos.data.row_fields import RowFields
-from loopos.data.structures import in_order, structure_of
-from loopos.data.values import kind_name
 
 Tool: TypeAlias = Mapping[str, Any]
 CALLS, OLD_CALL = "tool_calls", "function_call"

@@ -1,4 +1,17 @@
-r"""Whether an answer is the expected one: as text, as a number, as a choice.
+"""English numbers in words → digits, where they are all that a text says.
+
+Enters: a text. Leaves: it with its number in digits ("forty-two apples" → "42 apples"), or as it is: a text with a
+digit counts by its digits, and "one of them" is no number.
+
+Numbers in texts, in the forms that people and models write them.
+
+Enters: a text. Leaves: the `Quantity` that it states, or None. Read are signs and dashes of Unicode, separators of
+thousands (commas, points, apostrophes, thin and no-break spaces), decimals, fractions and mixed numbers (also LaTeX's
+and Unicode's), powers and exponents, percent, currencies, units, scales ("1.5 million") and numbers in words. An
+expression that would have to be worked out ("2 + 3"), an inequality, an interval and algebra ("2x", "√2") are no
+number. Left out: which numbers count as equal (`answers`).
+
+Whether an answer is the expected one: as text, as a number, as a choice.
 
 Enters: two answers, the model's and the expected one. Leaves: True or False. Of a text with `\boxed{...}` only the last
 box counts; words that lead to an answer ("the answer is") do not. Left out: where in a chain the answer stands
@@ -9,19 +22,304 @@ box counts; words that lead to an answer ("the answer is") do not. Left out: whe
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
 
-from loopos.evaluation.quantities import (
-    AROUND,
-    ENDINGS,
-    LEAD,
-    TAG,
-    Quantity,
-    boxed,
-    plain_latex,
-    plain_unicode,
-    quantity,
+_SMALL = {
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
+    "seventeen": 17, "eighteen": 18, "nineteen": 19,
+}  # fmt: skip
+_TENS = {
+    "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
+}  # fmt: skip
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
+_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_WORD = "|".join((*_SMALL, *_TENS, *_WORD_SCALES))
+_PHRASE = re.compile(rf"(-|minus |negative )?((?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*)\b", re.IGNORECASE)
+_SHARE = re.compile(rf"(?:({'|'.join(_SMALL)}|a)[ -])?({'|'.join(_PARTS)})s?\b", re.IGNORECASE)
+_UNIT_AFTER_WORDS = re.compile(r"%?(?: [^\W\d]+){0,2}[.!]?")
+
+
+def in_digits(text: str) -> str:
+    """The text with the number that it begins with in digits, where at most a unit of two words follows."""
+    if re.search(r"\d", text):
+        return text
+    share = _SHARE.match(text)
+    if share is not None and _UNIT_AFTER_WORDS.fullmatch(text[share.end() :]):
+        top = _SMALL.get((share[1] or "a").casefold(), 1)
+        return f"{top}/{_PARTS[share[2].casefold()]}{text[share.end() :]}"
+    phrase = _PHRASE.match(text)
+    if (
+        phrase is None
+        or not _UNIT_AFTER_WORDS.fullmatch(text[phrase.end() :])
+        or text[phrase.end() :].startswith(" of ")
+    ):
+        return text
+    value = _value_of_words(re.split(r"[ -]+", phrase[2].casefold()))
+    return text if value is None else f"{'-' if phrase[1] else ''}{value}{text[phrase.end() :]}"
+
+
+def _value_of_words(words: list[str]) -> int | None:
+    """The number of its words; None for words in an order that no number has ("two three")."""
+    total, part, last = 0, 0, ""
+    for word in words:
+        if word == "and":
+            continue
+        if word in _WORD_SCALES:
+            if word == "hundred":
+                part = max(part, 1) * 100
+            else:
+                total, part = total + max(part, 1) * _WORD_SCALES[word], 0
+        elif (word in _SMALL and (last in _SMALL or part % 10)) or (word in _TENS and part % 100):
+            return None
+        else:
+            part += _SMALL.get(word, _TENS.get(word, 0))
+        last = word
+    return total + part
+
+
+AROUND = " \t\r\n\"'“”‘’`*_$"
+ENDINGS = ".,;:!?"
+# Longer runs of digits are a model that repeats itself, and Python refuses to read them.
+_MOST_CHARACTERS = 1000
+_MOST_DIGITS = 1000
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUPERSCRIPT = re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_BUILT_FRACTION = re.compile(r"(?<![⁰¹²³⁴⁵⁶⁷⁸⁹])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[⁄/∕]([₀₁₂₃₄₅₆₇₈₉]+)")
+_BEFORE_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−﹣－", "-"))
+# Spaces that typesetting puts between groups of three digits.
+_FIXED_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2007-\u200a\u202f]|\\[,;:!])(?=\d{3}(?!\d))")
+_LATEX_WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|emph)\s*\{([^{}]*)\}")
+_LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d)|(\d)\s*\{([^{}]+)\})")
+_LATEX_NOISE = re.compile(r"\\left|\\right|\\displaystyle|\\[,!;: ]|\\\(|\\\)|\\\[|\\\]|\\quad")
+TAG = re.compile(r"</?[A-Za-z][\w-]*>")
+_QUOTED = re.compile(r"^\s*(?:>|#+(?=\s|\d|-))\s*", re.MULTILINE)
+_EMPHASIS = re.compile(r"(?<!\w)([*_])(?=\S)([^*_]+)(?<=\S)\1(?!\w)")
+_COMMAS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{2,3})*,\d{3}(?![\d]|,\d)")
+_POINTS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\.\d{3}){2,}(?:,\d+)?|\.\d{3},\d+)(?![\d]|[.,]\d)")
+_SPACES = re.compile(r"^([-+$€£¥₹ ]*\d{1,3}(?: \d{3})+)(?![\d]|\s*/|\s+\d)")
+_SEPARATOR = re.compile(r"(?<=\d)['’_](?=\d{3}(?!\d))")
+_PERCENT = re.compile(r"\s?(?:per\s?cent\b|pct\b|percentage\s+points?\b)", re.IGNORECASE)
+_NEGATIVE = re.compile(r"\b(?:minus|negative)\s+(?=\d)", re.IGNORECASE)
+_DASH_OF_WORDS = re.compile(r"(?<=[^\W\d]{2}) - (?=\S)")
+_CURRENCY_CODE = re.compile(r"\b(?:US|USD|AU|CA|A|C)\s?(?=\$)|\b(USD|EUR|GBP|JPY|INR|Rs)\b\.?\s?(?=\d)", re.IGNORECASE)
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent"}
+_CODES = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥", "INR": "₹", "RS": "₹"}
+
+_NUMBER = re.compile(
+    r"""(?<![\w.])
+    (?P<sign>[-+]?)\s?(?P<currency>[$€£¥₹]?)\s?(?P<inner_sign>-?)
+    (?: (?P<whole>\d+)(?:\s+(?:and\s+|&\s*)?|-)(?P<mixed_top>\d+)\s*/\s*(?P<mixed_bottom>\d+)
+      | (?P<top>\d+(?:\.\d+)?)\s*/\s*(?P<bottom>\d+(?:\.\d+)?)(?!\s*/\s*\d)
+      | (?P<decimal>\d+(?:\.\d+)?|\.\d+)
+        (?: e(?P<exponent>[-+]?\d+)
+          | \s*[x×*]\s*10\s*\^\s*\{?(?P<power_of_ten>[-+]?\d+)\}?
+          | \^\s*[{(]?(?P<power>[-+]?\d+)[)}]?
+        )? (?!\w*\d)
+    )
+    (?:\s?(?P<scale>hundred|thousand|million|billion|trillion)s?\b|(?P<kilo>k)\b)?
+    \s?(?P<percent>%?)\s?(?P<currency_after>[$€£¥₹¢]?)""",
+    re.VERBOSE | re.IGNORECASE,
 )
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_UNIT_POWER = re.compile(r"(?<![\d.][eE])(?<=[^\W\d])\^?\s?\{?([23])\}?(?!\w)")
+_UNIT = re.compile(r"[^\W\d]+[²³]?\.?(?:(?:\s*/\s*|\s*\^|[ -])[^\W\d]+[²³]?\.?){0,3}")
+_ALGEBRA = re.compile(r"[abcefijnopqruvwxyzπθ](?![^\W\d])")
+_MATHEMATICS = re.compile(
+    r"[\\^√±<>≤≥≠∞π∪∩∈|+*/{}=]|\b(?:sqrt|log|ln|sin|cos|tan|pi)\b|(?<![^\W\d])[^\W\d]\s*\($", re.IGNORECASE
+)
+_UNIT_SLASH = re.compile(r"(?<=[^\W\d])\s*/\s*(?=[^\W\d])")
+_OTHER_CLAIM = re.compile(r"\b(?:not|(?:more|less|greater|fewer|other)\s+than)\s*$", re.IGNORECASE)
+_ASSIGNED = re.compile(r"(?<![^\W\d])([^\W\d])\s*=")
+_EQUALS = re.compile(r"=|≈|≅|\\approx\b")
+LEAD = re.compile(
+    r"^(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is|=|:)+\s*",
+    re.IGNORECASE,
+)
+"""Words that lead to an answer."""
+_ASSIGNMENT = re.compile(r"^(?:[^\W\d]\w?|\\?[A-Za-z]+_\{?\w+\}?)\s*=\s*(?=[^=]*$)", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"\banswer\b[^\w\n]*(?:(?:is|would be|must be|equals)\b)?[^\w\n+\-$€£¥₹.√\\]*|\b(?:so|thus|therefore|hence)\b,?",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r"[.;,!?](?=\s|$)|\b(?:because|since|as|which|where)\b|\n", re.IGNORECASE)
+_FILLERS = frozenset({"about", "more", "total", "in", "of", "the", "a", "left", "each", "only", "per", "altogether"})
+_SYNONYMS = {
+    "usd": "dollar", "buck": "dollar", "eur": "euro", "gbp": "pound", "jpy": "yen", "inr": "rupee", "rs": "rupee",
+    "kilometer": "km", "kilometre": "km", "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm",
+    "millimeter": "mm", "millimetre": "mm", "kilogram": "kg", "gram": "g", "hour": "h", "hr": "h", "minute": "min",
+    "second": "s", "sec": "s", "liter": "l", "litre": "l", "milliliter": "ml", "millilitre": "ml", "feet": "foot",
+    "ft": "foot", "inche": "inch", "mph": "mile", "yr": "year", "sq": "square",
+}  # fmt: skip
+
+
+class Quantity(NamedTuple):
+    """A number in a text. `alone`: the text holds nothing else but its unit and words that lead to an answer. `unit`:
+    the currency or the words of it, in the singular. 50% has the value 50. `scale`: what the word behind the number
+    multiplies it by, which `value` has been; 1 without one.
+    """
+
+    value: Fraction
+    is_percent: bool
+    unit: frozenset[str]
+    alone: bool
+    scale: int = 1
+
+
+def quantity(text: str) -> Quantity | None:
+    """The number that a text states; None where it states none, or several.
+
+    Of several numbers the one counts that stands alone in the first line; else the one behind the last "answer is",
+    "so" or "therefore"; else the one behind the last "=". A fraction over 0 is no number.
+    """
+    if len(text) > 20 * _MOST_CHARACTERS:
+        return None
+    plain = plain_number(text)
+    found = _only(plain)
+    if found is not None or not re.search(r"\d", plain):
+        return found
+    first, newline, _ = plain.partition("\n")
+    if newline and (found := _only(first)) is not None and found.alone:
+        return found
+    conclusions = list(_CONCLUSION.finditer(plain))
+    if conclusions and (found := _only(_REASON.split(plain[conclusions[-1].end() :].strip())[0])) is not None:
+        return found._replace(alone=False)
+    if len(set(_ASSIGNED.findall(plain))) > 1:
+        return None
+    for part in reversed(_EQUALS.split(plain)[1:]):
+        if _NUMBER.search(part):
+            found = _only(part.strip())
+            return None if found is None else found._replace(alone=found.alone and newline == "")
+    return None
+
+
+def boxed(text: str) -> str:
+    r"""What the last `\boxed{...}` of the text holds; the text itself where there is none, or one that does not end."""
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        bare = re.findall(r"\\boxed\s+(\S+)", text)
+        return bare[-1].rstrip("$.") if bare else text
+    first, depth = text.index("{", start) + 1, 1
+    for place in range(first, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[first:place]
+    return text
+
+
+def plain_latex(text: str) -> str:
+    r"""The text with LaTeX's text, spaces and plain fractions as they are read: `\frac{3}{4}` is 3/4."""
+    plain = _LATEX_NOISE.sub(" ", _LATEX_WORDS.sub(r" \1", text))
+    plain = _LATEX_FRACTION.sub(_fraction, plain)
+    return re.sub(r"\^\s*\{?\\circ\}?|\\degree", "°", plain)
+
+
+def plain_unicode(text: str) -> str:
+    """The text in Unicode's compatible forms, without losing what they mean: 10⁶ is 10^6, 1½ is 1 1/2."""
+    plain = _BUILT_FRACTION.sub(lambda found: f" {unicodedata.normalize('NFKC', found[0])}", text)
+    plain = _SUPERSCRIPT.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPTS), _BEFORE_VULGAR.sub(" ", plain))
+    return unicodedata.normalize("NFKC", plain).replace("⁄", "/").replace("∕", "/").translate(_DASHES)
+
+
+def plain_number(text: str) -> str:
+    """The text with its numbers as `_NUMBER` reads them, and without marks and words that only lead to them."""
+    plain = plain_unicode(_FIXED_SPACE.sub("", TAG.sub(" ", boxed(text))))
+    plain = plain_latex(plain.replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ","))
+    plain = re.sub(r"\\times\b|\\cdot\b|·", "*", re.sub(r"(?<=\d)\*\*(?=[-\d])", "^", plain))
+    plain = _EMPHASIS.sub(r"\2", plain.replace("**", "").replace("__", "").replace("`", ""))
+    plain = re.sub(r"\$([^$\n]+)\$", r" \1 ", plain.replace("$$", " "))
+    plain = re.sub(r"^\s*\{([^{}]*)\}\s*$", r"\1", plain)
+    plain = _QUOTED.sub("", plain).replace("°C", " celsius").replace("°F", " fahrenheit").replace("°", " degree")
+    plain = _CURRENCY_CODE.sub(lambda found: _CODES[found[1].upper()] if found[1] else "", plain)
+    plain = _DASH_OF_WORDS.sub(" : ", _NEGATIVE.sub("-", _PERCENT.sub("%", plain))).strip(AROUND.replace("$", ""))
+    plain = _ASSIGNMENT.sub("", LEAD.sub("", plain)).strip(AROUND.replace("$", ""))
+    plain = _COMMAS.sub(lambda found: found[0].replace(",", ""), plain)
+    plain = _POINTS.sub(lambda found: found[0].replace(".", "").replace(",", "."), plain)
+    plain = _SPACES.sub(lambda found: re.sub(r"(?<=\d) (?=\d)", "", found[0]), _SEPARATOR.sub("", plain))
+    return in_digits(plain)
+
+
+def _fraction(found: re.Match[str]) -> str:
+    top, bottom = found[1] or found[3] or found[5], found[2] or found[4] or found[6]
+    number = r"\s*-?\s*\d+(?:\.\d+)?\s*"
+    if re.fullmatch(number, top) and re.fullmatch(number, bottom):
+        return f" {top.strip()}/{bottom.strip()}"
+    return f"({top})/({bottom})"
+
+
+def _only(plain: str) -> Quantity | None:
+    """The one number of a text; None where it holds none, several of different values, or mathematics around it."""
+    found = list(_NUMBER.finditer(plain := _UNIT_POWER.sub(lambda power: "²³"[int(power[1]) - 2], plain)))
+    if not found or (len(found) > 1 and not _all_the_same(found, plain)):
+        return None
+    match = found[0]
+    value, before, after = _value_of_match(match), plain[: match.start()], plain[found[-1].end() :]
+    behind = _UNIT_SLASH.sub(" ", after)
+    if value is None or _OTHER_CLAIM.search(before) or _MATHEMATICS.search(before) or _MATHEMATICS.search(behind):
+        return None
+    if _ALGEBRA.match(after.lstrip()) and not match["percent"]:
+        return None
+    led, unit = before.strip(AROUND + ENDINGS + "([~"), after.strip(AROUND + ENDINGS + ")]")
+    alone = len(found) == 1 and not led and (not unit or _UNIT.fullmatch(unit) is not None)
+    words = [_unit_word(word) for word in re.split(r"[ /.-]+", unit.casefold()) if word] if alone else []
+    words += [_CURRENCIES[symbol] for symbol in (match["currency"], match["currency_after"]) if symbol]
+    scale = _SCALES[match["scale"].casefold()] if match["scale"] else 1000 if match["kilo"] else 1
+    return Quantity(value * scale, bool(match["percent"]), frozenset(words) - _FILLERS, alone, scale)
+
+
+def _all_the_same(found: list[re.Match[str]], plain: str) -> bool:
+    """Whether a text says one number again, in words: "42 apples. She has 42"."""
+    between = [plain[one.end() : other.start()] for one, other in pairwise(found)]
+    words = [set(re.findall(r"[^\W\d]{2,}", each.casefold())) - {"and", "or", "to"} for each in between]
+    return len({_value_of_match(match) for match in found}) == 1 and all(words)
+
+
+def _value_of_match(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > _MOST_CHARACTERS:
+        return None
+    value: Fraction | None
+    if match["whole"] is not None:
+        bottom = Fraction(match["mixed_bottom"])
+        value = Fraction(match["whole"]) + Fraction(match["mixed_top"]) / bottom if bottom else None
+    elif match["top"] is not None:
+        bottom = Fraction(match["bottom"])
+        value = Fraction(match["top"]) / bottom if bottom else None
+    elif match["power"] is not None:
+        value = _power(Fraction(match["decimal"]), int(match["power"]))
+    else:
+        ten = _power(Fraction(10), int(match["exponent"] or match["power_of_ten"] or 0))
+        value = None if ten is None else Fraction(match["decimal"]) * ten
+    negative = (match["sign"] == "-") != (match["inner_sign"] == "-")
+    return -value if value is not None and negative else value
+
+
+def _power(base: Fraction, exponent: int) -> Fraction | None:
+    """base ^ exponent; None where it has more than `_MOST_DIGITS` digits, and for 0 to a negative power."""
+    digits = len(str(max(abs(base.numerator), base.denominator)))
+    if abs(exponent) * digits > _MOST_DIGITS * 2 or (base == 0 and exponent < 0):
+        return None
+    return base**exponent
+
+
+def _unit_word(word: str) -> str:
+    singular = word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return _SYNONYMS.get(singular, singular)
+
 
 __all__ = ["automatic", "boxed", "choice", "exact", "normalise", "numeric", "quantity", "vote_key"]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.chain_of_thought import SelfImprovementSection
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.demonstrations import Demonstration
 from loopos.data.step_format import StepFormat
 from loopos.evaluation.answer_check import AnswerCheck
-from loopos.evaluation.answer_metrics import Verdict, judge
+from loopos.evaluation.checkers import Verdict, judge
 from loopos.evaluation.reasoning import Answered
 from loopos.generation.settings import SamplingSettings
 

@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.batches import in_packs
 from loopos.evaluation.reasoning import Reasoner
 from loopos.functional.packing import PackedLayout

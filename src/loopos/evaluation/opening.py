@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.paths import is_hub_id
-from loopos.evaluation.ensemble import EnsemblePredictor, open_predictor
-from loopos.evaluation.predictor import Predictor
+from loopos.evaluation.predictor import EnsemblePredictor, Predictor, open_predictor
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.models.model_folder import described, kind_of, model_folder
-from loopos.models.sources import ADAPTER_CONFIG, EMBEDDED
+from loopos.models.resolve import ADAPTER_CONFIG, EMBEDDED
 
 Kind: TypeAlias = Literal["head", "language", "reward"]
 Opened: TypeAlias = Predictor | EnsemblePredictor | RewardPredictor | Reasoner

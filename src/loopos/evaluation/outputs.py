@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.batches import PackedRows, in_step
 from loopos.data.tokens import Encoded
 from loopos.evaluation.metrics import classification_metrics, confusion_matrix, multi_label_metrics, regression_metrics

@@ -17,7 +17,7 @@ from importlib import import_module
 from numbers import Real
 from typing import Any
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
 
 LARGEST = 1e18

@@ -14,13 +14,13 @@ from typing import Any, Literal, SupportsFloat, TypeAlias
 
 import numpy
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
 from loopos.evaluation.metrics import METRIC_DIRECTION, METRIC_MEANING
-from loopos.evaluation.outcome import FLAGS
 from loopos.evaluation.own_code import OwnFunction
 from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
+from loopos.evaluation.run_folder import FLAGS
 
 Direction: TypeAlias = Literal["min", "max"]
 MetricFunction: TypeAlias = Callable[[Any, Any], SupportsFloat]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.functional.packing import PackedLayout
 from loopos.models.language_ensemble import LanguageEnsemble, next_token_loss, positions_of
 

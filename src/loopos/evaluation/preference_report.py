@@ -14,8 +14,7 @@ from typing import Any
 import numpy
 
 from loopos.data.preference_tokens import EncodedComparison
-from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph
-from loopos.evaluation.markdown import shown
+from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph, shown
 from loopos.evaluation.metrics import Floats
 from loopos.evaluation.preference_metrics import margin_buckets, preference_metrics, reliability
 

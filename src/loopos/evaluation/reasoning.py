@@ -13,25 +13,23 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
-from loopos.config.strategies import Strategy
+from loopos.config.diagnostics import UserError
+from loopos.config.keys import Strategy
 from loopos.data.conversations import Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.prompts import Words
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
-from loopos.data.supervised_parts import before_answer
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_rows import PlainText
-from loopos.data.supervised_tokens import Problem, prompt_tokens
+from loopos.data.supervised_tokens import Problem, before_answer, prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
-from loopos.evaluation.answer_metrics import Sample, majority
+from loopos.evaluation.checkers import Sample, majority
 from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, step_beam_search
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepLimits, reason
-from loopos.models.ensemble_recipe import read_ensemble
-from loopos.models.language_ensemble import LanguageEnsemble
-from loopos.models.speaking import open_speaking
+from loopos.models.language_ensemble import LanguageEnsemble, read_ensemble
+from loopos.models.opened import open_speaking
 
 Ranker: TypeAlias = Callable[[Sequence[tuple[Words, str]]], list[float]]
 """Prompts with a response each → a score each; a higher one is better."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.evaluation.run_folder import CONFIG, EVENTS, holds_run
 from loopos.storage.durable import DiskFull, disk_full_said
 from loopos.storage.folder_lock import only_writer

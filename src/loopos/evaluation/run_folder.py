@@ -1,4 +1,9 @@
-"""A run's folder, read: what it is, how far it came, how well it did.
+"""How a run did against its start, what it exported, and why it ended: one account for every command and report.
+
+Enters: a run's config and events. Leaves: an `Outcome` and its sentences. Left out: reading the folder (`run_folder`),
+tables and curves (`report`). Imports neither torch nor, for runs of this version, numpy.
+
+A run's folder, read: what it is, how far it came, how well it did.
 
 Enters: a folder that holds `config.json` and `events.jsonl`. Leaves: a `Run`. Only files are read, and torch is not
 imported. Left out: checkpoints and weights.
@@ -9,19 +14,207 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from loopos.config.diagnostics import UserError
 from loopos.config.differences import changes
-from loopos.config.faults import UserError
-from loopos.evaluation.outcome import FLAGS, Outcome, ending, outcome_of
+from loopos.config.figures import figure
+from loopos.functional.comparing import is_better
 from loopos.storage.folder_lock import lock_state
 from loopos.storage.json_files import read_object
 
-Event: TypeAlias = dict[str, Any]
+Event: TypeAlias = Mapping[str, Any]
+
+# What a validation event holds beside metrics.
+FLAGS = ("best", "best_trained")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One validation: its step, and its metrics without flags."""
+
+    step: int
+    metrics: Mapping[str, Any]
+
+    def of(self, name: str | None) -> float | None:
+        """The number of a metric; None where it is absent or not finite."""
+        value = self.metrics.get(name) if name is not None else None
+        return float(value) if isinstance(value, int | float) else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`metric` and `mode` decide what is best. `start`: the validation before the first update; `best_trained`: the
+    best one after it; `beat_start`: None where that is not known. `exported`: the validation of the weights that are
+    exported, or would be if the run ended here; `weights`: "best", "best trained", "start" or "last", None before the
+    export. `of_round`: the round of self-improvement that they come from, which has a folder and a log of its own.
+    """
+
+    metric: str | None
+    mode: str
+    start: Measured | None
+    best_trained: Measured | None
+    beat_start: bool | None
+    exported: Measured | None
+    weights: str | None
+    of_round: int | None = None
+
+    @property
+    def best(self) -> Measured | None:
+        """The best validation; None where training did not beat the start."""
+        return None if self.beat_start is False else self.best_trained
+
+    def verdict(self) -> str:
+        """In one sentence; empty where nothing was validated."""
+        if self.metric is None or (self.best_trained is None and self.beat_start is None):
+            return ""
+        if self.best_trained is None:
+            return f"training did not beat the start: {self.metric} is not a finite number after it"
+        found, before = self.best_trained.of(self.metric), self.start.of(self.metric) if self.start else None
+        value = "undefined" if found is None else figure(found)
+        if self.beat_start is None or before is None:
+            return f"best validation: {self.metric} {value} at step {self.best_trained.step}"
+        if self.beat_start:
+            tie = self._tie() if found == before else ""
+            return (
+                f"best validation: {self.metric} {value} at step {self.best_trained.step}; before training it was "
+                f"{figure(before)}{tie}"
+            )
+        at_best = f"{self.metric} is {value} at best (step {self.best_trained.step})"
+        return f"training did not beat the start: {at_best} and was {figure(before)} before training"
+
+    def _tie(self) -> str:
+        loss = self.best_trained.of("loss") if self.best_trained is not None else None
+        before = self.start.of("loss") if self.start is not None else None
+        return "" if loss is None or before is None else f", with loss {figure(before)} then and {figure(loss)} now"
+
+    def export_sentence(self) -> str:
+        """Which weights were exported; empty before the export."""
+        if self.weights is None or self.exported is None:
+            return ""
+        step = self.exported.step
+        # Weights of a log that did not know its start were called the best whether they beat it or not.
+        weights = "best trained" if self.weights == "best" and self.beat_start is False else self.weights
+        return {
+            "best": f"exported: the best weights, of step {step}",
+            "best trained": f"exported: the weights of step {step}, the best after the start",
+            "start": "exported: the weights of the start",
+            "last": f"exported: the last weights, of step {step}",
+        }[weights] + ("" if self.of_round is None else f" of round {self.of_round}")
+
+
+def outcome_of(config: Mapping[str, Any], events: Sequence[Event]) -> Outcome:
+    """The outcome of a run, finished or not."""
+    validations = [event for event in events if event["event"] == "validation" and event["step"] is not None]
+    measured = [Measured(event["step"], _metrics(event)) for event in validations]
+    start = next((each for each in measured if each.step == 0), None)
+    # The newest one that was marked: each is better than those before it. Older versions have no "best_trained".
+    marked = [
+        each
+        for each, event in zip(measured, validations, strict=True)
+        if each.step > 0 and (event["metrics"].get("best_trained") or event["metrics"].get("best"))
+    ]
+    best = marked[-1] if marked else None
+    metric, mode = _judged_by(config, events, validations)
+    beat = None
+    if start is not None and start.of(metric) is not None and len(measured) > 1:
+        than, trained = start.of(metric), best.of(metric) if best is not None else None
+        losses = best.of("loss") if best is not None else None, start.of("loss")
+        beat = is_better(trained, than, mode, loss=losses[0], than_loss=losses[1])
+    exports = [event for event in events if event["event"] == "export"]
+    weights, exported, of_round = None, best, None
+    if exports:
+        taken, step = exports[-1]["metrics"], int(exports[-1]["step"])
+        weights, of_round = str(taken["weights"]), taken.get("round")
+        here = () if of_round is not None else reversed(measured)
+        exported = next((each for each in here if each.step == step), Measured(step, {}))
+    if exported is None and measured and measured[-1].step > 0:
+        exported = measured[-1]
+    return Outcome(metric, mode, start, best, beat, exported, weights, of_round)
+
+
+def _metrics(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in event["metrics"].items() if name not in FLAGS}
+
+
+def _judged_by(
+    config: Mapping[str, Any], events: Sequence[Event], validations: Sequence[Event]
+) -> tuple[str | None, str]:
+    """The metric that decides and its direction: as the log says, or by the method's default in logs of older versions,
+    which do not say.
+    """
+    for event in reversed(events):
+        if event["event"] == "session" and "judged_by" in event["metrics"]:
+            found = event["metrics"]["judged_by"]
+            return str(found["metric"]), str(found["mode"])
+    from loopos.evaluation.metrics import METRIC_DIRECTION
+    from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
+    from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
+
+    directions = {**METRIC_DIRECTION, **PREFERENCE_METRIC_DIRECTION, **POLICY_METRIC_DIRECTION}
+    measured = validations[-1]["metrics"] if validations else {}
+    usual = ("reward_within_kl", "reward", "pair_accuracy", "accuracy", "subset_accuracy", "mae", "loss")
+    name = config.get("training", {}).get("metric") or next((each for each in usual if each in measured), None)
+    # Multi-label runs are judged by micro F1, and only they measure subset accuracy.
+    name = "micro_f1" if name == "subset_accuracy" else name
+    return name, str(directions.get(name or "", "max"))
+
+
+def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
+    """Why the last session ended, in words; "still running, or killed" where the log does not say."""
+    settings: Mapping[str, Any] = config.get("training", {})
+    session: Mapping[str, Any] = {}
+    stopped_by, callback = None, "a callback"
+    for event in reversed(events):
+        if event["event"] == "end" and stopped_by is None:
+            stopped_by = str(event["metrics"]["stopped_by"])
+            callback = str(event["metrics"].get("callback", callback))
+        if event["event"] == "session":
+            session = event["metrics"]
+            break
+    if stopped_by is None:
+        return "still running, or killed"
+    match stopped_by:
+        case "epochs":
+            return _finished(settings, session)
+        case "max_iterations" | "max_steps":
+            return f"stopped at {stopped_by} {settings.get(stopped_by)}"
+        case "max_time":
+            return f"stopped after max_time {settings.get('max_time')}"
+        case "early stopping":
+            early = settings.get("early_stopping") or {}
+            watched = early.get("metric") or session.get("judged_by", {}).get("metric") or "the metric"
+            return f"stopped early: {watched} did not improve in {early.get('patience')} validations"
+        case "guard":
+            alarms = [event["metrics"] for event in events if event["event"] == "alarm"]
+            alarm = alarms[-1].get("message") or alarms[-1]["name"] if alarms else "an alarm"
+            return f"stopped by a guard: {alarm}"
+        case "callback":
+            return f"stopped by {callback}"
+        case "callback error":
+            return f"stopped by an error in {callback}"
+        case "SIGINT":
+            return "interrupted by Ctrl-C"
+        case _:
+            return f"interrupted by {stopped_by}"
+
+
+def _finished(settings: Mapping[str, Any], session: Mapping[str, Any]) -> str:
+    if "iterations" in session and "versions" not in session:
+        # Older versions wrote "epochs" also where max_iterations was the cause.
+        return f"finished all {session['iterations']} iterations"
+    number = settings.get("num_epochs")
+    unit = "pass over the prompts" if "iterations" in session else "epoch"
+    if number == 1:
+        return f"finished its {unit}"
+    return f"finished all {number} {'passes over the prompts' if 'iterations' in session else 'epochs'}"
+
+
+RunFolderEvent: TypeAlias = dict[str, Any]
 State: TypeAlias = Literal["running", "finished", "interrupted", "killed", "failed", "unknown"]
 """running: a process holds the folder. finished: ended by itself. interrupted: ended by a signal, after a checkpoint.
 killed: its process is gone and could not say so. failed: ended by an error. unknown: of an older version, which left no
@@ -38,7 +231,7 @@ class Run:
 
     path: Path
     config: Mapping[str, Any]
-    events: list[Event]
+    events: list[RunFolderEvent]
 
     @property
     def method(self) -> str:
@@ -129,7 +322,7 @@ class Run:
         seconds = sum(spent for _, spent in rates)
         return sum(rate * spent for rate, spent in rates) / seconds if seconds > 0 else None
 
-    def _timed_steps(self) -> list[Event]:
+    def _timed_steps(self) -> list[RunFolderEvent]:
         steps = [event for event in self.events if event["event"] == "step" and "tokens_per_second" in event["timing"]]
         return steps[2:] if len(steps) > 2 else steps
 
@@ -174,7 +367,7 @@ class Run:
         found = next((event["metrics"] for event in self._of("confusion")), None)
         return None if found is None else (list(found["class_names"]), [list(row) for row in found["matrix"]])
 
-    def _of(self, kind: str) -> Iterator[Event]:
+    def _of(self, kind: str) -> Iterator[RunFolderEvent]:
         """Events of a kind, newest first."""
         return (event for event in reversed(self.events) if event["event"] == kind)
 
@@ -198,7 +391,7 @@ class Run:
         }
 
 
-def _unflagged(event: Event) -> dict[str, Any]:
+def _unflagged(event: RunFolderEvent) -> dict[str, Any]:
     return {name: value for name, value in event["metrics"].items() if name not in FLAGS}
 
 
@@ -223,7 +416,7 @@ def run_of(model: Path) -> Run | None:
     return read_run(model.parent) if all((model.parent / name).is_file() for name in (CONFIG, EVENTS)) else None
 
 
-def read_events(path: Path) -> Iterator[Event]:
+def read_events(path: Path) -> Iterator[RunFolderEvent]:
     """Every event in order. A torn last line, as a killed process leaves it, is left out; any other broken line raises
     `UserError` with its place.
     """

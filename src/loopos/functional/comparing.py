@@ -2,11 +2,16 @@
 
 Enters: a metric of each, and the loss of each. Leaves: a verdict. Training decides by it what is kept, and reports
 decide by it what they say of a finished run. Left out: which metric it is.
+
+The answer that most agree on. Enters: a key an answer, None where it has no voice. Leaves: which key won, and by how
+much. Left out: what makes two answers the same.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 
 def is_better(
@@ -30,3 +35,14 @@ def is_better(
         known = loss is not None and than_loss is not None and math.isfinite(loss)
         return known and loss < than_loss  # type: ignore[operator]
     return (metric - than if mode == "max" else than - metric) > min_delta
+
+
+def plurality(keys: Sequence[str | None]) -> tuple[int, float] | None:
+    """The place of the first of the keys that occur most, and their share of all; of equally many, the group that comes
+    first wins. None where no key has a voice.
+    """
+    votes = Counter(key for key in keys if key is not None)
+    if not votes:
+        return None
+    winner, count = votes.most_common(1)[0]
+    return keys.index(winner), count / len(keys)

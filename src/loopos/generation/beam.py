@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.generation.completions import decoded
 from loopos.generation.engine import Engine
-from loopos.generation.placing import fill
 from loopos.generation.rows import Rows
-from loopos.generation.text import decoded
+from loopos.generation.scheduler import fill
 
 
 @dataclass(frozen=True, kw_only=True)

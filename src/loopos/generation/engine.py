@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion, Guide, Piece, Running
+from loopos.generation.decoders import runner_of
 from loopos.generation.rows import Rows
-from loopos.generation.runners import runner_of
-from loopos.generation.session import Session
+from loopos.generation.sampling import stream_key
+from loopos.generation.scheduler import Session
 from loopos.generation.settings import SamplingSettings
-from loopos.generation.streams import stream_key
 from loopos.models.language_ensemble import LanguageEnsemble, members_of, positions_of
 
 

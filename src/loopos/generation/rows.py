@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.functional.packing import PackedLayout
-from loopos.functional.reduce import segment_reduce
+from loopos.functional.reductions import segment_reduce
 from loopos.generation.cache import IMPLEMENTATION, KeyValueCache, PromptPass, TokenPass
 from loopos.models.backbone import headless
 from loopos.models.quantized import QuantizedLinear

@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from loopos.config.faults import UserError
-from loopos.functional.voting import plurality
-from loopos.generation.completions import Completion, FinishReason
+from loopos.config.diagnostics import UserError
+from loopos.functional.comparing import plurality
+from loopos.generation.completions import Completion, FinishReason, decoded
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepGuide, StepLimits, StepMarks, chain_of, mean_logprob, reason
-from loopos.generation.text import decoded
 
 Score = Callable[[Chain], float]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 
 # Logits divided by less, or less more than this, leave the numbers of fp32.
 LEAST_DIVISOR = 1e-6

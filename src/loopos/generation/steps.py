@@ -16,11 +16,10 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.faults import UserError
-from loopos.generation.completions import Completion, Verdict
+from loopos.config.diagnostics import UserError
+from loopos.generation.completions import Completion, GrowingText, Verdict
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
-from loopos.generation.text import GrowingText
 
 
 class StepMarks(Protocol):

@@ -16,18 +16,17 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopos.config.begun import as_begun
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.config.differences import as_begun
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
 from loopos.data.digest import rows_digest
 from loopos.data.reading import account
 from loopos.data.supervised import load_supervised
-from loopos.data.supervised_encoder import SupervisedEncoder
 from loopos.data.supervised_rows import Example
-from loopos.data.supervised_tokens import SupervisedReport
+from loopos.data.supervised_tokens import SupervisedEncoder, SupervisedReport
 from loopos.data.tokens import Encoded, longest
 from loopos.evaluation.answer_check import AnswerCheck, chats_of
 from loopos.evaluation.found_chains import find_chains
@@ -37,24 +36,21 @@ from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import set_trained_language_model
-from loopos.models.language_folder import export_language_model
+from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import disk_full_said
 from loopos.training.callbacks import CALLBACK, Callbacks, kept_random_states
-from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
-from loopos.training.fit_result import FitResult
-from loopos.training.identities import of_reasoning
-from loopos.training.language_objective import NextToken, mean_loss
+from loopos.training.identity import of_reasoning
+from loopos.training.objectives import NextToken, mean_loss, with_router_loss
 from loopos.training.precision import resolve
-from loopos.training.progress import RunProgress
+from loopos.training.progress import RunProgress, write_samples
 from loopos.training.random_states import seed_everything
-from loopos.training.router_objective import with_router_loss
-from loopos.training.samples import write_samples
+from loopos.training.run_state import FitResult
 from loopos.training.session import session
-from loopos.training.trained_weights import TrainedWeights
+from loopos.training.trained_weights import TrainedWeights, take_chosen
 from loopos.training.update import build_update
 from loopos.training.validation import Validation, best_of
 

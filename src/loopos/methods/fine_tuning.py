@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from loopos.config.begun import as_begun
+from loopos.config.differences import as_begun
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
@@ -35,25 +35,22 @@ from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
+from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
-from loopos.models.native_classifier import default_pooling
-from loopos.models.task_folder import save_task_model
-from loopos.models.task_layout import how_it_opens
+from loopos.models.task_layout import default_pooling, how_it_opens
 from loopos.storage.durable import disk_full_said
+from loopos.storage.events import EventLog
 from loopos.training.callbacks import Callbacks, kept_random_states
-from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.events import EventLog
 from loopos.training.fit import Fit
-from loopos.training.fit_result import FitResult
-from loopos.training.identities import of_task
+from loopos.training.identity import of_task
+from loopos.training.objectives import TaskObjective, task_objective, with_router_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
-from loopos.training.router_objective import with_router_loss
+from loopos.training.run_state import FitResult
 from loopos.training.session import session
-from loopos.training.task_objective import TaskObjective, task_objective
-from loopos.training.trained_weights import TrainedWeights
+from loopos.training.trained_weights import TrainedWeights, take_chosen
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 

@@ -17,49 +17,56 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopos.config.begun import as_begun
+from loopos.config.differences import as_begun
 from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
 from loopos.data.digest import prompts_digest
-from loopos.data.kept_pass import KeptPass
 from loopos.data.preference_data import load_prompts
-from loopos.data.preference_encoder import PreferenceEncoder
+from loopos.data.preference_tokens import PreferenceEncoder
 from loopos.data.reading import account
-from loopos.data.responses import ResponseBatch
 from loopos.data.tokens import longest
 from loopos.evaluation.own_metrics import OwnMetrics
-from loopos.evaluation.policy_check import PolicyCheck
 from loopos.evaluation.report import write_report
-from loopos.evaluation.rewards import Rewards, judge_of
-from loopos.evaluation.rollout import Collector, request_of, rollout_metrics, sampling_of, seeded, variance_explained
 from loopos.evaluation.run_claim import claim
 from loopos.functional.advantages import KlController
-from loopos.generation.rollouts.opening import Place, RunView, check_installed, open_rollouts
-from loopos.generation.rollouts.remote import RemoteRollouts
-from loopos.generation.rollouts.request import Request
-from loopos.models.language_folder import export_language_model
+from loopos.models.folders import (
+    OpenedReward,
+    check_same_tokens,
+    descriptions_together,
+    export_language_model,
+    open_reward_model,
+)
 from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained
-from loopos.models.reward_folder import OpenedReward, check_same_tokens, descriptions_together, open_reward_model
-from loopos.models.roles import Roles, build_roles
+from loopos.rl.collector import (
+    Collector,
+    PolicyCheck,
+    request_of,
+    rollout_metrics,
+    sampling_of,
+    seeded,
+    variance_explained,
+)
+from loopos.rl.experience import AdvantageSettings, Experience, KeptPass, ResponseBatch, experience_of
+from loopos.rl.monitors import GuardLimits, Guards
+from loopos.rl.objective import PolicyState, PpoObjective
+from loopos.rl.rewards import Rewards, judge_of
+from loopos.rl.roles import Roles, build_roles
+from loopos.rl.rollouts import RolloutBatches, RolloutPlan
+from loopos.rl.workers.opening import Place, RunView, check_installed, open_rollouts
+from loopos.rl.workers.protocol import Request
+from loopos.rl.workers.remote import RemoteRollouts
 from loopos.storage.durable import disk_full_said
 from loopos.training.callbacks import Callbacks, kept_random_states
-from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.experience import AdvantageSettings, Experience, experience_of
 from loopos.training.fit import Fit
-from loopos.training.fit_result import FitResult
-from loopos.training.guards import GuardLimits, Guards
-from loopos.training.identities import of_policy
-from loopos.training.policy_objective import PpoObjective
-from loopos.training.policy_state import PolicyState
+from loopos.training.identity import of_policy
 from loopos.training.precision import resolve
-from loopos.training.progress import RunProgress
-from loopos.training.rollouts import RolloutBatches, RolloutPlan
-from loopos.training.samples import write_samples
+from loopos.training.progress import RunProgress, write_samples
+from loopos.training.run_state import FitResult
 from loopos.training.session import session
 from loopos.training.stopping import GUARD
-from loopos.training.trained_weights import TrainedWeights
+from loopos.training.trained_weights import TrainedWeights, take_chosen
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 

@@ -15,36 +15,34 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from loopos.config.begun import as_begun
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.config.differences import as_begun
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import load_corpus
-from loopos.data.corpus_tokens import encode_corpus, train_tokenizer
 from loopos.data.digest import rows_digest
 from loopos.data.repeats import key_of_prompt, told_repeats
 from loopos.data.split import split_off
+from loopos.data.tokens import encode_corpus, train_tokenizer
 from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
+from loopos.models.folders import save_pretrained
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Sizes, new_config
-from loopos.models.pretrained_folder import save_pretrained
-from loopos.models.sources import weights_source
+from loopos.models.resolve import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.durable import disk_full_said
 from loopos.training.callbacks import Callbacks
-from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
-from loopos.training.fit_result import FitResult
-from loopos.training.identities import of_text
-from loopos.training.language_objective import NextToken, mean_loss
+from loopos.training.identity import of_text
+from loopos.training.objectives import NextToken, mean_loss, with_router_loss
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
-from loopos.training.router_objective import with_router_loss
+from loopos.training.run_state import FitResult
 from loopos.training.session import session
-from loopos.training.trained_weights import TrainedWeights
+from loopos.training.trained_weights import TrainedWeights, take_chosen
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 

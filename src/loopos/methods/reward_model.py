@@ -18,43 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopos.config.begun import as_begun
+from loopos.config.differences import as_begun
 from loopos.config.reward_model import RewardModelConfig
-from loopos.data.batches import StepBatches
+from loopos.data.batches import ComparisonBatch, ComparisonRows, StepBatches
 from loopos.data.digest import comparisons_digest
-from loopos.data.preference_batches import ComparisonBatch, ComparisonRows
 from loopos.data.preference_data import load_comparisons
-from loopos.data.preference_encoder import PreferenceEncoder
-from loopos.data.preference_tokens import EncodedComparison
+from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.reading import account
 from loopos.data.tokens import longest
 from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import buckets_told, measured, preferred_scores
 from loopos.evaluation.report import write_report
-from loopos.evaluation.reward_scores import Normalisation, comparison_scores
+from loopos.evaluation.reward_predictor import Normalisation, comparison_scores
 from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import FUSED_FROM
 from loopos.models.backbone import Backbone
+from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained, Sizes, load_pretrained
-from loopos.models.task_folder import save_task_model
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import disk_full_said
+from loopos.storage.events import EventLog
 from loopos.training.callbacks import Callbacks, kept_random_states
-from loopos.training.chosen_weights import take_chosen
 from loopos.training.distributed import World
-from loopos.training.events import EventLog
 from loopos.training.fit import Fit
-from loopos.training.fit_result import FitResult
-from loopos.training.identities import of_preferences
+from loopos.training.identity import of_preferences
+from loopos.training.objectives import PairObjective, with_router_loss
 from loopos.training.precision import resolve
-from loopos.training.preference_objective import PairObjective
 from loopos.training.progress import RunProgress
-from loopos.training.router_objective import with_router_loss
+from loopos.training.run_state import FitResult
 from loopos.training.session import session
-from loopos.training.trained_weights import TrainedWeights
+from loopos.training.trained_weights import TrainedWeights, take_chosen
 from loopos.training.update import build_update
 from loopos.training.validation import Validation
 

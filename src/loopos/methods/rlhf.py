@@ -17,13 +17,13 @@ from pathlib import Path
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.rlhf import RlhfConfig
 from loopos.evaluation.own_metrics import OwnMetrics
-from loopos.generation.rollouts.opening import check_installed
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
+from loopos.rl.workers.opening import check_installed
 from loopos.storage.folder_lock import only_writer
 from loopos.training.callbacks import CALLBACK, Callbacks
-from loopos.training.fit_result import FitResult
 from loopos.training.progress import RunProgress
+from loopos.training.run_state import FitResult
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from loopos.config.sections import MethodConfig
     from loopos.evaluation.own_metrics import OwnMetrics
     from loopos.training.callbacks import Callbacks
-    from loopos.training.fit_result import FitResult
     from loopos.training.progress import RunProgress
+    from loopos.training.run_state import FitResult
 
 MethodName = tuple[str, str]
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.storage.foreign_errors import bare_as_value_error
 
 BROKEN = (

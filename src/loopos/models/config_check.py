@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.storage.json_files import read_object
 
 OWN_MODEL_TYPE = "loopos_pooled"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.models.adapter_folder import PREFIX, REPEATED_STARTS, AdapterFolder
-from loopos.models.sources import ADAPTER_CONFIG
+from loopos.models.resolve import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

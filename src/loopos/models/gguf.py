@@ -1,4 +1,17 @@
-"""GGUF files, converted once to an ordinary model folder in the user's cache.
+"""What a GGUF file says of itself, read without its tensors.
+
+Enters: a GGUF file. Leaves: key → value. The package gguf reads the same in some ten seconds for a vocabulary of 50,000
+tokens, since it makes arrays of every string; transformers does so twice. Left out: tensors.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+The tokenizer in a GGUF file, as transformers saves one.
+
+Enters: what a GGUF file says of a byte-level BPE vocabulary whose way of splitting text is known here. Leaves: the
+tokenizer that such a file was made from. transformers' own reader chooses the splitting by the architecture instead of
+by what the file says, and gives vocabularies without it a token <|endoftext|> that the model has no embedding for.
+Left out: other vocabularies (SentencePiece, WordPiece), which stay transformers' work.
+
+GGUF files, converted once to an ordinary model folder in the user's cache.
 
 transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
 times over (config, tokenizer, weights). The folder (safetensors in fp32: the dequantised values exactly) then opens in
@@ -9,15 +22,185 @@ converted anew, and every file where the conversion itself has changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from loopos.config.faults import EnvironmentFault
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from loopos.config.diagnostics import EnvironmentFault
 from loopos.models.config_check import MOST_LAYERS
 from loopos.models.quiet import quiet_libraries
 from loopos.storage.whole_folder import whole_folder
+
+_MAGIC = b"GGUF"
+_NUMBERS: Mapping[int, str] = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The keys of a GGUF file, version 2 or 3, little-endian. Raises `ValueError` for a file that is none."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if stream.read(4) != _MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        try:
+            version, _, num_keys = _numbers(stream, "IQQ")
+            if version not in (2, 3):
+                raise ValueError(f"it is of version {version}; expected 2 or 3")
+            found: dict[str, Any] = {}
+            for _ in range(num_keys):
+                key = _string(stream, size)
+                (kind,) = _numbers(stream, "I")
+                found[key] = _value(stream, kind, size)
+        except struct.error as problem:
+            raise ValueError("it is cut short") from problem
+    return found
+
+
+def _value(stream: BinaryIO, kind: int, size: int) -> Any:
+    if kind == _STRING:
+        return _string(stream, size)
+    if kind in _NUMBERS:
+        return _numbers(stream, _NUMBERS[kind])[0]
+    if kind != _ARRAY:
+        raise ValueError(f"it holds a value of the unknown kind {kind}")
+    inner, number = _numbers(stream, "IQ")
+    if number > size:
+        raise ValueError("it announces more values than it has bytes")
+    if inner == _STRING:
+        return [_string(stream, size) for _ in range(number)]
+    if inner not in _NUMBERS:
+        raise ValueError(f"it holds a list of the kind {inner}")
+    return list(_numbers(stream, f"{number}{_NUMBERS[inner]}"))
+
+
+def _string(stream: BinaryIO, size: int) -> str:
+    (length,) = _numbers(stream, "Q")
+    if length > size:
+        raise ValueError("it announces a text longer than itself")
+    content = stream.read(length)
+    if len(content) < length:
+        raise ValueError("it is cut short")
+    return content.decode("utf-8")
+
+
+def _numbers(stream: BinaryIO, kinds: str) -> tuple[Any, ...]:
+    layout = struct.Struct(f"<{kinds}")
+    return layout.unpack(stream.read(layout.size))
+
+
+# GGUF's token types.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+SPLITS = {
+    f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
+    f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe",
+}
+"""The regular expression that splits text → llama.cpp's name of it."""
+WHOLE_WORDS = frozenset({"llama-bpe"})
+"""Pre-tokenizers under which llama.cpp takes a word that is itself a token whole, before any merge."""
+_ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def unused_name(row: int) -> str:
+    """The name of a row of the embedding beyond the vocabulary, which GGUF must give one."""
+    return f"[PAD{row}]"
+
+
+def gguf_tokenizer(said: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a GGUF file by what it says, as `read_metadata` has it; None for a vocabulary of another kind,
+    or split in a way that is not known here.
+    """
+    kept = {key.removeprefix("tokenizer."): value for key, value in said.items() if key.startswith("tokenizer.")}
+    steps = _pre_tokenizer(kept.get("ggml.pre"))
+    if kept.get("ggml.model") != "gpt2" or steps is None:
+        return None
+    tokens = kept["ggml.tokens"]
+    types = kept.get("ggml.token_type") or [NORMAL] * len(tokens)
+    rows = [(row, token, kind) for row, (token, kind) in enumerate(zip(tokens, types, strict=True))]
+    # llama.cpp's own way to fill rows up marks them as unused too.
+    rows = [(row, token, kind) for row, token, kind in rows if (token, kind) != (unused_name(row), UNUSED)]
+    described = {
+        "version": "1.0",
+        "added_tokens": [_added(row, token, kind) for row, token, kind in rows if kind in (CONTROL, USER_DEFINED)],
+        "normalizer": {"type": "NFC"} if kept["ggml.pre"] == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
+        "post_processor": _post_processor(kept, tokens),
+        "decoder": _byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "vocab": {token: row for row, token, _ in rows},
+            "merges": [merge.split(" ") for merge in kept.get("ggml.merges", ())],
+            "ignore_merges": kept["ggml.pre"] in WHOLE_WORDS,
+        },
+    }
+    special = {name: kept.get(f"ggml.{key}_token_id") for key, name in _ROLES.items()}
+    found: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
+        clean_up_tokenization_spaces=False,
+        **{name: tokens[row] for name, row in special.items() if row is not None and row < len(tokens)},
+    )
+    found.chat_template = kept.get("chat_template")
+    return found
+
+
+def _pre_tokenizer(name: object) -> list[Mapping[str, Any]] | None:
+    """What splits text, for llama.cpp's name of it."""
+    if name == "gpt-2":
+        return [_byte_level(use_regex=True)]
+    if name == "smollm":
+        return [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]
+    pattern = next((pattern for pattern, each in SPLITS.items() if each == name), None)
+    if pattern is None:
+        return None
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [split, _byte_level(use_regex=False)]
+
+
+def _byte_level(*, use_regex: bool) -> Mapping[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _added(row: int, token: str, kind: int) -> Mapping[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": row, "content": token, "special": kind == CONTROL, **plain}
+
+
+def _post_processor(kept: Mapping[str, Any], tokens: list[str]) -> Mapping[str, Any] | None:
+    """What puts begin and end tokens around a text."""
+    added = [key for key in ("bos", "eos") if kept.get(f"ggml.add_{key}_token")]
+    around = {key: int(kept[name]) for key in added if (name := f"ggml.{key}_token_id") in kept}
+    if not around:
+        return None
+
+    def framed(*names: str) -> list[Mapping[str, Any]]:
+        parts: list[Mapping[str, Any]] = []
+        for place, name in enumerate(names):
+            ends = {key: [{"SpecialToken": {"id": tokens[row], "type_id": place}}] for key, row in around.items()}
+            parts += [*ends.get("bos", ()), {"Sequence": {"id": name, "type_id": place}}, *ends.get("eos", ())]
+        return parts
+
+    special = {tokens[row]: {"id": tokens[row], "ids": [row], "tokens": [tokens[row]]} for row in around.values()}
+    return {"type": "TemplateProcessing", "single": framed("A"), "pair": framed("A", "B"), "special_tokens": special}
+
 
 _VERSION = 2
 """Of what a conversion writes; 2: the tokenizer is the file's own (`gguf_tokenizer.py`)."""
@@ -52,8 +235,6 @@ def convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from loopos.models.broken_files import broken_as_user_error
-    from loopos.models.gguf_metadata import read_metadata
-    from loopos.models.gguf_tokenizer import gguf_tokenizer
 
     try:
         import gguf  # noqa: F401

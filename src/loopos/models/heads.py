@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loopos.functional.packing import PackedLayout
-from loopos.functional.reduce import segment_reduce
+from loopos.functional.reductions import segment_reduce
 from loopos.models.adapters import AdapterView
 from loopos.models.backbone import Backbone
 

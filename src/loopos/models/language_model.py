@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loopos.config.faults import UserError
-from loopos.functional.language_loss import LogitShape, next_token_loss_sum
+from loopos.config.diagnostics import UserError
+from loopos.functional.language_loss import LogitShape, next_token_loss_sum, token_logprobs
 from loopos.functional.packing import PackedLayout
-from loopos.functional.token_logprobs import token_logprobs
 from loopos.models.backbone import Backbone, headless
 from loopos.models.quantized import exact_activations
 from loopos.storage.tensor_files import require_finite

@@ -16,16 +16,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loopos.config.faults import SettingError, UserError
-from loopos.config.language_sections import LanguageModelSection
-from loopos.config.sections import ModelSection
+from loopos.config.diagnostics import SettingError, UserError
+from loopos.config.sections import LanguageModelSection, ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
 from loopos.models.broken_files import BROKEN, reason_of
 from loopos.models.config_check import check_config
 from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
-from loopos.models.sources import WeightsSource, base_of_adapter, folder_of, weights_source
+from loopos.models.resolve import WeightsSource, base_of_adapter, folder_of, weights_source
 from loopos.models.task_layout import backbone_config
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.models.broken_files import broken_as_user_error, reason_of
 from loopos.models.quantized import (
     QuantizedEmbedding,

@@ -1,4 +1,10 @@
-"""How the folder of a model with a head is laid out, so that transformers gives what LoopOS gives, or refuses.
+"""transformers' own sequence classifier of an architecture, where it computes what a LoopOS model does with pooling
+"last": `W·h` of the last token, without a bias.
+
+Enters: a config. Leaves: an empty classifier, or the pooling that a new model gets. Left out: writing it
+(`task_layout.py`).
+
+How the folder of a model with a head is laid out, so that transformers gives what LoopOS gives, or refuses.
 
     native   transformers' own sequence classifier, where it computes the same: pooling "last" and no offset
     own      `modeling_loopos.py` beside the weights: `trust_remote_code=True` opens it, without it transformers refuses
@@ -17,7 +23,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,20 +31,49 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.models import modeling_loopos
 from loopos.models.model_folder import read_description
 from loopos.models.modeling_loopos import LoopOSConfig, LoopOSForSequenceClassification
-from loopos.models.native_classifier import native_classifier
-from loopos.storage.tensor_format import TensorSpec
+from loopos.storage.tensor_files import TensorSpec
+
+
+def native_classifier(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """The classifier of `config` on the meta device: its backbone stands under `base_model_prefix`, its head is the
+    linear layer `score`. None where transformers has none of that shape: encoders pool in another way.
+    """
+    causal: Container[Any] = MODEL_FOR_CAUSAL_LM_MAPPING
+    classifiers: Container[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in causal or type(config) not in classifiers:
+        return None
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    assert isinstance(classifier, PreTrainedModel)
+    expected: Any = MODEL_MAPPING[type(config)]
+    score, backbone = getattr(classifier, "score", None), getattr(classifier, classifier.base_model_prefix, None)
+    has_bias = getattr(score, "bias", None) is not None
+    if not isinstance(score, nn.Linear) or has_bias or type(backbone) is not expected:
+        return None
+    return classifier
+
+
+def default_pooling(config: PreTrainedConfig) -> str:
+    """What `model.pooling: auto` is for an architecture: "last" where transformers' own classifier reads the last
+    token too, so that the trained folder opens there as it is; "mean" for all others.
+    """
+    return "mean" if native_classifier(config) is None else "last"
+
 
 SCORE = "score.weight"
 MODELING = "modeling_loopos.py"

@@ -1,19 +1,26 @@
 """The tokenizer of a run: the weights' own, or the one that `data.tokenizer` names.
 
 Enters: a `WeightsSource` and the configured name. Leaves: a transformers tokenizer. Left out: tokenising (`data`).
+
+Two vocabularies compared.
+
+Enters: token → number of two tokenizers. Leaves: how they differ, in words, with the first few tokens of each kind.
+Left out: what is done about it.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loopos.config.faults import SettingError, UserError
+from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.paths import expanded
 from loopos.models.broken_files import broken_as_user_error
 from loopos.models.gguf import converted_folder
-from loopos.models.sources import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
+from loopos.models.resolve import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
 from loopos.models.task_layout import backbone_config
 from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
@@ -91,3 +98,21 @@ def _named_place(named: str) -> Path | str:
         )
     require_hub(_KEY, named)
     return named
+
+
+_MOST_NAMED = 5
+
+
+def vocabulary_difference(own: Mapping[str, int], theirs: Mapping[str, int], place: str) -> str:
+    """How `theirs` differs from `own`, which is that of `place`; "" where it does not."""
+    kinds = {
+        f"that {place} lacks": [token for token in theirs if token not in own],
+        "that it lacks": [token for token in own if token not in theirs],
+        "with another number": [token for token in own if theirs.get(token, own[token]) != own[token]],
+    }
+    return ", ".join(f"{len(tokens):,} {kind} ({_some(tokens)})" for kind, tokens in kinds.items() if tokens)
+
+
+def _some(tokens: Sequence[str]) -> str:
+    shown = ", ".join(json.dumps(token, ensure_ascii=False) for token in tokens[:_MOST_NAMED])
+    return f"{shown}, …" if len(tokens) > _MOST_NAMED else shown

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loopos.config.faults import SettingError, UserError
+from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.paths import NEW_WEIGHTS
 from loopos.models.broken_files import BROKEN, reason_of
 from loopos.models.quiet import quiet_libraries
-from loopos.models.sources import WeightsSource
+from loopos.models.resolve import WeightsSource
 from loopos.storage.tensor_files import (
     NAMED_WEIGHTS,
     check_readable,

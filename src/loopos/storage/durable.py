@@ -3,6 +3,11 @@
 A full disk becomes one `DiskFull` line, any other refusal of the file system one `StorageFault` line that names its
 file. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`, `training.events`), folders
 (`whole_folder.py`); nothing here imports torch.
+
+Whether a folder can be written, found out by writing: permissions do not tell of a read-only disk, of /proc, or of
+what an administrator may not do either.
+
+Enters: a folder, there or not. Leaves: nothing, or the error that names it. Left out: how much room there is.
 """
 
 from __future__ import annotations
@@ -11,13 +16,14 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import SettingError, UserError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -162,3 +168,14 @@ def fsync_place(place: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def require_writable(key: str, folder: Path) -> None:
+    """Raises `SettingError` where `folder` cannot be made or written. key: the setting that names it."""
+    above = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".loopos-", dir=above))
+    except OSError as problem:
+        raise SettingError(
+            key, f"nothing can be written in {above} ({problem.strerror}); name another place than {folder}"
+        ) from problem

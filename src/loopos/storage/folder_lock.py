@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 
 LOCK = "run.lock"
 BEAT = 5.0

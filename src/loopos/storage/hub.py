@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from loopos.config.faults import SettingError
+from loopos.config.diagnostics import SettingError
 
 VERBOSE = "LOOPOS_VERBOSE"
 """The variable that shows what the libraries print."""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loopos.config.faults import UserError, printable_json
+from loopos.config.diagnostics import UserError, printable_json
 from loopos.storage.durable import write_whole
 
 

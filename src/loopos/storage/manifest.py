@@ -19,7 +19,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.paths import MANIFEST, RECIPE
 from loopos.storage.durable import FileRecord, hash_file
 from loopos.storage.json_files import read_object, save_json

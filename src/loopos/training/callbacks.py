@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.training.random_states import random_states, restore_random_states
 
 STOP = "stop"

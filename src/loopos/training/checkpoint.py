@@ -23,20 +23,23 @@ import torch
 
 from loopos.storage.durable import JSON, DiskFull
 from loopos.storage.whole_folder import hidden, remove
-from loopos.training.checkpoint_folder import (
+from loopos.training.checkpoint_files import (
     HIDDEN_NAME,
     STATE,
     STEP_NAME,
     TENSORS_SUFFIX,
     CheckpointError,
+    NonFiniteError,
+    Save,
     check_hashes,
     check_sizes,
     looks_whole,
     read_group,
     read_manifest,
+    save,
+    sweep,
 )
 from loopos.training.random_states import random_states, restore_random_states
-from loopos.training.saving import NonFiniteError, Save, save, sweep
 from loopos.training.slices import group_of
 
 __all__ = [

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from loopos.config.distributed import DistributedSection
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.config.sections import DistributedSection
 
 # Gradients are summed in flat buckets of this many elements: few calls, bounded extra memory.
 _BUCKET = 1 << 24

@@ -1,4 +1,18 @@
-"""The loop of every method: step, log, validate, stop early, save, resume.
+"""What is due after a step: validation, a line of the log, a checkpoint.
+
+Enters: the settings, and where a run stands. Leaves: whether it is due. All ranks come to the same answer. Left out:
+doing it (`fit.py`).
+
+Why a run ends after a step, and whether that still holds when it is resumed.
+
+Enters: where the run stands, the signal received, what its judges and its method say. Leaves: a reason, or none. All
+ranks come to the same one. Left out: what is done then (`fit.py`).
+
+What the loop asks of the place where its batches come from.
+
+Enters: a cursor. Leaves: the micro-batches of a step. Left out: who makes them (`data.batches`, `training.rollouts`).
+
+The loop of every method: step, log, validate, stop early, save, resume.
 
 Enters: where batches come from, an `Update`, a method's objective and validation. Leaves: checkpoints, `events.jsonl`,
 a `FitResult`. Left out: what a batch or a loss is, and what a checkpoint holds (`run_state.py`). A run that was killed
@@ -9,30 +23,165 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Generic, Protocol, TypeVar
 
-from loopos.config.faults import Interrupted
+from loopos.config.diagnostics import Interrupted
 from loopos.config.sections import MethodConfig, TrainingSection
+from loopos.data.batches import Cursor
 from loopos.storage.durable import JSON, disk_full_said
 from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
-from loopos.training.callbacks import CALLBACK_ERROR, Callbacks
+from loopos.training.callbacks import CALLBACK, CALLBACK_ERROR, Callbacks
 from loopos.training.distributed import World
-from loopos.training.due import Due, falls_due, passes
-from loopos.training.ending import Ending
-from loopos.training.fit_result import FitResult as FitResult
+from loopos.training.identity import Identity, of_training
 from loopos.training.progress import RunProgress
-from loopos.training.resuming import beginning
-from loopos.training.run_identity import Identity, of_training
+from loopos.training.resuming import beginning, session_facts
 from loopos.training.run_log import RunLog
 from loopos.training.run_state import Carried, Position, RunState
+from loopos.training.run_state import FitResult as FitResult
 from loopos.training.schedules import factor, warmup_steps
-from loopos.training.session_facts import session_facts
-from loopos.training.step_source import BatchT, StepSource
 from loopos.training.stopping import EXIT_CODES, StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
 from loopos.training.validation import Judges, Validation
+
+
+class Due:
+    """`save_is_overdue`: whether the last checkpoint is older than `training.save_interval`, by the first rank's
+    clock.
+    """
+
+    def __init__(self, settings: TrainingSection) -> None:
+        self._settings = settings
+        self._saved_at = time.monotonic()
+        self.save_is_overdue = False
+
+    def saved(self) -> None:
+        """A checkpoint is being written."""
+        self._saved_at, self.save_is_overdue = time.monotonic(), False
+
+    def waits_too_long(self) -> bool:
+        """Whether this rank's clock says that a checkpoint is overdue."""
+        limit = self._settings.save_interval
+        return limit is not None and time.monotonic() - self._saved_at >= limit
+
+    def save(self, position: Position, *, validated: bool, is_best: bool, is_judged: bool) -> bool:
+        """Whether a checkpoint is due. is_judged: whether validations judge the run."""
+        every = self._settings.save_every
+        if self.save_is_overdue and every != "never":
+            return True
+        if every == "validation":
+            return validated and is_judged
+        # The best weights are kept whenever they come, not only where a step to save falls on them.
+        return falls_due(position, every) or (is_best and self._settings.keep_best and every != "never")
+
+
+def falls_due(position: Position, every: int | str, unit: int = 1) -> bool:
+    """Whether the last step ended at or went over a multiple of `every` units, or ended an epoch."""
+    if isinstance(every, str):
+        return every in ("epoch", "iteration") and position.cursor.step == 0
+    return passes(position, every * unit)
+
+
+def passes(position: Position, every: int) -> bool:
+    """Whether the last step ended at or went over a multiple of `every`."""
+    return position.step // every > position.previous_step // every
+
+
+@dataclass(frozen=True)
+class Ending:
+    """`planned_steps`: of the run without `training.max_steps`, and `planned_end` what has ended then: "epochs", or
+    "max_iterations". `gives_up`: the method's own reason to end the run, if it has one now. `callbacks`: those of the
+    user's program, of which the first rank's decide.
+    """
+
+    settings: TrainingSection
+    planned_steps: int
+    planned_end: str
+    judges: Judges | None
+    world: World
+    gives_up: Callable[[], str | None]
+    callbacks: Callbacks
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps after which the run ends."""
+        limit = self.settings.max_steps
+        return self.planned_steps if limit is None else min(self.planned_steps, limit)
+
+    def reason(self, position: Position, received: str | None) -> str | None:
+        """received: the name of a signal that this process was sent."""
+        # A signal may have reached one rank alone, and clocks differ; all ranks must stop at the same step.
+        limit = self.settings.max_time
+        late = limit is not None and position.seconds >= limit
+        told = [entry for entry in self.world.gather((received, late)) if isinstance(entry, tuple)]
+        names = [name for name, _ in told if name is not None]
+        if names:
+            return str(names[0])
+        # An alarm in the last step is the reason, though the run would have ended there anyway.
+        called_off = self.called_off()
+        if called_off == CALLBACK_ERROR:
+            return called_off
+        given_up = self.gives_up() or called_off
+        if given_up is None and position.step >= self.total_steps:
+            return "max_steps" if self.total_steps < self.planned_steps else self.planned_end
+        return given_up or ("max_time" if told[0][1] else None)
+
+    def called_off(self) -> str | None:
+        """`CALLBACK` or `CALLBACK_ERROR` where a callback has ended the run."""
+        # Without callbacks no rank waits for another here.
+        reason = self.world.gather(self.callbacks.reason)[0] if self.callbacks else None
+        return None if reason is None else str(reason)
+
+    def still_holds(self, position: Position) -> bool:
+        """Whether the reason that ended a run still ends it under the settings it is resumed with."""
+        reason, limit = position.stopped_by, self.settings.max_time
+        if reason == "max_time":
+            return limit is not None and position.seconds >= limit
+        if reason == "early stopping":
+            return self.judges is not None and self.judges.gives_up
+        if reason == CALLBACK and self.callbacks:
+            return True
+        return position.step >= self.total_steps or self.gives_up() == reason
+
+
+class Counted(Protocol):
+    """What the loop asks of a batch."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+
+
+BatchT = TypeVar("BatchT", bound=Counted)
+
+
+class StepSource(Protocol[BatchT]):
+    """Where the batches of each step come from: data (`StepBatches`), or what a policy has just written."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def rows_a_step(self) -> int: ...
+
+    @property
+    def steps_an_epoch(self) -> int: ...
+
+    def step(self, cursor: Cursor) -> list[BatchT]:
+        """This rank's micro-batches of the step at `cursor`."""
+        ...
+
+    def idle(self) -> BatchT:
+        """A batch for a process that has to run along without rows of its own. Asked for after `step`."""
+        ...
+
+    def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
+        """The cursor behind a step with these losses."""
+        ...
 
 
 class Fit(Generic[BatchT]):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loopos.config.faults import SettingError
-from loopos.functional.gradient_sum import sum_gradient_of
+from loopos.config.diagnostics import SettingError
+from loopos.functional.reductions import sum_gradient_of
 from loopos.training.sharding import Rows, Sharding
 from loopos.training.slices import rows_of
 

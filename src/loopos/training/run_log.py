@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loopos.storage.durable import JSON
+from loopos.storage.events import RESTORE, EventLog, EventLogError, EventWriter, TensorBoardAdapter, read
 from loopos.training.callbacks import Callbacks
-from loopos.training.events import RESTORE, EventLog, EventLogError, EventWriter, TensorBoardAdapter, read
 
 _EVENTS, _CONFIG = "events.jsonl", "config.json"
 

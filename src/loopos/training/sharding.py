@@ -1,4 +1,13 @@
-"""A model whose weights, gradients and optimizer are shared out over the processes, on PyTorch's `fully_shard`.
+"""Linear layers split among processes that run each pass together, by the plan that transformers carries for the model.
+
+Enters: a model, whole on every process, and the processes. Leaves: the same modules, each with a part of the weights
+that the plan names: rows (`colwise`: each process makes some of the output's features) or columns (`rowwise`: each adds
+up some of the input's, and the sums are added over the processes). After Shoeybi et al. 2019 (Megatron-LM). An adapter
+of LoRA is split as its layer is, on the side that the layer is. What the plan leaves out (embeddings, norms, heads) is
+the same on all of these processes, and so is all that it computes. Left out: the rows of a part that further processes
+share (`sharding.py`).
+
+A model whose weights, gradients and optimizer are shared out over the processes, on PyTorch's `fully_shard`.
 
 Enters: models that are whole on every process, the section `distributed`. Leaves: the same modules with a share of each
 parameter (rows of it) on every process; the model whole for as long as generation lasts; the model whole on the first
@@ -14,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +33,74 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
-from loopos.config.distributed import WHOLE_MATRICES, DistributedSection
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
+from loopos.config.sections import WHOLE_MATRICES, DistributedSection
 from loopos.training.distributed import World
-from loopos.training.tensor_parallel import split_layers, whole_again
+
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def split_layers(root: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+    """Splits all models under `root` over `mesh`, in place, and returns the layers, whose `forward` is now one of their
+    own. Raises `UserError` for a model without a plan, or of a size that cannot be split so.
+    """
+    split = []
+    for model in root.modules():
+        # A model with a head holds the one that has the layers.
+        if isinstance(model, PreTrainedModel) and model.base_model is model:
+            for module, style in _planned(model, mesh.size()):
+                layer = ALL_PARALLEL_STYLES[style]
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    layer.validate_param(module, parameter, mesh, parameter_name=name)
+                    layer.shard_param(module, name, mesh)
+                layer.install_forward(module, mesh)
+                split.append(module)
+    return split
+
+
+def whole_again(split: list[nn.Module]) -> None:
+    """The layers run by their class's own `forward`: for weights that have become whole."""
+    for module in split:
+        del module.forward
+
+
+def _planned(model: PreTrainedModel, size: int) -> list[tuple[nn.Module, str]]:
+    config = model.config.get_text_config()
+    plan: dict[str, str] | None = getattr(config, "base_model_tp_plan", None)
+    given = f"distributed.tensor_parallel: given {size} for a model of type {config.model_type}"
+    if not plan:
+        raise UserError(f"{given}, for which transformers has no plan; wanted tensor_parallel 1, and mode shard")
+    for name in _HEADS:
+        number = getattr(config, name, size)
+        if number % size:
+            raise UserError(f"{given} with {name} {number}; wanted a divisor of it")
+    found = []
+    for name, module in model.named_modules():
+        style = plan.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
+        if style is not None:
+            found += list(_split_layers_of(module, style))
+    for module, style in found:
+        if style in ("colwise", "rowwise"):
+            width = getattr(module, "out_features" if style == "colwise" else "in_features", size)
+            if width % size:
+                raise UserError(f"{given}, one of whose layers is {width} wide; wanted a divisor of it")
+    return found
+
+
+def _split_layers_of(module: nn.Module, style: str) -> Iterator[tuple[nn.Module, str]]:
+    """The layer itself, or the one under an adapter with the adapter's matrix on the split side."""
+    base = getattr(module, "base_layer", None)
+    if not isinstance(base, nn.Module):
+        yield module, style
+        return
+    yield base, style
+    side = module.get_submodule("lora_B" if style == "colwise" else "lora_A")
+    for matrix in side.children():
+        yield matrix, style
+
 
 _GIB = 2**30
 _REPLICAS, _SHARDS, _SPLIT = "replicate", "shard", "tensor"
@@ -105,7 +178,7 @@ class Sharding:
         """Takes a model on the CPU to the device, share by share, in place. half: the number format that a parameter
         computes in, by name, None for its own. A model without layers of its own stays as it is, on the device.
         """
-        layers = _layers(root)
+        layers = _sharded_layers(root)
         if not layers:
             root.to(self.device)
             return
@@ -276,11 +349,11 @@ def _split_of(parameter: Tensor) -> int | None:
     return None
 
 
-def _layers(root: nn.Module) -> list[nn.Module]:
+def _sharded_layers(root: nn.Module) -> list[nn.Module]:
     """The members of the outermost lists of modules, those without parameters left out."""
     found: list[nn.Module] = []
     for child in root.children():
-        members = list(child) if isinstance(child, nn.ModuleList) else _layers(child)
+        members = list(child) if isinstance(child, nn.ModuleList) else _sharded_layers(child)
         found += [member for member in members if next(member.parameters(), None) is not None]
     return found
 

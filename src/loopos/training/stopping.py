@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-from loopos.config.faults import Interrupted
+from loopos.config.diagnostics import Interrupted
 from loopos.functional.comparing import is_better
 from loopos.storage.terminals import leave_the_terminal
 

@@ -1,8 +1,18 @@
-"""Which of a model's weights train, now and later, in what format and on which device.
+"""The zeros of a pruned model, which training keeps.
+
+Enters: a model as it was loaded. Leaves: masks of its weights, True = zero, and to stay so. They follow from the
+weights that a run begins with, so a resumed run finds the same. Left out: applying them (`precision.Masters`).
+
+Which of a model's weights train, now and later, in what format and on which device.
 
 Enters: a model on the CPU with `requires_grad` set, what `freeze_layers` holds back, the format of training. Leaves:
 the masters, and the model on the device in its format, shared out over the processes where that is asked for. Left out:
 who set `requires_grad` (`models.adapters`), the masters (`precision`), how a model is shared out (`sharding`).
+
+Which weights of a finished run are exported, for every method alike.
+
+Enters: the trained weights, the run's folder and its result. Leaves: the weights loaded, a sentence, and an event
+"export" by which reports name them. Left out: writing the model.
 """
 
 from __future__ import annotations
@@ -12,15 +22,40 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loopos.config.sections import TrainingSection
+from loopos.storage.durable import JSON
+from loopos.storage.events import EventLog
 from loopos.training import checkpoint
+from loopos.training.callbacks import Callbacks
 from loopos.training.distributed import World
-from loopos.training.kept_zeros import zeros_to_keep
 from loopos.training.precision import Masters
+from loopos.training.progress import RunProgress
 from loopos.training.random_states import seed_everything
+from loopos.training.run_state import FitResult
 from loopos.training.sharding import sharding_for
+
+
+def zeros_to_keep(model: nn.Module) -> dict[str, Tensor]:
+    """By the parameter's name the zeros of every matrix that has some, embeddings left out.
+
+    A matrix of zeros alone is no pruned one: new heads and adapters begin so. Biases and norms may be zero by chance.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 2 or id(parameter) in embeddings:
+            continue
+        zeros = parameter.detach() == 0
+        if zeros.any() and not zeros.all():
+            masks[name] = zeros
+    return masks
 
 
 class TrainedWeights:
@@ -125,3 +160,45 @@ class TrainedWeights:
 def _bytes_of(model: nn.Module, trained: int) -> int:
     """Weights as they are, and of each that trains an fp32 gradient and the two moments of Adam."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
+
+
+def take_chosen(
+    trained: TrainedWeights,
+    run_dir: Path,
+    settings: TrainingSection,
+    result: FitResult,
+    world: World,
+    progress: RunProgress,
+    *,
+    callbacks: Callbacks,
+    of_round: int | None = None,
+    whole_run: Path | None = None,
+) -> None:
+    """Loads the best checkpoint's weights, or leaves the last in place where none was kept; says which. To be called on
+    every process; the first writes the event. of_round: the round of self-improvement whose folder `run_dir` is, and
+    whole_run: the folder of the run that has several, whose log names the round.
+    """
+    step = trained.take_best(run_dir, settings)
+    kind, sentence = _described(step, result)
+    progress.say(f"exporting {sentence}" + ("" if of_round is None else f", of round {of_round}"))
+    if not world.is_first:
+        return
+    taken = result.step if step is None else step
+    logs: dict[Path, dict[str, JSON]] = {run_dir: {"weights": kind}}
+    if whole_run is not None and of_round:
+        logs[whole_run] = {"weights": kind, "round": of_round}
+    for folder, metrics in logs.items():
+        with EventLog(folder / "events.jsonl", callbacks or None) as log:
+            log.write("export", step=taken, metrics=metrics, timing={})
+
+
+def _described(step: int | None, result: FitResult) -> tuple[str, str]:
+    """Kind and description of the weights of `step`, None for the last."""
+    if step is None:
+        reason = "" if result.best_trained_step is None else ": no checkpoint of the best validation was kept"
+        return "last", f"the last weights{reason}"
+    if step == 0:
+        return "start", "the weights of the start (step 0): training did not beat them"
+    if result.beat_start is False:
+        return "best trained", f"the weights of step {step}, the best after the start: training did not beat the start"
+    return "best", f"the best weights, of step {step}"

@@ -18,9 +18,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loopos.config.faults import UserError
+from loopos.config.diagnostics import UserError
 from loopos.config.sections import TrainingSection
-from loopos.functional.reduce import weighted_mean
+from loopos.functional.reductions import weighted_mean
 from loopos.training.distributed import World
 from loopos.training.optimizers import OptimizerSet, OptimizerSettings
 from loopos.training.precision import Masters

@@ -1,0 +1,406 @@
+"""Examples of any kind → the numbers and repetitions that `loopos data check` tells of them.
+
+Enters: examples as training reads them. Leaves: ranges by name (characters, turns, steps, responses), counts, groups of
+rows that repeat, groups that contradict each other. Left out: labels (`data_check`), printing.
+
+`loopos data check`: what is in a data file, read as training reads it, and what is wrong with it.
+
+Enters: a source of rows, or a text file with a prompt or text a line. Leaves: what kind of data it is and what trains
+on it; columns, labels, lengths, turns; rows that repeat, nearly repeat or contradict each other; every fault up to a
+limit; exit code 2 if there is any fault. Repeated rows are told, not counted as faults: training takes them. Left out:
+tokens (`loopos data preview`), for they need a model; what is measured (`measures`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loopos.cli.answers import say, say_json, shown, table
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.wording import COLUMNS, ENCODING, OptionWording
+from loopos.config.diagnostics import DataError, Fault
+from loopos.data.conversations import ASSISTANT, Conversation
+from loopos.data.decoding import TextRules, read_lines
+from loopos.data.demonstrations import Demonstration
+from loopos.data.formats import Labelled
+from loopos.data.kinds import Kind, kind_of, read_kind
+from loopos.data.label_space import key_of, members_of
+from loopos.data.labels import LabelSpace, infer_task
+from loopos.data.near_duplicates import near_duplicates
+from loopos.data.preferences import Comparison
+from loopos.data.prompts import Prompt, Words, told
+from loopos.data.reading import left_out
+from loopos.data.record import MAXIMUM_FAULTS
+from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
+from loopos.data.rows import Row, RowReader, is_plain_text, read
+from loopos.data.supervised_rows import Completion, PlainText
+
+Range = dict[str, float]
+
+
+def spread(numbers: Iterable[float]) -> Range:
+    """Least, median, mean and greatest."""
+    ordered = sorted(numbers)
+    return {
+        "least": ordered[0],
+        "median": statistics.median(ordered),
+        "mean": round(statistics.fmean(ordered), 1),
+        "most": ordered[-1],
+    }
+
+
+def text_of(example: AnyExample) -> str:
+    """What is compared and shown of an example: its text or texts, or what it asks."""
+    match example:
+        case Labelled(text=text, text_pair=pair):
+            return text if pair is None else f"{text}\n{pair}"
+        case Demonstration(problem=problem):
+            return problem
+        case Conversation(messages=messages):
+            return "\n".join(message.content for message in messages)
+        case Completion(prompt=prompt, completion=completion):
+            return f"{prompt}\n{completion}"
+        case PlainText(text=text):
+            return text
+        case str():
+            return example
+        case _:
+            return told(example.prompt)
+
+
+def ranges(examples: Sequence[Any]) -> dict[str, Range]:
+    """The ranges of what examples of one kind have, by name."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for example in examples:
+        found["characters"].append(len(text_of(example)))
+        match example:
+            case Demonstration(steps=steps, answer=answer):
+                found["steps"].append(len(steps))
+                found["answer characters"].append(len(answer))
+            case Conversation(messages=messages):
+                found["turns"].append(sum(message.role == ASSISTANT for message in messages))
+                found["messages"].append(len(messages))
+            case Completion(completion=completion):
+                found["completion characters"].append(len(completion))
+            case Comparison(responses=responses):
+                found["responses"].append(len(responses))
+                found["response characters"] += [_size(response) for response in responses]
+            case Prompt(prompt=prompt) if not isinstance(prompt, str):
+                found["messages"].append(len(prompt))
+            case _:
+                pass
+    return {name: spread(numbers) for name, numbers in found.items()}
+
+
+def counts(examples: Sequence[Any]) -> dict[str, float]:
+    """What is counted over examples of one kind, by name."""
+    first = examples[0]
+    prompts: dict[str, float] = {"different prompts": len({key_of_prompt(each) for each in examples})}
+    if isinstance(first, Comparison):
+        pairs = [(each, pair) for each in examples for pair in each.pairs]
+        decided = [(each, pair) for each, pair in pairs if pair.probability != 0.5]
+        longer = sum(_size(each.responses[pair.better]) > _size(each.responses[pair.worse]) for each, pair in decided)
+        shares = {"the longer response is preferred": round(longer / len(decided), 3)} if decided else {}
+        return {**prompts, "pairs": len(pairs), "ties": len(pairs) - len(decided), **shares}
+    if any(isinstance(each, Conversation) for each in examples):
+        chats = [each for each in examples if isinstance(each, Conversation)]
+        with_system = sum(each.messages[0].role in ("system", "developer") for each in chats)
+        return {**prompts, "with a system message": with_system}
+    if isinstance(first, Demonstration):
+        return {**prompts, "without steps": sum(not each.steps for each in examples)}
+    return {} if isinstance(first, Labelled | str) else prompts
+
+
+def repeated(examples: Sequence[Any], what: str) -> dict[str, int]:
+    """Texts (or prompts) that occur more than once and the rows that they are in; rows that say the same in all."""
+    groups = [group for group in grouped(examples) if len(group) > 1]
+    found = {f"{what}s": len(groups), "rows": sum(len(group) for group in groups)}
+    if what == "prompt" and not isinstance(examples[0], Prompt):
+        found["rows that say the same"] = len(examples) - len({key_of_row(each) for each in examples})
+    return found
+
+
+def grouped(examples: Sequence[Any]) -> list[list[Any]]:
+    """Examples that ask the same, in the order of the first of each."""
+    groups: dict[Hashable, list[Any]] = {}
+    for example in examples:
+        groups.setdefault(key_of_prompt(example), []).append(example)
+    return list(groups.values())
+
+
+def conflicts(examples: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows that contradict each other: one text with several labels, one problem with several answers, one pair of
+    responses preferred either way.
+    """
+    found = []
+    for group in grouped(examples):
+        values: dict[str, Any] = {}
+        for example in group:
+            if isinstance(example, Labelled) and example.label is not None:
+                values[repr(example.label)] = example.label
+            elif isinstance(example, Demonstration):
+                values[example.answer] = example.answer
+        name = "labels" if isinstance(group[0], Labelled) else "answers"
+        if isinstance(group[0], Comparison):
+            name, values = "preferences", _turned(group)
+        if len(values) > 1:
+            lines = [place_of(example) for example in group]
+            found.append({"text": text_of(group[0]), name: list(values.values()), "lines": lines})
+    return found
+
+
+def near(examples: Sequence[Any]) -> dict[str, Any]:
+    """Rows whose text is nearly that of an earlier row, of those whose texts differ; the first pairs by their lines."""
+    firsts = [group[0] for group in grouped(examples)]
+    found = near_duplicates([text_of(each) for each in firsts])
+    pairs = [[place_of(firsts[other]), place_of(firsts[place])] for place, other in found.pairs]
+    return {"rows": len(pairs), "compared": found.compared, "lines": pairs[:5]}
+
+
+def place_of(example: Any) -> int | None:
+    """The line of an example, or its number where its file has no lines."""
+    if isinstance(example, str):
+        return None
+    row: Row = example.row
+    return row.line if row.line is not None else row.index
+
+
+def _turned(group: Sequence[Comparison]) -> dict[str, str]:
+    """The responses that are the better one of a pair in one row and the worse one of the same pair in another."""
+    ranked = {
+        (_plain(each.responses[pair.better]), _plain(each.responses[pair.worse]))
+        for each in group
+        for pair in each.pairs
+        if pair.probability != 0.5
+    }
+    both = sorted({better for better, worse in ranked if (worse, better) in ranked})
+    return {each: each for each in both}
+
+
+def _plain(words: Words) -> str:
+    return told(words).strip()
+
+
+def _size(words: Words) -> int:
+    return len(words) if isinstance(words, str) else sum(len(message.content) for message in words)
+
+
+_MOST_LISTED = 12
+_FAULTY = 2
+_WORDING = OptionWording([COLUMNS, ENCODING])
+_SERVES = {
+    "labelled": "trains fine_tuning",
+    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label, chain_of_thought and "
+    "pretraining learn a column text whole",
+    "language": "trains chain_of_thought; asks in loopos generate --input and loopos winrate",
+    "comparisons": "trains reward_model, and rlhf; its prompts serve ppo",
+    "prompts": "prompts alone: they serve ppo, loopos generate --input and loopos winrate",
+    "lines": "one text a line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos predict, "
+    "or running text for pretraining",
+}
+
+
+@dataclass
+class Findings:
+    """All that the check found. `kind`: what the rows are; `labels`: rows by class, or for regression the least, mean
+    and greatest value; `ranges`: least, median, mean and greatest by name; `near`: rows nearly the same as another.
+    """
+
+    source: str
+    formats: list[str]
+    kind: str | None = None
+    serves: str = ""
+    rows: int = 0
+    used: int = 0
+    columns: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    task: str | None = None
+    labels: dict[str, float] = field(default_factory=dict)
+    characters: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, dict[str, float]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
+    near: dict[str, Any] = field(default_factory=dict)
+    conflicts: list[dict[str, Any]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    num_faults: int = 0
+
+    def add_faults(self, faults: Sequence[Fault], total: int) -> None:
+        """Notes faults, `total` of them in all."""
+        self.faults.extend(faults)
+        self.num_faults += total
+
+
+def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: bool) -> int:
+    """Checks and prints. Raises `UserError` for a source that cannot be opened at all."""
+    hush_libraries(verbose=False)
+    found = check(source, parse_columns(columns), text_rules(encoding))
+    if as_json:
+        shown_faults = found.faults[:MAXIMUM_FAULTS]
+        faults = [{"place": fault.place, **asdict(fault), "message": fault.text(_WORDING)} for fault in shown_faults]
+        say_json({**asdict(found), "faults": faults})
+    else:
+        say(described(found))
+    return _FAULTY if found.num_faults else 0
+
+
+def check(source: str, columns: Mapping[str, str], rules: TextRules) -> Findings:
+    """Reads all rows. Raises `DataError` where nothing can be read."""
+    if not columns and is_plain_text(source, rules):
+        return _check_lines(source, rules)
+    reader = read(source, on_bad_row="skip", rules=rules)
+    found = Findings(source, sorted({kind for _, kind in reader.location.files}) or [reader.location.kind])
+    kind = _kind(reader, columns, found)
+    if kind is None:
+        return found
+    found.kind, found.roles, found.serves = kind.name, dict(kind.roles), _SERVES[kind.family]
+    try:
+        examples, report = read_kind(reader, kind, columns)
+    except DataError as error:
+        found.used = 0
+        found.add_faults(reader.report.faults or error.faults, reader.report.num_faults or len(error.faults))
+        return found
+    found.rows, found.used, found.said = report.read, report.used, list(report.said)
+    found.said += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
+    found.said += left_out(report)
+    found.add_faults(reader.report.faults, reader.report.num_faults)
+    _measure(found, examples, "text" if isinstance(examples[0], Labelled) else "prompt")
+    if kind.family == "labelled":
+        _judge_labels(found, examples, kind.roles["label"])
+    return found
+
+
+def _check_lines(source: str, rules: TextRules) -> Findings:
+    """A text file that is no table: its lines."""
+    found = Findings(source, ["txt"], kind="lines", serves=_SERVES["lines"])
+    with closing(read_lines(source, rules)) as numbered:
+        lines = [(number, line.rstrip("\r")) for number, line in numbered]
+    filled = [line for _, line in lines if line.strip()]
+    found.rows = found.used = len(filled)
+    if len(filled) < len(lines):
+        found.said.append(f"{len(lines) - len(filled):,} blank lines")
+    if filled:
+        _measure(found, filled, "text")
+    return found
+
+
+def _kind(reader: RowReader, columns: Mapping[str, str], found: Findings) -> Kind | None:
+    """What the rows are, or None with the fault noted. A first pass, for columns may differ by row."""
+    names: dict[str, None] = {}
+    for row in reader.rows():
+        names.update(dict.fromkeys(row.values))
+    found.columns, found.rows = list(names), reader.report.rows_read
+    if not names:
+        found.add_faults(reader.report.faults, reader.report.num_faults)
+        return None
+    try:
+        return kind_of(found.columns, columns, found.source)
+    except DataError as error:
+        found.add_faults([*error.faults, *reader.report.faults], len(error.faults) + reader.report.num_faults)
+        return None
+
+
+def _measure(found: Findings, examples: Sequence[Any], what: str) -> None:
+    """Lengths and counts, what repeats, nearly repeats or contradicts."""
+    found.ranges = ranges(examples)
+    found.characters = found.ranges.pop("characters")
+    found.counts = counts(examples)
+    found.repeated = repeated(examples, what)
+    found.near = near(examples)
+    found.conflicts = conflicts(examples)
+
+
+def _judge_labels(found: Findings, examples: Sequence[Labelled], column: str) -> None:
+    try:
+        space = infer_task(examples, column=column)
+    except DataError as error:
+        found.add_faults(error.faults, getattr(error, "total", len(error.faults)))
+        return
+    found.task = space.task
+    found.said.append(space.said)
+    found.labels = _label_counts(space, examples)
+
+
+def _label_counts(space: LabelSpace, examples: Sequence[Labelled]) -> dict[str, float]:
+    if space.task == "regression":
+        values = [float(str(example.label)) for example in examples]
+        return {"least": min(values), "mean": statistics.fmean(values), "greatest": max(values)}
+    counts: Counter[str] = Counter()
+    for example in examples:
+        members = (members_of(example.label) or []) if space.task == "multi_label" else [example.label]
+        counts.update(key for member in members if (key := key_of(member, space.label_kind)) is not None)
+    return {name: counts[key] for key, name in zip(space.keys, space.class_names, strict=True)}
+
+
+def described(found: Findings) -> str:
+    """The findings in lines."""
+    lines = [f"{found.source}: {', '.join(found.formats)}, {found.rows:,} rows, {found.used:,} good"]
+    if found.kind is not None:
+        lines.append(f"kind      {found.kind}: {found.serves}")
+    if found.columns:
+        roles = ", ".join(f'{role} <- "{name}"' for role, name in found.roles.items()) or "none found"
+        more = f", ... ({len(found.columns):,} in all)" if len(found.columns) > 2 * _MOST_LISTED else ""
+        lines.append(f"columns   {', '.join(found.columns[: 2 * _MOST_LISTED])}{more}")
+        lines.append(f"roles     {roles}")
+    if found.characters:
+        lines.append(f"length    {_numbers(found.characters)} (characters)")
+    lines += [f"{'':10}{_numbers(each)} ({name})" for name, each in found.ranges.items()]
+    if found.counts:
+        lines.append(f"counts    {', '.join(f'{name} {shown(count)}' for name, count in found.counts.items())}")
+    lines += _label_lines(found)
+    lines += _repeat_lines(found)
+    lines += [f"note      {sentence}" for sentence in found.said]
+    lines.append(f"faults    {found.num_faults:,}" if found.num_faults else "faults    none")
+    lines += [fault.text(_WORDING) for fault in found.faults[:MAXIMUM_FAULTS]]
+    if found.num_faults > len(found.faults[:MAXIMUM_FAULTS]):
+        lines.append(f"... and {found.num_faults - len(found.faults[:MAXIMUM_FAULTS])} more faults")
+    return "\n".join(lines)
+
+
+def _label_lines(found: Findings) -> list[str]:
+    if found.task is None:
+        return []
+    listed = list(found.labels.items())
+    share = [] if found.task == "regression" else [f"{count / found.used:.1%}" for _, count in listed]
+    rows = [(name, count, *share[place : place + 1]) for place, (name, count) in enumerate(listed[:_MOST_LISTED])]
+    more = [f"{'':10}and {len(listed) - _MOST_LISTED} more classes"] if len(listed) > _MOST_LISTED else []
+    return [f"task      {found.task}", table(rows, indent=" " * 10), *more]
+
+
+def _repeat_lines(found: Findings) -> list[str]:
+    """What repeats, nearly repeats and contradicts."""
+    if not found.repeated:
+        return []
+    (what, groups), (_, rows), *same = found.repeated.items()
+    contradiction = "different labels" if what == "texts" else "answers or preferences that contradict each other"
+    line = f"repeated  {groups:,} {what}, in {rows:,} rows; {len(found.conflicts):,} of them with {contradiction}"
+    lines = [line + "".join(f"; {name}: {count:,}" for name, count in same)]
+    lines += [f"{'':10}lines {_listed(each['lines'])}: {_cut(each['text'])!r}" for each in found.conflicts[:5]]
+    if found.near["rows"]:
+        pairs = "; ".join(f"{one} and {other}" for one, other in found.near["lines"] if one is not None)
+        lines.append(
+            f"near      {found.near['rows']:,} more rows are nearly the same as an earlier one"
+            + (f" (lines {pairs}{', ...' if found.near['rows'] > len(found.near['lines']) else ''})" if pairs else "")
+        )
+    if found.near["compared"] < found.used - rows + groups:
+        lines.append(f"{'':10}near rows were looked for among the first {found.near['compared']:,} different ones")
+    return lines
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+
+
+def _cut(text: str, limit: int = 50) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."

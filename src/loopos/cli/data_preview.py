@@ -1,0 +1,100 @@
+"""`loopos data preview`: the first training rows as the model will see them.
+
+Enters: a config. Leaves: for each row its tokens, which of them are pooled, what is cut, its length and its label's
+code; then the account of all rows: read = used + dropped. Colours carry nothing that the marks do not: pooled tokens
+stand in [brackets], others bare, cut ones in ~tildes~. Left out: language models (`language_preview`), comparisons and
+prompts (`preference_preview`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from loopos.cli import configs
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.token_marks import token_text
+from loopos.config.diagnostics import printable
+from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.ppo import PpoConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.config.rlhf import RlhfConfig
+
+POOLED, KEPT, CUT = "pooled", "kept", "cut"
+_STYLES = {POOLED: "green", KEPT: "", CUT: "red strike"}
+_MARKS = {POOLED: ("[", "]"), KEPT: ("", " "), CUT: ("~", "~")}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token: its text, its id, and what becomes of it."""
+
+    text: str
+    token: int
+    fate: str
+
+
+def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_code: bool, verbose: bool) -> int:
+    """Prints the preview. Raises `UserError`, as training would."""
+    config: Any = configs.read(path, overrides).config
+    hush_libraries(verbose=verbose)
+    if isinstance(config, RewardModelConfig | PpoConfig | RlhfConfig):
+        from loopos.cli import preference_preview
+
+        return preference_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)
+    if not isinstance(config, FineTuningConfig):
+        from loopos.cli import language_preview
+
+        return language_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)
+    from loopos.data.reading import account
+    from loopos.data.tokens import encode_labelled
+    from loopos.models.task_layout import default_pooling
+    from loopos.planning.work import open_inputs
+
+    inputs = open_inputs(config, trust_remote_code=trust_remote_code)
+    pooling = config.model.pooling if config.model.pooling != "auto" else default_pooling(inputs.architecture)
+    console = Console(highlight=False, soft_wrap=True)
+    shown = inputs.data.train[:num_rows]
+    whole, _ = encode_labelled(inputs.tokenizer, shown, max_length=None)
+    for example, encoded, uncut, target in zip(
+        shown, inputs.train, whole, inputs.data.train_targets[:num_rows], strict=False
+    ):
+        line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
+        console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
+        console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, pooling)))
+        cut = f", {encoded.cut} cut at {inputs.max_length}" if encoded.cut else ""
+        console.print(Text(f"{len(encoded.ids)} tokens{cut} · label {example.label!r} -> {target}\n"))
+    console.print(Text(f"[pooled] by {pooling} · bare: read, not pooled · ~cut~"))
+    console.print(Text(f"train: {inputs.train_report.said()}"))
+    if inputs.validation:
+        console.print(Text(f"validation: {inputs.validation_report.said()}"))
+    for report in inputs.data.reports:
+        console.print(Text(account(report)))
+    return 0
+
+
+def pieces(tokenizer: Any, whole: Sequence[int], kept: Sequence[int], pooling: str) -> Iterator[Piece]:
+    """The tokens of one example in order. whole: ids before cutting; kept: ids after it, `whole` with some left out."""
+    pooled = {"first": {0}, "last": {len(kept) - 1}}.get(pooling, set(range(len(kept))))
+    place = 0
+    for kind, start, end, _, _ in SequenceMatcher(None, whole, kept, autojunk=False).get_opcodes():
+        assert kind in ("equal", "delete"), f"cutting only takes tokens away, met {kind}"
+        for token in whole[start:end]:
+            fate = CUT if kind == "delete" else POOLED if place in pooled else KEPT
+            place += kind == "equal"
+            yield Piece(token_text(tokenizer, token), token, fate)
+
+
+def rendered(tokens: Iterator[Piece]) -> Text:
+    """Tokens side by side, each with its marks and its colour."""
+    line = Text()
+    for piece in tokens:
+        before, after = _MARKS[piece.fate]
+        line.append(f"{before}{piece.text}{after}", style=_STYLES[piece.fate])
+    return line

@@ -1,0 +1,383 @@
+"""What the demo's acts take from the package: files under their true paths, configs that name them, and new folders.
+
+Enters: names of packaged files. Leaves: paths, loaded configs. Left out: what an act does with them.
+
+The demo's first act: a classifier of customer messages, trained on packaged messages.
+
+Enters: the packaged config. Leaves: a run folder, and what was learned: accuracy before and after, the confusion table,
+predictions of messages never seen. Left out: the other acts (`demo`).
+
+The demo's second act: one model trained twice on equally many tokens, with worked steps and with answers alone.
+
+Enters: the packaged config. Leaves: two run folders, and what both answer to problems that neither has seen. The tasks
+are those of Wei et al. 2022, drawn by `loopos.demo.symbolic`. Left out: the other acts (`demo`).
+
+The demo's third act: what makes a reply a good one, learned by a reward model, then written by PPO.
+
+Enters: the packaged configs. Leaves: four run folders (replies, reward model, judge, policy), and what was learned.
+First the model learns to reply at all, from good and bad replies alike; then which are good. The judge is a second
+reward model, of comparisons that the first never saw; neither it nor its prompts train the policy. It is tested on
+comparisons of which the weights that it starts from have read one reply each, good and bad alike. The replies are
+authored for the project, not collected from people. Left out: the other acts (`demo`).
+
+`loopos demo`: real trainings of a real model on packaged data, one act a method.
+
+Enters: nothing. Leaves: run folders in outputs/demo/, and what each act shows. An act reads its config from the package
+(`loopos/demo/*.json`, the same as `configs/demo/*.json`) and does with it what the commands do. To add an act, add a
+file `demo_NAME.py` with a function, and a row here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from loopos.cli.answers import confusion_table, say, table
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.train import TrainOptions, exit_code, train
+from loopos.config.figures import as_time
+from loopos.config.load import load
+from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, write_items
+from loopos.evaluation.run_folder import Run, holds_run, read_run
+from loopos.methods.table import config_classes
+from loopos.models.gguf import cache_folder
+from loopos.models.resolve import embedded_model
+from loopos.storage.folder_lock import FolderBusy, only_writer
+
+_PACKAGE = "loopos.demo"
+
+
+def packaged_file(stack: ExitStack, name: str) -> Path:
+    """The true path of a packaged file, for as long as `stack` lasts."""
+    return stack.enter_context(as_file(files(_PACKAGE) / name))
+
+
+def packaged_lines(name: str) -> list[str]:
+    return (files(_PACKAGE) / name).read_text(encoding="utf-8").splitlines()
+
+
+def packaged_config(stack: ExitStack, name: str, changes: Mapping[str, object] | None = None) -> Any:
+    """A packaged config with values changed, by key; packaged files that its `data` section names get their true paths.
+    Raises `ConfigError`.
+    """
+    path = packaged_file(stack, name)
+    given = {key: value if isinstance(value, int | float) else str(value) for key, value in (changes or {}).items()}
+    for key, value in json.loads(path.read_text(encoding="utf-8"))["data"].items():
+        if isinstance(value, str) and value.startswith("src/loopos/demo/"):
+            given.setdefault(f"data.{key}", str(packaged_file(stack, Path(value).name)))
+    return load(path, [f"{key}={json.dumps(value)}" for key, value in given.items()], config_classes()).config
+
+
+@contextmanager
+def fresh_folder(folder: Path, *, run: str = ".") -> Iterator[Path]:
+    """`folder`, or with the first number from 2 under which no run lies in its part `run`, and which no other demo has:
+    no run is overwritten. It is held until the block ends.
+    """
+    for number in count(1):
+        fresh = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with ExitStack() as held:
+            try:
+                held.enter_context(only_writer(fresh))
+            except FolderBusy:
+                continue
+            if not holds_run(fresh / run):
+                yield fresh
+                return
+
+
+FINE_TUNING_CONFIG, LIVE = "fine_tuning.json", "intents_live.txt"
+_FINE_TUNING_FOLDER = Path("outputs/demo/fine_tuning")
+
+
+def fine_tuning() -> int:
+    """Trains, then shows accuracy before and after, the confusion table, and predictions of messages never seen."""
+    began = time.monotonic()
+    with ExitStack() as stack:
+        folder = stack.enter_context(fresh_folder(_FINE_TUNING_FOLDER))
+        result = train(packaged_config(stack, FINE_TUNING_CONFIG, {"data.output_dir": folder}), TrainOptions())
+    if result.interrupted:
+        return exit_code(result.stopped_by)
+    show_predictions(read_run(folder))
+    predict_live(folder, packaged_lines(LIVE))
+    say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/report.md")
+    return 0
+
+
+def show_predictions(run: Run) -> None:
+    """Accuracy before and after, and which intents were taken for which."""
+    before, after = run.first_metrics["accuracy"], run.last_metrics["accuracy"]
+    say(f"accuracy on validation messages: {before:.1%} before, {after:.1%} after {run.step} steps")
+    if run.confusion is not None:
+        say(confusion_table(*run.confusion))
+
+
+def predict_live(folder: Path, messages: Sequence[str]) -> None:
+    """What the trained model, opened from its folder, says of messages that it never saw."""
+    from loopos.evaluation.predictor import Predictor
+
+    answers = Predictor.open(folder).predict(list(messages))
+    say("live predictions")
+    rows = [
+        (answer["label"], f"{max(answer['probabilities'].values()):.0%}", message)
+        for answer, message in zip(answers, messages, strict=True)
+    ]
+    say(table(rows))
+
+
+REASONING_CONFIG = "chain_of_thought.json"
+# Additions take the most examples to learn, and a coin is guessed right every second time.
+TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 60, "coin_flips": 40, "additions": 170}
+TEST_ITEMS: Mapping[Task, int] = {"last_letters": 80, "coin_flips": 30, "additions": 90}
+# Answers alone are short: so many times more problems make up for the tokens of the steps.
+_MORE_PROBLEMS = 6
+_CHAINS_SHOWN = 2
+
+
+def chain_of_thought() -> int:
+    """Trains both, then shows exact match by task, and two chains."""
+    began = time.monotonic()
+    with ExitStack() as stack:
+        written = json.loads(packaged_file(stack, REASONING_CONFIG).read_text(encoding="utf-8"))["data"]
+        place = Path(written["reasoning_examples"]).parent
+        folder = stack.enter_context(fresh_folder(place, run="with_chains"))
+        tokens = write_data(folder, written)
+        say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, answers alone")
+        answered = {}
+        for name in ("chains", "answers"):
+            data = {"reasoning_examples": folder / f"{name}.jsonl", "output_dir": folder / f"with_{name}"}
+            config = packaged_config(stack, REASONING_CONFIG, {f"data.{key}": value for key, value in data.items()})
+            result = train(config, TrainOptions())
+            if result.interrupted:
+                return exit_code(result.stopped_by)
+            note(f"trained on {name} in {as_time(result.seconds)}; now {sum(TEST_ITEMS.values())} unseen problems")
+            answered[name] = answers(config, folder / "test.jsonl")
+    show_answers(answered)
+    say(f"wall time {as_time(time.monotonic() - began)}; data and runs are in {folder}")
+    return 0
+
+
+def write_data(folder: Path, data: Mapping[str, Any]) -> dict[str, int]:
+    """Training problems with their steps, others with answers alone, of as many tokens, and test problems that are in
+    neither. data: the section of the config that says how rows become tokens. Returns the tokens of both trainings.
+    """
+    write_items(folder / "test.jsonl", _mixed(TEST_ITEMS, "test", seed=3))
+    chains = _mixed(TRAINING_ITEMS, "train", seed=1)
+    write_items(folder / "chains.jsonl", chains)
+    most = sum(_lengths(folder / "chains.jsonl", data))
+    more = _mixed({task: _MORE_PROBLEMS * number for task, number in TRAINING_ITEMS.items()}, "train", seed=2)
+    file = folder / "answers.jsonl"
+    write_items(file, more, with_steps=False)
+    kept, tokens = 0, 0
+    for length in _lengths(file, data):
+        if tokens + length > most:
+            break
+        kept, tokens = kept + 1, tokens + length
+    assert kept < len(more), "too few problems to make up for the tokens of the steps"
+    write_items(file, more[:kept], with_steps=False)
+    return {"chains": most, "answers": tokens}
+
+
+def _mixed(numbers: Mapping[Task, int], split: Any, *, seed: int) -> list[SymbolicItem]:
+    items = [item for task in TASKS for item in symbolic_items(numbers[task], task, split=split, seed=seed)]
+    random.Random(seed).shuffle(items)
+    return items
+
+
+def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
+    """Tokens of each row, as training makes them."""
+    from loopos.config.chain_of_thought import ReasoningDataSection
+    from loopos.data import rows
+    from loopos.data.step_format import chosen_format
+    from loopos.data.supervised_rows import read_supervised
+    from loopos.data.supervised_tokens import SupervisedEncoder
+    from loopos.models.resolve import weights_source
+    from loopos.models.tokenizers import open_tokenizer
+
+    section = ReasoningDataSection.model_validate(data)
+    step_format = chosen_format(section.step_format)
+    tokenizer = open_tokenizer(weights_source(section.pretrained_weights))
+    examples, _ = read_supervised(rows.read(str(file)), {}, step_format=step_format)
+    encoded, _ = SupervisedEncoder(section, step_format, tokenizer, max_length=None)(examples)
+    return [len(row.ids) for row in encoded]
+
+
+def answers(config: Any, file: Path) -> list[dict[str, Any]]:
+    """What a trained model, opened from its folder, says to the test problems, each with its task."""
+    from loopos.data import rows
+    from loopos.data.demonstrations import Demonstration
+    from loopos.data.supervised_rows import read_supervised
+    from loopos.evaluation.answer_check import AnswerCheck
+    from loopos.evaluation.reasoning import Reasoner
+
+    reasoner = Reasoner.open(config.data.output_dir)
+    examples, _ = read_supervised(rows.read(str(file)), {}, step_format=reasoner.step_format)
+    problems = [example for example in examples if isinstance(example, Demonstration)]
+    check = AnswerCheck(reasoner, config.generation, config.evaluation, seed=config.training.seed)
+    _, records = check.measure(problems)
+    return [{**told, "task": item.row.values["task"]} for told, item in zip(records, problems, strict=True)]
+
+
+def show_answers(answered: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Exact match of both by task, and chains of right answers."""
+    rows: list[tuple[str, ...]] = [("exact match on unseen problems", "answers alone", "with steps")]
+    for task in (*TASKS, "all"):
+        shares = []
+        for name in ("answers", "chains"):
+            right = [told["is_right"] for told in answered[name] if task in ("all", told["task"])]
+            shares.append(f"{sum(right)}/{len(right)} = {sum(right) / len(right):.0%}")
+        rows.append((task.replace("_", " "), *shares))
+    say(table(rows))
+    seen: set[str] = set()
+    for told in answered["chains"]:
+        if told["is_right"] and told["task"] not in seen and len(seen) < _CHAINS_SHOWN:
+            seen.add(told["task"])
+            say(f"{told['problem']}\n    " + told["text"].strip().replace("\n", "\n    "))
+
+
+REPLIES_CONFIG, REWARD_CONFIG, PPO_CONFIG = "replies.json", "reward_model.json", "ppo.json"
+TRAINING, JUDGING = "replies_train.jsonl", "replies_judge.jsonl"
+# Each is tested on rows of the other; the judge has fewer to learn from, and takes fewer a step.
+TRAINED = (("reward_model", TRAINING, JUDGING, 8), ("judge", JUDGING, TRAINING, 4))
+_MOST_TESTED = 60
+_PREFERENCES_FOLDER = Path("outputs/demo/preferences")
+_SHOWN = ("reward", "kl", "response_length", "end_share")
+_REPLIES_SHOWN = 3
+
+
+def preferences() -> int:
+    """Trains a model that replies, reward model and judge, each tested on the other's comparisons, and the policy;
+    shows what came of it.
+    """
+    began = time.monotonic()
+    say("replies to customers, good and bad ones, written for LoopOS (none is collected from people)")
+    with ExitStack() as stack:
+        folder = stack.enter_context(fresh_folder(_PREFERENCES_FOLDER, run="reward_model"))
+        replies = folder / "replies.jsonl"
+        write_replies(replies, packaged_file(stack, TRAINING))
+        changes: dict[str, object] = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}
+        code = _train(packaged_config(stack, REPLIES_CONFIG, changes))
+        if code:
+            return code
+        start = {"data.pretrained_weights": folder / "replies" / "model"}
+        for name, train_on, test_on, batch_size in TRAINED:
+            changes = {
+                "data.preference_data": packaged_file(stack, train_on),
+                "data.output_dir": folder / name,
+                "training.batch_size": batch_size,
+            }
+            code = _train(packaged_config(stack, REWARD_CONFIG, {**start, **changes}))
+            if code:
+                return code
+            show_accuracy(folder / name, packaged_file(stack, test_on))
+        changes = {"data.reward_model": folder / "reward_model", "evaluation.judge": folder / "judge"}
+        code = _train(packaged_config(stack, PPO_CONFIG, {**start, **changes, "data.output_dir": folder / "ppo"}))
+        if code:
+            return code
+    show_policy(read_run(folder / "ppo"))
+    show_replies(folder / "ppo" / "samples.jsonl")
+    say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/ppo/report.md")
+    return 0
+
+
+def write_replies(file: Path, comparisons: Path) -> None:
+    """One reply to each prompt of a file of comparisons, the better and the worse one in turn, as prompt and
+    completion.
+    """
+    rows = [json.loads(line) for line in comparisons.read_text(encoding="utf-8").splitlines()]
+    sides = ("chosen", "rejected")
+    lines = [
+        json.dumps({"prompt": row["prompt"], "completion": row[sides[number % 2]]}) + "\n"
+        for number, row in enumerate(rows)
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def _train(config: Any) -> int:
+    result = train(config, TrainOptions())
+    note(f"{config.computation.method}: {as_time(result.seconds)}")
+    return exit_code(result.stopped_by) if result.interrupted else 0
+
+
+def show_accuracy(run: Path, file: Path) -> None:
+    """How often a reward model, opened from its folder, scores the better reply of a comparison higher, on
+    comparisons that it was not trained on.
+    """
+    from loopos.data import rows
+    from loopos.data.preferences import read_comparisons
+    from loopos.evaluation.reward_predictor import RewardPredictor
+
+    examples, _ = read_comparisons(rows.read(str(file)), {})
+    metrics = RewardPredictor.open(str(run)).score(examples[:_MOST_TESTED]).metrics
+    low, high = metrics["pair_accuracy_low"], metrics["pair_accuracy_high"]
+    say(
+        f"{run.name.replace('_', ' ')}: pair accuracy {metrics['pair_accuracy']:.1%} (95% interval {low:.1%} to "
+        f"{high:.1%}) on {metrics['num_pairs']:.0f} comparisons that it was not trained on"
+    )
+
+
+def show_policy(run: Run) -> None:
+    """Reward and KL by iteration, and what reward model and judge say of answers to unseen prompts."""
+    rollouts = [event["metrics"] for event in run.events if event["event"] == "rollout"]
+    rows = [(each["iteration"] + 1, *(f"{each[name]:.2f}" for name in _SHOWN)) for each in rollouts]
+    say(table(rows, head=("iteration", *_SHOWN)))
+    first, last = run.first_metrics, run.last_metrics
+    for name, scores in (("reward", "reward_win_rate"), ("judge", "win_rate")):
+        say(
+            f"unseen prompts, by the {name}: mean {first[name]:.2f} before, {last[name]:.2f} after; the trained policy "
+            f"wins {last[scores]:.0%}"
+        )
+
+
+def show_replies(samples: Path) -> None:
+    """The first unseen prompts, answered before and after."""
+    told = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    steps = sorted({each["step"] for each in told})
+    before, after = (_answers(told, step) for step in (steps[0], steps[-1]))
+    for one, other in list(zip(before, after, strict=True))[:_REPLIES_SHOWN]:
+        say(" ".join(one["prompt"].split()))
+        say(table([(name, " ".join(each["response"].split())) for name, each in (("before", one), ("after", other))]))
+
+
+def _answers(told: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    return [each for each in told if each["step"] == step]
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One part of the demo: its title, and what it does; 0 when it went to its end."""
+
+    title: str
+    perform: Callable[[], int]
+
+
+ACTS = (
+    Act("fine-tuning: ten intents of customer messages", fine_tuning),
+    Act("chain of thought: last letters, coin flips, additions", chain_of_thought),
+    Act("preferences: a reward model, then PPO", preferences),
+)
+
+
+def run(*, verbose: bool) -> int:
+    """Performs the acts in order; ends at the first that did not go to its end. Raises `UserError`."""
+    hush_libraries(verbose=verbose)
+    embedded_model()
+    restart_with_settings()
+    if not any((cache_folder() / "gguf").glob("*/config.json")):
+        note("the embedded model is converted first, once: about half a minute")
+    for number, act in enumerate(ACTS, start=1):
+        say(f"act {number} of {len(ACTS)}: {act.title}")
+        code = act.perform()
+        if code:
+            return code
+    return 0

@@ -1,0 +1,122 @@
+"""`loopos ensemble`: several classifiers, regressors or language models as one model.
+
+Enters: MODELs, a method, a file to measure on. Leaves: the ensemble's folder, and on standard output the metrics of
+each member and the ensemble's. Left out: the work itself (`deploy.ensemble`, `deploy.language_ensemble`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopos.cli.answers import say, say_json, table
+from loopos.cli.bar import Bar
+from loopos.cli.columns import parse_columns
+from loopos.cli.opened_models import is_task_model
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.sampling_options import refuse
+from loopos.config.diagnostics import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleOptions:
+    """The options of `loopos ensemble`."""
+
+    output: Path
+    method: str = "mean"
+    weights: tuple[float, ...] = ()
+    fit: str | None = None
+    test: str | None = None
+    copy: bool = False
+    columns: tuple[str, ...] = ()
+    device: str = "auto"
+    json: bool = False
+    verbose: bool = False
+
+
+def run(members: Sequence[str], options: EnsembleOptions) -> int:
+    """Joins and tells. Raises `UserError`."""
+    columns = parse_columns(options.columns)
+    if members and not any(is_task_model(member) for member in members):
+        return _run_language(members, options)
+    if options.weights:
+        raise UserError("--weight: for language models; of these --method weighted fits the weights on --fit")
+    restart_with_settings()
+    hush_libraries(verbose=options.verbose)
+    from loopos.ensembling.heads import EnsembleSettings, join
+    from loopos.training.precision import pick_device
+
+    settings = EnsembleSettings(
+        method=options.method, fit=options.fit, test=options.test, copy=options.copy, columns=columns
+    )
+    with Bar("members") as bar:
+        joined = join(members, options.output, settings, device=pick_device(options.device).type, tell=bar.progress)
+    if options.json:
+        say_json(
+            {
+                "folder": str(joined.folder),
+                "method": options.method,
+                "weights": dict(zip(members, joined.weights, strict=True)),
+                "measured": [
+                    {
+                        "source": each.source,
+                        "members": dict(zip(members, each.alone, strict=True)),
+                        "mean": each.mean,
+                        "ensemble": {name: each.together[name] for name in each.mean},
+                        "rows": each.together["rows"],
+                    }
+                    for each in joined.measured
+                ],
+            }
+        )
+        return 0
+    say(f"{joined.folder}: {len(members)} members joined by {options.method}")
+    say(table(list(zip(members, joined.weights, strict=True)), head=("member", "weight")))
+    for each in joined.measured:
+        names = list(each.mean)
+        rows: list[list[object]] = [
+            [member, *(alone[name] for name in names)] for member, alone in zip(members, each.alone, strict=True)
+        ]
+        rows += [["mean", *each.mean.values()], ["ensemble", *(each.together[name] for name in names)]]
+        say(f"{each.source}: {each.together['rows']:,} rows")
+        say(table(rows, head=("", *names)))
+    return 0
+
+
+def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
+    """Joins language models and tells. Raises `UserError`."""
+    idle = (("--fit", options.fit is not None), ("--columns", bool(options.columns)))
+    wanted = f"for classifiers and regressors; {members[0]} is a language model"
+    refuse([f"{name}: {wanted}" for name, given in idle if given])
+    restart_with_settings()
+    hush_libraries(verbose=options.verbose)
+    from loopos.ensembling.language import LanguageEnsembleSettings, join_language
+    from loopos.training.precision import pick_device
+
+    settings = LanguageEnsembleSettings(
+        method=options.method, weights=options.weights, test=options.test, copy=options.copy
+    )
+    with Bar("members") as bar:
+        device = pick_device(options.device).type
+        joined = join_language(members, options.output, settings, device=device, tell=bar.progress)
+    for sentence in joined.notes:
+        note(f"note: {sentence}")
+    weights = dict(zip(members, joined.weights, strict=True))
+    if options.json:
+        told = {"source": options.test, "members": dict(zip(members, joined.alone, strict=False)),
+                "ensemble": joined.together}  # fmt: skip
+        measured = [told] if options.test is not None else []
+        say_json({"folder": str(joined.folder), "method": options.method, "weights": weights, "measured": measured})
+        return 0
+    say(f"{joined.folder}: {len(members)} language models joined by {options.method}")
+    say(table(list(weights.items()), head=("member", "weight")))
+    if options.test is not None:
+        names = list(joined.together)
+        rows: list[list[object]] = [
+            [member, *(alone[name] for name in names)] for member, alone in zip(members, joined.alone, strict=True)
+        ]
+        say(table([*rows, ["ensemble", *joined.together.values()]], head=("", *names)))
+    return 0

@@ -1,0 +1,115 @@
+"""`loopos evaluate`: a trained model measured on data.
+
+Enters: a model and a data file. Leaves: the exit code. Left out: how each kind of model is measured (`evaluate_heads`,
+`evaluate_language`, `evaluate_text`, `evaluate_tasks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loopos.cli import evaluate_heads, evaluate_language, evaluate_tasks, evaluate_text
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.evaluate_language import LanguageOptions
+from loopos.cli.evaluate_tasks import TaskOptions
+from loopos.cli.opened_models import is_task_model, refuse_reward_model
+from loopos.cli.sampling_options import refuse
+from loopos.config.diagnostics import UserError
+from loopos.data.decoding import TextRules
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """The options of `loopos evaluate`; `language`: those for language models."""
+
+    columns: tuple[str, ...] = ()
+    encoding: str | None = None
+    report: Path | None = None
+    skip_bad_rows: bool = False
+    device: str = "auto"
+    json: bool = False
+    verbose: bool = False
+    language: LanguageOptions = field(default_factory=LanguageOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
+
+
+def run(place: str, source: str | None, options: EvaluateOptions) -> int:
+    """Measures and prints. Raises `UserError`."""
+    if options.tasks.names:
+        return _run_tasks(place, source, options)
+    refuse([f"{name}: of tasks; wanted --tasks too" for name in options.tasks.changed()])
+    if source is None:
+        raise UserError("given no data; wanted a data file, or --tasks with names of lm-eval's tasks")
+    columns, rules = parse_columns(options.columns), text_rules(options.encoding)
+    if not is_task_model(place):
+        refuse([f"--report: for models with a head; {place} is a language model"] * (options.report is not None))
+        if options.language.reads_plain_text(source, rules):
+            return _run_on_text(place, source, rules, options)
+        return evaluate_language.run(
+            place,
+            source,
+            columns,
+            rules,
+            options.language,
+            skip_bad_rows=options.skip_bad_rows,
+            device=options.device,
+            as_json=options.json,
+            verbose=options.verbose,
+        )
+    refuse_reward_model(place)
+    faults = [name for name in options.language.changed() if name != "--output"]
+    refuse([f"{name}: for language models; {place} is a model with a head" for name in faults])
+    return evaluate_heads.run(
+        place,
+        source,
+        columns,
+        rules,
+        output=options.language.output,
+        report=options.report,
+        skip_bad_rows=options.skip_bad_rows,
+        device=options.device,
+        as_json=options.json,
+        verbose=options.verbose,
+    )
+
+
+def _run_tasks(place: str, source: str | None, options: EvaluateOptions) -> int:
+    """Tasks of lm-eval."""
+    language, mine = options.language, ("--limit", "--output", "--precision", "--seed")
+    idle = [name for name in language.changed() if name not in mine]
+    idle += ["--columns"] * bool(options.columns) + ["--skip-bad-rows"] * options.skip_bad_rows
+    idle += ["--encoding"] * (options.encoding is not None) + ["--report"] * (options.report is not None)
+    faults = [f"{name}: for rows of data; a task of lm-eval says itself what is asked and how" for name in idle]
+    if source is not None:
+        faults.append(f"{source} and --tasks: wanted one of the two")
+    refuse(faults)
+    return evaluate_tasks.run(
+        place,
+        options.tasks,
+        limit=language.limit,
+        seed=language.sampling.seed,
+        output=language.output,
+        device=options.device,
+        precision=language.precision,
+        as_json=options.json,
+        verbose=options.verbose,
+    )
+
+
+def _run_on_text(place: str, source: str, rules: TextRules, options: EvaluateOptions) -> int:
+    """Perplexity of running text."""
+    language = options.language
+    mine = ("--window", "--stride", "--precision")
+    refuse([f"{name}: for rows of data; {source} is plain text" for name in language.changed() if name not in mine])
+    return evaluate_text.run(
+        place,
+        source,
+        rules,
+        window=language.window,
+        stride=language.stride,
+        device=options.device,
+        precision=language.precision,
+        as_json=options.json,
+        verbose=options.verbose,
+    )

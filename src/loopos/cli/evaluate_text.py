@@ -1,0 +1,64 @@
+"""`loopos evaluate` on running text: perplexity and bits a byte of a language model.
+
+Enters: a language model and a file of plain text. Leaves: one JSON object, or a table. Left out: the measuring
+(`evaluation.perplexity`), rows (`evaluate_language`).
+"""
+
+from __future__ import annotations
+
+import time
+
+from loopos.cli.answers import say, say_json, table
+from loopos.cli.opened_models import require_language_model
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.sampling_options import place_faults, refuse
+from loopos.config.figures import as_time
+from loopos.data.decoding import TextRules
+from loopos.data.rows import read_plain_text
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+def run(
+    place: str,
+    source: str,
+    rules: TextRules,
+    *,
+    window: int | None,
+    stride: int | None,
+    device: str,
+    precision: str,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Measures and prints. Raises `UserError`."""
+    refuse(list(place_faults(device, precision)))
+    text = read_plain_text(source, rules)
+    require_language_model(place)
+    restart_with_settings()
+    hush_libraries(verbose=verbose)
+    from loopos.evaluation.perplexity import text_loss
+    from loopos.models.opened import open_speaking
+    from loopos.training.precision import pick_device
+
+    chosen = None if precision == "auto" else precision
+    opened = open_speaking(place, device=pick_device(device).type, precision=chosen)
+    began = said = time.monotonic()
+
+    def progress(done: int, whole: int) -> None:
+        nonlocal said
+        if (now := time.monotonic()) - said > _LINE_EVERY_SECONDS:
+            said = now
+            note(f"{done:,} of {whole:,} tokens · {done / (now - began):,.0f} tokens/s")
+
+    found = text_loss(opened.model, opened.tokenizer, text, window=window, stride=stride, note=progress)
+    seconds = time.monotonic() - began
+    if as_json:
+        say_json({"model": place, "data": source, "metrics": found.told(), "seconds": seconds})
+    else:
+        say(f"{place} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
+        say(table([(name, found.told()[name]) for name in ("perplexity", "loss", "bits_per_byte")]))
+        say(f"  {as_time(seconds)}")
+    return 0

@@ -1,0 +1,287 @@
+"""`loopos generate`: what a language model says to prompts, as text, as a trace of steps, or as JSON lines.
+
+Enters: a model and prompts. Leaves: text on standard output, as it comes for one prompt on a terminal; with --json or
+-o one JSON object a completion. All that can be checked without torch is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopos.cli.answers import json_lines, say, write
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.row_files import refuse_unwritable, write_whole
+from loopos.cli.sampling_options import (
+    SamplingOptions,
+    StepOptions,
+    chain_faults,
+    option,
+    parsed_strategy,
+    place_faults,
+    refuse,
+)
+from loopos.config.keys import Strategy
+from loopos.data.decoding import TextRules
+from loopos.models.language_ensemble import read_ensemble
+
+if TYPE_CHECKING:
+    from loopos.cli.prompts import Asked
+    from loopos.evaluation.reasoning import Ranker, Reasoner
+
+_MOST_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """The options of `loopos generate`."""
+
+    prompts: tuple[str, ...] = ()
+    input: str | None = None
+    output: Path | None = None
+    json: bool = False
+    steps: bool = False
+    samples: int = 1
+    strategy: str = "single"
+    reward_model: str | None = None
+    num_beams: int | None = None
+    raw: bool = False
+    system: str | None = None
+    columns: tuple[str, ...] = ()
+    encoding: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    trust_remote_code: bool = False
+    verbose: bool = False
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    limits: StepOptions = field(default_factory=StepOptions)
+
+
+def run(place: str, options: GenerateOptions) -> int:
+    """Generates and prints. Raises `UserError`."""
+    strategy = checked(options)
+    columns, rules = parse_columns(options.columns), text_rules(options.encoding)
+    if options.output is not None:
+        refuse_unwritable(options.output, source=options.input)
+    require_language_model(place)
+    if options.reward_model is not None:
+        require_reward_model(options.reward_model)
+    _check_votes(place, options)
+    restart_with_settings()
+    for sentence in options.sampling.notes():
+        note(sentence)
+    asked = _asked(options, columns, rules)
+    hush_libraries(verbose=options.verbose)
+    reasoner = open_reasoner(
+        place,
+        device=options.device,
+        precision=options.precision,
+        max_rows=max(_MOST_ROWS, options.num_beams or 0),
+        trust_remote_code=options.trust_remote_code,
+        may_vote=True,
+    )
+    if (
+        len(asked) == 1
+        and _is_plain(options, strategy)
+        and not reasoner.voters
+        and not _is_for_scripts(options)
+        and sys.stdout.isatty()
+    ):
+        for text in streamed(reasoner, asked[0], options.sampling):
+            write(text)
+        say()
+        return 0
+    records, texts = generated(reasoner, asked, options, strategy)
+    if not _is_for_scripts(options):
+        from loopos.cli.trace import blocks
+
+        write(blocks([each.text for each in asked], texts) + "\n")
+        return 0
+    lines = json_lines(records)
+    if options.output is None:
+        write(lines)
+        return 0
+    write_whole(options.output, lines)
+    note(f"{options.output}: {len(records)} lines")
+    return 0
+
+
+def checked(options: GenerateOptions) -> Strategy:
+    """The strategy. Raises `UserError` with every fault of the options at once."""
+    faults = [*options.sampling.faults(), *options.limits.faults(options.sampling.max_new_tokens)]
+    strategy = parsed_strategy(options.strategy, faults)
+    if not options.prompts and options.input is None:
+        faults.append("no prompt: give -p TEXT, or --input with a file (- is standard input)")
+    if options.prompts and options.input is not None:
+        faults.append("-p and --input: wanted one of the two")
+    if options.encoding is not None and options.input is None:
+        faults.append("--encoding without --input: it says how a file is read")
+    if not options.raw and any(not prompt.strip() for prompt in options.prompts):
+        faults.append("-p: given a blank text; wanted words, or --raw to begin with nothing")
+    if options.raw and options.system is not None:
+        faults.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
+    if options.reward_model is not None and strategy.kind != "best_of_n":
+        faults.append("--reward-model: ranks the chains of --strategy best_of_n:N; give both, such as best_of_n:4")
+    faults += place_faults(options.device, options.precision)
+    faults += (
+        chain_faults(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
+        if options.num_beams is None
+        else _beam_faults(options, strategy)
+    )
+    refuse(faults)
+    return strategy
+
+
+def _check_votes(place: str, options: GenerateOptions) -> None:
+    """Raises `UserError` for options that an ensemble which votes has no answer to."""
+    recipe = read_ensemble(place)
+    if recipe is None or not recipe.votes:
+        return
+    faults = [
+        f"{option(name)}: {place} is an ensemble that votes over answers; wanted one of method mean or logits"
+        for name in ("num_beams", "raw")
+        if getattr(options, name)
+    ]
+    if options.samples > 1:
+        faults.append(
+            f"--samples {options.samples}: {place} votes, and gives one answer; wanted --strategy "
+            f"self_consistency:{options.samples} for as many chains of each member"
+        )
+    refuse(faults)
+
+
+def _beam_faults(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
+    """What a beam search over tokens leaves no room for."""
+    width = options.num_beams
+    assert width is not None
+    if width < 1:
+        yield f"--num-beams: given {width}; wanted 1 or more"
+    if not 1 <= options.samples <= max(width, 1):
+        yield f"--samples: given {options.samples}; wanted 1 to --num-beams {width}: a search ends with so many beams"
+    others = [name for name in options.sampling.changed() if name not in ("max_new_tokens", "seed")]
+    others += options.limits.changed() + (["steps"] if options.steps else [])
+    others += ["strategy"] if strategy.kind != "single" else []
+    for name in others:
+        yield f"{option(name)} with --num-beams: a beam search takes the likeliest tokens alone; give one of the two"
+
+
+def _asked(options: GenerateOptions, columns: dict[str, str], rules: TextRules) -> list[Asked]:
+    from loopos.cli.prompts import of_text, read_prompts
+
+    if options.input is not None:
+        asked = read_prompts(options.input, columns, raw=options.raw, rules=rules)
+    else:
+        asked = [of_text(text, place, raw=options.raw) for place, text in enumerate(options.prompts)]
+    return [each.with_system(options.system) for each in asked]
+
+
+def _is_for_scripts(options: GenerateOptions) -> bool:
+    return options.json or options.output is not None
+
+
+def _is_plain(options: GenerateOptions, strategy: Strategy) -> bool:
+    """Whether completions are wanted as they come, without a look at their steps."""
+    reasons = options.steps or bool(options.limits.changed()) or strategy.kind != "single"
+    return not reasons and options.num_beams is None and options.samples == 1
+
+
+def streamed(reasoner: Reasoner, asked: Asked, sampling: SamplingOptions) -> Iterator[str]:
+    """The completion of one prompt, piece by piece."""
+    settings = reasoner.sampling(sampling.settings())
+    for piece in reasoner.engine.stream([reasoner.prompt(asked.problem)], settings):
+        yield piece.text
+
+
+def generated(
+    reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, strategy: Strategy
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """A record a completion, and the texts of each prompt for people."""
+    if options.num_beams is not None:
+        return _beams(reasoner, asked, options, options.num_beams)
+    if options.steps or options.limits.changed() or strategy.kind != "single" or reasoner.voters:
+        return _reasoned(reasoner, asked, options, strategy)
+    from loopos.cli.trace import completion_record
+
+    prompts = [reasoner.prompt(each.problem) for each in asked]
+    settings, number = reasoner.sampling(options.sampling.settings()), options.samples
+    completions = reasoner.engine.generate(prompts, settings, n=number)
+    recorded = [each.recorded for each in asked]
+    records = [_numbered(completion_record(recorded[c.prompt_index], c), c.sample_index, number) for c in completions]
+    texts = [[c.text for c in completions[first : first + number]] for first in range(0, len(completions), number)]
+    return records, texts
+
+
+def _reasoned(
+    reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, strategy: Strategy
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    from loopos.cli.trace import answered_record, chain_record, confidence_said, described
+
+    settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
+    problems = [each.problem for each in asked]
+    if strategy.kind != "single" or reasoner.voters:
+        ranker = _ranker(options)
+        found = reasoner.answer(problems, settings, strategy=strategy, limits=limits, ranker=ranker)
+        texts = []
+        for answered in found:
+            chosen = answered.chains[answered.chosen or 0]
+            told = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
+            texts.append([f"{told}\n({confidence_said(answered)})"])
+        records = [answered_record(each.recorded, one, marks) for each, one in zip(asked, found, strict=True)]
+        return records, texts
+    prompts = [reasoner.prompt(problem) for problem in problems]
+    found = reasoner.sample(prompts, settings, n=options.samples, limits=limits)
+    records, texts = [], []
+    for each, answered in zip(asked, found, strict=True):
+        lines = [chain_record(each.recorded, chain, marks) for chain in answered.chains]
+        records += [_numbered(line, number, options.samples) for number, line in enumerate(lines)]
+        texts.append([described(chain, marks) if options.steps else chain.text for chain in answered.chains])
+    return records, texts
+
+
+def _ranker(options: GenerateOptions) -> Ranker | None:
+    """What best_of_n ranks by, if not by the model's own logprobs."""
+    if options.reward_model is None:
+        return None
+    from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.training.precision import pick_device
+
+    return RewardPredictor.open(options.reward_model, device=pick_device(options.device).type).rank
+
+
+def _beams(
+    reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, width: int
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    from loopos.generation.beam import BeamSettings, beam_search
+
+    stop_tokens = reasoner.template.stop_tokens
+    settings = BeamSettings(num_beams=width, max_new_tokens=options.sampling.max_new_tokens, stop_token_ids=stop_tokens)
+    found = beam_search(reasoner.engine, [reasoner.prompt(each.problem) for each in asked], settings)
+    ends = {*stop_tokens, *reasoner.engine.end_tokens}
+    records = [
+        _numbered(
+            {
+                "prompt": each.recorded,
+                "text": beam.text,
+                "logprob": beam.score * len(beam.token_ids) ** settings.length_penalty,
+                "finish_reason": "stop token" if beam.token_ids[-1] in ends else "length",
+                "tokens": len(beam.token_ids),
+            },
+            number,
+            options.samples,
+        )
+        for each, beams in zip(asked, found, strict=True)
+        for number, beam in enumerate(beams[: options.samples])
+    ]
+    return records, [[beam.text for beam in beams[: options.samples]] for beams in found]
+
+
+def _numbered(record: dict[str, Any], sample: int, samples: int) -> dict[str, Any]:
+    """The record with the number of its sample, where a prompt has several."""
+    return record if samples == 1 else {**record, "sample": sample}

@@ -1,0 +1,110 @@
+"""`loopos data preview` of language models: tokens that are learned, tokens that are context, tokens that are cut.
+
+Enters: the config of chain-of-thought training or pretraining. Leaves: for each row its tokens, its length, the weights
+that are not 1, and why it is cut or dropped; then the account of all rows: read = used + dropped. Colours carry nothing
+that the marks do not: runs of learned tokens stand in [brackets], context bare, cut tokens in ~tildes~.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from loopos.cli.token_marks import CONTEXT, CUT, LEARNED, rendered
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.diagnostics import DataError, printable
+from loopos.config.pretraining import PretrainingConfig
+from loopos.data.supervised_rows import Example
+from loopos.data.supervised_tokens import Supervised, encode_supervised
+from loopos.planning.work import open_pretraining, open_reasoning
+
+_LEGEND = "[learned] · bare: context, read and not learned · ~cut~ · | parts tokens"
+
+
+def run(config: ChainOfThoughtConfig | PretrainingConfig, *, num_rows: int, trust_remote_code: bool) -> int:
+    """Prints the preview. Raises `UserError`, as training would, after the rows that can be shown."""
+    console = Console(highlight=False, soft_wrap=True)
+    if isinstance(config, PretrainingConfig):
+        _pretraining(config, console, num_rows, trust_remote_code=trust_remote_code)
+    else:
+        _reasoning(config, console, num_rows, trust_remote_code=trust_remote_code)
+    return 0
+
+
+def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
+    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+    encoder, section = inputs.encoder, config.data
+    for example in inputs.data.train[:num_rows]:
+        line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
+        console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
+        try:
+            # Whole, so that what is cut can be shown.
+            (row,), _ = encode_supervised(
+                encoder.tokenizer,
+                [example],
+                step_format=encoder.step_format,
+                train_on=section.train_on,
+                max_length=None,
+                template=encoder.template,
+            )
+        except DataError as error:
+            console.print(Text(f"dropped: {error}\n", style="red"))
+            continue
+        kept, fate = _fate(row, encoder.max_length, section.over_length)
+        console.print(rendered(encoder.tokenizer, row.ids, fates(row.mask, kept)))
+        console.print(Text(f"{_counts(row, kept)}{fate}\n"))
+    console.print(Text(_LEGEND))
+    for sentence in (*inputs.data.said, encoder.template.said):
+        console.print(Text(printable(sentence)))
+    # Last: where too many rows are dropped it raises, as training would.
+    for name, examples in (("train", inputs.data.train), ("validation", inputs.data.validation)):
+        if examples and (name == "train" or config.validates):
+            console.print(Text(f"{name}: {_account(encoder, examples)}"))
+
+
+def _account(encoder: Any, examples: Sequence[Example]) -> str:
+    said: str = encoder(examples)[1].said()
+    return said
+
+
+def _fate(row: Supervised, max_length: int | None, over_length: str) -> tuple[int, str]:
+    """How many tokens of a row are kept, and what becomes of it in words, if it is too long."""
+    if max_length is None or len(row.ids) <= max_length:
+        return len(row.ids), ""
+    if over_length == "cut":
+        learned = any(row.mask[:max_length])
+        return max_length, f" · {len(row.ids) - max_length} cut at {max_length}" + (
+            "" if learned else " · dropped: no trained token"
+        )
+    why = "an error" if over_length == "error" else "dropped"
+    return 0, f" · {why}: over max_length {max_length}"
+
+
+def _counts(row: Supervised, kept: int) -> str:
+    """Length, learned tokens, and the weights that are not 1."""
+    told = f"{len(row.ids)} tokens, {sum(row.mask[:kept])} learned"
+    if row.weights is not None:
+        others = sorted({weight for weight in row.weights[:kept] if weight not in (0.0, 1.0)})
+        told += "".join(f", {row.weights[:kept].count(weight)} with weight {weight:g}" for weight in others)
+    return told
+
+
+def fates(mask: Sequence[bool], kept: int) -> list[str]:
+    """What becomes of each token: of those behind the first `kept`, cut."""
+    return [CUT if place >= kept else LEARNED if learned else CONTEXT for place, learned in enumerate(mask)]
+
+
+def _pretraining(config: PretrainingConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
+    pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
+    for number, piece in enumerate(pretrainer.pieces[:num_rows], start=1):
+        console.print(Text(f"piece {number}, of document {piece.index + 1}", style="bold"))
+        mask = [place > 0 for place in range(len(piece.ids))]
+        console.print(rendered(pretrainer.tokenizer, piece.ids, fates(mask, len(mask))))
+        console.print(Text(f"{len(piece.ids)} tokens, {len(piece.ids) - 1} learned\n"))
+    console.print(Text(_LEGEND))
+    for name, pieces in (("train", pretrainer.pieces), ("validation", pretrainer.validation_pieces)):
+        tokens = sum(len(piece.ids) for piece in pieces)
+        console.print(Text(f"{name}: {len(pieces):,} pieces of at most {pretrainer.max_length}, {tokens:,} tokens"))

@@ -1,1 +1,0 @@
-"""Trained models applied to data and measured on it."""

@@ -1,0 +1,188 @@
+"""`loopos predict`: a prediction for every row of the input, in its order and number.
+
+Enters: a run and a data file, a text file of one text a line, or standard input. Leaves: JSON Lines, CSV or TSV. A row
+without text is an error and none is skipped, so that line n of the output always belongs to row n of the input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from loopos.cli.answers import write
+from loopos.cli.columns import parse_columns, text_rules
+from loopos.cli.opened_models import require_task_model
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.row_files import (
+    as_cells,
+    flat_row,
+    output_format,
+    refuse_unwritable,
+    rendered,
+    write_whole,
+)
+from loopos.config.diagnostics import DataError, Fault
+from loopos.data import rows as sniff
+from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, split_lines
+from loopos.data.formats import detect, read_labelled
+from loopos.data.row_check import check_labelled
+from loopos.data.rows import read
+from loopos.models.model_folder import remembered_columns
+
+STANDARD_INPUT = "-"
+TEXT = "text"
+"""The column of the input where it is one text a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """The options of `loopos predict`."""
+
+    output: Path | None = None
+    format: str | None = None
+    columns: tuple[str, ...] = ()
+    encoding: str | None = None
+    device: str = "auto"
+    verbose: bool = False
+
+
+def run(place: Path, source: str, options: PredictOptions) -> int:
+    """Predicts and writes. Raises `UserError`."""
+    columns = parse_columns(options.columns)
+    rules = text_rules(options.encoding)
+    file_format = output_format(options.output, options.format)
+    if options.output is not None:
+        refuse_unwritable(options.output, source=source)
+    require_task_model(str(place))
+    if not _holds_lines(source, columns, rules):
+        check_labelled(source, columns, require_label=False, remembered=remembered_columns(place), rules=rules)
+    restart_with_settings()
+    texts = read_texts(source, columns, rules)
+    hush_libraries(verbose=options.verbose)
+    from loopos.evaluation.predictor import open_predictor
+    from loopos.training.precision import pick_device
+
+    predictor = open_predictor(place, device=pick_device(options.device).type)
+    if texts is not None:
+        inputs: list[dict[str, object]] = [{TEXT: text} for text in texts]
+        predictions = predictor.predict(texts)
+    else:
+        examples, report = read_labelled(
+            read(source, rules=rules), columns, require_label=False, remembered=predictor.columns
+        )
+        inputs, predictions = [example.row.values for example in examples], predictor.predict_examples(examples)
+        for sentence in report.said:
+            note(f"{source}: {sentence}")
+    own = [_with_probability(prediction) for prediction in predictions]
+    if file_format != "jsonl":
+        inputs, own = [as_cells(row) for row in inputs], [flat_row(row) for row in own]
+    rows, renamed = beside(inputs, own)
+    for name, new in renamed.items():
+        note(f'the input has a column "{name}"; the prediction is in "{new}"')
+    written = rendered(rows, file_format)
+    if options.output is None:
+        write(written)
+    else:
+        write_whole(options.output, written)
+        note(f"{options.output}: {len(rows)} predictions")
+    return 0
+
+
+def beside(
+    inputs: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The columns of each input row and then those of its prediction, and the new names of the latter that the input
+    has already: "label" becomes "predicted_label".
+    """
+    taken = {name for row in inputs for name in row}
+    names = dict.fromkeys(name for row in own for name in row)
+    renamed: dict[str, str] = {}
+    for name in names:
+        if name in taken:
+            new = f"predicted_{name}"
+            number = 2
+            while new in taken or new in names or new in renamed.values():
+                new, number = f"predicted_{name}_{number}", number + 1
+            renamed[name] = new
+    return [
+        {**row, **{renamed.get(name, name): value for name, value in prediction.items()}}
+        for row, prediction in zip(inputs, own, strict=True)
+    ], renamed
+
+
+def read_texts(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> list[str] | None:
+    """The texts of standard input or of a .txt file of plain lines; None for a data file, which is read by columns.
+
+    A .txt file is data if `columns` are given, or if it holds JSON or a header that names a text column. Raises
+    `DataError` for a blank line: it has no prediction, and leaving it out would shift all that follow.
+    """
+    if not _holds_lines(source, columns, rules):
+        return None
+    if source == STANDARD_INPUT:
+        return _checked("standard input", _standard_input_lines(rules))
+    note(f"{source}: read as one text a line")
+    with closing(read_lines(source, rules)) as lines:
+        return _checked(source, (line.rstrip("\r") for _, line in lines))
+
+
+def _holds_lines(source: str, columns: Mapping[str, str], rules: TextRules) -> bool:
+    """Whether a source is one text a line: standard input, or a .txt file that is no data."""
+    if source == STANDARD_INPUT:
+        return True
+    return source.lower().endswith(".txt") and not columns and os.path.isfile(source) and not _is_data(source, rules)
+
+
+def _standard_input_lines(rules: TextRules) -> list[str]:
+    content = sys.stdin.buffer.read()
+    encoding = rules.encoding or "utf-8"
+    try:
+        lines = split_lines(content.decode(encoding))
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        name = rules.encoding or "UTF-8"
+        given = f"the byte {content[error.start]:#04x}, which is not {name}"
+        raise DataError([Fault("standard input", number, None, "encoding", given, f"text in {name}")]) from error
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _is_data(path: str, rules: TextRules) -> bool:
+    try:
+        with closing(read_lines(path, rules)) as lines:
+            chosen, _ = sniff.sniff(list(islice(lines, sniff.SAMPLE_LINES)), path)
+        if chosen not in ("csv", "tsv"):
+            return True
+        detect(
+            list(next(iter(read(path, max_rows=1, rules=rules).rows())).values), {}, require_label=False, source=path
+        )
+    except (DataError, StopIteration):
+        return False
+    return True
+
+
+def _checked(source: str, lines: Iterable[str]) -> list[str]:
+    texts = list(lines)
+    blank = [number for number, text in enumerate(texts, start=1) if not text.strip()]
+    if blank:
+        raise DataError([Fault(source, number, None, "text", "a blank line", "one text a line") for number in blank])
+    if not texts:
+        raise DataError([Fault(source, None, None, "text", "no line", "one text a line")])
+    return texts
+
+
+def _with_probability(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction with the probability of the label that was chosen."""
+    if "label" not in prediction:
+        return dict(prediction)
+    return {
+        "label": prediction["label"],
+        "probability": max(prediction["probabilities"].values()),
+        **{name: value for name, value in prediction.items() if name != "label"},
+    }

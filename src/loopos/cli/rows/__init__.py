@@ -1,1 +1,0 @@
-"""Data files looked at as training reads them."""

@@ -1,0 +1,143 @@
+"""The options of generation as settings, and what they must not contradict.
+
+Enters: values of the command line. Leaves: `SamplingSettings`, a `Strategy`, `StepLimits`; or every fault at once, in
+the names of the options, before torch is imported. Left out: what one command alone knows (`generate`, `chat`,
+`evaluate_language`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from loopos.config.diagnostics import UserError
+from loopos.config.keys import Strategy
+from loopos.generation.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from loopos.generation.steps import StepLimits
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+# What the choice of a token depends on only where it is drawn.
+_OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p")
+
+
+def option(name: str) -> str:
+    """The option of a field's name."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen and when a completion ends; as `SamplingSettings`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def settings(self) -> SamplingSettings:
+        """The settings. Raises `UserError` with every value out of its range."""
+        return SamplingSettings(**{each.name: getattr(self, each.name) for each in fields(self)})
+
+    def changed(self) -> list[str]:
+        """Fields that are not as they are by default."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+
+    def faults(self) -> Iterator[str]:
+        """Values out of their ranges."""
+        try:
+            self.settings()
+        except UserError as error:
+            yield from (
+                f"--{line.partition(':')[0].replace('_', '-')}:{line.partition(':')[2]}" for line in _lines(error)
+            )
+
+    def notes(self) -> Iterator[str]:
+        """Options that have no effect."""
+        idle = [option(name) for name in self.changed() if name in _OF_DRAWS]
+        if self.temperature == 0 and idle:
+            yield f"note: {', '.join(idle)} without effect: nothing is drawn at --temperature 0"
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How long steps and chains may be (tokens, but for `max_steps`); None = no limit."""
+
+    max_steps: int | None = None
+    max_step_tokens: int | None = None
+    min_thinking_tokens: int = 0
+    max_thinking_tokens: int | None = None
+
+    def changed(self) -> list[str]:
+        """Fields that are not as they are by default."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+
+    def faults(self, max_new_tokens: int) -> Iterator[str]:
+        """Values out of their ranges or at odds with each other."""
+        for name in self.changed():
+            least = 0 if name == "min_thinking_tokens" else 1
+            if getattr(self, name) < least:
+                yield f"{option(name)}: given {getattr(self, name)}; wanted {least} or more"
+        most = self.max_thinking_tokens
+        if most is not None and most < self.min_thinking_tokens:
+            given = self.min_thinking_tokens
+            yield f"--min-thinking-tokens: given {given}; wanted at most --max-thinking-tokens {most}"
+        for name in ("min_thinking_tokens", "max_thinking_tokens"):
+            value = getattr(self, name)
+            if value is not None and value >= max_new_tokens:
+                wanted = f"fewer than --max-new-tokens {max_new_tokens}, so that an answer can follow"
+                yield f"{option(name)}: given {value}; wanted {wanted}"
+
+    def limits(self) -> StepLimits:
+        """The limits as generation takes them; imports torch."""
+        from loopos.generation.steps import StepLimits
+
+        return StepLimits(**{each.name: getattr(self, each.name) for each in fields(self)})
+
+
+def parsed_strategy(text: str, faults: list[str]) -> Strategy:
+    """The strategy of a name; for another form the single chain, with the fault noted."""
+    try:
+        return Strategy.parse(text)
+    except ValueError as error:
+        faults.append(f"--strategy: given {error}")
+        return Strategy()
+
+
+def chain_faults(strategy: Strategy, name: str, *, samples: int, temperature: float) -> Iterator[str]:
+    """What a strategy, a number of samples and a temperature must not be together."""
+    if samples < 1:
+        yield f"--samples: given {samples}; wanted 1 or more"
+    if samples > 1 and strategy.kind != "single":
+        yield f"--samples {samples} with --strategy {name}: the strategy says how many are sampled; give one of the two"
+    several = f"--strategy {name}" if strategy.chains > 1 else f"--samples {samples}" if samples > 1 else ""
+    if several and temperature == 0:
+        yield f"{several} at --temperature 0: all chains would be the same; give a temperature above 0, such as 0.7"
+
+
+def place_faults(device: str, precision: str) -> Iterator[str]:
+    """Devices and number formats that there are not."""
+    for name, given, known in (("--device", device, DEVICES), ("--precision", precision, PRECISIONS)):
+        if given not in known:
+            yield f"{name}: given {given}; wanted one of {', '.join(known)}"
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises `UserError` with all faults, if there are any."""
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _lines(error: UserError) -> list[str]:
+    return str(error).splitlines()

@@ -1,0 +1,141 @@
+"""`loopos serve`: a trained model behind OpenAI's HTTP interface.
+
+Enters: a model, an address, limits. Leaves: a server that runs until a signal, and where it is on standard error. The
+kind of the model decides what it answers. Left out: the server itself (`deploy.serve`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loopos.cli.opened_models import is_task_model, open_reasoner, require_language_model
+from loopos.cli.outcome import note
+from loopos.cli.process import restart_with_settings
+from loopos.cli.quiet import hush_libraries
+from loopos.cli.sampling_options import place_faults, refuse
+from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.extras import install_command
+from loopos.config.figures import as_bytes
+from loopos.models.model_folder import described, kind_of
+from loopos.serving.limits import ServingLimits, address_faults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from loopos.serving.http import Service
+    from loopos.serving.language import LanguageService
+    from loopos.serving.metrics import ServingMetrics
+
+_PACKAGES = ("starlette", "uvicorn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """The options of `loopos serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    name: str | None = None
+    limits: ServingLimits = field(default_factory=ServingLimits)
+    device: str = "auto"
+    precision: str = "auto"
+    trust_remote_code: bool = False
+    verbose: bool = False
+
+
+def run(place: str, options: ServeOptions) -> int:
+    """Serves until a signal. Raises `UserError`, before torch is imported where it can."""
+    refuse(
+        [
+            *address_faults(options.host, options.port, options.api_key),
+            *options.limits.faults(),
+            *place_faults(options.device, options.precision),
+        ]
+    )
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise EnvironmentFault(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
+    has_head = is_task_model(place)
+    if not has_head:
+        require_language_model(place)
+    # The model runs in a thread beside the one that talks to clients: bound to one core they would wait for each other.
+    restart_with_settings(binds_threads=False)
+    hush_libraries(verbose=options.verbose)
+    from loopos.serving.metrics import ServingMetrics
+    from loopos.serving.server import address_of, listening, serve
+
+    # Before the model is loaded: a port that is taken shows at once.
+    with listening(options.host, options.port, options.limits) as bound:
+        metrics = ServingMetrics()
+        name = options.name or name_of(place)
+        service = _service(place, name, has_head, options, metrics)
+
+        def began(_: Callable[[], None]) -> None:
+            note(f"{name}: {service.kind} at {address_of(bound)} ({', '.join(service.endpoints)}); Ctrl-C ends")
+
+        serve(service, metrics, bound, options.limits, api_key=options.api_key, began=began)
+    note("ended")
+    return 0
+
+
+def name_of(place: str) -> str:
+    """The name that a model is served by: its folder's or file's (that of the run, not of its model/), or what is
+    given.
+    """
+    path = Path(place)
+    if not path.exists():
+        return place
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _service(place: str, name: str, has_head: bool, options: ServeOptions, metrics: ServingMetrics) -> Service:
+    from loopos.training.precision import pick_device
+
+    if not has_head:
+        return _language(place, name, options, metrics)
+    from loopos.evaluation.predictor import Predictor
+    from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.serving.heads import ClassifyHead, HeadService, ScoreHead
+
+    device = pick_device(options.device).type
+    if kind_of(described(place)) == "reward":
+        return HeadService(ScoreHead(RewardPredictor.open(place, device=device)), name, options.limits, metrics)
+    precision = None if options.precision == "auto" else options.precision
+    predictor = Predictor.open(place, device=device, precision=precision)
+    return HeadService(ClassifyHead(predictor), name, options.limits, metrics)
+
+
+def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
+    from loopos.models.language_ensemble import members_of
+    from loopos.serving.language import LanguageService
+
+    reasoner = open_reasoner(
+        place,
+        device=options.device,
+        precision=options.precision,
+        max_rows=options.limits.max_rows,
+        trust_remote_code=options.trust_remote_code,
+    )
+    service = LanguageService(reasoner, name, options.limits, metrics)
+    note(reasoner.template.said)
+    note(reasoner.engine.said)
+    most = sum(map(_keys_and_values, members_of(reasoner.model))) * service.context * options.limits.max_rows
+    note(f"{options.limits.max_rows} rows of {service.context} tokens: keys and values take at most {as_bytes(most)}")
+    return service
+
+
+def _keys_and_values(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token; 0 for a model without attention."""
+    config = model.config.get_text_config()
+    queries = getattr(config, "num_attention_heads", 0)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)

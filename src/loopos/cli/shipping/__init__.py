@@ -1,1 +1,0 @@
-"""Trained models merged, joined, made smaller, written for others, served."""

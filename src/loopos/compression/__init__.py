@@ -1,0 +1,1 @@
+"""Prune and quantize a model, with a report of what it cost."""

@@ -1,0 +1,83 @@
+"""Text that a model reads to show which of its weights matter: rows of tokens, all of one length.
+
+Enters: a file of text or of rows in any format that training reads, and the model's tokenizer. Leaves: `Calibration`.
+Documents are joined with the end token between them and cut into rows, as in pretraining, so that there are no pads.
+Left out: running the model.
+Letters: N rows of L tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.diagnostics import DataError, Fault
+from loopos.data import rows
+from loopos.data.corpus import read_corpus
+from loopos.data.rows import is_plain_text
+from loopos.data.step_format import NAMED_FORMATS, StepFormat
+from loopos.data.supervised_rows import read_supervised
+from loopos.data.supervised_tokens import encode_supervised
+from loopos.data.templates import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`ids` `[N, L]` int64 on CPU. `said`: what was read and drawn, in words."""
+
+    ids: Tensor
+    said: str
+
+
+def read_calibration(
+    source: str,
+    columns: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_rows: int,
+    num_tokens: int,
+    seed: int,
+    step_format: StepFormat = NAMED_FORMATS["think"],
+) -> Calibration:
+    """At most `num_rows` rows of `num_tokens` tokens, drawn by the seed from all that the text gives.
+
+    Conversations and other rows for language models are written by the tokenizer's chat template and `step_format`, as
+    training writes them. A text shorter than one row gives one row of all its tokens. Raises `DataError` for a file
+    that cannot be read or has fewer than two tokens.
+    """
+    # A tokenizer without an end token is an encoder's, which reads texts and speaks in no template.
+    if is_plain_text(source) or tokenizer.eos_token_id is None:
+        documents = read_corpus(source, columns).documents
+        batch = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        pieces: list[list[int]] = [[*ids, *_end(tokenizer)] for ids in batch["input_ids"]]
+    else:
+        examples, _ = read_supervised(rows.read(source), columns, step_format=step_format)
+        encoded, _ = encode_supervised(
+            tokenizer, examples, step_format=step_format, max_length=None, template=ChatTemplate(tokenizer)
+        )
+        pieces = [row.ids for row in encoded]
+    draw = random.Random(seed)
+    # Neighbours in a file are often alike: rows are cut from the documents in another order.
+    draw.shuffle(pieces)
+    stream = [token for piece in pieces for token in piece]
+    if len(stream) < 2:
+        raise DataError([Fault(source, None, None, "text", f"{len(stream)} tokens", "at least two tokens")])
+    length = min(num_tokens, len(stream))
+    whole = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    chosen = sorted(draw.sample(range(len(whole)), min(num_rows, len(whole))))
+    fewer = f", of {num_rows} asked for" if len(chosen) < num_rows else ""
+    said = (
+        f"calibration: {source}, {len(pieces):,} documents, {len(stream):,} tokens; {len(chosen)} rows of {length} "
+        f"tokens{fewer}, drawn with seed {seed}"
+    )
+    return Calibration(whole[torch.tensor(chosen)], said)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands between two documents; nothing where the tokenizer has no end token, as those of encoders."""
+    return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

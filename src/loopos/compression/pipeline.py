@@ -1,0 +1,396 @@
+"""Two models' speed, held against each other in turn.
+
+Enters: a model before a change and after it, both on one device. Leaves: tokens a second of each and their ratio, for
+reading and for writing one text and sixteen at a time. They run in turn, A B A B, and the ratio is the median of the
+pairs', so that a machine that is busy for a while slows both. Left out: what is done about it.
+
+A trained model's weights changed by a recipe, and what it cost: the one road of pruning and quantizing.
+
+    measure → open → change → write beside → open again, compare, measure → recipe, report → rename
+
+Enters: a recipe, one change or several, a folder that is not there yet. Leaves: the folder, whole or not at all: each
+changed model as what it was before (a transformers folder, with LoopOS's description and head where it had them), what
+the report's writer adds, `recipe.json`. Left out: what is done to weights (`pruning/model.py`, `quantizing/model.py`),
+merging, which reads tensors and opens no model (`merge.py`).
+
+What the reports of changed models share, in Markdown.
+
+Enters: a `Changed`. Leaves: the table of before and after, the notes, the recipe. Left out: what one kind of change
+alone tells (`pruning/report.py`, `quantizing/report.py`), measuring.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loopos.compression.calibration import Calibration, read_calibration
+from loopos.config.compression import Recipe
+from loopos.config.diagnostics import UserError
+from loopos.config.paths import RECIPE
+from loopos.evaluation.blocks import cell, table
+from loopos.evaluation.quality import Measured, metrics_of, probe, sizes_of
+from loopos.generation.engine import Engine
+from loopos.generation.settings import SamplingSettings
+from loopos.models.load import NUMBER_FORMATS, cast_parameters
+from loopos.models.opened import OpenedModel, has_head, open_model
+from loopos.models.quantized import exact_activations
+from loopos.storage.json_files import save_json
+from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+
+GOES = 5
+ROWS = (1, 16)
+READ, PROMPT, WRITTEN = 256, 16, 32
+# Less than this apart is what a machine that does other things too cannot tell.
+_TOLD_APART = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """One kind of work: its name, tokens a second before and after, and how many times as fast."""
+
+    name: str
+    before: float
+    after: float
+    ratio: float
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio < 1 - _TOLD_APART
+
+    @property
+    def verdict(self) -> str:
+        """faster, slower, or as fast."""
+        if self.slower:
+            return "slower"
+        return "faster" if self.ratio > 1 + _TOLD_APART else "as fast"
+
+
+@torch.no_grad()
+def compared_rates(
+    before: PreTrainedModel, after: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, writes: bool
+) -> list[Rate]:
+    """Reading a row of 256 tokens, or of the model's positions where they are fewer, and, where the model writes, 32
+    greedy tokens of 1 text and of 16 behind prompts of 16, which are read within the time.
+    """
+    rates = [_compared("reading", _reading(before), _reading(after), before.device)]
+    for rows in ROWS if writes else ():
+        first, second = (_writing(model, tokenizer, rows) for model in (before, after))
+        name = "writing, 1 text" if rows == 1 else f"writing, {rows} texts"
+        rates.append(_compared(name, first, second, before.device))
+    return rates
+
+
+Work = tuple[int, Callable[[], object]]
+"""How many tokens are read or written, and what does it."""
+
+
+def _compared(name: str, first: Work, second: Work, device: torch.device) -> Rate:
+    # The first go warms up.
+    goes = [[tokens / seconds for tokens, seconds in _pair(first, second, device)] for _ in range(GOES + 1)][1:]
+    before, after = (statistics.median(rates) for rates in zip(*goes, strict=True))
+    return Rate(name, before, after, statistics.median(pair[1] / pair[0] for pair in goes))
+
+
+def _pair(first: Work, second: Work, device: torch.device) -> list[tuple[int, float]]:
+    return [(tokens, _seconds_of(partial(work), device)) for tokens, work in (first, second)]
+
+
+def _reading(model: PreTrainedModel) -> Work:
+    base = getattr(model, model.base_model_prefix, model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or READ
+    row = _tokens(model, min(READ, positions))[None]
+    return row.numel(), lambda: base(input_ids=row)
+
+
+def _writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> Work:
+    engine = Engine(model, tokenizer, max_rows=rows)
+    room = engine.max_positions or PROMPT + WRITTEN
+    new = max(1, min(WRITTEN, room - PROMPT))
+    ids = _tokens(model, rows * PROMPT).tolist()
+    prompts = [ids[first : first + PROMPT] for first in range(0, len(ids), PROMPT)]
+    settings = SamplingSettings(max_new_tokens=new, stop_at_end=False)
+    return rows * new, lambda: engine.generate(prompts, settings, logprobs=False)
+
+
+def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _tokens(model: PreTrainedModel, number: int) -> torch.Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(min(3, vocabulary - 1), vocabulary, (number,), generator=draw).to(model.device)
+
+
+_TOLERANCE = 2e-4
+
+Given = TypeVar("Given", bound=Recipe)
+Told = TypeVar("Told")
+Told_co = TypeVar("Told_co", covariant=True)
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+class WeightChange(Protocol[Told_co]):
+    """What is done to the weights of a model in memory. `name`: the changed model's folder inside the output, "" where
+    the output is it; `title`: what is done, said as it begins.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def apply(self, model: PreTrainedModel, rows: Tensor | None, *, progress: Progress) -> list[str]:
+        """Changes the model in place; what was done, a sentence each. rows `[N, L]`: calibration text, if the recipe
+        reads some. Raises `UserError`.
+        """
+        ...
+
+    def told(self, model: PreTrainedModel) -> Told_co:
+        """What the report says of the changed weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChangedModel(Generic[Told]):
+    """A changed model as it was written. `name`: its folder inside the output, "" where the output is it. `said`: what
+    was done; `told`: what the weights are now; `rates`: its speed against that of the model before; `share`: its bytes
+    by those before.
+    """
+
+    name: str
+    said: list[str]
+    told: Told
+    measured: Measured
+    rates: list[Rate]
+    share: float
+
+    @property
+    def verdict(self) -> str:
+        """What came of it, in a sentence: a model that is slower is no success, however small it is."""
+        size = f"{self.share:.1%} of the size in {self.measured.precision}"
+        slower = [f"{rate.name} (×{rate.ratio:.2f})" for rate in self.rates if rate.slower]
+        if slower:
+            return (
+                f"no success where speed counts: {size}, but slower than before on this machine in {', '.join(slower)}"
+            )
+        speeds = ", ".join(f"{rate.name} {rate.verdict} (×{rate.ratio:.2f})" for rate in self.rates)
+        return f"{size}; against the model before on this machine: {speeds}"
+
+
+@dataclass(frozen=True)
+class Changed(Generic[Given, Told]):
+    """What a change left: `folder`, the model before, each model after in the order of the changes. `notes`: what the
+    reader of the figures must know.
+    """
+
+    folder: Path
+    recipe: Given
+    before: Measured
+    after: list[ChangedModel[Told]]
+    notes: list[str]
+
+
+@dataclass(eq=False)
+class ChangeRoad(Generic[Given, Told]):
+    """Changes a model as a recipe says: `ChangeRoad(recipe, …).run("outputs/new", changes)`.
+
+    reads: the file of calibration text; None where none is read. precision: the format in which what is no code is kept
+    and both models run; the model's own when None. share: bytes of a changed model, at most, by those before. what: the
+    changed model in words, such as "the pruned model"; wanted: what kind of model would do where this one does not open
+    as it was written. report: writes report.md into a folder. device: "cpu", "cuda" or "mps", found out by the caller.
+    """
+
+    recipe: Given
+    _: KW_ONLY
+    reads: str | None
+    precision: str | None
+    share: float
+    what: str
+    wanted: str
+    report: Callable[[Path, Changed[Given, Told]], None]
+    notes: list[str]
+    device: str
+    say: Say
+    progress: Progress
+    _calibration: Calibration | None = field(default=None, init=False)
+
+    def run(self, output: str | Path, changes: Sequence[WeightChange[Told]]) -> Changed[Given, Told]:
+        """Measures, changes, writes. Raises `UserError` for a model, data or an output that will not do, and
+        `DiskFull`; nothing is left under the output's name then.
+        """
+        folder = Path(output)
+        refuse_taken(folder)
+        before = self._measured(self._running(open_model(self.recipe.model)), self.recipe.model, self.recipe.model)
+        needed = round(before.weight_bytes * self.share * len(changes))
+        with shipped_folder(folder, needed, self.what) as partial:
+            after = [self._one(change, partial / change.name, before) for change in changes]
+            changed = Changed(folder, self.recipe, before, after, [*self._common_notes(), *self.notes])
+            save_json(partial / RECIPE, self.recipe.model_dump(mode="json"))
+            self.report(partial, changed)
+        return changed
+
+    def _one(self, change: WeightChange[Told], folder: Path, before: Measured) -> ChangedModel[Told]:
+        """Opens the model anew, changes and writes it, and measures what was written."""
+        opened = open_model(self.recipe.model)
+        rows = self._rows(opened)
+        opened.model.to(self.device)  # type: ignore[arg-type]
+        self.say(f"{change.title}: {self.recipe.model}")
+        said = change.apply(opened.model, rows, progress=self.progress)
+        for sentence in said:
+            self.say(sentence)
+        told = change.told(opened.model)
+        if self.precision is not None:
+            description = {**opened.description, "precision": self.precision} if opened.description else {}
+            opened = replace(opened, precision=self.precision, description=description)
+        opened.save(folder)
+        expected = _outputs(opened)
+        del opened
+        gc.collect()
+        again = open_model(str(folder), quantized=True)
+        self._check_opens_as_it_was(expected, _outputs(again))
+        again = self._running(again)
+        rates = self._rates(again)
+        measured = self._measured(again, str(folder), self.what)
+        return ChangedModel(change.name, said, told, measured, rates, measured.weight_bytes / before.weight_bytes)
+
+    def _rows(self, opened: OpenedModel) -> Tensor | None:
+        """Calibration rows `[N, L]`, read once."""
+        if self.reads is None:
+            return None
+        if self._calibration is None:
+            positions = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
+            self._calibration = read_calibration(
+                self.reads,
+                self.recipe.columns,
+                opened.tokenizer,
+                num_rows=self.recipe.calibration_rows,
+                num_tokens=min(self.recipe.calibration_tokens, positions or self.recipe.calibration_tokens),
+                seed=self.recipe.seed,
+            )
+            self.say(self._calibration.said)
+        return self._calibration.ids
+
+    def _running(self, opened: OpenedModel) -> OpenedModel:
+        """The model as commands run it when nothing else is asked for."""
+        own = opened.precision if opened.description else "fp32"
+        cast_parameters(opened.model, NUMBER_FORMATS[self.precision or own])
+        opened.model.to(torch.device(self.device)).eval()  # type: ignore[arg-type]
+        return opened
+
+    def _rates(self, after: OpenedModel) -> list[Rate]:
+        before = self._running(open_model(self.recipe.model))
+        self.say("measuring how fast both are, in turn")
+        return compared_rates(before.model, after.model, before.tokenizer, writes=before.pooled is None)
+
+    def _measured(self, opened: OpenedModel, place: str, said: str) -> Measured:
+        """place: where the model lies; said: what it is called. The last that is done with a model: perplexity leaves
+        the packed attention in it.
+        """
+        kept = self.precision or opened.precision
+        parameters, weight_bytes = sizes_of(opened, kept)
+        if self.recipe.evaluate is not None:
+            self.say(f"measuring {said} on {self.recipe.evaluate}")
+        metrics = metrics_of(opened, place, self.recipe, precision=self.precision)
+        return Measured(parameters, weight_bytes, kept, metrics)
+
+    def _common_notes(self) -> list[str]:
+        notes = [self._calibration.said] if self._calibration is not None else []
+        if self.recipe.evaluate is None:
+            kind = "labelled rows" if has_head(self.recipe.model) else "text"
+            notes.append(f"nothing was measured but size and speed: name {kind} with evaluate")
+        elif self.recipe.evaluate == self.reads:
+            notes.append("evaluate is the calibration text: the figures flatter the changed model")
+        return notes
+
+    def _check_opens_as_it_was(self, expected: Tensor, found: Tensor) -> None:
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not difference <= _TOLERANCE:
+            raise UserError(
+                f"{self.what} opens with other outputs than it was written with (by {difference:.1e}): this family's "
+                f"config cannot say what was changed; nothing was kept. Wanted {self.wanted}"
+            )
+
+
+@torch.no_grad()
+def _outputs(opened: OpenedModel) -> Tensor:
+    """What the weights say as they are kept, computed in fp32 on the CPU."""
+    cast_parameters(opened.model, torch.float32)
+    # A code that falls to the other side of a half would look like another weight.
+    with exact_activations(opened.model):
+        return probe(opened.model)
+
+
+_SPEED = (
+    "speed: the model before and the one after in turn (A B A B), in one number format, on this machine as busy as it "
+    "was; each figure is the median of 5 goes, the ratio the median of the pairs' ratios. Reading is a forward pass "
+    "over 256 tokens; writing is greedy, 32 tokens behind a prompt of 16. Less than 3% apart counts as as fast"
+)
+
+
+def write_parts(folder: Path, changed: Changed[Any, Any], parts: Sequence[str]) -> None:
+    """Writes `report.md`: the parts, then notes and recipe."""
+    notes = ["## Notes", listed([*changed.notes, _SPEED])]
+    given = changed.recipe.model_dump(mode="json", exclude_defaults=True)
+    recipe = table(("key", "value"), [(name, f"`{cell(value)}`") for name, value in given.items()])
+    (folder / REPORT).write_text("\n\n".join([*parts, *notes, "## Recipe", recipe]) + "\n", encoding="utf-8")
+
+
+def summary(changed: Changed[Any, Any], heads: Sequence[str], more: Sequence[Sequence[str]] = ()) -> str:
+    """Before and after, a column a model. heads: of the models after; more: rows besides, with an empty cell for the
+    model before.
+    """
+    before, models = changed.before, [each.measured for each in changed.after]
+    rows: list[Sequence[str]] = [
+        ["parameters", f"{before.parameters:,}", *(f"{model.parameters:,}" for model in models)],
+        *more,
+        ["weights (MB)", megabytes(before.weight_bytes), *(
+            f"{megabytes(each.measured.weight_bytes)} ({each.share:.1%})" for each in changed.after
+        )],
+    ]  # fmt: skip
+    for name, value in before.metrics.items():
+        after = [model.metrics.get(name) for model in models]
+        rows.append([name, value_shown(value), *(value_shown(each) + _change(value, each) for each in after)])
+    for number, first in enumerate(changed.after[0].rates):
+        rates = [each.rates[number] for each in changed.after]
+        was = statistics.median(rate.before for rate in rates)
+        told = [f"{rate.after:,.0f} (×{rate.ratio:.2f}, {rate.verdict})" for rate in rates]
+        rows.append([f"{first.name} (tokens/s)", f"{was:,.0f}", *told])
+    return table(("", f"before, in {before.precision}", *heads), rows)
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """One under another."""
+    return "\n".join(f"- {cell(sentence)}" for sentence in sentences)
+
+
+def value_shown(value: float | None) -> str:
+    """A metric in a cell: counts in full, other numbers with five digits; empty for none."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e12 else f"{value:.5g}"
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f}"
+
+
+def _change(before: float, after: float | None) -> str:
+    return "" if after is None or before in (after, 0) else f" ({after / before - 1:+.2%})"

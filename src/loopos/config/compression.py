@@ -1,0 +1,242 @@
+"""What the recipes of pruning and quantization share: keys, checks, and how a recipe is read.
+
+Enters: a kind of recipe, a file, words of the command line. Leaves: the recipe, or every fault at once with its place.
+Left out: the keys of one kind alone (`pruning.py`, `quantization.py`), what only the weights can tell.
+
+The recipe of a pruning: its keys, what they must not contradict, and how it is read.
+
+Enters: a recipe file, words of the command line, or both. Leaves: a `PruningRecipe`, or every fault at once. Left out:
+what only the weights can tell (which layers there are, whether a family can be shrunk).
+
+The recipe of a quantization: its keys, and what they must not contradict.
+
+Enters: a recipe file, words of the command line, or both. Leaves: a `QuantizationRecipe`, or every fault at once. Left
+out: what only the weights can tell (which layers there are, whether a group divides their inputs).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+from pydantic import Field, ValidationError
+
+from loopos.config.diagnostics import ConfigError, Fault, Finding
+from loopos.config.json_text import MappingNode, Mark, find, plain, value_mark
+from loopos.config.keys import Count, Place, Section, Text
+from loopos.config.paths import check_rows, check_weights, expanded, looks_like_path
+from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
+from loopos.config.wording import faults_of
+
+_EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
+
+
+class Recipe(Section):
+    """What a change of a trained model's weights is told, whatever the change."""
+
+    model: Place = Field(description="run folder, model folder, weights file or hub id of the model")
+    calibration_rows: Count = Field(default=128, description="rows of calibration text, drawn by the seed")
+    calibration_tokens: Annotated[int, Field(ge=2)] = Field(
+        default=512, description="length of a calibration row (tokens); at most the model's positions"
+    )
+    columns: dict[str, Text] = Field(default={}, description="column of each role of the calibration rows")
+    evaluate: Place | None = Field(
+        default=None,
+        description="file that says what it cost: text for perplexity, labelled rows for a model with a head",
+    )
+    window: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="perplexity: tokens that the model sees at a time; 1024 when absent"
+    )
+    stride: Count | None = Field(
+        default=None, description="perplexity: tokens between two windows; half a window when absent"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="start of the draw of calibration rows")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
+
+    def check(self) -> Iterator[Finding]:
+        """Contradictions between keys, and files that are not there."""
+        if self.window is not None and self.stride is not None and self.stride >= self.window:
+            yield Finding(("stride", "window"), str(self.stride), f"a stride below the window ({self.window})")
+        yield from check_weights("model", self.model)
+        yield from check_text("evaluate", self.evaluate)
+
+
+def check_text(field: str, value: str | None) -> Iterator[Finding]:
+    """Faults of a file of running text or of rows."""
+    if value is not None and not (looks_like_path(value, (".md", ".text")) and os.path.isfile(value)):
+        yield from check_rows(field, value, _EXAMPLE_ROW)
+
+
+Kind = TypeVar("Kind", bound=Recipe)
+
+
+def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
+    """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
+    fault.
+    """
+    mark = Mark(COMMAND_LINE)
+    root = read_source(expanded(path)).root if path is not None else MappingNode({}, {}, mark)
+    root = apply_overrides(root, overrides)
+    try:
+        recipe = kind.model_validate(plain(root))
+    except ValidationError as error:
+        described = faults_of(error, root, kind.model_json_schema(), {})
+        raise ConfigError([fault for _, fault in described]) from error
+    if faults := [_placed(finding, root) for finding in recipe.check()]:
+        raise ConfigError(faults)
+    return recipe
+
+
+def _placed(finding: Finding, root: MappingNode) -> Fault:
+    written = next((field for field in finding.fields if find(root, (field,)) is not None), finding.fields[0])
+    place = value_mark(root, (written,))
+    return Fault(place.source, place.line, place.column, finding.fields[0], finding.given, finding.wanted, finding.hint)
+
+
+PruningMethod: TypeAlias = Literal["magnitude", "wanda", "sparsegpt", "heads", "channels", "layers"]
+UNSTRUCTURED = ("magnitude", "wanda", "sparsegpt")
+Sparsity: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+_PATTERN = re.compile(r"([1-9][0-9]{0,2}):([1-9][0-9]{0,2})")
+
+
+class PruningRecipe(Recipe):
+    """Everything that a pruning is told."""
+
+    method: PruningMethod = Field(description="what says which weights, heads, channels or layers go")
+    sparsity: Sparsity | Annotated[list[Sparsity], Field(min_length=1)] | None = Field(
+        default=None,
+        description="share that goes, or a list of shares, each a model of its own; a pattern says its own",
+    )
+    pattern: Text | None = Field(
+        default=None, description='"2:4" keeps 2 of every 4 inputs of a row, "4:8" 4 of every 8; null is no pattern'
+    )
+    scope: Literal["layer", "global"] = Field(
+        default="layer", description="magnitude: one threshold for each linear layer, or one for all"
+    )
+    calibration: Place | None = Field(
+        default=None, description="file of text or rows that the model reads to see which weights matter"
+    )
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """The pattern as (kept, of)."""
+        found = _PATTERN.fullmatch(self.pattern) if self.pattern is not None else None
+        return (int(found[1]), int(found[2])) if found else None
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The shares to prune to, smallest first."""
+        if self.kept_of is not None:
+            return [1 - self.kept_of[0] / self.kept_of[1]]
+        given: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
+        return sorted({share for share in given if share is not None})
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole parts go, so that the model becomes smaller."""
+        return self.method not in UNSTRUCTURED
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method reads text."""
+        return self.method != "magnitude"
+
+    def check(self) -> Iterator[Finding]:
+        """Contradictions between keys, and files that are not there."""
+        yield from self._check_shares()
+        if self.scope == "global" and (self.method != "magnitude" or self.pattern is not None):
+            given = f'"global" with method {self.method}' + (" and a pattern" if self.pattern is not None else "")
+            yield Finding(("scope", "method", "pattern"), given, '"layer", or method magnitude without a pattern')
+        if self.needs_calibration and self.calibration is None:
+            hint = "the text should be like that which the model will meet"
+            yield Finding(
+                ("calibration", "method"), f"nothing with method {self.method}", "a file of text or rows", hint
+            )
+        yield from check_text("calibration", self.calibration)
+        yield from super().check()
+
+    def _check_shares(self) -> Iterator[Finding]:
+        if self.pattern is None:
+            if self.sparsity is None:
+                yield Finding(("sparsity",), "nothing", "a share such as 0.5, or a pattern such as 2:4")
+            return
+        if self.structured:
+            given = f'"{self.pattern}" with method {self.method}'
+            yield Finding(("pattern", "method"), given, f"no pattern, or one of {', '.join(UNSTRUCTURED)}")
+        if self.kept_of is None or self.kept_of[0] >= self.kept_of[1]:
+            yield Finding(("pattern",), f'"{self.pattern}"', "N:M, N kept of every M, such as 2:4")
+        elif self.sparsity is not None and self.sparsity not in (self.sparsities[0], self.sparsities):
+            given = f"{self.sparsity} with pattern {self.pattern}"
+            yield Finding(("sparsity", "pattern"), given, f"{self.sparsities[0]:g}, or no sparsity")
+
+
+def read_pruning_recipe(path: str | None, overrides: Sequence[str]) -> PruningRecipe:
+    """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
+    fault.
+    """
+    return read(PruningRecipe, path, overrides)
+
+
+QuantizationMethod: TypeAlias = Literal["int8", "int8-dynamic", "int4"]
+Calibration: TypeAlias = Literal["none", "gptq", "awq"]
+
+
+class QuantizationRecipe(Recipe):
+    """Everything that a quantization is told."""
+
+    method: QuantizationMethod = Field(
+        description="format of the linear layers' weights, and whether activations are rounded too"
+    )
+    group_size: Literal[32, 64, 128, 256] | None = Field(
+        default=None, description="int4: inputs that share a scale; 32 when absent"
+    )
+    calibration: Calibration = Field(
+        default="none", description="how weights are rounded: to the nearest code, or by what the layers read of a text"
+    )
+    calibration_text: Place | None = Field(
+        default=None, description="gptq, awq: file of text or rows that the model reads"
+    )
+    keep: list[Text] = Field(
+        default=[], description="patterns of layers that stay as they are; * stands for any letters"
+    )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight of the linear layers."""
+        return 4 if self.method == "int4" else 8
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale; None where all of a row do."""
+        return (self.group_size or 32) if self.method == "int4" else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the model reads text."""
+        return self.calibration != "none"
+
+    def check(self) -> Iterator[Finding]:
+        """Contradictions between keys, and files that are not there."""
+        if self.group_size is not None and self.method != "int4":
+            given = f"{self.group_size} with method {self.method}"
+            yield Finding(("group_size", "method"), given, "no group size: int8 has one scale a row; or method int4")
+        if self.needs_calibration and self.calibration_text is None:
+            yield Finding(
+                ("calibration_text", "calibration"),
+                f"nothing with calibration {self.calibration}",
+                "a file of text or rows",
+                "the text should be like that which the model will meet",
+            )
+        if self.calibration_text is not None and not self.needs_calibration:
+            yield Finding(("calibration_text", "calibration"), "a text that nobody reads", "calibration gptq or awq")
+        yield from check_text("calibration_text", self.calibration_text)
+        yield from super().check()
+
+
+def read_quantization_recipe(path: str | None, overrides: Sequence[str]) -> QuantizationRecipe:
+    """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
+    fault.
+    """
+    return read(QuantizationRecipe, path, overrides)

@@ -1,0 +1,183 @@
+"""Worked problems as people write them in a .txt file → rows.
+
+    Problem: What is 17 + 26?
+    7 + 6 = 13, carry 1
+    1 + 2 + 1 = 4
+    Answer: 43
+
+Enters: numbered lines. Leaves: records with `problem`, `reasoning` (a list of steps) and `answer`, or faults. A problem
+begins at a line `Problem:` or `Question:`; its steps follow, one a line; `Answer:` or `Final answer:` ends it. Problem
+and answer may stand on the line below their word. A line `Reasoning:`, `Steps:` or `Solution:` may stand before the
+steps; lines before it go on with the problem. `Q:` with `A:` are Question and Answer (`A:` elsewhere may be an option
+to choose). Case does not matter, a number may stand before the colon (`Problem 3:`), and blank lines mean nothing.
+Left out: what the step format cannot hold (`demonstrations`).
+
+Preferences as people write them in a .txt file → rows.
+
+    Prompt: Where is my parcel?
+    Chosen: It left our house today and will be with you on Friday.
+    Rejected: Wait and see.
+
+Enters: numbered lines. Leaves: records with `prompt`, `chosen` and `rejected`, or faults. A comparison begins at a line
+`Prompt:`, `Question:` or `User:`; `Chosen:` and `Rejected:` follow in either order, also written `Better:` and
+`Worse:`. What follows a word goes on over the lines below it up to the next. Case does not matter, a number may stand
+before the colon (`Prompt 3:`), and blank lines inside a text are kept.
+Left out: what the texts must hold (`preferences`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from loopos.config.diagnostics import Fault
+from loopos.data.record import ReadReport, Record, Records, shown
+
+Role: TypeAlias = Literal["problem", "reasoning", "answer"]
+_WORKED_ROLES: dict[str, Role] = {
+    "problem": "problem",
+    "question": "problem",
+    "q": "problem",
+    "reasoning": "reasoning",
+    "steps": "reasoning",
+    "solution": "reasoning",
+    "answer": "answer",
+    "final answer": "answer",
+    "a": "answer",
+}
+_WORKED_LABEL = re.compile(rf"\s*({'|'.join(_WORKED_ROLES)})(?:\s*\d+)?\s*:(?=\s|$)", re.IGNORECASE)
+_WORKED_EXPECTED = "a line Problem: ..., its steps one a line, and a line Answer: ..."
+
+
+class _Line(NamedTuple):
+    """`label`: the word before its colon, if it is one of `_ROLES`; `said`: what follows it; `text`: all of it."""
+
+    number: int
+    label: str | None
+    said: str
+    text: str
+
+
+def is_worked_text(lines: Sequence[str]) -> bool:
+    """Whether a file that begins with these lines, none of them blank, holds worked problems."""
+    first, *more = [_WORKED_ROLES.get(_taken_apart(0, line).label or "") for line in lines]
+    return first == "problem" and ("answer" in more or "reasoning" in more)
+
+
+def worked_records(lines: Iterator[tuple[int, str]], path: str, report: ReadReport) -> Records:
+    """The problems of a file in its order; blank lines are counted in `report`."""
+    block: list[_Line] = []
+    for number, text in lines:
+        if not text.strip():
+            report.blank_lines += 1
+            continue
+        line = _taken_apart(number, text)
+        if block and line.label is not None and _WORKED_ROLES[line.label] == "problem":
+            yield _worked_record(block, path)
+            block = []
+        block.append(line)
+    if block:
+        yield _worked_record(block, path)
+
+
+def _taken_apart(number: int, text: str) -> _Line:
+    found = _WORKED_LABEL.match(text)
+    if found is None:
+        return _Line(number, None, text.strip(), text.strip())
+    return _Line(number, found[1].lower(), text[found.end() :].strip(), text.strip())
+
+
+def _worked_record(block: Sequence[_Line], path: str) -> Record | Fault:
+    """One problem, or the fault of the first line that has no place in it."""
+    is_headed = any(line.label is not None and _WORKED_ROLES[line.label] == "reasoning" for line in block)
+    parts: dict[Role, list[str]] = {}
+    role: Role | None = None
+    for line in block:
+        is_option = line.label == "a" and block[0].label != "q"
+        if line.label is not None and not is_option:
+            role = _WORKED_ROLES[line.label]
+            if role in parts:
+                hint = "begin each problem with a line Problem: ..."
+                return Fault(path, line.number, None, role, f"a second {role}", f"one {role} a problem", hint)
+            parts[role] = []
+        elif role == "problem" and parts[role] and not is_headed:
+            role = "reasoning"
+            parts[role] = []
+        elif role == "answer" and parts[role]:
+            hint = "begin each problem with a line Problem: ..., and write its answer on one line"
+            return Fault(path, line.number, None, role, f"{shown(line.said)} behind the answer", "nothing more", hint)
+        assert role is not None, "a file of worked problems begins with a problem"
+        said = line.text if is_option else line.said
+        parts[role] += [said] if said else []
+    for needed in ("problem", "answer"):
+        if not parts.get(needed):
+            return Fault(path, block[0].number, None, needed, f"a problem without {needed}", _WORKED_EXPECTED)
+    steps, answer = parts.get("reasoning", []), parts["answer"][0]
+    return Record(block[0].number, {"problem": "\n".join(parts["problem"]), "reasoning": steps, "answer": answer})
+
+
+_PREFERENCE_ROLES = {
+    "prompt": "prompt",
+    "question": "prompt",
+    "user": "prompt",
+    "chosen": "chosen",
+    "better": "chosen",
+    "rejected": "rejected",
+    "worse": "rejected",
+}
+_PREFERENCE_LABEL = re.compile(rf"\s*({'|'.join(_PREFERENCE_ROLES)})(?:\s*\d+)?\s*:(?=\s|$)", re.IGNORECASE)
+_PREFERENCE_EXPECTED = "a line Prompt: ..., a line Chosen: ... and a line Rejected: ..."
+
+
+def _role(text: str) -> str | None:
+    found = _PREFERENCE_LABEL.match(text)
+    return None if found is None else _PREFERENCE_ROLES[found[1].lower()]
+
+
+def is_preference_text(lines: Sequence[str]) -> bool:
+    """Whether a file that begins with these lines, none of them blank, holds comparisons."""
+    first, *more = map(_role, lines)
+    return first == "prompt" and ("chosen" in more or "rejected" in more)
+
+
+def preference_records(lines: Iterator[tuple[int, str]], path: str, report: ReadReport) -> Records:
+    """The comparisons of a file in its order; blank lines between them are counted in `report`."""
+    block: list[tuple[int, str]] = []
+    for number, text in lines:
+        if not text.strip() and not block:
+            report.blank_lines += 1
+            continue
+        if block and _role(text) == "prompt":
+            yield _preference_record(block, path)
+            block = []
+        block.append((number, text))
+    if block:
+        yield _preference_record(block, path)
+
+
+def _preference_record(block: Sequence[tuple[int, str]], path: str) -> Record | Fault:
+    """One comparison, or the fault of the first line that has no place in it."""
+    parts: dict[str, list[str]] = {}
+    role = ""
+    for number, text in block:
+        found = _role(text)
+        if found is not None:
+            if found in parts:
+                hint = "begin each comparison with a line Prompt: ..."
+                return Fault(path, number, None, found, f"a second {found}", f"one {found} a comparison", hint)
+            role, text = found, text[_end_of_label(text) :]
+            parts[role] = []
+        assert role, "a file of comparisons begins with a prompt"
+        parts[role].append(text.strip())
+    told = {name: "\n".join(said).strip() for name, said in parts.items()}
+    for needed in ("prompt", "chosen", "rejected"):
+        if not told.get(needed):
+            return Fault(path, block[0][0], None, needed, f"a comparison without {needed}", _PREFERENCE_EXPECTED)
+    return Record(block[0][0], dict(told))
+
+
+def _end_of_label(text: str) -> int:
+    found = _PREFERENCE_LABEL.match(text)
+    assert found is not None
+    return found.end()

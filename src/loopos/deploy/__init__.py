@@ -1,1 +1,0 @@
-"""From trained models to one that ships."""

@@ -1,1 +1,0 @@
-"""The formats that a model is exported to."""

@@ -1,1 +1,0 @@
-"""The parts of a merge: sources, plan, values, methods, tensors, report."""

@@ -1,1 +1,0 @@
-"""Trained models with their weights as codes of eight or four bits."""

@@ -1,1 +1,0 @@
-"""The parts of a server: requests, limits, the model's thread, answers, metrics."""

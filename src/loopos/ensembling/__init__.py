@@ -1,0 +1,1 @@
+"""Combine trained models into an ensemble."""

@@ -1,0 +1,210 @@
+"""Language models, joined to one that speaks by all of their distributions, or answers by a vote.
+
+Enters: places of language models, a way to join them, weights, a file to measure on. Leaves: a folder, whole or not at
+all, that generate, chat, evaluate and serve open as one model, with report.md and recipe.json. Left out: mixing
+(`functional.mixing`), voting (`evaluation.reasoning`), models with a head (`ensemble.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from loopos.config.diagnostics import UserError
+from loopos.config.paths import MODEL_DESCRIPTION, RECIPE, expanded
+from loopos.data.rows import is_plain_text, read_plain_text
+from loopos.evaluation.blocks import shown, table
+from loopos.evaluation.perplexity import text_loss
+from loopos.evaluation.progress import Tell
+from loopos.evaluation.quality import dropped_said, row_metrics
+from loopos.models.language_ensemble import (
+    LANGUAGE_METHODS,
+    VOTE,
+    check_one_vocabulary,
+    described_members,
+    read_ensemble,
+)
+from loopos.models.load import load_config
+from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE
+from loopos.models.opened import open_speaking
+from loopos.models.resolve import WeightsSource, weights_source
+from loopos.models.tokenizers import open_tokenizer
+from loopos.storage.json_files import save_json
+from loopos.storage.manifest import check_manifest
+from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageEnsembleSettings:
+    """method: one of `LANGUAGE_METHODS`. weights: a number of at least 0 for each member, in proportion; empty for
+    equal ones. test: a file to measure on. copy: whether members in folders are copied.
+    """
+
+    method: str = "mean"
+    weights: tuple[float, ...] = ()
+    test: str | None = None
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class JoinedLanguage:
+    """`weights` sum to 1. `alone` and `together`: metrics of each member and of the ensemble on the test; `notes`: what
+    the members differ in, and rows that were left out, in words.
+    """
+
+    folder: Path
+    weights: tuple[float, ...]
+    alone: list[dict[str, float]]
+    together: dict[str, float]
+    notes: list[str]
+
+
+def join_language(
+    members: Sequence[str],
+    out: Path,
+    settings: LanguageEnsembleSettings,
+    *,
+    device: str = "cpu",
+    tell: Tell = lambda done, total, name: None,
+) -> JoinedLanguage:
+    """Makes the ensemble `out` of the language models in `members`. tell: is told of progress, model by model.
+
+    Raises `UserError` before anything is written: for fewer than two members, one that is given twice, weights that do
+    not suit, members whose tokens differ where distributions are mixed; `DiskFull`.
+    """
+    _check(members, settings)
+    refuse_taken(out)
+    sources = [_source(member, copy=settings.copy) for member in members]
+    if len({_identity(source) for source in sources}) < len(sources):
+        raise UserError("one model is given twice; wanted different ones, or other --weight: it would only count twice")
+    tokenizers = [open_tokenizer(source) for source in sources]
+    if settings.method != VOTE:
+        sizes = [int(load_config(member).get_text_config().vocab_size) for member in members]
+        check_one_vocabulary(members, tokenizers, sizes)
+    weights = _weights(settings.weights, len(members))
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers]
+    notes = [
+        f"{member}: another chat template than {members[0]}, whose template the ensemble is asked by"
+        for member, template in zip(members[1:], templates[1:], strict=True)
+        if settings.method != VOTE and template != templates[0]
+    ]
+    alone: list[dict[str, float]] = []
+    together: dict[str, float] = {}
+    total = len(members) + 1
+    for number, member in enumerate(members if settings.test is not None else ()):
+        tell(number, total, member)
+        alone.append(_measured(member, str(settings.test), device))
+    needed = sum(_bytes(source) for source in sources) if settings.copy else 0
+    with shipped_folder(out, needed, "the ensemble") as partial:
+        paths = [_path(source, number, partial, out, copy=settings.copy) for number, source in enumerate(sources, 1)]
+        told = {"method": settings.method, "members": described_members(members, paths), "weights": list(weights)}
+        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, "method": "ensemble", LANGUAGE_ENSEMBLE: told})
+        if settings.test is not None:
+            tell(len(members), total, out.name)
+            # It lies beside the final place, so that relative paths hold here too.
+            together = _measured(str(partial), settings.test, device)
+            both = {**dict(zip(members, alone, strict=True)), "the ensemble": together}
+            notes += dropped_said(settings.test, both)
+        recipe = {"command": "ensemble", "members": list(members), **asdict(settings), "weights": list(weights)}
+        save_json(partial / RECIPE, recipe)
+        joined = JoinedLanguage(out, weights, alone, together, notes)
+        (partial / REPORT).write_text(_report(members, settings, joined), encoding="utf-8")
+    tell(total, total, "")
+    return joined
+
+
+def _check(members: Sequence[str], settings: LanguageEnsembleSettings) -> None:
+    if settings.method not in LANGUAGE_METHODS:
+        raise UserError(
+            f"--method: given {settings.method}; wanted one of {', '.join(LANGUAGE_METHODS)} for language models"
+        )
+    if len(members) < 2:
+        raise UserError(f"given {len(members)} model; wanted two or more to join")
+    for member in members:
+        if read_ensemble(member) is not None:
+            raise UserError(f"{member}: an ensemble already; wanted single models: name its members")
+    if settings.weights and settings.method == VOTE:
+        raise UserError("--weight: every chain has one vote under --method vote; wanted --method mean or logits")
+    if settings.weights and len(settings.weights) != len(members):
+        raise UserError(f"--weight: given {len(settings.weights)} for {len(members)} models; wanted one for each")
+
+
+def _weights(given: Sequence[float], number: int) -> tuple[float, ...]:
+    if not given:
+        return (1.0 / number,) * number
+    total = math.fsum(given)
+    if not (all(weight >= 0 for weight in given) and 0 < total < math.inf):
+        raise UserError(f"--weight: given {', '.join(f'{each:g}' for each in given)}; wanted numbers of at least 0, "
+                        "one of them above it")  # fmt: skip
+    return tuple(weight / total for weight in given)
+
+
+def _source(member: str, *, copy: bool) -> WeightsSource:
+    source = weights_source(member)
+    if source.kind == "new":
+        raise UserError('given "new", which has learned nothing; wanted trained models')
+    if copy and _has_path(source) and source.kind != "folder":
+        what = "an adapter" if source.kind == "adapter" else "a file"
+        raise UserError(f"--copy: {member} is {what}; expected a model's folder, such as loopos export writes")
+    return source
+
+
+def _identity(source: WeightsSource) -> str:
+    return str(source.path.resolve()) if source.path is not None else source.given
+
+
+def _has_path(source: WeightsSource) -> bool:
+    """Whether the member is named by a path, and not as the embedded model or by a hub's id."""
+    return source.path is not None and Path(expanded(source.given)).exists()
+
+
+def _bytes(source: WeightsSource) -> int:
+    if not _has_path(source) or source.path is None or not source.path.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in source.path.rglob("*") if file.is_file())
+
+
+def _path(source: WeightsSource, number: int, partial: Path, out: Path, *, copy: bool) -> str | None:
+    """Where a member is, seen from the ensemble's folder; None for one that is named. copy: it is copied there."""
+    if not _has_path(source):
+        return None
+    assert source.path is not None
+    if not copy:
+        return os.path.relpath(source.path.resolve(), out.absolute())
+    if source.path.is_dir():
+        check_manifest(source.path)
+    place = f"members/{number}"
+    shutil.copytree(source.path, partial / place)
+    return place
+
+
+def _measured(place: str, source: str, device: str) -> dict[str, float]:
+    """Perplexity on running text, or the metrics of rows."""
+    if not is_plain_text(source):
+        return row_metrics(place, source, device=device)
+    recipe = read_ensemble(place)
+    if recipe is not None and recipe.votes:
+        raise UserError(f"--test: {source} is running text, and a vote answers problems; wanted problems with answers")
+    opened = open_speaking(place, device=device)
+    found = text_loss(opened.model, opened.tokenizer, read_plain_text(source))
+    return {"perplexity": found.perplexity, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+
+
+def _report(members: Sequence[str], settings: LanguageEnsembleSettings, joined: JoinedLanguage) -> str:
+    """report.md: the members with their weights, and the metrics of each and of the ensemble."""
+    how = "a vote over answers" if settings.method == VOTE else f"the {settings.method} of their distributions"
+    weights = [[f"`{member}`", shown(weight)] for member, weight in zip(members, joined.weights, strict=True)]
+    parts = [f"# Ensemble {joined.folder.name}", f"{len(members)} language models, joined by {how}."]
+    parts.append(table(["member", "weight"], weights))
+    parts += joined.notes
+    if settings.test is None:
+        return "\n\n".join([*parts, "Not measured: no file was given (`--test`)."]) + "\n"
+    names = list(joined.together)
+    rows = [[f"`{member}`", *(shown(alone[name]) for name in names)]
+            for member, alone in zip(members, joined.alone, strict=True)]  # fmt: skip
+    rows.append(["**ensemble**", *(shown(joined.together[name]) for name in names)])
+    return "\n\n".join([*parts, f"## On `{os.path.basename(settings.test)}`", table(["", *names], rows)]) + "\n"

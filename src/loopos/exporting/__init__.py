@@ -1,0 +1,1 @@
+"""Export a model for other programs, and check the export against the original."""

@@ -1,0 +1,287 @@
+"""A trained model → a folder that other programs open.
+
+Enters: a model's place and `ExportSettings`. Leaves: the folder, whole or not at all, with README.md, report.md and
+recipe.json, and what was found when it was opened again. Left out: each format, and sending it away
+(`exporting/`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from loopos.config.diagnostics import UserError
+from loopos.config.paths import RECIPE
+from loopos.evaluation.blocks import table
+from loopos.evaluation.progress import Tell, silent
+from loopos.exporting import checks as reopened
+from loopos.exporting import checks as task_check
+from loopos.exporting import gguf as gguf_file
+from loopos.exporting import huggingface as hugging_face
+from loopos.exporting import onnx as onnx_file
+from loopos.exporting.checks import Check, compared, judge
+from loopos.exporting.huggingface import DTYPES, require_adapter, weights_folder, write_adapter
+from loopos.exporting.language_check import check_folder, check_gguf, reference
+from loopos.exporting.model_card import model_card
+from loopos.exporting.modelfile import modelfile
+from loopos.exporting.settings import FLOATS, ExportSettings, HubClient, check_settings, own_client, push
+from loopos.models.folders import HEAD
+from loopos.models.quantized_folder import CODES
+from loopos.models.resolve import FoundModel, find_model
+from loopos.models.task_layout import how_it_opens, layout_in
+from loopos.storage.json_files import read_object, save_json
+from loopos.storage.manifest import check_manifest
+from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+from loopos.storage.tensor_files import folder_tensors, holds_weights, require_finite, usual_dtype, weight_files
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CARD = "README.md"
+# onnxruntime computes in another order; a share of the largest output.
+_ONNX_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """folder: the export. bytes_before, bytes_after: of the weights alone. check: None where none was made.
+    warning: what a lossy number format lost, where that is too much. pushed: where it was sent to.
+    """
+
+    folder: Path
+    type: str
+    bytes_before: int
+    bytes_after: int
+    check: Check | None
+    notes: tuple[str, ...]
+    warning: str
+    pushed: str | None
+
+
+def export(
+    place: str,
+    out: Path,
+    settings: ExportSettings,
+    *,
+    tell: Tell = silent,
+    client: Callable[[], HubClient] = own_client,
+) -> Exported:
+    """Exports the model at `place` into the new folder `out`. client: makes what speaks to the hub, called for a push
+    alone.
+
+    Raises `UserError` before anything is written, for a folder that is there already, a model that the format cannot
+    hold, or settings that contradict each other; `DiskFull`; `EnvironmentFault` where a package is missing.
+    """
+    type_name = check_settings(settings)
+    refuse_taken(out)
+    model = find_model(place)
+    for folder in (model.folder, model.adapter):
+        if folder is not None:
+            check_manifest(folder)
+    _check_format(model, settings)
+    needed = _bytes_of(model.folder) if model.folder is not None else 0
+    with shipped_folder(out, needed, "the exported model") as partial:
+        # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
+        scratch = partial / ".scratch"
+        scratch.mkdir()
+        exported = _write(model, partial, scratch, type_name, settings, title=out.name, tell=tell)
+        shutil.rmtree(scratch)
+        (partial / REPORT).write_text(_report(model, exported, settings), encoding="utf-8")
+        save_json(partial / RECIPE, {"command": "export", "model": place, **asdict(settings), "type": exported.type})
+    pushed = push(out, settings.push, client()) if settings.push is not None else None
+    return replace(exported, folder=out, pushed=pushed)
+
+
+def _check_format(model: FoundModel, settings: ExportSettings) -> None:
+    output_format = settings.format
+    _check_codes(model, settings)
+    if output_format == "adapter":
+        require_adapter(model)
+    if output_format == "onnx":
+        onnx_file.check_onnx(model)
+    if output_format in ("gguf", "modelfile"):
+        if model.kind != "language":
+            raise UserError(
+                f"{model.given}: a classifier or regressor; --format {output_format} holds only language models: use "
+                "--format huggingface"
+            )
+        gguf_file.require_gguf()
+        if model.folder is not None and holds_weights(model.folder):
+            gguf_file.prepare(model.folder, model.given)
+
+
+def _check_codes(model: FoundModel, settings: ExportSettings) -> None:
+    """Raises `UserError` where weights in codes would have to be written out, and so be rounded a second time."""
+    if model.codes is None or model.folder is None:
+        return
+    recipe = read_object(model.folder / RECIPE) if (model.folder / RECIPE).is_file() else {}
+    # The recipe of an export names what was exported, codes too.
+    made = None if "command" in recipe else recipe.get("model")
+    origin = f"the model that it was made from{f' ({made})' if made else ''}"
+    if model.codes != CODES:
+        raise UserError(
+            f"{model.given}: quantized: codes of {model.codes}, which LoopOS does not read; wanted {origin}"
+        )
+    if settings.format != "huggingface":
+        raise UserError(
+            f"{model.given}: quantized: its weights are codes, which --format {settings.format} would round a second "
+            f"time; wanted {origin}, or --format huggingface, which copies them"
+        )
+    if settings.type is not None:
+        raise UserError(
+            f"--type: given {settings.type} for {model.given}, which is quantized: its codes are copied as they are; "
+            f"wanted no --type, or {origin}"
+        )
+
+
+def _write(
+    model: FoundModel,
+    partial: Path,
+    scratch: Path,
+    type_name: str,
+    settings: ExportSettings,
+    *,
+    title: str,
+    tell: Tell,
+) -> Exported:
+    """Fills the folder, opens what was written again, and adds the card."""
+    is_adapter = settings.format == "adapter"
+    # GGUF's quantised types are made from fp32.
+    dtype = DTYPES.get(type_name, torch.float32 if type_name else None)
+    folder, done = (model.folder, "") if is_adapter else weights_folder(model, dtype, scratch)
+    file, notes = "", [done] if done else []
+    if is_adapter:
+        write_adapter(model, partial, dtype)
+    elif settings.format == "huggingface":
+        assert folder is not None
+        if model.codes is None:
+            dtype = dtype or usual_dtype(folder_tensors(folder))
+            if dtype not in _NAMES:
+                raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
+        hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
+        notes += [how_it_opens(partial)] if model.kind in ("head", "reward") else []
+    elif settings.format == "onnx":
+        assert folder is not None
+        for name, stored in folder_tensors(folder).items():
+            require_finite(name, stored.read())
+        file = onnx_file.write_onnx(folder, model.kind, partial)
+    else:
+        assert folder is not None
+        file = f"{title}-{type_name.upper()}.gguf"
+        notes += _write_gguf(model, folder, partial / file, type_name, settings, tell)
+    own = "own" if model.codes is None else f"{model.codes} codes"
+    type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
+    check = _check(model, folder, partial, file, settings, dtype, type_name, scratch) if settings.check else None
+    warning = judge(check, type_name, model.given) if check is not None else ""
+    card = model_card(
+        model,
+        title=settings.push or title,
+        file=file,
+        output_format=settings.format,
+        type_name=type_name,
+        licence=settings.licence,
+        layout=layout_in(partial) if model.kind in ("head", "reward") and settings.format == "huggingface" else None,
+    )
+    (partial / CARD).write_text(card, encoding="utf-8")
+    before = _bytes_of(model.adapter if is_adapter or folder is None else folder)
+    return Exported(partial, type_name, before, _bytes_of(partial), check, tuple(notes), warning, None)
+
+
+def _write_gguf(
+    model: FoundModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
+) -> list[str]:
+    prepared = gguf_file.prepare(folder, model.given)
+    written = None
+    if settings.format == "modelfile":
+        # Refused before the weights are read.
+        written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, given=model.given)
+    counts = gguf_file.write_gguf(prepared, file, type_name, name=model.name, tell=tell)
+    if written is not None:
+        (file.parent / "Modelfile").write_text(written, encoding="utf-8")
+    told = ", ".join(f"{number} {name.upper()}" for name, number in sorted(counts.items()))
+    return [f"tensors: {told}", f"pre-tokenizer: {prepared.vocabulary.pre}"]
+
+
+def _check(
+    model: FoundModel,
+    folder: Path | None,
+    partial: Path,
+    file: str,
+    settings: ExportSettings,
+    dtype: torch.dtype | None,
+    type_name: str,
+    scratch: Path,
+) -> Check | None:
+    """What was written, opened again by the program that it is for. dtype: the format that weights were rounded to."""
+    if settings.format == "adapter":
+        assert model.adapter is not None
+        if model.base is None:
+            return None
+        beside = model.folder or model.adapter
+        own = [reopened.adapter_outputs(model.adapter, model.base, beside, each) for each in (None, dtype)]
+        return compared(own[0], reopened.adapter_outputs(partial, model.base, beside), own[1])
+    assert folder is not None
+    if model.kind in ("head", "reward") and settings.format in ("huggingface", "onnx"):
+        return task_check.checked(folder, partial, settings.format, exact=_keeps_numbers(folder, settings))
+    if settings.format in ("gguf", "modelfile"):
+        own_weights = reference(folder, DTYPES.get(type_name), matrices_only=True)
+        return check_gguf(own_weights, partial / file, type_name, scratch / "gguf")
+    if settings.format == "onnx":
+        ids = reopened.probe_ids(folder, AutoConfig.from_pretrained(str(folder)))
+        original = reopened.outputs_at(folder, model.kind)
+        return compared(original, onnx_file.onnx_outputs(partial / file, ids), original, tolerance=_ONNX_ROUNDING)
+    if model.kind == "language":
+        return check_folder(reference(folder, dtype), partial)
+    rounded = reopened.outputs_at(folder, model.kind, dtype)
+    return compared(reopened.outputs_at(folder, model.kind), reopened.outputs_at(partial, model.kind), rounded)
+
+
+def _keeps_numbers(folder: Path, settings: ExportSettings) -> bool:
+    """Whether the export holds the weights of `folder` as they are, or in a wider format."""
+    stored = usual_dtype(folder_tensors(folder))
+    return settings.type in (None, "f32") or DTYPES[settings.type] == stored
+
+
+def _probes(check: Check) -> str:
+    if isinstance(check, task_check.TaskCheck):
+        return f"{len(task_check.PROBES)} probe texts in one padded batch"
+    return f"the probe text “{reopened.PROBE}”"
+
+
+def _bytes_of(folder: Path | None) -> int:
+    """Bytes of the weights' files; of a model's folder, those that are opened."""
+    assert folder is not None
+    if files := weight_files(folder):
+        files += [folder / HEAD] if (folder / HEAD).is_file() else []
+        return sum(file.stat().st_size for file in files)
+    kinds = (".safetensors", ".gguf", ".onnx", ".data")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
+
+
+def _report(model: FoundModel, exported: Exported, settings: ExportSettings) -> str:
+    """report.md: sizes, the number format, and the check."""
+    rows = [
+        ["weights before", f"{exported.bytes_before:,} bytes"],
+        ["weights after", f"{exported.bytes_after:,} bytes ({exported.bytes_after / exported.bytes_before:.1%})"],
+        ["type", exported.type.upper()],
+    ]
+    parts = [
+        f"# Export of {model.name}",
+        f"Format {settings.format}; model of kind {model.kind}.",
+        table(["", "weights"], rows),
+    ]
+    if exported.notes:
+        parts.append("\n".join(f"- {note}" for note in exported.notes))
+    parts.append("## Opened again")
+    if exported.warning:
+        parts.append(f"**{exported.warning}**")
+    if exported.check is None:
+        parts.append("Not compared." if settings.check else "Not compared: --no-check was given.")
+    else:
+        parts.append(
+            f"Original and export, both in fp32 on CPU, on {_probes(exported.check)}: {exported.check.said()}."
+        )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,285 @@
+"""Tensors in the number format that was asked for.
+
+Enters: tensors. Leaves: the same in another format, or a refusal where it is too narrow. Left out: formats of a few
+bits (`gguf_file.py`).
+
+A model as one folder that transformers opens, or LoopOS where the model has a head of its own.
+
+Enters: a model folder. Leaves: another one with the same files, its weights in the number format that was asked for.
+Left out: the model card (`model_card.py`).
+
+The adapter that a model was trained as, as a PEFT folder of its own.
+
+Enters: a `FoundModel` with an adapter. Leaves: a folder that `PeftModel.from_pretrained` opens over the base. Left
+out: merging (`merged_adapter.py`).
+
+An adapter folded into the weights under it, exactly: in fp32, before any other number format is taken.
+
+Enters: a `FoundModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
+words. Left out: number formats (`number_formats.py`).
+
+A run's own `model/` holds the merged weights in the format of its training. Where the same format is asked for, they
+are what is shipped; where another one is, the adapter is merged anew over its base, so that nothing is rounded twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from loopos.config.diagnostics import UserError
+from loopos.config.paths import MANIFEST, MODEL_DESCRIPTION, RECIPE
+from loopos.evaluation.progress import Tell
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS, open_adapter_folder
+from loopos.models.backbone import Backbone
+from loopos.models.folders import HEAD, open_task_model, read_head, save_task_model
+from loopos.models.heads import PooledModel
+from loopos.models.load import NUMBER_FORMATS, Pretrained, load_adapted
+from loopos.models.opened import OpenedModel
+from loopos.models.resolve import ADAPTER_CONFIG, FoundModel
+from loopos.models.task_layout import SCORE, layout_at
+from loopos.storage.json_files import read_object, save_json
+from loopos.storage.tensor_files import (
+    INDEX,
+    NAMED_WEIGHTS,
+    WEIGHTS,
+    StoredTensor,
+    TensorSpec,
+    folder_tensors,
+    holds_weights,
+    read_tensors,
+    require_finite,
+    save_tensors,
+    usual_dtype,
+    write_tensors,
+)
+
+DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another format. Raises `UserError` for numbers that are not finite, or would not be there."""
+    require_finite(name, tensor)
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and bool(found.isinf().any()):
+        raise UserError(f"{name}: holds numbers up to {tensor.abs().max():.3g}, which f16 cannot; use --type bf16")
+    return found
+
+
+_PRECISIONS = {dtype: name for name, dtype in NUMBER_FORMATS.items()}
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+# What is no weight of the model and no report about another folder.
+_COPIED = (".json", ".jinja", ".model", ".txt", ".py")
+_WRITTEN_HERE = frozenset({_CONFIG, MANIFEST, MODEL_DESCRIPTION, RECIPE, INDEX, "trainer_state.json"})
+
+
+def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, tell: Tell) -> None:
+    """Fills the empty folder `out`. kind: what the model is, see `FoundModel`. dtype: the number format of the weights;
+    None copies them as they are, which weights in codes must be. Raises `UserError` where f16 is too
+    narrow, `OSError` when the disk is full.
+    """
+    if kind in ("head", "reward"):
+        _write_task_model(folder, out, dtype, tell)
+        return
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _COPIED and file.name not in _WRITTEN_HERE:
+            shutil.copyfile(file, out / file.name)
+    config = read_object(folder / _CONFIG)
+    # The weights are written under the usual name.
+    config.pop(NAMED_WEIGHTS, None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    save_json(out / _CONFIG, config)
+    if (folder / MODEL_DESCRIPTION).is_file():
+        save_json(out / MODEL_DESCRIPTION, _description(folder, dtype))
+    if kind == "language" and not (out / _GENERATION).is_file():
+        GenerationConfig.from_model_config(PreTrainedConfig.from_dict(config)).save_pretrained(out)
+    if dtype is None:
+        shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
+    else:
+        write_cast(folder_tensors(folder), out, dtype, tell)
+
+
+def _description(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    description = read_object(folder / MODEL_DESCRIPTION)
+    if "precision" in description and dtype is not None:
+        description["precision"] = _PRECISIONS[dtype]
+    return description
+
+
+def _write_task_model(folder: Path, out: Path, dtype: torch.dtype | None, tell: Tell) -> None:
+    """A model with a head, in the layout that transformers opens right or refuses, whatever layout it has in `folder`.
+    The head decides, and is small: it keeps its fp32.
+    """
+    if dtype is None:
+        model, tokenizer, description = open_task_model(folder, attention="padded")
+        # Saving replaces a folder as a whole, and `out` holds what is needed until the export ends.
+        whole = out / ".model"
+        save_task_model(whole, model, tokenizer, description)
+        for file in whole.iterdir():
+            file.rename(out / file.name)
+        whole.rmdir()
+        return
+    head = read_head(folder)
+    layout, tokenizer = layout_at(folder, head)
+    layout.backbone.dtype = dtype
+    layout.config(tokenizer.pad_token_id).save_pretrained(out)
+    layout.write_beside(out, tokenizer)
+    save_tensors(out / HEAD, {"weight": head})
+    save_json(out / MODEL_DESCRIPTION, _description(folder, dtype))
+    stored = {layout.tensor_name(name): each for name, each in folder_tensors(folder).items() if name != SCORE}
+    write_cast(stored, out, dtype, tell, dict.fromkeys(layout.head_specs(), layout.outputs.weight))
+
+
+def write_cast(
+    stored: Mapping[str, StoredTensor],
+    out: Path,
+    dtype: torch.dtype,
+    tell: Tell,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Writes tensors into one file of `out`, every stored floating-point one in `dtype`; those of other kinds, and what
+    is `kept` besides, stay as they are. Raises `UserError` where f16 is too narrow, `OSError` when the disk is full.
+    """
+    specs = {
+        name: TensorSpec(dtype if each.spec.dtype.is_floating_point else each.spec.dtype, each.spec.shape)
+        for name, each in stored.items()
+    }
+    specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
+    done = count()
+
+    def tensor_of(name: str) -> Tensor:
+        tell(next(done), len(specs), name)
+        if name in kept:
+            return kept[name]
+        tensor = stored[name].read()
+        return cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+
+    write_tensors(out, specs, tensor_of)
+    tell(len(specs), len(specs), "")
+
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def require_adapter(model: FoundModel) -> Path:
+    """The model's adapter. Raises `UserError` where it was not trained as one."""
+    if model.adapter is None:
+        raise UserError(
+            f'{model.given}: no adapter here; wanted the folder of a run with "trainable": "lora", or that of an '
+            "adapter: export the whole model with --format huggingface"
+        )
+    if not (model.adapter / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{model.adapter}: no {ADAPTER_WEIGHTS}; wanted an adapter as safetensors")
+    return model.adapter
+
+
+def write_adapter(model: FoundModel, out: Path, dtype: torch.dtype | None) -> None:
+    """Fills the empty folder `out`. dtype: the format of its tensors; their own when None. Raises `UserError` where
+    f16 is too narrow, `OSError` when the disk is full.
+    """
+    adapter = require_adapter(model)
+    save_json(out / ADAPTER_CONFIG, read_object(adapter / ADAPTER_CONFIG))
+    tensors = read_tensors(adapter / ADAPTER_WEIGHTS)
+    if dtype is not None:
+        tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    save_tensors(out / ADAPTER_WEIGHTS, tensors)
+    beside = model.folder or adapter
+    for name in _TOKENIZER:
+        if (beside / name).is_file():
+            shutil.copyfile(beside / name, out / name)
+
+
+_OPENERS = {
+    "language": AutoModelForCausalLM,
+    "classifier": AutoModelForSequenceClassification,
+    "encoder": AutoModel,
+}
+
+
+def weights_folder(model: FoundModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
+    """The folder to ship from, and what was done to get it; empty where it is the model's own. dtype: the format that
+    will be asked of the weights; None for that of the folder. scratch: an empty folder that may be written into.
+
+    Raises `UserError` for an adapter whose base cannot be opened.
+    """
+    if model.folder is None:
+        return _merged(model, scratch), "adapter merged over its base in fp32"
+    if not holds_weights(model.folder):
+        return _as_safetensors(model, scratch), "weights read from a torch file"
+    if model.adapter is None or dtype is None:
+        return model.folder, ""
+    stored = usual_dtype(folder_tensors(model.folder))
+    if stored in (dtype, torch.float32):
+        return model.folder, ""
+    try:
+        return _merged(model, scratch), "adapter merged over its base in fp32"
+    except UserError as problem:
+        first = str(problem).splitlines()[0]
+        return model.folder, f"merged weights of the run, which are {stored}: its base cannot be opened ({first})"
+
+
+def _merged(model: FoundModel, scratch: Path) -> Path:
+    assert model.adapter is not None
+    adapter = open_adapter_folder(model.adapter)
+    folded = load_adapted(adapter, base=model.base, causal=model.kind == "language")
+    merged = OpenedModel(
+        model=folded.model,
+        tokenizer=_tokenizer(model, folded),
+        description={**model.description, "precision": "fp32"} if model.description else {},
+        precision="fp32",
+        pooled=_with_head(model, folded) if model.kind in ("head", "reward") else None,
+    )
+    merged.save(scratch / "merged")
+    return scratch / "merged"
+
+
+def _tokenizer(model: FoundModel, folded: Pretrained) -> PreTrainedTokenizerBase:
+    """That of the run, which knows its chat template, before that of the adapter or its base."""
+    if model.folder is None or not (model.folder / "tokenizer_config.json").is_file():
+        return folded.tokenizer
+    opened: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model.folder))
+    return opened
+
+
+def _with_head(model: FoundModel, folded: Pretrained) -> PooledModel:
+    assert model.folder is not None
+    weight = read_head(model.folder)
+    # The backbone is written, not run: which way attention takes does not matter.
+    backbone = Backbone(folded.model, attention="padded")
+    pooled = PooledModel(backbone, num_outputs=len(weight), pooling=model.description["pooling"], seed=0)
+    with torch.no_grad():
+        pooled.head.weight.copy_(weight)
+    return pooled
+
+
+def _as_safetensors(model: FoundModel, scratch: Path) -> Path:
+    """A checkpoint whose weights are a torch file, written as safetensors; torch's restricted reader opens it."""
+    assert model.folder is not None
+    folder = scratch / "safetensors"
+    try:
+        opened = _OPENERS[model.kind].from_pretrained(str(model.folder), dtype="auto")
+        opened.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(model.folder)).save_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as problem:
+        first = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(f"{model.given}: cannot be opened: {first}; wanted weights as safetensors") from problem
+    return folder

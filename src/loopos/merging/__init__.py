@@ -1,0 +1,1 @@
+"""Merge models and adapters into one."""

@@ -1,0 +1,339 @@
+"""The report of a merge: what was merged how, what it weighs, how far it went, how good it is.
+
+Enters: a recipe, its plan, the changes of its tensors, metrics. Leaves: Markdown. Left out: the recipe itself
+(`recipe.json` beside it).
+
+Merging models: the recipe, run tensor by tensor.
+
+Enters: a `MergeConfig`. Leaves: a model folder, whole or not at all, with `recipe.json` and `report.md`. At any moment
+one tensor of each model is in memory, with the base's and the result; what comes out depends neither on the order of
+tensors nor on how they are spread over files. Left out: the mathematics (`merging/methods.py`), checks
+(`merging/plan.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loopos.config.diagnostics import UserError
+from loopos.config.merge import PARAMETERS, MergeConfig
+from loopos.evaluation.blocks import cell, shown, table
+from loopos.evaluation.quality import dropped_said, row_metrics
+from loopos.merging.adapters import adapted_source, check_summable, open_summable, summed
+from loopos.merging.folder import stacked, write_beside, write_recipe
+from loopos.merging.greedy_soup import Trial, choose
+from loopos.merging.plan import Plan, planned
+from loopos.merging.sources import HEAD_TENSOR, Source, open_source
+from loopos.merging.tensors import Change, OnProgress, TensorMerger
+from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adapter
+from loopos.models.folders import HEAD
+from loopos.models.resolve import ADAPTER_CONFIG
+from loopos.models.task_layout import TaskLayout, layout_at
+from loopos.storage.durable import disk_full_said
+from loopos.storage.json_files import save_json
+from loopos.storage.output_folder import NOTHING_WRITTEN, REPORT, shipped_folder
+from loopos.storage.tensor_files import TensorSpec, num_bytes, save_tensors, write_tensors
+from loopos.storage.whole_folder import whole_folder
+
+_MOST_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`values`: metrics by the place of a model, those of the merged one under "result"."""
+
+    data: str
+    values: dict[str, Mapping[str, float]]
+
+
+def report(
+    recipe: MergeConfig,
+    plan: Plan,
+    changes: Sequence[Change],
+    measured: Sequence[Measured],
+    trials: Sequence[Trial],
+    *,
+    notes: Sequence[str],
+    seconds: float,
+) -> str:
+    """The whole report."""
+    parts = [f"# Merge: {recipe.method}", *([recipe.description] if recipe.description else [])]
+    parts += [_settings(recipe), "## Models", _models(recipe, plan)]
+    parts += ["## Result", _result(recipe, plan, seconds)]
+    if trials:
+        parts += ["## Soup", _soup(plan, trials)]
+    parts += ["## Change", _change_told(recipe), _groups(changes, plan.num_layers)]
+    for each in measured:
+        parts += [f"## Measured on {cell(each.data)}", _metrics(each)]
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {cell(sentence)}" for sentence in notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(recipe: MergeConfig) -> str:
+    fields = type(recipe).model_fields
+    given = [name for name in (*PARAMETERS, "normalize") if getattr(recipe, name) != fields[name].default]
+    return table(
+        ["setting", "value"], [["seed", str(recipe.seed)], *([name, cell(getattr(recipe, name))] for name in given)]
+    )
+
+
+def _models(recipe: MergeConfig, plan: Plan) -> str:
+    rows = []
+    for each, source in zip(recipe.models, plan.models, strict=True):
+        size = [f"{source.num_parameters:,}", f"{source.num_bytes:,}"]
+        rows.append([cell(source.place), cell(each.layers or each.weight), *size])
+    if plan.base is not None:
+        rows.append([cell(plan.base.place), "base", f"{plan.base.num_parameters:,}", f"{plan.base.num_bytes:,}"])
+    return table(["model", "layers" if recipe.method == "passthrough" else "weight", "parameters", "bytes"], rows)
+
+
+def _result(recipe: MergeConfig, plan: Plan, seconds: float) -> str:
+    parameters = sum(each.spec.num_elements for each in plan.tensors.values())
+    rows = [["tensors", f"{len(plan.tensors):,}"], ["parameters", f"{parameters:,}"], ["number format", recipe.dtype]]
+    rows += [["seconds", shown(seconds)]]
+    if plan.vocabulary is not None:
+        rows.append(["tokens", f"{plan.vocabulary.size:,}"])
+    return table(["", ""], rows)
+
+
+def _soup(plan: Plan, trials: Sequence[Trial]) -> str:
+    rows = [
+        [cell(plan.models[each.added].place), shown(each.value), "kept" if each.kept else "left out"] for each in trials
+    ]
+    return table(["model tried", trials[0].metric, ""], rows)
+
+
+def _change_told(recipe: MergeConfig) -> str:
+    origin = "the base" if recipe.base is not None and recipe.method not in ("linear", "slerp") else "the first model"
+    return f"Norm of the change from {origin}, and its share of the norm of what it changed."
+
+
+def _groups(changes: Sequence[Change], num_layers: int) -> str:
+    """Norms of the changes, layers in at most so many groups of neighbours."""
+    step = max(1, math.ceil(num_layers / _MOST_GROUPS))
+    sums: dict[str, tuple[float, float]] = {}
+    for change in sorted(changes, key=lambda each: -1 if each.layer is None else each.layer):
+        name = "outside the layers"
+        if change.layer is not None:
+            start = change.layer // step * step
+            last = min(start + step, num_layers) - 1
+            name = f"layers {start} to {last}" if last > start else f"layer {start}"
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = before[0] + change.squared, before[1] + change.squared_before
+    rows = []
+    for name, (squared, squared_before) in sums.items():
+        share = math.sqrt(squared / squared_before) if squared_before > 0 else 0.0
+        rows.append([name, shown(math.sqrt(squared)), f"{share:.2%}"])
+    return table(["tensors", "norm of the change", "share"], rows)
+
+
+def _metrics(measured: Measured) -> str:
+    names = list(dict.fromkeys(name for values in measured.values.values() for name in values))
+    rows = [
+        [cell(place), *(shown(values[name]) if name in values else "" for name in names)]
+        for place, values in measured.values.items()
+    ]
+    return table(["model", *names], rows)
+
+
+def adapter_report(adapters: Sequence[AdapterFolder], factors: Sequence[float], config: Mapping[str, object]) -> str:
+    """The report of adapters that were summed into one."""
+    rows = [
+        [cell(each.place), shown(factor), cell(each.config.get("r")), str(len(each.lora_pairs()))]
+        for each, factor in zip(adapters, factors, strict=True)
+    ]
+    told = f"One adapter of rank {config['r']} whose change is the sum of the others', each times its factor."
+    return "\n\n".join(["# Merge of adapters", told, table(["adapter", "factor", "rank", "layers"], rows)]) + "\n"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """`folder`: what was written; `notes`: what a user should know; `measured`: metrics of all models and the result,
+    by data file; `trials`: the steps of a greedy soup.
+    """
+
+    folder: Path
+    num_tensors: int
+    num_parameters: int
+    seconds: float
+    notes: Sequence[str]
+    measured: Sequence[Measured] = ()
+    trials: Sequence[Trial] = ()
+
+
+def merge(
+    recipe: MergeConfig,
+    *,
+    device: str = "cpu",
+    note: Callable[[str], None] = lambda sentence: None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> MergeResult:
+    """Merges as a recipe says. device: where models are measured; merging itself is done on the CPU.
+
+    Raises `UserError` with every fault of every model, before anything is written, and for numbers that are not finite.
+    """
+    began = time.monotonic()
+    if recipe.result == "adapter":
+        return _merge_adapters(recipe, began)
+    with ExitStack() as scratch:
+        return _merge_models(recipe, began, scratch, device=device, note=note, on_progress=on_progress)
+
+
+def _merge_models(
+    recipe: MergeConfig,
+    began: float,
+    scratch: ExitStack,
+    *,
+    device: str,
+    note: Callable[[str], None],
+    on_progress: OnProgress,
+) -> MergeResult:
+    models, base = open_models(recipe, scratch)
+    plan = stacked(recipe, models) if recipe.method == "passthrough" else planned(recipe, models, base)
+    for sentence in plan.notes:
+        note(sentence)
+    folder, trials = Path(recipe.output_dir), list[Trial]()
+    weights: Sequence[float] | None = None
+    needed = sum(each.spec.num_bytes for each in plan.tensors.values())
+    with disk_full_said(folder, needed, "the merged model", NOTHING_WRITTEN):
+        if recipe.method == "greedy_soup":
+            trials = choose(
+                recipe, plan, lambda place, chosen: _write(place, plan, recipe, chosen), device=device, note=note
+            )
+            weights = trials[-1].weights(len(models))
+        measured = [Measured(data, _before(models, data, device, note)) for data in recipe.evaluate]
+        with whole_folder(folder) as partial:
+            changes = _write(partial, plan, recipe, weights, on_progress)
+            for each in measured:
+                note(f"measuring the result on {each.data}")
+                each.values["result"] = row_metrics(str(partial), each.data, device=device)
+            notes = [*plan.notes, *(said for each in measured for said in dropped_said(each.data, each.values))]
+            for sentence in notes[len(plan.notes) :]:
+                note(sentence)
+            seconds = time.monotonic() - began
+            text = report(recipe, plan, changes, measured, trials, notes=notes, seconds=seconds)
+            (partial / REPORT).write_text(text, encoding="utf-8")
+    parameters = sum(each.spec.num_elements for each in plan.tensors.values())
+    return MergeResult(folder, len(plan.tensors), parameters, seconds, notes, measured, trials)
+
+
+def open_models(recipe: MergeConfig, scratch: ExitStack) -> tuple[list[Source], Source | None]:
+    """The models and the base. scratch: keeps the folders of adapters that had to be folded until all has been read.
+    Raises `UserError` with the fault of each that cannot be opened.
+    """
+    faults: list[str] = []
+    out = Path(recipe.output_dir).absolute()
+
+    def scratch_folder() -> Path:
+        # On the disk that the result is written to.
+        above = next(each for each in out.parents if each.is_dir())
+        return Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.scratch-", dir=above)))
+
+    def opened(place: str, base: str | None) -> Source | None:
+        try:
+            return adapted_source(place, base, scratch_folder) if is_adapter(place) else open_source(place)
+        except UserError as problem:
+            faults.append(str(problem))
+            return None
+
+    models = [opened(each.model, recipe.base) for each in recipe.models]
+    base = opened(recipe.base, None) if recipe.base is not None else None
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    return [each for each in models if each is not None], base
+
+
+def _write(
+    folder: Path,
+    plan: Plan,
+    recipe: MergeConfig,
+    weights: Sequence[float] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Change]:
+    """Writes all of a model but its report; how far each tensor went from the base, or from the first model. weights:
+    those of a soup's models, instead of the recipe's.
+    """
+    write_beside(folder, plan, recipe)
+    merger = TensorMerger(plan, recipe, weights, on_progress)
+    head = plan.tensors.get(HEAD_TENSOR)
+    weights_of = {name: each for name, each in plan.tensors.items() if name != HEAD_TENSOR}
+    layout: TaskLayout | None = None
+    if head is not None:
+        weight = merger.tensor(head, torch.float32)
+        save_tensors(folder / HEAD, {"weight": weight})
+        layout, tokenizer = layout_at(folder, weight)
+        layout.config(tokenizer.pad_token_id).save_pretrained(folder)
+        layout.write_beside(folder, tokenizer)
+        weights_of = {layout.tensor_name(name): each for name, each in weights_of.items()}
+    specs = {name: TensorSpec(merger.dtype_of(each), each.spec.shape) for name, each in weights_of.items()}
+    if layout is not None:
+        specs |= layout.head_specs()
+
+    def tensor_of(name: str) -> Tensor:
+        if name not in weights_of:
+            assert layout is not None
+            return layout.outputs.weight
+        return merger.tensor(weights_of[name], specs[name].dtype)
+
+    write_tensors(folder, specs, tensor_of, most_bytes=recipe.shard_gigabytes * 1e9)
+    return merger.changes
+
+
+def _before(
+    models: Sequence[Source], data: str, device: str, note: Callable[[str], None]
+) -> dict[str, Mapping[str, float]]:
+    """The metrics of each model by its place. An adapter, which is no model by itself, has none, nor has a model of
+    another kind than the first, and than the result.
+    """
+    found: dict[str, Mapping[str, float]] = {}
+    for source in models:
+        if source.changes:
+            note(f"{source.place}: not measured: an adapter")
+        elif source.is_task_model != models[0].is_task_model:
+            note(f"{source.place}: not measured: another kind of model than the result")
+        elif source.place not in found:
+            note(f"measuring {source.place} on {data}")
+            found[source.place] = row_metrics(source.place, data, device=device)
+    return found
+
+
+def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
+    """Adapters summed into one. Raises `UserError` with every fault."""
+    faults, adapters = [], list[AdapterFolder]()
+    for each in recipe.models:
+        if not is_adapter(each.model):
+            faults.append(f"{each.model}: no adapter folder; wanted one with {ADAPTER_CONFIG}")
+            continue
+        try:
+            adapters.append(open_summable(each.model))
+        except UserError as problem:
+            faults.append(str(problem))
+    weights = [each.weight for each in recipe.models if isinstance(each.weight, float)]
+    if len(weights) < len(recipe.models) or recipe.patterns or isinstance(recipe.scale, list):
+        faults.append('"result": "adapter" takes one weight a model and one scale: no lists and no patterns')
+    if adapters:
+        faults += check_summable(adapters)
+    if faults:
+        raise UserError("\n".join(faults))
+    total = sum(weights) if recipe.normalizes else 1.0
+    scale = recipe.scale if recipe.method == "task_arithmetic" and isinstance(recipe.scale, float) else 1.0
+    factors = [weight / total * scale for weight in weights]
+    tensors, config = summed(adapters, factors)
+    folder = Path(recipe.output_dir)
+    seconds = time.monotonic() - began
+    with shipped_folder(folder, num_bytes(tensors), "the adapter") as partial:
+        save_tensors(partial / ADAPTER_WEIGHTS, tensors)
+        save_json(partial / ADAPTER_CONFIG, config)
+        write_recipe(partial, recipe)
+        (partial / REPORT).write_text(adapter_report(adapters, factors, config), encoding="utf-8")
+    return MergeResult(folder, len(tensors), sum(each.numel() for each in tensors.values()), seconds, [])

@@ -1,0 +1,316 @@
+"""The largest elements of a tensor by magnitude, found exactly and in little memory.
+
+Enters: tensors in fp32. Leaves: the same with the largest, or all but them, set to 0. Sorting would make an index twice
+as large as the tensor; counting needs none. Torch alone.
+
+The mathematics of merging: several tensors of one place, perhaps a base, to one tensor.
+
+Enters: tensors in fp32 of one shape, weights, the parameters at this place. Leaves: the merged tensor. Torch alone; no
+files, names or layers. Most functions write into what they are given, and work through it in pieces: a tensor may be a
+tenth of a model, and copies of it are what memory goes to.
+Letters: θ_i the tensor of model i of N, w_i its weight, θ_0 the base, δ_i = θ_i − θ_0 its delta, n elements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+PIECE = 2**20
+"""Elements that are worked on at a time."""
+
+
+def keep_largest(values: Tensor, count: int) -> None:
+    """Sets all but the `count` elements of largest magnitude to 0, in place; of equal ones the first stay."""
+    if count >= values.numel():
+        return
+    if count == 0:
+        values.zero_()
+        return
+    threshold, above = magnitude_at(values, count)
+    for piece in pieces(values):
+        piece.mul_(piece.abs() >= threshold)
+    _zero_equal(values, threshold, slice(count - above, None))
+
+
+def zero_largest(values: Tensor, count: int) -> None:
+    """Sets the `count` elements of largest magnitude to 0, in place; of equal ones the first."""
+    if count == 0:
+        return
+    threshold, above = magnitude_at(values, count)
+    for piece in pieces(values):
+        piece.mul_(piece.abs() <= threshold)
+    _zero_equal(values, threshold, slice(0, count - above))
+
+
+def _zero_equal(values: Tensor, magnitude: float, which: slice) -> None:
+    """Sets those elements of exactly this magnitude to 0 that `which` says, in their order."""
+    if magnitude > 0:
+        flat = values.view(-1)
+        flat[(flat.abs() == magnitude).nonzero().squeeze(1)[which]] = 0.0
+
+
+def magnitude_at(values: Tensor, count: int) -> tuple[float, int]:
+    """The magnitude of the element at place `count` (from 1) by falling magnitude, and how many are larger.
+
+    The bits of positive floats are ordered as they are: two counts of 16 and 15 of them find it exactly, without the
+    index that sorting makes.
+    """
+    high, above = _bucket_at((_bits(piece) >> 15 for piece in pieces(values)), 2**16, count)
+    low_bits = (bits[(bits >> 15) == high] & 0x7FFF for bits in map(_bits, pieces(values)))
+    low, more = _bucket_at(low_bits, 2**15, count - above)
+    found = torch.tensor([(high << 15) | low], dtype=torch.int32).view(torch.float32)
+    return float(found), above + more
+
+
+def _bucket_at(numbers: Iterable[Tensor], size: int, count: int) -> tuple[int, int]:
+    """Of whole numbers below `size` the one at place `count` by falling size, and how many are larger."""
+    counts = torch.zeros(size, dtype=torch.int64)
+    for part in numbers:
+        counts += torch.bincount(part, minlength=size)
+    reached = counts.flip(0).cumsum(0)
+    place = int((reached < count).sum())
+    return size - 1 - place, int(reached[place - 1]) if place else 0
+
+
+def _bits(piece: Tensor) -> Tensor:
+    return piece.abs().view(torch.int32)
+
+
+def pieces(values: Tensor) -> Iterator[Tensor]:
+    """Parts of a tensor as flat views, at most `PIECE` elements each."""
+    # torch leaves the annotations of this method out.
+    yield from values.view(-1).split(PIECE)  # type: ignore[no-untyped-call]
+
+
+COLINEAR = 0.9995
+"""Cosine above which `slerp` is linear: sin Ω, which it divides by, is then below 0.032."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of a merge at one tensor; `config.merge` says what each is. Drop shares are of the elements."""
+
+    t: float = 0.5
+    scale: float = 1.0
+    density: float = 1.0
+    epsilon: float = 0.0
+    drop_smallest: float = 0.0
+    drop_largest: float = 0.0
+    normalize: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRow:
+    """A method on deltas: how each is thinned out, and whether their signs are elected before they are added."""
+
+    thin: Literal["none", "trim", "drop", "ranked_drop", "breadcrumbs"]
+    elects: bool
+
+
+DELTA_METHODS: Mapping[str, DeltaRow] = {
+    "task_arithmetic": DeltaRow("none", elects=False),
+    "ties": DeltaRow("trim", elects=True),
+    "dare_linear": DeltaRow("drop", elects=False),
+    "dare_ties": DeltaRow("drop", elects=True),
+    "della_linear": DeltaRow("ranked_drop", elects=False),
+    "della": DeltaRow("ranked_drop", elects=True),
+    "breadcrumbs": DeltaRow("breadcrumbs", elects=False),
+    "breadcrumbs_ties": DeltaRow("breadcrumbs", elects=True),
+}
+
+Draws: TypeAlias = Callable[[int], torch.Generator]
+"""The generator of a model, by its place among the models."""
+
+
+def generator_of(seed: int, name: str, place: int) -> torch.Generator:
+    """The random numbers of one tensor of one model: neither the order of tensors nor their files change them."""
+    digest = hashlib.sha256(f"{seed}\0{name}\0{place}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def merged(
+    method: str,
+    tensors: Iterable[Tensor],
+    weights: Sequence[float],
+    parameters: Parameters,
+    *,
+    base: Tensor | None = None,
+    draws: Draws | None = None,
+) -> Tensor:
+    """One tensor by the method of this name. `tensors` is read once, in order; sums keep one of them at a time.
+    base: of all methods but linear and slerp; draws: of those that drop at random.
+    """
+    if method == "linear":
+        return linear(tensors, weights, normalize=parameters.normalize)
+    if method == "slerp":
+        first, second = tensors
+        return slerp(first, second, parameters.t)
+    assert base is not None, method
+    if method == "model_stock":
+        return model_stock(base, [tensor.sub_(base) for tensor in tensors])
+    row = DELTA_METHODS[method]
+    deltas = _deltas(row, iter(tensors), base, len(weights), parameters, draws)
+    if row.elects:
+        change = elected(list(deltas), weights, normalize=parameters.normalize)
+    else:
+        change = linear(deltas, weights, normalize=parameters.normalize)
+    return change.mul_(parameters.scale).add_(base)
+
+
+def linear(tensors: Iterable[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """Σ w_i θ_i, divided by Σ w_i with `normalize`; equal weights are the uniform soup. Writes into the tensors.
+
+    Wortsman et al. 2022, "Model soups", section 2; of deltas it is the sum of Ilharco et al. 2023, "Editing models with
+    task arithmetic", section 2. Weights that sum to 0 cannot be normalized.
+    """
+    total = sum(weights) if normalize else 1.0
+    assert total != 0, "weights that sum to 0"
+    # No name is given to what is read: it would live on while the next is read.
+    source = iter(tensors)
+    found = next(source).mul_(weights[0] / total)
+    for weight in weights[1:]:
+        found.add_(next(source), alpha=weight / total)
+    return found
+
+
+def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """sin((1−t)Ω)/sin Ω · θ_1 + sin(tΩ)/sin Ω · θ_2, Ω the angle between the two as flat vectors. Writes into both.
+
+    Where they are colinear (|cos Ω| over `COLINEAR`, or one of them 0) it is (1−t)·θ_1 + t·θ_2. Shoemake 1985,
+    "Animating rotation with quaternion curves", section 3.3. t = 0 gives the first, t = 1 the second.
+    """
+    lengths = math.sqrt(_dot(first, first) * _dot(second, second))
+    cosine = _dot(first, second) / lengths if lengths > 0 else 1.0
+    if abs(cosine) > COLINEAR:
+        return first.mul_(1 - t).add_(second, alpha=t)
+    angle = math.acos(cosine)
+    one, two = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
+    return first.mul_(one).add_(second, alpha=two)
+
+
+def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """For each element the sign with the larger mass, sgn Σ w_i δ_i; then over those A of that sign Σ_A w_i δ_i,
+    divided by Σ_A |w_i| with `normalize`: their mean. Writes into the first delta.
+
+    Yadav et al. 2023, "TIES-Merging", section 3 (elect sign, disjoint merge). Where masses are equal, as half precision
+    often makes them, the paper leaves the sign open; here it is plus: one change stays, not neither.
+    """
+    flat = [delta.view(-1) for delta in deltas]
+    for start in range(0, flat[0].numel(), PIECE):
+        parts = [each[start : start + PIECE] * weight for each, weight in zip(flat, weights, strict=True)]
+        sign = torch.where(torch.stack(parts).sum(0) < 0, -1.0, 1.0)
+        total, mass = torch.zeros_like(sign), torch.zeros_like(sign)
+        for part, weight in zip(parts, weights, strict=True):
+            agrees = (part.sign() == sign) & (part != 0)
+            total += part * agrees
+            mass += agrees * abs(weight)
+        if normalize:
+            total = torch.where(mass > 0, total / mass.clamp_min(1e-30), 0.0)
+        flat[0][start : start + PIECE] = total
+    return deltas[0]
+
+
+def model_stock(base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """t·mean(θ_i) + (1−t)·θ_0 with t = N cos θ / (1 + (N−1) cos θ), θ the angle between deltas, cos θ its mean over the
+    pairs. Writes into the deltas.
+
+    Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned models", equations 3 and 5. Deltas that point
+    away from each other (cos θ < 0) count as being at right angles: t = 0, the base.
+    """
+    squares = [_dot(delta, delta) for delta in deltas]
+    cosines = []
+    for one, other in itertools.combinations(range(len(deltas)), 2):
+        lengths = math.sqrt(squares[one] * squares[other])
+        equal = float(squares[one] == squares[other])
+        cosines.append(_dot(deltas[one], deltas[other]) / lengths if lengths > 0 else equal)
+    cosine = min(1.0, max(0.0, sum(cosines) / len(cosines)))
+    t = len(deltas) * cosine / (1 + (len(deltas) - 1) * cosine)
+    return linear(deltas, [1.0] * len(deltas), normalize=True).mul_(t).add_(base)
+
+
+def trim(delta: Tensor, density: float) -> Tensor:
+    """δ with all but the share `density` of its elements of largest magnitude set to 0, in place; at least one stays.
+
+    Yadav et al. 2023, section 3 (trim). Of equal magnitudes the first are kept.
+    """
+    keep_largest(delta, max(1, round(density * delta.numel())))
+    return delta
+
+
+def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """δ with each element kept with probability `density` and then divided by it, in place: its expectation stays.
+
+    Yu et al. 2024, "Language models are Super Mario", section 3.2 (DARE; its drop rate p is 1 − density).
+    """
+    for piece in pieces(delta):
+        kept = torch.rand(piece.shape, generator=generator) < density
+        piece.mul_(kept).div_(density)
+    return delta
+
+
+def drop_by_rank(delta: Tensor, density: float, epsilon: float, generator: torch.Generator) -> Tensor:
+    """δ with element i dropped with probability p_i = (1 − density) − ε/2 + ε/n·r_i, r_i its rank in its row by falling
+    magnitude (the largest: 0) and n the row's length, and kept ones divided by 1 − p_i, in place.
+
+    Deep et al. 2024, "DELLA-Merging", section 3.1 (MAGPRUNE: ranks among the weights of one neuron, here the last
+    dimension).
+    """
+    rows = delta.view(-1, delta.shape[-1] if delta.ndim else 1)
+    length = rows.shape[1]
+    least = (1 - density) - epsilon / 2
+    step = max(1, PIECE // length)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        order = part.abs().argsort(dim=1, descending=True, stable=True)
+        places = torch.arange(length, dtype=torch.float32).expand_as(part)
+        ranks = torch.empty_like(part).scatter_(1, order, places)
+        probability = ranks.mul_(epsilon / length).add_(least)
+        kept = torch.rand(part.shape, generator=generator) >= probability
+        part.mul_(kept).div_(1 - probability)
+    return delta
+
+
+def breadcrumbs(delta: Tensor, drop_smallest: float, drop_largest: float) -> Tensor:
+    """δ without the shares of its elements of smallest and of largest magnitude, in place.
+
+    Davari & Belilovsky 2023, "Model Breadcrumbs", section 3 (β: drop_smallest; 1 − γ: drop_largest).
+    """
+    total = delta.numel()
+    largest = round(drop_largest * total)
+    zero_largest(delta, largest)
+    keep_largest(delta, max(0, total - largest - round(drop_smallest * total)))
+    return delta
+
+
+def _deltas(
+    row: DeltaRow, tensors: Iterator[Tensor], base: Tensor, number: int, parameters: Parameters, draws: Draws | None
+) -> Iterator[Tensor]:
+    for place in range(number):
+        yield _thinned(row, next(tensors).sub_(base), parameters, place, draws)
+
+
+def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, place: int, draws: Draws | None) -> Tensor:
+    if row.thin == "trim":
+        return trim(delta, parameters.density)
+    if row.thin == "breadcrumbs":
+        return breadcrumbs(delta, parameters.drop_smallest, parameters.drop_largest)
+    if row.thin == "none":
+        return delta
+    assert draws is not None, "random numbers for a method that drops at random"
+    if row.thin == "drop":
+        return drop(delta, parameters.density, draws(place))
+    return drop_by_rank(delta, parameters.density, parameters.epsilon, draws(place))
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    """The inner product of two tensors as flat vectors, summed in fp64."""
+    pairs = zip(pieces(one), pieces(other), strict=True)
+    return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)

@@ -1,0 +1,363 @@
+"""The models of a merge, opened without their numbers: what each holds, and its tensors one at a time.
+
+Enters: what a recipe names: a run, a model folder, a weights file, a GGUF file, the embedded model, a hub id, a LoRA
+adapter. Leaves: a `Source`. Left out: whether several fit each other (`plan.py`), adapters (`adapters.py`).
+
+The vocabularies of a merge: compared, or united on request.
+
+Enters: sources with their tokenizers. Leaves: faults that name the tokens that differ; or a `UnitedVocabulary`, with
+the tokenizer that holds all tokens and the row of each token in each model. Left out: tensors without a row a token.
+Letters: V tokens of the united vocabulary, d width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from loopos.config.diagnostics import UserError
+from loopos.models.folders import HEAD
+from loopos.models.model_folder import described
+from loopos.models.resolve import WeightsSource, local_place
+from loopos.models.task_layout import SCORE, backbone_part
+from loopos.models.tokenizers import open_tokenizer, vocabulary_difference
+from loopos.storage.json_files import read_object
+from loopos.storage.manifest import check_manifest, is_weights
+from loopos.storage.tensor_files import (
+    WEIGHTS,
+    StoredTensor,
+    TensorSpec,
+    folder_tensors,
+    holds_weights,
+    stored_tensors,
+    weights_entry,
+)
+
+HEAD_TENSOR = "head.weight"
+"""The name here of a task model's head, which has a file of its own."""
+# Narrower floats and most unsigned numbers have no arithmetic in torch.
+_COMPUTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+                       torch.int16, torch.int8, torch.uint8, torch.bool})  # fmt: skip
+_WANTED = "f64, f32, f16 or bf16 weights"
+# Output embeddings, which a model with tied embeddings need not hold.
+OUTPUTS = frozenset({"lm_head.weight", "embed_out.weight"})
+_STACK = re.compile(r"((?:[^.]*\.)*?)(\d+)\.")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A change of one tensor, scale·B·A: A `[r, in]`, B `[out, r]`; transposed where the layer keeps its weight so."""
+
+    down: StoredTensor
+    up: StoredTensor
+    scale: float
+    transposed: bool
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The weight with the change, fp32."""
+        change = (self.up.read().float() @ self.down.read().float()).mul_(self.scale)
+        return weight.float().add_(change.t() if self.transposed else change)
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A change of one tensor that is known as what the tensor becomes, of its shape."""
+
+    whole: StoredTensor
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """What the weight becomes, fp32."""
+        return self.whole.read().float()
+
+
+Change: TypeAlias = LowRank | Replaced
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model. `place`: its name in the recipe; `folder`: where its config and tokenizer are; `config`: its
+    config.json, of a model with a head the backbone's part; `description`: its loopos.json, empty for other models;
+    `stored`: its tensors by their own names, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter
+    over them.
+    """
+
+    place: str
+    folder: Path
+    config: Mapping[str, Any]
+    description: Mapping[str, Any]
+    stored: Mapping[str, StoredTensor]
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors that are merged: without an output embedding that is tied to the input's, and without the copy
+        of the head that transformers reads, which is made from the head.
+        """
+        left = set(OUTPUTS) if self.text_config.get("tie_word_embeddings") else set()
+        if HEAD_TENSOR in self.stored:
+            left.add(SCORE)
+        return {name: each.spec for name, each in self.stored.items() if name not in left}
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the language model."""
+        part = self.config.get("text_config")
+        return part if isinstance(part, Mapping) else self.config
+
+    @property
+    def is_task_model(self) -> bool:
+        return "pooling" in self.description
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any((self.folder / name).is_file() for name in _TOKENIZER_FILES)
+
+    @cached_property
+    def stack(self) -> str:
+        """What the names of the layers begin with, such as "model.layers."; "" for a model without layers."""
+        stacks = [match[1] for name in self.stored if (match := _STACK.match(name)) and name != HEAD_TENSOR]
+        return max(set(stacks), key=lambda stack: (stacks.count(stack), stack)) if stacks else ""
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers of the stack."""
+        return 1 + max((layer for name in self.stored if (layer := self.layer_of(name)) is not None), default=-1)
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a tensor belongs to, from 0; None for those outside the stack."""
+        rest = name.removeprefix(self.stack)
+        number = rest.partition(".")[0]
+        return int(number) if self.stack and rest != name and number.isdigit() else None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(spec.num_elements for spec in self.specs.values())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its own format; with an adapter's change in fp32."""
+        tensor = self.stored[name].read()
+        if name in self.changes:
+            tensor = self.changes[name].applied(tensor)
+        return tensor
+
+    def read_float(self, name: str) -> Tensor:
+        """A tensor in fp32 and in memory of its own."""
+        return self.read(name).to(torch.float32)
+
+
+def open_source(place: str) -> Source:
+    """The model that a recipe names. Raises `UserError` for a place that holds none, or none in safetensors."""
+    folder, file = local_place(place)
+    if file is not None and file.suffix != ".safetensors":
+        raise UserError(_torch_file(place, file.name))
+    if file is not None:
+        check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
+    config = backbone_part(read_object(folder / "config.json", advice="wanted the config beside the weights"))
+    stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
+    description = described(folder)
+    if "pooling" in description:
+        stored[HEAD_TENSOR] = _head(place, folder)
+    if not stored:
+        raise UserError(f"{place}: its files of weights hold no tensor")
+    for name, each in stored.items():
+        if each.spec.dtype not in _COMPUTED:
+            raise UserError(f"{place}: {name} is {each.spec.dtype}, which is not computed with; wanted {_WANTED}")
+    return Source(place, folder, config, description, stored)
+
+
+def _torch_file(place: str, name: str) -> str:
+    return (
+        f"{place}: {name} is a pickle of torch, which cannot be read a tensor at a time; wanted safetensors: open it "
+        "with transformers and save it again with save_pretrained"
+    )
+
+
+def _tensors(place: str, folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors files that transformers opens in a folder. Raises `UserError`."""
+    if holds_weights(folder):
+        return folder_tensors(folder)
+    if (entry := weights_entry(folder)) is not None:
+        raise UserError(_torch_file(place, entry.name))
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name != HEAD)
+    hint = f"; to take another file, name it: {folder / others[0]}" if others else ""
+    raise UserError(f"{place}: {folder} holds no weights; expected {WEIGHTS} beside config.json{hint}")
+
+
+def _head(place: str, folder: Path) -> StoredTensor:
+    stored = stored_tensors([folder / HEAD])
+    if "weight" not in stored:
+        raise UserError(f"{place}: {HEAD} holds no tensor weight; make it again: loopos train CONFIG --resume")
+    return stored["weight"]
+
+
+TOKENIZER = "tokenizer.json"
+_NO_ROW = -1
+# Parts of tokenizer.json that must be equal for tokens of two tokenizers to mean the same.
+_RULES = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def tokens_of(source: Source) -> dict[str, int]:
+    """Token → id. Raises `UserError` for a tokenizer that cannot be read."""
+    file = source.folder / TOKENIZER
+    if not file.is_file():
+        place = WeightsSource(source.place, "folder", source.folder)
+        return dict(open_tokenizer(place).get_vocab())
+    content = _content(file)
+    vocabulary = content["model"].get("vocab", {})
+    if isinstance(vocabulary, list):
+        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
+
+
+def _content(file: Path) -> dict[str, Any]:
+    content = read_object(file)
+    if not isinstance(content.get("model"), dict):
+        raise UserError(f"{file}: describes no tokenizer")
+    return content
+
+
+def vocabulary_faults(sources: Sequence[Source]) -> list[str]:
+    """A sentence for each model whose tokens differ from the first's, with the first few and their number. Models
+    without a tokenizer are taken to have the right one.
+    """
+    known = [source for source in sources if source.has_tokenizer]
+    if not known:
+        return []
+    first, faults = known[0], []
+    own = tokens_of(first)
+    for other in known[1:]:
+        if _same_file(first.folder / TOKENIZER, other.folder / TOKENIZER):
+            continue
+        theirs = tokens_of(other)
+        told = vocabulary_difference(own, theirs, first.place)
+        if told:
+            faults.append(
+                f'{other.place}: other tokens than {first.place}: {told}; wanted one vocabulary, or tokenizer "union"'
+            )
+    return faults
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and (one.samefile(other) or one.read_bytes() == other.read_bytes())
+
+
+@dataclass(frozen=True)
+class UnitedVocabulary:
+    """`tokenizer`: the content of its tokenizer.json. `rows`: for each source the row of every id `[V]`, −1 where it
+    has none.
+    """
+
+    tokenizer: Mapping[str, Any]
+    rows: Sequence[Tensor]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows[0])
+
+    def united(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> list[Tensor]:
+        """Tensors with a row a token, one a source, each with V rows: its own where it has the token, else the mean of
+        those of the models that have it. sources: their places among `rows`.
+        """
+        rows = [self.rows[place] for place in sources]
+        absent = torch.stack([row == _NO_ROW for row in rows]).any(0).nonzero().squeeze(1)
+        total = tensors[0].new_zeros((len(absent), *tensors[0].shape[1:]))
+        count = torch.zeros(len(absent))
+        found = []
+        for tensor, row in zip(tensors, rows, strict=True):
+            wide = tensor[row.clamp_min(0)]
+            there = row[absent] != _NO_ROW
+            total[there] += wide[absent[there]]
+            count += there
+            found.append(wide)
+        mean = total / count.clamp_min(1).view(-1, *([1] * (total.ndim - 1)))
+        for wide, row in zip(found, rows, strict=True):
+            lacks = row[absent] == _NO_ROW
+            wide[absent[lacks]] = mean[lacks]
+        return found
+
+
+def unite(sources: Sequence[Source]) -> UnitedVocabulary:
+    """The vocabulary of all: ids of the first model stay, tokens of the others follow in their order, and merge rules
+    of the others come after those before. Raises `UserError` for tokenizers that cut texts by other rules.
+    """
+    faults = [f"{each.place}: no {TOKENIZER}" for each in sources if not (each.folder / TOKENIZER).is_file()]
+    if faults:
+        raise UserError("\n".join([*faults, 'tokenizer "union" unites tokenizers that are kept in that file']))
+    contents = [_content(source.folder / TOKENIZER) for source in sources]
+    first = contents[0]
+    for source, content in zip(sources[1:], contents[1:], strict=True):
+        wrong = [name for name in _RULES if content.get(name) != first.get(name)]
+        if content["model"].get("type") != first["model"].get("type"):
+            wrong.insert(0, "model.type")
+        if wrong:
+            faults.append(
+                f"{source.place}: its {TOKENIZER} differs from that of {sources[0].place} in {', '.join(wrong)}"
+            )
+    if faults:
+        raise UserError("\n".join([*faults, "tokens that are cut by other rules cannot be united"]))
+    ids = [tokens_of(source) for source in sources]
+    for source, tokens in zip(sources, ids, strict=True):
+        rows = int(source.text_config.get("vocab_size", 0))
+        if tokens and max(tokens.values()) >= rows:
+            faults.append(f"{source.place}: token {max(tokens.values())} has no row among the {rows} of its embedding")
+    if faults:
+        raise UserError("\n".join(faults))
+    united = dict(ids[0])
+    following = max(united.values(), default=-1) + 1
+    for tokens in ids[1:]:
+        for token in sorted(tokens, key=tokens.__getitem__):
+            if token not in united:
+                united[token] = following
+                following += 1
+    num_rows = max(following, int(sources[0].text_config.get("vocab_size", 0)))
+    return UnitedVocabulary(
+        _joined(contents, united), [_rows(tokens, united, num_rows, own=place == 0) for place, tokens in enumerate(ids)]
+    )
+
+
+def _rows(tokens: Mapping[str, int], united: Mapping[str, int], num_rows: int, *, own: bool) -> Tensor:
+    """own: rows of the first model that no token has stay its own."""
+    rows = torch.arange(num_rows) if own else torch.full((num_rows,), _NO_ROW)
+    for token, number in united.items():
+        rows[number] = tokens.get(token, _NO_ROW)
+    return rows
+
+
+def _joined(contents: Sequence[Mapping[str, Any]], united: Mapping[str, int]) -> dict[str, Any]:
+    """The first tokenizer's content with the tokens and merge rules of all."""
+    joined: dict[str, Any] = json.loads(json.dumps(contents[0]))
+    model = joined["model"]
+    added = {token["content"]: token for token in joined.get("added_tokens", [])}
+    for content in contents[1:]:
+        for token in content.get("added_tokens", []):
+            added.setdefault(token["content"], {**token, "id": united[token["content"]]})
+        pieces = content["model"].get("vocab", {})
+        if isinstance(pieces, list):
+            known = {piece for piece, _ in model["vocab"]}
+            model["vocab"] += [[piece, score] for piece, score in pieces if piece not in known]
+        else:
+            for piece in sorted(pieces, key=pieces.__getitem__):
+                model["vocab"].setdefault(piece, united[piece])
+        if "merges" in model:
+            have = {_pair(rule) for rule in model["merges"]}
+            model["merges"] += [rule for rule in content["model"].get("merges", []) if _pair(rule) not in have]
+    joined["added_tokens"] = sorted(added.values(), key=lambda token: int(token["id"]))
+    return joined
+
+
+def _pair(rule: Sequence[str] | str) -> tuple[str, ...]:
+    """A merge rule, which older files hold as one text."""
+    return tuple(rule.split(" ")) if isinstance(rule, str) else tuple(rule)

@@ -1,0 +1,143 @@
+"""A model folder opened to be changed, whatever its kind, and written back as that kind.
+
+Enters: the place of a model. Leaves: an `OpenedModel`; later its folder, as transformers and LoopOS open it. Left out:
+what is changed.
+
+What speaks at a place, opened: a language model, or an ensemble that mixes several.
+
+Enters: a place, a device, a number format. Leaves: the model with its tokenizer and what LoopOS wrote of it. Left out:
+ensembles that vote (`evaluation.reasoning`), templates and step formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loopos.config.diagnostics import UserError
+from loopos.config.paths import NEW_WEIGHTS
+from loopos.functional.mixing import MixtureMethod
+from loopos.models.folders import (
+    open_language_model,
+    open_task_model,
+    save_language_model,
+    save_pretrained,
+    save_task_model,
+)
+from loopos.models.heads import PooledModel
+from loopos.models.language_ensemble import (
+    EnsembleRecipe,
+    LanguageEnsemble,
+    check_one_vocabulary,
+    read_ensemble,
+    refuse_votes,
+)
+from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_config
+from loopos.models.model_folder import described, kind_of
+from loopos.models.quantized import is_quantized
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """`model` in fp32 on CPU: a causal language model, or the headless one under `pooled`, the model with a head.
+    `precision`: the format that its weights are kept in; `description`: what LoopOS wrote of it, empty for others.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: Mapping[str, Any]
+    precision: str
+    pooled: PooledModel | None = None
+
+    def save(self, folder: Path) -> None:
+        """Writes the model as what it was; it is then in its own format. Raises `OSError` when the disk is full."""
+        self.model.to("cpu")  # type: ignore[arg-type]
+        if self.pooled is not None:
+            save_task_model(folder, self.pooled, self.tokenizer, self.description)
+        elif self.description:
+            save_language_model(folder, self.model, self.tokenizer, self.description)
+        else:
+            cast_parameters(self.model, NUMBER_FORMATS[self.precision])
+            save_pretrained(folder, self.model, self.tokenizer)
+
+
+def open_model(place: str, *, quantized: bool = False) -> OpenedModel:
+    """place: a run's folder, a model folder, or whatever `data.pretrained_weights` may name. quantized: whether weights
+    in codes will do, which cannot be changed. Raises `UserError`.
+    """
+    opened = _opened(place)
+    if is_quantized(opened.model) and not quantized:
+        raise UserError(
+            f"{place}: quantized: its weights are codes, which cannot be changed; wanted the model it was made from"
+        )
+    return opened
+
+
+def _opened(place: str) -> OpenedModel:
+    if place == NEW_WEIGHTS:
+        raise UserError('given "new", which has learned nothing; wanted a trained model')
+    if has_head(place):
+        # The plain path leaves transformers' own attention in place.
+        pooled, tokenizer, description = open_task_model(place, attention="padded")
+        return OpenedModel(pooled.backbone.model, tokenizer, description, description["precision"], pooled)
+    opened = open_language_model(place)
+    return OpenedModel(opened.model, opened.tokenizer, opened.description, precision_of(place))
+
+
+def has_head(place: str) -> bool:
+    """Whether a place holds a model with a head. Raises `UserError` for a run without a finished model."""
+    return kind_of(described(place)) != "language"
+
+
+def precision_of(place: str) -> str:
+    """The format that a model's weights are kept in: fp32, bf16 or fp16."""
+    if description := described(place):
+        return str(description["precision"])
+    kept = load_config(place).dtype
+    return next((name for name, dtype in NUMBER_FORMATS.items() if kept == dtype), "fp32")
+
+
+@dataclass(frozen=True)
+class Speaking:
+    """`description`: what LoopOS wrote of the model, of an ensemble that of its first member; empty for others."""
+
+    model: PreTrainedModel | LanguageEnsemble
+    tokenizer: PreTrainedTokenizerBase
+    description: Mapping[str, Any]
+
+
+def open_speaking(
+    place: str, *, device: str = "cpu", precision: str | None = None, trust_remote_code: bool = False
+) -> Speaking:
+    """place: as `open_language_model`, or the folder of an ensemble. precision: fp32, bf16 or fp16; that of the
+    training when absent, bf16 for quantized models and fp32 for others; of an ensemble for every member. Raises
+    `UserError`, also for an ensemble that votes and for members with other tokens.
+    """
+    recipe = read_ensemble(place)
+    refuse_votes(place, recipe)
+    if recipe is None:
+        return _single(place, device, precision, trust_remote_code)
+    return _mixed(recipe, [_single(member, device, precision, trust_remote_code) for member in recipe.members])
+
+
+def _mixed(recipe: EnsembleRecipe, opened: list[Speaking]) -> Speaking:
+    models = [cast(PreTrainedModel, each.model) for each in opened]
+    sizes = [int(model.config.get_text_config().vocab_size) for model in models]
+    check_one_vocabulary(recipe.members, [each.tokenizer for each in opened], sizes)
+    ensemble = LanguageEnsemble(tuple(models), recipe.weights, cast(MixtureMethod, recipe.method))
+    return Speaking(ensemble, opened[0].tokenizer, opened[0].description)
+
+
+def _single(place: str, device: str, precision: str | None, trust_remote_code: bool) -> Speaking:
+    opened = open_language_model(place, trust_remote_code=trust_remote_code)
+    chosen = precision or opened.precision
+    if chosen not in NUMBER_FORMATS:
+        raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
+    cast_parameters(opened.model, NUMBER_FORMATS[chosen])
+    model = opened.model.to(torch.device(device))  # type: ignore[arg-type]
+    return Speaking(model, opened.tokenizer, opened.description)

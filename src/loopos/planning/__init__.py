@@ -1,0 +1,1 @@
+"""What a run costs: memory, time and traffic, before it starts."""

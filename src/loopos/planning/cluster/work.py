@@ -1,0 +1,200 @@
+"""What a method asks of each GPU, known from its config and the shapes of its models alone.
+
+Enters: a config. Leaves: a `Load` for each phase: the models of every role, the tokens of a forward pass, the passes of
+a step. No row is read: a forward pass is taken to be full, `batch_size` sequences of `max_length` tokens, unless the
+tokens are told. Left out: how the load is laid over GPUs (`memory`, `traffic`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.diagnostics import UserError
+from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.ppo import PpoConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.config.rlhf import RlhfConfig
+from loopos.config.sections import TrainingSection
+from loopos.models.load import Sizes, load_config, new_config
+from loopos.models.resolve import weights_source
+from loopos.models.tokenizers import open_tokenizer
+from loopos.planning import estimate
+from loopos.planning.dry_run import generated_rows
+from loopos.planning.policy import written_together
+from loopos.planning.shapes import Model, meta_model, role_shapes, value_head
+from loopos.planning.work import RewardShape, planned_reward_shape, trained_reward_shapes
+
+# Where neither the config nor the labels are there to say how many classes there are; a head is small.
+_UNKNOWN_CLASSES = 2
+# A comparison has two responses at least, and a prompt before each.
+_RESPONSES = 2
+
+
+@dataclass(frozen=True)
+class Network:
+    """A role. `parameters`: those that it alone has; `model`: what its passes go through, whole; `said`: what it is."""
+
+    role: str
+    parameters: estimate.Parameters
+    model: Model
+    said: str
+
+    @property
+    def has_own_pass(self) -> bool:
+        """Whether it runs layers; a head on the policy's hidden states does not."""
+        return self.parameters.multiplied > 0
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether it is more than an adapter or a head over another role's weights."""
+        return self.parameters.total >= self.model.units.outside + self.model.units.layer
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of `rows` that are generated together, each with room for `columns` tokens."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """One phase. `rows` of a forward pass, each of `row_tokens`; `accumulation`: passes of an optimizer step;
+    `steps`: optimizer steps of an iteration of PPO, 1 else; `writes_responses`: whether it is PPO. `batch_is_rows`:
+    whether training.batch_size is `rows`.
+    """
+
+    phase: str
+    training: TrainingSection
+    networks: list[Network]
+    rows: int
+    row_tokens: int
+    accumulation: int
+    cache: Cache | None = None
+    steps: int = 1
+    writes_responses: bool = False
+    batch_is_rows: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward pass."""
+        return self.rows * self.row_tokens
+
+    @property
+    def trained(self) -> list[Network]:
+        return [network for network in self.networks if network.parameters.trained]
+
+
+def loads_of(config: Any, *, tokens: int | None, trust_remote_code: bool) -> list[Load]:
+    """The phases of a config's method. tokens: of a forward pass, where they are known. Raises `UserError`."""
+    if isinstance(config, RlhfConfig):
+        first = loads_of(config.reward_model_config(), tokens=tokens, trust_remote_code=trust_remote_code)[0]
+        ppo = config.ppo_config()
+        described = _architecture(ppo, trust_remote_code)
+        rewards = [planned_reward_shape(config, described)]
+        return [first, _policy_load(ppo, described, rewards, tokens, trust_remote_code)]
+    described = _architecture(config, trust_remote_code)
+    if isinstance(config, PpoConfig):
+        source = weights_source(config.data.pretrained_weights)
+        tokenizer = open_tokenizer(source, config.data.tokenizer, trust_remote_code=trust_remote_code)
+        rewards = trained_reward_shapes(config, tokenizer)
+        return [_policy_load(config, described, rewards, tokens, trust_remote_code)]
+    return [_offline_load(config, described, tokens, trust_remote_code)]
+
+
+def _architecture(config: Any, trust_remote_code: bool) -> PreTrainedConfig:
+    sizes = Sizes.of(config.model, max_length=config.training.max_length)
+    given = getattr(config.data, "pretrained_weights", None)
+    return new_config(sizes) if given is None else load_config(given, sizes=sizes, trust_remote_code=trust_remote_code)
+
+
+def _offline_load(config: Any, described: PreTrainedConfig, tokens: int | None, trust_remote_code: bool) -> Load:
+    training: TrainingSection = config.training
+    head = None
+    if isinstance(config, FineTuningConfig):
+        head = config.model.num_classes or len(config.model.labels or ()) or _UNKNOWN_CLASSES
+    elif isinstance(config, RewardModelConfig):
+        head = config.reward.heads
+    model = meta_model(training, described, head=head, trust_remote_code=trust_remote_code)
+    longest = longest_row(training, described)
+    sequences = _RESPONSES if isinstance(config, RewardModelConfig) else 1
+    row_tokens = sequences * longest if tokens is None else -(-tokens // training.batch_size)
+    cache = None
+    if isinstance(config, ChainOfThoughtConfig) and config.generates:
+        cache = Cache(generated_rows(config), longest + config.generation.max_new_tokens)
+    network = Network("model", model.parameters, model, "the model in training")
+    return Load(
+        config.computation.method,
+        training,
+        [network],
+        training.batch_size,
+        row_tokens,
+        training.gradient_accumulation,
+        cache,
+    )
+
+
+def _policy_load(
+    config: PpoConfig,
+    described: PreTrainedConfig,
+    rewards: list[RewardShape],
+    tokens: int | None,
+    trust_remote_code: bool,
+) -> Load:
+    training = config.training
+    shapes = role_shapes(config, described, rewards, trust_remote_code=trust_remote_code)
+    through = {
+        "policy": shapes.policy,
+        "reference": shapes.policy,
+        "value model": shapes.critic or shapes.policy,
+        **dict(zip((name for name in shapes.roles if name.startswith("reward model")), shapes.rewards, strict=True)),
+    }
+    networks = [
+        Network(name, _own(role.parameters, role.trained, through[name].parameters), through[name], role.said)
+        for name, role in shapes.roles.items()
+    ]
+    passes = training.minibatches * training.gradient_accumulation
+    rows = -(-training.batch_size // passes)
+    row_tokens = _sequence(config, described)
+    return Load(
+        "ppo",
+        training,
+        networks,
+        rows,
+        row_tokens if tokens is None else -(-tokens // rows),
+        training.gradient_accumulation,
+        Cache(written_together(training.batch_size), row_tokens),
+        steps=training.inner_epochs * training.minibatches,
+        writes_responses=True,
+        batch_is_rows=False,
+    )
+
+
+def _own(total: int, trained: int, whole: estimate.Parameters) -> estimate.Parameters:
+    """The counts of a role that has `total` parameters of its own, of which `trained` train."""
+    if trained == 0:
+        return replace(whole, total=total, trained_matrices=0, trained_rest=0, matrix_sides=0, largest=0)
+    if trained == whole.trained:
+        return replace(whole, total=total)
+    return value_head(total)
+
+
+def longest_row(training: TrainingSection, described: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence. Raises `UserError` where nothing bounds it."""
+    positions = getattr(described.get_text_config(), "max_position_embeddings", None)
+    found = [limit for limit in (training.max_length, positions) if limit is not None]
+    if not found:
+        raise UserError("training.max_length: nothing bounds a sequence; wanted a number of tokens, or --tokens")
+    return int(min(found))
+
+
+def _sequence(config: PpoConfig, described: PreTrainedConfig) -> int:
+    """Tokens of a prompt and its response at their longest."""
+    whole, response = longest_row(config.training, described), config.generation.max_new_tokens
+    prompt = config.data.max_prompt_tokens
+    return whole if prompt is None else min(whole, prompt + response)

@@ -1,0 +1,329 @@
+"""The plan of a dry run in lines for people.
+
+Enters: the plan as one JSON object. Leaves: text. Left out: the figures (`dry_run`, `policy_plan`).
+
+`loopos train --dry-run`: what a run would take, with nothing started and nothing written.
+
+Enters: a config. Leaves: counts of parameters, rows, tokens and steps, all exact, and estimates of memory, disk and
+time (see `estimate` for the formulas). The model is built on the "meta" device, as shapes without numbers; the two
+rates of the time estimate are measured here, for about a second. Left out: several processes; the time that generated
+answers take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.figures import as_bytes, as_time
+from loopos.config.ppo import PpoConfig
+from loopos.config.rlhf import RlhfConfig
+from loopos.config.sections import TrainingSection
+from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
+from loopos.data.tokens import Encoded
+from loopos.planning import estimate
+from loopos.planning import policy as policy_plan
+from loopos.planning.machine import Machine, free_bytes, measured_rates
+from loopos.planning.shapes import Model, meta_model
+from loopos.planning.work import AnyConfig, Work, open_prompts, planned_reward_shape, trained_reward_shapes, work_of
+from loopos.training.precision import pick_device, resolve
+
+
+def described(plan: Mapping[str, Any]) -> str:
+    """The plan of one run, or of the two phases of rlhf."""
+    if "policy" in plan:
+        phases = (("phase 1 of 2: reward model", plan["reward_model"]), ("phase 2 of 2: policy", plan["policy"]))
+        return "\n\n".join(f"{title}\n{described(phase)}" for title, phase in phases)
+    return _aligned(_policy(plan) if "iterations" in plan else _offline(plan))
+
+
+def fits(plan: Mapping[str, Any]) -> bool:
+    """Whether memory and disk have room for the run, or for both phases of rlhf."""
+    if "policy" in plan:
+        return fits(plan["reward_model"]) and fits(plan["policy"])
+    return not _lacking(plan)
+
+
+def _lacking(plan: Mapping[str, Any]) -> list[str]:
+    """What a run needs more of than there is, with how much."""
+    memory, disk = plan["memory"], plan["disk"]
+    short = {"memory": memory["peak"] - memory["there"], "disk": disk["all"] - disk["free"]}
+    return [f"{as_bytes(missing)} more {name}" for name, missing in short.items() if missing > 0]
+
+
+def _verdict(plan: Mapping[str, Any]) -> str:
+    lacking = _lacking(plan)
+    if not lacking:
+        return "fits"
+    return (
+        f"does not fit: needs {' and '.join(lacking)}\n{'':10}lower training.batch_size (and raise "
+        f"training.gradient_accumulation), lower training.max_length,\n{'':10}or set "
+        "training.gradient_checkpointing=true or training.trainable=lora"
+    )
+
+
+def _aligned(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<8}  {text}" for name, text in lines.items())
+
+
+def _offline(plan: Mapping[str, Any]) -> dict[str, str]:
+    model, rows, tokens, steps = (plan[name] for name in ("model", "rows", "tokens", "steps"))
+    with_head = "" if "learned" in tokens else " with its head"
+    learned = f"{tokens['learned']:,} of an epoch learned; " if "learned" in tokens else ""
+    times = f", {steps['trainings']} trainings" if steps.get("trainings", 1) > 1 else ""
+    compared = ""
+    if "pairs" in rows:
+        compared = f"; comparisons, those to train on with {rows['responses']:,} responses in {rows['pairs']:,} pairs"
+    return {
+        "model": f"{model['name']}{with_head}, {model['parameters']:,} parameters",
+        "trains": _trains(model),
+        "data": "; ".join(plan["data"]["said"]),
+        "rows": f"{rows['train']:,} train, {rows['validation']:,} validation{compared}",
+        "tokens": f"{tokens['epoch']:,} an epoch, {tokens['all']:,} in all; {learned}{tokens['said']}",
+        "steps": f"{steps['epoch']:,} an epoch, {steps['all']:,} in all{times}; "
+        f"at most {tokens['largest_forward']:,} tokens in one forward pass",
+        **_cost(plan),
+    }
+
+
+def _policy(plan: Mapping[str, Any]) -> dict[str, str]:
+    model, prompts, tokens, steps = (plan[name] for name in ("model", "prompts", "tokens", "steps"))
+    copies = f"{model['copies']} {'copy' if model['copies'] == 1 else 'copies'} of the weights"
+    roles = [f"{name}: {role['is']}, {role['parameters']:,}" for name, role in model["roles"].items()]
+    return {
+        "model": f"{model['name']}, {copies} for {len(roles)} roles, {model['parameters']:,} parameters",
+        "roles": f"\n{'':10}".join(roles),
+        "trains": _trains(model),
+        "data": "; ".join(plan["data"]["said"]),
+        "prompts": f"{prompts['train']:,} train, {prompts['validation']:,} validation; {prompts['said']}",
+        "tokens": f"with responses of {tokens['response']:,} tokens, the longest: about {tokens['iteration']:,} an "
+        f"iteration, {tokens['trained']:,} trained on in all",
+        "steps": f"{plan['iterations']:,} iterations of {prompts['iteration']:,} responses, "
+        f"{steps['iteration']:,} optimizer steps each, {steps['all']:,} in all; "
+        f"at most {tokens['largest_forward']:,} tokens in one forward pass",
+        **_cost(plan),
+    }
+
+
+def _trains(model: Mapping[str, Any]) -> str:
+    share = f"{model['trained'] / model['parameters']:.1%}"
+    return (
+        f"{model['trained']:,} ({model['trainable']}, {share}), frozen {model['frozen']:,}; "
+        f"{model['precision']} on {model['device']}"
+    )
+
+
+def _cost(plan: Mapping[str, Any]) -> dict[str, str]:
+    memory, disk, spent = (plan[name] for name in ("memory", "disk", "time"))
+    parts = " + ".join(f"{name} {as_bytes(size)}" for name, size in memory.items() if name not in ("peak", "there"))
+    named = [(name, spent[name]) for name in ("generation", "scoring", "updates") if name in spent]
+    of_parts = f" ({' + '.join(f'{name} {as_time(seconds)}' for name, seconds in named)})" if named else ""
+    left_out = "".join(f", {each}" for each in spent.get("left_out", ()))
+    return {
+        "memory": f"about {as_bytes(memory['peak'])} at the peak, of {as_bytes(memory['there'])}\n{'':10}({parts})",
+        "disk": f"about {as_bytes(disk['all'])} at the most (a checkpoint {as_bytes(disk['checkpoint'])}, the model "
+        f"{as_bytes(disk['model'])}); {as_bytes(disk['free'])} free",
+        "time": f"about {as_time(spent['seconds'])} of training{of_parts}, without loading and saving{left_out} "
+        f"(measured now: {spent['operations_a_second'] / 1e9:,.0f} GFLOP/s, {spent['bytes_a_second'] / 1e9:.0f} GB/s)",
+        "verdict": _verdict(plan),
+    }
+
+
+DOES_NOT_FIT = 3
+"""The exit code of a run that needs more memory or disk than there is."""
+# Enough steps of the first epoch to meet its largest batch, or one near it.
+_MOST_STEPS_LOOKED_AT = 2000
+# Problems that validation answers together.
+_GENERATED_TOGETHER = 64
+
+
+def plan_of(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    """All figures of the dry run, as one JSON object; of rlhf one for each phase, "reward_model" and "policy". Raises
+    `UserError`, as the run would.
+    """
+    # Before the rows are read.
+    resolve(config.training.precision, pick_device(config.training.device))
+    if isinstance(config, RlhfConfig):
+        first = plan_of(config.reward_model_config(), trust_remote_code=trust_remote_code)
+        return {"reward_model": first, "policy": _policy_plan(config, trust_remote_code=trust_remote_code)}
+    if isinstance(config, PpoConfig):
+        return _policy_plan(config, trust_remote_code=trust_remote_code)
+    return _offline_plan(config, trust_remote_code=trust_remote_code)
+
+
+def machine_of(training: TrainingSection) -> Machine:
+    """Where training would run; asked after the data is read, which memory holds then. Raises `UserError`."""
+    device = pick_device(training.device)
+    precision = resolve(training.precision, device)
+    return Machine.now(device, precision, measured_rates(device, half=precision != "fp32"))
+
+
+def _policy_plan(config: PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    ppo = config.ppo_config() if isinstance(config, RlhfConfig) else config
+    inputs = open_prompts(ppo, trust_remote_code=trust_remote_code)
+    rewards = (
+        [planned_reward_shape(config, inputs.architecture)]
+        if isinstance(config, RlhfConfig)
+        else trained_reward_shapes(config, inputs.encoder.tokenizer)
+    )
+    prompts = policy_plan.tokenised(inputs)
+    machine = machine_of(ppo.training)
+    return policy_plan.plan_of(ppo, prompts, rewards, machine, trust_remote_code=trust_remote_code)
+
+
+def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    training = config.training
+    work = work_of(config, trust_remote_code=trust_remote_code)
+    machine = machine_of(training)
+    model = meta_model(training, work.architecture, head=work.head, trust_remote_code=trust_remote_code)
+    batches = StepBatches.of(training, PackedRows(work.train, None, machine.device), rank=0, world=1)
+    planned = training.num_epochs * batches.steps_an_epoch
+    steps = planned if training.max_steps is None else min(planned, training.max_steps)
+    epochs = steps / batches.steps_an_epoch
+    largest, longest = largest_batch(batches)
+    memory, disk = storage(config, model, work, machine, largest=largest, longest=work.longest or longest)
+    validations = count_validations(config, steps, batches.steps_an_epoch) if work.validation else 0
+    seconds = work.trainings * estimate.training_seconds(
+        model.parameters,
+        tokens=round(count_tokens(work.train) * epochs),
+        validation_tokens=validations * count_tokens(work.validation) + work.final_tokens,
+        steps=steps,
+        optimizer_state=estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters),
+        backward_share=model.shape.layers / model.num_layers,
+        operations_a_second=machine.operations_a_second,
+        bytes_a_second=machine.bytes_a_second,
+        output=model.output,
+        targets=round(count_targets(work.train) * epochs),
+        validation_targets=validations * count_targets(work.validation),
+        trains_output=model.trains_output,
+    )
+    return {
+        "model": model_facts(config, model, machine),
+        "data": {"said": work.said},
+        "rows": {"train": len(work.train), "validation": len(work.validation), **work.row_facts},
+        "tokens": token_facts(work, epochs, largest),
+        "steps": {
+            "epoch": batches.steps_an_epoch,
+            "all": steps,
+            **({} if work.head is not None else {"trainings": work.trainings}),
+        },
+        "memory": {**memory, "peak": sum(memory.values()), "there": machine.memory},
+        "disk": {**disk, "all": disk["checkpoints"] + disk["model"], "free": free_bytes(config.data.output_dir)},
+        "time": {
+            "seconds": seconds,
+            "operations_a_second": machine.operations_a_second,
+            "bytes_a_second": machine.bytes_a_second,
+        },
+    }
+
+
+def token_facts(work: Work, epochs: float, largest: int) -> dict[str, Any]:
+    """Tokens of one training; of a language model also those that are learned."""
+    epoch = count_tokens(work.train)
+    learned = {} if work.head is not None else {"learned": count_targets(work.train)}
+    return {
+        "epoch": epoch,
+        "all": round(epoch * epochs),
+        **learned,
+        "largest_forward": largest,
+        "cut": work.tokens_cut,
+        "said": work.tokens_said,
+    }
+
+
+def count_tokens(rows: Sequence[Encoded]) -> int:
+    """Tokens of the rows."""
+    return sum(len(row.ids) for row in rows)
+
+
+def count_targets(rows: Sequence[Encoded]) -> int:
+    """Tokens of the rows that a language model learns to predict."""
+    return sum(len(row.ids) - 1 if row.weights is None else sum(map(bool, row.weights)) for row in rows)
+
+
+def model_facts(config: AnyConfig, model: Model, machine: Machine) -> dict[str, Any]:
+    """What trains, in which format, where."""
+    return {
+        "name": model.name,
+        "parameters": model.parameters.total,
+        "trained": model.parameters.trained,
+        "frozen": model.parameters.total - model.parameters.trained,
+        "trainable": config.training.trainable,
+        "precision": machine.precision,
+        "device": str(machine.device),
+    }
+
+
+def storage(
+    config: AnyConfig, model: Model, work: Work, machine: Machine, *, largest: int, longest: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Memory and disk by part (bytes)."""
+    training = config.training
+    state = estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters)
+    half = machine.half_weights
+    has_best = training.keep_best and config.validates and bool(work.validation)
+    activations = estimate.activation_bytes(
+        model.shape,
+        tokens=largest,
+        longest=longest,
+        number_bytes=machine.activation_number_bytes,
+        recomputes=training.gradient_checkpointing,
+    )
+    memory = estimate.memory_bytes(
+        process=machine.process,
+        parameters=model.parameters,
+        half_precision=half,
+        optimizer_state=state,
+        activations=activations,
+        reloads_best=has_best,
+        merges=training.trainable == "lora",
+    )
+    if work.head is None:
+        memory["buffers"] = max(memory["buffers"], generation_bytes(config, model, longest, 2 if half else 4))
+        memory["logits"] = estimate.logit_bytes(
+            width=model.shape.width,
+            vocabulary=model.vocabulary,
+            number_bytes=2 if half else 4,
+            trains_output=model.trains_output,
+        )
+    disk = estimate.disk_bytes(
+        model.parameters,
+        half_precision=half,
+        optimizer_state=state,
+        checkpoints=work.trainings * (training.keep_last + int(has_best)) + 1,
+    )
+    return memory, disk
+
+
+def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes: int) -> int:
+    """Keys and values while validation answers problems: in the room that training's buffers have left."""
+    if not isinstance(config, ChainOfThoughtConfig) or not config.generates:
+        return 0
+    rows = generated_rows(config)
+    columns = longest + config.generation.max_new_tokens
+    return estimate.cache_bytes(
+        model.shape, layers=model.num_layers, rows=rows, columns=columns, number_bytes=number_bytes
+    )
+
+
+def generated_rows(config: ChainOfThoughtConfig) -> int:
+    """Chains that validation writes together."""
+    return min(_GENERATED_TOGETHER, config.evaluation.problems * config.generation.chains)
+
+
+def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:
+    """Tokens of the largest forward pass in the first epoch, and of the longest example."""
+    looked_at = range(min(batches.steps_an_epoch, _MOST_STEPS_LOOKED_AT))
+    passes = [rows for step in looked_at for rows in batches.rows_of(Cursor(0, step))]
+    largest = max(sum(batches.rows.lengths[row] for row in rows) for rows in passes)
+    return largest, max(batches.rows.lengths)
+
+
+def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int:
+    """Validations of a whole run: before the first step, if any, then as `validate_every` says, and at the end."""
+    every = config.training.validate_every
+    if every == "never":
+        return 0
+    interval = steps_an_epoch if every == "epoch" else int(every)
+    return int(config.training.validate_at_start) + -(-steps // interval)

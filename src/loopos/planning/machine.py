@@ -1,0 +1,101 @@
+"""What a dry run must know of the machine: where training would run, how much room there is, how fast it is.
+
+Enters: a device, a number format, two measured rates. Leaves: `Machine`, free bytes on a disk. Left out: measuring the
+rates (`rates`), several processes.
+
+How fast this machine multiplies and copies, measured in about a second.
+
+Enters: a device and a number format. Leaves: operations and bytes a second. The figures are those of now: another
+program on the same cores shows in them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`process`: bytes that this process has taken, which training would have too. `memory`: bytes of the device that
+    trains. `operations_a_second`: of a large matrix product; `bytes_a_second`: of a copy, read and write counted.
+    """
+
+    device: torch.device
+    precision: str
+    process: int
+    memory: int
+    operations_a_second: float
+    bytes_a_second: float
+
+    @classmethod
+    def now(cls, device: torch.device, precision: str, rates: tuple[float, float]) -> Machine:
+        """This machine as it is, with what this process has imported and read; a CUDA device has memory of its own."""
+        process = psutil.Process().memory_info().rss if device.type != "cuda" else 0
+        return cls(device, precision, process, _memory_of(device), *rates)
+
+    @property
+    def half_weights(self) -> bool:
+        """Whether weights are numbers of 2 bytes; with fp16 they stay in fp32."""
+        return self.precision == "bf16"
+
+    @property
+    def activation_number_bytes(self) -> int:
+        """Bytes of a number that a forward pass keeps."""
+        return 4 if self.precision == "fp32" else 2
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def free_bytes(folder: str) -> int:
+    """Free bytes on the disk that `folder` is, or would be, on."""
+    place = Path(folder).absolute()
+    existing = next(each for each in (place, *place.parents) if os.path.exists(each))
+    return shutil.disk_usage(existing).free
+
+
+_MEASURE_SECONDS = 0.5
+
+
+def measured_rates(device: torch.device, *, half: bool) -> tuple[float, float]:
+    """Operations a second of a large matrix product in the run's format, and bytes a second of a copy, read and write
+    counted.
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    left = torch.ones(1024, 1024, dtype=dtype, device=device)
+    right = torch.ones(1024, 4096, dtype=dtype, device=device)
+    source = torch.ones(1 << 25, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    products = _repeats(lambda: torch.mm(left, right), device)
+    copies = _repeats(lambda: target.copy_(source), device)
+    return products * 2.0 * 1024 * 1024 * 4096, copies * 2.0 * source.numel() * source.element_size()
+
+
+def _repeats(work: Callable[[], object], device: torch.device) -> float:
+    """How many times a second `work` can be done."""
+    work()
+    _wait(device)
+    began, done = time.monotonic(), 0
+    while time.monotonic() - began < _MEASURE_SECONDS:
+        work()
+        _wait(device)
+        done += 1
+    return done / (time.monotonic() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

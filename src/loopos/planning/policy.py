@@ -1,0 +1,269 @@
+"""What a run of PPO would take: prompts, iterations, the parameters of every role, memory, disk and time.
+
+Enters: a config with its prompts, the shapes of its reward models, the machine. Leaves: the plan as one JSON object.
+Counts of prompts, steps and parameters are exact. How long responses will be is not known: every one is taken to be as
+long as `generation.max_new_tokens` lets it. Left out, and said: the time of sampling, of functions and of judges.
+Letters: B responses of an iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from loopos.config.ppo import PpoConfig
+from loopos.planning import estimate
+from loopos.planning.machine import Machine, free_bytes
+from loopos.planning.shapes import Model, RoleShapes, role_shapes
+from loopos.planning.work import PromptInputs, RewardShape
+from loopos.rl.rollouts import RolloutPlan
+
+# Rows that the engine writes together at most.
+_WRITTEN_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Lengths of the prompts to train on and of those that validation answers (tokens); `said`: what was decided,
+    `tokens_said`: the account of the first.
+    """
+
+    train: list[int]
+    validation: list[int]
+    said: list[str]
+    tokens_said: str
+    architecture: PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much work a run is, every response at its longest. `prompt_tokens`, `response_tokens`: mean of an iteration,
+    all of a validation. `largest`: tokens of the largest forward pass of an update, `longest`: of one row.
+    """
+
+    iterations: int
+    steps: int
+    steps_an_iteration: int
+    responses: int
+    prompt_tokens: int
+    response_tokens: int
+    validations: int
+    validation_prompts: int
+    validation_prompt_tokens: int
+    validation_response_tokens: int
+    passes: float
+    largest: int
+    longest: int
+
+
+def tokenised(inputs: PromptInputs) -> Prompts:
+    """The prompts of a run as lengths. Raises `DataError`, as training does."""
+    train, report = inputs.encoder.prompts(inputs.data.train)
+    asked = inputs.encoder.prompts(inputs.asked)[0] if inputs.asked else []
+    said = [*inputs.data.said, inputs.encoder.template.said]
+    return Prompts(list(map(len, train)), list(map(len, asked)), said, report.said(), inputs.architecture)
+
+
+def plan_of(
+    config: PpoConfig, prompts: Prompts, rewards: Sequence[RewardShape], machine: Machine, *, trust_remote_code: bool
+) -> dict[str, Any]:
+    """All figures, as one JSON object. Raises `UserError`, as training does."""
+    shapes = role_shapes(config, prompts.architecture, rewards, trust_remote_code=trust_remote_code)
+    amounts, trained = amounts_of(config, prompts), shapes.trained
+    memory, disk = storage(config, shapes, amounts, machine)
+    return {
+        "model": {
+            "name": shapes.policy.name,
+            "parameters": trained.total,
+            "trained": trained.trained,
+            "frozen": trained.total - trained.trained,
+            "trainable": config.training.trainable,
+            "precision": machine.precision,
+            "device": str(machine.device),
+            "copies": shapes.copies,
+            "roles": {
+                name: {"parameters": role.parameters, "trained": role.trained, "is": role.said}
+                for name, role in shapes.roles.items()
+            },
+        },
+        "data": {"said": prompts.said},
+        "prompts": {
+            "train": len(prompts.train),
+            "validation": len(prompts.validation),
+            "iteration": amounts.responses,
+            "said": prompts.tokens_said,
+        },
+        "iterations": amounts.iterations,
+        "tokens": {
+            "prompts": sum(prompts.train),
+            "response": config.generation.max_new_tokens,
+            "iteration": amounts.prompt_tokens + amounts.response_tokens,
+            "trained": round(amounts.passes * (amounts.prompt_tokens + amounts.response_tokens)),
+            "largest_forward": amounts.largest,
+        },
+        "steps": {"iteration": amounts.steps_an_iteration, "all": amounts.steps},
+        "memory": {**memory, "peak": sum(memory.values()), "there": machine.memory},
+        "disk": {**disk, "all": disk["checkpoints"] + disk["model"], "free": free_bytes(config.data.output_dir)},
+        "time": time_of(config, shapes, amounts, machine),
+    }
+
+
+def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
+    """Iterations, steps and tokens of one process."""
+    training, longest_response = config.training, config.generation.max_new_tokens
+    plan = RolloutPlan.of(training, num_prompts=len(prompts.train), rank=0, world=1)
+    steps_an_iteration = plan.inner_epochs * plan.minibatches
+    planned = plan.iterations * steps_an_iteration
+    steps = planned if training.max_steps is None else min(planned, training.max_steps)
+    iterations = -(-steps // steps_an_iteration)
+    validations = 0
+    if prompts.validation and training.validate_every != "never":
+        # Before the first step, then every so many iterations, and at the end.
+        validations = int(training.validate_at_start) + -(-iterations // training.validate_every)
+    rows = -(-plan.batch_size // (plan.minibatches * plan.accumulation))
+    by_length = sorted(prompts.train, reverse=True)
+    return Amounts(
+        iterations=iterations,
+        steps=steps,
+        steps_an_iteration=steps_an_iteration,
+        responses=plan.batch_size,
+        prompt_tokens=round(plan.batch_size * sum(prompts.train) / len(prompts.train)),
+        response_tokens=plan.batch_size * longest_response,
+        validations=validations,
+        validation_prompts=len(prompts.validation),
+        validation_prompt_tokens=sum(prompts.validation),
+        validation_response_tokens=len(prompts.validation) * longest_response,
+        passes=steps / plan.minibatches,
+        largest=sum(by_length[place % len(by_length)] + longest_response for place in range(rows)),
+        longest=max(prompts.train + prompts.validation) + longest_response,
+    )
+
+
+def storage(
+    config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Machine
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Memory and disk by part (bytes). `loading`: what all copies in fp32, as they are read, take beyond the rest."""
+    training, policy, half = config.training, shapes.policy, machine.half_weights
+    number_bytes = 2 if half else 4
+    state = estimate.optimizer_bytes(training.optimizer, training.momentum, shapes.trained)
+    has_best = training.keep_best and amounts.validations > 0
+    activations = sum(
+        estimate.activation_bytes(
+            model.shape,
+            tokens=amounts.largest,
+            longest=amounts.longest,
+            number_bytes=machine.activation_number_bytes,
+            recomputes=training.gradient_checkpointing,
+        )
+        for model in (policy, shapes.critic)
+        if model is not None
+    )
+    memory = estimate.memory_bytes(
+        process=machine.process,
+        parameters=shapes.trained,
+        half_precision=half,
+        optimizer_state=state,
+        activations=activations,
+        reloads_best=has_best,
+        merges=False,
+    )
+    if training.trainable == "lora" and half:
+        # The policy alone is exported: its weights are brought from 2 to 4 bytes.
+        memory["export"] += 2 * policy.parameters.total
+    cache = estimate.cache_bytes(
+        policy.shape,
+        layers=policy.num_layers,
+        rows=written_together(max(amounts.responses, amounts.validation_prompts)),
+        columns=amounts.longest,
+        number_bytes=number_bytes,
+    )
+    memory["buffers"] = max(memory["buffers"], cache)
+    memory["logits"] = estimate.logit_bytes(
+        width=policy.shape.width,
+        vocabulary=policy.vocabulary,
+        number_bytes=number_bytes,
+        trains_output=policy.trains_output,
+    )
+    memory["loading"] = max(0, machine.process + 4 * shapes.trained.total - sum(memory.values()))
+    disk = estimate.disk_bytes(
+        shapes.trained,
+        half_precision=half,
+        optimizer_state=state,
+        checkpoints=training.keep_last + int(has_best) + 1,
+    )
+    return memory, {**disk, "model": number_bytes * policy.parameters.total}
+
+
+def written_together(responses: int) -> int:
+    """Rows of so many responses that the engine writes together."""
+    return min(_WRITTEN_TOGETHER, responses)
+
+
+def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Machine) -> dict[str, Any]:
+    """Seconds of writing responses, of the passes that score them, and of the updates; what they leave out."""
+    rates = {"operations_a_second": machine.operations_a_second, "bytes_a_second": machine.bytes_a_second}
+    policy = shapes.policy
+
+    def writing(responses: int, prompt_tokens: int) -> float:
+        return estimate.generation_seconds(
+            policy.parameters,
+            responses=responses,
+            new_tokens=config.generation.max_new_tokens,
+            prompt_tokens=prompt_tokens,
+            together=_WRITTEN_TOGETHER,
+            output=policy.output,
+            number_bytes=2 if machine.half_weights else 4,
+            operations_a_second=machine.operations_a_second,
+            bytes_a_second=machine.bytes_a_second,
+        )
+
+    written = amounts.iterations * writing(amounts.responses, amounts.prompt_tokens)
+    if amounts.validations:
+        written += amounts.validations * writing(amounts.validation_prompts, amounts.validation_prompt_tokens)
+    responses = amounts.iterations * amounts.response_tokens + amounts.validations * amounts.validation_response_tokens
+    prompts = amounts.iterations * amounts.prompt_tokens + amounts.validations * amounts.validation_prompt_tokens
+    # The policy and the reference pass over the same tokens; the reference's numbers may be the policy's.
+    scorers = [policy, policy, *shapes.rewards, *([shapes.critic] if shapes.critic is not None else [])]
+    scored = sum(_forward(model, prompts + responses, responses, machine) for model in scorers)
+    updated = sum(_updates(config, model, amounts, machine) for model in (policy, shapes.critic) if model is not None)
+    left_out = ["sampling and the attention to what was written"]
+    left_out += ["the reward functions"] if config.reward.functions else []
+    left_out += ["the judge"] if config.evaluation.judge is not None and amounts.validations else []
+    left_out += ["the responses of evaluation.best_of"] if config.evaluation.best_of and amounts.validations else []
+    parts = {"generation": written, "scoring": scored, "updates": updated}
+    return {"seconds": sum(parts.values()), **parts, "left_out": left_out, **rates}
+
+
+def _forward(model: Model, tokens: int, targets: int, machine: Machine) -> float:
+    return estimate.training_seconds(
+        model.parameters,
+        tokens=0,
+        validation_tokens=tokens,
+        steps=0,
+        optimizer_state=0,
+        backward_share=0.0,
+        operations_a_second=machine.operations_a_second,
+        bytes_a_second=machine.bytes_a_second,
+        output=model.output,
+        validation_targets=targets,
+    )
+
+
+def _updates(config: PpoConfig, model: Model, amounts: Amounts, machine: Machine) -> float:
+    training = config.training
+    return estimate.training_seconds(
+        model.parameters,
+        tokens=round(amounts.passes * (amounts.prompt_tokens + amounts.response_tokens)),
+        validation_tokens=0,
+        steps=amounts.steps,
+        optimizer_state=estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters),
+        backward_share=model.shape.layers / model.num_layers,
+        operations_a_second=machine.operations_a_second,
+        bytes_a_second=machine.bytes_a_second,
+        output=model.output,
+        targets=round(amounts.passes * amounts.response_tokens),
+        trains_output=model.trains_output,
+    )

@@ -1,0 +1,316 @@
+"""What a run would read, opened without the weights: rows, tokenizer, architecture, tokens.
+
+Enters: a fine-tuning config. Leaves: `Inputs`. The parts are those that the method itself uses, so that counts of
+tokens and steps are true. Left out: the model's numbers.
+
+What reward_model, ppo and rlhf would read, opened without the weights: comparisons, prompts, their tokens' rules.
+
+Enters: a config. Leaves: `ComparisonInputs` or `PromptInputs`, and what a reward model is before it is opened. The
+parts are those that the methods themselves use. Left out: the models' numbers.
+
+What a run of any method would do, opened without the weights: rows and their tokens, and the architecture.
+
+Enters: a config. Leaves: `Work`. The parts are those that the methods themselves use, so that counts of rows, tokens
+and steps are true. Left out: the model's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.diagnostics import UserError
+from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.ppo import PpoConfig
+from loopos.config.pretraining import PretrainingConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.config.rlhf import RlhfConfig
+from loopos.config.sections import LoraSection
+from loopos.data.labelled import LabelledData, load_labelled
+from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
+from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
+from loopos.data.preferences import Comparison
+from loopos.data.prompts import Prompt
+from loopos.data.supervised import SupervisedData, load_supervised
+from loopos.data.supervised_tokens import SupervisedEncoder
+from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
+from loopos.methods.pretraining import Pretrainer
+from loopos.models.attention import FUSED_FROM
+from loopos.models.folders import check_same_tokens
+from loopos.models.load import Sizes, load_config, new_config
+from loopos.models.model_folder import model_folder, read_description
+from loopos.models.resolve import weights_source
+from loopos.models.tokenizers import open_tokenizer
+from loopos.training.precision import pick_device
+from loopos.training.progress import RunProgress
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows and their tokens; `max_length` is where examples are cut (tokens)."""
+
+    data: LabelledData
+    tokenizer: PreTrainedTokenizerBase
+    architecture: PreTrainedConfig
+    max_length: int | None
+    train: list[Encoded]
+    train_report: TokenReport
+    validation: list[Encoded]
+    validation_report: TokenReport
+
+
+def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
+    """Reads and tokenises what the config names. Raises `UserError`, as training does."""
+    section, model = config.data, config.model
+    data = load_labelled(section, model, seed=config.training.seed)
+    sizes = Sizes.of(model, max_length=config.training.max_length)
+    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
+    source = weights_source(section.pretrained_weights)
+    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    max_length = longest(tokenizer, positions, config.training.max_length)
+    train, train_report = encode_labelled(
+        tokenizer, data.train, max_length=max_length, on_truncation=section.on_truncation
+    )
+    validation, validation_report = encode_labelled(
+        tokenizer, data.validation, max_length=max_length, on_truncation=section.on_truncation
+    )
+    return Inputs(data, tokenizer, architecture, max_length, train, train_report, validation, validation_report)
+
+
+@dataclass(frozen=True)
+class ComparisonInputs:
+    """Comparisons, what makes their tokens, and the architecture that scores them."""
+
+    data: PreferenceData[Comparison]
+    encoder: PreferenceEncoder
+    architecture: PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """Prompts, those of them that validation answers, what makes their tokens, and the policy's architecture."""
+
+    data: PreferenceData[Prompt]
+    asked: list[Prompt]
+    encoder: PreferenceEncoder
+    architecture: PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class RewardShape:
+    """A reward model's architecture and heads. `adapter`: its adapters, where it is one over the policy's weights."""
+
+    architecture: PreTrainedConfig
+    heads: int
+    adapter: LoraSection | None
+
+
+def open_comparisons(config: RewardModelConfig, *, trust_remote_code: bool) -> ComparisonInputs:
+    """The comparisons of a config, with nothing tokenised yet. Raises `UserError`, as training does."""
+    data = load_comparisons(config.data, config.data.source, seed=config.training.seed)
+    architecture, tokenizer, max_length = _opened(config, trust_remote_code)
+    return ComparisonInputs(data, PreferenceEncoder(config.data, tokenizer, max_length=max_length), architecture)
+
+
+def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
+    """The prompts of a config, with nothing tokenised yet. Raises `UserError`, as training does."""
+    section = config.data
+    data = load_prompts(section, section.source, seed=config.training.seed)
+    architecture, tokenizer, whole = _opened(config, trust_remote_code)
+    room = None if whole is None else whole - config.generation.max_new_tokens
+    limit = min((each for each in (room, section.max_prompt_tokens) if each is not None), default=None)
+    encoder = PreferenceEncoder(section, tokenizer, max_length=limit)
+    asked = data.validation[: config.evaluation.prompts] if config.validates else []
+    return PromptInputs(data, asked, encoder, architecture)
+
+
+def _opened(
+    config: RewardModelConfig | PpoConfig, trust_remote_code: bool
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
+    """Architecture, tokenizer, and the longest sequence."""
+    section, asked = config.data, config.training.max_length
+    sizes = Sizes.of(config.model, max_length=asked)
+    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
+    source = weights_source(section.pretrained_weights)
+    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    return architecture, tokenizer, longest(tokenizer, positions, asked)
+
+
+def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> list[RewardShape]:
+    """The shapes of the reward models that a config names. An adapter is taken to be over the policy's weights where
+    the names of the weights are the same: training compares the weights themselves. Raises `UserError`.
+    """
+    policy, found = Path(config.data.pretrained_weights.rstrip("/")).name, []
+    for place in config.data.reward_models:
+        folder = model_folder(place)
+        description = read_description(folder)
+        own = open_tokenizer(weights_source(str(folder)), None)
+        check_same_tokens(tokenizer, own, f"data.reward_model: {place}")
+        adapter = folder.parent / "adapter"
+        lora = _adapter(adapter) if adapter.is_dir() and description.get("pretrained_weights") == policy else None
+        found.append(RewardShape(load_config(str(folder)), len(description["score_mean"]), lora))
+    return found
+
+
+def planned_reward_shape(config: RlhfConfig, architecture: PreTrainedConfig) -> RewardShape:
+    """The shape of the reward model that the first phase will train."""
+    training = config.reward_model_config().training
+    lora = training.lora or LoraSection() if training.trainable == "lora" else None
+    return RewardShape(architecture, config.reward.heads, lora)
+
+
+def _adapter(folder: Path) -> LoraSection:
+    """The adapters that a PEFT folder describes."""
+    file = folder / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return LoraSection(rank=found["r"], target_modules=sorted(found["target_modules"]))
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise UserError(f"{file}: no adapter that can be read: {problem}") from problem
+
+
+AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig | RewardModelConfig
+"""The configs of methods that pass over rows of a data set; PPO, which writes its own, is in `policy_plan`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """`head`: outputs of the head, None for a language model; `trainings`: how often the rows are trained on anew;
+    `said` and `tokens_said`: what was read and decided. `final_tokens`: those that go through the model once more when
+    training has ended; `row_facts`: what the rows hold, counted by name; `longest`: tokens that one token sees at most,
+    those of the longest row where it is None.
+    """
+
+    architecture: PreTrainedConfig
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    said: list[str]
+    tokens_said: str
+    tokens_cut: int
+    head: int | None
+    trainings: int = 1
+    final_tokens: int = 0
+    row_facts: dict[str, int] = field(default_factory=dict)
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
+class ReasoningInputs:
+    """The examples of chain-of-thought training, what makes their tokens, and the architecture."""
+
+    data: SupervisedData
+    encoder: SupervisedEncoder
+    architecture: PreTrainedConfig
+
+
+def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
+    """Reads and tokenises what the config names. Raises `UserError`, as training does."""
+    if isinstance(config, FineTuningConfig):
+        inputs = open_inputs(config, trust_remote_code=trust_remote_code)
+        report = inputs.train_report
+        return Work(
+            inputs.architecture,
+            inputs.train,
+            inputs.validation,
+            inputs.data.said,
+            report.said(),
+            report.tokens_cut,
+            inputs.data.space.num_outputs,
+        )
+    if isinstance(config, PretrainingConfig):
+        pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
+        architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
+        tokens = sum(len(piece.ids) for piece in pretrainer.pieces)
+        said = f"{len(pretrainer.pieces):,} pieces, {tokens:,} tokens; none cut"
+        return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], said, 0, None)
+    if isinstance(config, RewardModelConfig):
+        return _reward_work(config, trust_remote_code=trust_remote_code)
+    return _reasoning_work(config, trust_remote_code=trust_remote_code)
+
+
+def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+    train, report = inputs.encoder(inputs.data.train)
+    validation: list[Encoded] = []
+    if config.validates and inputs.data.validation:
+        validation = [row.encoded() for row in inputs.encoder(inputs.data.validation)[0]]
+    rounds = config.self_improvement.rounds if config.self_improvement is not None else 0
+    said = [*inputs.data.said, inputs.encoder.template.said]
+    if rounds:
+        said.append(f"{rounds} rounds of self-improvement: each trains anew, on these rows and the chains found")
+    return Work(
+        inputs.architecture,
+        [row.encoded() for row in train],
+        validation,
+        said,
+        report.said(),
+        report.tokens_cut,
+        None,
+        rounds + 1,
+    )
+
+
+def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
+    examples, report = inputs.encoder.comparisons(inputs.data.train)
+    kept: list[EncodedComparison] = []
+    if config.validates and inputs.data.validation:
+        kept, _ = inputs.encoder.comparisons(inputs.data.validation)
+    on_cpu = pick_device(config.training.device).type == "cpu" and config.model.attention != "padded"
+    train, validation = _rows(examples, on_cpu=on_cpu), _rows(kept, on_cpu=on_cpu)
+    # Before export the training responses are scored to normalise by, then those of validation for the report.
+    normalised = sum(len(row.ids) for row in train) if config.reward.normalise else 0
+    return Work(
+        inputs.architecture,
+        train,
+        validation,
+        [*inputs.data.said, inputs.encoder.template.said],
+        report.said(),
+        report.tokens_cut,
+        config.reward.heads,
+        final_tokens=normalised + sum(len(row.ids) for row in validation),
+        row_facts={"responses": report.responses, "pairs": report.pairs},
+        longest=max(report.lengths),
+    )
+
+
+def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encoded]:
+    """Comparisons as the tokens that a forward pass takes: on CPU a prompt once for all its responses, unless one is so
+    long that the fused kernel serves it.
+    """
+    shares = on_cpu and max((each.num_tokens for each in examples), default=0) < FUSED_FROM
+    found = []
+    for each in examples:
+        once = [*each.prompt, *(token for response in each.responses for token in response)]
+        anew = [token for response in each.responses for token in (*each.prompt, *response)]
+        found.append(Encoded(once if shares else anew, None, each.index))
+    return found
+
+
+def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:
+    """The examples of a chain-of-thought config, with nothing tokenised yet. Raises `UserError`, as training does."""
+    section, settings = config.data, config.training
+    data = load_supervised(section, seed=settings.seed)
+    sizes = Sizes.of(config.model, max_length=settings.max_length)
+    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
+    source = weights_source(section.pretrained_weights)
+    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    max_length = longest(tokenizer, positions, settings.max_length)
+    encoder = SupervisedEncoder(section, data.step_format, tokenizer, max_length=max_length)
+    return ReasoningInputs(data, encoder, architecture)
+
+
+def open_pretraining(config: PretrainingConfig, *, trust_remote_code: bool) -> Pretrainer:
+    """Pretraining with its documents read, its tokenizer trained and its pieces cut; it says so on standard error."""
+    pretrainer = Pretrainer(config, progress=RunProgress(), trust_remote_code=trust_remote_code)
+    pretrainer.load_data()
+    return pretrainer

@@ -1,0 +1,273 @@
+"""Responses behind their prompts → packed batches in which every token of a response knows what is known of it.
+
+Enters: token ids, and columns with a number a token. Leaves: `ResponseBatch`es. Left out: what the columns mean.
+Letters: T tokens of a packed row, M tokens of its responses.
+
+The pass that judges an iteration's responses, kept for the step that would run it again.
+
+Where an iteration's first step is one batch of all its responses, the models have not changed since they were judged,
+and its forward pass is that of judging, gradient graph and all. Enters: what the first step's batches are. Leaves: what
+a pass gave, once. Left out: the models.
+Letters: M tokens of responses.
+
+What a policy has just written, judged, as what its own update needs to know of every token.
+
+Enters: responses with their scores, log-probabilities and values. Leaves: advantages and returns; for checkpoints,
+tensors. Left out: generation, scoring, the formulas (`functional.advantages`), minibatches (`rollouts.py`).
+Letters: B responses of an iteration over all processes, L tokens of the longest, M tokens of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from loopos.config.rl import PpoTrainingSection
+from loopos.data.batches import Cursor
+from loopos.functional.advantages import (
+    KlEstimator,
+    generalised_advantages,
+    kl_terms,
+    token_rewards,
+    truncated_importance,
+    whitened,
+)
+from loopos.functional.packing import PackedLayout
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """Responses of one forward pass behind their prompts, flat; M tokens of responses.
+
+    `ids` `[T]`; `places` `[M]`: positions whose hidden states predict the tokens `targets` `[M]`, the state before each
+    token. `old_logprobs`, `reference_logprobs`, `values` (old), `advantages`, `returns` `[M]` fp32. `is_first`: the
+    policy is still the one that wrote the responses.
+    """
+
+    ids: Tensor
+    layout: PackedLayout
+    places: Tensor
+    targets: Tensor
+    rows: tuple[int, ...]
+    columns: Mapping[str, Tensor]
+    is_first: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layout.num_tokens
+
+
+@dataclass(frozen=True)
+class ResponseRows:
+    """Prompts with responses as `Rows` of `ResponseBatch`es. columns: name → what is known of each token of each
+    response.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    responses: Sequence[Sequence[int]]
+    device: torch.device
+    columns: Mapping[str, Sequence[Tensor]] | None = None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
+
+    def __call__(self, rows: Sequence[int], *, is_first: bool = False) -> ResponseBatch:
+        ids: list[int] = []
+        places: list[int] = []
+        for row in rows:
+            places += range(len(ids) + len(self.prompts[row]) - 1, len(ids) + self.lengths[row] - 1)
+            ids += [*self.prompts[row], *self.responses[row]]
+        flat = torch.tensor(ids, device=self.device)
+        before = torch.tensor(places, device=self.device)
+        columns = {name: torch.cat([column[row] for row in rows]) for name, column in (self.columns or {}).items()}
+        return ResponseBatch(
+            ids=flat,
+            layout=PackedLayout(tuple(self.lengths[row] for row in rows), self.device),
+            places=before,
+            targets=flat[before + 1],
+            rows=tuple(rows),
+            columns={name: column.to(self.device) for name, column in columns.items()},
+            is_first=is_first,
+        )
+
+
+@dataclass(eq=False)
+class KeptPass:
+    """At most one pass, with its graph. `rows_of`: (step, length of each row) → the rows of each batch of the
+    step.
+    """
+
+    rows_of: Callable[[Cursor, Sequence[int]], list[list[int]]]
+    _kept: tuple[ResponseBatch, tuple[Tensor, ...]] | None = None
+
+    def batch(self, rows: ResponseRows, iteration: int) -> ResponseBatch | None:
+        """The batch of the iteration's first step, if that is all of its rows; None where several share them."""
+        batches = self.rows_of(Cursor(iteration), rows.lengths)
+        return rows(batches[0]) if len(batches) == 1 and len(batches[0]) == len(rows.lengths) else None
+
+    def keep(self, batch: ResponseBatch, outputs: tuple[Tensor, ...]) -> None:
+        self._kept = batch, outputs
+
+    def take(self, batch: ResponseBatch) -> tuple[Tensor, ...] | None:
+        """What the models gave for this very batch, and forgets it: after a step they give something else."""
+        kept, self._kept = self._kept, None
+        if kept is None or kept[0].rows != batch.rows or not torch.equal(kept[0].ids, batch.ids):
+            return None
+        return kept[1]
+
+
+_COLUMNS = ("old_logprobs", "reference_logprobs", "values", "advantages", "returns")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The responses of one iteration, of all processes. The tensors are `[M]` fp32 on CPU, response after response.
+    `kl_coefficient`: β that was in the rewards. `is_own`: `old_logprobs` are those of the policy before its update,
+    so that its first ratio is 1; else of an older one that wrote.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    old_logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    kl_coefficient: float
+    is_own: bool = True
+
+    def rows(self, device: torch.device) -> ResponseRows:
+        lengths = [len(response) for response in self.responses]
+        columns = {name: torch.split(getattr(self, name), lengths) for name in _COLUMNS}
+        return ResponseRows(self.prompts, self.responses, device, columns)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but `kl_coefficient` and `is_own`, for a checkpoint."""
+        told = {name: getattr(self, name) for name in _COLUMNS}
+        for name, texts in (("prompts", self.prompts), ("responses", self.responses)):
+            told[name] = torch.tensor([token for ids in texts for token in ids])
+            told[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
+        return told
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], kl_coefficient: float, *, is_own: bool) -> Experience:
+        """What `tensors` was made of."""
+        texts = {
+            name: [part.tolist() for part in torch.split(tensors[name], tensors[f"{name}_lengths"].tolist())]
+            for name in ("prompts", "responses")
+        }
+        columns = {name: tensors[name].clone() for name in _COLUMNS}
+        named: dict[str, Any] = {**texts, **columns}
+        return cls(**named, kl_coefficient=kl_coefficient, is_own=is_own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageSettings:
+    """How scores become advantages. `penalty`: estimator of the KL in the rewards, None where it is a loss instead.
+    `importance_cap`: bound of π/μ, where advantages are weighed by it.
+    """
+
+    penalty: KlEstimator | None
+    discount: float
+    gae_lambda: float
+    whiten_rewards: bool
+    whiten_advantages: bool
+    importance_cap: float | None = None
+
+    @classmethod
+    def of(cls, settings: PpoTrainingSection, *, importance_cap: float | None = None) -> AdvantageSettings:
+        """Those of a config's `training` section."""
+        return cls(
+            penalty=settings.penalty_estimator if settings.kl_in == "reward" else None,
+            discount=settings.discount,
+            gae_lambda=settings.gae_lambda,
+            whiten_rewards=settings.whiten_rewards,
+            whiten_advantages=settings.whiten_advantages,
+            importance_cap=importance_cap,
+        )
+
+
+class Response(Protocol):
+    """Tokens that a policy wrote."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+
+class Scored(Protocol):
+    """A response with all that is known of it: numbers a token `[L]`, of the policy before its update (`logprobs`), of
+    the one that wrote (`engine_logprobs`), which is `staleness` iterations older, of reference and value model.
+    """
+
+    @property
+    def response(self) -> Response: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def logprobs(self) -> Tensor: ...
+    @property
+    def engine_logprobs(self) -> Tensor: ...
+    @property
+    def reference_logprobs(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def staleness(self) -> int: ...
+
+
+def experience_of(
+    prompts: Sequence[Sequence[int]],
+    scored: Sequence[Scored],
+    *,
+    old_logprobs: Literal["forward", "engine"],
+    kl_coefficient: float,
+    settings: AdvantageSettings,
+) -> Experience:
+    """Advantages and returns of responses: r_t = −β·kl_t, plus the score at the end; GAE; whitening over all tokens;
+    weights of importance. old_logprobs: whether the ratio is held against the policy before its update or against the
+    one that wrote.
+    """
+    responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
+    lengths = torch.tensor([len(response) for response in responses])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, L]
+
+    def side_by_side(each: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([column.float() for column in each], batch_first=True)
+
+    behaviour = side_by_side([each.engine_logprobs for each in scored])
+    old = behaviour if by_engine else side_by_side([each.logprobs for each in scored])
+    reference = side_by_side([each.reference_logprobs for each in scored])
+    state_values = side_by_side([each.values for each in scored])
+    scores = torch.tensor([each.score for each in scored])
+    penalty = torch.zeros_like(old) if settings.penalty is None else kl_terms(old, reference, settings.penalty)
+    rewards = token_rewards(scores, penalty, mask, kl_coefficient=kl_coefficient)
+    if settings.whiten_rewards:
+        rewards = whitened(rewards, mask, shift_mean=False)
+    advantages, returns = generalised_advantages(
+        rewards, state_values, mask, discount=settings.discount, smoothing=settings.gae_lambda
+    )
+    if settings.whiten_advantages:
+        advantages = whitened(advantages, mask)
+    if settings.importance_cap is not None:
+        # Every term of the policy's loss is in proportion to A: weighed here, it is weighed there.
+        advantages = advantages * truncated_importance(old, behaviour, cap=settings.importance_cap)
+    return Experience(
+        [list(prompt) for prompt in prompts],
+        [list(response) for response in responses],
+        old_logprobs=old[mask],
+        reference_logprobs=reference[mask],
+        values=state_values[mask],
+        advantages=advantages[mask],
+        returns=returns[mask],
+        kl_coefficient=kl_coefficient,
+        is_own=not by_engine or not any(each.staleness for each in scored),
+    )
+
+
+assert set(_COLUMNS) < {field.name for field in fields(Experience)}

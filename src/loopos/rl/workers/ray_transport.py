@@ -1,0 +1,144 @@
+"""Rollout workers as actors of Ray, on this machine alone or on a cluster.
+
+Enters: what a worker makes its model of, how many cores and GPUs it takes. Leaves: a `Transport`. Ray is imported here
+alone, when a run asks for it. Left out: who gets which prompts (`dispatch.py`), what a worker does (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.rl import RolloutEngineSection
+from loopos.generation.completions import Completion
+from loopos.rl.workers.protocol import Answered, Event, Joined, Lost, Order
+from loopos.rl.workers.worker import RolloutWorker, WorkerRecipe
+
+
+class RayWorker:
+    """A `RolloutWorker` as an actor: orders come with a reference to their weights, fetched where they are new."""
+
+    def __init__(self, recipe: WorkerRecipe) -> None:
+        # Loaded by a call of its own: what fails in here could not be told from a process that died.
+        self._recipe = recipe
+        self._worker: RolloutWorker | None = None
+
+    def load(self) -> str:
+        """Makes the model; says where it is."""
+        self._worker = RolloutWorker(self._recipe)
+        return f"process {os.getpid()} on {socket.gethostname()}"
+
+    def write(self, order: Order, weights: list[Any]) -> list[Completion]:
+        """weights: the reference in a list, which Ray leaves as it is."""
+        import ray
+
+        assert self._worker is not None
+        return self._worker.write(order, lambda: ray.get(weights[0]))
+
+
+class _Started:
+    """Ray raises the bare `Exception`, and no kind of it, where its processes do not come up within 30 s."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
+        if kind is Exception:
+            raise EnvironmentFault(
+                f"Ray does not start on this machine: {problem} Wanted a machine with cores to spare"
+            ) from problem
+
+
+class RayTransport:
+    """Starts Ray on this machine, reachable from it alone and without its dashboard and its statistics, or joins a
+    cluster, whose hosts must have LoopOS and the model's place. Raises `EnvironmentFault`.
+
+    An actor that the cluster has no room for yet starts when there is.
+    """
+
+    def __init__(self, recipe: WorkerRecipe, section: RolloutEngineSection) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._ray: Any = ray
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if section.address is not None:
+            try:
+                ray.init(address=section.address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as problem:
+                raise EnvironmentFault(
+                    f"rollout.address: no Ray cluster at {section.address} can be joined: {problem}"
+                ) from problem
+        else:
+            cores = max(os.cpu_count() or 1, section.workers * section.cpus_per_worker)
+            local = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+            with _Started():
+                ray.init(**local, **quiet, _node_ip_address="127.0.0.1")
+        self._actor = ray.remote(
+            num_cpus=section.cpus_per_worker, num_gpus=section.gpus, max_restarts=0, max_task_retries=0
+        )(RayWorker)
+        self._recipe = recipe
+        self._started = 0
+        self._workers: dict[int, Any] = {}
+        self._weights: dict[int, Any] = {}
+        # What each reference will tell: a worker that has loaded, or the answer to an order.
+        self._awaited: dict[Any, tuple[int, Order | None]] = {}
+
+    def start(self) -> int:
+        worker, self._started = self._started, self._started + 1
+        self._workers[worker] = self._actor.remote(self._recipe)
+        self._awaited[self._workers[worker].load.remote()] = (worker, None)
+        return worker
+
+    def publish(self, version: int, weights: bytes) -> None:
+        self._weights[version] = self._ray.put(weights)
+
+    def forget(self, version: int) -> None:
+        del self._weights[version]
+
+    def ask(self, worker: int, order: Order) -> None:
+        reference = self._workers[worker].write.remote(order, [self._weights[order.version]])
+        self._awaited[reference] = (worker, order)
+
+    def events(self, seconds: float) -> list[Event]:
+        if not self._awaited:
+            time.sleep(seconds)
+            return []
+        references = list(self._awaited)
+        self._ray.wait(references, num_returns=1, timeout=seconds)
+        ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        return [self._event(reference, *self._awaited.pop(reference)) for reference in ready]
+
+    def _event(self, reference: Any, worker: int, order: Order | None) -> Event:
+        errors = self._ray.exceptions
+        try:
+            told = self._ray.get(reference)
+        except errors.RayTaskError as problem:
+            if isinstance(problem.cause, UserError):
+                raise type(problem.cause)(f"rollout worker {worker}: {problem.cause}") from None
+            raise
+        except (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError) as problem:
+            self.end(worker)
+            return Lost(worker, _why(problem))
+        return Joined(worker, told) if order is None else Answered(worker, order, told)
+
+    def end(self, worker: int) -> None:
+        self._awaited = {reference: asked for reference, asked in self._awaited.items() if asked[0] != worker}
+        handle = self._workers.pop(worker, None)
+        if handle is not None:
+            self._ray.kill(handle)
+
+    def close(self) -> None:
+        for worker in list(self._workers):
+            self.end(worker)
+        self._ray.shutdown()
+
+
+def _why(problem: Exception) -> str:
+    """Ray's reason in a line: the last sentences of its message are advice."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    detail = next((line for line in lines if "exit detail" in line or "killed" in line), lines[0] if lines else "")
+    return detail.split(". ")[0].rstrip(".") or type(problem).__name__

@@ -1,0 +1,1 @@
+"""An HTTP server for language models, heads and reward models."""

@@ -1,0 +1,186 @@
+"""A model with a head, served: classification and regression, or the scores of a reward model.
+
+Enters: checked requests. Leaves: responses. Left out: training and folders (`evaluation.predictor`,
+`evaluation.reward_predictor`), HTTP (`http.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from loopos.config.diagnostics import UserError
+from loopos.data.conversations import ASSISTANT, Message
+from loopos.data.prompts import Words
+from loopos.evaluation.outputs import NonFiniteOutputs
+from loopos.evaluation.predictor import Predictor
+from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.serving.decoder import ModelThread
+from loopos.serving.errors import ApiError
+from loopos.serving.limits import ServingLimits
+from loopos.serving.metrics import ServingMetrics
+from loopos.serving.requests import Asked, ClassifyRequest, ScoreRequest, read_for
+from loopos.serving.responses import while_wanted
+
+Body = TypeVar("Body", bound=Asked)
+Question = TypeVar("Question")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """An object a question, in their order; the tokens that were read; what the response tells besides."""
+
+    data: list[dict[str, Any]]
+    tokens: int
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Head(Protocol[Body, Question]):
+    """What a kind of head makes of a request. `kind`: what the model is, in words. `param`: the parameter that is at
+    fault where the model refuses a question, if there is one alone.
+    """
+
+    endpoint: str
+    kind: str
+    param: str | None
+    body: type[Body]
+
+    def questions(self, asked: Body) -> Sequence[Question]:
+        """What is asked. Raises `ApiError`."""
+        ...
+
+    def answers(self, questions: Sequence[Question]) -> Answers:
+        """Runs the model. Raises `UserError`."""
+        ...
+
+
+class ClassifyHead:
+    """Predictions of a fine-tuned model."""
+
+    endpoint = "/v1/classify"
+    param: str | None = "input"
+    body = ClassifyRequest
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.kind = f"a {predictor.space.task} model"
+
+    def questions(self, asked: ClassifyRequest) -> Sequence[str | tuple[str, str]]:
+        texts = asked.texts()
+        if not texts:
+            raise ApiError(400, "input: an empty list; wanted at least one text", param="input", code="invalid_value")
+        return texts
+
+    def answers(self, questions: Sequence[str | tuple[str, str]]) -> Answers:
+        found, report = self._predictor.predict(questions), self._predictor.tokens
+        data = [{"object": "classification", "index": place, **each} for place, each in enumerate(found)]
+        return Answers(data, report.tokens, {"task": self._predictor.space.task, "truncated": report.truncated})
+
+
+class ScoreHead:
+    """Scores by a reward model."""
+
+    endpoint = "/v1/score"
+    kind = "a reward model"
+    param: str | None = None
+    body = ScoreRequest
+
+    def __init__(self, predictor: RewardPredictor) -> None:
+        self._predictor = predictor
+
+    def questions(self, asked: ScoreRequest) -> Sequence[tuple[Words, Words]]:
+        return _pairs(asked, as_text=bool(self._predictor.opened.description["text"]))
+
+    def answers(self, questions: Sequence[tuple[Words, Words]]) -> Answers:
+        judged = self._predictor.judge(questions)
+        data: list[dict[str, Any]] = []
+        for place, each in enumerate(judged):
+            spread = {} if each.spread is None else {"spread": each.spread}
+            data.append({"object": "score", "index": place, "score": each.score, **spread})
+        return Answers(data, sum(each.tokens for each in judged))
+
+
+class HeadService(Generic[Body, Question]):
+    """Answers by one model with a head under the name `name`."""
+
+    def __init__(self, head: Head[Body, Question], name: str, limits: ServingLimits, metrics: ServingMetrics) -> None:
+        self.name, self.kind = name, head.kind
+        self._head, self._limits, self._metrics = head, limits, metrics
+        self._thread = thread = ModelThread(limits)
+        metrics.gauges["loopos_active_rows"] = ("Calls that run.", lambda: min(1, thread.num_calls))
+        metrics.gauges["loopos_queue_length"] = ("Calls that wait.", lambda: max(0, thread.num_calls - 1))
+
+    @property
+    def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
+        """Path → what answers it."""
+        return {self._head.endpoint: self._answer}
+
+    @property
+    def is_ready(self) -> bool:
+        return True
+
+    async def open(self) -> None:
+        """The model is ready as it is."""
+
+    async def end(self) -> None:
+        """A call that runs cannot be ended; its request is, with its connection."""
+
+    async def close(self) -> None:
+        self._thread.close()
+
+    async def _answer(self, request: Request, raw: bytes, deadline: float) -> Response:
+        questions = self._head.questions(
+            read_for(self._head.body, raw, self.name, max_messages=self._limits.max_messages)
+        )
+        work = self._thread.call(self._run, questions)
+        found = await while_wanted(request, work, deadline=deadline, seconds=self._limits.max_seconds)
+        self._metrics.prompt_tokens += found.tokens
+        usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+        told = {"object": "list", "model": self.name, **found.more, "data": found.data, "usage": usage}
+        return JSONResponse(told)
+
+    def _run(self, questions: Sequence[Question]) -> Answers:
+        try:
+            return self._head.answers(questions)
+        except NonFiniteOutputs as error:
+            raise ApiError(500, str(error), code="model_failed") from error
+        except UserError as error:
+            param = self._head.param
+            told = f"{param}: {error}" if param else str(error)
+            raise ApiError(400, told, param=param, code="invalid_value") from error
+
+
+def _pairs(asked: ScoreRequest, *, as_text: bool) -> list[tuple[Words, Words]]:
+    """Prompts with a response each. as_text: the model was trained on texts as they stand, without a template."""
+    if (asked.messages is None) == (asked.prompt is None) or (asked.prompt is None) != (asked.response is None):
+        raise ApiError(
+            400,
+            "wanted messages whose last one is the assistant's, or prompt and response",
+            param="messages" if asked.messages is not None else "prompt",
+            code="invalid_value",
+        )
+    if asked.messages is not None:
+        said = tuple(message.message() for message in asked.messages)
+        if said[-1].role != ASSISTANT:
+            raise ApiError(
+                400,
+                f"messages: the last one is the {said[-1].role}'s; wanted the assistant's, which is judged",
+                param="messages",
+                code="invalid_value",
+            )
+        return [(said[:-1], said[-1:])]
+    assert asked.prompt is not None
+    assert asked.response is not None
+    responses = [asked.response] if isinstance(asked.response, str) else asked.response
+    if isinstance(asked.prompt, str) and as_text:
+        return [(asked.prompt, response) for response in responses]
+    asking = (
+        (Message("user", asked.prompt),)
+        if isinstance(asked.prompt, str)
+        else tuple(message.message() for message in asked.prompt)
+    )
+    return [(asking, (Message(ASSISTANT, response),)) for response in responses]

@@ -1,0 +1,382 @@
+"""What requests may say: a class for each kind of body.
+
+Enters: JSON without what asks for nothing. Leaves: frozen requests, checked by pydantic, and the settings of generation
+that they ask for. Left out: reading the bytes and refusing them (`requests.py`), whether the model can take it
+(`language.py`, `heads.py`).
+
+JSON bodies → checked requests.
+
+Enters: the bytes of a body. Leaves: a frozen request (`bodies.py`), or an `ApiError` that names the parameter. A
+parameter that is not supported is refused, unless its value asks for nothing; null is the same as absent, and as no
+words in a message of the assistant. Left out: whether the model can take it (`language.py`, `heads.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from loopos.config.diagnostics import UserError
+from loopos.data.conversations import Message
+from loopos.generation.settings import SamplingSettings
+from loopos.serving.errors import ApiError, unknown_model
+
+# What OpenAI's own default is when completions name no number.
+COMPLETION_TOKENS = 16
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _kind_of_content(value: object) -> str:
+    return "text" if isinstance(value, str) else "parts"
+
+
+def _kind_of_inputs(value: object) -> str:
+    """By the first of them: a list is then read once, and its first fault ends it, however long it is."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else ""
+    return "tokens" if isinstance(first, int) else "lists of tokens" if isinstance(first, list) else "texts"
+
+
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Inputs = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Field(fail_fast=True), Tag("lists of tokens")],
+    Discriminator(_kind_of_inputs),
+]
+"""One text or list of tokens, or several of either."""
+
+
+class ChatMessage(Body):
+    """One message. `name` stands in the prompt, so that it may hold no control token."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("parts")],
+        Discriminator(_kind_of_content),
+    ]
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
+
+    def message(self) -> Message:
+        """As the chat template takes it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(self.role, content, more={} if self.name is None else {"name": self.name})
+
+
+class StreamOptions(Body):
+    """What a stream holds besides."""
+
+    include_usage: bool = False
+
+
+class Asked(Body):
+    """What every request says."""
+
+    model: str
+
+
+class Generation(Asked):
+    """What chat and completions share."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    no_repeat_ngram: int = 0
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stop: str | Annotated[list[str], Field(max_length=16)] = []
+    seed: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    def settings(self) -> SamplingSettings:
+        """How tokens are chosen, with the number of new ones left open; without a seed any. Raises `ApiError`."""
+        try:
+            return SamplingSettings(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                typical_p=self.typical_p,
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                no_repeat_ngram=self.no_repeat_ngram,
+                logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                seed=secrets.randbits(63) if self.seed is None else self.seed,
+            )
+        except UserError as error:
+            first = str(error).splitlines()[0]
+            raise ApiError(400, first, param=first.partition(":")[0], code="invalid_value") from error
+
+    def new_tokens(self) -> tuple[int | None, str]:
+        """The most new tokens that were asked for, and the parameter that did."""
+        return self.max_tokens, "max_tokens"
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    def new_tokens(self) -> tuple[int | None, str]:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens, "max_completion_tokens"
+        return self.max_tokens, "max_tokens"
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions. `logprobs`: 0 gives those of the tokens themselves."""
+
+    prompt: Inputs
+    logprobs: int | None = None
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        return several(self.prompt, "prompt")
+
+    def new_tokens(self) -> tuple[int | None, str]:
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens, "max_tokens"
+
+
+class EmbeddingRequest(Asked):
+    """POST /v1/embeddings."""
+
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
+
+    def inputs(self) -> Sequence[str | list[int]]:
+        return several(self.input, "input")
+
+
+class ClassifyRequest(Asked):
+    """POST /v1/classify: a text, or several, each a text or a pair of texts."""
+
+    input: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+    def texts(self) -> list[str | tuple[str, str]]:
+        given = [self.input] if isinstance(self.input, str) else self.input
+        return [each if isinstance(each, str) else (each[0], each[1]) for each in given]
+
+
+class ScoreRequest(Asked):
+    """POST /v1/score: a conversation whose last message is judged, or a prompt with one response or several."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=2)] | None = None
+    prompt: str | Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    response: str | Annotated[list[str], Field(min_length=1)] | None = None
+
+
+def several(given: str | list[str] | list[int] | list[list[int]], param: str) -> Sequence[str | list[int]]:
+    """One text or one list of tokens, or several of either. Raises `ApiError` for none."""
+    if not given and given != "":
+        raise ApiError(
+            400, f"{param}: an empty list; expected at least one text or token", param=param, code="invalid_value"
+        )
+    if isinstance(given, str):
+        return [given]
+    tokens = [each for each in given if isinstance(each, int)]
+    return [tokens] if tokens else [each for each in given if not isinstance(each, int)]
+
+
+_MOST_BIASES = 4096
+_TEXT = object()
+_TRUTH = object()
+# Values of parameters that are not supported which ask for nothing; `_TEXT`, `_TRUTH`: any text, true and false.
+_NO_EFFECT: Mapping[str, tuple[object, ...]] = {
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    # Without tools there is nothing to choose or to call at once.
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (_TRUTH,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    # Names of the end user, which decide nothing here.
+    "user": (_TEXT,),
+    "safety_identifier": (_TEXT,),
+    "prompt_cache_key": (_TEXT,),
+}
+_NO_EFFECT_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+}
+_NO_EFFECT_IN_STREAM_OPTIONS: Mapping[str, tuple[object, ...]] = {"include_obfuscation": (False,)}
+
+
+Request = TypeVar("Request", bound=Asked)
+
+
+def read_for(kind: type[Request], raw: bytes, served: str, *, max_messages: int) -> Request:
+    """The request to the model of that name that a body holds. Raises `ApiError`: 400, or 404 for another model."""
+    asked = _read(kind, raw, max_messages)
+    if asked.model != served:
+        raise unknown_model(asked.model, served)
+    return asked
+
+
+def _read(kind: type[Request], raw: bytes, max_messages: int) -> Request:
+    body = _effective(_object(raw), _NO_EFFECT)
+    for name in ("messages", "prompt"):
+        if isinstance(body.get(name), list):
+            if any(isinstance(each, dict) for each in body[name]):
+                _bounded(name, len(body[name]), max_messages, "messages")
+            body[name] = [_effective_message(each) for each in body[name]]
+    if isinstance(body.get("logit_bias"), dict):
+        _bounded("logit_bias", len(body["logit_bias"]), _MOST_BIASES, "tokens")
+    if isinstance(body.get("stream_options"), dict):
+        body["stream_options"] = _effective(body["stream_options"], _NO_EFFECT_IN_STREAM_OPTIONS)
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        _refuse(error, body, kind)
+
+
+def _bounded(name: str, number: int, most: int, what: str) -> None:
+    """Raises `ApiError` for more of them than there may be, before anything is made of them."""
+    if number > most:
+        raise ApiError(
+            400, f"{name}: {number:,} {what}; this server's limit is {most:,}", param=name, code="invalid_value"
+        )
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    """A JSON object. Lone surrogates, which no text holds, are refused with the rest."""
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        if b"\\ud" in raw.lower():
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"the body is no JSON: {error.msg} at {place}", code="invalid_json") from error
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {str(error).splitlines()[0]}", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object; expected {...}", code="invalid_json")
+    return body
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _effective(values: Mapping[str, Any], no_effect: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
+    """The values that ask for something: neither null nor one of `no_effect`."""
+
+    def asks_nothing(name: str, value: object) -> bool:
+        return any(
+            isinstance(value, str)
+            if nothing is _TEXT
+            else isinstance(value, bool)
+            if nothing is _TRUTH
+            else type(value) is type(nothing) and value == nothing
+            for nothing in no_effect.get(name, ())
+        )
+
+    return {name: value for name, value in values.items() if value is not None and not asks_nothing(name, value)}
+
+
+def _effective_message(message: Any) -> Any:
+    """A message without what asks for nothing. The assistant's content may be null, as OpenAI's is where it called a
+    tool or refused.
+    """
+    if not isinstance(message, dict):
+        return message
+    found = _effective(message, _NO_EFFECT_IN_MESSAGE)
+    if "content" in message and message["content"] is None:
+        found["content"] = "" if message.get("role") == "assistant" else None
+    if isinstance(found.get("content"), list):
+        found["content"] = [_effective(part, {}) if isinstance(part, dict) else part for part in found["content"]]
+    return found
+
+
+def _refuse(error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]) -> NoReturn:
+    """The first error as an `ApiError`; what is not supported comes before what is wrong."""
+    errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    first = errors[0]
+    param = _place(first["loc"], body)
+    where, code, message = f"{param}: " if param else "", "invalid_value", first["msg"]
+    if first["type"] == "extra_forbidden":
+        code = "unsupported_parameter"
+        message = f"not supported by this server; supported are {', '.join(_fields_at(first['loc'], kind))}"
+    elif first["type"] == "missing":
+        code, message = "missing_required_parameter", "missing; expected a value"
+    elif param.endswith("content"):
+        message = "expected a text or a list of text parts; only the assistant's may be null"
+    elif first["type"] in ("literal_error", "string_pattern_mismatch"):
+        message = f"got {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    raise ApiError(400, f"{where}{message}", param=param or None, code=code) from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _fields_at(path: Sequence[str | int], kind: type[BaseModel]) -> list[str]:
+    """The fields of the object that the end of a path stands in."""
+    fields = kind.model_fields
+    for part in path[:-1]:
+        if isinstance(part, str) and part in fields:
+            inner = _model_in(fields[part].annotation)
+            fields = fields if inner is None else inner.model_fields
+    return list(fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The class of objects that a field's type holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model_in(each)) is not None), None)
+
+
+def _place(path: Sequence[str | int], body: Mapping[str, Any]) -> str:
+    """The dotted name of a fault's place in the body: pydantic's path without the names of its union's members."""
+    told: list[str] = []
+    value: Any = body
+    for part in path:
+        if isinstance(value, dict) and isinstance(part, str) and (part in value or not told):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        elif part != path[-1] or not isinstance(value, dict):
+            continue
+        told.append(str(part))
+    return ".".join(told)

@@ -1,0 +1,261 @@
+"""Answers that wait for a model: with a time limit, and with an eye on whether anybody still reads.
+
+Enters: the work of a request, or the chunks of a stream. Leaves: the answer, or an `ApiError`; of a stream, server-sent
+events. A client that goes away, or reads more slowly than it may, ends the work at once. Left out: the work itself.
+
+Completions in OpenAI's JSON: whole, and as the chunks of a stream.
+
+Enters: completions or their tokens. Leaves: dictionaries for JSON. Pure: no model, no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+
+from loopos.generation.completions import Completion, GrowingText, Piece, decoded
+from loopos.serving.errors import GONE, ApiError, gone, out_of_time
+
+Result = TypeVar("Result")
+DONE = b"data: [DONE]\n\n"
+
+
+def event(chunk: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+
+
+async def while_wanted(
+    request: Request, work: Coroutine[Any, Any, Result], *, deadline: float, seconds: float
+) -> Result:
+    """What `work` gives. Raises `ApiError`: 408 at the deadline (of the event loop's clock; `seconds` names the limit),
+    499 where the client went away. The work is then cancelled, and over when this returns.
+    """
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_until_gone(request.receive))
+    try:
+        await _first_of([task, left], deadline)
+        if task.done():
+            return task.result()
+        raise gone() if left.done() else out_of_time(seconds)
+    finally:
+        await _ended(task, left)
+
+
+class EventStream(Response):
+    """A stream of server-sent events, whose first one is there already."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        overflowed: asyncio.Event,
+        ended: Callable[[], None],
+        cut: Callable[[str], None],
+        deadline: float,
+        seconds: float,
+    ) -> None:
+        """overflowed: set where the reader is too far behind. ended: called when nothing is sent any more. cut: told
+        the reason when the connection is cut, which the scope's state must be able to (`abort`).
+        """
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._overflowed, self._finish, self._cut = events, overflowed, ended, cut
+        self._deadline, self._seconds = deadline, seconds
+        self._is_sending = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.ensure_future(self._send_all(send))
+        left = asyncio.ensure_future(_until_gone(receive))
+        slow = asyncio.ensure_future(self._overflowed.wait())
+        try:
+            await _first_of([task, left, slow], self._deadline)
+            if task.done():
+                task.result()
+            elif left.done():
+                scope["state"]["ended_as"] = GONE
+            elif slow.done() or self._is_sending:
+                self._cut("slow_reader" if slow.done() else "timeout")
+                scope["state"]["ended_as"] = 408
+                scope["state"]["abort"]()
+                # The server learns of the cut in its next turns.
+                await asyncio.wait([left], timeout=1)
+            else:
+                scope["state"]["ended_as"] = 408
+                await _ended(task)
+                await self._send(send, event(out_of_time(self._seconds).body()), more=False)
+        finally:
+            await _ended(task, left, slow)
+            self._finish()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for chunk in self._events:
+                await self._send(send, chunk, more=True)
+        except ApiError as error:
+            await self._send(send, event(error.body()), more=False)
+            return
+        await self._send(send, DONE, more=False)
+
+    async def _send(self, send: Send, chunk: bytes, *, more: bool) -> None:
+        self._is_sending = True
+        await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self._is_sending = False
+
+
+async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _first_of(tasks: list[asyncio.Future[Any]], deadline: float) -> None:
+    """Waits until one is done, or the deadline has come."""
+    timeout = max(0.0, deadline - asyncio.get_running_loop().time())
+    await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels them, and waits until they are over."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def finish(reason: str | None) -> str | None:
+    """OpenAI's word for the end of a completion."""
+    if reason is None:
+        return None
+    return "length" if reason == "length" else "stop"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Each prompt counts once, however many completions it has; the token that ends a completion counts."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one request is answered. `n`: completions of each prompt, which number the choices."""
+
+    kind: Literal["chat", "text"]
+    model: str
+    n: int
+    logprobs: bool
+    includes_usage: bool
+    tokenizer: PreTrainedTokenizerBase
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, completions: Sequence[Completion], prompt_tokens: int) -> dict[str, Any]:
+        """The answer to a request without a stream."""
+        made = sum(len(completion.token_ids) for completion in completions)
+        choices = [self._choice(completion) for completion in completions]
+        kind = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self._frame(kind, choices), "usage": usage(prompt_tokens, made)}
+
+    def opening(self, number: int) -> list[dict[str, Any]]:
+        """What stands before the first token of each of `number` choices: in a chat, who speaks."""
+        if self.kind == "text":
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(place, {"delta": delta}, None, None) for place in range(number)]
+
+    def chunks(self, piece: Piece, offset: int) -> list[dict[str, Any]]:
+        """The chunks of one token: what it says, if anything, and behind the last one, without words, why it was the
+        last. offset: characters of the choice's text before it.
+        """
+        index, found = self._index(piece), []
+        is_told = self.logprobs and piece.finish_reason != "stop token"
+        if piece.text or is_told:
+            logprobs = self._logprobs([piece.token], [piece.logprob], [offset]) if is_told else None
+            found.append(self._chunk(index, self._said(piece.text), logprobs, None))
+        if piece.finish_reason is not None:
+            found.append(self._chunk(index, self._said(""), None, finish(piece.finish_reason)))
+        return found
+
+    def _said(self, text: str) -> dict[str, Any]:
+        """What a chunk says."""
+        if self.kind == "text":
+            return {"text": text}
+        return {"delta": {"content": text} if text else {}}
+
+    def last(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        """The chunk without choices that tells the usage."""
+        return {**self._frame(self._chunk_kind, []), "usage": usage(prompt_tokens, completion_tokens)}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _index(self, made: Piece | Completion) -> int:
+        return made.prompt_index * self.n + made.sample_index
+
+    def _choice(self, completion: Completion) -> dict[str, Any]:
+        logprobs = None
+        if self.logprobs:
+            ended = completion.finish_reason == "stop token"
+            tokens = completion.token_ids[: -1 if ended else None]
+            text = GrowingText(self.tokenizer)
+            for token in tokens:
+                text.add(token)
+            logprobs = self._logprobs(tokens, completion.logprobs[: len(tokens)], [0, *text.ends][: len(tokens)])
+        said: dict[str, Any] = {"text": completion.text}
+        if self.kind == "chat":
+            said = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+        reason = finish(completion.finish_reason)
+        return {"index": self._index(completion), **said, "logprobs": logprobs, "finish_reason": reason}
+
+    def _chunk(
+        self, index: int, said: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        frame = self._frame(self._chunk_kind, [choice])
+        return {**frame, "usage": None} if self.includes_usage else frame
+
+    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float], offsets: Sequence[int]) -> dict[str, Any]:
+        texts = [decoded(self.tokenizer, [token]) for token in tokens]
+        if self.kind == "text":
+            return {
+                "tokens": texts,
+                "token_logprobs": list(logprobs),
+                "top_logprobs": None,
+                "text_offset": list(offsets),
+            }
+        content = [
+            # Bytes that are no whole character have no text, and so no bytes that could be told.
+            {
+                "token": text,
+                "logprob": logprob,
+                "bytes": None if "\ufffd" in text else list(text.encode("utf-8")),
+                "top_logprobs": [],
+            }
+            for text, logprob in zip(texts, logprobs, strict=True)
+        ]
+        return {"content": content, "refusal": None}

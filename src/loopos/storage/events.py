@@ -1,0 +1,216 @@
+"""What happened in a run enters, one JSON line an event leaves: `events.jsonl`, the truth of a run.
+
+    {"event": "step", "step": 7, "metrics": {"loss": 0.5}, "timing": {"seconds": 0.1}}
+
+What a resumed run must repeat exactly stands in `metrics`, what a clock made in `timing`. The log is cut back to the
+checkpoint's offset at resume, so that it equals the uninterrupted run's in all but timing and session events.
+TensorBoard is a thin adapter with the same `write`. Left out: drawing (see `evaluation.report`); torch is not imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.extras import install_command
+from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.json_files import json_text
+
+FINGERPRINTED_EVENTS = ("step", "validation")
+_KEYS = frozenset({"event", "step", "metrics", "timing"})
+_PIECE_BYTES = 65536
+RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
+
+
+class EventLogError(UserError):
+    """An event log that is not what the run wrote: the message names the file and the line or byte."""
+
+
+class EventWriter(Protocol):
+    """What receives events: the log itself and every adapter."""
+
+    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+        """Record one event."""
+
+    def close(self) -> None:
+        """Write what is held back and let the file go."""
+
+
+class EventLog:
+    """Append-only JSON lines. A line is handed to the system whole, so that a killed process loses none.
+
+    Opening drops a torn last line (a power cut or a full disk left it); `torn_bytes` says how many bytes that were.
+    watch: called with each event once it is written. Raises `DiskFull`.
+    """
+
+    def __init__(self, path: Path, watch: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self._watch = path, watch
+        with self._disk_full_said(0):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            self.torn_bytes = size - self._end_of_last_whole_line(size)
+            if self.torn_bytes:
+                os.ftruncate(self._descriptor, size - self.torn_bytes)
+        self._hashed, self._digest = 0, hashlib.sha256()
+
+    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+        """Append one event; nan and inf become the texts "nan", "inf" and "-inf". Raises `DiskFull`."""
+        event = {"event": kind, "step": step, "metrics": _finite(metrics), "timing": _finite(timing)}
+        line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        start = os.fstat(self._descriptor).st_size
+        with self._disk_full_said(len(line)):
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.write(self._descriptor, line[written:])
+            except OSError:
+                os.ftruncate(self._descriptor, start)
+                raise
+        if self._watch is not None:
+            self._watch(json.loads(line))
+
+    def offset(self) -> int:
+        """Bytes of the log so far, made durable first: what a checkpoint stores for `rewind`. Raises `DiskFull`."""
+        with self._disk_full_said(0):
+            os.fsync(self._descriptor)
+        return os.fstat(self._descriptor).st_size
+
+    def sha256(self, offset: int) -> str:
+        """SHA-256 (hexadecimal) of the first `offset` bytes, each of which is read once however often this is called
+        with growing offsets.
+        """
+        if offset < self._hashed:
+            self._hashed, self._digest = 0, hashlib.sha256()
+        while self._hashed < offset:
+            piece = os.pread(self._descriptor, min(_PIECE_BYTES, offset - self._hashed), self._hashed)
+            assert piece, f"{self.path} is shorter than {offset:,} bytes"
+            self._digest.update(piece)
+            self._hashed += len(piece)
+        return self._digest.hexdigest()
+
+    def rewind(self, offset: int) -> None:
+        """Drop all events after `offset`. Raises `EventLogError` if the log is shorter or no line ends there,
+        `DiskFull`.
+        """
+        size = os.fstat(self._descriptor).st_size
+        if offset > size:
+            raise EventLogError(
+                f"{self.path}: {size:,} bytes, but the checkpoint was saved at byte {offset:,}; {RESTORE}"
+            )
+        if offset > 0 and os.pread(self._descriptor, 1, offset - 1) != b"\n":
+            raise EventLogError(
+                f"{self.path}: no event ends at byte {offset:,}, where the checkpoint was saved; {RESTORE}"
+            )
+        with self._disk_full_said(0):
+            os.ftruncate(self._descriptor, offset)
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let the file go; nothing is held back."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _disk_full_said(self, needed_bytes: int) -> AbstractContextManager[None]:
+        return disk_full_said(self.path, needed_bytes, "an event" if needed_bytes else "the event log")
+
+    def _end_of_last_whole_line(self, size: int) -> int:
+        end = size
+        while end > 0:
+            start = max(0, end - _PIECE_BYTES)
+            position = os.pread(self._descriptor, end - start, start).rfind(b"\n")
+            if position >= 0:
+                return start + position + 1
+            end = start
+        return 0
+
+
+class TensorBoardAdapter:
+    """The numbers among the metrics and timings, as TensorBoard scalars called `kind/name`.
+
+    Events without a step and values that are not numbers are left to `events.jsonl`. `resumed_step` hides what an
+    earlier process wrote from that step on. Raises `EnvironmentFault` when the extra `track` is missing.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int | None = None) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise EnvironmentFault(
+                f"training.tensorboard: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
+
+    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+        """Record the numbers of one event."""
+        if step is None:
+            return
+        for name, value in {**metrics, **timing}.items():
+            # TensorBoard keeps the time of day itself.
+            if name != "time" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is held back and let the file go."""
+        self._writer.close()
+
+
+def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Every event in order, of the first `num_bytes` where that is given. A torn last line is left out; a broken line
+    elsewhere raises `EventLogError`.
+    """
+    place = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place += len(line)
+            if not line.endswith(b"\n") or (num_bytes is not None and place > num_bytes):
+                return
+            try:
+                event = json.loads(line)
+            except ValueError as error:
+                raise _broken(path, number, f"({error})") from error
+            if not isinstance(event, dict) or not event.keys() >= _KEYS or not isinstance(event["metrics"], dict):
+                raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
+            yield event
+
+
+def _broken(path: Path, number: int, why: str) -> EventLogError:
+    return EventLogError(
+        f"{path}:{number}: not an event {why}; the file was changed after the run wrote it: restore it, or start in "
+        "another output_dir"
+    )
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 (hexadecimal) of the step and validation events without their timing: equal for equal trainings."""
+    digest = hashlib.sha256()
+    for event in read(path):
+        if event["event"] in FINGERPRINTED_EVENTS:
+            deterministic = [event["event"], event["step"], event["metrics"]]
+            digest.update(json.dumps(deterministic, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _finite(value: JSON) -> JSON:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,280 @@
+"""What makes a run this run: what it learns from and what its outputs mean. A resumed run must have the same.
+
+Enters: what a method learns from (weights, rows, tokenizer, labels, losses), each with the keys of the config that
+decide it. Leaves: values for the checkpoint; of a checkpoint and a config, the sentences that refuse a run of another
+meaning, by key, and one for each setting that may change and has. Left out: digests (`data.digest`), what a checkpoint
+holds besides (`run_state.py`).
+
+What each method learns from, and what its outputs mean: the traits that a resumed run must have the same.
+
+Enters: a method's config, its encoded rows, the tokenizer and template that made them, and `base`, a fingerprint of the
+weights that training begins with. Leaves: an `Identity`. Left out: how two of them are compared, and what all methods
+share (`run_identity.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
+from loopos.config.differences import shown
+from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.ppo import PpoConfig
+from loopos.config.pretraining import PretrainingConfig
+from loopos.config.reward_model import RewardModelConfig
+from loopos.config.sections import TrainingSection
+from loopos.data.digest import comparisons_digest, prompts_digest, rows_digest, text_digest, tokenizer_digest
+from loopos.data.label_space import LabelSpace
+from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
+from loopos.data.supervised_tokens import SupervisedEncoder
+from loopos.data.tokens import Encoded
+from loopos.storage.durable import JSON
+from loopos.training.update import Update
+
+_MOST_CHARACTERS = 200
+# Keys of the data that decide neither the training rows nor what they mean.
+_NOT_OF_THE_ROWS = ("output_dir", "output_weights", "validation_data", "validation_split", "pretrained_weights")
+_DIGITS = 12
+
+Settings: TypeAlias = Mapping[str, tuple[Any, Any]]
+"""Dotted key of the config → its value before and now, of those that differ."""
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One thing that must stay the same. `value`: JSON, or with `digest_of` a digest of what that names. `keys`: the
+    keys of the config that decide it, the first one above all; "data." stands for all keys of the section `data`.
+    `sentence`: how a difference is told, with {was} and {now}, where that is not "KEY: was …, is …".
+    """
+
+    value: JSON
+    keys: tuple[str, ...]
+    digest_of: str = ""
+    sentence: str = ""
+
+    def decided_by(self, changed: Settings) -> list[str]:
+        """The changed keys that decide this."""
+        return [key for key in changed if any(_covers(mine, key) for mine in self.keys)]
+
+    def difference(self, theirs: object) -> str:
+        """The sentence for a trait that differs though none of its keys does."""
+        if self.sentence:
+            return self.sentence.format(was=_short(theirs), now=_short(self.value))
+        if self.digest_of:
+            was, now = str(theirs)[:_DIGITS], str(self.value)[:_DIGITS]
+            return f"{self.keys[0]}: {self.digest_of} differ from those of the run (digest {was}, now {now})"
+        return f"{self.keys[0]}: was {_short(theirs)}, is {_short(self.value)}"
+
+
+Identity: TypeAlias = Mapping[str, Trait]
+"""Name → trait. The names stand in checkpoints."""
+
+
+def setting(key: str, value: JSON) -> dict[str, Trait]:
+    """A setting whose value in force must stay the same, under its key's name."""
+    return {key: Trait(value, (key,))}
+
+
+class RowCounts(Protocol):
+    """What of a run's batches tells it from another run."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def rows_a_step(self) -> int: ...
+
+
+def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -> dict[str, Trait]:
+    """What decides the numbers of a checkpoint and their order, whatever the method."""
+    lora = settings.lora if settings.trainable == "lora" else None
+    masters, shapes = update.masters, ("training.trainable", "training.freeze_layers", "training.lora", "model")
+    by_step = ("training.batch_size", "training.gradient_accumulation", "distributed.tensor_parallel")
+    return {
+        "rows": Trait(batches.num_rows, (), sentence="training rows: were {was}, are {now}"),
+        "rows_a_step": Trait(
+            batches.rows_a_step,
+            by_step,
+            sentence="rows of a step (batch_size × gradient_accumulation × processes): were {was}, are {now}",
+        ),
+        "weights that train": Trait(
+            f"{len(masters.parameters)} tensors of {masters.num_elements:,} numbers",
+            shapes,
+            sentence="weights that train: were {was}, are {now}",
+        ),
+        **setting("training.optimizer", settings.optimizer),
+        **setting("training.seed", settings.seed),
+        **setting("training.shuffle", settings.shuffle),
+        **setting("training.trainable", settings.trainable),
+        **setting("training.freeze_layers", settings.freeze_layers),
+        **setting("training.router_aux_loss", settings.router_aux_loss),
+        **(setting("training.lora.alpha", lora.alpha) if lora is not None else {}),
+    }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run to be resumed, held against its checkpoint. `refused`: why it is another one. `changed`: the settings that
+    may change and have. `unknown`: names of traits that the checkpoint does not hold, being of an older version.
+    """
+
+    refused: list[str]
+    changed: dict[str, tuple[Any, Any]]
+    unknown: list[str]
+
+    def sentences(self) -> list[str]:
+        """A line for each changed setting, and one for what cannot be checked."""
+        lines = [was_is(key, *values) for key, values in self.changed.items()]
+        if self.unknown:
+            lines.append(
+                f"this run was begun by an older version, whose checkpoints do not hold {', '.join(self.unknown)}: "
+                "whether these are the same cannot be checked"
+            )
+        return lines
+
+
+def compare(saved: Mapping[str, Any], identity: Identity, changed: Settings) -> Comparison:
+    """Holds a run against what its checkpoint saved. changed: the settings that differ from those of its session."""
+    refused: list[str] = []
+    causes: list[str] = []
+    for name, trait in identity.items():
+        keys = trait.decided_by(changed)
+        if name not in saved:
+            # Of an older version: what its config says must do.
+            keys = [] if trait.digest_of else keys
+        elif saved[name] == trait.value:
+            continue
+        causes += keys
+        refused += [was_is(key, *changed[key]) for key in keys]
+        if name in saved and (not keys or trait.digest_of):
+            refused.append(trait.difference(saved[name]))
+    kept = {key: values for key, values in changed.items() if key not in causes}
+    return Comparison(list(dict.fromkeys(refused)), kept, [name for name in identity if name not in saved])
+
+
+def was_is(key: str, was: object, now: object) -> str:
+    """A changed setting in a sentence."""
+    return f"{key}: was {_short(was)}, is {_short(now)}"
+
+
+def values_of(identity: Identity) -> dict[str, JSON]:
+    """What a checkpoint saves."""
+    return {name: trait.value for name, trait in identity.items()}
+
+
+def as_lines(sentences: Iterable[str]) -> str:
+    """Sentences one below the other, set in."""
+    return "".join(f"\n  {sentence}" for sentence in sentences)
+
+
+def _covers(mine: str, key: str) -> bool:
+    if mine == "data.":
+        return key.startswith(mine) and key.split(".")[1] not in _NOT_OF_THE_ROWS
+    return key == mine or key.startswith(f"{mine}.")
+
+
+def _short(value: object) -> str:
+    text = shown(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
+
+
+_Config: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PpoConfig | PretrainingConfig
+
+
+def of_task(
+    config: FineTuningConfig,
+    space: LabelSpace,
+    rows: Sequence[Encoded],
+    targets: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    base: str,
+) -> Identity:
+    """A head's: rows with their targets, the classes, pooling, and the loss."""
+    section = config.model
+    losses: tuple[tuple[str, Any], ...] = (("class_weights", section.class_weights),)
+    if space.task == "classification":
+        losses += (("label_smoothing", section.label_smoothing),)
+    elif space.task == "regression":
+        losses = (("regression_loss", section.regression_loss), ("huber_delta", section.huber_delta))
+    named = (("task", space.task), ("labels", list(space.class_names)), ("pooling", section.pooling), *losses)
+    return {
+        **_learned_from(config, "training_data", rows_digest(rows, targets), tokenizer, max_length, base),
+        **{f"model.{key}": Trait(value, (f"model.{key}",)) for key, value in named},
+    }
+
+
+def of_reasoning(
+    config: ChainOfThoughtConfig, rows: Sequence[Encoded], encoder: SupervisedEncoder, *, base: str
+) -> Identity:
+    """A language model's: rows with the weight of each token, template and step format."""
+    key = "reasoning_examples" if config.data.reasoning_examples else "training_data"
+    return {
+        **_learned_from(config, key, rows_digest(rows), encoder.tokenizer, encoder.max_length, base),
+        **_template(encoder.template.source),
+        **setting("data.step_format", asdict(encoder.step_format)),
+    }
+
+
+def of_preferences(
+    config: RewardModelConfig, rows: Sequence[EncodedComparison], encoder: PreferenceEncoder, *, base: str
+) -> Identity:
+    """A reward model's: comparisons with their pairs, and what is learned from a pair."""
+    key = "preference_data" if config.data.preference_data else "training_data"
+    learned = ("heads", "centring", "margins", "soft_labels")
+    return {
+        **_learned_from(config, key, comparisons_digest(rows), encoder.tokenizer, encoder.max_length, base),
+        **_template(encoder.template.source),
+        **{f"reward.{name}": Trait(getattr(config.reward, name), (f"reward.{name}",)) for name in learned},
+    }
+
+
+def of_policy(
+    config: PpoConfig, prompts: Sequence[Sequence[int]], encoder: PreferenceEncoder, *, base: str
+) -> Identity:
+    """A policy's: the prompts, and what an answer is worth. base: of policy and reward models."""
+    key = "prompts" if config.data.prompts else "training_data"
+    return {
+        **_learned_from(config, key, prompts_digest(prompts), encoder.tokenizer, encoder.max_length, base),
+        **_template(encoder.template.source),
+        **setting("reward", config.reward.model_dump(mode="json")),
+        **setting("training.value_model", config.training.value_model),
+    }
+
+
+def of_text(
+    config: PretrainingConfig, pieces: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Identity:
+    """A new language model's: pieces of text, and the sizes that no count of weights tells."""
+    key = "input_file" if config.data.input_file else "training_data"
+    return {
+        **_learned_from(config, key, rows_digest(pieces), tokenizer, max_length, "new"),
+        **setting("model.num_heads", config.model.num_heads),
+        **setting("model.num_key_value_heads", config.model.num_key_value_heads),
+    }
+
+
+def _learned_from(
+    config: _Config, key: str, rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, base: str
+) -> dict[str, Trait]:
+    """What every method learns from. key: that of `data` that names the rows. rows: their digest, as they were encoded
+    and in their order. max_length: in force.
+    """
+    decides = (f"data.{key}", "data.", "training.max_length", "training.seed", "model.labels", "model.task")
+    return {
+        **setting("computation.method", config.computation.method),
+        "base": Trait(base, ("data.pretrained_weights", "data.reward_model"), "the weights"),
+        "training rows": Trait(rows, decides, "the encoded rows"),
+        "data.tokenizer": Trait(tokenizer_digest(tokenizer), ("data.tokenizer",), "the tokenizer's tokens"),
+        **setting("training.max_length", max_length),
+    }
+
+
+def _template(source: str) -> dict[str, Trait]:
+    return {"data.chat_template": Trait(text_digest(source), ("data.chat_template",), "the templates")}

@@ -1,0 +1,275 @@
+"""An objective with the auxiliary loss of a mixture of experts beside its own.
+
+Enters: an objective over packed rows, and the recorder of its model's routers. Leaves: the same sums, with
+"router_aux_loss" and "expert_load". Left out: what the routers did (`models.routers`).
+
+The loss of a task's head, as named sums: classes, labels that may come together, or a value.
+
+Enters: a batch with targets, and a model that gives outputs `[N, C]`. Leaves: the sum and the count of "loss". Left
+out: the model, and dividing (`update.py`).
+Letters: N sequences, C outputs.
+
+The objective of language models: the next token.
+
+Enters: batches with or without the weights of their targets. Leaves: sums and counts. Left out: the model.
+
+The objective of reward models: the response that people prefer gets the higher score.
+
+Enters: batches of comparisons, a model that scores. Leaves: sums and counts. Left out: the model.
+Letters: N responses, P pairs, k heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from loopos.config.diagnostics import UserError
+from loopos.config.sections import ModelSection
+from loopos.data.batches import Batch, ComparisonBatch, PackedRows, in_step
+from loopos.data.targets import Targets
+from loopos.data.tokens import Encoded
+from loopos.functional import losses
+from loopos.functional.packing import PackedLayout
+from loopos.functional.preference_loss import bradley_terry_sum, centring_sum, preferred
+from loopos.training.distributed import World
+from loopos.training.update import Objective
+
+
+class Routing(Protocol):
+    """How the routers spread the tokens of a pass, as `models.routers.Routing`."""
+
+    @property
+    def auxiliary_loss(self) -> Tensor: ...
+
+    @property
+    def load(self) -> Tensor: ...
+
+
+class Recorder(Protocol):
+    """What keeps the routing of a model's last pass."""
+
+    def take(self, layout: PackedLayout) -> Routing: ...
+
+
+class Routed(Protocol):
+    """A model, and the recorder of its routers; None for one without."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def routers(self) -> Recorder | None: ...
+
+
+class Packed(Protocol):
+    """A batch whose rows lie behind one another."""
+
+    @property
+    def layout(self) -> PackedLayout: ...
+
+
+BatchT = TypeVar("BatchT", bound=Packed)
+
+
+@dataclass(frozen=True)
+class RouterObjective(Generic[BatchT]):
+    """loss + c·(E·Σ_e f_e·P_e), with f_e the share of the tokens that expert e gets and P_e its mean probability
+    (Fedus et al. 2021, equations 4 to 6; over k experts a token and all layers together, as in transformers).
+
+    f and P are those of a forward pass, and passes count by their tokens.
+    """
+
+    objective: Objective[BatchT]
+    recorder: Recorder
+    coefficient: float
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        extra = {"router_aux_loss": self.coefficient} if self.coefficient else {}
+        return {**self.objective.weights, **extra}
+
+    def counts(self, batch: BatchT) -> Mapping[str, float]:
+        tokens = float(batch.layout.num_tokens)
+        return {**self.objective.counts(batch), "router_aux_loss": tokens, "expert_load": tokens}
+
+    def loss(self, batch: BatchT) -> Mapping[str, Tensor]:
+        sums = self.objective.loss(batch)
+        routing = self.recorder.take(batch.layout)
+        tokens = batch.layout.num_tokens
+        return {**sums, "router_aux_loss": routing.auxiliary_loss * tokens, "expert_load": routing.load * tokens}
+
+    def idle(self, batch: BatchT) -> Tensor:
+        return self.objective.idle(batch)
+
+
+def with_router_loss(objective: Objective[BatchT], backbone: Routed, coefficient: float) -> Objective[BatchT]:
+    """The objective with the loss and the load of the model's routers, and as it is for a model without routers.
+    Raises `UserError` where a loss is configured that the model cannot have.
+    """
+    if backbone.routers is not None:
+        return RouterObjective(objective, backbone.routers, coefficient)
+    if coefficient:
+        raise UserError(
+            f"training.router_aux_loss: got {coefficient:g}, but {type(backbone.model).__name__} has no routers of "
+            "experts whose logits are known; set it to 0"
+        )
+    return objective
+
+
+@dataclass(frozen=True)
+class TaskObjective:
+    """Cross-entropy, binary cross-entropy, or (on standardised targets) squared or Huber error. One name: "loss"."""
+
+    model: Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
+    task: str
+    class_weights: Tensor | None = None
+    label_smoothing: float = 0.0
+    regression_loss: str = "mse"
+    huber_delta: float = 1.0
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"loss": 1.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        assert batch.targets is not None
+        return {"loss": self.count_of(batch.targets)}
+
+    def loss(self, batch: Batch) -> Mapping[str, Tensor]:
+        assert batch.targets is not None
+        return {"loss": self.sum_of(self.model(batch.ids, batch.layout, batch.token_types), batch.targets)}
+
+    def idle(self, batch: Batch) -> Tensor:
+        return self.model(batch.ids, batch.layout, batch.token_types).sum() * 0.0
+
+    def sum_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss summed over outputs `[N, C]`; targets `[N]` or, with several labels, `[N, C]`."""
+        if self.task == "classification":
+            weights = self.class_weights.to(outputs.device) if self.class_weights is not None else None
+            return losses.cross_entropy_sum(
+                outputs, targets, class_weights=weights, label_smoothing=self.label_smoothing
+            )
+        if self.task == "multi_label":
+            return losses.binary_cross_entropy_sum(outputs, targets)
+        if self.regression_loss == "huber":
+            return losses.huber_sum(outputs[:, 0], targets, delta=self.huber_delta)
+        return losses.squared_error_sum(outputs[:, 0], targets)
+
+    def count_of(self, targets: Tensor) -> float:
+        """What `sum_of` is divided by: the weight of the rows' classes, or the number of targets."""
+        if self.task == "classification" and self.class_weights is not None:
+            return losses.class_weight_sum(targets, self.class_weights.to(targets.device))
+        return float(targets.numel())
+
+    def mean_of(self, outputs: Tensor, targets: Tensor) -> float:
+        """The loss of outputs that are there already, as training would report it."""
+        return float(self.sum_of(outputs, targets)) / self.count_of(targets)
+
+
+def task_objective(
+    model: Callable[[Tensor, PackedLayout, Tensor | None], Tensor],
+    section: ModelSection,
+    task: str,
+    targets: Targets,
+    num_outputs: int,
+) -> TaskObjective:
+    """The objective that a config's `model` section asks for; "balanced" class weights come from the training rows."""
+    weights = None
+    if section.class_weights == "balanced":
+        weights = balanced_weights(targets.train, num_outputs)
+    elif section.class_weights is not None:
+        weights = torch.tensor(section.class_weights)
+    return TaskObjective(model, task, weights, section.label_smoothing, section.regression_loss, section.huber_delta)
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Weight N / (C·n_c) of each class c with n_c of the N rows, so that every class weighs alike (King and Zeng 2001).
+
+    labels `[N]` → `[C]`. A class without a row gets N / C; no row asks for it.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    return (len(labels) / (num_classes * counts.clamp_min(1))).float()
+
+
+# Tokens of one forward pass of validation.
+_TOKENS = 2048
+
+
+class NextTokenLoss(Protocol):
+    """What gives the weighted sum of next-token losses of a row, nats."""
+
+    def __call__(self, ids: Tensor, layout: PackedLayout, weights: Tensor | None = None) -> Tensor: ...
+
+
+class NextToken:
+    """The mean negative log-likelihood of the trained tokens, nats: Σ w·(−log p) / Σ w. One name: "loss"."""
+
+    def __init__(self, model: NextTokenLoss) -> None:
+        self.model = model
+        self.weights: Mapping[str, float] = {"loss": 1.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """The sum of the weights; without weights, tokens that have one before them."""
+        if batch.weights is None:
+            return {"loss": float(batch.num_tokens - len(batch.rows))}
+        return {"loss": float(batch.weights.sum())}
+
+    def loss(self, batch: Batch) -> Mapping[str, Tensor]:
+        return {"loss": self.model(batch.ids, batch.layout, batch.weights)}
+
+    def idle(self, batch: Batch) -> Tensor:
+        return self.model(batch.ids, batch.layout, batch.weights) * 0.0
+
+
+@torch.no_grad()
+def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.device, world: World) -> float:
+    """Mean loss of rows (nats a trained token) over all ranks, in batches of rows of like length."""
+    sums = {"loss": 0.0, "count": 0.0}
+    packed = PackedRows(rows, None, device)
+    for batch, counts in in_step(packed, tokens=_TOKENS, rank=world.share[0], world=world.share[1]):
+        loss = float(objective.loss(batch)["loss"])
+        if counts:
+            sums["loss"] += loss
+            sums["count"] += objective.counts(batch)["loss"]
+    total = world.sum_floats(sums)
+    return total["loss"] / total["count"]
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """Bradley–Terry loss of every head, averaged over heads, and optionally `centring` times the mean (r_b + r_w)².
+    Names: "loss", "centring" where asked for, and "pair_accuracy" of the mean score, which is reported alone.
+    """
+
+    model: Callable[[Tensor, PackedLayout], Tensor]
+    centring: float = 0.0
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"loss": 1.0, "centring": self.centring} if self.centring else {"loss": 1.0}
+
+    def counts(self, batch: ComparisonBatch) -> Mapping[str, float]:
+        weight = float(batch.weights.sum())
+        return dict.fromkeys((*self.weights, "pair_accuracy"), weight)
+
+    def loss(self, batch: ComparisonBatch) -> Mapping[str, Tensor]:
+        scores = self.model(batch.ids, batch.layout)  # [N, k]
+        better, worse = scores[batch.better], scores[batch.worse]  # [P, k]
+        each = batch.weights[:, None] / scores.shape[1]
+        sums = {
+            "loss": bradley_terry_sum(
+                better, worse, probabilities=batch.probabilities[:, None], margins=batch.margins[:, None], weights=each
+            ),
+            "pair_accuracy": (preferred(better.mean(-1), worse.mean(-1)) * batch.weights).sum().detach(),
+        }
+        if self.centring:
+            sums["centring"] = centring_sum(better, worse, weights=each)
+        return sums
+
+    def idle(self, batch: ComparisonBatch) -> Tensor:
+        return self.model(batch.ids, batch.layout).sum() * 0.0

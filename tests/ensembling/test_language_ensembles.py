@@ -1,0 +1,203 @@
+"""An ensemble is opened as one model and says what its members say together."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from pico_runs import class_rows, config_of, train, write_jsonl
+
+import loopos
+from loopos.config.diagnostics import UserError
+from loopos.ensembling.heads import EnsembleSettings, Joined, join
+from loopos.evaluation.predictor import EnsemblePredictor
+from loopos.models.folders import open_task_model
+
+TEXTS = ["good film", "where is it", "bad order", "the lamp"]
+
+
+def fine_tuned(folder: Path, weights: Path, rows: list[dict[str, Any]], seed: int, **model: Any) -> str:
+    config = config_of(folder, weights, rows, model=model, training={"num_epochs": 1, "seed": seed})
+    train(config)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> list[str]:
+    """Three classifiers of the same labels, which training of different seeds and rows made different."""
+    folder = tmp_path_factory.mktemp("members")
+    return [
+        fine_tuned(folder / f"m{seed}", pico_folder, class_rows(18 + 6 * seed, ("a", "b", "c")), seed)
+        for seed in range(3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def regressors(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> list[str]:
+    folder = tmp_path_factory.mktemp("regressors")
+    rows = [{**row, "label": row["label"] * 10.0 + 0.5 + i % 2} for i, row in enumerate(class_rows(24))]
+    return [fine_tuned(folder / f"r{seed}", pico_folder, rows[seed:], seed) for seed in range(2)]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "held_out.jsonl", class_rows(21, ("a", "b", "c")))
+
+
+def made(members: list[str], out: Path, **settings: Any) -> Joined:
+    return join(members, out, EnsembleSettings(**settings))
+
+
+def probabilities(place: str | Path) -> Any:
+    return numpy.array([list(each["probabilities"].values()) for each in loopos.load(place).predict(TEXTS)])
+
+
+def test_the_mean_of_members_that_loopos_opens(members: list[str], tmp_path: Path) -> None:
+    made(members, tmp_path / "all")
+    each = numpy.stack([probabilities(member) for member in members])
+    assert numpy.abs(each[0] - each[1]).max() > 1e-3
+    found = loopos.load(tmp_path / "all").predict(TEXTS)
+    for answer, mean, variance in zip(found, each.mean(0), each.var(0), strict=True):
+        assert list(answer["probabilities"].values()) == pytest.approx(list(mean), abs=1e-9)
+        assert answer["label"] == "abc"[mean.argmax()]
+        assert answer["variance"] == pytest.approx(variance.mean(), abs=1e-12)
+        assert answer["entropy"] == pytest.approx(-(mean * numpy.log(mean)).sum())
+        assert 0 <= answer["mutual_information"] <= math.log(3)
+    inside = -(each * numpy.log(each)).sum(2).mean(0)
+    expected = [answer["entropy"] - one for answer, one in zip(found, inside, strict=True)]
+    assert [answer["mutual_information"] for answer in found] == pytest.approx(expected, abs=1e-9)
+
+
+def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: Path) -> None:
+    """On the labels that member 1 gives itself."""
+    said = loopos.load(members[1]).predict([row["text"] for row in class_rows(30, ("a", "b", "c"))])
+    rows = [{"text": row["text"], "label": one["label"]} for row, one in zip(class_rows(30), said, strict=True)]
+    joined = made(members, tmp_path / "all", method="weighted", fit=str(write_jsonl(tmp_path / "fit.jsonl", rows)))
+    assert sum(joined.weights) == pytest.approx(1)
+    mixed = numpy.tensordot(joined.weights, numpy.stack([probabilities(member) for member in members]), 1)
+    assert probabilities(tmp_path / "all") == pytest.approx(mixed, abs=1e-9)
+    [measured] = joined.measured
+    # The fitted mixture is no worse than any member, nor than the plain mean, on the rows that it was fitted on.
+    made(members, tmp_path / "mean")
+    plain = EnsemblePredictor.open(tmp_path / "mean").evaluate_file(str(tmp_path / "fit.jsonl"))["log_loss"]
+    best = min(*(alone["log_loss"] for alone in measured.alone), plain)
+    assert measured.together["log_loss"] <= best + 1e-9
+    assert "flatters" in (tmp_path / "all" / "report.md").read_text()
+
+
+def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_path: Path, labelled: Path) -> None:
+    for method in ("mean", "logits", "majority"):
+        joined = made(members, tmp_path / method, method=method, test=str(labelled))
+        [measured] = joined.measured
+        again = loopos.load(tmp_path / method).evaluate_file(str(labelled))
+        assert again == measured.together
+        assert again["rows"] == 21
+        assert sum(map(sum, again["confusion"])) == 21
+        for place, alone in zip(members, measured.alone, strict=True):
+            single = loopos.load(place).evaluate_file(str(labelled))
+            assert alone == {name: single[name] for name in alone}
+        assert measured.mean["accuracy"] == pytest.approx(sum(a["accuracy"] for a in measured.alone) / 3)
+        report = (tmp_path / method / "report.md").read_text()
+        assert "| mean of the members |" in report
+        assert "| **ensemble** |" in report
+
+
+def test_a_majority_tells_votes(members: list[str], tmp_path: Path) -> None:
+    made(members[:2], tmp_path / "two", method="majority")
+    single = [loopos.load(member).predict(TEXTS) for member in members[:2]]
+    for number, answer in enumerate(loopos.load(tmp_path / "two").predict(TEXTS)):
+        chosen = [each[number]["label"] for each in single]
+        assert answer["votes"] == {name: chosen.count(name) for name in "abc"}
+        assert answer["tied"] == ([] if chosen[0] == chosen[1] else sorted(chosen))
+        assert answer["label"] in chosen
+
+
+def test_values_are_averaged_with_their_spread(regressors: list[str], tmp_path: Path) -> None:
+    made(regressors, tmp_path / "both")
+    one, other = ([each["value"] for each in loopos.load(place).predict(TEXTS)] for place in regressors)
+    for number, answer in enumerate(loopos.load(tmp_path / "both").predict(TEXTS)):
+        assert answer["value"] == pytest.approx((one[number] + other[number]) / 2)
+        assert answer["std"] == pytest.approx(abs(one[number] - other[number]) / 2, abs=1e-6)
+
+
+def test_weights_of_regressors_are_found(regressors: list[str], tmp_path: Path) -> None:
+    texts = [row["text"] for row in class_rows(24)]
+    one, other = ([each["value"] for each in loopos.load(place).predict(texts)] for place in regressors)
+    rows = [
+        {"text": text, "label": 0.3 * a + 0.7 * b} for text, a, b in zip(texts, one, other, strict=True)
+    ]  # fmt: skip
+    fit = str(write_jsonl(tmp_path / "fit.jsonl", rows))
+    joined = made(regressors, tmp_path / "both", method="weighted", fit=fit)
+    assert joined.weights == pytest.approx([0.3, 0.7], abs=1e-3)
+
+
+def test_classes_in_another_order_are_matched(members: list[str], tmp_path: Path) -> None:
+    """A member whose head lists its classes backwards is the same member."""
+    shutil.copytree(Path(members[0]) / "model", tmp_path / "turned")
+    model, _, description = open_task_model(tmp_path / "turned")
+    from safetensors.torch import save_file
+
+    save_file({"weight": model.head.weight.detach().flip(0).contiguous()}, tmp_path / "turned" / "head.safetensors")
+    space = description["label_space"]
+    for name in ("class_names", "keys"):
+        space[name] = space[name][::-1]
+    description["class_names"] = description["class_names"][::-1]
+    (tmp_path / "turned" / "loopos.json").write_text(json.dumps(description))
+    (tmp_path / "turned" / "loopos-manifest.json").unlink()
+    made([members[0], str(tmp_path / "turned")], tmp_path / "pair")
+    assert probabilities(tmp_path / "pair") == pytest.approx(probabilities(members[0]), abs=1e-6)
+    assert max(each["variance"] for each in loopos.load(tmp_path / "pair").predict(TEXTS)) < 1e-12
+
+
+def test_copied_members_move_with_the_folder(members: list[str], tmp_path: Path) -> None:
+    made(members[:2], tmp_path / "first" / "all", copy=True)
+    expected = probabilities(tmp_path / "first" / "all")
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert (probabilities(tmp_path / "second" / "all") == expected).all()
+    told = json.loads((tmp_path / "second" / "all" / "loopos.json").read_text())
+    assert told["ensemble"]["members"] == ["members/1", "members/2"]
+
+
+def test_a_member_that_is_gone_is_told(members: list[str], tmp_path: Path) -> None:
+    shutil.copytree(members[0], tmp_path / "mine")
+    made([members[1], str(tmp_path / "mine")], tmp_path / "all")
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(UserError, match="mine/model is gone"):
+        loopos.load(tmp_path / "all")
+
+
+def check_refused(told: str, given: list[str], out: Path, **settings: Any) -> None:
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError, match=told):
+        made(given, out, **settings)
+    assert sorted(out.parent.iterdir()) == before
+
+
+def test_what_cannot_be_joined_is_refused(
+    members: list[str], regressors: list[str], tmp_path: Path, labelled: Path, pico_folder: Path
+) -> None:
+    out = tmp_path / "out"
+    other = fine_tuned(tmp_path / "other", pico_folder, class_rows(18, ("a", "b", "d")), 1)
+    check_refused(r"other labels than .*: d here alone, c there alone", [members[0], other], out)
+    check_refused("of task regression, .* of task classification", [members[0], regressors[0]], out)
+    check_refused("given 1 model", members[:1], out)
+    check_refused("given twice", [members[0], members[0]], out)
+    check_refused("--method: given median", members, out, method="median")
+    check_refused("wanted --fit DATA", members, out, method="weighted")
+    check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))
+    check_refused("wanted one of mean, weighted", regressors, out, method="majority")
+    check_refused("no trained model here", [members[0], str(tmp_path)], out)
+    made(members[:2], tmp_path / "pair")
+    check_refused("an ensemble already", [str(tmp_path / "pair"), members[2]], out)
+    check_refused("is there already", members, tmp_path / "pair")
+
+
+def test_an_ensemble_is_no_single_model(members: list[str], tmp_path: Path) -> None:
+    made(members[:2], tmp_path / "pair")
+    with pytest.raises(UserError, match="an ensemble of several models"):
+        open_task_model(tmp_path / "pair")
