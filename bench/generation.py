@@ -56,8 +56,8 @@ def run(engine: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = bench.folder_of(options.model)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    wanted = limits(case)
-    prompts = [tokenizer.encode(text) for text in texts(len(wanted))]
+    expected = limits(case)
+    prompts = [tokenizer.encode(text) for text in texts(len(expected))]
     generate = (
         loopos(model, tokenizer, engine, options.sampled)
         if engine.startswith("loopos")
@@ -67,12 +67,12 @@ def run(engine: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     seconds, made = [], []
     for _ in range(options.repeats):
         start = time.perf_counter()
-        made = generate(prompts, wanted)
+        made = generate(prompts, expected)
         seconds.append(time.perf_counter() - start)
-    assert [len(row) for row in made] == wanted
-    rate = sum(wanted) / statistics.median(seconds)
+    assert [len(row) for row in made] == expected
+    rate = sum(expected) / statistics.median(seconds)
     return {"case": case, "engine": engine, "tokens_per_second": rate, "seconds": statistics.median(seconds),
-            "prompt_tokens": sum(map(len, prompts)), "new_tokens": sum(wanted), "first": [row[:8] for row in made]}  # fmt: skip
+            "prompt_tokens": sum(map(len, prompts)), "new_tokens": sum(expected), "first": [row[:8] for row in made]}  # fmt: skip
 
 
 def loopos(model: Any, tokenizer: Any, engine: str, sampled: bool) -> Any:
@@ -82,9 +82,9 @@ def loopos(model: Any, tokenizer: Any, engine: str, sampled: bool) -> Any:
     ours = Engine(model, tokenizer, max_rows=64)
     assert ours.path == "cached", ours.reason
 
-    def generate(prompts: list[list[int]], wanted: list[int]) -> list[list[int]]:
+    def generate(prompts: list[list[int]], expected: list[int]) -> list[list[int]]:
         each = [
-            SamplingSettings(temperature=float(sampled), max_new_tokens=limit, stop_at_end=False) for limit in wanted
+            SamplingSettings(temperature=float(sampled), max_new_tokens=limit, stop_at_end=False) for limit in expected
         ]
         return [
             completion.token_ids for completion in ours.generate(prompts, each, logprobs=engine.endswith("logprobs"))
@@ -97,12 +97,12 @@ def peer(model: Any, tokenizer: Any, sampled: bool) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def generate(prompts: list[list[int]], wanted: list[int]) -> list[list[int]]:
+    def generate(prompts: list[list[int]], expected: list[int]) -> list[list[int]]:
         batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
         chosen = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
-        output = model.generate(**batch, max_new_tokens=max(wanted), **chosen)
+        output = model.generate(**batch, max_new_tokens=max(expected), **chosen)
         rows = output[:, batch["input_ids"].shape[1] :].tolist()
-        return [row[:limit] for row, limit in zip(rows, wanted, strict=True)]
+        return [row[:limit] for row, limit in zip(rows, expected, strict=True)]
 
     return generate
 

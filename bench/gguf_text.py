@@ -107,7 +107,7 @@ def compared(model: str, types: list[str], texts: list[str], tokens: int) -> dic
             "same_prompt_length": sum(line["same_prompt_length"] for line in lines) / len(lines),
             "largest_gap": max(parted, default=0.0),
             "same_likeliest": round(done.check.same, 4),
-            "check": done.check.said(),
+            "check": done.check.summary(),
             "bytes": done.bytes_after,
             "export_seconds": round(seconds, 1),
         }
@@ -121,12 +121,12 @@ def main() -> None:
     options.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_0"])
     options.add_argument("--prompts", type=int, default=len(PROMPTS))
     options.add_argument("--tokens", type=int, default=48)
-    given = options.parse_args()
+    actual = options.parse_args()
     try:
         import xllamacpp  # noqa: F401
     except ModuleNotFoundError:
         sys.exit("bench/gguf_text.py needs xllamacpp: pip install xllamacpp")
-    compared(given.model, given.types, list(PROMPTS[: given.prompts]), given.tokens)
+    compared(actual.model, actual.types, list(PROMPTS[: actual.prompts]), actual.tokens)
 
 
 if __name__ == "__main__":

@@ -42,26 +42,26 @@ def main() -> None:
     output = model.get_output_embeddings()
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
     weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    given = {
+    actual = {
         size: torch.randn(options.tokens, size, dtype=torch.bfloat16) for size in {n for shape in shapes for n in shape}
     }
-    masters = [nn.Parameter(torch.randn(parameter.shape)) for parameter in model.parameters()]
-    rounded = [master.detach().to(torch.bfloat16) for master in masters]
-    for master in masters:
+    master_weights = [nn.Parameter(torch.randn(parameter.shape)) for parameter in model.parameters()]
+    rounded = [master.detach().to(torch.bfloat16) for master in master_weights]
+    for master in master_weights:
         master.grad = torch.randn_like(master) * 1e-3
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(master_weights, lr=1e-5, fused=True)
 
     def products() -> None:
         for weight in weights:
             features, inputs = weight.shape
-            x, gradient = given[inputs], given[features]
+            x, gradient = actual[inputs], actual[features]
             x @ weight.t()
             gradient @ weight
             gradient.t() @ x
 
     def update() -> None:
         optimizer.step()
-        for master, half in zip(masters, rounded, strict=True):
+        for master, half in zip(master_weights, rounded, strict=True):
             half.copy_(master.detach())
 
     def seconds_of(run: Callable[[], None]) -> float:

@@ -48,15 +48,15 @@ def make_models(folder: Path, weights: str, noise: float, precision: str) -> lis
     tensors = load_file(source / "model.safetensors")
     made = []
     for number in range(4):
-        place = folder / ("base" if number == 0 else f"model{number}")
-        shutil.copytree(source, place)
+        path = folder / ("base" if number == 0 else f"model{number}")
+        shutil.copytree(source, path)
         generator = torch.Generator().manual_seed(number)
         moved = {}
         for name, tensor in tensors.items():
             drawn = torch.randn(tensor.shape, generator=generator) if number else torch.zeros(())
             moved[name] = (tensor + noise * tensor.float().std() * drawn).to(getattr(torch, precision))
-        save_file(moved, place / "model.safetensors", metadata={"format": "pt"})
-        made.append(place)
+        save_file(moved, path / "model.safetensors", metadata={"format": "pt"})
+        made.append(path)
     return made
 
 
@@ -83,16 +83,16 @@ def run(command: list[str]) -> dict[str, float]:
     the memory of the process that started it too.
     """
     began = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as summary:
         child = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            command, stdout=subprocess.DEVNULL, stderr=summary, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
         peak = 0.0
         while child.poll() is None:
             peak = max(peak, _peak_of(child.pid))
             time.sleep(0.02)
-        said.seek(0)
-        assert child.returncode == 0, said.read().decode()
+        summary.seek(0)
+        assert child.returncode == 0, summary.read().decode()
     return {"seconds": time.perf_counter() - began, "peak_gib": peak}
 
 
@@ -127,19 +127,19 @@ def main() -> None:
     )
     options.add_argument("--noise", type=float, default=0.01, help="in standard deviations of each tensor")
     options.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the models")
-    given = options.parse_args()
+    actual = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="merging-") as name:
         folder = Path(name)
-        models = make_models(folder, given.model, given.noise, given.precision)
+        models = make_models(folder, actual.model, actual.noise, actual.precision)
         largest = largest_bytes(models[0]) / 2**30
-        for method in given.methods.split(",") * given.rounds:
+        for method in actual.methods.split(",") * actual.rounds:
             out, theirs = folder / "out", folder / "theirs"
             found: dict[str, Any] = {"method": method, **run(command_of(method, models, out))}
             found["above_largest_gib"] = found["peak_gib"] - largest
-            if given.mergekit and method in PEERS:
+            if actual.mergekit and method in PEERS:
                 recipe = folder / "peer.yaml"
                 recipe.write_text(json.dumps(peer_recipe(method, models)))
-                peer = run([given.mergekit, str(recipe), str(theirs)])
+                peer = run([actual.mergekit, str(recipe), str(theirs)])
                 found |= {f"mergekit_{key}": value for key, value in peer.items()}
                 found["difference"] = difference(out, theirs)
                 shutil.rmtree(theirs)

@@ -91,10 +91,10 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     def dataset(file: str) -> Dataset:
         rows = bench.rows_of(file)
-        said = {
+        summary = {
             name: [[{"role": "assistant", "content": row[name]}] for row in rows] for name in ("chosen", "rejected")
         }
-        return Dataset.from_dict({"prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows], **said})
+        return Dataset.from_dict({"prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows], **summary})
 
     comparisons: list[int] = []
     tokens: list[int] = []

@@ -72,14 +72,14 @@ class Load:
         self._end = time.monotonic() + options.seconds
 
     def run(self) -> None:
-        threads = [threading.Thread(target=self._client, args=(place,)) for place in range(self.options.clients)]
+        threads = [threading.Thread(target=self._client, args=(index,)) for index in range(self.options.clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def _client(self, place: int) -> None:
-        draw = random.Random(place)
+    def _client(self, index: int) -> None:
+        draw = random.Random(index)
         with OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             while time.monotonic() < self._end:
                 began = time.monotonic()
@@ -110,8 +110,8 @@ class Load:
         drops = draw.random() < 0.1
         stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
         tokens = 0
-        for place, chunk in enumerate(stream):
-            if drops and place == 2:
+        for index, chunk in enumerate(stream):
+            if drops and index == 2:
                 stream.close()
                 return "dropped", 0
             if chunk.usage is not None:

@@ -73,7 +73,7 @@ def test_a_config_is_a_dict_too(tmp_path: Path) -> None:
         ("data", {"training_data": "nowhere.jsonl"}),
     ],
 )
-def test_a_dict_has_the_faults_of_a_file(tmp_path: Path, section: str, change: dict[str, Any]) -> None:
+def test_a_dict_has_the_diagnostics_of_a_file(tmp_path: Path, section: str, change: dict[str, Any]) -> None:
     config = config_of(tmp_path)
     config[section] |= change
     path = tmp_path / "run.json"
@@ -82,15 +82,17 @@ def test_a_dict_has_the_faults_of_a_file(tmp_path: Path, section: str, change: d
         loopos.read_config(path)
     with pytest.raises(ConfigError) as of_dict:
         loopos.read_config(config)
-    told = [(fault.field, fault.given, fault.wanted) for fault in of_dict.value.faults]
-    assert told == [(fault.field, fault.given, fault.wanted) for fault in of_file.value.faults]
-    assert {fault.place for fault in of_dict.value.faults} == {"config"}
+    told = [(diagnostic.field, diagnostic.actual, diagnostic.expected) for diagnostic in of_dict.value.diagnostics]
+    assert told == [
+        (diagnostic.field, diagnostic.actual, diagnostic.expected) for diagnostic in of_file.value.diagnostics
+    ]
+    assert {diagnostic.place for diagnostic in of_dict.value.diagnostics} == {"config"}
 
 
 def test_a_value_that_no_config_holds_is_named(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     config["training"]["learning_rate"] = {1, 2}
-    with pytest.raises(ConfigError, match=r"config: training\.learning_rate: given \{1, 2\} \(set\)"):
+    with pytest.raises(ConfigError, match=r"config: training\.learning_rate: got \{1, 2\} \(set\)"):
         loopos.read_config(config)
 
 

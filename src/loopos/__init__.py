@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
-    from loopos.data.given_rows import GivenRows
+    from loopos.data.given_rows import InMemoryRows
     from loopos.evaluation.opening import Kind
-    from loopos.evaluation.own_metrics import GivenMetrics
+    from loopos.evaluation.own_metrics import MetricFunctions
     from loopos.evaluation.predictor import EnsemblePredictor, Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
@@ -133,10 +133,10 @@ def train(
     config: MethodConfig | str | os.PathLike[str] | Mapping[str, object],
     overrides: Sequence[str] = (),
     *,
-    data: GivenRows | None = None,
-    validation_data: GivenRows | None = None,
+    data: InMemoryRows | None = None,
+    validation_data: InMemoryRows | None = None,
     callbacks: Sequence[Callback] = (),
-    metrics: GivenMetrics | None = None,
+    metrics: MetricFunctions | None = None,
     resume: bool = False,
     quiet: bool = False,
     trust_remote_code: bool = False,

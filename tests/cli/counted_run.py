@@ -49,26 +49,26 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
+        actual = {
             each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
         }
         made = func(*args, **(kwargs or {}))
         for each in tree_leaves(made):
             if isinstance(each, torch.Tensor):
-                self._meet(each.untyped_storage(), given)
+                self._meet(each.untyped_storage(), actual)
         return made
 
-    def _meet(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+    def _meet(self, storage: torch.UntypedStorage, actual: set[int]) -> None:
         place = storage._cdata
-        if place in self._known or place in given or storage.nbytes() == 0:
+        if place in self._known or place in actual or storage.nbytes() == 0:
             return
         self._known.add(place)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, place, storage.nbytes())
 
-    def _forget(self, place: int, size: int) -> None:
-        self._known.discard(place)
+    def _forget(self, index: int, size: int) -> None:
+        self._known.discard(index)
         self.now -= size
 
 

@@ -44,9 +44,9 @@ def under_peft(adapter: Path, pico_folder: Path) -> str:
     return text
 
 
-def text_of(place: Path, invoke: Invoke) -> str:
+def text_of(path: Path, invoke: Invoke) -> str:
     options = ("--raw", "--temperature", "0", "--max-new-tokens", "12", "--json")
-    result = invoke("generate", place, "--prompt", "the parcel", *options)
+    result = invoke("generate", path, "--prompt", "the parcel", *options)
     assert result.exit_code == 0, result.stderr
     return str(json.loads(result.stdout)["text"])
 

@@ -76,8 +76,8 @@ def test_temperature_and_commands_that_are_none(chat: Any, greedy: Reference) ->
         "/temp hot", "/temp -1", "/nothing", "/save", "/save x.txt", "/temp 0", "my card", words=("--device", "cpu")
     )
     assert result.stdout.startswith(greedy([turn("user", "my card")], 8))
-    for said in ("/temp: given hot", "temperature: got -1", "/nothing: no such command", "/save: no file"):
-        assert said in result.stderr
+    for summary in ("/temp: given hot", "temperature: got -1", "/nothing: no such command", "/save: no file"):
+        assert summary in result.stderr
 
 
 def test_help_and_quit(chat: Any) -> None:
@@ -87,7 +87,7 @@ def test_help_and_quit(chat: Any) -> None:
     assert len(result.stdout.splitlines()) == 7
 
 
-def test_steps_are_shown_while_wanted(chat: Any, greedy: Reference) -> None:
+def test_steps_are_shown_while_expected(chat: Any, greedy: Reference) -> None:
     text = greedy([turn("user", "the film")], 8)
     result = chat("/steps", "the film")
     assert result.stdout.startswith(f"{text}\n")
@@ -134,8 +134,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
 
     stream, file = Engine.stream, tmp_path / "said.jsonl"
 
-    def pressed(self: Any, *given: Any, **named: Any) -> Iterator[Any]:
-        for number, piece in enumerate(stream(self, *given, **named), start=1):
+    def pressed(self: Any, *actual: Any, **named: Any) -> Iterator[Any]:
+        for number, piece in enumerate(stream(self, *actual, **named), start=1):
             if number == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             yield piece

@@ -69,7 +69,7 @@ def test_scripts_are_shell() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_torchrun_takes_what_it_is_given() -> None:
+def test_torchrun_takes_what_it_is_actual() -> None:
     assert len(launched()) >= 5
     for words in launched():
         # Variables of a shell or a pod, as the numbers that they stand for.
@@ -78,13 +78,13 @@ def test_torchrun_takes_what_it_is_given() -> None:
         assert (parsed.module, parsed.training_script) == (True, "loopos")
 
 
-def test_loopos_takes_what_it_is_given() -> None:
+def test_loopos_takes_what_it_is_actual() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert len(called()) >= 9
     for name, *words in called():
         known = {option for parameter in commands[name].params for option in parameter.opts}
-        given = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert given <= known, (name, given - known)
+        actual = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert actual <= known, (name, actual - known)
 
 
 @pytest.mark.parametrize("key", DistributedSection.model_fields)

@@ -59,7 +59,7 @@ def test_replicated_every_gpu_holds_all() -> None:
     }  # fmt: skip
 
 
-def test_sharded_the_masters_are_the_weights() -> None:
+def test_sharded_the_master_weights_are_the_weights() -> None:
     assert held_of(NETWORK, load(), setting(4)) == {
         "weights": 0, "masters": 1000, "gradients": 1000, "optimizer": 2000
     }  # fmt: skip
@@ -167,14 +167,14 @@ def test_rings_share_the_network_cards_of_a_node() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"), [("80GiB", 80 * 2**30), ("24 GB", 24e9), ("512MiB", 2**29), ("1.5tb", 1.5e12)]
 )
-def test_amounts_of_memory(given: str, expected: float) -> None:
-    assert cluster(memory=given).memory == expected
+def test_amounts_of_memory(actual: str, expected: float) -> None:
+    assert cluster(memory=actual).memory == expected
 
 
 @pytest.mark.parametrize("given", ["80", "GiB", "80Gbit", "-1GB", "0GB", "80 gallons"])
-def test_amounts_that_are_none(given: str) -> None:
+def test_amounts_that_are_none(actual: str) -> None:
     with pytest.raises(UserError, match=r"--memory: got .*; give a unit, for example 80GiB"):
-        cluster(memory=given)
+        cluster(memory=actual)
 
 
 def test_half_nodes_are_refused() -> None:
@@ -190,7 +190,7 @@ AUTO = Asked("auto", None, 1, False, True)
     ("asked", "expected"),
     [
         (Asked("shard", 3, 1, False, True), "shard_size 3: 8 copies"),
-        (Asked("replicate", 4, 1, False, True), "wanted mode shard"),
+        (Asked("replicate", 4, 1, False, True), "expected mode shard"),
         (Asked("replicate", None, 1, True, True), "cpu_offload"),
         (Asked("auto", None, 3, False, True), "tensor_parallel 3"),
         (Asked("auto", None, 8, False, True), "tensor_parallel 8"),

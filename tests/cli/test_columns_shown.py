@@ -117,7 +117,7 @@ def test_generation_asks_what_training_learned(pico_folder: Path, tmp_path: Path
     assert encoded.mask[len(prompt)]
 
 
-def test_generation_is_given_the_row_s_tools(tmp_path: Path) -> None:
+def test_generation_is_actual_the_row_s_tools(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
     talk = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
     file = str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": talk, "tools": tools}]))

@@ -26,13 +26,13 @@ def test_notes_are_told(project: Path, invoke: Invoke) -> None:
     assert (told["valid"], len(told["notes"])) == (True, 1)
 
 
-def test_faults_as_data(project: Path, invoke: Invoke) -> None:
+def test_diagnostics_as_data(project: Path, invoke: Invoke) -> None:
     result = invoke("validate", project / "run.json", "training.batch_size=0", "training.sed=1", "--json")
     assert result.exit_code == 2
     told = json.loads(result.stdout)
     assert told["valid"] is False
-    assert {fault["field"] for fault in told["faults"]} == {"training.batch_size", "training.sed"}
-    assert all(fault["wanted"] for fault in told["faults"])
+    assert {diagnostic["field"] for diagnostic in told["faults"]} == {"training.batch_size", "training.sed"}
+    assert all(diagnostic["expected"] for diagnostic in told["faults"])
 
 
 def test_the_schema_takes_the_guide_s_config(invoke: Invoke) -> None:
@@ -47,7 +47,7 @@ def test_the_schema_takes_the_guide_s_config(invoke: Invoke) -> None:
 def test_the_schema_of_an_unknown_method(invoke: Invoke) -> None:
     result = invoke("schema", "--method", "tuning")
     assert result.exit_code == 2
-    assert "wanted one of fine_tuning" in result.stderr
+    assert "expected one of fine_tuning" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,13 @@ def test_near_rows_are_counted_and_named(invoke: Invoke, tmp_path: Path) -> None
         "where is it",
         "where is it",
     ]
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "label": place % 2} for place, text in enumerate(texts)])
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "label": index % 2} for index, text in enumerate(texts)])
     result = invoke("data", "check", file)
     assert "repeated  1 texts, in 2 rows; 1 of them with different labels" in result.stdout
     assert "near      1 more rows are nearly the same as an earlier one (lines 1 and 2)" in result.stdout
 
 
-def test_bad_rows_of_chats_are_faults(invoke: Invoke, tmp_path: Path) -> None:
+def test_bad_rows_of_chats_are_diagnostics(invoke: Invoke, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": CHAT[:1]}])
     result = invoke("data", "check", file)
     assert result.exit_code == 2

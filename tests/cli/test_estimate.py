@@ -71,7 +71,7 @@ def memory(*, half_precision: bool, reloads_best: bool = False, merges: bool = F
     )
 
 
-def test_memory_in_half_precision_has_masters_beside_the_weights() -> None:
+def test_memory_in_half_precision_has_master_weights_beside_the_weights() -> None:
     assert memory(half_precision=True) == {
         "process": 1000,
         "weights": 200,
@@ -83,7 +83,7 @@ def test_memory_in_half_precision_has_masters_beside_the_weights() -> None:
     }
 
 
-def test_memory_in_fp32_has_no_masters() -> None:
+def test_memory_in_fp32_has_no_master_weights() -> None:
     parts = memory(half_precision=False)
     assert (parts["weights"], parts["masters"], parts["buffers"]) == (400, 0, int(50 * HEAP_GROWTH) + 4 * 10)
 

@@ -40,8 +40,8 @@ def test_the_rows_of_an_evaluation(run_folder: Path, mixed: Path, tmp_path: Path
     source = [json.loads(line) for line in mixed.read_text().splitlines()]
     assert sorted(int(row["line"]) for row in found) == list(range(1, 13))
     for row in found:
-        given = source[int(row["line"]) - 1]
-        assert (row["text"], row["true"]) == (given["text"], given["label"])
+        actual = source[int(row["line"]) - 1]
+        assert (row["text"], row["true"]) == (actual["text"], actual["label"])
         assert row["correct"] == (row["predicted"] == row["true"])
     wrong = [not row["correct"] for row in found]
     assert wrong == sorted(wrong, reverse=True)

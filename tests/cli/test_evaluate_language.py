@@ -23,7 +23,9 @@ def problems(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def always_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "lenient_checker.py").write_text("def right(answer, wanted, row):\n    return True\n", encoding="utf-8")
+    (tmp_path / "lenient_checker.py").write_text(
+        "def right(answer, expected, row):\n    return True\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     return "lenient_checker:right"
 
@@ -71,7 +73,7 @@ def test_problems_are_answered_and_checked(
     assert found["tokens_per_second"] > 0
     assert "answers 5/5" in result.stderr
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [record["wanted"] for record in records] == ["0", "1", "2", "3", "4"]
+    assert [record["expected"] for record in records] == ["0", "1", "2", "3", "4"]
     assert all(record["is_right"] for record in records)
 
 
@@ -120,16 +122,18 @@ def test_in_words(language_run: Path, problems: Path, invoke: Invoke) -> None:
     ("words", "said"),
     [
         (("--samples", 4), "--samples 4 at --temperature 0"),
-        (("--pass-k", 2), "--pass-k: given 2; wanted 1 to the number of chains"),
+        (("--pass-k", 2), "--pass-k: got 2; expected 1 to the number of chains"),
         (("--metric", "loss", "--strategy", "self_consistency:2", "--temperature", 1), "without --metric accuracy"),
         (("--checker", "nobody"), "checker: given nobody"),
-        (("--limit", 0), "--limit: given 0"),
+        (("--limit", 0), "--limit: got 0"),
     ],
 )
-def test_contradictions(language_run: Path, problems: Path, invoke: Invoke, words: tuple[Any, ...], said: str) -> None:
+def test_contradictions(
+    language_run: Path, problems: Path, invoke: Invoke, words: tuple[Any, ...], summary: str
+) -> None:
     result = invoke("evaluate", language_run, problems, *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert summary in result.stderr
 
 
 def test_accuracy_of_plain_text_is_refused(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:

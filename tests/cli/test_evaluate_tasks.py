@@ -26,17 +26,17 @@ def test_without_the_extra_it_says_how_to_get_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "given no data; wanted a data file, or --tasks"),
-        (("--num-fewshot", 2), "--num-fewshot: of tasks; wanted --tasks too"),
+        ((), "got no data; expected a data file, or --tasks"),
+        (("--num-fewshot", 2), "--num-fewshot: of tasks; expected --tasks too"),
         (("--chat",), "--chat: of tasks"),
-        (("--tasks", "arc_easy", "--limit", 0), "--limit: given 0"),
-        (("--tasks", "arc_easy", "--num-fewshot", -1), "--num-fewshot: given -1"),
+        (("--tasks", "arc_easy", "--limit", 0), "--limit: got 0"),
+        (("--tasks", "arc_easy", "--num-fewshot", -1), "--num-fewshot: got -1"),
         (("--tasks", "arc_easy", "--task-folder", "nowhere"), "nowhere is no folder"),
         (("--tasks", "arc_easy", "--metric", "loss"), "--metric: for rows of data"),
-        (("rows.jsonl", "--tasks", "arc_easy"), "rows.jsonl and --tasks: wanted one of the two"),
+        (("rows.jsonl", "--tasks", "arc_easy"), "rows.jsonl and --tasks: expected one of the two"),
     ],
 )
-def test_contradictions(language_run: Path, words: tuple[Any, ...], said: str, invoke: Invoke) -> None:
+def test_contradictions(language_run: Path, words: tuple[Any, ...], summary: str, invoke: Invoke) -> None:
     result = invoke("evaluate", language_run, *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert summary in result.stderr

@@ -69,10 +69,10 @@ def test_onnx_says_what_torch_says(trained: Any, project: Path, tmp_path: Path, 
     assert told["largest_difference"] < 1e-4
     assert told["same_likeliest"] == 1.0
     texts = ["good film", "where is it, the parcel came late and nobody replies", "bad"]
-    given = AutoTokenizer.from_pretrained(out)(texts, padding=True, padding_side="right", return_tensors="np")
+    actual = AutoTokenizer.from_pretrained(out)(texts, padding=True, padding_side="right", return_tensors="np")
     session = onnxruntime.InferenceSession(out / "model.onnx")
-    wanted = {each.name for each in session.get_inputs()}
-    [logits] = session.run(None, {name: value for name, value in given.items() if name in wanted})
+    expected = {each.name for each in session.get_inputs()}
+    [logits] = session.run(None, {name: value for name, value in actual.items() if name in expected})
     found = torch.softmax(torch.from_numpy(logits), -1)
     answers = [
         json.loads(line) for line in invoke("predict", run, "-", text="\n".join(texts) + "\n").stdout.splitlines()
@@ -89,7 +89,7 @@ def test_mistakes_end_in_a_line(trained: Any, project: Path, tmp_path: Path, inv
     assert "Traceback" not in result.stderr
     result = invoke("ensemble", project / "outputs" / "first", "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "wanted two or more" in result.stderr
+    assert "expected two or more" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

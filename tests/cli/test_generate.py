@@ -50,7 +50,7 @@ def test_lines_of_json(language_run: Path, invoke: Invoke, greedy: Reference) ->
 
 def test_prompts_come_from_lines_and_from_rows(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:
     words = [PROMPT, "my card was charged"]
-    given = lines(invoke("generate", language_run, "-p", words[0], "-p", words[1], "--json", *CPU))
+    actual = lines(invoke("generate", language_run, "-p", words[0], "-p", words[1], "--json", *CPU))
     text = tmp_path / "prompts.txt"
     text.write_text("\n".join(words) + "\n", encoding="utf-8")
     sources = [
@@ -63,9 +63,9 @@ def test_prompts_come_from_lines_and_from_rows(language_run: Path, tmp_path: Pat
         ),
     ]
     for source in sources:
-        assert lines(invoke("generate", language_run, "--input", source, "--json", *CPU)) == given, source
+        assert lines(invoke("generate", language_run, "--input", source, "--json", *CPU)) == actual, source
     piped = invoke("generate", language_run, "--input", "-", "--json", *CPU, text="\n".join(words))
-    assert lines(piped) == given
+    assert lines(piped) == actual
 
 
 def test_a_file_of_answers(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:
@@ -158,31 +158,33 @@ CONTRADICTIONS = [
     ),
     (
         ("-p", "x", "--num-beams", 2, "--steps", "--top-p", 0.5, "-n", 3),
-        ["--steps with --num-beams", "--top-p with --num-beams", "--samples: given 3; wanted 1 to --num-beams 2"],
+        ["--steps with --num-beams", "--top-p with --num-beams", "--samples: got 3; expected 1 to --num-beams 2"],
     ),
     (("-p", "x", "--reward-model", "y"), ["--reward-model: ranks the chains of --strategy best_of_n:N"]),
     (("-p", "x", "--raw", "--system", "y"), ["--system with --raw"]),
     ((), ["no prompt: give -p TEXT"]),
     (("-p", "x", "--input", "y.txt"), ["-p and --input"]),
-    (("-p", " "), ["-p: given a blank text"]),
+    (("-p", " "), ["-p: got a blank text"]),
     (
         ("-p", "x", "--top-p", 2, "--max-steps", 0, "--strategy", "vote", "--device", "gpu", "--precision", "int8"),
-        ["--top-p: got 2.0", "--max-steps: given 0", "--strategy: given 'vote'", "--device: given gpu", "int8"],
+        ["--top-p: got 2.0", "--max-steps: got 0", "--strategy: got 'vote'", "--device: given gpu", "int8"],
     ),
-    (("-p", "x", "--max-thinking-tokens", 300), ["--max-thinking-tokens: given 300; wanted fewer than"]),
+    (("-p", "x", "--max-thinking-tokens", 300), ["--max-thinking-tokens: got 300; expected fewer than"]),
 ]
 
 
 @pytest.mark.parametrize(("words", "said"), CONTRADICTIONS, ids=lambda value: str(value)[:40])
-def test_faults_come_all_at_once(language_run: Path, invoke: Invoke, words: tuple[Any, ...], said: list[str]) -> None:
+def test_diagnostics_come_all_at_once(
+    language_run: Path, invoke: Invoke, words: tuple[Any, ...], summary: list[str]
+) -> None:
     result = invoke("generate", language_run, *words)
     assert result.exit_code == 2
-    assert [part for part in said if part not in result.stderr] == []
-    assert len(result.stderr.splitlines()) == len(said)
+    assert [part for part in summary if part not in result.stderr] == []
+    assert len(result.stderr.splitlines()) == len(summary)
     assert result.stdout == ""
 
 
-def test_faults_come_without_torch(tmp_path: Path) -> None:
+def test_diagnostics_come_without_torch(tmp_path: Path) -> None:
     program = (
         "import sys, typer\n"
         "from loopos.cli.commands import app\n"
@@ -196,11 +198,11 @@ def test_faults_come_without_torch(tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    said = ended.stderr.splitlines()
-    assert said[0].startswith("absent/model/here does not exist")
-    assert said[1].startswith("--top-k: got -1")
-    assert said[2].startswith(".: no trained model here")
-    assert said[3].startswith("--metric: given speed; wanted one of accuracy, loss, perplexity")
+    summary = ended.stderr.splitlines()
+    assert summary[0].startswith("absent/model/here does not exist")
+    assert summary[1].startswith("--top-k: got -1")
+    assert summary[2].startswith(".: no trained model here")
+    assert summary[3].startswith("--metric: given speed; expected one of accuracy, loss, perplexity")
 
 
 def test_a_model_with_a_head_says_no_text(trained: Any, project: Path, invoke: Invoke) -> None:
@@ -217,7 +219,7 @@ def test_predict_sends_language_models_to_generate(language_run: Path, invoke: I
     assert result.stdout == ""
 
 
-def test_filters_without_effect_are_said(language_run: Path, invoke: Invoke) -> None:
+def test_filters_without_effect_are_summary(language_run: Path, invoke: Invoke) -> None:
     result = invoke("generate", language_run, "-p", PROMPT, "--top-p", 0.5, *CPU)
     assert result.exit_code == 0
     assert "--top-p without effect" in result.stderr

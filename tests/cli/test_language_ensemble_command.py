@@ -81,7 +81,7 @@ def test_perplexity_is_that_of_the_mean(joined: Path, language_run: Path, other_
     found = json.loads(result.stdout)["metrics"]["perplexity"]
     ids = AutoTokenizer.from_pretrained(language_run / "model")(TEXT)["input_ids"]
     logprobs = mixture(language_run, other_run)(ids)
-    expected = math.exp(-sum(float(logprobs[place - 1, ids[place]]) for place in range(1, len(ids))) / (len(ids) - 1))
+    expected = math.exp(-sum(float(logprobs[index - 1, ids[index]]) for index in range(1, len(ids))) / (len(ids) - 1))
     assert found == pytest.approx(expected, rel=1e-4)
     report = (joined / "report.md").read_text(encoding="utf-8")
     assert f"{found:.4g}" in report
@@ -92,7 +92,7 @@ def test_perplexity_is_that_of_the_mean(joined: Path, language_run: Path, other_
     of_rows = json.loads(invoke("evaluate", joined, rows, "--device", "cpu", "--json").stdout)["metrics"]["loss"]
     logprobs = mixture(language_run, other_run)([*ids, 2])
     ids = [*ids, 2]
-    total = -sum(float(logprobs[place - 1, ids[place]]) for place in range(1, len(ids)))
+    total = -sum(float(logprobs[index - 1, ids[index]]) for index in range(1, len(ids)))
     assert of_rows == pytest.approx(total / (len(ids) - 1), rel=1e-4)
 
 
@@ -103,12 +103,12 @@ def test_generate_and_chat_speak_by_the_mean(joined: Path, language_run: Path, o
     told = json.loads(result.stdout)
     reasoner = Reasoner.open(str(language_run))
     ids, logprobs, total = reasoner.prompt("the film"), mixture(language_run, other_run), 0.0
-    said: list[int] = []
-    while len(said) < 8 and 2 not in said:
-        last = logprobs([*ids, *said])[-1]
-        said.append(int(last.argmax()))
+    summary: list[int] = []
+    while len(summary) < 8 and 2 not in summary:
+        last = logprobs([*ids, *summary])[-1]
+        summary.append(int(last.argmax()))
         total += float(last.max())
-    assert told["text"] == reasoner.tokenizer.decode(said, skip_special_tokens=True)
+    assert told["text"] == reasoner.tokenizer.decode(summary, skip_special_tokens=True)
     assert told["logprob"] == pytest.approx(total, abs=1e-3)
     assert invoke("chat", joined, *words, text="the film\n").stdout == f"{told['text']}\n"
     solved = invoke("generate", joined, "-p", "the film", "--strategy", "self_consistency:3", "--json", *words[:2],
@@ -157,9 +157,9 @@ def test_answers_are_voted_on(
     result = invoke("evaluate", voting, file, "--max-new-tokens", 8, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.stderr
     assert {"accuracy", "confidence", "pass@2"} <= set(json.loads(result.stdout)["metrics"])
-    said = invoke("generate", voting, "-p", "where is it", "--max-new-tokens", 8, "--device", "cpu")
-    assert said.exit_code == 0, said.stderr
-    assert "of 2 chains agree" in said.stdout
+    summary = invoke("generate", voting, "-p", "where is it", "--max-new-tokens", 8, "--device", "cpu")
+    assert summary.exit_code == 0, summary.stderr
+    assert "of 2 chains agree" in summary.stdout
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,13 @@ def test_answers_are_voted_on(
     ],
 )
 def test_what_a_vote_cannot_say(
-    voting: Path, words: tuple[Any, ...], said: str, tmp_path: Path, invoke: Invoke
+    voting: Path, words: tuple[Any, ...], summary: str, tmp_path: Path, invoke: Invoke
 ) -> None:
     name, *rest = words
     rest = [tmp_path / each if each == "out" else each for each in rest]
     result = invoke(name, voting, *rest)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert summary in result.stderr
 
 
 def test_a_vote_has_no_loss(voting: Path, tmp_path: Path, invoke: Invoke) -> None:
@@ -204,19 +204,19 @@ def test_mistakes_of_joining(
     cases = [
         ((language_run, grown), 'other tokens than'),
         ((language_run, language_run), "one model is given twice"),
-        ((language_run,), "given 1 model; wanted two"),
+        ((language_run,), "got 1 model; expected two"),
         ((language_run, joined), "an ensemble already"),
-        ((language_run, other_run, "--weight", 1), "--weight: given 1 for 2 models"),
-        ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: given 1, -1; wanted numbers"),
-        ((language_run, other_run, "--method", "majority"), "--method: given majority; wanted one of mean, logits, vote"),
+        ((language_run, other_run, "--weight", 1), "--weight: got 1 for 2 models"),
+        ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: got 1, -1; expected numbers"),
+        ((language_run, other_run, "--method", "majority"), "--method: given majority; expected one of mean, logits, vote"),
         ((language_run, other_run, "--fit", "rows.jsonl"), "--fit: for classifiers and regressors"),
         ((language_run, project / "outputs" / "first"), "a language model, which has no labels"),
     ]  # fmt: skip
     out = tmp_path / "out"
-    for words, said in cases:
+    for words, summary in cases:
         result = invoke("ensemble", *words, "-o", out)
         assert result.exit_code == 2, words
-        assert said in result.stderr
+        assert summary in result.stderr
         assert not out.exists()
     assert "1 that" in invoke("ensemble", language_run, grown, "-o", out).stderr
 

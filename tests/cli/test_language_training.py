@@ -103,8 +103,8 @@ def test_preview_shows_what_is_cut_and_what_is_dropped(reasoning: Path, invoke: 
 
 
 def test_preview_tells_weights(reasoning: Path, tmp_path: Path, invoke: Invoke) -> None:
-    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "ab", "weight": 0.5}]
-    file = write_jsonl(tmp_path / "said.jsonl", [{"messages": said}] * 2)
+    summary = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "ab", "weight": 0.5}]
+    file = write_jsonl(tmp_path / "said.jsonl", [{"messages": summary}] * 2)
     words = (f"data.reasoning_examples={file}", "data.validation_data=null", "data.validation_share=0")
     result = invoke("data", "preview", reasoning / "config.json", "--rows", 1, *words)
     assert result.exit_code == 0, result.stderr

@@ -53,8 +53,8 @@ def test_two_runs_by_words(language_run: Path, moved: Path, invoke: Invoke, tmp_
     assert answer["tensors"] == len(after)
     for name in before:
         torch.testing.assert_close(after[name], 1.75 * before[name])
-    said = invoke("generate", out, "-p", "What is 2 + 2?", "--max-new-tokens", 4, "--device", "cpu")
-    assert said.exit_code == 0, said.stderr
+    summary = invoke("generate", out, "-p", "What is 2 + 2?", "--max-new-tokens", 4, "--device", "cpu")
+    assert summary.exit_code == 0, summary.stderr
 
 
 def test_a_recipe_with_overrides_and_an_evaluation(
@@ -89,7 +89,7 @@ def test_a_merged_classifier_predicts(trained: Any, project: Path, invoke: Invok
     assert "accuracy" in json.loads(measured.stdout)
 
 
-def test_faults_come_at_once_and_without_a_traceback(language_run: Path, invoke: Invoke, tmp_path: Path) -> None:
+def test_diagnostics_come_at_once_and_without_a_traceback(language_run: Path, invoke: Invoke, tmp_path: Path) -> None:
     told = invoke(
         "merge",
         language_run,
@@ -104,7 +104,7 @@ def test_faults_come_at_once_and_without_a_traceback(language_run: Path, invoke:
         tmp_path / "out",
     )
     assert told.exit_code == 2
-    assert "--weight: given 1; wanted 2" in told.stderr
+    assert "--weight: got 1; expected 2" in told.stderr
     assert "--device: given tpu" in told.stderr
     told = invoke("merge", language_run, "--method", "tise", "-o", tmp_path / "out", "density=3")
     assert told.exit_code == 2
@@ -116,7 +116,7 @@ def test_faults_come_at_once_and_without_a_traceback(language_run: Path, invoke:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_said(
+def test_a_full_disk_is_summary(
     language_run: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loopos.merging import merge
@@ -136,7 +136,7 @@ def test_a_faulty_recipe_is_told_by_validate(invoke: Invoke, tmp_path: Path) -> 
     file.write_text("method: ties\nmodels: [smollm2-135m]\noutput_dir: out\ndensity: 0\n")
     told = invoke("validate", file, "--json")
     assert told.exit_code == 2
-    fields = {fault["field"] for fault in json.loads(told.stdout)["faults"]}
+    fields = {diagnostic["field"] for diagnostic in json.loads(told.stdout)["faults"]}
     assert fields == {"density", "base"}
 
 
@@ -146,7 +146,7 @@ def test_the_schema_of_recipes(invoke: Invoke) -> None:
     assert all("description" in part for name, part in schema["properties"].items() if name != "$schema")
 
 
-def test_faults_show_before_torch_is_imported(tmp_path: Path) -> None:
+def test_diagnostics_show_before_torch_is_imported(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from loopos.cli.commands import app\n"

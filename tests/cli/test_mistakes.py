@@ -20,7 +20,7 @@ from tests.cli.conftest import Invoke, write_jsonl
 MOST_LINES = 12
 TEXT, LABEL = "Issue description (free text)", "Cat. lvl-1"
 COLUMNS = f"Columns: 'Ticket', '{TEXT}', '{LABEL}'"
-GIVEN_COLUMNS = f"data.columns={json.dumps({'text': TEXT, 'label': LABEL})}"
+ACTUAL_COLUMNS = f"data.columns={json.dumps({'text': TEXT, 'label': LABEL})}"
 MODEL = {
     "format": 1,
     "task": "classification",
@@ -143,12 +143,12 @@ WRONG_SAID = (f'did you mean "{TEXT}"? set: data.columns: {{"text": "{TEXT}"}}',
 OPTION = f'choose one: --columns "text={TEXT}"'
 
 STRAY_SAID = (
-    "stray.csv:3: Cat. lvl-1: given 'Praise'; wanted one of the 2 classes Billing, Delivery\n",
+    "stray.csv:3: Cat. lvl-1: got 'Praise'; expected one of the 2 classes Billing, Delivery\n",
     'correct these labels, or leave them out: data.on_bad_row: "skip"',
 )
 CHATS_SAID = (
-    "bad_chats.jsonl:4:24: JSON: given '\"us' (Unterminated string starting at); wanted valid JSON",
-    "bad_chats.jsonl:2: messages[1].role: given 'bot'; wanted one of human, user, gpt,",
+    "bad_chats.jsonl:4:24: JSON: got '\"us' (Unterminated string starting at); expected valid JSON",
+    "bad_chats.jsonl:2: messages[1].role: got 'bot'; expected one of human, user, gpt,",
     "bad_chats.jsonl:3: messages: no assistant message: nothing to learn (roles: user)",
     'correct the rows, or leave them out: data.on_bad_row: "skip"',
 )
@@ -226,7 +226,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("label of no class, json", ["validate", "stray.json", "--json"], 2, ('"source": "stray.csv"', '"line": 3')),
     ("label of no class, several processes", ["train", "stray.json", "--nproc", "2"], 2, STRAY_SAID),
     ("too few classes", ["train", "text.json", "model.num_classes=1"], 2,
-     ("tickets.csv: model.num_classes: given 2 different labels ('Billing': 30, 'Delivery': 30); wanted 1 class",)),
+     ("tickets.csv: model.num_classes: got 2 different labels ('Billing': 30, 'Delivery': 30); expected 1 class",)),
     ("rows without text", ["train", "empty.json"], 2, ("empty.jsonl:2: text: ", 'data.on_bad_row: "skip"')),
     ("bad chats", ["train", "bad_chats.json"], 2, CHATS_SAID),
     ("bad chats, dry run", ["train", "bad_chats.json", "--dry-run"], 2, CHATS_SAID),
@@ -330,12 +330,16 @@ def quick(desk: Path) -> dict[str, tuple[int, str, str | None, list[str]]]:
 
 @pytest.mark.parametrize(("name", "words", "code", "said"), QUICK, ids=[row[0] for row in QUICK])
 def test_a_mistake_is_told_at_once(
-    quick: dict[str, tuple[int, str, str | None, list[str]]], name: str, words: list[str], code: int, said: tuple[str]
+    quick: dict[str, tuple[int, str, str | None, list[str]]],
+    name: str,
+    words: list[str],
+    code: int,
+    summary: tuple[str],
 ) -> None:
     found_code, text, exception, heavy = quick[name]
     assert exception is None, exception
     assert found_code == code, text
-    for piece in said:
+    for piece in summary:
         assert piece in text, text
     assert "Traceback" not in text
     assert len(text.strip().splitlines()) <= MOST_LINES or words[-1] in ("--help", "--json"), text
@@ -346,8 +350,8 @@ def test_a_mistake_is_told_at_once(
 def test_a_foreign_config_is_printed_as_one_that_is_valid(
     desk: Path, invoke: Invoke, name: str, tmp_path: Path
 ) -> None:
-    said = invoke("validate", desk / name).stderr
-    pasted = said[said.index("\n{") : said.index("\n}") + 2]
+    summary = invoke("validate", desk / name).stderr
+    pasted = summary[summary.index("\n{") : summary.index("\n}") + 2]
     assert json.loads(pasted) == TRANSLATED[name]
     (tmp_path / "pasted.json").write_text(pasted, encoding="utf-8")
     # The hub is not there: all else of it is valid.
@@ -376,10 +380,10 @@ def test_a_hub_that_cannot_be_reached_is_one_try(desk: Path) -> None:
         [sys.executable, "-c", script, words], cwd=desk, env=environment, capture_output=True, text=True, timeout=60,
         check=True,
     )  # fmt: skip
-    for (_, said), line in zip(cases, done.stdout.splitlines(), strict=True):
+    for (_, summary), line in zip(cases, done.stdout.splitlines(), strict=True):
         _, code, text, exception, heavy = json.loads(line)
         assert (code, exception, heavy) == (2, None, []), line
-        assert text.startswith(said), text
+        assert text.startswith(summary), text
         assert "http://127.0.0.1:9 cannot be reached" in text
         assert len(text.strip().splitlines()) == 2
 
@@ -404,7 +408,7 @@ def test_a_label_of_no_class_names_the_command_s_option(
     rows = [{"text": "good the parcel", "label": "good"}, {"text": "well", "label": "Praise"}]
     result = invoke("evaluate", project / "outputs" / "first", write_jsonl(tmp_path / "rows.jsonl", rows))
     assert result.exit_code == 2
-    assert "rows.jsonl:2: label: given 'Praise'; wanted one of the 3 classes" in result.stderr
+    assert "rows.jsonl:2: label: got 'Praise'; expected one of the 3 classes" in result.stderr
     assert result.stderr.splitlines()[-1] == "correct these labels, or leave them out: --skip-bad-rows"
 
 

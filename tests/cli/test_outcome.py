@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from loopos.cli.outcome import Commands, is_out_of_memory
-from loopos.config.diagnostics import ConfigError, EnvironmentFault, Fault, UserError
+from loopos.config.diagnostics import ConfigError, Diagnostic, MissingRequirement, UserError
 
 
 class OutOfMemoryError(RuntimeError):
@@ -34,10 +34,10 @@ def ending_in(error: BaseException) -> Any:
     return CliRunner().invoke(app, ["fails"])
 
 
-def test_a_fault_is_shown_with_its_place_and_code_2() -> None:
-    result = ending_in(ConfigError([Fault("run.json", 3, 7, "training.seed", '"x"', "a whole number")]))
+def test_a_diagnostic_is_shown_with_its_place_and_code_2() -> None:
+    result = ending_in(ConfigError([Diagnostic("run.json", 3, 7, "training.seed", '"x"', "a whole number")]))
     assert result.exit_code == 2
-    assert result.stderr == 'run.json:3:7: training.seed: given "x"; wanted a whole number\n'
+    assert result.stderr == 'run.json:3:7: training.seed: got "x"; expected a whole number\n'
     assert result.stdout == ""
 
 
@@ -46,7 +46,7 @@ def test_an_error_gives_its_own_code() -> None:
         exit_code = 74
 
     assert ending_in(DiskFull("full")).exit_code == 74
-    assert ending_in(EnvironmentFault("no gguf")).exit_code == 1
+    assert ending_in(MissingRequirement("no gguf")).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_tensor_parallelism_goes_by_the_plan_of_transformers(tmp_path: Path, pic
     assert phase["memory"]["held"]["weights"] == 4 * (phase["model"]["parameters"] - halved // 2)
     refused = invoke("plan", config, *CLUSTER, "--tensor-parallel", "8")
     assert refused.exit_code == 2
-    assert "has 4 attention heads; wanted a divisor" in refused.stderr
+    assert "has 4 attention heads; expected a divisor" in refused.stderr
 
 
 def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
@@ -122,14 +122,14 @@ def test_tokens_may_be_told(tmp_path: Path, pico_folder: Path, invoke: Invoke) -
 def test_people_read_the_same(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
     result = invoke("plan", config_of(tmp_path, pico_folder, "rlhf"), *CLUSTER, "--mode", "shard")
     assert result.exit_code == 0
-    for said in (
+    for summary in (
         "phase 1 of 2: reward_model",
         "phase 2 of 2: ppo",
         "16 GPUs with 85.9 GB each, on 2 nodes",
         "reduce-scatter",
         "fits",
     ):
-        assert said in result.stdout
+        assert summary in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -137,25 +137,25 @@ def test_people_read_the_same(tmp_path: Path, pico_folder: Path, invoke: Invoke)
     [
         (("--gpus", "16", "--memory", "80"), "--memory: got '80'"),
         (("--gpus", "0", "--memory", "80GiB"), "--gpus 0"),
-        ((*CLUSTER, "--mode", "spread"), "--mode: given 'spread'"),
-        ((*CLUSTER, "--shard-size", "-1"), "--shard-size: given -1"),
+        ((*CLUSTER, "--mode", "spread"), "--mode: got 'spread'"),
+        ((*CLUSTER, "--shard-size", "-1"), "--shard-size: got -1"),
         ((*CLUSTER, "--interconnect", "fast"), "--interconnect: got 'fast'"),
     ],
 )
-def test_mistakes_say_what_is_wanted(
-    words: tuple[str, ...], said: str, tmp_path: Path, pico_folder: Path, invoke: Invoke
+def test_mistakes_say_what_is_expected(
+    words: tuple[str, ...], summary: str, tmp_path: Path, pico_folder: Path, invoke: Invoke
 ) -> None:
     refused = invoke("plan", config_of(tmp_path, pico_folder, "fine_tuning"), *words)
     assert refused.exit_code == 2
-    assert said in refused.stderr
-    assert "wanted" in refused.stderr or "give a unit" in refused.stderr
+    assert summary in refused.stderr
+    assert "expected" in refused.stderr or "give a unit" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("weights", "said"),
     [("./gone.safetensors", "does not exist"), ("nobody/nothing", "neither a file or folder here nor reachable")],
 )
-def test_a_model_that_is_not_at_hand_is_said(weights: str, said: str, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_model_that_is_not_at_hand_is_summary(weights: str, summary: str, tmp_path: Path, invoke: Invoke) -> None:
     refused = invoke("plan", config_of(tmp_path, weights, "fine_tuning"), *CLUSTER)
     assert refused.exit_code == 2
-    assert said in refused.stderr
+    assert summary in refused.stderr

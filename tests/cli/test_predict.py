@@ -97,15 +97,15 @@ def test_a_blank_line_is_an_error_with_its_number(run_folder: Path, invoke: Invo
     [
         (["--format", "xml"], "--format: got xml"),
         (["-o", "answers.parquet"], "--output: got the suffix .parquet"),
-        (["--columns", "text"], "--columns: given text; wanted ROLE=COLUMN"),
-        (["--columns", "text=a", "--columns", "text=b"], "--columns: given text twice"),
+        (["--columns", "text"], "--columns: got text; expected ROLE=COLUMN"),
+        (["--columns", "text=a", "--columns", "text=b"], "--columns: got text twice"),
         (["-o", "no/such/folder.csv"], "there is no folder"),
     ],
 )
-def test_wrong_options(run_folder: Path, invoke: Invoke, arguments: list[str], said: str) -> None:
+def test_wrong_options(run_folder: Path, invoke: Invoke, arguments: list[str], summary: str) -> None:
     result = invoke("predict", run_folder, "-", *arguments, text="good\n")
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert summary in result.stderr
     assert result.stdout == ""
 
 

@@ -181,8 +181,8 @@ def test_the_roles_of_a_dry_run_are_those_that_training_builds(
     roles = method.build_models()
     every = {id(p): p.numel() for module in (roles.actor_critic, *roles.frozen) for p in module.parameters()}
     assert plan["model"]["parameters"] == sum(every.values())
-    assert plan["model"]["trained"] == sum(p.numel() for p in method.trained.masters.parameters.values())
-    found = re.search(r"(\d+|one) cop", roles.said)
+    assert plan["model"]["trained"] == sum(p.numel() for p in method.trained.master_weights.parameters.values())
+    found = re.search(r"(\d+|one) cop", roles.summary)
     assert found is not None
     assert plan["model"]["copies"] == (1 if found.group(1) == "one" else int(found.group(1)))
     assert sum(role["trained"] for role in plan["model"]["roles"].values()) == plan["model"]["trained"]

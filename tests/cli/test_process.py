@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from loopos.cli import process
-from loopos.cli.process import GUARD, MEMORY_SETTINGS, OPT_OUT, settings_in_force, should_restart, wanted_settings
+from loopos.cli.process import GUARD, MEMORY_SETTINGS, OPT_OUT, process_settings, settings_in_force, should_restart
 
 on_glibc = pytest.mark.skipif(not process.is_glibc(), reason="the settings are glibc's")
 
 
-def test_all_settings_are_wanted_in_an_empty_environment() -> None:
-    assert wanted_settings({}) == {
+def test_all_settings_are_expected_in_an_empty_environment() -> None:
+    assert process_settings({}) == {
         "MALLOC_MMAP_THRESHOLD_": "4294967296",
         "MALLOC_TRIM_THRESHOLD_": "8589934592",
         "MALLOC_TOP_PAD_": "268435456",
@@ -25,13 +25,13 @@ def test_all_settings_are_wanted_in_an_empty_environment() -> None:
 
 
 def test_what_the_user_set_is_left_alone() -> None:
-    wanted = wanted_settings({"MALLOC_TOP_PAD_": "0", "OMP_PROC_BIND": "false"})
-    assert set(wanted) == {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    expected = process_settings({"MALLOC_TOP_PAD_": "0", "OMP_PROC_BIND": "false"})
+    assert set(expected) == {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
 
 
 def test_threads_are_not_bound_beside_other_ranks() -> None:
-    assert set(wanted_settings({"WORLD_SIZE": "2"})) == set(MEMORY_SETTINGS)
-    assert set(wanted_settings({}, binds_threads=False)) == set(MEMORY_SETTINGS)
+    assert set(process_settings({"WORLD_SIZE": "2"})) == set(MEMORY_SETTINGS)
+    assert set(process_settings({}, binds_threads=False)) == set(MEMORY_SETTINGS)
 
 
 @on_glibc

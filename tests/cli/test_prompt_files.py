@@ -64,7 +64,7 @@ def test_ppo_reads_them(name: str, tmp_path: Path) -> None:
     assert [told(each.prompt) for each in found.train] == EXPECTED.get(name, ASKED)
     if name.startswith("lines"):
         assert [each.row.line for each in found.train] == [1, 2]
-        assert found.said[0].endswith("a.txt: read as one prompt a line")
+        assert found.summary[0].endswith("a.txt: read as one prompt a line")
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -62,10 +62,10 @@ def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--method", "wanda", "--sparsity", "0.5"), "calibration: given nothing with method wanda"),
+        (("--method", "wanda", "--sparsity", "0.5"), "calibration: got nothing with method wanda"),
         (("--method", "wnda", "--sparsity", "half"), 'did you mean "wanda"'),
         (("--method", "magnitude", "--sparsity", "0.5,1.5"), "sparsity"),
-        (("--sparsity", "0.5"), "method: given nothing"),
+        (("--sparsity", "0.5"), "method: got nothing"),
         (("--method", "heads", "--sparsity", "0.5", "--calibration", "nowhere.txt"), "calibration: given"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_folder_that_is_there_is_not_overwritten(invoke: Invoke, pico_folder: 
     (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
     result = invoke("prune", pico_folder, "--method", "magnitude", "--sparsity", "0.5", "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "which is there already; wanted a new folder" in result.stderr
+    assert "which is there already; expected a new folder" in result.stderr
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -98,6 +98,6 @@ def test_evaluate_on_running_text(
     plain = invoke("evaluate", language_run, text, "--json")
     assert json.loads(plain.stdout)["metrics"]["window"] == 256
     assert "--samples: for rows of data" in invoke("evaluate", language_run, text, "--samples", 2).stderr
-    assert "window: given 999" in invoke("evaluate", language_run, text, "--window", 999).stderr
+    assert "window: got 999" in invoke("evaluate", language_run, text, "--window", 999).stderr
     headed = invoke("evaluate", project / "outputs" / "first", text, "--window", 64)
     assert "--window: for language models" in headed.stderr

@@ -51,9 +51,9 @@ def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder
     ("words", "told"),
     [
         (("--method", "int5"), "method: given"),
-        (("--method", "int8", "--calibration", "gptq"), "calibration_text: given nothing"),
-        (("--method", "int8", "--group-size", "64"), "group_size: given 64 with method int8"),
-        ((), "method: given nothing"),
+        (("--method", "int8", "--calibration", "gptq"), "calibration_text: got nothing"),
+        (("--method", "int8", "--group-size", "64"), "group_size: got 64 with method int8"),
+        ((), "method: got nothing"),
     ],
 )
 def test_mistakes_end_in_a_few_lines(

@@ -50,8 +50,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path, language_r
 
 def test_a_language_model_speaks_and_is_measured(home: Home, tmp_path: Path, invoke: Invoke) -> None:
     greedy = ("--max-new-tokens", 6, "--temperature", 0, *DEVICE)
-    said = invoke("generate", home["language"], "-p", "the film", "--raw", *greedy)
-    assert said.exit_code == 0, said.stderr
+    summary = invoke("generate", home["language"], "-p", "the film", "--raw", *greedy)
+    assert summary.exit_code == 0, summary.stderr
     chatted = invoke("chat", home["language"], *greedy, text="the film\n")
     assert chatted.exit_code == 0, chatted.stderr
     assert chatted.stdout.strip()
@@ -63,7 +63,7 @@ def test_a_language_model_speaks_and_is_measured(home: Home, tmp_path: Path, inv
         body = {"model": "small", "max_tokens": 6, "temperature": 0}
         status, told, _ = ask(server, "/v1/completions", {**body, "prompt": "the film"})
         assert status == 200, told
-        assert told["choices"][0]["text"].strip() == said.stdout.strip()
+        assert told["choices"][0]["text"].strip() == summary.stdout.strip()
         asked = [{"role": "user", "content": "the film"}]
         status, told, _ = ask(server, CHAT, {**body, "messages": asked})
         assert status == 200, told
@@ -79,7 +79,7 @@ def test_a_language_model_speaks_and_is_measured(home: Home, tmp_path: Path, inv
 def test_a_classifier_predicts(home: Home, tmp_path: Path, invoke: Invoke) -> None:
     predicted = invoke("predict", home["head"], "-", *DEVICE, text="good the parcel came late\n")
     assert predicted.exit_code == 0, predicted.stderr
-    wanted = json.loads(predicted.stdout)
+    expected = json.loads(predicted.stdout)
     measured = invoke("evaluate", home["head"], write_rows(tmp_path / "rows.jsonl", class_rows(8)), "--json", *DEVICE)
     assert json.loads(measured.stdout)["rows"] == 8, measured.stderr
     metrics = ServingMetrics()
@@ -87,7 +87,7 @@ def test_a_classifier_predicts(home: Home, tmp_path: Path, invoke: Invoke) -> No
     with served(service, ServingLimits(), metrics) as server:
         status, told, _ = ask(server, "/v1/classify", {"model": "classes", "input": "good the parcel came late"})
     assert status == 200, told
-    assert told["data"][0]["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-4)
+    assert told["data"][0]["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
 
 
 def test_a_reward_model_scores(home: Home, tmp_path: Path, invoke: Invoke) -> None:
@@ -125,7 +125,10 @@ def test_the_folder_is_exported_as_it_is(kind: str, home: Home, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--format", "gguf"), "which --format gguf would round a second time; wanted the model that it was made from"),
+        (
+            ("--format", "gguf"),
+            "which --format gguf would round a second time; expected the model that it was made from",
+        ),
         (("--format", "modelfile"), "which --format modelfile would round a second time"),
         (("--format", "onnx"), "which --format onnx would round a second time"),
         (("--format", "adapter"), "which --format adapter would round a second time"),

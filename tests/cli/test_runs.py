@@ -108,8 +108,8 @@ def test_diff(two_runs: tuple[Path, Path], invoke: Invoke) -> None:
     found = json.loads(invoke("runs", "diff", *two_runs, "--json").stdout)
     assert found["settings"] == {"training.momentum": [0.0, None], "training.seed": [42, 7]}
     assert found["metrics"]["accuracy"][0] == found["metrics"]["accuracy"][1]
-    said = invoke("runs", "diff", *two_runs).stdout
-    assert "settings that differ: 2" in said
+    summary = invoke("runs", "diff", *two_runs).stdout
+    assert "settings that differ: 2" in summary
     assert invoke("runs", "diff", two_runs[0], two_runs[0]).stdout.startswith("settings that differ: none")
 
 

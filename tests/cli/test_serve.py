@@ -24,22 +24,22 @@ from tests.cli.conftest import Invoke
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--host", "0.0.0.0"), "--host: given 0.0.0.0, which other machines can reach, without an API key"),
+        (("--host", "0.0.0.0"), "--host: got 0.0.0.0, which other machines can reach, without an API key"),
         (("--host", "models.example"), "without an API key"),
-        (("--api-key", " "), "--api-key: given a blank key"),
-        (("--port", 70000), "--port: given 70000; wanted 0"),
+        (("--api-key", " "), "--api-key: got a blank key"),
+        (("--port", 70000), "--port: got 70000; expected 0"),
         (("--max-rows", 0), "--max-rows: got 0; expected 1 to 4096"),
         (("--max-seconds", "nan"), "--max-seconds: got nan"),
         (("--device", "tpu"), "--device: given tpu"),
     ],
 )
-def test_faults(words: tuple[object, ...], said: str, language_run: Path, invoke: Invoke) -> None:
+def test_diagnostics(words: tuple[object, ...], summary: str, language_run: Path, invoke: Invoke) -> None:
     result = invoke("serve", language_run, *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert summary in result.stderr
 
 
-def test_all_faults_come_at_once_and_without_torch() -> None:
+def test_all_diagnostics_come_at_once_and_without_torch() -> None:
     program = (
         "import sys\n"
         "from loopos.cli.commands import app\n"

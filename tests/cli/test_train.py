@@ -99,7 +99,7 @@ def test_a_run_that_did_not_beat_its_start_says_so_in_its_last_line(
     assert (shown["beat_start"], shown["best_step"], shown["ended"]) == (False, None, "finished all 2 epochs")
 
 
-def test_faults_show_without_torch_in_a_few_lines(tmp_path: Path, guide_config: Path) -> None:
+def test_diagnostics_show_without_torch_in_a_few_lines(tmp_path: Path, guide_config: Path) -> None:
     """The guide's config as given, in a folder where its files are not."""
     program = (
         "import sys, typer\n"
@@ -150,10 +150,10 @@ def test_a_signal_ends_the_run_in_order(trained: Any, project: Path) -> None:
     os.kill(child, signal.SIGINT)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 130
-    said = output.read_text(encoding="utf-8")
-    assert "interrupted by Ctrl-C" in said
-    assert f"loopos runs report {folder}" in said
-    assert "--resume" in said
+    summary = output.read_text(encoding="utf-8")
+    assert "interrupted by Ctrl-C" in summary
+    assert f"loopos runs report {folder}" in summary
+    assert "--resume" in summary
     assert len(list((folder / "checkpoints").glob("step-*"))) == 1
     assert not (folder / "model").exists()
 

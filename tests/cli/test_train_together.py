@@ -89,9 +89,9 @@ def test_of_two_runs_into_one_folder_one_trains_and_the_other_names_it(
     ((loser, status),) = ended
     (winner,) = set(children) - {loser}
     assert os.waitstatus_to_exitcode(status) == 2
-    said = children[loser].read_text(encoding="utf-8")
-    assert f"{folder} is in use by process {winner} on " in said
-    assert "Traceback" not in said
+    summary = children[loser].read_text(encoding="utf-8")
+    assert f"{folder} is in use by process {winner} on " in summary
+    assert "Traceback" not in summary
     wait_for(lambda: steps_of(folder) >= 3)
     os.kill(winner, signal.SIGTERM)
     assert code_of(winner) == 0

@@ -131,13 +131,13 @@ def test_in_words(language_run: Path, other_run: Path, prompts: Path, longer: st
         (("--judge", "no_such_module:f"), "judge no_such_module:f: cannot import"),
         (("--judge", "nowhere"), "nowhere: no trained model here"),
         (("--judge", "json:loads", "-n", 2), "--samples 2 at --temperature 0"),
-        (("--judge", "json:loads", "--limit", 0), "--limit: given 0"),
+        (("--judge", "json:loads", "--limit", 0), "--limit: got 0"),
         (("--judge", "json:loads", "--raw", "--system", "be kind"), "--system with --raw"),
     ],
 )
 def test_contradictions(
-    language_run: Path, other_run: Path, prompts: Path, words: tuple[Any, ...], said: str, invoke: Invoke
+    language_run: Path, other_run: Path, prompts: Path, words: tuple[Any, ...], summary: str, invoke: Invoke
 ) -> None:
     result = invoke("winrate", language_run, other_run, prompts, *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert summary in result.stderr

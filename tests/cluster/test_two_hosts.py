@@ -80,7 +80,7 @@ def digests(run: Path) -> dict[str, str]:
 
 
 class Run:
-    """One run on the cluster. `said`: by host."""
+    """One run on the cluster. `summary`: by host."""
 
     def __init__(self, cluster: Cluster, folder: Path, chosen: dict[str, Any], rendezvous: str) -> None:
         self.cluster, self.folder, self.rendezvous = cluster, folder, rendezvous
@@ -94,18 +94,18 @@ class Run:
         self.launchers = self.cluster.torchrun(self.logs, self.rendezvous, "train", str(self.config), "--quiet", *words)
 
     @property
-    def said(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         return {host.name: (self.logs / host.name).read_text(encoding="utf-8") for host in self.cluster.hosts}
 
     def wait_for_step(self, step: int) -> None:
         begun = time.monotonic()
         while len(steps_of(self.folder)) < step:
-            assert all(launcher.poll() is None for launcher in self.launchers), self.said
-            assert time.monotonic() - begun < LIMIT, self.said
+            assert all(launcher.poll() is None for launcher in self.launchers), self.summary
+            assert time.monotonic() - begun < LIMIT, self.summary
             time.sleep(0.05)
 
     def end(self) -> None:
-        assert [launcher.wait(timeout=LIMIT) for launcher in self.launchers] == [0, 0], self.said
+        assert [launcher.wait(timeout=LIMIT) for launcher in self.launchers] == [0, 0], self.summary
 
 
 def of_two_hosts(
@@ -146,11 +146,13 @@ def test_a_pulled_cable_ends_both_hosts_and_the_resumed_run_is_the_whole_one(
         cluster.wait_until_ended(Host.processes, ENDING)
     done = len(steps_of(cut.folder))
     print(f"{method.__name__}, {mode}, {rendezvous}: cut at step {done}, ended after {ended} s")
-    print("\n".join(line for said in cut.said.values() for line in said.splitlines() if line.startswith("rank ")))
+    print(
+        "\n".join(line for summary in cut.summary.values() for line in summary.splitlines() if line.startswith("rank "))
+    )
     assert cut_at <= done < len(steps_of(whole.folder)), "the cable was to be pulled in the middle"
-    assert f"rank 1 on {cluster.second.name} has shown no sign of life for" in cut.said[cluster.first.name]
+    assert f"rank 1 on {cluster.second.name} has shown no sign of life for" in cut.summary[cluster.first.name]
     place = f"rank 1 on {cluster.second.name}: {cluster.first.address}, where the processes of the run meet, has not"
-    assert place in cut.said[cluster.second.name]
+    assert place in cut.summary[cluster.second.name]
 
     time.sleep(max(0.0, pulled + CUT - time.monotonic()))
     cluster.plug_cable()
@@ -181,4 +183,4 @@ def test_a_host_that_dies_is_named_by_the_other(
     cluster.wait_until_ended(Host.processes, ENDING)
     print(f"{dead.name} dies: ended after {ended} s")
     named = f"rank {lost} on {dead.name} has shown no sign of life" if lost else f"{dead.address}, where the processes"
-    assert named in run.said[left.name]
+    assert named in run.summary[left.name]

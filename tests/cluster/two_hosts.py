@@ -61,9 +61,9 @@ class Host:
         """Starts a command on this host; all that it says goes to `log`."""
         inside = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh", *command]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": self.cable, "OMP_NUM_THREADS": "1"}
-        with log.open("ab") as said:
+        with log.open("ab") as summary:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *inside], env=environment, stdout=said, stderr=said
+                ["ip", "netns", "exec", self.name, *inside], env=environment, stdout=summary, stderr=summary
             )
         self.started.append(process)
         return process

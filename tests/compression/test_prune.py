@@ -114,8 +114,8 @@ def test_wanda_beside_a_plain_loop(pico_folder: Path, text: Path) -> None:
             zeros = int(0.4 * entered.shape[1] + 0.5)
             for row_weights in linear.weight:
                 scores = [abs(float(w)) * norm for w, norm in zip(row_weights, norms, strict=True)]
-                for place in sorted(range(len(scores)), key=lambda i: scores[i])[:zeros]:
-                    row_weights[place] = 0.0
+                for index in sorted(range(len(scores)), key=lambda i: scores[i])[:zeros]:
+                    row_weights[index] = 0.0
     expected, found = model.state_dict(), opened.model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -214,19 +214,21 @@ def test_an_encoder_with_a_head_loses_layers(tmp_path: Path, pico_tokenizer: Pat
     ("keys", "told"),
     [
         ({"method": "magnitud"}, 'did you mean "magnitude"'),
-        ({"sparsity": 1.0}, "sparsity: given 1.0"),
+        ({"sparsity": 1.0}, "sparsity: got 1.0"),
         ({"sparsity": None}, "a share such as 0.5, or a pattern such as 2:4"),
         ({"sparsity": None, "pattern": "4:2"}, "N:M, N kept of every M"),
-        ({"pattern": "1:4"}, r"sparsity: given 0.5 with pattern 1:4; wanted 0.75"),
-        ({"method": "wanda"}, "calibration: given nothing with method wanda"),
-        ({"method": "layers", "pattern": "2:4", "calibration": "{text}"}, "pattern: given .* with method layers"),
+        ({"pattern": "1:4"}, r"sparsity: got 0.5 with pattern 1:4; expected 0.75"),
+        ({"method": "wanda"}, "calibration: got nothing with method wanda"),
+        ({"method": "layers", "pattern": "2:4", "calibration": "{text}"}, "pattern: got .* with method layers"),
         ({"scope": "global", "pattern": "2:4"}, "scope: given"),
         ({"evaluate": "no/such.txt"}, "evaluate: given"),
         ({"window": 8, "stride": 8}, "a stride below the window"),
         ({"sparsety": 0.5}, 'did you mean "sparsity"'),
     ],
 )
-def test_faults_of_a_recipe(keys: dict[str, Any], told: str, pico_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_diagnostics_of_a_recipe(
+    keys: dict[str, Any], told: str, pico_folder: Path, text: Path, tmp_path: Path
+) -> None:
     values = {"model": str(pico_folder), "method": "magnitude", "sparsity": 0.5, **keys}
     values = {name: str(text) if value == "{text}" else value for name, value in values.items()}
     file = tmp_path / "recipe.json"
@@ -238,7 +240,7 @@ def test_faults_of_a_recipe(keys: dict[str, Any], told: str, pico_folder: Path, 
 
 def test_sizes_that_do_not_fit_are_refused_and_nothing_is_left(pico_folder: Path, text: Path, tmp_path: Path) -> None:
     for method, keys, told in (
-        ("wanda", {"pattern": "2:5"}, "self_attn.q_proj has 32 inputs; wanted a pattern whose second number divides"),
+        ("wanda", {"pattern": "2:5"}, "self_attn.q_proj has 32 inputs; expected a pattern whose second number divides"),
         ("layers", {"sparsity": 0.1}, "which drops 0 of 2 layers"),
         ("layers", {"sparsity": 0.9}, "which drops 2 of 2 layers"),
         ("channels", {"sparsity": 0.999}, "which keeps 0 of 64 channels"),
@@ -250,8 +252,8 @@ def test_sizes_that_do_not_fit_are_refused_and_nothing_is_left(pico_folder: Path
 
 def test_heads_go_to_the_nearest_number_that_can_be_written(pico_folder: Path, text: Path, tmp_path: Path) -> None:
     result = Pruner(recipe_of(pico_folder, "heads", text, sparsity=0.1)).prune(tmp_path / "out")
-    assert "1 of 2 key-value groups of 2 query heads leave every block" in result.after[0].said[0]
-    assert "(sparsity 0.1 means 0; this is the nearest that can be written)" in result.after[0].said[0]
+    assert "1 of 2 key-value groups of 2 query heads leave every block" in result.after[0].summary[0]
+    assert "(sparsity 0.1 means 0; this is the nearest that can be written)" in result.after[0].summary[0]
 
 
 def test_calibration_rows(text: Path, pico_folder: Path, tmp_path: Path) -> None:
@@ -265,4 +267,4 @@ def test_calibration_rows(text: Path, pico_folder: Path, tmp_path: Path) -> None
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(3)), encoding="utf-8")
     talk = read_calibration(str(file), {}, tokenizer, num_rows=99, num_tokens=20, seed=0)
     assert "where is it?" in tokenizer.decode(talk.ids.flatten())
-    assert f"{len(talk.ids)} rows of 20 tokens, of 99 asked for" in talk.said
+    assert f"{len(talk.ids)} rows of 20 tokens, of 99 asked for" in talk.summary

@@ -115,11 +115,11 @@ def test_every_door_opens_it(pico_folder: Path, text: Path, tmp_path: Path) -> N
     assert reasoner.model.dtype == torch.bfloat16
     settings = SamplingSettings(max_new_tokens=3, stop_at_end=False)
     for number in (1, 6):
-        written = reasoner.engine.generate([[5, 6, 7 + place] for place in range(number)], settings, logprobs=False)
+        written = reasoner.engine.generate([[5, 6, 7 + index] for index in range(number)], settings, logprobs=False)
         assert [len(each.token_ids) for each in written] == [3] * number
-    road = probed(reasoner.model)
-    assert road.why_plain == ""
-    assert road.kernel_layout == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    decode_path = probed(reasoner.model)
+    assert decode_path.why_plain == ""
+    assert decode_path.kernel_layout == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_transformers_opens_it_where_torchao_is(pico_folder: Path, tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
     kept = [name for name in before if "down_proj" in name or "lm_head" in name]
     assert len(kept) == 3
     assert all(torch.equal(after[name], before[name].bfloat16()) for name in kept)
-    assert "embedding in eight bits" in result.after[0].said
+    assert "embedding in eight bits" in result.after[0].summary
     assert len([name for name in after if name.endswith("_weight_qdata")]) == 13
-    with pytest.raises(UserError, match=r"keep: given \*\.mlp, which meets no layer"):
+    with pytest.raises(UserError, match=r"keep: got \*\.mlp, which meets no layer"):
         Quantizer(recipe_of(pico_folder, "int8", keep=["*.mlp"])).quantize(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -152,7 +152,7 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
 def test_a_group_that_does_not_fit_leaves_eight_bits(pico_folder: Path, tmp_path: Path) -> None:
     """32 inputs are no group of 64; the 64 of the MLP's last layer are."""
     result = Quantizer(recipe_of(pico_folder, "int4", group_size=64)).quantize(tmp_path / "out")
-    assert any("12 of them in eight bits, since a group of 64" in sentence for sentence in result.after[0].said)
+    assert any("12 of them in eight bits, since a group of 64" in sentence for sentence in result.after[0].summary)
     assert {kind.name: kind.layers for kind in result.after[0].told}["linear layers, 4 bits, groups of 64"] == 2
 
 
@@ -162,19 +162,19 @@ def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
     open_model(str(pico_folder)).tokenizer.save_pretrained(tmp_path / "tied")
     result = Quantizer(recipe_of(tmp_path / "tied", "int8")).quantize(tmp_path / "out")
-    assert "embedding in eight bits, shared with the output layer" in result.after[0].said
+    assert "embedding in eight bits, shared with the output layer" in result.after[0].summary
     names = {name for name in load_file(tmp_path / "out" / "model.safetensors") if "layers" not in name}
     assert names == {"model.embed_tokens._weight_qdata", "model.embed_tokens._weight_scale", "model.norm.weight"}
     model = open_model(str(tmp_path / "out"), quantized=True).model
     assert model.lm_head._weight_qdata is model.model.embed_tokens._weight_qdata
     stays = Quantizer(recipe_of(tmp_path / "tied", "int8", keep=["lm_head"])).quantize(tmp_path / "kept")
-    assert "embedding and output layer share one weight, and stay as they are" in stays.after[0].said
+    assert "embedding and output layer share one weight, and stay as they are" in stays.after[0].summary
 
 
 def test_gpt2_and_a_classifier(text: Path, tmp_path: Path, pico_tokenizer: Path) -> None:
     gpt2 = save_pico("gpt2", tmp_path / "gpt2", pico_tokenizer)
     Quantizer(recipe_of(gpt2, "int4", text, calibration="gptq")).quantize(tmp_path / "gpt2-4")
-    assert load_pretrained(str(tmp_path / "gpt2-4"), causal=True, quantized=True).said.count("GPT2LMHeadModel") == 1
+    assert load_pretrained(str(tmp_path / "gpt2-4"), causal=True, quantized=True).summary.count("GPT2LMHeadModel") == 1
     bert = save_pico("bert", tmp_path / "bert", pico_tokenizer)
     train(config_of(tmp_path / "run", bert, class_rows(24), training={"num_epochs": 1}))
     data = tmp_path / "run.jsonl"
@@ -188,7 +188,7 @@ def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: P
     Quantizer(recipe_of(pico_folder, "int8")).quantize(tmp_path / "out")
     with pytest.raises(UserError, match="can be neither trained nor changed"):
         load_pretrained(str(tmp_path / "out"), causal=True)
-    with pytest.raises(UserError, match="wanted the model it was made from"):
+    with pytest.raises(UserError, match="expected the model it was made from"):
         open_model(str(tmp_path / "out"))
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
@@ -218,15 +218,17 @@ def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None
     ("keys", "told"),
     [
         ({"method": "int5"}, "method: given"),
-        ({"group_size": 32}, "group_size: given 32 with method int8"),
+        ({"group_size": 32}, "group_size: got 32 with method int8"),
         ({"method": "int4", "group_size": 48}, "group_size"),
-        ({"calibration": "gptq"}, "calibration_text: given nothing with calibration gptq"),
-        ({"calibration_text": "{text}"}, "calibration_text: given a text that nobody reads"),
+        ({"calibration": "gptq"}, "calibration_text: got nothing with calibration gptq"),
+        ({"calibration_text": "{text}"}, "calibration_text: got a text that nobody reads"),
         ({"evaluate": "no/such.txt"}, "evaluate: given"),
         ({"window": 8, "stride": 8}, "a stride below the window"),
     ],
 )
-def test_faults_of_a_recipe(keys: dict[str, Any], told: str, pico_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_diagnostics_of_a_recipe(
+    keys: dict[str, Any], told: str, pico_folder: Path, text: Path, tmp_path: Path
+) -> None:
     values = {"model": str(pico_folder), "method": "int8", **keys}
     values = {name: str(text) if value == "{text}" else value for name, value in values.items()}
     file = tmp_path / "recipe.json"

@@ -1,4 +1,4 @@
-"""A valid config in a folder of its own, and `faults_in`, which loads a text there and gives its faults."""
+"""A valid config in a folder of its own, and `diagnostics_in`, which loads a text there and gives its faults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.load import LoadedConfig, load
 
@@ -65,14 +65,14 @@ def load_text(folder: Path) -> Callable[..., LoadedConfig]:
 
 
 @pytest.fixture
-def faults_in(load_text: Callable[..., LoadedConfig]) -> Callable[..., tuple[Fault, ...]]:
-    """`faults_in(text, overrides, name)`: the faults of a file with that text, none if it is valid."""
+def diagnostics_in(load_text: Callable[..., LoadedConfig]) -> Callable[..., tuple[Diagnostic, ...]]:
+    """`diagnostics_in(text, overrides, name)`: the faults of a file with that text, none if it is valid."""
 
-    def faults(text: str, overrides: Sequence[str] = (), name: str = "run.json") -> tuple[Fault, ...]:
+    def diagnostics(text: str, overrides: Sequence[str] = (), name: str = "run.json") -> tuple[Diagnostic, ...]:
         try:
             load_text(text, overrides, name)
         except ConfigError as error:
-            return error.faults
+            return error.diagnostics
         return ()
 
-    return faults
+    return diagnostics

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
@@ -51,28 +51,30 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("any")
 
 
-def config_or_faults(path: Path, data: bytes) -> None:
+def config_or_diagnostics(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     try:
         loaded = load(path, [], TWO_METHODS)
     except ConfigError as error:
-        message, faults = str(error), error.faults
+        message, diagnostics = str(error), error.diagnostics
     else:
         assert isinstance(loaded.config, MethodConfig)
         return
     assert message.encode()
-    assert all(fault.given and fault.source == str(path) for fault in faults)
+    assert all(diagnostic.actual and diagnostic.source == str(path) for diagnostic in diagnostics)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(value=ANY_JSON)
-def test_any_json_is_a_config_or_faults(held: Path, value: object) -> None:
-    config_or_faults(held / "any.json", json.dumps(value).encode())
+@actual(value=ANY_JSON)
+def test_any_json_is_a_config_or_diagnostics(held: Path, value: object) -> None:
+    config_or_diagnostics(held / "any.json", json.dumps(value).encode())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_a_good_config_with_swapped_values_is_a_config_or_faults(held: Path, good: str, data: st.DataObject) -> None:
+@actual(st.data())
+def test_a_good_config_with_swapped_values_is_a_config_or_diagnostics(
+    held: Path, good: str, data: st.DataObject
+) -> None:
     sections = json.loads(good)
     for _ in range(data.draw(st.integers(1, 4))):
         section = data.draw(st.sampled_from(sorted(sections)))
@@ -83,12 +85,14 @@ def test_a_good_config_with_swapped_values_is_a_config_or_faults(held: Path, goo
             sections[section][key] = data.draw(ANY_JSON)
         else:
             sections[section] = data.draw(ANY_JSON)
-    config_or_faults(held / "swapped.json", json.dumps(sections).encode())
+    config_or_diagnostics(held / "swapped.json", json.dumps(sections).encode())
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
-@given(st.data())
-def test_a_good_config_with_changed_bytes_is_a_config_or_faults(held: Path, good: str, data: st.DataObject) -> None:
+@actual(st.data())
+def test_a_good_config_with_changed_bytes_is_a_config_or_diagnostics(
+    held: Path, good: str, data: st.DataObject
+) -> None:
     text = bytearray(good.encode())
     for _ in range(data.draw(st.integers(1, 5))):
         start = data.draw(st.integers(0, len(text) - 1))
@@ -97,4 +101,4 @@ def test_a_good_config_with_changed_bytes_is_a_config_or_faults(held: Path, good
             st.binary(max_size=3) | st.sampled_from([b"{", b'"', b",", b"9", b"-", b"\\", b"e"])
         )
     name = data.draw(st.sampled_from(["bytes.json", "bytes.yaml"]))
-    config_or_faults(held / name, bytes(text))
+    config_or_diagnostics(held / name, bytes(text))

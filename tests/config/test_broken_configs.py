@@ -1,4 +1,4 @@
-"""A table of broken configs: each has one fault, and it names the line, the field, and what was wanted."""
+"""A table of broken configs: each has one fault, and it names the line, the field, and what was expected."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import Fault
+from loopos.config.diagnostics import Diagnostic
 
 Case = tuple[str, str, int, str, str]
 
-# (text of the good config, what stands in its place, line of the fault, field, piece of `wanted`)
+# (text of the good config, what stands in its place, line of the fault, field, piece of `expected`)
 REPLACED: list[Case] = [
     ('"transformer"', '"rnn"', 3, "model.type", '"transformer"'),
     ('"transformer"', "3", 3, "model.type", '"transformer"'),
@@ -104,7 +104,7 @@ REPLACED: list[Case] = [
     ('"output_dir"', '"output_folder"', 23, "data.output_folder", "a key of data"),
 ]
 
-# (key and value, field below the section, piece of `wanted`), each added as the last line of its section
+# (key and value, field below the section, piece of `expected`), each added as the last line of its section
 ADDED_TO_MODEL: list[tuple[str, str, str]] = [
     ('"num_key_value_heads": 3', "num_key_value_heads", "a divisor of num_heads (8)"),
     ('"num_key_value_heads": 0', "num_key_value_heads", "a whole number >= 1"),
@@ -256,7 +256,7 @@ ADDED_TO_DATA: list[tuple[str, str, str]] = [
 
 
 def added(section: str, after: str, line: int, rows: list[tuple[str, str, str]]) -> list[Case]:
-    return [(after, f"{after},\n    {entry}", line, f"{section}.{field}", wanted) for entry, field, wanted in rows]
+    return [(after, f"{after},\n    {entry}", line, f"{section}.{field}", expected) for entry, field, expected in rows]
 
 
 CASES = [
@@ -265,7 +265,7 @@ CASES = [
     *added("training", '"num_epochs": 5', 19, ADDED_TO_TRAINING),
     *added("data", '"output_dir": "outputs/run"', 24, ADDED_TO_DATA),
 ]
-TWO_FAULTS = {
+TWO_DIAGNOSTICS = {
     '"method"': {"computation.method", "computation.methods"},
     '"output_dir"': {"data.output_folder", "data.output_dir"},
 }
@@ -277,24 +277,24 @@ def test_the_table_is_long_and_has_no_row_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "line", "field", "wanted"), CASES, ids=[f"{case[3]}-{index}" for index, case in enumerate(CASES)]
+    ("old", "new", "line", "field", "expected"), CASES, ids=[f"{case[3]}-{index}" for index, case in enumerate(CASES)]
 )
-def test_each_broken_config_has_its_fault(
-    faults_in: Callable[..., tuple[Fault, ...]],
+def test_each_broken_config_has_its_diagnostic(
+    diagnostics_in: Callable[..., tuple[Diagnostic, ...]],
     folder: Path,
     good: str,
     old: str,
     new: str,
     line: int,
     field: str,
-    wanted: str,
+    expected: str,
 ) -> None:
     assert good.count(old) == 1
     (folder / "held").mkdir()
-    faults = faults_in(good.replace(old, new))
-    assert {fault.field for fault in faults} == TWO_FAULTS.get(old, {field})
-    fault = next(fault for fault in faults if fault.field == field)
-    assert (fault.source, fault.line) == ("run.json", line)
-    assert fault.column is not None
-    assert wanted in fault.wanted
-    assert str(fault).startswith(f"run.json:{line}:{fault.column}: {field}: given ")
+    diagnostics = diagnostics_in(good.replace(old, new))
+    assert {diagnostic.field for diagnostic in diagnostics} == TWO_DIAGNOSTICS.get(old, {field})
+    diagnostic = next(diagnostic for diagnostic in diagnostics if diagnostic.field == field)
+    assert (diagnostic.source, diagnostic.line) == ("run.json", line)
+    assert diagnostic.column is not None
+    assert expected in diagnostic.expected
+    assert str(diagnostic).startswith(f"run.json:{line}:{diagnostic.column}: {field}: got ")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig, StepFormatSection
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.load import LoadedConfig, load, schema
 
 GUIDE = Path(__file__).parents[2] / "configs" / "chain_of_thought.json"
@@ -33,7 +33,7 @@ GOOD = """{
 }
 """
 Loads = Callable[..., LoadedConfig]
-Faults = Callable[..., tuple[Fault, ...]]
+Faults = Callable[..., tuple[Diagnostic, ...]]
 
 
 @pytest.fixture
@@ -46,20 +46,20 @@ def load_chain(folder: Path) -> Loads:
 
 
 @pytest.fixture
-def chain_faults(load_chain: Loads) -> Faults:
-    def faults(text: str, overrides: Sequence[str] = ()) -> tuple[Fault, ...]:
+def chain_diagnostics(load_chain: Loads) -> Faults:
+    def diagnostics(text: str, overrides: Sequence[str] = ()) -> tuple[Diagnostic, ...]:
         try:
             load_chain(text, overrides)
         except ConfigError as error:
-            return error.faults
+            return error.diagnostics
         return ()
 
-    return faults
+    return diagnostics
 
 
-def test_the_guide_s_config_is_valid_but_for_its_missing_files(chain_faults: Faults) -> None:
+def test_the_guide_s_config_is_valid_but_for_its_missing_files(chain_diagnostics: Faults) -> None:
     text = GUIDE.read_text(encoding="utf-8")
-    weights, rows = chain_faults(text)
+    weights, rows = chain_diagnostics(text)
     assert (weights.field, weights.line) == ("data.pretrained_weights", 20)
     assert (rows.field, rows.line) == ("data.reasoning_examples", 21)
     assert 'one row looks like {"problem": ' in rows.hint
@@ -101,7 +101,7 @@ def test_a_resolved_config_is_a_valid_config(load_chain: Loads) -> None:
     assert isinstance(first.data.step_format, StepFormatSection)
 
 
-# (section, what is added to it, field, piece of what is wanted)
+# (section, what is added to it, field, piece of what is expected)
 BROKEN: list[tuple[str, str, str, str]] = [
     ("model", '"num_classes": 10', "model.num_classes", "a key of model"),
     ("model", '"d_model": 0', "model.d_model", "a whole number >= 1"),
@@ -126,13 +126,15 @@ BROKEN: list[tuple[str, str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("section", "entry", "field", "wanted"), BROKEN, ids=[row[1] for row in BROKEN])
-def test_each_broken_key_has_its_fault(chain_faults: Faults, section: str, entry: str, field: str, wanted: str) -> None:
+@pytest.mark.parametrize(("section", "entry", "field", "expected"), BROKEN, ids=[row[1] for row in BROKEN])
+def test_each_broken_key_has_its_diagnostic(
+    chain_diagnostics: Faults, section: str, entry: str, field: str, expected: str
+) -> None:
     last = {"model": '"num_layers": 6', "training": '"learning_rate": 0.00001', "data": '"output_dir": "outputs/run"'}
     line = {"model": 4, "training": 11, "data": 16}[section]
-    (fault,) = chain_faults(GOOD.replace(last[section], f"{last[section]},\n    {entry}"))
-    assert (fault.field, fault.line) == (field, line)
-    assert wanted in (fault.wanted or fault.given)
+    (diagnostic,) = chain_diagnostics(GOOD.replace(last[section], f"{last[section]},\n    {entry}"))
+    assert (diagnostic.field, diagnostic.line) == (field, line)
+    assert expected in (diagnostic.expected or diagnostic.actual)
 
 
 CONTRADICTIONS: list[tuple[list[str], str, str]] = [
@@ -165,13 +167,15 @@ CONTRADICTIONS: list[tuple[list[str], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "field", "wanted"), CONTRADICTIONS, ids=[str(row[0]) for row in CONTRADICTIONS])
-def test_each_contradiction_is_one_fault(
-    chain_faults: Faults, overrides: Sequence[str], field: str, wanted: str
+@pytest.mark.parametrize(
+    ("overrides", "field", "expected"), CONTRADICTIONS, ids=[str(row[0]) for row in CONTRADICTIONS]
+)
+def test_each_contradiction_is_one_diagnostic(
+    chain_diagnostics: Faults, overrides: Sequence[str], field: str, expected: str
 ) -> None:
-    (fault,) = chain_faults(GOOD, overrides)
-    assert fault.field == field
-    assert wanted in (fault.wanted or fault.given)
+    (diagnostic,) = chain_diagnostics(GOOD, overrides)
+    assert diagnostic.field == field
+    assert expected in (diagnostic.expected or diagnostic.actual)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +193,8 @@ def test_each_contradiction_is_one_fault(
         ["training.trainable=lora"],
     ],
 )
-def test_what_is_no_contradiction_loads(chain_faults: Faults, overrides: Sequence[str]) -> None:
-    assert chain_faults(GOOD, overrides) == ()
+def test_what_is_no_contradiction_loads(chain_diagnostics: Faults, overrides: Sequence[str]) -> None:
+    assert chain_diagnostics(GOOD, overrides) == ()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 
-from loopos.config.diagnostics import Fault
+from loopos.config.diagnostics import Diagnostic
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Task
 from loopos.config.load import LoadedConfig
 
-Faults = Callable[..., tuple[Fault, ...]]
+Faults = Callable[..., tuple[Diagnostic, ...]]
 Loads = Callable[..., LoadedConfig]
 
 BROKEN: list[tuple[list[str], str, str]] = [
@@ -84,18 +84,20 @@ def held(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("overrides", "field", "wanted"), BROKEN, ids=[str(row[0]) for row in BROKEN])
-def test_each_contradiction_is_one_fault(
-    faults_in: Faults, held: Path, good: str, overrides: Sequence[str], field: str, wanted: str
+@pytest.mark.parametrize(("overrides", "field", "expected"), BROKEN, ids=[str(row[0]) for row in BROKEN])
+def test_each_contradiction_is_one_diagnostic(
+    diagnostics_in: Faults, held: Path, good: str, overrides: Sequence[str], field: str, expected: str
 ) -> None:
-    (fault,) = faults_in(good, overrides)
-    assert fault.field == field
-    assert wanted in (fault.wanted or fault.given)
+    (diagnostic,) = diagnostics_in(good, overrides)
+    assert diagnostic.field == field
+    assert expected in (diagnostic.expected or diagnostic.actual)
 
 
 @pytest.mark.parametrize("overrides", GOOD, ids=[str(row) for row in GOOD])
-def test_what_is_no_contradiction_loads(faults_in: Faults, held: Path, good: str, overrides: Sequence[str]) -> None:
-    assert faults_in(good, overrides) == ()
+def test_what_is_no_contradiction_loads(
+    diagnostics_in: Faults, held: Path, good: str, overrides: Sequence[str]
+) -> None:
+    assert diagnostics_in(good, overrides) == ()
 
 
 @pytest.mark.parametrize(
@@ -127,10 +129,10 @@ def test_keys_without_effect_are_noted(
     assert [note.split()[0] for note in load_text(good, overrides).notes] == noted
 
 
-def test_the_contradicting_key_is_placed_where_the_user_wrote_one(faults_in: Faults, good: str) -> None:
+def test_the_contradicting_key_is_placed_where_the_user_wrote_one(diagnostics_in: Faults, good: str) -> None:
     text = good.replace('"smollm2-135m"', '"new"').replace('    "d_ff": 1536,\n', "")
-    size, tokenizer = faults_in(text)
-    assert (size.field, size.line, size.given) == ("model", 2, 'no d_ff with "new": new weights need all five sizes')
+    size, tokenizer = diagnostics_in(text)
+    assert (size.field, size.line, size.actual) == ("model", 2, 'no d_ff with "new": new weights need all five sizes')
     assert (tokenizer.field, tokenizer.line) == ("data.tokenizer", 20)
 
 

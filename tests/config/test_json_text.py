@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
 from loopos.config.json_text import MOST_LEVELS, MappingNode, Mark, find, key_mark, parse_json, plain, value_mark
 
-# (text, line, column, piece of `given`, piece of `wanted`, piece of the hint)
+# (text, line, column, piece of `actual`, piece of `expected`, piece of the hint)
 BROKEN = [
     ("", 1, 1, "the end of the text", "a value", ""),
     ("{", 1, 2, "the end of the text", '"}"', "of line 1 is never closed"),
@@ -86,26 +86,30 @@ def test_the_table_has_its_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "column", "given_piece", "wanted", "hint"),
+    ("text", "line", "column", "given_piece", "expected", "hint"),
     BROKEN,
     ids=[str(index) for index in range(len(BROKEN))],
 )
-def test_each_broken_text_has_one_fault_at_its_place(
-    text: str, line: int, column: int, given_piece: str, wanted: str, hint: str
+def test_each_broken_text_has_one_diagnostic_at_its_place(
+    text: str, line: int, column: int, actual_piece: str, expected: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_json(text, "a.json")
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.line, fault.column) == ("a.json", line, column)
-    assert given_piece in fault.given
-    assert wanted in fault.wanted
-    assert hint in fault.hint
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.line, diagnostic.column) == ("a.json", line, column)
+    assert actual_piece in diagnostic.actual
+    assert expected in diagnostic.expected
+    assert hint in diagnostic.hint
 
 
 def test_every_repeated_key_is_told() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_json('{"a": 1,\n"a": 2,\n"b": {"c": 1,\n"c": 2},\n"a": 3}', "a.json")
-    assert [(fault.line, fault.field) for fault in caught.value.faults] == [(2, "a"), (4, "c"), (5, "a")]
+    assert [(diagnostic.line, diagnostic.field) for diagnostic in caught.value.diagnostics] == [
+        (2, "a"),
+        (4, "c"),
+        (5, "a"),
+    ]
 
 
 def test_places_of_keys_and_values() -> None:
@@ -129,7 +133,7 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(JSON_VALUES, st.sampled_from([None, 0, 1, "\t"]), st.booleans())
+@actual(JSON_VALUES, st.sampled_from([None, 0, 1, "\t"]), st.booleans())
 def test_valid_json_has_the_values_of_the_standard_library(
     value: object, indent: int | str | None, ascii: bool
 ) -> None:
@@ -149,8 +153,8 @@ def test_forms_of_numbers_and_empty_values(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.text(alphabet="{}[]:,\"\\ \n\t/0123456789eE+-.truefalsn'#a", max_size=40))
-def test_any_text_is_read_as_the_standard_library_does_or_is_a_fault(text: str) -> None:
+@actual(st.text(alphabet="{}[]:,\"\\ \n\t/0123456789eE+-.truefalsn'#a", max_size=40))
+def test_any_text_is_read_as_the_standard_library_does_or_is_a_diagnostic(text: str) -> None:
     try:
         read = plain(parse_json(text, "a.json"))
     except ConfigError:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.load import LoadedConfig, Methods, load
 from loopos.config.sections import ComputationSection, MethodConfig
 
 Loads = Callable[..., LoadedConfig]
-Faults = Callable[..., tuple[Fault, ...]]
+Faults = Callable[..., tuple[Diagnostic, ...]]
 
 REPOSITORY = Path(__file__).parents[2]
 METHODS: Methods = {("posttraining", "fine_tuning"): FineTuningConfig}
@@ -71,7 +71,7 @@ def test_the_guides_config_without_its_files_names_both(monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load("configs/fine_tuning.json", [], METHODS)
-    weights, data = caught.value.faults
+    weights, data = caught.value.diagnostics
     assert (weights.field, weights.line, weights.column) == ("data.pretrained_weights", 21, 27)
     assert (data.field, data.line, data.column) == ("data.training_data", 22, 22)
     assert '"smollm2-135m"' in weights.hint
@@ -101,30 +101,39 @@ def test_loading_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_faults_of_shape_of_several_keys_and_of_files_come_together_by_line(faults_in: Faults, good: str) -> None:
+def test_diagnostics_of_shape_of_several_keys_and_of_files_come_together_by_line(
+    diagnostics_in: Faults, good: str
+) -> None:
     text = good.replace('"num_heads": 8', '"num_heads": 7').replace('"batch_size": 16', '"batch_size": "x"')
     text = text.replace('"rows.jsonl"', '"row.jsonl"').replace('"num_epochs"', '"epochs"')
-    faults = faults_in(text, ["training.momentum=2"])
-    assert [(fault.field, fault.line) for fault in faults] == [
+    diagnostics = diagnostics_in(text, ["training.momentum=2"])
+    assert [(diagnostic.field, diagnostic.line) for diagnostic in diagnostics] == [
         ("model.d_model", 4),
         ("training.batch_size", 17),
         ("training.epochs", 18),
         ("data.training_data", 22),
         ("training.momentum", None),
     ]
-    assert 'did you mean "rows.jsonl"?' in faults[3].hint
-    assert 'did you mean "num_epochs"?' in faults[2].hint
+    assert 'did you mean "rows.jsonl"?' in diagnostics[3].hint
+    assert 'did you mean "num_epochs"?' in diagnostics[2].hint
 
 
-def test_missing_sections_are_told_with_what_they_need(faults_in: Faults) -> None:
+def test_missing_sections_are_told_with_what_they_need(diagnostics_in: Faults) -> None:
     text = '{"computation": {"mode": "posttraining", "method": "fine_tuning"}}'
-    assert [(fault.field, fault.given) for fault in faults_in(text)] == [("data", "nothing"), ("training", "nothing")]
-    assert "learning_rate" in faults_in(text)[1].wanted
-    assert [fault.field for fault in faults_in("{}")] == ["computation", "data", "training"]
-    assert [fault.field for fault in faults_in('{"data": 3, "training": []}')] == ["computation", "data", "training"]
+    assert [(diagnostic.field, diagnostic.actual) for diagnostic in diagnostics_in(text)] == [
+        ("data", "nothing"),
+        ("training", "nothing"),
+    ]
+    assert "learning_rate" in diagnostics_in(text)[1].expected
+    assert [diagnostic.field for diagnostic in diagnostics_in("{}")] == ["computation", "data", "training"]
+    assert [diagnostic.field for diagnostic in diagnostics_in('{"data": 3, "training": []}')] == [
+        "computation",
+        "data",
+        "training",
+    ]
 
 
-def test_a_key_of_another_section_is_sent_there(faults_in: Faults, good: str) -> None:
+def test_a_key_of_another_section_is_sent_there(diagnostics_in: Faults, good: str) -> None:
     hints = {
         '"pooling": "max"': 'it belongs under "model"',
         '"lr": 1': 'did you mean "learning_rate"?',
@@ -133,8 +142,8 @@ def test_a_key_of_another_section_is_sent_there(faults_in: Faults, good: str) ->
         '"num_labels": 1': 'did you mean "num_classes" under "model"?',
     }
     for entry, hint in hints.items():
-        (fault,) = faults_in(good.replace('"num_epochs": 5', f'"num_epochs": 5, {entry}'))
-        assert hint in fault.hint, entry
+        (diagnostic,) = diagnostics_in(good.replace('"num_epochs": 5', f'"num_epochs": 5, {entry}'))
+        assert hint in diagnostic.hint, entry
 
 
 @pytest.mark.parametrize(
@@ -151,27 +160,27 @@ def test_a_key_of_another_section_is_sent_there(faults_in: Faults, good: str) ->
         ('"precision": 32', ""),
     ],
 )
-def test_hints_say_what_to_write(faults_in: Faults, good: str, entry: str, hint: str) -> None:
+def test_hints_say_what_to_write(diagnostics_in: Faults, good: str, entry: str, hint: str) -> None:
     key = json.loads(f"{{{entry}}}").popitem()[0]
     sections = json.loads(good)
     sections["training"].pop(key, None)
     text = json.dumps(sections).replace('"training": {', f'"training": {{{entry}, ').replace(", }", "}")
-    (fault,) = faults_in(text)
-    assert fault.field == f"training.{key}"
-    assert hint in fault.hint
+    (diagnostic,) = diagnostics_in(text)
+    assert diagnostic.field == f"training.{key}"
+    assert hint in diagnostic.hint
 
 
-def test_text_keys_given_as_numbers_are_to_be_quoted(faults_in: Faults, good: str) -> None:
-    (fault,) = faults_in(good, ["data.subset=2024"])
-    assert "in quotes" in fault.hint
-    (fault,) = faults_in(good.replace('"outputs/run"', "2024"))
-    assert '"2024"' in fault.hint
+def test_text_keys_actual_as_numbers_are_to_be_quoted(diagnostics_in: Faults, good: str) -> None:
+    (diagnostic,) = diagnostics_in(good, ["data.subset=2024"])
+    assert "in quotes" in diagnostic.hint
+    (diagnostic,) = diagnostics_in(good.replace('"outputs/run"', "2024"))
+    assert '"2024"' in diagnostic.hint
 
 
-def test_at_most_fifty_faults_are_listed(faults_in: Faults, good: str, load_text: Loads) -> None:
+def test_at_most_fifty_diagnostics_are_listed(diagnostics_in: Faults, good: str, load_text: Loads) -> None:
     keys = ", ".join(f'"key_{index}": 1' for index in range(60))
     text = good.replace('"num_epochs": 5', f'"num_epochs": 5, {keys}')
-    assert len(faults_in(text)) == 60
+    assert len(diagnostics_in(text)) == 60
     with pytest.raises(ConfigError) as caught:
         load_text(text)
     lines = str(caught.value).splitlines()
@@ -179,33 +188,33 @@ def test_at_most_fifty_faults_are_listed(faults_in: Faults, good: str, load_text
     assert sum(line.startswith("run.json:") for line in lines) == 50
 
 
-def test_what_rests_on_a_faulty_key_is_not_told_twice(faults_in: Faults, good: str) -> None:
+def test_what_rests_on_a_faulty_key_is_not_told_twice(diagnostics_in: Faults, good: str) -> None:
     text = good.replace('"num_heads": 8', '"num_heads": "7"')
-    assert [fault.field for fault in faults_in(text)] == ["model.num_heads"]
+    assert [diagnostic.field for diagnostic in diagnostics_in(text)] == ["model.num_heads"]
 
 
 def test_an_unknown_method_of_two(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
 
-    def faults(mode: str, method: str) -> list[tuple[str, str, str]]:
+    def diagnostics(mode: str, method: str) -> list[tuple[str, str, str]]:
         path.write_text(json.dumps({"computation": {"mode": mode, "method": method}}))
         with pytest.raises(ConfigError) as caught:
             load(path, [], TWO_METHODS)
-        return [(fault.field, fault.wanted, fault.hint) for fault in caught.value.faults]
+        return [(diagnostic.field, diagnostic.expected, diagnostic.hint) for diagnostic in caught.value.diagnostics]
 
-    assert faults("pretraining", "fine_tuning") == [
+    assert diagnostics("pretraining", "fine_tuning") == [
         ("computation.method", '"autoregressive"', '"fine_tuning" goes with mode "posttraining"')
     ]
-    assert faults("pre", "sleep") == [
+    assert diagnostics("pre", "sleep") == [
         ("computation.mode", 'one of "posttraining", "pretraining"', ""),
         ("computation.method", 'one of "fine_tuning", "autoregressive"', ""),
     ]
-    assert faults("pretrainin", "autoregressiv") == [
+    assert diagnostics("pretrainin", "autoregressiv") == [
         ("computation.mode", 'one of "posttraining", "pretraining"', 'did you mean "pretraining"?'),
         ("computation.method", 'one of "fine_tuning", "autoregressive"', 'did you mean "autoregressive"?'),
     ]
     path.write_text('{"size": 2}')
-    with pytest.raises(ConfigError, match=r"computation\.method: given nothing"):
+    with pytest.raises(ConfigError, match=r"computation\.method: got nothing"):
         load(path, [], TWO_METHODS)
     path.write_text('{"computation": {"mode": "pretraining", "method": "autoregressive"}, "size": 2}')
     loaded = load(path, ["size=3"], TWO_METHODS)
@@ -213,7 +222,7 @@ def test_an_unknown_method_of_two(tmp_path: Path) -> None:
     assert loaded.config.size == 3
 
 
-def test_keys_of_the_original_under_data_move_to_training(load_text: Loads, faults_in: Faults, good: str) -> None:
+def test_keys_of_the_original_under_data_move_to_training(load_text: Loads, diagnostics_in: Faults, good: str) -> None:
     keys = '"shuffle": false, "num_workers": 4, "prefetch_batches": 3, "max_length": 64'
     text = good.replace('"outputs/run"', f'"outputs/run",\n {keys}')
     loaded = load_text(text)
@@ -225,9 +234,9 @@ def test_keys_of_the_original_under_data_move_to_training(load_text: Loads, faul
     ]
 
     both = text.replace('"num_epochs": 5', '"num_epochs": 5, "max_length": 65')
-    (fault,) = faults_in(both)
-    assert (fault.field, fault.line, fault.wanted) == ("data.max_length", 24, "one value")
-    assert faults_in(both.replace("65", "64")) == ()
+    (diagnostic,) = diagnostics_in(both)
+    assert (diagnostic.field, diagnostic.line, diagnostic.expected) == ("data.max_length", 24, "one value")
+    assert diagnostics_in(both.replace("65", "64")) == ()
     assert config_of(load_text(both, ["data.max_length=66"])).training.max_length == 66
     assert config_of(load_text(text, ["training.max_length=67"])).training.max_length == 67
 

@@ -25,8 +25,8 @@ def models(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def faults(tmp_path: Path, models: list[str]) -> Faults:
-    """The faults of a recipe by field: `faults(method="ties", density=2)`."""
+def diagnostics(tmp_path: Path, models: list[str]) -> Faults:
+    """The faults of a recipe by field: `diagnostics(method="ties", density=2)`."""
 
     def told(**keys: Any) -> dict[str, str]:
         values = {"method": "linear", "models": models, "output_dir": str(tmp_path / "out"), **keys}
@@ -37,7 +37,9 @@ def faults(tmp_path: Path, models: list[str]) -> Faults:
             load_recipe(read_source(file), [], MergeConfig)
         except ConfigError as error:
             # Every fault has its place in the file.
-            found = {fault.field: str(fault) for fault in error.faults if fault.line is not None}
+            found = {
+                diagnostic.field: str(diagnostic) for diagnostic in error.diagnostics if diagnostic.line is not None
+            }
         return found
 
     return told
@@ -56,8 +58,8 @@ def test_a_whole_recipe_is_read(tmp_path: Path, models: list[str]) -> None:
     assert not recipe.normalizes
 
 
-def test_faults_come_at_once(faults: Faults) -> None:
-    found = faults(method="tise", density=2, densty=0.5, shard_gigabytes=0)
+def test_diagnostics_come_at_once(diagnostics: Faults) -> None:
+    found = diagnostics(method="tise", density=2, densty=0.5, shard_gigabytes=0)
     assert set(found) == {"method", "density", "densty", "shard_gigabytes"}
     assert 'did you mean "ties"?' in found["method"]
     assert 'did you mean "density"?' in found["densty"]
@@ -80,19 +82,19 @@ def test_faults_come_at_once(faults: Faults) -> None:
         ({"models": ["/nowhere/at/all", "smollm2-135m"]}, "models.0.model", "no folder"),
     ],
 )  # fmt: skip
-def test_contradictions_are_told(faults: Faults, keys: dict[str, Any], field: str, words: str) -> None:
-    found = faults(**keys)
+def test_contradictions_are_told(diagnostics: Faults, keys: dict[str, Any], field: str, words: str) -> None:
+    found = diagnostics(**keys)
     assert list(found) == [field]
     assert words in found[field]
 
 
-def test_weights_that_cannot_be_divided_by(faults: Faults, models: list[str]) -> None:
+def test_weights_that_cannot_be_divided_by(diagnostics: Faults, models: list[str]) -> None:
     apart = [{"model": models[0], "weight": 1.0}, {"model": models[1], "weight": -1.0}]
-    assert "weights that sum to 0" in faults(models=apart)["models"]
-    assert faults(models=apart, normalize=False) == {}
-    assert faults(models=apart, method="task_arithmetic", base=models[0]) == {}
+    assert "weights that sum to 0" in diagnostics(models=apart)["models"]
+    assert diagnostics(models=apart, normalize=False) == {}
+    assert diagnostics(models=apart, method="task_arithmetic", base=models[0]) == {}
     weighed = [models[0], {"model": models[1], "weight": 0.5}]
-    assert "t says where" in faults(method="slerp", models=weighed)["models.1.weight"]
+    assert "t says where" in diagnostics(method="slerp", models=weighed)["models.1.weight"]
 
 
 @pytest.mark.parametrize(
@@ -106,19 +108,19 @@ def test_weights_that_cannot_be_divided_by(faults: Faults, models: list[str]) ->
     ],
 )
 def test_only_the_folder_of_an_earlier_merge_is_replaced(
-    tmp_path: Path, faults: Faults, recipe: object, refused: bool
+    tmp_path: Path, diagnostics: Faults, recipe: object, refused: bool
 ) -> None:
     (tmp_path / "out").mkdir()
-    assert faults() == {}
+    assert diagnostics() == {}
     (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
     if recipe is not None:
         (tmp_path / "out" / "recipe.json").write_text(json.dumps(recipe))
-    found = faults()
+    found = diagnostics()
     assert list(found) == ["output_dir"] * refused
     assert not refused or "something else than a merge" in found["output_dir"]
 
 
-def test_keys_without_effect_are_said(tmp_path: Path, models: list[str]) -> None:
+def test_keys_without_effect_are_summary(tmp_path: Path, models: list[str]) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(
         json.dumps(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.load import LoadedConfig, Methods, load, schema
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
@@ -28,7 +28,7 @@ ALL: Methods = {
 }
 ROWS = {"reward_model": "preference_data", "ppo": "prompts", "rlhf": "preference_data"}
 Loads = Callable[..., LoadedConfig]
-Faults = Callable[..., tuple[Fault, ...]]
+Faults = Callable[..., tuple[Diagnostic, ...]]
 
 
 def written(method: str) -> str:
@@ -69,20 +69,20 @@ def load_preference(folder: Path) -> Loads:
 
 
 @pytest.fixture
-def preference_faults(load_preference: Loads) -> Faults:
-    def faults(text: str, overrides: Sequence[str] = ()) -> tuple[Fault, ...]:
+def preference_diagnostics(load_preference: Loads) -> Faults:
+    def diagnostics(text: str, overrides: Sequence[str] = ()) -> tuple[Diagnostic, ...]:
         try:
             load_preference(text, overrides)
         except ConfigError as error:
-            return error.faults
+            return error.diagnostics
         return ()
 
-    return faults
+    return diagnostics
 
 
-def test_the_guide_s_config_is_valid_but_for_its_missing_files(preference_faults: Faults) -> None:
+def test_the_guide_s_config_is_valid_but_for_its_missing_files(preference_diagnostics: Faults) -> None:
     text = GUIDE.read_text(encoding="utf-8")
-    weights, rows = preference_faults(text)
+    weights, rows = preference_diagnostics(text)
     assert (weights.field, weights.line) == ("data.pretrained_weights", 22)
     assert (rows.field, rows.line) == ("data.preference_data", 23)
     assert 'one row looks like {"prompt": "Where is my parcel?", "chosen": ' in rows.hint
@@ -190,7 +190,7 @@ def test_what_the_ratio_is_held_against(load_preference: Loads) -> None:
     assert held("rollout.engine=ray", "rollout.max_staleness=1", "rollout.importance_cap=2") == "forward"
 
 
-# (method, overrides, field, piece of what is wanted)
+# (method, overrides, field, piece of what is expected)
 WRONG: list[tuple[str, list[str], str, str]] = [
     ("reward_model", ["data.preference_data=null"], "data.preference_data", "the rows to train on"),
     ("reward_model", ["data.training_data=rows.jsonl"], "data.training_data", "one of the two"),
@@ -333,14 +333,14 @@ WRONG: list[tuple[str, list[str], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("method", "overrides", "field", "wanted"), WRONG, ids=[f"{row[0]} {' '.join(row[1])}" for row in WRONG]
+    ("method", "overrides", "field", "expected"), WRONG, ids=[f"{row[0]} {' '.join(row[1])}" for row in WRONG]
 )
-def test_each_mistake_is_one_fault(
-    preference_faults: Faults, method: str, overrides: Sequence[str], field: str, wanted: str
+def test_each_mistake_is_one_diagnostic(
+    preference_diagnostics: Faults, method: str, overrides: Sequence[str], field: str, expected: str
 ) -> None:
-    (fault,) = preference_faults(method, overrides)
-    assert fault.field == field
-    assert wanted in (fault.wanted or fault.given)
+    (diagnostic,) = preference_diagnostics(method, overrides)
+    assert diagnostic.field == field
+    assert expected in (diagnostic.expected or diagnostic.actual)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +356,10 @@ def test_each_mistake_is_one_fault(
         ("rows.jsonl", "where no trained model is", ""),
     ],
 )
-def test_what_is_no_reward_model_is_said(preference_faults: Faults, name: str, given: str, hint: str) -> None:
-    (fault,) = preference_faults("ppo", [f"data.reward_model={name}"])
-    assert given in fault.given
-    assert hint in fault.hint
+def test_what_is_no_reward_model_is_summary(preference_diagnostics: Faults, name: str, actual: str, hint: str) -> None:
+    (diagnostic,) = preference_diagnostics("ppo", [f"data.reward_model={name}"])
+    assert actual in diagnostic.actual
+    assert hint in diagnostic.hint
 
 
 @pytest.mark.parametrize(
@@ -373,10 +373,12 @@ def test_what_is_no_reward_model_is_said(preference_faults: Faults, name: str, g
         ("rlhf", "training.max_new_tokens", 'belongs under "generation"'),
     ],
 )
-def test_an_unknown_key_is_told_what_was_meant(preference_faults: Faults, method: str, key: str, meant: str) -> None:
-    (fault,) = preference_faults(method, [f"{key}=1"])
-    assert fault.field == key
-    assert meant in fault.hint
+def test_an_unknown_key_is_told_what_was_meant(
+    preference_diagnostics: Faults, method: str, key: str, meant: str
+) -> None:
+    (diagnostic,) = preference_diagnostics(method, [f"{key}=1"])
+    assert diagnostic.field == key
+    assert meant in diagnostic.hint
 
 
 @pytest.mark.parametrize(
@@ -400,8 +402,8 @@ def test_an_unknown_key_is_told_what_was_meant(preference_faults: Faults, method
         ("rlhf", ['reward_training={"learning_rate": 0.001, "trainable": "head"}', "training.trainable=lora"]),
     ],
 )
-def test_what_is_no_mistake_loads(preference_faults: Faults, method: str, overrides: Sequence[str]) -> None:
-    assert preference_faults(method, overrides) == ()
+def test_what_is_no_mistake_loads(preference_diagnostics: Faults, method: str, overrides: Sequence[str]) -> None:
+    assert preference_diagnostics(method, overrides) == ()
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.load import LoadedConfig, load, schema
 from loopos.config.pretraining import PretrainingConfig
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "pretraining.json"
 Loads = Callable[..., LoadedConfig]
-Faults = Callable[..., tuple[Fault, ...]]
+Faults = Callable[..., tuple[Diagnostic, ...]]
 
 
 @pytest.fixture
@@ -30,15 +30,15 @@ def load_shipped(folder: Path) -> Loads:
 
 
 @pytest.fixture
-def shipped_faults(load_shipped: Loads) -> Faults:
-    def faults(overrides: Sequence[str] = ()) -> tuple[Fault, ...]:
+def shipped_diagnostics(load_shipped: Loads) -> Faults:
+    def diagnostics(overrides: Sequence[str] = ()) -> tuple[Diagnostic, ...]:
         try:
             load_shipped(overrides)
         except ConfigError as error:
-            return error.faults
+            return error.diagnostics
         return ()
 
-    return faults
+    return diagnostics
 
 
 def test_the_shipped_config(load_shipped: Loads) -> None:
@@ -52,7 +52,7 @@ def test_the_shipped_config(load_shipped: Loads) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "field", "wanted"),
+    ("overrides", "field", "expected"),
     [
         (["data.input_file=none.txt"], "data.input_file", "csv, tsv"),
         (["data.input_file=null"], "data.input_file", "the rows to train on"),
@@ -74,13 +74,13 @@ def test_the_shipped_config(load_shipped: Loads) -> None:
         (["data.pretrained_weights=new"], "data.pretrained_weights", "a key of data"),
     ],
 )
-def test_each_contradiction_is_one_fault(
-    shipped_faults: Faults, folder: Path, overrides: Sequence[str], field: str, wanted: str
+def test_each_contradiction_is_one_diagnostic(
+    shipped_diagnostics: Faults, folder: Path, overrides: Sequence[str], field: str, expected: str
 ) -> None:
     (folder / "data.bin").mkdir()
-    (fault,) = shipped_faults(overrides)
-    assert fault.field == field
-    assert wanted in fault.wanted
+    (diagnostic,) = shipped_diagnostics(overrides)
+    assert diagnostic.field == field
+    assert expected in diagnostic.expected
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_each_contradiction_is_one_fault(
         ["data.input_file=org/name", "data.streaming=true", "data.max_rows=10"],
     ],
 )
-def test_what_is_no_contradiction_loads(shipped_faults: Faults, overrides: Sequence[str]) -> None:
-    assert shipped_faults(overrides) == ()
+def test_what_is_no_contradiction_loads(shipped_diagnostics: Faults, overrides: Sequence[str]) -> None:
+    assert shipped_diagnostics(overrides) == ()
 
 
 def test_notes_and_the_folder_of_weights(load_shipped: Loads) -> None:

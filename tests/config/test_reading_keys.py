@@ -38,7 +38,7 @@ def _config(folder: Path, **data: Any) -> Path:
 @pytest.mark.parametrize(
     ("data", "piece"),
     [
-        ({"encoding": "cp125"}, 'data.encoding: given "cp125"; wanted the name of a text encoding'),
+        ({"encoding": "cp125"}, 'data.encoding: got "cp125"; expected the name of a text encoding'),
         ({"encoding": "base64"}, "data.encoding"),
         ({"max_line_bytes": 0}, "data.max_line_bytes"),
         ({"max_expansion": "2"}, "data.max_expansion"),
@@ -46,15 +46,15 @@ def _config(folder: Path, **data: Any) -> Path:
         ({"training_data": ["a.jsonl", "b.jsonl"]}, 'name one source: a folder, or a glob such as "data/*.jsonl"'),
     ],
 )
-def test_a_wrong_value_is_a_fault(data: dict[str, Any], piece: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_a_diagnostic(data: dict[str, Any], piece: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(_config(tmp_path, **data), [], METHODS)
     assert piece in str(caught.value)
 
 
-def test_a_pipe_named_as_data_is_a_fault(tmp_path: Path) -> None:
+def test_a_pipe_named_as_data_is_a_diagnostic(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.jsonl")
-    with pytest.raises(ConfigError, match=r'data\.training_data: given ".*p\.jsonl", a named pipe'):
+    with pytest.raises(ConfigError, match=r'data\.training_data: got ".*p\.jsonl", a named pipe'):
         load(_config(tmp_path, training_data=str(tmp_path / "p.jsonl")), [], METHODS)
 
 

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
 from loopos.config.json_text import MappingNode, Mark, parse_json, plain, value_mark
 from loopos.config.source import apply_overrides, close_matches, parse_text, read_source
 
-# (name, bytes, line, column, piece of `given`)
+# (name, bytes, line, column, piece of `actual`)
 BROKEN_FILES = [
     ("empty.json", b"", None, None, "no settings"),
     ("blank.json", b" \n\t\n", None, None, "no settings"),
@@ -32,16 +32,16 @@ BROKEN_FILES = [
 
 
 @pytest.mark.parametrize(("name", "data", "line", "column", "given_piece"), BROKEN_FILES)
-def test_a_file_that_is_no_config_is_one_fault(
-    tmp_path: Path, name: str, data: bytes, line: int | None, column: int | None, given_piece: str
+def test_a_file_that_is_no_config_is_one_diagnostic(
+    tmp_path: Path, name: str, data: bytes, line: int | None, column: int | None, actual_piece: str
 ) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(ConfigError) as caught:
         read_source(path)
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.line, fault.column) == (str(path), line, column)
-    assert given_piece in fault.given
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.line, diagnostic.column) == (str(path), line, column)
+    assert actual_piece in diagnostic.actual
 
 
 def test_a_missing_file_names_one_that_is_close(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_overrides_set_values(overrides: list[str], expected: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "field", "wanted"),
+    ("override", "field", "expected"),
     [
         ("a.b", "", "key.path=value"),
         ("=1", "", "key.path=value"),
@@ -119,16 +119,16 @@ def test_overrides_set_values(overrides: list[str], expected: object) -> None:
         ("e.0=1", "e.0", "the list is empty"),
     ],
 )
-def test_overrides_that_lead_nowhere(override: str, field: str, wanted: str) -> None:
+def test_overrides_that_lead_nowhere(override: str, field: str, expected: str) -> None:
     text = '{"a": {"b": 1}, "c": [1, 2], "e": []}'
-    if not wanted:
+    if not expected:
         assert overridden(text, override) == {**json.loads(text), field: 1}
         return
     with pytest.raises(ConfigError) as caught:
         overridden(text, override)
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.line, fault.field) == ("command line", None, field)
-    assert wanted in fault.wanted
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.line, diagnostic.field) == ("command line", None, field)
+    assert expected in diagnostic.expected
 
 
 def test_all_broken_overrides_are_told_and_good_ones_have_no_line() -> None:
@@ -136,7 +136,7 @@ def test_all_broken_overrides_are_told_and_good_ones_have_no_line() -> None:
     assert isinstance(root, MappingNode)
     with pytest.raises(ConfigError) as caught:
         apply_overrides(root, ["x", "a=2", "a.b=1"])
-    assert len(caught.value.faults) == 2
+    assert len(caught.value.diagnostics) == 2
     changed = apply_overrides(root, ['b={"c": [1]}'])
     assert value_mark(changed, ("b", "c", 0)) == Mark("command line")
     assert value_mark(changed, ("a",)) == Mark("a.json", 1, 7)
@@ -144,18 +144,18 @@ def test_all_broken_overrides_are_told_and_good_ones_have_no_line() -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.text(alphabet='ac.=01[]{}"- \\', max_size=12), max_size=3))
-def test_any_overrides_are_applied_or_faults(overrides: list[str]) -> None:
+@actual(st.lists(st.text(alphabet='ac.=01[]{}"- \\', max_size=12), max_size=3))
+def test_any_overrides_are_applied_or_diagnostics(overrides: list[str]) -> None:
     root = parse_json('{"a": {"a": 1}, "c": [1, [2]]}', "a.json")
     assert isinstance(root, MappingNode)
     try:
         changed = apply_overrides(root, overrides)
     except ConfigError as error:
-        num_faults = len(error.faults)
+        num_diagnostics = len(error.diagnostics)
     else:
         assert isinstance(changed, MappingNode)
         return
-    assert 1 <= num_faults <= len(overrides)
+    assert 1 <= num_diagnostics <= len(overrides)
 
 
 def test_close_matches_ignore_case_and_keep_the_written_name() -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
@@ -51,7 +51,7 @@ SCALARS: list[tuple[str, object]] = [
     ("|\n  two\n  lines\n", "two\nlines\n"),
 ]
 
-# (text, line, column, piece of `given`, piece of the hint)
+# (text, line, column, piece of `actual`, piece of the hint)
 BROKEN = [
     ("a: 1\na: 2\n", 2, 1, 'the key "a" a second time', "line 1"),
     ("a:\n  b: 1\n  b: 2\n", 3, 3, 'the key "b" a second time', "line 2"),
@@ -97,15 +97,15 @@ def test_not_a_number_is_a_float() -> None:
 
 
 @pytest.mark.parametrize(("text", "line", "column", "given_piece", "hint"), BROKEN)
-def test_each_broken_text_has_one_fault_at_its_place(
-    text: str, line: int, column: int, given_piece: str, hint: str
+def test_each_broken_text_has_one_diagnostic_at_its_place(
+    text: str, line: int, column: int, actual_piece: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "a.yaml")
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.line, fault.column) == ("a.yaml", line, column)
-    assert given_piece in fault.given
-    assert hint in fault.hint
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.line, diagnostic.column) == ("a.yaml", line, column)
+    assert actual_piece in diagnostic.actual
+    assert hint in diagnostic.hint
 
 
 def test_aliases_of_aliases_stop_at_a_bound() -> None:
@@ -147,7 +147,7 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(JSON_VALUES, st.booleans())
+@actual(JSON_VALUES, st.booleans())
 def test_what_a_yaml_writer_writes_is_read_back(value: object, flow: bool) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False)
     node = parse_yaml(text, "a.yaml")
@@ -156,13 +156,13 @@ def test_what_a_yaml_writer_writes_is_read_back(value: object, flow: bool) -> No
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.text(alphabet="ab:-[]{}&*!|>'\"%@#,? \n\t1.e~<\x00\x07\ufeff\u2028", max_size=30))
-def test_any_text_is_a_tree_or_a_fault(text: str) -> None:
+@actual(st.text(alphabet="ab:-[]{}&*!|>'\"%@#,? \n\t1.e~<\x00\x07\ufeff\u2028", max_size=30))
+def test_any_text_is_a_tree_or_a_diagnostic(text: str) -> None:
     try:
         node = parse_yaml(text, "a.yaml")
     except ConfigError as error:
-        num_faults = len(error.faults)
+        num_diagnostics = len(error.diagnostics)
     else:
         assert node is None or node.mark.source == "a.yaml"
         return
-    assert num_faults >= 1
+    assert num_diagnostics >= 1

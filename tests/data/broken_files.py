@@ -29,7 +29,7 @@ class Case:
     task: Task | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
-    faults: int = 1
+    diagnostics: int = 1
 
 
 def _label_space(path: Path, case: Case) -> LabelSpace:
@@ -37,16 +37,16 @@ def _label_space(path: Path, case: Case) -> LabelSpace:
     return infer_task(examples, case.task, case.num_classes, case.class_names)
 
 
-def demand_fault(case: Case, folder: Path) -> None:
+def demand_diagnostic(case: Case, folder: Path) -> None:
     """Reads the file as fine-tuning does, rows to label space, and checks the fault it ends in."""
     path = folder / case.file
     path.write_bytes(case.content.encode() if isinstance(case.content, str) else case.content)
     with pytest.raises(DataError) as caught:
         _label_space(path, case)
-    first = caught.value.faults[0]
+    first = caught.value.diagnostics[0]
     assert first.source.startswith(str(path))
     assert (first.line, first.field) == (case.line, case.about), str(first)
     assert case.column is None or first.column == case.column, str(first)
     assert case.piece in str(caught.value)
-    assert len(caught.value.faults) == case.faults, str(caught.value)
+    assert len(caught.value.diagnostics) == case.diagnostics, str(caught.value)
     assert "Traceback" not in str(caught.value)

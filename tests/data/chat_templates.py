@@ -66,7 +66,7 @@ WORD_TEMPLATE = (
 
 def word_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Words, blanks and line ends, each one token; the id of a token is its place in `WORDS`."""
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| |[^\s]+"), "isolated")
     opened = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
@@ -92,8 +92,8 @@ ITEMS_CHATML = TOOL_CHATML.replace(  # as Qwen3.5 and later: a parameter a line
 
 def long_talk(number: int) -> list[Message]:
     """`number` turns that differ, some with the words of templates in them."""
-    said = ["hi", "<|im_end|>", "assistant\n", "a ", "two\n lines "]
+    summary = ["hi", "<|im_end|>", "assistant\n", "a ", "two\n lines "]
     return [
-        Message("user", f"{said[place % 5]}{place}") if place % 2 == 0 else Message("assistant", f"so {said[place % 5]}{place}")
-        for place in range(number)
+        Message("user", f"{summary[index % 5]}{index}") if index % 2 == 0 else Message("assistant", f"so {summary[index % 5]}{index}")
+        for index in range(number)
     ]  # fmt: skip

@@ -63,9 +63,9 @@ def test_preferences_that_say_nothing(tmp_path: Path, preference: object, piece:
     row = {"prompt": "Where?", "response1": "In Ulm.", "response2": "In Bonn.", "preference": 1}
     with pytest.raises(DataError) as caught:
         pairs_of(tmp_path, row, {**row, "preference": preference})
-    fault = caught.value.faults[0]
-    assert (fault.line, fault.field) == (1, "preference")
-    assert piece in str(fault)
+    diagnostic = caught.value.diagnostics[0]
+    assert (diagnostic.line, diagnostic.field) == (1, "preference")
+    assert piece in str(diagnostic)
 
 
 def task(data: dict[str, Any], *answers: Any, kind: str = "pairwise", name: str = "pw", cancelled: int = 0) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from broken_files import Case, demand_fault
+from broken_files import Case, demand_diagnostic
 
 GOOD = "text,label\ngood film,pos\nbad film,neg\n"
 LONG = "".join(f"row number {number} of many,{'pos' if number % 2 else 'neg'}\n" for number in range(400))
@@ -16,13 +16,13 @@ GZ = gzip.compress(LONG_CSV.encode(), mtime=0)
 ZST = zstandard.ZstdCompressor().compress(LONG_CSV.encode())
 
 
-def _flipped(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+def _flipped(data: bytes, index: int) -> bytes:
+    return data[:index] + bytes([data[index] ^ 0xFF]) + data[index + 1 :]
 
 
 CASES = [
     # Cells
-    Case("too few cells", "a.csv", "text,label\ngood,pos\nbad\n", 3, "label", "given 1 cell; wanted 2"),
+    Case("too few cells", "a.csv", "text,label\ngood,pos\nbad\n", 3, "label", "got 1 cell; expected 2"),
     Case("too few of three", "a.csv", "id,text,label\n1,good,pos\n2,bad\n", 3, "label", "2 cells"),
     Case("only the id", "a.csv", "id,text,label\n1\n2,bad,neg\n", 2, "text", "1 cell;"),
     Case("too many cells", "a.csv", "text,label\ngood,pos\nbad, really,neg\n", 3, "cell 3", "double quotes"),
@@ -42,14 +42,14 @@ CASES = [
         None,
         "data.columns.text",
         "Columns: 'text,label'",
-        faults=2,
+        diagnostics=2,
     ),
     Case("semicolon rows", "a.csv", "text;label\ngood;pos\nbad\n", 3, "label", "1 cell"),
     Case("comma header, semicolons", "a.csv", "text,label\ngood;pos\n", 2, "label", "1 cell"),
     Case("sep line", "a.csv", "sep=;\ntext;label\ngood;pos;x\n", 3, "cell 3", "3 cells"),
-    Case("two bad rows", "a.csv", "text,label\nbad\ngood,pos\nx,y,z\n", 2, "label", "1 cell", faults=2),
-    Case("21 bad rows", "a.csv", "text,label\n" + "bad\n" * 21, 2, "label", "and 1 more faults", faults=20),
-    Case("300 bad rows", "a.csv", "text,label\n" + "bad\n" * 300, 2, "label", "and 280 more", faults=20),
+    Case("two bad rows", "a.csv", "text,label\nbad\ngood,pos\nx,y,z\n", 2, "label", "1 cell", diagnostics=2),
+    Case("21 bad rows", "a.csv", "text,label\n" + "bad\n" * 21, 2, "label", "and 1 more faults", diagnostics=20),
+    Case("300 bad rows", "a.csv", "text,label\n" + "bad\n" * 300, 2, "label", "and 280 more", diagnostics=20),
     Case("NUL in text", "a.csv", "text,label\ngood,pos\nb\0ad,neg\n", 3, "text", "NUL"),
     Case("NUL in label", "a.csv", "text,label\ngood,p\0os\nbad,neg\n", 2, "label", "NUL"),
     Case("NUL in quotes", "a.csv", 'text,label\n"go\0od",pos\n', 2, "text", "NUL"),
@@ -86,7 +86,7 @@ CASES = [
         None,
         "data.columns.text",
         "first line must be the header",
-        faults=2,
+        diagnostics=2,
     ),
     # Plain text
     Case("prose", "a.txt", "Dear Sir or Madam.\nI write to you.\n", 1, "format", "Dear Sir or Madam."),
@@ -143,8 +143,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_broken_file_ends_in_a_fault_with_its_place(case: Case, tmp_path: Path) -> None:
-    demand_fault(case, tmp_path)
+def test_a_broken_file_ends_in_a_diagnostic_with_its_place(case: Case, tmp_path: Path) -> None:
+    demand_diagnostic(case, tmp_path)
 
 
 def test_the_cases_differ() -> None:

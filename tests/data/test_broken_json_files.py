@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from broken_files import Case, demand_fault
+from broken_files import Case, demand_diagnostic
 
 ROW = '{"text": "good", "label": "pos"}\n'
 
 
 def rows(*labels: object) -> str:
     """JSON Lines with these labels."""
-    return "".join(json.dumps({"text": f"text {place}", "label": label}) + "\n" for place, label in enumerate(labels))
+    return "".join(json.dumps({"text": f"text {index}", "label": label}) + "\n" for index, label in enumerate(labels))
 
 
 def cells(*labels: str) -> str:
     """A CSV with these labels."""
-    return "text,label\n" + "".join(f"text {place},{label}\n" for place, label in enumerate(labels))
+    return "text,label\n" + "".join(f"text {index},{label}\n" for index, label in enumerate(labels))
 
 
 SYNTAX = [
@@ -38,12 +38,12 @@ SYNTAX = [
     Case("leading zero", "a.jsonl", '{"text": "a", "label": 01}\n', 1, "JSON", "delimiter"),
     Case("deep", "a.jsonl", ROW + "[" * 100_000 + "\n", 2, "JSON", "nested too deeply", 1),
     Case("digits", "a.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", 1, "JSON", "too many digits", 1),
-    Case("over two lines", "a.jsonl", '{"text": "a",\n"label": 1}\n', 1, "JSON", "on one line", faults=2),
+    Case("over two lines", "a.jsonl", '{"text": "a",\n"label": 1}\n', 1, "JSON", "on one line", diagnostics=2),
     Case("with CRLF", "a.jsonl", ROW.replace("\n", "\r\n") + '{"text": \r\n', 2, "JSON", "valid JSON"),
     Case("a string", "a.jsonl", ROW + '"hello"\n', 2, "row", "'hello'"),
     Case("a list", "a.jsonl", ROW + '["good", "pos"]\n', 2, "row", "a row's values need names"),
-    Case("a number", "a.jsonl", ROW + "5\n", 2, "row", "given 5; wanted an object"),
-    Case("null", "a.ndjson", ROW + "null\n", 2, "row", "given None"),
+    Case("a number", "a.jsonl", ROW + "5\n", 2, "row", "got 5; expected an object"),
+    Case("null", "a.ndjson", ROW + "null\n", 2, "row", "got None"),
     Case("name twice", "a.jsonl", ROW + '{"text": "a", "label": 1, "text": "b"}\n', 2, "text", "twice in one object"),
     Case("name twice inside", "a.jsonl", '{"text": "a", "m": {"k": 1, "k": 2}}\n', 1, "k", "distinct names"),
     Case("NaN", "a.jsonl", ROW + '{"text": "a", "label": NaN}\n', 2, "label", "JSON has no NaN"),
@@ -54,9 +54,9 @@ SYNTAX = [
     Case("bad after blanks", "a.jsonl", "\n\n" + ROW + "\n{\n", 5, "JSON", "valid JSON", 2),
     Case("array cut", "a.json", f"[\n{ROW},\n{ROW}", 4, "JSON", "no closing ]"),
     Case("array syntax", "a.json", f'[\n{ROW},\n{{"text" "b"}}\n]', 4, "JSON", "delimiter", 9),
-    Case("array comma missing", "a.json", f"[\n{ROW}{ROW}]", 3, "JSON", "a comma or ] is wanted", 1),
+    Case("array comma missing", "a.json", f"[\n{ROW}{ROW}]", 3, "JSON", "a comma or ] is expected", 1),
     Case("array comma last", "a.json", f"[\n{ROW},\n]", 3, "JSON", "a comma before the closing ]", 1),
-    Case("array of strings", "a.json", '[\n"a",\n"b"\n]', 2, "row", "wanted an object", faults=2),
+    Case("array of strings", "a.json", '[\n"a",\n"b"\n]', 2, "row", "expected an object", diagnostics=2),
     Case("array of lists", "a.json", '[["a", 1]]', 1, "row", "a row's values need names"),
     Case("array, one null", "a.json", f"[{ROW},\nnull]", 3, "row", "None"),
     Case("array, name twice", "a.json", '[{"text": "a", "label": 1},\n{"text": "b", "text": "c"}]', 2, "text", "twice"),
@@ -77,10 +77,10 @@ SYNTAX = [
     Case("data empty", "a.json", '{"data": []}', None, "rows", "no rows"),
     Case("data twice", "a.json", f'{{"data": [{ROW}],\n"data": []}}', 3, "data", "twice"),
     Case("data cut", "a.json", f'{{"data": [{ROW}]', 2, "JSON", "no closing }", 2),
-    Case("data, no colon", "a.json", '{"data" [1]}', 1, "JSON", "a colon is wanted", 9),
+    Case("data, no colon", "a.json", '{"data" [1]}', 1, "JSON", "a colon is expected", 9),
     Case("data, bad name", "a.json", "{5: []}", 1, "JSON", "a name in double quotes", 2),
     Case(
-        "data, bad element", "a.json", '{"version": 1,\n"data": [\n{"text": "a", "label": 1},\n7]}', 4, "row", "given 7"
+        "data, bad element", "a.json", '{"version": 1,\n"data": [\n{"text": "a", "label": 1},\n7]}', 4, "row", "got 7"
     ),
 ]
 
@@ -98,8 +98,8 @@ TEXTS = [
     Case("blank pair", "a.csv", "premise,hypothesis,label\na,,0\nb,c,1\n", 2, "hypothesis", "''"),
     Case("null pair", "a.jsonl", '{"text": "a", "text_pair": null, "label": 0}\n', 1, "text_pair", "null"),
     Case("text in an array", "a.json", f'[{ROW},\n{{"text": "",\n"label": 1}}]', 3, "text", "''"),
-    Case("two problems", "a.jsonl", ROW + '{"text": "", "label": null}\n', 2, "text", "given null", faults=2),
-    Case("text and reader", "a.csv", "text,label\n,pos\nbad\n", 3, "label", ":2: text: given ''", faults=2),
+    Case("two problems", "a.jsonl", ROW + '{"text": "", "label": null}\n', 2, "text", "given null", diagnostics=2),
+    Case("text and reader", "a.csv", "text,label\n,pos\nbad\n", 3, "label", ":2: text: got ''", diagnostics=2),
     Case("null label", "a.jsonl", ROW + '{"text": "a", "label": null}\n', 2, "label", "given null"),
     Case("empty label", "a.csv", "text,label\ngood,\nbad,neg\n", 2, "label", "an empty label"),
     Case("blank label", "a.tsv", "text\tlabel\ngood\t \nbad\tneg\n", 2, "label", "an empty label"),
@@ -117,8 +117,8 @@ TEXTS = [
 LABELS = [
     Case("beyond num_classes", "a.jsonl", rows(0, 1, 2), 3, "label", "one of the 2 classes 0, 1", num_classes=2),
     Case("counted from 1", "a.csv", cells("1", "2", "3"), 4, "label", "counted from 0 to 2", num_classes=3),
-    Case("negative", "a.jsonl", rows(1, -1), 2, "label", "given -1", num_classes=2),
-    Case("far beyond", "a.csv", cells("0", "1", "99", "-5"), 4, "label", "10 classes", num_classes=10, faults=2),
+    Case("negative", "a.jsonl", rows(1, -1), 2, "label", "got -1", num_classes=2),
+    Case("far beyond", "a.csv", cells("0", "1", "99", "-5"), 4, "label", "10 classes", num_classes=10, diagnostics=2),
     Case("three strings for two", "a.csv", cells("b", "a", "b", "x"), None, "model.num_classes", "'b': 2",
          num_classes=2),
     Case("two strings for three", "a.csv", cells("a", "b"), None, "model.num_classes", "to 2", num_classes=3),
@@ -129,13 +129,13 @@ LABELS = [
     Case("names and number", "a.csv", cells("a", "b"), None, "model.num_classes", "3 and 2 names", num_classes=3,
          class_names=("a", "b")),
     Case("names too few", "a.jsonl", rows(0, 1, 2), 3, "label", "2 classes", class_names=("no", "yes")),
-    Case("text and number", "a.jsonl", rows("pos", 1), 1, "label", "(the first whole number)", faults=2),
-    Case("number and text", "a.jsonl", rows(0, 1, 1, "one"), 1, "label", ":4: label: given 'one'", faults=2),
-    Case("true and 1", "a.jsonl", rows(True, 1), 1, "label", "(the first true or false)", faults=2),
-    Case("list and text", "a.jsonl", rows(["a"], "a"), 1, "label", "(the first list)", faults=2),
-    Case("list and number", "a.jsonl", rows(3, [3]), 1, "label", "labels of one kind", faults=2),
-    Case("four kinds", "a.jsonl", rows("a", 1, True, [1]), 1, "label", "(the first list)", faults=4),
-    Case("mixed members", "a.jsonl", rows(["a"], [1]), 1, "label", "(the first text)", faults=2),
+    Case("text and number", "a.jsonl", rows("pos", 1), 1, "label", "(the first whole number)", diagnostics=2),
+    Case("number and text", "a.jsonl", rows(0, 1, 1, "one"), 1, "label", ":4: label: got 'one'", diagnostics=2),
+    Case("true and 1", "a.jsonl", rows(True, 1), 1, "label", "(the first true or false)", diagnostics=2),
+    Case("list and text", "a.jsonl", rows(["a"], "a"), 1, "label", "(the first list)", diagnostics=2),
+    Case("list and number", "a.jsonl", rows(3, [3]), 1, "label", "labels of one kind", diagnostics=2),
+    Case("four kinds", "a.jsonl", rows("a", 1, True, [1]), 1, "label", "(the first list)", diagnostics=4),
+    Case("mixed members", "a.jsonl", rows(["a"], [1]), 1, "label", "(the first text)", diagnostics=2),
     Case("one class", "a.csv", cells("pos", "pos"), None, "label", "every row labelled pos"),
     Case("one number", "a.jsonl", rows(0, 0, 0), None, "label", "every row labelled 0"),
     Case("one of ten", "a.jsonl", rows(4, 4), None, "label", "at least 2 classes", num_classes=10),
@@ -143,18 +143,18 @@ LABELS = [
     Case("only true", "a.jsonl", rows(True, True), None, "label", "every row labelled true"),
     Case("no members", "a.jsonl", rows([], []), None, "label", "no row with a class"),
     Case("listed twice", "a.jsonl", rows(["a", "b"], ["a", "a"]), 2, "label", "each class once"),
-    Case("zeros and ones", "a.jsonl", rows([0, 1, 0], [1, 0, 0]), 1, "label", "in turn is not read", faults=2),
+    Case("zeros and ones", "a.jsonl", rows([0, 1, 0], [1, 0, 0]), 1, "label", "in turn is not read", diagnostics=2),
     Case("member beyond", "a.jsonl", rows([0, 1], [2]), 2, "label", "2 classes", num_classes=2),
     Case("unknown member", "a.jsonl", rows(["a"], ["b"], ["c"]), 3, "label", "classes a, b", class_names=("a", "b")),
     Case("word in regression", "a.csv", cells("1.5", "2", "n/a"), 4, "label", "task: regression", task="regression"),
-    Case("true in regression", "a.jsonl", rows(1, True), 2, "label", "wanted a number", task="regression"),
-    Case("list in regression", "a.jsonl", rows(1.5, [2]), 2, "label", "wanted a number", task="regression"),
+    Case("true in regression", "a.jsonl", rows(1, True), 2, "label", "expected a number", task="regression"),
+    Case("list in regression", "a.jsonl", rows(1.5, [2]), 2, "label", "expected a number", task="regression"),
     Case("fraction, ten classes", "a.jsonl", rows(1, 2.5, 3), 2, "label", "leave model.num_classes", num_classes=10),
     Case("fraction, names", "a.csv", cells("1", "2.5"), 3, "label", "leave model.labels", class_names=("a", "b")),
     Case("fraction as class", "a.jsonl", rows(1, 2.5), 2, "label", "not a fraction", task="classification"),
     Case("list as class", "a.jsonl", rows(["a", "b"], ["b"]), 1, "label", "multi_label", task="classification"),
-    Case("number as list", "a.jsonl", rows(3, 4), 1, "label", "a|b in CSV", task="multi_label", faults=2),
-    Case("25 numbers as lists", "a.jsonl", rows(*range(25)), 1, "label", "and 5 more", task="multi_label", faults=20),
+    Case("number as list", "a.jsonl", rows(3, 4), 1, "label", "a|b in CSV", task="multi_label", diagnostics=2),
+    Case("25 numbers as lists", "a.jsonl", rows(*range(25)), 1, "label", "and 5 more", task="multi_label", diagnostics=20),
 ]  # fmt: skip
 
 COLUMNS = [
@@ -177,8 +177,8 @@ CASES = [*SYNTAX, *TEXTS, *LABELS, *COLUMNS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_broken_file_ends_in_a_fault_with_its_place(case: Case, tmp_path: Path) -> None:
-    demand_fault(case, tmp_path)
+def test_a_broken_file_ends_in_a_diagnostic_with_its_place(case: Case, tmp_path: Path) -> None:
+    demand_diagnostic(case, tmp_path)
 
 
 def test_the_cases_differ() -> None:

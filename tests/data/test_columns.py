@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.config.diagnostics import DataError, Fault, Remedy, Wording
+from loopos.config.diagnostics import DataError, Diagnostic, Remedy, Wording
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data import row_check
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, closest, likely
@@ -50,9 +50,11 @@ def test_a_remedy_in_a_config() -> None:
 
 
 def test_hint_and_remedy_stand_behind_each_other() -> None:
-    fault = Fault("a.csv", None, None, "data.columns.text", "no column 'x'", "", "did you mean y?", Remedy("set", ()))
-    assert str(fault).splitlines()[0] == "a.csv: data.columns.text: no column 'x'"
-    assert "did you mean y?" in str(fault)
+    diagnostic = Diagnostic(
+        "a.csv", None, None, "data.columns.text", "no column 'x'", "", "did you mean y?", Remedy("set", ())
+    )
+    assert str(diagnostic).splitlines()[0] == "a.csv: data.columns.text: no column 'x'"
+    assert "did you mean y?" in str(diagnostic)
 
 
 def config_of(folder: Path, **data: object) -> FineTuningConfig:
@@ -64,13 +66,13 @@ def config_of(folder: Path, **data: object) -> FineTuningConfig:
     return FineTuningConfig.model_validate(sections)
 
 
-def test_the_faults_of_both_sources_come_at_once(tmp_path: Path) -> None:
+def test_the_diagnostics_of_both_sources_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("body of it,kind\na,b\n", encoding="utf-8")
     (tmp_path / "valid.csv").write_text("text,kind\na,b\n", encoding="utf-8")
     config = config_of(tmp_path, training_data=str(tmp_path / "train.csv"), validation_data=str(tmp_path / "valid.csv"))
     with pytest.raises(DataError) as caught:
         check_columns(config)
-    assert [(Path(fault.source).name, fault.field) for fault in caught.value.faults] == [
+    assert [(Path(diagnostic.source).name, diagnostic.field) for diagnostic in caught.value.diagnostics] == [
         ("train.csv", "data.columns.text"), ("train.csv", "data.columns.label"), ("valid.csv", "data.columns.label"),
     ]  # fmt: skip
 

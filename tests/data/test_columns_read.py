@@ -128,9 +128,9 @@ def test_the_user_decides_what_is_context(tmp_path: Path, row: Any, columns: Any
 def test_context_of_another_form_is_refused_with_the_way_out(tmp_path: Path, row: Any, field: str) -> None:
     with pytest.raises(DataError) as caught:
         supervised(tmp_path, row)
-    fault = caught.value.faults[0]
-    assert (fault.line, fault.field) == (1, field)
-    assert f'"{field}": null' in fault.hint
+    diagnostic = caught.value.diagnostics[0]
+    assert (diagnostic.line, diagnostic.field) == (1, field)
+    assert f'"{field}": null' in diagnostic.hint
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_images_beside_messages_are_refused(tmp_path: Path, images: object) -> N
     ):
         with pytest.raises(DataError) as caught:
             reading()
-        assert (caught.value.faults[0].line, caught.value.faults[0].field) == (1, field)
+        assert (caught.value.diagnostics[0].line, caught.value.diagnostics[0].field) == (1, field)
 
 
 def test_a_column_that_only_some_rows_have_is_named(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_column_that_only_some_rows_have_is_named(tmp_path: Path) -> None:
     assert report.columns == {"text": "text", "label": "label"}
 
 
-def told_of(words: Words) -> str:
+def run_summary(words: Words) -> str:
     return words if isinstance(words, str) else words[-1].content
 
 
@@ -192,10 +192,10 @@ def told_of(words: Words) -> str:
 def test_preferences_and_prompts_hold_their_context(tmp_path: Path, row: Any, expected: str) -> None:
     file = write(tmp_path / "a.jsonl", row | {"id": 3})
     pairs, report = read_comparisons(read(file), {})
-    assert told_of(pairs[0].prompt) == expected
+    assert run_summary(pairs[0].prompt) == expected
     assert account(report) == "1 rows read, 1 used; not read: id"
     prompts, report = read_prompts(read(file), {})
-    assert told_of(prompts[0].prompt) == expected
+    assert run_summary(prompts[0].prompt) == expected
     assert account(report) == "1 rows read, 1 used; not read: id"
 
 
@@ -203,4 +203,4 @@ def test_context_beside_messages_is_refused(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": ASKED}], "context": HELD, "chosen": SAID, "rejected": "No."}
     with pytest.raises(DataError, match="all that is asked in the messages") as caught:
         read_comparisons(read(write(tmp_path / "a.jsonl", row)), {})
-    assert '"context": null' in caught.value.faults[0].hint
+    assert '"context": null' in caught.value.diagnostics[0].hint

@@ -82,7 +82,7 @@ def test_flipped_bytes_never_end_the_process(name: str, write: Callable[[Path], 
     write(path)
     whole = path.read_bytes()
     assert len(list(read(str(path)))) == 200
-    faults = tmp_path / "faults"
+    diagnostics = tmp_path / "faults"
 
     def work() -> None:
         refused = 0
@@ -92,13 +92,13 @@ def test_flipped_bytes_never_end_the_process(name: str, write: Callable[[Path], 
                 list(read(str(path), on_bad_row="skip").rows())
             except DataError as error:
                 refused += len(str(error).splitlines()) <= 2
-        faults.write_text(str(refused))
+        diagnostics.write_text(str(refused))
 
     assert _ended(work) == 0
-    assert int(faults.read_text()) > NUM_DAMAGED // 4
+    assert int(diagnostics.read_text()) > NUM_DAMAGED // 4
 
 
-def test_a_damaged_save_to_disk_folder_is_a_fault(tmp_path: Path) -> None:
+def test_a_damaged_save_to_disk_folder_is_a_diagnostic(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": [f"film {i}" for i in range(200)], "label": [0, 1] * 100}).save_to_disk(folder)
     (file,) = folder.glob("*.arrow")

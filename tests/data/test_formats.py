@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
@@ -42,9 +42,9 @@ def test_columns_of_common_data_sets(columns: str, text: str, pair: str | None, 
     assert (found.text, found.text_pair, found.label) == (text, pair, label)
 
 
-def test_the_choice_is_said() -> None:
-    assert detect(["sentence", "intent"], {}).said == 'format: labelled (text <- "sentence", label <- "intent")'
-    pair = detect(["premise", "hypothesis", "label"], {}).said
+def test_the_choice_is_summary() -> None:
+    assert detect(["sentence", "intent"], {}).summary == 'format: labelled (text <- "sentence", label <- "intent")'
+    pair = detect(["premise", "hypothesis", "label"], {}).summary
     assert pair == 'format: labelled (text <- "premise", text_pair <- "hypothesis", label <- "label")'
 
 
@@ -87,7 +87,7 @@ def test_a_row_becomes_an_example() -> None:
     assert (example.text, example.text_pair, example.label, example.row.line) == (" a ", "12", "yes", 7)
     with pytest.raises(DataError) as caught:
         to_labelled(Row({"premise": "", "hypothesis": None, "label": {}}, "rows.parquet", None, 5), form)
-    assert [(fault.source, fault.line, fault.field) for fault in caught.value.faults] == [
+    assert [(diagnostic.source, diagnostic.line, diagnostic.field) for diagnostic in caught.value.diagnostics] == [
         ("rows.parquet (row 5)", None, "premise"),
         ("rows.parquet (row 5)", None, "hypothesis"),
         ("rows.parquet (row 5)", None, "label"),
@@ -108,11 +108,11 @@ def test_dropped_rows_are_counted_by_reason(tmp_path: Path) -> None:
         "unreadable row": 2, "text is blank": 2, "label is null": 1, "text is not a string": 1, "label is nested": 1,
     }  # fmt: skip
     assert (report.read, report.used) == (9, 2)
-    assert len(report.faults) == 8
+    assert len(report.diagnostics) == 8
     assert reader.report.bad_rows == 7
 
 
-def test_no_row_left_is_a_fault_under_skip_too(tmp_path: Path) -> None:
+def test_no_row_left_is_a_diagnostic_under_skip_too(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\n,1\n,0\n")
     with pytest.raises(DataError, match="2 rows, none of which can be used"):
@@ -129,17 +129,17 @@ LINES = st.sampled_from(
 
 
 @settings(max_examples=100, deadline=None)
-@given(lines=st.lists(LINES, max_size=12))
+@actual(lines=st.lists(LINES, max_size=12))
 def test_every_row_read_is_used_or_dropped_for_a_reason(
     lines: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "dropped.jsonl"
     path.write_text("\n".join([*lines, '{"text": "last", "label": 3}']))
     examples, report = read_labelled(read(str(path), on_bad_row="skip"), {})
-    filled = [place for place, line in enumerate(lines, start=1) if line.strip()]
+    filled = [index for index, line in enumerate(lines, start=1) if line.strip()]
     assert report.read == len(filled) + 1 == report.used + sum(report.dropped.values())
     assert report.used == len(examples)
     kept = {example.row.line for example in examples}
-    rejected = {fault.line for fault in report.faults}
+    rejected = {diagnostic.line for diagnostic in report.diagnostics}
     assert kept | rejected == {*filled, len(lines) + 1}
     assert not kept & rejected

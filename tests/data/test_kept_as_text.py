@@ -76,10 +76,10 @@ def test_groups_as_text(tmp_path: Path) -> None:
 def test_text_that_spells_no_list_is_refused(tmp_path: Path, row: dict[str, Any], field: str) -> None:
     with pytest.raises(DataError) as caught:
         read_comparisons(read(write(tmp_path / "a.jsonl", row)), {})
-    fault = caught.value.faults[0]
-    assert (fault.line, fault.field) == (1, field)
-    assert "neither JSON nor a Python list" in fault.given
-    assert "json.dumps" in fault.hint
+    diagnostic = caught.value.diagnostics[0]
+    assert (diagnostic.line, diagnostic.field) == (1, field)
+    assert "neither JSON nor a Python list" in diagnostic.actual
+    assert "json.dumps" in diagnostic.hint
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_text_that_spells_no_list_is_refused(tmp_path: Path, row: dict[str, Any]
 def test_messages_as_text_are_never_learned_as_text(tmp_path: Path, row: dict[str, Any], field: str) -> None:
     with pytest.raises(DataError) as caught:
         read_supervised(read(write(tmp_path / "a.jsonl", row)), {}, step_format=THINK)
-    assert caught.value.faults[0].field == field
+    assert caught.value.diagnostics[0].field == field
 
 
 def test_steps_as_text(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ ROW = Row({}, "rows.jsonl", 9, 7)
 
 def examples(labels: Sequence[object]) -> list[Labelled]:
     return [
-        Labelled(f"text {place}", None, label, Row({}, "rows.jsonl", place + 1, place))
-        for place, label in enumerate(labels)
+        Labelled(f"text {index}", None, label, Row({}, "rows.jsonl", index + 1, index))
+        for index, label in enumerate(labels)
     ]
 
 
@@ -70,7 +70,7 @@ def test_a_fraction_means_regression(labels: list[object], encoded: list[float])
     assert (space.task, space.class_names, space.num_outputs) == ("regression", (), 1)
     assert [space.encode(label, ROW) for label in labels] == encoded
     assert space.decode(encoded[0]) == encoded[0]
-    assert space.said == f"task: regression, {len(labels)} values from {min(encoded):g} to {max(encoded):g}"
+    assert space.summary == f"task: regression, {len(labels)} values from {min(encoded):g} to {max(encoded):g}"
 
 
 def test_lists_mean_multi_label() -> None:
@@ -91,16 +91,16 @@ def test_bars_are_read_where_the_task_is_multi_label() -> None:
     assert infer(["a|b", "b"]).class_names == ("a|b", "b")
 
 
-def test_a_task_that_is_given_wins() -> None:
+def test_a_task_that_is_actual_wins() -> None:
     assert infer([1, 2, 5], task="regression").encode(5, ROW) == 5.0
     assert infer([1, 2, 5], num_classes=1).task == "regression"
     assert infer(["1.5", "2.0"], task="classification").class_names == ("1.5", "2.0")
 
 
-def test_num_classes_wider_than_the_labels_is_said() -> None:
+def test_num_classes_wider_than_the_labels_is_summary() -> None:
     space = infer([0, 3, 3], num_classes=5)
     assert space.class_names == ("0", "1", "2", "3", "4")
-    assert space.said == (
+    assert space.summary == (
         "task: classification, 5 classes (0, 1, 2, 3, 4), from labels that are whole numbers; "
         "no row is labelled 1, 2, 4"
     )
@@ -130,7 +130,7 @@ def test_a_space_survives_plain_fields() -> None:
     kept = json.loads(json.dumps(asdict(space)))
     again = LabelSpace(
         task=kept["task"], class_names=tuple(kept["class_names"]), keys=tuple(kept["keys"]),
-        label_kind=kept["label_kind"], num_outputs=kept["num_outputs"], said=kept["said"],
+        label_kind=kept["label_kind"], num_outputs=kept["num_outputs"], summary=kept["said"],
     )  # fmt: skip
     assert again == space
     assert again.encode("b", ROW) == 1
@@ -141,19 +141,19 @@ def test_a_space_survives_plain_fields() -> None:
     [
         ("refnd", "did you mean 'refund'?"),
         ("x", "one of the 2 classes order, refund"),
-        (3, "given 3"),
-        (None, "given None"),
+        (3, "got 3"),
+        (None, "got None"),
     ],
 )
 def test_an_unknown_label_later_names_its_row(label: object, piece: str) -> None:
     with pytest.raises(DataError) as caught:
         infer(["refund", "order"]).encode(label, ROW, "intent")
-    fault = caught.value.faults[0]
-    assert (fault.source, fault.line, fault.field) == ("rows.jsonl", 9, "intent")
-    assert piece in str(fault)
+    diagnostic = caught.value.diagnostics[0]
+    assert (diagnostic.source, diagnostic.line, diagnostic.field) == ("rows.jsonl", 9, "intent")
+    assert piece in str(diagnostic)
 
 
-def test_no_examples_is_a_fault() -> None:
+def test_no_examples_is_a_diagnostic() -> None:
     with pytest.raises(DataError, match="no labelled row"):
         infer([])
 

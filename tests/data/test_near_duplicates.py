@@ -19,7 +19,7 @@ def _jaccard(one: str, other: str) -> float:
     sets = []
     for text in (one, other):
         plain = " ".join(re.findall(r"\w+", text.casefold()))
-        sets.append({plain[place : place + 5] for place in range(len(plain) - 4)})
+        sets.append({plain[index : index + 5] for index in range(len(plain) - 4)})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 

@@ -15,7 +15,7 @@ def comparisons_of(file: Path, text: str) -> list[tuple[str, list[str], tuple[Pa
     file.write_text(text, encoding="utf-8")
     found, _ = read_comparisons(rows.read(str(file)), {})
     return [
-        (each.prompt[0].content, [said[0].content for said in each.responses], each.pairs, each.row.line) for each in found
+        (each.prompt[0].content, [summary[0].content for summary in each.responses], each.pairs, each.row.line) for each in found
     ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_words_lines_and_blank_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "field", "wanted"),
+    ("text", "line", "field", "expected"),
     [
         ("Prompt: a\nChosen: b\n", 1, "rejected", "a line Rejected:"),
         ("Prompt: a\nChosen: b\nRejected: c\n\nPrompt: d\nRejected: e\n", 5, "chosen", "a line Chosen:"),
@@ -41,12 +41,12 @@ def test_words_lines_and_blank_lines(tmp_path: Path) -> None:
         ("Prompt: a\nChosen: b\nRejected: b\n", 1, "rejected", ""),
     ],
 )
-def test_faults_name_line_and_field(text: str, line: int, field: str, wanted: str, tmp_path: Path) -> None:
+def test_diagnostics_name_line_and_field(text: str, line: int, field: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         comparisons_of(tmp_path / "a.txt", text)
-    [fault, *_] = caught.value.faults
-    assert (fault.line, fault.field) == (line, field)
-    assert wanted in fault.wanted
+    [diagnostic, *_] = caught.value.diagnostics
+    assert (diagnostic.line, diagnostic.field) == (line, field)
+    assert expected in diagnostic.expected
 
 
 def test_a_text_with_other_words_is_no_comparison(tmp_path: Path) -> None:

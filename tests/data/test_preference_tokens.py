@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import BRACKETS, CHATML, NO_END, SPECIAL, WORD_TEMPLATE, word_tokenizer
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -32,12 +32,12 @@ ROW = Row({}, "rows.jsonl", 3, 2)
 ONE = (Pair(0, 1),)
 
 
-def said(text: str) -> tuple[Message, ...]:
+def summary(text: str) -> tuple[Message, ...]:
     return (Message("assistant", text),)
 
 
 def messages(question: str, *answers: str) -> Comparison:
-    return Comparison((Message("user", question),), tuple(map(said, answers)), ONE, ROW)
+    return Comparison((Message("user", question),), tuple(map(summary, answers)), ONE, ROW)
 
 
 def texts(prompt: str, *responses: str, line: int = 3) -> Comparison:
@@ -75,7 +75,7 @@ def test_a_response_of_several_turns_ends_with_the_last() -> None:
             "'<|' + message['role'] + '|>'", "'<|' + ('user' if message['role'] == 'tool' else message['role']) + '|>'"
         )
     )
-    row = encoded(tokenizer, Comparison((Message("user", "how"),), (turns, said("kind")), ONE, ROW))
+    row = encoded(tokenizer, Comparison((Message("user", "how"),), (turns, summary("kind")), ONE, ROW))
     assert row.prompt == [4, 23, 6, 7, 5]
     assert row.responses == [[21, 6, 7, 4, 16, 6, 7, 5, 24, 6], [26, 6]]
 
@@ -101,7 +101,7 @@ def chosen(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
+@actual(
     talk=st.lists(st.tuples(WORDS, WORDS), max_size=2),
     question=WORDS,
     answers=st.lists(WORDS, min_size=2, max_size=3, unique_by=str.strip),
@@ -113,9 +113,9 @@ def test_ids_are_those_of_training_and_generation(
     roles = ("user", "assistant")
     before = [Message(role, text) for turn in talk for role, text in zip(roles, turn, strict=True)]
     prompt = (*before, Message("user", question))
-    spoken = encoded(pico, Comparison(prompt, tuple(map(said, answers)), ONE, ROW), template)
+    spoken = encoded(pico, Comparison(prompt, tuple(map(summary, answers)), ONE, ROW), template)
     text = encoded(pico, Comparison(question, tuple(answers), ONE, ROW), template)
-    talks = [Conversation((*prompt, *said(answer)), ROW, num_prompt=len(prompt)) for answer in answers]
+    talks = [Conversation((*prompt, *summary(answer)), ROW, num_prompt=len(prompt)) for answer in answers]
     completions = [Completion(question, answer, ROW) for answer in answers]
     learned, _ = encode_supervised(pico, [*talks, *completions], step_format=HASHES, max_length=None, template=template)
     assert len(learned) == 2 * len(answers)
@@ -167,7 +167,7 @@ def test_lengths_are_the_prompt_with_its_longest_response() -> None:
     assert [[len(ids) for ids in row.responses] for row in rows] == [[2, 3], [2, 6], [4, 6]]
     assert report.lengths == [4, 7, 7]
     assert (report.responses, report.pairs, report.tokens) == (6, 3, 3 + 23)
-    assert report.said() == ("3 rows read, 3 used; 6 responses, 3 pairs, 26 tokens, length 4 to 7, median 7")
+    assert report.summary() == ("3 rows read, 3 used; 6 responses, 3 pairs, 26 tokens, length 4 to 7, median 7")
     assert report.counts() == {
         "read": 3, "used": 3, "dropped": {}, "responses": 6, "pairs": 3, "tokens": 26, "cut": 0, "tokens_cut": 0,
         "max_length": 7,
@@ -176,15 +176,15 @@ def test_lengths_are_the_prompt_with_its_longest_response() -> None:
 
 def test_comparisons_over_max_length_are_dropped_or_an_error() -> None:
     with pytest.raises(
-        DataError, match=r"rows.jsonl:4: row: given 7 tokens; wanted at most 6 \(max_length\)"
+        DataError, match=r"rows.jsonl:4: row: got 7 tokens; expected at most 6 \(max_length\)"
     ) as caught:
         cut_at(6, "drop", 0.5)
     assert "2 of 3 rows are over max_length 6, more than data.max_dropped_share (0.5)" in str(caught.value)
     rows, report = cut_at(6, "drop", 0.67)
     assert [row.index for row in rows] == [0]
     assert (report.read, report.used, report.dropped) == (3, 1, {"over max_length": 2})
-    assert "1 used, 2 dropped (over max_length)" in report.said()
-    with pytest.raises(DataError, match=r"rows.jsonl:5: row: given 7 tokens"):
+    assert "1 used, 2 dropped (over max_length)" in report.summary()
+    with pytest.raises(DataError, match=r"rows.jsonl:5: row: got 7 tokens"):
         cut_at(6, "error")
     with pytest.raises(DataError, match="at least one row that fits"):
         cut_at(3, "drop", 1.0)
@@ -196,7 +196,7 @@ def test_responses_are_cut_at_their_end() -> None:
     assert rows[1].responses == [[21, 3], [21, 8, 21, 8, 21]]
     assert rows[2].responses == [[21, 8, 21, 3], [21, 8, 21, 8, 26]]
     assert (report.cut, report.tokens_cut, report.used, report.dropped) == (2, 2, 3, {})
-    assert report.said().endswith("; 2 cut at 6 (2 tokens lost)")
+    assert report.summary().endswith("; 2 cut at 6 (2 tokens lost)")
 
 
 def test_what_cutting_makes_the_same_is_dropped() -> None:
@@ -226,7 +226,9 @@ def test_rows_that_the_template_refuses() -> None:
     tokenizer = word_tokenizer(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + WORD_TEMPLATE
     )
-    refused = Comparison((Message("system", "be kind"), Message("user", "hi")), (said("hi"), said("fine")), ONE, ROW)
+    refused = Comparison(
+        (Message("system", "be kind"), Message("user", "hi")), (summary("hi"), summary("fine")), ONE, ROW
+    )
     examples = [refused, messages("how", "fine", "kind")]
     with pytest.raises(DataError, match=r"rows.jsonl:3: messages: given the chat template refuses messages of system"):
         encode_comparisons(tokenizer, examples, template=None, max_length=None)
@@ -252,10 +254,10 @@ def test_prompts_over_max_length_are_never_cut() -> None:
     for rows, report in (run("cut"), run("drop", 0.5)):
         assert rows == [[21, 8, 21], [21]]
         assert (report.read, report.used, report.dropped) == (3, 2, {"prompt over max_length": 1})
-        assert report.said() == (
+        assert report.summary() == (
             "3 rows read, 2 used, 1 dropped (prompt over max_length); 4 tokens, length 1 to 3, median 3"
         )
-    with pytest.raises(DataError, match=r"rows.jsonl:9: row: given 5 tokens; wanted at most 3"):
+    with pytest.raises(DataError, match=r"rows.jsonl:9: row: got 5 tokens; expected at most 3"):
         run("drop")
     with pytest.raises(DataError, match="shorten these rows"):
         run("error")

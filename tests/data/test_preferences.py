@@ -67,9 +67,9 @@ def test_columns_of_common_data_sets(columns: str, kind: str, roles: str) -> Non
     assert list(found.columns.values()) == roles.split()
 
 
-def test_the_choice_is_said_and_can_be_made() -> None:
+def test_the_choice_is_summary_and_can_be_made() -> None:
     assert (
-        detect(["question", "chosen", "rejected"], {}).said
+        detect(["question", "chosen", "rejected"], {}).summary
         == 'format: pairs (prompt <- "question", chosen <- "chosen", rejected <- "rejected")'
     )
     chosen = detect(["q", "good", "bad", "chosen"], {"prompt": "q", "chosen": "good", "rejected": "bad"})
@@ -100,9 +100,9 @@ def test_the_choice_is_said_and_can_be_made() -> None:
 def test_columns_that_are_no_format(columns: str, overrides: dict[str, str], field: str, piece: str) -> None:
     with pytest.raises(DataError) as caught:
         detect(columns.split(), overrides, source="rows.csv")
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.field) == ("rows.csv", field)
-    assert piece in str(fault)
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.field) == ("rows.csv", field)
+    assert piece in str(diagnostic)
 
 
 ASKED: Shown = [("user", "a")]
@@ -214,8 +214,8 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     assert (text.prompt, text.responses) == ("2+2=", (" 4\n", " 5"))
     assert shown(messages.prompt) == [("user", "2+3=")]
     assert shown(messages.responses[1]) == [("assistant", "6")]
-    assert report.said[-1] == "text as it stands, without a chat template: 1 of 2"
-    assert not any("as it stands" in sentence for sentence in read_comparisons(read(path), {})[1].said)
+    assert report.summary[-1] == "text as it stands, without a chat template: 1 of 2"
+    assert not any("as it stands" in sentence for sentence in read_comparisons(read(path), {})[1].summary)
     group = {"instruction": "a", "input": "x", "responses": ["b", "c"], "ranking": [1, 0]}
     (found,) = comparisons_of(tmp_path, group, as_text=True)
     assert (found.prompt, found.responses, found.pairs) == ("a\nx", ("b", "c"), (Pair(1, 0),))
@@ -266,16 +266,16 @@ IMPLIED = {"chosen": "a: b", "rejected": "a: c"}
 CHAT = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
 
 BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
-    (PAIR, {"prompt": " "}, "prompt", "given ' '"),
+    (PAIR, {"prompt": " "}, "prompt", "got ' '"),
     (PAIR, {"prompt": None}, "prompt", "given null"),
-    (PAIR, {"prompt": []}, "prompt", "given an empty list"),
+    (PAIR, {"prompt": []}, "prompt", "got an empty list"),
     (PAIR, {"prompt": {"role": "user"}}, "prompt.content", "given null"),
     (PAIR, {"prompt": ["a"]}, "prompt[0]", 'a message such as {"role": "user"'),
-    (PAIR, {"prompt": [{"role": "user", "content": ""}]}, "prompt[0].content", "given ''"),
+    (PAIR, {"prompt": [{"role": "user", "content": ""}]}, "prompt[0].content", "got ''"),
     (PAIR, {"prompt": [user("a"), assistant("x")]}, "prompt", "messages of user, assistant"),
-    (PAIR, {"chosen": "\n"}, "chosen", r"given '\n'"),
-    (PAIR, {"chosen": 3}, "chosen", "given 3 (a number)"),
-    (PAIR, {"chosen": []}, "chosen", "given an empty list"),
+    (PAIR, {"chosen": "\n"}, "chosen", r"got '\n'"),
+    (PAIR, {"chosen": 3}, "chosen", "got 3 (a number)"),
+    (PAIR, {"chosen": []}, "chosen", "got an empty list"),
     (PAIR, {"chosen": [user("b")]}, "chosen", "given messages of user"),
     (PAIR, {"chosen": [user("x"), assistant("b")]}, "chosen", "and in the prompt column if there is one"),
     (PAIR, {"chosen": [user("a")]}, "chosen", "no message behind the prompt"),
@@ -285,14 +285,14 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"rejected": "b"}, "rejected", "chosen and rejected are identical ('b')"),
     (PAIR, {"rejected": [assistant("b\n")]}, "rejected", "are identical"),
     (PAIR, {"rejected": "\ud800"}, "rejected", "half of a surrogate pair"),
-    (PAIR, {"margin": -1}, "margin", "given -1 (a number); wanted a number >= 0"),
-    (PAIR, {"margin": "much"}, "margin", "given 'much' (text)"),
+    (PAIR, {"margin": -1}, "margin", "got -1 (a number); expected a number >= 0"),
+    (PAIR, {"margin": "much"}, "margin", "got 'much' (text)"),
     (PAIR, {"margin": True}, "margin", "(true or false)"),
-    (PAIR, {"p_human": 1.5}, "p_human", "given 1.5 (a number); wanted a number from 0 to 1"),
-    (PAIR, {"p_human": -0.1}, "p_human", "wanted a number from 0 to 1"),
+    (PAIR, {"p_human": 1.5}, "p_human", "got 1.5 (a number); expected a number from 0 to 1"),
+    (PAIR, {"p_human": -0.1}, "p_human", "expected a number from 0 to 1"),
     (PAIR, {"p_human": [1]}, "p_human", "(a list)"),
-    (PAIR, {"tie": 1}, "tie", "given 1 (a number); wanted true or false"),
-    (PAIR, {"tie": "so"}, "tie", "given 'so'"),
+    (PAIR, {"tie": 1}, "tie", "got 1 (a number); expected true or false"),
+    (PAIR, {"tie": "so"}, "tie", "got 'so'"),
     (PAIR, {"tie": True, "p_human": 0.5}, "p_human", "0.5 beside 'tie', which is true"),
     (PAIR, {"tie": True, "margin": 1}, "margin", "1 beside 'tie', which is true"),
     (PAIR, {"prompt": [user("a")], "input": "x"}, "input", "all that is asked in the messages"),
@@ -300,23 +300,23 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (IMPLIED, {"chosen": "x: b"}, "rejected", "responses that begin with the same prompt"),
     (IMPLIED, {"rejected": "a: b"}, "rejected", "are identical"),
     (IMPLIED, {"rejected": "a: b\n"}, "rejected", "are identical"),
-    (IMPLIED, {"rejected": " "}, "rejected", "given ' '"),
+    (IMPLIED, {"rejected": " "}, "rejected", "got ' '"),
     (IMPLIED, {"chosen": CHAT["chosen"]}, "rejected", "a list as chosen and text as rejected"),
     (IMPLIED, {"system": "s"}, "system", "no system beside text"),
-    (IMPLIED, {"p_human": 2}, "p_human", "given 2"),
+    (IMPLIED, {"p_human": 2}, "p_human", "got 2"),
     (CHAT, {"rejected": [user("x"), assistant("c")]}, "rejected", "messages that begin with 'a' and 'x'"),
     (CHAT, {"rejected": CHAT["chosen"]}, "rejected", "are identical"),
     (CHAT, {"rejected": [user("a")]}, "rejected", "no message behind the prompt"),
     (CHAT, {"rejected": [user("a"), user("x"), assistant("c")]}, "rejected", "messages of user, assistant"),
     (CHAT, {"chosen": [user("a"), assistant("b"), user("x")]}, "chosen", "messages of assistant, user"),
-    (CHAT, {"chosen": [user("a"), 7]}, "chosen[1]", "given 7 (a number)"),
-    (GROUP, {"responses": ["b"], "scores": [1]}, "responses", "given 1 response"),
+    (CHAT, {"chosen": [user("a"), 7]}, "chosen[1]", "got 7 (a number)"),
+    (GROUP, {"responses": ["b"], "scores": [1]}, "responses", "got 1 response"),
     (GROUP, {"responses": "b"}, "responses", "a list of two or more responses"),
-    (GROUP, {"responses": ["b", " "]}, "responses[1]", "given ' '"),
+    (GROUP, {"responses": ["b", " "]}, "responses[1]", "got ' '"),
     (GROUP, {"responses": ["b", [user("c")]]}, "responses[1]", "messages of user"),
     (GROUP, {"responses": ["b", "b"]}, "responses[1]", "are identical"),
     (GROUP, {"scores": [1]}, "scores", "1 scores for 2 responses"),
-    (GROUP, {"scores": [1, "good"]}, "scores[1]", "given 'good' (text)"),
+    (GROUP, {"scores": [1, "good"]}, "scores[1]", "got 'good' (text)"),
     (GROUP, {"scores": None}, "scores", "given null"),
     (RANKED, {"ranking": [1, 2]}, "ranking", "places count from 0"),
     (RANKED, {"ranking": [0, 0]}, "ranking", "given [0, 0] for 2 responses"),
@@ -331,9 +331,9 @@ def test_broken_rows_name_line_and_field(
 ) -> None:
     with pytest.raises(DataError) as caught:
         comparisons_of(tmp_path, good, good | change)
-    (fault,) = caught.value.faults
-    assert str(fault).startswith(f"{tmp_path}/rows.jsonl:2: {field}: ")
-    assert piece in str(fault)
+    (diagnostic,) = caught.value.diagnostics
+    assert str(diagnostic).startswith(f"{tmp_path}/rows.jsonl:2: {field}: ")
+    assert piece in str(diagnostic)
 
 
 def test_the_broken_rows_are_broken_by_their_change_alone(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_the_broken_rows_are_broken_by_their_change_alone(tmp_path: Path) -> Non
 
 
 def test_a_system_text_has_no_place_beside_text_as_it_stands(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:1: system: given 's'; wanted no system beside text"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: system: got 's'; expected no system beside text"):
         comparisons_of(tmp_path, {**PAIR, "system": "s"}, as_text=True)
 
 
@@ -364,4 +364,4 @@ def test_read_is_used_and_dropped(tmp_path: Path) -> None:
         "margin does not fit": 1,
     }  # fmt: skip
     assert (report.read, report.used) == (7, 2)
-    assert len(report.faults) == 6
+    assert len(report.diagnostics) == 6

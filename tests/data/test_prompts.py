@@ -33,7 +33,7 @@ def shown(words: Words) -> Shown:
 
 def turns(*texts: str) -> list[dict[str, str]]:
     """Messages of user and assistant, one after the other."""
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
 ASKED: Shown = [("user", "a")]
@@ -74,7 +74,7 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "2+2= "}, {"prompt": turns("a")}])
     found, report = read_prompts(read(path), {}, as_text=True)
     assert [shown(prompt.prompt) for prompt in found] == ["2+2= ", ASKED]
-    assert report.said[-1] == "text as it stands, without a chat template: 1 of 2"
+    assert report.summary[-1] == "text as it stands, without a chat template: 1 of 2"
     assert shown(prompts_of(tmp_path, {"instruction": "a", "input": "x"}, as_text=True)[0].prompt) == "a\nx"
 
 
@@ -107,10 +107,10 @@ def test_without_a_prompt_twice_nothing_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "field", "piece"),
     [
-        ({"prompt": ""}, "prompt", "given ''"),
-        ({"prompt": 3}, "prompt", "given 3 (a number)"),
+        ({"prompt": ""}, "prompt", "got ''"),
+        ({"prompt": 3}, "prompt", "got 3 (a number)"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "messages of the assistant alone"),
-        ({"messages": [7]}, "messages[0]", "given 7 (a number)"),
+        ({"messages": [7]}, "messages[0]", "got 7 (a number)"),
         ({"chosen": turns("a", "b"), "rejected": turns("x", "b")}, "rejected", "no prompt column"),
         ({"chosen": "a b", "rejected": None}, "rejected", "given null"),
         ({"prompt": turns("a"), "input": "x"}, "input", "all that is asked in the messages"),
@@ -119,9 +119,9 @@ def test_without_a_prompt_twice_nothing_is_dropped(tmp_path: Path) -> None:
 def test_broken_rows_name_line_and_field(tmp_path: Path, row: dict[str, Any], field: str, piece: str) -> None:
     with pytest.raises(DataError) as caught:
         prompts_of(tmp_path, row)
-    (fault,) = caught.value.faults
-    assert str(fault).startswith(f"{tmp_path}/rows.jsonl:1: {field}: given ")
-    assert piece in str(fault)
+    (diagnostic,) = caught.value.diagnostics
+    assert str(diagnostic).startswith(f"{tmp_path}/rows.jsonl:1: {field}: got ")
+    assert piece in str(diagnostic)
 
 
 @pytest.mark.parametrize("columns", ["text", "chosen completion", "title body"])

@@ -138,7 +138,7 @@ def test_a_line_over_the_bound_is_one_sentence(tmp_path: Path) -> None:
     for text, line in ((good * 3 + json.dumps({"text": "x" * MIB, "label": 1}) + "\n" + good, 4), ("x" * (2 * MIB), 1)):
         (tmp_path / "a.jsonl").write_text(text)
         refused = _refused(tmp_path / "a.jsonl", rules)
-        assert f"a.jsonl:{line}: line: given a line of more than 1,048,576 bytes" in refused
+        assert f"a.jsonl:{line}: line: got a line of more than 1,048,576 bytes" in refused
         assert "data.max_line_bytes" in refused
     (tmp_path / "a.jsonl").write_text(good + json.dumps({"text": "x" * (MIB - 30), "label": 1}) + "\n")
     assert [line for line, _ in _rows(tmp_path / "a.jsonl", rules)] == [1, 2]
@@ -162,7 +162,7 @@ def test_a_file_that_expands_too_far_is_refused_before_it_is_whole(kind: str, tm
     assert len(_rows(path)) == 5000
     path.write_bytes(pack((b'{"text": "' + b"x" * MIB + b'", "label": 1}\n') * 96))
     refused = _refused(path)
-    assert f"bytes that unpack to more than {64 * MIB:,}; wanted at most 200 times as many" in refused
+    assert f"bytes that unpack to more than {64 * MIB:,}; expected at most 200 times as many" in refused
     assert "data.max_expansion" in refused
 
 
@@ -188,10 +188,10 @@ def test_what_is_no_regular_file_is_refused_at_once(kind: str, tmp_path: Path, m
             if kind == "socket":
                 os.symlink("the-socket", name)
             if name != "c.json":
-                assert f"{name}: file: given {named}; wanted a regular file" in _refused(Path(name))
-        with pytest.raises(ConfigError, match=f"given {named}; wanted a config file"):
+                assert f"{name}: file: got {named}; expected a regular file" in _refused(Path(name))
+        with pytest.raises(ConfigError, match=f"got {named}; expected a config file"):
             read_source("c.json")
-        with pytest.raises(DataError, match=f"given {named}"):
+        with pytest.raises(DataError, match=f"got {named}"):
             next(read_lines("a.jsonl"))
 
 

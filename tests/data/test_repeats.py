@@ -38,9 +38,9 @@ def _supervised(data: dict[str, Any]) -> Any:
 
 def _preferences(load: Any) -> Load:
     def loaded(data: dict[str, Any]) -> Any:
-        given = {"pretrained_weights": "new", "output_dir": "run", **data}
-        source = given.pop("training_data")
-        return load(PreferenceTextSection.model_validate(given), source, seed=42)
+        actual = {"pretrained_weights": "new", "output_dir": "run", **data}
+        source = actual.pop("training_data")
+        return load(PreferenceTextSection.model_validate(actual), source, seed=42)
 
     return loaded
 
@@ -83,13 +83,13 @@ def test_rows_of_one_prompt_stay_together(name: str, write_rows: Callable[[str, 
     train, validation = ({key_of_prompt(each) for each in side} for side in (found.train, found.validation))
     assert train.isdisjoint(validation)
     assert len(train) + len(validation) == 20
-    assert any(f"of the 20 {'text' if name == 'labelled' else 'prompt'}s" in each for each in found.said) is repeats
-    assert not any("partly memory" in each for each in found.said)
+    assert any(f"of the 20 {'text' if name == 'labelled' else 'prompt'}s" in each for each in found.summary) is repeats
+    assert not any("partly memory" in each for each in found.summary)
     if repeats:
         by_row = load({"training_data": str(file), "validation_share": 0.2, "split_by": "row"})
         assert len(by_row.validation) == 16
-        assert "of 16 rows" in by_row.said[-1]
-        assert "partly memory" in by_row.said[-1]
+        assert "of 16 rows" in by_row.summary[-1]
+        assert "partly memory" in by_row.summary[-1]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,7 +103,7 @@ def test_validation_rows_that_training_has_are_counted(name: str, write_rows: Ca
     what, whole = {"labelled": "text"}.get(name, "prompt"), 3 if name == "prompts" else 2
     shared = "" if name == "prompts" else f" and 1 share their {what} with a training row"
     expected = f"validation: of 5 rows {whole} are in the training data too{shared}; "
-    assert found.said[-1] == f"{expected}what is measured on them is partly memory"
+    assert found.summary[-1] == f"{expected}what is measured on them is partly memory"
 
 
 def test_pretraining_counts_documents(tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_pretraining_counts_documents(tmp_path: Path) -> None:
             },
         }
     )
-    said: list[str] = []
+    summary: list[str] = []
     pretrainer = Pretrainer(config)
-    pretrainer.progress.say = lambda *sentences: said.extend(sentences)  # type: ignore[method-assign]
+    pretrainer.progress.say = lambda *sentences: summary.extend(sentences)  # type: ignore[method-assign]
     pretrainer.load_data()
-    assert any(each.startswith("validation: of 2 documents 1 are in the training data too") for each in said)
+    assert any(each.startswith("validation: of 2 documents 1 are in the training data too") for each in summary)
 
 
 def test_an_older_run_goes_on_with_its_own_split(fine_tuning_config: Any, tmp_path: Path, write_rows: Any) -> None:

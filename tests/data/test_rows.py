@@ -78,7 +78,7 @@ def test_a_json_object_with_data_and_json_lines_named_json(tmp_path: Path) -> No
     lines = '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n'
     reader = read(_write(tmp_path / "b.json", lines))
     assert [row.line for row in reader] == [1, 2]
-    assert reader.report.said == [f"{tmp_path}/b.json: read as JSON Lines, by its content"]
+    assert reader.report.summary == [f"{tmp_path}/b.json: read as JSON Lines, by its content"]
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,16 @@ def test_a_json_object_with_data_and_json_lines_named_json(tmp_path: Path) -> No
         ("text,user label\na,x\nb,y\n", "CSV (delimiter: comma)"),
     ],
 )
-def test_txt_is_read_by_content(content: str, said: str, tmp_path: Path) -> None:
+def test_txt_is_read_by_content(content: str, summary: str, tmp_path: Path) -> None:
     reader = read(_write(tmp_path / "a.txt", content))
     assert next(iter(reader)).values["text"] == "a"
-    assert reader.report.said == [f"{tmp_path}/a.txt: read as {said}, by its content"]
+    assert reader.report.summary == [f"{tmp_path}/a.txt: read as {summary}, by its content"]
 
 
-def test_delimiters_and_the_nameless_index_of_pandas_are_said(tmp_path: Path) -> None:
+def test_delimiters_and_the_nameless_index_of_pandas_are_summary(tmp_path: Path) -> None:
     reader = read(_write(tmp_path / "a.csv", ";text;label\n0;a;x\n"))
     assert [row.values for row in reader] == [{"column 1": "0", "text": "a", "label": "x"}]
-    assert len(reader.report.said) == 2
+    assert len(reader.report.summary) == 2
     excel = read(_write(tmp_path / "b.csv", "sep=;\ntext;label\na;x\n"))
     assert [(row.values["label"], row.line) for row in excel] == [("x", 3)]
 
@@ -127,14 +127,14 @@ def test_parquet_arrow_and_feather_read_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather"])
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"ARROW1\0\0", b"text,label\na,x\n", bytes(200)])
-def test_a_damaged_table_is_a_fault(name: str, content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_table_is_a_diagnostic(name: str, content: bytes, tmp_path: Path) -> None:
     source = _write(tmp_path / name, content)
     with pytest.raises(DataError) as caught:
         list(read(source))
-    assert caught.value.faults[0].source == source
+    assert caught.value.diagnostics[0].source == source
 
 
-def test_cut_and_empty_tables_are_faults(tmp_path: Path) -> None:
+def test_cut_and_empty_tables_are_diagnostics(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [f"row {number}" for number in range(5000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     whole = (tmp_path / "a.parquet").read_bytes()
@@ -183,7 +183,7 @@ def test_a_hub_failure_says_what_to_do(error: Exception, monkeypatch: pytest.Mon
     with pytest.raises(DataError) as caught:
         list(read("org/name", subset="plain"))
     message = str(caught.value)
-    assert message.startswith("org/name: hub: given a hub id that could not be loaded")
+    assert message.startswith("org/name: hub: got a hub id that could not be loaded")
     assert str(error).splitlines()[0] in message
     assert "HF_TOKEN" in message
     assert "save_to_disk" in message
@@ -213,7 +213,7 @@ def test_skipped_rows_are_counted_and_keep_their_place(tmp_path: Path) -> None:
     assert [(row.values["text"], row.line, row.index) for row in reader] == [("good", 3, 1), ("fine", 5, 3)]
     report = reader.report
     assert (report.rows_read, report.bad_rows, report.good_rows) == (4, 2, 2)
-    assert [(fault.line, fault.field) for fault in report.faults] == [(2, "label"), (4, "cell 3")]
+    assert [(diagnostic.line, diagnostic.field) for diagnostic in report.diagnostics] == [(2, "label"), (4, "cell 3")]
     assert len(list(reader)) == 2
     assert reader.report.rows_read == 4
 
@@ -224,16 +224,16 @@ def test_bad_rows_raise_at_the_end_or_at_once_when_streaming(tmp_path: Path) -> 
     seen = [next(rows).line, next(rows).line]
     with pytest.raises(BadRows) as caught:
         next(rows)
-    assert [fault.line for fault in caught.value.faults] == [2, 4]
+    assert [diagnostic.line for diagnostic in caught.value.diagnostics] == [2, 4]
     assert caught.value.total == 2
     assert seen == [3, 5]
     with pytest.raises(BadRows) as first:
         list(read(source, streaming=True))
-    assert [fault.line for fault in first.value.faults] == [2]
+    assert [diagnostic.line for diagnostic in first.value.diagnostics] == [2]
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_a_fault_of_the_file_raises_under_both_policies(on_bad_row: str, tmp_path: Path) -> None:
+def test_a_diagnostic_of_the_file_raises_under_both_policies(on_bad_row: str, tmp_path: Path) -> None:
     source = _write(tmp_path / "a.csv", 'text,label\ngood,pos\n"bad,neg\n')
     with pytest.raises(DataError, match="never closed"):
         list(read(source, on_bad_row="skip" if on_bad_row == "skip" else "error"))

@@ -28,7 +28,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     rows = list(reader)
     assert [(row.values["text"], row.line, row.index) for row in rows] == [("a.csv", 2, 0), ("b.csv", 2, 1)]
     assert [row.source for row in rows] == [f"{source}/a.csv", f"{source}/b.csv"] == reader.report.files
-    assert reader.report.said == [f"{source}: not read: README.md"]
+    assert reader.report.summary == [f"{source}: not read: README.md"]
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
 def test_file_names_that_state_a_split_are_read_for_it_alone(split: str, names: list[str], tmp_path: Path) -> None:
     source = _folder(tmp_path / "rows", "train-00.csv", "train-01.csv", "Test.csv", "my_dev.csv", "other.csv")
     assert _texts(source, split) == names
-    assert read(source, split=split).report.said == [f"{source}: for the split {split}: {', '.join(names)}"]
+    assert read(source, split=split).report.summary == [f"{source}: for the split {split}: {', '.join(names)}"]
 
 
-def test_a_split_that_no_file_states_is_a_fault(tmp_path: Path) -> None:
+def test_a_split_that_no_file_states_is_a_diagnostic(tmp_path: Path) -> None:
     source = _folder(tmp_path / "rows", "train.csv", "test.csv")
-    with pytest.raises(DataError, match=r"given the split 'validation'; wanted one of .*: test, train"):
+    with pytest.raises(DataError, match=r"given the split 'validation'; expected one of .*: test, train"):
         read(source, split="validation")
 
 
@@ -70,7 +70,7 @@ def test_missing_files_name_the_near_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(f"{folder}/sentiment_trian.csv")
     assert f"did you mean '{folder}/sentiment_train.csv'?" in str(caught.value)
-    assert caught.value.faults[0].source == f"{folder}/sentiment_trian.csv"
+    assert caught.value.diagnostics[0].source == f"{folder}/sentiment_trian.csv"
     with pytest.raises(DataError, match="there is no folder"):
         read(f"{tmp_path}/nowhere/a.csv")
     with pytest.raises(DataError, match="paths are relative to"):
@@ -80,8 +80,8 @@ def test_missing_files_name_the_near_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "seen"), [((), "nothing"), (("a.xls", "b.png"), "'a.xls', 'b.png'")])
-def test_a_folder_without_data_is_a_fault(names: tuple[str, ...], seen: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"a folder that holds {seen}; wanted files named .csv"):
+def test_a_folder_without_data_is_a_diagnostic(names: tuple[str, ...], seen: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"a folder that holds {seen}; expected files named .csv"):
         read(_folder(tmp_path / "rows", *names))
 
 
@@ -97,7 +97,7 @@ def test_a_folder_of_subfolders_names_the_globs_that_read_them(tmp_path: Path) -
     _folder(tmp_path / "repo", "top.csv")
     reader = read(source)
     assert [row.values["text"] for row in reader] == ["top.csv"]
-    assert f"{source}: files in subfolders are not read; {glob!r} would read them" in reader.report.said
+    assert f"{source}: files in subfolders are not read; {glob!r} would read them" in reader.report.summary
 
 
 @pytest.mark.parametrize("between", [",", ", ", " ", ";"])

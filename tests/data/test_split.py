@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
@@ -62,11 +62,14 @@ def test_multi_label_rows_are_drawn_plainly() -> None:
 def test_too_few_rows(labels: list[int]) -> None:
     with pytest.raises(DataError, match="at least 2 rows to split") as caught:
         stratified_split(labels, 0.1, 42, source="rows.csv")
-    assert (caught.value.faults[0].source, caught.value.faults[0].field) == ("rows.csv", "data.validation_share")
+    assert (caught.value.diagnostics[0].source, caught.value.diagnostics[0].field) == (
+        "rows.csv",
+        "data.validation_share",
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(
+@actual(
     labels=st.lists(st.integers(0, 5), min_size=2, max_size=60),
     share=st.floats(0.01, 0.99),
     seed=st.integers(0, 2**32),
@@ -82,15 +85,15 @@ def test_every_row_once_and_every_class_where_there_is_room(labels: list[int], s
     pairs = {label for label, size in sizes.items() if size >= 2}
     if pairs:
         assert pairs <= {labels[row] for row in training}
-    wanted = min(max(1, int(share * len(labels) + 0.5)), len(labels) - 1)
+    expected = min(max(1, int(share * len(labels) + 0.5)), len(labels) - 1)
     most = sum(size - 1 for size in sizes.values())
-    assert len(validation) == (min(wanted, most) if pairs else wanted)
+    assert len(validation) == (min(expected, most) if pairs else expected)
     if len(pairs) <= len(validation):
         assert pairs <= {labels[row] for row in validation}
 
 
 @settings(max_examples=60, deadline=None)
-@given(labels=st.lists(st.floats(-5, 5), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
+@actual(labels=st.lists(st.floats(-5, 5), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
 def test_regression_gets_its_share(labels: list[float], share: float) -> None:
     training, validation = stratified_split(labels, share, 3)
     assert sorted([*training, *validation]) == list(range(len(labels)))
@@ -98,7 +101,7 @@ def test_regression_gets_its_share(labels: list[float], share: float) -> None:
 
 
 def test_all_rows_of_a_prompt_go_to_one_side() -> None:
-    """24 prompts with six pairs each, as one asks people: 29 rows of 144 are wanted, and five prompts have 30."""
+    """24 prompts with six pairs each, as one asks people: 29 rows of 144 are expected, and five prompts have 30."""
     keys = [f"prompt {row % 24}" for row in range(144)]
     found = split_off(keys, 0.2, 42, by="prompt")
     asked = {keys[row] for row in found.validation}
@@ -106,7 +109,9 @@ def test_all_rows_of_a_prompt_go_to_one_side() -> None:
     assert len(asked) == 5
     assert asked.isdisjoint(keys[row] for row in found.train)
     assert sorted([*found.train, *found.validation]) == list(range(144))
-    assert found.said == ("validation: 30 of the rows, those of 5 of the 24 prompts, split off with seed 42; 114 train")
+    assert found.summary == (
+        "validation: 30 of the rows, those of 5 of the 24 prompts, split off with seed 42; 114 train"
+    )
     # By row every prompt is on both sides.
     rows = split_off(keys, 0.2, 42, by="row")
     assert len(rows.validation) == 29
@@ -127,7 +132,7 @@ def test_groups_keep_the_mix_of_labels() -> None:
     counted = Counter(labels[row] for row in found.validation)
     assert counted in ({0: 8, 1: 2}, {0: 10, 1: 2}, {0: 8}, {0: 10})
     assert {keys[row] for row in found.validation}.isdisjoint(keys[row] for row in found.train)
-    assert "split off by label with seed 42" in found.said
+    assert "split off by label with seed 42" in found.summary
 
 
 @pytest.mark.parametrize(
@@ -141,21 +146,21 @@ def test_groups_keep_the_mix_of_labels() -> None:
     ],
 )
 def test_uneven_groups(sizes: list[int], share: float, validation: set[int]) -> None:
-    keys = [place for place, size in enumerate(sizes) for _ in range(size)]
+    keys = [index for index, size in enumerate(sizes) for _ in range(size)]
     found = split_off(keys, share, 3, by="prompt")
     assert found.train
     assert found.validation
     assert {sizes[keys[row]] for row in found.validation} == validation
 
 
-def test_rows_of_one_prompt_are_split_by_row_and_it_is_said() -> None:
+def test_rows_of_one_prompt_are_split_by_row_and_it_is_summary() -> None:
     found = split_off(["same"] * 10, 0.2, 42, by="prompt")
     assert (len(found.train), len(found.validation)) == (8, 2)
-    assert "row by row, since all rows have one prompt" in found.said
+    assert "row by row, since all rows have one prompt" in found.summary
 
 
 @settings(max_examples=60, deadline=None)
-@given(
+@actual(
     keys=st.lists(st.integers(0, 9), min_size=2, max_size=60),
     share=st.floats(0.01, 0.99),
     seed=st.integers(0, 9),

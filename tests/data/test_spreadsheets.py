@@ -11,7 +11,7 @@ from typing import Any
 import openpyxl
 import pytest
 
-from loopos.config.diagnostics import DataError, EnvironmentFault
+from loopos.config.diagnostics import DataError, MissingRequirement
 from loopos.data.formats import read_labelled
 from loopos.data.rows import read
 
@@ -60,14 +60,14 @@ def test_one_of_several_sheets_is_named_behind_a_hash(tmp_path: Path) -> None:
     source = _workbook(tmp_path / "a.xlsx", Tickets=ROWS, Old=other, Notes=[])
     with pytest.raises(DataError) as caught:
         list(read(source))
-    assert "given 2 sheets with rows: 'Tickets', 'Old'; wanted one sheet" in str(caught.value)
+    assert "got 2 sheets with rows: 'Tickets', 'Old'; expected one sheet" in str(caught.value)
     assert "a.xlsx#Tickets" in str(caught.value)
     assert [row.values["text"] for row in read(f"{source}#Old")] == ["x"]
-    with pytest.raises(DataError, match=r"given the sheet 'New'; wanted one of the sheets that are there: 'Tickets'"):
+    with pytest.raises(DataError, match=r"given the sheet 'New'; expected one of the sheets that are there: 'Tickets'"):
         list(read(f"{source}#New"))
     alone = read(_workbook(tmp_path / "b.xlsx", Empty=[], Full=other))
     assert [row.values["label"] for row in alone] == ["y"]
-    assert "read the sheet 'Full', the only one with rows" in alone.report.said[0]
+    assert "read the sheet 'Full', the only one with rows" in alone.report.summary[0]
 
 
 @pytest.mark.parametrize(
@@ -79,21 +79,21 @@ def test_one_of_several_sheets_is_named_behind_a_hash(tmp_path: Path) -> None:
         ([["text", "label"], ["a", "b", "c"]], "'c' in column C, which has no name"),
     ],
 )
-def test_a_sheet_that_is_no_table_is_a_fault(rows: list[list[Any]], piece: str, tmp_path: Path) -> None:
+def test_a_sheet_that_is_no_table_is_a_diagnostic(rows: list[list[Any]], piece: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         list(read(_workbook(tmp_path / "a.xlsx", S=rows)))
     assert piece in str(caught.value)
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9])
-def test_a_damaged_workbook_is_a_fault(cut: float, tmp_path: Path) -> None:
+def test_a_damaged_workbook_is_a_diagnostic(cut: float, tmp_path: Path) -> None:
     source = Path(_workbook(tmp_path / "a.xlsx", S=ROWS))
     source.write_bytes(source.read_bytes()[: int(cut * source.stat().st_size)])
     with pytest.raises(DataError, match=r"given what can't be read as \.xlsx"):
         list(read(str(source)))
 
 
-def test_broken_xml_and_a_workbook_that_unpacks_to_gigabytes_are_faults(tmp_path: Path) -> None:
+def test_broken_xml_and_a_workbook_that_unpacks_to_gigabytes_are_diagnostics(tmp_path: Path) -> None:
     source = _workbook(tmp_path / "a.xlsx", S=ROWS)
     with zipfile.ZipFile(source) as whole:
         members = {name: whole.read(name) for name in whole.namelist()}
@@ -110,5 +110,5 @@ def test_broken_xml_and_a_workbook_that_unpacks_to_gigabytes_are_faults(tmp_path
 def test_without_openpyxl_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _workbook(tmp_path / "a.xlsx", S=ROWS)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(EnvironmentFault, match="pip install openpyxl"):
+    with pytest.raises(MissingRequirement, match="pip install openpyxl"):
         list(read(source))

@@ -60,7 +60,7 @@ def test_rows_of_no_class_are_skipped(
     assert account(data.reports[0]) == f"25 rows read, 24 used, 1 dropped ({dropped})"
     assert [example.row.index for example in data.train] == list(range(24))
     assert data.space.num_outputs == (1 if task == "regression" else 2)
-    assert [fault.field for fault in data.reports[0].faults] == ["rating"]
+    assert [diagnostic.field for diagnostic in data.reports[0].diagnostics] == ["rating"]
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_rows_of_no_class_are_skipped(
 def test_a_text_among_numbers_names_row_and_remedy(tmp_path: Path, labels: list[str], line: int, field: str) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, labels, skip=False)
-    fault = caught.value.faults[0]
-    assert (fault.source, fault.line, fault.field) == (str(tmp_path / "rows.csv"), line, field)
+    diagnostic = caught.value.diagnostics[0]
+    assert (diagnostic.source, diagnostic.line, diagnostic.field) == (str(tmp_path / "rows.csv"), line, field)
     remedies = {"3,5": "write 3.5 for a number", "2,5": "write 2.5, with a point"}
-    value = fault.given.split("'")[1]
-    assert remedies.get(value, 'model.task to "classification"') in fault.hint
+    value = diagnostic.actual.split("'")[1]
+    assert remedies.get(value, 'model.task to "classification"') in diagnostic.hint
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_classes_that_are_chosen_are_taken_as_they_stand(tmp_path: Path, labels:
 def test_a_decimal_comma_where_values_are_learned(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, ["3,5", "4", "2"], skip=False, task="regression")
-    assert caught.value.faults[0].hint == "write 3.5, with a point"
+    assert caught.value.diagnostics[0].hint == "write 3.5, with a point"
 
 
 def test_nothing_left_to_learn_is_an_error_all_the_same(tmp_path: Path) -> None:
@@ -125,14 +125,14 @@ def test_lists_of_one_label(tmp_path: Path) -> None:
     data = load(tmp_path, labels, skip=False, suffix=".jsonl")
     assert data.space.task == "multi_label"
     assert any(
-        'every list holds one label: for one class a row set model.task to "classification"' in said
-        for said in data.said
+        'every list holds one label: for one class a row set model.task to "classification"' in summary
+        for summary in data.summary
     )
     data = load(tmp_path, labels, skip=False, suffix=".jsonl", task="classification")
     assert (data.space.class_names, data.train_targets) == (("neg", "pos"), [1, 0, 1])
     with pytest.raises(DataError, match=r'model\.task is "multi_label"') as caught:
         load(tmp_path, [*labels, ["pos", "neg"]], skip=False, suffix=".jsonl", task="classification")
-    assert caught.value.faults[0].line == 4
+    assert caught.value.diagnostics[0].line == 4
     data = load(tmp_path, [*labels * 2, ["pos", "neg"]], suffix=".jsonl", task="classification")
     assert account(data.reports[0]) == "7 rows read, 6 used, 1 dropped (label of no class)"
 

@@ -32,10 +32,10 @@ def examples_of(
     return read_supervised(read(write(tmp_path / "rows.jsonl", list(rows))), columns or {}, step_format=form)[0]
 
 
-def faults_of(tmp_path: Path, *rows: dict[str, Any], columns: dict[str, str] | None = None) -> list[str]:
+def diagnostics_of(tmp_path: Path, *rows: dict[str, Any], columns: dict[str, str] | None = None) -> list[str]:
     with pytest.raises(DataError) as caught:
         examples_of(tmp_path, *rows, columns=columns)
-    return [str(fault) for fault in caught.value.faults]
+    return [str(diagnostic) for diagnostic in caught.value.diagnostics]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,10 @@ def test_columns_of_common_data_sets(columns: str, kind: str, roles: str) -> Non
     assert list(found.columns.values()) == [name for name in roles.split() if name != "-"]
 
 
-def test_the_choice_is_said_and_can_be_made() -> None:
+def test_the_choice_is_summary_and_can_be_made() -> None:
     assert (
-        detect(["question", "answer"], {}).said == 'format: demonstrations (problem <- "question", answer <- "answer")'
+        detect(["question", "answer"], {}).summary
+        == 'format: demonstrations (problem <- "question", answer <- "answer")'
     )
     chosen = detect(["q", "a", "messages"], {"problem": "q", "answer": "a"})
     assert (chosen.kind, dict(chosen.columns)) == ("demonstrations", {"problem": "q", "answer": "a"})
@@ -88,9 +89,9 @@ def test_the_choice_is_said_and_can_be_made() -> None:
 def test_columns_that_are_no_format(columns: str, overrides: dict[str, str], field: str, piece: str) -> None:
     with pytest.raises(DataError) as caught:
         detect(columns.split(), overrides, source="rows.csv")
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.field) == ("rows.csv", field)
-    assert piece in str(fault)
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.field) == ("rows.csv", field)
+    assert piece in str(diagnostic)
 
 
 @pytest.mark.parametrize(
@@ -123,30 +124,30 @@ def test_one_text_is_split_at_the_delimiter_of_the_format(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "field", "piece"),
     [
-        ({"problem": " ", "reasoning": ["a"], "answer": "7"}, "problem", "given ' '"),
-        ({"problem": "p", "reasoning": ["a", 3], "answer": "7"}, "reasoning[1]", "given 3 (a number)"),
-        ({"problem": "p", "reasoning": ["a", ""], "answer": "7"}, "reasoning[1]", "given ''"),
+        ({"problem": " ", "reasoning": ["a"], "answer": "7"}, "problem", "got ' '"),
+        ({"problem": "p", "reasoning": ["a", 3], "answer": "7"}, "reasoning[1]", "got 3 (a number)"),
+        ({"problem": "p", "reasoning": ["a", ""], "answer": "7"}, "reasoning[1]", "got ''"),
         ({"problem": "p", "reasoning": None, "answer": "7"}, "reasoning", "an empty list means an answer without"),
         ({"problem": "p", "reasoning": {"a": 1}, "answer": "7"}, "reasoning", "(an object)"),
         ({"problem": "p", "reasoning": ["a\nb"], "answer": "7"}, "reasoning", "step 1 holds the delimiter '\\n'"),
         ({"problem": "p", "reasoning": ["a"], "answer": None}, "answer", "given null"),
-        ({"problem": "p", "reasoning": ["a"], "answer": True}, "answer", "given True (true or false)"),
+        ({"problem": "p", "reasoning": ["a"], "answer": True}, "answer", "got True (true or false)"),
         ({"problem": "p", "reasoning": ["a"], "answer": "b #### 7"}, "answer", "with reasoning before ####"),
-        ({"problem": "p", "reasoning": ["a"], "answer": ""}, "answer", "given ''"),
+        ({"problem": "p", "reasoning": ["a"], "answer": ""}, "answer", "got ''"),
         ({"problem": "p", "reasoning": ["\ud800"], "answer": "7"}, "reasoning[0]", "half of a surrogate pair"),
     ],
 )
 def test_bad_demonstrations_name_line_and_field(tmp_path: Path, row: dict[str, Any], field: str, piece: str) -> None:
     good = {"problem": "p", "reasoning": ["a"], "answer": "7"}
-    (fault,) = faults_of(tmp_path, good, row)
-    assert fault.startswith(f"{tmp_path}/rows.jsonl:2: {field}: given ")
-    assert piece in fault
+    (diagnostic,) = diagnostics_of(tmp_path, good, row)
+    assert diagnostic.startswith(f"{tmp_path}/rows.jsonl:2: {field}: got ")
+    assert piece in diagnostic
 
 
 def test_a_solution_without_hashes_needs_an_answer_column(tmp_path: Path) -> None:
-    (fault,) = faults_of(tmp_path, {"question": "p", "solution": "a\nb"})
-    assert "wanted #### answer in the last line" in fault
-    assert 'data.columns: {"answer": "COLUMN"}' in fault
+    (diagnostic,) = diagnostics_of(tmp_path, {"question": "p", "solution": "a\nb"})
+    assert "expected #### answer in the last line" in diagnostic
+    assert 'data.columns: {"answer": "COLUMN"}' in diagnostic
 
 
 CONVERSATIONS: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
@@ -223,9 +224,9 @@ def test_weights_and_other_keys_of_a_message(tmp_path: Path) -> None:
     ],
 )
 def test_bad_messages(tmp_path: Path, messages: object, field: str, piece: str) -> None:
-    fault = faults_of(tmp_path, {"messages": messages})[0]
-    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: {field}: ")
-    assert piece in fault
+    diagnostic = diagnostics_of(tmp_path, {"messages": messages})[0]
+    assert diagnostic.startswith(f"{tmp_path}/rows.jsonl:1: {field}: ")
+    assert piece in diagnostic
 
 
 def test_completions_and_texts(tmp_path: Path) -> None:
@@ -235,8 +236,8 @@ def test_completions_and_texts(tmp_path: Path) -> None:
     (text,) = examples_of(tmp_path, {"text": " as it stands\n"})
     assert isinstance(text, PlainText)
     assert text.text == " as it stands\n"
-    (fault,) = faults_of(tmp_path, {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]})
-    assert "text as prompt and a list as completion" in fault
+    (diagnostic,) = diagnostics_of(tmp_path, {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]})
+    assert "text as prompt and a list as completion" in diagnostic
 
 
 def test_read_is_used_and_dropped(tmp_path: Path) -> None:
@@ -257,19 +258,19 @@ def test_read_is_used_and_dropped(tmp_path: Path) -> None:
         "reasoning is blank": 1,
     }  # fmt: skip
     assert (report.read, report.used) == (7, 1)
-    assert len(report.faults) == 6
+    assert len(report.diagnostics) == 6
     assert isinstance(report, FormatReport)
 
 
-def test_no_row_left_is_a_fault(tmp_path: Path) -> None:
+def test_no_row_left_is_a_diagnostic(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"problem": "", "answer": "1"}])
     with pytest.raises(DataError, match="1 rows, none of which can be used"):
         read_supervised(read(path, on_bad_row="skip"), {}, step_format=THINK)
 
 
 def test_training_and_validation_rows(tmp_path: Path) -> None:
-    def section(**given: object) -> ReasoningDataSection:
-        return ReasoningDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", **given})
+    def section(**actual: object) -> ReasoningDataSection:
+        return ReasoningDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", **actual})
 
     rows = [{"problem": f"p{number}", "reasoning": ["a"], "answer": "1"} for number in range(20)]
     path, other = write(tmp_path / "rows.jsonl", rows), write(tmp_path / "other.jsonl", rows[:3])
@@ -277,7 +278,7 @@ def test_training_and_validation_rows(tmp_path: Path) -> None:
     assert (len(split.train), len(split.validation)) == (15, 5)
     problems = {example.problem for example in [*split.train, *split.validation] if isinstance(example, Demonstration)}
     assert len(problems) == 20
-    assert split.said[-1] == "validation: 5 of the rows, split off with seed 1; 15 train"
+    assert split.summary[-1] == "validation: 5 of the rows, split off with seed 1; 15 train"
     again = load_supervised(section(training_data=path, validation_share=0.25), seed=1)
     assert [example.row.line for example in again.validation] == [example.row.line for example in split.validation]
     own = load_supervised(section(training_data=path, validation_data=other, step_format="hashes"), seed=1)

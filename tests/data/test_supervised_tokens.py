@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, CHATML_MARKED, SPECIAL, WORD_TEMPLATE, WORDS, word_tokenizer
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -233,12 +233,12 @@ TALKS = st.lists(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(talks=TALKS)
+@actual(talks=TALKS)
 def test_masks_equal_those_of_transformers_where_the_template_marks_what_is_generated(
     chatml: PreTrainedTokenizerBase, talks: list[tuple[str, str]]
 ) -> None:
     roles = ("user", "assistant")
-    messages = [Message(role, said) for talk in talks for role, said in zip(roles, talk, strict=True)]
+    messages = [Message(role, summary) for talk in talks for role, summary in zip(roles, talk, strict=True)]
     row = encoded(chatml, Conversation(tuple(messages), ROW))
     reference = chatml.apply_chat_template(
         [message.as_template() for message in messages],
@@ -250,23 +250,25 @@ def test_masks_equal_those_of_transformers_where_the_template_marks_what_is_gene
     # The reference tokenises the whole text: it may join what we keep apart, so the words are compared, and the ids
     # where no token crosses a border.
     learned = [token for token, is_learned in zip(row.ids, row.mask, strict=True) if is_learned]
-    wanted = [
+    expected = [
         token for token, marked in zip(reference["input_ids"], reference["assistant_masks"], strict=True) if marked
     ]
-    assert chatml.decode(learned) == "".join(f"{said}<|im_end|>" for _, said in talks)
-    if not any(said[0] in " \n" for _, said in talks):
-        assert learned == wanted
+    assert chatml.decode(learned) == "".join(f"{summary}<|im_end|>" for _, summary in talks)
+    if not any(summary[0] in " \n" for _, summary in talks):
+        assert learned == expected
         assert [*row.ids, *chatml("\n")["input_ids"]] == reference["input_ids"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(talks=TALKS, template=st.sampled_from([CHATML, None]), train_on=st.sampled_from(["assistant", "answer"]))
+@actual(talks=TALKS, template=st.sampled_from([CHATML, None]), train_on=st.sampled_from(["assistant", "answer"]))
 def test_a_prompt_is_what_a_row_of_training_begins_with(
     chatml: PreTrainedTokenizerBase, talks: list[tuple[str, str]], template: str | None, train_on: TrainOn
 ) -> None:
     chosen = ChatTemplate(chatml, "auto" if template else "plain")
     *earlier, (problem, answer) = talks
-    before = [Message(role, said) for talk in earlier for role, said in zip(("user", "assistant"), talk, strict=True)]
+    before = [
+        Message(role, summary) for talk in earlier for role, summary in zip(("user", "assistant"), talk, strict=True)
+    ]
     conversation = Conversation((*before, Message("user", problem), Message("assistant", answer)), ROW)
     examples: list[Example] = [
         conversation,
@@ -283,11 +285,11 @@ def test_a_prompt_is_what_a_row_of_training_begins_with(
         assert row.ids[: len(prompt)] == prompt
         learned = [token for token, is_learned in zip(prompt, row.mask, strict=False) if is_learned]
         is_earlier_learned = train_on == "assistant" and isinstance(example, Conversation)
-        assert chatml.decode(learned) == "".join(f"{said}{end}" for _, said in earlier if is_earlier_learned)
-        said = chatml.decode(row.ids[len(prompt) :])
-        assert said.endswith(end)
+        assert chatml.decode(learned) == "".join(f"{summary}{end}" for _, summary in earlier if is_earlier_learned)
+        summary = chatml.decode(row.ids[len(prompt) :])
+        assert summary.endswith(end)
         expected = f"<think>\n</think>\n{answer.strip()}" if isinstance(example, Demonstration) else answer
-        assert said == expected + end
+        assert summary == expected + end
         if train_on == "assistant":
             assert all(row.mask[len(prompt) :])
     assert prompt_tokens(chatml, problem.strip(), template=chosen) == prompt_tokens(
@@ -309,7 +311,7 @@ def test_tokenizers_that_mark_beginnings_do_not_mark_those_of_inner_pieces() -> 
 
     names = ["<unk>", "<eos>", "▁", "\n", "a", "b", "▁a", "▁b", "#", "U", "s", "e", "r", "A", "i", "t", "n", ":"]
     merges = [("▁", "a"), ("▁", "b")]
-    inner = Tokenizer(models.BPE({name: place for place, name in enumerate(names)}, merges, unk_token="<unk>"))
+    inner = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, merges, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>")
     row = encoded(tokenizer, Completion("a", "b b", ROW))
@@ -327,7 +329,7 @@ def test_rows_over_max_length() -> None:
             tokenizer, examples, step_format=THINK, max_length=4, over_length=over_length, max_dropped_share=share
         )
 
-    with pytest.raises(DataError, match=r"rows.jsonl:9: row: given 8 tokens; wanted at most 4") as caught:
+    with pytest.raises(DataError, match=r"rows.jsonl:9: row: got 8 tokens; expected at most 4") as caught:
         run("drop")
     assert "1 of 4 rows are over max_length 4, more than data.max_dropped_share (0.01)" in str(caught.value)
     rows, report = run("drop", 0.25)
@@ -350,7 +352,7 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
     assert (report.read, report.used, report.dropped) == (3, 1, {"no trained token": 2})
     assert report.tokens == len(rows[0].ids) == 17
     assert report.trained_tokens == sum(rows[0].mask) == 6
-    assert "3 examples, 1 used, 2 dropped (no trained token); 17 tokens, 6 trained (35%)" in report.said()
+    assert "3 examples, 1 used, 2 dropped (no trained token); 17 tokens, 6 trained (35%)" in report.summary()
     with pytest.raises(DataError, match="at least one row with a token to learn"):
         encode_supervised(tokenizer, [silent], step_format=THINK, max_length=None)
 

@@ -114,7 +114,7 @@ def test_a_template_that_rewrites_earlier_text_is_refused(tokenizer: PreTrainedT
     assert caught.value.hint
 
 
-def test_what_a_template_refuses_is_said(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_what_a_template_refuses_is_summary(tokenizer: PreTrainedTokenizerBase) -> None:
     template = opened(tokenizer, BRACKETS)
     with pytest.raises(TemplateRefusal, match="refuses messages of system, user, assistant: no system here"):
         template.pieces([Message("system", "be kind"), ASKED, LAST])
@@ -135,18 +135,18 @@ def test_templates_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase, sourc
 
 def test_a_template_may_be_chosen(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     tokenizer.chat_template = CHATML
-    assert ChatTemplate(tokenizer).said == "chat template: the tokenizer's own"
+    assert ChatTemplate(tokenizer).summary == "chat template: the tokenizer's own"
     plain = ChatTemplate(tokenizer, "plain")
     assert turns(plain, ASKED, LAST) == ["nothing<eos>"]
-    assert "plain" in plain.said
+    assert "plain" in plain.summary
     file = tmp_path / "own.jinja"
     file.write_text(NO_END)
-    assert ChatTemplate(tokenizer, str(file)).said == f"chat template: {file}"
-    with pytest.raises(UserError, match=r'wanted "auto", "plain" or a file with a Jinja template'):
+    assert ChatTemplate(tokenizer, str(file)).summary == f"chat template: {file}"
+    with pytest.raises(UserError, match=r'expected "auto", "plain" or a file with a Jinja template'):
         ChatTemplate(tokenizer, str(tmp_path / "none.jinja"))
     dated = tmp_path / "dated.jinja"
     dated.write_text("{{ strftime_now('%d %b %Y') }}\n" + CHATML)
-    assert "the date of the run" in ChatTemplate(tokenizer, str(dated)).said
+    assert "the date of the run" in ChatTemplate(tokenizer, str(dated)).summary
 
 
 def test_the_plain_template_kept_in_a_tokenizer_renders_the_same(tokenizer: PreTrainedTokenizerBase) -> None:

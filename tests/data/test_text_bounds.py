@@ -83,14 +83,14 @@ def test_the_first_tokens_of_a_beginning_are_those_of_the_whole(name: str, token
     tokenizer = tokenizers[name]
     bound = TextBound(tokenizer)
     assert bound.is_safe
-    for seed, wanted in ((0, 32), (1, 1), (2, 50)):
+    for seed, expected in ((0, 32), (1, 1), (2, 50)):
         text = _text(seed)
-        begun = bound.beginning(text, wanted)
+        begun = bound.beginning(text, expected)
         assert text.startswith(begun)
         assert len(begun) < 0.8 * len(text)
         ids, whole = (tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (begun, text))
-        assert len(ids) > wanted
-        assert whole[:wanted] == ids[:wanted]
+        assert len(ids) > expected
+        assert whole[:expected] == ids[:expected]
 
 
 def test_a_long_row_by_the_bounds_as_they_are(tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_labelled_rows_are_those_of_the_tokenizer(
             (encoded,), report = encode_labelled(tokenizer, [Labelled(_text(4), second, 1, ROW)], max_length=length)
             assert encoded.ids == expected
             assert report.truncated == 1
-            assert ("at least" in report.said()) is (side == "right")
+            assert ("at least" in report.summary()) is (side == "right")
     finally:
         tokenizer.truncation_side = "right"
 
@@ -155,7 +155,7 @@ def test_rows_of_language_models_are_the_same_cut_and_the_same_dropped(
 
     def cut() -> Any:
         rows, report = encode(tokenizers["bpe"], [example], max_length=40, over_length="cut", **extra)
-        with pytest.raises(Exception, match=r"tokens; wanted at most 40") as caught:
+        with pytest.raises(Exception, match=r"tokens; expected at most 40") as caught:
             encode(tokenizers["bpe"], [example], max_length=40, over_length="error", **extra)
         return rows, report.cut, str(caught.value)
 

@@ -59,7 +59,7 @@ def test_every_token_is_kept_or_counted_as_cut(plain: PreTrainedTokenizerBase) -
     whole, report = encode_labelled(plain, examples(*texts), max_length=None)
     assert [example.index for example in whole] == [0, 1, 2]
     assert (report.truncated, report.tokens_cut) == (0, 0)
-    assert "none cut" in report.said()
+    assert "none cut" in report.summary()
     assert [plain.decode(example.ids) for example in whole] == texts
     lengths = [len(example.ids) for example in whole]
     limit = lengths[0]
@@ -69,18 +69,18 @@ def test_every_token_is_kept_or_counted_as_cut(plain: PreTrainedTokenizerBase) -
     assert [example.cut for example in cut] == [0, lengths[1] - limit, lengths[2] - limit]
     assert (report.examples, report.truncated, report.tokens) == (3, 2, 3 * limit)
     assert report.tokens + report.tokens_cut == sum(lengths)
-    assert f"2 cut at {limit} ({sum(lengths) - 3 * limit} tokens lost)" in report.said()
+    assert f"2 cut at {limit} ({sum(lengths) - 3 * limit} tokens lost)" in report.summary()
 
 
 def test_truncation_as_an_error_names_file_and_line_of_every_row(plain: PreTrainedTokenizerBase) -> None:
     rows = examples("a", "where is the invoice for march", "b", "never again: cold food and a rude waiter")
     with pytest.raises(DataError) as caught:
         encode_labelled(plain, rows, max_length=3, on_truncation="error")
-    assert [(fault.source, fault.line, fault.field) for fault in caught.value.faults] == [
+    assert [(diagnostic.source, diagnostic.line, diagnostic.field) for diagnostic in caught.value.diagnostics] == [
         ("mail.jsonl", 11, "text"),
         ("mail.jsonl", 13, "text"),
     ]
-    assert "wanted at most 3 (training.max_length)" in str(caught.value)
+    assert "expected at most 3 (training.max_length)" in str(caught.value)
     kept, _ = encode_labelled(plain, examples("a", "b"), max_length=3, on_truncation="error")
     assert len(kept) == 2
 
@@ -124,17 +124,17 @@ def test_a_cut_pair_keeps_both_texts_and_its_frame(framing: PreTrainedTokenizerB
 def test_a_limit_that_the_special_tokens_fill_is_refused(framing: PreTrainedTokenizerBase) -> None:
     # transformers does not cut at all then, which would pass the limit without a word.
     with pytest.raises(
-        UserError, match=r"training\.max_length: given 2, wanted at least 3: .* 2 special tokens to a text"
+        UserError, match=r"training\.max_length: got 2, expected at least 3: .* 2 special tokens to a text"
     ):
         encode_labelled(framing, examples("good film order"), max_length=2)
-    with pytest.raises(UserError, match=r"given 3, wanted at least 5: .* 3 special tokens to a pair of texts"):
+    with pytest.raises(UserError, match=r"got 3, expected at least 5: .* 3 special tokens to a pair of texts"):
         encode_labelled(framing, examples(("good film", "bad late")), max_length=3)
     encoded, _ = encode_labelled(framing, examples("good film order"), max_length=3)
     assert len(encoded[0].ids) == 3
 
 
 def test_an_empty_text(plain: PreTrainedTokenizerBase, framing: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match=r"mail\.jsonl:11: text: given text without a single token"):
+    with pytest.raises(DataError, match=r"mail\.jsonl:11: text: got text without a single token"):
         encode_labelled(plain, examples("a", ""), max_length=None)
     # A tokenizer that frames its texts gives tokens for an empty one.
     encoded, _ = encode_labelled(framing, examples(""), max_length=None)

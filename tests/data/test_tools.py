@@ -58,14 +58,16 @@ def learned(tokenizer: PreTrainedTokenizerBase, folder: Path, row: dict[str, Any
     (encoded,), _ = encode_supervised(tokenizer, examples, step_format=THINK, max_length=None)
     prompt = prompt_tokens(tokenizer, examples[0])
     assert encoded.ids[: len(prompt)] == prompt, "a prompt's ids are those of training"
-    said = [token for token, kept in zip(encoded.ids, encoded.mask, strict=True) if kept]
-    return tokenizer.decode(encoded.ids), tokenizer.decode(said)
+    summary = [token for token, kept in zip(encoded.ids, encoded.mask, strict=True) if kept]
+    return tokenizer.decode(encoded.ids), tokenizer.decode(summary)
 
 
-def fault_of(tokenizer: PreTrainedTokenizerBase, folder: Path, row: dict[str, Any], source: str = TOOL_CHATML) -> str:
+def diagnostic_of(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, row: dict[str, Any], source: str = TOOL_CHATML
+) -> str:
     with pytest.raises(DataError) as caught:
         learned(tokenizer, folder, row, source)
-    return str(caught.value.faults[0])
+    return str(caught.value.diagnostics[0])
 
 
 @pytest.mark.parametrize(
@@ -84,10 +86,10 @@ def fault_of(tokenizer: PreTrainedTokenizerBase, folder: Path, row: dict[str, An
 def test_tools_reach_the_template_in_one_form(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, columns: dict[str, Any]
 ) -> None:
-    whole, said = learned(tokenizer, tmp_path, {"messages": [ASKED, FOUND], **columns}, TOOL_CHATML)
+    whole, summary = learned(tokenizer, tmp_path, {"messages": [ASKED, FOUND], **columns}, TOOL_CHATML)
     head = f"<|im_start|>system\n{WRITTEN}\n<|im_end|>\n"
     assert whole == f"{head}<|im_start|>user\nwhere<|im_end|>\n<|im_start|>assistant\nhere<|im_end|>"
-    assert said == "here<|im_end|>"
+    assert summary == "here<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -134,15 +136,15 @@ def test_tools_of_preferences_and_prompts(tokenizer: PreTrainedTokenizerBase, tm
 def test_what_a_template_would_drop_is_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], source: str, piece: str
 ) -> None:
-    fault = fault_of(tokenizer, tmp_path, row, source)
-    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: messages: given ")
-    assert piece in fault
+    diagnostic = diagnostic_of(tokenizer, tmp_path, row, source)
+    assert diagnostic.startswith(f"{tmp_path}/rows.jsonl:1: messages: got ")
+    assert piece in diagnostic
 
 
 def test_reasoning_is_checked_in_what_is_learned_only(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     earlier = {**FOUND, "reasoning_content": "so it is", "weight": 0}
-    _, said = learned(tokenizer, tmp_path, {"messages": [ASKED, earlier, ASKED, FOUND]}, CHATML)
-    assert said == "here<|im_end|>"
+    _, summary = learned(tokenizer, tmp_path, {"messages": [ASKED, earlier, ASKED, FOUND]}, CHATML)
+    assert summary == "here<|im_end|>"
 
 
 @pytest.mark.parametrize("source", [TOOL_CHATML, ITEMS_CHATML])
@@ -156,15 +158,15 @@ def test_arguments_as_text_are_learned_as_objects(
         message = {"role": "assistant", "content": None, role: {"name": "find", "arguments": arguments}}
     answered = {"role": "tool", "tool_call_id": "c1", "content": '{"place": "Ulm"}'}
     rows = {"messages": [ASKED, message, answered, FOUND]}
-    whole, said = learned(tokenizer, tmp_path, rows, source)
+    whole, summary = learned(tokenizer, tmp_path, rows, source)
     expected = '{"id": "A0"}' if source == TOOL_CHATML else "id=A0"
-    assert said == f'<call>{{"name": "find", "arguments": {expected}}}</call><|im_end|>here<|im_end|>'
+    assert summary == f'<call>{{"name": "find", "arguments": {expected}}}</call><|im_end|>here<|im_end|>'
     assert '<|im_start|>tool\n{"place": "Ulm"}<|im_end|>' in whole
 
 
 def test_a_null_inside_arguments_as_text_is_kept(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    _, said = learned(tokenizer, tmp_path, {"messages": [ASKED, call('{"id": null}')]}, TOOL_CHATML)
-    assert '"arguments": {"id": null}' in said
+    _, summary = learned(tokenizer, tmp_path, {"messages": [ASKED, call('{"id": null}')]}, TOOL_CHATML)
+    assert '"arguments": {"id": null}' in summary
 
 
 def test_calls_in_preferences_are_parsed_too(tmp_path: Path) -> None:
@@ -179,9 +181,9 @@ def test_calls_under_a_template_without_an_end_token(tokenizer: PreTrainedTokeni
     source = NO_END.replace(
         "message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +"
     )
-    _, said = learned(tokenizer, tmp_path, {"messages": [ASKED, call('{"id": 1}'), ASKED, FOUND]}, source)
+    _, summary = learned(tokenizer, tmp_path, {"messages": [ASKED, call('{"id": 1}'), ASKED, FOUND]}, source)
     calls = '[{"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"id": 1}}}]'
-    assert said == f"{calls}<eos>here<eos>"
+    assert summary == f"{calls}<eos>here<eos>"
 
 
 @pytest.mark.parametrize(
@@ -202,12 +204,12 @@ def test_calls_under_a_template_without_an_end_token(tokenizer: PreTrainedTokeni
          "messages[0].content[0]", "a part of the type 'input_audio'"),
     ],
 )  # fmt: skip
-def test_faults_name_line_and_field(
+def test_diagnostics_name_line_and_field(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], field: str, piece: str
 ) -> None:
-    fault = fault_of(tokenizer, tmp_path, row)
-    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: {field}: given ")
-    assert piece in fault
+    diagnostic = diagnostic_of(tokenizer, tmp_path, row)
+    assert diagnostic.startswith(f"{tmp_path}/rows.jsonl:1: {field}: got ")
+    assert piece in diagnostic
 
 
 def test_parts_of_text_are_joined(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ BY_HAND: dict[str, tuple[dict[str, Any], list[tuple[list[int], bool]]]] = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_ids_and_the_mask_of_a_row(name: str, tmp_path: Path, pico_tokenizer: Path) -> None:
-    given, expected = BY_HAND[name]
+    actual, expected = BY_HAND[name]
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(given) + "\n")
+    file.write_text(json.dumps(actual) + "\n")
     examples, _ = read_supervised(read(str(file)), {}, step_format=NAMED_FORMATS["think"])
     (row,), report = encode_supervised(
         AutoTokenizer.from_pretrained(pico_tokenizer), examples, step_format=NAMED_FORMATS["think"], max_length=None

@@ -38,7 +38,7 @@ def test_problems_steps_and_answers_with_their_lines(tmp_path: Path) -> None:
     assert [(row.values, row.line, row.index) for row in rows] == [(FIRST, 2, 0), (SECOND, 7, 1)]
     reader = read(str(tmp_path / "a.txt"))
     list(reader)
-    assert reader.report.said == [f"{tmp_path}/a.txt: read as worked problems, by its content"]
+    assert reader.report.summary == [f"{tmp_path}/a.txt: read as worked problems, by its content"]
     assert (reader.report.rows_read, reader.report.blank_lines) == (2, 2)
 
 
@@ -86,17 +86,17 @@ def test_more_steps_than_are_looked_at(tmp_path: Path) -> None:
             "Dear reader,\nProblem: p\nAnswer: 2\n",
             1,
             "format",
-            "wanted JSON Lines, CSV or TSV with a header line, or worked",
+            "expected JSON Lines, CSV or TSV with a header line, or worked",
         ),
         ("Problem: p\nstep\n", 1, "format", "worked problems (Problem: ..., its steps, Answer: ...)"),
     ],
 )
-def test_faults_name_their_line(text: str, line: int, field: str, piece: str, tmp_path: Path) -> None:
+def test_diagnostics_name_their_line(text: str, line: int, field: str, piece: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         rows_of(tmp_path, text)
-    (fault,) = caught.value.faults
-    assert (fault.source, fault.line, fault.field) == (f"{tmp_path}/a.txt", line, field)
-    assert piece in str(fault)
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.source, diagnostic.line, diagnostic.field) == (f"{tmp_path}/a.txt", line, field)
+    assert piece in str(diagnostic)
 
 
 def test_bad_problems_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_bad_problems_are_skipped_and_counted(tmp_path: Path) -> None:
     reader = read(str(file), on_bad_row="skip")
     assert [row.line for row in reader] == [2, 7, 13, 18]
     assert (reader.report.rows_read, reader.report.bad_rows) == (5, 1)
-    assert [fault.line for fault in reader.report.faults] == [10]
+    assert [diagnostic.line for diagnostic in reader.report.diagnostics] == [10]
 
 
 @pytest.mark.parametrize(

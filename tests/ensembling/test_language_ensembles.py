@@ -53,8 +53,8 @@ def made(members: list[str], out: Path, **settings: Any) -> Joined:
     return join(members, out, EnsembleSettings(**settings))
 
 
-def probabilities(place: str | Path) -> Any:
-    return numpy.array([list(each["probabilities"].values()) for each in loopos.load(place).predict(TEXTS)])
+def probabilities(source: str | Path) -> Any:
+    return numpy.array([list(each["probabilities"].values()) for each in loopos.load(source).predict(TEXTS)])
 
 
 def test_the_mean_of_members_that_loopos_opens(members: list[str], tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_the_mean_of_members_that_loopos_opens(members: list[str], tmp_path: Pat
 
 def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: Path) -> None:
     """On the labels that member 1 gives itself."""
-    said = loopos.load(members[1]).predict([row["text"] for row in class_rows(30, ("a", "b", "c"))])
-    rows = [{"text": row["text"], "label": one["label"]} for row, one in zip(class_rows(30), said, strict=True)]
+    summary = loopos.load(members[1]).predict([row["text"] for row in class_rows(30, ("a", "b", "c"))])
+    rows = [{"text": row["text"], "label": one["label"]} for row, one in zip(class_rows(30), summary, strict=True)]
     joined = made(members, tmp_path / "all", method="weighted", fit=str(write_jsonl(tmp_path / "fit.jsonl", rows)))
     assert sum(joined.weights) == pytest.approx(1)
     mixed = numpy.tensordot(joined.weights, numpy.stack([probabilities(member) for member in members]), 1)
@@ -171,10 +171,10 @@ def test_a_member_that_is_gone_is_told(members: list[str], tmp_path: Path) -> No
         loopos.load(tmp_path / "all")
 
 
-def check_refused(told: str, given: list[str], out: Path, **settings: Any) -> None:
+def check_refused(told: str, actual: list[str], out: Path, **settings: Any) -> None:
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError, match=told):
-        made(given, out, **settings)
+        made(actual, out, **settings)
     assert sorted(out.parent.iterdir()) == before
 
 
@@ -185,12 +185,12 @@ def test_what_cannot_be_joined_is_refused(
     other = fine_tuned(tmp_path / "other", pico_folder, class_rows(18, ("a", "b", "d")), 1)
     check_refused(r"other labels than .*: d here alone, c there alone", [members[0], other], out)
     check_refused("of task regression, .* of task classification", [members[0], regressors[0]], out)
-    check_refused("given 1 model", members[:1], out)
+    check_refused("got 1 model", members[:1], out)
     check_refused("given twice", [members[0], members[0]], out)
     check_refused("--method: given median", members, out, method="median")
-    check_refused("wanted --fit DATA", members, out, method="weighted")
+    check_refused("expected --fit DATA", members, out, method="weighted")
     check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))
-    check_refused("wanted one of mean, weighted", regressors, out, method="majority")
+    check_refused("expected one of mean, weighted", regressors, out, method="majority")
     check_refused("no trained model here", [members[0], str(tmp_path)], out)
     made(members[:2], tmp_path / "pair")
     check_refused("an ensemble already", [str(tmp_path / "pair"), members[2]], out)

@@ -12,14 +12,14 @@ from loopos.evaluation.checkers import Sample, Verdict, answer_metrics, checker,
 THINK = NAMED_FORMATS["think"]
 
 
-def verdicts(*texts: str, wanted: str) -> list[Verdict]:
-    samples = [Sample(text, num_tokens=10 + place, ended=place != 1) for place, text in enumerate(texts)]
-    return judge(samples, wanted, {}, step_format=THINK, checker=checker("auto"))
+def verdicts(*texts: str, expected: str) -> list[Verdict]:
+    samples = [Sample(text, num_tokens=10 + index, ended=index != 1) for index, text in enumerate(texts)]
+    return judge(samples, expected, {}, step_format=THINK, checker=checker("auto"))
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (7, 1, 7), (4, 3, 2)])
 def test_pass_at_k_is_the_share_of_draws_with_a_right_sample(n: int, c: int, k: int) -> None:
-    draws = list(combinations([place < c for place in range(n)], k))
+    draws = list(combinations([index < c for index in range(n)], k))
     assert pass_at_k(n, c, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws), abs=1e-15)
 
 
@@ -32,7 +32,7 @@ def test_majorities() -> None:
 
 def test_verdicts() -> None:
     right, cut, wrong = verdicts(
-        "<think>\n2 + 2 = 4\n</think>\n4", "<think>\n2 + 2", "<think>\na\nb\n</think>\n5 apples", wanted="4"
+        "<think>\n2 + 2 = 4\n</think>\n4", "<think>\n2 + 2", "<think>\na\nb\n</think>\n5 apples", expected="4"
     )
     assert [verdict.is_right for verdict in (right, cut, wrong)] == [True, False, False]
     assert (cut.parsed.answer, cut.score) == ("", 0.0)
@@ -40,8 +40,10 @@ def test_verdicts() -> None:
 
 def test_metrics_by_hand() -> None:
     problems = [
-        verdicts("<think>\na\n</think>\n4", "5", "<think>\na\nb\n</think>\n5", "<think>\nc\n</think>\n4.0", wanted="4"),
-        verdicts("1", "<think>\na\n</think>\nyes", "no", "Yes.", wanted="yes"),
+        verdicts(
+            "<think>\na\n</think>\n4", "5", "<think>\na\nb\n</think>\n5", "<think>\nc\n</think>\n4.0", expected="4"
+        ),
+        verdicts("1", "<think>\na\n</think>\nyes", "no", "Yes.", expected="yes"),
     ]
     metrics = answer_metrics(problems, ks=[1, 3])
     assert metrics == {
@@ -59,7 +61,13 @@ def test_metrics_by_hand() -> None:
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    one = verdicts("4", wanted="4")
-    for problems, ks in (([], []), ([[]], []), ([one], [2]), ([one], [0]), ([one, verdicts("4", "5", wanted="4")], [])):
+    one = verdicts("4", expected="4")
+    for problems, ks in (
+        ([], []),
+        ([[]], []),
+        ([one], [2]),
+        ([one], [0]),
+        ([one, verdicts("4", "5", expected="4")], []),
+    ):
         with pytest.raises(ValueError):
             answer_metrics(problems, ks=ks)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.evaluation.checkers import Sample, checker, judge
 
@@ -22,14 +22,14 @@ def test_our_checkers_by_name() -> None:
     assert checker("exact")("42.0", "42", {}) == 0.0
     assert checker("numeric", tolerance=0.1)("45", "42", {}) == 1.0
     assert checker("choice")("(b)", "B", {}) == 1.0
-    with pytest.raises(UserError, match="given fuzzy, wanted one of auto, exact"):
+    with pytest.raises(UserError, match="given fuzzy, expected one of auto, exact"):
         checker("fuzzy")
 
 
 @pytest.mark.parametrize("name", ["math_verify", "reasoning_gym"])
-def test_a_missing_package_is_said_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_summary_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(EnvironmentFault, match=r'pip install -e "\.\[rewards\]"'):
+    with pytest.raises(MissingRequirement, match=r'pip install -e "\.\[rewards\]"'):
         checker(name)
 
 
@@ -68,9 +68,9 @@ def test_the_real_reasoning_gym() -> None:
 
 def test_a_user_s_function_runs_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_checks.py").write_text(
-        "def ends(answer, wanted, row):\n    return answer.endswith(wanted) and row['kind'] == 'x'\n"
-        "def half(answer, wanted, row):\n    return 0.5\n"
-        "def bad(answer, wanted, row):\n    return 'yes'\n"
+        "def ends(answer, expected, row):\n    return answer.endswith(expected) and row['kind'] == 'x'\n"
+        "def half(answer, expected, row):\n    return 0.5\n"
+        "def bad(answer, expected, row):\n    return 'yes'\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -97,14 +97,14 @@ def test_what_a_checker_returns_and_raises(monkeypatch: pytest.MonkeyPatch) -> N
         (torch.tensor(1), 1.0),
         (Fraction(1, 2), 0.5),
     ):
-        module.own = lambda answer, wanted, row, returned=returned: returned  # type: ignore[attr-defined]
+        module.own = lambda answer, expected, row, returned=returned: returned  # type: ignore[attr-defined]
         assert checker("own_checks:own")("a", "b", {}) == score
     for refused in (None, math.nan, 1.5, -1, "1", [1.0, 0.0], np.float64(np.inf)):
-        module.own = lambda answer, wanted, row, refused=refused: refused  # type: ignore[attr-defined]
+        module.own = lambda answer, expected, row, refused=refused: refused  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"^checker own_checks:own: returned .*; expected true, false or a number"):
             checker("own_checks:own")("a", "b", {})
 
-    def raises(answer: str, wanted: str, row: dict[str, object]) -> bool:
+    def raises(answer: str, expected: str, row: dict[str, object]) -> bool:
         return bool(row["missing"])
 
     module.own = raises  # type: ignore[attr-defined]

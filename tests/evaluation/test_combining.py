@@ -15,8 +15,8 @@ from loopos.evaluation.combining import Combined, Tally, in_order, tied
 def together(method: str, members: list[Any], *, task: str = "classification", weights: Any = None) -> Combined:
     tally = Tally(task, method)
     shares = weights or [1 / len(members)] * len(members)
-    for said, weight in zip(members, shares, strict=True):
-        meaning = numpy.array(said, dtype=numpy.float64)
+    for summary, weight in zip(members, shares, strict=True):
+        meaning = numpy.array(summary, dtype=numpy.float64)
         logits = (
             torch.tensor([[0.0]])
             if task == "regression"

@@ -73,8 +73,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
     engine = Reasoner.open(str(pico_folder)).engine
     settings = SamplingSettings(max_new_tokens=12, stop=("k", "\n\n"))
     prompts = [engine.tokenizer.encode(sentence) for sentence in SENTENCES]
-    said = [each.text for each in engine.generate(prompts, settings)]
-    answers = [text if i % 2 else "nothing" for i, text in enumerate(said)]
+    summary = [each.text for each in engine.generate(prompts, settings)]
+    answers = [text if i % 2 else "nothing" for i, text in enumerate(summary)]
     write(folder / "said.jsonl", [{"question": q, "answer": a} for q, a in zip(SENTENCES, answers, strict=True)])
     return folder
 
@@ -114,9 +114,9 @@ def test_figures_are_those_of_lm_evals_own_model(tasks: Path, pico_folder: Path,
         assert figures(ours, name) == pytest.approx(figures(expected, name), rel=RELATIVE)
         for one, other in zip(ours["samples"][name], expected["samples"][name], strict=True):
             assert one["doc"] == other["doc"]
-            for said, wanted in zip(one["resps"], other["resps"], strict=True):
-                assert len(said) == 1
-                first, second = said[0], wanted[0]
+            for summary, expected in zip(one["resps"], other["resps"], strict=True):
+                assert len(summary) == 1
+                first, second = summary[0], expected[0]
                 if isinstance(first, tuple):
                     first, second = list(first), list(second)
                 assert first == second or first == pytest.approx(second, rel=RELATIVE)

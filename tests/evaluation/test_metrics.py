@@ -209,23 +209,23 @@ TWO_ROWS = [[0.5, 0.5], [0.2, 0.8]]
         (lambda: multi_label_metrics(numpy.empty((0, 3)), numpy.empty((0, 3))), "no rows"),
         (lambda: regression_metrics([], []), "no rows"),
         (lambda: confusion_matrix([], [], 3), "no rows"),
-        (lambda: classification_metrics([0.5, 0.5], [0, 1]), "wanted 2 axes"),
+        (lambda: classification_metrics([0.5, 0.5], [0, 1]), "expected 2 axes"),
         (lambda: classification_metrics([[1.0], [1.0]], [0, 0]), "at least 2"),
-        (lambda: classification_metrics(TWO_ROWS, [0, 2]), "from 0 to 2 given, wanted 0 to 1"),
+        (lambda: classification_metrics(TWO_ROWS, [0, 2]), "from 0 to 2 given, expected 0 to 1"),
         (lambda: classification_metrics(TWO_ROWS, [-1, 1]), "from -1 to 1 given"),
-        (lambda: classification_metrics(TWO_ROWS, [0]), "wanted \\(2,\\)"),
+        (lambda: classification_metrics(TWO_ROWS, [0]), "expected \\(2,\\)"),
         (lambda: classification_metrics(TWO_ROWS, [0.0, 1.0]), "whole numbers"),
         (lambda: classification_metrics([[float("nan"), 0.5], [0.2, 0.8]], [0, 1]), "1 of 4 values are nan or inf"),
-        (lambda: multi_label_metrics(TWO_ROWS, [[0, 1]]), "wanted the shape of probabilities"),
+        (lambda: multi_label_metrics(TWO_ROWS, [[0, 1]]), "expected the shape of probabilities"),
         (lambda: multi_label_metrics(TWO_ROWS, [[0, 1], [2, 0]]), "other values than 0 and 1"),
         (lambda: regression_metrics([1.0, 2.0], [1.0]), "2 predictions for 1 targets"),
         (lambda: regression_metrics([1.0, 2.0], [1.0, float("inf")]), "targets: 1 of 2"),
         (lambda: confusion_matrix([0, 1], [0, 3], 3), "from 0 to 3 given"),
-        (lambda: confusion_matrix([0, 1], [0], 3), "wanted \\(2,\\)"),
+        (lambda: confusion_matrix([0, 1], [0], 3), "expected \\(2,\\)"),
     ],
 )
-def test_unusable_input_is_refused(call: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_unusable_input_is_refused(call: Any, summary: str) -> None:
+    with pytest.raises(ValueError, match=summary):
         call()
 
 

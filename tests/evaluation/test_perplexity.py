@@ -35,7 +35,7 @@ def test_windows_by_hand() -> None:
     ("tokens", "window", "stride"), [(50, 7, 1), (50, 7, 6), (13, 4, 3), (2, 2, 1), (101, 100, 50)]
 )
 def test_every_token_but_the_first_is_counted_once(tokens: int, window: int, stride: int) -> None:
-    counted = [place for _, last, start in windows(tokens, window, stride) for place in range(start, last)]
+    counted = [index for _, last, start in windows(tokens, window, stride) for index in range(start, last)]
     assert counted == list(range(1, tokens))
     assert all(start - first >= min(window - stride, start) for first, _, start in windows(tokens, window, stride))
 
@@ -47,12 +47,12 @@ def test_as_transformers_logits_say(opened: tuple[Any, Any], window: int, stride
     model, tokenizer = opened
     ids = tokenizer(TEXT)["input_ids"]
     nats, last = 0.0, 0
-    for place in range(1, len(ids)):
+    for index in range(1, len(ids)):
         # The first window that reaches the token.
-        first = 0 if place < window else math.ceil((place + 1 - window) / stride) * stride
-        logits = model(input_ids=torch.tensor([ids[first:place]])).logits[0, -1]
-        nats -= float(logits.double().log_softmax(-1)[ids[place]])
-        last = place
+        first = 0 if index < window else math.ceil((index + 1 - window) / stride) * stride
+        logits = model(input_ids=torch.tensor([ids[first:index]])).logits[0, -1]
+        nats -= float(logits.double().log_softmax(-1)[ids[index]])
+        last = index
     found = text_loss(model, tokenizer, TEXT, window=window, stride=stride)
     assert found.tokens == last == len(ids) - 1
     assert found.nats == pytest.approx(nats, rel=1e-5)
@@ -83,10 +83,10 @@ def test_bits_a_byte_by_hand() -> None:
 @pytest.mark.parametrize(
     ("text", "window", "stride", "told"),
     [
-        (TEXT, 257, None, "window: given 257 tokens; wanted 2 to 256, the model's positions"),
-        (TEXT, 1, None, "window: given 1 tokens"),
-        (TEXT, 64, 64, "stride: given 64 tokens; wanted 1 to 63"),
-        ("a", None, None, "a text of 1 tokens; wanted 2 or more"),
+        (TEXT, 257, None, "window: got 257 tokens; expected 2 to 256, the model's positions"),
+        (TEXT, 1, None, "window: got 1 tokens"),
+        (TEXT, 64, 64, "stride: got 64 tokens; expected 1 to 63"),
+        ("a", None, None, "a text of 1 tokens; expected 2 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -109,7 +109,7 @@ def test_labels_outside_the_classes_are_errors_or_counted(runs: dict[str, Path],
     predictor = Predictor.open(runs["classification"])
     with pytest.raises(DataError) as caught:
         predictor.evaluate_file(str(file))
-    assert [fault.line for fault in caught.value.faults] == [11, 12]
+    assert [diagnostic.line for diagnostic in caught.value.diagnostics] == [11, 12]
     found = predictor.evaluate_file(str(file), on_bad_row="skip")
     assert found["rows"] == 10
     assert sum(found["dropped"].values()) == 2
@@ -155,7 +155,7 @@ def test_opening_through_the_package_and_what_it_refuses(runs: dict[str, Path], 
     assert Predictor.open(runs["regression"] / "model").predict(["good"])[0]["value"] == value
     with pytest.raises(UserError, match="no trained model here"):
         loopos.load(tmp_path)
-    with pytest.raises(UserError, match="given int3, wanted one of bf16, fp16, fp32"):
+    with pytest.raises(UserError, match="given int3, expected one of bf16, fp16, fp32"):
         Predictor.open(runs["regression"], precision="int3")
 
 

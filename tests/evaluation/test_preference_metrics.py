@@ -148,7 +148,7 @@ def test_every_direction_is_that_of_a_metric() -> None:
         assert (better[name] < worse[name]) == (direction == "min"), name
 
 
-def test_buckets_at_given_edges_by_hand() -> None:
+def test_buckets_at_actual_edges_by_hand() -> None:
     # [1, 2): won. [2, 5): lost, tied. [5, 9]: won twice. Nothing lies below 1.
     buckets = margin_buckets([1, 0, 1, 3, 3], [0, 1, 1, 1, 1], [1, 2, 3, 5, 9], edges=[0.5, 2, 5])
     assert [(bucket.low, bucket.high, bucket.pairs, bucket.accuracy) for bucket in buckets] == [
@@ -204,22 +204,22 @@ def test_reliability_is_symmetric_and_counts_every_pair_twice() -> None:
         ({"better": [], "worse": []}, "better: no rows"),
         ({"better": [1, math.inf], "worse": [1, 2]}, "better: 1 of 2 values are nan or inf"),
         ({"better": [1, 2], "worse": [1]}, "worse: 1 values for 2 pairs"),
-        ({"better": [[1]], "worse": [[1]]}, "wanted 1 axes"),
-        ({"better": [1], "worse": [1], "probabilities": [1.5]}, "wanted 0 to 1"),
+        ({"better": [[1]], "worse": [[1]]}, "expected 1 axes"),
+        ({"better": [1], "worse": [1], "probabilities": [1.5]}, "expected 0 to 1"),
         ({"better": [1], "worse": [1], "probabilities": [1, 1]}, "probabilities: 2 values for 1 pairs"),
         ({"better": [1], "worse": [1], "margins": [1, 2]}, "margins: 2 values for 1 pairs"),
         ({"better": [1], "worse": [1], "better_lengths": [1]}, "lengths of one side alone"),
         ({"better": [1], "worse": [1], "better_lengths": [1], "worse_lengths": [1, 2]}, "worse_lengths: 2 values"),
     ],
 )
-def test_bad_input_is_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        preference_metrics(**given)
+def test_bad_input_is_refused(actual: dict[str, Any], summary: str) -> None:
+    with pytest.raises(ValueError, match=summary):
+        preference_metrics(**actual)
 
 
 def test_bad_edges_and_bins_are_refused() -> None:
-    for edges, said in (([2, 1], "ascending"), ([1, 1], "ascending"), ([math.nan], "nan or inf"), ([], "no rows")):
-        with pytest.raises(ValueError, match=said):
+    for edges, summary in (([2, 1], "ascending"), ([1, 1], "ascending"), ([math.nan], "nan or inf"), ([], "no rows")):
+        with pytest.raises(ValueError, match=summary):
             margin_buckets([1], [0], [1], edges=edges)
     with pytest.raises(ValueError, match="0 bins"):
         reliability([1], [0], bins=0)

@@ -324,8 +324,8 @@ def test_when_where_and_on_what_a_run_ran(tmp_path: Path) -> None:
 def test_chats_of_the_last_validation_stand_beside_the_first(tmp_path: Path) -> None:
     run = make_run(tmp_path, [event("step", 4, {})])
     records = [
-        {"step": step, "prompt": "hi <you>", "reference": "hello", "response": said}
-        for step, said in ((0, "um"), (2, "hel"), (4, "hello!"))
+        {"step": step, "prompt": "hi <you>", "reference": "hello", "response": summary}
+        for step, summary in ((0, "um"), (2, "hel"), (4, "hello!"))
     ]
     torn = '{"step": 6, "pro'
     (run / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records) + torn)

@@ -72,8 +72,8 @@ def test_the_bound_is_on_the_sum() -> None:
         ("no_such_module:f", "cannot import no_such_module"),
     ],
 )
-def test_a_function_that_is_not_there(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_function_that_is_not_there(name: str, summary: str) -> None:
+    with pytest.raises(UserError, match=summary):
         reward_function(name)
 
 

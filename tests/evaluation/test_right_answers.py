@@ -1,4 +1,4 @@
-"""Answers against wanted ones, pair by pair."""
+"""Answers against expected ones, pair by pair."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 from answer_pairs import GROUPS, PAIRS
-from hypothesis import given, settings
+from hypothesis import actual, settings
 from hypothesis import strategies as st
 from math_verify_differences import DIFFERENCES
 
@@ -34,7 +34,7 @@ def test_normal_forms(text: str, expected: str) -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(max_size=20))
+@actual(st.text(max_size=20))
 def test_any_text_equals_itself_with_blanks_around_and_nothing_raises(text: str) -> None:
     assert exact(f" {text}\n", text)
     quantity(text)
@@ -101,7 +101,7 @@ def test_texts_without_one_number(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "wanted", "is_right"),
+    ("given_answer", "expected", "is_right"),
     [
         ("42.0", "42", True),
         ("42.1", "42", False),
@@ -129,8 +129,8 @@ def test_texts_without_one_number(text: str) -> None:
         ("5", "no idea", False),
     ],
 )
-def test_numbers_with_tolerance(given_answer: str, wanted: str, is_right: bool) -> None:
-    assert numeric(given_answer, wanted) is is_right
+def test_numbers_with_tolerance(actual_answer: str, expected: str, is_right: bool) -> None:
+    assert numeric(actual_answer, expected) is is_right
 
 
 def test_the_tolerance_is_relative() -> None:
@@ -141,7 +141,7 @@ def test_the_tolerance_is_relative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "wanted", "is_right"),
+    ("given_answer", "expected", "is_right"),
     [
         ("B", "B", True),
         ("(b)", "B", True),
@@ -158,12 +158,12 @@ def test_the_tolerance_is_relative() -> None:
         ("B", "", False),
     ],
 )
-def test_choices(given_answer: str, wanted: str, is_right: bool) -> None:
-    assert choice(given_answer, wanted) is is_right
+def test_choices(actual_answer: str, expected: str, is_right: bool) -> None:
+    assert choice(actual_answer, expected) is is_right
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "wanted", "is_right"),
+    ("given_answer", "expected", "is_right"),
     [
         ("42 apples", "42", True),
         ("the total is 42", "42", True),
@@ -175,8 +175,8 @@ def test_choices(given_answer: str, wanted: str, is_right: bool) -> None:
         ("k", "k", True),
     ],
 )
-def test_the_kind_of_the_wanted_answer_decides(given_answer: str, wanted: str, is_right: bool) -> None:
-    assert automatic(given_answer, wanted) is is_right
+def test_the_kind_of_the_expected_answer_decides(actual_answer: str, expected: str, is_right: bool) -> None:
+    assert automatic(actual_answer, expected) is is_right
 
 
 def test_answers_that_mean_the_same_vote_together() -> None:
@@ -197,13 +197,15 @@ def test_the_table_of_pairs_is_large_and_has_both_kinds() -> None:
 
 
 @pytest.mark.slow
-def test_math_verify_differs_where_it_is_said_why() -> None:
+def test_math_verify_differs_where_it_is_summary_why() -> None:
     """The pairs that hold mathematics; 10^99999999 is left out, on which the package waits for its own time limit."""
     pytest.importorskip("math_verify")
     check = checker("math_verify")
     listed = {pair: why for why, pairs in DIFFERENCES.items() for pair in pairs}
     asked = [pair for name, pairs in GROUPS.items() if name != "choices" for pair in pairs if "9999" not in pair[0]]
-    differing = {(given, wanted) for given, wanted, right in asked if (check(given, wanted, {}) == 1.0) is not right}
+    differing = {
+        (actual, expected) for actual, expected, right in asked if (check(actual, expected, {}) == 1.0) is not right
+    }
     assert differing == set(listed)
 
 
@@ -212,15 +214,15 @@ _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _LEFT_OUT = re.compile(r",|\$|(?s:.*)#### |\.$")
 
 
-def strict_match(text: str, wanted: str) -> bool:
+def strict_match(text: str, expected: str) -> bool:
     """Whether lm-eval counts a completion as right by its filter strict-match."""
     found = _STRICT.findall(text)
-    said, asked = (_LEFT_OUT.sub("", each).lower() for each in (found[0] if found else "[invalid]", wanted))
-    return said == asked
+    summary, asked = (_LEFT_OUT.sub("", each).lower() for each in (found[0] if found else "[invalid]", expected))
+    return summary == asked
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("7 + 6 = 13\n#### 43", "43"),
         ("7 + 6 = 13\n#### 43\n\nQuestion: What is 1 + 1?\n#### 2", "43"),
@@ -234,8 +236,8 @@ def strict_match(text: str, wanted: str) -> bool:
         ("a #### 43\nb #### 44", "44"),
     ],
 )
-def test_hashes_are_read_as_lm_eval_reads_them(text: str, wanted: str) -> None:
-    assert automatic(NAMED_FORMATS["hashes"].parse(text).answer, wanted) is strict_match(text, wanted)
+def test_hashes_are_read_as_lm_eval_reads_them(text: str, expected: str) -> None:
+    assert automatic(NAMED_FORMATS["hashes"].parse(text).answer, expected) is strict_match(text, expected)
 
 
 @pytest.mark.parametrize(

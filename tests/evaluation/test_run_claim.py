@@ -21,10 +21,10 @@ class Processes:
 
     is_first: bool = True
     told: object = None
-    given: list[object] = field(default_factory=list)
+    actual: list[object] = field(default_factory=list)
 
     def gather(self, value: object) -> list[object]:
-        self.given.append(value)
+        self.actual.append(value)
         return [value if self.is_first else self.told, value]
 
 
@@ -68,7 +68,7 @@ def test_every_process_of_a_run_learns_why_the_first_one_refuses(tmp_path: Path)
     with pytest.raises(UserError, match="already contains a run") as refused:
         claimed(tmp_path, world=first)
     with pytest.raises(UserError, match="already contains a run") as elsewhere:
-        claimed(tmp_path, world=Processes(is_first=False, told=first.given[0]))
+        claimed(tmp_path, world=Processes(is_first=False, told=first.actual[0]))
     assert str(elsewhere.value) == str(refused.value)
     claimed(tmp_path, resume=True, world=Processes(is_first=False))
 

@@ -90,7 +90,7 @@ def test_a_tie_is_told_by_its_loss() -> None:
         [judged(), validation(0, loss=1.0), validation(4, True, True, accuracy=0.5)],
     ],
 )
-def test_what_is_not_known_is_not_said(events: list[dict[str, Any]]) -> None:
+def test_what_is_not_known_is_not_summary(events: list[dict[str, Any]]) -> None:
     outcome = outcome_of({}, events)
     assert outcome.beat_start is None
     assert "start" not in outcome.verdict()
@@ -102,7 +102,7 @@ def test_a_metric_that_is_never_finite_again_did_not_beat_the_start() -> None:
 
 
 EARLY = {"early_stopping": {"patience": 3, "metric": None}}
-ALARM = event("alarm", 4, {"name": "kl", "value": 2.0, "limit": 1.0, "message": "KL 2 is above its limit of 1"})
+ALERT = event("alarm", 4, {"name": "kl", "value": 2.0, "limit": 1.0, "message": "KL 2 is above its limit of 1"})
 
 
 @pytest.mark.parametrize(
@@ -125,5 +125,5 @@ def test_the_true_cause_of_the_end_is_named(
     stopped_by: str | None, training: dict[str, Any], facts: dict[str, Any], expected: str
 ) -> None:
     earlier = [judged(), event("end", 2, {"stopped_by": "SIGTERM"})]
-    events = [*earlier, judged(**facts), ALARM, *([event("end", 4, {"stopped_by": stopped_by})] if stopped_by else [])]
+    events = [*earlier, judged(**facts), ALERT, *([event("end", 4, {"stopped_by": stopped_by})] if stopped_by else [])]
     assert ending({"training": training}, events) == expected

@@ -26,9 +26,9 @@ from loopos.evaluation.winrate import (
 )
 
 
-def pair(place: int, winner: Winner, *, a: str = "yes", b: str = "no!", orders: Any = None) -> Pair:
-    contest = Contest((Message("user", f"asked {place}"),), a, b)
-    return Pair(place, 0, contest, Reply(a, 4, True), Reply(b, 6, False), Ruling(winner, orders))
+def pair(index: int, winner: Winner, *, a: str = "yes", b: str = "no!", orders: Any = None) -> Pair:
+    contest = Contest((Message("user", f"asked {index}"),), a, b)
+    return Pair(index, 0, contest, Reply(a, 4, True), Reply(b, 6, False), Ruling(winner, orders))
 
 
 def test_one_pair_a_prompt_is_the_win_rate_of_scores() -> None:
@@ -53,7 +53,7 @@ def test_pairs_of_one_prompt_are_one_trial() -> None:
 
 def test_where_one_side_wins_all_the_interval_has_a_width() -> None:
     # Wilson with s = t = 10: from 1 / (1 + z²/10) to 1.
-    found = rate_of([pair(place, "a") for place in range(10)])
+    found = rate_of([pair(index, "a") for index in range(10)])
     assert (found.low, found.high) == pytest.approx((1 / (1 + 1.959963984540054**2 / 10), 1.0))
 
 
@@ -146,10 +146,10 @@ def test_the_judge_sees_the_prompt(judges: str) -> None:
         ("none_of_two", "(None, 1.0); expected"),
     ],
 )
-def test_what_a_judge_must_not_say(judges: str, name: str, said: str) -> None:
+def test_what_a_judge_must_not_say(judges: str, name: str, summary: str) -> None:
     with pytest.raises(UserError, match=f"judge own_judges:{name}: returned") as caught:
         rulings(f"{judges}:{name}", ("one", "other"))
-    assert said in str(caught.value)
+    assert summary in str(caught.value)
     assert str(caught.value).endswith("\n    for the prompt 'x'")
     with pytest.raises(UserError, match="has no function nobody"):
         by_function(f"{judges}:nobody")

@@ -25,7 +25,7 @@ from transformers import (
 
 import loopos
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.evaluation.run_folder import run_of
 from loopos.exporting.export import Exported, export
 from loopos.exporting.settings import ExportSettings
@@ -40,8 +40,8 @@ IDS = torch.arange(3, 40)[None]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def as_folder(place: Path | str, out: Path, kind: str | None = None, **named: Any) -> Exported:
-    return export(str(place), out, ExportSettings(format="huggingface", type=kind, **named))
+def as_folder(source: Path | str, out: Path, kind: str | None = None, **named: Any) -> Exported:
+    return export(str(source), out, ExportSettings(format="huggingface", type=kind, **named))
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def test_a_push_sends_the_finished_folder(pico_folder: Path, tmp_path: Path) -> 
 def test_a_push_that_fails_leaves_the_folder_and_says_so(pico_folder: Path, tmp_path: Path) -> None:
     hub = FakeHub(OSError("no route to host"))
     settings = ExportSettings(format="huggingface", push="owner/name", check=False)
-    with pytest.raises(EnvironmentFault, match=r"no route to host; the export itself is whole in"):
+    with pytest.raises(MissingRequirement, match=r"no route to host; the export itself is whole in"):
         export(str(pico_folder), tmp_path / "out", settings, client=lambda: hub)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -335,11 +335,11 @@ def test_without_a_push_nothing_speaks(pico_folder: Path, tmp_path: Path, monkey
     assert hub.calls == []
 
 
-def check_refused(told: str, place: Path | str, out: Path, **settings: Any) -> None:
+def check_refused(told: str, source: Path | str, out: Path, **settings: Any) -> None:
     """`told` is said, and nothing new lies beside `out`."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError, match=told):
-        export(str(place), out, ExportSettings(**settings))
+        export(str(source), out, ExportSettings(**settings))
     assert sorted(out.parent.iterdir()) == before
 
 
@@ -355,15 +355,15 @@ def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> No
 
 def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    check_refused("--format: given ggml; wanted one of huggingface", pico_folder, out, format="ggml")
+    check_refused("--format: given ggml; expected one of huggingface", pico_folder, out, format="ggml")
     check_refused(
-        "--type: given q8_0; wanted one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
+        "--type: given q8_0; expected one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
     )
-    check_refused("--push: given name; wanted owner/name", pico_folder, out, format="gguf", push="name")
+    check_refused("--push: given name; expected owner/name", pico_folder, out, format="gguf", push="name")
     check_refused("holds only language models", head_run, out, format="gguf")
     check_refused("no adapter here", head_run, out, format="adapter")
     check_refused("holds no model", tmp_path, out, format="huggingface")
-    check_refused("which has learned nothing|wanted the folder", "new", out, format="huggingface")
+    check_refused("which has learned nothing|expected the folder", "new", out, format="huggingface")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
     check_refused("is there already", pico_folder, tmp_path / "there", format="huggingface")

@@ -27,8 +27,8 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def made(place: Path | str, out: Path, kind: str, *, check: bool = False) -> Exported:
-    return export(str(place), out, ExportSettings(format="gguf", type=kind, check=check))
+def made(source: Path | str, out: Path, kind: str, *, check: bool = False) -> Exported:
+    return export(str(source), out, ExportSettings(format="gguf", type=kind, check=check))
 
 
 def saved(config: Any, folder: Path, tokenizer: Path) -> Path:
@@ -84,9 +84,9 @@ def test_the_projects_own_reader_opens_it(pico_folder: Path, tmp_path: Path, mon
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|endoftext|>"}))
     opened = load_pretrained(str(the_file(made(folder, tmp_path / "out", "f32"))), causal=True)
     expected = load_pretrained(str(folder), causal=True)
-    parameters, wanted = dict(opened.model.named_parameters()), dict(expected.model.named_parameters())
-    assert set(parameters) == set(wanted)
-    assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
+    parameters, expected = dict(opened.model.named_parameters()), dict(expected.model.named_parameters())
+    assert set(parameters) == set(expected)
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     assert opened.tokenizer(TEXT)["input_ids"] == expected.tokenizer(TEXT)["input_ids"]
 
 
@@ -161,11 +161,11 @@ def test_metadata_is_what_llama_cpp_reads(pico_folder: Path, tmp_path: Path) -> 
     fields = fields_of(the_file(made(folder, tmp_path / "out", "f16")))
     assert fields["general.architecture"] == "llama"
     assert fields["general.file_type"] == 1
-    wanted = {
+    expected = {
         "block_count": 2, "context_length": 256, "embedding_length": 32, "feed_forward_length": 64, "vocab_size": 400,
         "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8, "rope.freq_base": 10000.0,
     }  # fmt: skip
-    assert {name: fields[f"llama.{name}"] for name in wanted} == wanted
+    assert {name: fields[f"llama.{name}"] for name in expected} == expected
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert fields["tokenizer.ggml.model"] == "gpt2"
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
@@ -211,9 +211,9 @@ def test_mistral_is_written_as_the_llama_that_it_is(tmp_path: Path, pico_tokeniz
     assert fields_of(the_file(exported))["general.architecture"] == "llama"
 
 
-def refused(place: Path, tmp_path: Path) -> str:
+def refused(location: Path, tmp_path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        made(place, tmp_path / "refused", "f16")
+        made(location, tmp_path / "refused", "f16")
     assert not [path for path in tmp_path.iterdir() if "refused" in path.name]
     return str(caught.value)
 

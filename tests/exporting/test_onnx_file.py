@@ -9,7 +9,7 @@ import torch
 from pico_runs import save_pico
 from transformers import AutoModel
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.exporting import onnx as onnx_file
 from loopos.exporting.export import export
 from loopos.exporting.settings import ExportSettings
@@ -36,7 +36,7 @@ def test_a_language_model_and_a_missing_package_are_told(
         export(str(pico_folder), tmp_path / "out", ExportSettings(format="onnx"))
     encoder = save_pico("bert", tmp_path / "bert", pico_tokenizer)
     monkeypatch.setattr(onnx_file, "_PACKAGES", ("no_such_package",))
-    with pytest.raises(EnvironmentFault, match=r"needs no_such_package; run\s+pip install"):
+    with pytest.raises(MissingRequirement, match=r"needs no_such_package; run\s+pip install"):
         export(str(encoder), tmp_path / "out", ExportSettings(format="onnx"))
     assert not (tmp_path / "out").exists()
 

@@ -37,12 +37,12 @@ def logits(folder: Path) -> Tensor:
     return found
 
 
-def shipped(place: Path, out: Path, output_format: str = "huggingface", **named: Any) -> Exported:
-    return export(str(place), out, ExportSettings(format=output_format, **named))
+def shipped(path: Path, out: Path, output_format: str = "huggingface", **named: Any) -> Exported:
+    return export(str(path), out, ExportSettings(format=output_format, **named))
 
 
-def merged(place: Path, out: Path) -> Path:
-    models = [{"model": str(place)}, {"model": str(place)}]
+def merged(path: Path, out: Path) -> Path:
+    models = [{"model": str(path)}, {"model": str(path)}]
     merge(MergeConfig.model_validate({"method": "linear", "models": models, "output_dir": str(out)}))
     return out
 

@@ -16,7 +16,7 @@ from loopos.exporting import huggingface as hugging_face
 from loopos.exporting import language_check
 from loopos.exporting.checks import Check, ExportDiffers, judge
 from loopos.exporting.export import Exported, export
-from loopos.exporting.language_check import LlamaAnswer, LlamaStep, held_against_llama, reference
+from loopos.exporting.language_check import LlamaAnswer, LlamaStep, compared_with_llama_cpp, reference
 from loopos.exporting.settings import ExportSettings
 
 CHATML = (
@@ -25,8 +25,8 @@ CHATML = (
 )
 
 
-def shipped(place: Path, out: Path, output_format: str = "huggingface", **named: Any) -> Exported:
-    return export(str(place), out, ExportSettings(format=output_format, **named))
+def shipped(path: Path, out: Path, output_format: str = "huggingface", **named: Any) -> Exported:
+    return export(str(path), out, ExportSettings(format=output_format, **named))
 
 
 @pytest.fixture
@@ -101,10 +101,10 @@ def test_a_lossy_export_below_its_share_warns() -> None:
     assert judge(near, "q8_0", "m") == ""
     assert "in 68.5% of places, expected at least 80%; take a wider" in judge(replace(far, same=0.685), "q4_0", "m")
     assert judge(replace(far, same=0.8), "q4_0", "m") == ""
-    assert judge(replace(far, faults=("any",)), "q8_0", "m")
+    assert judge(replace(far, diagnostics=("any",)), "q8_0", "m")
     assert judge(far, "f16", "m") == ""
     with pytest.raises(ExportDiffers, match="m: the export is another model"):
-        judge(replace(near, faults=("outputs differ",)), "f16", "m")
+        judge(replace(near, diagnostics=("outputs differ",)), "f16", "m")
 
 
 def test_what_llama_cpp_may_and_may_not_differ_by(chatting: Path) -> None:
@@ -112,7 +112,7 @@ def test_what_llama_cpp_may_and_may_not_differ_by(chatting: Path) -> None:
     own = reference(chatting, None)
     best = [LlamaStep(int(row.argmax()), float(row.max())) for row in own.logprobs]
     answer = LlamaAnswer(len(own.prompt), own.text[-1])
-    assert held_against_llama(own, best, answer, 0.01) == (
+    assert compared_with_llama_cpp(own, best, answer, 0.01) == (
         "greedy chat text by llama.cpp: 16 of 16 tokens the same",
         [],
     )
@@ -120,16 +120,16 @@ def test_what_llama_cpp_may_and_may_not_differ_by(chatting: Path) -> None:
     gap = float(own.logprobs[5].max() - own.logprobs[5][second])
     parted = [*best]
     parted[5] = LlamaStep(second, float(own.logprobs[5][second]))
-    text, faults = held_against_llama(own, parted, answer, gap * 0.9)
+    text, diagnostics = compared_with_llama_cpp(own, parted, answer, gap * 0.9)
     assert "5 of 16" in text
-    [fault] = faults
-    assert "log-probabilities differ" in fault
-    assert held_against_llama(own, parted, answer, gap * 1.1)[1] == []
-    assert held_against_llama(own, parted, answer, None)[1] == []
-    [fault] = held_against_llama(own, best, replace(answer, num_prompt=3), 0.01)[1]
-    assert "llama.cpp makes 3 tokens of the prompt" in fault
-    [fault] = held_against_llama(own, best, replace(answer, text="no"), 0.01)[1]
-    assert "llama.cpp writes 'no'; expected a text that begins with" in fault
+    [diagnostic] = diagnostics
+    assert "log-probabilities differ" in diagnostic
+    assert compared_with_llama_cpp(own, parted, answer, gap * 1.1)[1] == []
+    assert compared_with_llama_cpp(own, parted, answer, None)[1] == []
+    [diagnostic] = compared_with_llama_cpp(own, best, replace(answer, num_prompt=3), 0.01)[1]
+    assert "llama.cpp makes 3 tokens of the prompt" in diagnostic
+    [diagnostic] = compared_with_llama_cpp(own, best, replace(answer, text="no"), 0.01)[1]
+    assert "llama.cpp writes 'no'; expected a text that begins with" in diagnostic
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
@@ -139,10 +139,12 @@ def test_llama_cpp_opens_a_gguf(kind: str, chatting: Path, tmp_path: Path) -> No
     assert done.check is not None
     assert any(text.startswith("greedy chat text by llama.cpp: ") for text in done.check.texts)
     if kind == "f32":
-        assert done.check.faults == ()
+        assert done.check.diagnostics == ()
 
 
-def test_llama_cpp_that_differs_is_a_fault(chatting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_that_differs_is_a_diagnostic(
+    chatting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("xllamacpp")
     monkeypatch.setattr(language_check, "_MESSAGES", ({"role": "user", "content": "the parcel"},))
     own = reference(chatting, None)

@@ -34,8 +34,8 @@ def kl_estimate(logprob: float, reference_logprob: float, estimator: str) -> flo
 def response_rewards(score: float, kl: list[float], kl_coefficient: float) -> list[float]:
     """Every token pays its KL; the last one is paid the reward model's score (Stiennon et al. 2020, section 3.4)."""
     rewards = []
-    for place, term in enumerate(kl):
-        is_last = place == len(kl) - 1
+    for index, term in enumerate(kl):
+        is_last = index == len(kl) - 1
         rewards.append((score if is_last else 0.0) - kl_coefficient * term)
     return rewards
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ppo_reference import pair_loss
 
-from loopos.functional.preference_loss import bradley_terry_sum, centring_sum, preferred
+from loopos.functional.preference_loss import bradley_terry_sum, center_rewards_sum, preferred
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -87,7 +87,7 @@ def test_an_even_preference_is_cheapest_at_equal_scores() -> None:
 
 
 @pytest.mark.parametrize("with_options", [False, True])
-def test_the_gradient_is_the_predicted_less_the_wanted_probability(with_options: bool) -> None:
+def test_the_gradient_is_the_predicted_less_the_expected_probability(with_options: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     better, worse = torch.randn(40, generator=generator), torch.randn(40, generator=generator)
     better.requires_grad_()
@@ -115,8 +115,8 @@ def test_huge_gaps_stay_finite(gap: float, probability: float | None, expected: 
     (gradient,) = torch.autograd.grad(loss, better)
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     # σ(±10⁴) is 1 or 0 in fp32.
-    wanted = 1.0 if probability is None else probability
-    assert float(gradient) == pytest.approx((1.0 if gap > 0 else 0.0) - wanted, abs=1e-6)
+    expected = 1.0 if probability is None else probability
+    assert float(gradient) == pytest.approx((1.0 if gap > 0 else 0.0) - expected, abs=1e-6)
 
 
 def test_scores_in_half_precision_are_compared_in_fp32() -> None:
@@ -126,22 +126,22 @@ def test_scores_in_half_precision_are_compared_in_fp32() -> None:
     assert loss.dtype == torch.float32
     assert float(loss) == 255.5
     # (256 + ½)² = 65792¼, of which fp32 holds every digit.
-    assert float(centring_sum(better, worse)) == 65792.25
+    assert float(center_rewards_sum(better, worse)) == 65792.25
     assert preferred(better, worse).dtype == torch.float32
 
 
 def test_centring_by_hand() -> None:
     # (1.5 − 0.5)² = 1, (2 + 1)² = 9, (−3 + 3)² = 0.
     better, worse = torch.tensor([1.5, 2.0, -3.0]), torch.tensor([-0.5, 1.0, 3.0])
-    assert float(centring_sum(better, worse)) == pytest.approx(10.0)
+    assert float(center_rewards_sum(better, worse)) == pytest.approx(10.0)
     # ½·1 + 2·9 + 5·0.
-    assert float(centring_sum(better, worse, weights=torch.tensor([0.5, 2.0, 5.0]))) == pytest.approx(18.5)
+    assert float(center_rewards_sum(better, worse, weights=torch.tensor([0.5, 2.0, 5.0]))) == pytest.approx(18.5)
 
 
 def test_centring_pulls_both_scores_alike() -> None:
     better = torch.tensor([1.5, 2.0], requires_grad=True)
     worse = torch.tensor([-0.5, -4.0], requires_grad=True)
-    loss = centring_sum(better, worse, weights=torch.tensor([1.0, 0.5]))
+    loss = center_rewards_sum(better, worse, weights=torch.tensor([1.0, 0.5]))
     of_better, of_worse = torch.autograd.grad(loss, (better, worse))
     # d/db (b + w)² = 2·(b + w): 2·1, and ½·2·(−2).
     expected = torch.tensor([2.0, -2.0])

@@ -29,7 +29,7 @@ def beams_of_transformers(
     # Shorter beams are filled up behind their end token.
     ends = set(named["eos_token_id"])
     rows = [
-        row[: 1 + next((place for place, token in enumerate(row) if token in ends), len(row))]
+        row[: 1 + next((index for index, token in enumerate(row) if token in ends), len(row))]
         for row in output.sequences[:, len(prompt) :].tolist()
     ]
     return list(zip(rows, output.sequences_scores.tolist(), strict=True))

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from fake_workers import FakeWorkers
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.generation.completions import Completion
 from loopos.generation.settings import SamplingSettings
 from loopos.rl.workers.dispatch import Dispatcher
@@ -37,22 +37,22 @@ def told(completions: list[Completion] | None) -> list[tuple[int, int, list[int]
 def dispatcher_of(
     workers: FakeWorkers, number: int = 2, restarts: int = 0, timeout: float = 10.0
 ) -> tuple[Dispatcher, list[str]]:
-    said: list[str] = []
+    summary: list[str] = []
     found = Dispatcher(
-        workers, workers=number, restarts=restarts, timeout=timeout, say=said.append, clock=lambda: workers.now
+        workers, workers=number, restarts=restarts, timeout=timeout, say=summary.append, clock=lambda: workers.now
     )
     found.publish(0, lambda: b"weights")
-    return found, said
+    return found, summary
 
 
 def test_prompts_go_in_equal_parts_and_come_back_in_order() -> None:
     workers = FakeWorkers()
-    dispatcher, said = dispatcher_of(workers, 3)
+    dispatcher, summary = dispatcher_of(workers, 3)
     request = asked(10, n=2)
     found = dispatcher.finished(dispatcher.begin(request), seconds=math.inf)
     assert told(found) == expected(request)
     assert [len(order.places) for _, order in workers.asked] == [4, 4, 2]
-    assert said == ["rollout worker 0: fake 0", "rollout worker 1: fake 1", "rollout worker 2: fake 2"]
+    assert summary == ["rollout worker 0: fake 0", "rollout worker 1: fake 1", "rollout worker 2: fake 2"]
     assert not +dispatcher.counts
     dispatcher.close()
     assert workers.closed
@@ -60,11 +60,13 @@ def test_prompts_go_in_equal_parts_and_come_back_in_order() -> None:
 
 def test_a_dead_workers_prompts_go_to_others_and_it_is_started_anew() -> None:
     workers = FakeWorkers(behave=lambda worker, order: "die" if worker == 0 else "answer")
-    dispatcher, said = dispatcher_of(workers, 2, restarts=1)
+    dispatcher, summary = dispatcher_of(workers, 2, restarts=1)
     request = asked(8)
     assert told(dispatcher.finished(dispatcher.begin(request), seconds=math.inf)) == expected(request)
     assert dispatcher.counts == {"redone": 4, "doubled": 0}
-    assert said[2] == "rollout worker 0 is lost (killed): its 4 prompts go to others; worker 2 is started in its place"
+    assert (
+        summary[2] == "rollout worker 0 is lost (killed): its 4 prompts go to others; worker 2 is started in its place"
+    )
     asked(8)
     dispatcher.finished(dispatcher.begin(asked(8)), seconds=math.inf)
     assert {worker for worker, _ in workers.asked[-2:]} == {1, 2}
@@ -72,21 +74,21 @@ def test_a_dead_workers_prompts_go_to_others_and_it_is_started_anew() -> None:
 
 def test_without_restarts_the_run_goes_on_with_fewer_until_none_is_left() -> None:
     workers = FakeWorkers(behave=lambda worker, order: "die" if worker == 0 or order == 2 else "answer")
-    dispatcher, said = dispatcher_of(workers)
+    dispatcher, summary = dispatcher_of(workers)
     request = asked(6)
     assert told(dispatcher.finished(dispatcher.begin(request), seconds=math.inf)) == expected(request)
-    assert said[-1].endswith("its 3 prompts go to others; the run goes on with 1, as rollout.restarts is used up")
-    with pytest.raises(EnvironmentFault, match=r"all rollout workers are lost.*worker 1 \(killed\).*--resume"):
+    assert summary[-1].endswith("its 3 prompts go to others; the run goes on with 1, as rollout.restarts is used up")
+    with pytest.raises(MissingRequirement, match=r"all rollout workers are lost.*worker 1 \(killed\).*--resume"):
         dispatcher.finished(dispatcher.begin(request), seconds=math.inf)
 
 
 def test_what_a_late_worker_answers_is_dropped_and_it_is_used_again() -> None:
     workers = FakeWorkers(behave=lambda worker, order: 25.0 if (worker, order) == (0, 0) else "answer")
-    dispatcher, said = dispatcher_of(workers)
+    dispatcher, summary = dispatcher_of(workers)
     request = asked(6)
     assert told(dispatcher.finished(dispatcher.begin(request), seconds=math.inf)) == expected(request)
     assert 10 < workers.now < 25
-    assert said[-1].startswith("rollout worker 0 is late")
+    assert summary[-1].startswith("rollout worker 0 is late")
     assert dispatcher.counts["redone"] == 3
     workers.now = 26.0
     second = dispatcher.finished(dispatcher.begin(asked(6, first=50)), seconds=math.inf)
@@ -98,11 +100,11 @@ def test_what_a_late_worker_answers_is_dropped_and_it_is_used_again() -> None:
 
 def test_a_worker_that_hangs_for_three_times_as_long_is_lost() -> None:
     workers = FakeWorkers(behave=lambda worker, order: "hang" if worker == 0 else 24.0)
-    dispatcher, said = dispatcher_of(workers, restarts=1)
+    dispatcher, summary = dispatcher_of(workers, restarts=1)
     request = asked(6)
     assert told(dispatcher.finished(dispatcher.begin(request), seconds=math.inf)) == expected(request)
     assert workers.ended == [0]
-    assert any("worker 0 is lost (no answer for 3" in line for line in said)
+    assert any("worker 0 is lost (no answer for 3" in line for line in summary)
 
 
 def test_a_worker_that_comes_later_is_used() -> None:
@@ -119,7 +121,7 @@ def test_a_worker_that_comes_later_is_used() -> None:
 def test_where_nobody_starts_it_says_so() -> None:
     workers = FakeWorkers(joins_at=lambda worker: 1e9)
     dispatcher, _ = dispatcher_of(workers)
-    with pytest.raises(EnvironmentFault, match=r"no rollout worker has started within 10 s.*room for 2"):
+    with pytest.raises(MissingRequirement, match=r"no rollout worker has started within 10 s.*room for 2"):
         dispatcher.finished(dispatcher.begin(asked(4)), seconds=math.inf)
 
 
@@ -155,12 +157,12 @@ def test_in_chaos_nothing_is_lost_or_doubled(seed: int) -> None:
         joins_at=lambda worker: draw.uniform(0, 8),
     )
     dispatcher, _ = dispatcher_of(workers, 3, restarts=10_000)
-    requests = [asked(draw.randint(1, 20), n=draw.randint(1, 3), first=100 * place) for place in range(6)]
+    requests = [asked(draw.randint(1, 20), n=draw.randint(1, 3), first=100 * index) for index in range(6)]
     begun = []
-    for place, request in enumerate(requests):
-        dispatcher.publish(place, lambda: b"")
+    for index, request in enumerate(requests):
+        dispatcher.publish(index, lambda: b"")
         begun.append((request, dispatcher.begin(request)))
-        if place % 2:
+        if index % 2:
             for request, number in (begun.pop(draw.randrange(len(begun))) for _ in range(2)):
                 assert told(dispatcher.finished(number, seconds=math.inf)) == expected(request)
     assert not begun

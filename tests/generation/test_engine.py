@@ -159,12 +159,14 @@ def test_frequencies_through_the_engine_match_the_softmax(tokenizer: PreTrainedT
     chain = torch.softmax(logits.double(), -1)[:, 3:11]
     expected = chain[5][:, None] * chain[3:11]
     seen = torch.bincount((sampled[:, 0] - 3) * 8 + sampled[:, 1] - 3, minlength=64)
-    wanted = expected.flatten().numpy() * 4000
-    often = wanted >= 5
+    expected = expected.flatten().numpy() * 4000
+    often = expected >= 5
     assert often.sum() > 40
     observed = seen.numpy()
     assert (
-        stats.chisquare([*observed[often], observed[~often].sum()], [*wanted[often], 4000 - wanted[often].sum()]).pvalue
+        stats.chisquare(
+            [*observed[often], observed[~often].sum()], [*expected[often], 4000 - expected[often].sum()]
+        ).pvalue
         > 0.01
     )
 
@@ -273,9 +275,13 @@ def test_positions_run_out(llama: PreTrainedModel, tokenizer: PreTrainedTokenize
      ([5], SamplingSettings(logit_bias={999: 1.0}), "logit_bias for token 999")],
 )  # fmt: skip
 def test_what_the_model_cannot_take_is_named(
-    prompt: list[int], settings: SamplingSettings, said: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    prompt: list[int],
+    settings: SamplingSettings,
+    summary: str,
+    llama: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=summary):
         Engine(llama, tokenizer).generate([prompt], settings)
 
 

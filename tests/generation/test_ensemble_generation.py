@@ -61,8 +61,8 @@ def test_two_tokens_by_two_tables(tokenizer: PreTrainedTokenizerBase) -> None:
         table = torch.full((1, VOCABULARY), -80.0)
         table[0, 5], table[0, 7] = math.log(five), math.log(seven)
         tables.append(Scripted(table, by_position=True))
-    said = [Engine(model, tokenizer).generate([[3]], SamplingSettings(max_new_tokens=1))[0] for model in tables]
-    assert [each.token_ids for each in said] == [[5], [7]]
+    summary = [Engine(model, tokenizer).generate([[3]], SamplingSettings(max_new_tokens=1))[0] for model in tables]
+    assert [each.token_ids for each in summary] == [[5], [7]]
     [together] = Engine(ensemble(*tables), tokenizer).generate([[3]], SamplingSettings(max_new_tokens=1))
     assert (together.token_ids, together.logprobs) == ([7], [pytest.approx(math.log(0.7), abs=1e-5)])
 
@@ -93,8 +93,8 @@ def test_logprobs_are_those_of_the_mean_of_plain_softmaxes(
         with torch.no_grad():
             first, second = (model(torch.tensor([ids])).logits[0].softmax(-1) for model in (llama, other))
         mixture = (0.3 * first + 0.7 * second).log()
-        for place in range(len(prompt), len(ids)):
-            expected.append(float(mixture[place - 1, ids[place]]))
+        for index in range(len(prompt), len(ids)):
+            expected.append(float(mixture[index - 1, ids[index]]))
         assert found.logprobs == pytest.approx(expected, abs=1e-4)
 
 
@@ -136,12 +136,12 @@ def test_scores_of_packed_tokens(llama: PreTrainedModel, other: PreTrainedModel,
         PackedLayout(tuple(map(len, PROMPTS)), torch.device("cpu")),
         torch.tensor([token for each in PROMPTS for token in each]),
     )
-    weights = torch.tensor([float(place % 3) if place else 0.0 for each in PROMPTS for place in range(len(each))])
+    weights = torch.tensor([float(index % 3) if index else 0.0 for each in PROMPTS for index in range(len(each))])
     # A model with itself is the model.
-    for given in (None, weights):
-        twice = TokenScores(ensemble(deepcopy(llama), deepcopy(llama), method=method))(ids, layout, given)
+    for actual in (None, weights):
+        twice = TokenScores(ensemble(deepcopy(llama), deepcopy(llama), method=method))(ids, layout, actual)
         assert float(twice) == pytest.approx(
-            float(LanguageModel(deepcopy(llama))(ids, layout, given).detach()), rel=1e-5
+            float(LanguageModel(deepcopy(llama))(ids, layout, actual).detach()), rel=1e-5
         )
     total = 0.0
     for each in PROMPTS:
@@ -150,7 +150,7 @@ def test_scores_of_packed_tokens(llama: PreTrainedModel, other: PreTrainedModel,
         mixture = (
             sum(z.softmax(-1) for z in logits).div(2).log() if method == "mean" else (sum(logits) / 2).log_softmax(-1)
         )
-        total -= float(sum(mixture[place - 1, each[place]] for place in range(1, len(each))))
+        total -= float(sum(mixture[index - 1, each[index]] for index in range(1, len(each))))
     assert float(TokenScores(ensemble(deepcopy(llama), deepcopy(other), method=method))(ids, layout)) == pytest.approx(
         total, rel=1e-5
     )

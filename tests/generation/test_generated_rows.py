@@ -154,7 +154,7 @@ UNSERVED: dict[str, PreTrainedConfig] = {
 
 @pytest.mark.parametrize("name", UNSERVED)
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_cache_cannot_serve_is_said_and_runs_row_by_row(name: str) -> None:
+def test_what_the_cache_cannot_serve_is_summary_and_runs_row_by_row(name: str) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(UNSERVED[name], attn_implementation="eager", dtype=torch.float32).eval()
     assert probed(model).why_plain

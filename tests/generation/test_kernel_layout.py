@@ -44,11 +44,11 @@ class TestLayers:
         torch.manual_seed(0)
         for rows, features, biased in ((1, 64, True), (3, 32, False), (40, 96, True)):
             layer = nn.Sequential(nn.Linear(48, features, bias=biased, dtype=torch.bfloat16))
-            given = torch.randn(rows, 2, 48, dtype=torch.bfloat16)
-            exact = given.double() @ layer[0].weight.double().t() + (layer[0].bias.double() if biased else 0)
+            actual = torch.randn(rows, 2, 48, dtype=torch.bfloat16)
+            exact = actual.double() @ layer[0].weight.double().t() + (layer[0].bias.double() if biased else 0)
             with torch.inference_mode(), kernel_layout(layer):
                 assert moved(layer)
-                torch.testing.assert_close(layer(given).double(), exact, atol=0.01, rtol=0.01)
+                torch.testing.assert_close(layer(actual).double(), exact, atol=0.01, rtol=0.01)
 
     def test_there_is_one_copy_and_it_comes_back_to_where_it_was(self) -> None:
         model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16), nn.Linear(64, 32, dtype=torch.bfloat16))
@@ -68,13 +68,13 @@ class TestLayers:
     def test_it_can_train_afterwards_as_before(self) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 32, dtype=torch.bfloat16))
-        given = torch.randn(4, 32, dtype=torch.bfloat16)
-        model(given).sum().backward()
+        actual = torch.randn(4, 32, dtype=torch.bfloat16)
+        model(actual).sum().backward()
         expected = model[0].weight.grad
         model.zero_grad()
         with torch.inference_mode(), kernel_layout(model):
-            model(given)
-        model(given).sum().backward()
+            model(actual)
+        model(actual).sum().backward()
         assert torch.equal(model[0].weight.grad, expected)
 
     def test_what_is_not_a_layers_own_stays(self) -> None:
@@ -94,13 +94,13 @@ class TestLayers:
         model.embedding = nn.Embedding(48, 32, dtype=torch.bfloat16)
         model.tied = nn.Linear(32, 48, bias=False, dtype=torch.bfloat16)
         model.tied.weight = model.embedding.weight
-        given = torch.randn(5, 32, dtype=torch.bfloat16)
-        expected = given.double() @ model.embedding.weight.double().t()
+        actual = torch.randn(5, 32, dtype=torch.bfloat16)
+        expected = actual.double() @ model.embedding.weight.double().t()
         with torch.inference_mode(), kernel_layout(model):
             assert moved(model) == []
             assert "forward" in vars(model.tied)
             assert torch.equal(model.embedding(torch.tensor([7]))[0], model.embedding.weight[7])
-            torch.testing.assert_close(model.tied(given).double(), expected, atol=0.02, rtol=0.01)
+            torch.testing.assert_close(model.tied(actual).double(), expected, atol=0.02, rtol=0.01)
         assert "forward" not in vars(model.tied)
         assert model.tied.weight is model.embedding.weight
 
@@ -174,17 +174,17 @@ class TestAdapters:
         torch.manual_seed(0)
         model = with_lora("llama", ["q_proj", "gate_proj"])
         layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-        given = torch.randn(6, layers[0].in_features, dtype=torch.bfloat16)
+        actual = torch.randn(6, layers[0].in_features, dtype=torch.bfloat16)
         for active in ("other", None):
             with active_adapter(model, active):
-                expected = layers[0](given)
+                expected = layers[0](actual)
                 found = packed([layers[0]])
                 assert isinstance(found, PackedWeight) == (active is None)
-                torch.testing.assert_close(found.product(given), expected, atol=0.03, rtol=0.03)
+                torch.testing.assert_close(found.product(actual), expected, atol=0.03, rtol=0.03)
                 more = torch.randn_like(expected)
-                torch.testing.assert_close(found.product_with(given, more), expected + more, atol=0.05, rtol=0.03)
+                torch.testing.assert_close(found.product_with(actual, more), expected + more, atol=0.05, rtol=0.03)
                 found.back()
-                assert torch.equal(layers[0](given), expected)
+                assert torch.equal(layers[0](actual), expected)
         layers[0].lora_dropout["default"] = nn.Dropout(0.5).train()
         assert own_layer(layers[0]) is None
 

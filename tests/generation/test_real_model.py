@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingSettings
 from loopos.models.gguf import converted_folder
@@ -45,7 +45,7 @@ WORDS = [
 def test_greedy_tokens_of_the_real_model_equal_those_of_transformers() -> None:
     try:
         folder = converted_folder(embedded_model())
-    except EnvironmentFault as problem:
+    except MissingRequirement as problem:
         pytest.skip(f"{EMBEDDED}: {problem}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

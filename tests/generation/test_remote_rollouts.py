@@ -10,7 +10,7 @@ import pytest
 from fake_workers import FakeWorkers
 from test_dispatch import asked, expected, told
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.rl.workers.dispatch import Dispatcher
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
@@ -130,7 +130,7 @@ def in_two_processes(staleness: int, behave: Any) -> list[Any]:
                 mine.append(told(rollouts.write(request, iteration=iteration).completions))
                 rollouts.drain()
             found[rank] = mine
-        except (EnvironmentFault, threading.BrokenBarrierError) as problem:
+        except (MissingRequirement, threading.BrokenBarrierError) as problem:
             barrier.abort()
             found[rank] = problem
 
@@ -153,5 +153,5 @@ def test_each_process_gets_its_share_and_none_waits_long_in_a_collective(stalene
 
 def test_the_loss_of_all_workers_ends_the_first_process_with_its_reason() -> None:
     first, second = in_two_processes(0, lambda worker, order: "die")
-    assert isinstance(first, EnvironmentFault)
+    assert isinstance(first, MissingRequirement)
     assert isinstance(second, threading.BrokenBarrierError)

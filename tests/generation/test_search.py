@@ -104,7 +104,7 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
         assert best.text == "2\n2\n2\n2\n>9"
         assert [step.text for step in best.steps] == ["2"] * 4
         # The closing after the last step was written, not chosen.
-        assert (best.answer.text, best.given, best.finish_reason) == ("9", (8,), "stop token")
+        assert (best.answer.text, best.actual, best.finish_reason) == ("9", (8,), "stop token")
         assert twos(best) >= twos(chains[-1])
 
 
@@ -115,7 +115,7 @@ def test_a_beam_that_answers_early_stays_in_the_race(tokenizer: PreTrainedTokeni
         score=lambda chain: -len(chain.steps), limits=StepLimits(max_steps=5),
     )  # fmt: skip
     assert chains[0].text in ("1\n>9", "2\n>9")
-    assert chains[0].given == ()
+    assert chains[0].actual == ()
 
 
 def test_sampling_several_greedy_chains_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

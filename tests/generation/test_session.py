@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.generation.completions import Running
 from loopos.generation.engine import Engine
 from loopos.generation.sampling import NonFiniteLogits
-from loopos.generation.scheduler import Session
+from loopos.generation.scheduler import Scheduler
 from loopos.generation.settings import SamplingSettings
 
 SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=9, seed=11)
 
 
-def finished(session: Session) -> int:
+def finished(session: Scheduler) -> int:
     """Runs to the end; the number of steps."""
     steps = 0
     while session.step():
@@ -76,7 +76,7 @@ def test_who_leaves_frees_its_row_and_the_others_go_on(
 def test_prompts_that_come_in_do_not_stop_the_rows(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Of five prompts of 20 tokens 40 tokens may come in at a step: each such step is followed by one that decodes."""
     engine = Engine(llama, tokenizer, max_rows=8)
-    prompts = [[5 + place] * 20 for place in range(5)]
+    prompts = [[5 + index] * 20 for index in range(5)]
     with engine.session(admitted_tokens=40) as session:
         session.add(prompts, SamplingSettings(max_new_tokens=20, stop_at_end=False))
         assert [len(session.step()) for _ in range(6)] == [2, 2, 2, 4, 1, 5]

@@ -83,9 +83,9 @@ def test_a_stop_string(stop: str, keep: bool, text: str, marked: PreTrainedToken
 
 def test_the_pad_token_is_text_where_it_is_a_stop_string(pico_tokenizer: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(pico_tokenizer)
-    said = f"the box{tokenizer.pad_token} was"
-    assert 0 in tokenizer.encode(said, add_special_tokens=False)
-    engine = Engine(scripted(tokenizer, said, after=1), tokenizer)
+    summary = f"the box{tokenizer.pad_token} was"
+    assert 0 in tokenizer.encode(summary, add_special_tokens=False)
+    engine = Engine(scripted(tokenizer, summary, after=1), tokenizer)
     texts = {}
     for stop in ((), (tokenizer.pad_token,)):
         [got] = engine.generate([[1]], SamplingSettings(stop=stop, max_new_tokens=40))

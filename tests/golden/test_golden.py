@@ -36,13 +36,13 @@ def test_every_method_gives_its_recorded_values(tmp_path: Path) -> None:
     for each in (recorded, found):
         for key in [key for key in each if key.endswith(" files")]:
             each[key] = sorted(each[key])
-    wanted = dict(leaves(recorded))
-    assert len(wanted) > 1000
+    expected = dict(leaves(recorded))
+    assert len(expected) > 1000
     got = dict(leaves(found))
-    assert got.keys() == wanted.keys()
+    assert got.keys() == expected.keys()
     off = {
         key: (value, got[key])
-        for key, value in wanted.items()
+        for key, value in expected.items()
         if (got[key] != pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE) if _is_number(value) else got[key] != value)
     }
     assert off == {}

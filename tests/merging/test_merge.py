@@ -79,8 +79,8 @@ def test_task_arithmetic_is_the_sum_of_deltas(base: Path, one: Path, two: Path, 
     models = [{"model": str(one), "weight": 0.5}, {"model": str(two), "weight": -1.0}]
     run("task_arithmetic", models, tmp_path / "out", base=base, scale=2.0)
     a, b, zero = tensors_of(one), tensors_of(two), tensors_of(base)
-    wanted = {name: zero[name] + 2 * (0.5 * (a[name] - zero[name]) - (b[name] - zero[name])) for name in a}
-    same(tensors_of(tmp_path / "out"), wanted, 1e-5)
+    expected = {name: zero[name] + 2 * (0.5 * (a[name] - zero[name]) - (b[name] - zero[name])) for name in a}
+    same(tensors_of(tmp_path / "out"), expected, 1e-5)
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "della", "slerp"])
@@ -96,12 +96,12 @@ def test_shards_in_and_out_change_no_bit(method: str, base: Path, one: Path, two
     assert len(files) >= 3
     index = json.loads((tmp_path / "to_shards" / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == files
-    made, wanted = tensors_of(tmp_path / "to_shards"), tensors_of(tmp_path / "plain")
-    assert set(index["weight_map"]) == set(wanted)
-    assert index["metadata"]["total_size"] == sum(each.numel() * each.element_size() for each in wanted.values())
-    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+    made, expected = tensors_of(tmp_path / "to_shards"), tensors_of(tmp_path / "plain")
+    assert set(index["weight_map"]) == set(expected)
+    assert index["metadata"]["total_size"] == sum(each.numel() * each.element_size() for each in expected.values())
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "to_shards").state_dict()
-    assert all(torch.equal(opened[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(opened[name], expected[name]) for name in expected)
 
 
 def test_a_seed_makes_it_repeatable(base: Path, one: Path, two: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_weights_by_layer_and_by_pattern(one: Path, two: Path, tmp_path: Path) -
     assert torch.equal(found[query], b[query])
 
 
-def test_a_pattern_that_matches_nothing_is_a_fault(one: Path, two: Path, tmp_path: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_a_diagnostic(one: Path, two: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"patterns: \*\.attention\.\* matches no tensor"):
         run("slerp", [one, two], tmp_path / "out", patterns=[{"tensors": "*.attention.*", "t": 0.1}])
 
@@ -208,7 +208,7 @@ def test_layers_are_stacked(base: Path, one: Path, tmp_path: Path) -> None:
     assert torch.equal(found["lm_head.weight"], first["lm_head.weight"])
     rewrite_config(tmp_path / "out", layer_types=["full_attention"] * 4)
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers) == 4
-    with pytest.raises(UserError, match=r"models\.0\.layers: given \[1, 3\]; wanted at most 2"):
+    with pytest.raises(UserError, match=r"models\.0\.layers: got \[1, 3\]; expected at most 2"):
         run("passthrough", [{"model": str(a), "layers": [1, 3]}], tmp_path / "more")
 
 

@@ -65,9 +65,9 @@ def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) 
     result = run("linear", [pico_folder, pico_folder], tmp_path / "out", evaluate=[str(data)])
     [measured] = result.measured
     assert [values["dropped_rows"] for values in measured.values.values()] == [2.0, 2.0]
-    said = f"{data}: 2 rows are over the positions of result"
-    assert any(sentence.startswith(said) for sentence in result.notes)
-    assert said in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    summary = f"{data}: 2 rows are over the positions of result"
+    assert any(sentence.startswith(summary) for sentence in result.notes)
+    assert summary in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[::2]), encoding="utf-8")
     alone = row_metrics(str(pico_folder), str(short))
@@ -205,9 +205,9 @@ def test_adapters_into_the_base_and_with_each_other(pico_folder: Path, tmp_path:
     one = adapter(pico_folder, tmp_path / "one", rank=4, seed=1, targets=["q_proj", "up_proj"])
     two = adapter(pico_folder, tmp_path / "two", rank=2, seed=2, targets=["q_proj", "v_proj"])
     run("linear", [one], tmp_path / "into_base")
-    wanted = folded(pico_folder, [(one, 1.0)])
+    expected = folded(pico_folder, [(one, 1.0)])
     for name, tensor in tensors_of(tmp_path / "into_base").items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
 
     models = [{"model": str(one), "weight": 0.5}, {"model": str(two), "weight": -2.0}]
     run("task_arithmetic", models, tmp_path / "sum", result="adapter")
@@ -221,7 +221,7 @@ def test_adapters_into_the_base_and_with_each_other(pico_folder: Path, tmp_path:
     run("task_arithmetic", models, tmp_path / "model", base=pico_folder)
     for name, tensor in tensors_of(tmp_path / "model").items():
         torch.testing.assert_close(tensor, exact[name], rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match='given "adapter" with ties'):
+    with pytest.raises(UserError, match='got "adapter" with ties'):
         recipe_of("ties", [one, two], tmp_path / "out", result="adapter")
     with pytest.raises(UserError, match="no adapter folder"):
         run("linear", [one, pico_folder], tmp_path / "out", result="adapter")
@@ -296,7 +296,7 @@ def test_a_gguf_file_is_a_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(resolve, "converted_folder", lambda given: pico_folder if given == file else None)
+    monkeypatch.setattr(resolve, "converted_folder", lambda actual: pico_folder if actual == file else None)
     merge(recipe_of("linear", [file, pico_folder], tmp_path / "out"))
-    found, wanted = tensors_of(tmp_path / "out"), tensors_of(pico_folder)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(pico_folder)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

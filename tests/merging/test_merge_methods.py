@@ -34,12 +34,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def draws(place: int) -> torch.Generator:
-    return generator_of(7, "a.weight", place)
+def draws(index: int) -> torch.Generator:
+    return generator_of(7, "a.weight", index)
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_linear_by_hand() -> None:
@@ -134,11 +134,11 @@ def ties_reference(
 def test_ties_equals_a_reference() -> None:
     base, *models = (random(9, 11, seed=seed) for seed in range(4))
     parameters = Parameters(scale=0.7, density=0.4)
-    wanted = ties_reference(
+    expected = ties_reference(
         base.double().numpy(), [each.double().numpy() for each in models], [1.0, 2.0, 0.5], 0.4, 0.7
     )
     found = merged("ties", [each.clone() for each in models], [1.0, 2.0, 0.5], parameters, base=base)
-    close(found, torch.from_numpy(wanted).float(), 2e-6)
+    close(found, torch.from_numpy(expected).float(), 2e-6)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "breadcrumbs", "task_arithmetic"])

@@ -41,7 +41,7 @@ def by_pipeline(
     """The same by transformers' pipeline, as the card shows it."""
     run: Any = pipeline("text-classification", model=str(folder), trust_remote_code=trust, dtype=torch.float32)
     run.tokenizer.padding_side = side
-    labels = [run.model.config.id2label[place] for place in range(run.model.config.num_labels)]
+    labels = [run.model.config.id2label[index] for index in range(run.model.config.num_labels)]
     found = []
     for answer in run(texts, top_k=None, batch_size=batch_size):
         scores = {each["label"]: each["score"] for each in answer}

@@ -82,7 +82,7 @@ def ppo_config(
         else reward_model and str(reward_model),
         "validation_share": 0.0,
     }
-    given = {name: value for name, value in sections.items() if name not in ("training", "data", "reward")}
+    actual = {name: value for name, value in sections.items() if name not in ("training", "data", "reward")}
     return PpoConfig.model_validate(
         {
             "computation": {"mode": "posttraining", "method": "ppo"},
@@ -90,7 +90,7 @@ def ppo_config(
             "data": {**data, **sections.get("data", {})},
             "reward": {"functions": [{"name": name} for name in functions], **sections.get("reward", {})},
             "generation": {"max_new_tokens": 8},
-            **given,
+            **actual,
         }
     )
 

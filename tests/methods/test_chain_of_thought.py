@@ -86,7 +86,7 @@ def test_what_it_learns_it_says(config: Configs) -> None:
     assert found.chains[0].finish_reason == "stop token"
     samples = [json.loads(line) for line in (method.run_dir / "samples.jsonl").read_text().splitlines()]
     assert samples[-1]["is_right"]
-    assert samples[-1]["wanted"] == "3"
+    assert samples[-1]["expected"] == "3"
     assert samples[0]["step"] == 0
 
 

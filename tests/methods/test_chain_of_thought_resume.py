@@ -62,8 +62,8 @@ def bits_of(run: Path) -> dict[str, str]:
         last = max((folder / "checkpoints").glob("step-*"))
         found |= {f"{name}/{file.name}": digest(file) for file in sorted(last.glob("*.safetensors"))}
         found[f"{name}/metrics"] = fingerprint(log)
-    said = [*run.rglob("samples.jsonl"), *run.rglob("chains-*.jsonl")]
-    return found | {str(file.relative_to(run)): digest(file) for file in said}
+    summary = [*run.rglob("samples.jsonl"), *run.rglob("chains-*.jsonl")]
+    return found | {str(file.relative_to(run)): digest(file) for file in summary}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -246,19 +246,19 @@ def prepared_pairs(pairs: list[tuple[str, str]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("model", "training", "said"),
     [
-        ({"class_weights": [1.0, 2.0]}, {}, "model.class_weights: given 2 weights for 3 classes"),
+        ({"class_weights": [1.0, 2.0]}, {}, "model.class_weights: got 2 weights for 3 classes"),
         ({"regression_loss": "huber"}, {}, "model.regression_loss"),
-        ({}, {"metric": "mae"}, 'training.metric: given "mae" with task classification'),
+        ({}, {"metric": "mae"}, 'training.metric: got "mae" with task classification'),
     ],
 )
-def test_keys_that_contradict_the_labels_are_faults(
-    model: dict[str, Any], training: dict[str, Any], said: str, home: Path, pico_folder: Path
+def test_keys_that_contradict_the_labels_are_diagnostics(
+    model: dict[str, Any], training: dict[str, Any], summary: str, home: Path, pico_folder: Path
 ) -> None:
     config = config_of(home / "contradiction", pico_folder, class_rows(24), model=model, training=training)
     assert not list(config.check()), "the config alone cannot tell"
     with pytest.raises(ConfigError) as caught:
         train(config)
-    assert said in str(caught.value)
+    assert summary in str(caught.value)
     assert "say task: classification, 3 outputs" in str(caught.value)
     assert not (home / "contradiction" / "events.jsonl").exists()
 

@@ -145,7 +145,7 @@ def test_a_folder_of_an_older_version_opens_and_is_exported_right(
     assert largest(expected, by_pipeline(tmp_path / "out", trust=True)) < 1e-4
 
 
-def test_an_export_that_answers_otherwise_is_a_fault(
+def test_an_export_that_answers_otherwise_is_a_diagnostic(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old fault: a head in standardised units where transformers takes them for the user's."""

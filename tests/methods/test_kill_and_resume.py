@@ -92,9 +92,9 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_used(
     else:
         (last / "manifest.json").unlink()
     FineTuner(config, progress=RunProgress()).train(resume=True)
-    said = capsys.readouterr().err
-    assert last.name in said
-    assert f"resumed from the checkpoint of step {int(folders[-2].name[5:])}" in said
+    summary = capsys.readouterr().err
+    assert last.name in summary
+    assert f"resumed from the checkpoint of step {int(folders[-2].name[5:])}" in summary
     assert bits_of(tmp_path / "damaged") == bits_of(tmp_path / "whole")
 
 

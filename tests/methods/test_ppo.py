@@ -17,7 +17,7 @@ from loopos.config.diagnostics import UserError
 from loopos.config.ppo import PpoConfig
 from loopos.methods.ppo import PpoTrainer
 from loopos.methods.reward_model import RewardModelTrainer
-from loopos.rl.experience import KeptPass
+from loopos.rl.experience import ReusedForward
 from loopos.rl.roles import ActorCritic
 from loopos.training.progress import RunProgress
 
@@ -202,7 +202,7 @@ def test_what_a_function_raises_is_told_with_the_row(tmp_path: Path, pico_folder
     assert second == f"    for {tmp_path / 'run.jsonl'}:2, the prompt 'where is it'"
 
 
-def test_functions_and_samples_are_given_what_was_asked(tmp_path: Path, pico_folder: Path) -> None:
+def test_functions_and_samples_are_actual_what_was_asked(tmp_path: Path, pico_folder: Path) -> None:
     """The user's words, not what the chat template made of them."""
     data = {"chat_template": "plain", "validation_data": str(tmp_path / "run.jsonl")}
     training = {"validate_every": 3, "max_iterations": 1}
@@ -286,14 +286,14 @@ def test_the_pass_that_judges_is_the_first_steps(
         calls: list[bool] = []
         forward = ActorCritic.forward
 
-        def counted(self: ActorCritic, *given: Any, seen: list[bool] = calls, run: Any = forward) -> Any:
+        def counted(self: ActorCritic, *actual: Any, seen: list[bool] = calls, run: Any = forward) -> Any:
             seen.append(torch.is_grad_enabled())
-            return run(self, *given)
+            return run(self, *actual)
 
         with monkeypatch.context() as patched:
             patched.setattr(ActorCritic, "forward", counted)
             if not kept:
-                patched.setattr(KeptPass, "take", lambda *_: None)
+                patched.setattr(ReusedForward, "take", lambda *_: None)
             training = {"minibatches": 1, "trainable": trainable}
             run = tmp_path / str(kept) / "run"
             run.parent.mkdir()

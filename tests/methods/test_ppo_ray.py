@@ -87,13 +87,13 @@ def test_two_workers_are_the_engine_at_hand(killed_at: int, tmp_path: Path, pico
         for engine in ("local", "ray")
     }
     PpoTrainer(configs["local"], progress=RunProgress(quiet=True)).train()
-    said = run_with_ray(configs["ray"], killed_at=killed_at)
+    summary = run_with_ray(configs["ray"], killed_at=killed_at)
     for kind, number in {"rollout": 3, "step": 12}.items():
         local, remote = (events_of(tmp_path / engine, kind) for engine in ("local", "ray"))
         assert len(local) == len(remote) == number
         for one, other in zip(local, remote, strict=True):
             assert other == pytest.approx(one, abs=1e-6)
-    lost = [line for line in said if " is lost (" in line]
+    lost = [line for line in summary if " is lost (" in line]
     assert len(lost) == (killed_at > 0)
     if killed_at:
         assert ": its 4 prompts go to others; worker 2 is started in its place" in lost[0]

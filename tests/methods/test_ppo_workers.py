@@ -15,7 +15,7 @@ from fake_workers import FakeWorkers
 from killed_runs import digest
 from preference_runs import early_letters, events_of, ppo_config
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.ppo import PpoConfig
 from loopos.methods.ppo import PpoTrainer
 from loopos.rl.workers import opening
@@ -167,7 +167,7 @@ def test_when_all_workers_are_lost_the_run_ends_and_goes_on_later(
 ) -> None:
     config = staler_config(tmp_path / "run", pico_folder, rollout={"restarts": 1})
     fakes.behave = lambda worker, order: "die" if order == 2 or worker == 2 else "answer"
-    with pytest.raises(EnvironmentFault, match="all rollout workers are lost"):
+    with pytest.raises(MissingRequirement, match="all rollout workers are lost"):
         trained(config)
     assert fakes.made[0].closed
     assert len(events_of(tmp_path / "run", "rollout")) == 2
@@ -193,14 +193,14 @@ def test_without_ray_or_vllm_it_says_what_is_missing(
 ) -> None:
     config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "ray"})
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentFault, match=r"needs Ray, which is not installed[\s\S]*\[cluster\]"):
+    with pytest.raises(MissingRequirement, match=r"needs Ray, which is not installed[\s\S]*\[cluster\]"):
         trained(config)
     assert not (tmp_path / "run").exists()
     config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "vllm"})
     monkeypatch.setattr(opening, "find_spec", lambda name: None if name == "vllm" else name)
-    with pytest.raises(EnvironmentFault, match="which is not installed"):
+    with pytest.raises(MissingRequirement, match="which is not installed"):
         trained(config)
     monkeypatch.setattr(opening, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EnvironmentFault, match="no CUDA device"):
+    with pytest.raises(MissingRequirement, match="no CUDA device"):
         trained(config)

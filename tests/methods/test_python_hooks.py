@@ -169,7 +169,7 @@ def test_a_metric_of_a_program_may_decide(train: Train, tmp_path: Path) -> None:
     assert run.outcome.metric == "falls"
     assert run.exported_step == 4
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["metric"] == "falls"
-    with pytest.raises(ConfigError, match=r'training.metric: given "falls"; wanted .*"accuracy"'):
+    with pytest.raises(ConfigError, match=r'training.metric: got "falls"; expected .*"accuracy"'):
         train("other", training=training)
 
 

@@ -48,12 +48,12 @@ def of_a_file(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Pa
 @pytest.mark.parametrize("kind", ["list", "frame", "dataset"])
 def test_rows_of_a_program_train_as_a_file_does(kind: str, of_a_file: Path, tmp_path: Path, pico_folder: Path) -> None:
     rows = class_rows(24)
-    given: Any = {
+    actual: Any = {
         "list": lambda: rows,
         "frame": lambda: pandas.DataFrame(rows),
         "dataset": lambda: datasets.Dataset.from_list(rows),
     }[kind]()
-    loopos.train(config_of(tmp_path / "run", pico_folder), data=given, quiet=True)
+    loopos.train(config_of(tmp_path / "run", pico_folder), data=actual, quiet=True)
     texts = [row["text"] for row in rows[:4]]
     assert loopos.load(tmp_path / "run", device="cpu").predict(texts) == loopos.load(
         of_a_file, "head", device="cpu"
@@ -118,10 +118,10 @@ def test_rows_stand_where_the_name_of_a_file_may(
     for file in (tmp_path / "run").rglob("config.json"):
         if file.parent.name in ("run", "reward_model"):
             written |= {key: value for key, value in json.loads(file.read_text())["data"].items() if value}
-    given = [key for key, value in data.items() if not isinstance(value, float)]
-    for key in given:
+    actual = [key for key, value in data.items() if not isinstance(value, float)]
+    for key in actual:
         assert re.fullmatch(rf"{tmp_path}/run/rows/{key}-[0-9a-f]{{12}}(\.jsonl)?", written[key]), key
-    assert len(list((tmp_path / "run" / "rows").iterdir())) == len(given)
+    assert len(list((tmp_path / "run" / "rows").iterdir())) == len(actual)
 
 
 def test_data_takes_the_place_of_what_the_config_names(tmp_path: Path, pico_folder: Path) -> None:
@@ -153,9 +153,9 @@ def test_what_holds_no_rows_is_refused(tmp_path: Path, pico_folder: Path) -> Non
     splits = datasets.DatasetDict(train=datasets.Dataset.from_list(class_rows(3)))
     rows: Any
     for rows, got in ((splits, "a DatasetDict with the keys train"), ({"text": ["a"]}, "a dict with the keys text")):
-        with pytest.raises(DataError, match=rf"training_data.*{got}; wanted rows: a list of dicts"):
+        with pytest.raises(DataError, match=rf"training_data.*{got}; expected rows: a list of dicts"):
             loopos.train(config_of(tmp_path / "run", pico_folder), data=rows)
-    with pytest.raises(DataError, match=r"training_data.*int 3; wanted rows"):
+    with pytest.raises(DataError, match=r"training_data.*int 3; expected rows"):
         loopos.train(config_of(tmp_path / "run", pico_folder), data=cast(Any, 3))
 
 

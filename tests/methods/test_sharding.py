@@ -228,18 +228,18 @@ def test_a_share_that_is_not_to_be_had_is_refused(tmp_path: Path, pico_folder: P
     assert finding.fields == ("training.optimizer", "distributed.mode")
     [finding] = check_distributed(DistributedSection(mode="replicate", shard_size=2), "adamw")
     assert finding.fields == ("distributed.shard_size", "distributed.mode")
-    with pytest.raises(UserError, match="shard_size: given 3 with 4 processes"):
+    with pytest.raises(UserError, match="shard_size: got 3 with 4 processes"):
         Sharding(DistributedSection(mode="shard", shard_size=3), World(0, 4), torch.device("cpu"))
 
 
 def test_layers_that_cannot_be_split_are_refused() -> None:
     sizes = {"hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 8}
     three, gpt2 = Mock(**{"size.return_value": 3}), GPT2Config(n_embd=24, n_head=6, n_layer=1, vocab_size=8)
-    with pytest.raises(UserError, match="tensor_parallel: given 3 for a model of type gpt2, for which transformers"):
+    with pytest.raises(UserError, match="tensor_parallel: got 3 for a model of type gpt2, for which transformers"):
         split_layers(GPT2Model(gpt2), three)
-    with pytest.raises(UserError, match="given 3 for a model of type llama with num_key_value_heads 2"):
+    with pytest.raises(UserError, match="got 3 for a model of type llama with num_key_value_heads 2"):
         split_layers(LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=24)), three)
-    with pytest.raises(UserError, match="given 3 for a model of type llama, one of whose layers is 32 wide"):
+    with pytest.raises(UserError, match="got 3 for a model of type llama, one of whose layers is 32 wide"):
         split_layers(LlamaModel(LlamaConfig(**sizes, num_key_value_heads=3, intermediate_size=32)), three)
     [finding] = check_distributed(DistributedSection(tensor_parallel=2), "muon")
     assert finding.fields == ("training.optimizer", "distributed.tensor_parallel")
@@ -251,10 +251,10 @@ def test_auto_shares_out_what_fills_more_than_half_of_the_memory(monkeypatch: py
     monkeypatch.setattr(Sharding, "_made_mesh", lambda self: None)
     world, cpu = World(0, 4), torch.device("cpu")
     for needed, optimizer, is_shared in ((8, "adamw", False), (9, "adamw", True), (9, "muon", False)):
-        found, said = sharding_for(world, cpu, needed=needed * 2**30, optimizer=optimizer)
+        found, summary = sharding_for(world, cpu, needed=needed * 2**30, optimizer=optimizer)
         assert (found is not None) == is_shared
-        assert f"{needed} GiB of weights" in said
-        assert "16 GiB of memory" in said
+        assert f"{needed} GiB of weights" in summary
+        assert "16 GiB of memory" in summary
     assert sharding_for(World(), cpu, needed=2**50, optimizer="adamw") == (None, "")
     found, _ = sharding_for(World(0, 4, settings=DistributedSection(shard_size=2)), cpu, needed=2**50, optimizer="sgd")
     assert found is not None

@@ -80,14 +80,16 @@ def test_frozen_layers_train_from_their_step_on(home: Path, pico_folder: Path) -
     assert all(not torch.equal(one[high], other[high]) for one, other in pairwise(saved))
 
 
-def test_an_unfreezing_past_the_end_is_said(home: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfreezing_past_the_end_is_summary(
+    home: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {"freeze_layers": 1, "unfreeze_step": 500, "num_epochs": 1, "validate_every": "never"}
     train(config_of(home / "never_unfrozen", pico_folder, class_rows(16), training=settings))
     assert "training.unfreeze_step is 500, but the run has 2 steps" in capsys.readouterr().err
 
 
 def test_freezing_more_layers_than_there_are_is_refused(home: Path, pico_folder: Path) -> None:
-    with pytest.raises(UserError, match="given 3, wanted at most 2"):
+    with pytest.raises(UserError, match="got 3, expected at most 2"):
         train(config_of(home / "too_many", pico_folder, class_rows(16), training={"freeze_layers": 3}))
 
 

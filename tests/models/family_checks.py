@@ -115,7 +115,7 @@ class FamilyRun:
         settings = SamplingSettings(temperature=0.0, max_new_tokens=8)
         found = [completion.token_ids for completion in engine.generate(prompts, settings)]
         assert found == expected, (found, expected)
-        return "right" if engine.path == "cached" else f"right (no cache: {engine.said})"
+        return "right" if engine.path == "cached" else f"right (no cache: {engine.summary})"
 
     def classify(self) -> str:
         rows = [{"text": f"{'good' if i % 2 else 'bad'} film {i}", "label": i % 2} for i in range(12)]

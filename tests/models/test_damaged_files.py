@@ -53,10 +53,10 @@ def copied(folder: Path, to: Path) -> Path:
     return to
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, index: int) -> None:
     """Flips one bit."""
     content = bytearray(file.read_bytes())
-    content[place] ^= 1 << (place % 8)
+    content[index] ^= 1 << (index % 8)
     file.write_bytes(bytes(content))
 
 
@@ -76,14 +76,14 @@ def test_one_flipped_bit_is_found_in_every_file(saved: Path, tmp_path: Path) -> 
     for name in json.loads((saved / MANIFEST).read_text())["files"]:
         file = folder / name
         size = file.stat().st_size
-        for place in range(size // 14, size, size // 7):
-            flip(file, place)
+        for index in range(size // 14, size, size // 7):
+            flip(file, index)
             with pytest.raises(UserError) as caught:
                 open_language_model(str(folder))
             assert str(caught.value).startswith(f"{file}: damaged or changed: its SHA-256 is not the one")
             assert "\n" not in str(caught.value)
             assert f"delete {MANIFEST}" in str(caught.value)
-            flip(file, place)
+            flip(file, index)
             found += 1
     assert found >= 42
     flip(folder / MANIFEST, 200)
@@ -190,7 +190,7 @@ def test_files_have_the_mode_of_the_umask(pico_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is played by the superuser only")
-def test_weights_that_may_not_be_read_are_said_so(pico_folder: Path) -> None:
+def test_weights_that_may_not_be_read_are_summary_so(pico_folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         folder = copied(pico_folder, Path(place) / "model")

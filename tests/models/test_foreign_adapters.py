@@ -177,10 +177,10 @@ def test_an_adapter_answers_as_under_peft(kind: str, base: Path, tmp_path: Path)
     torch.testing.assert_close(logits(opened(merged([adapter], tmp_path / "out"))), expected, atol=1e-4, rtol=1e-4)
 
 
-def refused(place: Path, message: str, **named: Any) -> None:
+def refused(path: Path, message: str, **named: Any) -> None:
     """One line, without a traceback, by every command that opens a model."""
     with pytest.raises(UserError, match=message) as told:
-        load_pretrained(str(place), causal=True)
+        load_pretrained(str(path), causal=True)
     assert len(str(told.value).splitlines()) == 1
     assert len(str(told.value)) < 600
 
@@ -313,10 +313,10 @@ def test_a_larger_vocabulary_comes_with_the_adapter(base: Path, tmp_path: Path, 
     torch.testing.assert_close(logits(found, ADDED), expected, atol=1e-4, rtol=1e-4)
 
 
-def exported(place: Path, out: Path, kind: str = "huggingface") -> str:
-    done = export(str(place), out, ExportSettings(format=kind))
+def exported(path: Path, out: Path, kind: str = "huggingface") -> str:
+    done = export(str(path), out, ExportSettings(format=kind))
     assert done.check is not None
-    assert done.check.faults == ()
+    assert done.check.diagnostics == ()
     return done.warning
 
 

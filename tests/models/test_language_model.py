@@ -35,7 +35,7 @@ from loopos.functional.packing import PackedLayout
 from loopos.models.folders import open_language_model, save_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
-from loopos.training.precision import Masters
+from loopos.training.precision import MasterWeights
 
 SIZES: dict[str, Any] = {
     "vocab_size": 400,
@@ -141,11 +141,11 @@ def test_bf16_gradients_of_a_tied_embedding_are_summed_in_fp32() -> None:
         causal.load_state_dict(_small_state())
         model = LanguageModel(causal)
         named = dict(model.named_parameters())
-        masters = Masters(named, may_train=set(named), half=lambda _name, half=half: half)
-        masters.begin()
+        master_weights = MasterWeights(named, may_train=set(named), half=lambda _name, half=half: half)
+        master_weights.begin()
         (model(ids, layout) / 499).backward()
-        masters.finish()
-        gradient = masters.parameters["causal.model.embed_tokens.weight"].grad
+        master_weights.finish()
+        gradient = master_weights.parameters["causal.model.embed_tokens.weight"].grad
         assert gradient is not None
         assert gradient.dtype == torch.float32
         norms[half] = float(gradient[7].norm())

@@ -122,7 +122,7 @@ def test_one_sequence_does_not_touch_another(name: str) -> None:
     second = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
     changed[second] = (changed[second] - 3 + 41) % 97 + 3
     with torch.no_grad():
-        before, after = (pool(backbone(given, layout), layout, "mean") for given in (ids, changed))
+        before, after = (pool(backbone(actual, layout), layout, "mean") for actual in (ids, changed))
     others = [0, 2, 3, 4]
     torch.testing.assert_close(after[others], before[others], atol=1e-6, rtol=0)
     assert (after[1] - before[1]).abs().max() > 1e-3

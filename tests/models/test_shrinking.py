@@ -51,10 +51,10 @@ def test_without_a_group_as_with_its_outputs_unread(family: str, tmp_path: Path)
     whole, model = (pico_model(family).to(torch.float64) for _ in range(2))
     shape = head_shape(model)
     assert (shape.groups, shape.queries, shape.size) == (2, 2, 8)
-    for place, kept in enumerate((1, 0)):
+    for index, kept in enumerate((1, 0)):
         dropped = shape.outputs([1 - kept], shape.queries)
-        layer_list(whole)[place].self_attn.o_proj.weight.data[:, dropped] = 0
-        keep_groups(model, layer_list(model)[place], [kept])
+        layer_list(whole)[index].self_attn.o_proj.weight.data[:, dropped] = 0
+        keep_groups(model, layer_list(model)[index], [kept])
     set_groups(model, 1)
     torch.testing.assert_close(logits(model), logits(whole))
     again = reopened(model, tmp_path)
@@ -91,16 +91,16 @@ def silence(block: Any) -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_layer_as_with_it_silent(family: str, place: int, tmp_path: Path) -> None:
+def test_without_a_layer_as_with_it_silent(family: str, index: int, tmp_path: Path) -> None:
     whole, model = pico_model(family), pico_model(family)
-    silence(layer_list(whole)[place])
-    drop_layers(model, [place])
+    silence(layer_list(whole)[index])
+    drop_layers(model, [index])
     torch.testing.assert_close(logits(model), logits(whole))
     again = reopened(model, tmp_path)
     assert again.config.num_hidden_layers == len(layer_list(again)) == 1
     kinds = getattr(whole.config, "layer_types", None)
     if kinds is not None:
-        assert again.config.layer_types == [kinds[1 - place]]
+        assert again.config.layer_types == [kinds[1 - index]]
     torch.testing.assert_close(logits(again), logits(whole))
     # The cache counts layers by their numbers.
     made = again.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -114,7 +114,7 @@ def test_what_cannot_be_shrunk_is_refused() -> None:
     with pytest.raises(UserError, match="all 2 layers would go"):
         drop_layers(gpt2, [0, 1])
     gpt2.config.model_type = "falcon"
-    with pytest.raises(UserError, match="falcon: channels cannot be taken out of this family; wanted one of llama"):
+    with pytest.raises(UserError, match="falcon: channels cannot be taken out of this family; expected one of llama"):
         channel_layers(gpt2, layer_list(gpt2)[0])
 
 

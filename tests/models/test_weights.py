@@ -24,16 +24,16 @@ def parts(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
 
 def test_every_source_opens_to_the_same_model(parts: Path, pico_folder: Path) -> None:
     expected = hidden_states(load_pretrained(str(pico_folder)).model)
-    for given, sizes in (
+    for actual, sizes in (
         (parts / "with" / "weights.safetensors", Sizes()),
         (parts / "with" / "weights.bin", Sizes()),
         (parts / "bare" / "weights.safetensors", SIZES),
         (parts / "bare" / "weights.bin", SIZES),
     ):
-        opened = load_pretrained(str(given), sizes=sizes)
+        opened = load_pretrained(str(actual), sizes=sizes)
         torch.testing.assert_close(hidden_states(opened.model), expected, atol=1e-6, rtol=0)
         assert len(opened.tokenizer) <= 400
-        assert "LlamaModel" in opened.said
+        assert "LlamaModel" in opened.summary
 
 
 def test_half_precision_files_open_in_fp32(parts: Path, tmp_path: Path, pico_folder: Path) -> None:

@@ -46,11 +46,11 @@ def seconds_until_closed(client: socket.socket, sent: bytes, *, every: float = 0
     """
     began = time.monotonic()
     client.settimeout(every)
-    place = 0
+    position = 0
     while time.monotonic() - began < WAIT:
         try:
-            client.sendall(sent[place % len(sent) :][:1])
-            place += 1
+            client.sendall(sent[position % len(sent) :][:1])
+            position += 1
             if not client.recv(4096):
                 return time.monotonic() - began
         except TimeoutError:
@@ -77,15 +77,15 @@ def test_a_connection_without_a_word_is_closed(language: Callable[..., Any]) -> 
 
 
 def test_a_slow_answer_is_no_slow_header(language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from loopos.generation.scheduler import Session
+    from loopos.generation.scheduler import Scheduler
 
-    step = Session.step
+    step = Scheduler.step
 
-    def slowly(session: Session) -> Any:
+    def slowly(session: Scheduler) -> Any:
         time.sleep(0.02)
         return step(session)
 
-    monkeypatch.setattr(Session, "step", slowly)
+    monkeypatch.setattr(Scheduler, "step", slowly)
     with language(header_seconds=0.2) as server:
         status, told, _ = ask(server, CHAT, {**GOOD, "max_tokens": 40, "logit_bias": {"2": -100}})
         assert (status, told["usage"]["completion_tokens"]) == (200, 40)
@@ -142,9 +142,9 @@ def test_without_descriptors_new_connections_wait_and_nothing_spins(
             assert tries <= 6
         none_left = False
         assert ask(server, CHAT, GOOD)[0] == 200
-    said = capfd.readouterr().err
-    assert said.count("Too many open files: new connections wait") == 1
-    assert "Traceback" not in said
+    summary = capfd.readouterr().err
+    assert summary.count("Too many open files: new connections wait") == 1
+    assert "Traceback" not in summary
 
 
 @pytest.mark.slow

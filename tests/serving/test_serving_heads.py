@@ -51,13 +51,13 @@ def test_classify_says_what_predict_says(task: str, home: Path, pico_folder: Pat
     train(config_of(run, pico_folder, class_rows(12, labels), model={"task": task}, training={"num_epochs": 1}))
     predictor, metrics = Predictor.open(run), ServingMetrics()
     texts = ["good the parcel came late", "bad"]
-    wanted = Predictor.open(run).predict(texts)
+    expected = Predictor.open(run).predict(texts)
     with served(HeadService(ClassifyHead(predictor), task, LIMITS, metrics), LIMITS, metrics) as server:
         status, told, _ = ask(server, "/v1/classify", {"model": task, "input": texts})
         assert status == 200
         assert (told["object"], told["task"], told["truncated"]) == ("list", task, 0)
         assert told["data"] == [
-            {"object": "classification", "index": place, **each} for place, each in enumerate(wanted)
+            {"object": "classification", "index": index, **each} for index, each in enumerate(expected)
         ]
         assert told["usage"]["prompt_tokens"] == predictor.tokens.tokens
         one = ask(server, "/v1/classify", {"model": task, "input": texts[0]})[1]["data"]
@@ -80,8 +80,8 @@ def test_classify_says_what_predict_says(task: str, home: Path, pico_folder: Pat
 def test_scores_are_those_of_the_command(rewards: Server, reward_run: Path, home: Path) -> None:
     """`loopos score` on the same comparisons: its numbers are rounded to six digits."""
     file = write_rows(home / "asked.jsonl", comparisons(6))
-    wanted = RewardPredictor.open(str(reward_run)).score_file(str(file), {}).rows
-    for row, scored in zip(comparisons(6), wanted, strict=True):
+    expected = RewardPredictor.open(str(reward_run)).score_file(str(file), {}).rows
+    for row, scored in zip(comparisons(6), expected, strict=True):
         responses = [row["chosen"], row["rejected"]]
         body = {"model": "judge", "prompt": row["prompt"], "response": responses}
         status, told, _ = ask(rewards, "/v1/score", body)

@@ -192,8 +192,8 @@ def test_embeddings_are_mean_hidden_states(server: Server, reasoner: Reasoner) -
         alone = [reasoner.model.model(input_ids=torch.tensor([each])).last_hidden_state[0].mean(0) for each in ids]
     for answer in (found, as_floats):
         assert [each.index for each in answer.data] == [0, 1]
-        for each, wanted in zip(answer.data, alone, strict=True):
-            np.testing.assert_allclose(each.embedding, wanted.numpy(), atol=1e-5)
+        for each, expected in zip(answer.data, alone, strict=True):
+            np.testing.assert_allclose(each.embedding, expected.numpy(), atol=1e-5)
         assert answer.usage.prompt_tokens == sum(map(len, ids))
     raw = client.embeddings.with_raw_response.create(model="pico", input=ids[0], encoding_format="base64")
     told = json.loads(raw.content)["data"][0]["embedding"]
@@ -203,14 +203,14 @@ def test_embeddings_are_mean_hidden_states(server: Server, reasoner: Reasoner) -
 def test_many_clients_get_each_their_own_text(server: Server, reasoner: Reasoner) -> None:
     """48 requests from 16 threads over four rows, streamed or not: every text is the one that it is alone."""
 
-    def ask(place: int) -> tuple[str, int]:
-        chat: Chat = {"model": "pico", "messages": [{"role": "user", "content": f"order {place % 7}"}]}
-        limits: Any = {"seed": place, "max_tokens": 4 + place % 20, "temperature": 0.5 + place % 3 / 4}
+    def ask(index: int) -> tuple[str, int]:
+        chat: Chat = {"model": "pico", "messages": [{"role": "user", "content": f"order {index % 7}"}]}
+        limits: Any = {"seed": index, "max_tokens": 4 + index % 20, "temperature": 0.5 + index % 3 / 4}
         with server.fresh() as client:
-            if place % 2:
+            if index % 2:
                 stream = client.chat.completions.create(**chat, **limits, stream=True)
-                return "".join(chunk.choices[0].delta.content or "" for chunk in stream), place
-            return client.chat.completions.create(**chat, **limits).choices[0].message.content or "", place
+                return "".join(chunk.choices[0].delta.content or "" for chunk in stream), index
+            return client.chat.completions.create(**chat, **limits).choices[0].message.content or "", index
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(ask, range(48)))

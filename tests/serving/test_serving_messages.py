@@ -210,7 +210,7 @@ def test_too_many_messages_are_refused_before_they_are_rendered(
     with pytest.raises(ApiError, match="prompt: 3 messages; this server's limit is 2"):
         read_for(ScoreRequest, body, "m", max_messages=2)
     with pytest.raises(ApiError, match="logit_bias: 5,000 tokens; this server's limit is 4,096"):
-        read(logit_bias={str(place): 101 for place in range(5000)})
+        read(logit_bias={str(index): 101 for index in range(5000)})
     ids = b'{"model": "m", "prompt": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'
     assert read_for(CompletionRequest, ids, "m", max_messages=2).prompt == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
@@ -229,7 +229,7 @@ def test_too_many_messages_are_refused_before_they_are_rendered(
         ),
     ],
 )
-def test_of_many_faults_the_first_is_told_and_the_others_are_not_gathered(
+def test_of_many_diagnostics_the_first_is_told_and_the_others_are_not_gathered(
     kind: Any, values: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thousands of errors would keep the event loop busy, and every other client waiting."""

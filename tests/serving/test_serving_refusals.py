@@ -20,7 +20,7 @@ from tests.deploy.serving.conftest import Server, until
 from loopos.generation import scheduler as session_module
 from loopos.generation.completions import Running
 from loopos.generation.sampling import NonFiniteLogits
-from loopos.generation.scheduler import Session
+from loopos.generation.scheduler import Scheduler
 
 LONG: dict[str, Any] = {"max_tokens": 200, "logit_bias": NEVER_ENDS}
 
@@ -138,13 +138,13 @@ def test_keys(language: Callable[..., Any]) -> None:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step takes 10 ms at least: time to meet one in the middle."""
-    step = Session.step
+    step = Scheduler.step
 
-    def slowly(session: Session) -> list[Running]:
+    def slowly(session: Scheduler) -> list[Running]:
         time.sleep(0.01)
         return step(session)
 
-    monkeypatch.setattr(Session, "step", slowly)
+    monkeypatch.setattr(Scheduler, "step", slowly)
 
 
 @pytest.mark.usefixtures("slow")
@@ -263,15 +263,15 @@ def test_settings_without_a_token_to_choose(language: Callable[..., Any], monkey
 def test_a_model_that_fails_fails_its_requests_alone(
     language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Session.step
+    step = Scheduler.step
     failing = [True]
 
-    def fails(session: Session) -> list[Running]:
+    def fails(session: Scheduler) -> list[Running]:
         if session.num_waiting and failing and failing.pop():
             raise RuntimeError("out of memory: tried to allocate much")
         return step(session)
 
-    monkeypatch.setattr(Session, "step", fails)
+    monkeypatch.setattr(Scheduler, "step", fails)
     with language() as server:
         status, told, _ = ask(server, CHAT, GOOD)
         assert (status, told["error"]["code"]) == (500, "model_failed")
@@ -283,15 +283,15 @@ def test_a_model_that_fails_fails_its_requests_alone(
 def test_a_mistake_in_a_step_does_not_end_the_server(
     language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Session.step
+    step = Scheduler.step
     failing = [True]
 
-    def fails(session: Session) -> list[Running]:
+    def fails(session: Scheduler) -> list[Running]:
         if session.num_waiting and failing and failing.pop():
             raise KeyError("a mistake")
         return step(session)
 
-    monkeypatch.setattr(Session, "step", fails)
+    monkeypatch.setattr(Scheduler, "step", fails)
     with language() as server:
         assert ask(server, CHAT, GOOD)[0] == 500
         assert is_alive(server)
@@ -300,14 +300,14 @@ def test_a_mistake_in_a_step_does_not_end_the_server(
 def test_a_request_that_cannot_join_ends_no_other(
     language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = Session.add
+    add = Scheduler.add
 
-    def fails(session: Session, prompts: Any, settings: Any, **others: Any) -> Any:
+    def fails(session: Scheduler, prompts: Any, settings: Any, **others: Any) -> Any:
         if settings[0].seed == 13:
             raise OverflowError("a seed that does not fit")
         return add(session, prompts, settings, **others)
 
-    monkeypatch.setattr(Session, "add", fails)
+    monkeypatch.setattr(Scheduler, "add", fails)
     with language() as server, ThreadPoolExecutor(1) as pool:
         other = pool.submit(ask, server, CHAT, {**GOOD, **LONG, "max_tokens": 120})
         until(lambda: server.metric("loopos_active_rows") == 1)

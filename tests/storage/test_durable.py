@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from loopos.storage.durable import DiskFull, StorageFault, disk_full_said, write_new
+from loopos.storage.durable import DiskFull, StorageError, explain_disk_full, write_new
 from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import shipped_folder
 from loopos.storage.whole_folder import whole_folder
@@ -21,7 +21,7 @@ REFUSALS = (errno.EIO, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR, e
 @pytest.mark.parametrize("number", REFUSALS)
 def test_a_refusal_names_the_file_and_what_is_whole(number: int, tmp_path: Path) -> None:
     file = str(tmp_path / "run" / "file")
-    with pytest.raises(StorageFault) as caught, disk_full_said(tmp_path / "run", 10, "an event"):
+    with pytest.raises(StorageError) as caught, explain_disk_full(tmp_path / "run", 10, "an event"):
         raise OSError(number, os.strerror(number), file)
     assert not isinstance(caught.value, DiskFull)
     assert caught.value.exit_code == 74
@@ -55,7 +55,7 @@ def test_a_file_whose_disk_fails_is_named(
     assert caught.value.filename == str(tmp_path / "file")
 
 
-def test_a_full_disk_under_a_tokenizer_is_said_as_such(tmp_path: Path) -> None:
+def test_a_full_disk_under_a_tokenizer_is_summary_as_such(tmp_path: Path) -> None:
     """tokenizers raises an `Exception` of no class of its own."""
     tokenizer = Tokenizer(models.BPE())
     with pytest.raises(Exception, match="No space left on device") as plain:
@@ -70,15 +70,15 @@ def test_a_full_disk_under_a_tokenizer_is_said_as_such(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_network_passes_through(tmp_path: Path) -> None:
-    with pytest.raises(ConnectionResetError), disk_full_said(tmp_path, 0, "a model"):
+    with pytest.raises(ConnectionResetError), explain_disk_full(tmp_path, 0, "a model"):
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(StorageFault, match=rf"{tmp_path}/file/\S+: Not a directory"),
-        disk_full_said(tmp_path / "file" / "out", 0, "the model"),
+        pytest.raises(StorageError, match=rf"{tmp_path}/file/\S+: Not a directory"),
+        explain_disk_full(tmp_path / "file" / "out", 0, "the model"),
         whole_folder(tmp_path / "file" / "out"),
     ):
         pass

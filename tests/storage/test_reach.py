@@ -55,7 +55,7 @@ def test_what_is_cached_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         hub.require_hub("data.training_data", "org/name", kind="dataset")
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_never_answers_is_actual_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that takes the connection and says nothing."""
     from huggingface_hub import constants
 
@@ -70,7 +70,7 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         assert time.monotonic() - began < 10
 
 
-def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_looked_up_for_ever_is_actual_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

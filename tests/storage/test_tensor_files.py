@@ -53,7 +53,7 @@ def test_tensors_come_back_from_one_file_and_from_shards(tmp_path: Path, most_by
     assert usual_dtype(stored) == torch.float32
 
 
-def test_a_tensor_that_is_not_as_announced_is_a_fault_of_ours(tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_as_announced_is_a_diagnostic_of_ours(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="announced"):
         write_tensors(tmp_path, {"a": TensorSpec(torch.float32, (2,))}, lambda name: torch.zeros(3))
 
@@ -93,10 +93,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_folders_are_named(tmp_path: Path, name: str) -> None:
-    harm, said = BROKEN[name]
+    harm, summary = BROKEN[name]
     written(tmp_path / "out", most_bytes=28.0)
     harm(tmp_path / "out")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=summary):
         folder_tensors(tmp_path / "out")
 
 
@@ -130,7 +130,7 @@ def header_of(shape: list[int], offsets: list[float]) -> bytes:
         (header_of([2], [0, 8]), "no place of its size"),
     ],
 )
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes, summary: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=summary):
         stored_tensors([tmp_path / "model.safetensors"])

@@ -19,10 +19,10 @@ def dead() -> int:
     return int(subprocess.check_output([sys.executable, "-c", "import os; print(os.getpid())"]))
 
 
-def folder_with(place: Path, text: str) -> Path:
-    place.mkdir(parents=True)
-    (place / "file").write_text(text)
-    return place
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "file").write_text(text)
+    return path
 
 
 def names(folder: Path) -> list[str]:
@@ -93,10 +93,10 @@ def test_another_process_may_clear_too(tmp_path: Path, dead: int, monkeypatch: p
     left = folder_with(tmp_path / f".out.partial-{dead}", "half")
     remove = shutil.rmtree
 
-    def both(place: Path, **options: bool) -> None:
-        if place == left:
-            remove(place)
-        remove(place, **options)
+    def both(path: Path, **options: bool) -> None:
+        if path == left:
+            remove(path)
+        remove(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", both)
     with whole_folder(tmp_path / "out") as partial:

@@ -20,7 +20,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
 from loopos.config.diagnostics import UserError
-from loopos.storage.durable import StorageFault
+from loopos.storage.durable import StorageError
 from loopos.storage.tensor_files import DTYPE_NAMES, safetensors_pieces
 from loopos.training import checkpoint
 
@@ -177,14 +177,14 @@ def test_damage_is_named_and_the_newest_whole_is_used(tmp_path: Path, damage: st
         checkpoint.load(newest)
     assert str(newest / file) in str(caught.value)
     assert isinstance(caught.value, UserError)
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
     assert found.step == 20
     assert torch.equal(found.tensors["weights"]["head.weight"], torch.full((3, 4), 20.0))
-    assert len(said) == 2
-    assert str(newest / file) in said[0]
-    assert problem in said[0]
-    assert "step-00000020" in said[1]
+    assert len(summary) == 2
+    assert str(newest / file) in summary[0]
+    assert problem in summary[0]
+    assert "step-00000020" in summary[1]
 
 
 def test_no_flipped_bit_of_a_manifest_passes_for_another_content(tmp_path: Path) -> None:
@@ -208,22 +208,22 @@ def test_no_flipped_bit_of_a_manifest_passes_for_another_content(tmp_path: Path)
 
 def test_a_moved_folder_is_rejected(tmp_path: Path) -> None:
     os.rename(save_tiny(tmp_path, 10), tmp_path / "step-00000099")
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is None
-    assert len(said) == 1
-    assert "says step 10" in said[0]
-    assert "step-00000099" in said[0]
+    assert len(summary) == 1
+    assert "says step 10" in summary[0]
+    assert "step-00000099" in summary[0]
 
 
-def test_several_damaged_are_each_said(tmp_path: Path) -> None:
+def test_several_damaged_are_each_summary(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_tiny(tmp_path, step)
     for step in (2, 3, 4):
         (tmp_path / f"step-0000000{step}" / "state.json").unlink()
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert [f"step-0000000{step}" in line for step, line in zip((4, 3, 2, 1), said, strict=True)] == [True] * 4
+    assert [f"step-0000000{step}" in line for step, line in zip((4, 3, 2, 1), summary, strict=True)] == [True] * 4
 
 
 def test_newest_whole_of_nothing(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def ended_process() -> int:
     return process.pid
 
 
-def test_partial_folders_of_dead_processes_are_said_then_cleared(
+def test_partial_folders_of_dead_processes_are_summary_then_cleared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny(tmp_path, 1)
@@ -256,10 +256,10 @@ def test_partial_folders_of_dead_processes_are_said_then_cleared(
     alive = tmp_path / f".step-00000002.partial-{os.getppid()}"
     for folder in (dead, own, alive):
         shutil.copytree(tmp_path / "step-00000001", folder)
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert sum("half-written" in line for line in said) == 3
+    assert sum("half-written" in line for line in summary) == 3
     save_tiny(tmp_path, 2)
     assert not dead.exists()
     assert not own.exists()
@@ -271,9 +271,9 @@ def test_a_checkpoint_caught_between_the_renames_is_found_and_put_back(tmp_path:
     save_tiny(tmp_path, 1)
     caught = tmp_path / f".step-00000002.replaced-{ended_process()}"
     os.rename(save_tiny(tmp_path, 2), caught)
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
-    assert (found.step, found.path, said) == (2, caught, [])
+    assert (found.step, found.path, summary) == (2, caught, [])
     assert len(checkpoint.sweep(tmp_path)) == 1
     found, _ = checkpoint.newest_whole(tmp_path)
     assert found is not None
@@ -283,11 +283,11 @@ def test_a_checkpoint_caught_between_the_renames_is_found_and_put_back(tmp_path:
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_tiny(tmp_path, 7)
     checkpoint.save(tmp_path, 7, {"weights": {"other": torch.ones(1)}}, {"second": True})
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
     assert found.state == {"second": True}
     assert list(found.tensors) == ["weights"]
-    assert said == []
+    assert summary == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000007"]
 
 
@@ -321,16 +321,16 @@ def test_full_disk_is_one_line_and_leaves_the_previous_whole(
     assert "bytes, " in message
     assert "are free" in message
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert said == []
+    assert summary == []
 
 
 def test_other_system_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        StorageFault, match=rf"^{tmp_path}/file/checkpoints: Not a directory .*the checkpoint of step 1"
+        StorageError, match=rf"^{tmp_path}/file/checkpoints: Not a directory .*the checkpoint of step 1"
     ):
         save_tiny(tmp_path / "file" / "checkpoints", 1)
 
@@ -436,12 +436,12 @@ def test_random_states_continue_exactly_through_a_checkpoint(tmp_path: Path) -> 
     assert draws() == expected
 
 
-def test_random_states_of_an_absent_device_are_said() -> None:
+def test_random_states_of_an_absent_device_are_summary() -> None:
     tensors, state = checkpoint.random_states()
     tensors["torch_cuda_63"] = torch.zeros(16, dtype=torch.uint8)
-    said = checkpoint.restore_random_states(tensors, state)
-    assert len(said) == 1
-    assert "torch_cuda_63" in said[0]
+    summary = checkpoint.restore_random_states(tensors, state)
+    assert len(summary) == 1
+    assert "torch_cuda_63" in summary[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

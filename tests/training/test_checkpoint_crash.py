@@ -116,14 +116,14 @@ def test_killed_at_random_moments_the_newest_is_whole_and_never_older(root: Path
         time.sleep(draw.uniform(0.0, 0.08))
         os.kill(child, signal.SIGKILL)
         assert savers.number() == -signal.SIGKILL
-        found, said = checkpoint.newest_whole(root)
+        found, summary = checkpoint.newest_whole(root)
         if found is not None:
             assert found.step >= step
             assert found.state == {"step": found.step, "value": found.step}
             check_content(found, found.step)
             step = found.step
         # Nothing but the save that was cut short may be wrong.
-        assert not [line for line in said if "half-written" not in line and "newest whole" not in line]
+        assert not [line for line in summary if "half-written" not in line and "newest whole" not in line]
     assert step > 0
 
 
@@ -141,10 +141,10 @@ def test_killed_before_each_change_to_the_disk_leaves_old_or_new(root: Path, sav
         check_content(found, value)
         outcomes.append(value)
         checkpoint.sweep(root)
-        kept, said = checkpoint.newest_whole(root)
+        kept, summary = checkpoint.newest_whole(root)
         assert kept is not None
         assert kept.state["value"] == value
-        assert said == []
+        assert summary == []
         for entry in root.glob("step-00000006"):
             os.rename(entry, root.parent / f"taken-{dies_before}")
         if code == 0:

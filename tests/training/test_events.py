@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.storage.durable import JSON, DiskFull
 from loopos.storage.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
 
@@ -21,7 +21,7 @@ def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> N
         log.write("step", step=step, metrics={"loss": 1.0 / step}, timing={"seconds": seconds})
 
 
-def test_one_event_is_one_line_in_the_given_order(tmp_path: Path) -> None:
+def test_one_event_is_one_line_in_the_actual_order(tmp_path: Path) -> None:
     path = tmp_path / "run" / "events.jsonl"
     with EventLog(path) as log:
         log.write("step", step=7, metrics={"loss": 0.5, "b": 1, "a": "é\n"}, timing={"seconds": 2.0})
@@ -182,9 +182,11 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
 
 
-def test_tensorboard_missing_is_said_with_the_line_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_missing_is_summary_with_the_line_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
-    with pytest.raises(EnvironmentFault, match=r"pip install .*\[track\]"):
+    with pytest.raises(MissingRequirement, match=r"pip install .*\[track\]"):
         TensorBoardAdapter(tmp_path)
 
 

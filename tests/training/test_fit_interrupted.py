@@ -72,15 +72,17 @@ def test_a_nan_is_skipped_and_counted_where_that_was_asked_for(run: Run, monkeyp
 
 def test_a_run_that_took_no_step_is_no_success(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     break_loss_at(monkeypatch, None)
-    said = r"^no step was taken: loss or gradient was not finite in all 10, so the weights are those of the start and"
-    with pytest.raises(NonFiniteStep, match=said) as told:
+    summary = (
+        r"^no step was taken: loss or gradient was not finite in all 10, so the weights are those of the start and"
+    )
+    with pytest.raises(NonFiniteStep, match=summary) as told:
         run(on_nonfinite="skip", validate_every="never")
     assert told.value.exit_code == 1
     assert len(events_of(tmp_path / "run", "step")) == 10
     assert not events_of(tmp_path / "run", "end")
     assert not (tmp_path / "run" / "model").exists()
     # It stays so when it is resumed, unless there are steps to come.
-    with pytest.raises(NonFiniteStep, match=said):
+    with pytest.raises(NonFiniteStep, match=summary):
         run(on_nonfinite="skip", validate_every="never", resume=True)
     monkeypatch.undo()
     result, _ = run(on_nonfinite="skip", validate_every="never", num_epochs=3, resume=True)
@@ -120,7 +122,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
     assert fingerprint(tmp_path / "run" / "events.jsonl") == fingerprint(whole / "events.jsonl")
 
 
-def test_a_full_disk_under_the_log_is_said_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_the_log_is_summary_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     written = os.write
 
     def fill_up(descriptor: int, content: bytes) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loopos.rl.monitors import Alarm, GuardLimits, Guards
+from loopos.rl.monitors import Alert, Monitor, MonitorLimits
 
-ALL = GuardLimits(
+ALL = MonitorLimits(
     kl=10.0,
     entropy_share=0.25,
     length_ratio=2.0,
@@ -21,16 +21,16 @@ ALL = GuardLimits(
 )
 
 
-def alarms(limits: GuardLimits, *iterations: dict[str, float]) -> list[list[Alarm]]:
-    guards = Guards(limits)
+def alerts(limits: MonitorLimits, *iterations: dict[str, float]) -> list[list[Alert]]:
+    guards = Monitor(limits)
     return [guards.observe(metrics) for metrics in iterations]
 
 
-def sounded(limits: GuardLimits, name: str, values: list[float]) -> list[int]:
+def sounded(limits: MonitorLimits, name: str, values: list[float]) -> list[int]:
     """The iterations, from 0, at which the alarm of a metric sounds; no other one may."""
-    found = alarms(limits, *({name: value} for value in values))
-    assert all(alarm.name == name for now in found for alarm in now)
-    return [place for place, now in enumerate(found) if now]
+    found = alerts(limits, *({name: value} for value in values))
+    assert all(alert.name == name for now in found for alert in now)
+    return [index for index, now in enumerate(found) if now]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_each_limit(name: str, values: list[float], expected: list[int]) -> None
 
 
 def test_patience_counts_iterations_in_a_row() -> None:
-    limits = GuardLimits(kl=10.0, patience=3)
+    limits = MonitorLimits(kl=10.0, patience=3)
     assert sounded(limits, "kl", [11, 11, 9, 11, 11, 11, 11, 11, 11, 9, 11, 11, 11]) == [5, 12]
 
 
@@ -72,19 +72,19 @@ def test_reward_hacking_needs_a_risen_reward_and_a_fallen_judge() -> None:
         {"reward": 0.5, "judge": 4.0},
         {"reward": 4.0, "judge": 6.25},
     ]
-    found = alarms(ALL, *iterations)
+    found = alerts(ALL, *iterations)
     assert [len(now) for now in found] == [0, 0, 0, 0, 1]
-    (alarm,) = found[4]
-    assert (alarm.name, alarm.value, alarm.limit) == ("judge", 6.25, 6.5)
-    assert alarm.message == (
+    (alert,) = found[4]
+    assert (alert.name, alert.value, alert.limit) == ("judge", 6.25, 6.5)
+    assert alert.message == (
         "reward rose from 1 to 4 while the judge fell to 6.25, more than 0.5 below its best (7): "
         "the policy may be exploiting the reward model"
     )
 
 
 def test_an_iteration_that_does_not_measure_a_metric_changes_nothing() -> None:
-    limits = GuardLimits(judge_drop=0.5, kl=10.0, patience=2)
-    found = alarms(
+    limits = MonitorLimits(judge_drop=0.5, kl=10.0, patience=2)
+    found = alerts(
         limits,
         {"reward": 1.0, "kl": 1.0},
         {"reward": 2.0, "judge": 7.0},
@@ -93,11 +93,11 @@ def test_an_iteration_that_does_not_measure_a_metric_changes_nothing() -> None:
         {"reward": 3.0},
         {"reward": 3.0, "judge": 6.0, "kl": 11.0},
     )
-    assert [[alarm.name for alarm in now] for now in found] == [[], [], [], [], [], ["kl", "judge"]]
+    assert [[alert.name for alert in now] for now in found] == [[], [], [], [], [], ["kl", "judge"]]
 
 
 def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -> None:
-    found = alarms(
+    found = alerts(
         ALL,
         {"judge": 9.0},
         {"judge": 7.0},
@@ -110,16 +110,16 @@ def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -
         {"reward": 3.0},
         {"judge": 6.0},
     )
-    assert [place for place, now in enumerate(found) if now] == [5, 9]
+    assert [index for index, now in enumerate(found) if now] == [5, 9]
     assert "from 1 to 3 while the judge fell to 6, more than 0.5 below its best (9)" in found[9][0].message
 
 
-def test_alarms_say_their_numbers() -> None:
+def test_alerts_say_their_numbers() -> None:
     first = {"kl": 0.0, "entropy": 4.0, "response_length": 100, "repetition": 0.0, "end_share": 0.75}
     last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "end_share": 0.25}
-    before, found = alarms(ALL, first, last)
+    before, found = alerts(ALL, first, last)
     assert before == []
-    assert [(alarm.name, alarm.value, alarm.limit, alarm.message) for alarm in found] == [
+    assert [(alert.name, alert.value, alert.limit, alert.message) for alert in found] == [
         ("kl", 12.5, 10.0, "KL 12.5 is above its limit of 10: the policy moves far from its reference"),
         ("entropy", 0.5, 1.0, "entropy 0.5 fell below 25% of its start (4): the policy may be collapsing"),
         ("response_length", 300, 200, "mean length 300 left the range 50–200 around its start (100 tokens)"),
@@ -131,7 +131,7 @@ def test_alarms_say_their_numbers() -> None:
             "the share of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
         ),
     ]
-    (short,) = alarms(ALL, {"response_length": 100}, {"response_length": 20})[1]
+    (short,) = alerts(ALL, {"response_length": 100}, {"response_length": 20})[1]
     assert short.message == "mean length 20 left the range 50–200 around its start (100 tokens)"
     assert short.limit == 50
 
@@ -139,44 +139,44 @@ def test_alarms_say_their_numbers() -> None:
 def test_without_limits_nothing_sounds() -> None:
     wild = {"kl": 1e9, "entropy": 0.0, "response_length": 1e9, "repetition": 1.0, "end_share": 0.0, "judge": -1e9}
     tame = {"kl": 0.0, "entropy": 4.0, "response_length": 10, "repetition": 0.0, "end_share": 1.0, "judge": 0.0}
-    assert alarms(GuardLimits(), {"reward": 0.0, **tame}, {"reward": 1.0, **wild}) == [[], []]
-    assert len(alarms(ALL, {"reward": 0.0, **tame}, {"reward": 1.0, **wild})[1]) == 6
+    assert alerts(MonitorLimits(), {"reward": 0.0, **tame}, {"reward": 1.0, **wild}) == [[], []]
+    assert len(alerts(ALL, {"reward": 0.0, **tame}, {"reward": 1.0, **wild})[1]) == 6
 
 
 def test_a_resumed_run_sounds_the_same() -> None:
-    limits = GuardLimits(kl=0.75, entropy_share=0.5, length_ratio=1.5, end_share_drop=0.1, judge_drop=0.2, patience=2)
+    limits = MonitorLimits(kl=0.75, entropy_share=0.5, length_ratio=1.5, end_share_drop=0.1, judge_drop=0.2, patience=2)
     run = [
         {
-            "kl": (7 * place % 5) / 2,
-            "entropy": 1 / (1 + place % 4),
-            "response_length": 10.0 + 3 * (place % 5),
-            "end_share": 1 - (place % 3) / 10,
-            "reward": place / 7,
-            "judge": math.sin(place / 2),
+            "kl": (7 * index % 5) / 2,
+            "entropy": 1 / (1 + index % 4),
+            "response_length": 10.0 + 3 * (index % 5),
+            "end_share": 1 - (index % 3) / 10,
+            "reward": index / 7,
+            "judge": math.sin(index / 2),
         }
-        for place in range(24)
+        for index in range(24)
     ]
     # The judge is asked apart from the rest, at every second iteration.
     run = [
         part
-        for place, metrics in enumerate(run)
+        for index, metrics in enumerate(run)
         for part in ({name: metrics[name] for name in metrics if name != "judge"}, {"judge": metrics["judge"]})
-        if place % 2 or "reward" in part
+        if index % 2 or "reward" in part
     ]
-    whole = alarms(limits, *run)
-    assert {alarm.name for now in whole for alarm in now} == {"kl", "entropy", "response_length", "judge"}
+    whole = alerts(limits, *run)
+    assert {alert.name for now in whole for alert in now} == {"kl", "entropy", "response_length", "judge"}
     for cut in range(len(run)):
-        first, second = Guards(limits), Guards(limits)
+        first, second = Monitor(limits), Monitor(limits)
         before = [first.observe(metrics) for metrics in run[:cut]]
         second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
         assert before + [second.observe(metrics) for metrics in run[cut:]] == whole, cut
 
 
 def test_a_state_is_a_copy() -> None:
-    guards = Guards(ALL)
+    guards = Monitor(ALL)
     guards.observe({"entropy": 4.0})
     state = guards.state()
-    other = Guards(ALL)
+    other = Monitor(ALL)
     other.load(state)
     other.observe({"kl": 11.0, "reward": 1.0, "judge": 1.0})
     assert guards.state() == state
@@ -198,4 +198,4 @@ def test_a_state_is_a_copy() -> None:
 )
 def test_limits_that_make_no_sense_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} of {value}"):
-        GuardLimits(**{name: value})
+        MonitorLimits(**{name: value})

@@ -64,7 +64,7 @@ def test_the_best_is_saved_also_where_no_step_to_save_falls(run: Run, monkeypatc
     assert saved_steps(folder) == [2, 10]
 
 
-def test_where_no_best_was_kept_the_last_is_exported_and_said(
+def test_where_no_best_was_kept_the_last_is_exported_and_summary(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted(monkeypatch, [0.1, 0.9, 0.2])
@@ -78,9 +78,9 @@ def test_where_no_best_was_kept_the_last_is_exported_and_said(
     FineTuner(config, progress=RunProgress()).train()
     exported = load_file(tmp_path / "last" / "model" / "head.safetensors")["weight"]
     assert torch.equal(exported, last_weights(tmp_path / "last")["head.weight"])
-    said = capsys.readouterr().err
-    assert "exporting the last weights: no checkpoint of the best validation was kept" in said
-    assert "exporting the best weights" not in said
+    summary = capsys.readouterr().err
+    assert "exporting the last weights: no checkpoint of the best validation was kept" in summary
+    assert "exporting the best weights" not in summary
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_plateau_schedule_halves_the_learning_rate(run: Run, monkeypatch: py
     assert rates == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_a_metric_that_is_not_defined_is_said_and_judges_nothing(
+def test_a_metric_that_is_not_defined_is_summary_and_judges_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(FineTuner, "validate", lambda self, world=None: {"accuracy": 0.5})
@@ -195,7 +195,7 @@ def test_a_run_resumed_from_its_start_is_the_uninterrupted_one(run: Run, monkeyp
     assert events_of(resumed, "export")[-1]["step"] == 0
 
 
-def test_without_a_validation_at_the_start_nothing_is_said_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_validation_at_the_start_nothing_is_summary_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [0.5, 0.7, 0.6])
     result, folder = run(validate_every=5, validate_at_start=False)
     assert [event["step"] for event in events_of(folder, "validation")] == [5, 10]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loopos.config.sections import TrainingSection
 from loopos.training.distributed import World
-from loopos.training.precision import Masters
+from loopos.training.precision import MasterWeights
 from loopos.training.trained_weights import zeros_to_keep
 from loopos.training.update import build_update
 
@@ -60,14 +60,16 @@ def test_zeros_stay_through_every_step(optimizer: str, half: torch.dtype | None)
     )
     zeros = zeros_to_keep(model)
     before = model.linear.weight.detach().clone()
-    masters = Masters(dict(model.named_parameters()), may_train=dict(model.named_parameters()), half=lambda _: half)
-    masters.keep_zeros(zeros)
-    update = build_update(model, masters, settings, "fp32", World(), head=())
+    master_weights = MasterWeights(
+        dict(model.named_parameters()), may_train=dict(model.named_parameters()), half=lambda _: half
+    )
+    master_weights.keep_zeros(zeros)
+    update = build_update(model, master_weights, settings, "fp32", World(), head=())
     mask = zeros["linear.weight"]
     assert 0 < int(mask.sum()) < mask.numel()
     for step in range(5):
         update([torch.tensor([step % 5, 2, 4])], Loss(model), 1.0)
-        for weight in (masters.parameters["linear.weight"], model.linear.weight):
+        for weight in (master_weights.parameters["linear.weight"], model.linear.weight):
             assert bool((weight[mask] == 0).all())
     assert bool((model.linear.weight[~mask] != before[~mask].to(model.linear.weight.dtype)).any())
     assert bool((model.head.weight != 0).all()), "a new head begins with zeros, and learns"
@@ -77,9 +79,11 @@ def test_without_the_key_zeros_are_filled() -> None:
     """What `keep_zeros` holds back is there to be held back."""
     model = Pico()
     mask = model.linear.weight == 0
-    masters = Masters(dict(model.named_parameters()), may_train=dict(model.named_parameters()), half=lambda _: None)
+    master_weights = MasterWeights(
+        dict(model.named_parameters()), may_train=dict(model.named_parameters()), half=lambda _: None
+    )
     update = build_update(
-        model, masters, TrainingSection(learning_rate=0.05, optimizer="adamw"), "fp32", World(), head=()
+        model, master_weights, TrainingSection(learning_rate=0.05, optimizer="adamw"), "fp32", World(), head=()
     )
     for _ in range(3):
         update([torch.tensor([1, 2, 4])], Loss(model), 1.0)
@@ -129,5 +133,5 @@ def test_a_run_keeps_them_and_resumes_with_them(pruned: Path, tmp_path: Path, pr
 def test_with_adapters_it_is_refused_and_with_a_head_alone_it_means_nothing(trainable: str, tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", "new", [], training={"keep_zeros": True, "trainable": trainable})
     findings = [finding for finding in config.check() if "training.keep_zeros" in finding.fields]
-    said = [note for note in config.notes() if note.startswith("training.keep_zeros has no effect")]
-    assert (len(findings), len(said)) == ((1, 0) if trainable == "lora" else (0, 1))
+    summary = [note for note in config.notes() if note.startswith("training.keep_zeros has no effect")]
+    assert (len(findings), len(summary)) == ((1, 0) if trainable == "lora" else (0, 1))

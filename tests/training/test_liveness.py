@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from loopos.config.diagnostics import UserError
-from loopos.training.session import Liveness
+from loopos.training.session import Heartbeat
 
 SILENCE = 0.6
 
@@ -21,8 +21,8 @@ class Ended(Exception):
 
 
 @contextmanager
-def processes(hosts: list[str], *, never_begins: int | None = None) -> Iterator[tuple[list[Liveness], dict[int, str]]]:
-    """One `Liveness` a rank, all in this process, and by rank what each was ended with. never_begins: a rank that joins
+def processes(hosts: list[str], *, never_begins: int | None = None) -> Iterator[tuple[list[Heartbeat], dict[int, str]]]:
+    """One `Heartbeat` a rank, all in this process, and by rank what each was ended with. never_begins: a rank that joins
     and is gone before its first sign of life.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -32,7 +32,7 @@ def processes(hosts: list[str], *, never_begins: int | None = None) -> Iterator[
         return lambda message: ended.__setitem__(rank, message)
 
     ranks = [
-        Liveness(store, rank, len(hosts), silence=SILENCE, host=host, end=end_of(rank))
+        Heartbeat(store, rank, len(hosts), silence=SILENCE, host=host, end=end_of(rank))
         for rank, host in enumerate(hosts)
     ]
     begun = [each for rank, each in enumerate(ranks) if rank != never_begins]
@@ -49,7 +49,7 @@ def wait_for(number: int, ended: dict[int, str]) -> None:
         time.sleep(0.02)
 
 
-def fall_silent(process: Liveness) -> None:
+def fall_silent(process: Heartbeat) -> None:
     """As a process that is killed or stopped: its threads do nothing more, and nothing is said."""
     process._stopped.set()
 

@@ -15,7 +15,7 @@ from loopos.config.diagnostics import UserError
 from loopos.data.batches import Cursor
 from loopos.training.distributed import World
 from loopos.training.optimizers import OptimizerSet, OptimizerSettings
-from loopos.training.precision import Masters, pick_device, resolve
+from loopos.training.precision import MasterWeights, pick_device, resolve
 from loopos.training.update import NonFiniteStep, Update
 
 CPU = torch.device("cpu")
@@ -35,23 +35,23 @@ class Given:
         return {"loss": (self.weight * batch.to(self.weight.dtype)).float().sum()}
 
 
-def sgd(masters: Masters, rate: float) -> OptimizerSet:
-    return OptimizerSet(OptimizerSettings("sgd", rate), masters.parameters, head=())
+def sgd(master_weights: MasterWeights, rate: float) -> OptimizerSet:
+    return OptimizerSet(OptimizerSettings("sgd", rate), master_weights.parameters, head=())
 
 
-def half_model(value: float, dtype: torch.dtype | None = torch.bfloat16) -> tuple[nn.Parameter, Masters]:
+def half_model(value: float, dtype: torch.dtype | None = torch.bfloat16) -> tuple[nn.Parameter, MasterWeights]:
     weight = nn.Parameter(torch.tensor([value]))
-    return weight, Masters({"w": weight}, may_train={"w"}, half=lambda name: dtype)
+    return weight, MasterWeights({"w": weight}, may_train={"w"}, half=lambda name: dtype)
 
 
 def test_steps_below_the_resolution_of_bf16_are_kept() -> None:
     # Between 1 and 2, bf16 has steps of 1/128: a step of 1/10,000 rounds away, a hundred of them do not.
-    weight, masters = half_model(1.0)
-    update = Update(masters, sgd(masters, 1e-4), max_gradient_norm=None)
+    weight, master_weights = half_model(1.0)
+    update = Update(master_weights, sgd(master_weights, 1e-4), max_gradient_norm=None)
     assert weight.dtype == torch.bfloat16
     for _ in range(100):
         update([torch.ones(1)], Given(weight), 1.0)
-    assert float(masters.parameters["w"].detach()) == pytest.approx(0.99, abs=1e-5)
+    assert float(master_weights.parameters["w"].detach()) == pytest.approx(0.99, abs=1e-5)
     assert float(weight.detach()) == float(torch.tensor(0.99).bfloat16())
     # Without a master every step is lost.
     alone = torch.ones(1, dtype=torch.bfloat16)
@@ -62,13 +62,13 @@ def test_steps_below_the_resolution_of_bf16_are_kept() -> None:
 
 def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
     # 1 + 200 · 1/512: in bf16 each addition of 1/512 to 1 is lost.
-    weight, masters = half_model(0.5)
-    update = Update(masters, sgd(masters, 1.0), max_gradient_norm=None)
+    weight, master_weights = half_model(0.5)
+    update = Update(master_weights, sgd(master_weights, 1.0), max_gradient_norm=None)
     parts = [torch.ones(1), *[torch.full((1,), 2.0**-9)] * 200]
     result = update(parts, Given(weight), 1.0)
     # Each micro-batch counts 1, so the step's gradient is the sum over 201 parts; each share is rounded to bf16 once.
     assert result.gradient_norm == pytest.approx((1 + 200 / 512) / 201, rel=4e-3)
-    gradient = masters.parameters["w"].grad
+    gradient = master_weights.parameters["w"].grad
     assert gradient is not None
     assert gradient.dtype == torch.float32
     assert weight.grad is None
@@ -76,30 +76,30 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
 
 def test_a_parameter_that_no_micro_batch_reached_has_no_old_gradient() -> None:
     used, unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    masters = Masters({"a": used, "b": unused}, may_train={"a", "b"}, half=lambda name: torch.bfloat16)
-    update = Update(masters, sgd(masters, 0.1), max_gradient_norm=None)
+    master_weights = MasterWeights({"a": used, "b": unused}, may_train={"a", "b"}, half=lambda name: torch.bfloat16)
+    update = Update(master_weights, sgd(master_weights, 0.1), max_gradient_norm=None)
     update([torch.ones(1)], Given(unused), 1.0)
-    before = masters.parameters["b"].detach().clone()
+    before = master_weights.parameters["b"].detach().clone()
     update([torch.ones(1)], Given(used), 1.0)
-    assert torch.equal(masters.parameters["b"].detach(), before)
-    assert float(masters.parameters["a"].detach()) == pytest.approx(0.9)
+    assert torch.equal(master_weights.parameters["b"].detach(), before)
+    assert float(master_weights.parameters["a"].detach()) == pytest.approx(0.9)
 
 
 def test_frozen_parameters_are_rounded_and_never_move() -> None:
     a, b = nn.Parameter(torch.tensor([1.001])), nn.Parameter(torch.tensor([1.001]))
-    masters = Masters({"a": a, "b": b}, may_train={"a"}, half=lambda name: torch.bfloat16)
-    assert set(masters.parameters) == {"a"}
+    master_weights = MasterWeights({"a": a, "b": b}, may_train={"a"}, half=lambda name: torch.bfloat16)
+    assert set(master_weights.parameters) == {"a"}
     assert not b.requires_grad
     assert b.dtype == torch.bfloat16
-    assert float(masters.parameters["a"].detach()) == pytest.approx(1.001)
+    assert float(master_weights.parameters["a"].detach()) == pytest.approx(1.001)
 
 
-def test_masters_of_other_names_are_refused() -> None:
-    _, masters = half_model(1.0)
+def test_master_weights_of_other_names_are_refused() -> None:
+    _, master_weights = half_model(1.0)
     with pytest.raises(ValueError, match="weights of other parameters"):
-        masters.load({"v": torch.ones(1)})
-    masters.load({"w": torch.tensor([3.0])})
-    assert float(masters.parameters["w"].detach()) == 3.0
+        master_weights.load({"v": torch.ones(1)})
+    master_weights.load({"w": torch.tensor([3.0])})
+    assert float(master_weights.parameters["w"].detach()) == 3.0
 
 
 # fp16 --------------------------------------------------------------------------------------------------------------
@@ -121,9 +121,13 @@ class Linear16:
 
 def half_update(on_nonfinite: str = "stop") -> tuple[nn.Parameter, Update]:
     weight = nn.Parameter(torch.ones(1, 1))
-    masters = Masters({"w": weight}, may_train={"w"}, half=lambda name: None)
+    master_weights = MasterWeights({"w": weight}, may_train={"w"}, half=lambda name: None)
     update = Update(
-        masters, sgd(masters, 0.5), max_gradient_norm=None, on_nonfinite=on_nonfinite, autocast=("cpu", torch.float16)
+        master_weights,
+        sgd(master_weights, 0.5),
+        max_gradient_norm=None,
+        on_nonfinite=on_nonfinite,
+        autocast=("cpu", torch.float16),
     )
     return weight, update
 
@@ -177,7 +181,7 @@ def test_fp16_is_refused_where_there_is_no_cuda(tmp_path: Path, pico_folder: Pat
 # Devices and whole models ------------------------------------------------------------------------------------------
 
 
-def test_what_is_asked_for_is_taken_and_what_is_missing_is_said() -> None:
+def test_what_is_asked_for_is_taken_and_what_is_missing_is_summary() -> None:
     assert resolve("fp32", CPU) == "fp32"
     assert resolve("bf16", CPU) == "bf16"
     assert resolve("auto", CPU) in ("fp32", "bf16")
@@ -204,7 +208,7 @@ def test_bf16_has_the_gradient_norm_of_fp32(tmp_path: Path, pico_folder: Path) -
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
 
 
-def test_checkpoints_hold_fp32_masters_and_bf16_runs_learn(tmp_path: Path, pico_folder: Path) -> None:
+def test_checkpoints_hold_fp32_master_weights_and_bf16_runs_learn(tmp_path: Path, pico_folder: Path) -> None:
     run = tmp_path / "run"
     train(config_of(run, pico_folder, class_rows(60), training={"precision": "bf16", "num_epochs": 3}))
     losses = [event["metrics"]["loss"] for event in events_of(run, "step")]

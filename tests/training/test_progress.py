@@ -79,25 +79,25 @@ def test_the_time_left_is_known_however_slow_a_step_is(clock: Clock) -> None:
     progress.end()
 
 
-def said(**metrics: float) -> str:
+def summary(**metrics: float) -> str:
     written = io.StringIO()
     RunProgress(console=Console(file=written, width=120)).validation(8, metrics, "best", first="reward")
     return written.getvalue().rstrip("\n")
 
 
 def test_a_validation_is_one_short_line_with_each_figure_once() -> None:
-    line = said(loss=0.25, accuracy=0.9667, macro_f1=0.95, micro_f1=0.9667, log_loss=0.25, num_pairs=29.0)
+    line = summary(loss=0.25, accuracy=0.9667, macro_f1=0.95, micro_f1=0.9667, log_loss=0.25, num_pairs=29.0)
     assert line == ("validation at step 8: loss 0.25 · accuracy 0.9667 · macro_f1 0.95 · num_pairs 29 · best")
 
 
 def test_a_long_validation_keeps_what_decides(clock: Clock) -> None:
-    line = said(**{f"some_metric_{place}": place / 7 for place in range(12)}, reward=-1.95)
+    line = summary(**{f"some_metric_{index}": index / 7 for index in range(12)}, reward=-1.95)
     assert line.startswith("validation at step 8: reward -1.95 · some_metric_0 0 · ")
     assert line.endswith(" · best")
     assert len(line) <= 120
 
 
 def test_figures_that_only_look_alike_are_both_there() -> None:
-    line = said(loss=0.25, log_loss=0.26, accuracy=0.5, micro_f1=0.75)
+    line = summary(loss=0.25, log_loss=0.26, accuracy=0.5, micro_f1=0.75)
     assert "log_loss 0.26" in line
     assert "micro_f1 0.75" in line

@@ -22,8 +22,8 @@ SHARES = [(Rows(0, 2, (5, 3)), Rows(0, 1, (2,))), (Rows(2, 2, (5, 3)), Rows(1, 1
 
 def written(folder: Path, *, leave_out: int | None = None) -> Path:
     """The folder of a checkpoint whose weights three processes wrote, or all but one of them."""
-    place = folder / folder_name(7)
-    place.mkdir()
+    path = folder / folder_name(7)
+    path.mkdir()
     records: Records = {}
     for number, (matrix, vector) in enumerate(SHARES):
         members = {"matrix": matrix.of(MATRIX), "vector": vector.of(torch.tensor([8.0, 9.0]))}
@@ -31,9 +31,9 @@ def written(folder: Path, *, leave_out: int | None = None) -> Path:
             members["count"] = torch.tensor(4)
         if number != leave_out:
             file = slice_name("weights", number, 3)
-            records |= write_group(place, file, members, {"matrix": matrix, "vector": vector})
-    seal_folder(place, records, b"{}", {"step": 7, "metric": None, "is_best": False})
-    return place
+            records |= write_group(path, file, members, {"matrix": matrix, "vector": vector})
+    seal_folder(path, records, b"{}", {"step": 7, "metric": None, "is_best": False})
+    return path
 
 
 def test_slices_are_read_as_whole_tensors(tmp_path: Path) -> None:
@@ -60,16 +60,16 @@ def test_any_rows_are_had_from_slices_and_from_whole_tensors(tmp_path: Path, fir
 
 def written_in_columns(folder: Path, leave_out: int | None = None) -> Path:
     """Of four processes, two by two: each has some rows of two of the four columns."""
-    place = folder / folder_name(7)
-    place.mkdir()
+    path = folder / folder_name(7)
+    path.mkdir()
     records: Records = {}
     for number, (row, column) in enumerate(((0, 0), (0, 2), (3, 0), (3, 2))):
         rows = Rows(row, 3 if row == 0 else 2, (5, 4), (column, 2))
         members = {"wide": rows.of(WIDE).contiguous()}
         if number != leave_out:
-            records |= write_group(place, slice_name("weights", number, 4), members, {"wide": rows})
-    seal_folder(place, records, b"{}", {"step": 7, "metric": None, "is_best": False})
-    return place
+            records |= write_group(path, slice_name("weights", number, 4), members, {"wide": rows})
+    seal_folder(path, records, b"{}", {"step": 7, "metric": None, "is_best": False})
+    return path
 
 
 @pytest.mark.parametrize("columns", [None, (0, 2), (2, 2), (1, 2), (0, 4), (3, 1)])
@@ -114,9 +114,9 @@ def test_a_checkpoint_is_there_when_it_is_finished(tmp_path: Path, monkeypatch: 
     assert checkpoint.newest_whole(tmp_path)[0] is None
     go_on.set()
     assert save.finish() == tmp_path / "step-00000003"
-    found, said = checkpoint.newest_whole(tmp_path)
+    found, summary = checkpoint.newest_whole(tmp_path)
     assert found is not None
-    assert (found.step, found.state, said) == (3, {"seen": 1}, [])
+    assert (found.step, found.state, summary) == (3, {"seen": 1}, [])
 
 
 def test_what_goes_wrong_beside_training_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

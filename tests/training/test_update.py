@@ -114,10 +114,10 @@ def test_gradients_are_clipped_to_the_norm(fine_tuning_config: Build, tmp_path: 
     tuner.load_data()
     tuner.build_model()
     fit = tuner.build_fit(World())
-    before = {name: p.detach().clone() for name, p in tuner.trained.masters.parameters.items()}
+    before = {name: p.detach().clone() for name, p in tuner.trained.master_weights.parameters.items()}
     result = fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
     moved = math.sqrt(
-        sum(float((p.detach() - before[n]).square().sum()) for n, p in tuner.trained.masters.parameters.items())
+        sum(float((p.detach() - before[n]).square().sum()) for n, p in tuner.trained.master_weights.parameters.items())
     )
     assert result.gradient_norm > 0.25
     assert moved == pytest.approx(0.1 * 0.25, rel=1e-4)
@@ -132,11 +132,11 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(policy: str, fine_tuning_
     fit = tuner.build_fit(World())
     with torch.no_grad():
         tuner.model.head.weight[0, 0] = float("inf")
-    before = {name: p.detach().clone() for name, p in tuner.trained.masters.parameters.items()}
+    before = {name: p.detach().clone() for name, p in tuner.trained.master_weights.parameters.items()}
     if policy == "stop":
         with pytest.raises(NonFiniteStep, match="not a finite number"):
             fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
     else:
         assert fit.update(fit.batches.step(Cursor()), fit.objective, 1.0).skipped
-    for name, parameter in tuner.trained.masters.parameters.items():
+    for name, parameter in tuner.trained.master_weights.parameters.items():
         assert torch.equal(parameter, before[name]), name

@@ -23,7 +23,7 @@ from loopos.cli.opened_models import open_reasoner, require_language_model
 from loopos.cli.outcome import complain, note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.cli.sampling_options import SamplingOptions, place_faults, refuse
+from loopos.cli.sampling_options import SamplingOptions, place_diagnostics, refuse
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import expanded
 from loopos.data.conversations import ASSISTANT, Message
@@ -109,14 +109,16 @@ class Conversation:
         if not self.messages:
             raise UserError("nothing has been said yet")
         if file.suffix.lower() != ".jsonl":
-            raise UserError(f"/save: given {file}; wanted a name that ends in .jsonl: one conversation a line")
+            raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation a line")
         system = [Message("system", self.system)] if self.system else []
         told = [message.as_template() for message in (*system, *self.messages)]
         try:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json_lines([{"messages": told}]))
         except OSError as error:
-            raise UserError(f"/save: {file}: cannot be written ({error.strerror}); wanted a writable place") from error
+            raise UserError(
+                f"/save: {file}: cannot be written ({error.strerror}); expected a writable place"
+            ) from error
         return len(told)
 
 
@@ -143,16 +145,16 @@ class ChatOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
 
-def run(place: str, options: ChatOptions) -> int:
+def run(source: str, options: ChatOptions) -> int:
     """Talks until the end of the input. Raises `UserError` for options and a model that will not do."""
-    refuse([*options.sampling.faults(), *place_faults(options.device, options.precision)])
-    require_language_model(place)
+    refuse([*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)])
+    require_language_model(source)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
     hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
-        place,
+        source,
         device=options.device,
         precision=options.precision,
         max_rows=1,
@@ -249,7 +251,7 @@ class Talk:
         try:
             chosen = float(text)
         except ValueError:
-            raise UserError(f"/temp: given {text or 'nothing'}; wanted a number, 0 or more") from None
+            raise UserError(f"/temp: got {text or 'nothing'}; expected a number, 0 or more") from None
         self.conversation.settings = replace(self.conversation.settings, temperature=chosen)
         note(f"temperature: {chosen:g}")
 
@@ -259,7 +261,7 @@ class Talk:
 
     def _save(self, text: str) -> None:
         if not text:
-            raise UserError("/save: no file; wanted /save FILE.jsonl")
+            raise UserError("/save: no file; expected /save FILE.jsonl")
         number = self.conversation.save(Path(expanded(text)))
         note(f"{text}: {number} messages added")
 

@@ -18,9 +18,9 @@ def parse_columns(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         role, equals, column = word.partition("=")
         if not equals or not role or not column:
-            raise UserError(f"--columns: given {word}; wanted ROLE=COLUMN, for example text=review")
+            raise UserError(f"--columns: got {word}; expected ROLE=COLUMN, for example text=review")
         if role in columns:
-            raise UserError(f"--columns: given {role} twice ({columns[role]} and {column}); wanted one column a role")
+            raise UserError(f"--columns: got {role} twice ({columns[role]} and {column}); expected one column a role")
         columns[role] = column
     return columns
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loopos.cli.answers import say, say_json
 from loopos.cli.outcome import note
-from loopos.config.diagnostics import FaultsError, UserError
+from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.load import LoadedConfig, load, load_recipe
 from loopos.config.merge import MergeConfig, is_merge_recipe
 from loopos.config.other_tools import METHOD_ALIASES
@@ -24,11 +24,11 @@ def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     """The config, with its notes told. Raises `ConfigError`."""
     loaded = load(path, overrides, config_classes())
     check_columns(loaded.config)
-    tell_notes(loaded)
+    print_notes(loaded)
     return loaded
 
 
-def tell_notes(loaded: LoadedConfig) -> None:
+def print_notes(loaded: LoadedConfig) -> None:
     """What the user should know of a valid config, on standard error."""
     for sentence in loaded.notes:
         note(f"note: {sentence}")
@@ -38,16 +38,16 @@ def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     """Prints whether the config is valid; with `as_json` its faults and notes as data."""
     if not as_json:
         loaded = _loaded(path, overrides)
-        tell_notes(loaded)
+        print_notes(loaded)
         values = loaded.config.model_dump()
         names = values.get("computation") or {"mode": "merge", "method": values["method"]}
         say(f"{path}: valid ({names['mode']}, {names['method']})")
         return 0
     try:
         loaded = _loaded(path, overrides)
-    except FaultsError as error:
-        faults = [dataclasses.asdict(fault) for fault in error.faults]
-        say_json({"file": str(path), "valid": False, "faults": faults, "notes": []})
+    except DiagnosticsError as error:
+        diagnostics = [dataclasses.asdict(diagnostic) for diagnostic in error.diagnostics]
+        say_json({"file": str(path), "valid": False, "faults": diagnostics, "notes": []})
         return error.exit_code
     say_json({"file": str(path), "valid": True, "faults": [], "notes": loaded.notes})
     return 0
@@ -72,6 +72,6 @@ def schema(method: str) -> int:
     method = METHOD_ALIASES.get(method, method)
     if method not in rows:
         known = ", ".join([*(name for _, name in METHODS), "merge"])
-        raise UserError(f"--method: given {method}; wanted one of {known}")
+        raise UserError(f"--method: got {method}; expected one of {known}")
     say_json(schema_of(rows[method]))
     return 0

@@ -24,7 +24,7 @@ from loopos.cli.answers import say, say_json, shown, table
 from loopos.cli.columns import parse_columns, text_rules
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.wording import COLUMNS, ENCODING, OptionWording
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.decoding import TextRules, read_lines
 from loopos.data.demonstrations import Demonstration
@@ -36,7 +36,7 @@ from loopos.data.near_duplicates import near_duplicates
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt, Words, told
 from loopos.data.reading import left_out
-from loopos.data.record import MAXIMUM_FAULTS
+from loopos.data.record import MAXIMUM_DIAGNOSTICS
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
 from loopos.data.rows import Row, RowReader, is_plain_text, read
 from loopos.data.supervised_rows import Completion, PlainText
@@ -207,7 +207,7 @@ _SERVES = {
 
 
 @dataclass
-class Findings:
+class CheckReport:
     """All that the check found. `kind`: what the rows are; `labels`: rows by class, or for regression the least, mean
     and greatest value; `ranges`: least, median, mean and greatest by name; `near`: rows nearly the same as another.
     """
@@ -228,14 +228,14 @@ class Findings:
     repeated: dict[str, int] = field(default_factory=dict)
     near: dict[str, Any] = field(default_factory=dict)
     conflicts: list[dict[str, Any]] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    num_faults: int = 0
+    summary: list[str] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    num_diagnostics: int = 0
 
-    def add_faults(self, faults: Sequence[Fault], total: int) -> None:
+    def add_diagnostics(self, diagnostics: Sequence[Diagnostic], total: int) -> None:
         """Notes faults, `total` of them in all."""
-        self.faults.extend(faults)
-        self.num_faults += total
+        self.diagnostics.extend(diagnostics)
+        self.num_diagnostics += total
 
 
 def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: bool) -> int:
@@ -243,20 +243,23 @@ def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: b
     hush_libraries(verbose=False)
     found = check(source, parse_columns(columns), text_rules(encoding))
     if as_json:
-        shown_faults = found.faults[:MAXIMUM_FAULTS]
-        faults = [{"place": fault.place, **asdict(fault), "message": fault.text(_WORDING)} for fault in shown_faults]
-        say_json({**asdict(found), "faults": faults})
+        shown_diagnostics = found.diagnostics[:MAXIMUM_DIAGNOSTICS]
+        diagnostics = [
+            {"place": diagnostic.place, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
+            for diagnostic in shown_diagnostics
+        ]
+        say_json({**asdict(found), "faults": diagnostics})
     else:
         say(described(found))
-    return _FAULTY if found.num_faults else 0
+    return _FAULTY if found.num_diagnostics else 0
 
 
-def check(source: str, columns: Mapping[str, str], rules: TextRules) -> Findings:
+def check(source: str, columns: Mapping[str, str], rules: TextRules) -> CheckReport:
     """Reads all rows. Raises `DataError` where nothing can be read."""
     if not columns and is_plain_text(source, rules):
         return _check_lines(source, rules)
     reader = read(source, on_bad_row="skip", rules=rules)
-    found = Findings(source, sorted({kind for _, kind in reader.location.files}) or [reader.location.kind])
+    found = CheckReport(source, sorted({kind for _, kind in reader.location.files}) or [reader.location.kind])
     kind = _kind(reader, columns, found)
     if kind is None:
         return found
@@ -265,49 +268,53 @@ def check(source: str, columns: Mapping[str, str], rules: TextRules) -> Findings
         examples, report = read_kind(reader, kind, columns)
     except DataError as error:
         found.used = 0
-        found.add_faults(reader.report.faults or error.faults, reader.report.num_faults or len(error.faults))
+        found.add_diagnostics(
+            reader.report.diagnostics or error.diagnostics, reader.report.num_diagnostics or len(error.diagnostics)
+        )
         return found
-    found.rows, found.used, found.said = report.read, report.used, list(report.said)
-    found.said += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
-    found.said += left_out(report)
-    found.add_faults(reader.report.faults, reader.report.num_faults)
+    found.rows, found.used, found.summary = report.read, report.used, list(report.summary)
+    found.summary += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
+    found.summary += left_out(report)
+    found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
     _measure(found, examples, "text" if isinstance(examples[0], Labelled) else "prompt")
     if kind.family == "labelled":
         _judge_labels(found, examples, kind.roles["label"])
     return found
 
 
-def _check_lines(source: str, rules: TextRules) -> Findings:
+def _check_lines(source: str, rules: TextRules) -> CheckReport:
     """A text file that is no table: its lines."""
-    found = Findings(source, ["txt"], kind="lines", serves=_SERVES["lines"])
+    found = CheckReport(source, ["txt"], kind="lines", serves=_SERVES["lines"])
     with closing(read_lines(source, rules)) as numbered:
         lines = [(number, line.rstrip("\r")) for number, line in numbered]
     filled = [line for _, line in lines if line.strip()]
     found.rows = found.used = len(filled)
     if len(filled) < len(lines):
-        found.said.append(f"{len(lines) - len(filled):,} blank lines")
+        found.summary.append(f"{len(lines) - len(filled):,} blank lines")
     if filled:
         _measure(found, filled, "text")
     return found
 
 
-def _kind(reader: RowReader, columns: Mapping[str, str], found: Findings) -> Kind | None:
+def _kind(reader: RowReader, columns: Mapping[str, str], found: CheckReport) -> Kind | None:
     """What the rows are, or None with the fault noted. A first pass, for columns may differ by row."""
     names: dict[str, None] = {}
     for row in reader.rows():
         names.update(dict.fromkeys(row.values))
     found.columns, found.rows = list(names), reader.report.rows_read
     if not names:
-        found.add_faults(reader.report.faults, reader.report.num_faults)
+        found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
         return None
     try:
         return kind_of(found.columns, columns, found.source)
     except DataError as error:
-        found.add_faults([*error.faults, *reader.report.faults], len(error.faults) + reader.report.num_faults)
+        found.add_diagnostics(
+            [*error.diagnostics, *reader.report.diagnostics], len(error.diagnostics) + reader.report.num_diagnostics
+        )
         return None
 
 
-def _measure(found: Findings, examples: Sequence[Any], what: str) -> None:
+def _measure(found: CheckReport, examples: Sequence[Any], what: str) -> None:
     """Lengths and counts, what repeats, nearly repeats or contradicts."""
     found.ranges = ranges(examples)
     found.characters = found.ranges.pop("characters")
@@ -317,14 +324,14 @@ def _measure(found: Findings, examples: Sequence[Any], what: str) -> None:
     found.conflicts = conflicts(examples)
 
 
-def _judge_labels(found: Findings, examples: Sequence[Labelled], column: str) -> None:
+def _judge_labels(found: CheckReport, examples: Sequence[Labelled], column: str) -> None:
     try:
         space = infer_task(examples, column=column)
     except DataError as error:
-        found.add_faults(error.faults, getattr(error, "total", len(error.faults)))
+        found.add_diagnostics(error.diagnostics, getattr(error, "total", len(error.diagnostics)))
         return
     found.task = space.task
-    found.said.append(space.said)
+    found.summary.append(space.summary)
     found.labels = _label_counts(space, examples)
 
 
@@ -339,7 +346,7 @@ def _label_counts(space: LabelSpace, examples: Sequence[Labelled]) -> dict[str, 
     return {name: counts[key] for key, name in zip(space.keys, space.class_names, strict=True)}
 
 
-def described(found: Findings) -> str:
+def described(found: CheckReport) -> str:
     """The findings in lines."""
     lines = [f"{found.source}: {', '.join(found.formats)}, {found.rows:,} rows, {found.used:,} good"]
     if found.kind is not None:
@@ -356,25 +363,25 @@ def described(found: Findings) -> str:
         lines.append(f"counts    {', '.join(f'{name} {shown(count)}' for name, count in found.counts.items())}")
     lines += _label_lines(found)
     lines += _repeat_lines(found)
-    lines += [f"note      {sentence}" for sentence in found.said]
-    lines.append(f"faults    {found.num_faults:,}" if found.num_faults else "faults    none")
-    lines += [fault.text(_WORDING) for fault in found.faults[:MAXIMUM_FAULTS]]
-    if found.num_faults > len(found.faults[:MAXIMUM_FAULTS]):
-        lines.append(f"... and {found.num_faults - len(found.faults[:MAXIMUM_FAULTS])} more faults")
+    lines += [f"note      {sentence}" for sentence in found.summary]
+    lines.append(f"faults    {found.num_diagnostics:,}" if found.num_diagnostics else "faults    none")
+    lines += [diagnostic.text(_WORDING) for diagnostic in found.diagnostics[:MAXIMUM_DIAGNOSTICS]]
+    if found.num_diagnostics > len(found.diagnostics[:MAXIMUM_DIAGNOSTICS]):
+        lines.append(f"... and {found.num_diagnostics - len(found.diagnostics[:MAXIMUM_DIAGNOSTICS])} more faults")
     return "\n".join(lines)
 
 
-def _label_lines(found: Findings) -> list[str]:
+def _label_lines(found: CheckReport) -> list[str]:
     if found.task is None:
         return []
     listed = list(found.labels.items())
     share = [] if found.task == "regression" else [f"{count / found.used:.1%}" for _, count in listed]
-    rows = [(name, count, *share[place : place + 1]) for place, (name, count) in enumerate(listed[:_MOST_LISTED])]
+    rows = [(name, count, *share[index : index + 1]) for index, (name, count) in enumerate(listed[:_MOST_LISTED])]
     more = [f"{'':10}and {len(listed) - _MOST_LISTED} more classes"] if len(listed) > _MOST_LISTED else []
     return [f"task      {found.task}", table(rows, indent=" " * 10), *more]
 
 
-def _repeat_lines(found: Findings) -> list[str]:
+def _repeat_lines(found: CheckReport) -> list[str]:
     """What repeats, nearly repeats and contradicts."""
     if not found.repeated:
         return []

@@ -71,9 +71,9 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
         cut = f", {encoded.cut} cut at {inputs.max_length}" if encoded.cut else ""
         console.print(Text(f"{len(encoded.ids)} tokens{cut} · label {example.label!r} -> {target}\n"))
     console.print(Text(f"[pooled] by {pooling} · bare: read, not pooled · ~cut~"))
-    console.print(Text(f"train: {inputs.train_report.said()}"))
+    console.print(Text(f"train: {inputs.train_report.summary()}"))
     if inputs.validation:
-        console.print(Text(f"validation: {inputs.validation_report.said()}"))
+        console.print(Text(f"validation: {inputs.validation_report.summary()}"))
     for report in inputs.data.reports:
         console.print(Text(account(report)))
     return 0
@@ -82,12 +82,12 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
 def pieces(tokenizer: Any, whole: Sequence[int], kept: Sequence[int], pooling: str) -> Iterator[Piece]:
     """The tokens of one example in order. whole: ids before cutting; kept: ids after it, `whole` with some left out."""
     pooled = {"first": {0}, "last": {len(kept) - 1}}.get(pooling, set(range(len(kept))))
-    place = 0
+    position = 0
     for kind, start, end, _, _ in SequenceMatcher(None, whole, kept, autojunk=False).get_opcodes():
         assert kind in ("equal", "delete"), f"cutting only takes tokens away, met {kind}"
         for token in whole[start:end]:
-            fate = CUT if kind == "delete" else POOLED if place in pooled else KEPT
-            place += kind == "equal"
+            fate = CUT if kind == "delete" else POOLED if position in pooled else KEPT
+            position += kind == "equal"
             yield Piece(token_text(tokenizer, token), token, fate)
 
 

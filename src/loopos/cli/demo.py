@@ -71,11 +71,11 @@ def packaged_config(stack: ExitStack, name: str, changes: Mapping[str, object] |
     Raises `ConfigError`.
     """
     path = packaged_file(stack, name)
-    given = {key: value if isinstance(value, int | float) else str(value) for key, value in (changes or {}).items()}
+    actual = {key: value if isinstance(value, int | float) else str(value) for key, value in (changes or {}).items()}
     for key, value in json.loads(path.read_text(encoding="utf-8"))["data"].items():
         if isinstance(value, str) and value.startswith("src/loopos/demo/"):
-            given.setdefault(f"data.{key}", str(packaged_file(stack, Path(value).name)))
-    return load(path, [f"{key}={json.dumps(value)}" for key, value in given.items()], config_classes()).config
+            actual.setdefault(f"data.{key}", str(packaged_file(stack, Path(value).name)))
+    return load(path, [f"{key}={json.dumps(value)}" for key, value in actual.items()], config_classes()).config
 
 
 @contextmanager
@@ -148,8 +148,8 @@ def chain_of_thought() -> int:
     began = time.monotonic()
     with ExitStack() as stack:
         written = json.loads(packaged_file(stack, REASONING_CONFIG).read_text(encoding="utf-8"))["data"]
-        place = Path(written["reasoning_examples"]).parent
-        folder = stack.enter_context(fresh_folder(place, run="with_chains"))
+        path = Path(written["reasoning_examples"]).parent
+        folder = stack.enter_context(fresh_folder(path, run="with_chains"))
         tokens = write_data(folder, written)
         say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, answers alone")
         answered = {}

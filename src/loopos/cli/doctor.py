@@ -15,9 +15,9 @@ from typing import Any
 
 import loopos
 from loopos.cli.answers import say, say_json, table
-from loopos.cli.process import is_glibc, settings_in_force, wanted_settings
+from loopos.cli.process import is_glibc, process_settings, settings_in_force
 from loopos.cli.quiet import hush_libraries
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
 from loopos.models.resolve import embedded_model
@@ -70,7 +70,7 @@ def findings() -> dict[str, Any]:
         "memory": memory(),
         "disk": {"folder": os.getcwd(), "free": shutil.disk_usage(os.getcwd()).free},
         "process_settings": settings_in_force(),
-        "process_settings_added_by_training": wanted_settings(os.environ) if is_glibc() else {},
+        "process_settings_added_by_training": process_settings(os.environ) if is_glibc() else {},
         "embedded_model": inspect_embedded(),
         "extras": {extra: {name: version_of(name) for name in packages} for extra, packages in EXTRAS.items()},
     }
@@ -129,8 +129,8 @@ def inspect_embedded() -> dict[str, str]:
     """Where the embedded model's file is, or {"error": how to install it}."""
     try:
         return {"file": str(embedded_model())}
-    except EnvironmentFault as fault:
-        return {"error": str(fault)}
+    except MissingRequirement as diagnostic:
+        return {"error": str(diagnostic)}
 
 
 def described(found: dict[str, Any]) -> str:
@@ -151,8 +151,8 @@ def described(found: dict[str, Any]) -> str:
     lines.append(f"embedded  {embedded['file'] if 'file' in embedded else embedded['error']}")
     for extra, packages in found["extras"].items():
         absent = [name for name, version in packages.items() if version is None]
-        said = f"{install_command(extra)} ({', '.join(absent)} missing)" if absent else "there"
-        lines.append(f"extra     {extra}: {said}")
+        summary = f"{install_command(extra)} ({', '.join(absent)} missing)" if absent else "there"
+        lines.append(f"extra     {extra}: {summary}")
     if found["missing"]:
         lines.append(f"missing   {', '.join(found['missing'])}: {install_command()}")
     lines.append("ready to train" if found["ready"] else "not ready to train")

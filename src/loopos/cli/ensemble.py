@@ -89,8 +89,8 @@ def run(members: Sequence[str], options: EnsembleOptions) -> int:
 def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
     """Joins language models and tells. Raises `UserError`."""
     idle = (("--fit", options.fit is not None), ("--columns", bool(options.columns)))
-    wanted = f"for classifiers and regressors; {members[0]} is a language model"
-    refuse([f"{name}: {wanted}" for name, given in idle if given])
+    expected = f"for classifiers and regressors; {members[0]} is a language model"
+    refuse([f"{name}: {expected}" for name, actual in idle if actual])
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.ensembling.language import LanguageEnsembleSettings, join_language

@@ -34,20 +34,20 @@ class EvaluateOptions:
     tasks: TaskOptions = field(default_factory=TaskOptions)
 
 
-def run(place: str, source: str | None, options: EvaluateOptions) -> int:
+def run(location: str, source: str | None, options: EvaluateOptions) -> int:
     """Measures and prints. Raises `UserError`."""
     if options.tasks.names:
-        return _run_tasks(place, source, options)
-    refuse([f"{name}: of tasks; wanted --tasks too" for name in options.tasks.changed()])
+        return _run_tasks(location, source, options)
+    refuse([f"{name}: of tasks; expected --tasks too" for name in options.tasks.changed()])
     if source is None:
-        raise UserError("given no data; wanted a data file, or --tasks with names of lm-eval's tasks")
+        raise UserError("got no data; expected a data file, or --tasks with names of lm-eval's tasks")
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
-    if not is_task_model(place):
-        refuse([f"--report: for models with a head; {place} is a language model"] * (options.report is not None))
+    if not is_task_model(location):
+        refuse([f"--report: for models with a head; {location} is a language model"] * (options.report is not None))
         if options.language.reads_plain_text(source, rules):
-            return _run_on_text(place, source, rules, options)
+            return _run_on_text(location, source, rules, options)
         return evaluate_language.run(
-            place,
+            location,
             source,
             columns,
             rules,
@@ -57,11 +57,11 @@ def run(place: str, source: str | None, options: EvaluateOptions) -> int:
             as_json=options.json,
             verbose=options.verbose,
         )
-    refuse_reward_model(place)
-    faults = [name for name in options.language.changed() if name != "--output"]
-    refuse([f"{name}: for language models; {place} is a model with a head" for name in faults])
+    refuse_reward_model(location)
+    diagnostics = [name for name in options.language.changed() if name != "--output"]
+    refuse([f"{name}: for language models; {location} is a model with a head" for name in diagnostics])
     return evaluate_heads.run(
-        place,
+        location,
         source,
         columns,
         rules,
@@ -74,18 +74,18 @@ def run(place: str, source: str | None, options: EvaluateOptions) -> int:
     )
 
 
-def _run_tasks(place: str, source: str | None, options: EvaluateOptions) -> int:
+def _run_tasks(location: str, source: str | None, options: EvaluateOptions) -> int:
     """Tasks of lm-eval."""
     language, mine = options.language, ("--limit", "--output", "--precision", "--seed")
     idle = [name for name in language.changed() if name not in mine]
     idle += ["--columns"] * bool(options.columns) + ["--skip-bad-rows"] * options.skip_bad_rows
     idle += ["--encoding"] * (options.encoding is not None) + ["--report"] * (options.report is not None)
-    faults = [f"{name}: for rows of data; a task of lm-eval says itself what is asked and how" for name in idle]
+    diagnostics = [f"{name}: for rows of data; a task of lm-eval says itself what is asked and how" for name in idle]
     if source is not None:
-        faults.append(f"{source} and --tasks: wanted one of the two")
-    refuse(faults)
+        diagnostics.append(f"{source} and --tasks: expected one of the two")
+    refuse(diagnostics)
     return evaluate_tasks.run(
-        place,
+        location,
         options.tasks,
         limit=language.limit,
         seed=language.sampling.seed,
@@ -97,13 +97,13 @@ def _run_tasks(place: str, source: str | None, options: EvaluateOptions) -> int:
     )
 
 
-def _run_on_text(place: str, source: str, rules: TextRules, options: EvaluateOptions) -> int:
+def _run_on_text(location: str, source: str, rules: TextRules, options: EvaluateOptions) -> int:
     """Perplexity of running text."""
     language = options.language
     mine = ("--window", "--stride", "--precision")
     refuse([f"{name}: for rows of data; {source} is plain text" for name in language.changed() if name not in mine])
     return evaluate_text.run(
-        place,
+        location,
         source,
         rules,
         window=language.window,

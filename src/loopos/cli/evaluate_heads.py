@@ -29,7 +29,7 @@ _MOST_CONFUSIONS_ON_SCREEN = 10
 
 
 def run(
-    place: str,
+    location: str,
     source: str,
     columns: Mapping[str, str],
     rules: TextRules,
@@ -48,13 +48,13 @@ def run(
             refuse_unwritable(file, option, source=source)
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report: got {report}; expected a file that ends in .html")
-    check_labelled(source, columns, require_label=True, remembered=remembered_columns(place), rules=rules)
+    check_labelled(source, columns, require_label=True, remembered=remembered_columns(location), rules=rules)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.predictor import judge_file, open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = open_predictor(place, device=pick_device(device).type)
+    predictor = open_predictor(location, device=pick_device(device).type)
     judgement = judge_file(predictor, source, columns, on_bad_row="skip" if skip_bad_rows else "error", rules=rules)
     if as_json:
         say_json(judgement.metrics)
@@ -66,7 +66,7 @@ def run(
     if report is not None:
         from loopos.evaluation.blocks import as_html
 
-        write_whole(report, as_html(f"{place} on {source}", judgement.blocks()), "--report")
+        write_whole(report, as_html(f"{location} on {source}", judgement.blocks()), "--report")
         note(f"{report}: the report")
     return 0
 

@@ -29,10 +29,10 @@ from loopos.cli.row_files import refuse_unwritable, write_whole
 from loopos.cli.sampling_options import (
     SamplingOptions,
     StepOptions,
-    chain_faults,
+    chain_diagnostics,
     option,
     parsed_strategy,
-    place_faults,
+    place_diagnostics,
     refuse,
 )
 from loopos.config.diagnostics import UserError
@@ -118,25 +118,25 @@ class Evaluation:
         max_rows: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
-        """Reads the rows. Raises `DataError`; and `UserError` where accuracy is wanted of rows without answers."""
+        """Reads the rows. Raises `DataError`; and `UserError` where accuracy is expected of rows without answers."""
         self.source, self.on_bad_row = source, on_bad_row
         reader = rows.read(source, max_rows=max_rows, on_bad_row=on_bad_row, rules=rules)
         self.examples, found = read_supervised(
             reader, columns, step_format=self.reasoner.step_format, remembered=remembered
         )
         self.report.dropped.update(found.dropped)
-        for sentence in (*found.said, *left_out(found)):
+        for sentence in (*found.summary, *left_out(found)):
             self.note(sentence)
         problems = sum(isinstance(example, Demonstration) for example in self.examples)
         self.metrics = tuple(self.plan.metrics) or (("accuracy",) if problems else ("loss", "perplexity"))
         if "accuracy" in self.metrics and not problems:
             raise UserError(
-                f"--metric accuracy: no row of {source} is a problem with an answer ({found.said[-1]}); wanted rows "
-                "with problem and answer, or --metric loss"
+                f"--metric accuracy: no row of {source} is a problem with an answer ({found.summary[-1]}); expected "
+                "rows with problem and answer, or --metric loss"
             )
 
     def measure(self) -> LanguageReport:
-        """All metrics that are wanted. Raises `UserError` where no row is left to measure."""
+        """All metrics that are expected. Raises `UserError` where no row is left to measure."""
         began = time.monotonic()
         used: set[int] = set()
         if "accuracy" in self.metrics:
@@ -151,13 +151,13 @@ class Evaluation:
         """Accuracy and what goes with it; the places of the rows it is of."""
         positions = self.reasoner.engine.max_positions
         places, examples = [], []
-        for place, example in enumerate(self.examples):
+        for index, example in enumerate(self.examples):
             assert isinstance(example, Demonstration), "a source holds rows of one format"
             # A prompt that fills all positions leaves none for an answer.
             if not self.reasoner.has_room(example):
                 self.report.dropped[_over(positions, "the problem")] += 1
             else:
-                places.append(place)
+                places.append(index)
                 examples.append(example)
         if not examples:
             raise UserError(f"{self.source}: every problem is longer than the model's {positions} positions")
@@ -167,7 +167,7 @@ class Evaluation:
             group: Sequence[Demonstration] = examples[first : first + _GROUP]
             answered += self.reasoner.answer(group, plan.settings, strategy=plan.strategy, limits=plan.limits)
             spent = time.monotonic() - began
-            self.report.tokens_generated = sum(len(c.token_ids) - len(c.given) for a in answered for c in a.chains)
+            self.report.tokens_generated = sum(len(c.token_ids) - len(c.actual) for a in answered for c in a.chains)
             rate = self.report.tokens_generated / max(spent, 1e-9)
             self.note(f"answers {len(answered)}/{len(examples)} · {rate:,.0f} tokens/s · {spent:,.0f} s")
         self.report.seconds_generating = time.monotonic() - began
@@ -188,8 +188,8 @@ class Evaluation:
         reasoner = self.reasoner
         if reasoner.voters:
             raise UserError(
-                "--metric loss: an ensemble that votes over answers gives no distribution over tokens; wanted --metric "
-                "accuracy, or one of method mean or logits"
+                "--metric loss: an ensemble that votes over answers gives no distribution over tokens; expected "
+                "--metric accuracy, or one of method mean or logits"
             )
         positions = reasoner.engine.max_positions
         encoded, found = encode_supervised(
@@ -208,8 +208,8 @@ class Evaluation:
         model = next_token_loss(reasoner.model)
         kept = [row.encoded() for row in encoded]
         loss = mean_loss(NextToken(model), kept, device=reasoner.model.device, world=World())
-        wanted = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        self.report.metrics |= {name: value for name, value in wanted.items() if name in self.metrics}
+        expected = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        self.report.metrics |= {name: value for name, value in expected.items() if name in self.metrics}
         return {row.index for row in encoded}
 
 
@@ -254,28 +254,30 @@ class LanguageOptions:
 
 def checked(options: LanguageOptions, device: str) -> Strategy:
     """The strategy; --samples alone is a vote of so many chains. Raises `UserError` with every fault at once."""
-    faults = [*options.sampling.faults(), *options.limits.faults(options.sampling.max_new_tokens)]
-    strategy = parsed_strategy(options.strategy, faults)
-    faults += place_faults(device, options.precision)
-    faults += chain_faults(
+    diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
+    strategy = parsed_strategy(options.strategy, diagnostics)
+    diagnostics += place_diagnostics(device, options.precision)
+    diagnostics += chain_diagnostics(
         strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature
     )
     if strategy.kind == "single" and options.samples > 1:
         strategy = Strategy("self_consistency", options.samples)
     if options.limit is not None and options.limit < 1:
-        faults.append(f"--limit: given {options.limit}; wanted 1 or more")
-    faults += [
-        f"--metric: given {name}; wanted one of {', '.join(METRICS)}" for name in options.metrics if name not in METRICS
+        diagnostics.append(f"--limit: got {options.limit}; expected 1 or more")
+    diagnostics += [
+        f"--metric: got {name}; expected one of {', '.join(METRICS)}" for name in options.metrics if name not in METRICS
     ]
     most = strategy.chains if strategy.kind == "self_consistency" else 1
-    faults += [
-        f"--pass-k: given {k}; wanted 1 to the number of chains sampled for a problem ({most}): raise --samples"
+    diagnostics += [
+        f"--pass-k: got {k}; expected 1 to the number of chains sampled for a problem ({most}): raise --samples"
         for k in options.pass_k
         if not 1 <= k <= most
     ]
     if options.metrics and "accuracy" not in options.metrics:
-        faults += [f"{name} without --metric accuracy: it serves generated answers" for name in _of_answers(options)]
-    refuse(faults)
+        diagnostics += [
+            f"{name} without --metric accuracy: it serves generated answers" for name in _of_answers(options)
+        ]
+    refuse(diagnostics)
     return strategy
 
 
@@ -284,7 +286,7 @@ def _of_answers(options: LanguageOptions) -> Iterator[str]:
 
 
 def run(
-    place: str,
+    location: str,
     source: str,
     columns: Mapping[str, str],
     rules: TextRules,
@@ -302,8 +304,8 @@ def run(
     found_checker = checker(options.checker)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_language_model(place)
-    remembered = remembered_columns(place)
+    require_language_model(location)
+    remembered = remembered_columns(location)
     check_supervised(source, columns, remembered=remembered, rules=rules)
     restart_with_settings()
     for sentence in options.sampling.notes():
@@ -318,7 +320,7 @@ def run(
         settings=options.sampling.settings(),
         limits=options.limits.limits(),
     )
-    reasoner = open_reasoner(place, device=device, precision=options.precision, may_vote=True)
+    reasoner = open_reasoner(location, device=device, precision=options.precision, may_vote=True)
     evaluation = Evaluation(reasoner, plan, note=note)
     evaluation.read(
         source,
@@ -332,9 +334,9 @@ def run(
     if options.output is not None:
         _write(options.output, report)
     if as_json:
-        say_json({"model": place, "data": source, **report.told()})
+        say_json({"model": location, "data": source, **report.told()})
     else:
-        _describe(place, source, report)
+        _describe(location, source, report)
     return 0
 
 
@@ -343,10 +345,10 @@ def _write(file: Path, report: LanguageReport) -> None:
     note(f"{file}: {len(report.records)} answers")
 
 
-def _describe(place: str, source: str, report: LanguageReport) -> None:
+def _describe(location: str, source: str, report: LanguageReport) -> None:
     told: dict[str, Any] = report.told()
     dropped = "".join(f", {count} dropped ({reason})" for reason, count in told["dropped"].items())
-    say(f"{place} on {source}: {told['rows']:,} rows{dropped}")
+    say(f"{location} on {source}: {told['rows']:,} rows{dropped}")
     say(table(list(told["metrics"].items())))
     rate = told["tokens_per_second"]
     generated = f"; {told['tokens_generated']:,} tokens generated, {rate:,.0f} a second" if rate is not None else ""

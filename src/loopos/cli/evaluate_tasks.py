@@ -21,8 +21,8 @@ from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.row_files import refuse_unwritable, write_whole
-from loopos.cli.sampling_options import place_faults, refuse
-from loopos.config.diagnostics import EnvironmentFault, printable_json
+from loopos.cli.sampling_options import place_diagnostics, refuse
+from loopos.config.diagnostics import MissingRequirement, printable_json
 from loopos.config.extras import install_command
 from loopos.config.figures import as_time
 
@@ -43,12 +43,12 @@ class TaskOptions:
 
     def changed(self) -> list[str]:
         """The options besides the names that were given, as they are written."""
-        given = {"--task-folder": self.folder, "--num-fewshot": self.num_fewshot, "--chat": self.chat or None}
-        return [name for name, value in given.items() if value is not None]
+        actual = {"--task-folder": self.folder, "--num-fewshot": self.num_fewshot, "--chat": self.chat or None}
+        return [name for name, value in actual.items() if value is not None]
 
 
 def run(
-    place: str,
+    source: str,
     options: TaskOptions,
     *,
     limit: int | None,
@@ -60,22 +60,22 @@ def run(
     verbose: bool,
 ) -> int:
     """Asks and prints. Raises `UserError`."""
-    faults = list(place_faults(device, precision))
+    diagnostics = list(place_diagnostics(device, precision))
     if limit is not None and limit < 1:
-        faults.append(f"--limit: given {limit}; wanted 1 or more")
+        diagnostics.append(f"--limit: got {limit}; expected 1 or more")
     if options.num_fewshot is not None and options.num_fewshot < 0:
-        faults.append(f"--num-fewshot: given {options.num_fewshot}; wanted 0 or more")
+        diagnostics.append(f"--num-fewshot: got {options.num_fewshot}; expected 0 or more")
     if options.folder is not None and not options.folder.is_dir():
-        faults.append(f"--task-folder: {options.folder} is no folder; wanted one with task files (.yaml)")
-    refuse(faults)
+        diagnostics.append(f"--task-folder: {options.folder} is no folder; expected one with task files (.yaml)")
+    refuse(diagnostics)
     if output is not None:
         refuse_unwritable(output)
-    require_language_model(place)
+    require_language_model(source)
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise EnvironmentFault(f"--tasks needs lm_eval; run\n  {install_command('eval')}")
+        raise MissingRequirement(f"--tasks needs lm_eval; run\n  {install_command('eval')}")
     restart_with_settings()
     hush_libraries(verbose=verbose)
-    reasoner = open_reasoner(place, device=device, precision=precision)
+    reasoner = open_reasoner(source, device=device, precision=precision)
     from loopos.evaluation.harness import EngineModel, run_tasks
 
     model, began = EngineModel(reasoner, seed=seed, note=note), time.monotonic()
@@ -89,7 +89,7 @@ def run(
     tasks = {name: _metrics(told) for name, told in found["results"].items()}
     if as_json:
         version = importlib.metadata.version(_PACKAGE)
-        say_json({"model": place, "tasks": tasks, "seconds": seconds, "lm_eval": version})
+        say_json({"model": source, "tasks": tasks, "seconds": seconds, "lm_eval": version})
         return 0
     rows = [(name, metric, value) for name, metrics in tasks.items() for metric, value in metrics.items()]
     say(table(rows, head=("task", "metric", "value")))

@@ -13,7 +13,7 @@ from loopos.cli.opened_models import require_language_model
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.cli.sampling_options import place_faults, refuse
+from loopos.cli.sampling_options import place_diagnostics, refuse
 from loopos.config.figures import as_time
 from loopos.data.decoding import TextRules
 from loopos.data.rows import read_plain_text
@@ -22,7 +22,7 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 def run(
-    place: str,
+    location: str,
     source: str,
     rules: TextRules,
     *,
@@ -34,9 +34,9 @@ def run(
     verbose: bool,
 ) -> int:
     """Measures and prints. Raises `UserError`."""
-    refuse(list(place_faults(device, precision)))
+    refuse(list(place_diagnostics(device, precision)))
     text = read_plain_text(source, rules)
-    require_language_model(place)
+    require_language_model(location)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.perplexity import text_loss
@@ -44,21 +44,21 @@ def run(
     from loopos.training.precision import pick_device
 
     chosen = None if precision == "auto" else precision
-    opened = open_speaking(place, device=pick_device(device).type, precision=chosen)
-    began = said = time.monotonic()
+    opened = open_speaking(location, device=pick_device(device).type, precision=chosen)
+    began = summary = time.monotonic()
 
     def progress(done: int, whole: int) -> None:
-        nonlocal said
-        if (now := time.monotonic()) - said > _LINE_EVERY_SECONDS:
-            said = now
+        nonlocal summary
+        if (now := time.monotonic()) - summary > _LINE_EVERY_SECONDS:
+            summary = now
             note(f"{done:,} of {whole:,} tokens · {done / (now - began):,.0f} tokens/s")
 
     found = text_loss(opened.model, opened.tokenizer, text, window=window, stride=stride, note=progress)
     seconds = time.monotonic() - began
     if as_json:
-        say_json({"model": place, "data": source, "metrics": found.told(), "seconds": seconds})
+        say_json({"model": location, "data": source, "metrics": found.told(), "seconds": seconds})
     else:
-        say(f"{place} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
+        say(f"{location} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
         say(table([(name, found.told()[name]) for name in ("perplexity", "loss", "bits_per_byte")]))
         say(f"  {as_time(seconds)}")
     return 0

@@ -37,7 +37,7 @@ class ExportOptions:
     verbose: bool = False
 
 
-def run(place: str, options: ExportOptions) -> int:
+def run(source: str, options: ExportOptions) -> int:
     """Exports and tells. Raises `UserError`."""
     settings = ExportSettings(
         format=options.format, type=options.type, push=options.push, licence=options.licence, check=options.check
@@ -49,7 +49,7 @@ def run(place: str, options: ExportOptions) -> int:
     from loopos.exporting.export import export
 
     with Bar("export") as bar:
-        done = export(place, options.output, settings, tell=bar.progress)
+        done = export(source, options.output, settings, tell=bar.progress)
     if options.json:
         check = done.check
         say_json(
@@ -73,7 +73,7 @@ def run(place: str, options: ExportOptions) -> int:
     for line in done.notes:
         say(f"  {line}")
     if done.check is not None:
-        say(f"  verified: {done.check.said()}")
+        say(f"  verified: {done.check.summary()}")
     if done.pushed is not None:
         say(f"  sent to {done.pushed}")
     return _exit_code(done)

@@ -22,10 +22,10 @@ from loopos.cli.row_files import refuse_unwritable, write_whole
 from loopos.cli.sampling_options import (
     SamplingOptions,
     StepOptions,
-    chain_faults,
+    chain_diagnostics,
     option,
     parsed_strategy,
-    place_faults,
+    place_diagnostics,
     refuse,
 )
 from loopos.config.keys import Strategy
@@ -64,23 +64,23 @@ class GenerateOptions:
     limits: StepOptions = field(default_factory=StepOptions)
 
 
-def run(place: str, options: GenerateOptions) -> int:
+def run(location: str, options: GenerateOptions) -> int:
     """Generates and prints. Raises `UserError`."""
     strategy = checked(options)
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=options.input)
-    require_language_model(place)
+    require_language_model(location)
     if options.reward_model is not None:
         require_reward_model(options.reward_model)
-    _check_votes(place, options)
+    _check_votes(location, options)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
     asked = _asked(options, columns, rules)
     hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
-        place,
+        location,
         device=options.device,
         precision=options.precision,
         max_rows=max(_MOST_ROWS, options.num_beams or 0),
@@ -115,56 +115,56 @@ def run(place: str, options: GenerateOptions) -> int:
 
 def checked(options: GenerateOptions) -> Strategy:
     """The strategy. Raises `UserError` with every fault of the options at once."""
-    faults = [*options.sampling.faults(), *options.limits.faults(options.sampling.max_new_tokens)]
-    strategy = parsed_strategy(options.strategy, faults)
+    diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
+    strategy = parsed_strategy(options.strategy, diagnostics)
     if not options.prompts and options.input is None:
-        faults.append("no prompt: give -p TEXT, or --input with a file (- is standard input)")
+        diagnostics.append("no prompt: give -p TEXT, or --input with a file (- is standard input)")
     if options.prompts and options.input is not None:
-        faults.append("-p and --input: wanted one of the two")
+        diagnostics.append("-p and --input: expected one of the two")
     if options.encoding is not None and options.input is None:
-        faults.append("--encoding without --input: it says how a file is read")
+        diagnostics.append("--encoding without --input: it says how a file is read")
     if not options.raw and any(not prompt.strip() for prompt in options.prompts):
-        faults.append("-p: given a blank text; wanted words, or --raw to begin with nothing")
+        diagnostics.append("-p: got a blank text; expected words, or --raw to begin with nothing")
     if options.raw and options.system is not None:
-        faults.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
+        diagnostics.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
     if options.reward_model is not None and strategy.kind != "best_of_n":
-        faults.append("--reward-model: ranks the chains of --strategy best_of_n:N; give both, such as best_of_n:4")
-    faults += place_faults(options.device, options.precision)
-    faults += (
-        chain_faults(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
+        diagnostics.append("--reward-model: ranks the chains of --strategy best_of_n:N; give both, such as best_of_n:4")
+    diagnostics += place_diagnostics(options.device, options.precision)
+    diagnostics += (
+        chain_diagnostics(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
         if options.num_beams is None
-        else _beam_faults(options, strategy)
+        else _beam_diagnostics(options, strategy)
     )
-    refuse(faults)
+    refuse(diagnostics)
     return strategy
 
 
-def _check_votes(place: str, options: GenerateOptions) -> None:
+def _check_votes(source: str, options: GenerateOptions) -> None:
     """Raises `UserError` for options that an ensemble which votes has no answer to."""
-    recipe = read_ensemble(place)
+    recipe = read_ensemble(source)
     if recipe is None or not recipe.votes:
         return
-    faults = [
-        f"{option(name)}: {place} is an ensemble that votes over answers; wanted one of method mean or logits"
+    diagnostics = [
+        f"{option(name)}: {source} is an ensemble that votes over answers; expected one of method mean or logits"
         for name in ("num_beams", "raw")
         if getattr(options, name)
     ]
     if options.samples > 1:
-        faults.append(
-            f"--samples {options.samples}: {place} votes, and gives one answer; wanted --strategy "
+        diagnostics.append(
+            f"--samples {options.samples}: {source} votes, and gives one answer; expected --strategy "
             f"self_consistency:{options.samples} for as many chains of each member"
         )
-    refuse(faults)
+    refuse(diagnostics)
 
 
-def _beam_faults(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
+def _beam_diagnostics(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
     """What a beam search over tokens leaves no room for."""
     width = options.num_beams
     assert width is not None
     if width < 1:
-        yield f"--num-beams: given {width}; wanted 1 or more"
+        yield f"--num-beams: got {width}; expected 1 or more"
     if not 1 <= options.samples <= max(width, 1):
-        yield f"--samples: given {options.samples}; wanted 1 to --num-beams {width}: a search ends with so many beams"
+        yield f"--samples: got {options.samples}; expected 1 to --num-beams {width}: a search ends with so many beams"
     others = [name for name in options.sampling.changed() if name not in ("max_new_tokens", "seed")]
     others += options.limits.changed() + (["steps"] if options.steps else [])
     others += ["strategy"] if strategy.kind != "single" else []
@@ -178,7 +178,7 @@ def _asked(options: GenerateOptions, columns: dict[str, str], rules: TextRules) 
     if options.input is not None:
         asked = read_prompts(options.input, columns, raw=options.raw, rules=rules)
     else:
-        asked = [of_text(text, place, raw=options.raw) for place, text in enumerate(options.prompts)]
+        asked = [of_text(text, index, raw=options.raw) for index, text in enumerate(options.prompts)]
     return [each.with_system(options.system) for each in asked]
 
 
@@ -187,7 +187,7 @@ def _is_for_scripts(options: GenerateOptions) -> bool:
 
 
 def _is_plain(options: GenerateOptions, strategy: Strategy) -> bool:
-    """Whether completions are wanted as they come, without a look at their steps."""
+    """Whether completions are expected as they come, without a look at their steps."""
     reasons = options.steps or bool(options.limits.changed()) or strategy.kind != "single"
     return not reasons and options.num_beams is None and options.samples == 1
 
@@ -221,7 +221,7 @@ def generated(
 def _reasoned(
     reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, strategy: Strategy
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    from loopos.cli.trace import answered_record, chain_record, confidence_said, described
+    from loopos.cli.trace import answered_record, chain_record, confidence_summary, described
 
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
     problems = [each.problem for each in asked]
@@ -232,7 +232,7 @@ def _reasoned(
         for answered in found:
             chosen = answered.chains[answered.chosen or 0]
             told = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
-            texts.append([f"{told}\n({confidence_said(answered)})"])
+            texts.append([f"{told}\n({confidence_summary(answered)})"])
         records = [answered_record(each.recorded, one, marks) for each, one in zip(asked, found, strict=True)]
         return records, texts
     prompts = [reasoner.prompt(problem) for problem in problems]

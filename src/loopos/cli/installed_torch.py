@@ -31,7 +31,7 @@ def refuse_absent_device(device: str, precision: str) -> None:
         raise SettingError("training.device", "given mps, which only macOS has; use auto or cpu")
     if precision == "fp16" and (not has_cuda or device in ("cpu", "mps")):
         where = device if device != "auto" else f"what torch {version} finds here"
-        problem = f"given fp16, but only CUDA trains in fp16, and the device is {where}; use auto, fp32 or bf16"
+        problem = f"got fp16, but only CUDA trains in fp16, and the device is {where}; use auto, fp32 or bf16"
         raise SettingError("training.precision", problem)
 
 

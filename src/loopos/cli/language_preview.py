@@ -57,7 +57,7 @@ def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *,
         console.print(rendered(encoder.tokenizer, row.ids, fates(row.mask, kept)))
         console.print(Text(f"{_counts(row, kept)}{fate}\n"))
     console.print(Text(_LEGEND))
-    for sentence in (*inputs.data.said, encoder.template.said):
+    for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
     # Last: where too many rows are dropped it raises, as training would.
     for name, examples in (("train", inputs.data.train), ("validation", inputs.data.validation)):
@@ -66,8 +66,8 @@ def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *,
 
 
 def _account(encoder: Any, examples: Sequence[Example]) -> str:
-    said: str = encoder(examples)[1].said()
-    return said
+    summary: str = encoder(examples)[1].summary()
+    return summary
 
 
 def _fate(row: Supervised, max_length: int | None, over_length: str) -> tuple[int, str]:
@@ -94,14 +94,14 @@ def _counts(row: Supervised, kept: int) -> str:
 
 def fates(mask: Sequence[bool], kept: int) -> list[str]:
     """What becomes of each token: of those behind the first `kept`, cut."""
-    return [CUT if place >= kept else LEARNED if learned else CONTEXT for place, learned in enumerate(mask)]
+    return [CUT if index >= kept else LEARNED if learned else CONTEXT for index, learned in enumerate(mask)]
 
 
 def _pretraining(config: PretrainingConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
     pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
     for number, piece in enumerate(pretrainer.pieces[:num_rows], start=1):
         console.print(Text(f"piece {number}, of document {piece.index + 1}", style="bold"))
-        mask = [place > 0 for place in range(len(piece.ids))]
+        mask = [position > 0 for position in range(len(piece.ids))]
         console.print(rendered(pretrainer.tokenizer, piece.ids, fates(mask, len(mask))))
         console.print(Text(f"{len(piece.ids)} tokens, {len(piece.ids) - 1} learned\n"))
     console.print(Text(_LEGEND))

@@ -2,7 +2,7 @@
 
 Enters: the words after `loopos` that each process is started with, and how many processes. Leaves: their exit code.
 Each process finds its rank in the environment, as under `torchrun`, which starts runs over several machines. Left out:
-what the processes do together (`training.distributed`), how they notice that one is gone (`training.liveness`).
+what the processes do together (`training.distributed`), how they notice that one is gone (`training.heartbeat`).
 """
 
 from __future__ import annotations

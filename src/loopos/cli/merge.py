@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import say, say_json, table
 from loopos.cli.bar import Bar
-from loopos.cli.configs import tell_notes
+from loopos.cli.configs import print_notes
 from loopos.cli.outcome import note
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.sampling_options import DEVICES, refuse
@@ -68,14 +68,16 @@ def read_recipe(words: Sequence[str], options: MergeOptions) -> MergeConfig:
     places = [word for word in words if not _OVERRIDE.match(word) or Path(word).exists()]
     overrides = [word for word in words if word not in places]
     is_recipe = len(places) == 1 and places[0].lower().endswith(_RECIPES)
-    faults = []
+    diagnostics = []
     if not places:
-        faults.append("given no model and no recipe; wanted loopos merge RECIPE.json, or loopos merge A B --method …")
+        diagnostics.append(
+            "got no model and no recipe; expected loopos merge RECIPE.json, or loopos merge A B --method …"
+        )
     if not is_recipe and options.weights and len(options.weights) != len(places):
-        faults.append(f"--weight: given {len(options.weights)}; wanted {len(places)}, one a model, in their order")
+        diagnostics.append(f"--weight: got {len(options.weights)}; expected {len(places)}, one a model, in their order")
     if options.device not in DEVICES:
-        faults.append(f"--device: given {options.device}; wanted one of {', '.join(DEVICES)}")
-    refuse(faults)
+        diagnostics.append(f"--device: got {options.device}; expected one of {', '.join(DEVICES)}")
+    refuse(diagnostics)
     if is_recipe:
         source = read_source(places[0])
     else:
@@ -84,21 +86,21 @@ def read_recipe(words: Sequence[str], options: MergeOptions) -> MergeConfig:
     loaded = load_recipe(
         source, [*_of_options(options), *overrides] if is_recipe else [*overrides, *_of_options(options)], MergeConfig
     )
-    tell_notes(loaded)
+    print_notes(loaded)
     assert isinstance(loaded.config, MergeConfig)
     return loaded.config
 
 
 def _of_options(options: MergeOptions) -> Iterator[str]:
     """The options as keys of the recipe."""
-    given: dict[str, object] = {
+    actual: dict[str, object] = {
         "method": options.method,
         "base": options.base,
         "output_dir": None if options.output is None else str(options.output),
         "evaluate": list(options.evaluate) or None,
         **{f"models.{number}.weight": weight for number, weight in enumerate(options.weights)},
     }
-    return (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None)
+    return (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in actual.items() if value is not None)
 
 
 def _told(recipe: MergeConfig, result: MergeResult) -> dict[str, Any]:
@@ -115,8 +117,8 @@ def _told(recipe: MergeConfig, result: MergeResult) -> dict[str, Any]:
 
 
 def _describe(recipe: MergeConfig, result: MergeResult) -> None:
-    said = f"{result.num_tensors:,} tensors, {result.num_parameters:,} parameters, {as_time(result.seconds)}"
-    say(f"{result.folder}: {recipe.method} of {len(recipe.models)} models; {said}")
+    summary = f"{result.num_tensors:,} tensors, {result.num_parameters:,} parameters, {as_time(result.seconds)}"
+    say(f"{result.folder}: {recipe.method} of {len(recipe.models)} models; {summary}")
     for each in result.measured:
         names = list(dict.fromkeys(name for values in each.values.values() for name in values))
         say(f"measured on {each.data}")

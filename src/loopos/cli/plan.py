@@ -68,11 +68,11 @@ def run(path: Path, overrides: Sequence[str], options: PlanOptions) -> int:
 
 def _check(options: PlanOptions) -> None:
     if options.mode is not None and options.mode not in MODES:
-        raise UserError(f"--mode: given {options.mode!r}; wanted one of {', '.join(MODES)}")
+        raise UserError(f"--mode: got {options.mode!r}; expected one of {', '.join(MODES)}")
     for name in ("shard_size", "tensor_parallel", "tokens"):
-        given = getattr(options, name)
-        if given is not None and given < 1:
-            raise UserError(f"--{name.replace('_', '-')}: given {given}; wanted 1 or more")
+        actual = getattr(options, name)
+        if actual is not None and actual < 1:
+            raise UserError(f"--{name.replace('_', '-')}: got {actual}; expected 1 or more")
 
 
 def _asked(config: Any, options: PlanOptions) -> Asked:

@@ -29,7 +29,7 @@ from loopos.cli.row_files import (
     rendered,
     write_whole,
 )
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import rows as sniff
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, split_lines
 from loopos.data.formats import detect, read_labelled
@@ -54,23 +54,23 @@ class PredictOptions:
     verbose: bool = False
 
 
-def run(place: Path, source: str, options: PredictOptions) -> int:
+def run(path: Path, source: str, options: PredictOptions) -> int:
     """Predicts and writes. Raises `UserError`."""
     columns = parse_columns(options.columns)
     rules = text_rules(options.encoding)
     file_format = output_format(options.output, options.format)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_task_model(str(place))
+    require_task_model(str(path))
     if not _holds_lines(source, columns, rules):
-        check_labelled(source, columns, require_label=False, remembered=remembered_columns(place), rules=rules)
+        check_labelled(source, columns, require_label=False, remembered=remembered_columns(path), rules=rules)
     restart_with_settings()
     texts = read_texts(source, columns, rules)
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.predictor import open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = open_predictor(place, device=pick_device(options.device).type)
+    predictor = open_predictor(path, device=pick_device(options.device).type)
     if texts is not None:
         inputs: list[dict[str, object]] = [{TEXT: text} for text in texts]
         predictions = predictor.predict(texts)
@@ -79,7 +79,7 @@ def run(place: Path, source: str, options: PredictOptions) -> int:
             read(source, rules=rules), columns, require_label=False, remembered=predictor.columns
         )
         inputs, predictions = [example.row.values for example in examples], predictor.predict_examples(examples)
-        for sentence in report.said:
+        for sentence in report.summary:
             note(f"{source}: {sentence}")
     own = [_with_probability(prediction) for prediction in predictions]
     if file_format != "jsonl":
@@ -148,8 +148,8 @@ def _standard_input_lines(rules: TextRules) -> list[str]:
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         name = rules.encoding or "UTF-8"
-        given = f"the byte {content[error.start]:#04x}, which is not {name}"
-        raise DataError([Fault("standard input", number, None, "encoding", given, f"text in {name}")]) from error
+        actual = f"the byte {content[error.start]:#04x}, which is not {name}"
+        raise DataError([Diagnostic("standard input", number, None, "encoding", actual, f"text in {name}")]) from error
     return [line.removesuffix("\r") for line in lines]
 
 
@@ -171,9 +171,11 @@ def _checked(source: str, lines: Iterable[str]) -> list[str]:
     texts = list(lines)
     blank = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if blank:
-        raise DataError([Fault(source, number, None, "text", "a blank line", "one text a line") for number in blank])
+        raise DataError(
+            [Diagnostic(source, number, None, "text", "a blank line", "one text a line") for number in blank]
+        )
     if not texts:
-        raise DataError([Fault(source, None, None, "text", "no line", "one text a line")])
+        raise DataError([Diagnostic(source, None, None, "text", "no line", "one text a line")])
     return texts
 
 

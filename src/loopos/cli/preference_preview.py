@@ -63,12 +63,12 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
             continue
         _show(console, encoder.tokenizer, whole, encoder.max_length, config.data.over_length)
     console.print(Text(_COMPARISON_LEGEND))
-    for sentence in (*inputs.data.said, encoder.template.said):
+    for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
     # Last: where too many rows are dropped it raises, as training would.
-    console.print(Text(f"train: {encoder.comparisons(inputs.data.train)[1].said()}"))
+    console.print(Text(f"train: {encoder.comparisons(inputs.data.train)[1].summary()}"))
     if config.validates and inputs.data.validation:
-        console.print(Text(f"validation: {encoder.comparisons(inputs.data.validation)[1].said()}"))
+        console.print(Text(f"validation: {encoder.comparisons(inputs.data.validation)[1].summary()}"))
 
 
 def _show(console: Console, tokenizer: Any, whole: EncodedComparison, max_length: int | None, over_length: str) -> None:
@@ -116,7 +116,7 @@ def spoken(pairs: Sequence[Pair], num_responses: int) -> list[tuple[str, str]]:
     if pair.probability == 0.5:
         judged = f" · a tie: either with probability 0.5, margin {pair.margin:g}"
     told = {pair.better: ("chosen", judged), pair.worse: ("rejected", "")}
-    return [told[place] for place in range(2)]
+    return [told[index] for index in range(2)]
 
 
 def _pair(pair: Pair) -> str:
@@ -145,11 +145,11 @@ def _prompts(config: PpoConfig, console: Console, num_rows: int, *, trust_remote
 
 def _account(console: Console, inputs: PromptInputs, *, shows_legend: bool) -> None:
     encoder = inputs.encoder
-    for sentence in (*([_PROMPT_LEGEND] if shows_legend else []), *inputs.data.said, encoder.template.said):
+    for sentence in (*([_PROMPT_LEGEND] if shows_legend else []), *inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
-    console.print(Text(f"train: {encoder.prompts(inputs.data.train)[1].said()}"))
+    console.print(Text(f"train: {encoder.prompts(inputs.data.train)[1].summary()}"))
     if inputs.asked:
-        console.print(Text(f"validation: {encoder.prompts(inputs.asked)[1].said()}"))
+        console.print(Text(f"validation: {encoder.prompts(inputs.asked)[1].summary()}"))
 
 
 def _place(row: Row) -> Text:
@@ -157,6 +157,6 @@ def _place(row: Row) -> Text:
     return Text(printable(f"{row.source}{line}"), style="bold")
 
 
-def _line(name: str, said: Text) -> Text:
-    """`said` behind its name, in one column with the others."""
-    return Text(f"{name:<{len(_INDENT)}}").append_text(said)
+def _line(name: str, summary: Text) -> Text:
+    """`summary` behind its name, in one column with the others."""
+    return Text(f"{name:<{len(_INDENT)}}").append_text(summary)

@@ -27,7 +27,7 @@ THREAD_SETTINGS: Mapping[str, str] = {"OMP_PROC_BIND": "close"}
 REPORTED = (*MEMORY_SETTINGS, *THREAD_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD")
 
 
-def wanted_settings(environment: Mapping[str, str], *, binds_threads: bool = True) -> dict[str, str]:
+def process_settings(environment: Mapping[str, str], *, binds_threads: bool = True) -> dict[str, str]:
     """The variables to add to `environment`: none that it has, and no binding of threads beside other ranks, which
     would all bind to the same cores.
     """
@@ -41,7 +41,7 @@ def should_restart(environment: Mapping[str, str]) -> bool:
     """Whether a process with this environment gains from a restart, and has had none."""
     if GUARD in environment or environment.get(OPT_OUT, "") not in ("", "0"):
         return False
-    return is_glibc() and bool(wanted_settings(environment))
+    return is_glibc() and bool(process_settings(environment))
 
 
 def restart_with_settings(*, binds_threads: bool = True) -> None:
@@ -55,7 +55,7 @@ def restart_with_settings(*, binds_threads: bool = True) -> None:
     if not is_own_process() or not should_restart(os.environ):
         return
     assert "torch" not in sys.modules, "the settings come too late: torch has been imported"
-    added = wanted_settings(os.environ, binds_threads=binds_threads)
+    added = process_settings(os.environ, binds_threads=binds_threads)
     environment = {**os.environ, **added, GUARD: ",".join(added)}
     sys.stdout.flush()
     sys.stderr.flush()

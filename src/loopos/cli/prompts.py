@@ -75,10 +75,10 @@ class Asked:
         return self.problem.messages if isinstance(self.problem, Question) else self.problem
 
 
-def of_text(text: str, place: int, *, raw: bool) -> Asked:
+def of_text(text: str, index: int, *, raw: bool) -> Asked:
     """The prompt of a text: a user's message, or with `raw` the beginning of a text that goes on."""
     if raw:
-        return Asked(text, Completion(text, "", Row({}, "prompt", None, place)))
+        return Asked(text, Completion(text, "", Row({}, "prompt", None, index)))
     return Asked(text, (Message("user", text),))
 
 
@@ -91,7 +91,7 @@ def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool, rules: T
     """
     texts = read_texts(source, columns, rules)
     if texts is not None:
-        return [of_text(text, place, raw=raw) for place, text in enumerate(texts)]
+        return [of_text(text, index, raw=raw) for index, text in enumerate(texts)]
 
     def from_row(row: Row, form: SupervisedFormat | PreferenceFormat) -> Asked | Unusable:
         if isinstance(form, PreferenceFormat):
@@ -99,11 +99,15 @@ def read_prompts(source: str, columns: Mapping[str, str], *, raw: bool, rules: T
             return found if isinstance(found, Unusable) else of_prompt(found)
         fields = RowFields(row, form.columns)
         asked = _asked(fields, form, raw=raw)
-        return asked if asked is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+        return (
+            asked
+            if asked is not None
+            else Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
+        )
 
     found: tuple[list[Asked], SupervisedFormat | PreferenceFormat, FormatReport]
     reader = rows.read(source, rules=rules)
-    found = read_examples(reader, lambda names, place: _detect(names, columns, place), from_row)
+    found = read_examples(reader, lambda names, index: _detect(names, columns, index), from_row)
     asked, form, report = found
     for sentence in left_out(report):
         note(f"{source}: {sentence}")
@@ -167,7 +171,7 @@ def _asked(fields: RowFields, form: SupervisedFormat, *, raw: bool) -> Asked | N
         case Completion(prompt=text):
             return Asked(text, example)
         case Conversation(messages=messages, tools=tools):
-            last = max(place for place, message in enumerate(messages) if message.role == ASSISTANT)
+            last = max(position for position, message in enumerate(messages) if message.role == ASSISTANT)
             asked_messages = messages[:last]
             if tools:
                 return Asked(asked_messages[-1].content if asked_messages else "", Question(asked_messages, tools))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from loopos.compression.prune import PruningResult
 
 
-def run(given: str, options: ChangeOptions) -> int:
+def run(actual: str, options: ChangeOptions) -> int:
     """Prunes, writes and prints. Raises `UserError`."""
-    result = weight_change.run(given, options, read=read_pruning_recipe, counted="blocks", work=_prune)
+    result = weight_change.run(actual, options, read=read_pruning_recipe, counted="blocks", work=_prune)
     weight_change.tell(
         result,
         [f"{each.told.sparsity:.3g}" for each in result.after],
@@ -37,11 +37,11 @@ def run(given: str, options: ChangeOptions) -> int:
     return 0
 
 
-def shares(given: str | None) -> list[float | str] | float | str | None:
+def shares(actual: str | None) -> list[float | str] | float | str | None:
     """The word after --sparsity: a share, or with commas several. What is no number is left to the recipe's checks."""
-    if given is None:
+    if actual is None:
         return None
-    found = [_number(word) for word in given.split(",")]
+    found = [_number(word) for word in actual.split(",")]
     return found[0] if len(found) == 1 else found
 
 

@@ -19,10 +19,10 @@ from loopos.config.diagnostics import UserError
 from loopos.config.json_text import ScalarNode, find
 from loopos.config.load import load, method_config_class
 from loopos.config.sections import MethodConfig, ReadingSection
-from loopos.data.given_rows import GivenRows, are_rows, remove_written, written
+from loopos.data.given_rows import InMemoryRows, are_rows, remove_written, written
 from loopos.data.row_check import check_columns
 from loopos.evaluation.own_code import OwnFunction
-from loopos.evaluation.own_metrics import GivenMetrics, OwnMetrics, name_of
+from loopos.evaluation.own_metrics import MetricFunctions, OwnMetrics, name_of
 from loopos.evaluation.run_claim import refuse_started
 from loopos.methods.table import config_classes
 from loopos.storage.folder_lock import refuse_busy
@@ -41,10 +41,10 @@ def train(
     config: MethodConfig | WrittenConfig,
     overrides: Sequence[str],
     *,
-    data: GivenRows | None,
-    validation_data: GivenRows | None,
+    data: InMemoryRows | None,
+    validation_data: InMemoryRows | None,
     callbacks: Sequence[Callback],
-    metrics: GivenMetrics,
+    metrics: MetricFunctions,
     options: TrainOptions,
 ) -> FitResult:
     """As `loopos.train`. Raises `UserError`."""
@@ -55,15 +55,15 @@ def train(
         _check_measured(config, own)
         check_columns(config)
         return train_config(config, options, seen_by, own)
-    given = _Given.of(config, overrides, data, validation_data, tuple(own.functions))
-    checked = given.load(resume=options.resume)
+    actual = _Given.of(config, overrides, data, validation_data, tuple(own.functions))
+    checked = actual.load(resume=options.resume)
     try:
         _check_measured(checked, own)
         check_columns(checked)
         return train_config(checked, options, seen_by, own)
     except UserError:
         if options.resume:
-            given.forget(run_folders(checked))
+            actual.forget(run_folders(checked))
         raise
 
 
@@ -75,8 +75,8 @@ class _Given:
 
     config: WrittenConfig
     overrides: Sequence[str]
-    in_place: Mapping[str, GivenRows]
-    instead: Mapping[str, GivenRows]
+    in_place: Mapping[str, InMemoryRows]
+    instead: Mapping[str, InMemoryRows]
     own_metrics: Sequence[str]
     added: list[Path] = field(default_factory=list)
 
@@ -85,8 +85,8 @@ class _Given:
         cls,
         config: WrittenConfig,
         overrides: Sequence[str],
-        data: GivenRows | None,
-        validation_data: GivenRows | None,
+        data: InMemoryRows | None,
+        validation_data: InMemoryRows | None,
         own_metrics: Sequence[str],
     ) -> _Given:
         section = config.get("data") if isinstance(config, Mapping) else None

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from loopos.compression.quantize import QuantizationResult
 
 
-def run(given: str, options: ChangeOptions) -> int:
+def run(actual: str, options: ChangeOptions) -> int:
     """Quantizes, writes and prints. Raises `UserError`."""
-    result = weight_change.run(given, options, read=read_quantization_recipe, counted="layers", work=_quantize)
+    result = weight_change.run(actual, options, read=read_quantization_recipe, counted="layers", work=_quantize)
     weight_change.tell(
         result,
         [result.recipe.method],

@@ -54,7 +54,7 @@ class SamplingOptions:
         """Fields that are not as they are by default."""
         return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
-    def faults(self) -> Iterator[str]:
+    def diagnostics(self) -> Iterator[str]:
         """Values out of their ranges."""
         try:
             self.settings()
@@ -83,21 +83,21 @@ class StepOptions:
         """Fields that are not as they are by default."""
         return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
-    def faults(self, max_new_tokens: int) -> Iterator[str]:
+    def diagnostics(self, max_new_tokens: int) -> Iterator[str]:
         """Values out of their ranges or at odds with each other."""
         for name in self.changed():
             least = 0 if name == "min_thinking_tokens" else 1
             if getattr(self, name) < least:
-                yield f"{option(name)}: given {getattr(self, name)}; wanted {least} or more"
+                yield f"{option(name)}: got {getattr(self, name)}; expected {least} or more"
         most = self.max_thinking_tokens
         if most is not None and most < self.min_thinking_tokens:
-            given = self.min_thinking_tokens
-            yield f"--min-thinking-tokens: given {given}; wanted at most --max-thinking-tokens {most}"
+            actual = self.min_thinking_tokens
+            yield f"--min-thinking-tokens: got {actual}; expected at most --max-thinking-tokens {most}"
         for name in ("min_thinking_tokens", "max_thinking_tokens"):
             value = getattr(self, name)
             if value is not None and value >= max_new_tokens:
-                wanted = f"fewer than --max-new-tokens {max_new_tokens}, so that an answer can follow"
-                yield f"{option(name)}: given {value}; wanted {wanted}"
+                expected = f"fewer than --max-new-tokens {max_new_tokens}, so that an answer can follow"
+                yield f"{option(name)}: got {value}; expected {expected}"
 
     def limits(self) -> StepLimits:
         """The limits as generation takes them; imports torch."""
@@ -106,19 +106,19 @@ class StepOptions:
         return StepLimits(**{each.name: getattr(self, each.name) for each in fields(self)})
 
 
-def parsed_strategy(text: str, faults: list[str]) -> Strategy:
+def parsed_strategy(text: str, diagnostics: list[str]) -> Strategy:
     """The strategy of a name; for another form the single chain, with the fault noted."""
     try:
         return Strategy.parse(text)
     except ValueError as error:
-        faults.append(f"--strategy: given {error}")
+        diagnostics.append(f"--strategy: got {error}")
         return Strategy()
 
 
-def chain_faults(strategy: Strategy, name: str, *, samples: int, temperature: float) -> Iterator[str]:
+def chain_diagnostics(strategy: Strategy, name: str, *, samples: int, temperature: float) -> Iterator[str]:
     """What a strategy, a number of samples and a temperature must not be together."""
     if samples < 1:
-        yield f"--samples: given {samples}; wanted 1 or more"
+        yield f"--samples: got {samples}; expected 1 or more"
     if samples > 1 and strategy.kind != "single":
         yield f"--samples {samples} with --strategy {name}: the strategy says how many are sampled; give one of the two"
     several = f"--strategy {name}" if strategy.chains > 1 else f"--samples {samples}" if samples > 1 else ""
@@ -126,17 +126,17 @@ def chain_faults(strategy: Strategy, name: str, *, samples: int, temperature: fl
         yield f"{several} at --temperature 0: all chains would be the same; give a temperature above 0, such as 0.7"
 
 
-def place_faults(device: str, precision: str) -> Iterator[str]:
+def place_diagnostics(device: str, precision: str) -> Iterator[str]:
     """Devices and number formats that there are not."""
-    for name, given, known in (("--device", device, DEVICES), ("--precision", precision, PRECISIONS)):
-        if given not in known:
-            yield f"{name}: given {given}; wanted one of {', '.join(known)}"
+    for name, actual, known in (("--device", device, DEVICES), ("--precision", precision, PRECISIONS)):
+        if actual not in known:
+            yield f"{name}: got {actual}; expected one of {', '.join(known)}"
 
 
-def refuse(faults: Sequence[str]) -> None:
+def refuse(diagnostics: Sequence[str]) -> None:
     """Raises `UserError` with all faults, if there are any."""
-    if faults:
-        raise UserError("\n".join(faults))
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
 
 
 def _lines(error: UserError) -> list[str]:

@@ -34,12 +34,12 @@ class ScoreOptions:
     verbose: bool = False
 
 
-def run(place: str, source: str, options: ScoreOptions) -> int:
+def run(location: str, source: str, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_reward_model(place)
+    require_reward_model(location)
     check_responses(source, columns, rules)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
@@ -47,7 +47,7 @@ def run(place: str, source: str, options: ScoreOptions) -> int:
     from loopos.training.precision import pick_device
 
     predictor = RewardPredictor.open(
-        place, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
+        location, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
     )
     scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules)
     if options.json:

@@ -16,12 +16,12 @@ from loopos.cli.opened_models import is_task_model, open_reasoner, require_langu
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
-from loopos.cli.sampling_options import place_faults, refuse
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.cli.sampling_options import place_diagnostics, refuse
+from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
 from loopos.models.model_folder import described, kind_of
-from loopos.serving.limits import ServingLimits, address_faults
+from loopos.serving.limits import ServingLimits, address_diagnostics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,21 +48,21 @@ class ServeOptions:
     verbose: bool = False
 
 
-def run(place: str, options: ServeOptions) -> int:
+def run(source: str, options: ServeOptions) -> int:
     """Serves until a signal. Raises `UserError`, before torch is imported where it can."""
     refuse(
         [
-            *address_faults(options.host, options.port, options.api_key),
-            *options.limits.faults(),
-            *place_faults(options.device, options.precision),
+            *address_diagnostics(options.host, options.port, options.api_key),
+            *options.limits.diagnostics(),
+            *place_diagnostics(options.device, options.precision),
         ]
     )
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise EnvironmentFault(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
-    has_head = is_task_model(place)
+        raise MissingRequirement(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
+    has_head = is_task_model(source)
     if not has_head:
-        require_language_model(place)
+        require_language_model(source)
     # The model runs in a thread beside the one that talks to clients: bound to one core they would wait for each other.
     restart_with_settings(binds_threads=False)
     hush_libraries(verbose=options.verbose)
@@ -72,8 +72,8 @@ def run(place: str, options: ServeOptions) -> int:
     # Before the model is loaded: a port that is taken shows at once.
     with listening(options.host, options.port, options.limits) as bound:
         metrics = ServingMetrics()
-        name = options.name or name_of(place)
-        service = _service(place, name, has_head, options, metrics)
+        name = options.name or name_of(source)
+        service = _service(source, name, has_head, options, metrics)
 
         def began(_: Callable[[], None]) -> None:
             note(f"{name}: {service.kind} at {address_of(bound)} ({', '.join(service.endpoints)}); Ctrl-C ends")
@@ -83,48 +83,48 @@ def run(place: str, options: ServeOptions) -> int:
     return 0
 
 
-def name_of(place: str) -> str:
+def name_of(source: str) -> str:
     """The name that a model is served by: its folder's or file's (that of the run, not of its model/), or what is
     given.
     """
-    path = Path(place)
+    path = Path(source)
     if not path.exists():
-        return place
+        return source
     path = path.resolve()
     return path.parent.name if path.name == "model" else path.name
 
 
-def _service(place: str, name: str, has_head: bool, options: ServeOptions, metrics: ServingMetrics) -> Service:
+def _service(source: str, name: str, has_head: bool, options: ServeOptions, metrics: ServingMetrics) -> Service:
     from loopos.training.precision import pick_device
 
     if not has_head:
-        return _language(place, name, options, metrics)
+        return _language(source, name, options, metrics)
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.serving.heads import ClassifyHead, HeadService, ScoreHead
 
     device = pick_device(options.device).type
-    if kind_of(described(place)) == "reward":
-        return HeadService(ScoreHead(RewardPredictor.open(place, device=device)), name, options.limits, metrics)
+    if kind_of(described(source)) == "reward":
+        return HeadService(ScoreHead(RewardPredictor.open(source, device=device)), name, options.limits, metrics)
     precision = None if options.precision == "auto" else options.precision
-    predictor = Predictor.open(place, device=device, precision=precision)
+    predictor = Predictor.open(source, device=device, precision=precision)
     return HeadService(ClassifyHead(predictor), name, options.limits, metrics)
 
 
-def _language(place: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
+def _language(source: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
     from loopos.models.language_ensemble import members_of
     from loopos.serving.language import LanguageService
 
     reasoner = open_reasoner(
-        place,
+        source,
         device=options.device,
         precision=options.precision,
         max_rows=options.limits.max_rows,
         trust_remote_code=options.trust_remote_code,
     )
     service = LanguageService(reasoner, name, options.limits, metrics)
-    note(reasoner.template.said)
-    note(reasoner.engine.said)
+    note(reasoner.template.summary)
+    note(reasoner.engine.summary)
     most = sum(map(_keys_and_values, members_of(reasoner.model))) * service.context * options.limits.max_rows
     note(f"{options.limits.max_rows} rows of {service.context} tokens: keys and values take at most {as_bytes(most)}")
     return service

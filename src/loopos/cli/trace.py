@@ -21,7 +21,7 @@ Recorded: TypeAlias = str | list[dict[str, object]]
 
 def described(chain: Chain, step_format: StepFormat) -> str:
     """The trace of a chain: each step with its number and logprob (nats), then the answer."""
-    steps, answer = told_steps(chain, step_format), step_format.parse(chain.text).answer
+    steps, answer = steps_text(chain, step_format), step_format.parse(chain.text).answer
     lines = [f"{number}. {step.text.strip()}  [{step.logprob:.2f}]" for number, step in enumerate(steps, start=1)]
     if answer:
         where = (
@@ -32,12 +32,12 @@ def described(chain: Chain, step_format: StepFormat) -> str:
     return "\n".join([*lines, f"answer: none (ended by {why})"])
 
 
-def told_steps(chain: Chain, step_format: StepFormat) -> tuple[Step, ...]:
+def steps_text(chain: Chain, step_format: StepFormat) -> tuple[Step, ...]:
     """The steps of a chain; none where its text is an answer without reasoning."""
     return chain.steps if chain.well_formed or step_format.parse(chain.text).steps else ()
 
 
-def confidence_said(answered: Answered) -> str:
+def confidence_summary(answered: Answered) -> str:
     """How sure an answer of several chains is."""
     num_chains = len(answered.chains)
     if answered.rewards:
@@ -62,7 +62,7 @@ def completion_record(prompt: Recorded, completion: Completion) -> dict[str, Any
 
 def chain_record(prompt: Recorded, chain: Chain, step_format: StepFormat) -> dict[str, Any]:
     """One line of JSON for a chain."""
-    steps = told_steps(chain, step_format)
+    steps = steps_text(chain, step_format)
     return {
         "prompt": prompt,
         "text": chain.text,

@@ -47,14 +47,14 @@ class TrainOptions:
 
     def words(self) -> list[str]:
         """The options as they are written on the command line, but for the number of processes."""
-        given = {
+        actual = {
             "--resume": self.resume,
             "--quiet": self.quiet,
             "--trust-remote-code": self.trust_remote_code,
             "--json": self.json,
             "--verbose": self.verbose,
         }
-        return [word for word, is_given in given.items() if is_given]
+        return [word for word, is_given in actual.items() if is_given]
 
 
 def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
@@ -87,14 +87,14 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
         check_rows(config)
         return _launch(path, overrides, options)
     restart_with_settings()
-    configs.tell_notes(loaded)
+    configs.print_notes(loaded)
     hush_libraries(verbose=options.verbose)
     if options.dry_run:
         return _plan(config, options)
     with run_ends_at_once():
         result = train(config, options)
     if is_first_process():
-        tell(told_of(config), result, as_json=options.json)
+        tell(run_summary(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
 
 
@@ -116,7 +116,7 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     """The same command in several processes. Raises `UserError`."""
     assert options.num_processes is not None
     if options.num_processes < 1:
-        raise UserError(f"--nproc: given {options.num_processes}; wanted 1 or more")
+        raise UserError(f"--nproc: got {options.num_processes}; expected 1 or more")
     from loopos.cli.launch import launch
 
     return launch(["train", str(path), *overrides, *options.words()], options.num_processes)
@@ -156,7 +156,7 @@ def run_folders(config: Any) -> list[Path]:
     return [Path(config.data.output_dir), *([Path(first)] if first is not None else [])]
 
 
-def told_of(config: Any) -> Path:
+def run_summary(config: Any) -> Path:
     """The folder of the run that was last at work: of rlhf the reward model's where its phase was not over."""
     from loopos.evaluation.run_folder import holds_run
 
@@ -187,8 +187,8 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     if as_json:
         say_json(_as_json(run_dir, result, found))
         return
-    told_rate = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
-    say(f"{run_dir}: {result.step} steps{told_rate}, {as_time(result.seconds)} in all; {found.ended}")
+    rate_text = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
+    say(f"{run_dir}: {result.step} steps{rate_text}, {as_time(result.seconds)} in all; {found.ended}")
     verdict, metrics = found.outcome.verdict(), once(found.exported_metrics)
     if metrics and found.exported_step is not None:
         figures = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())

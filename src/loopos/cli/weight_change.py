@@ -44,7 +44,7 @@ class ChangeOptions:
 
 
 def run(
-    given: str,
+    actual: str,
     options: ChangeOptions,
     *,
     read: Callable[[str | None, Sequence[str]], Given],
@@ -54,12 +54,12 @@ def run(
     """Changes the model and writes it. read: the recipe of a file, if one is named, and `key=value` words; counted:
     what the bar counts; work: by a recipe, on a device, into a folder. Raises `UserError`.
     """
-    is_recipe = given.lower().endswith(_RECIPES) and not os.path.isdir(given)
-    values: dict[str, Any] = {"model": None if is_recipe else given, **options.recipe}
+    is_recipe = actual.lower().endswith(_RECIPES) and not os.path.isdir(actual)
+    values: dict[str, Any] = {"model": None if is_recipe else actual, **options.recipe}
     if options.columns:
         values["columns"] = parse_columns(options.columns)
     words = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-    recipe = read(given if is_recipe else None, words)
+    recipe = read(actual if is_recipe else None, words)
     refuse_taken(options.output)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)

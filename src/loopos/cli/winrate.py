@@ -21,7 +21,7 @@ from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.row_files import refuse_unwritable, write_whole
-from loopos.cli.sampling_options import SamplingOptions, place_faults, refuse
+from loopos.cli.sampling_options import SamplingOptions, place_diagnostics, refuse
 from loopos.config.diagnostics import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class WinRateOptions:
 
 def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     """Answers, judges and prints. Raises `UserError`."""
-    refuse(_faults(options))
+    refuse(_diagnostics(options))
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
@@ -80,21 +80,21 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     return 0
 
 
-def _faults(options: WinRateOptions) -> list[str]:
+def _diagnostics(options: WinRateOptions) -> list[str]:
     """What is wrong with the options, told without torch."""
-    faults = [*options.sampling.faults(), *place_faults(options.device, options.precision)]
+    diagnostics = [*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)]
     if options.samples < 1:
-        faults.append(f"--samples: given {options.samples}; wanted 1 or more")
+        diagnostics.append(f"--samples: got {options.samples}; expected 1 or more")
     if options.samples > 1 and options.sampling.temperature == 0:
-        faults.append(
+        diagnostics.append(
             f"--samples {options.samples} at --temperature 0: all answers of a model would be the same; give a "
             "temperature above 0, such as 0.7"
         )
     if options.limit is not None and options.limit < 1:
-        faults.append(f"--limit: given {options.limit}; wanted 1 or more")
+        diagnostics.append(f"--limit: got {options.limit}; expected 1 or more")
     if options.raw and options.system is not None:
-        faults.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
-    return faults
+        diagnostics.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
+    return diagnostics
 
 
 def _is_function(judge: str) -> bool:
@@ -131,19 +131,19 @@ def _words(asked: Asked) -> Words:
     return asked.messages if asked.messages is not None else asked.text
 
 
-def _replies(place: str, asked: Sequence[Asked], options: WinRateOptions) -> list[list[Reply] | None]:
+def _replies(source: str, asked: Sequence[Asked], options: WinRateOptions) -> list[list[Reply] | None]:
     """The answers of one model to every prompt; None for a prompt that leaves it no room."""
     from loopos.evaluation.winrate import Reply
 
     reasoner = open_reasoner(
-        place, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
+        source, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
     )
     prompts = [reasoner.prompt(each.problem) for each in asked]
     most = reasoner.engine.max_positions
     fits = [number for number, prompt in enumerate(prompts) if most is None or len(prompt) < most]
     if not fits:
-        raise UserError(f"{place}: every prompt is longer than the model's {most} positions")
-    note(f"{place}: answers {len(fits):,} prompts, {options.samples} each")
+        raise UserError(f"{source}: every prompt is longer than the model's {most} positions")
+    note(f"{source}: answers {len(fits):,} prompts, {options.samples} each")
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
     found: list[list[Reply] | None] = [None] * len(asked)
     for completion in reasoner.engine.generate([prompts[each] for each in fits], settings, n=number, logprobs=False):
@@ -165,21 +165,21 @@ def _judged(
     from loopos.evaluation.winrate import Contest, Pair
 
     begun: list[tuple[int, int, Contest, Reply, Reply]] = []
-    for place, (each, ours, theirs) in enumerate(zip(asked, first, second, strict=True)):
+    for index, (each, ours, theirs) in enumerate(zip(asked, first, second, strict=True)):
         if ours is None or theirs is None:
             dropped[NO_ROOM] += 1
             continue
         for sample, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            begun.append((place, sample, Contest(_words(each), a.text, b.text), a, b))
+            begun.append((index, sample, Contest(_words(each), a.text, b.text), a, b))
     if not begun:
-        raise UserError("no prompt that both models have room for; wanted shorter ones")
+        raise UserError("no prompt that both models have room for; expected shorter ones")
     note(f"{len(begun):,} pairs are judged")
     rulings = judge()([contest for _, _, contest, _, _ in begun])
     pairs = [Pair(*each, ruling) for each, ruling in zip(begun, rulings, strict=True) if ruling is not None]
     if len(pairs) < len(begun):
         dropped[TOO_LONG_TO_JUDGE] += len(begun) - len(pairs)
     if not pairs:
-        raise UserError(f"no pair could be judged: {TOO_LONG_TO_JUDGE}; wanted a smaller --max-new-tokens")
+        raise UserError(f"no pair could be judged: {TOO_LONG_TO_JUDGE}; expected a smaller --max-new-tokens")
     return pairs
 
 

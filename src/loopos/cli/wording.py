@@ -1,7 +1,7 @@
 """How a command names the settings that a message speaks of: by its own options, where it has them.
 
 Enters: the options of a command; the words it was called with. Leaves: a `Wording` for its messages; the key of the
-config that a word meant which is no option. Left out: the messages (`config.faults`), catching them (`outcome`).
+config that a word meant which is no option. Left out: the messages (`config.diagnostics`), catching them (`outcome`).
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class OptionWording(Wording):
         return self._option(key) or key
 
     def remedy(self, remedy: Remedy) -> str:
-        said = []
+        summary = []
         for key, value in remedy.settings:
             option = self._option(key)
             if option is None:
                 return ""
             if option == COLUMNS:
                 value = f"{key.removeprefix('data.columns.')}={value}"
-            said.append(option if option in _SWITCHES else f"{option} {_quoted(value)}")
-        return f"{remedy.lead}: {' '.join(said)}"
+            summary.append(option if option in _SWITCHES else f"{option} {_quoted(value)}")
+        return f"{remedy.lead}: {' '.join(summary)}"
 
     def _option(self, key: str) -> str | None:
         option = _OPTIONS.get("data.columns" if key.startswith("data.columns.") else key)
@@ -64,7 +64,7 @@ def refuse_keys_as_options(words: Sequence[str], options: Collection[str], argum
     if _TAKES_KEYS not in arguments:
         return
     meant = []
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word == "--":
             break
         name, equals, value = word.partition("=")
@@ -72,7 +72,7 @@ def refuse_keys_as_options(words: Sequence[str], options: Collection[str], argum
             continue
         key = _key_of(name)
         if key is not None:
-            following = words[place + 1] if place + 1 < len(words) and not words[place + 1].startswith("-") else ""
+            following = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("-") else ""
             meant.append((name, f"{key}={value if equals else following or 'VALUE'}"))
     if meant:
         names = ", ".join(name for name, _ in meant)

@@ -85,16 +85,16 @@ class BlockPass:
         """Each block with its place. While it is held, `hidden` is what enters it; then it is what leaves it, by the
         weights that the block has then.
         """
-        for place, block in enumerate(self.blocks):
-            yield place, block
+        for index, block in enumerate(self.blocks):
+            yield index, block
             for row in range(len(self.hidden)):
-                self.hidden[row] = self._run(place, row)
+                self.hidden[row] = self._run(index, row)
 
-    def products(self, place: int, wanted: Sequence[Linear], *, diagonal: bool) -> dict[str, Tensor]:
+    def products(self, index: int, expected: Sequence[Linear], *, diagonal: bool) -> dict[str, Tensor]:
         """By layer name XXᵀ `[I, I]` over all tokens, or with `diagonal` its diagonal `[I]` alone, in fp32. Layers that
         see the same input share one sum.
         """
-        twins = self._twins(place, wanted)
+        twins = self._twins(index, expected)
         sums: dict[str, Tensor] = {}
 
         def add(name: str, entered: Tensor) -> None:
@@ -102,37 +102,37 @@ class BlockPass:
             product = flat.square().sum(0) if diagonal else flat.t() @ flat
             sums[name] = sums[name] + product if name in sums else product
 
-        leading = [linear for linear in wanted if twins.get(linear.name) == linear.name]
+        leading = [linear for linear in expected if twins.get(linear.name) == linear.name]
         with _Watched(leading, add):
             for row in range(len(self.hidden)):
-                self._run(place, row)
+                self._run(index, row)
         # A layer that no token reached (an expert that was never chosen) has seen nothing.
-        nothing = {linear.name: linear for linear in wanted if linear.name not in twins}
+        nothing = {linear.name: linear for linear in expected if linear.name not in twins}
         empty = {name: _empty(linear.weight.shape[1], diagonal, self._device) for name, linear in nothing.items()}
         return {**{name: sums[twin] for name, twin in twins.items()}, **empty}
 
-    def _twins(self, place: int, wanted: Sequence[Linear]) -> dict[str, str]:
+    def _twins(self, index: int, expected: Sequence[Linear]) -> dict[str, str]:
         """By name of a layer that runs, the first one that sees the same input."""
         seen: list[tuple[str, Tensor]] = []
-        with _Watched(wanted, lambda name, entered: seen.append((name, entered))):
-            self._run(place, 0)
+        with _Watched(expected, lambda name, entered: seen.append((name, entered))):
+            self._run(index, 0)
         # All are held while they are told apart: the id of a tensor that is gone may be another's.
         first_of = {id(entered): name for name, entered in reversed(seen)}
         return {name: first_of[id(entered)] for name, entered in seen}
 
     @torch.no_grad()
-    def _run(self, place: int, row: int) -> Tensor:
-        return self._apply(place, self.hidden[row][None])[0]
+    def _run(self, index: int, row: int) -> Tensor:
+        return self._apply(index, self.hidden[row][None])[0]
 
-    def _apply(self, place: int, hidden: Tensor) -> Tensor:
-        others, named = self._calls[place]
-        return _hidden_of(self.blocks[place](hidden, *others, **named))
+    def _apply(self, index: int, hidden: Tensor) -> Tensor:
+        others, named = self._calls[index]
+        return _hidden_of(self.blocks[index](hidden, *others, **named))
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel, row: Tensor) -> None:
         found = self.hidden[-1][None]
-        for place in range(len(self.blocks)):
-            found = self._apply(place, found)
+        for index in range(len(self.blocks)):
+            found = self._apply(index, found)
         expected: list[Tensor] = []
         handle = self.blocks[-1].register_forward_hook(lambda _m, _i, output: expected.append(_hidden_of(output)))
         try:
@@ -143,7 +143,7 @@ class BlockPass:
         if not difference <= _TOLERANCE:
             raise UserError(
                 f"{type(model).__name__}: its blocks, run one by one, give other hidden states than the model (by "
-                f"{difference:.1e}); wanted a plain stack of blocks, as Llama, Qwen, Mistral, Gemma or GPT-2 have"
+                f"{difference:.1e}); expected a plain stack of blocks, as Llama, Qwen, Mistral, Gemma or GPT-2 have"
             )
 
 
@@ -154,10 +154,10 @@ def block_influence(model: PreTrainedModel, blocks: nn.ModuleList, rows: Tensor)
     """
     sums = [0.0] * len(blocks)
 
-    def watch(place: int) -> Callable[..., None]:
+    def watch(index: int) -> Callable[..., None]:
         def seen(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             entered = (args[0] if args else kwargs["hidden_states"]).double()
-            sums[place] += float(torch.cosine_similarity(entered, _hidden_of(output).double(), dim=-1).sum())
+            sums[index] += float(torch.cosine_similarity(entered, _hidden_of(output).double(), dim=-1).sum())
 
         return seen
 
@@ -207,7 +207,7 @@ def _calls(
             handle.remove()
     if len(found) != len(blocks):
         raise UserError(
-            f"{type(model).__name__}: runs {len(found)} blocks, and has {len(blocks)}; wanted a plain stack of blocks"
+            f"{type(model).__name__}: runs {len(found)} blocks, and has {len(blocks)}; expected a plain stack of blocks"
         )
     return found
 
@@ -353,7 +353,7 @@ def drop_layers(model: PreTrainedModel, dropped: Sequence[int]) -> None:
     layers = layer_list(model)
     kept = [place for place in range(len(layers)) if place not in set(dropped)]
     if not kept:
-        raise UserError(f"all {len(layers)} layers would go; wanted at least one that stays")
+        raise UserError(f"all {len(layers)} layers would go; expected at least one that stays")
     name = next(name for name, module in model.named_modules() if module is layers)
     for new, old in enumerate(kept):
         for module in layers[old].modules():
@@ -388,6 +388,6 @@ def _linear(above: nn.Module, name: str) -> Linear:
 def _require(config: PreTrainedConfig, families: Sequence[str], what: str) -> None:
     if config.model_type not in families:
         raise UserError(
-            f"{config.model_type}: {what} cannot be taken out of this family; wanted one of {', '.join(families)}. "
+            f"{config.model_type}: {what} cannot be taken out of this family; expected one of {', '.join(families)}. "
             "--method layers, magnitude, wanda and sparsegpt work for any plain stack of layers"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import rows
 from loopos.data.corpus import read_corpus
 from loopos.data.rows import is_plain_text
@@ -28,10 +28,10 @@ from loopos.data.templates import ChatTemplate
 
 @dataclass(frozen=True)
 class Calibration:
-    """`ids` `[N, L]` int64 on CPU. `said`: what was read and drawn, in words."""
+    """`ids` `[N, L]` int64 on CPU. `summary`: what was read and drawn, in words."""
 
     ids: Tensor
-    said: str
+    summary: str
 
 
 def read_calibration(
@@ -66,16 +66,16 @@ def read_calibration(
     draw.shuffle(pieces)
     stream = [token for piece in pieces for token in piece]
     if len(stream) < 2:
-        raise DataError([Fault(source, None, None, "text", f"{len(stream)} tokens", "at least two tokens")])
+        raise DataError([Diagnostic(source, None, None, "text", f"{len(stream)} tokens", "at least two tokens")])
     length = min(num_tokens, len(stream))
     whole = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
     chosen = sorted(draw.sample(range(len(whole)), min(num_rows, len(whole))))
     fewer = f", of {num_rows} asked for" if len(chosen) < num_rows else ""
-    said = (
+    summary = (
         f"calibration: {source}, {len(pieces):,} documents, {len(stream):,} tokens; {len(chosen)} rows of {length} "
         f"tokens{fewer}, drawn with seed {seed}"
     )
-    return Calibration(whole[torch.tensor(chosen)], said)
+    return Calibration(whole[torch.tensor(chosen)], summary)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:

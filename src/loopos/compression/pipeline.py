@@ -146,7 +146,7 @@ Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
-class WeightChange(Protocol[Told_co]):
+class CompressionPipeline(Protocol[Told_co]):
     """What is done to the weights of a model in memory. `name`: the changed model's folder inside the output, "" where
     the output is it; `title`: what is done, said as it begins.
     """
@@ -170,13 +170,13 @@ class WeightChange(Protocol[Told_co]):
 
 @dataclass(frozen=True)
 class ChangedModel(Generic[Told]):
-    """A changed model as it was written. `name`: its folder inside the output, "" where the output is it. `said`: what
-    was done; `told`: what the weights are now; `rates`: its speed against that of the model before; `share`: its bytes
-    by those before.
+    """A changed model as it was written. `name`: its folder inside the output, "" where the output is it. `summary`:
+    what was done; `told`: what the weights are now; `rates`: its speed against that of the model before; `share`: its
+    bytes by those before.
     """
 
     name: str
-    said: list[str]
+    summary: list[str]
     told: Told
     measured: Measured
     rates: list[Rate]
@@ -209,13 +209,13 @@ class Changed(Generic[Given, Told]):
 
 
 @dataclass(eq=False)
-class ChangeRoad(Generic[Given, Told]):
-    """Changes a model as a recipe says: `ChangeRoad(recipe, …).run("outputs/new", changes)`.
+class WeightTransform(Generic[Given, Told]):
+    """Changes a model as a recipe says: `WeightTransform(recipe, …).run("outputs/new", changes)`.
 
     reads: the file of calibration text; None where none is read. precision: the format in which what is no code is kept
     and both models run; the model's own when None. share: bytes of a changed model, at most, by those before. what: the
-    changed model in words, such as "the pruned model"; wanted: what kind of model would do where this one does not open
-    as it was written. report: writes report.md into a folder. device: "cpu", "cuda" or "mps", found out by the caller.
+    name of the changed model, such as "the pruned model"; expected: what kind of model would do where this one does not
+    open as it was written. report: writes report.md into a folder. device: "cpu", "cuda" or "mps", found out by the caller.
     """
 
     recipe: Given
@@ -224,7 +224,7 @@ class ChangeRoad(Generic[Given, Told]):
     precision: str | None
     share: float
     what: str
-    wanted: str
+    expected: str
     report: Callable[[Path, Changed[Given, Told]], None]
     notes: list[str]
     device: str
@@ -232,7 +232,7 @@ class ChangeRoad(Generic[Given, Told]):
     progress: Progress
     _calibration: Calibration | None = field(default=None, init=False)
 
-    def run(self, output: str | Path, changes: Sequence[WeightChange[Told]]) -> Changed[Given, Told]:
+    def run(self, output: str | Path, changes: Sequence[CompressionPipeline[Told]]) -> Changed[Given, Told]:
         """Measures, changes, writes. Raises `UserError` for a model, data or an output that will not do, and
         `DiskFull`; nothing is left under the output's name then.
         """
@@ -247,14 +247,14 @@ class ChangeRoad(Generic[Given, Told]):
             self.report(partial, changed)
         return changed
 
-    def _one(self, change: WeightChange[Told], folder: Path, before: Measured) -> ChangedModel[Told]:
+    def _one(self, change: CompressionPipeline[Told], folder: Path, before: Measured) -> ChangedModel[Told]:
         """Opens the model anew, changes and writes it, and measures what was written."""
         opened = open_model(self.recipe.model)
         rows = self._rows(opened)
         opened.model.to(self.device)  # type: ignore[arg-type]
         self.say(f"{change.title}: {self.recipe.model}")
-        said = change.apply(opened.model, rows, progress=self.progress)
-        for sentence in said:
+        summary = change.apply(opened.model, rows, progress=self.progress)
+        for sentence in summary:
             self.say(sentence)
         told = change.told(opened.model)
         if self.precision is not None:
@@ -269,7 +269,7 @@ class ChangeRoad(Generic[Given, Told]):
         again = self._running(again)
         rates = self._rates(again)
         measured = self._measured(again, str(folder), self.what)
-        return ChangedModel(change.name, said, told, measured, rates, measured.weight_bytes / before.weight_bytes)
+        return ChangedModel(change.name, summary, told, measured, rates, measured.weight_bytes / before.weight_bytes)
 
     def _rows(self, opened: OpenedModel) -> Tensor | None:
         """Calibration rows `[N, L]`, read once."""
@@ -285,7 +285,7 @@ class ChangeRoad(Generic[Given, Told]):
                 num_tokens=min(self.recipe.calibration_tokens, positions or self.recipe.calibration_tokens),
                 seed=self.recipe.seed,
             )
-            self.say(self._calibration.said)
+            self.say(self._calibration.summary)
         return self._calibration.ids
 
     def _running(self, opened: OpenedModel) -> OpenedModel:
@@ -300,19 +300,19 @@ class ChangeRoad(Generic[Given, Told]):
         self.say("measuring how fast both are, in turn")
         return compared_rates(before.model, after.model, before.tokenizer, writes=before.pooled is None)
 
-    def _measured(self, opened: OpenedModel, place: str, said: str) -> Measured:
+    def _measured(self, opened: OpenedModel, source: str, summary: str) -> Measured:
         """place: where the model lies; said: what it is called. The last that is done with a model: perplexity leaves
         the packed attention in it.
         """
         kept = self.precision or opened.precision
         parameters, weight_bytes = sizes_of(opened, kept)
         if self.recipe.evaluate is not None:
-            self.say(f"measuring {said} on {self.recipe.evaluate}")
-        metrics = metrics_of(opened, place, self.recipe, precision=self.precision)
+            self.say(f"measuring {summary} on {self.recipe.evaluate}")
+        metrics = metrics_of(opened, source, self.recipe, precision=self.precision)
         return Measured(parameters, weight_bytes, kept, metrics)
 
     def _common_notes(self) -> list[str]:
-        notes = [self._calibration.said] if self._calibration is not None else []
+        notes = [self._calibration.summary] if self._calibration is not None else []
         if self.recipe.evaluate is None:
             kind = "labelled rows" if has_head(self.recipe.model) else "text"
             notes.append(f"nothing was measured but size and speed: name {kind} with evaluate")
@@ -325,7 +325,7 @@ class ChangeRoad(Generic[Given, Told]):
         if not difference <= _TOLERANCE:
             raise UserError(
                 f"{self.what} opens with other outputs than it was written with (by {difference:.1e}): this family's "
-                f"config cannot say what was changed; nothing was kept. Wanted {self.wanted}"
+                f"config cannot say what was changed; nothing was kept. Wanted {self.expected}"
             )
 
 
@@ -348,8 +348,8 @@ _SPEED = (
 def write_parts(folder: Path, changed: Changed[Any, Any], parts: Sequence[str]) -> None:
     """Writes `report.md`: the parts, then notes and recipe."""
     notes = ["## Notes", listed([*changed.notes, _SPEED])]
-    given = changed.recipe.model_dump(mode="json", exclude_defaults=True)
-    recipe = table(("key", "value"), [(name, f"`{cell(value)}`") for name, value in given.items()])
+    actual = changed.recipe.model_dump(mode="json", exclude_defaults=True)
+    recipe = table(("key", "value"), [(name, f"`{cell(value)}`") for name, value in actual.items()])
     (folder / REPORT).write_text("\n\n".join([*parts, *notes, "## Recipe", recipe]) + "\n", encoding="utf-8")
 
 

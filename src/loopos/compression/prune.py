@@ -44,7 +44,7 @@ from loopos.compression.blocks import (
     set_channels,
     set_groups,
 )
-from loopos.compression.pipeline import Changed, ChangeRoad, Progress, Say, listed, summary, write_parts
+from loopos.compression.pipeline import Changed, Progress, Say, WeightTransform, listed, summary, write_parts
 from loopos.compression.solvers import (
     kept_above,
     kept_of_all,
@@ -89,7 +89,7 @@ def stack_of(model: PreTrainedModel) -> nn.ModuleList:
         return layer_list(model)
     except UserError as error:
         raise UserError(
-            f"{type(model).__name__}: no plain stack of num_hidden_layers blocks found; wanted a model that has one, "
+            f"{type(model).__name__}: no plain stack of num_hidden_layers blocks found; expected a model that has one, "
             "as Llama, Qwen, Mistral, Gemma, GPT-2 and BERT do"
         ) from error
 
@@ -131,7 +131,7 @@ def zeros_of(model: PreTrainedModel) -> list[Zeros]:
 def _magnitude(blocks: nn.ModuleList, recipe: PruningRecipe, sparsity: float, progress: LayerProgress) -> list[str]:
     if recipe.scope == "global":
         return _global_magnitude(blocks, sparsity)
-    for place, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         for linear in linears_of(block):
             weight, scores = linear.weight, magnitude_scores(linear.weight)
             if recipe.kept_of is not None:
@@ -139,7 +139,7 @@ def _magnitude(blocks: nn.ModuleList, recipe: PruningRecipe, sparsity: float, pr
             else:
                 kept = kept_of_all(scores, num_zeros(weight.numel(), sparsity))
             weight.masked_fill_(~kept, 0.0)
-        progress(place + 1, len(blocks))
+        progress(index + 1, len(blocks))
     return [f"the smallest weights of each linear layer of {len(blocks)} blocks"]
 
 
@@ -188,7 +188,7 @@ def _by_activations(
 def _fitting(pattern: tuple[int, int], linear: Linear) -> tuple[int, int]:
     if linear.weight.shape[1] % pattern[1]:
         raise UserError(
-            f"pattern: given {pattern[0]}:{pattern[1]}, but {linear.name} has {linear.weight.shape[1]} inputs; wanted "
+            f"pattern: got {pattern[0]}:{pattern[1]}, but {linear.name} has {linear.weight.shape[1]} inputs; expected "
             "a pattern whose second number divides them"
         )
     return pattern
@@ -196,13 +196,13 @@ def _fitting(pattern: tuple[int, int], linear: Linear) -> tuple[int, int]:
 
 def _layers(model: PreTrainedModel, blocks: nn.ModuleList, sparsity: float, rows: Tensor) -> list[str]:
     influence = block_influence(model, blocks, rows)
-    wanted = num_zeros(len(blocks), sparsity)
-    if not 0 < wanted < len(blocks):
+    expected = num_zeros(len(blocks), sparsity)
+    if not 0 < expected < len(blocks):
         raise UserError(
-            f"sparsity: given {sparsity:g}, which drops {wanted} of {len(blocks)} layers; wanted a share that drops at "
-            f"least 1 and keeps at least 1: {1 / len(blocks):.3g} is one layer"
+            f"sparsity: got {sparsity:g}, which drops {expected} of {len(blocks)} layers; expected a share that "
+            f"drops at least 1 and keeps at least 1: {1 / len(blocks):.3g} is one layer"
         )
-    dropped = sorted(sorted(range(len(blocks)), key=lambda place: (influence[place], place))[:wanted])
+    dropped = sorted(sorted(range(len(blocks)), key=lambda place: (influence[place], place))[:expected])
     drop_layers(model, dropped)
     told = ", ".join(f"{place} ({influence[place]:.3g})" for place in dropped)
     return [
@@ -216,11 +216,11 @@ def _heads(
 ) -> list[str]:
     """Key-value groups by ‖W_S·X_S‖², the squared error of the attention's output where the group alone goes."""
     shape = head_shape(model)
-    wanted = shape.groups - num_zeros(shape.groups, sparsity)
+    expected = shape.groups - num_zeros(shape.groups, sparsity)
     possible = [groups for groups in possible_groups(model) if groups < shape.groups]
     if not possible:
-        raise UserError(f"heads: the model has {shape.groups} key-value group; wanted a model with more to take from")
-    keeps = min(possible, key=lambda groups: (abs(groups - wanted), -groups))
+        raise UserError(f"heads: the model has {shape.groups} key-value group; expected a model with more to take from")
+    keeps = min(possible, key=lambda groups: (abs(groups - expected), -groups))
     run = BlockPass(model, blocks, rows)
     for place, block in run.blocks_in_order():
         reads = output_projection(block)
@@ -235,8 +235,8 @@ def _heads(
         progress(place + 1, len(blocks))
     set_groups(model, keeps)
     told = f"{shape.groups - keeps} of {shape.groups} key-value groups of {shape.queries} query heads leave every block"
-    if keeps != wanted:
-        told += f" (sparsity {sparsity:g} means {shape.groups - wanted}; this is the nearest that can be written)"
+    if keeps != expected:
+        told += f" (sparsity {sparsity:g} means {shape.groups - expected}; this is the nearest that can be written)"
     return [told]
 
 
@@ -254,7 +254,7 @@ def _channels(
         width = len(square_sums)
         keeps = width - num_zeros(width, sparsity)
         if not 0 < keeps < width:
-            raise UserError(f"sparsity: given {sparsity:g}, which keeps {keeps} of {width} channels; wanted 1 or more")
+            raise UserError(f"sparsity: got {sparsity:g}, which keeps {keeps} of {width} channels; expected 1 or more")
         scores = reads.weight.square().sum(0) * square_sums
         keep_channels(model, block, kept_of_all(scores, width - keeps).nonzero().squeeze(1))
         progress(place + 1, len(blocks))
@@ -280,7 +280,7 @@ def write_report(folder: Path, result: PruningResult) -> None:
         parts += [f"## Sparsity {each.told.sparsity:g}" + (f": `{each.name}/`" if each.name else "")]
         if recipe.structured:
             parts.append(f"**{cell(each.verdict)}**")
-        parts += [listed(each.said), _zeros(each.told)]
+        parts += [listed(each.summary), _zeros(each.told)]
     write_parts(folder, result, parts)
 
 
@@ -342,22 +342,22 @@ class Pruner:
     progress: Progress = lambda done, whole: None
 
     def prune(self, output: str | Path) -> PruningResult:
-        """The models by rising share. Raises `UserError` as `ChangeRoad.run` does."""
+        """The models by rising share. Raises `UserError` as `WeightTransform.run` does."""
         recipe = self.recipe
-        road = ChangeRoad[PruningRecipe, Pruned](
+        decode_path = WeightTransform[PruningRecipe, Pruned](
             recipe,
             reads=recipe.calibration if recipe.needs_calibration else None,
             precision=None,
             share=1.0,
             what="the pruned model",
-            wanted="a Llama-like model or GPT-2, or an unstructured method",
+            expected="a Llama-like model or GPT-2, or an unstructured method",
             report=write_report,
             notes=[] if recipe.structured else [_ZEROS_ALONE],
             device=self.device,
             say=self.say,
             progress=self.progress,
         )
-        return road.run(output, [_ToShare(recipe, sparsity) for sparsity in recipe.sparsities])
+        return decode_path.run(output, [_ToShare(recipe, sparsity) for sparsity in recipe.sparsities])
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.compression.blocks import BlockPass, Linear, linears_of
-from loopos.compression.pipeline import Changed, ChangeRoad, Progress, Say, listed, megabytes, summary, write_parts
+from loopos.compression.pipeline import Changed, Progress, Say, WeightTransform, listed, megabytes, summary, write_parts
 from loopos.compression.prune import stack_of
 from loopos.compression.solvers import awq_factors, gptq
 from loopos.config.compression import QuantizationRecipe
@@ -83,7 +83,7 @@ def quantize_model(
         if isinstance(module, nn.Linear | Conv1D) and module is not output and name not in kept
     }
     if not linears:
-        raise UserError(f"{type(model).__name__}: no linear layer is left to quantize; wanted fewer patterns in keep")
+        raise UserError(f"{type(model).__name__}: no linear layer is left to quantize; expected fewer patterns in keep")
     layers: dict[str, QuantizedLinear] = {}
     for linear, products in _with_products(model, linears, recipe, rows):
         rounded = _rounded(linear.weight.float(), products, recipe)
@@ -93,16 +93,16 @@ def quantize_model(
         progress(len(layers), len(linears))
     for name, layer in layers.items():
         _exchange(model, name, layer)
-    said = [f"{len(layers)} linear layers: {_method_in_words(recipe)}"]
+    summary = [f"{len(layers)} linear layers: {_method_in_words(recipe)}"]
     if coarse := [name for name, layer in layers.items() if layer.bits > recipe.bits]:
-        said.append(
+        summary.append(
             f"{len(coarse)} of them in eight bits, since a group of {recipe.group} does not divide their inputs: "
             + _some(coarse)
         )
-    said += _embeddings(model, entry, output, kept)
+    summary += _embeddings(model, entry, output, kept)
     if kept:
-        said.append(f"{len(kept)} layers stay as they are: {_some(kept)}")
-    return said
+        summary.append(f"{len(kept)} layers stay as they are: {_some(kept)}")
+    return summary
 
 
 def kinds_of(model: PreTrainedModel) -> list[Kind]:
@@ -137,7 +137,7 @@ def _kept(model: PreTrainedModel, patterns: Sequence[str]) -> set[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"keep: given {pattern}, which meets no layer; wanted such as {_some(names[-2:])}")
+            raise UserError(f"keep: got {pattern}, which meets no layer; expected such as {_some(names[-2:])}")
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
@@ -197,13 +197,13 @@ def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | No
     """The embedding of tokens and the output layer in eight bits, once where they are tied; in words."""
     names = {id(module): name for name, module in model.named_modules()}
     tied = output is not None and getattr(output, "weight", None) is getattr(entry, "weight", None)
-    wanted = [each for each in (entry, output) if each is not None and names[id(each)] not in kept]
-    if tied and len(wanted) < 2:
+    expected = [each for each in (entry, output) if each is not None and names[id(each)] not in kept]
+    if tied and len(expected) < 2:
         return ["embedding and output layer share one weight, and stay as they are"]
-    said = []
-    if entry in wanted and type(entry) not in (nn.Embedding, TokenEmbedding):
+    summary = []
+    if entry in expected and type(entry) not in (nn.Embedding, TokenEmbedding):
         return [f"the embedding stays as it is: {type(entry).__name__} does more than look up"]
-    for module in wanted:
+    for module in expected:
         if module is output and tied:
             continue
         assert isinstance(module, nn.Linear | nn.Embedding), type(module)
@@ -213,15 +213,15 @@ def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | No
             codes, scale, _ = kept_form(grid.codes(weight), grid)
             table = QuantizedEmbedding(codes, scale)
             _exchange(model, names[id(entry)], table)
-            said.append("embedding in eight bits" + (", shared with the output layer" if tied else ""))
+            summary.append("embedding in eight bits" + (", shared with the output layer" if tied else ""))
             if tied:
                 model.set_output_embeddings(table.as_output())  # type: ignore[no-untyped-call]
         else:
             assert isinstance(module, nn.Linear)
             rounded = _Rounded(grid.codes(weight), grid, None, weight)
             _exchange(model, names[id(module)], _layer(module, rounded, rounds=False))
-            said.append("output layer in eight bits")
-    return said
+            summary.append("output layer in eight bits")
+    return summary
 
 
 def _exchange(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -256,7 +256,7 @@ def write_report(folder: Path, result: QuantizationResult) -> None:
         f"**{cell(after.verdict)}**",
         summary(result, [f"after, {recipe.method}"]),
         "## Weights",
-        listed(after.said),
+        listed(after.summary),
         table(("kept as", "tensors", "weights", "MB"), kinds),
     ]
     write_parts(folder, result, parts)
@@ -284,22 +284,22 @@ class Quantizer:
     progress: Progress = lambda done, whole: None
 
     def quantize(self, output: str | Path) -> QuantizationResult:
-        """The one model after. Raises `UserError` as `ChangeRoad.run` does."""
+        """The one model after. Raises `UserError` as `WeightTransform.run` does."""
         recipe = self.recipe
-        road = ChangeRoad[QuantizationRecipe, list[Kind]](
+        decode_path = WeightTransform[QuantizationRecipe, list[Kind]](
             recipe,
             reads=recipe.calibration_text if recipe.needs_calibration else None,
             precision=PRECISION,
             share=recipe.bits / 16,
             what="the quantized model",
-            wanted="a family whose weights transformers keeps under their own names",
+            expected="a family whose weights transformers keeps under their own names",
             report=write_report,
             notes=[],
             device=self.device,
             say=self.say,
             progress=self.progress,
         )
-        return road.run(output, [_ToCodes(recipe)])
+        return decode_path.run(output, [_ToCodes(recipe)])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The config of chain-of-thought training: its sections, and what they must not contradict.
 
-Enters: the sections, each valid by itself. Leaves: `ChainOfThoughtConfig`, and `Finding`s for contradictions between
+Enters: the sections, each valid by itself. Leaves: `ChainOfThoughtConfig`, and `Problem`s for contradictions between
 keys and for missing files. Left out: what only the data or the weights can tell.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, EXAMPLES, STRATEGY, Count, Place, Section, Strategy, Text
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import (
@@ -211,7 +211,7 @@ class ChainOfThoughtConfig(MethodConfig):
         """Whether validation generates and checks answers."""
         return self.validates and self.evaluation.problems > 0
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
         yield from checks.check_trainable(training, model.num_layers)
@@ -230,7 +230,7 @@ class ChainOfThoughtConfig(MethodConfig):
         yield from _check_metrics(self)
         yield from _check_generation(self.generation)
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         data = self.data
         yield from check_weights("data.pretrained_weights", data.pretrained_weights)
         if data.tokenizer is not None:
@@ -241,12 +241,12 @@ class ChainOfThoughtConfig(MethodConfig):
                 is_text = value.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
                 yield from check_rows(f"data.{field}", value, EXAMPLE_ROW + (EXAMPLE_LINES if is_text else ""))
         if data.chat_template not in ("auto", "plain") and not os.path.isfile(data.chat_template.replace("\0", "")):
-            wanted = '"auto", "plain" or a file with a Jinja template'
-            yield Finding(("data.chat_template",), f'"{data.chat_template}", where no file is', wanted)
+            expected = '"auto", "plain" or a file with a Jinja template'
+            yield Problem(("data.chat_template",), f'"{data.chat_template}", where no file is', expected)
         yield from check_output_folder("data.output_dir", data.output_dir)
         if os.path.isdir(data.pretrained_weights) and checks.same_path(data.pretrained_weights, data.output_dir):
             fields = ("data.output_dir", "data.pretrained_weights")
-            yield Finding(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
+            yield Problem(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
 
     def notes(self) -> list[str]:
         data, training, source = self.data, self.training, self.data.reasoning_examples or self.data.training_data
@@ -264,24 +264,26 @@ class ChainOfThoughtConfig(MethodConfig):
                 "no answers are generated",
             ),
         }
-        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        summary = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
+            summary.append(
+                "training.save_every is validation, but nothing is validated: save_interval says when to save"
+            )
         if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
-            said.append("data.validation_data is the training data: validation will score rows that were trained on")
-        return said
+            summary.append("data.validation_data is the training data: validation will score rows that were trained on")
+        return summary
 
 
-def _check_step_format(data: ReasoningDataSection) -> Iterator[Finding]:
+def _check_step_format(data: ReasoningDataSection) -> Iterator[Problem]:
     if not isinstance(data.step_format, StepFormatSection):
         return
     for name in ("closing", "answer_marker"):
         value = getattr(data.step_format, name)
         if value and not value.strip():
-            yield Finding((f"data.step_format.{name}",), "white space alone", "text that stands out, or nothing")
+            yield Problem((f"data.step_format.{name}",), "white space alone", "text that stands out, or nothing")
 
 
-def _check_metrics(config: ChainOfThoughtConfig) -> Iterator[Finding]:
+def _check_metrics(config: ChainOfThoughtConfig) -> Iterator[Problem]:
     training, stopping = config.training, config.training.early_stopping
     always = config.evaluation.problems > 0 and config.evaluation.every == 1
     named = {"training.metric": training.metric}
@@ -289,22 +291,22 @@ def _check_metrics(config: ChainOfThoughtConfig) -> Iterator[Finding]:
         named["training.early_stopping.metric"] = stopping.metric
     for field, metric in named.items():
         if metric in BUILT_IN_METRICS - set(LANGUAGE_METRICS):
-            yield Finding((field,), f'"{metric}"', f"one of {', '.join(LANGUAGE_METRICS)}")
+            yield Problem((field,), f'"{metric}"', f"one of {', '.join(LANGUAGE_METRICS)}")
         elif metric == "accuracy" and config.validates and not always:
-            given = '"accuracy", which not every validation measures'
-            wanted = '"loss", or evaluation.problems of at least 1 and evaluation.every 1'
-            yield Finding((field, "evaluation.problems", "evaluation.every"), given, wanted)
+            actual = '"accuracy", which not every validation measures'
+            expected = '"loss", or evaluation.problems of at least 1 and evaluation.every 1'
+            yield Problem((field, "evaluation.problems", "evaluation.every"), actual, expected)
 
 
-def _check_generation(generation: ReasoningGenerationSection) -> Iterator[Finding]:
+def _check_generation(generation: ReasoningGenerationSection) -> Iterator[Problem]:
     if generation.chains > 1 and generation.temperature == 0:
         fields = ("generation.strategy", "generation.temperature")
-        given = f'"{generation.strategy}" with temperature 0'
-        yield Finding(fields, given, "a temperature > 0, such as 0.7", "without it every chain is the same")
+        actual = f'"{generation.strategy}" with temperature 0'
+        yield Problem(fields, actual, "a temperature > 0, such as 0.7", "without it every chain is the same")
     least, most = generation.min_thinking_tokens, generation.max_thinking_tokens
     if most is not None and least > most:
         fields = ("generation.min_thinking_tokens", "generation.max_thinking_tokens")
-        yield Finding(fields, str(least), f"at most max_thinking_tokens ({most})")
+        yield Problem(fields, str(least), f"at most max_thinking_tokens ({most})")
     if most is not None and most >= generation.max_new_tokens:
         fields = ("generation.max_thinking_tokens", "generation.max_new_tokens")
-        yield Finding(fields, str(most), f"fewer than max_new_tokens ({generation.max_new_tokens})")
+        yield Problem(fields, str(most), f"fewer than max_new_tokens ({generation.max_new_tokens})")

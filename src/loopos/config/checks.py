@@ -1,6 +1,6 @@
 """What keys must not contradict, for every method alike.
 
-Enters: sections, each valid by itself. Leaves: `Finding`s, and sentences on keys that have no effect. Left out: keys of
+Enters: sections, each valid by itself. Leaves: `Problem`s, and sentences on keys that have no effect. Left out: keys of
 one method alone (its own config module), files (`paths`).
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
 
@@ -47,63 +47,63 @@ def same_path(one: str, other: str) -> bool:
     return os.path.realpath(one.replace("\0", "")) == os.path.realpath(other.replace("\0", ""))
 
 
-def check_sizes(model: ModelSizes, *, is_new: bool) -> Iterator[Finding]:
+def check_sizes(model: ModelSizes, *, is_new: bool) -> Iterator[Problem]:
     """Sizes that do not fit each other; is_new: the weights are made from them."""
     heads, key_heads = model.num_heads, model.num_key_value_heads
     if model.d_model is not None and heads is not None and model.d_model % heads:
-        wanted = f"a multiple of num_heads ({heads})"
+        expected = f"a multiple of num_heads ({heads})"
         lower = model.d_model // heads * heads
         hint = f"write {lower} or {lower + heads}" if lower else f"write {heads}"
-        yield Finding(("model.d_model", "model.num_heads"), str(model.d_model), wanted, hint)
+        yield Problem(("model.d_model", "model.num_heads"), str(model.d_model), expected, hint)
     elif is_new and model.d_model is not None and heads is not None and model.d_model // heads % 2:
-        given = f"{model.d_model}, which gives each of {heads} heads {model.d_model // heads} features"
-        yield Finding(
-            ("model.d_model", "model.num_heads"), given, "an even number a head (rotary positions turn pairs)"
+        actual = f"{model.d_model}, which gives each of {heads} heads {model.d_model // heads} features"
+        yield Problem(
+            ("model.d_model", "model.num_heads"), actual, "an even number a head (rotary positions turn pairs)"
         )
     if heads is not None and key_heads is not None and heads % key_heads:
         fields = ("model.num_key_value_heads", "model.num_heads")
-        yield Finding(fields, str(key_heads), f"a divisor of num_heads ({heads})")
+        yield Problem(fields, str(key_heads), f"a divisor of num_heads ({heads})")
 
 
-def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | None) -> Iterator[Finding]:
+def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | None) -> Iterator[Problem]:
     """`check_sizes`, and what weights without sizes or without a tokenizer need beside them."""
     yield from check_sizes(model, is_new=weights == NEW_WEIGHTS)
     missing = [name for name in SIZES if getattr(model, name) is None]
     if missing and (weights == NEW_WEIGHTS or is_bare_weights(weights)):
-        given = f'no {", ".join(missing)} with "{weights}"'
+        actual = f'no {", ".join(missing)} with "{weights}"'
         fields = ("model", "data.pretrained_weights", *(f"model.{name}" for name in missing))
         sentence = (
-            f"{given}: {'new weights' if weights == NEW_WEIGHTS else 'weights in a bare file'} need all five sizes"
+            f"{actual}: {'new weights' if weights == NEW_WEIGHTS else 'weights in a bare file'} need all five sizes"
         )
-        yield Finding(fields, sentence, "", f"set {', '.join(f'model.{name}' for name in missing)}")
+        yield Problem(fields, sentence, "", f"set {', '.join(f'model.{name}' for name in missing)}")
     if weights == NEW_WEIGHTS and tokenizer is None:
         hint = 'for example "tokenizer": "smollm2-135m"'
-        yield Finding(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
+        yield Problem(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
 
 
-def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterator[Finding]:
+def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterator[Problem]:
     """Frozen layers and adapters."""
     frozen, trainable, unfreeze = training.freeze_layers, training.trainable, training.unfreeze_step
     if trainable in ("head", "lora") and frozen > 0:
         fields = ("training.freeze_layers", "training.trainable")
-        given = f"{frozen} with trainable {trainable}"
-        yield Finding(fields, given, "0, or trainable all", f"{trainable} already freezes every pretrained weight")
+        actual = f"{frozen} with trainable {trainable}"
+        yield Problem(fields, actual, "0, or trainable all", f"{trainable} already freezes every pretrained weight")
     if trainable == "head" and training.lora is not None:
         fields = ("training.lora", "training.trainable")
-        yield Finding(fields, "adapters with trainable head", 'no lora section, or "trainable": "lora"')
+        yield Problem(fields, "adapters with trainable head", 'no lora section, or "trainable": "lora"')
     if num_layers is not None and frozen > num_layers:
-        given = f"{frozen} of {num_layers} layers"
-        yield Finding(("training.freeze_layers", "model.num_layers"), given, f"at most num_layers ({num_layers})")
+        actual = f"{frozen} of {num_layers} layers"
+        yield Problem(("training.freeze_layers", "model.num_layers"), actual, f"at most num_layers ({num_layers})")
     if training.keep_zeros and trainable == "lora":
         fields = ("training.keep_zeros", "training.trainable")
         hint = "adapters fill the zeros when they are merged"
-        yield Finding(fields, "true with trainable lora", "trainable all, or keep_zeros false", hint)
+        yield Problem(fields, "true with trainable lora", "trainable all, or keep_zeros false", hint)
     if unfreeze is not None and frozen == 0:
         fields = ("training.unfreeze_step", "training.freeze_layers")
-        yield Finding(fields, f"{unfreeze} with freeze_layers 0", "freeze_layers of at least 1, or null")
+        yield Problem(fields, f"{unfreeze} with freeze_layers 0", "freeze_layers of at least 1, or null")
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
-        yield Finding(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+        yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
 
 
 def rate_notes(training: TrainingSection) -> list[str]:
@@ -118,51 +118,51 @@ def rate_notes(training: TrainingSection) -> list[str]:
     ]
 
 
-def check_no_head(training: TrainingSection) -> Iterator[Finding]:
+def check_no_head(training: TrainingSection) -> Iterator[Problem]:
     """Training a head alone, for methods whose models have none."""
     if training.trainable == "head":
         hint = "a language model has no head of its own"
-        yield Finding(("training.trainable",), '"head"', '"all" or "lora"', hint)
+        yield Problem(("training.trainable",), '"head"', '"all" or "lora"', hint)
 
 
-def check_steps(training: TrainingSection) -> Iterator[Finding]:
+def check_steps(training: TrainingSection) -> Iterator[Problem]:
     """Warmup and schedule against the number of steps."""
     warmup, max_steps = training.warmup, training.max_steps
     fields: tuple[str, ...]
     if isinstance(warmup, int) and max_steps is not None and warmup >= max_steps:
         fields = ("training.warmup", "training.max_steps")
-        yield Finding(
+        yield Problem(
             fields, f"{warmup} steps", f"fewer than max_steps ({max_steps})", "or a share of all steps, such as 0.1"
         )
     if training.schedule == "warmup_stable_decay" and isinstance(warmup, float) and warmup + training.decay_share > 1:
         fields = ("training.warmup", "training.decay_share", "training.schedule")
-        given = f"a warmup of {warmup} and a decay of {training.decay_share}"
-        yield Finding(fields, given, "shares that sum to at most 1")
+        actual = f"a warmup of {warmup} and a decay of {training.decay_share}"
+        yield Problem(fields, actual, "shares that sum to at most 1")
     if training.schedule == "cosine_restarts" and max_steps is not None and training.num_cycles > max_steps:
         fields = ("training.num_cycles", "training.max_steps", "training.schedule")
-        yield Finding(fields, str(training.num_cycles), f"at most max_steps ({max_steps})")
+        yield Problem(fields, str(training.num_cycles), f"at most max_steps ({max_steps})")
 
 
-def check_optimizer(training: TrainingSection) -> Iterator[Finding]:
+def check_optimizer(training: TrainingSection) -> Iterator[Problem]:
     """Keys of one optimizer or device with another."""
     if training.momentum > 0 and training.optimizer not in ("sgd", "muon"):
         fields = ("training.momentum", "training.optimizer")
-        given = f"{training.momentum} with optimizer {training.optimizer}"
+        actual = f"{training.momentum} with optimizer {training.optimizer}"
         hint = "" if training.optimizer == "adafactor" else "its first decay is betas[0]"
-        yield Finding(fields, given, "0, or optimizer sgd or muon", hint)
+        yield Problem(fields, actual, "0, or optimizer sgd or muon", hint)
     if training.precision == "fp16" and training.device in ("cpu", "mps"):
         fields = ("training.precision", "training.device")
-        yield Finding(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "only CUDA trains in fp16")
+        yield Problem(fields, f"fp16 with device {training.device}", "auto, fp32 or bf16", "only CUDA trains in fp16")
 
 
-def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Finding]:
+def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Problem]:
     """What needs validation, where there is none. has_validation: rows are kept for it."""
     cause: tuple[str, ...]
     if training.export_start and not (training.validate_at_start and training.keep_best):
         cause = tuple(f"training.{name}" for name in ("validate_at_start", "keep_best") if not getattr(training, name))
         fields = ("training.export_start", *cause)
         hint = "the start is exported where it is the best of what was validated and kept"
-        yield Finding(fields, "true", "false, or validate_at_start and keep_best true", hint)
+        yield Problem(fields, "true", "false, or validate_at_start and keep_best true", hint)
     if has_validation and training.validate_every != "never":
         return
     if has_validation:
@@ -170,44 +170,44 @@ def check_validation(training: TrainingSection, *, has_validation: bool) -> Iter
     else:
         reason = "no validation rows"
         cause = ("data.validation_share", "data.validation_data", "data.validation_split")
-    wanted = "validation rows (validation_data or validation_share) and validate_every"
+    expected = "validation rows (validation_data or validation_share) and validate_every"
     if training.early_stopping is not None:
-        yield Finding(("training.early_stopping", *cause), f"early stopping with {reason}", wanted)
+        yield Problem(("training.early_stopping", *cause), f"early stopping with {reason}", expected)
     if training.export_start:
-        yield Finding(("training.export_start", *cause), f"true with {reason}", f"{wanted}, or false")
+        yield Problem(("training.export_start", *cause), f"true with {reason}", f"{expected}, or false")
     if training.schedule == "plateau":
-        yield Finding(("training.schedule", *cause), f'"plateau" with {reason}', f"{wanted}, or another schedule")
+        yield Problem(("training.schedule", *cause), f'"plateau" with {reason}', f"{expected}, or another schedule")
 
 
-def check_source(names: Mapping[str, str | None]) -> Iterator[Finding]:
+def check_source(names: Mapping[str, str | None]) -> Iterator[Problem]:
     """Two names of one key under `data`, of which just one must be given; the first is the usual one."""
     fields = tuple(f"data.{name}" for name in names)
-    given = [name for name, value in names.items() if value is not None]
-    if not given:
+    actual = [name for name, value in names.items() if value is not None]
+    if not actual:
         first = next(iter(names))
-        yield Finding(fields, "nothing", "the rows to train on", f'add "{first}" to data')
-    elif len(given) > 1:
+        yield Problem(fields, "nothing", "the rows to train on", f'add "{first}" to data')
+    elif len(actual) > 1:
         fields = tuple(f"data.{name}" for name in reversed(list(names)))
-        yield Finding(fields, f"{' and '.join(given)}", "one of the two", "both name the rows to train on")
+        yield Problem(fields, f"{' and '.join(actual)}", "one of the two", "both name the rows to train on")
 
 
 def check_reading(
     *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]], encoding: str | None
-) -> Iterator[Finding]:
+) -> Iterator[Problem]:
     """A stream without an end, a column in two roles, an encoding that is not known; columns: (role, column), None for
     no column.
     """
     if encoding is not None and not is_text_encoding(encoding):
-        wanted = 'the name of a text encoding, such as "utf-8", "cp1252" or "shift_jis"'
-        yield Finding(("data.encoding",), f'"{encoding}"', wanted)
+        expected = 'the name of a text encoding, such as "utf-8", "cp1252" or "shift_jis"'
+        yield Problem(("data.encoding",), f'"{encoding}"', expected)
     if streaming and max_rows is None:
         fields = ("data.streaming", "data.max_rows")
-        yield Finding(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
+        yield Problem(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
     roles: dict[str, str] = {}
     for role, column in columns:
         if column in roles:
-            given = f'"{column}", which is {roles[column]} already'
-            yield Finding((f"data.columns.{role}",), given, "a column for one role")
+            actual = f'"{column}", which is {roles[column]} already'
+            yield Problem((f"data.columns.{role}",), actual, "a column for one role")
         if column is not None:
             roles[column] = role
 
@@ -241,11 +241,11 @@ def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:
 
 def without_effect(config: BaseModel, has_effect: Mapping[str, tuple[bool, str]]) -> list[str]:
     """A sentence for each key of `has_effect` ("section.key") that is not at its default and has no effect."""
-    said = []
+    summary = []
     for field, (effective, reason) in has_effect.items():
         section, key = field.split(".")
         values = getattr(config, section)
         if values is None or effective or getattr(values, key) == type(values).model_fields[key].default:
             continue
-        said.append(f"{field} has no effect: {reason}")
-    return said
+        summary.append(f"{field} has no effect: {reason}")
+    return summary

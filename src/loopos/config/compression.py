@@ -23,12 +23,12 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError
 
-from loopos.config.diagnostics import ConfigError, Fault, Finding
+from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
 from loopos.config.json_text import MappingNode, Mark, find, plain, value_mark
 from loopos.config.keys import Count, Place, Section, Text
 from loopos.config.paths import check_rows, check_weights, expanded, looks_like_path
 from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
-from loopos.config.wording import faults_of
+from loopos.config.wording import diagnostics_of
 
 _EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
 
@@ -55,15 +55,15 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="start of the draw of calibration rows")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         """Contradictions between keys, and files that are not there."""
         if self.window is not None and self.stride is not None and self.stride >= self.window:
-            yield Finding(("stride", "window"), str(self.stride), f"a stride below the window ({self.window})")
+            yield Problem(("stride", "window"), str(self.stride), f"a stride below the window ({self.window})")
         yield from check_weights("model", self.model)
         yield from check_text("evaluate", self.evaluate)
 
 
-def check_text(field: str, value: str | None) -> Iterator[Finding]:
+def check_text(field: str, value: str | None) -> Iterator[Problem]:
     """Faults of a file of running text or of rows."""
     if value is not None and not (looks_like_path(value, (".md", ".text")) and os.path.isfile(value)):
         yield from check_rows(field, value, _EXAMPLE_ROW)
@@ -82,17 +82,19 @@ def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
     try:
         recipe = kind.model_validate(plain(root))
     except ValidationError as error:
-        described = faults_of(error, root, kind.model_json_schema(), {})
-        raise ConfigError([fault for _, fault in described]) from error
-    if faults := [_placed(finding, root) for finding in recipe.check()]:
-        raise ConfigError(faults)
+        described = diagnostics_of(error, root, kind.model_json_schema(), {})
+        raise ConfigError([diagnostic for _, diagnostic in described]) from error
+    if diagnostics := [_placed(finding, root) for finding in recipe.check()]:
+        raise ConfigError(diagnostics)
     return recipe
 
 
-def _placed(finding: Finding, root: MappingNode) -> Fault:
+def _placed(finding: Problem, root: MappingNode) -> Diagnostic:
     written = next((field for field in finding.fields if find(root, (field,)) is not None), finding.fields[0])
-    place = value_mark(root, (written,))
-    return Fault(place.source, place.line, place.column, finding.fields[0], finding.given, finding.wanted, finding.hint)
+    mark = value_mark(root, (written,))
+    return Diagnostic(
+        mark.source, mark.line, mark.column, finding.fields[0], finding.actual, finding.expected, finding.hint
+    )
 
 
 PruningMethod: TypeAlias = Literal["magnitude", "wanda", "sparsegpt", "heads", "channels", "layers"]
@@ -130,8 +132,8 @@ class PruningRecipe(Recipe):
         """The shares to prune to, smallest first."""
         if self.kept_of is not None:
             return [1 - self.kept_of[0] / self.kept_of[1]]
-        given: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
-        return sorted({share for share in given if share is not None})
+        actual: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
+        return sorted({share for share in actual if share is not None})
 
     @property
     def structured(self) -> bool:
@@ -143,33 +145,33 @@ class PruningRecipe(Recipe):
         """Whether the method reads text."""
         return self.method != "magnitude"
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         """Contradictions between keys, and files that are not there."""
         yield from self._check_shares()
         if self.scope == "global" and (self.method != "magnitude" or self.pattern is not None):
-            given = f'"global" with method {self.method}' + (" and a pattern" if self.pattern is not None else "")
-            yield Finding(("scope", "method", "pattern"), given, '"layer", or method magnitude without a pattern')
+            actual = f'"global" with method {self.method}' + (" and a pattern" if self.pattern is not None else "")
+            yield Problem(("scope", "method", "pattern"), actual, '"layer", or method magnitude without a pattern')
         if self.needs_calibration and self.calibration is None:
             hint = "the text should be like that which the model will meet"
-            yield Finding(
+            yield Problem(
                 ("calibration", "method"), f"nothing with method {self.method}", "a file of text or rows", hint
             )
         yield from check_text("calibration", self.calibration)
         yield from super().check()
 
-    def _check_shares(self) -> Iterator[Finding]:
+    def _check_shares(self) -> Iterator[Problem]:
         if self.pattern is None:
             if self.sparsity is None:
-                yield Finding(("sparsity",), "nothing", "a share such as 0.5, or a pattern such as 2:4")
+                yield Problem(("sparsity",), "nothing", "a share such as 0.5, or a pattern such as 2:4")
             return
         if self.structured:
-            given = f'"{self.pattern}" with method {self.method}'
-            yield Finding(("pattern", "method"), given, f"no pattern, or one of {', '.join(UNSTRUCTURED)}")
+            actual = f'"{self.pattern}" with method {self.method}'
+            yield Problem(("pattern", "method"), actual, f"no pattern, or one of {', '.join(UNSTRUCTURED)}")
         if self.kept_of is None or self.kept_of[0] >= self.kept_of[1]:
-            yield Finding(("pattern",), f'"{self.pattern}"', "N:M, N kept of every M, such as 2:4")
+            yield Problem(("pattern",), f'"{self.pattern}"', "N:M, N kept of every M, such as 2:4")
         elif self.sparsity is not None and self.sparsity not in (self.sparsities[0], self.sparsities):
-            given = f"{self.sparsity} with pattern {self.pattern}"
-            yield Finding(("sparsity", "pattern"), given, f"{self.sparsities[0]:g}, or no sparsity")
+            actual = f"{self.sparsity} with pattern {self.pattern}"
+            yield Problem(("sparsity", "pattern"), actual, f"{self.sparsities[0]:g}, or no sparsity")
 
 
 def read_pruning_recipe(path: str | None, overrides: Sequence[str]) -> PruningRecipe:
@@ -217,20 +219,20 @@ class QuantizationRecipe(Recipe):
         """Whether the model reads text."""
         return self.calibration != "none"
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         """Contradictions between keys, and files that are not there."""
         if self.group_size is not None and self.method != "int4":
-            given = f"{self.group_size} with method {self.method}"
-            yield Finding(("group_size", "method"), given, "no group size: int8 has one scale a row; or method int4")
+            actual = f"{self.group_size} with method {self.method}"
+            yield Problem(("group_size", "method"), actual, "no group size: int8 has one scale a row; or method int4")
         if self.needs_calibration and self.calibration_text is None:
-            yield Finding(
+            yield Problem(
                 ("calibration_text", "calibration"),
                 f"nothing with calibration {self.calibration}",
                 "a file of text or rows",
                 "the text should be like that which the model will meet",
             )
         if self.calibration_text is not None and not self.needs_calibration:
-            yield Finding(("calibration_text", "calibration"), "a text that nobody reads", "calibration gptq or awq")
+            yield Problem(("calibration_text", "calibration"), "a text that nobody reads", "calibration gptq or awq")
         yield from check_text("calibration_text", self.calibration_text)
         yield from super().check()
 

@@ -1,8 +1,8 @@
 """What went wrong and where, in the user's words.
 
-Enters: the place (file, line, column, field), what was given, what was wanted, what to do. Leaves: `Fault` records and
-the `UserError` exceptions that carry them. What to do often is a key to set: it is kept as a `Remedy`, so that a
-command can name its own option for that key (`Wording`). Left out: printing and exiting (the CLI's work) and
+Enters: the place (file, line, column, field), what was given, what was expected, what to do. Leaves: `Diagnostic`
+records and the `UserError` exceptions that carry them. What to do often is a key to set: it is kept as a `Remedy`, so
+that a command can name its own option for that key (`Wording`). Left out: printing and exiting (the CLI's work) and
 programming errors (`assert`).
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST_FAULTS_SHOWN = 50
+MOST_DIAGNOSTICS_SHOWN = 50
 
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -57,16 +57,16 @@ class Wording:
 
     def remedy(self, remedy: Remedy) -> str:
         """The remedy as the user can apply it; empty where there is no such way."""
-        said: dict[str, str] = {}
+        summary: dict[str, str] = {}
         grouped: dict[str, dict[str, str]] = {}
         for key, value in remedy.settings:
             section, _, name = key.rpartition(".")
             if "." in section:
                 grouped.setdefault(section, {})[name] = value
-                said[section] = f"{section}: {json.dumps(grouped[section], ensure_ascii=False)}"
+                summary[section] = f"{section}: {json.dumps(grouped[section], ensure_ascii=False)}"
             else:
-                said[key] = f"{key}: {json.dumps(value, ensure_ascii=False)}"
-        return f"{remedy.lead}: {', '.join(said.values())}"
+                summary[key] = f"{key}: {json.dumps(value, ensure_ascii=False)}"
+        return f"{remedy.lead}: {', '.join(summary.values())}"
 
 
 IN_CONFIG = Wording()
@@ -74,20 +74,20 @@ IN_CONFIG = Wording()
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Diagnostic:
     """One mistake of the user's.
 
-    `str()` is `source:line:column: field: given ...; wanted ...`, or a sentence of its own where nothing is `wanted`,
-    with hint and remedy, if any, on a second line. Lines and columns are counted from 1; None where the source has none
-    (the command line, a Parquet file).
+    `str()` is `source:line:column: field: actual ...; expected ...`, or a sentence of its own where nothing is
+    `expected`, with hint and remedy, if any, on a second line. Lines and columns are counted from 1; None where the
+    source has none (the command line, a Parquet file).
     """
 
     source: str
     line: int | None
     column: int | None
     field: str
-    given: str
-    wanted: str
+    actual: str
+    expected: str
     hint: str = ""
     remedy: Remedy | None = None
 
@@ -101,7 +101,7 @@ class Fault:
         """The fault in words, with keys and remedy as `wording` names them."""
         field = wording.field(self.field)
         head = f"{self.place}: {field}" if field else self.place
-        text = f"{head}: given {self.given}; wanted {self.wanted}" if self.wanted else f"{head}: {self.given}"
+        text = f"{head}: got {self.actual}; expected {self.expected}" if self.expected else f"{head}: {self.actual}"
         advice = [self.hint, wording.remedy(self.remedy) if self.remedy is not None else ""]
         hint = " ".join(part for part in advice if part)
         return printable(f"{text}\n    {hint}" if hint else text)
@@ -111,7 +111,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Problem:
     """A mistake found in valid values, before its place is known: `fields` are the dotted names it was read from.
 
     The place is that of the first of `fields` that the user wrote; a finding counts only if none of `fields` is itself
@@ -119,8 +119,8 @@ class Finding:
     """
 
     fields: tuple[str, ...]
-    given: str
-    wanted: str
+    actual: str
+    expected: str
     hint: str = ""
 
 
@@ -161,34 +161,34 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
-class FaultsError(UserError):
-    """Faults reported together; the message lists at most `MOST_FAULTS_SHOWN` of them and counts the rest."""
+class DiagnosticsError(UserError):
+    """Faults reported together; the message lists at most `MOST_DIAGNOSTICS_SHOWN` of them and counts the rest."""
 
-    faults: tuple[Fault, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        assert faults, "an error without faults says nothing"
-        self.faults = tuple(faults)
-        super().__init__(self.faults)
+    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        assert diagnostics, "an error without faults says nothing"
+        self.diagnostics = tuple(diagnostics)
+        super().__init__(self.diagnostics)
 
     def message(self, wording: Wording) -> str:
-        shown = [fault.text(wording) for fault in self.faults[:MOST_FAULTS_SHOWN]]
-        left = len(self.faults) - len(shown)
+        shown = [diagnostic.text(wording) for diagnostic in self.diagnostics[:MOST_DIAGNOSTICS_SHOWN]]
+        left = len(self.diagnostics) - len(shown)
         return "\n".join([*shown, f"... and {left} more"] if left else shown)
 
     def __str__(self) -> str:
         return self.message(IN_CONFIG)
 
 
-class ConfigError(FaultsError):
+class ConfigError(DiagnosticsError):
     """Faults of a config file or of the overrides on the command line."""
 
 
-class DataError(FaultsError):
+class DataError(DiagnosticsError):
     """Faults of the user's data files."""
 
 
-class EnvironmentFault(UserError):
+class MissingRequirement(UserError):
     """Something that the machine lacks: an extra that is not installed, a device that is not there."""
 
     exit_code: int = 1

@@ -1,6 +1,6 @@
 """The config of fine-tuning: its four sections, and what they must not contradict.
 
-Enters: the sections, each valid by itself. Leaves: `FineTuningConfig`, and `Finding`s for contradictions between keys
+Enters: the sections, each valid by itself. Leaves: `FineTuningConfig`, and `Problem`s for contradictions between keys
 and for missing files. Left out: what only the data or the weights can tell (class counts, true sizes).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
 from loopos.config.paths import (
     check_output_folder,
@@ -57,7 +57,7 @@ class FineTuningConfig(MethodConfig):
         """Whether validation ever runs."""
         return self.has_validation and self.training.validate_every != "never"
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
         yield from _check_classes(model)
@@ -72,7 +72,7 @@ class FineTuningConfig(MethodConfig):
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
         )
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         data = self.data
         yield from check_weights("data.pretrained_weights", data.pretrained_weights)
         if data.tokenizer is not None:
@@ -83,7 +83,7 @@ class FineTuningConfig(MethodConfig):
         yield from check_output_folder("data.output_dir", data.output_dir)
         if os.path.isdir(data.pretrained_weights) and checks.same_path(data.pretrained_weights, data.output_dir):
             fields = ("data.output_dir", "data.pretrained_weights")
-            yield Finding(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
+            yield Problem(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
 
     def notes(self) -> list[str]:
         model, training, data = self.model, self.training, self.data
@@ -93,63 +93,67 @@ class FineTuningConfig(MethodConfig):
             "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        summary = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
+            summary.append(
+                "training.save_every is validation, but nothing is validated: save_interval says when to save"
+            )
         if training.trainable == "lora" and training.optimizer == "sgd" and training.learning_rate < 0.01:
-            said.append(
+            summary.append(
                 f"training.optimizer is sgd, which at a rate of {training.learning_rate:g} hardly moves adapters; take "
                 '"adamw", or a rate a hundred times as large'
             )
         if data.validation_data is not None and checks.same_path(data.validation_data, data.training_data):
-            said.append("data.validation_data is data.training_data: validation will score rows that were trained on")
-        return said
+            summary.append(
+                "data.validation_data is data.training_data: validation will score rows that were trained on"
+            )
+        return summary
 
 
-def _check_classes(model: ModelSection) -> Iterator[Finding]:
+def _check_classes(model: ModelSection) -> Iterator[Problem]:
     labels, weights, num_classes = model.labels, model.class_weights, model.num_classes
     if labels is not None:
         repeated = [label for label, count in Counter(labels).items() if count > 1]
         if repeated:
-            yield Finding(("model.labels",), f'"{repeated[0]}" more than once', "each class name once")
+            yield Problem(("model.labels",), f'"{repeated[0]}" more than once', "each class name once")
         if num_classes is not None and len(labels) != num_classes:
-            given = f"{len(labels)} names for num_classes {num_classes}"
-            yield Finding(("model.labels", "model.num_classes"), given, "as many names as classes")
+            actual = f"{len(labels)} names for num_classes {num_classes}"
+            yield Problem(("model.labels", "model.num_classes"), actual, "as many names as classes")
         elif len(labels) < 2 and model.task != "regression":
-            yield Finding(("model.labels", "model.task"), "1 name", "at least 2 classes")
+            yield Problem(("model.labels", "model.task"), "1 name", "at least 2 classes")
     known = num_classes if num_classes is not None else len(labels) if labels is not None else None
     if isinstance(weights, list) and known is not None and len(weights) != known:
         fields = ("model.class_weights", "model.num_classes", "model.labels")
-        yield Finding(fields, f"{len(weights)} weights for {known} classes", "one weight a class")
+        yield Problem(fields, f"{len(weights)} weights for {known} classes", "one weight a class")
 
 
-def _check_task(model: ModelSection) -> Iterator[Finding]:
+def _check_task(model: ModelSection) -> Iterator[Problem]:
     """Keys of one task that are given with another; with no task given, the labels will tell."""
     task = model.task
     if task == "regression" and model.num_classes not in (None, 1):
         hint = "leave num_classes out for regression"
-        yield Finding(
+        yield Problem(
             ("model.num_classes", "model.task"), f"{model.num_classes} with task regression", "1, or nothing", hint
         )
     if task in ("classification", "multi_label") and model.num_classes == 1:
-        yield Finding(("model.num_classes", "model.task"), f"1 with task {task}", "at least 2")
+        yield Problem(("model.num_classes", "model.task"), f"1 with task {task}", "at least 2")
     if task == "regression" and model.labels is not None:
-        yield Finding(("model.labels", "model.task"), "class names with task regression", "no class names")
+        yield Problem(("model.labels", "model.task"), "class names with task regression", "no class names")
     if task in ("multi_label", "regression"):
         if model.class_weights is not None:
             fields = ("model.class_weights", "model.task")
-            yield Finding(fields, f"class weights with task {task}", "null", "class weights are for classification")
+            yield Problem(fields, f"class weights with task {task}", "null", "class weights are for classification")
         if model.label_smoothing > 0:
             fields = ("model.label_smoothing", "model.task")
-            given = f"{model.label_smoothing} with task {task}"
-            yield Finding(fields, given, "0", "label smoothing is for classification")
+            actual = f"{model.label_smoothing} with task {task}"
+            yield Problem(fields, actual, "0", "label smoothing is for classification")
     if task in ("classification", "multi_label") and model.regression_loss == "huber":
-        yield Finding(
+        yield Problem(
             ("model.regression_loss", "model.task"), f'"huber" with task {task}', "task regression, or no such key"
         )
 
 
-def _check_metrics(config: FineTuningConfig) -> Iterator[Finding]:
+def _check_metrics(config: FineTuningConfig) -> Iterator[Problem]:
     task, stopping = config.model.task, config.training.early_stopping
     named: dict[str, Metric | None] = {"training.metric": config.training.metric}
     if stopping is not None:
@@ -157,4 +161,4 @@ def _check_metrics(config: FineTuningConfig) -> Iterator[Finding]:
     for field, metric in named.items():
         if task is not None and metric in BUILT_IN_METRICS - set(METRICS[task]):
             allowed = ", ".join(METRICS[task])
-            yield Finding((field, "model.task"), f'"{metric}" with task {task}', f"one of {allowed}")
+            yield Problem((field, "model.task"), f'"{metric}" with task {task}', f"one of {allowed}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]  # typeshed lacks scanstring
 from typing import NoReturn, TypeAlias
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 
 Path: TypeAlias = tuple[str | int, ...]
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
@@ -174,7 +174,7 @@ class _Scanner:
     def __init__(self, text: str, source: str) -> None:
         self.text = text
         self.lines = LineTable(text, source)
-        self.repeated: list[Fault] = []
+        self.repeated: list[Diagnostic] = []
 
     def mark(self, offset: int) -> Mark:
         return self.lines.mark(offset)
@@ -191,9 +191,9 @@ class _Scanner:
         word = _WORD.match(self.text, offset)
         return json.dumps(word.group()[:40] if word else self.text[offset], ensure_ascii=False)
 
-    def stop(self, offset: int, given: str, wanted: str, hint: str = "") -> NoReturn:
+    def stop(self, offset: int, actual: str, expected: str, hint: str = "") -> NoReturn:
         place = self.mark(offset)
-        raise ConfigError([Fault(place.source, place.line, place.column, "", given, wanted, hint)])
+        raise ConfigError([Diagnostic(place.source, place.line, place.column, "", actual, expected, hint)])
 
     def stop_at_comment(self, offset: int) -> None:
         if self.text.startswith(("//", "/*", "#"), offset):
@@ -319,15 +319,15 @@ class _Scanner:
             return offset
         if self.text[offset] != ",":
             self.stop_at_comment(offset)
-            given, hint = f"{self.seen(offset)} after a value", "entries are parted by commas"
+            actual, hint = f"{self.seen(offset)} after a value", "entries are parted by commas"
             if self.text[offset] in "]}":
                 hint = f'the "{self.text[opened]}" of line {self.mark(opened).line} is still open'
-            self.stop(offset, given, f'a comma or "{closing}"', hint)
+            self.stop(offset, actual, f'a comma or "{closing}"', hint)
         after = self.skip(offset + 1)
         self.stop_at_end(opened, after, closing)
         if self.text[after] in "]}":
-            given = f'a comma before "{self.text[after]}"'
-            self.stop(offset, given, "no comma after the last entry", "remove the comma")
+            actual = f'a comma before "{self.text[after]}"'
+            self.stop(offset, actual, "no comma after the last entry", "remove the comma")
         return after
 
     def stop_at_end(self, opened: int, offset: int, closing: str) -> None:
@@ -336,9 +336,9 @@ class _Scanner:
             self.stop(offset, "the end of the text", f'"{closing}"', hint)
 
 
-def repeated_key(key: str, first: Mark, again: Mark) -> Fault:
+def repeated_key(key: str, first: Mark, again: Mark) -> Diagnostic:
     """The fault of a key that stands twice in one mapping."""
-    given = f"the key {json.dumps(key, ensure_ascii=False)} a second time"
-    return Fault(
-        again.source, again.line, again.column, key, given, "each key once", f"it stands in line {first.line} too"
+    actual = f"the key {json.dumps(key, ensure_ascii=False)} a second time"
+    return Diagnostic(
+        again.source, again.line, again.column, key, actual, "each key once", f"it stands in line {first.line} too"
     )

@@ -157,7 +157,7 @@ class Strategy:
         """The strategy of a name. Raises ValueError for another form."""
         found = STRATEGY.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no strategy; wanted one like {', '.join(EXAMPLES)}")
+            raise ValueError(f"{text!r} is no strategy; expected one like {', '.join(EXAMPLES)}")
         kind, samples, beams, candidates = found.groups()
         if beams:
             return cls("step_beam", int(beams) * int(candidates), int(beams), int(candidates))

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loopos.config.diagnostics import ConfigError, Fault, Finding
+from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
 from loopos.config.json_text import (
     MappingNode,
     Path,
@@ -46,7 +46,7 @@ from loopos.config.source import (
     read_source,
     source_of,
 )
-from loopos.config.wording import Schema, faults_of, shown
+from loopos.config.wording import Schema, diagnostics_of, shown
 
 Methods = Mapping[tuple[str, str], type[MethodConfig]]
 
@@ -79,16 +79,16 @@ def load(
     """
     assert methods, "a table of methods has at least one row"
     source, root, alias_notes = _read(path, overrides)
-    root, renamed, faults = _moved_to_training(root)
-    row, method_faults = _choose(root, methods)
-    faults.extend(method_faults)
+    root, renamed, diagnostics = _moved_to_training(root)
+    row, method_diagnostics = _choose(root, methods)
+    diagnostics.extend(method_diagnostics)
     if row is None:
-        raise ConfigError(_by_line(faults))
-    known = {fault.field for fault in faults}
+        raise ConfigError(_by_line(diagnostics))
+    known = {diagnostic.field for diagnostic in diagnostics}
     config, found = _validated(methods[row], root, renamed, known, check_files, {OWN_METRICS: own_metrics})
-    faults.extend(found)
-    if faults:
-        raise ConfigError(_by_line(faults))
+    diagnostics.extend(found)
+    if diagnostics:
+        raise ConfigError(_by_line(diagnostics))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, [*alias_notes, *config.notes()])
 
@@ -100,9 +100,9 @@ def method_config_class(
     Raises `ConfigError` where the file cannot be read or names no method.
     """
     _, root, _ = _read(path, overrides)
-    row, faults = _choose(root, methods)
+    row, diagnostics = _choose(root, methods)
     if row is None:
-        raise ConfigError(_by_line(faults))
+        raise ConfigError(_by_line(diagnostics))
     return methods[row], root
 
 
@@ -114,7 +114,7 @@ def _read(
     tool = tool_of(source.root)
     if tool is not None:
         sentence = f"a config of {tool}, which LoopOS does not read"
-        raise ConfigError([Fault(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
+        raise ConfigError([Diagnostic(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
     root, notes = _with_own_method(without_entry(apply_overrides(source.root, overrides), "$schema"))
     return source, root, notes
 
@@ -125,26 +125,26 @@ def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[Met
     Raises `ConfigError` with every fault, as `load` does.
     """
     root = without_entry(apply_overrides(source.root, overrides), "$schema")
-    config, faults = _validated(recipe_class, root, {}, set(), check_files=True)
-    if faults:
-        raise ConfigError(_by_line(faults))
+    config, diagnostics = _validated(recipe_class, root, {}, set(), check_files=True)
+    if diagnostics:
+        raise ConfigError(_by_line(diagnostics))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, config.notes())
 
 
-def _by_line(faults: Sequence[Fault]) -> list[Fault]:
-    def order(fault: Fault) -> tuple[bool, int, int, str]:
-        return fault.source == COMMAND_LINE, fault.line or 0, fault.column or 0, fault.field
+def _by_line(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
+    def order(diagnostic: Diagnostic) -> tuple[bool, int, int, str]:
+        return diagnostic.source == COMMAND_LINE, diagnostic.line or 0, diagnostic.column or 0, diagnostic.field
 
-    return sorted(faults, key=order)
-
-
-def _fault_at(root: MappingNode, path: Path, field: str, given: str, wanted: str, hint: str = "") -> Fault:
-    place = value_mark(root, path)
-    return Fault(place.source, place.line, place.column, field, given, wanted, hint)
+    return sorted(diagnostics, key=order)
 
 
-def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], list[Fault]]:
+def _diagnostic_at(root: MappingNode, path: Path, field: str, actual: str, expected: str, hint: str = "") -> Diagnostic:
+    mark = value_mark(root, path)
+    return Diagnostic(mark.source, mark.line, mark.column, field, actual, expected, hint)
+
+
+def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], list[Diagnostic]]:
     """`root` with the keys that may stand under `data` too under `training`, and the names they had.
 
     Where both are given, the command line wins over the file; two different values of one source are a fault.
@@ -155,7 +155,7 @@ def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], 
         return root, {}, []
     training = training or MappingNode({}, {}, root.mark)
     renamed: dict[str, str] = {}
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     for key in ALSO_UNDER_DATA:
         if key not in data.entries:
             continue
@@ -167,13 +167,15 @@ def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], 
             renamed[f"training.{key}"] = f"data.{key}"
         elif moved.mark.source == kept.mark.source and json.dumps(plain(moved)) != json.dumps(plain(kept)):
             mark = moved.mark
-            given = f"{shown(moved, with_kind=False)}, but training.{key} is {shown(kept, with_kind=False)}"
-            faults.append(
-                Fault(mark.source, mark.line, mark.column, f"data.{key}", given, "one value", "remove one of the two")
+            actual = f"{shown(moved, with_kind=False)}, but training.{key} is {shown(kept, with_kind=False)}"
+            diagnostics.append(
+                Diagnostic(
+                    mark.source, mark.line, mark.column, f"data.{key}", actual, "one value", "remove one of the two"
+                )
             )
     if "training" in root.entries or training.entries:
         root = with_entry(root, "training", training, root.keys.get("training", root.mark))
-    return with_entry(root, "data", data, root.keys["data"]), renamed, faults
+    return with_entry(root, "data", data, root.keys["data"]), renamed, diagnostics
 
 
 def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
@@ -188,7 +190,7 @@ def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
     return with_entry(root, "computation", renamed, root.keys["computation"]), [note]
 
 
-def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Fault]]:
+def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Diagnostic]]:
     """The row of the table that the config means, also where it has to be guessed, and the faults of its names."""
     modes = list(dict.fromkeys(mode for mode, _ in methods))
     mode, method = (find(root, ("computation", key)) for key in ("mode", "method"))
@@ -197,47 +199,51 @@ def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None
     rows = [row for row in methods if (mode_name, method_name) == row]
     if rows:
         return rows[0], []
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     known_mode = mode_name in modes
     if isinstance(mode_name, str) and not known_mode:
-        faults.append(_name_fault(root, "mode", mode_name, modes, ""))
+        diagnostics.append(_name_diagnostic(root, "mode", mode_name, modes, ""))
     names = list(dict.fromkeys(name for row_mode, name in methods if row_mode == mode_name or not known_mode))
     guess: str | None = None
     if isinstance(method_name, str) and method_name not in names:
         advice = method_advice(method_name)
         if advice is not None:
             # Faults of a method that is not meant would only be in the way.
-            return None, [*faults, _name_fault(root, "method", method_name, names, advice[0])]
+            return None, [*diagnostics, _name_diagnostic(root, "method", method_name, names, advice[0])]
     if isinstance(method_name, str):
         close = [method_name] if method_name in names else close_matches(method_name, names)
         guess = close[0] if close else None
         if method_name not in names:
             owners = [row_mode for row_mode, name in methods if name == method_name]
             hint = f'"{method_name}" goes with mode "{owners[0]}"' if owners else ""
-            faults.append(_name_fault(root, "method", method_name, names, hint))
+            diagnostics.append(_name_diagnostic(root, "method", method_name, names, hint))
     elif len(names) == 1:
         guess = names[0]
     return next(
         (row for row in methods if row[1] == guess and (row[0] == mode_name or not known_mode)), None
-    ), faults or ([] if guess is not None else _missing_method(root, names))
+    ), diagnostics or ([] if guess is not None else _missing_method(root, names))
 
 
-def _name_fault(root: MappingNode, key: str, name: str, allowed: Sequence[str], hint: str) -> Fault:
+def _name_diagnostic(root: MappingNode, key: str, name: str, allowed: Sequence[str], hint: str) -> Diagnostic:
     close = close_matches(name, allowed)
     hint = hint or (f'did you mean "{close[0]}"?' if close else "")
-    wanted = f"one of {', '.join(json.dumps(each) for each in allowed)}" if len(allowed) > 1 else json.dumps(allowed[0])
+    expected = (
+        f"one of {', '.join(json.dumps(each) for each in allowed)}" if len(allowed) > 1 else json.dumps(allowed[0])
+    )
     node = find(root, ("computation", key))
     assert node is not None
-    return _fault_at(root, ("computation", key), f"computation.{key}", shown(node, with_kind=False), wanted, hint)
+    return _diagnostic_at(
+        root, ("computation", key), f"computation.{key}", shown(node, with_kind=False), expected, hint
+    )
 
 
-def _missing_method(root: MappingNode, names: Sequence[str]) -> list[Fault]:
+def _missing_method(root: MappingNode, names: Sequence[str]) -> list[Diagnostic]:
     """The fault of a method that is not named at all, or not by text, and that cannot be guessed."""
     node = find(root, ("computation", "method"))
-    given = "nothing" if node is None else shown(node, with_kind=True)
-    wanted = f"one of {', '.join(json.dumps(name) for name in names)}"
+    actual = "nothing" if node is None else shown(node, with_kind=True)
+    expected = f"one of {', '.join(json.dumps(name) for name in names)}"
     hint = 'a config names its method: "computation": {"mode": "posttraining", "method": "fine_tuning"}'
-    return [_fault_at(root, ("computation", "method"), "computation.method", given, wanted, hint)]
+    return [_diagnostic_at(root, ("computation", "method"), "computation.method", actual, expected, hint)]
 
 
 def _validated(
@@ -247,11 +253,11 @@ def _validated(
     told: set[str],
     check_files: bool,
     context: Mapping[str, Any] | None = None,
-) -> tuple[MethodConfig | None, list[Fault]]:
+) -> tuple[MethodConfig | None, list[Diagnostic]]:
     """The config, if its shape is valid, and all faults; `told` are fields whose fault is known already."""
     values = plain(root)
     assert isinstance(values, dict)
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     faulty: set[str] = set(told)
     config: MethodConfig | None = None
     try:
@@ -259,14 +265,14 @@ def _validated(
         whole: MethodConfig | None = config
     except ValidationError as error:
         schema = _schema_of(config_class)
-        described = faults_of(error, root, schema, renamed)
-        faults.extend(fault for path, fault in described if fault.field not in told)
+        described = diagnostics_of(error, root, schema, renamed)
+        diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in told)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
         whole = _repaired(config_class, values, schema, context)
     if whole is not None:
         findings = [*whole.check(), *(whole.check_files() if check_files else ())]
-        faults.extend(_placed(findings, root, faulty, renamed))
-    return config, faults
+        diagnostics.extend(_placed(findings, root, faulty, renamed))
+    return config, diagnostics
 
 
 @functools.cache
@@ -311,8 +317,8 @@ def _stand_in(schema: Schema, section: str, key: str) -> Plain:
 
 
 def _placed(
-    findings: Sequence[Finding], root: MappingNode, faulty: set[str], renamed: Mapping[str, str]
-) -> Iterator[Fault]:
+    findings: Sequence[Problem], root: MappingNode, faulty: set[str], renamed: Mapping[str, str]
+) -> Iterator[Diagnostic]:
     """Findings as faults, without those that rest on a faulty key."""
     for finding in findings:
         names = [(field, tuple(field.split("."))) for field in finding.fields]
@@ -320,7 +326,7 @@ def _placed(
             continue
         written = next((path for _, path in names if find(root, path) is not None), names[0][1])
         field = renamed.get(finding.fields[0], finding.fields[0])
-        yield _fault_at(root, written, field, finding.given, finding.wanted, finding.hint)
+        yield _diagnostic_at(root, written, field, finding.actual, finding.expected, finding.hint)
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

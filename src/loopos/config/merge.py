@@ -1,10 +1,10 @@
 """What the keys of a merge's recipe must not contradict.
 
-Enters: a recipe, each key of it valid by itself. Leaves: `Finding`s. Left out: single keys (`merge`), the models.
+Enters: a recipe, each key of it valid by itself. Leaves: `Problem`s. Left out: single keys (`merge`), the models.
 
 The recipe of a merge: models, method, its parameters, and what they must not contradict.
 
-Enters: plain values. Leaves: `MergeConfig`, and `Finding`s for contradictions between keys and for missing files. Left
+Enters: plain values. Leaves: `MergeConfig`, and `Problem`s for contradictions between keys and for missing files. Left
 out: what only the models can tell (shapes, vocabularies, labels), and the methods (`deploy.merging.methods`).
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.json_text import MappingNode
 from loopos.config.keys import Place, Section, Text
 from loopos.config.paths import RECIPE, check_output_folder, check_rows, check_weights
@@ -33,7 +33,7 @@ ELECTING = ("ties", "dare_ties", "della", "breadcrumbs_ties")
 """Methods that elect signs; their weights are normalized unless the recipe says otherwise, as those of averages are."""
 
 
-def check_recipe(recipe: MergeConfig) -> Iterator[Finding]:
+def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
     """Every contradiction."""
     yield from _check_number(recipe)
     yield from _check_base(recipe)
@@ -45,41 +45,41 @@ def check_recipe(recipe: MergeConfig) -> Iterator[Finding]:
     yield from _check_rest(recipe)
 
 
-def _check_number(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_number(recipe: MergeConfig) -> Iterator[Problem]:
     number, method = len(recipe.models), recipe.method
     if method == "slerp" and number != 2:
-        yield Finding(("models", "method"), f"{number} models with slerp", "2", "linear and ties take any number")
+        yield Problem(("models", "method"), f"{number} models with slerp", "2", "linear and ties take any number")
     if method in ("model_stock", "greedy_soup") and number < 2:
-        yield Finding(("models", "method"), f"1 model with {method}", "at least 2")
+        yield Problem(("models", "method"), f"1 model with {method}", "at least 2")
 
 
-def _check_base(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_base(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.base is None and recipe.method not in WITHOUT_BASE and recipe.result == "model":
         hint = "the model that the others were trained from: its weights are what their changes are counted from"
-        yield Finding(("base", "method"), f"nothing with {recipe.method}", "a base model", hint)
+        yield Problem(("base", "method"), f"nothing with {recipe.method}", "a base model", hint)
 
 
-def _check_layers(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_layers(recipe: MergeConfig) -> Iterator[Problem]:
     for number, each in enumerate(recipe.models):
         field = f"models.{number}.layers"
         if each.layers is not None and recipe.method != "passthrough":
-            yield Finding((field, "method"), f"layers with {recipe.method}", "method passthrough, or no layers")
+            yield Problem((field, "method"), f"layers with {recipe.method}", "method passthrough, or no layers")
         elif each.layers is not None and each.layers[0] >= each.layers[1]:
-            wanted = "[first, one after the last], as in [0, 12]"
-            yield Finding((field,), f"[{each.layers[0]}, {each.layers[1]}], which holds no layer", wanted)
+            expected = "[first, one after the last], as in [0, 12]"
+            yield Problem((field,), f"[{each.layers[0]}, {each.layers[1]}], which holds no layer", expected)
 
 
-def _check_weights(recipe: MergeConfig) -> Iterator[Finding]:
-    given = [number for number, each in enumerate(recipe.models) if each.weight != 1.0]
+def _check_weights(recipe: MergeConfig) -> Iterator[Problem]:
+    actual = [number for number, each in enumerate(recipe.models) if each.weight != 1.0]
     if recipe.method in ("slerp", "model_stock", "passthrough", "greedy_soup"):
         instead = {"slerp": "t says where between the two", "passthrough": "layers are copied"}
-        for number in given:
-            wanted = "no weight: " + instead.get(recipe.method, "the method weighs the models itself")
-            yield Finding((f"models.{number}.weight", "method"), f"a weight with {recipe.method}", wanted)
+        for number in actual:
+            expected = "no weight: " + instead.get(recipe.method, "the method weighs the models itself")
+            yield Problem((f"models.{number}.weight", "method"), f"a weight with {recipe.method}", expected)
     elif recipe.normalizes:
         weights = [each.weight for each in recipe.models]
         if all(isinstance(weight, float) for weight in weights) and _total(recipe.method, weights) == 0:
-            yield Finding(("models", "normalize"), "weights that sum to 0", "another sum, or normalize false")
+            yield Problem(("models", "normalize"), "weights that sum to 0", "another sum, or normalize false")
 
 
 def _total(method: str, weights: list[LayerValues]) -> float:
@@ -88,7 +88,7 @@ def _total(method: str, weights: list[LayerValues]) -> float:
     return sum(map(abs, numbers) if method in ELECTING else numbers)
 
 
-def _check_della(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_della(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.method not in ("della", "della_linear"):
         return
     for where, each in _spots(recipe):
@@ -99,30 +99,30 @@ def _check_della(recipe: MergeConfig) -> Iterator[Finding]:
             most = 2 * min(kept, 1 - kept)
             if widest > most + 1e-12:
                 fields = (f"{where}epsilon", f"{where}density")
-                wanted = f"at most {most:g}: drop probabilities {1 - kept:g} ± epsilon/2 lie from 0 to 1"
-                yield Finding(fields, f"{widest:g} with density {kept:g}", wanted)
+                expected = f"at most {most:g}: drop probabilities {1 - kept:g} ± epsilon/2 lie from 0 to 1"
+                yield Problem(fields, f"{widest:g} with density {kept:g}", expected)
                 break
 
 
-def _check_patterns(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.patterns and recipe.method in ("passthrough", "greedy_soup"):
-        yield Finding(("patterns", "method"), f"patterns with {recipe.method}", "no patterns, or another method")
+        yield Problem(("patterns", "method"), f"patterns with {recipe.method}", "no patterns, or another method")
     for number, pattern in enumerate(recipe.patterns):
         if pattern.weights is not None and recipe.method in ("slerp", "model_stock"):
             fields = (f"patterns.{number}.weights", "method")
-            yield Finding(fields, f"weights with {recipe.method}", "no weights: the method has none")
+            yield Problem(fields, f"weights with {recipe.method}", "no weights: the method has none")
         if pattern.tensors.startswith("re:"):
             try:
                 re.compile(pattern.tensors[3:])
             except re.error as problem:
                 field = f"patterns.{number}.tensors"
-                yield Finding((field,), f'"{pattern.tensors}" ({problem})', 'a regular expression after "re:"')
+                yield Problem((field,), f'"{pattern.tensors}" ({problem})', 'a regular expression after "re:"')
         if pattern.weights is not None and len(pattern.weights) != len(recipe.models):
-            field, given = f"patterns.{number}.weights", f"{len(pattern.weights)} weights"
-            yield Finding((field, "models"), given, f"{len(recipe.models)}, one a model")
+            field, actual = f"patterns.{number}.weights", f"{len(pattern.weights)} weights"
+            yield Problem((field, "models"), actual, f"{len(recipe.models)}, one a model")
 
 
-def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Problem]:
     if not recipe.method.startswith("breadcrumbs"):
         return
     for where, each in _spots(recipe):
@@ -130,32 +130,32 @@ def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Finding]:
         large = max(_values(recipe.drop_largest if each.drop_largest is None else each.drop_largest))
         if small + large >= 1:
             fields = (f"{where}drop_smallest", f"{where}drop_largest")
-            yield Finding(fields, f"{small:g} and {large:g}", "shares that sum to less than 1")
+            yield Problem(fields, f"{small:g} and {large:g}", "shares that sum to less than 1")
 
 
-def _check_rest(recipe: MergeConfig) -> Iterator[Finding]:
+def _check_rest(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.method == "greedy_soup" and recipe.validation_data is None:
         hint = "a file of rows by which each step is judged; other rows than those of the report"
-        yield Finding(("validation_data", "method"), "nothing with greedy_soup", "rows to choose by", hint)
+        yield Problem(("validation_data", "method"), "nothing with greedy_soup", "rows to choose by", hint)
     if recipe.tokenizer == "base" and recipe.base is None:
-        yield Finding(("tokenizer", "base"), '"base" without a base model', "a base model, or another tokenizer")
+        yield Problem(("tokenizer", "base"), '"base" without a base model', "a base model, or another tokenizer")
     elif recipe.tokenizer not in ("first", "base", "union", *recipe.places):
-        yield Finding(("tokenizer",), f'"{recipe.tokenizer}"', '"first", "base", "union" or a model of the recipe')
+        yield Problem(("tokenizer",), f'"{recipe.tokenizer}"', '"first", "base", "union" or a model of the recipe')
     if recipe.tokenizer == "union" and recipe.method == "passthrough":
-        yield Finding(
+        yield Problem(
             ("tokenizer", "method"), '"union" with passthrough', "the tokenizer of a model", "layers are copied"
         )
     if recipe.result == "adapter" and recipe.method not in ("linear", "task_arithmetic"):
-        given = f'"adapter" with {recipe.method}'
+        actual = f'"adapter" with {recipe.method}'
         hint = 'it needs whole deltas, which are of no low rank: write "result": "model" and merge them into the base'
-        yield Finding(("result", "method"), given, "method linear or task_arithmetic", hint)
+        yield Problem(("result", "method"), actual, "method linear or task_arithmetic", hint)
 
 
-def check_overwriting(folder: str) -> Iterator[Finding]:
+def check_overwriting(folder: str) -> Iterator[Problem]:
     """A folder that something else than a merge has written is never replaced."""
     if os.path.isdir(folder) and os.listdir(folder) and not _holds_merge(folder):
-        given = f'"{folder}", which holds files of something else than a merge'
-        yield Finding(("output_dir",), given, "a new folder, or that of an earlier merge", "choose another name")
+        actual = f'"{folder}", which holds files of something else than a merge'
+        yield Problem(("output_dir",), actual, "a new folder, or that of an earlier merge", "choose another name")
 
 
 def _spots(recipe: MergeConfig) -> Iterator[tuple[str, MergeConfig | PatternSection]]:
@@ -304,10 +304,10 @@ class MergeConfig(MethodConfig):
         """Where the models are, the base last if there is one."""
         return [each.model for each in self.models] + ([self.base] if self.base is not None else [])
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         return check_recipe(self)
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         for number, each in enumerate(self.models):
             yield from check_weights(f"models.{number}.model", each.model)
         if self.base is not None:
@@ -321,19 +321,19 @@ class MergeConfig(MethodConfig):
         yield from check_output_folder("output_dir", self.output_dir)
         for place in self.places:
             if os.path.isdir(place) and checks.same_path(place, self.output_dir):
-                yield Finding(("output_dir",), f'"{self.output_dir}", one of the models', "another folder")
+                yield Problem(("output_dir",), f'"{self.output_dir}", one of the models', "another folder")
         yield from check_overwriting(self.output_dir)
 
     def notes(self) -> list[str]:
         fields = type(self).model_fields
-        said = [
+        summary = [
             f"{name} has no effect: the method is {self.method}"
             for name, methods in _USES.items()
             if self.method not in methods and getattr(self, name) != fields[name].default
         ]
         if self.base is not None and self.method in WITHOUT_BASE and self.tokenizer != "base" and not self._adapters():
-            said.append(f"base has no effect: the method is {self.method}")
-        return said
+            summary.append(f"base has no effect: the method is {self.method}")
+        return summary
 
     def _adapters(self) -> bool:
         return any(os.path.isfile(os.path.join(each.model, "adapter_config.json")) for each in self.models)

@@ -1,6 +1,6 @@
 """Whether the files and folders that a config names are there, without opening them.
 
-Enters: a field's name and its value. Leaves: `Finding`s that say what is missing and how to get it. Relative paths
+Enters: a field's name and its value. Leaves: `Problem`s that say what is missing and how to get it. Relative paths
 begin at the current directory. Left out: what the files hold, and hub ids, which are not looked up.
 """
 
@@ -10,7 +10,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.source import close_files, close_matches, special_file
 
 EMBEDDED_WEIGHTS = "smollm2-135m"
@@ -26,13 +26,13 @@ RECIPE = "recipe.json"
 WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-_WEIGHTS_WANTED = (
+_WEIGHTS_EXPECTED = (
     f'"{EMBEDDED_WEIGHTS}", "{NEW_WEIGHTS}", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
 )
 _WEIGHTS_HINT = (
     f'write "{EMBEDDED_WEIGHTS}" for the embedded model, or make weights first: loopos train configs/pretraining.json'
 )
-_DATA_WANTED = (
+_DATA_EXPECTED = (
     "a file, folder or glob of csv, tsv, json, jsonl, txt, parquet or arrow (text also .gz, .zst), or a hub id"
 )
 
@@ -70,74 +70,74 @@ def is_bare_weights(value: str) -> bool:
     return bare and not os.path.isfile(os.path.join(os.path.dirname(value), "config.json"))
 
 
-def check_weights(field: str, value: str) -> Iterator[Finding]:
+def check_weights(field: str, value: str) -> Iterator[Problem]:
     """Faults of a value of `pretrained_weights`."""
     if value in (EMBEDDED_WEIGHTS, NEW_WEIGHTS):
         return
     if looks_like_path(value, WEIGHT_SUFFIXES):
         if not os.path.exists(value):
-            yield Finding((field,), _missing(value), _WEIGHTS_WANTED, _with_close(value, _WEIGHTS_HINT))
+            yield Problem((field,), _missing(value), _WEIGHTS_EXPECTED, _with_close(value, _WEIGHTS_HINT))
         elif os.path.isfile(value) and not value.lower().endswith(WEIGHT_SUFFIXES):
-            yield Finding((field,), f'"{value}", a file of another kind', _WEIGHTS_WANTED)
+            yield Problem((field,), f'"{value}", a file of another kind', _WEIGHTS_EXPECTED)
         elif not os.access(value, os.R_OK):
-            yield Finding((field,), f'"{value}", which may not be read', _WEIGHTS_WANTED, "change its permissions")
+            yield Problem((field,), f'"{value}", which may not be read', _WEIGHTS_EXPECTED, "change its permissions")
     elif not is_hub_id(value):
         close = close_matches(value, (EMBEDDED_WEIGHTS, NEW_WEIGHTS))
         hint = f'did you mean "{close[0]}"?' if close else f'a hub id has the form "org/name"; {_WEIGHTS_HINT}'
-        yield Finding((field,), f'"{value}"', _WEIGHTS_WANTED, hint)
+        yield Problem((field,), f'"{value}"', _WEIGHTS_EXPECTED, hint)
 
 
-def check_tokenizer(field: str, value: str) -> Iterator[Finding]:
+def check_tokenizer(field: str, value: str) -> Iterator[Problem]:
     """Faults of a value of `tokenizer`."""
-    wanted = f'"{EMBEDDED_WEIGHTS}", a folder, a tokenizer.json or .gguf file, or a hub id "org/name"'
+    expected = f'"{EMBEDDED_WEIGHTS}", a folder, a tokenizer.json or .gguf file, or a hub id "org/name"'
     if value == EMBEDDED_WEIGHTS:
         return
     if looks_like_path(value, (".json", ".gguf", ".model")):
         if not os.path.exists(value):
-            yield Finding((field,), _missing(value), wanted, _with_close(value, f'or write "{EMBEDDED_WEIGHTS}"'))
+            yield Problem((field,), _missing(value), expected, _with_close(value, f'or write "{EMBEDDED_WEIGHTS}"'))
     elif not is_hub_id(value):
-        yield Finding((field,), f'"{value}"', wanted, 'a hub id has the form "org/name"')
+        yield Problem((field,), f'"{value}"', expected, 'a hub id has the form "org/name"')
 
 
-def check_rows(field: str, value: str, example: str) -> Iterator[Finding]:
+def check_rows(field: str, value: str, example: str) -> Iterator[Problem]:
     """Faults of a source of rows; `example` is one row as JSON, for the hint."""
     hint = f"one row looks like {example}"
     is_glob = glob.has_magic(value) and not os.path.exists(value)
     if "\0" in value:
-        yield Finding((field,), f'"{value}"', _DATA_WANTED, hint)
+        yield Problem((field,), f'"{value}"', _DATA_EXPECTED, hint)
     elif is_glob:
         if next(glob.iglob(value, recursive=True), None) is None:
-            yield Finding((field,), f'"{value}", a glob that no file matches', _DATA_WANTED, hint)
+            yield Problem((field,), f'"{value}", a glob that no file matches', _DATA_EXPECTED, hint)
     elif looks_like_path(value, (*DATA_SUFFIXES, *COMPRESSED_SUFFIXES)):
         if not os.path.exists(value):
-            yield Finding((field,), _missing(value), _DATA_WANTED, _with_close(value, hint))
+            yield Problem((field,), _missing(value), _DATA_EXPECTED, _with_close(value, hint))
         elif kind := special_file(value):
-            yield Finding((field,), f'"{value}", {kind}', _DATA_WANTED, "write the data into a file first")
+            yield Problem((field,), f'"{value}", {kind}', _DATA_EXPECTED, "write the data into a file first")
         elif not os.access(value, os.R_OK):
-            yield Finding((field,), f'"{value}", which may not be read', _DATA_WANTED, "change its permissions")
+            yield Problem((field,), f'"{value}", which may not be read', _DATA_EXPECTED, "change its permissions")
     elif not is_hub_id(value):
-        yield Finding(
-            (field,), f'"{value}", where no file is', _DATA_WANTED, f'a hub id has the form "org/name"; {hint}'
+        yield Problem(
+            (field,), f'"{value}", where no file is', _DATA_EXPECTED, f'a hub id has the form "org/name"; {hint}'
         )
 
 
-def check_output_folder(field: str, value: str) -> Iterator[Finding]:
+def check_output_folder(field: str, value: str) -> Iterator[Problem]:
     """Faults of the folder that a run is to write."""
-    wanted = "a folder, new or of an earlier run"
+    expected = "a folder, new or of an earlier run"
     if "\0" in value:
-        yield Finding((field,), f'"{value}"', wanted)
+        yield Problem((field,), f'"{value}"', expected)
         return
     if value.startswith("~"):
-        yield Finding((field,), f'"{value}", the home folder of no user here', wanted)
+        yield Problem((field,), f'"{value}", the home folder of no user here', expected)
         return
     above = os.path.abspath(value)
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         which = "a file" if above == os.path.abspath(value) else f'below "{os.path.relpath(above)}", which is a file'
-        yield Finding((field,), f'"{value}", {which}', wanted, "choose another name")
+        yield Problem((field,), f'"{value}", {which}', expected, "choose another name")
     elif not os.access(above, os.W_OK | os.X_OK):
-        yield Finding((field,), f'"{value}", in "{above}", which may not be written', wanted, "choose another folder")
+        yield Problem((field,), f'"{value}", in "{above}", which may not be written', expected, "choose another folder")
 
 
 def _missing(value: str) -> str:

@@ -1,6 +1,6 @@
 """The config of proximal policy optimization: its sections together, and what they must not contradict.
 
-Enters: the sections, each valid by itself. Leaves: `PpoConfig`, and `Finding`s for contradictions between keys and for
+Enters: the sections, each valid by itself. Leaves: `PpoConfig`, and `Problem`s for contradictions between keys and for
 missing files. Left out: the sections (`ppo_sections`), what only the data or the weights can tell.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.preferences import (
     check_reward_model,
     check_text_files,
@@ -76,7 +76,7 @@ class PpoConfig(MethodConfig):
             return "forward"
         return "engine" if self.rollout.max_staleness > 0 else self.training.old_logprobs
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         data = self.data
         yield from checks.check_source({"prompts": data.prompts, "training_data": data.training_data})
         yield from checks.check_reading(
@@ -84,7 +84,7 @@ class PpoConfig(MethodConfig):
         )
         yield from self.check_training()
 
-    def check_training(self) -> Iterator[Finding]:
+    def check_training(self) -> Iterator[Problem]:
         """`check` without what is read from where: for rlhf too."""
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
@@ -101,11 +101,11 @@ class PpoConfig(MethodConfig):
         yield from check_rollout(self.rollout, training, self.generation)
         if self.rollout.is_remote and self.distributed.tensor_parallel > 1:
             fields = ("rollout.engine", "distributed.tensor_parallel")
-            given = f'"{self.rollout.engine}" with tensor_parallel {self.distributed.tensor_parallel}'
+            actual = f'"{self.rollout.engine}" with tensor_parallel {self.distributed.tensor_parallel}'
             hint = "no process has whole weights to send"
-            yield Finding(fields, given, '"local", or mode "shard" without tensor_parallel', hint)
+            yield Problem(fields, actual, '"local", or mode "shard" without tensor_parallel', hint)
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         data, rows = self.data, (EXAMPLE_PROMPT, "")
         yield from check_text_files(data, {"prompts": rows, "training_data": rows, "validation_data": rows})
         for number, place in enumerate(data.reward_models):
@@ -113,80 +113,80 @@ class PpoConfig(MethodConfig):
             yield from check_reward_model(field, place)
             if checks.same_path(place, data.output_dir):
                 fields = ("data.output_dir", field)
-                yield Finding(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
+                yield Problem(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
         yield from check_judge(self.evaluation)
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        said = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
+        summary = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
         if training.minibatches > training.batch_size:
-            said.append(
+            summary.append(
                 f"training.minibatches ({training.minibatches}) is more than training.batch_size "
                 f"({training.batch_size}): it takes more than one process, each with responses of its own"
             )
         if generation.top_k is not None or generation.top_p < 1:
-            said.append(
+            summary.append(
                 "generation.top_k and top_p: log-probabilities are of the full distribution, not the one drawn from"
             )
         if generation.temperature != 1:
-            said.append("generation.temperature divides the logits of policy, old policy and reference alike")
+            summary.append("generation.temperature divides the logits of policy, old policy and reference alike")
         judge = self.evaluation.judge
         if judge is not None and any(checks.same_path(judge, place) for place in data.reward_models):
-            said.append("evaluation.judge is data.reward_model: it cannot tell when that one is deceived")
+            summary.append("evaluation.judge is data.reward_model: it cannot tell when that one is deceived")
         source = data.prompts or data.training_data
-        return said + validation_notes(training, data, source, validates=self.validates)
+        return summary + validation_notes(training, data, source, validates=self.validates)
 
 
-def check_judge(evaluation: PpoEvaluationSection) -> Iterator[Finding]:
+def check_judge(evaluation: PpoEvaluationSection) -> Iterator[Problem]:
     """Faults of the folder of another reward model."""
     if evaluation.judge is not None and not evaluation.judge_is_function:
         for finding in check_reward_model("evaluation.judge", evaluation.judge):
-            yield Finding(finding.fields, finding.given, f'"module:function", or {finding.wanted}', finding.hint)
+            yield Problem(finding.fields, finding.actual, f'"module:function", or {finding.expected}', finding.hint)
 
 
-def _check_answers(config: PpoConfig) -> Iterator[Finding]:
+def _check_answers(config: PpoConfig) -> Iterator[Problem]:
     """What needs answered validation prompts, where none are answered."""
     training, evaluation = config.training, config.evaluation
     if evaluation.prompts > 0 or not config.data.has_validation or training.validate_every == "never":
         return
-    wanted = "evaluation.prompts of at least 1"
+    expected = "evaluation.prompts of at least 1"
     if training.early_stopping is not None:
         fields = ("training.early_stopping", "evaluation.prompts")
-        yield Finding(fields, "early stopping with evaluation.prompts 0", wanted)
+        yield Problem(fields, "early stopping with evaluation.prompts 0", expected)
     if training.schedule == "plateau":
         fields = ("training.schedule", "evaluation.prompts")
-        yield Finding(fields, '"plateau" with evaluation.prompts 0', f"{wanted}, or another schedule")
+        yield Problem(fields, '"plateau" with evaluation.prompts 0', f"{expected}, or another schedule")
 
 
-def _check_reward(config: PpoConfig) -> Iterator[Finding]:
+def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     """A reward that is always 0, and values from a reward model that is not there."""
     reward, model = config.reward, config.data.reward_model
     fields: tuple[str, ...]
     if model is None and not reward.functions:
         fields = ("data.reward_model", "reward.functions")
         hint = 'train a reward model first, with "method": "reward_model"'
-        yield Finding(fields, "nothing that rewards", "a reward model, or functions", hint)
+        yield Problem(fields, "nothing that rewards", "a reward model, or functions", hint)
     elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
         fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
-        yield Finding(fields, "weights that are all 0", "a reward of another weight than 0")
+        yield Problem(fields, "weights that are all 0", "a reward of another weight than 0")
     if model is None and reward.functions and config.training.value_model == "reward":
         fields = ("training.value_model", "data.reward_model")
-        yield Finding(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
+        yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 
 
-def _check_penalty(training: PpoTrainingSection) -> Iterator[Finding]:
+def _check_penalty(training: PpoTrainingSection) -> Iterator[Problem]:
     """Keys of the KL penalty."""
     if training.kl_in == "loss" and training.kl_estimator in ("k1", "k3"):
         fields = ("training.kl_estimator", "training.kl_in")
-        given = f'"{training.kl_estimator}" with kl_in "loss"'
-        yield Finding(fields, given, '"k2", or nothing', "as a loss, k2 alone has the gradient of the KL")
+        actual = f'"{training.kl_estimator}" with kl_in "loss"'
+        yield Problem(fields, actual, '"k2", or nothing', "as a loss, k2 alone has the gradient of the KL")
     if training.kl_target is not None and training.kl_coefficient == 0:
         fields = ("training.kl_target", "training.kl_coefficient")
-        given = f"{training.kl_target} with kl_coefficient 0"
-        yield Finding(fields, given, "kl_coefficient > 0", "the coefficient is steered by factors, and 0 stays 0")
+        actual = f"{training.kl_target} with kl_coefficient 0"
+        yield Problem(fields, actual, "kl_coefficient > 0", "the coefficient is steered by factors, and 0 stays 0")
 
 
-def _check_lengths(config: PpoConfig) -> Iterator[Finding]:
+def _check_lengths(config: PpoConfig) -> Iterator[Problem]:
     """Prompt and response within max_length."""
     new, most, longest = config.generation.max_new_tokens, config.training.max_length, config.data.max_prompt_tokens
     if most is None:
@@ -194,11 +194,11 @@ def _check_lengths(config: PpoConfig) -> Iterator[Finding]:
     fields: tuple[str, ...]
     if new >= most:
         fields = ("generation.max_new_tokens", "training.max_length")
-        yield Finding(fields, str(new), f"fewer than max_length ({most}), which holds prompt and response")
+        yield Problem(fields, str(new), f"fewer than max_length ({most}), which holds prompt and response")
     elif longest is not None and longest + new > most:
         fields = ("data.max_prompt_tokens", "generation.max_new_tokens", "training.max_length")
-        given = f"{longest}, which with {new} new tokens is over max_length ({most})"
-        yield Finding(fields, given, f"at most {most - new}")
+        actual = f"{longest}, which with {new} new tokens is over max_length ({most})"
+        yield Problem(fields, actual, f"at most {most - new}")
 
 
 def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:

@@ -1,7 +1,7 @@
 """What the configs of reward_model, ppo and rlhf share: where rows of preferences and prompts come from, what a reward
 model learns from a comparison, and whether a folder holds a reward model.
 
-Enters: plain values, and the sections made of them. Leaves: frozen sections, `Finding`s, sentences on keys without
+Enters: plain values, and the sections made of them. Leaves: frozen sections, `Problem`s, sentences on keys without
 effect. Left out: keys of one method alone (its own config module), what the rows hold.
 """
 
@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import Count, Place, Section, Text
 from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import TextSourceSection, TrainingSection
@@ -92,7 +92,7 @@ class RewardSection(Section):
     )
 
 
-def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[str, str]]) -> Iterator[Finding]:
+def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[str, str]]) -> Iterator[Problem]:
     """Weights, tokenizer, rows, template and output folder. `examples`: each key of `data` that names rows → one row
     as JSON, and how a .txt file writes it (empty: as rows alone).
     """
@@ -105,33 +105,33 @@ def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[s
             is_text = value.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
             yield from check_rows(f"data.{key}", value, row + (lines if is_text else ""))
     if data.chat_template not in CHAT_TEMPLATES and not os.path.isfile(data.chat_template.replace("\0", "")):
-        wanted = '"auto", "plain", "none" or a file with a Jinja template'
-        yield Finding(("data.chat_template",), f'"{data.chat_template}", where no file is', wanted)
+        expected = '"auto", "plain", "none" or a file with a Jinja template'
+        yield Problem(("data.chat_template",), f'"{data.chat_template}", where no file is', expected)
     yield from check_output_folder("data.output_dir", data.output_dir)
     if os.path.isdir(data.pretrained_weights) and checks.same_path(data.pretrained_weights, data.output_dir):
         fields = ("data.output_dir", "data.pretrained_weights")
-        yield Finding(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
+        yield Problem(fields, f'"{data.output_dir}", the folder of the pretrained weights', "another folder")
 
 
-def check_reward_model(field: str, value: str) -> Iterator[Finding]:
+def check_reward_model(field: str, value: str) -> Iterator[Problem]:
     """Faults of a folder that is to hold a trained reward model: a run's `output_dir`, or its `model/`."""
-    wanted = "the output_dir of a finished reward_model run, or its folder model/"
+    expected = "the output_dir of a finished reward_model run, or its folder model/"
     place = value.replace("\0", "")
     files = [os.path.join(folder, MODEL_DESCRIPTION) for folder in (place, os.path.join(place, "model"))]
     file = next((each for each in files if os.path.isfile(each)), None)
     if not os.path.exists(place):
         close = close_files(place)
         hint = f'did you mean "{close[0]}"?' if close else 'train one first, with "method": "reward_model"'
-        yield Finding((field,), f'"{value}", which does not exist', wanted, hint)
+        yield Problem((field,), f'"{value}", which does not exist', expected, hint)
     elif file is not None:
-        given = _other_model(file)
-        if given:
-            yield Finding((field,), f'"{value}", {given}', wanted)
+        actual = _other_model(file)
+        if actual:
+            yield Problem((field,), f'"{value}", {actual}', expected)
     elif os.path.isfile(os.path.join(place, "events.jsonl")):
         hint = "go on with it: loopos train CONFIG --resume"
-        yield Finding((field,), f'"{value}", a run without a finished model', wanted, hint)
+        yield Problem((field,), f'"{value}", a run without a finished model', expected, hint)
     else:
-        yield Finding((field,), f'"{value}", where no trained model is', wanted)
+        yield Problem((field,), f'"{value}", where no trained model is', expected)
 
 
 def _other_model(file: str) -> str:
@@ -159,9 +159,9 @@ def validation_notes(
     training: TrainingSection, data: PreferenceTextSection, source: str | None, *, validates: bool
 ) -> list[str]:
     """Sentences on validation that never runs, or that scores rows of training; `source`: the rows to train on."""
-    said = []
+    summary = []
     if training.save_every == "validation" and not validates:
-        said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
+        summary.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
     if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
-        said.append("data.validation_data is the training data: validation will score rows that were trained on")
-    return said
+        summary.append("data.validation_data is the training data: validation will score rows that were trained on")
+    return summary

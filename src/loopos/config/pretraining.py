@@ -1,6 +1,6 @@
 """The config of pretraining: its sections, and what they must not contradict.
 
-Enters: the sections, each valid by itself. Leaves: `PretrainingConfig`, and `Finding`s for contradictions between keys
+Enters: the sections, each valid by itself. Leaves: `PretrainingConfig`, and `Problem`s for contradictions between keys
 and for missing files. Left out: what only the data can tell.
 """
 
@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import Place, Text
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
 from loopos.config.sections import (
@@ -85,16 +85,16 @@ class PretrainingConfig(MethodConfig):
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         missing = [name for name in checks.SIZES if getattr(model, name) is None]
         if missing:
             fields = ("model", *(f"model.{name}" for name in missing))
-            yield Finding(fields, f"no {', '.join(missing)}", f"all of {', '.join(checks.SIZES)}")
+            yield Problem(fields, f"no {', '.join(missing)}", f"all of {', '.join(checks.SIZES)}")
         yield from checks.check_sizes(model, is_new=True)
         if data.tokenizer is None and model.vocab_size is not None and model.vocab_size < SMALLEST_VOCABULARY:
-            wanted = f"at least {SMALLEST_VOCABULARY}: 256 bytes and the special tokens"
-            yield Finding(("model.vocab_size", "data.tokenizer"), str(model.vocab_size), wanted)
+            expected = f"at least {SMALLEST_VOCABULARY}: 256 bytes and the special tokens"
+            yield Problem(("model.vocab_size", "data.tokenizer"), str(model.vocab_size), expected)
         yield from checks.check_trainable(training, model.num_layers)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
@@ -106,7 +106,7 @@ class PretrainingConfig(MethodConfig):
         )
         yield from _check_new(self)
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         data = self.data
         for field in ("input_file", "training_data", "validation_data"):
             value = getattr(data, field)
@@ -124,44 +124,46 @@ class PretrainingConfig(MethodConfig):
             "training.head_learning_rate": (False, "a language model has no head of its own"),
             "data.validation_share": (data.validation_data is None, "validation_data is given"),
         }
-        said = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        summary = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            said.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
-        return said
+            summary.append(
+                "training.save_every is validation, but nothing is validated: save_interval says when to save"
+            )
+        return summary
 
 
-def _check_new(config: PretrainingConfig) -> Iterator[Finding]:
+def _check_new(config: PretrainingConfig) -> Iterator[Problem]:
     """Keys that make sense for pretrained weights alone."""
     training = config.training
     if training.trainable != "all":
         hint = "new weights must all be trained"
-        yield Finding(("training.trainable",), f'"{training.trainable}"', '"all"', hint)
+        yield Problem(("training.trainable",), f'"{training.trainable}"', '"all"', hint)
     if training.keep_zeros:
-        yield Finding(("training.keep_zeros",), "true", "false", "new weights hold no zeros to keep")
+        yield Problem(("training.keep_zeros",), "true", "false", "new weights hold no zeros to keep")
     if training.freeze_layers > 0:
-        yield Finding(("training.freeze_layers",), str(training.freeze_layers), "0", "new weights must all be trained")
+        yield Problem(("training.freeze_layers",), str(training.freeze_layers), "0", "new weights must all be trained")
     stopping = training.early_stopping
     named = {"training.metric": training.metric}
     if stopping is not None:
         named["training.early_stopping.metric"] = stopping.metric
     for field, metric in named.items():
         if metric not in (None, "loss"):
-            yield Finding((field,), f'"{metric}"', '"loss", or nothing')
+            yield Problem((field,), f'"{metric}"', '"loss", or nothing')
     if training.max_length is not None and training.max_length < 2:
-        yield Finding(("training.max_length",), str(training.max_length), "at least 2 tokens: one to predict another")
+        yield Problem(("training.max_length",), str(training.max_length), "at least 2 tokens: one to predict another")
 
 
-def _check_output_weights(data: PretrainingDataSection) -> Iterator[Finding]:
+def _check_output_weights(data: PretrainingDataSection) -> Iterator[Problem]:
     value, field = data.output_weights, "data.output_weights"
     suffix = os.path.splitext(value)[1].lower()
     if suffix in (".pt", ".pth", ".gguf"):
-        yield Finding((field,), f'"{value}"', f"a folder, or a file that ends in {' or '.join(_WEIGHT_FILES)}")
+        yield Problem((field,), f'"{value}"', f"a folder, or a file that ends in {' or '.join(_WEIGHT_FILES)}")
         return
     for finding in check_output_folder(field, data.weights_folder):
-        yield Finding((field,), f'"{value}": {finding.given}', "a place that can be written", finding.hint)
+        yield Problem((field,), f'"{value}": {finding.actual}', "a place that can be written", finding.hint)
     is_file = suffix in _WEIGHT_FILES
     if "\0" not in value and is_file and os.path.isdir(value):
-        yield Finding((field,), f'"{value}", a folder', "a file's name, or another folder")
+        yield Problem((field,), f'"{value}", a folder', "a file's name, or another folder")
     if checks.same_path(data.weights_folder, data.output_dir):
         fields = (field, "data.output_dir")
-        yield Finding(fields, f'"{value}", in the folder of the run', "another folder", "a run's folder is its own")
+        yield Problem(fields, f'"{value}", in the folder of the run', "another folder", "a run's folder is its own")

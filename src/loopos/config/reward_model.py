@@ -1,6 +1,6 @@
 """The config of training a reward model: its sections, and what they must not contradict.
 
-Enters: the sections, each valid by itself. Leaves: `RewardModelConfig`, and `Finding`s for contradictions between keys
+Enters: the sections, each valid by itself. Leaves: `RewardModelConfig`, and `Problem`s for contradictions between keys
 and for missing files. Left out: what only the data or the weights can tell.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Place
 from loopos.config.preferences import (
     PreferenceTextSection,
@@ -95,7 +95,7 @@ class RewardModelConfig(MethodConfig):
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
         yield from checks.check_trainable(training, model.num_layers)
@@ -108,7 +108,7 @@ class RewardModelConfig(MethodConfig):
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
         )
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         rows = (EXAMPLE_ROW, EXAMPLE_LINES)
         yield from check_text_files(
             self.data, {"preference_data": rows, "training_data": rows, "validation_data": rows}
@@ -118,10 +118,10 @@ class RewardModelConfig(MethodConfig):
         data, training, reward = self.data, self.training, self.reward
         effects = {**checks.effects(training), **text_effects(data)}
         effects["reward.normalise_over"] = (reward.normalise, "reward.normalise is false")
-        said = checks.without_effect(self, effects) + checks.rate_notes(training)
+        summary = checks.without_effect(self, effects) + checks.rate_notes(training)
         if "margin" in data.columns and not reward.margins:
-            said.append("data.columns.margin has no effect: reward.margins is false")
+            summary.append("data.columns.margin has no effect: reward.margins is false")
         if "p_human" in data.columns and not reward.soft_labels:
-            said.append("data.columns.p_human has no effect: reward.soft_labels is false")
+            summary.append("data.columns.p_human has no effect: reward.soft_labels is false")
         source = data.preference_data or data.training_data
-        return said + validation_notes(training, data, source, validates=self.validates)
+        return summary + validation_notes(training, data, source, validates=self.validates)

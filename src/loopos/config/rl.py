@@ -4,7 +4,7 @@ Enters: plain values. Leaves: frozen sections. Left out: what no single key can 
 
 The section `rollout`: which processes write the responses of PPO, and how far behind the policy they may be.
 
-Enters: nothing but values. Leaves: `RolloutEngineSection`, and `Finding`s for what it cannot be together with. Left
+Enters: nothing but values. Leaves: `RolloutEngineSection`, and `Problem`s for what it cannot be together with. Left
 out: how responses are sampled (`ppo_sections.RolloutSection`, the section `generation`).
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Place, Schedule, Section, Share, Text
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
@@ -184,8 +184,8 @@ class PpoDataSection(PreferenceTextSection):
     @property
     def reward_models(self) -> tuple[str, ...]:
         """The folders of all reward models."""
-        given = self.reward_model
-        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+        actual = self.reward_model
+        return () if actual is None else (actual,) if isinstance(actual, str) else tuple(actual)
 
     @property
     def source(self) -> str:
@@ -288,23 +288,23 @@ class RolloutEngineSection(Section):
 
 def check_rollout(
     rollout: RolloutEngineSection, training: PpoTrainingSection, generation: RolloutSection
-) -> Iterator[Finding]:
+) -> Iterator[Problem]:
     """What the engine cannot do."""
     if rollout.max_staleness > 0 and not rollout.is_remote:
-        given = f'{rollout.max_staleness} with rollout.engine "local"'
-        yield Finding(("rollout.max_staleness", "rollout.engine"), given, '0, or rollout.engine "ray" or "vllm"')
+        actual = f'{rollout.max_staleness} with rollout.engine "local"'
+        yield Problem(("rollout.max_staleness", "rollout.engine"), actual, '0, or rollout.engine "ray" or "vllm"')
     if rollout.engine != "vllm":
         return
     if training.trainable == "lora":
-        given = '"vllm" with training.trainable "lora"'
-        yield Finding(("rollout.engine", "training.trainable"), given, '"ray", or training.trainable "all"')
+        actual = '"vllm" with training.trainable "lora"'
+        yield Problem(("rollout.engine", "training.trainable"), actual, '"ray", or training.trainable "all"')
     if rollout.gpus == 0:
-        yield Finding(("rollout.gpus_per_worker", "rollout.engine"), '0 with rollout.engine "vllm"', "above 0")
+        yield Problem(("rollout.gpus_per_worker", "rollout.engine"), '0 with rollout.engine "vllm"', "above 0")
     if generation.temperature != 1 and (generation.top_k is not None or generation.top_p < 1):
         fields = ("generation.temperature", "rollout.engine")
-        given = f'{generation.temperature} with top_k or top_p and rollout.engine "vllm"'
+        actual = f'{generation.temperature} with top_k or top_p and rollout.engine "vllm"'
         hint = "vLLM does not tell the log-probabilities of the full distribution at a temperature then"
-        yield Finding(fields, given, '1, or neither top_k nor top_p, or rollout.engine "ray"', hint)
+        yield Problem(fields, actual, '1, or neither top_k nor top_p, or rollout.engine "ray"', hint)
 
 
 def rollout_effects(rollout: RolloutEngineSection) -> dict[str, tuple[bool, str]]:

@@ -1,6 +1,6 @@
 """The config of reinforcement learning from human feedback: a reward model from preferences, then PPO against it.
 
-Enters: the sections, each valid by itself. Leaves: `RlhfConfig`, the configs of its two phases, and `Finding`s, which
+Enters: the sections, each valid by itself. Leaves: `RlhfConfig`, the configs of its two phases, and `Problem`s, which
 are those of the phases under the names that the keys have here. Left out: what only the data or the weights can tell.
 """
 
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import Count, Place
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
 from loopos.config.preferences import RewardSection, check_text_files
@@ -136,7 +136,7 @@ class RlhfConfig(MethodConfig):
         own_prompts = data.prompts is not None
         alike = set(_READ_ALIKE if own_prompts else _READ_ALIKE + _READ_FROM)
         read = data.model_dump(include=alike, exclude_unset=True)
-        given = {
+        actual = {
             "reward_model": os.path.join(self.reward_model_dir, "model"),
             "prompts": data.prompts if own_prompts else data.preference_data,
             "training_data": None if own_prompts else data.training_data,
@@ -154,10 +154,10 @@ class RlhfConfig(MethodConfig):
             guards=self.guards,
             evaluation=self.evaluation,
             distributed=self.distributed,
-            data=PpoDataSection.model_validate({**read, **given}),
+            data=PpoDataSection.model_validate({**read, **actual}),
         )
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         renamed = _NAMES_IN_REWARD_MODEL if self.reward_training is not None else {}
         found = [
             *_renamed(self.reward_model_config().check(), renamed),
@@ -166,7 +166,7 @@ class RlhfConfig(MethodConfig):
         # What both phases read is checked by both.
         yield from dict.fromkeys(found)
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         rows = (EXAMPLE_ROW, EXAMPLE_LINES)
         examples = dict.fromkeys(("preference_data", "training_data", "validation_data"), rows)
         yield from check_text_files(self.data, {**examples, "prompts": (EXAMPLE_PROMPT, "")})
@@ -178,17 +178,17 @@ class RlhfConfig(MethodConfig):
             [_with_name(note, _NAMES_IN_PPO) for note in self.ppo_config().notes()],
         )
         # A key that both phases read has no effect only where it has none in either.
-        said = [
+        summary = [
             note
             for note in dict.fromkeys(phases[0] + phases[1])
             if not note.startswith(_OF_BOTH_PHASES) or all(note in phase for phase in phases)
         ]
         if self.rewards.ensemble_penalty > 0 and self.reward.heads == 1:
-            said.append("rewards.ensemble_penalty has no effect: reward.heads is 1")
-        return said
+            summary.append("rewards.ensemble_penalty has no effect: reward.heads is 1")
+        return summary
 
 
-def _renamed(findings: Iterable[Finding], names: Mapping[str, str]) -> Iterator[Finding]:
+def _renamed(findings: Iterable[Problem], names: Mapping[str, str]) -> Iterator[Problem]:
     for finding in findings:
         yield replace(finding, fields=tuple(_with_name(field, names) for field in finding.fields))
 

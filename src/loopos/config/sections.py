@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from loopos.config.diagnostics import Finding
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import (
     ClassWeights,
     Count,
@@ -294,11 +294,11 @@ class MethodConfig(Section):
 
     section_order: ClassVar[tuple[str, ...]] = ("model", "computation", "training", "data")
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Problem]:
         """Contradictions between keys."""
         return iter(())
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self) -> Iterator[Problem]:
         """Files and folders that are missing or of the wrong kind."""
         return iter(())
 
@@ -379,20 +379,20 @@ class DistributedSection(Section):
     )
 
 
-def check_distributed(distributed: DistributedSection, optimizer: str) -> Iterator[Finding]:
+def check_distributed(distributed: DistributedSection, optimizer: str) -> Iterator[Problem]:
     """Keys of sharding against each other and against the optimizer."""
     if distributed.mode == "shard" and optimizer in WHOLE_MATRICES:
         fields = ("training.optimizer", "distributed.mode")
         hint = "its rule needs whole matrices, of which a process holds some rows"
-        yield Finding(fields, f'{optimizer} with mode "shard"', 'sgd, adam or adamw, or mode "replicate"', hint)
+        yield Problem(fields, f'{optimizer} with mode "shard"', 'sgd, adam or adamw, or mode "replicate"', hint)
     if distributed.tensor_parallel > 1 and optimizer in WHOLE_MATRICES:
         fields = ("training.optimizer", "distributed.tensor_parallel")
-        given = f"{optimizer} with tensor_parallel {distributed.tensor_parallel}"
+        actual = f"{optimizer} with tensor_parallel {distributed.tensor_parallel}"
         hint = "its rule needs whole matrices, of which a process holds a part"
-        yield Finding(fields, given, "sgd, adam or adamw, or tensor_parallel 1", hint)
+        yield Problem(fields, actual, "sgd, adam or adamw, or tensor_parallel 1", hint)
     if distributed.mode == "replicate":
         for name in ("shard_size", "cpu_offload", "reshard_after_forward"):
-            given = getattr(distributed, name)
-            if given != DistributedSection.model_fields[name].default:
+            actual = getattr(distributed, name)
+            if actual != DistributedSection.model_fields[name].default:
                 fields = (f"distributed.{name}", "distributed.mode")
-                yield Finding(fields, f'{str(given).lower()} with mode "replicate"', 'mode "shard" or "auto"')
+                yield Problem(fields, f'{str(actual).lower()} with mode "replicate"', 'mode "shard" or "auto"')

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.json_text import (
     MOST_LEVELS,
     LineTable,
@@ -76,10 +76,14 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     if isinstance(root, ListNode) and root.items and isinstance(root.items[0], MappingNode):
         raise _data_file_error(name)
     if not isinstance(root, MappingNode):
-        given = "a list" if isinstance(root, ListNode) else "a single value"
-        wanted = 'a mapping with "model", "computation", "training" and "data"'
+        actual = "a list" if isinstance(root, ListNode) else "a single value"
+        expected = 'a mapping with "model", "computation", "training" and "data"'
         raise ConfigError(
-            [Fault(name, root.mark.line, root.mark.column, "", given, wanted, "put { and } around the settings")]
+            [
+                Diagnostic(
+                    name, root.mark.line, root.mark.column, "", actual, expected, "put { and } around the settings"
+                )
+            ]
         )
     return Source(name, text, root)
 
@@ -98,13 +102,13 @@ def _node_of(value: object, path: tuple[str, ...], depth: int) -> Node:
     if value is None or isinstance(value, bool | int | float | str):
         return ScalarNode(value, json.dumps(value, ensure_ascii=False), mark)
     if depth < MOST_LEVELS and isinstance(value, list | tuple):
-        return ListNode(tuple(_node_of(item, (*path, str(place)), depth + 1) for place, item in enumerate(value)), mark)
+        return ListNode(tuple(_node_of(item, (*path, str(index)), depth + 1) for index, item in enumerate(value)), mark)
     if depth < MOST_LEVELS and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         entries = {key: _node_of(item, (*path, key), depth + 1) for key, item in value.items()}
         return MappingNode(entries, dict.fromkeys(entries, mark), mark)
     got = f"{value!r:.80} ({type(value).__name__})"
-    wanted = "text, a number, true, false, None, a list or a dict with text as keys"
-    raise ConfigError([Fault(IN_PYTHON, None, None, ".".join(path), got, wanted)])
+    expected = "text, a number, true, false, None, a list or a dict with text as keys"
+    raise ConfigError([Diagnostic(IN_PYTHON, None, None, ".".join(path), got, expected)])
 
 
 def parse_text(text: str, name: str) -> Node | None:
@@ -126,22 +130,24 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
     A missing section on the way is made; an item of a list is named by its number from 0 (`model.labels.0=spam`).
     Raises `ConfigError` with every override that has no such form or leads nowhere.
     """
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not _OVERRIDE_KEY.fullmatch(key):
-            given = f'"{override}"' if equals else f'"{override}", without ='
-            faults.append(_override_fault("", given, "key.path=value", "for example training.learning_rate=1e-5"))
+            actual = f'"{override}"' if equals else f'"{override}", without ='
+            diagnostics.append(
+                _override_diagnostic("", actual, "key.path=value", "for example training.learning_rate=1e-5")
+            )
             continue
         try:
             changed = _with_value(root, key.split("."), _override_value(text), ())
         except ConfigError as error:
-            faults.extend(error.faults)
+            diagnostics.extend(error.diagnostics)
             continue
         assert isinstance(changed, MappingNode)
         root = changed
-    if faults:
-        raise ConfigError(faults)
+    if diagnostics:
+        raise ConfigError(diagnostics)
     return root
 
 
@@ -176,8 +182,8 @@ def close_files(path: str) -> list[str]:
     return [os.path.join(folder, match) for match in close_matches(name, beside)]
 
 
-def _file_error(name: str, given: str, wanted: str, hint: str = "") -> ConfigError:
-    return ConfigError([Fault(name, None, None, "", given, wanted, hint)])
+def _file_error(name: str, actual: str, expected: str, hint: str = "") -> ConfigError:
+    return ConfigError([Diagnostic(name, None, None, "", actual, expected, hint)])
 
 
 def _other_configs(name: str) -> str:
@@ -209,55 +215,55 @@ def _data_file_error(name: str) -> ConfigError:
         "data": {"pretrained_weights": "smollm2-135m", "training_data": name, "output_dir": f"outputs/{run}"},
     }
     hint = f"write a config that names it, for example {run}.json:\n{json.dumps(example, ensure_ascii=False)}"
-    return ConfigError([Fault(name, None, None, "", "this is a data file, not a config", "", hint)])
+    return ConfigError([Diagnostic(name, None, None, "", "this is a data file, not a config", "", hint)])
 
 
 def _read_text(name: str) -> str:
-    wanted = "a config file (.json, .yaml or .yml)"
+    expected = "a config file (.json, .yaml or .yml)"
     if "\0" in name:
-        raise _file_error(name, "a path with a NUL character", wanted)
+        raise _file_error(name, "a path with a NUL character", expected)
     kind = special_file(name)
     if kind:
-        raise _file_error(name, kind, wanted, "write the config into a file first")
+        raise _file_error(name, kind, expected, "write the config into a file first")
     try:
         with open(name, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise _file_error(name, "a path where no file is", wanted, _other_configs(name)) from None
+        raise _file_error(name, "a path where no file is", expected, _other_configs(name)) from None
     except IsADirectoryError:
-        raise _file_error(name, "a folder", wanted, "name the file inside it") from None
+        raise _file_error(name, "a folder", expected, "name the file inside it") from None
     except OSError as error:
-        raise _file_error(name, f"a file that cannot be read ({error.strerror})", wanted) from None
+        raise _file_error(name, f"a file that cannot be read ({error.strerror})", expected) from None
     if len(data) > MOST_BYTES:
-        raise _file_error(name, f"a file of more than {MOST_BYTES:,} bytes", wanted, "is this a data file?")
+        raise _file_error(name, f"a file of more than {MOST_BYTES:,} bytes", expected, "is this a data file?")
     return _decode(data, name)
 
 
 def _decode(data: bytes, name: str) -> str:
-    wanted = "plain text in UTF-8"
+    expected = "plain text in UTF-8"
     if data.startswith(_UTF16_MARKS):
-        raise ConfigError([Fault(name, 1, 1, "", "text in UTF-16", wanted, "save the file as UTF-8")])
+        raise ConfigError([Diagnostic(name, 1, 1, "", "text in UTF-16", expected, "save the file as UTF-8")])
     if data.startswith(b"\xef\xbb\xbf"):
-        given = "a byte-order mark (BOM) before the text"
-        raise ConfigError([Fault(name, 1, 1, "", given, "plain UTF-8", "save the file as UTF-8 without BOM")])
+        actual = "a byte-order mark (BOM) before the text"
+        raise ConfigError([Diagnostic(name, 1, 1, "", actual, "plain UTF-8", "save the file as UTF-8 without BOM")])
     try:
         text = data.decode("utf-8")
         offset = text.find("\0")
-        given = "a NUL byte: a binary file?"
+        actual = "a NUL byte: a binary file?"
     except UnicodeDecodeError as error:
         text = data[: error.start].decode("utf-8")
         offset = error.start
-        given = f"the byte {data[offset]:#04x} at offset {offset}, which is not UTF-8"
+        actual = f"the byte {data[offset]:#04x} at offset {offset}, which is not UTF-8"
         offset = len(text)
     else:
         if offset < 0:
             return text
     place = LineTable(text, name).mark(offset)
-    raise ConfigError([Fault(name, place.line, place.column, "", given, wanted, "save the file as UTF-8")])
+    raise ConfigError([Diagnostic(name, place.line, place.column, "", actual, expected, "save the file as UTF-8")])
 
 
-def _override_fault(field: str, given: str, wanted: str, hint: str = "") -> Fault:
-    return Fault(COMMAND_LINE, None, None, field, given, wanted, hint)
+def _override_diagnostic(field: str, actual: str, expected: str, hint: str = "") -> Diagnostic:
+    return Diagnostic(COMMAND_LINE, None, None, field, actual, expected, hint)
 
 
 def _override_value(text: str) -> Node:
@@ -294,14 +300,16 @@ def _with_value(node: Node, steps: Sequence[str], value: Node, above: tuple[str,
     field = dotted((*above, *steps))
     if isinstance(node, ListNode):
         if not step.isascii() or not step.isdigit() or int(step[:9]) >= len(node.items):
-            wanted = f"a number from 0 to {len(node.items) - 1}" if node.items else "no number: the list is empty"
-            given = f"item {step} of {dotted(above)}"
-            raise ConfigError([_override_fault(field, given, wanted, f"or give the whole list: {dotted(above)}=[...]")])
+            expected = f"a number from 0 to {len(node.items) - 1}" if node.items else "no number: the list is empty"
+            actual = f"item {step} of {dotted(above)}"
+            raise ConfigError(
+                [_override_diagnostic(field, actual, expected, f"or give the whole list: {dotted(above)}=[...]")]
+            )
         index = int(step)
         changed = _with_value(node.items[index], rest, value, here)
         return ListNode((*node.items[:index], changed, *node.items[index + 1 :]), node.mark)
-    given = f"a path below {dotted(above)}, which is a single value"
-    raise ConfigError([_override_fault(field, given, "a path that ends there")])
+    actual = f"a path below {dotted(above)}, which is a single value"
+    raise ConfigError([_override_diagnostic(field, actual, "a path that ends there")])
 
 
 def as_mapping(node: Node, step: str) -> MappingNode | None:

@@ -1,8 +1,8 @@
 """pydantic's errors as faults in plain words.
 
-Enters: a `ValidationError`, the tree it came from, the JSON Schema of its model. Leaves: one `Fault` for each faulty
-key, with what the schema allows there and, where it can be guessed, what was meant. Left out: checks of more than one
-key (`fine_tuning`).
+Enters: a `ValidationError`, the tree it came from, the JSON Schema of its model. Leaves: one `Diagnostic` for each
+faulty key, with what the schema allows there and, where it can be guessed, what was meant. Left out: checks of more
+than one key (`fine_tuning`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from loopos.config.diagnostics import Fault
+from loopos.config.diagnostics import Diagnostic
 from loopos.config.json_text import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
 from loopos.config.other_tools import OTHER_KEYS
 from loopos.config.source import COMMAND_LINE, close_matches
@@ -25,54 +25,56 @@ _BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_e
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 
 
-def faults_of(
+def diagnostics_of(
     error: ValidationError, root: MappingNode, schema: Schema, renamed: Mapping[str, str]
-) -> list[tuple[Path, Fault]]:
+) -> list[tuple[Path, Diagnostic]]:
     """One fault for each faulty path of `error`, in its order.
 
     `renamed` gives the name under which the user wrote a key that was moved. Of a union's errors the deepest alone is
     kept.
     """
-    found: dict[Path, Fault] = {}
+    found: dict[Path, Diagnostic] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         location = detail["loc"]
         if detail["type"] == "missing" and isinstance(location[-1], int):
             location = location[:-1]  # a list that is too short is the fault of the list
         path, allowed = _follow(location, root, schema)
         if path not in found:
-            found[path] = _fault(detail["type"], path, "[key]" in location, allowed, root, schema, renamed)
+            found[path] = _diagnostic(detail["type"], path, "[key]" in location, allowed, root, schema, renamed)
     inner = {path[:length] for path in found for length in range(len(path))}
-    return [(path, fault) for path, fault in found.items() if path not in inner]
+    return [(path, diagnostic) for path, diagnostic in found.items() if path not in inner]
 
 
-def _fault(
+def _diagnostic(
     kind: str, path: Path, at_key: bool, allowed: Schema, root: MappingNode, schema: Schema, renamed: Mapping[str, str]
-) -> Fault:
+) -> Diagnostic:
     name = renamed.get(dotted(path), dotted(path))
     node = find(root, path)
     key = str(path[-1]) if path else ""
     section = dotted(path[:-1]) or "the top level"
     if kind == "extra_forbidden":
-        place = key_mark(root, path)
+        mark = key_mark(root, path)
         hint = _hint_for_key(key, path, schema)
-        given = f"the unknown key {json.dumps(key, ensure_ascii=False)}"
-        return Fault(place.source, place.line, place.column, name, given, f"a key of {section}", hint)
+        actual = f"the unknown key {json.dumps(key, ensure_ascii=False)}"
+        return Diagnostic(mark.source, mark.line, mark.column, name, actual, f"a key of {section}", hint)
     if at_key:
-        place = key_mark(root, path)
+        mark = key_mark(root, path)
         allowed = _branch(_follow(path[:-1], root, schema)[1], "propertyNames", schema).get("propertyNames", {})
-        given = f"the key {json.dumps(key, ensure_ascii=False)}"
-        return Fault(
-            place.source, place.line, place.column, name, given, words(allowed, schema), _close_value(key, allowed)
+        actual = f"the key {json.dumps(key, ensure_ascii=False)}"
+        return Diagnostic(
+            mark.source, mark.line, mark.column, name, actual, words(allowed, schema), _close_value(key, allowed)
         )
-    place = value_mark(root, path)
-    wanted = words(allowed, schema)
+    mark = value_mark(root, path)
+    expected = words(allowed, schema)
     if node is None:
         about = f" ({allowed['description']})" if "description" in allowed else ""
-        return Fault(
-            place.source, place.line, place.column, name, "nothing", wanted, f'add "{key}" to {section}{about}'
+        return Diagnostic(
+            mark.source, mark.line, mark.column, name, "nothing", expected, f'add "{key}" to {section}{about}'
         )
-    given = shown(node, with_kind=kind not in _BOUND_ERRORS)
-    return Fault(place.source, place.line, place.column, name, given, wanted, _hint_for_value(node, allowed, schema))
+    actual = shown(node, with_kind=kind not in _BOUND_ERRORS)
+    return Diagnostic(
+        mark.source, mark.line, mark.column, name, actual, expected, _hint_for_value(node, allowed, schema)
+    )
 
 
 def shown(node: Node, *, with_kind: bool) -> str:
@@ -225,35 +227,35 @@ def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
         return 'name one source: a folder, or a glob such as "data/*.jsonl"'
     if not isinstance(node, ScalarNode):
         return ""
-    value, wanted = node.value, words(allowed, whole)
+    value, expected = node.value, words(allowed, whole)
     if isinstance(value, str):
-        return _hint_for_text(node, value, allowed, wanted)
+        return _hint_for_text(node, value, allowed, expected)
     if value is None and "default" in allowed:
         return f"leave the key out for its default, {json.dumps(allowed['default'])}"
     if isinstance(value, float):
         if not math.isfinite(value):
             return "the number must be finite"
-        if "a whole number" in wanted and value.is_integer() and abs(value) < 2**53:
+        if "a whole number" in expected and value.is_integer() and abs(value) < 2**53:
             return f"write {int(value)}, without point or exponent"
-    if wanted == "true or false" and value in (0, 1):
+    if expected == "true or false" and value in (0, 1):
         return f"write {'true' if value else 'false'}"
-    if wanted.startswith("text") and isinstance(value, (int, float)):
+    if expected.startswith("text") and isinstance(value, (int, float)):
         form = "'key=\"...\"'" if node.mark.source == COMMAND_LINE else f'"{node.text}"'
         return f"put it in quotes: {form}"
     return ""
 
 
-def _hint_for_text(node: ScalarNode, value: str, allowed: Schema, wanted: str) -> str:
+def _hint_for_text(node: ScalarNode, value: str, allowed: Schema, expected: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in value):
         return "it holds a byte that is not UTF-8"
     folded = value.strip().lower()
-    if "number" in wanted and _is_number(folded):
+    if "number" in expected and _is_number(folded):
         return f"write {folded}, without quotes"
-    if "true or false" in wanted and folded in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+    if "true or false" in expected and folded in ("true", "yes", "on", "1", "false", "no", "off", "0"):
         return f"write {'true' if folded in ('true', 'yes', 'on', '1') else 'false'}, without quotes"
-    if folded in ("null", "none") and "null" in wanted:
+    if folded in ("null", "none") and "null" in expected:
         return "write null, without quotes"
-    if wanted.startswith("a list") and "each text" in wanted:
+    if expected.startswith("a list") and "each text" in expected:
         return f"write a list: [{json.dumps(value[:40], ensure_ascii=False)}]"
     return _close_value(value, allowed)
 

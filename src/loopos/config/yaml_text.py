@@ -11,7 +11,7 @@ import re
 
 import yaml
 
-from loopos.config.diagnostics import ConfigError, Fault
+from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.json_text import MOST_LEVELS, LineTable, ListNode, MappingNode, Mark, Node, ScalarNode, repeated_key
 
 MOST_NODES = 100_000  # aliases of aliases can make a tree of any size from a few lines
@@ -50,25 +50,25 @@ def parse_yaml(text: str, source: str) -> Node | None:
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError([_syntax_fault(error, lines, text)]) from None
+        raise ConfigError([_syntax_diagnostic(error, lines, text)]) from None
     except RecursionError:
         place = lines.mark(0)
-        given = f"more than {MOST_LEVELS} levels"
-        raise ConfigError([Fault(source, place.line, place.column, "", given, "fewer")]) from None
+        actual = f"more than {MOST_LEVELS} levels"
+        raise ConfigError([Diagnostic(source, place.line, place.column, "", actual, "fewer")]) from None
     if root is None:
         return None
     builder = _Builder(lines)
     node = builder.node(root, 0)
-    if builder.faults:
-        raise ConfigError(builder.faults)
+    if builder.diagnostics:
+        raise ConfigError(builder.diagnostics)
     return node
 
 
-def _syntax_fault(error: yaml.YAMLError, lines: LineTable, text: str) -> Fault:
+def _syntax_diagnostic(error: yaml.YAMLError, lines: LineTable, text: str) -> Diagnostic:
     """PyYAML's error in our words."""
     if isinstance(error, yaml.reader.ReaderError):
         place = lines.mark(error.position)
-        return Fault(
+        return Diagnostic(
             place.source, place.line, place.column, "", f"the character {error.character:#x}", "printable text"
         )
     assert isinstance(error, yaml.MarkedYAMLError)
@@ -83,7 +83,7 @@ def _syntax_fault(error: yaml.YAMLError, lines: LineTable, text: str) -> Fault:
         hint = 'text with ": " in it stands in quotes; check the indentation'
     elif "single document" in problem:
         hint = "remove the second document, after ---"
-    return Fault(place.source, place.line, place.column, "", f"not valid YAML: {problem}", "", hint)
+    return Diagnostic(place.source, place.line, place.column, "", f"not valid YAML: {problem}", "", hint)
 
 
 class _Builder:
@@ -91,12 +91,12 @@ class _Builder:
 
     def __init__(self, lines: LineTable) -> None:
         self.lines = lines
-        self.faults: list[Fault] = []
+        self.diagnostics: list[Diagnostic] = []
         self.num_nodes = 0
 
-    def fault(self, node: yaml.Node, given: str, wanted: str, hint: str = "") -> None:
+    def diagnostic(self, node: yaml.Node, actual: str, expected: str, hint: str = "") -> None:
         place = self.mark(node)
-        self.faults.append(Fault(place.source, place.line, place.column, "", given, wanted, hint))
+        self.diagnostics.append(Diagnostic(place.source, place.line, place.column, "", actual, expected, hint))
 
     def mark(self, node: yaml.Node) -> Mark:
         return self.lines.mark(node.start_mark.index)
@@ -104,9 +104,9 @@ class _Builder:
     def node(self, node: yaml.Node, level: int) -> Node:
         self.num_nodes += 1
         if level > MOST_LEVELS or self.num_nodes > MOST_NODES:
-            given = f"more than {MOST_LEVELS} levels" if level > MOST_LEVELS else f"more than {MOST_NODES} values"
-            self.fault(node, given, "fewer", "an alias (*name) may hold itself or be repeated too often")
-            raise ConfigError(self.faults)
+            actual = f"more than {MOST_LEVELS} levels" if level > MOST_LEVELS else f"more than {MOST_NODES} values"
+            self.diagnostic(node, actual, "fewer", "an alias (*name) may hold itself or be repeated too often")
+            raise ConfigError(self.diagnostics)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, level)
         if isinstance(node, yaml.SequenceNode):
@@ -117,7 +117,7 @@ class _Builder:
 
     def check_tag(self, node: yaml.Node, name: str) -> None:
         if node.tag != _TAG + name:
-            self.fault(node, f"the tag {node.tag.replace(_TAG, '!!')}", "a plain value", "remove the tag")
+            self.diagnostic(node, f"the tag {node.tag.replace(_TAG, '!!')}", "a plain value", "remove the tag")
 
     def mapping(self, node: yaml.MappingNode, level: int) -> Node:
         self.check_tag(node, "map")
@@ -126,15 +126,15 @@ class _Builder:
         for key_node, value_node in node.value:
             place = self.mark(key_node)
             if key_node.tag != _TAG + "str":
-                self.fault(key_node, "a key that is no text", "a key of text", "put it in quotes if it is meant")
+                self.diagnostic(key_node, "a key that is no text", "a key of text", "put it in quotes if it is meant")
                 continue
             key = str(key_node.value)
             if key == "<<" and key_node.style is None:
-                self.fault(key_node, "a merge key <<", "keys written out", "YAML 1.2 has no merge keys")
+                self.diagnostic(key_node, "a merge key <<", "keys written out", "YAML 1.2 has no merge keys")
                 continue
             entry = self.node(value_node, level + 1)
             if key in keys:
-                self.faults.append(repeated_key(key, keys[key], place))
+                self.diagnostics.append(repeated_key(key, keys[key], place))
             else:
                 entries[key], keys[key] = entry, place
         return MappingNode(entries, keys, self.mark(node))
@@ -151,7 +151,7 @@ class _Builder:
         elif tag == "float" and _FLOAT.fullmatch(text):
             value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         elif tag != "str":
-            self.fault(
+            self.diagnostic(
                 node, f"{text[:40]} with the tag {node.tag.replace(_TAG, '!!')}", "a plain value", "remove the tag"
             )
         return ScalarNode(value, text, self.mark(node))

@@ -112,10 +112,10 @@ def deal(lengths: Sequence[int], slots: int, capacity: int) -> list[list[int]]:
     assert len(lengths) <= slots * capacity
     filled: list[list[int]] = [[] for _ in range(slots)]
     tokens = [0] * slots
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         slot = min((s for s in range(slots) if len(filled[s]) < capacity), key=lambda s: (tokens[s], s))
-        filled[slot].append(place)
-        tokens[slot] += lengths[place]
+        filled[slot].append(index)
+        tokens[slot] += lengths[index]
     return filled
 
 

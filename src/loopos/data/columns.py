@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
-from loopos.config.diagnostics import DataError, Fault, Remedy
+from loopos.config.diagnostics import DataError, Diagnostic, Remedy
 from loopos.data.record import shown
 
 COLUMN = "COLUMN"
@@ -107,56 +107,56 @@ def column_remedy(lead: str, *roles: tuple[str, str]) -> Remedy:
     return Remedy(lead, tuple((f"data.columns.{role}", column) for role, column in roles))
 
 
-def not_found(role: str, columns: Sequence[str], tiers: Sequence[frozenset[str]], source: str) -> Fault:
+def not_found(role: str, columns: Sequence[str], tiers: Sequence[frozenset[str]], source: str) -> Diagnostic:
     """The fault of a role whose column goes by none of the names in `tiers`."""
     sentence = f"no {role} column found. Columns: {listed(columns)}"
     remedy = column_remedy(CHOOSE_ONE, (role, likely(columns, tiers) or COLUMN))
-    return Fault(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
+    return Diagnostic(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
 
 
-def ambiguous(role: str, found: Sequence[str], columns: Sequence[str], source: str) -> Fault:
+def ambiguous(role: str, found: Sequence[str], columns: Sequence[str], source: str) -> Diagnostic:
     """The fault of several columns, or pairs of them ("a with b"), that fit a role equally well."""
     sentence = f"{len(found)} columns may be the {role}: {', '.join(found)}. Columns: {listed(columns)}"
     remedy = column_remedy(CHOOSE_ONE, (role, found[0].partition(" with ")[0]))
-    return Fault(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
+    return Diagnostic(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
 
 
-def override_faults(
+def override_diagnostics(
     columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
-) -> list[Fault]:
+) -> list[Diagnostic]:
     """The faults of roles and columns of `data.columns` that are not there, and of a column in two roles.
 
     overrides: (role, column); None for a role that no column plays.
     """
     taken: dict[str, str] = {}
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     for role, column in overrides:
         field = f"data.columns.{role}"
         if role not in roles:
             near = difflib.get_close_matches(role, roles, n=1)
             hint = f"did you mean {near[0]}?" if near else ""
-            faults.append(Fault(source, None, None, field, shown(role), f"one of {', '.join(roles)}", hint))
+            diagnostics.append(Diagnostic(source, None, None, field, shown(role), f"one of {', '.join(roles)}", hint))
         elif column is not None and column not in columns:
             near_column = closest(column, columns)
             hint = f"did you mean {json.dumps(near_column, ensure_ascii=False)}?" if near_column is not None else ""
             remedy = column_remedy("set", (role, near_column)) if near_column is not None else None
             sentence = f"no column {shown(column)}. Columns: {listed(columns)}"
-            faults.append(Fault(source, None, None, field, sentence, "", hint, remedy))
+            diagnostics.append(Diagnostic(source, None, None, field, sentence, "", hint, remedy))
         elif column is not None and column in taken:
-            given = f"{shown(column)}, which serves {taken[column]} too"
-            faults.append(Fault(source, None, None, field, given, "a column for each role"))
+            actual = f"{shown(column)}, which serves {taken[column]} too"
+            diagnostics.append(Diagnostic(source, None, None, field, actual, "a column for each role"))
         if column is not None:
             taken.setdefault(column, role)
-    return faults
+    return diagnostics
 
 
 def check_overrides(
     columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
 ) -> None:
-    """Raises `DataError` with all `override_faults`."""
-    faults = override_faults(columns, overrides, roles, source)
-    if faults:
-        raise DataError(faults)
+    """Raises `DataError` with all `override_diagnostics`."""
+    diagnostics = override_diagnostics(columns, overrides, roles, source)
+    if diagnostics:
+        raise DataError(diagnostics)
 
 
 def _words(name: str) -> list[str]:
@@ -228,10 +228,10 @@ class Fit(Generic[Kind]):
 
     shape: Shape[Kind]
     columns: Mapping[str, str]
-    doubt: Fault | None
+    doubt: Diagnostic | None
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """The sentence that says format and columns."""
         served = ", ".join(f'{role} <- "{column}"' for role, column in self.columns.items())
         return f"format: {self.shape.kind} ({served})"
@@ -270,16 +270,18 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides,
     chosen = {role: column for role, column in overrides.items() if column is not None}
     tiers = [[shape for shape in tier if set(chosen) <= set(shape.roles)] for tier in family.tiers]
     if not any(tiers):
-        given = f"the roles {', '.join(chosen)} together"
-        wanted = "roles of one format: " + "; ".join(", ".join(shape.roles) for tier in family.tiers for shape in tier)
-        raise DataError([Fault(source, None, None, "data.columns", given, wanted)])
+        actual = f"the roles {', '.join(chosen)} together"
+        expected = "roles of one format: " + "; ".join(
+            ", ".join(shape.roles) for tier in family.tiers for shape in tier
+        )
+        raise DataError([Diagnostic(source, None, None, "data.columns", actual, expected)])
     for tier in tiers:
         fits = [fit for shape in tier if (fit := _fit(shape, names, columns, chosen, source)) is not None]
         if len(fits) > 1:
             called, choice = family.rivals(fits)
-            given = f"columns of {len(fits)} formats: {called} ({listed(columns)})"
+            actual = f"columns of {len(fits)} formats: {called} ({listed(columns)})"
             remedy = column_remedy(CHOOSE_ONE, choice)
-            raise DataError([Fault(source, None, None, "data.columns", given, "one format", "", remedy)])
+            raise DataError([Diagnostic(source, None, None, "data.columns", actual, "one format", "", remedy)])
         if fits:
             if fits[0].doubt is not None:
                 raise DataError([fits[0].doubt])
@@ -287,7 +289,7 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides,
     missing = f" (with {', '.join(chosen)} given)" if chosen else ""
     sentence = f"these columns make no known format{missing}: {listed(columns)}. Known: {family.examples}"
     remedy = column_remedy("name the columns", *family.choice)
-    raise DataError([Fault(source, None, None, "data.columns", sentence, "", "", remedy)])
+    raise DataError([Diagnostic(source, None, None, "data.columns", sentence, "", "", remedy)])
 
 
 def _fit(
@@ -300,7 +302,7 @@ def _fit(
     """The shape with the column of each role that has one, or None where a needed column is not there."""
     free = [name for name in columns if name not in overrides.values()]
     found = dict(overrides)
-    doubt: Fault | None = None
+    doubt: Diagnostic | None = None
     for role in shape.roles:
         fitting = [] if role in found else candidates(free, names.get(role, ()))
         if len(fitting) > 1 and doubt is None:

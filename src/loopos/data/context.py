@@ -34,8 +34,8 @@ CONTEXT_NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
 }  # fmt: skip
 """The names of their columns in tiers."""
 
-_CONTEXT_WANTED = "a text, or a list of texts"
-_CHOICES_WANTED = "a list of texts, or an object with a text for each letter"
+_CONTEXT_EXPECTED = "a text, or a list of texts"
+_CHOICES_EXPECTED = "a list of texts, or an object with a text for each letter"
 
 
 def with_context(fields: RowFields, role: str) -> str:
@@ -46,8 +46,8 @@ def with_context(fields: RowFields, role: str) -> str:
 
 def context_parts(fields: RowFields) -> list[str]:
     """What a row holds beside its question, in order; nothing for columns that are not there, null or blank."""
-    given = fields.optional_text("input")
-    parts = [given] if given is not None else []
+    actual = fields.optional_text("input")
+    parts = [actual] if actual is not None else []
     context = _context(fields)
     parts += [context] if context else []
     choices = fields.structure("choices")
@@ -70,10 +70,10 @@ def chosen_letter(fields: RowFields, answer: str) -> str:
     is_place = place < len(choices)
     if answer in texts and not (is_place and texts[place] != answer):
         return answer
-    wanted, hint = f"a letter, or a place from 0 to {len(choices) - 1}", "write the letter of the right choice"
+    expected, hint = f"a letter, or a place from 0 to {len(choices) - 1}", "write the letter of the right choice"
     if answer in texts or not is_place:
-        given = f"{answer}, which is the text of one choice and the place of another" if is_place else answer
-        fields.add("answer is no choice", fields.field("answer"), given, wanted, hint)
+        actual = f"{answer}, which is the text of one choice and the place of another" if is_place else answer
+        fields.add("answer is no choice", fields.field("answer"), actual, expected, hint)
         return ""
     return choices[place][0]
 
@@ -87,7 +87,7 @@ def _context(fields: RowFields) -> str:
         return fields.optional_text("context") or ""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(item for item in value if item.strip())
-    _add(fields, "context", value, _CONTEXT_WANTED)
+    _add(fields, "context", value, _CONTEXT_EXPECTED)
     return ""
 
 
@@ -106,18 +106,18 @@ def _lettered(fields: RowFields) -> list[tuple[str, str]]:
         texts, letters = value, None
     else:
         if value is not None and not isinstance(value, str):
-            _add(fields, "choices", value, _CHOICES_WANTED)
+            _add(fields, "choices", value, _CHOICES_EXPECTED)
         return []
     texts = [str(text) if is_number(text) else text for text in texts]
     if letters is None or all(letter is None for letter in letters):
         letters = list(string.ascii_uppercase[: len(texts)])
     fits = len(letters) == len(texts) and all(isinstance(item, str) and item.strip() for item in (*texts, *letters))
     if not fits:
-        _add(fields, "choices", value, _CHOICES_WANTED)
+        _add(fields, "choices", value, _CHOICES_EXPECTED)
         return []
     return list(zip(letters, texts, strict=True))
 
 
-def _add(fields: RowFields, role: str, value: object, wanted: str) -> None:
+def _add(fields: RowFields, role: str, value: object, expected: str) -> None:
     hint = f'to leave it out: data.columns: {{"{role}": null}}'
-    fields.add(f"{role} does not fit", fields.field(role), f"{shown(value)} ({kind_name(value)})", wanted, hint)
+    fields.add(f"{role} does not fit", fields.field(role), f"{shown(value)} ({kind_name(value)})", expected, hint)

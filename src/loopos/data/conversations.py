@@ -38,10 +38,10 @@ _ROLES: Mapping[str, str] = {
 """The names of speakers in data sets → the role that a chat template knows."""
 
 _NAMES = (("role", "content"), ("from", "value"))
-_MESSAGE_WANTED = 'a message such as {"role": "user", "content": "..."}'
+_MESSAGE_EXPECTED = 'a message such as {"role": "user", "content": "..."}'
 _WEIGHT = "weight"
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_PART_WANTED = 'text, or parts {"type": "text", "text": "..."}'
+_PART_EXPECTED = 'text, or parts {"type": "text", "text": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,36 +109,36 @@ def messages_of(fields: RowFields, role: str) -> list[Message]:
     return found
 
 
-def message_of(fields: RowFields, place: str, value: object) -> Message | None:
+def message_of(fields: RowFields, source: str, value: object) -> Message | None:
     """The message that a value at `place` of a row holds; None, with `fields.problems` filled, where it holds none."""
     if not isinstance(value, dict):
-        fields.add("message is no object", place, f"{shown(value)} ({kind_name(value)})", _MESSAGE_WANTED)
+        fields.add("message is no object", source, f"{shown(value)} ({kind_name(value)})", _MESSAGE_EXPECTED)
         return None
     names = next((pair for pair in _NAMES if pair[0] in value), None)
     if names is None:
-        given = f"an object with {', '.join(shown(name) for name in value) or 'nothing'}"
-        fields.add("message has no role", place, given, _MESSAGE_WANTED)
+        actual = f"an object with {', '.join(shown(name) for name in value) or 'nothing'}"
+        fields.add("message has no role", source, actual, _MESSAGE_EXPECTED)
         return None
     speaker, told = names
     role = _ROLES.get(value[speaker].strip().lower()) if isinstance(value[speaker], str) else None
     if role is None:
-        wanted = f"one of {', '.join(_ROLES)}"
-        fields.add("unknown role", f"{place}.{speaker}", shown(value[speaker]), wanted)
+        expected = f"one of {', '.join(_ROLES)}"
+        fields.add("unknown role", f"{source}.{speaker}", shown(value[speaker]), expected)
         return None
     more = {key: item for key, item in value.items() if key not in (speaker, told, _WEIGHT) and item is not None}
-    more = with_calls(fields, place, more)
-    content = _content(fields, f"{place}.{told}", value.get(told), is_optional=CALLS in more)
-    return Message(role, content, _weight(fields, place, role, value.get(_WEIGHT)), more)
+    more = with_calls(fields, source, more)
+    content = _content(fields, f"{source}.{told}", value.get(told), is_optional=CALLS in more)
+    return Message(role, content, _weight(fields, source, role, value.get(_WEIGHT)), more)
 
 
-def with_system(fields: RowFields, messages: Sequence[Message], said: str) -> tuple[Message, ...]:
-    """The messages behind that of the system's column, which must hold the only words of the system. `said`: what to
+def with_system(fields: RowFields, messages: Sequence[Message], summary: str) -> tuple[Message, ...]:
+    """The messages behind that of the system's column, which must hold the only words of the system. `summary`: what to
     call the messages in a fault.
     """
     system = fields.optional_text("system")
     if system is not None and messages and messages[0].role in ("system", "developer"):
-        given = f"a system message at the start of {said} too"
-        fields.add("two system messages", fields.field("system"), given, "the system's words in one place")
+        actual = f"a system message at the start of {summary} too"
+        fields.add("two system messages", fields.field("system"), actual, "the system's words in one place")
     return (*_spoken("system", system), *messages)
 
 
@@ -162,8 +162,8 @@ def _history(fields: RowFields) -> list[Message]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
-        given = f"{shown(value)} ({kind_name(value)})"
-        fields.add("history is no list of pairs", fields.field("history"), given, 'pairs [["asked", "answered"], ...]')
+        actual = f"{shown(value)} ({kind_name(value)})"
+        fields.add("history is no list of pairs", fields.field("history"), actual, 'pairs [["asked", "answered"], ...]')
         return []
     for number, (asked, answered) in enumerate(value):
         place = f"{fields.field('history')}[{number}]"
@@ -172,7 +172,7 @@ def _history(fields: RowFields) -> list[Message]:
     return messages
 
 
-def _content(fields: RowFields, place: str, value: object, *, is_optional: bool) -> str:
+def _content(fields: RowFields, source: str, value: object, *, is_optional: bool) -> str:
     """The words of a message: a text, or a list of text parts, which are joined."""
     if is_optional and (value is None or value == ""):
         return ""
@@ -182,13 +182,13 @@ def _content(fields: RowFields, place: str, value: object, *, is_optional: bool)
             text = _text_of(part)
             if text is None:
                 kind = part.get("type") if isinstance(part, dict) else None
-                given = f"a part of the type {shown(kind)}" if kind is not None else f"a part {shown(part)}"
+                actual = f"a part of the type {shown(kind)}" if kind is not None else f"a part {shown(part)}"
                 hint = "images, sound and files are not learned: take them out of the rows, or the rows themselves"
-                fields.add("content is not text alone", f"{place}[{number}]", given, _PART_WANTED, hint)
+                fields.add("content is not text alone", f"{source}[{number}]", actual, _PART_EXPECTED, hint)
                 return ""
             texts.append(text)
         value = "".join(texts)
-    return fields.checked("content", place, value)
+    return fields.checked("content", source, value)
 
 
 def _text_of(part: object) -> str | None:
@@ -199,15 +199,15 @@ def _text_of(part: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _weight(fields: RowFields, place: str, role: str, value: object) -> float:
+def _weight(fields: RowFields, source: str, role: str, value: object) -> float:
     """The factor on the loss of an assistant's message: 1 where nothing is said."""
     if role != ASSISTANT and value not in (None, 0):
-        given = f"{shown(value)} on a message of the {role}"
+        actual = f"{shown(value)} on a message of the {role}"
         hint = "train_on all learns what users say too"
-        fields.add("weight on what is not learned", f"{place}.{_WEIGHT}", given, "0, or no weight", hint)
+        fields.add("weight on what is not learned", f"{source}.{_WEIGHT}", actual, "0, or no weight", hint)
     if value is None or role != ASSISTANT:
         return 1.0
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        fields.add("weight is no factor", f"{place}.{_WEIGHT}", shown(value), "a number >= 0")
+        fields.add("weight is no factor", f"{source}.{_WEIGHT}", shown(value), "a number >= 0")
         return 1.0
     return float(value)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.pretraining import PretrainingDataSection
 from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_text
@@ -25,10 +25,10 @@ _BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in their order. `said`: what was read, in words."""
+    """Documents in their order. `summary`: what was read, in words."""
 
     documents: tuple[str, ...]
-    said: str
+    summary: str
 
 
 @handed_over
@@ -49,12 +49,12 @@ def read_corpus(
     if Path(source).is_file() and name.endswith(_TEXT_FILES):
         parts = [part.strip() for part in _BLANK_LINES.split(read_text(source, rules))]
         documents = tuple(part for part in parts if part)[:max_rows]
-        said = f"{source}: {len(documents)} documents, parted by blank lines"
+        summary = f"{source}: {len(documents)} documents, parted by blank lines"
     else:
         reader = rows.read(source, max_rows=max_rows, rules=rules)
         examples, report = read_labelled(reader, dict(columns), require_label=False)
         documents = tuple(example.text for example in examples)
-        said = f"{source}: {len(documents)} documents; {'; '.join(report.said)}; {account(report)}"
+        summary = f"{source}: {len(documents)} documents; {'; '.join(report.summary)}; {account(report)}"
     if not documents:
-        raise DataError([Fault(source, None, None, "text", "no text", "at least one document")])
-    return Corpus(documents, said)
+        raise DataError([Diagnostic(source, None, None, "text", "no text", "at least one document")])
+    return Corpus(documents, summary)

@@ -32,7 +32,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopos.config.diagnostics import DataError, EnvironmentFault, Remedy
+from loopos.config.diagnostics import DataError, MissingRequirement, Remedy
 from loopos.config.sections import MAX_EXPANSION, MAX_LINE_BYTES
 from loopos.config.source import special_file
 from loopos.data.record import file_error
@@ -158,7 +158,7 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
     try:
         import zstandard
     except ModuleNotFoundError as error:
-        raise EnvironmentFault(
+        raise MissingRequirement(
             f"{path}: reading .zst files needs the package zstandard: pip install zstandard"
         ) from error
     decompressor, begun = zstandard.ZstdDecompressor().decompressobj(), False
@@ -216,7 +216,7 @@ _SIGNATURES = (
 )
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _ENCODING = "data.encoding"
-_TEXT_WANTED = "UTF-8 text (or UTF-16 with a byte order mark)"
+_TEXT_EXPECTED = "UTF-8 text (or UTF-16 with a byte order mark)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +282,13 @@ def _narrow_lines(
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
-            place = offset + error.start
-            given = f"byte 0x{raw[error.start]:02x} at byte offset {place}, which is not {_written(encoding)}"
+            position = offset + error.start
+            actual = f"byte 0x{raw[error.start]:02x} at byte offset {position}, which is not {_written(encoding)}"
             column = len(raw[: error.start].decode(encoding, errors="replace")) + 1
-            wanted = _TEXT_WANTED if encoding == "utf-8" else f"{_written(encoding)} text"
+            expected = _TEXT_EXPECTED if encoding == "utf-8" else f"{_written(encoding)} text"
             hint, remedy = _encoding_advice(raw, encoding)
             raise file_error(
-                path, given, wanted, hint, line=number, column=column, field="encoding", remedy=remedy
+                path, actual, expected, hint, line=number, column=column, field="encoding", remedy=remedy
             ) from error
         yield number, line
         offset += len(raw) + 1
@@ -316,7 +316,7 @@ def _wide_lines(path: str, data: bytes, encoding: str, limit: int | None) -> Ite
         raise file_error(
             path,
             f"bytes at byte offset {error.start} that are not {encoding.upper()}{why}",
-            _TEXT_WANTED,
+            _TEXT_EXPECTED,
             "save the file again as UTF-8",
             line=readable.count("\n") + 1,
             field="encoding",
@@ -377,7 +377,7 @@ def _check_signature(path: str, head: bytes, encoding: str | None) -> None:
             raise file_error(
                 path,
                 name,
-                f"{_TEXT_WANTED}, as the file's name says",
+                f"{_TEXT_EXPECTED}, as the file's name says",
                 "name the file after its content (.csv.gz, .jsonl.zst, .parquet, .arrow), or export it as CSV or JSON",
                 line=1,
                 field="encoding",
@@ -389,7 +389,7 @@ def _check_signature(path: str, head: bytes, encoding: str | None) -> None:
             raise file_error(
                 path,
                 "what looks like UTF-16 without a byte order mark",
-                _TEXT_WANTED,
+                _TEXT_EXPECTED,
                 "save the file again as UTF-8",
                 line=1,
                 field="encoding",

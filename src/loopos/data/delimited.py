@@ -1,7 +1,7 @@
 """Delimited text (CSV, TSV) → records, each with the physical line it begins on.
 
 Enters: numbered lines of a file whose first line is the header. Leaves: a `Record` with one string a column, or a
-`Fault` for a row with too many or too few cells, a NUL character, or text after a closing quote.
+`Diagnostic` for a row with too many or too few cells, a NUL character, or text after a closing quote.
 Quotes follow RFC 4180: a cell may be quoted, holds line ends and delimiters then, and doubles its own quotes; a quote
 inside an unquoted cell is an ordinary character. The standard library's `csv` is not used: it keeps neither the place
 of a quote nor that of a cell, and needs a process-wide setting to read a long one.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -48,18 +48,18 @@ def delimited_records(lines: Iterator[tuple[int, str]], source: str, delimiter: 
             try:
                 cells = split_record(number, line, lines, delimiter)
             except BrokenQuote as broken:
-                fault = _quote_fault(source, broken, header)
+                diagnostic = _quote_diagnostic(source, broken, header)
                 if broken.spans_lines:
-                    raise DataError([fault]) from broken
-                yield fault
+                    raise DataError([diagnostic]) from broken
+                yield diagnostic
                 continue
         else:
             cells = line.removesuffix("\r").split(delimiter)
         if len(cells) != width:
-            yield _width_fault(source, number, cells, header, header_line)
+            yield _width_diagnostic(source, number, cells, header, header_line)
         elif any("\0" in cell for cell in cells):
             name = next(name for name, cell in zip(header, cells, strict=True) if "\0" in cell)
-            yield Fault(source, number, None, name, "a NUL character (byte 0)", "text", "remove the byte")
+            yield Diagnostic(source, number, None, name, "a NUL character (byte 0)", "text", "remove the byte")
         else:
             yield Record(number, dict(zip(header, cells, strict=True)))
 
@@ -123,7 +123,7 @@ def _header(
         try:
             names = [name.strip() for name in split_record(number, line, lines, delimiter)]
         except BrokenQuote as broken:
-            raise DataError([_quote_fault(source, broken, [])]) from broken
+            raise DataError([_quote_diagnostic(source, broken, [])]) from broken
         return _checked_header(names, number, source, report), number, delimiter
     raise file_error(source, "blank lines only", "a header line and rows", "for example: text,label", line=1)
 
@@ -176,23 +176,25 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
     return names
 
 
-def _width_fault(source: str, number: int, cells: Sequence[str], header: list[str], header_line: int) -> Fault:
+def _width_diagnostic(
+    source: str, number: int, cells: Sequence[str], header: list[str], header_line: int
+) -> Diagnostic:
     if len(cells) < len(header):
         field, hint = header[len(cells)], "add the missing cells; an empty one needs its delimiter"
     else:
         field, hint = f"cell {len(header) + 1}", "put a cell that holds the delimiter into double quotes"
     names = ", ".join(header) if len(header) <= 8 else ", ".join(header[:8]) + ", ..."
-    given = f"{len(cells)} cell{'s' if len(cells) != 1 else ''}"
-    return Fault(
-        source, number, None, field, given, f"{len(header)}, as the header on line {header_line} ({names})", hint
+    actual = f"{len(cells)} cell{'s' if len(cells) != 1 else ''}"
+    return Diagnostic(
+        source, number, None, field, actual, f"{len(header)}, as the header on line {header_line} ({names})", hint
     )
 
 
-def _quote_fault(source: str, broken: BrokenQuote, header: list[str]) -> Fault:
+def _quote_diagnostic(source: str, broken: BrokenQuote, header: list[str]) -> Diagnostic:
     field = (
         header[broken.cell] if broken.cell < len(header) else ("header" if not header else f"cell {broken.cell + 1}")
     )
-    return Fault(
+    return Diagnostic(
         source,
         broken.line,
         broken.column,

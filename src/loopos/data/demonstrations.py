@@ -19,8 +19,8 @@ from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
 
 HASHES = "####"
-_REASONING_WANTED = "a list of steps, or one text with a step a line"
-_ANSWER_WANTED = "a text or a number"
+_REASONING_EXPECTED = "a list of steps, or one text with a step a line"
+_ANSWER_EXPECTED = "a text or a number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ def demonstration(fields: RowFields, step_format: StepFormat) -> Demonstration |
         if reason is not None:
             role = "reasoning" if reason.startswith("step ") and fields.has("reasoning") else "answer"
             hint = "write one step an entry, or choose another data.step_format"
-            wanted = "steps and an answer that the step format can hold"
-            fields.add("reasoning does not fit the step format", fields.field(role), reason, wanted, hint)
+            expected = "steps and an answer that the step format can hold"
+            fields.add("reasoning does not fit the step format", fields.field(role), reason, expected, hint)
     if fields.problems:
         return None
     return Demonstration(problem.strip(), steps, answer, fields.row, system)
@@ -60,8 +60,8 @@ def _chain(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
     if not fields.has("reasoning"):
         return (_split(before, delimiter), after.strip()) if hashes else ((), answer)
     if hashes and before.strip():
-        given = f"{shown(answer)}, with reasoning before {HASHES}, beside {shown(fields.field('reasoning'))}"
-        fields.add("answer holds reasoning", fields.field("answer"), given, "the reasoning in one place")
+        actual = f"{shown(answer)}, with reasoning before {HASHES}, beside {shown(fields.field('reasoning'))}"
+        fields.add("answer holds reasoning", fields.field("answer"), actual, "the reasoning in one place")
     return _steps(fields, delimiter), after.strip() if hashes else answer
 
 
@@ -72,10 +72,10 @@ def _solution(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
         return (), ""
     _, hashes, answer = "\n".join(steps).rpartition(HASHES)
     if not hashes or not answer.strip() or "\n" in answer:
-        given = f"a solution that ends in {shown(steps[-1] if steps else '')}, and no answer column"
+        actual = f"a solution that ends in {shown(steps[-1] if steps else '')}, and no answer column"
         remedy = column_remedy("or name its column", ("answer", COLUMN))
         fields.add(
-            "answer is missing", fields.field("reasoning"), given, f"{HASHES} answer in the last line", "", remedy
+            "answer is missing", fields.field("reasoning"), actual, f"{HASHES} answer in the last line", "", remedy
         )
         return (), ""
     kept = list(steps[:-1])
@@ -89,8 +89,8 @@ def _answer(fields: RowFields) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if isinstance(value, bool | float | list | dict):
-        given = f"{shown(value)} ({kind_name(value)})"
-        fields.add("answer is not a text", fields.field("answer"), given, _ANSWER_WANTED)
+        actual = f"{shown(value)} ({kind_name(value)})"
+        fields.add("answer is not a text", fields.field("answer"), actual, _ANSWER_EXPECTED)
         return ""
     return fields.text("answer").strip()
 
@@ -105,20 +105,20 @@ def _steps(fields: RowFields, delimiter: str) -> tuple[str, ...]:
     if value == []:
         return ()
     if isinstance(value, list):
-        steps = [fields.checked("reasoning step", f"{field}[{place}]", step) for place, step in enumerate(value)]
+        steps = [fields.checked("reasoning step", f"{field}[{index}]", step) for index, step in enumerate(value)]
         return tuple(step.strip() for step in steps)
     if isinstance(value, str) and value.strip():
         problem = unicode_problem(value)
         if problem is not None:
-            fields.add(f"reasoning {problem[0]}", field, problem[1], _REASONING_WANTED, problem[2])
+            fields.add(f"reasoning {problem[0]}", field, problem[1], _REASONING_EXPECTED, problem[2])
         return _split(value, delimiter)
     if value is None or isinstance(value, str):
         hint = "an empty list means an answer without reasoning"
-        given = "null" if value is None else shown(value)
-        fields.add("reasoning is blank", field, given, _REASONING_WANTED, hint)
+        actual = "null" if value is None else shown(value)
+        fields.add("reasoning is blank", field, actual, _REASONING_EXPECTED, hint)
     else:
-        given = f"{shown(value)} ({kind_name(value)})"
-        fields.add("reasoning is not a text", field, given, _REASONING_WANTED)
+        actual = f"{shown(value)} ({kind_name(value)})"
+        fields.add("reasoning is not a text", field, actual, _REASONING_EXPECTED)
     return ()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.columns import (
     LABEL_TIERS,
     PAIRS,
@@ -23,7 +23,7 @@ from loopos.data.columns import (
     candidates,
     listed,
     not_found,
-    override_faults,
+    override_diagnostics,
     plain_name,
     recalled,
     unread,
@@ -47,7 +47,7 @@ class LabelledFormat:
     text: str
     text_pair: str | None
     label: str | None
-    said: str
+    summary: str
     label_required: bool = True
     verdict: str | None = None
 
@@ -84,11 +84,11 @@ def detect(
     Raises `DataError`: an override that fits no role or column, no candidate for a role, or several.
     """
     overrides = recalled(columns, {str(role): name for role, name in overrides.items()}, remembered or {}, ROLES)
-    faults = override_faults(columns, overrides.items(), ROLES, source)
+    diagnostics = override_diagnostics(columns, overrides.items(), ROLES, source)
     taken = [column for role, column in overrides.items() if role in ROLES]
     free = [name for name in columns if name not in taken]
     label = overrides.get("label")
-    no_label: list[Fault] = []
+    no_label: list[Diagnostic] = []
     if label is None:
         found = candidates(free, LABEL_TIERS)
         label = found[0] if len(found) == 1 else None
@@ -97,16 +97,16 @@ def detect(
         free = [name for name in free if name != label]
     text, pair = overrides.get("text"), overrides.get("text_pair")
     if text is None:
-        text, pair, fault = _text_columns(free, pair, columns, source)
-        faults += [fault] if fault is not None else []
-    if faults or no_label:
-        raise DataError([*faults, *no_label])
+        text, pair, diagnostic = _text_columns(free, pair, columns, source)
+        diagnostics += [diagnostic] if diagnostic is not None else []
+    if diagnostics or no_label:
+        raise DataError([*diagnostics, *no_label])
     assert text is not None, "without a text there is a fault"
     served = [("text", text), ("text_pair", pair), ("label", label)]
-    said = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
+    summary = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
     left = unread(columns, (text, pair, label))
     verdict = next((name for name in left if plain_name(name) == VERDICT), None) if require_label else None
-    return LabelledFormat(text, pair, label, said, require_label, verdict)
+    return LabelledFormat(text, pair, label, summary, require_label, verdict)
 
 
 def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
@@ -117,7 +117,7 @@ def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
     """
     problems = _problems(row, form)
     if problems:
-        raise DataError([fault for _, fault in problems])
+        raise DataError([diagnostic for _, diagnostic in problems])
     return _example(row, form)
 
 
@@ -136,7 +136,7 @@ def read_labelled(
 
     def example_of(row: Row, form: LabelledFormat) -> Labelled | Unusable:
         problems = _problems(row, form)
-        return Unusable(problems[0][0], [fault for _, fault in problems]) if problems else _example(row, form)
+        return Unusable(problems[0][0], [diagnostic for _, diagnostic in problems]) if problems else _example(row, form)
 
     examples, form, report = read_examples(
         reader,
@@ -163,8 +163,8 @@ def _accepted(
     kept = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict == "accept"]
     counted = Counter(f'"{form.verdict}" is {verdict}' for verdict in verdicts if verdict != "accept")
     if not kept:
-        given, wanted = f"no row whose {shown(form.verdict)} is accept", "at least one accepted row"
-        raise DataError([Fault(examples[0].row.source, None, None, form.verdict, given, wanted)])
+        actual, expected = f"no row whose {shown(form.verdict)} is accept", "at least one accepted row"
+        raise DataError([Diagnostic(examples[0].row.source, None, None, form.verdict, actual, expected)])
     return kept, replace(report, used=len(kept), dropped={**report.dropped, **counted})
 
 
@@ -193,7 +193,7 @@ def _pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
 
 def _text_columns(
     free: Sequence[str], pair: str | None, columns: Sequence[str], source: str
-) -> tuple[str | None, str | None, Fault | None]:
+) -> tuple[str | None, str | None, Diagnostic | None]:
     """Text column and its partner among the columns that no other role has, or the fault of the choice.
 
     pair: the partner where `data.columns` names it.
@@ -213,16 +213,16 @@ def _text_columns(
     return None, None, not_found("text", columns, TEXT_TIERS, source)
 
 
-def _no_label(columns: Sequence[str], taken: Sequence[str], source: str) -> Fault:
+def _no_label(columns: Sequence[str], taken: Sequence[str], source: str) -> Diagnostic:
     """The fault of data without a label; where no column has a known name, with what the first line must be."""
-    fault = not_found("label", columns, LABEL_TIERS, source)
+    diagnostic = not_found("label", columns, LABEL_TIERS, source)
     looks_named = any(plain_name(name) in tier for name in columns for tier in (*TEXT_TIERS, *LABEL_TIERS))
     if looks_named or set(taken) & set(columns):
-        return fault
-    return replace(fault, hint="In CSV and TSV the first line must be the header;")
+        return diagnostic
+    return replace(diagnostic, hint="In CSV and TSV the first line must be the header;")
 
 
-def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Fault]]:
+def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Diagnostic]]:
     """Why a row can't be used: a reason to count, with its fault."""
     found = []
     for role, column in (("text", form.text), ("text_pair", form.text_pair)):
@@ -233,8 +233,8 @@ def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Fault]]:
             ("label", form.label, _label_problem(row.values, form.label), "a class, a number or a list of classes")
         )
     return [
-        (f"{role} {problem[0]}", Fault(row.place, row.line, None, column, problem[1], wanted, problem[2]))
-        for role, column, problem, wanted in found
+        (f"{role} {problem[0]}", Diagnostic(row.place, row.line, None, column, problem[1], expected, problem[2]))
+        for role, column, problem, expected in found
         if problem is not None
     ]
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from loopos.config.diagnostics import DataError, Fault
-from loopos.storage.durable import disk_full_said, write_whole
+from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.storage.durable import explain_disk_full, write_whole
 from loopos.storage.hub import quiet_datasets
 from loopos.storage.whole_folder import remove, whole_folder
 
@@ -37,7 +37,7 @@ class Frame(Protocol):
     def to_json(self, path_or_buf: Any, *, orient: str, lines: bool, force_ascii: bool) -> Any: ...
 
 
-GivenRows: TypeAlias = Iterable[Mapping[str, object]] | SavesItself | Frame
+InMemoryRows: TypeAlias = Iterable[Mapping[str, object]] | SavesItself | Frame
 
 
 def are_rows(value: object) -> bool:
@@ -52,7 +52,7 @@ def written(rows: object, folder: Path, name: str) -> Path:
     if isinstance(rows, Mapping):
         splits = ", ".join(map(str, list(rows)[:5]))
         got = f"a {type(rows).__name__} with the keys {splits}"
-        raise DataError([Fault(name, None, None, "", got, "rows: a list of dicts, a DataFrame or a Dataset")])
+        raise DataError([Diagnostic(name, None, None, "", got, "rows: a list of dicts, a DataFrame or a Dataset")])
     if isinstance(rows, SavesItself):
         return _written_dataset(rows, folder, name)
     if isinstance(rows, Frame):
@@ -61,10 +61,10 @@ def written(rows: object, folder: Path, name: str) -> Path:
         content = b"".join(_line(row, number, name) for number, row in enumerate(rows))
     else:
         got = f"{type(rows).__name__} {rows!r:.80}"
-        raise DataError([Fault(name, None, None, "", got, "rows: a list of dicts, a DataFrame or a Dataset")])
+        raise DataError([Diagnostic(name, None, None, "", got, "rows: a list of dicts, a DataFrame or a Dataset")])
     file = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:_DIGITS]}.jsonl"
     if not file.exists():
-        with disk_full_said(folder, len(content), "the rows"):
+        with explain_disk_full(folder, len(content), "the rows"):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, content)
     return file
@@ -80,21 +80,21 @@ def _written_dataset(rows: Any, folder: Path, name: str) -> Path:
     digest = hashlib.sha256(repr(rows.features).encode())
     for table in rows.with_format("arrow").iter(batch_size=_BATCH):
         digest.update(json.dumps(table.to_pylist(), default=repr).encode())
-    place = folder / f"{name}-{digest.hexdigest()[:_DIGITS]}"
-    if not place.exists():
-        with disk_full_said(folder, 1, "the rows"):
+    path = folder / f"{name}-{digest.hexdigest()[:_DIGITS]}"
+    if not path.exists():
+        with explain_disk_full(folder, 1, "the rows"):
             folder.mkdir(parents=True, exist_ok=True)
-            with whole_folder(place) as partial, quiet_datasets():
+            with whole_folder(path) as partial, quiet_datasets():
                 rows.save_to_disk(str(partial))
-    return place
+    return path
 
 
 def _line(row: object, number: int, name: str) -> bytes:
     if not isinstance(row, Mapping):
         got = f"{type(row).__name__} {row!r:.80}"
-        raise DataError([Fault(f"{name} (row {number})", None, None, "", got, "a dict of column to value")])
+        raise DataError([Diagnostic(f"{name} (row {number})", None, None, "", got, "a dict of column to value")])
     try:
         return (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         sentence = f"a value that JSON does not hold: {error}"
-        raise DataError([Fault(f"{name} (row {number})", None, None, "", sentence, "")]) from error
+        raise DataError([Diagnostic(f"{name} (row {number})", None, None, "", sentence, "")]) from error

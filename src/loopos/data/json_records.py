@@ -1,7 +1,7 @@
 """JSON and JSON Lines → records, each with the line it begins on.
 
 Enters: numbered lines (JSON Lines) or a whole text (a JSON array of objects, or an object with such an array under
-"data"). Leaves: a `Record` for each object, a `Fault` for a value that is no object, holds a name twice or NaN.
+"data"). Leaves: a `Record` for each object, a `Diagnostic` for a value that is no object, holds a name twice or NaN.
 A line of JSON Lines that is no JSON is a bad row; a syntax error in an array makes the file unreadable, since nothing
 marks where the next row begins. Left out: pandas' column-oriented JSON, refused by name.
 """
@@ -15,12 +15,12 @@ import re
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
 
 _BLANK = re.compile(r"[ \t\n\r]*")
-_OBJECT_WANTED = 'an object such as {"text": "...", "label": "..."}'
-_DOCUMENT_WANTED = 'an array of objects, {"data": [...]}, or one object a line (JSON Lines)'
+_OBJECT_EXPECTED = 'an object such as {"text": "...", "label": "..."}'
+_DOCUMENT_EXPECTED = 'an array of objects, {"data": [...]}, or one object a line (JSON Lines)'
 
 
 class JsonReader:
@@ -57,41 +57,43 @@ class JsonReader:
         try:
             return self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise DataError([self.syntax_fault(text, error.pos, error.msg, line)]) from error
+            raise DataError([self.syntax_diagnostic(text, error.pos, error.msg, line)]) from error
         except RecursionError as error:
-            raise DataError([self.syntax_fault(text, start, "nested too deeply", line)]) from error
+            raise DataError([self.syntax_diagnostic(text, start, "nested too deeply", line)]) from error
         except ValueError as error:
-            raise DataError([self.syntax_fault(text, start, "a number of too many digits", line)]) from error
+            raise DataError([self.syntax_diagnostic(text, start, "a number of too many digits", line)]) from error
 
-    def syntax_fault(self, text: str, position: int, reason: str, line: int | None) -> Fault:
+    def syntax_diagnostic(self, text: str, position: int, reason: str, line: int | None) -> Diagnostic:
         """The fault of a syntax error at `position` of `text`."""
         before = text.rfind("\n", 0, position) + 1
         number = line if line is not None else text.count("\n", 0, position) + 1
         end = text.find("\n", position)
         rest = text[position : end if end >= 0 else len(text)].rstrip("\r")
-        given = f"{shown(rest, 40)} ({reason})" if rest else f"the end of the line ({reason})"
-        return Fault(
+        actual = f"{shown(rest, 40)} ({reason})" if rest else f"the end of the line ({reason})"
+        return Diagnostic(
             self.source,
             number,
             position - before + 1,
             "JSON",
-            given,
+            actual,
             "valid JSON",
             _syntax_hint(rest, reason, line is not None),
         )
 
-    def record(self, value: object, line: int) -> Record | Fault:
+    def record(self, value: object, line: int) -> Record | Diagnostic:
         """The last decoded value as a row, or why it is none."""
         if not isinstance(value, dict):
             hint = "a row's values need names" if isinstance(value, list) else ""
-            return Fault(self.source, line, None, "row", shown(value), _OBJECT_WANTED, hint)
+            return Diagnostic(self.source, line, None, "row", shown(value), _OBJECT_EXPECTED, hint)
         if self._doubled:
             name = self._doubled[0]
-            return Fault(self.source, line, None, name, f"the name {shown(name)} twice in one object", "distinct names")
+            return Diagnostic(
+                self.source, line, None, name, f"the name {shown(name)} twice in one object", "distinct names"
+            )
         if self._constants:
             field = next((name for name, item in value.items() if _holds_constant(item)), "row")
-            wanted = "a number, or null (JSON has no NaN and no Infinity)"
-            return Fault(self.source, line, None, field, self._constants[0], wanted)
+            expected = "a number, or null (JSON has no NaN and no Infinity)"
+            return Diagnostic(self.source, line, None, field, self._constants[0], expected)
         return Record(line, value)
 
 
@@ -106,12 +108,12 @@ def json_lines(lines: Iterator[tuple[int, str]], source: str, report: ReadReport
         try:
             value, end = reader.decode(line, 0, number)
         except DataError as error:
-            yield error.faults[0]
+            yield error.diagnostics[0]
             continue
         rest = line[end:].strip()
         if rest:
             position = line.index(rest, end)
-            yield reader.syntax_fault(line, position, "more text behind the value", number)
+            yield reader.syntax_diagnostic(line, position, "more text behind the value", number)
         else:
             yield reader.record(value, number)
 
@@ -150,24 +152,26 @@ def json_document(text: str, source: str) -> Records:
     """
     start = _skip(text, 0)
     if start == len(text):
-        raise file_error(source, "blank text", _DOCUMENT_WANTED, line=1)
+        raise file_error(source, "blank text", _DOCUMENT_EXPECTED, line=1)
     reader = JsonReader(source)
     if text[start] == "[":
         end = yield from _array(reader, text, start)
     elif text[start] == "{":
         end = yield from _object_with_data(reader, text, start)
     else:
-        raise file_error(source, shown(text[start : start + 40]), _DOCUMENT_WANTED, line=text.count("\n", 0, start) + 1)
+        raise file_error(
+            source, shown(text[start : start + 40]), _DOCUMENT_EXPECTED, line=text.count("\n", 0, start) + 1
+        )
     behind = _skip(text, end)
     if text[start] == "{" and text.startswith("{", behind):
         line = text.count("\n", 0, behind) + 1
         hint = "put them into one array: [{...}, {...}], or write each on one line, in a file named .jsonl"
-        raise file_error(source, "a second object behind the first", _DOCUMENT_WANTED, hint, line=line)
+        raise file_error(source, "a second object behind the first", _DOCUMENT_EXPECTED, hint, line=line)
     if behind < len(text):
-        raise DataError([reader.syntax_fault(text, behind, "more text behind the document", None)])
+        raise DataError([reader.syntax_diagnostic(text, behind, "more text behind the document", None)])
 
 
-def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Fault, None, int]:
+def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Diagnostic, None, int]:
     """Yields the elements of the array whose bracket is at `start`; returns the position behind it."""
     position = _skip(text, start + 1)
     line, counted = text.count("\n", 0, position) + 1, position
@@ -183,7 +187,7 @@ def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Faul
         counted = position
 
 
-def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Record | Fault, None, int]:
+def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Record | Diagnostic, None, int]:
     """Yields the elements of the array under "data" of the object at `start`; returns the place behind the object."""
     names: dict[str, None] = {}
     lists: list[str] = []
@@ -194,10 +198,10 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
     while not closed:
         name, end = reader.decode(text, position)
         if not isinstance(name, str):
-            raise DataError([reader.syntax_fault(text, position, "a name in double quotes is wanted", None)])
+            raise DataError([reader.syntax_diagnostic(text, position, "a name in double quotes is expected", None)])
         colon = _skip(text, end)
         if not text.startswith(":", colon):
-            raise DataError([reader.syntax_fault(text, colon, "a colon is wanted", None)])
+            raise DataError([reader.syntax_diagnostic(text, colon, "a colon is expected", None)])
         if name in names:
             line = text.count("\n", 0, position) + 1
             raise file_error(reader.source, f"the name {shown(name)} twice", "distinct names", line=line, field=name)
@@ -221,8 +225,8 @@ def _no_rows(source: str, names: Sequence[str], lists: Sequence[str], line: int)
     hint = 'put the rows into a list under the key "data": {"data": [{"text": "...", "label": "..."}, ...]}'
     if len(lists) == 1:
         hint = f'if {shown(lists[0])} holds the rows, rename it to "data", or leave only its array in the file'
-    given = f'an object with {held} and no list of rows under the key "data"'
-    return file_error(source, given, _DOCUMENT_WANTED, hint, line=line, field="data")
+    actual = f'an object with {held} and no list of rows under the key "data"'
+    return file_error(source, actual, _DOCUMENT_EXPECTED, hint, line=line, field="data")
 
 
 def _after_member(reader: JsonReader, text: str, position: int, closing: str) -> tuple[int, bool]:
@@ -231,12 +235,12 @@ def _after_member(reader: JsonReader, text: str, position: int, closing: str) ->
     if text.startswith(closing, position):
         return position + 1, True
     if position == len(text):
-        raise DataError([reader.syntax_fault(text, position, f"no closing {closing}: is the file cut off?", None)])
+        raise DataError([reader.syntax_diagnostic(text, position, f"no closing {closing}: is the file cut off?", None)])
     if text[position] != ",":
-        raise DataError([reader.syntax_fault(text, position, f"a comma or {closing} is wanted", None)])
+        raise DataError([reader.syntax_diagnostic(text, position, f"a comma or {closing} is expected", None)])
     following = _skip(text, position + 1)
     if text.startswith(closing, following):
-        raise DataError([reader.syntax_fault(text, position, f"a comma before the closing {closing}", None)])
+        raise DataError([reader.syntax_diagnostic(text, position, f"a comma before the closing {closing}", None)])
     return following, False
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import formats, preference_formats, supervised_rows
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, listed, plain_name
 from loopos.data.formats import read_labelled
@@ -115,6 +115,6 @@ def _no_kind(
     doubtful = [error for error in refused.values() if "columns may be the" in str(error) or "formats:" in str(error)]
     if doubtful:
         return doubtful[0]
-    given = f"no columns of a known kind of data; there: {listed(columns)}"
+    actual = f"no columns of a known kind of data; there: {listed(columns)}"
     hint = "name them, as in --columns text=COLUMN --columns label=COLUMN. In CSV the first line must be the header"
-    return DataError([Fault(source, None, None, "columns", given, f"columns such as {_EXPECTED}", hint)])
+    return DataError([Diagnostic(source, None, None, "columns", actual, f"columns such as {_EXPECTED}", hint)])

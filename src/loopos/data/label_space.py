@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, TypeGuard
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.record import shown
 from loopos.data.rows import Row
 
@@ -41,7 +41,7 @@ class LabelSpace:
     keys: tuple[str, ...]
     label_kind: Kind
     num_outputs: int
-    said: str
+    summary: str
 
     def encode(self, label: object, row: Row, column: str = "label") -> int | float | list[int]:
         """A class's number, a multi-hot list [C] of 0 and 1, or a value in the user's unit, by `task`.
@@ -67,7 +67,7 @@ class LabelSpace:
         if len(set(places)) < len(places):
             hint = "list the classes that apply; a 0 or 1 for each class in turn is not read"
             raise label_error(row, column, label, "each class once", hint)
-        return [int(place in places) for place in range(self.num_outputs)]
+        return [int(index in places) for index in range(self.num_outputs)]
 
     def decode(self, encoded: float | Sequence[int]) -> str | int | bool | float | list[str | int | bool]:
         """The label in the user's terms: a class (a name, a whole number, true or false), a list of those, a value."""
@@ -78,14 +78,14 @@ class LabelSpace:
             assert isinstance(encoded, int)
             return self._class(encoded)
         assert isinstance(encoded, Sequence)
-        return [self._class(place) for place, chosen in enumerate(encoded) if chosen]
+        return [self._class(index) for index, chosen in enumerate(encoded) if chosen]
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        return {key: place for place, key in enumerate(self.keys)}
+        return {key: index for index, key in enumerate(self.keys)}
 
-    def _class(self, place: int) -> str | int | bool:
-        name = self.class_names[place]
+    def _class(self, index: int) -> str | int | bool:
+        name = self.class_names[index]
         if self.class_names == self.keys and self.label_kind == "whole number":
             return int(name)
         if self.class_names == self.keys and self.label_kind == "true or false":
@@ -155,9 +155,9 @@ def is_comma_number(label: object) -> TypeGuard[str]:
     return isinstance(label, str) and _DECIMAL_COMMA.fullmatch(label) is not None
 
 
-def label_error(row: Row, column: str, label: object, wanted: str, hint: str = "") -> DataError:
+def label_error(row: Row, column: str, label: object, expected: str, hint: str = "") -> DataError:
     """The error of one label, with its row's place."""
-    return DataError([Fault(row.place, row.line, None, column, shown(label), wanted, hint)])
+    return DataError([Diagnostic(row.place, row.line, None, column, shown(label), expected, hint)])
 
 
 def _number_kind(value: float) -> Kind:

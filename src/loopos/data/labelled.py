@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loopos.config.diagnostics import ConfigError, DataError, Fault
+from loopos.config.diagnostics import ConfigError, DataError, Diagnostic
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import DataSection, ModelSection
 from loopos.data.formats import Labelled, read_labelled
@@ -17,7 +17,7 @@ from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.read_ahead import handed_over
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.record import SKIP_ROWS, BadRows
-from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
 
 Target = int | float | list[int]
@@ -25,7 +25,7 @@ Target = int | float | list[int]
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Training and validation examples with their encoded labels. `said`: what was decided, a sentence each;
+    """Training and validation examples with their encoded labels. `summary`: what was decided, a sentence each;
     `reports`: the account of each source.
     """
 
@@ -34,7 +34,7 @@ class LabelledData:
     train_targets: list[Target]
     validation: list[Labelled]
     validation_targets: list[Target]
-    said: list[str]
+    summary: list[str]
     reports: list[FormatReport]
 
 
@@ -56,7 +56,7 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         on_bad_row=data.on_bad_row,
     )
     examples, targets, report = encode_all(space, examples, report, on_bad_row=data.on_bad_row)
-    said, reports = [*report.said, space.said, account(report)], [report]
+    summary, reports = [*report.summary, space.summary, account(report)], [report]
     held_out: list[Labelled] = []
     held_out_targets: list[Target] = []
     own = validation_source(data, data.training_data)
@@ -65,7 +65,7 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         held_out, held_out_targets, held_out_report = encode_all(
             space, held_out, held_out_report, on_bad_row=data.on_bad_row
         )
-        said.append(f"validation: {own[0]}, {account(held_out_report)}")
+        summary.append(f"validation: {own[0]}, {account(held_out_report)}")
         reports.append(held_out_report)
     elif data.validation_share > 0:
         split = split_off(
@@ -79,21 +79,21 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         )
         held_out, held_out_targets = [examples[i] for i in split.validation], [targets[i] for i in split.validation]
         examples, targets = [examples[i] for i in split.train], [targets[i] for i in split.train]
-        said.append(split.said)
-    said += told_repeats(examples, held_out, "text")
-    return LabelledData(space, examples, targets, held_out, held_out_targets, said, reports)
+        summary.append(split.summary)
+    summary += repeats_summary(examples, held_out, "text")
+    return LabelledData(space, examples, targets, held_out, held_out_targets, summary, reports)
 
 
 def check_for_task(config: FineTuningConfig, space: LabelSpace) -> None:
     """Raises `ConfigError` for keys that contradict what the labels turned out to be."""
     model = config.model.model_copy(update={"task": space.task, "num_classes": space.num_outputs})
     told = f"the labels of {config.data.training_data} say task: {space.task}, {space.num_outputs} outputs"
-    faults = [
-        Fault("config", None, None, finding.fields[0], finding.given, finding.wanted, told)
+    diagnostics = [
+        Diagnostic("config", None, None, finding.fields[0], finding.actual, finding.expected, told)
         for finding in config.model_copy(update={"model": model}).check()
     ]
-    if faults:
-        raise ConfigError(faults)
+    if diagnostics:
+        raise ConfigError(diagnostics)
 
 
 def encode_all(
@@ -106,18 +106,18 @@ def encode_all(
     """
     kept: list[Labelled] = []
     targets: list[Target] = []
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     for example in examples:
         try:
             targets.append(space.encode(example.label, example.row, report.columns.get("label", "label")))
         except DataError as problem:
-            faults += problem.faults
+            diagnostics += problem.diagnostics
         else:
             kept.append(example)
-    if faults and (on_bad_row == "error" or not kept):
-        raise BadRows(faults, len(faults), "correct these labels", SKIP_ROWS)
-    if faults:
+    if diagnostics and (on_bad_row == "error" or not kept):
+        raise BadRows(diagnostics, len(diagnostics), "correct these labels", SKIP_ROWS)
+    if diagnostics:
         reason = "label that is no number" if space.task == "regression" else "label of no class"
-        dropped = {**report.dropped, reason: len(faults)}
-        report = replace(report, used=len(kept), dropped=dropped, faults=(*report.faults, *faults))
+        dropped = {**report.dropped, reason: len(diagnostics)}
+        report = replace(report, used=len(kept), dropped=dropped, diagnostics=(*report.diagnostics, *diagnostics))
     return kept, targets, report

@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.formats import Labelled
 from loopos.data.label_space import (
     Kind,
@@ -32,7 +32,7 @@ from loopos.data.label_space import (
     members_of,
     sole,
 )
-from loopos.data.record import MAXIMUM_FAULTS, BadRows, shown
+from loopos.data.record import MAXIMUM_DIAGNOSTICS, BadRows, shown
 
 FEW = 4
 """So many labels of one kind for each of another make the other ones strays."""
@@ -87,19 +87,19 @@ def commas(examples: Sequence[Labelled]) -> list[Labelled]:
     return found if others == whole else []
 
 
-def stray_fault(example: Labelled, column: str) -> Fault:
+def stray_diagnostic(example: Labelled, column: str) -> Diagnostic:
     """The fault of a text among numbers."""
-    wanted = "a number, as the other rows have"
+    expected = "a number, as the other rows have"
     hint = (
         'correct or remove the row, set data.on_bad_row to skip, or set model.task to "classification" to learn every '
         "label as a class"
     )
     row, label = example.row, example.label
     hint = f"write {label.replace(',', '.')}, with a point" if is_comma_number(label) else hint
-    return Fault(row.place, row.line, None, column, shown(label), wanted, hint)
+    return Diagnostic(row.place, row.line, None, column, shown(label), expected, hint)
 
 
-def comma_fault(example: Labelled, column: str) -> Fault:
+def comma_diagnostic(example: Labelled, column: str) -> Diagnostic:
     """The fault of a number with a decimal comma."""
     row = example.row
     assert isinstance(example.label, str)
@@ -108,7 +108,7 @@ def comma_fault(example: Labelled, column: str) -> Fault:
         f'write {point} for a number, {bars} with model.task "multi_label" for two classes, or set model.task to '
         '"classification" to learn it as it stands'
     )
-    return Fault(
+    return Diagnostic(
         row.place, row.line, None, column, f"{shown(example.label)}, with a comma", "a class or a number", hint
     )
 
@@ -140,12 +140,14 @@ def infer_task(
         DataError: labels of several kinds, or other than the task, num_classes or class_names say; a single class.
     """
     if not examples:
-        raise DataError([Fault("data", None, None, column, "no labelled row", "at least two rows of different labels")])
+        raise DataError(
+            [Diagnostic("data", None, None, column, "no labelled row", "at least two rows of different labels")]
+        )
     source = examples[0].row.source
     if class_names is not None and num_classes not in (None, len(class_names)):
-        given = f"{num_classes} and {len(class_names)} names"
+        actual = f"{num_classes} and {len(class_names)} names"
         raise DataError(
-            [Fault(source, None, None, "model.num_classes", given, "as many classes as model.labels names")]
+            [Diagnostic(source, None, None, "model.num_classes", actual, "as many classes as model.labels names")]
         )
     skips = on_bad_row == "skip"
     if task is None:
@@ -163,12 +165,12 @@ def infer_task(
     space = LabelSpace(task, names, keys, kind, len(keys), "")
     _encode_all(space, examples, column, skips=skips)
     counts = Counter({key: count for key, count in counts.items() if key in keys})
-    said = _said(task, kind, keys, names, counts, examples, column)
-    space = LabelSpace(task, names, keys, kind, len(keys), said)
+    summary = _summary(task, kind, keys, names, counts, examples, column)
+    space = LabelSpace(task, names, keys, kind, len(keys), summary)
     if len(counts) < (2 if task == "classification" else 1):
-        given = f"every row labelled {next(iter(counts))}" if counts else "no row with a class"
+        actual = f"every row labelled {next(iter(counts))}" if counts else "no row with a class"
         hint = "nothing can be learned from a single class; is the right column the label (data.columns.label)?"
-        raise DataError([Fault(source, None, None, column, given, "rows of at least 2 classes", hint)])
+        raise DataError([Diagnostic(source, None, None, column, actual, "rows of at least 2 classes", hint)])
     return space
 
 
@@ -186,9 +188,9 @@ def _task_of(
         strays = strays or ([] if _all_text(examples) else of_other_kinds(examples, is_class=False))
         examples = _without(examples, strays)
     elif strays and _all_text(examples):
-        _raise([stray_fault(example, column) for example in strays])
+        _raise([stray_diagnostic(example, column) for example in strays])
     if _all_text(examples):
-        _raise([comma_fault(example, column) for example in commas(examples)])
+        _raise([comma_diagnostic(example, column) for example in commas(examples)])
     kinds = _first_of_each_kind(examples, column)
     if set(kinds) <= _NUMBERS:
         return "regression" if "number" in kinds or num_classes == 1 else "classification", examples
@@ -220,13 +222,13 @@ def _first_of_each_kind(examples: Sequence[Labelled], column: str) -> dict[Kind,
 
 
 def _mixed(kinds: dict[Kind, Labelled], column: str) -> DataError:
-    wanted = "labels of one kind in all rows"
+    expected = "labels of one kind in all rows"
     hint = "write all labels alike, or set data.on_bad_row to skip to leave out the few of another kind"
-    faults = []
+    diagnostics = []
     for kind, example in kinds.items():
-        given = f"{shown(example.label)} (the first {kind})"
-        faults.append(Fault(example.row.place, example.row.line, None, column, given, wanted, hint))
-    return DataError(faults)
+        actual = f"{shown(example.label)} (the first {kind})"
+        diagnostics.append(Diagnostic(example.row.place, example.row.line, None, column, actual, expected, hint))
+    return DataError(diagnostics)
 
 
 def _regression(
@@ -246,10 +248,10 @@ def _regression(
     space = LabelSpace("regression", (), (), "number", 1, "")
     values = [value for value in _encode_all(space, examples, column, skips=skips) if isinstance(value, float)]
     if min(values) == max(values):
-        given = f"the value {values[0]:g} in every row"
-        raise DataError([Fault(examples[0].row.source, None, None, column, given, "values that differ")])
-    said = f"task: regression, {len(values)} values from {min(values):g} to {max(values):g}"
-    return LabelSpace("regression", (), (), "number", 1, said)
+        actual = f"the value {values[0]:g} in every row"
+        raise DataError([Diagnostic(examples[0].row.source, None, None, column, actual, "values that differ")])
+    summary = f"task: regression, {len(values)} values from {min(values):g} to {max(values):g}"
+    return LabelSpace("regression", (), (), "number", 1, summary)
 
 
 def _members(examples: Sequence[Labelled], task: Task, column: str) -> list[list[object]]:
@@ -257,13 +259,13 @@ def _members(examples: Sequence[Labelled], task: Task, column: str) -> list[list
     if task == "classification":
         return [[sole(example.label)] for example in examples]
     listed = [members_of(example.label) for example in examples]
-    faults = [
-        Fault(example.row.place, example.row.line, None, column, shown(example.label),
+    diagnostics = [
+        Diagnostic(example.row.place, example.row.line, None, column, shown(example.label),
               "a list of classes, or a|b in CSV (task: multi_label)")
         for example, members in zip(examples, listed, strict=True)
         if members is None
     ]  # fmt: skip
-    _raise(faults)
+    _raise(diagnostics)
     return [members for members in listed if members is not None]
 
 
@@ -296,25 +298,25 @@ def _classes(
     counts: Counter[str], kind: Kind, num_classes: int | None, class_names: Sequence[str] | None, source: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Keys and names of the classes, in order."""
-    given = tuple(class_names) if class_names is not None else None
+    actual = tuple(class_names) if class_names is not None else None
     if kind == "whole number":
         numbers = sorted(int(key) for key in counts)
-        if given is not None and set(counts) <= set(given):
-            return given, given
-        size = num_classes if given is None else len(given)
+        if actual is not None and set(counts) <= set(actual):
+            return actual, actual
+        size = num_classes if actual is None else len(actual)
         if size is None and numbers == list(range(len(numbers))):
             size = len(numbers)
         keys = tuple(map(str, range(size))) if size is not None else tuple(map(str, numbers))
-        return keys, given or keys
+        return keys, actual or keys
     keys = ("false", "true") if kind == "true or false" else tuple(sorted(counts))
-    if given is not None:
-        is_renamed = kind == "true or false" and len(given) == 2 and set(given) != set(keys)
-        return (keys, given) if is_renamed else (given, given)
+    if actual is not None:
+        is_renamed = kind == "true or false" and len(actual) == 2 and set(actual) != set(keys)
+        return (keys, actual) if is_renamed else (actual, actual)
     if num_classes is not None and num_classes != len(keys):
         listed = ", ".join(f"{shown(key)}: {count}" for key, count in sorted(counts.items(), key=_by_count)[:20])
         found = f"{len(keys)} different labels ({listed}{', ...' if len(counts) > 20 else ''})"
         hint = f"set model.num_classes to {len(keys)}, list every class in model.labels, or correct the rare labels"
-        raise DataError([Fault(source, None, None, "model.num_classes", found, f"{num_classes} classes", hint)])
+        raise DataError([Diagnostic(source, None, None, "model.num_classes", found, f"{num_classes} classes", hint)])
     return keys, keys
 
 
@@ -328,27 +330,27 @@ def _encode_all(
     """The labels in the space's numbers; without those that it does not hold where bad rows are skipped, unless none is
     left.
     """
-    encoded, faults = [], list[Fault]()
+    encoded, diagnostics = [], list[Diagnostic]()
     for example in examples:
         try:
             encoded.append(space.encode(example.label, example.row, column))
         except DataError as error:
-            faults.extend(error.faults)
+            diagnostics.extend(error.diagnostics)
     if not skips or not encoded:
-        _raise(faults)
+        _raise(diagnostics)
     return encoded
 
 
-def _raise(faults: Sequence[Fault]) -> None:
-    if faults:
+def _raise(diagnostics: Sequence[Diagnostic]) -> None:
+    if diagnostics:
         advice = (
             "correct the labels, or model.task, model.num_classes and model.labels; or set data.on_bad_row to skip to "
             "leave these rows out"
         )
-        raise BadRows(faults[:MAXIMUM_FAULTS], len(faults), advice)
+        raise BadRows(diagnostics[:MAXIMUM_DIAGNOSTICS], len(diagnostics), advice)
 
 
-def _said(
+def _summary(
     task: Task,
     kind: Kind,
     keys: Sequence[str],
@@ -358,12 +360,12 @@ def _said(
     column: str,
 ) -> str:
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    said = f"task: {task}, {len(keys)} classes ({listed}), from labels that are {_PLURALS[kind]}"
+    summary = f"task: {task}, {len(keys)} classes ({listed}), from labels that are {_PLURALS[kind]}"
     unseen = [name for key, name in zip(keys, names, strict=True) if key not in counts]
     if unseen:
-        said += f"; no row is labelled {', '.join(unseen[:12])}{', ...' if len(unseen) > 12 else ''}"
+        summary += f"; no row is labelled {', '.join(unseen[:12])}{', ...' if len(unseen) > 12 else ''}"
     if len(keys) > max(20, len(examples) // 2):
-        said += f"; {len(keys)} classes for {len(examples)} rows: is {shown(column)} the right column?"
+        summary += f"; {len(keys)} classes for {len(examples)} rows: is {shown(column)} the right column?"
     if task == "multi_label" and all(isinstance(each.label, list) and len(each.label) == 1 for each in examples):
-        said += '; every list holds one label: for one class a row set model.task to "classification"'
-    return said
+        summary += '; every list holds one label: for one class a row set model.task to "classification"'
+    return summary

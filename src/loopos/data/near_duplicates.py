@@ -44,8 +44,8 @@ def near_duplicates(texts: Sequence[str]) -> NearDuplicates:
     buckets: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(_BANDS)]
     pairs: list[tuple[int, int]] = []
     compared = min(len(texts), MOST_TEXTS)
-    for place in range(compared):
-        shingles = _shingles(texts[place])
+    for index in range(compared):
+        shingles = _shingles(texts[index])
         if not len(shingles):
             continue
         keys = _band_keys(shingles, factors)
@@ -55,10 +55,10 @@ def near_duplicates(texts: Sequence[str]) -> NearDuplicates:
         twin = next((other for other in candidates if _likeness(shingles, _shingles(texts[other])) >= NEAR), None)
         if twin is not None:
             # Those that are near this one are most often near its twin too, which stays in the buckets.
-            pairs.append((place, twin))
+            pairs.append((index, twin))
             continue
         for band, key in zip(buckets, keys, strict=True):
-            band[key].append(place)
+            band[key].append(index)
     return NearDuplicates(pairs, compared)
 
 

@@ -22,7 +22,7 @@ _ANCHORS = ("\n", "a", ".")
 _PROBE = "b"
 
 
-class PieceTokenizer:
+class SegmentTokenizer:
     """Tokenises pieces in few calls."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -44,7 +44,7 @@ class PieceTokenizer:
 
     def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
         """The ids of each piece of each row."""
-        flat = [(piece, place > 0) for row in rows for place, piece in enumerate(row)]
+        flat = [(piece, index > 0) for row in rows for index, piece in enumerate(row)]
         ids = iter(self._plain_ids([(piece.text, inside) for piece, inside in flat]))
         return [[self._finished(piece, next(ids)) for piece in row] for row in rows]
 
@@ -59,9 +59,9 @@ class PieceTokenizer:
         """Ids of (text, whether it stands inside a longer one)."""
         plain = self._ids([text for text, _ in texts])
         if self._marks_beginnings:
-            for place, (text, inside) in enumerate(texts):
+            for index, (text, inside) in enumerate(texts):
                 if inside and text:
-                    plain[place] = self._inner_ids(text)
+                    plain[index] = self._inner_ids(text)
         return plain
 
     def _inner_ids(self, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts
 from loopos.data.read_ahead import handed_over
 from loopos.data.reading import FormatReport, account, opened, validation_source
-from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
 from loopos.data.split import split_off
 
@@ -26,13 +26,13 @@ _Read = Callable[..., tuple[list[ExampleT], FormatReport]]
 
 @dataclass(frozen=True)
 class PreferenceData(Generic[ExampleT]):
-    """Training and validation examples. `said`: what was decided, a sentence each; `reports`: the account of each
+    """Training and validation examples. `summary`: what was decided, a sentence each; `reports`: the account of each
     source.
     """
 
     train: list[ExampleT]
     validation: list[ExampleT]
-    said: list[str]
+    summary: list[str]
     reports: list[FormatReport]
 
 
@@ -59,17 +59,17 @@ def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, se
     train: list[ExampleT]
     report: FormatReport
     train, report = examples(opened(data, source, data.training_split))
-    said, reports = [*report.said, account(report)], [report]
+    summary, reports = [*report.summary, account(report)], [report]
     validation: list[ExampleT] = []
     own = validation_source(data, source)
     if own is not None:
         validation, validation_report = examples(opened(data, *own))
-        said.append(f"validation: {own[0]}, {account(validation_report)}")
+        summary.append(f"validation: {own[0]}, {account(validation_report)}")
         reports.append(validation_report)
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]
         split = split_off(keys, data.validation_share, seed, by=data.split_by, source=source)
         train, validation = [train[place] for place in split.train], [train[place] for place in split.validation]
-        said.append(split.said)
-    said += told_repeats(train, validation)
-    return PreferenceData(train, validation, said, reports)
+        summary.append(split.summary)
+    summary += repeats_summary(train, validation)
+    return PreferenceData(train, validation, summary, reports)

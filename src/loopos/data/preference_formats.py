@@ -82,7 +82,7 @@ class PreferenceFormat:
 
     kind: Kind
     columns: Mapping[str, str]
-    said: str
+    summary: str
 
 
 def detect(
@@ -99,7 +99,7 @@ def detect(
         DataError: an override that fits no role or column, no format that fits, or several.
     """
     fit = detected(_WITH_PROMPTS if prompts else _COMPARISONS, columns, overrides, source)
-    return PreferenceFormat(fit.shape.kind, fit.columns, fit.said)
+    return PreferenceFormat(fit.shape.kind, fit.columns, fit.summary)
 
 
 def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:

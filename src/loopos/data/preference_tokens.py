@@ -24,14 +24,14 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.preferences import PreferenceTextSection
-from loopos.data.piece_tokens import PieceTokenizer
+from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, Words, told
 from loopos.data.reading import FormatReport, account
 from loopos.data.record import SKIP_ROWS, BadRows
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_fault
+from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_diagnostic
 from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
 from loopos.data.tokens import length_spread
 from loopos.data.tool_schemas import Tool
@@ -73,7 +73,7 @@ class PreferenceReport:
     cut: int = 0
     tokens_cut: int = 0
     max_length: int | None = None
-    faults: list[Fault] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list, repr=False)
     places: list[int] = field(default_factory=list, repr=False)
 
@@ -82,7 +82,7 @@ class PreferenceReport:
         told = asdict(self)
         return {name: value for name, value in told.items() if name not in ("faults", "lengths", "places")}
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """The account in words."""
         spread = length_spread(self.lengths) or "no rows"
         held = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
@@ -117,11 +117,11 @@ def encode_comparisons(
     report = PreferenceReport(read=len(examples), max_length=max_length)
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
-    over: list[Fault] = []
+    over: list[Diagnostic] = []
     for place, (prompt, *whole), is_short in _tokenised(tokenizer, examples, template, report):
         responses, longest = whole, max(map(len, whole))
         if max_length is not None and len(prompt) + longest > max_length:
-            over.append(over_fault(examples[place].row, len(prompt) + longest, max_length, at_least=is_short))
+            over.append(over_diagnostic(examples[place].row, len(prompt) + longest, max_length, at_least=is_short))
             if over_length == "drop" or len(prompt) >= max_length:
                 dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
                 continue
@@ -162,10 +162,10 @@ def encode_prompts(
     report = PreferenceReport(read=len(prompts), max_length=max_length)
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
-    over: list[Fault] = []
+    over: list[Diagnostic] = []
     for place, (prompt,), is_short in _tokenised(tokenizer, prompts, template, report):
         if max_length is not None and len(prompt) > max_length:
-            over.append(over_fault(prompts[place].row, len(prompt), max_length, at_least=is_short))
+            over.append(over_diagnostic(prompts[place].row, len(prompt), max_length, at_least=is_short))
             dropped[PROMPT_OVER] += 1
             continue
         rows.append(prompt)
@@ -186,24 +186,26 @@ def _tokenised(
     the end of one is missing, far behind the report's `max_length`; what the template refuses is noted as faults.
     """
     template = template or ChatTemplate(tokenizer)
-    encoder = PieceTokenizer(tokenizer)
+    encoder = SegmentTokenizer(tokenizer)
     for first in range(0, len(examples), CHUNK):
         found: list[tuple[int, list[list[Piece]]]] = []
-        for place in range(first, min(first + CHUNK, len(examples))):
-            example = examples[place]
+        for index in range(first, min(first + CHUNK, len(examples))):
+            example = examples[index]
             try:
                 responses = example.responses if isinstance(example, Comparison) else ()
-                found.append((place, _groups(example.prompt, responses, template, example.tools)))
+                found.append((index, _groups(example.prompt, responses, template, example.tools)))
             except TemplateRefusal as problem:
-                wanted = "messages that the template renders turn by turn"
+                expected = "messages that the template renders turn by turn"
                 row = example.row
-                report.faults.append(Fault(row.place, row.line, None, "messages", str(problem), wanted, problem.hint))
+                report.diagnostics.append(
+                    Diagnostic(row.place, row.line, None, "messages", str(problem), expected, problem.hint)
+                )
         # A piece's ids depend on whether it opens a text, not on what stands before it: one prompt serves all.
         whole = [[piece for group in groups for piece in group] for _, groups in found]
         bounded = [encoder.bounded(row, report.max_length) for row in whole]
-        for (place, groups), uncut, short, pieces in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
+        for (index, groups), uncut, short, pieces in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
             ids = iter(pieces)
-            yield place, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
+            yield index, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
 
 
 def _groups(
@@ -226,20 +228,20 @@ def _groups(
 def _settle(
     report: PreferenceReport,
     dropped: Counter[str],
-    over: Sequence[Fault],
+    over: Sequence[Diagnostic],
     over_length: OverLength,
     max_dropped_share: float,
     on_bad_row: Literal["error", "skip"],
 ) -> None:
     """Fills in what was used and dropped, and raises where the policies do not allow it or nothing is left."""
-    dropped.update({REFUSED: len(report.faults)} if report.faults else {})
+    dropped.update({REFUSED: len(report.diagnostics)} if report.diagnostics else {})
     report.used, report.dropped = len(report.lengths), dict(dropped)
     assert report.read == report.used + sum(report.dropped.values()), report
-    if report.faults and on_bad_row == "error":
-        raise BadRows(report.faults, len(report.faults), "correct the rows", SKIP_ROWS)
+    if report.diagnostics and on_bad_row == "error":
+        raise BadRows(report.diagnostics, len(report.diagnostics), "correct the rows", SKIP_ROWS)
     check_over(over, report.read, report.max_length, over_length, max_dropped_share)
     if not report.used:
-        raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row that fits")])
+        raise DataError([Diagnostic("data", None, None, "rows", report.summary(), "at least one row that fits")])
 
 
 class Origin(NamedTuple):

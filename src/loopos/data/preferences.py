@@ -36,7 +36,7 @@ _SIDES: Mapping[float, frozenset[str]] = {
     _TIE: frozenset({"tie", "tied", "same", "equal", "both", "draw", "tie(bothbad)", "bothbad", "neither"}),
 }
 """How much an answer speaks for the first response → the words for it."""
-_WANTED = "1 or 2, response1 or response2, A or B, left or right, or tie; or a list of these"
+_EXPECTED = "1 or 2, response1 or response2, A or B, left or right, or tie; or a list of these"
 
 
 def share_of_votes(fields: RowFields) -> float:
@@ -44,7 +44,7 @@ def share_of_votes(fields: RowFields) -> float:
     value = fields.structure("preference")
     answers = value if isinstance(value, list) else [value]
     if not answers:
-        fields.add("preference does not fit", fields.field("preference"), "an empty list", _WANTED)
+        fields.add("preference does not fit", fields.field("preference"), "an empty list", _EXPECTED)
         return _TIE
     return sum(_vote(fields, answer) for answer in answers) / len(answers)
 
@@ -62,8 +62,8 @@ def _vote(fields: RowFields, answer: object) -> float:
             if word in words:
                 return side
     hint = "0 could mean the first response or a tie: write 1, 2 or tie" if word == "0" else ""
-    given = f"{shown(answer)} ({kind_name(answer)})"
-    fields.add("preference does not fit", fields.field("preference"), given, _WANTED, hint)
+    actual = f"{shown(answer)} ({kind_name(answer)})"
+    fields.add("preference does not fit", fields.field("preference"), actual, _EXPECTED, hint)
     return _TIE
 
 
@@ -117,7 +117,7 @@ def read_comparisons(
     found = read_examples(reader, lambda columns, source: detect(columns, overrides, source=source), from_row)
     examples, _, report = found
     told = stands_as_is([example.prompt for example in examples])
-    return examples, replace(report, said=(*report.said, *told))
+    return examples, replace(report, summary=(*report.summary, *told))
 
 
 def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -> Comparison | None:
@@ -177,14 +177,14 @@ def _answered(text: str, as_text: bool) -> Words:
     return text if as_text else (Message(ASSISTANT, text),)
 
 
-def _told(fields: RowFields, place: str, value: list[object] | dict[str, object]) -> Words:
+def _told(fields: RowFields, source: str, value: list[object] | dict[str, object]) -> Words:
     """The messages of a response: a list of them, or a single one."""
     if isinstance(value, dict):
-        message = message_of(fields, place, value)
+        message = message_of(fields, source, value)
         return () if message is None else (message,)
     if not value:
-        fields.add("response is empty", place, "an empty list", "a text, or a list of messages")
-    read = [message_of(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
+        fields.add("response is empty", source, "an empty list", "a text, or a list of messages")
+    read = [message_of(fields, f"{source}[{number}]", item) for number, item in enumerate(value)]
     return tuple(message for message in read if message is not None)
 
 
@@ -197,9 +197,9 @@ def _compared(
     if not isinstance(prompt, str):
         if prompt[-1].role == ASSISTANT:
             hint = "leave the assistant's last message to the responses"
-            given = f"messages of {', '.join(message.role for message in prompt)}"
-            wanted = "a message to answer at the end"
-            fields.add("prompt is answered already", fields.field("prompt"), given, wanted, hint)
+            actual = f"messages of {', '.join(message.role for message in prompt)}"
+            expected = "a message to answer at the end"
+            fields.add("prompt is answered already", fields.field("prompt"), actual, expected, hint)
         responses = [_without(prompt, response) for response in responses]
         for place, response in zip(places, responses, strict=True):
             assert not isinstance(response, str), "texts go with a text alone"
@@ -221,11 +221,11 @@ def _judged(fields: RowFields) -> Pair:
     margin, probability = _number(fields, "margin", math.inf), _number(fields, "p_human", 1.0)
     if _is_tie(fields):
         if probability is not None:
-            given = f"{probability:g} beside {shown(fields.field('tie'))}, which is true"
-            fields.add("p_human of a tie", fields.field("p_human"), given, "one of the two")
+            actual = f"{probability:g} beside {shown(fields.field('tie'))}, which is true"
+            fields.add("p_human of a tie", fields.field("p_human"), actual, "one of the two")
         if margin:
-            given = f"{margin:g} beside {shown(fields.field('tie'))}, which is true"
-            fields.add("margin of a tie", fields.field("margin"), given, "no margin, or 0")
+            actual = f"{margin:g} beside {shown(fields.field('tie'))}, which is true"
+            fields.add("margin of a tie", fields.field("margin"), actual, "no margin, or 0")
         probability = _TIE
     return Pair(0, 1, 1.0 if probability is None else probability, margin or 0.0)
 
@@ -247,8 +247,8 @@ def _number(fields: RowFields, role: str, most: float) -> float | None:
     number = _as_number(value)
     if number is not None and 0 <= number <= most:
         return number
-    wanted = "a number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
-    fields.add(f"{role} does not fit", fields.field(role), f"{shown(value)} ({kind_name(value)})", wanted)
+    expected = "a number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
+    fields.add(f"{role} does not fit", fields.field(role), f"{shown(value)} ({kind_name(value)})", expected)
     return None
 
 
@@ -272,8 +272,8 @@ def _is_tie(fields: RowFields) -> bool:
     if word == "":
         return False
     if word not in _TRUTHS:
-        given = f"{shown(value)} ({kind_name(value)})"
-        fields.add("tie does not fit", fields.field("tie"), given, "true or false")
+        actual = f"{shown(value)} ({kind_name(value)})"
+        fields.add("tie does not fit", fields.field("tie"), actual, "true or false")
         return False
     return _TRUTHS[word]
 
@@ -281,30 +281,30 @@ def _is_tie(fields: RowFields) -> bool:
 def _scored(fields: RowFields, num_responses: int) -> list[Pair]:
     """Every two responses: the one with the higher score beats the other, the same score is a tie."""
     field, scores = fields.field("scores"), list[float]()
-    for place, value in enumerate(fields.listed_values("scores", "a list with a number for each response")):
+    for index, value in enumerate(fields.listed_values("scores", "a list with a number for each response")):
         number = _as_number(value)
         if number is None:
-            given = f"{shown(value)} ({kind_name(value)})"
-            fields.add("score is no number", f"{field}[{place}]", given, "a finite number")
+            actual = f"{shown(value)} ({kind_name(value)})"
+            fields.add("score is no number", f"{field}[{index}]", actual, "a finite number")
         scores.append(0.0 if number is None else number)
     if not fields.problems and len(scores) != num_responses:
-        given = f"{len(scores)} scores for {num_responses} responses"
-        fields.add("scores do not fit the responses", field, given, "a number for each response")
+        actual = f"{len(scores)} scores for {num_responses} responses"
+        fields.add("scores do not fit the responses", field, actual, "a number for each response")
     return [
         Pair(one, other, _TIE)
         if scores[one] == scores[other]
-        else Pair(*sorted((one, other), key=lambda place: -scores[place]))
+        else Pair(*sorted((one, other), key=lambda index: -scores[index]))
         for one, other in itertools.combinations(range(len(scores)), 2)
     ]
 
 
 def _ranked(fields: RowFields, num_responses: int) -> list[Pair]:
     """Every two responses: the one earlier in the ranking beats the later one."""
-    wanted = "the places of all responses, counted from 0, from best to worst"
-    ranking = fields.listed_values("ranking", wanted)
+    expected = "the places of all responses, counted from 0, from best to worst"
+    ranking = fields.listed_values("ranking", expected)
     places = [place for place in ranking if isinstance(place, int) and not isinstance(place, bool)]
     if not fields.problems and (len(places) < len(ranking) or sorted(places) != list(range(num_responses))):
-        given = f"{shown(ranking)} for {num_responses} responses"
+        actual = f"{shown(ranking)} for {num_responses} responses"
         hint = "places count from 0" if sorted(places) == list(range(1, num_responses + 1)) else ""
-        fields.add("ranking does not fit the responses", fields.field("ranking"), given, wanted, hint)
+        fields.add("ranking does not fit the responses", fields.field("ranking"), actual, expected, hint)
     return [Pair(better, worse) for better, worse in itertools.combinations(places, 2)]

@@ -68,7 +68,7 @@ def read_prompts(
     repeated = len(examples) - len(kept)
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
     told = stands_as_is([prompt.prompt for prompt in kept.values()])
-    return list(kept.values()), replace(report, used=len(kept), dropped=dropped, said=(*report.said, *told))
+    return list(kept.values()), replace(report, used=len(kept), dropped=dropped, summary=(*report.summary, *told))
 
 
 def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:
@@ -79,7 +79,7 @@ def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Un
     if isinstance(words, str):
         check_no_tools(fields, tools)
     if words is None or fields.problems:
-        return Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+        return Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
     return Prompt(words, row, tools)
 
 
@@ -98,11 +98,11 @@ def asked(fields: RowFields, *, as_text: bool) -> Words:
         return with_system(fields, [message] if message is not None else [], shown(fields.field("prompt")))
     if isinstance(value, list):
         for role in CONTEXT_ROLES:
-            given = fields.value(role)
-            if given is not None and not (isinstance(given, str) and not given.strip()):
+            actual = fields.value(role)
+            if actual is not None and not (isinstance(actual, str) and not actual.strip()):
                 hint = f'write it into the messages, or leave it out: data.columns: {{"{role}": null}}'
-                wanted = "all that is asked in the messages"
-                fields.add(f"{role} beside messages", fields.field(role), shown(given), wanted, hint)
+                expected = "all that is asked in the messages"
+                fields.add(f"{role} beside messages", fields.field(role), shown(actual), expected, hint)
         return with_system(fields, messages_of(fields, "prompt"), shown(fields.field("prompt")))
     text = with_context(fields, "prompt")
     if not as_text:
@@ -121,9 +121,9 @@ def implied(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
     if fields.problems:
         return None
     if len(texts) < 2:
-        given = f"{kind_name(values['chosen'])} as chosen and {kind_name(values['rejected'])} as rejected"
-        wanted = "two texts, or two lists of messages"
-        fields.add("chosen and rejected of two kinds", fields.field("rejected"), given, wanted)
+        actual = f"{kind_name(values['chosen'])} as chosen and {kind_name(values['rejected'])} as rejected"
+        expected = "two texts, or two lists of messages"
+        fields.add("chosen and rejected of two kinds", fields.field("rejected"), actual, expected)
         return None
     _check_no_system(fields)
     one, other = texts
@@ -140,22 +140,22 @@ def shared_text(one: str, other: str) -> str:
     space, so that no word is split.
     """
     common = one[: num_shared(one, other)]
-    place = common.rfind(_ASSISTANT_MARK)
-    if place >= 0:
-        return common[: place + len(_ASSISTANT_MARK)]
+    position = common.rfind(_ASSISTANT_MARK)
+    if position >= 0:
+        return common[: position + len(_ASSISTANT_MARK)]
     words = _UP_TO_LAST_BLANK.match(common)
     return words.group() if words else ""
 
 
-def check_spoken(fields: RowFields, messages: Sequence[Message], place: str) -> None:
+def check_spoken(fields: RowFields, messages: Sequence[Message], source: str) -> None:
     """Notes a response that the assistant does not begin and end; other turns may stand between."""
-    wanted = "the assistant's message first and last, without the prompt"
+    expected = "the assistant's message first and last, without the prompt"
     if not messages:
-        fields.add("response is empty", place, "no message behind the prompt", wanted)
+        fields.add("response is empty", source, "no message behind the prompt", expected)
     elif messages[0].role != ASSISTANT or messages[-1].role != ASSISTANT:
         roles = ", ".join(message.role for message in messages)
         hint = "what stands before the response must be in every response, and in the prompt column if there is one"
-        fields.add("response is not the assistant's", place, f"messages of {roles}", wanted, hint)
+        fields.add("response is not the assistant's", source, f"messages of {roles}", expected, hint)
 
 
 def is_same(one: Words, other: Words) -> bool:
@@ -165,11 +165,11 @@ def is_same(one: Words, other: Words) -> bool:
     return len(one) == len(other) and all(_is_same_message(*both) for both in zip(one, other, strict=True))
 
 
-def add_same(fields: RowFields, place: str, words: Words) -> None:
+def add_same(fields: RowFields, source: str, words: Words) -> None:
     """Notes that a response says what another does."""
     text = words if isinstance(words, str) else words[-1].content
     which = "two responses" if fields.has("responses") else "chosen and rejected"
-    fields.add(SAME_RESPONSES, place, f"{which} are identical ({shown(text)})", "")
+    fields.add(SAME_RESPONSES, source, f"{which} are identical ({shown(text)})", "")
 
 
 def _implied_messages(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
@@ -198,10 +198,10 @@ def _words_of(fields: RowFields, form: PreferenceFormat, as_text: bool) -> Words
     words = asked(fields, as_text=as_text)
     if isinstance(words, str) or fields.problems:
         return words
-    last = max((place for place, message in enumerate(words) if message.role != ASSISTANT), default=-1)
+    last = max((index for index, message in enumerate(words) if message.role != ASSISTANT), default=-1)
     if last < 0:
-        wanted = "a message that the assistant answers"
-        fields.add("no message to answer", fields.field("prompt"), "messages of the assistant alone", wanted)
+        expected = "a message that the assistant answers"
+        fields.add("no message to answer", fields.field("prompt"), "messages of the assistant alone", expected)
     return words[: last + 1]
 
 
@@ -213,14 +213,14 @@ def _is_same_message(one: Message, other: Message) -> bool:
 def _check_no_system(fields: RowFields) -> None:
     system = fields.optional_text("system")
     if system is not None:
-        wanted, hint = "no system beside text that stands as it is", "put it into the prompt itself, or give messages"
-        fields.add("system beside text", fields.field("system"), shown(system), wanted, hint)
+        expected, hint = "no system beside text that stands as it is", "put it into the prompt itself, or give messages"
+        fields.add("system beside text", fields.field("system"), shown(system), expected, hint)
 
 
-def _add_unshared(fields: RowFields, given: str) -> None:
+def _add_unshared(fields: RowFields, actual: str) -> None:
     remedy = column_remedy("name the column of the prompt", ("prompt", COLUMN))
-    wanted = "responses that begin with the same prompt, since there is no prompt column"
-    fields.add("no shared prompt", fields.field("rejected"), given, wanted, remedy=remedy)
+    expected = "responses that begin with the same prompt, since there is no prompt column"
+    fields.add("no shared prompt", fields.field("rejected"), actual, expected, remedy=remedy)
 
 
 def told(prompt: Words) -> str:

@@ -56,9 +56,9 @@ def handed_over(load: Callable[Given, Read]) -> Callable[Given, Read]:
     @wraps(load)
     def loaded(*arguments: Given.args, **settings: Given.kwargs) -> Read:
         kept = _KEPT.get() or []
-        for place, one in enumerate(kept):
+        for index, one in enumerate(kept):
             if (one.load, one.arguments, one.settings) == (loaded, arguments, settings):
-                result: Read = kept.pop(place).result
+                result: Read = kept.pop(index).result
                 return result
         return load(*arguments, **settings)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import rows
 from loopos.data.columns import named, unread
 from loopos.data.decoding import TextRules
@@ -122,7 +122,7 @@ class ColumnsFound(Protocol):
     @property
     def columns(self) -> Mapping[str, str]: ...
     @property
-    def said(self) -> str: ...
+    def summary(self) -> str: ...
 
 
 Form = TypeVar("Form", bound=ColumnsFound)
@@ -134,7 +134,7 @@ class Unusable:
     """A row that holds no example: the reason to count it under, and its faults."""
 
     reason: str
-    faults: list[Fault]
+    diagnostics: list[Diagnostic]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,8 @@ class FormatReport:
     read: int
     used: int
     dropped: dict[str, int]
-    said: tuple[str, ...]
-    faults: tuple[Fault, ...] = field(default=())
+    summary: tuple[str, ...]
+    diagnostics: tuple[Diagnostic, ...] = field(default=())
     class_names: tuple[str, ...] = field(default=())
     columns: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = field(default=())
@@ -216,26 +216,28 @@ def read_examples(
         try:
             form = detect(columns, pass_rows[0].source)
         except DataError as error:
-            raise DataError([*error.faults, *(report.faults if reader.on_bad_row == "error" else [])]) from error
+            raise DataError(
+                [*error.diagnostics, *(report.diagnostics if reader.on_bad_row == "error" else [])]
+            ) from error
         for row in pass_rows:
             example = example_of(row, form)
             if isinstance(example, Unusable):
                 dropped[example.reason] += 1
-                reader.reject(example.faults)
+                reader.reject(example.diagnostics)
             else:
                 examples.append(example)
     reader.finish()
     if form is None or not examples:
-        given = f"{report.rows_read} rows, none of which can be used"
-        first = f"the first fault: {report.faults[0]}" if report.faults else ""
-        raise DataError([Fault(report.source, None, None, "rows", given, "at least one good row", first)])
-    said = (*report.said, form.said)
+        actual = f"{report.rows_read} rows, none of which can be used"
+        first = f"the first fault: {report.diagnostics[0]}" if report.diagnostics else ""
+        raise DataError([Diagnostic(report.source, None, None, "rows", actual, "at least one good row", first)])
+    summary = (*report.summary, form.summary)
     counted = FormatReport(
         report.rows_read,
         len(examples),
         dict(dropped),
-        said,
-        tuple(report.faults),
+        summary,
+        tuple(report.diagnostics),
         columns=form.columns,
         unread=unread(columns, form.columns.values()),
     )

@@ -1,7 +1,7 @@
 """What every reader hands on: one record of a file, and the count of what was read.
 
 Enters: nothing; these are the plain types between the readers (`delimited`, `json_records`, `tables`) and `rows`.
-Leaves: `Record` for a whole row, a `Fault` for a bad one; `ReadReport`, which the readers and `RowReader` fill in.
+Leaves: `Record` for a whole row, a `Diagnostic` for a bad one; `ReadReport`, which the readers and `RowReader` fill in.
 Left out: what a column means (`formats`), and what a label means (`labels`).
 
 What the value of a cell is, in the words of a fault.
@@ -27,9 +27,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from loopos.config.diagnostics import DataError, Fault, Remedy, Wording
+from loopos.config.diagnostics import DataError, Diagnostic, Remedy, Wording
 
-MAXIMUM_FAULTS = 20
+MAXIMUM_DIAGNOSTICS = 20
 """Faults shown in one error; the rest is counted."""
 
 
@@ -41,27 +41,27 @@ class Record:
     values: dict[str, object]
 
 
-Records: TypeAlias = Iterator[Record | Fault]
-"""A reader's output in file order: a `Record` for a good row, a `Fault` for a bad one."""
+Records: TypeAlias = Iterator[Record | Diagnostic]
+"""A reader's output in file order: a `Record` for a good row, a `Diagnostic` for a bad one."""
 
 
 @dataclass(slots=True)
 class ReadReport:
     """What one pass over a source met. `rows_read` counts good and bad rows; blank lines are no rows.
 
-    `faults` holds every fault under the skip policy, the first ones else; `num_faults` counts them all. `said` holds
-    what the reader decided by itself (a sniffed format, a delimiter). `class_names` holds, by column, the names that a
-    data set written by `datasets` keeps for its integer classes.
+    `diagnostics` holds every fault under the skip policy, the first ones else; `num_diagnostics` counts them all.
+    `summary` holds what the reader decided by itself (a sniffed format, a delimiter). `class_names` holds, by column,
+    the names that a data set written by `datasets` keeps for its integer classes.
     """
 
     source: str
     files: list[str]
     rows_read: int = 0
     bad_rows: int = 0
-    num_faults: int = 0
+    num_diagnostics: int = 0
     blank_lines: int = 0
-    faults: list[Fault] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -71,8 +71,8 @@ class ReadReport:
 
     def say(self, sentence: str) -> None:
         """Notes a decision once, however many files it was taken for."""
-        if sentence not in self.said:
-            self.said.append(sentence)
+        if sentence not in self.summary:
+            self.summary.append(sentence)
 
 
 def shown(value: Any, limit: int = 60) -> str:
@@ -85,8 +85,8 @@ def shown(value: Any, limit: int = 60) -> str:
 
 def file_error(
     source: str,
-    given: str,
-    wanted: str,
+    actual: str,
+    expected: str,
     hint: str = "",
     *,
     line: int | None = None,
@@ -95,7 +95,7 @@ def file_error(
     remedy: Remedy | None = None,
 ) -> DataError:
     """The error of a fault that makes a whole file unreadable, whatever the policy for bad rows."""
-    return DataError([Fault(source, line, column, field, given, wanted, hint, remedy)])
+    return DataError([Diagnostic(source, line, column, field, actual, expected, hint, remedy)])
 
 
 SKIP_ROWS = Remedy("or leave them out", (("data.on_bad_row", "skip"),))
@@ -103,21 +103,23 @@ SKIP_ROWS = Remedy("or leave them out", (("data.on_bad_row", "skip"),))
 
 
 class BadRows(DataError):
-    """Rows that can't be used: `faults` are the first of them, `total` counts them all; `advice` and `remedy` end the
-    message.
+    """Rows that can't be used: `diagnostics` are the first of them, `total` counts them all; `advice` and `remedy` end
+    the message.
     """
 
     total: int
     advice: str
     remedy: Remedy | None
 
-    def __init__(self, faults: Sequence[Fault], total: int, advice: str, remedy: Remedy | None = None) -> None:
-        assert total >= len(faults)
-        super().__init__(faults[:MAXIMUM_FAULTS])
+    def __init__(
+        self, diagnostics: Sequence[Diagnostic], total: int, advice: str, remedy: Remedy | None = None
+    ) -> None:
+        assert total >= len(diagnostics)
+        super().__init__(diagnostics[:MAXIMUM_DIAGNOSTICS])
         self.total, self.advice, self.remedy = total, advice, remedy
 
     def message(self, wording: Wording) -> str:
-        more = self.total - len(self.faults)
+        more = self.total - len(self.diagnostics)
         remedy = wording.remedy(self.remedy) if self.remedy is not None else ""
         advice = ", ".join(part for part in (self.advice, remedy) if part)
         return "\n".join([super().message(wording), *([f"... and {more} more faults"] if more else []), advice])
@@ -144,8 +146,8 @@ def unicode_problem(text: str) -> Problem | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        given = f"{shown(text)}, with half of a surrogate pair"
-        return "is not Unicode", given, r"a pair such as \ud83d\ude00 was cut"
+        actual = f"{shown(text)}, with half of a surrogate pair"
+        return "is not Unicode", actual, r"a pair such as \ud83d\ude00 was cut"
     return None
 
 

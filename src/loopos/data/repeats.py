@@ -60,7 +60,7 @@ def key_of_row(example: AnyExample) -> Hashable:
             return prompt
 
 
-def told_repeats(train: Sequence[AnyExample], validation: Sequence[AnyExample], what: str = "prompt") -> list[str]:
+def repeats_summary(train: Sequence[AnyExample], validation: Sequence[AnyExample], what: str = "prompt") -> list[str]:
     """The sentence that counts the rows of validation that training has too; none where it has none of them."""
     rows, prompts = ({key(each) for each in train} for key in (key_of_row, key_of_prompt))
     whole = sum(key_of_row(each) in rows for each in validation)

@@ -62,7 +62,7 @@ class ResponseFormat:
 
     kind: Kind
     columns: Mapping[str, str]
-    said: str
+    summary: str
 
 
 def read_responses(
@@ -83,7 +83,11 @@ def read_responses(
             found = comparison_of(fields, form, as_text=as_text)
         else:
             found = _answered(fields, form, as_text=as_text)
-        return found if found is not None else Unusable(fields.problems[0][0], [fault for _, fault in fields.problems])
+        return (
+            found
+            if found is not None
+            else Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
+        )
 
     examples: tuple[list[Comparison], PreferenceFormat | ResponseFormat, FormatReport]
     examples = read_examples(reader, lambda columns, source: detect(columns, overrides, source), from_row)
@@ -96,7 +100,7 @@ def detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) ->
         return detect_comparisons(columns, overrides, source=source)
     except DataError:
         fit = detected(_FAMILY, columns, overrides, source)
-        return ResponseFormat(fit.shape.kind, fit.columns, fit.said)
+        return ResponseFormat(fit.shape.kind, fit.columns, fit.summary)
 
 
 def _answered(fields: RowFields, form: ResponseFormat, *, as_text: bool) -> Comparison | None:
@@ -118,13 +122,13 @@ def _answered(fields: RowFields, form: ResponseFormat, *, as_text: bool) -> Comp
     return None if fields.problems else Comparison(prompt, responses, (), fields.row)
 
 
-def _response(fields: RowFields, place: str, value: object, *, as_text: bool) -> Words:
+def _response(fields: RowFields, source: str, value: object, *, as_text: bool) -> Words:
     """A text, a message, or a list of them."""
     if isinstance(value, list | dict):
         items = value if isinstance(value, list) else [value]
-        read = [message_of(fields, place, item) for item in items]
+        read = [message_of(fields, source, item) for item in items]
         return tuple(message for message in read if message is not None)
-    text = fields.checked("response", place, value)
+    text = fields.checked("response", source, value)
     return text if as_text else (Message(ASSISTANT, text),)
 
 

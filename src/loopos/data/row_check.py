@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.differences import as_begun
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
@@ -46,11 +46,13 @@ _WITH_HEADER = frozenset({"csv", "tsv", "parquet", "arrow"})
 
 def check_columns(config: MethodConfig) -> None:
     """Raises `DataError` where a source that the config names lacks a column that the method reads."""
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     for source, reader, detect in sources_of(config):
-        faults += [fault for fault in _faults(source, reader, detect) if fault not in faults]
-    if faults:
-        raise DataError(faults)
+        diagnostics += [
+            diagnostic for diagnostic in _diagnostics(source, reader, detect) if diagnostic not in diagnostics
+        ]
+    if diagnostics:
+        raise DataError(diagnostics)
 
 
 def check_labelled(
@@ -86,9 +88,9 @@ def check_supervised(
 
 
 def _check_one(source: str, detect: Detect, rules: TextRules) -> None:
-    faults = _faults(source, lambda: read(source, rules=rules), detect)
-    if faults:
-        raise DataError(faults)
+    diagnostics = _diagnostics(source, lambda: read(source, rules=rules), detect)
+    if diagnostics:
+        raise DataError(diagnostics)
 
 
 def _labelled(
@@ -141,7 +143,7 @@ def _both(data: SourceKeys, source: str, detect: Detect) -> Iterator[tuple[str, 
         yield own[0], partial(opened, data, *own), detect
 
 
-def _faults(source: str, open_reader: Callable[[], RowReader], detect: Detect) -> list[Fault]:
+def _diagnostics(source: str, open_reader: Callable[[], RowReader], detect: Detect) -> list[Diagnostic]:
     try:
         reader = open_reader()
         if reader.location.kind == "hub":
@@ -155,9 +157,9 @@ def _faults(source: str, open_reader: Callable[[], RowReader], detect: Detect) -
             return []
         if len(reader.location.files) > 1 or reader.location.files[0][1] not in _WITH_HEADER:
             problem = _problem(list(_rows(reader)), detect)
-        return list(problem.faults) if problem is not None else []
+        return list(problem.diagnostics) if problem is not None else []
     except DataError as unreadable:
-        return list(unreadable.faults)
+        return list(unreadable.diagnostics)
 
 
 def _rows(reader: RowReader) -> Generator[Row]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from loopos.config.diagnostics import Fault, Remedy
+from loopos.config.diagnostics import Diagnostic, Remedy
 from loopos.data.columns import listed, plain_name
 from loopos.data.record import (
     kind_name,
@@ -22,8 +22,8 @@ from loopos.data.record import (
 )
 from loopos.data.rows import Row
 
-RowProblem: TypeAlias = tuple[str, Fault]
-_TEXT_WANTED = "a text that is not blank"
+RowProblem: TypeAlias = tuple[str, Diagnostic]
+_TEXT_EXPECTED = "a text that is not blank"
 _MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 _MESSAGES_HINT = "write the list as JSON: json.dumps(row[column]), or use JSON Lines or parquet"
 
@@ -89,17 +89,17 @@ class RowFields:
             return None
         return self.checked(role, self.field(role), value) or None
 
-    def listed_values(self, role: str, wanted: str) -> list[object]:
+    def listed_values(self, role: str, expected: str) -> list[object]:
         """The list of a role that must be there and not empty."""
         value = self.structure(role)
         if self._is_missing(role):
             return []
         if not isinstance(value, list) or not value:
-            given = "an empty list" if value == [] else f"{kind_name(value)}"
+            actual = "an empty list" if value == [] else f"{kind_name(value)}"
             hint = ""
             if isinstance(value, str):
-                given, hint = f"text that is neither JSON nor a Python list: {shown(value)}", _MESSAGES_HINT
-            self.add(f"{role} is no list", self.field(role), given, wanted, hint)
+                actual, hint = f"text that is neither JSON nor a Python list: {shown(value)}", _MESSAGES_HINT
+            self.add(f"{role} is no list", self.field(role), actual, expected, hint)
             return []
         return value
 
@@ -109,8 +109,8 @@ class RowFields:
         if problem is None:
             assert isinstance(value, str)
             return value
-        reason, given, hint = problem
-        self.add(f"{name} {reason}", field, given, _TEXT_WANTED, hint)
+        reason, actual, hint = problem
+        self.add(f"{name} {reason}", field, actual, _TEXT_EXPECTED, hint)
         return ""
 
     def check_no_media(self) -> None:
@@ -123,14 +123,16 @@ class RowFields:
                          "rows of text", hint)  # fmt: skip
 
     def add(
-        self, reason: str, field: str, given: str, wanted: str, hint: str = "", remedy: Remedy | None = None
+        self, reason: str, field: str, actual: str, expected: str, hint: str = "", remedy: Remedy | None = None
     ) -> None:
         """Notes a problem of the row."""
-        self.problems.append((reason, Fault(self.row.place, self.row.line, None, field, given, wanted, hint, remedy)))
+        self.problems.append(
+            (reason, Diagnostic(self.row.place, self.row.line, None, field, actual, expected, hint, remedy))
+        )
 
     def _is_missing(self, role: str) -> bool:
         if self.field(role) in self.row.values:
             return False
-        given = f"no such field (there: {listed(list(self.row.values))})"
-        self.add(f"{role} is missing", self.field(role), given, _TEXT_WANTED)
+        actual = f"no such field (there: {listed(list(self.row.values))})"
+        self.add(f"{role} is missing", self.field(role), actual, _TEXT_EXPECTED)
         return True

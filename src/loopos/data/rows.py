@@ -30,13 +30,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.paths import expanded
 from loopos.data.columns import plain_name
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
 from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, delimited_records, split_record
 from loopos.data.json_records import is_json_lines, json_document, json_lines
-from loopos.data.record import MAXIMUM_FAULTS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error, shown
+from loopos.data.record import MAXIMUM_DIAGNOSTICS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error, shown
 from loopos.data.sources import FileFormat, Location, locate
 from loopos.data.tables import (
     arrow_records,
@@ -169,7 +169,7 @@ class RowReader:
     """An iterable of the rows of one source; each pass reads anew and fills a new `report`.
 
     A bad row is counted, and under the policy "error" the pass ends in a `BadRows` error with the first
-    `MAXIMUM_FAULTS` faults: at the end of the source, or at once when streaming, where there may be no end.
+    `MAXIMUM_DIAGNOSTICS` faults: at the end of the source, or at once when streaming, where there may be no end.
     """
 
     def __init__(
@@ -202,36 +202,36 @@ class RowReader:
         with closing(self._records(report)) as records:
             for index, (source, record) in enumerate(itertools.islice(records, self.max_rows)):
                 report.rows_read += 1
-                if isinstance(record, Fault):
+                if isinstance(record, Diagnostic):
                     numbered = record if record.line is not None else replace(record, source=f"{source} (row {index})")
                     self.reject([numbered])
                 else:
                     yield Row(record.values, source, record.line, index)
 
-    def reject(self, faults: Sequence[Fault]) -> None:
-        """Counts one row of the running pass as bad, for `faults`: a reader's own, or those that `formats` finds.
+    def reject(self, diagnostics: Sequence[Diagnostic]) -> None:
+        """Counts one row of the running pass as bad, for `diagnostics`: a reader's own, or those that `formats` finds.
 
         Raises:
             BadRows: at once when streaming under the policy "error"; else `finish` raises.
         """
         report = self.report
         report.bad_rows += 1
-        report.num_faults += len(faults)
-        room = len(faults) if self.on_bad_row == "skip" else max(0, MAXIMUM_FAULTS - len(report.faults))
-        report.faults.extend(faults[:room])
+        report.num_diagnostics += len(diagnostics)
+        room = len(diagnostics) if self.on_bad_row == "skip" else max(0, MAXIMUM_DIAGNOSTICS - len(report.diagnostics))
+        report.diagnostics.extend(diagnostics[:room])
         if self.streaming:
             self.finish()
 
     def finish(self) -> None:
         """Ends a pass: raises `BadRows` if it met a bad row under the policy "error"."""
         if self.report.bad_rows and self.on_bad_row == "error":
-            raise BadRows(self.report.faults, self.report.num_faults, "correct the rows", SKIP_ROWS)
+            raise BadRows(self.report.diagnostics, self.report.num_diagnostics, "correct the rows", SKIP_ROWS)
 
     def _new_report(self) -> ReadReport:
         files = [path for path, _ in self.location.files] or [self.location.name]
-        return ReadReport(self.location.name, files, said=list(self.location.said))
+        return ReadReport(self.location.name, files, summary=list(self.location.summary))
 
-    def _records(self, report: ReadReport) -> Generator[tuple[str, Record | Fault], None, None]:
+    def _records(self, report: ReadReport) -> Generator[tuple[str, Record | Diagnostic], None, None]:
         for source, records in self._sources(report):
             empty = True
             for record in records:
@@ -251,8 +251,8 @@ class RowReader:
             case "hub":
                 yield name, hub_records(name, self.split, self.subset, columns, self.streaming, report)
 
-    def _select(self, record: Record | Fault, source: str) -> Record | Fault:
-        if self.columns is None or isinstance(record, Fault):
+    def _select(self, record: Record | Diagnostic, source: str) -> Record | Diagnostic:
+        if self.columns is None or isinstance(record, Diagnostic):
             return record
         check_columns(list(record.values), self.columns, source, record.line)
         return Record(record.line, {name: record.values[name] for name in self.columns})
@@ -382,5 +382,5 @@ def read_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> str:
     """The whole text. Raises `DataError` for a file that is not there, cannot be read or holds no text."""
     text = read_text(source, rules)
     if not text.strip():
-        raise DataError([Fault(source, None, None, "text", "no text", "a file with running text in it")])
+        raise DataError([Diagnostic(source, None, None, "text", "no text", "a file with running text in it")])
     return text

@@ -36,7 +36,7 @@ _FORMATS: dict[str, FileFormat] = {
     ".xlsx": "xlsx",
 }
 _COMPRESSIBLE = ("csv", "tsv", "json", "jsonl", "txt")
-FORMATS_WANTED = ".csv, .tsv, .json, .jsonl, .txt (also .gz or .zst), .parquet, .arrow or .xlsx"
+FORMATS_EXPECTED = ".csv, .tsv, .json, .jsonl, .txt (also .gz or .zst), .parquet, .arrow or .xlsx"
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -58,7 +58,7 @@ class Location:
     kind: Literal["files", "saved", "hub"]
     name: str
     files: tuple[tuple[str, FileFormat], ...] = ()
-    said: tuple[str, ...] = field(default=())
+    summary: tuple[str, ...] = field(default=())
 
 
 def locate(source: str, split: str) -> Location:
@@ -110,7 +110,7 @@ def file_format(path: str) -> FileFormat:
         raise file_error(
             path,
             f"the suffix {shown(suffix)}" if suffix else "a file without a suffix",
-            FORMATS_WANTED,
+            FORMATS_EXPECTED,
             "name the file after its content, or convert it",
             field="file name",
         )
@@ -136,15 +136,17 @@ def _folder(folder: str, split: str) -> Location:
     if not files:
         kinds = ", ".join(shown(name) for name in names[:8]) if names else "nothing"
         hint = f"subfolders are not read; to read those files, give {' or '.join(below)}" if below else ""
-        raise file_error(folder, f"a folder that holds {kinds}", f"files named {FORMATS_WANTED}", hint, field="folder")
-    said = [f"{folder}: files in subfolders are not read; {' or '.join(below)} would read them"] if below else []
+        raise file_error(
+            folder, f"a folder that holds {kinds}", f"files named {FORMATS_EXPECTED}", hint, field="folder"
+        )
+    summary = [f"{folder}: files in subfolders are not read; {' or '.join(below)} would read them"] if below else []
     if len(files) < len(paths):
         others = [os.path.basename(path) for path in paths if path not in files]
-        said.append(f"{folder}: not read: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
-    wanted = _SPLIT_WORDS.get(split, split)
+        summary.append(f"{folder}: not read: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
+    expected = _SPLIT_WORDS.get(split, split)
     splits = {path: _split_of(path) for path in files}
     if any(splits.values()):
-        chosen = [path for path in files if splits[path] == wanted]
+        chosen = [path for path in files if splits[path] == expected]
         if not chosen:
             found = ", ".join(sorted({name for name in splits.values() if name}))
             raise file_error(
@@ -154,9 +156,9 @@ def _folder(folder: str, split: str) -> Location:
                 "set data.training_split or data.validation_split, or name one file",
                 field="split",
             )
-        said.append(f"{folder}: for the split {split}: {', '.join(os.path.basename(path) for path in chosen)}")
+        summary.append(f"{folder}: for the split {split}: {', '.join(os.path.basename(path) for path in chosen)}")
         files = chosen
-    return Location("files", folder, tuple((path, file_format(path)) for path in files), tuple(said))
+    return Location("files", folder, tuple((path, file_format(path)) for path in files), tuple(summary))
 
 
 def _patterns_below(paths: Sequence[str]) -> list[str]:
@@ -203,5 +205,5 @@ def _missing(source: str) -> DataError:
         named = " or ".join(repr(os.path.join(os.path.dirname(source), name)) for name in near)
         hint = f"did you mean {named}?" if near else f"paths are relative to {os.getcwd()!r}"
     return file_error(
-        source, "a path where nothing is", f'a file ({FORMATS_WANTED}), a folder, a glob or a hub id "org/name"', hint
+        source, "a path where nothing is", f'a file ({FORMATS_EXPECTED}), a folder, a glob or a hub id "org/name"', hint
     )

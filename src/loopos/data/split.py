@@ -14,7 +14,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 
 MAXIMUM_BINS = 10
 Labels: TypeAlias = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | None
@@ -22,11 +22,11 @@ Labels: TypeAlias = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Places of the rows of either side, ascending; together every row once. `said`: how they were parted."""
+    """Places of the rows of either side, ascending; together every row once. `summary`: how they were parted."""
 
     train: list[int]
     validation: list[int]
-    said: str
+    summary: str
 
 
 def split_off(
@@ -73,10 +73,10 @@ def _whole_groups(
 ) -> tuple[list[int], list[int]]:
     """The rows of either side, where groups stay whole: at least one on each."""
     draws = _draws(seed, total)
-    wanted = _wanted(share, total)
+    expected = _expected(share, total)
     first_labels = None if labels is None else [labels[group[0]] for group in groups]
-    strata = _groups(first_labels, len(groups), _wanted(share, len(groups)))  # type: ignore[arg-type]
-    quotas = _quotas([sum(len(groups[place]) for place in stratum) for stratum in strata], wanted)
+    strata = _groups(first_labels, len(groups), _expected(share, len(groups)))  # type: ignore[arg-type]
+    quotas = _quotas([sum(len(groups[place]) for place in stratum) for stratum in strata], expected)
     order = {place: (draws[group[0]], group[0]) for place, group in enumerate(groups)}
     chosen: set[int] = set()
     for stratum, quota in zip(strata, quotas, strict=True):
@@ -100,7 +100,7 @@ def _draws(seed: int, count: int) -> list[int]:
     return draws
 
 
-def _wanted(share: float, total: int) -> int:
+def _expected(share: float, total: int) -> int:
     """How many of `total` rows validate."""
     return min(max(1, math.floor(share * total + 0.5)), total - 1)
 
@@ -134,19 +134,21 @@ def stratified_split(
     total = len(labels) if labels is not None else num_rows
     assert total is not None
     if total < 2:
-        given = f"{total} row{'s' if total != 1 else ''}"
+        actual = f"{total} row{'s' if total != 1 else ''}"
         hint = "add rows, or give data.validation_data"
-        raise DataError([Fault(source, None, None, "data.validation_share", given, "at least 2 rows to split", hint)])
-    wanted = _wanted(share, total)
-    groups = _groups(labels, total, wanted)
+        raise DataError(
+            [Diagnostic(source, None, None, "data.validation_share", actual, "at least 2 rows to split", hint)]
+        )
+    expected = _expected(share, total)
+    groups = _groups(labels, total, expected)
     keys = _draws(seed, total)
     validation: set[int] = set()
-    for group, quota in zip(groups, _quotas([len(group) for group in groups], wanted), strict=True):
+    for group, quota in zip(groups, _quotas([len(group) for group in groups], expected), strict=True):
         validation.update(sorted(group, key=lambda row: (keys[row], row))[:quota])
     return [row for row in range(total) if row not in validation], sorted(validation)
 
 
-def _groups(labels: Labels, total: int, wanted: int) -> list[list[int]]:
+def _groups(labels: Labels, total: int, expected: int) -> list[list[int]]:
     """Rows by class, by bin, or all together."""
     if labels is None or any(isinstance(label, Sequence) for label in labels):
         return [list(range(total))]
@@ -158,23 +160,23 @@ def _groups(labels: Labels, total: int, wanted: int) -> list[list[int]]:
         return [classes[label] for label in sorted(classes)]
     values = [float(label) for label in labels if not isinstance(label, Sequence)]
     ordered = sorted(range(total), key=lambda row: (values[row], row))
-    bins = min(MAXIMUM_BINS, wanted, total - wanted)
+    bins = min(MAXIMUM_BINS, expected, total - expected)
     return [ordered[total * number // bins : total * (number + 1) // bins] for number in range(bins)]
 
 
-def _quotas(sizes: Sequence[int], wanted: int) -> list[int]:
-    """How many rows of each group validate: `wanted` in all, fewer if groups of one row leave no more."""
+def _quotas(sizes: Sequence[int], expected: int) -> list[int]:
+    """How many rows of each group validate: `expected` in all, fewer if groups of one row leave no more."""
     most = [size - 1 for size in sizes] if any(size > 1 for size in sizes) else list(sizes)
-    wanted, total = min(wanted, sum(most)), sum(sizes)
-    quotas = [min(size * wanted // total, limit) for size, limit in zip(sizes, most, strict=True)]
-    if sum(limit > 0 for limit in most) <= wanted:
+    expected, total = min(expected, sum(most)), sum(sizes)
+    quotas = [min(size * expected // total, limit) for size, limit in zip(sizes, most, strict=True)]
+    if sum(limit > 0 for limit in most) <= expected:
         quotas = [max(quota, min(1, limit)) for quota, limit in zip(quotas, most, strict=True)]
     # The larger group goes first where two are equally far from their share.
     groups = sorted(range(len(sizes)), key=lambda group: (-sizes[group], group))
-    while sum(quotas) > wanted:
-        quotas[max((g for g in groups if quotas[g] > 1), key=lambda g: quotas[g] * total - sizes[g] * wanted)] -= 1
-    while sum(quotas) < wanted:
+    while sum(quotas) > expected:
+        quotas[max((g for g in groups if quotas[g] > 1), key=lambda g: quotas[g] * total - sizes[g] * expected)] -= 1
+    while sum(quotas) < expected:
         quotas[
-            max((g for g in groups if quotas[g] < most[g]), key=lambda g: sizes[g] * wanted - quotas[g] * total)
+            max((g for g in groups if quotas[g] < most[g]), key=lambda g: sizes[g] * expected - quotas[g] * total)
         ] += 1
     return quotas

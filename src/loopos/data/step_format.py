@@ -111,13 +111,13 @@ class StepFormat:
         """Where the part of `text` begins that gives the answer (its marker included); 0 where all of it does."""
         closing = self.closing.strip()
         if closing:
-            place = text.find(closing)
-            rest = text[place + len(closing) :]
-            return 0 if place < 0 else len(text) - len(rest.lstrip())
-        place = self._marked_line(text) if self.answer_marker.strip() else text.rstrip().rfind(self.delimiter)
-        if place < 0:
+            position = text.find(closing)
+            rest = text[position + len(closing) :]
+            return 0 if position < 0 else len(text) - len(rest.lstrip())
+        position = self._marked_line(text) if self.answer_marker.strip() else text.rstrip().rfind(self.delimiter)
+        if position < 0:
             return 0
-        return place if self.answer_marker.strip() else place + len(self.delimiter)
+        return position if self.answer_marker.strip() else position + len(self.delimiter)
 
     def _written(self, steps: Sequence[str], answer: str) -> str:
         chain = "".join(step + self.delimiter for step in steps)
@@ -151,12 +151,12 @@ class StepFormat:
         opened = self._opened(text)
         body = text if opened is None else opened
         marker = self.answer_marker.strip()
-        place = self._marked_line(body) if marker else -1
-        if place >= 0:
-            line, behind = _first_line(body[place:].lstrip()[len(marker) :])
+        position = self._marked_line(body) if marker else -1
+        if position >= 0:
+            line, behind = _first_line(body[position:].lstrip()[len(marker) :])
             answer, is_whole = self._cut(line)
             is_whole = is_whole and opened is not None and not behind
-            return Parsed(self._steps(body[:place]), answer, is_whole and bool(answer))
+            return Parsed(self._steps(body[:position]), answer, is_whole and bool(answer))
         if marker and marker in body:
             before, _, after = body.partition(marker)
             return Parsed(self._steps(before), self._cut(_first_line(after)[0])[0], False)
@@ -168,11 +168,11 @@ class StepFormat:
 
     def _marked_line(self, text: str) -> int:
         """Where the first step-like piece begins that starts with the answer marker; -1 where there is none."""
-        place = 0
+        position = 0
         for piece in text.split(self.delimiter):
             if piece.lstrip().startswith(self.answer_marker.strip()):
-                return place
-            place += len(piece) + len(self.delimiter)
+                return position
+            position += len(piece) + len(self.delimiter)
         return -1
 
     def _after_marker(self, text: str) -> str:

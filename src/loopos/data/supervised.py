@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.data.read_ahead import handed_over
 from loopos.data.reading import FormatReport, account, opened, validation_source
-from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
 from loopos.data.step_format import StepFormat, chosen_format
 from loopos.data.supervised_rows import Example, read_supervised
@@ -19,14 +19,14 @@ from loopos.data.supervised_rows import Example, read_supervised
 
 @dataclass(frozen=True)
 class SupervisedData:
-    """Training and validation examples, and the format that their chains are written in. `said`: what was decided, a
+    """Training and validation examples, and the format that their chains are written in. `summary`: what was decided, a
     sentence each; `reports`: the account of each source.
     """
 
     step_format: StepFormat
     train: list[Example]
     validation: list[Example]
-    said: list[str]
+    summary: list[str]
     reports: list[FormatReport]
 
 
@@ -41,17 +41,17 @@ def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
     columns = {str(role): column for role, column in data.columns.items()}
     reader = opened(data, data.source, data.training_split)
     train, report = read_supervised(reader, columns, step_format=step_format)
-    said, reports = [*report.said, account(report)], [report]
+    summary, reports = [*report.summary, account(report)], [report]
     validation: list[Example] = []
     own = validation_source(data, data.source)
     if own is not None:
         validation, validation_report = read_supervised(opened(data, *own), columns, step_format=step_format)
-        said.append(f"validation: {own[0]}, {account(validation_report)}")
+        summary.append(f"validation: {own[0]}, {account(validation_report)}")
         reports.append(validation_report)
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]
         split = split_off(keys, data.validation_share, seed, by=data.split_by, source=data.source)
         train, validation = [train[place] for place in split.train], [train[place] for place in split.validation]
-        said.append(split.said)
-    said += told_repeats(train, validation)
-    return SupervisedData(step_format, train, validation, said, reports)
+        summary.append(split.summary)
+    summary += repeats_summary(train, validation)
+    return SupervisedData(step_format, train, validation, summary, reports)

@@ -87,7 +87,7 @@ class SupervisedFormat:
 
     kind: Kind
     columns: Mapping[str, str]
-    said: str
+    summary: str
 
 
 def detect(
@@ -111,7 +111,7 @@ def detect(
     if remembered and not overrides and all(name is None or name in columns for name in remembered.values()):
         overrides = remembered
     fit = detected(_FAMILY, columns, overrides, source)
-    return SupervisedFormat(fit.shape.kind, fit.columns, fit.said)
+    return SupervisedFormat(fit.shape.kind, fit.columns, fit.summary)
 
 
 def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:
@@ -193,9 +193,9 @@ def _completion(fields: RowFields) -> Completion | Conversation | None:
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompted(fields)
     if isinstance(prompt, list) or isinstance(completion, list):
-        given = f"{kind_name(prompt)} as prompt and {kind_name(completion)} as completion"
-        wanted = "two texts, or two lists of messages"
-        fields.add("prompt and completion of two kinds", fields.field("completion"), given, wanted)
+        actual = f"{kind_name(prompt)} as prompt and {kind_name(completion)} as completion"
+        expected = "two texts, or two lists of messages"
+        fields.add("prompt and completion of two kinds", fields.field("completion"), actual, expected)
         return None
     texts = fields.text("prompt"), fields.text("completion")
     check_no_tools(fields, tools_of(fields))

@@ -31,10 +31,10 @@ from typing import Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.config.diagnostics import DataError, Fault
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
-from loopos.data.piece_tokens import PieceTokenizer
+from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
@@ -139,7 +139,7 @@ class SupervisedReport:
     cut: int = 0
     tokens_cut: int = 0
     max_length: int | None = None
-    faults: list[Fault] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list, repr=False)
 
     def counts(self) -> dict[str, object]:
@@ -147,7 +147,7 @@ class SupervisedReport:
         told = asdict(self)
         return {name: value for name, value in told.items() if name not in ("faults", "lengths")}
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """The account in words."""
         spread = length_spread(self.lengths) or "no rows"
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
@@ -185,11 +185,11 @@ def encode_supervised(
         left. Each fault names file and line.
     """
     template = template or ChatTemplate(tokenizer)
-    encoder = PieceTokenizer(tokenizer)
+    encoder = SegmentTokenizer(tokenizer)
     report = SupervisedReport(max_length=max_length)
     rows: list[Supervised] = []
     dropped: Counter[str] = Counter()
-    over: list[Fault] = []
+    over: list[Diagnostic] = []
     for first in range(0, len(examples), CHUNK):
         parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
         whole = [[part.piece for part in row] for row in parts]
@@ -200,7 +200,7 @@ def encode_supervised(
             row = _joined(row_parts, pieces, place)
             length = len(row.ids)
             if max_length is not None and length > max_length:
-                over.append(over_fault(examples[place].row, length, max_length, at_least=is_short))
+                over.append(over_diagnostic(examples[place].row, length, max_length, at_least=is_short))
                 if over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
@@ -210,7 +210,7 @@ def encode_supervised(
                 dropped[UNTRAINED] += 1
                 continue
             rows.append(row)
-    refused = list(report.faults)
+    refused = list(report.diagnostics)
     dropped.update({REFUSED: len(refused)} if refused else {})
     report.read, report.used, report.dropped = len(examples), len(rows), dict(dropped)
     _fill(report, rows)
@@ -219,7 +219,9 @@ def encode_supervised(
         raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
     check_over(over, len(examples), max_length, over_length, max_dropped_share)
     if not rows:
-        raise DataError([Fault("data", None, None, "rows", report.said(), "at least one row with a token to learn")])
+        raise DataError(
+            [Diagnostic("data", None, None, "rows", report.summary(), "at least one row with a token to learn")]
+        )
     return rows, report
 
 
@@ -238,7 +240,7 @@ def prompt_tokens(
     Raises:
         TemplateRefusal: the template cannot render these messages.
     """
-    encoder = PieceTokenizer(tokenizer)
+    encoder = SegmentTokenizer(tokenizer)
     match problem:
         case Completion(prompt=text):
             pieces = [Piece(text, begins=True)]
@@ -261,7 +263,7 @@ def _asked(problem: Problem) -> Sequence[Message]:
     assert not isinstance(problem, Completion | PlainText), "their prompts need no messages"
     if not isinstance(problem, Conversation):
         return problem
-    last = max(place for place, message in enumerate(problem.messages) if message.role == ASSISTANT)
+    last = max(index for index, message in enumerate(problem.messages) if message.role == ASSISTANT)
     return problem.messages[:last]
 
 
@@ -275,16 +277,18 @@ def _chunk_parts(
 ) -> tuple[list[list[Part]], list[int]]:
     """The parts of a chunk's examples and their places; those that the template refuses are noted as faults."""
     found, places = [], []
-    for place in range(first, min(first + CHUNK, len(examples))):
-        example = examples[place]
+    for index in range(first, min(first + CHUNK, len(examples))):
+        example = examples[index]
         try:
             found.append(parts_of(example, template, step_format, train_on))
         except TemplateRefusal as problem:
             row = example.row
-            wanted = "messages that the template renders turn by turn"
-            report.faults.append(Fault(row.place, row.line, None, "messages", str(problem), wanted, problem.hint))
+            expected = "messages that the template renders turn by turn"
+            report.diagnostics.append(
+                Diagnostic(row.place, row.line, None, "messages", str(problem), expected, problem.hint)
+            )
         else:
-            places.append(place)
+            places.append(index)
     return found, places
 
 
@@ -294,7 +298,7 @@ def _joined(parts: Sequence[Part], pieces: Sequence[Sequence[int]], index: int) 
     weights = [part.weight for part, piece in zip(parts, pieces, strict=True) for _ in piece]
     if weights:
         weights[0] = 0.0  # nothing stands before it that could predict it
-    end = max((place + 1 for place, weight in enumerate(weights) if weight > 0), default=0)
+    end = max((position + 1 for position, weight in enumerate(weights) if weight > 0), default=0)
     return _row(ids[:end], weights[:end], index) if end else _row(ids, weights, index)
 
 
@@ -314,16 +318,16 @@ def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
     report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
 
 
-def over_fault(row: Row, length: int, max_length: int, *, at_least: bool) -> Fault:
+def over_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:
     """The fault of a row that is too long; at_least: its end was never tokenised. What to do stands once, behind all of
     them (`check_over`).
     """
-    given = f"{'at least ' if at_least else ''}{length} tokens"
-    return Fault(row.place, row.line, None, "row", given, f"at most {max_length} (max_length)")
+    actual = f"{'at least ' if at_least else ''}{length} tokens"
+    return Diagnostic(row.place, row.line, None, "row", actual, f"at most {max_length} (max_length)")
 
 
 def check_over(
-    over: Sequence[Fault], read: int, max_length: int | None, over_length: OverLength, max_dropped_share: float
+    over: Sequence[Diagnostic], read: int, max_length: int | None, over_length: OverLength, max_dropped_share: float
 ) -> None:
     """Raises `BadRows` where the policy does not allow the rows over `max_length`, whose faults are `over`: any under
     "error", more than `max_dropped_share` of the rows `read` under "drop".

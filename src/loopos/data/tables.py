@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopos.config.diagnostics import EnvironmentFault, Fault
+from loopos.config.diagnostics import Diagnostic, MissingRequirement
 from loopos.data.decoding import TextRules, check_expansion, require_regular
 from loopos.data.record import ReadReport, Record, Records, file_error, shown
 from loopos.data.sources import sheet_of
@@ -48,7 +48,7 @@ def spreadsheet_records(source: str, rules: TextRules, report: ReadReport) -> Re
     try:
         import openpyxl
     except ModuleNotFoundError as error:
-        raise EnvironmentFault(
+        raise MissingRequirement(
             f'{path}: reading .xlsx files needs the package openpyxl (the extra "excel"): pip install openpyxl, or '
             "save the sheet as CSV"
         ) from error
@@ -76,15 +76,15 @@ def _chosen(path: str, book: Any, sheet: str | None, report: ReadReport) -> Any:
     names = [worksheet.title for worksheet in book.worksheets]
     if sheet is not None:
         if sheet not in names:
-            wanted = f"one of the sheets that are there: {', '.join(map(shown, names))}"
-            raise file_error(path, f"the sheet {shown(sheet)}", wanted, field="sheet")
+            expected = f"one of the sheets that are there: {', '.join(map(shown, names))}"
+            raise file_error(path, f"the sheet {shown(sheet)}", expected, field="sheet")
         return book[sheet]
     filled = [worksheet for worksheet in book.worksheets if next(_filled(worksheet), None) is not None]
     if len(filled) > 1:
         names = [worksheet.title for worksheet in filled]
-        given = f"{len(filled)} sheets with rows: {', '.join(map(shown, names))}"
+        actual = f"{len(filled)} sheets with rows: {', '.join(map(shown, names))}"
         hint = f"name one behind a #: {os.path.basename(path)}#{names[0]}"
-        raise file_error(path, given, "one sheet", hint, field="sheet")
+        raise file_error(path, actual, "one sheet", hint, field="sheet")
     if not filled:
         raise file_error(path, "an empty workbook", "a sheet with a header and rows", field="rows")
     if len(names) > 1:
@@ -110,8 +110,10 @@ def _sheet_records(path: str, worksheet: Any, report: ReadReport) -> Records:
         last = number
         beyond = next((place for place, cell in enumerate(cells) if place not in header and not _is_empty(cell)), None)
         if beyond is not None:
-            given = f"{shown(cells[beyond])} in column {_letters(beyond)}, which has no name"
-            yield Fault(path, number, None, _letters(beyond), given, f"a name for it in row {head_line}, or nothing")
+            actual = f"{shown(cells[beyond])} in column {_letters(beyond)}, which has no name"
+            yield Diagnostic(
+                path, number, None, _letters(beyond), actual, f"a name for it in row {head_line}, or nothing"
+            )
             continue
         values = {name: _value(cells[place] if place < len(cells) else None) for place, name in header.items()}
         yield Record(number, values)
@@ -121,15 +123,15 @@ def _header(path: str, number: int, cells: Sequence[Any]) -> dict[int, str]:
     """Place → name of each column; columns without a name are left out."""
     header: dict[int, str] = {}
     taken: dict[str, int] = {}
-    for place, cell in enumerate(cells):
+    for index, cell in enumerate(cells):
         name = "" if _is_empty(cell) else str(_value(cell)).strip()
         if not name:
             continue
-        if taken.setdefault(name, place) != place:
-            given = f"the column name {shown(name)} twice (columns {_letters(taken[name])} and {_letters(place)})"
+        if taken.setdefault(name, index) != index:
+            actual = f"the column name {shown(name)} twice (columns {_letters(taken[name])} and {_letters(index)})"
             hint = "the first row must be the header; rename one of the two"
-            raise file_error(path, given, "distinct names", hint, line=number, field="header")
-        header[place] = name
+            raise file_error(path, actual, "distinct names", hint, line=number, field="header")
+        header[index] = name
     return header
 
 
@@ -146,12 +148,12 @@ def _is_empty(cell: Any) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
-def _letters(place: int) -> str:
+def _letters(index: int) -> str:
     """The name of the column at `place`, counted from 0, as Excel writes it: A, B, ..., Z, AA."""
     name = ""
-    place += 1
-    while place:
-        place, letter = divmod(place - 1, 26)
+    index += 1
+    while index:
+        index, letter = divmod(index - 1, 26)
         name = chr(65 + letter) + name
     return name
 
@@ -266,13 +268,13 @@ def hub_records(
             table = datasets.load_dataset(name, name=subset, split=split, streaming=streaming)
         yield from _dataset_records(table, name, columns, report)
     except failures as error:
-        wanted = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
+        expected = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
         first = (str(error).strip() or "?").splitlines()[0][:200]
         reason = "; ".join(each for each in (why_unreachable(), f"{type(error).__name__}: {first}") if each)
         raise file_error(
             name,
             f"a hub id that could not be loaded ({reason})",
-            wanted,
+            expected,
             "check the id, data.subset and the split; set HF_TOKEN for a private or gated one; without a network, copy "
             "the data set to a folder (datasets: save_to_disk) and give its path",
             field="hub",

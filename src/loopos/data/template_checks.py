@@ -43,7 +43,7 @@ def check_reasoning(message: Message, turn: str) -> None:
     """Raises `TemplateRefusal` where a turn that is learned holds no word of the message's reasoning."""
     for name in REASONING:
         words = message.more.get(name)
-        if isinstance(words, str) and end_of_words(words, turn, 0, len(turn)) < 0:
+        if isinstance(words, str) and end_of_text(words, turn, 0, len(turn)) < 0:
             reason = f"the chat template leaves out the {name} of what the assistant says: {shown(words)}"
             raise TemplateRefusal(reason, SPLIT_HINT)
 
@@ -60,10 +60,10 @@ def check_context(messages: Sequence[Message], whole: str) -> None:
         end = _next_end(words, whole, place)
         if end < 0:
             # Slower, and for few: words in another place, or with other white space between them.
-            end = end_of_words(words, whole, place, len(whole))
+            end = end_of_text(words, whole, place, len(whole))
         if end >= 0:
             place = end
-        elif end_of_words(words, whole, 0, place) < 0:
+        elif end_of_text(words, whole, 0, place) < 0:
             reason = f"the chat template leaves out a message of the role {message.role}: {shown(message.content)}"
             raise TemplateRefusal(reason, TEMPLATE_HINT)
 
@@ -80,15 +80,15 @@ def _next_end(words: str, whole: str, start: int) -> int:
 
 def end_of(text: str, whole: str, start: int, limit: int | None = None) -> int:
     """Where `text` ends in `whole[start:limit]`; -1 if it is not there."""
-    place = whole.find(text, start, limit)
-    return place + len(text) if place >= 0 else -1
+    position = whole.find(text, start, limit)
+    return position + len(text) if position >= 0 else -1
 
 
-def end_of_words(content: str, whole: str, start: int, limit: int) -> int:
+def end_of_text(content: str, whole: str, start: int, limit: int) -> int:
     """Where the words of `content` end in `whole[start:limit]`, whatever white space is between them; -1 if nowhere."""
-    place = whole.find(content.strip(), start, limit)
-    if place >= 0:
-        return place + len(content.strip())
+    position = whole.find(content.strip(), start, limit)
+    if position >= 0:
+        return position + len(content.strip())
     words = re.compile(r"\s*".join(re.escape(word) for word in content.split()))
     found = words.search(whole, start, limit)
     return found.end() if found is not None else -1

@@ -222,8 +222,8 @@ class _Namespace(Namespace):
     """`namespace` without attributes that begin with an underscore."""
 
     def __init__(*arguments: Any, **named: Any) -> None:
-        self, *given = arguments
-        attributes = dict(*given, **named)
+        self, *actual = arguments
+        attributes = dict(*actual, **named)
         for name in attributes:
             _check_name(name)
         Namespace.__init__(self, attributes)

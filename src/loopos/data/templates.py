@@ -41,7 +41,7 @@ from loopos.data.template_checks import (
     changes,
     check_context,
     end_of,
-    end_of_words,
+    end_of_text,
     num_shared,
     with_reasoning,
 )
@@ -85,7 +85,7 @@ def source_of(tokenizer: PreTrainedTokenizerBase, chosen: str) -> tuple[str, str
                 return file.read(LONGEST_TEMPLATE + 1), f"chat template: {chosen}"
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(
-                f'data.chat_template: {chosen} cannot be read ({problem}); wanted "auto", "plain" or a file with a '
+                f'data.chat_template: {chosen} cannot be read ({problem}); expected "auto", "plain" or a file with a '
                 "Jinja template"
             ) from problem
     if chosen == "auto" and tokenizer.chat_template is not None:
@@ -139,8 +139,8 @@ class Piece:
 
 
 class ChatTemplate:
-    """Renders messages by one template. `said` says which; `end` is the text that ends a turn of the assistant, empty
-    where the template writes none and the tokenizer's end token is put behind each turn.
+    """Renders messages by one template. `summary` says which; `end` is the text that ends a turn of the assistant,
+    empty where the template writes none and the tokenizer's end token is put behind each turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chosen: str = "auto") -> None:
@@ -150,10 +150,10 @@ class ChatTemplate:
         """
         end_token(tokenizer)
         self.tokenizer = tokenizer
-        self.source, self.said = source_of(tokenizer, chosen)
+        self.source, self.summary = source_of(tokenizer, chosen)
         self._tool_source = tool_source(tokenizer, chosen) or self.source
         if "strftime_now" in self.source:
-            self.said += "; it writes the date of the run into the text"
+            self.summary += "; it writes the date of the run into the text"
         self._header, self.end = self._probe()
 
     def pieces(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
@@ -242,10 +242,10 @@ class ChatTemplate:
     def _turn_start(self, before: Sequence[Message], tools: Sequence[Tool], whole: str) -> int:
         """Where a turn begins in `whole`: behind what generation would start from."""
         if not before:
-            place = whole.find(self._header)
-            if place < 0:
+            position = whole.find(self._header)
+            if position < 0:
                 raise TemplateRefusal(f"the chat template writes no {shown(self._header)} before the assistant's words")
-            return place + len(self._header)
+            return position + len(self._header)
         prompt = self._rendered(before, tools, prompting=True)
         if not whole.startswith(prompt):
             raise TemplateRefusal(changes(prompt, whole), SPLIT_HINT)
@@ -260,7 +260,7 @@ class ChatTemplate:
         Templates may change white space between the words, and write more around them.
         """
         message = messages[number]
-        end = end_of_words(message.content, whole, start, limit)
+        end = end_of_text(message.content, whole, start, limit)
         if end < 0:
             reason = f"{shown(message.content)} became {shown(whole[start:limit])}"
             raise TemplateRefusal(f"the chat template leaves out part of what the assistant says: {reason}", SPLIT_HINT)
@@ -270,10 +270,10 @@ class ChatTemplate:
             if called < 0:
                 raise TemplateRefusal(f"the chat template leaves out a call of the tool {shown(name)}", TEMPLATE_HINT)
         if self.end:
-            place = whole.find(self.end, max(end, called), limit)
-            if place < 0:
+            position = whole.find(self.end, max(end, called), limit)
+            if position < 0:
                 raise TemplateRefusal(f"no end token {shown(self.end)} follows what the assistant says")
-            return place + len(self.end)
+            return position + len(self.end)
         if called == start:
             return end
         # Nothing marks where the last call ends but the end of the text up to here.

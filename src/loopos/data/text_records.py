@@ -31,7 +31,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from loopos.config.diagnostics import Fault
+from loopos.config.diagnostics import Diagnostic
 from loopos.data.record import ReadReport, Record, Records, shown
 
 Role: TypeAlias = Literal["problem", "reasoning", "answer"]
@@ -51,11 +51,11 @@ _WORKED_EXPECTED = "a line Problem: ..., its steps one a line, and a line Answer
 
 
 class _Line(NamedTuple):
-    """`label`: the word before its colon, if it is one of `_ROLES`; `said`: what follows it; `text`: all of it."""
+    """`label`: the word before its colon, if it is one of `_ROLES`; `summary`: what follows it; `text`: all of it."""
 
     number: int
     label: str | None
-    said: str
+    summary: str
     text: str
 
 
@@ -88,7 +88,7 @@ def _taken_apart(number: int, text: str) -> _Line:
     return _Line(number, found[1].lower(), text[found.end() :].strip(), text.strip())
 
 
-def _worked_record(block: Sequence[_Line], path: str) -> Record | Fault:
+def _worked_record(block: Sequence[_Line], path: str) -> Record | Diagnostic:
     """One problem, or the fault of the first line that has no place in it."""
     is_headed = any(line.label is not None and _WORKED_ROLES[line.label] == "reasoning" for line in block)
     parts: dict[Role, list[str]] = {}
@@ -99,20 +99,22 @@ def _worked_record(block: Sequence[_Line], path: str) -> Record | Fault:
             role = _WORKED_ROLES[line.label]
             if role in parts:
                 hint = "begin each problem with a line Problem: ..."
-                return Fault(path, line.number, None, role, f"a second {role}", f"one {role} a problem", hint)
+                return Diagnostic(path, line.number, None, role, f"a second {role}", f"one {role} a problem", hint)
             parts[role] = []
         elif role == "problem" and parts[role] and not is_headed:
             role = "reasoning"
             parts[role] = []
         elif role == "answer" and parts[role]:
             hint = "begin each problem with a line Problem: ..., and write its answer on one line"
-            return Fault(path, line.number, None, role, f"{shown(line.said)} behind the answer", "nothing more", hint)
+            return Diagnostic(
+                path, line.number, None, role, f"{shown(line.summary)} behind the answer", "nothing more", hint
+            )
         assert role is not None, "a file of worked problems begins with a problem"
-        said = line.text if is_option else line.said
-        parts[role] += [said] if said else []
+        summary = line.text if is_option else line.summary
+        parts[role] += [summary] if summary else []
     for needed in ("problem", "answer"):
         if not parts.get(needed):
-            return Fault(path, block[0].number, None, needed, f"a problem without {needed}", _WORKED_EXPECTED)
+            return Diagnostic(path, block[0].number, None, needed, f"a problem without {needed}", _WORKED_EXPECTED)
     steps, answer = parts.get("reasoning", []), parts["answer"][0]
     return Record(block[0].number, {"problem": "\n".join(parts["problem"]), "reasoning": steps, "answer": answer})
 
@@ -156,7 +158,7 @@ def preference_records(lines: Iterator[tuple[int, str]], path: str, report: Read
         yield _preference_record(block, path)
 
 
-def _preference_record(block: Sequence[tuple[int, str]], path: str) -> Record | Fault:
+def _preference_record(block: Sequence[tuple[int, str]], path: str) -> Record | Diagnostic:
     """One comparison, or the fault of the first line that has no place in it."""
     parts: dict[str, list[str]] = {}
     role = ""
@@ -165,15 +167,15 @@ def _preference_record(block: Sequence[tuple[int, str]], path: str) -> Record | 
         if found is not None:
             if found in parts:
                 hint = "begin each comparison with a line Prompt: ..."
-                return Fault(path, number, None, found, f"a second {found}", f"one {found} a comparison", hint)
+                return Diagnostic(path, number, None, found, f"a second {found}", f"one {found} a comparison", hint)
             role, text = found, text[_end_of_label(text) :]
             parts[role] = []
         assert role, "a file of comparisons begins with a prompt"
         parts[role].append(text.strip())
-    told = {name: "\n".join(said).strip() for name, said in parts.items()}
+    told = {name: "\n".join(summary).strip() for name, summary in parts.items()}
     for needed in ("prompt", "chosen", "rejected"):
         if not told.get(needed):
-            return Fault(path, block[0][0], None, needed, f"a comparison without {needed}", _PREFERENCE_EXPECTED)
+            return Diagnostic(path, block[0][0], None, needed, f"a comparison without {needed}", _PREFERENCE_EXPECTED)
     return Record(block[0][0], dict(told))
 
 

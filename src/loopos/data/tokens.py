@@ -1,6 +1,6 @@
 """Texts that are far longer than a model reads → their beginnings, which give the same first tokens.
 
-Enters: a tokenizer, a text, how many tokens of it are wanted. Leaves: the text, or a beginning of it that has more
+Enters: a tokenizer, a text, how many tokens of it are expected. Leaves: the text, or a beginning of it that has more
 tokens than that, the same ones. Tokenising 100 MB takes more than 20 GB of memory, to keep 256 tokens of it.
 
 Why the tokens are equal: the text is cut before a blank that stands between two ASCII letters or digits. The
@@ -31,19 +31,19 @@ from functools import cached_property
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loopos.config.diagnostics import DataError, Fault, UserError
+from loopos.config.diagnostics import DataError, Diagnostic, UserError
 from loopos.data.formats import Labelled
 
 SHORT_CHARACTERS = 1 << 17
 """Texts up to this are tokenised whole, so that what is lost of them is counted exactly (characters)."""
 CHARACTERS_PER_TOKEN = 32
-"""Characters of the first try for each token that is wanted, doubled until it has that many."""
+"""Characters of the first try for each token that is expected, doubled until it has that many."""
 CHUNK_CHARACTERS = 1 << 22
 """Characters that are tokenised at a time, longer texts alone: some 200 bytes of memory each."""
 _CUT = re.compile(r"[A-Za-z0-9](?= [A-Za-z0-9])")
 _SPANS_CUT = re.compile(r"[A-Za-z0-9][ Ġ▁]")
 _SEARCHED = 1 << 16
-# What lies behind the tokens that are wanted: more than the longest look ahead of any splitting into words.
+# What lies behind the tokens that are expected: more than the longest look ahead of any splitting into words.
 _MARGIN_TOKENS = 16
 _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
@@ -64,7 +64,7 @@ class TextBound:
 
     def beginning(self, text: str, num_tokens: int | None, *, short: int | None = None) -> str:
         """The beginning of a long text that has more than `num_tokens` tokens, those of the whole text; the text itself
-        where it is short, may not be cut, or has nowhere to cut it. None: all tokens are wanted. short: characters up
+        where it is short, may not be cut, or has nowhere to cut it. None: all tokens are expected. short: characters up
         to which a text is left whole; `SHORT_CHARACTERS` when absent.
         """
         short = SHORT_CHARACTERS if short is None else short
@@ -91,10 +91,10 @@ def spans(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     not have more. sizes: characters of each.
     """
     first, total = 0, 0
-    for place, size in enumerate(sizes):
-        if place > first and (place - first == most or total + size > CHUNK_CHARACTERS):
-            yield first, place
-            first, total = place, 0
+    for index, size in enumerate(sizes):
+        if index > first and (index - first == most or total + size > CHUNK_CHARACTERS):
+            yield first, index
+            first, total = index, 0
         total += size
     if first < len(sizes):
         yield first, len(sizes)
@@ -133,7 +133,7 @@ class TokenReport:
     shortened: int = 0
     lengths: list[int] = field(default_factory=list, repr=False)
 
-    def said(self) -> str:
+    def summary(self) -> str:
         middle = length_spread(self.lengths) or "no tokens"
         cut = (
             f"; {self.truncated} cut at {self.max_length} "
@@ -175,31 +175,31 @@ def encode_labelled(
     when `on_truncation` is "error".
     """
     encoded: list[Encoded] = []
-    faults: list[Fault] = []
+    diagnostics: list[Diagnostic] = []
     report = TokenReport(max_length=max_length)
     bound = TextBound(tokenizer)
     # What is cut at its front keeps its end.
-    wanted = max_length if tokenizer.truncation_side == "right" else None
+    expected = max_length if tokenizer.truncation_side == "right" else None
     for first, last in spans([_size(example) for example in examples], _CHUNK):
-        chunk = [_beginning(example, bound, wanted) for example in examples[first:last]]
+        chunk = [_beginning(example, bound, expected) for example in examples[first:last]]
         long = [_size(short) < _size(example) for short, example in zip(chunk, examples[first:last], strict=True)]
         whole = _tokenise(tokenizer, chunk, None)
         over = [i for i, ids in enumerate(whole["input_ids"]) if max_length is not None and len(ids) > max_length]
         if over:
             _check_room(tokenizer, chunk, max_length)
-        near = [_near(chunk[i], examples[first + i], bound, wanted) for i in over]
+        near = [_near(chunk[i], examples[first + i], bound, expected) for i in over]
         cut = dict(zip(over, _rows(_tokenise(tokenizer, near, max_length)), strict=True)) if over else {}
         for i, (ids, types) in enumerate(_rows(whole)):
             kept_ids, kept_types = cut.get(i, (ids, types))
             if not kept_ids:
-                faults.append(
-                    _fault(
+                diagnostics.append(
+                    _diagnostic(
                         chunk[i], "text without a single token", "text that the tokenizer turns into at least one token"
                     )
                 )
             elif i in cut and on_truncation == "error":
-                faults.append(
-                    _fault(
+                diagnostics.append(
+                    _diagnostic(
                         chunk[i],
                         f"{'at least ' if long[i] else ''}{len(ids)} tokens",
                         f"at most {max_length} (training.max_length), since data.on_truncation is error",
@@ -208,8 +208,8 @@ def encode_labelled(
             encoded.append(Encoded(kept_ids, kept_types, first + i, len(ids) - len(kept_ids)))
             report.truncated += i in cut
             report.shortened += long[i]
-    if faults:
-        raise DataError(faults)
+    if diagnostics:
+        raise DataError(diagnostics)
     report.examples, report.lengths = len(encoded), [len(example.ids) for example in encoded]
     report.tokens, report.tokens_cut = sum(report.lengths), sum(example.cut for example in encoded)
     return encoded, report
@@ -253,7 +253,7 @@ def _check_room(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labelled]
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length is not None and max_length <= special:
         raise UserError(
-            f"training.max_length: given {max_length}, wanted at least {special + 1 + pairs}: this tokenizer adds "
+            f"training.max_length: got {max_length}, expected at least {special + 1 + pairs}: this tokenizer adds "
             f"{special} special tokens to {'a pair of texts' if pairs else 'a text'}"
         )
 
@@ -286,8 +286,8 @@ def _rows(batch: dict[str, list[list[int]]]) -> list[tuple[list[int], list[int] 
     return [(ids, types[i] if types is not None else None) for i, ids in enumerate(batch["input_ids"])]
 
 
-def _fault(example: Labelled, given: str, wanted: str) -> Fault:
-    return Fault(example.row.source, example.row.line, None, "text", given, wanted)
+def _diagnostic(example: Labelled, actual: str, expected: str) -> Diagnostic:
+    return Diagnostic(example.row.source, example.row.line, None, "text", actual, expected)
 
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"

@@ -21,10 +21,10 @@ CALLS, OLD_CALL = "tool_calls", "function_call"
 TOOL_NAMES = (frozenset({"tools"}), frozenset({"tool_defs", "tool_definitions"}), frozenset({"functions"}))
 """The names of a column of tools in tiers."""
 
-_TOOL_WANTED = 'a tool such as {"type": "function", "function": {"name": ..., "parameters": {...}}}'
-_TOOLS_WANTED = "a list of tools, also as JSON text"
-_CALL_WANTED = 'a call such as {"type": "function", "function": {"name": ..., "arguments": {...}}}'
-_ARGUMENTS_WANTED = "an object, also as JSON text"
+_TOOL_EXPECTED = 'a tool such as {"type": "function", "function": {"name": ..., "parameters": {...}}}'
+_TOOLS_EXPECTED = "a list of tools, also as JSON text"
+_CALL_EXPECTED = 'a call such as {"type": "function", "function": {"name": ..., "arguments": {...}}}'
+_ARGUMENTS_EXPECTED = "an object, also as JSON text"
 
 
 def tools_of(fields: RowFields) -> tuple[Tool, ...]:
@@ -33,7 +33,7 @@ def tools_of(fields: RowFields) -> tuple[Tool, ...]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
     if not isinstance(value, list):
-        fields.add("tools are no list", place, f"{shown(value)} ({kind_name(value)})", _TOOLS_WANTED)
+        fields.add("tools are no list", place, f"{shown(value)} ({kind_name(value)})", _TOOLS_EXPECTED)
         return ()
     tools = [_tool(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
     return tuple(tool for tool in tools if tool is not None)
@@ -42,12 +42,12 @@ def tools_of(fields: RowFields) -> tuple[Tool, ...]:
 def check_no_tools(fields: RowFields, tools: tuple[Tool, ...]) -> None:
     """Notes tools beside a text that no template touches: nothing would write them."""
     if tools:
-        given, wanted = f"{len(tools)} tools beside text that stands as it is", "messages, or no tools"
+        actual, expected = f"{len(tools)} tools beside text that stands as it is", "messages, or no tools"
         hint = 'write them into the prompt, or leave them out: data.columns: {"tools": null}'
-        fields.add("tools beside text", fields.field("tools"), given, wanted, hint)
+        fields.add("tools beside text", fields.field("tools"), actual, expected, hint)
 
 
-def with_calls(fields: RowFields, place: str, more: dict[str, object]) -> dict[str, object]:
+def with_calls(fields: RowFields, source: str, more: dict[str, object]) -> dict[str, object]:
     """A message's other keys with its calls of tools as templates take them: `function_call`, OpenAI's older name for a
     single call, becomes a list of one, and an empty list goes.
     """
@@ -60,9 +60,9 @@ def with_calls(fields: RowFields, place: str, more: dict[str, object]) -> dict[s
     if value is None or value == []:
         return kept
     if not isinstance(value, list):
-        fields.add("tool_calls are no list", f"{place}.{CALLS}", shown(value), f"a list with {_CALL_WANTED}")
+        fields.add("tool_calls are no list", f"{source}.{CALLS}", shown(value), f"a list with {_CALL_EXPECTED}")
         return kept
-    calls = [_call(fields, f"{place}.{CALLS}[{number}]", call) for number, call in enumerate(value)]
+    calls = [_call(fields, f"{source}.{CALLS}[{number}]", call) for number, call in enumerate(value)]
     return {**kept, CALLS: calls}
 
 
@@ -73,12 +73,12 @@ def call_names(more: Mapping[str, object]) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def _tool(fields: RowFields, place: str, value: object) -> Tool | None:
+def _tool(fields: RowFields, source: str, value: object) -> Tool | None:
     if isinstance(value, str):
         value = structure_of(value) or value
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        fields.add("tool has no name", place, f"{shown(value)} ({kind_name(value)})", _TOOL_WANTED)
+        fields.add("tool has no name", source, f"{shown(value)} ({kind_name(value)})", _TOOL_EXPECTED)
         return None
     assert isinstance(value, dict)
     outer = {name: item for name, item in value.items() if name != "function"} if function is not value else {}
@@ -86,17 +86,17 @@ def _tool(fields: RowFields, place: str, value: object) -> Tool | None:
     if isinstance(parameters, str):
         parsed = structure_of(parameters)
         if not isinstance(parsed, dict):
-            fields.add("parameters are no object", f"{place}.parameters", shown(parameters), _ARGUMENTS_WANTED)
+            fields.add("parameters are no object", f"{source}.parameters", shown(parameters), _ARGUMENTS_EXPECTED)
             return None
         function = {**function, "parameters": parsed}
     function = in_order(function, ("name", "description", "parameters"))
     return in_order({"type": "function", **outer, "function": function}, ("type", "function"))
 
 
-def _call(fields: RowFields, place: str, value: object) -> dict[str, object]:
+def _call(fields: RowFields, source: str, value: object) -> dict[str, object]:
     function = _function_of(value)
     if not isinstance(value, dict) or not isinstance(function.get("name"), str):
-        fields.add("tool call has no name", place, f"{shown(value)} ({kind_name(value)})", _CALL_WANTED)
+        fields.add("tool call has no name", source, f"{shown(value)} ({kind_name(value)})", _CALL_EXPECTED)
         return {}
     arguments = function.get("arguments")
     is_nested = function is not value
@@ -104,10 +104,10 @@ def _call(fields: RowFields, place: str, value: object) -> dict[str, object]:
         parsed = structure_of(arguments)
         arguments = parsed if parsed is not None else arguments
     if arguments is not None and not isinstance(arguments, dict):
-        named = f"{place}.function.arguments" if is_nested else f"{place}.arguments"
+        named = f"{source}.function.arguments" if is_nested else f"{source}.arguments"
         hint = "a call without arguments has {}" if arguments == "" else ""
         fields.add(
-            "arguments are no object", named, f"{shown(arguments)} ({kind_name(arguments)})", _ARGUMENTS_WANTED, hint
+            "arguments are no object", named, f"{shown(arguments)} ({kind_name(arguments)})", _ARGUMENTS_EXPECTED, hint
         )
     if arguments is not None:
         function = {**function, "arguments": arguments}

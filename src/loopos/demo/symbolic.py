@@ -72,9 +72,9 @@ def addition(first: int, second: int) -> SymbolicItem:
     width = max(len(str(first)), len(str(second)))
     for top, bottom in zip(reversed(str(first).zfill(width)), reversed(str(second).zfill(width)), strict=True):
         column = int(top) + int(bottom) + carry
-        carried = f" + {carry}" if carry else ""
+        method_state = f" + {carry}" if carry else ""
         digits, carry = str(column % 10) + digits, column // 10
-        steps.append(f"{top} + {bottom}{carried} = {column}, carry {carry}: {digits}")
+        steps.append(f"{top} + {bottom}{method_state} = {column}, carry {carry}: {digits}")
     if carry:
         digits = str(carry) + digits
         steps.append(f"carry {carry}: {digits}")
@@ -91,7 +91,7 @@ def symbolic_items(
     """
     size = DEFAULT_SIZES[task] if size is None else size
     if size < 1 or number < 0:
-        raise ValueError(f"{number} items of size {size}: wanted at least 0 items, of a size of at least 1")
+        raise ValueError(f"{number} items of size {size}: expected at least 0 items, of a size of at least 1")
     generator = random.Random(f"{task} {size} {seed}")
     found: dict[str, SymbolicItem] = {}
     since_new = 0

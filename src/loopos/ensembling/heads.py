@@ -117,30 +117,30 @@ def fitted_weights(ensemble: EnsemblePredictor, source: str, columns: Mapping[st
     """Weights of the members that make the mixture's loss on labelled rows least: log-loss in nats (of each label by
     itself where there may be several), or squared error. Raises `DataError` for bad rows.
     """
-    said, targets = ensemble.truths(source, columns)
+    summary, targets = ensemble.truths(source, columns)
     if ensemble.space.task == "regression":
-        found: Floats = squared_error_weights(numpy.stack(said, axis=1), numpy.asarray(targets, dtype=numpy.float64))
+        found: Floats = squared_error_weights(numpy.stack(summary, axis=1), numpy.asarray(targets, dtype=numpy.float64))
         return [float(weight) for weight in found]
     if ensemble.space.task == "classification":
         rows = numpy.arange(len(targets))
-        truths = [meaning[rows, numpy.asarray(targets, dtype=numpy.int64)] for meaning in said]
+        truths = [meaning[rows, numpy.asarray(targets, dtype=numpy.int64)] for meaning in summary]
     else:
         labels = numpy.asarray(targets, dtype=bool)
-        truths = [numpy.where(labels, meaning, 1.0 - meaning).ravel() for meaning in said]
+        truths = [numpy.where(labels, meaning, 1.0 - meaning).ravel() for meaning in summary]
     return [float(weight) for weight in log_loss_weights(numpy.stack(truths, axis=1))]
 
 
 def _check(members: Sequence[str], settings: EnsembleSettings) -> None:
     if settings.method not in METHODS:
-        raise UserError(f"--method: given {settings.method}; wanted one of {', '.join(METHODS)}")
+        raise UserError(f"--method: got {settings.method}; expected one of {', '.join(METHODS)}")
     if len(members) < 2:
-        raise UserError(f"given {len(members)} model, {members[0]}; wanted two or more to join" if members else
-                        "given no model; wanted two or more to join")  # fmt: skip
+        raise UserError(f"got {len(members)} model, {members[0]}; expected two or more to join" if members else
+                        "got no model; expected two or more to join")  # fmt: skip
     if settings.method == "weighted" and settings.fit is None:
-        raise UserError("--method weighted: given no rows to fit the weights on; wanted --fit DATA, labelled rows that "
+        raise UserError("--method weighted: got no rows to fit the weights on; expected --fit DATA, labelled rows that "
                         "the members were not trained on")  # fmt: skip
     if settings.method != "weighted" and settings.fit is not None:
-        raise UserError(f"--fit: fits weights, and --method {settings.method} has none; wanted --method weighted, or "
+        raise UserError(f"--fit: fits weights, and --method {settings.method} has none; expected --method weighted, or "
                         "--test to measure alone")  # fmt: skip
 
 
@@ -159,17 +159,17 @@ def _check_members(
                 "data.reward_model of a ppo config. Wanted classifiers or regressors"
             )
         if kind == "ensemble":
-            raise UserError(f"{place}: an ensemble already; wanted single models: name its members")
+            raise UserError(f"{place}: an ensemble already; expected single models: name its members")
         if kind == "language":
-            raise UserError(f"{place}: a language model, which has no labels; wanted classifiers or regressors")
+            raise UserError(f"{place}: a language model, which has no labels; expected classifiers or regressors")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("one model is given twice; wanted different ones: they would only agree")
+        raise UserError("one model is given twice; expected different ones: they would only agree")
     first, *others = descriptions
     for place, description in zip(members[1:], others, strict=True):
         if description["task"] != first["task"]:
             raise UserError(
-                f"{place}: a model of task {description['task']}, {members[0]} of task {first['task']}; wanted members "
-                "of one task"
+                f"{place}: a model of task {description['task']}, {members[0]} of task {first['task']}; expected "
+                "members of one task"
             )
         ours, theirs = _classes(first), _classes(description)
         if ours != theirs:
@@ -181,11 +181,11 @@ def _check_members(
             )
             raise UserError(
                 f"{place}: other labels than {members[0]}: {here or 'none'} here alone, {there or 'none'} there alone; "
-                "wanted members with the same labels"
+                "expected members with the same labels"
             )
     if first["task"] == "regression" and settings.method not in _OF_VALUES:
         raise UserError(
-            f"--method: given {settings.method}, but these members give values; wanted one of {', '.join(_OF_VALUES)}"
+            f"--method: got {settings.method}, but these members give values; expected one of {', '.join(_OF_VALUES)}"
         )
 
 

@@ -20,7 +20,7 @@ from loopos.data.rows import is_plain_text, read_plain_text
 from loopos.evaluation.blocks import shown, table
 from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.progress import Tell
-from loopos.evaluation.quality import dropped_said, row_metrics
+from loopos.evaluation.quality import dropped_summary, row_metrics
 from loopos.models.language_ensemble import (
     LANGUAGE_METHODS,
     VOTE,
@@ -80,7 +80,9 @@ def join_language(
     refuse_taken(out)
     sources = [_source(member, copy=settings.copy) for member in members]
     if len({_identity(source) for source in sources}) < len(sources):
-        raise UserError("one model is given twice; wanted different ones, or other --weight: it would only count twice")
+        raise UserError(
+            "one model is given twice; expected different ones, or other --weight: it would only count twice"
+        )
     tokenizers = [open_tokenizer(source) for source in sources]
     if settings.method != VOTE:
         sizes = [int(load_config(member).get_text_config().vocab_size) for member in members]
@@ -108,7 +110,7 @@ def join_language(
             # It lies beside the final place, so that relative paths hold here too.
             together = _measured(str(partial), settings.test, device)
             both = {**dict(zip(members, alone, strict=True)), "the ensemble": together}
-            notes += dropped_said(settings.test, both)
+            notes += dropped_summary(settings.test, both)
         recipe = {"command": "ensemble", "members": list(members), **asdict(settings), "weights": list(weights)}
         save_json(partial / RECIPE, recipe)
         joined = JoinedLanguage(out, weights, alone, together, notes)
@@ -120,33 +122,33 @@ def join_language(
 def _check(members: Sequence[str], settings: LanguageEnsembleSettings) -> None:
     if settings.method not in LANGUAGE_METHODS:
         raise UserError(
-            f"--method: given {settings.method}; wanted one of {', '.join(LANGUAGE_METHODS)} for language models"
+            f"--method: got {settings.method}; expected one of {', '.join(LANGUAGE_METHODS)} for language models"
         )
     if len(members) < 2:
-        raise UserError(f"given {len(members)} model; wanted two or more to join")
+        raise UserError(f"got {len(members)} model; expected two or more to join")
     for member in members:
         if read_ensemble(member) is not None:
-            raise UserError(f"{member}: an ensemble already; wanted single models: name its members")
+            raise UserError(f"{member}: an ensemble already; expected single models: name its members")
     if settings.weights and settings.method == VOTE:
-        raise UserError("--weight: every chain has one vote under --method vote; wanted --method mean or logits")
+        raise UserError("--weight: every chain has one vote under --method vote; expected --method mean or logits")
     if settings.weights and len(settings.weights) != len(members):
-        raise UserError(f"--weight: given {len(settings.weights)} for {len(members)} models; wanted one for each")
+        raise UserError(f"--weight: got {len(settings.weights)} for {len(members)} models; expected one for each")
 
 
-def _weights(given: Sequence[float], number: int) -> tuple[float, ...]:
-    if not given:
+def _weights(actual: Sequence[float], number: int) -> tuple[float, ...]:
+    if not actual:
         return (1.0 / number,) * number
-    total = math.fsum(given)
-    if not (all(weight >= 0 for weight in given) and 0 < total < math.inf):
-        raise UserError(f"--weight: given {', '.join(f'{each:g}' for each in given)}; wanted numbers of at least 0, "
+    total = math.fsum(actual)
+    if not (all(weight >= 0 for weight in actual) and 0 < total < math.inf):
+        raise UserError(f"--weight: got {', '.join(f'{each:g}' for each in actual)}; expected numbers of at least 0, "
                         "one of them above it")  # fmt: skip
-    return tuple(weight / total for weight in given)
+    return tuple(weight / total for weight in actual)
 
 
 def _source(member: str, *, copy: bool) -> WeightsSource:
     source = weights_source(member)
     if source.kind == "new":
-        raise UserError('given "new", which has learned nothing; wanted trained models')
+        raise UserError('got "new", which has learned nothing; expected trained models')
     if copy and _has_path(source) and source.kind != "folder":
         what = "an adapter" if source.kind == "adapter" else "a file"
         raise UserError(f"--copy: {member} is {what}; expected a model's folder, such as loopos export writes")
@@ -154,12 +156,12 @@ def _source(member: str, *, copy: bool) -> WeightsSource:
 
 
 def _identity(source: WeightsSource) -> str:
-    return str(source.path.resolve()) if source.path is not None else source.given
+    return str(source.path.resolve()) if source.path is not None else source.actual
 
 
 def _has_path(source: WeightsSource) -> bool:
     """Whether the member is named by a path, and not as the embedded model or by a hub's id."""
-    return source.path is not None and Path(expanded(source.given)).exists()
+    return source.path is not None and Path(expanded(source.actual)).exists()
 
 
 def _bytes(source: WeightsSource) -> int:
@@ -182,14 +184,16 @@ def _path(source: WeightsSource, number: int, partial: Path, out: Path, *, copy:
     return place
 
 
-def _measured(place: str, source: str, device: str) -> dict[str, float]:
+def _measured(location: str, source: str, device: str) -> dict[str, float]:
     """Perplexity on running text, or the metrics of rows."""
     if not is_plain_text(source):
-        return row_metrics(place, source, device=device)
-    recipe = read_ensemble(place)
+        return row_metrics(location, source, device=device)
+    recipe = read_ensemble(location)
     if recipe is not None and recipe.votes:
-        raise UserError(f"--test: {source} is running text, and a vote answers problems; wanted problems with answers")
-    opened = open_speaking(place, device=device)
+        raise UserError(
+            f"--test: {source} is running text, and a vote answers problems; expected problems with answers"
+        )
+    opened = open_speaking(location, device=device)
     found = text_loss(opened.model, opened.tokenizer, read_plain_text(source))
     return {"perplexity": found.perplexity, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
 

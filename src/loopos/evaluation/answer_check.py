@@ -69,12 +69,12 @@ def is_right(answered: Answered, verdicts: Sequence[Verdict]) -> bool:
 
 
 def record(answered: Answered, verdicts: Sequence[Verdict], example: Demonstration) -> dict[str, Any]:
-    """One line of samples.jsonl: what was asked, wanted and said."""
+    """One line of samples.jsonl: what was asked, expected and said."""
     chosen = answered.chosen or 0
     chain = answered.chains[chosen]
     told: dict[str, Any] = {
         "problem": example.problem,
-        "wanted": example.answer,
+        "expected": example.answer,
         "answer": answered.answer,
         "is_right": is_right(answered, verdicts),
         "text": chain.text,
@@ -110,7 +110,7 @@ def answer_of(chat: Chat) -> str:
 
 
 def _answer_place(chat: Conversation) -> int:
-    return max(place for place, message in enumerate(chat.messages) if message.role == ASSISTANT)
+    return max(index for index, message in enumerate(chat.messages) if message.role == ASSISTANT)
 
 
 class AnswerCheck:
@@ -162,7 +162,7 @@ class AnswerCheck:
         ]
         parts = [part for part in gather(mine) if isinstance(part, list)]
         longest = max(map(len, parts))
-        return [part[place] for place in range(longest) for part in parts if place < len(part)]
+        return [part[index] for index in range(longest) for part in parts if index < len(part)]
 
     def _prompt_of(self, chat: Chat) -> list[int] | None:
         reasoner = self.reasoner
@@ -190,7 +190,7 @@ class AnswerCheck:
         answered = self.reasoner.answer(mine, self.sampling, strategy=self.strategy, limits=self.limits)
         verdicts = judge_all(answered, mine, step_format=self.reasoner.step_format, checker=self.checker)
         parts = [part for part in gather(list(zip(answered, verdicts, mine, strict=True))) if isinstance(part, list)]
-        told = [part[place] for place in range(len(parts[0])) for part in parts if place < len(part)]
+        told = [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
         voted = self.strategy.kind in ("single", "self_consistency")
         metrics = problem_metrics([found for found, _, _ in told], [judged for _, judged, _ in told], voted=voted)
         return metrics, [record(found, judged, example) for found, judged, example in told]

@@ -215,10 +215,10 @@ def boxed(text: str) -> str:
         bare = re.findall(r"\\boxed\s+(\S+)", text)
         return bare[-1].rstrip("$.") if bare else text
     first, depth = text.index("{", start) + 1, 1
-    for place in range(first, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for position in range(first, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return text[first:place]
+            return text[first:position]
     return text
 
 
@@ -373,55 +373,56 @@ def normalise(text: str) -> str:
     return plain
 
 
-def exact(given: str, wanted: str) -> bool:
+def exact(actual: str, expected: str) -> bool:
     """Equal after `normalise`, of mathematics also without its spaces. Where one line is expected, the first line of
     several counts; where yes, no, true or false is, the first word of a sentence does.
     """
-    asked = normalise(wanted)
-    said = [normalise(given)]
-    if "\n" not in wanted.strip() and "\n" in given.strip():
-        said.append(normalise(given.strip().partition("\n")[0]))
-    if asked in said:
+    asked = normalise(expected)
+    summary = [normalise(actual)]
+    if "\n" not in expected.strip() and "\n" in actual.strip():
+        summary.append(normalise(actual.strip().partition("\n")[0]))
+    if asked in summary:
         return True
     if asked in _YES_OR_NO:
-        return any(re.match(rf"{asked}(?=[.,;:!?\n—-]|\s+-|$)", each) is not None for each in said)
-    return bool(_MATHEMATICAL.search(asked)) and _squeezed(asked) in map(_squeezed, said)
+        return any(re.match(rf"{asked}(?=[.,;:!?\n—-]|\s+-|$)", each) is not None for each in summary)
+    return bool(_MATHEMATICAL.search(asked)) and _squeezed(asked) in map(_squeezed, summary)
 
 
-def numeric(given: str, wanted: str, *, tolerance: float = 1e-6) -> bool:
-    """|given − wanted| <= tolerance · |wanted| (for a wanted 0: <= tolerance), for two texts with one number each.
+def numeric(actual: str, expected: str, *, tolerance: float = 1e-6) -> bool:
+    """|given − expected| <= tolerance · |expected| (for an expected 0: <= tolerance), for two texts with one number
+    each.
 
     Where both name a unit they must share a word of it. 50% equals 0.5, and 50 too, since the sign is often left out;
     so is "million" of 1.5 million. 50 cents are 0.5 dollars.
     """
-    said, asked = quantity(given), quantity(wanted)
-    if said is None or asked is None:
+    summary, asked = quantity(actual), quantity(expected)
+    if summary is None or asked is None:
         return False
     # Through its decimal form: 0.03 as a binary number is a little less, and 103 must be within 0.03 of 100.
     allowed = Fraction(str(tolerance))
-    return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in _comparable(said, asked))
+    return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in _comparable(summary, asked))
 
 
-def choice(given: str, wanted: str) -> bool:
+def choice(actual: str, expected: str) -> bool:
     """The same letter of a multiple choice: "B", "(b)", "B) because ...", "the answer is: **B**"."""
-    said = _letter(given)
-    return said is not None and said == _letter(wanted)
+    summary = _letter(actual)
+    return summary is not None and summary == _letter(expected)
 
 
-def automatic(given: str, wanted: str, *, tolerance: float = 1e-6) -> bool:
+def automatic(actual: str, expected: str, *, tolerance: float = 1e-6) -> bool:
     """`numeric` where a number is expected, `choice` where a lone capital letter is, else `exact`. Of a labelled choice
     such as "(B) Paris", label and text are both right.
     """
-    asked = quantity(wanted)
+    asked = quantity(expected)
     if asked is not None and asked.alone:
-        return numeric(given, wanted, tolerance=tolerance) or exact(given, wanted)
-    bare = boxed(wanted).strip()
+        return numeric(actual, expected, tolerance=tolerance) or exact(actual, expected)
+    bare = boxed(expected).strip()
     if _LONE_CHOICE.fullmatch(bare):
-        return choice(given, wanted)
-    if exact(given, wanted):
+        return choice(actual, expected)
+    if exact(actual, expected):
         return True
     labelled = _LABELLED.fullmatch(bare)
-    return labelled is not None and (choice(given, f"({labelled[1] or labelled[2]})") or exact(given, labelled[3]))
+    return labelled is not None and (choice(actual, f"({labelled[1] or labelled[2]})") or exact(actual, labelled[3]))
 
 
 def vote_key(answer: str) -> str:
@@ -436,20 +437,20 @@ def vote_key(answer: str) -> str:
     return normalise(answer) if lone is None else str(lone[1] or lone[2]).casefold()
 
 
-def _comparable(said: Quantity, asked: Quantity) -> list[tuple[Fraction, Fraction]]:
+def _comparable(summary: Quantity, asked: Quantity) -> list[tuple[Fraction, Fraction]]:
     """The values to compare, in the ways that the two may be meant; none where their units differ."""
-    if said.unit and asked.unit and not said.unit & asked.unit:
-        if {"cent"} <= said.unit and {"dollar"} <= asked.unit:
-            return [(said.value / 100, asked.value)]
-        if {"dollar"} <= said.unit and {"cent"} <= asked.unit:
-            return [(said.value * 100, asked.value)]
+    if summary.unit and asked.unit and not summary.unit & asked.unit:
+        if {"cent"} <= summary.unit and {"dollar"} <= asked.unit:
+            return [(summary.value / 100, asked.value)]
+        if {"dollar"} <= summary.unit and {"cent"} <= asked.unit:
+            return [(summary.value * 100, asked.value)]
         return []
-    pairs = [(said.value, asked.value)]
-    if said.is_percent != asked.is_percent:
-        hundred = (said.value / 100, asked.value) if said.is_percent else (said.value, asked.value / 100)
+    pairs = [(summary.value, asked.value)]
+    if summary.is_percent != asked.is_percent:
+        hundred = (summary.value / 100, asked.value) if summary.is_percent else (summary.value, asked.value / 100)
         pairs.append(hundred)
-    if (said.scale == 1) != (asked.scale == 1):
-        pairs.append((said.value / said.scale, asked.value / asked.scale))
+    if (summary.scale == 1) != (asked.scale == 1):
+        pairs.append((summary.value / summary.scale, asked.value / asked.scale))
     return pairs
 
 
@@ -476,9 +477,11 @@ def _letter(text: str) -> str | None:
             found = form.fullmatch(each)
             if found is not None and not _SEVERAL.match(each):
                 return found[1].upper()
-    said = list(_CHOICE_SAID.finditer(plain)) or list(_CHOICE_BRACKETED.finditer(plain))
+    summary = list(_CHOICE_SAID.finditer(plain)) or list(_CHOICE_BRACKETED.finditer(plain))
     chosen = {
-        found[1].upper() for found in said if not _NOT_CHOSEN.search(plain, max(0, found.start(1) - 40), found.start(1))
+        found[1].upper()
+        for found in summary
+        if not _NOT_CHOSEN.search(plain, max(0, found.start(1) - 40), found.start(1))
     }
-    are_one = len(chosen) == 1 and not any(_SEVERAL.match(plain, found.start(1)) for found in said)
+    are_one = len(chosen) == 1 and not any(_SEVERAL.match(plain, found.start(1)) for found in summary)
     return chosen.pop() if are_one else None

@@ -139,8 +139,8 @@ def _html(block: Block, number: int) -> str:
 
 def _html_row(cells: Sequence[str], tag: str, numbers: Sequence[int]) -> str:
     written = [
-        f"<{tag}{' class=number' if place in numbers else ''}>{html.escape(text)}</{tag}>"
-        for place, text in enumerate(cells)
+        f"<{tag}{' class=number' if index in numbers else ''}>{html.escape(text)}</{tag}>"
+        for index, text in enumerate(cells)
     ]
     return f"<tr>{''.join(written)}</tr>"
 

@@ -5,7 +5,7 @@ A user's code runs only where it is asked for by name ("module:function"). Left 
 
 Sampled chains → metrics: accuracy, pass@k, majority@k, and how the chains look.
 
-Enters: the samples of each problem, the wanted answers, the format of the chains and a checker. Leaves: a verdict on
+Enters: the samples of each problem, the expected answers, the format of the chains and a checker. Leaves: a verdict on
 each sample, and a dict of name → float. Left out: sampling (`generation`), what a right answer is (`checkers`).
 Letters: n samples of a problem, c of them right, k of them drawn.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeAlias
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
 from loopos.data.record import shown
 from loopos.data.step_format import Parsed, StepFormat
@@ -29,7 +29,7 @@ from loopos.evaluation.own_code import number_of, own_function
 from loopos.functional.comparing import plurality
 
 Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]
-"""(answer, wanted answer, the row of data) → score."""
+"""(answer, expected answer, the row of data) → score."""
 
 NAMES = ("auto", "exact", "numeric", "choice", "math_verify", "reasoning_gym")
 RIGHT = 1.0
@@ -37,27 +37,27 @@ RIGHT = 1.0
 
 
 def checker(name: str, *, tolerance: float = 1e-6) -> Checker:
-    """The checker of a name: one of `NAMES`, or "module:function", called as `function(answer, wanted, row)`.
+    """The checker of a name: one of `NAMES`, or "module:function", called as `function(answer, expected, row)`.
 
     tolerance: relative error at which numbers count as equal (auto and numeric). Raises `UserError` for a name of no
-    checker, `EnvironmentFault` for a package that is not installed.
+    checker, `MissingRequirement` for a package that is not installed.
     """
     match name:
         case "auto":
-            return lambda answer, wanted, row: float(automatic(answer, wanted, tolerance=tolerance))
+            return lambda answer, expected, row: float(automatic(answer, expected, tolerance=tolerance))
         case "exact":
-            return lambda answer, wanted, row: float(exact(answer, wanted))
+            return lambda answer, expected, row: float(exact(answer, expected))
         case "numeric":
-            return lambda answer, wanted, row: float(numeric(answer, wanted, tolerance=tolerance))
+            return lambda answer, expected, row: float(numeric(answer, expected, tolerance=tolerance))
         case "choice":
-            return lambda answer, wanted, row: float(choice(answer, wanted))
+            return lambda answer, expected, row: float(choice(answer, expected))
         case "math_verify":
             return _math_verify()
         case "reasoning_gym":
             return _reasoning_gym()
     if ":" in name:
         return _users(name)
-    raise UserError(f"checker: given {name}, wanted one of {', '.join(NAMES)}, or module:function")
+    raise UserError(f"checker: got {name}, expected one of {', '.join(NAMES)}, or module:function")
 
 
 # Words of three letters and more, other than functions: a sentence, in which an expression has to be found.
@@ -74,10 +74,10 @@ def _math_verify() -> Checker:
         found: list[Any] = package.parse(forms[0]) or package.parse(forms[1])
         return found
 
-    def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
-        expected, got = parsed(wanted), parsed(answer)
+    def check(answer: str, expected: str, row: Mapping[str, object]) -> float:
+        expected, got = parsed(expected), parsed(answer)
         is_equal = bool(expected and got) and package.verify(expected, got)
-        return float(is_equal or exact(answer, wanted))
+        return float(is_equal or exact(answer, expected))
 
     return check
 
@@ -86,16 +86,16 @@ def _reasoning_gym() -> Checker:
     """The scorer that belongs to a row's task, by the package reasoning-gym; rows need its column metadata."""
     package = _extra("reasoning_gym", "reasoning-gym")
 
-    def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
+    def check(answer: str, expected: str, row: Mapping[str, object]) -> float:
         metadata = row.get("metadata")
         metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
         task = metadata.get("source_dataset") if isinstance(metadata, dict) else None
         if not isinstance(task, str):
             raise UserError(
-                "checker reasoning_gym: given a row without metadata.source_dataset, wanted rows as reasoning-gym "
+                "checker reasoning_gym: got a row without metadata.source_dataset, expected rows as reasoning-gym "
                 "writes them; keep the column metadata, or take another checker"
             )
-        entry = {**row, "answer": wanted, "metadata": metadata}
+        entry = {**row, "answer": expected, "metadata": metadata}
         return float(package.get_score_answer_fn(task)(answer, entry))
 
     return check
@@ -105,7 +105,7 @@ def _extra(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as problem:
-        raise EnvironmentFault(
+        raise MissingRequirement(
             f"checker {module}: the package {package} is not installed ({problem}); run\n  {install_command('rewards')}"
         ) from problem
 
@@ -113,9 +113,9 @@ def _extra(module: str, package: str) -> Any:
 def _users(name: str) -> Checker:
     function = own_function(name, "checker")
 
-    def check(answer: str, wanted: str, row: Mapping[str, object]) -> float:
-        about = f"the answer {shown(answer)} where {shown(wanted)} is expected"
-        returned = function(answer, wanted, dict(row), about=about)
+    def check(answer: str, expected: str, row: Mapping[str, object]) -> float:
+        about = f"the answer {shown(answer)} where {shown(expected)} is expected"
+        returned = function(answer, expected, dict(row), about=about)
         score = number_of(returned)
         if score is None or not 0 <= score <= 1:
             raise function.error(
@@ -150,7 +150,7 @@ class Verdict:
 
 def judge(
     samples: Sequence[Sample],
-    wanted: str,
+    expected: str,
     row: Mapping[str, object],
     *,
     step_format: StepFormat,
@@ -164,7 +164,7 @@ def judge(
     for sample in samples:
         parsed = step_format.parse(sample.text)
         try:
-            score = checker(parsed.answer, wanted, row) if parsed.answer else 0.0
+            score = checker(parsed.answer, expected, row) if parsed.answer else 0.0
         except UserError as error:
             raise UserError(f"{place}: {error}" if place else str(error)) from error
         verdicts.append(Verdict(sample, parsed, score))

@@ -45,14 +45,14 @@ def log_loss_weights(truths: Floats) -> Floats:
     """Weights `[K]` that minimise −Σ log(Σ_k w_k p_k) / M. truths `[M, K]`: the probability that each member gives to
     what is true of a row.
     """
-    given = numpy.maximum(truths, _SMALLEST_PROBABILITY)
+    actual = numpy.maximum(truths, _SMALLEST_PROBABILITY)
 
     def derivatives(weights: Floats) -> tuple[float, Floats, Floats]:
-        mixed = given @ weights
-        ratios = given / mixed[:, None]
-        return float(-numpy.log(mixed).mean()), -ratios.mean(0), ratios.T @ ratios / len(given)
+        mixed = actual @ weights
+        ratios = actual / mixed[:, None]
+        return float(-numpy.log(mixed).mean()), -ratios.mean(0), ratios.T @ ratios / len(actual)
 
-    return least(derivatives, given.shape[1])
+    return least(derivatives, actual.shape[1])
 
 
 def squared_error_weights(values: Floats, targets: Floats) -> Floats:

@@ -31,7 +31,7 @@ _HINT = "\n\n(The answer is {answer}. Show the steps that lead to it.)"
 
 
 @dataclass(frozen=True)
-class FoundChains:
+class RationaleReport:
     """`chains`: right and distinct; `sampled`: chains in all; `solved`: problems with at least one; `hinted`: of these,
     by the hint alone.
     """
@@ -43,7 +43,7 @@ class FoundChains:
     hinted: int
 
     @classmethod
-    def joined(cls, parts: Sequence[FoundChains]) -> FoundChains:
+    def joined(cls, parts: Sequence[RationaleReport]) -> RationaleReport:
         """What several processes found, as one."""
         return cls(
             [chain for part in parts for chain in part.chains],
@@ -53,7 +53,7 @@ class FoundChains:
             sum(part.hinted for part in parts),
         )
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """The account in words."""
         hinted = f" ({self.hinted} with the answer as a hint)" if self.hinted else ""
         return (
@@ -72,7 +72,7 @@ def find_chains(
     share: tuple[int, int] = (0, 1),
     gather: Callable[[object], list[object]] = lambda value: [value],
     say: Callable[[str], None] = lambda told: None,
-) -> FoundChains:
+) -> RationaleReport:
     """Samples `section.samples_per_problem` chains for every problem, or reads those that `folder` has already; all
     ranks return all chains.
 
@@ -101,10 +101,10 @@ def find_chains(
             lines += new
             say(f"round {number}: {place} of {total} problems sampled")
     found = _read(lines, [example for chunk in mine for example in chunk], section.samples_per_problem)
-    joined = FoundChains.joined([part for part in gather(found) if isinstance(part, FoundChains)])
+    joined = RationaleReport.joined([part for part in gather(found) if isinstance(part, RationaleReport)])
     if not joined.chains:
         raise UserError(
-            f"self_improvement: {joined.said()}; train longer before the first round, raise "
+            f"self_improvement: {joined.summary()}; train longer before the first round, raise "
             "self_improvement.samples_per_problem, or set self_improvement.rationalise to true"
         )
     return joined
@@ -178,7 +178,7 @@ def _teaches(verdict: Verdict, example: Demonstration, step_format: StepFormat) 
     return whole and bool(steps) and step_format.problem(steps, example.answer) is None
 
 
-def _read(lines: Sequence[bytes], examples: Sequence[Demonstration], samples: int) -> FoundChains:
+def _read(lines: Sequence[bytes], examples: Sequence[Demonstration], samples: int) -> RationaleReport:
     assert len(lines) == len(examples), (len(lines), len(examples))
     told = [json.loads(line) for line in lines]
     chains = [
@@ -186,7 +186,7 @@ def _read(lines: Sequence[bytes], examples: Sequence[Demonstration], samples: in
         for example, line in zip(examples, told, strict=True)
         for steps in line["chains"]
     ]
-    return FoundChains(
+    return RationaleReport(
         chains,
         sampled=samples * len(examples),
         problems=len(examples),

@@ -35,14 +35,17 @@ _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 class EngineModel(TemplateLM):  # type: ignore[misc]
     """A language model, or an ensemble of several, as lm-eval asks one."""
 
-    def __init__(self, reasoner: Reasoner, *, seed: int = 0, note: Callable[[str], None] = lambda said: None) -> None:
+    def __init__(
+        self, reasoner: Reasoner, *, seed: int = 0, note: Callable[[str], None] = lambda summary: None
+    ) -> None:
         """seed: of tasks that sample. note: takes a line of progress. Raises `UserError` for a model whose tokens
         cannot be scored, or an ensemble that votes.
         """
         super().__init__()
         if reasoner.voters:
             raise UserError(
-                "--tasks: an ensemble that votes gives no distribution over tokens; wanted one of method mean or logits"
+                "--tasks: an ensemble that votes gives no distribution over tokens; expected one of method mean or "
+                "logits"
             )
         self.reasoner, self.tokenizer, self.seed, self.note = reasoner, reasoner.tokenizer, seed, note
         self.scores = TokenScores(reasoner.model)
@@ -82,10 +85,10 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """As the tokenizer does by itself; a begin token that the text holds already is not doubled."""
-        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        actual = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and string.startswith(str(self.tokenizer.decode([self.prefix_token_id]))):
-            given = {"add_special_tokens": False}
-        return list(self.tokenizer.encode(string, **given))
+            actual = {"add_special_tokens": False}
+        return list(self.tokenizer.encode(string, **actual))
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -94,8 +97,8 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         """Σ log p of each continuation after its context, and whether it is what greedy search says. What is longer
         than the model's positions loses its beginning, as in lm-eval's own models.
         """
-        rows = [[*context, *wanted][-(self.max_length + 1) :] for _, context, wanted in requests]
-        counts = [len(wanted) for _, _, wanted in requests]
+        rows = [[*context, *expected][-(self.max_length + 1) :] for _, context, expected in requests]
+        counts = [len(expected) for _, _, expected in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         device, done = self.reasoner.model.device, 0
         for pack in in_packs([len(row) - 1 for row in rows], tokens=_TOKENS):
@@ -126,8 +129,8 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for context, wanted in map(make_disjoint_window, cut):
-                windows.append((None, context, wanted))
+            for context, expected in map(make_disjoint_window, cut):
+                windows.append((None, context, expected))
                 owners.append(place)
         totals = [0.0] * len(requests)
         for place, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -152,11 +155,11 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
 
     def _settings(self, asked: Mapping[str, Any]) -> SamplingSettings:
         """What a task asks of a completion. Raises `UserError` for a setting that is not known here."""
-        given = normalize_gen_kwargs(dict(asked), _NEW_TOKENS)
-        until, most = given.pop("until", None) or [], given.pop("max_gen_toks")
+        actual = normalize_gen_kwargs(dict(asked), _NEW_TOKENS)
+        until, most = actual.pop("until", None) or [], actual.pop("max_gen_toks")
         stops = [until] if isinstance(until, str) else until
-        does_sample, temperature = given.pop("do_sample", False), given.pop("temperature", 0.0)
-        unknown = sorted(set(given) - set(_SAMPLING))
+        does_sample, temperature = actual.pop("do_sample", False), actual.pop("temperature", 0.0)
+        unknown = sorted(set(actual) - set(_SAMPLING))
         if unknown:
             raise UserError(
                 f"a task generates with {', '.join(unknown)}; known are temperature, {', '.join(_SAMPLING)}"
@@ -166,7 +169,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
             max_new_tokens=int(most),
             stop=tuple(dict.fromkeys(stop for stop in stops if stop)),
             seed=self.seed,
-            **given,
+            **actual,
         )
 
 

@@ -165,7 +165,7 @@ def _worst_blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not wrong:
         return [Heading(title), Paragraph("None: every row is right.")]
     names = [name for name in wrong[0] if name not in ("file", "correct")]
-    numbers = [place for place, name in enumerate(names) if isinstance(wrong[0][name], int | float)]
+    numbers = [index for index, name in enumerate(names) if isinstance(wrong[0][name], int | float)]
     lines = [[_cell(row.get(name)) for name in names] for row in wrong[:_ROWS_IN_REPORT]]
     shown = f"{min(len(wrong), _ROWS_IN_REPORT):,} of {len(wrong):,} rows."
     return [Heading(title), Paragraph(shown), Grid(names, lines, numbers=numbers)]

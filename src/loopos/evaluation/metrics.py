@@ -104,12 +104,12 @@ def multi_label_metrics(probabilities: ArrayLike, labels: ArrayLike, threshold: 
     ValueError on empty, non-finite or misshapen input.
     """
     scores = finite_floats("probabilities", probabilities, num_axes=2)
-    given = numpy.asarray(labels)
-    if given.shape != scores.shape:
-        raise ValueError(f"labels of shape {given.shape} given, wanted the shape of probabilities, {scores.shape}")
-    if not numpy.isin(given, (0, 1)).all():
+    actual = numpy.asarray(labels)
+    if actual.shape != scores.shape:
+        raise ValueError(f"labels of shape {actual.shape} given, expected the shape of probabilities, {scores.shape}")
+    if not numpy.isin(actual, (0, 1)).all():
         raise ValueError("labels hold other values than 0 and 1")
-    truth = given.astype(bool)
+    truth = actual.astype(bool)
     predicted = scores >= threshold
     likelihood = _away_from_zero(numpy.where(truth, scores, 1.0 - scores))
     metrics = {
@@ -132,7 +132,7 @@ def regression_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, 
     predicted = finite_floats("predictions", predictions, num_axes=1)
     truth = finite_floats("targets", targets, num_axes=1)
     if predicted.shape != truth.shape:
-        raise ValueError(f"{len(predicted)} predictions for {len(truth)} targets given, wanted one for each")
+        raise ValueError(f"{len(predicted)} predictions for {len(truth)} targets given, expected one for each")
     errors = predicted - truth
     metrics = {"mae": float(numpy.abs(errors).mean()), "rmse": float(numpy.sqrt(numpy.square(errors).mean()))}
     if numpy.ptp(truth) > 0:
@@ -151,9 +151,9 @@ def finite_floats(name: str, values: ArrayLike, num_axes: int) -> Floats:
     """
     array = numpy.asarray(values, dtype=numpy.float64)
     if array.ndim != num_axes:
-        raise ValueError(f"{name} of shape {array.shape} given, wanted {num_axes} axes")
+        raise ValueError(f"{name} of shape {array.shape} given, expected {num_axes} axes")
     if array.size == 0:
-        raise ValueError(f"{name}: no rows given, wanted at least one")
+        raise ValueError(f"{name}: no rows given, expected at least one")
     num_bad = int((~numpy.isfinite(array)).sum())
     if num_bad:
         raise ValueError(f"{name}: {num_bad} of {array.size} values are nan or inf")
@@ -163,15 +163,15 @@ def finite_floats(name: str, values: ArrayLike, num_axes: int) -> Floats:
 def _class_indices(labels: ArrayLike, num_rows: int, num_classes: int) -> Integers:
     array = numpy.asarray(labels)
     if array.shape != (num_rows,):
-        raise ValueError(f"labels of shape {array.shape} given, wanted ({num_rows},)")
+        raise ValueError(f"labels of shape {array.shape} given, expected ({num_rows},)")
     if num_rows == 0:
-        raise ValueError("labels: no rows given, wanted at least one")
+        raise ValueError("labels: no rows given, expected at least one")
     if num_classes < 2:
-        raise ValueError(f"{num_classes} classes given, wanted at least 2")
+        raise ValueError(f"{num_classes} classes given, expected at least 2")
     if not numpy.issubdtype(array.dtype, numpy.integer):
-        raise ValueError(f"labels of type {array.dtype} given, wanted whole numbers")
+        raise ValueError(f"labels of type {array.dtype} given, expected whole numbers")
     if array.min() < 0 or array.max() >= num_classes:
-        raise ValueError(f"labels from {array.min()} to {array.max()} given, wanted 0 to {num_classes - 1}")
+        raise ValueError(f"labels from {array.min()} to {array.max()} given, expected 0 to {num_classes - 1}")
     return array.astype(numpy.int64)
 
 

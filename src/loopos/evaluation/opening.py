@@ -22,29 +22,29 @@ Opened: TypeAlias = Predictor | EnsemblePredictor | RewardPredictor | Reasoner
 _USES = {"head": "predict", "language": "generate", "reward": "score_texts"}
 
 
-def open_model(place: str, kind: Kind | None = None, *, device: str = "cpu") -> Opened:
+def open_model(source: str, kind: Kind | None = None, *, device: str = "cpu") -> Opened:
     """The model at a place. kind: the only one that will do. Raises `UserError` for a place without a model, or with
     another kind of model.
     """
-    found = _kind_at(place)
+    found = _kind_at(source)
     if kind is not None and kind not in _USES:
         raise UserError(f"kind: got {kind!r}; expected one of {', '.join(_USES)}")
     if kind is not None and found != kind:
-        raise UserError(f'{place}: got a model of kind "{found}", which has {_USES[found]}(); expected "{kind}"')
+        raise UserError(f'{source}: got a model of kind "{found}", which has {_USES[found]}(); expected "{kind}"')
     if found == "head":
-        return open_predictor(place, device=device)
+        return open_predictor(source, device=device)
     if found == "reward":
-        return RewardPredictor.open(place, device=device)
-    return Reasoner.open(place, device=device)
+        return RewardPredictor.open(source, device=device)
+    return Reasoner.open(source, device=device)
 
 
-def _kind_at(place: str) -> Kind:
-    description = described(place)
+def _kind_at(source: str) -> Kind:
+    description = described(source)
     if description:
         found = kind_of(description)
         return "head" if found == "ensemble" else found
     names = ("config.json", "model/config.json", ADAPTER_CONFIG)
-    is_model = place == EMBEDDED or Path(place).is_file() or any((Path(place) / name).is_file() for name in names)
-    if not is_model and not is_hub_id(place):
-        model_folder(place)  # says what is missing
+    is_model = source == EMBEDDED or Path(source).is_file() or any((Path(source) / name).is_file() for name in names)
+    if not is_model and not is_hub_id(source):
+        model_folder(source)  # says what is missing
     return "language"

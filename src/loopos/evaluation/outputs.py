@@ -57,7 +57,7 @@ def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_st
     """
     if bad := int((~outputs.isfinite().all(-1)).sum()):
         raise NonFiniteOutputs(
-            f"the model's outputs for {bad} of {len(outputs)} rows are not finite numbers; wanted finite ones: lower "
+            f"the model's outputs for {bad} of {len(outputs)} rows are not finite numbers; expected finite ones: lower "
             "training.learning_rate if this is a run, use precision fp32 if it is a trained model"
         )
     if task == "classification":

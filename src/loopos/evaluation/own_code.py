@@ -108,10 +108,10 @@ def numbers_of(returned: object, places: Sequence[str], function: OwnFunction) -
     return numbers
 
 
-def called_for(prompt: str, place: str = "") -> str:
+def called_for(prompt: str, source: str = "") -> str:
     """A prompt, and where it is from, for a message."""
     words = f"the prompt {shown(prompt)}"
-    return f"{place}, {words}" if place else words
+    return f"{source}, {words}" if source else words
 
 
 def plain(value: object) -> object:

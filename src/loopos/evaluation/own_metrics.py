@@ -24,7 +24,7 @@ from loopos.evaluation.run_folder import FLAGS
 
 Direction: TypeAlias = Literal["min", "max"]
 MetricFunction: TypeAlias = Callable[[Any, Any], SupportsFloat]
-GivenMetrics: TypeAlias = Mapping[str, MetricFunction | tuple[MetricFunction, Direction]]
+MetricFunctions: TypeAlias = Mapping[str, MetricFunction | tuple[MetricFunction, Direction]]
 """Name → function, or (function, "min") where less is better."""
 
 _OURS = {*METRIC_DIRECTION, *METRIC_MEANING, *PREFERENCE_METRIC_DIRECTION, *POLICY_METRIC_DIRECTION}
@@ -39,11 +39,11 @@ class OwnMetrics:
     directions: Mapping[str, Direction] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: GivenMetrics) -> OwnMetrics:
+    def of(cls, actual: MetricFunctions) -> OwnMetrics:
         """Raises `UserError` for what is no metric."""
         functions: dict[str, OwnFunction] = {}
         directions: dict[str, Direction] = {}
-        for name, value in given.items():
+        for name, value in actual.items():
             parts: tuple[Any, ...] = value if isinstance(value, tuple) else (value, "max")
             if not isinstance(name, str) or not name or name in FLAGS:
                 raise UserError(f"metrics: got the name {shown(name)}; expected text that names a metric of your own")

@@ -103,7 +103,7 @@ def text_loss(
     own: list[int] = batch["input_ids"]
     ids = torch.tensor([*begin, *own], device=model.device)
     if len(ids) < 2:
-        raise UserError(f"a text of {len(own)} tokens; wanted 2 or more: one to foretell another")
+        raise UserError(f"a text of {len(own)} tokens; expected 2 or more: one to foretell another")
     num_bytes = len(text.encode()) if begin else len(text.encode()) - _bytes_of_first(tokenizer, text, own)
     language_model = next_token_loss(model)
     nats, counted = 0.0, 0
@@ -122,11 +122,11 @@ def _checked(model: PreTrainedModel | LanguageEnsemble, window: int | None, stri
     chosen = window if window is not None else min(WINDOW, positions or WINDOW)
     step = stride if stride is not None else max(1, chosen // 2)
     if chosen < 2 or (positions is not None and chosen > positions):
-        wanted = f"2 to {positions}, the model's positions" if positions is not None else "2 or more"
-        raise UserError(f"window: given {chosen} tokens; wanted {wanted}")
+        expected = f"2 to {positions}, the model's positions" if positions is not None else "2 or more"
+        raise UserError(f"window: got {chosen} tokens; expected {expected}")
     # A step as wide as the window would leave the first token of each window without a token before it.
     if not 1 <= step < chosen:
-        raise UserError(f"stride: given {step} tokens; wanted 1 to {chosen - 1}, below the window")
+        raise UserError(f"stride: got {step} tokens; expected 1 to {chosen - 1}, below the window")
     return chosen, step
 
 

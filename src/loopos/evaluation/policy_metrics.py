@@ -49,7 +49,9 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     (Wilson 1927). Half successes are allowed. Raises ValueError without trials or with successes out of 0..trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials given, wanted at least one trial and no more wins")
+        raise ValueError(
+            f"{successes} successes of {trials} trials given, expected at least one trial and no more wins"
+        )
     share, extra = successes / trials, _NORMAL_QUANTILE**2 / trials
     middle = share + extra / 2
     reach = math.sqrt(extra * (share * (1 - share) + extra / 4))
@@ -63,7 +65,7 @@ def win_rate(ours: ArrayLike, theirs: ArrayLike) -> WinRate:
     """
     left, right = finite_floats("ours", ours, num_axes=1), finite_floats("theirs", theirs, num_axes=1)
     if left.shape != right.shape:
-        raise ValueError(f"{len(left)} scores of ours for {len(right)} of theirs given, wanted one for each")
+        raise ValueError(f"{len(left)} scores of ours for {len(right)} of theirs given, expected one for each")
     wins, losses = int((left > right).sum()), int((left < right).sum())
     ties = len(left) - wins - losses
     won = wins + ties / 2
@@ -108,7 +110,7 @@ def explained_variance(values: ArrayLike, returns: ArrayLike) -> float | None:
     """
     guessed, found = finite_floats("values", values, num_axes=1), finite_floats("returns", returns, num_axes=1)
     if guessed.shape != found.shape:
-        raise ValueError(f"{len(guessed)} values for {len(found)} returns given, wanted one for each")
+        raise ValueError(f"{len(guessed)} values for {len(found)} returns given, expected one for each")
     if numpy.ptp(found) == 0:
         return None
     # Scaled first, so that squares of very small or large deviations neither vanish nor overflow.
@@ -122,7 +124,7 @@ def best_of_n_kl(n: int) -> float:
     Raises ValueError for n below 1.
     """
     if n < 1:
-        raise ValueError(f"n of {n} given, wanted at least 1")
+        raise ValueError(f"n of {n} given, expected at least 1")
     return math.log(n) - (n - 1) / n
 
 
@@ -135,7 +137,7 @@ def best_of_n_expected(scores: ArrayLike, n: int) -> float:
     ascending = numpy.sort(finite_floats("scores", scores, num_axes=2), axis=1)
     num_samples = ascending.shape[1]
     if not 1 <= n <= num_samples:
-        raise ValueError(f"best of {n} asked of {num_samples} samples a prompt, wanted 1 to {num_samples}")
+        raise ValueError(f"best of {n} asked of {num_samples} samples a prompt, expected 1 to {num_samples}")
     draws = math.comb(num_samples, n)
     weights = numpy.array([math.comb(below, n - 1) / draws for below in range(num_samples)])
     return float((ascending @ weights).mean())
@@ -143,11 +145,11 @@ def best_of_n_expected(scores: ArrayLike, n: int) -> float:
 
 def _some(responses: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
     if not responses:
-        raise ValueError("no responses given, wanted at least one")
+        raise ValueError("no responses given, expected at least one")
     return responses
 
 
 def _n_grams(response: Sequence[int], n: int) -> list[tuple[int, ...]]:
     if n < 1:
-        raise ValueError(f"n-grams of {n} tokens asked for, wanted at least 1")
+        raise ValueError(f"n-grams of {n} tokens asked for, expected at least 1")
     return [tuple(response[start : start + n]) for start in range(len(response) - n + 1)]

@@ -47,7 +47,7 @@ def frontier_svg(
     finite point.
     """
     if not any(_is_finite(point) for point in [*points, *best_of_n]):
-        raise ValueError(f"{len(points) + len(best_of_n)} points and none finite given, wanted at least one")
+        raise ValueError(f"{len(points) + len(best_of_n)} points and none finite given, expected at least one")
     with drawing(6.0, 4.0) as figure:
         axes = figure.add_subplot()
         for name, series, style, named in (
@@ -227,29 +227,29 @@ def _frontier(
 def _guards(run: Run) -> list[Block]:
     """Every guard with its limit, whether it was on, and when it sounded."""
     section: Mapping[str, Any] = run.config.get("guards") or {}
-    alarms = [event for event in run.events if event["event"] == "alarm"]
-    if not section and not alarms:
+    alerts = [event for event in run.events if event["event"] == "alarm"]
+    if not section and not alerts:
         return []
-    rows = [_guard_row(key, section.get(key), alarms) for key in _GUARDS]
+    rows = [_guard_row(key, section.get(key), alerts) for key in _GUARDS]
     ends = "An alarm ends the run." if section.get("stop") else "An alarm does not end the run (guards.stop is false)."
     parts: list[Block] = [Heading("Guards"), Grid(("guard", "limit", "sounded"), rows), Paragraph(ends)]
     messages = [
-        f"Step {each['step']}: {each['metrics']['message']}." for each in alarms if "message" in each["metrics"]
+        f"Step {each['step']}: {each['metrics']['message']}." for each in alerts if "message" in each["metrics"]
     ]
     return [*parts, *map(Paragraph, messages)]
 
 
-def _guard_row(key: str, limit: float | None, alarms: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+def _guard_row(key: str, limit: float | None, alerts: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     metric, words = _GUARDS[key]
-    sounded = list(_sounded(metric, alarms))
+    sounded = list(_sounded(metric, alerts))
     if limit is None and not sounded:
         return f"guards.{key}", "off", ""
     allowed = "" if limit is None else words.format(limit=figure(limit))
     return f"guards.{key}", allowed, "; ".join(sounded) or "never"
 
 
-def _sounded(metric: str, alarms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for each in alarms:
+def _sounded(metric: str, alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for each in alerts:
         found = each["metrics"]
         if found["name"] == metric:
             yield f"step {each['step']}: {_cell(number(found['value']))}, limit {_cell(number(found['limit']))}"

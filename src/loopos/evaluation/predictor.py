@@ -61,18 +61,20 @@ class Predictor:
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
 
     @classmethod
-    def open(cls, place: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
+    def open(cls, source: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
         """place: a run's output folder or its model folder. precision: fp32, bf16 or fp16; that of the training
         when absent. Raises `UserError`, for a reward model too: its scores mean no labels.
         """
-        model, tokenizer, description = open_task_model(place)
+        model, tokenizer, description = open_task_model(source)
         if "label_space" not in description:
-            raise UserError(f"{place}: a reward model, which scores responses; use it with: loopos score {place} FILE")
+            raise UserError(
+                f"{source}: a reward model, which scores responses; use it with: loopos score {source} FILE"
+            )
         chosen = precision or description["precision"]
         if chosen not in NUMBER_FORMATS:
-            raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
+            raise UserError(f"precision: got {chosen}, expected one of {', '.join(NUMBER_FORMATS)}")
         cast_parameters(model.backbone.model, NUMBER_FORMATS[chosen])
-        description = {**description, "columns": remembered_columns(place)}
+        description = {**description, "columns": remembered_columns(source)}
         return cls(model.to(device), tokenizer, description, torch.device(device))
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
@@ -183,22 +185,22 @@ class EnsemblePredictor:
         self.weights = [float(weight) for weight in told["weights"]]
 
     @classmethod
-    def open(cls, place: str | Path, *, device: str = "cpu", precision: str | None = None) -> EnsemblePredictor:
+    def open(cls, source: str | Path, *, device: str = "cpu", precision: str | None = None) -> EnsemblePredictor:
         """place: an ensemble's folder. precision: as `Predictor.open`, of every member. Raises `UserError` for another
         folder, or where a member is gone.
         """
-        folder = model_folder(place)
+        folder = model_folder(source)
         description = read_description(folder)
         told = description.get(ENSEMBLE)
         if not isinstance(told, dict) or told.get("method") not in METHODS:
-            raise UserError(f"{place}: no ensemble; make one: loopos ensemble A B -o OUT")
+            raise UserError(f"{source}: no ensemble; make one: loopos ensemble A B -o OUT")
         if len(told["members"]) != len(told["weights"]):
-            raise UserError(f"{place}: broken: {len(told['members'])} members and {len(told['weights'])} weights")
+            raise UserError(f"{source}: broken: {len(told['members'])} members and {len(told['weights'])} weights")
         opened = cls(folder, description, device=device, precision=precision)
         for member in opened.places:
             if not member.is_dir():
                 raise UserError(
-                    f"{place}: its member {member} is gone; put it back, or make the ensemble again with --copy"
+                    f"{source}: its member {member} is gone; put it back, or make the ensemble again with --copy"
                 )
         return opened
 
@@ -242,9 +244,9 @@ class EnsemblePredictor:
         """What every member says of the rows of a labelled file, and their encoded labels."""
         read, report = read_labelled(rows.read(source), columns or {}, remembered=self.columns)
         examples, targets, _ = encode_all(self.space, read, report, on_bad_row="error")
-        said: list[Meaning] = []
-        self.combined(examples, lambda meaning, _: said.append(meaning))
-        return said, targets
+        summary: list[Meaning] = []
+        self.combined(examples, lambda meaning, _: summary.append(meaning))
+        return summary, targets
 
     def combined(self, examples: Sequence[Labelled], visit: Visit | None = None) -> Combined:
         """What the members say together. visit: is shown the meaning of each member in turn, classes in this
@@ -284,12 +286,12 @@ class EnsemblePredictor:
 
 
 def open_predictor(
-    place: str | Path, *, device: str = "cpu", precision: str | None = None
+    source: str | Path, *, device: str = "cpu", precision: str | None = None
 ) -> Predictor | EnsemblePredictor:
     """A task model, or an ensemble of them. Raises `UserError`."""
-    if ENSEMBLE in read_description(model_folder(place)):
-        return EnsemblePredictor.open(place, device=device, precision=precision)
-    return Predictor.open(place, device=device, precision=precision)
+    if ENSEMBLE in read_description(model_folder(source)):
+        return EnsemblePredictor.open(source, device=device, precision=precision)
+    return Predictor.open(source, device=device, precision=precision)
 
 
 MeaningOf: TypeAlias = Callable[[Sequence[Labelled], Sequence[Target]], Meaning]

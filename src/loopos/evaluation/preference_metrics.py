@@ -85,7 +85,7 @@ def preference_metrics(
     if margins is not None:
         _add_correlation(metrics, "margin_correlation", gap, _column("margins", margins, len(gap)))
     if (better_lengths is None) != (worse_lengths is None):
-        raise ValueError("lengths of one side alone given, wanted better_lengths and worse_lengths, or neither")
+        raise ValueError("lengths of one side alone given, expected better_lengths and worse_lengths, or neither")
     if better_lengths is not None and worse_lengths is not None:
         lengths = [
             _column("better_lengths", better_lengths, len(gap)),
@@ -113,7 +113,7 @@ def margin_buckets(
     else:
         cuts = finite_floats("edges", edges, num_axes=1)
         if (numpy.diff(cuts) <= 0).any():
-            raise ValueError(f"edges {cuts.tolist()} given, wanted ascending ones")
+            raise ValueError(f"edges {cuts.tolist()} given, expected ascending ones")
     places = numpy.searchsorted(cuts, margin, side="right")
     ends = [float(margin.min()), *cuts.tolist(), float(margin.max())]
     buckets = []
@@ -135,7 +135,7 @@ def reliability(
     high, low = _scores(better, worse)
     chance = _chances(probabilities, len(high))
     if bins < 1:
-        raise ValueError(f"{bins} bins given, wanted at least 1")
+        raise ValueError(f"{bins} bins given, expected at least 1")
     gaps = numpy.concatenate([high - low, low - high])
     preferred = numpy.concatenate([chance, 1 - chance])
     confidence = _sigmoid(gaps)
@@ -154,7 +154,7 @@ def _scores(better: ArrayLike, worse: ArrayLike) -> tuple[Floats, Floats]:
 def _column(name: str, values: ArrayLike, num_pairs: int) -> Floats:
     column = finite_floats(name, values, num_axes=1)
     if len(column) != num_pairs:
-        raise ValueError(f"{name}: {len(column)} values for {num_pairs} pairs given, wanted one for each")
+        raise ValueError(f"{name}: {len(column)} values for {num_pairs} pairs given, expected one for each")
     return column
 
 
@@ -163,7 +163,7 @@ def _chances(probabilities: ArrayLike | None, num_pairs: int) -> Floats:
         return numpy.ones(num_pairs)
     chance = _column("probabilities", probabilities, num_pairs)
     if chance.min() < 0 or chance.max() > 1:
-        raise ValueError(f"probabilities from {chance.min()} to {chance.max()} given, wanted 0 to 1")
+        raise ValueError(f"probabilities from {chance.min()} to {chance.max()} given, expected 0 to 1")
     return chance
 
 

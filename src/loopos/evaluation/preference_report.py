@@ -55,7 +55,7 @@ def preferred_scores(rows: Sequence[EncodedComparison], scores: Scores) -> tuple
     return numpy.where(is_turned, worse, better), numpy.where(is_turned, better, worse)
 
 
-def buckets_told(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, Any]:
+def bucket_tables(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, Any]:
     """Accuracy by margin (where the rows have margins) and the calibration curve of σ(Δ)."""
     pairs = _pairs(rows, scores)
     buckets = margin_buckets(pairs.better, pairs.worse, pairs.margins) if any(pairs.margins) else []

@@ -67,7 +67,7 @@ def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
     return num_weights(opened.model) + head, codes + others * NUMBER_FORMATS[precision].itemsize
 
 
-def metrics_of(opened: OpenedModel, place: str, recipe: Recipe, *, precision: str | None) -> dict[str, float]:
+def metrics_of(opened: OpenedModel, source: str, recipe: Recipe, *, precision: str | None) -> dict[str, float]:
     """What the model at a place can do, on the data that the recipe names: labelled rows, comparisons, or of a language
     model running text, read in windows; empty without any. precision: of a model with a head, which is opened once
     more; its own when None. Raises `UserError` for data that does not fit the model.
@@ -78,22 +78,22 @@ def metrics_of(opened: OpenedModel, place: str, recipe: Recipe, *, precision: st
     if opened.pooled is None:
         found = _text_metrics(opened, recipe.evaluate, recipe)
     else:
-        found = _task_metrics(place, recipe.evaluate, opened.model.device.type, precision)
+        found = _task_metrics(source, recipe.evaluate, opened.model.device.type, precision)
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
-def row_metrics(place: str, data: str, *, device: str = "cpu") -> dict[str, float]:
+def row_metrics(source: str, data: str, *, device: str = "cpu") -> dict[str, float]:
     """The metrics of a model on rows: labelled, comparisons, or what a language model could be trained on. Of the last,
-    rows that the loss leaves out are counted as `dropped_rows` (see `dropped_said`). Raises `UserError` and
+    rows that the loss leaves out are counted as `dropped_rows` (see `dropped_summary`). Raises `UserError` and
     `DataError`.
     """
-    if kind_of(described(place)) == "language":
-        return _language_metrics(Reasoner.open(place, device=device), data)
-    found = _task_metrics(place, data, device)
+    if kind_of(described(source)) == "language":
+        return _language_metrics(Reasoner.open(source, device=device), data)
+    found = _task_metrics(source, data, device)
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def dropped_said(data: str, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+def dropped_summary(data: str, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence for each model, by its name, whose loss leaves rows of the data out."""
     return [
         f"{data}: {values[DROPPED]:,.0f} rows are over the positions of {name} or have nothing to learn; its loss and "
@@ -134,11 +134,11 @@ def _text_metrics(opened: OpenedModel, source: str, recipe: Recipe) -> dict[str,
     return {name: value for name, value in found.told().items() if name not in ("window", "stride")}
 
 
-def _task_metrics(place: str, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:
+def _task_metrics(location: str, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:
     """All that is told of a model with a head, names and tables too."""
-    if kind_of(described(place)) == "reward":
-        return RewardPredictor.open(place, device=device).score_file(source, {}).metrics
-    return Predictor.open(place, device=device, precision=precision).evaluate_file(source)
+    if kind_of(described(location)) == "reward":
+        return RewardPredictor.open(location, device=device).score_file(source, {}).metrics
+    return Predictor.open(location, device=device, precision=precision).evaluate_file(source)
 
 
 @torch.no_grad()

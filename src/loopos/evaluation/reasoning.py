@@ -77,7 +77,7 @@ class Reasoner:
     @classmethod
     def open(
         cls,
-        place: str,
+        source: str,
         *,
         device: str = "cpu",
         precision: str | None = None,
@@ -90,8 +90,8 @@ class Reasoner:
         precision: fp32, bf16 or fp16; that of the training when absent, bf16 for quantized models and fp32 for others.
         step_format: that of the training when absent, "think" for other models. Raises `UserError`.
         """
-        recipe = read_ensemble(place)
-        places = recipe.members if recipe is not None and recipe.votes else (place,)
+        recipe = read_ensemble(source)
+        places = recipe.members if recipe is not None and recipe.votes else (source,)
         voters: list[Reasoner] = []
         # The first is opened last, and takes the others in.
         for each in reversed(places):
@@ -106,8 +106,9 @@ class Reasoner:
             )
             if voters and voters[0].step_format != reasoner.step_format:
                 raise UserError(
-                    f"{place}: its members write their steps and answers in several ways ({voters[0].step_format} and "
-                    f"{reasoner.step_format}); wanted members of one step format, so that their answers can be compared"
+                    f"{source}: its members write their steps and answers in several ways ({voters[0].step_format} and "
+                    f"{reasoner.step_format}); expected members of one step format, so that their answers can be "
+                    "compared"
                 )
             voters.insert(0, reasoner)
         return reasoner
@@ -229,7 +230,7 @@ class Reasoner:
         rewards = iter(ranker(pairs))
         found = []
         for chains in sampled:
-            scored = sorted(((next(rewards), -place, chain) for place, chain in enumerate(chains)), reverse=True)
+            scored = sorted(((next(rewards), -index, chain) for index, chain in enumerate(chains)), reverse=True)
             best = scored[0][2]
             answer = self.step_format.parse(best.text).answer
             ranked = tuple(chain for _, _, chain in scored)
@@ -239,8 +240,8 @@ class Reasoner:
     def _best(self, chains: Sequence[Chain]) -> Answered:
         """The first of chains that come best first."""
         chosen = chains[0]
-        said = len(chosen.token_ids) - len(chosen.given)
-        mean = sum(chosen.logprobs) / said if said else None
+        summary = len(chosen.token_ids) - len(chosen.actual)
+        mean = sum(chosen.logprobs) / summary if summary else None
         return Answered(tuple(chains), 0, self.step_format.parse(chosen.text).answer, mean)
 
     def _voted(self, chains: Sequence[Chain]) -> Answered:
@@ -250,12 +251,12 @@ class Reasoner:
         return _of_most(chains, answers)
 
 
-def _messages(given: str | Sequence[Mapping[str, object]]) -> Problem:
+def _messages(actual: str | Sequence[Mapping[str, object]]) -> Problem:
     """A user's message as it is, or messages of dicts. Raises `UserError` for one without role or content."""
-    if isinstance(given, str):
-        return given
+    if isinstance(actual, str):
+        return actual
     messages = []
-    for number, message in enumerate(given):
+    for number, message in enumerate(actual):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f'message {number}: got {dict(message)!r:.80}; expected a dict with "role" and "content"')

@@ -60,13 +60,13 @@ def samples_blocks(run: Run) -> list[Block]:
     first, last = ([each for each in records if each["step"] == step] for step in (steps[0], steps[-1]))
     title = "Answers before and after" if steps[0] == 0 and len(steps) > 1 else "Answers"
     parts: list[Block] = [Heading(title)]
-    for place, record in enumerate(last[:most]):
+    for index, record in enumerate(last[:most]):
         parts.append(Quotation(_short(_first_of(record, "prompt", "problem"))))
         rows = []
-        if place < len(first) and len(steps) > 1:
-            rows.append(_row("before training" if steps[0] == 0 else f"step {steps[0]}", first[place]))
+        if index < len(first) and len(steps) > 1:
+            rows.append(_row("before training" if steps[0] == 0 else f"step {steps[0]}", first[index]))
         rows.append(_row(f"step {steps[-1]}", record))
-        reference = _first_of(record, "reference", "wanted")
+        reference = _first_of(record, "reference", "expected")
         if reference:
             rows.append(("in the data", "", _short(reference)))
         named = next((name for name in ("reward", "is_right") if name in record), "")
@@ -93,13 +93,13 @@ def _records(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     found = []
-    for place, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    for index, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{file}:{place}: not JSON ({error}); expected one object a line") from error
+            raise UserError(f"{file}:{index}: not JSON ({error}); expected one object a line") from error
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             found.append(record)
     return found
@@ -180,8 +180,8 @@ def _against_start(run: Run, validations: Sequence[Event]) -> Grid:
         chosen = number(exported.metrics.get(name)) if exported is not None else None
         decides = " (decides)" if name == run.outcome.metric else ""
         rows.append((f"{name}{decides}", directions.get(name, ""), _cell(first), *best, _cell(chosen)))
-    step_told = "" if exported is None else f", step {exported.step}"
-    head = ("metric", "better", "before training", "best after", "at step", f"exported{step_told}")
+    step_text = "" if exported is None else f", step {exported.step}"
+    head = ("metric", "better", "before training", "best after", "at step", f"exported{step_text}")
     return Grid(head, rows, numbers=range(2, 6))
 
 

@@ -85,11 +85,11 @@ class Normalisation:
 @torch.no_grad()
 def raw_scores(model: Scorer, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Raw scores `[N, k]` on CPU of token rows, each prompt and response, in their order. Raises `NonFiniteOutputs`."""
-    encoded = PackedRows([Encoded(list(ids), None, place) for place, ids in enumerate(rows)], None, device)
+    encoded = PackedRows([Encoded(list(ids), None, index) for index, ids in enumerate(rows)], None, device)
     found: dict[int, Tensor] = {}
     for batch in in_order(encoded, tokens=_TOKENS):
         found.update(zip(batch.rows, model(batch.ids, batch.layout).float().cpu(), strict=True))
-    return _finite(torch.stack([found[place] for place in range(len(rows))]))
+    return _finite(torch.stack([found[index] for index in range(len(rows))]))
 
 
 @torch.no_grad()
@@ -167,9 +167,9 @@ class RewardPredictor:
         self.normalisation = Normalisation.read(opened.description)
 
     @classmethod
-    def open(cls, place: str, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
+    def open(cls, source: str, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
         """place: the output folder of a reward_model run, or its folder model/. Raises `UserError`."""
-        return cls(open_reward_model(place), torch.device(device), ensemble_penalty=ensemble_penalty)
+        return cls(open_reward_model(source), torch.device(device), ensemble_penalty=ensemble_penalty)
 
     def score_file(
         self,
@@ -197,11 +197,11 @@ class RewardPredictor:
             on_bad_row=on_bad_row,
         )
         raw = comparison_scores(self.model, self._rows(encoded))
-        scores = [self.normalisation(torch.tensor(raw[place]), ensemble_penalty=self.ensemble_penalty).tolist()
-                  for place in range(len(encoded))]  # fmt: skip
+        scores = [self.normalisation(torch.tensor(raw[position]), ensemble_penalty=self.ensemble_penalty).tolist()
+                  for position in range(len(encoded))]  # fmt: skip
         is_single = all(len(example.responses) == 1 for example in examples)
         found = []
-        for row, each, heads in zip(encoded, scores, (raw[place] for place in range(len(encoded))), strict=True):
+        for row, each, heads in zip(encoded, scores, (raw[position] for position in range(len(encoded))), strict=True):
             example, rounded = examples[row.index], [round(score, 6) for score in each]
             told: dict[str, Any] = {"line": example.row.line}
             spread = [round(value, 6) for value in self._spread(heads)] if len(heads[0]) > 1 else None
@@ -246,13 +246,13 @@ class RewardPredictor:
         fits.
         """
         found = self._judged(conversations, "drop")
-        return [found.get(place) for place in range(len(conversations))]
+        return [found.get(index) for index in range(len(conversations))]
 
     def _judged(self, conversations: Sequence[tuple[Words, Words]], over_length: OverLength) -> dict[int, Judged]:
         """Place → what is said of it."""
         examples = [
-            Comparison(prompt, (response,), (), Row({}, "responses", None, place))
-            for place, (prompt, response) in enumerate(conversations)
+            Comparison(prompt, (response,), (), Row({}, "responses", None, position))
+            for position, (prompt, response) in enumerate(conversations)
         ]
         encoded, _ = encode_comparisons(
             self.opened.tokenizer,
@@ -264,8 +264,8 @@ class RewardPredictor:
         )
         raw = comparison_scores(self.model, ComparisonRows(encoded, self.device))
         judged = {}
-        for place, row in enumerate(encoded):
-            heads = raw[place]
+        for position, row in enumerate(encoded):
+            heads = raw[position]
             score = float(self.normalisation(torch.tensor(heads), ensemble_penalty=self.ensemble_penalty)[0])
             spread = self._spread(heads)[0] if len(heads[0]) > 1 else None
             judged[row.index] = Judged(score, spread, row.num_tokens)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from loopos.config.diagnostics import UserError
 from loopos.evaluation.run_folder import CONFIG, EVENTS, holds_run
-from loopos.storage.durable import DiskFull, disk_full_said
+from loopos.storage.durable import DiskFull, explain_disk_full
 from loopos.storage.folder_lock import only_writer
 from loopos.storage.whole_folder import clear_leftovers
 
@@ -52,7 +52,7 @@ def claim(folder: Path, world: Processes, *, resume: bool, note: Callable[[str],
         problem: UserError | None = None
         if world.is_first:
             try:
-                with disk_full_said(folder, _NEEDED_BYTES, "the run's folder"):
+                with explain_disk_full(folder, _NEEDED_BYTES, "the run's folder"):
                     held.enter_context(only_writer(folder, note=note))
                     _check(folder, resume=resume)
                     for line in clear_leftovers(folder):
@@ -76,14 +76,14 @@ def _check(folder: Path, *, resume: bool) -> None:
                 f"data.output_dir: {folder} contains checkpoints of another run; choose an empty or new folder"
             )
     for name in _FILES:
-        place = folder / name
-        if place.exists() and not place.is_file():
-            raise UserError(f"{place}: expected a file of the run, got {_kind(place)}; move it away")
+        path = folder / name
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file of the run, got {_kind(path)}; move it away")
     for name in _FOLDERS:
-        place = folder / name
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{place}: expected a folder of the run, got a file; move it away")
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: expected a folder of the run, got a file; move it away")
 
 
-def _kind(place: Path) -> str:
-    return "a folder" if place.is_dir() else "something that is neither a file nor a folder"
+def _kind(path: Path) -> str:
+    return "a folder" if path.is_dir() else "something that is neither a file nor a folder"

@@ -190,9 +190,9 @@ def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
             watched = early.get("metric") or session.get("judged_by", {}).get("metric") or "the metric"
             return f"stopped early: {watched} did not improve in {early.get('patience')} validations"
         case "guard":
-            alarms = [event["metrics"] for event in events if event["event"] == "alarm"]
-            alarm = alarms[-1].get("message") or alarms[-1]["name"] if alarms else "an alarm"
-            return f"stopped by a guard: {alarm}"
+            alerts = [event["metrics"] for event in events if event["event"] == "alarm"]
+            alert = alerts[-1].get("message") or alerts[-1]["name"] if alerts else "an alarm"
+            return f"stopped by a guard: {alert}"
         case "callback":
             return f"stopped by {callback}"
         case "callback error":
@@ -403,10 +403,10 @@ def holds_run(folder: Path) -> bool:
 def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises `UserError` for a folder without one, or with a broken config or event."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted the output_dir of a run (loopos runs list finds them)")
+        raise UserError(f"{folder}: no such folder; expected the output_dir of a run (loopos runs list finds them)")
     for name in (CONFIG, EVENTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: no run: it holds no {name}; wanted the output_dir of a run")
+            raise UserError(f"{folder}: no run: it holds no {name}; expected the output_dir of a run")
     config = read_object(folder / CONFIG, advice="expected the config that the run wrote")
     return Run(folder, config, list(read_events(folder / EVENTS)))
 
@@ -427,16 +427,16 @@ def read_events(path: Path) -> Iterator[RunFolderEvent]:
             try:
                 event = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not an event ({error}); wanted one JSON object a line") from error
+                raise UserError(f"{path}:{number}: not an event ({error}); expected one JSON object a line") from error
             if not isinstance(event, dict) or not {"event", "step", "metrics", "timing"} <= set(event):
-                raise UserError(f"{path}:{number}: not an event; wanted the keys event, step, metrics and timing")
+                raise UserError(f"{path}:{number}: not an event; expected the keys event, step, metrics and timing")
             yield event
 
 
 def find_runs(folder: Path) -> list[Path]:
     """The folders of all runs in `folder`, by name. Raises `UserError` if there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted a folder with runs in it, such as outputs")
+        raise UserError(f"{folder}: no such folder; expected a folder with runs in it, such as outputs")
     found = []
     for place, folders, files in os.walk(folder):
         if EVENTS in files and CONFIG in files:

@@ -58,8 +58,8 @@ class ClassFigures:
 def class_figures(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[ClassFigures]:
     """Every class of a confusion matrix `[C, C]`, row = true class, column = predicted class."""
     return [
-        ClassFigures(name, sum(matrix[place]), sum(row[place] for row in matrix), matrix[place][place])
-        for place, name in enumerate(class_names)
+        ClassFigures(name, sum(matrix[index]), sum(row[index] for row in matrix), matrix[index][index])
+        for index, name in enumerate(class_names)
     ]
 
 

@@ -115,8 +115,8 @@ def _higher(one: float, other: float, name: str, other_name: str) -> Any:
     return name if one > other else other_name if other > one else "tie"
 
 
-def _winner(place: str, first: Winner, second: Winner) -> Winner:
-    return {"first": first, "second": second}.get(place, "tie")
+def _winner(source: str, first: Winner, second: Winner) -> Winner:
+    return {"first": first, "second": second}.get(source, "tie")
 
 
 LIKE_LENGTH = 0.8

@@ -42,7 +42,7 @@ from loopos.models.folders import open_task_model
 from loopos.models.load import load_pretrained
 from loopos.models.model_folder import read_description
 from loopos.models.modeling_loopos import LoopOSForSequenceClassification
-from loopos.models.resolve import FoundKind
+from loopos.models.resolve import ModelKind
 from loopos.models.task_layout import layout_in
 
 LEAST_SAME: Mapping[str, float] = {"q8_0": 0.9, "q4_0": 0.8}
@@ -74,9 +74,9 @@ class Check:
     same: float
     beyond: float | None = None
     texts: tuple[str, ...] = ()
-    faults: tuple[str, ...] = ()
+    diagnostics: tuple[str, ...] = ()
 
-    def said(self) -> str:
+    def summary(self) -> str:
         outputs = (
             f"outputs differ by at most {self.largest:.3g} (largest output {self.scale:.3g}); same top prediction at "
             f"{self.same:.1%} of positions"
@@ -103,13 +103,13 @@ def compared(
     same = sum(float(each.sum()) for each in likeliest) / sum(len(each) for each in likeliest)
     largest = _largest(first, second)
     beyond = _largest(third, second) if third else None
-    faults = []
+    diagnostics = []
     if beyond is not None and not beyond <= tolerance * scale:
-        faults.append(
+        diagnostics.append(
             f"outputs differ by up to {beyond:.3g}; expected at most {tolerance * scale:.2g}, since the "
             "same weights were rounded alike"
         )
-    return Check(largest, scale, same, beyond, faults=tuple(faults))
+    return Check(largest, scale, same, beyond, diagnostics=tuple(diagnostics))
 
 
 def _several(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -126,10 +126,10 @@ def judge(check: Check, type_name: str, place: str) -> str:
     """
     least = LEAST_SAME.get(type_name)
     if least is None:
-        if check.faults:
+        if check.diagnostics:
             raise ExportDiffers(
                 f"{place}: the export is another model than the one it was made from:\n"
-                + "".join(f"  {fault}\n" for fault in check.faults)
+                + "".join(f"  {diagnostic}\n" for diagnostic in check.diagnostics)
                 + "nothing was written"
             )
         return ""
@@ -148,7 +148,7 @@ PROBE = (
 
 
 @torch.no_grad()
-def outputs_at(folder: Path, kind: FoundKind, rounded_to: torch.dtype | None = None) -> Tensor:
+def outputs_at(folder: Path, kind: ModelKind, rounded_to: torch.dtype | None = None) -> Tensor:
     """Outputs of a model folder for the probe: hidden states `[T, d]`, or `[1, C]` of a head. rounded_to: a
     number format that the weights, but for a head's, are rounded to first.
     """
@@ -200,7 +200,7 @@ def probe_ids(folder: Path, config: Any) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     ids = tokenizer(PROBE)["input_ids"][: getattr(config.get_text_config(), "max_position_embeddings", None)]
     if not ids:
-        raise UserError(f"{folder}: its tokenizer makes no token of the probe text; wanted one that fits the model")
+        raise UserError(f"{folder}: its tokenizer makes no token of the probe text; expected one that fits the model")
     return torch.tensor([ids])
 
 
@@ -223,7 +223,7 @@ class TaskCheck(Check):
     unit: str = ""
     program: str = ""
 
-    def said(self) -> str:
+    def summary(self) -> str:
         reach = f" (they reach {self.scale:.3g})" if self.unit != "probabilities" else ""
         likeliest = f", the same likeliest class of {self.same:.0%} of texts" if self.unit == "probabilities" else ""
         return f"largest difference of the {self.unit} {self.largest:.3g}{reach}{likeliest}; opened by {self.program}"
@@ -235,7 +235,7 @@ def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> Task
     an exact export otherwise than the model.
     """
     description = read_description(folder)
-    original, program, faults = answers_at(folder), "LoopOS", list[str]()
+    original, program, diagnostics = answers_at(folder), "LoopOS", list[str]()
     if output_format == "onnx":
         program, found = "onnxruntime", _onnx_answers(out, folder)
     else:
@@ -244,22 +244,22 @@ def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> Task
         if _opens_in_transformers(out):
             program, own = "transformers' pipeline", found
             found = transformers_answers(out)
-            faults += _fault(program, found, own, description)
-    if exact and not faults:
-        faults += _fault(program, found, original, description)
+            diagnostics += _diagnostic(program, found, own, description)
+    if exact and not diagnostics:
+        diagnostics += _diagnostic(program, found, original, description)
     units = {"classification": "probabilities", "multi_label": "probabilities", "regression": "values"}
     same = (found.argmax(-1) == original.argmax(-1)).double().mean()
     return TaskCheck(
         largest=float((found - original).abs().max()),
         scale=float(original.abs().max()),
         same=float(same),
-        faults=tuple(faults),
+        diagnostics=tuple(diagnostics),
         unit=units.get(description["task"], "scores"),
         program=program,
     )
 
 
-def _fault(program: str, found: Tensor, expected: Tensor, description: dict[str, Any]) -> list[str]:
+def _diagnostic(program: str, found: Tensor, expected: Tensor, description: dict[str, Any]) -> list[str]:
     """What no rounding explains; empty where there is nothing."""
     scale = 1.0
     if description["task"] == "regression":
@@ -273,7 +273,7 @@ def _fault(program: str, found: Tensor, expected: Tensor, description: dict[str,
 def answers_at(folder: Path) -> Tensor:
     """LoopOS's own answers to the probe texts `[N, O]`, in fp32."""
     model, tokenizer, description = open_task_model(folder)
-    rows = [Labelled(text, None, None, Row({}, "probe", None, place)) for place, text in enumerate(PROBES)]
+    rows = [Labelled(text, None, None, Row({}, "probe", None, index)) for index, text in enumerate(PROBES)]
     encoded, _ = encode_labelled(tokenizer, rows, max_length=description["max_length"])
     return meaning(outputs_of(model, encoded, torch.device("cpu")), description)
 
@@ -305,7 +305,7 @@ def transformers_answers(folder: Path) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), config=model.config)
         run: Any = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
         answers = run(list(PROBES), top_k=None, batch_size=len(PROBES), **limits)
-    labels = [model.config.id2label[place] for place in range(model.config.num_labels)]
+    labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     by_label = [{each["label"]: each["score"] for each in answer} for answer in answers]
     return torch.tensor([[scores[label] for label in labels] for scores in by_label], dtype=torch.float64)
 

@@ -32,7 +32,7 @@ from loopos.exporting.modelfile import modelfile
 from loopos.exporting.settings import FLOATS, ExportSettings, HubClient, check_settings, own_client, push
 from loopos.models.folders import HEAD
 from loopos.models.quantized_folder import CODES
-from loopos.models.resolve import FoundModel, find_model
+from loopos.models.resolve import ResolvedModel, find_model
 from loopos.models.task_layout import how_it_opens, layout_in
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.manifest import check_manifest
@@ -62,7 +62,7 @@ class Exported:
 
 
 def export(
-    place: str,
+    source: str,
     out: Path,
     settings: ExportSettings,
     *,
@@ -73,11 +73,11 @@ def export(
     alone.
 
     Raises `UserError` before anything is written, for a folder that is there already, a model that the format cannot
-    hold, or settings that contradict each other; `DiskFull`; `EnvironmentFault` where a package is missing.
+    hold, or settings that contradict each other; `DiskFull`; `MissingRequirement` where a package is missing.
     """
     type_name = check_settings(settings)
     refuse_taken(out)
-    model = find_model(place)
+    model = find_model(source)
     for folder in (model.folder, model.adapter):
         if folder is not None:
             check_manifest(folder)
@@ -90,12 +90,12 @@ def export(
         exported = _write(model, partial, scratch, type_name, settings, title=out.name, tell=tell)
         shutil.rmtree(scratch)
         (partial / REPORT).write_text(_report(model, exported, settings), encoding="utf-8")
-        save_json(partial / RECIPE, {"command": "export", "model": place, **asdict(settings), "type": exported.type})
+        save_json(partial / RECIPE, {"command": "export", "model": source, **asdict(settings), "type": exported.type})
     pushed = push(out, settings.push, client()) if settings.push is not None else None
     return replace(exported, folder=out, pushed=pushed)
 
 
-def _check_format(model: FoundModel, settings: ExportSettings) -> None:
+def _check_format(model: ResolvedModel, settings: ExportSettings) -> None:
     output_format = settings.format
     _check_codes(model, settings)
     if output_format == "adapter":
@@ -105,15 +105,15 @@ def _check_format(model: FoundModel, settings: ExportSettings) -> None:
     if output_format in ("gguf", "modelfile"):
         if model.kind != "language":
             raise UserError(
-                f"{model.given}: a classifier or regressor; --format {output_format} holds only language models: use "
+                f"{model.actual}: a classifier or regressor; --format {output_format} holds only language models: use "
                 "--format huggingface"
             )
         gguf_file.require_gguf()
         if model.folder is not None and holds_weights(model.folder):
-            gguf_file.prepare(model.folder, model.given)
+            gguf_file.prepare(model.folder, model.actual)
 
 
-def _check_codes(model: FoundModel, settings: ExportSettings) -> None:
+def _check_codes(model: ResolvedModel, settings: ExportSettings) -> None:
     """Raises `UserError` where weights in codes would have to be written out, and so be rounded a second time."""
     if model.codes is None or model.folder is None:
         return
@@ -123,22 +123,22 @@ def _check_codes(model: FoundModel, settings: ExportSettings) -> None:
     origin = f"the model that it was made from{f' ({made})' if made else ''}"
     if model.codes != CODES:
         raise UserError(
-            f"{model.given}: quantized: codes of {model.codes}, which LoopOS does not read; wanted {origin}"
+            f"{model.actual}: quantized: codes of {model.codes}, which LoopOS does not read; expected {origin}"
         )
     if settings.format != "huggingface":
         raise UserError(
-            f"{model.given}: quantized: its weights are codes, which --format {settings.format} would round a second "
-            f"time; wanted {origin}, or --format huggingface, which copies them"
+            f"{model.actual}: quantized: its weights are codes, which --format {settings.format} would round a second "
+            f"time; expected {origin}, or --format huggingface, which copies them"
         )
     if settings.type is not None:
         raise UserError(
-            f"--type: given {settings.type} for {model.given}, which is quantized: its codes are copied as they are; "
-            f"wanted no --type, or {origin}"
+            f"--type: got {settings.type} for {model.actual}, which is quantized: its codes are copied as they are; "
+            f"expected no --type, or {origin}"
         )
 
 
 def _write(
-    model: FoundModel,
+    model: ResolvedModel,
     partial: Path,
     scratch: Path,
     type_name: str,
@@ -160,7 +160,7 @@ def _write(
         if model.codes is None:
             dtype = dtype or usual_dtype(folder_tensors(folder))
             if dtype not in _NAMES:
-                raise UserError(f"{model.given}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
+                raise UserError(f"{model.actual}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
         notes += [how_it_opens(partial)] if model.kind in ("head", "reward") else []
     elif settings.format == "onnx":
@@ -175,7 +175,7 @@ def _write(
     own = "own" if model.codes is None else f"{model.codes} codes"
     type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
     check = _check(model, folder, partial, file, settings, dtype, type_name, scratch) if settings.check else None
-    warning = judge(check, type_name, model.given) if check is not None else ""
+    warning = judge(check, type_name, model.actual) if check is not None else ""
     card = model_card(
         model,
         title=settings.push or title,
@@ -191,13 +191,13 @@ def _write(
 
 
 def _write_gguf(
-    model: FoundModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
+    model: ResolvedModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
 ) -> list[str]:
-    prepared = gguf_file.prepare(folder, model.given)
+    prepared = gguf_file.prepare(folder, model.actual)
     written = None
     if settings.format == "modelfile":
         # Refused before the weights are read.
-        written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, given=model.given)
+        written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, actual=model.actual)
     counts = gguf_file.write_gguf(prepared, file, type_name, name=model.name, tell=tell)
     if written is not None:
         (file.parent / "Modelfile").write_text(written, encoding="utf-8")
@@ -206,7 +206,7 @@ def _write_gguf(
 
 
 def _check(
-    model: FoundModel,
+    model: ResolvedModel,
     folder: Path | None,
     partial: Path,
     file: str,
@@ -261,7 +261,7 @@ def _bytes_of(folder: Path | None) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
 
-def _report(model: FoundModel, exported: Exported, settings: ExportSettings) -> str:
+def _report(model: ResolvedModel, exported: Exported, settings: ExportSettings) -> str:
     """report.md: sizes, the number format, and the check."""
     rows = [
         ["weights before", f"{exported.bytes_before:,} bytes"],
@@ -282,6 +282,6 @@ def _report(model: FoundModel, exported: Exported, settings: ExportSettings) -> 
         parts.append("Not compared." if settings.check else "Not compared: --no-check was given.")
     else:
         parts.append(
-            f"Original and export, both in fp32 on CPU, on {_probes(exported.check)}: {exported.check.said()}."
+            f"Original and export, both in fp32 on CPU, on {_probes(exported.check)}: {exported.check.summary()}."
         )
     return "\n\n".join(parts) + "\n"

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.evaluation.progress import Tell
 from loopos.exporting.huggingface import cast
 from loopos.models.gguf import (
@@ -83,12 +83,12 @@ def interleaved(tensor: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def check_layout(config: PreTrainedConfig, given: str) -> None:
+def check_layout(config: PreTrainedConfig, actual: str) -> None:
     """Raises `UserError`, with every reason, for a model that llama.cpp would not compute as transformers does."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"{given}: the architecture {kind} is not exported to GGUF; wanted one of {', '.join(ARCHITECTURES)}: "
+            f"{actual}: the architecture {kind} is not exported to GGUF; expected one of {', '.join(ARCHITECTURES)}: "
             "export it with --format huggingface"
         )
     rope = getattr(config, "rope_parameters", None) or {}
@@ -109,7 +109,7 @@ def check_layout(config: PreTrainedConfig, given: str) -> None:
         reasons.append(f"attention slides over {window} tokens")
     if reasons:
         raise UserError(
-            f"{given}: this {kind} is not exported to GGUF: {'; '.join(reasons)}; llama.cpp would compute something "
+            f"{actual}: this {kind} is not exported to GGUF: {'; '.join(reasons)}; llama.cpp would compute something "
             "else: export it with --format huggingface"
         )
 
@@ -139,7 +139,7 @@ def metadata(config: PreTrainedConfig) -> dict[str, int | float]:
     return values
 
 
-def places(config: PreTrainedConfig, names: Iterable[str], given: str) -> list[Place]:
+def places(config: PreTrainedConfig, names: Iterable[str], actual: str) -> list[Place]:
     """A place for every tensor, in the order of a forward pass. Raises `UserError` for tensors that have none, and for
     an output embedding that is missing.
     """
@@ -160,11 +160,11 @@ def places(config: PreTrainedConfig, names: Iterable[str], given: str) -> list[P
             found.append(Place(name, source, _heads(config, source)))
     if unknown:
         raise UserError(
-            f"{given}: {len(unknown)} of its tensors have no place in a GGUF {architecture}, the first {unknown[0]}; "
-            "wanted a plain language model with its adapters merged"
+            f"{actual}: {len(unknown)} of its tensors have no place in a GGUF {architecture}, the first {unknown[0]}; "
+            "expected a plain language model with its adapters merged"
         )
     if not config.tie_word_embeddings and not any(place.source == _OUTPUT for place in found):
-        raise UserError(f"{given}: {_OUTPUT} is missing and the config does not tie it to the input embedding")
+        raise UserError(f"{actual}: {_OUTPUT} is missing and the config does not tie it to the input embedding")
     return sorted(found, key=_order)
 
 
@@ -212,16 +212,16 @@ class Vocabulary:
     template: str | None
 
 
-def read_vocabulary(folder: Path, num_rows: int, given: str) -> Vocabulary:
+def read_vocabulary(folder: Path, num_rows: int, actual: str) -> Vocabulary:
     """The vocabulary for an embedding of `num_rows`. Raises `UserError` for a tokenizer that llama.cpp would not
     repeat.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"{given}: no tokenizer.json; wanted a byte-level BPE tokenizer as transformers saves it")
+        raise UserError(f"{actual}: no tokenizer.json; expected a byte-level BPE tokenizer as transformers saves it")
     described = json.loads(file.read_text(encoding="utf-8"))
-    pre = _pre_tokenizer(described, given)
-    tokens, types = _tokens(described, num_rows, given)
+    pre = _pre_tokenizer(described, actual)
+    tokens, types = _tokens(described, num_rows, actual)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     fast = Tokenizer.from_file(str(file))
@@ -236,7 +236,7 @@ def read_vocabulary(folder: Path, num_rows: int, given: str) -> Vocabulary:
     adds_bos = whole[:1] == [tokenizer.bos_token_id] and bare[:1] != whole[:1]
     adds_eos = whole[-1:] == [tokenizer.eos_token_id] and bare[-1:] != whole[-1:]
     if len(whole) != len(bare) + adds_bos + adds_eos:
-        raise UserError(f"{given}: its tokenizer puts more than begin and end tokens around a text, which GGUF lacks")
+        raise UserError(f"{actual}: its tokenizer puts more than begin and end tokens around a text, which GGUF lacks")
     template = tokenizer.chat_template
     if isinstance(template, dict):
         # Of several, GGUF's one key holds the one that is taken where none is named.
@@ -261,32 +261,32 @@ def _ends(folder: Path) -> dict[str, int]:
     return dict(zip(("eos_token_id", "eot_token_id"), ends, strict=False))
 
 
-def _tokens(described: Mapping[str, Any], num_rows: int, given: str) -> tuple[list[str], list[int]]:
+def _tokens(described: Mapping[str, Any], num_rows: int, actual: str) -> tuple[list[str], list[int]]:
     by_id: dict[int, tuple[str, int]] = {place: (token, NORMAL) for token, place in described["model"]["vocab"].items()}
     for added in described.get("added_tokens", ()):
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             raise UserError(
-                f"{given}: its token {added['content']} takes spaces around it or stands for whole words alone, which "
+                f"{actual}: its token {added['content']} takes spaces around it or stands for whole words alone, which "
                 "llama.cpp does not; export it with --format huggingface"
             )
         by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
     if by_id and max(by_id) >= num_rows:
-        raise UserError(f"{given}: its tokenizer has {max(by_id) + 1} tokens, its embedding {num_rows} rows")
+        raise UserError(f"{actual}: its tokenizer has {max(by_id) + 1} tokens, its embedding {num_rows} rows")
     # Rows of the embedding beyond the vocabulary still need a name, each its own.
     listed = [by_id.get(place, (unused_name(place), UNUSED)) for place in range(num_rows)]
     return [token for token, _ in listed], [kind for _, kind in listed]
 
 
-def _pre_tokenizer(described: Mapping[str, Any], given: str) -> str:
+def _pre_tokenizer(described: Mapping[str, Any], actual: str) -> str:
     """llama.cpp's name of what tokenizer.json does before merges."""
     model = described.get("model", {})
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         kind = "SentencePiece" if model.get("byte_fallback") else model.get("type")
-        raise _refusal(given, f"its vocabulary is {kind}")
+        raise _refusal(actual, f"its vocabulary is {kind}")
     steps = _steps(described.get("pre_tokenizer"))
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        raise _refusal(given, "it does not work on bytes, or puts a space before the first word")
+        raise _refusal(actual, "it does not work on bytes, or puts a space before the first word")
     before = steps[:-1]
     name = None
     if not before and last.get("use_regex", True):
@@ -298,12 +298,12 @@ def _pre_tokenizer(described: Mapping[str, Any], given: str) -> str:
         plain = before[0].get("behavior") == "Isolated" and not before[0].get("invert")
         name = SPLITS.get(pattern) if plain else None
     if name is None:
-        raise _refusal(given, f"it splits text by {', '.join(str(step.get('type')) for step in steps)} in its own way")
+        raise _refusal(actual, f"it splits text by {', '.join(str(step.get('type')) for step in steps)} in its own way")
     normalizer = described.get("normalizer")
     if normalizer is not None and not (name == "qwen2" and normalizer.get("type") == "NFC"):
-        raise _refusal(given, f"it normalises text by {normalizer.get('type')}")
+        raise _refusal(actual, f"it normalises text by {normalizer.get('type')}")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS):
-        raise _refusal(given, f"ignore_merges is {bool(model.get('ignore_merges'))}, unlike that of {name}")
+        raise _refusal(actual, f"ignore_merges is {bool(model.get('ignore_merges'))}, unlike that of {name}")
     return name
 
 
@@ -319,10 +319,10 @@ def _steps(described: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [described]
 
 
-def _refusal(given: str, why: str) -> UserError:
+def _refusal(actual: str, why: str) -> UserError:
     known = ", ".join(["gpt-2", "smollm", *SPLITS.values()])
     return UserError(
-        f"{given}: its tokenizer is none that llama.cpp has a name for here: {why}; wanted a byte-level BPE that "
+        f"{actual}: its tokenizer is none that llama.cpp has a name for here: {why}; expected a byte-level BPE that "
         f"splits text as one of {known} does: export it with --format huggingface"
     )
 
@@ -345,20 +345,20 @@ class PreparedGguf:
 
 
 def require_gguf() -> None:
-    """Raises `EnvironmentFault` where the package is not installed."""
+    """Raises `MissingRequirement` where the package is not installed."""
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError as problem:
-        raise EnvironmentFault("--format gguf needs the package gguf; run pip install gguf") from problem
+        raise MissingRequirement("--format gguf needs the package gguf; run pip install gguf") from problem
 
 
-def prepare(folder: Path, given: str) -> PreparedGguf:
+def prepare(folder: Path, actual: str) -> PreparedGguf:
     """Reads config, tokenizer and the shapes of the weights. Raises `UserError` for a model that GGUF cannot hold."""
     config = AutoConfig.from_pretrained(str(folder))
-    check_layout(config, given)
+    check_layout(config, actual)
     weights = folder_tensors(folder)
     return PreparedGguf(
-        config, read_vocabulary(folder, config.vocab_size, given), weights, places(config, weights, given)
+        config, read_vocabulary(folder, config.vocab_size, actual), weights, places(config, weights, actual)
     )
 
 

@@ -10,12 +10,12 @@ Left out: the model card (`model_card.py`).
 
 The adapter that a model was trained as, as a PEFT folder of its own.
 
-Enters: a `FoundModel` with an adapter. Leaves: a folder that `PeftModel.from_pretrained` opens over the base. Left
+Enters: a `ResolvedModel` with an adapter. Leaves: a folder that `PeftModel.from_pretrained` opens over the base. Left
 out: merging (`merged_adapter.py`).
 
 An adapter folded into the weights under it, exactly: in fp32, before any other number format is taken.
 
-Enters: a `FoundModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
+Enters: a `ResolvedModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
 words. Left out: number formats (`number_formats.py`).
 
 A run's own `model/` holds the merged weights in the format of its training. Where the same format is asked for, they
@@ -53,7 +53,7 @@ from loopos.models.folders import HEAD, open_task_model, read_head, save_task_mo
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, Pretrained, load_adapted
 from loopos.models.opened import OpenedModel
-from loopos.models.resolve import ADAPTER_CONFIG, FoundModel
+from loopos.models.resolve import ADAPTER_CONFIG, ResolvedModel
 from loopos.models.task_layout import SCORE, layout_at
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_files import (
@@ -91,9 +91,9 @@ _WRITTEN_HERE = frozenset({_CONFIG, MANIFEST, MODEL_DESCRIPTION, RECIPE, INDEX, 
 
 
 def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, tell: Tell) -> None:
-    """Fills the empty folder `out`. kind: what the model is, see `FoundModel`. dtype: the number format of the weights;
-    None copies them as they are, which weights in codes must be. Raises `UserError` where f16 is too
-    narrow, `OSError` when the disk is full.
+    """Fills the empty folder `out`. kind: what the model is, see `ResolvedModel`. dtype: the number format of the
+    weights; None copies them as they are, which weights in codes must be. Raises `UserError` where f16 is too narrow,
+    `OSError` when the disk is full.
     """
     if kind in ("head", "reward"):
         _write_task_model(folder, out, dtype, tell)
@@ -180,19 +180,19 @@ def write_cast(
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def require_adapter(model: FoundModel) -> Path:
+def require_adapter(model: ResolvedModel) -> Path:
     """The model's adapter. Raises `UserError` where it was not trained as one."""
     if model.adapter is None:
         raise UserError(
-            f'{model.given}: no adapter here; wanted the folder of a run with "trainable": "lora", or that of an '
+            f'{model.actual}: no adapter here; expected the folder of a run with "trainable": "lora", or that of an '
             "adapter: export the whole model with --format huggingface"
         )
     if not (model.adapter / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{model.adapter}: no {ADAPTER_WEIGHTS}; wanted an adapter as safetensors")
+        raise UserError(f"{model.adapter}: no {ADAPTER_WEIGHTS}; expected an adapter as safetensors")
     return model.adapter
 
 
-def write_adapter(model: FoundModel, out: Path, dtype: torch.dtype | None) -> None:
+def write_adapter(model: ResolvedModel, out: Path, dtype: torch.dtype | None) -> None:
     """Fills the empty folder `out`. dtype: the format of its tensors; their own when None. Raises `UserError` where
     f16 is too narrow, `OSError` when the disk is full.
     """
@@ -215,7 +215,7 @@ _OPENERS = {
 }
 
 
-def weights_folder(model: FoundModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
+def weights_folder(model: ResolvedModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
     """The folder to ship from, and what was done to get it; empty where it is the model's own. dtype: the format that
     will be asked of the weights; None for that of the folder. scratch: an empty folder that may be written into.
 
@@ -237,7 +237,7 @@ def weights_folder(model: FoundModel, dtype: torch.dtype | None, scratch: Path) 
         return model.folder, f"merged weights of the run, which are {stored}: its base cannot be opened ({first})"
 
 
-def _merged(model: FoundModel, scratch: Path) -> Path:
+def _merged(model: ResolvedModel, scratch: Path) -> Path:
     assert model.adapter is not None
     adapter = open_adapter_folder(model.adapter)
     folded = load_adapted(adapter, base=model.base, causal=model.kind == "language")
@@ -252,7 +252,7 @@ def _merged(model: FoundModel, scratch: Path) -> Path:
     return scratch / "merged"
 
 
-def _tokenizer(model: FoundModel, folded: Pretrained) -> PreTrainedTokenizerBase:
+def _tokenizer(model: ResolvedModel, folded: Pretrained) -> PreTrainedTokenizerBase:
     """That of the run, which knows its chat template, before that of the adapter or its base."""
     if model.folder is None or not (model.folder / "tokenizer_config.json").is_file():
         return folded.tokenizer
@@ -260,7 +260,7 @@ def _tokenizer(model: FoundModel, folded: Pretrained) -> PreTrainedTokenizerBase
     return opened
 
 
-def _with_head(model: FoundModel, folded: Pretrained) -> PooledModel:
+def _with_head(model: ResolvedModel, folded: Pretrained) -> PooledModel:
     assert model.folder is not None
     weight = read_head(model.folder)
     # The backbone is written, not run: which way attention takes does not matter.
@@ -271,7 +271,7 @@ def _with_head(model: FoundModel, folded: Pretrained) -> PooledModel:
     return pooled
 
 
-def _as_safetensors(model: FoundModel, scratch: Path) -> Path:
+def _as_safetensors(model: ResolvedModel, scratch: Path) -> Path:
     """A checkpoint whose weights are a torch file, written as safetensors; torch's restricted reader opens it."""
     assert model.folder is not None
     folder = scratch / "safetensors"
@@ -281,5 +281,5 @@ def _as_safetensors(model: FoundModel, scratch: Path) -> Path:
         AutoTokenizer.from_pretrained(str(model.folder)).save_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{model.given}: cannot be opened: {first}; wanted weights as safetensors") from problem
+        raise UserError(f"{model.actual}: cannot be opened: {first}; expected weights as safetensors") from problem
     return folder

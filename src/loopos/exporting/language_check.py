@@ -73,8 +73,8 @@ class LlamaCpp:
 
     def chat(self, messages: Sequence[Mapping[str, str]], num_tokens: int) -> LlamaAnswer:
         """The greedy answer to a conversation, written by the chat template in the file."""
-        given = {"messages": [dict(each) for each in messages], "max_tokens": num_tokens}
-        found = self._server.handle_chat_completions({**given, **_GREEDY, "reasoning_format": "none"})
+        actual = {"messages": [dict(each) for each in messages], "max_tokens": num_tokens}
+        found = self._server.handle_chat_completions({**actual, **_GREEDY, "reasoning_format": "none"})
         return LlamaAnswer(int(found["usage"]["prompt_tokens"]), found["choices"][0]["message"]["content"] or "")
 
     def complete(self, prompt: str, num_tokens: int) -> LlamaAnswer:
@@ -145,7 +145,7 @@ def reference(folder: Path, dtype: torch.dtype | None, *, matrices_only: bool = 
 
 def check_folder(expected: Reference, out: Path) -> Check:
     """A folder as transformers and LoopOS open it."""
-    return _held_against(expected, _opened(out), "transformers")
+    return _compared_with(expected, _opened(out), "transformers")
 
 
 def check_gguf(expected: Reference, file: Path, type_name: str, scratch: Path) -> Check:
@@ -153,14 +153,14 @@ def check_gguf(expected: Reference, file: Path, type_name: str, scratch: Path) -
     empty folder.
     """
     convert(file, scratch)
-    check = _held_against(expected, _opened(scratch), "LoopOS")
+    check = _compared_with(expected, _opened(scratch), "LoopOS")
     if not has_llama_cpp():
         return check
     try:
-        text, faults = _by_llama_cpp(expected, file, _LLAMA_NATS.get(type_name))
+        text, diagnostics = _by_llama_cpp(expected, file, _LLAMA_NATS.get(type_name))
     except RuntimeError as problem:
-        return replace(check, faults=(*check.faults, f"llama.cpp cannot open it: {problem}"))
-    return replace(check, texts=(*check.texts, text), faults=(*check.faults, *faults))
+        return replace(check, diagnostics=(*check.diagnostics, f"llama.cpp cannot open it: {problem}"))
+    return replace(check, texts=(*check.texts, text), diagnostics=(*check.diagnostics, *diagnostics))
 
 
 def _opened(folder: Path) -> Pretrained:
@@ -169,26 +169,26 @@ def _opened(folder: Path) -> Pretrained:
     return opened
 
 
-def _held_against(expected: Reference, again: Pretrained, program: str) -> Check:
+def _compared_with(expected: Reference, again: Pretrained, program: str) -> Check:
     check = compared(expected.original, [_logits(again.model, ids) for ids in expected.sequences], expected.rounded)
-    faults = list(check.faults)
+    diagnostics = list(check.diagnostics)
     prompt, _ = prompt_of(again.tokenizer, again.model, expected.probe)
     for name, own, found in (
         ("the probe text", expected.probe, again.tokenizer(PROBE)["input_ids"][: len(expected.probe)]),
         ("the chat template" if expected.chats else "the prompt", expected.prompt, prompt),
     ):
         if list(found) != list(own):
-            faults.append(
+            diagnostics.append(
                 f"{program} makes {len(found)} tokens of {name}, expected {len(own)}; the first other one is number "
                 f"{_agreeing(own, found) + 1}"
             )
     answer = greedy(again.model, expected.prompt)
     equal = _agreeing(expected.answer, answer)
     if equal < len(expected.answer):
-        faults.append(f"{program} writes another greedy answer from token {equal + 1} of {len(expected.answer)}")
+        diagnostics.append(f"{program} writes another greedy answer from token {equal + 1} of {len(expected.answer)}")
     kind = "chat " if expected.chats else ""
     text = f"greedy {kind}text by {program}: {equal} of {len(expected.answer)} tokens the same"
-    return replace(check, texts=(text,), faults=tuple(faults))
+    return replace(check, texts=(text,), diagnostics=tuple(diagnostics))
 
 
 def _by_llama_cpp(expected: Reference, file: Path, tolerance: float | None) -> tuple[str, list[str]]:
@@ -201,26 +201,26 @@ def _by_llama_cpp(expected: Reference, file: Path, tolerance: float | None) -> t
         answer = runtime.chat(_MESSAGES, ANSWER_TOKENS)
     else:
         answer = runtime.complete(PROBE, ANSWER_TOKENS)
-    return held_against_llama(expected, steps, answer, tolerance)
+    return compared_with_llama_cpp(expected, steps, answer, tolerance)
 
 
-def held_against_llama(
+def compared_with_llama_cpp(
     expected: Reference, steps: Sequence[LlamaStep | None], answer: LlamaAnswer, tolerance: float | None
 ) -> tuple[str, list[str]]:
     """What llama.cpp's answer shows, and what its rounding does not explain. steps: the token that it takes behind each
     part of the model's answer. tolerance: nats by which log-probabilities may differ, and by which a token that it
     prefers may be less likely here; None where the format is lossy.
     """
-    faults = []
+    diagnostics = []
     if answer.num_prompt != len(expected.prompt):
-        faults.append(
+        diagnostics.append(
             f"llama.cpp makes {answer.num_prompt} tokens of the prompt, expected {len(expected.prompt)}: it renders "
             "the chat template or splits text otherwise"
         )
     found = list(zip(expected.answer, expected.logprobs, steps, strict=True))
     parted = [step is not None and step.token != token for token, _, step in found]
     equal = parted.index(True) if True in parted else len(parted)
-    if tolerance is not None and not faults:
+    if tolerance is not None and not diagnostics:
         # A token that is preferred here and not there: by as much as both may be wrong.
         gaps = [
             max(abs(float(row[step.token]) - step.logprob), float(row[token] - row[step.token]))
@@ -228,15 +228,15 @@ def held_against_llama(
             if step is not None
         ]
         if gaps and not max(gaps) <= tolerance:
-            faults.append(
+            diagnostics.append(
                 f"llama.cpp's log-probabilities differ by up to {max(gaps):.2g} nats along the greedy answer; "
                 f"expected at most {tolerance}"
             )
         own = expected.text[equal].strip()
         if not answer.text.strip().startswith(own):
-            faults.append(f"llama.cpp writes {answer.text.strip()!r}; expected a text that begins with {own!r}")
+            diagnostics.append(f"llama.cpp writes {answer.text.strip()!r}; expected a text that begins with {own!r}")
     kind = "chat " if expected.chats else ""
-    return f"greedy {kind}text by llama.cpp: {equal} of {len(parted)} tokens the same", faults
+    return f"greedy {kind}text by llama.cpp: {equal} of {len(parted)} tokens the same", diagnostics
 
 
 def prompt_of(

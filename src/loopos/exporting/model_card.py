@@ -1,10 +1,10 @@
 """Code that opens an exported folder, for its model card.
 
-Enters: a `FoundModel` and what was exported. Leaves: Markdown. Left out: the rest of the card (`model_card.py`).
+Enters: a `ResolvedModel` and what was exported. Leaves: Markdown. Left out: the rest of the card (`model_card.py`).
 
 The model card of an exported model: README.md with the metadata that hubs read.
 
-Enters: a `FoundModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
+Enters: a `ResolvedModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
 files, settings and metrics of the run, the licence where the base's is known or the user gives one. Left out: advice.
 """
 
@@ -23,14 +23,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from loopos.config.method_configs import changed_settings
 from loopos.evaluation.blocks import cell, shown, table
 from loopos.evaluation.run_folder import Run, run_of
-from loopos.models.resolve import EMBEDDED, FoundModel
+from loopos.models.resolve import EMBEDDED, ResolvedModel
 from loopos.models.task_layout import MODELING, Layout
 
 EMBEDDED_HOME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Where the embedded weights come from, as their package states it."""
 
 
-def usage(model: FoundModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
+def usage(model: ResolvedModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
     """Code that opens the exported folder."""
     place = json.dumps(title)
     if output_format in ("gguf", "modelfile"):
@@ -55,8 +55,8 @@ def usage(model: FoundModel, *, title: str, file: str, output_format: str, layou
             f"tokenizer = AutoTokenizer.from_pretrained({place})",
             f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
             'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
-            "wanted = {each.name for each in session.get_inputs()}",
-            "print(session.run(None, {name: value for name, value in given.items() if name in wanted}))",
+            "expected = {each.name for each in session.get_inputs()}",
+            "print(session.run(None, {name: value for name, value in given.items() if name in expected}))",
         ]
         return _fenced("python", lines)
     if model.kind in ("head", "reward"):
@@ -86,12 +86,12 @@ def usage(model: FoundModel, *, title: str, file: str, output_format: str, layou
     return _fenced("python", lines)
 
 
-def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
+def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str:
     """Code for a model with a head: by transformers where that gives LoopOS's own answers, and by LoopOS."""
     if model.kind == "reward":
-        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({place})"]
+        lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({source})"]
     else:
-        lines = ["import loopos", "", f"model = loopos.load({place})", 'print(model.predict(["some text"]))']
+        lines = ["import loopos", "", f"model = loopos.load({source})", 'print(model.predict(["some text"]))']
     own = _fenced("python", lines)
     if layout is None or layout == "bare" or model.codes is not None:
         return own
@@ -100,8 +100,8 @@ def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
         lines = [
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
-            f"model = AutoModelForSequenceClassification.from_pretrained({place}{trust})",
+            f"tokenizer = AutoTokenizer.from_pretrained({source}{trust})",
+            f"model = AutoModelForSequenceClassification.from_pretrained({source}{trust})",
             "conversation = [",
             '    {"role": "user", "content": "What is 17 + 26?"},',
             '    {"role": "assistant", "content": "43"},',
@@ -117,7 +117,7 @@ def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
         lines = [
             "from transformers import pipeline",
             "",
-            f'model = pipeline("text-classification", model={place}{trust})',
+            f'model = pipeline("text-classification", model={source}{trust})',
             f'print(model(["some text"], top_k=None{limits}))',
         ]
     why = ""
@@ -129,7 +129,7 @@ def _head_usage(model: FoundModel, place: str, layout: Layout | None) -> str:
     return f"With transformers.{why}\n\n{_fenced('python', lines)}\n\nWith LoopOS:\n\n{own}"
 
 
-def _adapter_usage(model: FoundModel, place: str) -> str:
+def _adapter_usage(model: ResolvedModel, source: str) -> str:
     auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
     told = _fenced(
         "python",
@@ -138,7 +138,7 @@ def _adapter_usage(model: FoundModel, place: str) -> str:
             f"from transformers import {auto}",
             "",
             f"base = {auto}.from_pretrained({json.dumps(base_name(model) or 'BASE')})",
-            f"model = PeftModel.from_pretrained(base, {place})",
+            f"model = PeftModel.from_pretrained(base, {source})",
         ],
     )
     if model.base == EMBEDDED:
@@ -149,17 +149,17 @@ def _adapter_usage(model: FoundModel, place: str) -> str:
     return told
 
 
-def _classifier_lines(place: str) -> list[str]:
+def _classifier_lines(source: str) -> list[str]:
     return [
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
         "",
-        f"model = AutoModelForSequenceClassification.from_pretrained({place})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        f"model = AutoModelForSequenceClassification.from_pretrained({source})",
+        f"tokenizer = AutoTokenizer.from_pretrained({source})",
         'print(model(**tokenizer("some text", return_tensors="pt")).logits)',
     ]
 
 
-def _has_template(model: FoundModel) -> bool:
+def _has_template(model: ResolvedModel) -> bool:
     from transformers import AutoTokenizer
 
     if model.folder is None:
@@ -171,7 +171,7 @@ def _fenced(language: str, lines: list[str]) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def base_name(model: FoundModel) -> str | None:
+def base_name(model: ResolvedModel) -> str | None:
     """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
     base = model.base or model.description.get("pretrained_weights")
     if not isinstance(base, str):
@@ -189,11 +189,11 @@ _PIPELINES = {"language": "text-generation", "head": "text-classification", "cla
 _DATA_KEYS = ("training_data", "validation_data")
 
 
-def licence_of(model: FoundModel, given: str | None) -> str | None:
+def licence_of(model: ResolvedModel, actual: str | None) -> str | None:
     """The licence that the user gives, else that of the embedded base, else that in the model's own card."""
-    if given is not None:
-        return given
-    if EMBEDDED in (model.given, model.base, model.description.get("pretrained_weights")):
+    if actual is not None:
+        return actual
+    if EMBEDDED in (model.actual, model.base, model.description.get("pretrained_weights")):
         return _EMBEDDED_LICENCE
     card = model.folder / "README.md" if model.folder is not None else None
     if card is None or not card.is_file():
@@ -208,7 +208,7 @@ def licence_of(model: FoundModel, given: str | None) -> str | None:
 
 
 def model_card(
-    model: FoundModel,
+    model: ResolvedModel,
     *,
     title: str,
     file: str,
@@ -244,7 +244,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _pipeline(model: FoundModel, output_format: str, layout: Layout | None) -> str | None:
+def _pipeline(model: ResolvedModel, output_format: str, layout: Layout | None) -> str | None:
     """The hub's pipeline that runs the export; None where none gives what LoopOS does: an adapter's folder holds no
     head.
     """
@@ -254,7 +254,7 @@ def _pipeline(model: FoundModel, output_format: str, layout: Layout | None) -> s
 
 
 def _metadata(
-    model: FoundModel, run: Run | None, title: str, output_format: str, licence: str | None, layout: Layout | None
+    model: ResolvedModel, run: Run | None, title: str, output_format: str, licence: str | None, layout: Layout | None
 ) -> str:
     """The YAML block at the head; metrics in the hubs' own form."""
     results = [
@@ -285,7 +285,7 @@ def _metadata(
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _opening(model: FoundModel, run: Run | None, output_format: str, type_name: str) -> str:
+def _opening(model: ResolvedModel, run: Run | None, output_format: str, type_name: str) -> str:
     what = {
         "language": "A causal language model",
         "head": f"A model for {model.description.get('task', 'a task')} over pooled hidden states",
@@ -300,8 +300,8 @@ def _opening(model: FoundModel, run: Run | None, output_format: str, type_name: 
     )
 
 
-def _base_on_a_hub(model: FoundModel) -> str | None:
-    name = base_name(model) if model.given != EMBEDDED else EMBEDDED_HOME
+def _base_on_a_hub(model: ResolvedModel) -> str | None:
+    name = base_name(model) if model.actual != EMBEDDED else EMBEDDED_HOME
     return name if name is not None and is_hub_name(name) else None
 
 

@@ -71,7 +71,7 @@ class Turns:
         return f"{first}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{self.prompt}"
 
 
-def modelfile(folder: Path, weights: str, *, adds_bos: bool, given: str) -> str:
+def modelfile(folder: Path, weights: str, *, adds_bos: bool, actual: str) -> str:
     """The Modelfile of the model in `folder`, for the GGUF file `weights` beside it. Raises `UserError` for a chat
     template that cannot be translated.
     """
@@ -82,8 +82,8 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, given: str) -> str:
             turns = find_turns(tokenizer)
         except (_NotTurns, TemplateFailure) as problem:
             raise UserError(
-                f"{given}: its chat template cannot be translated for Ollama: {problem}; wanted one that writes each "
-                "turn as fixed text around its content, as ChatML does: export with --format gguf, and write the "
+                f"{actual}: its chat template cannot be translated for Ollama: {problem}; expected one that writes "
+                "each turn as fixed text around its content, as ChatML does: export with --format gguf, and write the "
                 "Modelfile's TEMPLATE by hand"
             ) from problem
         lines.append(f'TEMPLATE """{turns.in_go(adds_bos=adds_bos)}"""')

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
 from loopos.models.folders import read_head
 from loopos.models.load import load_pretrained
 from loopos.models.modeling_loopos import LoopOSForSequenceClassification
-from loopos.models.resolve import FoundKind, FoundModel
+from loopos.models.resolve import ModelKind, ResolvedModel
 from loopos.models.task_layout import layout_at
 
 FILE = "model.onnx"
@@ -43,15 +43,15 @@ _MOST_TEXTS = 4096
 _LONGEST = 8192
 
 
-def check_onnx(model: FoundModel) -> None:
-    """Raises `UserError` for a model that says text, `EnvironmentFault` where a package is not installed."""
+def check_onnx(model: ResolvedModel) -> None:
+    """Raises `UserError` for a model that says text, `MissingRequirement` where a package is not installed."""
     if model.kind == "language":
         raise UserError(
-            f"{model.given}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
+            f"{model.actual}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
         )
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise EnvironmentFault(f"--format onnx needs {', '.join(missing)}; run\n  {install_command('onnx')}")
+        raise MissingRequirement(f"--format onnx needs {', '.join(missing)}; run\n  {install_command('onnx')}")
 
 
 class WholeText(nn.Module):
@@ -72,7 +72,7 @@ class WholeText(nn.Module):
         return hidden
 
 
-def whole_text(folder: Path, kind: FoundKind) -> WholeText:
+def whole_text(folder: Path, kind: ModelKind) -> WholeText:
     """The model in `folder`, in fp32. Raises `UserError` for a broken folder."""
     if kind == "classifier":
         opened = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32)
@@ -90,7 +90,7 @@ def _ready(model: WholeText) -> WholeText:
     return model.eval()
 
 
-def write_onnx(folder: Path, kind: FoundKind, out: Path) -> str:
+def write_onnx(folder: Path, kind: ModelKind, out: Path) -> str:
     """Fills the empty folder `out`; returns the graph's file name. Raises `UserError` where torch cannot trace the
     model, `OSError` when the disk is full.
     """

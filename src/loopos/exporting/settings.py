@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.paths import is_hub_id
 
 
@@ -30,12 +30,12 @@ class HubClient(Protocol):
 def check_name(name: str) -> None:
     """Raises `UserError` unless `name` has the form owner/name."""
     if not is_hub_id(name):
-        raise UserError(f"--push: given {name}; wanted owner/name")
+        raise UserError(f"--push: got {name}; expected owner/name")
 
 
 def push(folder: Path, name: str, client: HubClient) -> str:
     """Makes the repository if it is not there, private, and uploads every file of the folder in one commit; returns
-    where it is. Raises `EnvironmentFault` where the hub refuses or cannot be reached: the folder stays as it is.
+    where it is. Raises `MissingRequirement` where the hub refuses or cannot be reached: the folder stays as it is.
     """
     # The base of all that its HTTP library raises, which the hub imports under this name.
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def push(folder: Path, name: str, client: HubClient) -> str:
         )
     except (OSError, ValueError, HTTPError, HFValidationError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise EnvironmentFault(
+        raise MissingRequirement(
             f"--push: {name}: {first}; the export itself is whole in {folder}. Set HF_TOKEN to a token that may write "
             f"there, and send it again: hf upload {name} {folder}"
         ) from problem
@@ -91,18 +91,18 @@ class ExportSettings:
 
 def check_settings(settings: ExportSettings) -> str:
     """The number format to take, "" for the model's own. Raises `UserError` with every fault."""
-    faults = []
+    diagnostics = []
     if settings.format not in FORMATS:
-        faults.append(f"--format: given {settings.format}; wanted one of {', '.join(FORMATS)}")
+        diagnostics.append(f"--format: got {settings.format}; expected one of {', '.join(FORMATS)}")
     types = _TYPES.get(settings.format, GGUF_TYPES)
     if settings.type is not None and (settings.type not in types or not settings.type):
-        wanted = ", ".join(dict.fromkeys(each for each in types if each))
-        faults.append(f"--type: given {settings.type}; wanted one of {wanted} for --format {settings.format}")
+        expected = ", ".join(dict.fromkeys(each for each in types if each))
+        diagnostics.append(f"--type: got {settings.type}; expected one of {expected} for --format {settings.format}")
     if settings.push is not None:
         try:
             check_name(settings.push)
         except UserError as problem:
-            faults.append(str(problem))
-    if faults:
-        raise UserError("\n".join(faults))
+            diagnostics.append(str(problem))
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
     return types[0] if settings.type is None else settings.type

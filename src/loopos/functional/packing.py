@@ -99,7 +99,7 @@ class PackedLayout:
         if self.branches is None:
             return self.ends()
         ends = torch.tensor([length for parts in self.branches for length in parts]).cumsum(0) - 1
-        is_branch = torch.tensor([place > 0 for parts in self.branches for place in range(len(parts))])
+        is_branch = torch.tensor([index > 0 for parts in self.branches for index in range(len(parts))])
         return ends[is_branch].to(self.device)
 
     def starts(self) -> Tensor:

@@ -33,7 +33,7 @@ def bradley_terry_sum(
     return loss.sum() if weights is None else (loss * weights).sum()
 
 
-def centring_sum(better: Tensor, worse: Tensor, *, weights: Tensor | None = None) -> Tensor:
+def center_rewards_sum(better: Tensor, worse: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Σ_i w_i·(r_better + r_worse)²: keeps scores near 0, which the Bradley–Terry loss leaves free (Eisenstein et al.
     2023, section 4). All `[P]` → scalar. Its count is Σ w.
     """

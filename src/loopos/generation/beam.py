@@ -38,7 +38,7 @@ class BeamSettings:
     def __post_init__(self) -> None:
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise UserError(
-                f"num_beams {self.num_beams} and max_new_tokens {self.max_new_tokens}: wanted 1 or more of each"
+                f"num_beams {self.num_beams} and max_new_tokens {self.max_new_tokens}: expected 1 or more of each"
             )
 
 

@@ -123,7 +123,7 @@ class PromptPass(_Pass):
     @staticmethod
     def of(cache: KeyValueCache, layout: PackedLayout, targets: Sequence[int], starts: Sequence[int]) -> PromptPass:
         lengths = layout.lengths_tensor()
-        rows, first = (torch.tensor(given, device=layout.device) for given in (targets, starts))
+        rows, first = (torch.tensor(actual, device=layout.device) for actual in (targets, starts))
         columns = layout.positions() + first.repeat_interleave(lengths)
         return PromptPass(cache, rows.repeat_interleave(lengths), columns, layout, tuple(targets), tuple(starts))
 

@@ -110,7 +110,7 @@ class GrowingText:
 
 
 FinishReason = Literal["stop token", "stop string", "length", "guide", "cancelled", "failed"]
-"""The last two end a completion of a `Session` alone: it was cancelled, or the model gave it no token to choose."""
+"""The last two end a completion of a `Scheduler` alone: it was cancelled, or the model gave it no token to choose."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Completion:
 
     `token_ids`: all new tokens, the stop token included. `text`: theirs, without the stop token, cut before the stop
     string unless `keep_stop`. `logprobs`: of each token under softmax(logits / temperature), empty where not asked for;
-    `filtered_logprobs`: under the distribution that was drawn from, None where it is the same. `given`: places of
+    `filtered_logprobs`: under the distribution that was drawn from, None where it is the same. `actual`: places of
     tokens that a guide wrote; their logprob is 0.
     """
 
@@ -129,7 +129,7 @@ class Completion:
     text: str
     logprobs: list[float]
     filtered_logprobs: list[float] | None
-    given: tuple[int, ...]
+    actual: tuple[int, ...]
     finish_reason: FinishReason
 
 
@@ -193,7 +193,7 @@ class Running:
         self.finish_reason: FinishReason | None = None
         self._logprobs: list[float] = []
         self._filtered: list[float] = []
-        self._given: list[int] = []
+        self._actual: list[int] = []
         self._written: deque[int] = deque()
         self._text: GrowingText | None = None
         self._guide: Guide | None = None
@@ -212,7 +212,7 @@ class Running:
         """
         self._tracked = logprob is not None
         if self._written:
-            self._append_given(self._written.popleft())
+            self._append_actual(self._written.popleft())
         else:
             self.tokens.append(token)
             if logprob is not None:
@@ -239,7 +239,7 @@ class Running:
             self._final_text(),
             self._logprobs,
             self._filtered if self._filtered and self.choice.shaped and not self.choice.greedy else None,
-            tuple(self._given),
+            tuple(self._actual),
             self.finish_reason,
         )
 
@@ -252,8 +252,8 @@ class Running:
         start, end = self._text.stopped_at
         return self._text.text[: end if self._settings.keep_stop else start]
 
-    def _append_given(self, token: int) -> None:
-        self._given.append(len(self.tokens))
+    def _append_actual(self, token: int) -> None:
+        self._actual.append(len(self.tokens))
         self.tokens.append(token)
         self._logprobs += [0.0] * (len(self.tokens) - len(self._logprobs)) if self._tracked else []
         self._filtered += [0.0] * (len(self.tokens) - len(self._filtered)) if self._tracked else []
@@ -289,7 +289,7 @@ class Running:
         elif cut is not None:
             # The next token to feed must be there already: the row's last one has been fed before.
             assert self._written, "a guide that takes tokens back writes others"
-            self._append_given(self._written.popleft())
+            self._append_actual(self._written.popleft())
             further = self._judge()
             assert further is None, "a guide took back what it had just written"
         return cut
@@ -297,7 +297,7 @@ class Running:
     def _forget(self, keep: int) -> None:
         for values in (self.tokens, self._logprobs, self._filtered):
             del values[keep:]
-        self._given = [place for place in self._given if place < keep]
+        self._actual = [place for place in self._actual if place < keep]
         self._text = GrowingText(self._tokenizer, self._settings.stop)
         for token in self.tokens:
             self._text.add(token)

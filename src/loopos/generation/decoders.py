@@ -7,7 +7,7 @@ weights in the kernel's layout; each is taken where it gives the logits of every
 What generation runs on: one model the way that serves it, or the members of an ensemble side by side.
 
 Enters: a causal language model or a `LanguageEnsemble`. Leaves: rows, and the model set for generation meanwhile. Left
-out: finding that way (`road.py`), rows of one model (`rows.py`), the engine.
+out: finding that way (`decode_path.py`), rows of one model (`rows.py`), the engine.
 Letters: N rows given, V tokens of the vocabulary.
 """
 
@@ -51,7 +51,7 @@ _PROBE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 0.
 
 
 @dataclass(frozen=True)
-class Road:
+class DecodePath:
     """How a model is to generate. `why_plain`: why `CachedRows` cannot serve it, in words; empty where it can.
     `kernel_layout`: whether it gives the same logits with its weights in the kernel's layout. `own_cache`: whether the
     model's own cache, which rows that run one by one use, gives the logits of a whole pass.
@@ -66,19 +66,19 @@ class Road:
         return kernel_layout(model) if self.kernel_layout and num_rows > FEW_ROWS else nullcontext()
 
 
-def probed(model: PreTrainedModel) -> Road:
+def probed(model: PreTrainedModel) -> DecodePath:
     """Runs some sequences on these weights: the cached road is taken where it gives the logits of each run alone, and
     the kernel's layout where it does so too.
     """
     with exact_activations(model):
-        road = _probed(model)
-        return replace(road, own_cache=_own_cache_is_exact(model)) if road.why_plain else road
+        decode_path = _probed(model)
+        return replace(decode_path, own_cache=_own_cache_is_exact(model)) if decode_path.why_plain else decode_path
 
 
-def _probed(model: PreTrainedModel) -> Road:
+def _probed(model: PreTrainedModel) -> DecodePath:
     unserved = _unserved(model.config.get_text_config())
     if unserved:
-        return Road(unserved)
+        return DecodePath(unserved)
     draw, vocabulary = random.Random(0), model.config.get_text_config().vocab_size
     first = min(3, vocabulary - 1)
     sequences = [[draw.randrange(first, vocabulary) for _ in range(length)] for length in _PROBE_LENGTHS]
@@ -87,9 +87,9 @@ def _probed(model: PreTrainedModel) -> Road:
     expected = torch.cat(alone).float()
     difference = _difference(model, sequences, expected)
     if difference or model.device.type != "cpu" or model.dtype is not torch.bfloat16:
-        return Road(difference)
+        return DecodePath(difference)
     with kernel_layout(model):
-        return Road("", kernel_layout=not _difference(model, sequences, expected))
+        return DecodePath("", kernel_layout=not _difference(model, sequences, expected))
 
 
 def _difference(model: PreTrainedModel, sequences: Sequence[list[int]], expected: Tensor) -> str:
@@ -251,7 +251,7 @@ class EnsembleRunner:
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         raise UserError(
-            f"an ensemble of {len(self._members)} language models has no hidden states of its own; wanted one model"
+            f"an ensemble of {len(self._members)} language models has no hidden states of its own; expected one model"
         )
 
     @contextmanager

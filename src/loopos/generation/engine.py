@@ -21,7 +21,7 @@ from loopos.generation.completions import Completion, Guide, Piece, Running
 from loopos.generation.decoders import runner_of
 from loopos.generation.rows import Rows
 from loopos.generation.sampling import stream_key
-from loopos.generation.scheduler import Session
+from loopos.generation.scheduler import Scheduler
 from loopos.generation.settings import SamplingSettings
 from loopos.models.language_ensemble import LanguageEnsemble, members_of, positions_of
 
@@ -43,7 +43,7 @@ class Engine:
         prefill_tokens: int = 2048,
     ) -> None:
         if max_rows < 1 or prefill_tokens < 1:
-            raise UserError(f"max_rows {max_rows} and prefill_tokens {prefill_tokens}: wanted 1 or more")
+            raise UserError(f"max_rows {max_rows} and prefill_tokens {prefill_tokens}: expected 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self._runner = runner_of(model)
@@ -96,9 +96,9 @@ class Engine:
                     yield running.piece()
 
     @contextmanager
-    def session(self, *, admitted_tokens: int | None = None, spares_others: bool = False) -> Iterator[Session]:
+    def session(self, *, admitted_tokens: int | None = None, spares_others: bool = False) -> Iterator[Scheduler]:
         """Rows that prompts join and leave at any time: what a server runs on. Within, the model is set for generation,
-        its weights may be in the kernel's layout, and it serves nothing else. The arguments are those of `Session`.
+        its weights may be in the kernel's layout, and it serves nothing else. The arguments are those of `Scheduler`.
         """
         with self._session(self.max_rows, admitted_tokens=admitted_tokens, spares_others=spares_others) as session:
             yield session
@@ -111,14 +111,14 @@ class Engine:
         with_logprobs: bool = True,
         admitted_tokens: int | None = None,
         spares_others: bool = False,
-    ) -> Iterator[Session]:
+    ) -> Iterator[Scheduler]:
         if self._busy:
             raise RuntimeError("the engine is in use: finish or close the other stream first")
         num_rows = min(num_prompts, self.max_rows)
         self._busy = True
         try:
             with self._runner.ready(num_rows):
-                yield Session(
+                yield Scheduler(
                     self,
                     self._rows_for(num_rows),
                     with_logprobs=with_logprobs,
@@ -157,7 +157,7 @@ class Engine:
             yield
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """The path, and why, in words."""
         return f"generation: {self.path}" + (f" ({self.reason})" if self.reason else "")
 
@@ -181,7 +181,7 @@ class Engine:
     def limit(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """Tokens that may follow a prompt: the last one is never fed, so it needs no position. Raises `UserError`."""
         if not prompt:
-            raise UserError("an empty prompt: wanted at least one token (a begin token, if nothing else)")
+            raise UserError("an empty prompt: expected at least one token (a begin token, if nothing else)")
         for token in (max(prompt), min(prompt)):
             if not 0 <= token < self.vocab_size:
                 raise UserError(f"token {token} in a prompt: the model has {self.vocab_size} tokens")
@@ -248,6 +248,6 @@ def _end_tokens(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokeniz
     """Tokens that end a sequence: those of every member, by its generation config, and the tokenizer's."""
     tokens = [tokenizer.eos_token_id]
     for member in members:
-        given = getattr(member.generation_config, "eos_token_id", None)
-        tokens += given if isinstance(given, list) else [given]
+        actual = getattr(member.generation_config, "eos_token_id", None)
+        tokens += actual if isinstance(actual, list) else [actual]
     return frozenset(token for token in tokens if token is not None)

@@ -2,7 +2,7 @@
 
 Enters: new token ids of some rows. Leaves: the logits after each row's last token. `CachedRows` runs many rows together
 over our cache; `PlainRows` runs any other model row by row with transformers' own cache. Left out: which of the two
-serves a model (`road.py`); sampling, stopping, which prompt is in which row (`engine.py`).
+serves a model (`decode_path.py`); sampling, stopping, which prompt is in which row (`engine.py`).
 Letters: N rows given, B rows that decode, V tokens of the vocabulary.
 """
 

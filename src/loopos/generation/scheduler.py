@@ -118,7 +118,7 @@ class Model(Protocol):
         """What the model's forwards run under."""
 
 
-class Session:
+class Scheduler:
     """Made by `Engine.session`. In fp32 no completion's text depends on what joins or leaves beside it."""
 
     def __init__(
@@ -252,8 +252,8 @@ class Session:
         except NonFiniteLogits:
             if not self._spares_others:
                 raise
-        for place, running in enumerate(members):
-            part = slice(place, place + 1)
+        for index, running in enumerate(members):
+            part = slice(index, index + 1)
             try:
                 choice = self._choose(logits, settings, members, drawn, part)
             except NonFiniteLogits:
@@ -280,13 +280,13 @@ class Session:
     def _close_gaps(self) -> None:
         """Takes the finished out: the last row moves into each gap, so that the rows that decode stay the first."""
         active, rows = self._active, self._rows
-        for place in range(len(active) - 1, -1, -1):
-            if active[place].finish_reason is None:
+        for index in range(len(active) - 1, -1, -1):
+            if active[index].finish_reason is None:
                 continue
             last = active.pop()
             if last.finish_reason is None:
-                rows.copy(len(active), place, len(rows.fed[len(active)]))
-                active[place] = last
+                rows.copy(len(active), index, len(rows.fed[len(active)]))
+                active[index] = last
 
 
 def _floats(values: Tensor | None, number: int) -> Sequence[float | None]:

@@ -88,7 +88,7 @@ class _Beam:
     prompt_index: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    given: tuple[int, ...] = ()
+    actual: tuple[int, ...] = ()
     finish_reason: FinishReason = "guide"
     done: bool = False
 
@@ -110,7 +110,7 @@ def step_beam_search(
     """
     _check_sampling(settings, candidates)
     if beams < 1 or limits.max_steps is None:
-        raise UserError(f"beams {beams}, max_steps {limits.max_steps}: wanted 1 or more of each")
+        raise UserError(f"beams {beams}, max_steps {limits.max_steps}: expected 1 or more of each")
     kept = [[_Beam(index)] for index in range(len(prompts))]
     one_step = replace(limits, max_steps=None, min_thinking_tokens=0, max_thinking_tokens=None)
 
@@ -136,7 +136,8 @@ def step_beam_search(
                 for index, found in enumerate(kept)
             ]
     return [
-        [replace(_chain(engine, beam, marks), sample_index=place) for place, beam in enumerate(found)] for found in kept
+        [replace(_chain(engine, beam, marks), sample_index=position) for position, beam in enumerate(found)]
+        for found in kept
     ]
 
 
@@ -156,8 +157,8 @@ def _extended(
         text = decoded(engine.tokenizer, beam.token_ids)
         held.append(text[text.rfind(marks.delimiter) + len(marks.delimiter) :] if beam.token_ids else "")
 
-    def guide(place: int, _sample: int) -> StepGuide:
-        return StepGuide(marks, limits, held=held[place], opened=bool(going[place].token_ids), pause=True)
+    def guide(index: int, _sample: int) -> StepGuide:
+        return StepGuide(marks, limits, held=held[index], opened=bool(going[index].token_ids), pause=True)
 
     added = engine.generate(*_continued(prompts, going, settings), n=candidates, guide=guide)
     longer = [_joined(going[completion.prompt_index], completion) for completion in added]
@@ -203,7 +204,7 @@ def _closed(engine: Engine, beam: _Beam, marks: StepMarks) -> _Beam:
         beam,
         token_ids=(*beam.token_ids, *written),
         logprobs=(*beam.logprobs, *[0.0] * len(written)),
-        given=(*beam.given, *range(start, start + len(written))),
+        actual=(*beam.actual, *range(start, start + len(written))),
     )
 
 
@@ -213,7 +214,7 @@ def _joined(beam: _Beam, added: Completion) -> _Beam:
         beam,
         token_ids=(*beam.token_ids, *added.token_ids),
         logprobs=(*beam.logprobs, *added.logprobs),
-        given=(*beam.given, *(start + place for place in added.given)),
+        actual=(*beam.actual, *(start + place for place in added.actual)),
         finish_reason=added.finish_reason,
     )
 
@@ -221,5 +222,5 @@ def _joined(beam: _Beam, added: Completion) -> _Beam:
 def _chain(engine: Engine, beam: _Beam, marks: StepMarks) -> Chain:
     ids = list(beam.token_ids)
     text = decoded(engine.tokenizer, ids[:-1] if beam.finish_reason == "stop token" else ids)
-    completion = Completion(beam.prompt_index, 0, ids, text, list(beam.logprobs), None, beam.given, beam.finish_reason)
+    completion = Completion(beam.prompt_index, 0, ids, text, list(beam.logprobs), None, beam.actual, beam.finish_reason)
     return chain_of(engine.tokenizer, completion, marks)

@@ -56,7 +56,7 @@ class StepLimits:
             raise UserError(f"a limit of steps below 1: {self}")
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < self.min_thinking_tokens:
             raise UserError(
-                f"max_thinking_tokens {self.max_thinking_tokens}: wanted at least min_thinking_tokens "
+                f"max_thinking_tokens {self.max_thinking_tokens}: expected at least min_thinking_tokens "
                 f"{self.min_thinking_tokens}"
             )
         if self.min_thinking_tokens and not self.continuation:
@@ -85,7 +85,7 @@ class Chain:
     token_ids: list[int]
     text: str
     logprobs: list[float]
-    given: tuple[int, ...]
+    actual: tuple[int, ...]
     steps: tuple[Step, ...]
     answer: Step
     well_formed: bool
@@ -94,7 +94,7 @@ class Chain:
 
 def mean_logprob(chain: Chain) -> float:
     """Mean logprob of the tokens that the model chose; −inf for a chain without any."""
-    chosen = len(chain.token_ids) - len(chain.given)
+    chosen = len(chain.token_ids) - len(chain.actual)
     return sum(chain.logprobs) / chosen if chosen else float("-inf")
 
 
@@ -169,8 +169,8 @@ class StepGuide:
         if not self._end_mark:
             return None
         # The closing may begin with the delimiter that ended the step before.
-        place = whole.find(self._end_mark, max(0, self._step_at - len(self._end_mark) + 1))
-        return place if place >= 0 else None
+        position = whole.find(self._end_mark, max(0, self._step_at - len(self._end_mark) + 1))
+        return position if position >= 0 else None
 
     def _in_step(self, whole: str, num_tokens: int) -> Verdict | None:
         delimiter, limits = self._marks.delimiter, self._limits
@@ -202,8 +202,8 @@ def chain_of(tokenizer: PreTrainedTokenizerBase, completion: Completion, marks: 
     thinking_end = closed_at if closed_at >= 0 else len(whole)
     texts, ends = [], []
     while start < thinking_end:
-        place = whole.find(marks.delimiter, start, thinking_end)
-        stop, after = (place, place + len(marks.delimiter)) if place >= 0 else (thinking_end, thinking_end)
+        position = whole.find(marks.delimiter, start, thinking_end)
+        stop, after = (position, position + len(marks.delimiter)) if position >= 0 else (thinking_end, thinking_end)
         if whole[start:stop].strip():
             texts.append(whole[start:stop])
             ends.append(after)
@@ -225,7 +225,7 @@ def chain_of(tokenizer: PreTrainedTokenizerBase, completion: Completion, marks: 
         completion.token_ids,
         whole,
         completion.logprobs,
-        completion.given,
+        completion.actual,
         tuple(parts[:-1]),
         parts[-1],
         closed_at >= 0,

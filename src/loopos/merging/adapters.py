@@ -28,25 +28,26 @@ _Pairs = Mapping[str, tuple[StoredTensor, StoredTensor, float]]
 _KEPT = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout")
 
 
-def open_summable(place: str) -> AdapterFolder:
+def open_summable(source: str) -> AdapterFolder:
     """The adapter in a folder. Raises `UserError` for one that is broken, or whose change is not scale·B·A alone."""
-    adapter = open_adapter_folder(place)
+    adapter = open_adapter_folder(source)
     if beyond := adapter.beyond_lora:
         raise UserError(
-            f"{place}: an adapter with {', '.join(beyond[:3])}; expected plain LoRA on linear layers: to merge it as a "
+            f"{source}: an adapter with {', '.join(beyond[:3])}; expected plain LoRA on linear layers: to merge it "
+            "as a "
             'model, leave out "result": "adapter"'
         )
     return adapter
 
 
-def adapted_source(place: str, base: str | None, scratch: Callable[[], Path]) -> Source:
+def adapted_source(source: str, base: str | None, scratch: Callable[[], Path]) -> Source:
     """An adapter over `base`, or without one over the model that it names, as a model. scratch: makes an empty folder
     that stays until the source has been read. Raises `UserError`.
     """
-    adapter = open_adapter_folder(place)
+    adapter = open_adapter_folder(source)
     named = base or adapter.base
     if named is None:
-        raise UserError(f"{place}: an adapter that names no base model; name one in base")
+        raise UserError(f"{source}: an adapter that names no base model; name one in base")
     if adapter.beyond_lora or is_adapter(named):
         return _folded_source(adapter, named, scratch())
     return _low_rank_source(adapter, open_source(named), named)
@@ -79,11 +80,11 @@ def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Sourc
     for module, (down, up, scale) in adapter.lora_pairs().items():
         name = _name_in(under, f"{module}.weight")
         shape = (up.spec.shape[0], down.spec.shape[1])
-        wanted = shape[::-1] if transposed else shape
+        expected = shape[::-1] if transposed else shape
         if name is None:
             wrong.append(f"{module} is no layer of it")
-        elif under.stored[name].spec.shape != wanted:
-            wrong.append(f"{name} is {list(under.stored[name].spec.shape)}, the adapter's change {list(wanted)}")
+        elif under.stored[name].spec.shape != expected:
+            wrong.append(f"{name} is {list(under.stored[name].spec.shape)}, the adapter's change {list(expected)}")
         else:
             changes[name] = LowRank(down, up, scale, transposed)
     if wrong:
@@ -106,20 +107,20 @@ def _prefixes(source: Source) -> list[str]:
 
 def check_summable(adapters: Sequence[AdapterFolder]) -> list[str]:
     """What keeps adapters from being summed: other bases, layers of other shapes; every fault."""
-    faults = []
+    diagnostics = []
     shapes = [{name: _shape(pair) for name, pair in adapter.lora_pairs().items()} for adapter in adapters]
     first = adapters[0]
     for other, own in zip(adapters[1:], shapes[1:], strict=True):
         if other.base != first.base:
-            faults.append(f"{other.place} was trained on {other.base}, {first.place} on {first.base}")
+            diagnostics.append(f"{other.place} was trained on {other.base}, {first.place} on {first.base}")
         if bool(other.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
-            faults.append(f"{other.place} keeps its weights transposed, {first.place} does not, or the reverse")
-        faults += [
+            diagnostics.append(f"{other.place} keeps its weights transposed, {first.place} does not, or the reverse")
+        diagnostics += [
             f"{name}: {first.place} changes {list(shapes[0][name])}, {other.place} {list(shape)}"
             for name, shape in own.items()
             if name in shapes[0] and shapes[0][name] != shape
         ]
-    return faults
+    return diagnostics
 
 
 def _shape(pair: tuple[StoredTensor, StoredTensor, float]) -> tuple[int, int]:

@@ -22,8 +22,8 @@ from typing import Any
 from loopos.config.diagnostics import UserError
 from loopos.config.merge import MergeConfig
 from loopos.config.paths import MANIFEST, MODEL_DESCRIPTION, RECIPE
-from loopos.merging.plan import Plan, PlannedTensor, config_faults
-from loopos.merging.sources import TOKENIZER, Source, vocabulary_faults
+from loopos.merging.plan import Plan, PlannedTensor, config_diagnostics
+from loopos.merging.sources import TOKENIZER, Source, vocabulary_diagnostics
 from loopos.models.load import NUMBER_FORMATS
 from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import REPORT
@@ -35,28 +35,28 @@ _NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 def ranges_of(recipe: MergeConfig, models: Sequence[Source]) -> list[tuple[int, int]]:
     """First layer and the one after the last of each model. Raises `UserError` for layers that a model lacks."""
-    found, faults = [], []
+    found, diagnostics = [], []
     for number, (each, source) in enumerate(zip(recipe.models, models, strict=True)):
         start, end = each.layers or (0, source.num_layers)
         if end > source.num_layers:
-            faults.append(
-                f"models.{number}.layers: given [{start}, {end}]; wanted at most {source.num_layers}, the layers of "
+            diagnostics.append(
+                f"models.{number}.layers: got [{start}, {end}]; expected at most {source.num_layers}, the layers of "
                 f"{source.place}"
             )
         found.append((start, end))
-    if faults:
-        raise UserError("\n".join(faults))
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
     return found
 
 
 def stacked(recipe: MergeConfig, models: Sequence[Source]) -> Plan:
     """The plan of a stack. Raises `UserError` with every fault: other architectures, shapes or vocabularies."""
     ranges, first = ranges_of(recipe, models), models[0]
-    faults = [*config_faults(models), *vocabulary_faults(models)]
+    diagnostics = [*config_diagnostics(models), *vocabulary_diagnostics(models)]
     tensors = {name: _copy(name, None, 0, name, first) for name in first.specs if first.layer_of(name) is None}
     seen: dict[str, tuple[str, tuple[int, ...]]] = {}
     depth = 0
-    for place, (source, (start, end)) in enumerate(zip(models, ranges, strict=True)):
+    for index, (source, (start, end)) in enumerate(zip(models, ranges, strict=True)):
         for name, spec in source.specs.items():
             layer = source.layer_of(name)
             if layer is None or not start <= layer < end:
@@ -64,20 +64,20 @@ def stacked(recipe: MergeConfig, models: Sequence[Source]) -> Plan:
             rest = name.removeprefix(source.stack).partition(".")[2]
             named, shape = seen.setdefault(rest, (source.place, spec.shape))
             if shape != spec.shape:
-                faults.append(f"{source.place}: {name} is {list(spec.shape)} where {named} has {list(shape)}")
+                diagnostics.append(f"{source.place}: {name} is {list(spec.shape)} where {named} has {list(shape)}")
             target = f"{first.stack}{depth + layer - start}.{rest}"
-            tensors[target] = _copy(target, depth + layer - start, place, name, source)
+            tensors[target] = _copy(target, depth + layer - start, index, name, source)
         depth += end - start
-    if faults:
-        raise UserError("\n".join(faults))
-    said = ", ".join(
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
+    summary = ", ".join(
         f"{source.place} {start} to {end - 1}" for source, (start, end) in zip(models, ranges, strict=True)
     )
-    return Plan(models, None, tensors, None, [f"{depth} layers: {said}"])
+    return Plan(models, None, tensors, None, [f"{depth} layers: {summary}"])
 
 
-def _copy(name: str, layer: int | None, place: int, own: str, source: Source) -> PlannedTensor:
-    return PlannedTensor(name, layer, {place: own}, None, source.specs[own])
+def _copy(name: str, layer: int | None, index: int, own: str, source: Source) -> PlannedTensor:
+    return PlannedTensor(name, layer, {index: own}, None, source.specs[own])
 
 
 def stacked_config(recipe: MergeConfig, models: Sequence[Source]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Trial:
 
     def weights(self, number: int) -> list[float]:
         """The factor of each of `number` models: 1 for members."""
-        return [float(place in self.members) for place in range(number)]
+        return [float(index in self.members) for index in range(number)]
 
 
 def choose(
@@ -51,21 +51,21 @@ def choose(
     assert data is not None, "checked with the recipe"
     folder = Path(recipe.output_dir)
     # The name of what is unfinished: if this process is killed, the next merge to the same place removes it.
-    place = hidden(folder, "partial")
+    path = hidden(folder, "partial")
 
     def measured(members: Sequence[int]) -> Mapping[str, float]:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
         try:
-            write(place, [float(number in members) for number in range(len(plan.models))])
-            return row_metrics(str(place), data, device=device)
+            write(path, [float(number in members) for number in range(len(plan.models))])
+            return row_metrics(str(path), data, device=device)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
     alone = [measured([number]) for number in range(len(plan.models))]
     metric = recipe.metric or usual_metric(alone[0])
     if metric not in alone[0]:
-        raise UserError(f"metric: given {metric}; on {data} these models have {', '.join(alone[0])}")
+        raise UserError(f"metric: got {metric}; on {data} these models have {', '.join(alone[0])}")
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     order = sorted(range(len(alone)), key=lambda number: (-sign * alone[number][metric], number))
     best = alone[order[0]][metric]

@@ -27,7 +27,7 @@ from torch import Tensor
 from loopos.config.diagnostics import UserError
 from loopos.config.merge import PARAMETERS, MergeConfig
 from loopos.evaluation.blocks import cell, shown, table
-from loopos.evaluation.quality import dropped_said, row_metrics
+from loopos.evaluation.quality import dropped_summary, row_metrics
 from loopos.merging.adapters import adapted_source, check_summable, open_summable, summed
 from loopos.merging.folder import stacked, write_beside, write_recipe
 from loopos.merging.greedy_soup import Trial, choose
@@ -38,7 +38,7 @@ from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adap
 from loopos.models.folders import HEAD
 from loopos.models.resolve import ADAPTER_CONFIG
 from loopos.models.task_layout import TaskLayout, layout_at
-from loopos.storage.durable import disk_full_said
+from loopos.storage.durable import explain_disk_full
 from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import NOTHING_WRITTEN, REPORT, shipped_folder
 from loopos.storage.tensor_files import TensorSpec, num_bytes, save_tensors, write_tensors
@@ -71,7 +71,7 @@ def report(
     parts += ["## Result", _result(recipe, plan, seconds)]
     if trials:
         parts += ["## Soup", _soup(plan, trials)]
-    parts += ["## Change", _change_told(recipe), _groups(changes, plan.num_layers)]
+    parts += ["## Change", _change_summary(recipe), _groups(changes, plan.num_layers)]
     for each in measured:
         parts += [f"## Measured on {cell(each.data)}", _metrics(each)]
     if notes:
@@ -81,9 +81,9 @@ def report(
 
 def _settings(recipe: MergeConfig) -> str:
     fields = type(recipe).model_fields
-    given = [name for name in (*PARAMETERS, "normalize") if getattr(recipe, name) != fields[name].default]
+    actual = [name for name in (*PARAMETERS, "normalize") if getattr(recipe, name) != fields[name].default]
     return table(
-        ["setting", "value"], [["seed", str(recipe.seed)], *([name, cell(getattr(recipe, name))] for name in given)]
+        ["setting", "value"], [["seed", str(recipe.seed)], *([name, cell(getattr(recipe, name))] for name in actual)]
     )
 
 
@@ -113,7 +113,7 @@ def _soup(plan: Plan, trials: Sequence[Trial]) -> str:
     return table(["model tried", trials[0].metric, ""], rows)
 
 
-def _change_told(recipe: MergeConfig) -> str:
+def _change_summary(recipe: MergeConfig) -> str:
     origin = "the base" if recipe.base is not None and recipe.method not in ("linear", "slerp") else "the first model"
     return f"Norm of the change from {origin}, and its share of the norm of what it changed."
 
@@ -205,7 +205,7 @@ def _merge_models(
     folder, trials = Path(recipe.output_dir), list[Trial]()
     weights: Sequence[float] | None = None
     needed = sum(each.spec.num_bytes for each in plan.tensors.values())
-    with disk_full_said(folder, needed, "the merged model", NOTHING_WRITTEN):
+    with explain_disk_full(folder, needed, "the merged model", NOTHING_WRITTEN):
         if recipe.method == "greedy_soup":
             trials = choose(
                 recipe, plan, lambda place, chosen: _write(place, plan, recipe, chosen), device=device, note=note
@@ -217,7 +217,10 @@ def _merge_models(
             for each in measured:
                 note(f"measuring the result on {each.data}")
                 each.values["result"] = row_metrics(str(partial), each.data, device=device)
-            notes = [*plan.notes, *(said for each in measured for said in dropped_said(each.data, each.values))]
+            notes = [
+                *plan.notes,
+                *(summary for each in measured for summary in dropped_summary(each.data, each.values)),
+            ]
             for sentence in notes[len(plan.notes) :]:
                 note(sentence)
             seconds = time.monotonic() - began
@@ -231,7 +234,7 @@ def open_models(recipe: MergeConfig, scratch: ExitStack) -> tuple[list[Source], 
     """The models and the base. scratch: keeps the folders of adapters that had to be folded until all has been read.
     Raises `UserError` with the fault of each that cannot be opened.
     """
-    faults: list[str] = []
+    diagnostics: list[str] = []
     out = Path(recipe.output_dir).absolute()
 
     def scratch_folder() -> Path:
@@ -239,17 +242,17 @@ def open_models(recipe: MergeConfig, scratch: ExitStack) -> tuple[list[Source], 
         above = next(each for each in out.parents if each.is_dir())
         return Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.scratch-", dir=above)))
 
-    def opened(place: str, base: str | None) -> Source | None:
+    def opened(source: str, base: str | None) -> Source | None:
         try:
-            return adapted_source(place, base, scratch_folder) if is_adapter(place) else open_source(place)
+            return adapted_source(source, base, scratch_folder) if is_adapter(source) else open_source(source)
         except UserError as problem:
-            faults.append(str(problem))
+            diagnostics.append(str(problem))
             return None
 
     models = [opened(each.model, recipe.base) for each in recipe.models]
     base = opened(recipe.base, None) if recipe.base is not None else None
-    if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+    if diagnostics:
+        raise UserError("\n".join(dict.fromkeys(diagnostics)))
     return [each for each in models if each is not None], base
 
 
@@ -309,22 +312,22 @@ def _before(
 
 def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
     """Adapters summed into one. Raises `UserError` with every fault."""
-    faults, adapters = [], list[AdapterFolder]()
+    diagnostics, adapters = [], list[AdapterFolder]()
     for each in recipe.models:
         if not is_adapter(each.model):
-            faults.append(f"{each.model}: no adapter folder; wanted one with {ADAPTER_CONFIG}")
+            diagnostics.append(f"{each.model}: no adapter folder; expected one with {ADAPTER_CONFIG}")
             continue
         try:
             adapters.append(open_summable(each.model))
         except UserError as problem:
-            faults.append(str(problem))
+            diagnostics.append(str(problem))
     weights = [each.weight for each in recipe.models if isinstance(each.weight, float)]
     if len(weights) < len(recipe.models) or recipe.patterns or isinstance(recipe.scale, list):
-        faults.append('"result": "adapter" takes one weight a model and one scale: no lists and no patterns')
+        diagnostics.append('"result": "adapter" takes one weight a model and one scale: no lists and no patterns')
     if adapters:
-        faults += check_summable(adapters)
-    if faults:
-        raise UserError("\n".join(faults))
+        diagnostics += check_summable(adapters)
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
     total = sum(weights) if recipe.normalizes else 1.0
     scale = recipe.scale if recipe.method == "task_arithmetic" and isinstance(recipe.scale, float) else 1.0
     factors = [weight / total * scale for weight in weights]

@@ -130,9 +130,9 @@ Draws: TypeAlias = Callable[[int], torch.Generator]
 """The generator of a model, by its place among the models."""
 
 
-def generator_of(seed: int, name: str, place: int) -> torch.Generator:
+def generator_of(seed: int, name: str, index: int) -> torch.Generator:
     """The random numbers of one tensor of one model: neither the order of tensors nor their files change them."""
-    digest = hashlib.sha256(f"{seed}\0{name}\0{place}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{name}\0{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -293,11 +293,11 @@ def breadcrumbs(delta: Tensor, drop_smallest: float, drop_largest: float) -> Ten
 def _deltas(
     row: DeltaRow, tensors: Iterator[Tensor], base: Tensor, number: int, parameters: Parameters, draws: Draws | None
 ) -> Iterator[Tensor]:
-    for place in range(number):
-        yield _thinned(row, next(tensors).sub_(base), parameters, place, draws)
+    for index in range(number):
+        yield _thinned(row, next(tensors).sub_(base), parameters, index, draws)
 
 
-def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, place: int, draws: Draws | None) -> Tensor:
+def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, index: int, draws: Draws | None) -> Tensor:
     if row.thin == "trim":
         return trim(delta, parameters.density)
     if row.thin == "breadcrumbs":
@@ -306,8 +306,8 @@ def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, place: int, d
         return delta
     assert draws is not None, "random numbers for a method that drops at random"
     if row.thin == "drop":
-        return drop(delta, parameters.density, draws(place))
-    return drop_by_rank(delta, parameters.density, parameters.epsilon, draws(place))
+        return drop(delta, parameters.density, draws(index))
+    return drop_by_rank(delta, parameters.density, parameters.epsilon, draws(index))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

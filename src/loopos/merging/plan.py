@@ -21,7 +21,7 @@ from functools import cached_property
 from loopos.config.diagnostics import UserError
 from loopos.config.merge import PARAMETERS, LayerValues, MergeConfig, PatternSection
 from loopos.merging.methods import Parameters
-from loopos.merging.sources import HEAD_TENSOR, OUTPUTS, Source, UnitedVocabulary, unite, vocabulary_faults
+from loopos.merging.sources import HEAD_TENSOR, OUTPUTS, Source, UnitedVocabulary, unite, vocabulary_diagnostics
 from loopos.storage.tensor_files import TensorSpec
 
 # Input embeddings come before the layers; all else outside them comes after.
@@ -140,21 +140,21 @@ class Plan:
 def planned(recipe: MergeConfig, models: Sequence[Source], base: Source | None) -> Plan:
     """Checks everything. Raises `UserError` with all faults."""
     sources = [*models, *([base] if base is not None else [])]
-    faults = [*config_faults(sources), *_head_faults(models), *_soup_faults(recipe, models)]
+    diagnostics = [*config_diagnostics(sources), *_head_diagnostics(models), *_soup_diagnostics(recipe, models)]
     vocabulary = None
     if recipe.tokenizer == "union":
         vocabulary = unite(sources)
     else:
-        faults += vocabulary_faults(sources)
+        diagnostics += vocabulary_diagnostics(sources)
     names = [_names(source, sources) for source in sources]
-    faults += _tensor_faults(models, base, names, united=vocabulary is not None)
+    diagnostics += _tensor_diagnostics(models, base, names, united=vocabulary is not None)
     values = Values(recipe, num_layers=models[0].num_layers)
-    faults += [
-        f"patterns: {given} matches no tensor of {models[0].place}; its names are such as {_example(models[0])}"
-        for given in values.unmatched(list(models[0].specs))
+    diagnostics += [
+        f"patterns: {actual} matches no tensor of {models[0].place}; its names are such as {_example(models[0])}"
+        for actual in values.unmatched(list(models[0].specs))
     ]
-    if faults:
-        raise UserError("\n".join(faults))
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
     tensors = _tensors(models, base, names, vocabulary)
     return Plan(models, base, tensors, vocabulary, _notes(sources, tensors, base))
 
@@ -164,10 +164,10 @@ def _example(source: Source) -> str:
     return names[len(names) // 2]
 
 
-def config_faults(sources: Sequence[Source]) -> list[str]:
+def config_diagnostics(sources: Sequence[Source]) -> list[str]:
     first = sources[0]
-    faults = [
-        f"{source.place}: quantized weights, which are codes and no numbers to average; wanted the model before it"
+    diagnostics = [
+        f"{source.place}: quantized weights, which are codes and no numbers to average; expected the model before it"
         for source in sources
         if source.config.get("quantization_config")
     ]
@@ -175,10 +175,10 @@ def config_faults(sources: Sequence[Source]) -> list[str]:
         for key in _COMPUTING:
             one, two = (source.text_config.get(key) for source in (first, other))
             if one != two and (key == "model_type" or None not in (one, two)):
-                faults.append(
+                diagnostics.append(
                     f"{other.place}: {key} {two}, but {first.place} has {one}: models of one architecture merge"
                 )
-    return faults
+    return diagnostics
 
 
 def _names(source: Source, sources: Sequence[Source]) -> dict[str, str]:
@@ -188,12 +188,12 @@ def _names(source: Source, sources: Sequence[Source]) -> dict[str, str]:
     return {name.removeprefix(prefix): name for name in source.specs}
 
 
-def _tensor_faults(
+def _tensor_diagnostics(
     models: Sequence[Source], base: Source | None, names: Sequence[Mapping[str, str]], *, united: bool
 ) -> list[str]:
     """Tensors that one of the models lacks, or has in another shape."""
     first, own = models[0], names[0]
-    faults = []
+    diagnostics = []
     for number, other in enumerate([*models[1:], *([base] if base is not None else [])], start=1):
         if other.text_config.get("model_type") != first.text_config.get("model_type"):
             continue
@@ -212,12 +212,12 @@ def _tensor_faults(
             if one != two:
                 shapes.append(f"{own[name]} {list(two)} where {first.place} has {list(one)}")
         if absent:
-            faults.append(f"{other.place}: lacks tensors that {first.place} has: {_some(absent)}")
+            diagnostics.append(f"{other.place}: lacks tensors that {first.place} has: {_some(absent)}")
         if surplus:
-            faults.append(f"{other.place}: has tensors that {first.place} lacks: {_some(surplus)}")
+            diagnostics.append(f"{other.place}: has tensors that {first.place} lacks: {_some(surplus)}")
         if shapes:
-            faults.append(f"{other.place}: of another shape: {_some(shapes)}")
-    return faults
+            diagnostics.append(f"{other.place}: of another shape: {_some(shapes)}")
+    return diagnostics
 
 
 def has_tokens(source: Source, name: str) -> bool:
@@ -228,36 +228,36 @@ def has_tokens(source: Source, name: str) -> bool:
     return named and "position" not in name and source.layer_of(name) is None and spec.shape[:1] == (size,)
 
 
-def _head_faults(models: Sequence[Source]) -> list[str]:
+def _head_diagnostics(models: Sequence[Source]) -> list[str]:
     """Heads whose outputs do not mean the same. Language models have none that could differ."""
     if any(each.is_task_model for each in models):
         models = [each for each in models if each.is_task_model]
-    first, faults = models[0], []
+    first, diagnostics = models[0], []
     for other in models[1:]:
         for key in ("task", "pooling", "target_mean", "target_std"):
             one, two = first.description.get(key), other.description.get(key)
             if first.is_task_model and one != two:
-                faults.append(
+                diagnostics.append(
                     f"{other.place}: {key} {two}, but {first.place} has {one}: their outputs differ in meaning"
                 )
-        faults += _label_faults(first, other)
-    return faults
+        diagnostics += _label_diagnostics(first, other)
+    return diagnostics
 
 
-def _soup_faults(recipe: MergeConfig, models: Sequence[Source]) -> list[str]:
+def _soup_diagnostics(recipe: MergeConfig, models: Sequence[Source]) -> list[str]:
     """A soup is chosen by one metric, which its models must share."""
     first = models[0]
     if recipe.method != "greedy_soup":
         return []
     return [
         f"{other.place}: {_KINDS[other.is_task_model]}, but {first.place} is {_KINDS[first.is_task_model]}: no metric "
-        "chooses between them; wanted models of one kind, or another method"
+        "chooses between them; expected models of one kind, or another method"
         for other in models[1:]
         if other.is_task_model != first.is_task_model
     ]
 
 
-def _label_faults(first: Source, other: Source) -> list[str]:
+def _label_diagnostics(first: Source, other: Source) -> list[str]:
     one, two = _labels(first), _labels(other)
     if one == two:
         return []
@@ -267,7 +267,7 @@ def _label_faults(first: Source, other: Source) -> list[str]:
     if not told:
         place = next(number for number, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
         told = [f'the same in another order: number {place} is "{two[place]}", there "{one[place]}"']
-    return [f"{other.place}: other labels than {first.place}: {'; '.join(told)}; wanted heads of one label space"]
+    return [f"{other.place}: other labels than {first.place}: {'; '.join(told)}; expected heads of one label space"]
 
 
 def _labels(source: Source) -> list[str]:
@@ -291,7 +291,7 @@ def _tensors(
         tokens = vocabulary is not None and has_tokens(first, name)
         if tokens and vocabulary is not None:
             spec = TensorSpec(spec.dtype, (vocabulary.size, *spec.shape[1:]))
-        origins = {place: names[place][shared] for place in range(len(models)) if shared in names[place]}
+        origins = {index: names[index][shared] for index in range(len(models)) if shared in names[index]}
         under = names[-1].get(shared) if base is not None else None
         if under is not None and base is not None and not tokens and base.specs[under].shape != spec.shape:
             under = None

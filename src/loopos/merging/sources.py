@@ -46,7 +46,7 @@ HEAD_TENSOR = "head.weight"
 # Narrower floats and most unsigned numbers have no arithmetic in torch.
 _COMPUTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                        torch.int16, torch.int8, torch.uint8, torch.bool})  # fmt: skip
-_WANTED = "f64, f32, f16 or bf16 weights"
+_EXPECTED = "f64, f32, f16 or bf16 weights"
 # Output embeddings, which a model with tied embeddings need not hold.
 OUTPUTS = frozenset({"lm_head.weight", "embed_out.weight"})
 _STACK = re.compile(r"((?:[^.]*\.)*?)(\d+)\.")
@@ -158,48 +158,48 @@ class Source:
         return self.read(name).to(torch.float32)
 
 
-def open_source(place: str) -> Source:
+def open_source(source: str) -> Source:
     """The model that a recipe names. Raises `UserError` for a place that holds none, or none in safetensors."""
-    folder, file = local_place(place)
+    folder, file = local_place(source)
     if file is not None and file.suffix != ".safetensors":
-        raise UserError(_torch_file(place, file.name))
+        raise UserError(_torch_file(source, file.name))
     if file is not None:
         check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
-    config = backbone_part(read_object(folder / "config.json", advice="wanted the config beside the weights"))
-    stored = stored_tensors([file]) if file is not None else _tensors(place, folder)
+    config = backbone_part(read_object(folder / "config.json", advice="expected the config beside the weights"))
+    stored = stored_tensors([file]) if file is not None else _tensors(source, folder)
     description = described(folder)
     if "pooling" in description:
-        stored[HEAD_TENSOR] = _head(place, folder)
+        stored[HEAD_TENSOR] = _head(source, folder)
     if not stored:
-        raise UserError(f"{place}: its files of weights hold no tensor")
+        raise UserError(f"{source}: its files of weights hold no tensor")
     for name, each in stored.items():
         if each.spec.dtype not in _COMPUTED:
-            raise UserError(f"{place}: {name} is {each.spec.dtype}, which is not computed with; wanted {_WANTED}")
-    return Source(place, folder, config, description, stored)
+            raise UserError(f"{source}: {name} is {each.spec.dtype}, which is not computed with; expected {_EXPECTED}")
+    return Source(source, folder, config, description, stored)
 
 
-def _torch_file(place: str, name: str) -> str:
+def _torch_file(source: str, name: str) -> str:
     return (
-        f"{place}: {name} is a pickle of torch, which cannot be read a tensor at a time; wanted safetensors: open it "
-        "with transformers and save it again with save_pretrained"
+        f"{source}: {name} is a pickle of torch, which cannot be read a tensor at a time; expected safetensors: open "
+        "it with transformers and save it again with save_pretrained"
     )
 
 
-def _tensors(place: str, folder: Path) -> dict[str, StoredTensor]:
+def _tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the safetensors files that transformers opens in a folder. Raises `UserError`."""
     if holds_weights(folder):
         return folder_tensors(folder)
     if (entry := weights_entry(folder)) is not None:
-        raise UserError(_torch_file(place, entry.name))
+        raise UserError(_torch_file(source, entry.name))
     others = sorted(file.name for file in folder.glob("*.safetensors") if file.name != HEAD)
     hint = f"; to take another file, name it: {folder / others[0]}" if others else ""
-    raise UserError(f"{place}: {folder} holds no weights; expected {WEIGHTS} beside config.json{hint}")
+    raise UserError(f"{source}: {folder} holds no weights; expected {WEIGHTS} beside config.json{hint}")
 
 
-def _head(place: str, folder: Path) -> StoredTensor:
+def _head(source: str, folder: Path) -> StoredTensor:
     stored = stored_tensors([folder / HEAD])
     if "weight" not in stored:
-        raise UserError(f"{place}: {HEAD} holds no tensor weight; make it again: loopos train CONFIG --resume")
+        raise UserError(f"{source}: {HEAD} holds no tensor weight; make it again: loopos train CONFIG --resume")
     return stored["weight"]
 
 
@@ -229,14 +229,14 @@ def _content(file: Path) -> dict[str, Any]:
     return content
 
 
-def vocabulary_faults(sources: Sequence[Source]) -> list[str]:
+def vocabulary_diagnostics(sources: Sequence[Source]) -> list[str]:
     """A sentence for each model whose tokens differ from the first's, with the first few and their number. Models
     without a tokenizer are taken to have the right one.
     """
     known = [source for source in sources if source.has_tokenizer]
     if not known:
         return []
-    first, faults = known[0], []
+    first, diagnostics = known[0], []
     own = tokens_of(first)
     for other in known[1:]:
         if _same_file(first.folder / TOKENIZER, other.folder / TOKENIZER):
@@ -244,10 +244,10 @@ def vocabulary_faults(sources: Sequence[Source]) -> list[str]:
         theirs = tokens_of(other)
         told = vocabulary_difference(own, theirs, first.place)
         if told:
-            faults.append(
-                f'{other.place}: other tokens than {first.place}: {told}; wanted one vocabulary, or tokenizer "union"'
+            diagnostics.append(
+                f'{other.place}: other tokens than {first.place}: {told}; expected one vocabulary, or tokenizer "union"'
             )
-    return faults
+    return diagnostics
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -293,9 +293,9 @@ def unite(sources: Sequence[Source]) -> UnitedVocabulary:
     """The vocabulary of all: ids of the first model stay, tokens of the others follow in their order, and merge rules
     of the others come after those before. Raises `UserError` for tokenizers that cut texts by other rules.
     """
-    faults = [f"{each.place}: no {TOKENIZER}" for each in sources if not (each.folder / TOKENIZER).is_file()]
-    if faults:
-        raise UserError("\n".join([*faults, 'tokenizer "union" unites tokenizers that are kept in that file']))
+    diagnostics = [f"{each.place}: no {TOKENIZER}" for each in sources if not (each.folder / TOKENIZER).is_file()]
+    if diagnostics:
+        raise UserError("\n".join([*diagnostics, 'tokenizer "union" unites tokenizers that are kept in that file']))
     contents = [_content(source.folder / TOKENIZER) for source in sources]
     first = contents[0]
     for source, content in zip(sources[1:], contents[1:], strict=True):
@@ -303,18 +303,20 @@ def unite(sources: Sequence[Source]) -> UnitedVocabulary:
         if content["model"].get("type") != first["model"].get("type"):
             wrong.insert(0, "model.type")
         if wrong:
-            faults.append(
+            diagnostics.append(
                 f"{source.place}: its {TOKENIZER} differs from that of {sources[0].place} in {', '.join(wrong)}"
             )
-    if faults:
-        raise UserError("\n".join([*faults, "tokens that are cut by other rules cannot be united"]))
+    if diagnostics:
+        raise UserError("\n".join([*diagnostics, "tokens that are cut by other rules cannot be united"]))
     ids = [tokens_of(source) for source in sources]
     for source, tokens in zip(sources, ids, strict=True):
         rows = int(source.text_config.get("vocab_size", 0))
         if tokens and max(tokens.values()) >= rows:
-            faults.append(f"{source.place}: token {max(tokens.values())} has no row among the {rows} of its embedding")
-    if faults:
-        raise UserError("\n".join(faults))
+            diagnostics.append(
+                f"{source.place}: token {max(tokens.values())} has no row among the {rows} of its embedding"
+            )
+    if diagnostics:
+        raise UserError("\n".join(diagnostics))
     united = dict(ids[0])
     following = max(united.values(), default=-1) + 1
     for tokens in ids[1:]:
@@ -324,7 +326,7 @@ def unite(sources: Sequence[Source]) -> UnitedVocabulary:
                 following += 1
     num_rows = max(following, int(sources[0].text_config.get("vocab_size", 0)))
     return UnitedVocabulary(
-        _joined(contents, united), [_rows(tokens, united, num_rows, own=place == 0) for place, tokens in enumerate(ids)]
+        _joined(contents, united), [_rows(tokens, united, num_rows, own=index == 0) for index, tokens in enumerate(ids)]
     )
 
 

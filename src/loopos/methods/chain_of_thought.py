@@ -39,7 +39,7 @@ from loopos.models.adapters import set_trained_language_model
 from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
-from loopos.storage.durable import disk_full_said
+from loopos.storage.durable import explain_disk_full
 from loopos.training.callbacks import CALLBACK, Callbacks, kept_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
@@ -117,8 +117,8 @@ class ChainOfThought:
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
         self.problems = problems[: config.evaluation.problems] if config.generates else []
         self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
-        tokens = f"tokens: {self.train_tokens.said()}"
-        self.progress.say(pretrained.said, *self.data.said, self.template.said, tokens)
+        tokens = f"tokens: {self.train_tokens.summary()}"
+        self.progress.say(pretrained.summary, *self.data.summary, self.template.summary, tokens)
         if self.problems:
             self.progress.say(f"validation generates answers to {len(self.problems)} problems")
         return pretrained
@@ -159,14 +159,14 @@ class ChainOfThought:
         self.trained = TrainedWeights(
             self.model, settings, precision=self.precision, device=self.device, world=self.world, held_back=held_back
         )
-        self.progress.say(self.trained.said())
+        self.progress.say(self.trained.summary())
         self.check: AnswerCheck | None = None
         if self.problems or self.chats or self.config.self_improvement is not None:
             causal = self.model.causal
             with self.trained.whole():
                 reasoner = Reasoner(causal, self.tokenizer, template=self.template, step_format=self.step_format)
             self.check = AnswerCheck(reasoner, self.config.generation, self.config.evaluation, seed=settings.seed)
-            self.progress.say(reasoner.engine.said)
+            self.progress.say(reasoner.engine.summary)
         return self.model
 
     def fit(self, folder: Path, rows: Sequence[Encoded], *, resume: bool) -> FitResult:
@@ -181,7 +181,7 @@ class ChainOfThought:
             run_dir=folder,
             config=self.config,
             settings=settings,
-            update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
+            update=build_update(self.model, self.trained.master_weights, settings, self.precision, world, head=()),
             batches=StepBatches.of(settings, PackedRows(rows, None, self.device), rank=share, world=shares),
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
@@ -208,7 +208,7 @@ class ChainOfThought:
         watched = (early.metric if early is not None else None) or metric
         if "accuracy" in (metric, watched) and not self.problems:
             raise UserError(
-                "training.metric accuracy: no validation row is a problem with an answer to check; wanted rows with "
+                "training.metric accuracy: no validation row is a problem with an answer to check; expected rows with "
                 "problem and answer, or the metric loss"
             )
         if self.metrics and not self.problems and not self.chats:
@@ -233,7 +233,7 @@ class ChainOfThought:
         if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         answers = [record["answer"] if "answer" in record else record["response"] for record in records]
-        references = [record["wanted"] if "wanted" in record else record["reference"] for record in records]
+        references = [record["expected"] if "expected" in record else record["reference"] for record in records]
         metrics = {"loss": loss, **metrics}
         with kept_random_states():
             return self.metrics.added(metrics, answers, references, is_first=world.is_first, gather=world.gather)
@@ -256,9 +256,11 @@ class ChainOfThought:
         self.trained.take_best(self._folder_of(number - 1), self.config.training)
         problems = [example for example in self.data.train if isinstance(example, Demonstration)]
         if not problems:
-            raise UserError("self_improvement: no training row is a problem with an answer; wanted problem and answer")
+            raise UserError(
+                "self_improvement: no training row is a problem with an answer; expected problem and answer"
+            )
         assert self.check is not None
-        with disk_full_said(folder, 1, "the chains found"), self.trained.whole():
+        with explain_disk_full(folder, 1, "the chains found"), self.trained.whole():
             found = find_chains(
                 folder,
                 self.check,
@@ -270,7 +272,7 @@ class ChainOfThought:
                 say=self.progress.say,
             )
         rows, report = self.encode([*self._worked(), *found.chains])
-        self.progress.say(f"round {number} of {section.rounds}: {found.said()}; tokens: {report.said()}")
+        self.progress.say(f"round {number} of {section.rounds}: {found.summary()}; tokens: {report.summary()}")
         seed_everything(self.config.training.seed)
         self.build_model(self._load_pretrained())
         return self.fit(folder, rows, resume=resume)
@@ -294,14 +296,14 @@ class ChainOfThought:
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
-        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+        with explain_disk_full(self.run_dir, needed_bytes, "the trained model"):
             # The model speaks its format wherever it is opened.
             self.tokenizer.chat_template = self.template.source
             lora = settings.lora or LoraSection() if settings.trainable == "lora" else None
             base, causal = self.config.data.pretrained_weights, self.model.causal
             export_language_model(self.run_dir, causal, self.tokenizer, self.description(), lora=lora, base=base)
-            for place in range(len(results)):
-                write_report(self._folder_of(place))
+            for index in range(len(results)):
+                write_report(self._folder_of(index))
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
 
     def description(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_layout import default_pooling, how_it_opens
-from loopos.storage.durable import disk_full_said
+from loopos.storage.durable import explain_disk_full
 from loopos.storage.events import EventLog
 from loopos.training.callbacks import Callbacks, kept_random_states
 from loopos.training.distributed import World
@@ -116,13 +116,13 @@ class FineTuner:
         # What "auto" came to is what the run is known by, and resumed with.
         resolved = section.model_copy(update={"pooling": self.pooling})
         self.config = config.model_copy(update={"model": resolved})
-        for sentence in [self.pretrained.said, *self.data.said, f"tokens: {self.train_tokens.said()}"]:
+        for sentence in [self.pretrained.summary, *self.data.summary, f"tokens: {self.train_tokens.summary()}"]:
             self.progress.say(sentence)
         plain = self.pooling == "last" == default_pooling(self.pretrained.model.config) and self.targets.mean == 0
         how = "as it is" if plain else "with trust_remote_code=True only"
         self.progress.say(f"pooling: {self.pooling}; transformers will open the trained model {how}")
         if self.validation_rows:
-            self.progress.say(f"validation tokens: {self.validation_tokens.said()}")
+            self.progress.say(f"validation tokens: {self.validation_tokens.summary()}")
         return self.pretrained, self.data
 
     def _encode(self, examples: Sequence[Any]) -> tuple[list[Encoded], TokenReport]:
@@ -159,13 +159,15 @@ class FineTuner:
             held_back=held_back,
             half_under="backbone.",
         )
-        self.progress.say(self.trained.said())
+        self.progress.say(self.trained.summary())
         return self.model
 
     def build_fit(self, world: World) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
-        update = build_update(self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"})
+        update = build_update(
+            self.model, self.trained.master_weights, settings, self.precision, world, head={"head.weight"}
+        )
         batches = StepBatches.of(
             settings,
             PackedRows(self.train_rows, self.targets.train, self.device),
@@ -268,7 +270,7 @@ class FineTuner:
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
-        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+        with explain_disk_full(self.run_dir, needed_bytes, "the trained model"):
             if outputs is not None:
                 self._log_predictions(outputs)
             if self.config.training.trainable == "lora":

@@ -47,8 +47,8 @@ from loopos.rl.collector import (
     seeded,
     variance_explained,
 )
-from loopos.rl.experience import AdvantageSettings, Experience, KeptPass, ResponseBatch, experience_of
-from loopos.rl.monitors import GuardLimits, Guards
+from loopos.rl.experience import AdvantageSettings, Experience, ResponseBatch, ReusedForward, experience_of
+from loopos.rl.monitors import Monitor, MonitorLimits
 from loopos.rl.objective import PolicyState, PpoObjective
 from loopos.rl.rewards import Rewards, judge_of
 from loopos.rl.roles import Roles, build_roles
@@ -56,7 +56,7 @@ from loopos.rl.rollouts import RolloutBatches, RolloutPlan
 from loopos.rl.workers.opening import Place, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
-from loopos.storage.durable import disk_full_said
+from loopos.storage.durable import explain_disk_full
 from loopos.training.callbacks import Callbacks, kept_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
@@ -134,8 +134,8 @@ class PpoTrainer:
         self.prompts, self.tokens = self.encoder.prompts(self.data.train)
         chosen = self.data.validation[: config.evaluation.prompts] if config.validates else []
         self.validation_prompts: list[list[int]] = self.encoder.prompts(chosen)[0] if chosen else []
-        tokens = f"tokens: {self.tokens.said()}"
-        self.progress.say(self.pretrained.said, *self.data.said, self.encoder.template.said, tokens)
+        tokens = f"tokens: {self.tokens.summary()}"
+        self.progress.say(self.pretrained.summary, *self.data.summary, self.encoder.template.summary, tokens)
 
     def build_models(self) -> Roles:
         """Policy, reference, reward and value model; what trains; the engine that generates with the same weights."""
@@ -176,7 +176,7 @@ class PpoTrainer:
                 say=self.progress.say,
                 trust_remote_code=self.trust_remote_code,
             )
-        self.progress.say(self.roles.said, self.trained.said(), self.engine.said)
+        self.progress.say(self.roles.summary, self.trained.summary(), self.engine.summary)
         return self.roles
 
     def build_fit(self) -> Fit[ResponseBatch]:
@@ -185,13 +185,13 @@ class PpoTrainer:
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
         plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
         # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
-        kept = KeptPass(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
+        kept = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
         words, gather = self.encoder.words, world.gather_shares
         self.collector = Collector(
             self.engine, self.roles, rewards, device=self.device, words=words, kept=kept, gather=gather
         )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
-        self.guards = Guards(GuardLimits(**config.guards.model_dump(exclude={"stop"})))
+        self.guards = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
         self.objective = PpoObjective.of(settings, actor_critic, kept=kept)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
@@ -203,7 +203,9 @@ class PpoTrainer:
             run_dir=self.run_dir,
             config=self.config,
             settings=settings,
-            update=build_update(actor_critic, self.trained.masters, optimizer, self.precision, world, head=values),
+            update=build_update(
+                actor_critic, self.trained.master_weights, optimizer, self.precision, world, head=values
+            ),
             batches=self.batches,
             objective=self.objective,
             validation=self._validation() if self.check is not None else None,
@@ -216,8 +218,8 @@ class PpoTrainer:
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
             planned_end=plan.planned_end,
             validation_unit=self.batches.steps_an_epoch,
-            carried=self.state,
-            gives_up=lambda: GUARD if self.config.guards.stop and self.state.alarms else None,
+            method_state=self.state,
+            gives_up=lambda: GUARD if self.config.guards.stop and self.state.alerts else None,
         )
 
     def _facts(self, iterations: int) -> dict[str, Any]:
@@ -258,10 +260,10 @@ class PpoTrainer:
         return request_of(prompts, seeded(self.sampling, iteration))
 
     def _ask_guards(self, metrics: Mapping[str, float]) -> None:
-        for alarm in self.guards.observe(metrics):
-            self.state.alarms.append(alarm.message)
-            self.progress.warn(f"alarm: {alarm.message}")
-            self.fit.record("alarm", alarm.as_json(), {})
+        for alert in self.guards.observe(metrics):
+            self.state.alerts.append(alert.message)
+            self.progress.warn(f"alarm: {alert.message}")
+            self.fit.record("alarm", alert.as_json(), {})
 
     def _check(self) -> PolicyCheck:
         section, judge, report = self.config.evaluation, None, self.config.training.kl_report
@@ -310,7 +312,7 @@ class PpoTrainer:
         lora = settings.lora or LoraSection() if settings.trainable == "lora" else None
         base, needed_bytes = self.config.data.pretrained_weights, 4 * sum(p.numel() for p in policy.parameters())
         self.tokenizer.chat_template = self.encoder.template.source
-        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+        with explain_disk_full(self.run_dir, needed_bytes, "the trained model"):
             export_language_model(self.run_dir, policy, self.tokenizer, self.description(), lora=lora, base=base)
             write_report(self.run_dir)
         self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")

@@ -21,7 +21,7 @@ from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import load_corpus
 from loopos.data.digest import rows_digest
-from loopos.data.repeats import key_of_prompt, told_repeats
+from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
 from loopos.data.tokens import encode_corpus, train_tokenizer
 from loopos.evaluation.own_metrics import OwnMetrics
@@ -32,7 +32,7 @@ from loopos.models.language_model import LanguageModel
 from loopos.models.load import Sizes, new_config
 from loopos.models.resolve import weights_source
 from loopos.models.tokenizers import open_tokenizer
-from loopos.storage.durable import disk_full_said
+from loopos.storage.durable import explain_disk_full
 from loopos.training.callbacks import Callbacks
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
@@ -90,17 +90,17 @@ class Pretrainer:
         data, settings = self.config.data, self.config.training
         corpus = load_corpus(data, data.source)
         documents, held_out = list(corpus.documents), []
-        self.progress.say(corpus.said)
+        self.progress.say(corpus.summary)
         if data.validation_data is not None:
             validation = load_corpus(data, data.validation_data)
             held_out = list(validation.documents)
-            self.progress.say(f"validation: {validation.said}")
+            self.progress.say(f"validation: {validation.summary}")
         elif data.validation_share > 0 and len(documents) > 1:
             keys = [key_of_prompt(document) for document in documents]
             split = split_off(keys, data.validation_share, settings.seed, by=data.split_by, what="text")
             documents, held_out = [documents[i] for i in split.train], [documents[i] for i in split.validation]
-            self.progress.say(split.said.replace("rows", "documents"))
-        for sentence in told_repeats(documents, held_out, "text"):
+            self.progress.say(split.summary.replace("rows", "documents"))
+        for sentence in repeats_summary(documents, held_out, "text"):
             self.progress.say(sentence.replace("rows", "documents"))
         self.tokenizer = self._tokenizer(documents)
         self.max_length = settings.max_length or Sizes.max_length
@@ -136,7 +136,7 @@ class Pretrainer:
         self.trained = TrainedWeights(
             self.model, settings, precision=self.precision, device=self.device, world=self.world
         )
-        self.progress.say(self.trained.said())
+        self.progress.say(self.trained.summary())
         return self.model
 
     def build_fit(self, world: World) -> Fit[Batch]:
@@ -150,7 +150,7 @@ class Pretrainer:
             run_dir=self.run_dir,
             config=self.config,
             settings=settings,
-            update=build_update(self.model, self.trained.masters, settings, self.precision, world, head=()),
+            update=build_update(self.model, self.trained.master_weights, settings, self.precision, world, head=()),
             batches=batches,
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
             validation=self._validation(world) if judged else None,
@@ -188,9 +188,9 @@ class Pretrainer:
         )
         if not self.trained.gather():
             return
-        place = Path(self.config.data.output_weights)
+        path = Path(self.config.data.output_weights)
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
-        with disk_full_said(self.run_dir, needed_bytes, "the weights"):
-            save_pretrained(place, self.model.causal, self.tokenizer)
+        with explain_disk_full(self.run_dir, needed_bytes, "the weights"):
+            save_pretrained(path, self.model.causal, self.tokenizer)
             write_report(self.run_dir)
-        self.progress.say(f"weights: {place} · report: {self.run_dir / 'report.md'}")
+        self.progress.say(f"weights: {path} · report: {self.run_dir / 'report.md'}")

@@ -28,7 +28,7 @@ from loopos.data.reading import account
 from loopos.data.tokens import longest
 from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
-from loopos.evaluation.preference_report import buckets_told, measured, preferred_scores
+from loopos.evaluation.preference_report import bucket_tables, measured, preferred_scores
 from loopos.evaluation.report import write_report
 from loopos.evaluation.reward_predictor import Normalisation, comparison_scores
 from loopos.evaluation.run_claim import claim
@@ -39,7 +39,7 @@ from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_layout import how_it_opens
-from loopos.storage.durable import disk_full_said
+from loopos.storage.durable import explain_disk_full
 from loopos.storage.events import EventLog
 from loopos.training.callbacks import Callbacks, kept_random_states
 from loopos.training.distributed import World
@@ -110,14 +110,14 @@ class RewardModelTrainer:
         self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
         self.validation_rows: list[EncodedComparison] = []
         told = [
-            self.pretrained.said,
-            *self.data.said,
-            self.encoder.template.said,
-            f"tokens: {self.train_tokens.said()}",
+            self.pretrained.summary,
+            *self.data.summary,
+            self.encoder.template.summary,
+            f"tokens: {self.train_tokens.summary()}",
         ]
         if config.validates and self.data.validation:
             self.validation_rows, self.validation_tokens = self.encoder.comparisons(self.data.validation)
-            told.append(f"validation tokens: {self.validation_tokens.said()}")
+            told.append(f"validation tokens: {self.validation_tokens.summary()}")
         for sentence in told:
             self.progress.say(sentence)
         return self.pretrained
@@ -150,7 +150,7 @@ class RewardModelTrainer:
             held_back=held_back,
             half_under="backbone.",
         )
-        self.progress.say(self.trained.said())
+        self.progress.say(self.trained.summary())
         return self.model
 
     def rows(self, examples: list[EncodedComparison]) -> ComparisonRows:
@@ -173,7 +173,7 @@ class RewardModelTrainer:
             config=self.config,
             settings=settings,
             update=build_update(
-                self.model, self.trained.masters, settings, self.precision, world, head={"head.weight"}
+                self.model, self.trained.master_weights, settings, self.precision, world, head={"head.weight"}
             ),
             batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.share[0], world=world.share[1]),
             objective=with_router_loss(
@@ -217,7 +217,7 @@ class RewardModelTrainer:
         for part in self.world.gather_shares(own):
             assert isinstance(part, dict)
             found.update(part)
-        return [found[place] for place in range(len(examples))]
+        return [found[index] for index in range(len(examples))]
 
     def validate(self) -> dict[str, float]:
         """The metrics of the validation comparisons."""
@@ -244,10 +244,10 @@ class RewardModelTrainer:
         if not self.trained.gather():
             return
         needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
-        with disk_full_said(self.run_dir, needed_bytes, "the trained model"):
+        with explain_disk_full(self.run_dir, needed_bytes, "the trained model"):
             if validation:
                 with EventLog(self.run_dir / "events.jsonl", self.callbacks or None) as log:
-                    tables = buckets_told(self.validation_rows, validation)
+                    tables = bucket_tables(self.validation_rows, validation)
                     log.write("preferences", step=None, metrics=tables, timing={})
             backbone = self.model.backbone.model
             if settings.trainable == "lora":
@@ -277,7 +277,7 @@ class RewardModelTrainer:
             "method": "reward_model",
             "task": "reward",
             "pooling": "last",
-            "class_names": [] if heads == 1 else [f"reward_{place}" for place in range(heads)],
+            "class_names": [] if heads == 1 else [f"reward_{index}" for index in range(heads)],
             "score_mean": list(normalisation.mean),
             "score_std": list(normalisation.std),
             "base": self.pretrained.fingerprint,

@@ -116,6 +116,6 @@ def method_class(mode: str, method: str) -> MethodClass:
     return trainer
 
 
-def _imported(place: str) -> Any:
-    module, _, name = place.partition(":")
+def _imported(source: str) -> Any:
+    module, _, name = source.partition(":")
     return getattr(import_module(module), name)

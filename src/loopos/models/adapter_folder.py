@@ -283,25 +283,25 @@ def _divisor(rank: int, *, rooted: bool) -> float:
     return math.sqrt(rank) if rooted else rank
 
 
-def is_adapter(place: str | Path) -> bool:
+def is_adapter(source: str | Path) -> bool:
     """Whether a place is a folder of a PEFT adapter."""
-    return (Path(expanded(os.fspath(place))) / ADAPTER_CONFIG).is_file()
+    return (Path(expanded(os.fspath(source))) / ADAPTER_CONFIG).is_file()
 
 
-def open_adapter_folder(place: str | Path) -> AdapterFolder:
+def open_adapter_folder(source: str | Path) -> AdapterFolder:
     """The adapter in a folder. Raises `UserError` for one that is broken, or whose config says what cannot be."""
-    folder = Path(expanded(os.fspath(place)))
+    folder = Path(expanded(os.fspath(source)))
     check_manifest(folder)
     config = read_object(folder / ADAPTER_CONFIG)
     wrong = list(_wrong_values(config))
     if wrong:
         raise UserError("\n".join(f"{folder / ADAPTER_CONFIG}: {each}" for each in wrong[:3]))
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{place}: no {ADAPTER_WEIGHTS}; expected an adapter saved as safetensors")
+        raise UserError(f"{source}: no {ADAPTER_WEIGHTS}; expected an adapter saved as safetensors")
     tensors = stored_tensors([folder / ADAPTER_WEIGHTS])
     if not tensors:
         raise UserError(f"{folder / ADAPTER_WEIGHTS}: holds no tensor; expected those of an adapter")
-    found = AdapterFolder(str(place), folder, config, tensors)
+    found = AdapterFolder(str(source), folder, config, tensors)
     _check_ranks(found)
     return found
 
@@ -337,10 +337,10 @@ def _check_ranks(adapter: AdapterFolder) -> None:
         if downs:
             return
     largest = max((size for stored in adapter.tensors.values() for size in stored.spec.shape), default=1)
-    given = {key: adapter.config.get(key) for key in ("r", "init_r", "target_r")}
+    actual = {key: adapter.config.get(key) for key in ("r", "init_r", "target_r")}
     patterns = adapter.config.get("rank_pattern") or {}
-    given |= {f"rank_pattern.{name}": rank for name, rank in patterns.items() if type(rank) is int}
-    for key, value in given.items():
+    actual |= {f"rank_pattern.{name}": rank for name, rank in patterns.items() if type(rank) is int}
+    for key, value in actual.items():
         if value is not None and value > max(largest, 4096):
             raise UserError(f"{file}: {key}: got {value}; expected at most {largest}, the longest side of its weights")
 

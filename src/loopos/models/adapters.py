@@ -109,19 +109,19 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer layers, lowest first. Raises `UserError` for a model without a plain stack of
     `num_hidden_layers` layers.
     """
-    wanted = model.config.get_text_config().num_hidden_layers
-    if (found := find_layers(model, wanted)) is not None:
+    expected = model.config.get_text_config().num_hidden_layers
+    if (found := find_layers(model, expected)) is not None:
         return found
     raise UserError(
-        f"{type(model).__name__}: no stack of {wanted} layers found, so layers cannot be frozen by number; use "
+        f"{type(model).__name__}: no stack of {expected} layers found, so layers cannot be frozen by number; use "
         "training.freeze_layers = 0"
     )
 
 
-def find_layers(model: nn.Module, wanted: int) -> nn.ModuleList | None:
+def find_layers(model: nn.Module, expected: int) -> nn.ModuleList | None:
     """The first list of as many modules as there are layers."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((each for each in lists if len(each) == wanted), None)
+    return next((each for each in lists if len(each) == expected), None)
 
 
 def freeze_lower(model: PreTrainedModel, num_layers: int) -> list[nn.Parameter]:
@@ -131,7 +131,7 @@ def freeze_lower(model: PreTrainedModel, num_layers: int) -> list[nn.Parameter]:
     layers = layer_list(model)
     if num_layers > len(layers):
         raise UserError(
-            f"training.freeze_layers: given {num_layers}, wanted at most {len(layers)}, the layers of this "
+            f"training.freeze_layers: got {num_layers}, expected at most {len(layers)}, the layers of this "
             f"{type(model).__name__}"
         )
     held_back = [*_embeddings(model, layers), *layers[:num_layers]]
@@ -268,7 +268,7 @@ def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
-        # Several adapters over one copy of the weights are what is wanted here.
+        # Several adapters over one copy of the weights are what is expected here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name)
     make_lean(model)

@@ -36,19 +36,19 @@ _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
 
 def check_config(file: Path) -> None:
     """Raises `UserError` for a config.json that is broken, or has values that no model can have."""
-    wrong = [f"{file}: {fault}" for fault in _faults(read_object(file))]
+    wrong = [f"{file}: {diagnostic}" for diagnostic in _diagnostics(read_object(file))]
     if wrong:
         raise UserError("\n".join(wrong[:3]))
 
 
-def _faults(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
+def _diagnostics(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
     own = config.get("model_type") == OWN_MODEL_TYPE
     if own:
         # Its own counts are those that make other programs refuse it.
         if not isinstance(config.get("backbone_config"), dict) or not isinstance(config.get("backbone_type"), str):
             yield f"{above}backbone_config, backbone_type: expected an object and the name of an architecture"
             return
-        yield from _faults(config["backbone_config"], f"{above}backbone_config.")
+        yield from _diagnostics(config["backbone_config"], f"{above}backbone_config.")
     for key in () if own else _COUNTS:
         value = config.get(key)
         # Some architectures list a size a layer.
@@ -75,7 +75,7 @@ def _faults(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
         yield f"{above}architectures: expected a list of class names, got {_shown(names)}"
     for key in _PARTS:
         if isinstance(config.get(key), dict):
-            yield from _faults(config[key], f"{above}{key}.")
+            yield from _diagnostics(config[key], f"{above}{key}.")
 
 
 def _is_count(value: object) -> bool:

@@ -92,12 +92,12 @@ def read_head(folder: Path) -> Tensor:
 
 
 def open_task_model(
-    place: str | Path, *, attention: str = "auto"
+    source: str | Path, *, attention: str = "auto"
 ) -> tuple[PooledModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """The model in fp32, its tokenizer and its description. Raises `UserError` for a folder that is none, is
     broken, or is of a newer format.
     """
-    folder = model_folder(place)
+    folder = model_folder(source)
     description = read_description(folder)
     if kind_of(description) == "ensemble":
         raise UserError(f"{folder}: an ensemble of several models; loopos predict and loopos evaluate open it")
@@ -125,13 +125,13 @@ class OpenedReward:
     adapter: Path | None
 
 
-def open_reward_model(place: str | Path) -> OpenedReward:
+def open_reward_model(source: str | Path) -> OpenedReward:
     """place: the output folder of a reward_model run, or its folder model/. Raises `UserError` for another one."""
-    folder = model_folder(place)
+    folder = model_folder(source)
     description = read_description(folder)
     if kind_of(description) != "reward":
         raise UserError(
-            f"{folder}: a model of task {description.get('task', 'text generation')}; wanted a reward model, trained "
+            f"{folder}: a model of task {description.get('task', 'text generation')}; expected a reward model, trained "
             'with "method": "reward_model"'
         )
     model, tokenizer, _ = open_task_model(folder)
@@ -161,7 +161,7 @@ def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenize
     """Raises `UserError` unless both make the same tokens, so that one may read what the other wrote."""
     if policy.get_vocab() != other.get_vocab():
         raise UserError(
-            f"{told}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); wanted a "
+            f"{told}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); expected a "
             "reward model trained from weights with the policy's tokenizer"
         )
 
@@ -173,7 +173,7 @@ class OpenedLanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     description: Mapping[str, Any]
-    said: str
+    summary: str
 
     @property
     def precision(self) -> str:
@@ -219,30 +219,30 @@ def export_language_model(
     save_language_model(run_dir / "model", causal, tokenizer, description)
 
 
-def open_language_model(place: str, *, trust_remote_code: bool = False) -> OpenedLanguageModel:
+def open_language_model(source: str, *, trust_remote_code: bool = False) -> OpenedLanguageModel:
     """place: the output folder of a run, a model folder, or whatever `data.pretrained_weights` may name. Raises
     `UserError`.
     """
-    description = described(place)
+    description = described(source)
     if description:
-        folder = model_folder(place)
+        folder = model_folder(source)
         if kind_of(description) != "language":
             raise UserError(
                 f"{folder}: a {description['task']} model; it cannot generate text. Use loopos predict and loopos "
                 "evaluate"
             )
         if LANGUAGE_ENSEMBLE in description:
-            raise UserError(f"{folder}: an ensemble of language models; wanted a single one: name a member of it")
-        place = str(folder)
-    pretrained = load_pretrained(place, causal=True, trust_remote_code=trust_remote_code, quantized=True)
-    return OpenedLanguageModel(pretrained.model, pretrained.tokenizer, description, pretrained.said)
+            raise UserError(f"{folder}: an ensemble of language models; expected a single one: name a member of it")
+        source = str(folder)
+    pretrained = load_pretrained(source, causal=True, trust_remote_code=trust_remote_code, quantized=True)
+    return OpenedLanguageModel(pretrained.model, pretrained.tokenizer, description, pretrained.summary)
 
 
 _FILES = (".bin", ".safetensors")
 _WEIGHTS = "model.safetensors"
 
 
-def save_pretrained(place: Path, causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_pretrained(path: Path, causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes model and tokenizer to the folder `place`, or, where `place` ends in .bin or .safetensors, the weights to
     that file (safetensors inside, under either name) and the rest beside it.
 
@@ -250,11 +250,11 @@ def save_pretrained(place: Path, causal: PreTrainedModel, tokenizer: PreTrainedT
     which files of other weights keep their lines, is taken away before and written after. Raises `OSError` when the
     disk is full.
     """
-    folder = place.parent if place.suffix in _FILES else place
+    folder = path.parent if path.suffix in _FILES else path
     with partial_folder(folder / _WEIGHTS) as partial:
         save_weights(partial, causal)
         tokenizer.save_pretrained(partial)
-    weights, final = partial / _WEIGHTS, place if place.suffix in _FILES else folder / _WEIGHTS
+    weights, final = partial / _WEIGHTS, path if path.suffix in _FILES else folder / _WEIGHTS
     try:
         written = read_manifest(partial)
         records = {**_lines_of_others(folder), **written}

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.models.config_check import MOST_LAYERS
 from loopos.models.quiet import quiet_libraries
 from loopos.storage.whole_folder import whole_folder
@@ -125,11 +125,11 @@ def unused_name(row: int) -> str:
     return f"[PAD{row}]"
 
 
-def gguf_tokenizer(said: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+def gguf_tokenizer(summary: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a GGUF file by what it says, as `read_metadata` has it; None for a vocabulary of another kind,
     or split in a way that is not known here.
     """
-    kept = {key.removeprefix("tokenizer."): value for key, value in said.items() if key.startswith("tokenizer.")}
+    kept = {key.removeprefix("tokenizer."): value for key, value in summary.items() if key.startswith("tokenizer.")}
     steps = _pre_tokenizer(kept.get("ggml.pre"))
     if kept.get("ggml.model") != "gpt2" or steps is None:
         return None
@@ -193,9 +193,9 @@ def _post_processor(kept: Mapping[str, Any], tokens: list[str]) -> Mapping[str, 
 
     def framed(*names: str) -> list[Mapping[str, Any]]:
         parts: list[Mapping[str, Any]] = []
-        for place, name in enumerate(names):
-            ends = {key: [{"SpecialToken": {"id": tokens[row], "type_id": place}}] for key, row in around.items()}
-            parts += [*ends.get("bos", ()), {"Sequence": {"id": name, "type_id": place}}, *ends.get("eos", ())]
+        for index, name in enumerate(names):
+            ends = {key: [{"SpecialToken": {"id": tokens[row], "type_id": index}}] for key, row in around.items()}
+            parts += [*ends.get("bos", ()), {"Sequence": {"id": name, "type_id": index}}, *ends.get("eos", ())]
         return parts
 
     special = {tokens[row]: {"id": tokens[row], "ids": [row], "tokens": [tokens[row]]} for row in around.values()}
@@ -215,7 +215,7 @@ def cache_folder() -> Path:
 def converted_folder(file: Path) -> Path:
     """The model folder of a GGUF file, made on first use.
 
-    Raises `EnvironmentFault` when `gguf` is not installed, `UserError` when the file is broken or of an architecture
+    Raises `MissingRequirement` when `gguf` is not installed, `UserError` when the file is broken or of an architecture
     that transformers cannot read.
     """
     with file.open("rb") as stream:
@@ -239,13 +239,13 @@ def convert(file: Path, folder: Path) -> None:
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError as problem:
-        raise EnvironmentFault(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
+        raise MissingRequirement(f"{file.name}: reading GGUF needs the package gguf; run pip install gguf") from problem
     with broken_as_user_error(f"{file}: cannot be read as GGUF"), quiet_libraries(bars_of_its_own=True):
-        said = read_metadata(file)
-        _check_layers(said)
-        named = _config(file, said)
+        summary = read_metadata(file)
+        _check_layers(summary)
+        named = _config(file, summary)
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **named)
-        tokenizer = gguf_tokenizer(said) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = gguf_tokenizer(summary) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     config = loaded.config
     # The dequantised model is an ordinary one; left in, these marks make transformers refuse to save it.
     for mark in ("quantization_config", "_name_or_path"):
@@ -259,23 +259,23 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _check_layers(said: Mapping[str, Any]) -> None:
+def _check_layers(summary: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a number of layers that no model has: each takes time to build, before its tensors are
     looked for.
     """
-    key = f"{said['general.architecture']}.block_count"
-    if not (type(said[key]) is int and 1 <= said[key] <= MOST_LAYERS):
-        raise ValueError(f"{key}: expected a whole number from 1 to {MOST_LAYERS:,}, got {said[key]}")
+    key = f"{summary['general.architecture']}.block_count"
+    if not (type(summary[key]) is int and 1 <= summary[key] <= MOST_LAYERS):
+        raise ValueError(f"{key}: expected a whole number from 1 to {MOST_LAYERS:,}, got {summary[key]}")
 
 
-def _config(file: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+def _config(file: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The config to open a file with, where transformers' own reader would leave out the size of a head: it takes
     a Qwen3's for 128. Nothing for other architectures, whose config it reads whole.
     """
-    if said["general.architecture"] != "qwen3":
+    if summary["general.architecture"] != "qwen3":
         return {}
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    config.head_dim = int(said["qwen3.attention.key_length"])
+    config.head_dim = int(summary["qwen3.attention.key_length"])
     return {"config": config}

@@ -51,27 +51,27 @@ class EnsembleRecipe:
         return self.method == VOTE
 
 
-def read_ensemble(place: str | Path) -> EnsembleRecipe | None:
+def read_ensemble(source: str | Path) -> EnsembleRecipe | None:
     """The recipe of a folder that `loopos ensemble` wrote of language models. Raises `UserError` for a broken one, or
     where a member is gone.
     """
-    told = described(place).get(LANGUAGE_ENSEMBLE)
+    told = described(source).get(LANGUAGE_ENSEMBLE)
     if told is None:
         return None
-    folder = model_folder(place)
+    folder = model_folder(source)
     if not isinstance(told, dict) or told.get("method") not in LANGUAGE_METHODS:
-        raise UserError(f"{place}: broken: no ensemble of a known method; make it again: loopos ensemble A B -o OUT")
+        raise UserError(f"{source}: broken: no ensemble of a known method; make it again: loopos ensemble A B -o OUT")
     members, weights = told.get("members", []), told.get("weights", [])
     if len(members) != len(weights) or len(members) < 2 or not math.isclose(math.fsum(weights), 1.0, abs_tol=1e-6):
-        raise UserError(f"{place}: broken: {len(members)} members and the weights {weights}, which must sum to 1")
+        raise UserError(f"{source}: broken: {len(members)} members and the weights {weights}, which must sum to 1")
     return EnsembleRecipe(told["method"], tuple(_place(folder, each) for each in members), tuple(map(float, weights)))
 
 
-def refuse_votes(place: str, recipe: EnsembleRecipe | None) -> None:
-    """Raises `UserError` where answers are joined and tokens are wanted."""
+def refuse_votes(source: str, recipe: EnsembleRecipe | None) -> None:
+    """Raises `UserError` where answers are joined and tokens are expected."""
     if recipe is not None and recipe.votes:
         raise UserError(
-            f"{place}: an ensemble that votes over answers to problems, and gives no distribution over tokens; ask it "
+            f"{source}: an ensemble that votes over answers to problems, and gives no distribution over tokens; ask it "
             "with loopos evaluate or loopos generate, or join its members by --method mean"
         )
 
@@ -86,10 +86,10 @@ def described_members(names: Sequence[str], paths: Sequence[str | None]) -> list
 def _place(folder: Path, member: Any) -> str:
     if "name" in member:
         return str(member["name"])
-    place = folder / member["path"]
-    if not place.exists():
-        raise UserError(f"{folder}: its member {place} is gone; put it back, or make the ensemble again with --copy")
-    return str(place)
+    path = folder / member["path"]
+    if not path.exists():
+        raise UserError(f"{folder}: its member {path} is gone; put it back, or make the ensemble again with --copy")
+    return str(path)
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,14 @@ def check_one_vocabulary(
     """Raises `UserError` unless all models mean the same by a token: tells the tokens that differ from the first's.
     num_logits: V of each model.
     """
-    own, faults = tokenizers[0].get_vocab(), []
+    own, diagnostics = tokenizers[0].get_vocab(), []
     for place, tokenizer, size in list(zip(places, tokenizers, num_logits, strict=True))[1:]:
         told = vocabulary_difference(own, tokenizer.get_vocab(), places[0])
         if told:
-            faults.append(f"{place}: other tokens than {places[0]}: {told}")
+            diagnostics.append(f"{place}: other tokens than {places[0]}: {told}")
         elif size != num_logits[0]:
-            faults.append(f"{place}: {size:,} output tokens, {places[0]} {num_logits[0]:,}")
-    if faults:
-        faults.append("distributions over tokens are mixed token by token: wanted models with one tokenizer; --method "
-                      "vote, which compares answers, takes any")  # fmt: skip
-        raise UserError("\n".join(faults))
+            diagnostics.append(f"{place}: {size:,} output tokens, {places[0]} {num_logits[0]:,}")
+    if diagnostics:
+        diagnostics.append("distributions over tokens are mixed token by token: expected models with one tokenizer; "
+                      "--method vote, which compares answers, takes any")  # fmt: skip
+        raise UserError("\n".join(diagnostics))

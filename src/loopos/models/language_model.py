@@ -122,11 +122,12 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     largest = logits.abs().max().clamp_min(1e-6)
     if not float((logits[:-1] - before).abs().max() / largest) <= tolerance:
         raise UserError(
-            f"{type(causal).__name__} sees the tokens that it is to predict: an encoder; wanted a causal language model"
+            f"{type(causal).__name__} sees the tokens that it is to predict: an encoder; expected a causal language "
+            "model"
         )
     difference = float((logits - expected).abs().max() / largest)
     if not difference <= tolerance:
         raise UserError(
             f"{type(causal).__name__} makes its logits in a way that is not known here (other than E·h by "
-            f"{difference:.1e}); wanted a model whose output layer is a matrix without bias"
+            f"{difference:.1e}); expected a model whose output layer is a matrix without bias"
         )

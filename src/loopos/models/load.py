@@ -65,25 +65,25 @@ class Sizes:
         named = {ours: getattr(section, ours) for ours in _SIZES}
         return cls(**named, max_length=max(cls.max_length, max_length or 0))
 
-    def given(self) -> dict[str, int]:
+    def actual(self) -> dict[str, int]:
         """transformers' name → size, of those that were given."""
         return {theirs: getattr(self, ours) for ours, theirs in _SIZES.items() if getattr(self, ours) is not None}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in fp32 on CPU, its tokenizer, `said`: what was loaded, in words, and `fingerprint`, which
+    """A model in fp32 on CPU, its tokenizer, `summary`: what was loaded, in words, and `fingerprint`, which
     tells these weights from others.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    said: str
+    summary: str
     fingerprint: str
 
 
 def load_pretrained(
-    given: str,
+    actual: str,
     *,
     causal: bool = False,
     sizes: Sizes = Sizes(),
@@ -97,10 +97,10 @@ def load_pretrained(
     Raises `UserError` for a missing or broken source, a file that wants to run code, tensors that are missing or of
     other shapes than the config says, sizes that disagree with the weights, and encoder-decoder models.
     """
-    source = weights_source(given)
+    source = weights_source(actual)
     if source.kind == "adapter":
         return load_adapted(
-            open_adapter_folder(given),
+            open_adapter_folder(actual),
             causal=causal,
             sizes=sizes,
             tokenizer=tokenizer,
@@ -131,13 +131,13 @@ def _load(
     trust_remote_code: bool,
     quantized: bool,
 ) -> Pretrained:
-    given = source.given
+    actual = source.actual
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
     num_rows = config.get_text_config().vocab_size
     if len(opened) > num_rows:
         raise UserError(
-            f"the tokenizer has {len(opened)} tokens but the model of {given} only {num_rows} embeddings: "
+            f"the tokenizer has {len(opened)} tokens but the model of {actual} only {num_rows} embeddings: "
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
@@ -148,16 +148,16 @@ def _load(
         if not quantized:
             raise SettingError(
                 _KEY,
-                f"{given} is quantized: its weights are codes, which can be neither trained nor changed; wanted the "
+                f"{actual} is quantized: its weights are codes, which can be neither trained nor changed; expected the "
                 "model that it was made from",
             )
-        model = from_quantized(given, folder, config, causal=causal)
+        model = from_quantized(actual, folder, config, causal=causal)
     else:
-        place = str(folder_of(source) or given)
+        place = str(folder_of(source) or actual)
         model = from_folder(place, config, causal=causal, trust_remote_code=trust_remote_code)
     parameters = num_weights(model)
-    said = f"{given}: {type(model).__name__}, {parameters:,} parameters"
-    return Pretrained(model, opened, said, fingerprint(model))
+    summary = f"{actual}: {type(model).__name__}, {parameters:,} parameters"
+    return Pretrained(model, opened, summary, fingerprint(model))
 
 
 def load_adapted(
@@ -199,13 +199,15 @@ def load_adapted(
     if speaks and not causal:
         assert isinstance(model.base_model, PreTrainedModel)
         model = model.base_model
-    said = f"{adapter.place}: {type(model).__name__}, {num_weights(model):,} parameters, an adapter folded into {named}"
-    return Pretrained(model, own, said, fingerprint(model))
+    summary = (
+        f"{adapter.place}: {type(model).__name__}, {num_weights(model):,} parameters, an adapter folded into {named}"
+    )
+    return Pretrained(model, own, summary, fingerprint(model))
 
 
-def load_config(given: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(actual: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
     """The architecture alone, without weights: what a dry run needs. Raises `UserError`."""
-    return _config(weights_source(given), sizes, trust_remote_code)
+    return _config(weights_source(actual), sizes, trust_remote_code)
 
 
 def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
@@ -220,7 +222,7 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
         if not (source.path.parent / "config.json").is_file():
             return new_config(sizes)
         folder = source.path.parent
-    place = str(folder or source.given)
+    place = str(folder or source.actual)
     if folder is not None:
         check_config(folder / "config.json")
     try:
@@ -228,7 +230,7 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
     except BROKEN as problem:
         raise SettingError(_KEY, _why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)
-    _check_config(config, sizes, source.given)
+    _check_config(config, sizes, source.actual)
     return config
 
 
@@ -245,7 +247,7 @@ def new_config(sizes: Sizes) -> LlamaConfig:
     config = LlamaConfig.from_dict(
         {
             "num_key_value_heads": sizes.num_heads,
-            **sizes.given(),
+            **sizes.actual(),
             "head_dim": sizes.d_model // sizes.num_heads,
             "max_position_embeddings": sizes.max_length,
             "tie_word_embeddings": True,
@@ -255,21 +257,22 @@ def new_config(sizes: Sizes) -> LlamaConfig:
     return config
 
 
-def _check_config(config: PreTrainedConfig, sizes: Sizes, given: str) -> None:
+def _check_config(config: PreTrainedConfig, sizes: Sizes, actual: str) -> None:
     if config.is_encoder_decoder:
         raise UserError(
-            f"{given} is an encoder-decoder model ({config.model_type}); wanted a causal language model or an encoder"
+            f"{actual} is an encoder-decoder model ({config.model_type}); expected a causal language model or an "
+            "encoder"
         )
     text = config.get_text_config()
     ours = {theirs: name for name, theirs in _SIZES.items()}
     wrong = [
-        f"model.{ours[theirs]}: given {size}, but the weights have {getattr(text, theirs)}"
-        for theirs, size in sizes.given().items()
+        f"model.{ours[theirs]}: got {size}, but the weights have {getattr(text, theirs)}"
+        for theirs, size in sizes.actual().items()
         if getattr(text, theirs, size) != size
     ]
     if wrong:
         raise UserError(
-            "\n".join([*wrong, f"remove these keys (the weights of {given} say them) or name other weights"])
+            "\n".join([*wrong, f"remove these keys (the weights of {actual} say them) or name other weights"])
         )
 
 
@@ -277,10 +280,10 @@ def _why(source: WeightsSource, problem: Exception) -> str:
     first = reason_of(problem)
     if source.kind == "hub":
         return (
-            f"{source.given} is neither a file or folder here nor reachable on a hub: {first}\n"
+            f"{source.actual} is neither a file or folder here nor reachable on a hub: {first}\n"
             'use the embedded model ("smollm2-135m"), a local folder, or set HF_TOKEN for a private model'
         )
-    return f"cannot read the config of {source.given}: {first}"
+    return f"cannot read the config of {source.actual}: {first}"
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -139,14 +139,14 @@ def check_description(file: Path, description: Mapping[str, Any], kind: str) -> 
     """Raises `UserError` with the keys that are missing or of another kind. kind: of the model, "language_ensemble"
     too.
     """
-    wrong = list(_faults(description, _NEEDED[kind]))
+    wrong = list(_diagnostics(description, _NEEDED[kind]))
     if wrong:
         raise UserError(
-            "\n".join([*(f"{file}: {fault}" for fault in wrong[:3]), "restore it, or save the model again"])
+            "\n".join([*(f"{file}: {diagnostic}" for diagnostic in wrong[:3]), "restore it, or save the model again"])
         )
 
 
-def _faults(description: Mapping[str, Any], needed: Mapping[str, tuple[Fits, str]]) -> Iterator[str]:
+def _diagnostics(description: Mapping[str, Any], needed: Mapping[str, tuple[Fits, str]]) -> Iterator[str]:
     for key, (fits, expected) in {**_OPTIONAL, **needed}.items():
         if key not in description:
             if key in needed:
@@ -166,39 +166,39 @@ Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
 """A language model; a model with a head that predicts labels or values; a reward model; several with a head as one."""
 
 
-def model_folder(place: str | Path) -> Path:
+def model_folder(source: str | Path) -> Path:
     """The folder of a trained model: `place` itself, or `model/` in a run's output folder. Raises `UserError` when
     there is none.
     """
-    given = Path(expanded(os.fspath(place)))
-    for folder in (given, given / "model"):
+    actual = Path(expanded(os.fspath(source)))
+    for folder in (actual, actual / "model"):
         if (folder / MODEL_DESCRIPTION).is_file():
             return folder
-    refuse_checkpoint(given)
-    if (given / "events.jsonl").is_file():
-        raise UserError(f"{place}: this run has no finished model yet; go on with loopos train CONFIG --resume")
-    raise UserError(f"{place}: no trained model here; wanted the output_dir of a finished run, or its folder model/")
+    refuse_checkpoint(actual)
+    if (actual / "events.jsonl").is_file():
+        raise UserError(f"{source}: this run has no finished model yet; go on with loopos train CONFIG --resume")
+    raise UserError(f"{source}: no trained model here; expected the output_dir of a finished run, or its folder model/")
 
 
-def refuse_checkpoint(place: Path) -> None:
+def refuse_checkpoint(path: Path) -> None:
     """Raises `UserError` for the folder of a checkpoint, or of several: they hold what resuming needs, and no model."""
-    steps = [place] if _CHECKPOINT.fullmatch(place.name) else sorted(place.glob("step-*"))
+    steps = [path] if _CHECKPOINT.fullmatch(path.name) else sorted(path.glob("step-*"))
     if not steps or not (steps[-1] / "manifest.json").is_file():
         return
     step = int(steps[-1].name.removeprefix("step-"))
     raise UserError(
-        f"{place}: a checkpoint holds weights and optimizer for --resume, not a model; to get the model of the newest "
+        f"{path}: a checkpoint holds weights and optimizer for --resume, not a model; to get the model of the newest "
         f"checkpoint, end its run there: loopos train CONFIG --resume training.max_steps={step}"
     )
 
 
-def described(place: str | Path) -> dict[str, Any]:
+def described(source: str | Path) -> dict[str, Any]:
     """What LoopOS wrote of the model at a place; nothing where another program made it, or none is there. Raises
     `UserError` for a run without a finished model, and as `read_description`.
     """
     names = (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
-    if any((Path(expanded(os.fspath(place))) / name).is_file() for name in names):
-        return read_description(model_folder(place))
+    if any((Path(expanded(os.fspath(source))) / name).is_file() for name in names):
+        return read_description(model_folder(source))
     return {}
 
 
@@ -220,16 +220,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def remembered_columns(place: str | Path) -> dict[str, str | None]:
+def remembered_columns(source: str | Path) -> dict[str, str | None]:
     """Role → column of the rows that the model at a place was trained on: those it recorded, or for a run of an older
     version or of a language model those its config names. Nothing for a place without such a record.
     """
-    description = described(place)
+    description = described(source)
     if "columns" in description:
         return dict(description["columns"])
     if not description:
         return {}
-    config = model_folder(place).parent / "config.json"
+    config = model_folder(source).parent / "config.json"
     if not config.is_file():
         return {}
     data = read_object(config, advice="restore it").get("data", {})

@@ -66,39 +66,39 @@ class OpenedModel:
             save_pretrained(folder, self.model, self.tokenizer)
 
 
-def open_model(place: str, *, quantized: bool = False) -> OpenedModel:
+def open_model(source: str, *, quantized: bool = False) -> OpenedModel:
     """place: a run's folder, a model folder, or whatever `data.pretrained_weights` may name. quantized: whether weights
     in codes will do, which cannot be changed. Raises `UserError`.
     """
-    opened = _opened(place)
+    opened = _opened(source)
     if is_quantized(opened.model) and not quantized:
         raise UserError(
-            f"{place}: quantized: its weights are codes, which cannot be changed; wanted the model it was made from"
+            f"{source}: quantized: its weights are codes, which cannot be changed; expected the model it was made from"
         )
     return opened
 
 
-def _opened(place: str) -> OpenedModel:
-    if place == NEW_WEIGHTS:
-        raise UserError('given "new", which has learned nothing; wanted a trained model')
-    if has_head(place):
+def _opened(source: str) -> OpenedModel:
+    if source == NEW_WEIGHTS:
+        raise UserError('got "new", which has learned nothing; expected a trained model')
+    if has_head(source):
         # The plain path leaves transformers' own attention in place.
-        pooled, tokenizer, description = open_task_model(place, attention="padded")
+        pooled, tokenizer, description = open_task_model(source, attention="padded")
         return OpenedModel(pooled.backbone.model, tokenizer, description, description["precision"], pooled)
-    opened = open_language_model(place)
-    return OpenedModel(opened.model, opened.tokenizer, opened.description, precision_of(place))
+    opened = open_language_model(source)
+    return OpenedModel(opened.model, opened.tokenizer, opened.description, precision_of(source))
 
 
-def has_head(place: str) -> bool:
+def has_head(source: str) -> bool:
     """Whether a place holds a model with a head. Raises `UserError` for a run without a finished model."""
-    return kind_of(described(place)) != "language"
+    return kind_of(described(source)) != "language"
 
 
-def precision_of(place: str) -> str:
+def precision_of(source: str) -> str:
     """The format that a model's weights are kept in: fp32, bf16 or fp16."""
-    if description := described(place):
+    if description := described(source):
         return str(description["precision"])
-    kept = load_config(place).dtype
+    kept = load_config(source).dtype
     return next((name for name, dtype in NUMBER_FORMATS.items() if kept == dtype), "fp32")
 
 
@@ -112,16 +112,16 @@ class Speaking:
 
 
 def open_speaking(
-    place: str, *, device: str = "cpu", precision: str | None = None, trust_remote_code: bool = False
+    source: str, *, device: str = "cpu", precision: str | None = None, trust_remote_code: bool = False
 ) -> Speaking:
     """place: as `open_language_model`, or the folder of an ensemble. precision: fp32, bf16 or fp16; that of the
     training when absent, bf16 for quantized models and fp32 for others; of an ensemble for every member. Raises
     `UserError`, also for an ensemble that votes and for members with other tokens.
     """
-    recipe = read_ensemble(place)
-    refuse_votes(place, recipe)
+    recipe = read_ensemble(source)
+    refuse_votes(source, recipe)
     if recipe is None:
-        return _single(place, device, precision, trust_remote_code)
+        return _single(source, device, precision, trust_remote_code)
     return _mixed(recipe, [_single(member, device, precision, trust_remote_code) for member in recipe.members])
 
 
@@ -133,11 +133,11 @@ def _mixed(recipe: EnsembleRecipe, opened: list[Speaking]) -> Speaking:
     return Speaking(ensemble, opened[0].tokenizer, opened[0].description)
 
 
-def _single(place: str, device: str, precision: str | None, trust_remote_code: bool) -> Speaking:
-    opened = open_language_model(place, trust_remote_code=trust_remote_code)
+def _single(source: str, device: str, precision: str | None, trust_remote_code: bool) -> Speaking:
+    opened = open_language_model(source, trust_remote_code=trust_remote_code)
     chosen = precision or opened.precision
     if chosen not in NUMBER_FORMATS:
-        raise UserError(f"precision: given {chosen}, wanted one of {', '.join(NUMBER_FORMATS)}")
+        raise UserError(f"precision: got {chosen}, expected one of {', '.join(NUMBER_FORMATS)}")
     cast_parameters(opened.model, NUMBER_FORMATS[chosen])
     model = opened.model.to(torch.device(device))  # type: ignore[arg-type]
     return Speaking(model, opened.tokenizer, opened.description)

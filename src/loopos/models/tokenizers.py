@@ -65,7 +65,7 @@ def _place_beside(source: WeightsSource) -> Path | str:
             f'data.tokenizer is missing: a new model needs one; name a folder with tokenizer.json or "{EMBEDDED}"'
         )
     if source.path is None:
-        return source.given
+        return source.actual
     if source.kind == "adapter" and not (source.path / "tokenizer_config.json").is_file():
         return _place_beside(weights_source(base_of_adapter(source.path)))
     if source.kind == "gguf":
@@ -73,7 +73,7 @@ def _place_beside(source: WeightsSource) -> Path | str:
     folder = source.path if source.kind in ("folder", "adapter") else source.path.parent
     if not any((folder / name).is_file() for name in _FILES):
         raise UserError(
-            f"no tokenizer in {folder}: wanted one of {', '.join(_FILES)}; put it there or name one in data.tokenizer"
+            f"no tokenizer in {folder}: expected one of {', '.join(_FILES)}; put it there or name one in data.tokenizer"
         )
     return folder
 
@@ -87,7 +87,7 @@ def _named_place(named: str) -> Path | str:
         for folder in (path, path / "model"):
             if any((folder / name).is_file() for name in _FILES):
                 return folder
-        raise SettingError(_KEY, f"{named} holds no tokenizer; wanted one of {', '.join(_FILES)} in it")
+        raise SettingError(_KEY, f"{named} holds no tokenizer; expected one of {', '.join(_FILES)} in it")
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return converted_folder(path)
@@ -103,10 +103,10 @@ def _named_place(named: str) -> Path | str:
 _MOST_NAMED = 5
 
 
-def vocabulary_difference(own: Mapping[str, int], theirs: Mapping[str, int], place: str) -> str:
+def vocabulary_difference(own: Mapping[str, int], theirs: Mapping[str, int], source: str) -> str:
     """How `theirs` differs from `own`, which is that of `place`; "" where it does not."""
     kinds = {
-        f"that {place} lacks": [token for token in theirs if token not in own],
+        f"that {source} lacks": [token for token in theirs if token not in own],
         "that it lacks": [token for token in own if token not in theirs],
         "with another number": [token for token in own if theirs.get(token, own[token]) != own[token]],
     }

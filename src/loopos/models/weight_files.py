@@ -52,7 +52,7 @@ def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
         raise SettingError(
             _KEY,
-            f"{config.model_type} is no causal language model; wanted one that predicts the next token, such as a "
+            f"{config.model_type} is no causal language model; expected one that predicts the next token, such as a "
             "Llama, Qwen, Gemma or GPT-2",
         )
     return AutoModelForCausalLM if causal else AutoModel
@@ -65,33 +65,33 @@ def _remote(config: PreTrainedConfig) -> Collection[str]:
 def new_model(config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
     """A model with new weights, fp32, drawn from torch's generator."""
     opener = model_class(config, causal=causal)
-    given = config.name_or_path or NEW_WEIGHTS
+    actual = config.name_or_path or NEW_WEIGHTS
     try:
         model = opener.from_config(config, dtype=torch.float32)
     except BROKEN as problem:
-        fault = f"{given}: no {config.model_type} can be built of its config: {reason_of(problem)}"
-        raise SettingError(_KEY, fault) from problem
+        diagnostic = f"{actual}: no {config.model_type} can be built of its config: {reason_of(problem)}"
+        raise SettingError(_KEY, diagnostic) from problem
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def check_sizes(
-    given: str, config: PreTrainedConfig, *, causal: bool = False, num_tensors: int, num_bytes: int
+    actual: str, config: PreTrainedConfig, *, causal: bool = False, num_tensors: int, num_bytes: int
 ) -> None:
     """Raises `UserError` where a config describes far more layers, or numbers, than files of weights hold: a model of
     such a config would take the time and memory of its sizes before a missing tensor could be found. num_bytes: of the
     files, each of whose numbers takes one at least. Packed weights of other programs are let through.
     """
-    fault = f"{given}: its config.json describes"
+    diagnostic = f"{actual}: its config.json describes"
     layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if layers > num_tensors:
-        raise SettingError(_KEY, f"{fault} {layers:,} layers, but its weights are {num_tensors:,} tensors")
+        raise SettingError(_KEY, f"{diagnostic} {layers:,} layers, but its weights are {num_tensors:,} tensors")
     if getattr(config, "quantization_config", None) is not None:
         return
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in new_model(config, causal=causal).parameters())
     if numbers > _MOST_NUMBERS_A_BYTE * num_bytes + _SLACK:
-        raise SettingError(_KEY, f"{fault} {numbers:,} numbers, but its weights are {num_bytes:,} bytes")
+        raise SettingError(_KEY, f"{diagnostic} {numbers:,} numbers, but its weights are {num_bytes:,} bytes")
 
 
 def _num_tensors(file: Path) -> int:
@@ -115,18 +115,18 @@ def _check_folder(folder: Path, config: PreTrainedConfig, *, causal: bool) -> No
 
 
 def from_folder(
-    place: str, config: PreTrainedConfig, *, causal: bool = False, trust_remote_code: bool
+    source: str, config: PreTrainedConfig, *, causal: bool = False, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The headless model, or the causal language model, in a folder or at a hub id. Raises `UserError` for weights that
     cannot be read or that do not fill the model.
     """
     opener = model_class(config, causal=causal)
-    if Path(place).is_dir():
-        _check_folder(Path(place), config, causal=causal)
+    if Path(source).is_dir():
+        _check_folder(Path(source), config, causal=causal)
     try:
         with quiet_libraries():
             model, info = opener.from_pretrained(
-                place,
+                source,
                 config=config,
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
@@ -134,13 +134,13 @@ def from_folder(
                 ignore_mismatched_sizes=True,
             )
     except pickle.UnpicklingError as problem:
-        raise SettingError(_KEY, f"{place}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
+        raise SettingError(_KEY, f"{source}: {_PICKLE_REFUSED}; save it as .safetensors") from problem
     except BROKEN as problem:
-        raise SettingError(_KEY, f"cannot load {place}: {reason_of(problem)}") from problem
+        raise SettingError(_KEY, f"cannot load {source}: {reason_of(problem)}") from problem
     mismatched = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
     # Names of tensors without a place keep the prefix that they have in a model with its head.
     left_over = {name.removeprefix(model.base_model_prefix + ".") for name in info["unexpected_keys"]}
-    _refuse(place, model, missing=info["missing_keys"], mismatched=mismatched, left_over=left_over)
+    _refuse(source, model, missing=info["missing_keys"], mismatched=mismatched, left_over=left_over)
     assert isinstance(model, PreTrainedModel)
     if hasattr(model.config, NAMED_WEIGHTS):
         # It names a file of this folder; what is saved of the model lies under the usual name.
@@ -155,32 +155,32 @@ def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool =
     """
     assert source.path is not None
     tensors, num_bytes = read_tensors(source), source.path.stat().st_size
-    check_sizes(source.given, config, causal=causal, num_tensors=len(tensors), num_bytes=num_bytes)
+    check_sizes(source.actual, config, causal=causal, num_tensors=len(tensors), num_bytes=num_bytes)
     model = new_model(config, causal=causal)
-    fill(source.given, model, tensors)
+    fill(source.actual, model, tensors)
     model.tie_weights()
     return model
 
 
-def fill(given: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+def fill(actual: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors into a model by name, with or without the base model's prefix. Raises `UserError` unless they fill
     it; a twin of another weight may be missing.
     """
     prefix = model.base_model_prefix + "."
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    wanted = {name.removeprefix(prefix): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    expected = {name.removeprefix(prefix): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     mismatched = [
-        f"{name} {list(found[name].shape)} (wanted {list(tensor.shape)})"
-        for name, (_, tensor) in wanted.items()
+        f"{name} {list(found[name].shape)} (expected {list(tensor.shape)})"
+        for name, (_, tensor) in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
     # A weight that is another's twin is often saved once.
     twins = {name.removeprefix(prefix) for name in getattr(model, "all_tied_weights_keys", None) or ()}
-    there = {id(tensor) for name, (_, tensor) in wanted.items() if name in found}
-    twins |= {name for name, (_, tensor) in wanted.items() if id(tensor) in there}
-    missing, left_over = set(wanted) - set(found) - twins, set(found) - set(wanted)
-    _refuse(given, model, missing=missing, mismatched=mismatched, left_over=left_over)
-    full_names = {full: found[name] for name, (full, _) in wanted.items() if name in found}
+    there = {id(tensor) for name, (_, tensor) in expected.items() if name in found}
+    twins |= {name for name, (_, tensor) in expected.items() if id(tensor) in there}
+    missing, left_over = set(expected) - set(found) - twins, set(found) - set(expected)
+    _refuse(actual, model, missing=missing, mismatched=mismatched, left_over=left_over)
+    full_names = {full: found[name] for name, (full, _) in expected.items() if name in found}
     model.load_state_dict(full_names, strict=False)
 
 
@@ -206,7 +206,7 @@ def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
         raise UserError(f"{source.path}: cannot be read as weights: {reason_of(problem)}") from problem
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{source.path}: wanted a dictionary of tensors by name, found {type(loaded).__name__}")
+        raise UserError(f"{source.path}: expected a dictionary of tensors by name, found {type(loaded).__name__}")
     return tensors
 
 
@@ -218,7 +218,7 @@ def _holds_safetensors(path: Path) -> bool:
 
 
 def _refuse(
-    given: str,
+    actual: str,
     model: PreTrainedModel,
     *,
     missing: Iterable[str],
@@ -235,21 +235,21 @@ def _refuse(
     if wrong := sorted(mismatched):
         told.append(f"of another shape: {_some(wrong)}")
     prefix = f"{model.base_model_prefix}."
-    wanted = {name.removeprefix(prefix) for name in model.state_dict()}
-    if surplus := _surplus_layers(wanted, left_over):
+    expected = {name.removeprefix(prefix) for name in model.state_dict()}
+    if surplus := _surplus_layers(expected, left_over):
         told.append(f"layers that the model has no place for: {_some(surplus)}")
     if told:
         raise SettingError(
             _KEY,
-            f"{given} does not fill {type(model).__name__}: {'; '.join(told)}; wanted weights of these sizes: correct "
-            "the sizes under model or in config.json, or name other weights",
+            f"{actual} does not fill {type(model).__name__}: {'; '.join(told)}; expected weights of these sizes: "
+            "correct the sizes under model or in config.json, or name other weights",
         )
 
 
-def _surplus_layers(wanted: Collection[str], left_over: Collection[str]) -> list[str]:
+def _surplus_layers(expected: Collection[str], left_over: Collection[str]) -> list[str]:
     """Layers of a stack that the model has, but fewer of. Heads and buffers that a headless model lacks are none."""
-    layers = {match[0] for name in wanted if (match := _STACKED.match(name))}
-    stacks = {match[1] for name in wanted if (match := _STACKED.match(name))}
+    layers = {match[0] for name in expected if (match := _STACKED.match(name))}
+    stacks = {match[1] for name in expected if (match := _STACKED.match(name))}
     found = {match[0] for name in left_over if (match := _STACKED.match(name)) and match[1] in stacks}
     return sorted(layer.rstrip(".") for layer in found - layers)
 

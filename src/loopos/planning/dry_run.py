@@ -200,7 +200,7 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
     )
     return {
         "model": model_facts(config, model, machine),
-        "data": {"said": work.said},
+        "data": {"said": work.summary},
         "rows": {"train": len(work.train), "validation": len(work.validation), **work.row_facts},
         "tokens": token_facts(work, epochs, largest),
         "steps": {
@@ -228,7 +228,7 @@ def token_facts(work: Work, epochs: float, largest: int) -> dict[str, Any]:
         **learned,
         "largest_forward": largest,
         "cut": work.tokens_cut,
-        "said": work.tokens_said,
+        "said": work.tokens_summary,
     }
 
 

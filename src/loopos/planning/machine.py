@@ -60,8 +60,8 @@ def _memory_of(device: torch.device) -> int:
 
 def free_bytes(folder: str) -> int:
     """Free bytes on the disk that `folder` is, or would be, on."""
-    place = Path(folder).absolute()
-    existing = next(each for each in (place, *place.parents) if os.path.exists(each))
+    location = Path(folder).absolute()
+    existing = next(each for each in (location, *location.parents) if os.path.exists(each))
     return shutil.disk_usage(existing).free
 
 

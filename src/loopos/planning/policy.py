@@ -27,14 +27,14 @@ _WRITTEN_TOGETHER = 64
 
 @dataclass(frozen=True)
 class Prompts:
-    """Lengths of the prompts to train on and of those that validation answers (tokens); `said`: what was decided,
-    `tokens_said`: the account of the first.
+    """Lengths of the prompts to train on and of those that validation answers (tokens); `summary`: what was decided,
+    `tokens_summary`: the account of the first.
     """
 
     train: list[int]
     validation: list[int]
-    said: list[str]
-    tokens_said: str
+    summary: list[str]
+    tokens_summary: str
     architecture: PreTrainedConfig
 
 
@@ -63,8 +63,8 @@ def tokenised(inputs: PromptInputs) -> Prompts:
     """The prompts of a run as lengths. Raises `DataError`, as training does."""
     train, report = inputs.encoder.prompts(inputs.data.train)
     asked = inputs.encoder.prompts(inputs.asked)[0] if inputs.asked else []
-    said = [*inputs.data.said, inputs.encoder.template.said]
-    return Prompts(list(map(len, train)), list(map(len, asked)), said, report.said(), inputs.architecture)
+    summary = [*inputs.data.summary, inputs.encoder.template.summary]
+    return Prompts(list(map(len, train)), list(map(len, asked)), summary, report.summary(), inputs.architecture)
 
 
 def plan_of(
@@ -85,16 +85,16 @@ def plan_of(
             "device": str(machine.device),
             "copies": shapes.copies,
             "roles": {
-                name: {"parameters": role.parameters, "trained": role.trained, "is": role.said}
+                name: {"parameters": role.parameters, "trained": role.trained, "is": role.summary}
                 for name, role in shapes.roles.items()
             },
         },
-        "data": {"said": prompts.said},
+        "data": {"said": prompts.summary},
         "prompts": {
             "train": len(prompts.train),
             "validation": len(prompts.validation),
             "iteration": amounts.responses,
-            "said": prompts.tokens_said,
+            "said": prompts.tokens_summary,
         },
         "iterations": amounts.iterations,
         "tokens": {
@@ -137,7 +137,7 @@ def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
         validation_prompt_tokens=sum(prompts.validation),
         validation_response_tokens=len(prompts.validation) * longest_response,
         passes=steps / plan.minibatches,
-        largest=sum(by_length[place % len(by_length)] + longest_response for place in range(rows)),
+        largest=sum(by_length[index % len(by_length)] + longest_response for index in range(rows)),
         longest=max(prompts.train + prompts.validation) + longest_response,
     )
 

@@ -166,11 +166,11 @@ _OWN = "an own copy of the weights"
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """`parameters`: those that the role alone has; `trained` of them train; `said`: what the role is."""
+    """`parameters`: those that the role alone has; `trained` of them train; `summary`: what the role is."""
 
     parameters: int
     trained: int
-    said: str
+    summary: str
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def role_shapes(
         critic,
         scorers,
         roles,
-        sum(role.said == _OWN for role in roles.values()),
+        sum(role.summary == _OWN for role in roles.values()),
         _together(policy, critic, roles, head=described.get_text_config().hidden_size),
     )
 

@@ -184,16 +184,16 @@ AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConf
 @dataclass(frozen=True)
 class Work:
     """`head`: outputs of the head, None for a language model; `trainings`: how often the rows are trained on anew;
-    `said` and `tokens_said`: what was read and decided. `final_tokens`: those that go through the model once more when
-    training has ended; `row_facts`: what the rows hold, counted by name; `longest`: tokens that one token sees at most,
-    those of the longest row where it is None.
+    `summary` and `tokens_summary`: what was read and decided. `final_tokens`: those that go through the model once more
+    when training has ended; `row_facts`: what the rows hold, counted by name; `longest`: tokens that one token sees at
+    most, those of the longest row where it is None.
     """
 
     architecture: PreTrainedConfig
     train: Sequence[Encoded]
     validation: Sequence[Encoded]
-    said: list[str]
-    tokens_said: str
+    summary: list[str]
+    tokens_summary: str
     tokens_cut: int
     head: int | None
     trainings: int = 1
@@ -220,8 +220,8 @@ def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
             inputs.architecture,
             inputs.train,
             inputs.validation,
-            inputs.data.said,
-            report.said(),
+            inputs.data.summary,
+            report.summary(),
             report.tokens_cut,
             inputs.data.space.num_outputs,
         )
@@ -229,8 +229,8 @@ def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
         pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
         architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
         tokens = sum(len(piece.ids) for piece in pretrainer.pieces)
-        said = f"{len(pretrainer.pieces):,} pieces, {tokens:,} tokens; none cut"
-        return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], said, 0, None)
+        summary = f"{len(pretrainer.pieces):,} pieces, {tokens:,} tokens; none cut"
+        return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
     if isinstance(config, RewardModelConfig):
         return _reward_work(config, trust_remote_code=trust_remote_code)
     return _reasoning_work(config, trust_remote_code=trust_remote_code)
@@ -243,15 +243,15 @@ def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) ->
     if config.validates and inputs.data.validation:
         validation = [row.encoded() for row in inputs.encoder(inputs.data.validation)[0]]
     rounds = config.self_improvement.rounds if config.self_improvement is not None else 0
-    said = [*inputs.data.said, inputs.encoder.template.said]
+    summary = [*inputs.data.summary, inputs.encoder.template.summary]
     if rounds:
-        said.append(f"{rounds} rounds of self-improvement: each trains anew, on these rows and the chains found")
+        summary.append(f"{rounds} rounds of self-improvement: each trains anew, on these rows and the chains found")
     return Work(
         inputs.architecture,
         [row.encoded() for row in train],
         validation,
-        said,
-        report.said(),
+        summary,
+        report.summary(),
         report.tokens_cut,
         None,
         rounds + 1,
@@ -272,8 +272,8 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         inputs.architecture,
         train,
         validation,
-        [*inputs.data.said, inputs.encoder.template.said],
-        report.said(),
+        [*inputs.data.summary, inputs.encoder.template.summary],
+        report.summary(),
         report.tokens_cut,
         config.reward.heads,
         final_tokens=normalised + sum(len(row.ids) for row in validation),

@@ -45,7 +45,7 @@ from loopos.evaluation.policy_metrics import (
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.completions import decoded
 from loopos.generation.settings import SamplingSettings
-from loopos.rl.experience import KeptPass, ResponseRows
+from loopos.rl.experience import ResponseRows, ReusedForward
 from loopos.rl.rewards import Response, Rewards
 from loopos.rl.roles import Roles
 from loopos.rl.workers.protocol import Request, RolloutEngine
@@ -88,7 +88,7 @@ class Collector:
         *,
         device: torch.device,
         words: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
-        kept: KeptPass | None = None,
+        kept: ReusedForward | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
         """words: what was asked, by the ids of the prompt that the template made of it; without it the ids' own text.
@@ -113,7 +113,7 @@ class Collector:
     def _of_all(self, mine: list[Any]) -> list[Any]:
         """What every rank has for its share of the prompts, in the prompts' order."""
         parts = [part for part in self._gather(mine) if isinstance(part, list)]
-        return [part[place] for place in range(len(parts[0])) for part in parts if place < len(part)]
+        return [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
 
     def _written(self, request: Request, iteration: int | None = None) -> tuple[list[tuple[Response, Tensor]], int]:
         """What the policy writes for this process's share, with the log-probabilities that generation gives, `[L]`; and
@@ -138,13 +138,13 @@ class Collector:
         return [
             Rollout(
                 response,
-                scores["total"][place],
-                {name: values[place] for name, values in scores.items() if name != "total"},
+                scores["total"][index],
+                {name: values[index] for name, values in scores.items() if name != "total"},
                 engine_logprobs=engine_logprobs,
                 staleness=staleness,
-                **{name: column[place] for name, column in passes.items()},
+                **{name: column[index] for name, column in passes.items()},
             )
-            for place, (response, engine_logprobs) in enumerate(written)
+            for index, (response, engine_logprobs) in enumerate(written)
         ]
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], see
 
 def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1) -> Request:
     """n responses to every prompt: each place draws numbers of its own, whoever writes there."""
-    return Request([list(prompt) for prompt in prompts], [seeded(sampling, place) for place in range(len(prompts))], n)
+    return Request([list(prompt) for prompt in prompts], [seeded(sampling, index) for index in range(len(prompts))], n)
 
 
 def seeded(sampling: SamplingSettings, number: int) -> SamplingSettings:
@@ -317,9 +317,9 @@ class PolicyCheck:
                 "response": rollout.response.text,
                 "ended": rollout.response.ended,
                 "kl": rollout.kl(self.estimator),
-                **{name: values[place] for name, values in scores.items()},
+                **{name: values[index] for name, values in scores.items()},
             }
-            for place, rollout in enumerate(rollouts)
+            for index, rollout in enumerate(rollouts)
         ]
         return metrics, records
 

@@ -98,7 +98,7 @@ class ResponseRows:
 
 
 @dataclass(eq=False)
-class KeptPass:
+class ReusedForward:
     """At most one pass, with its graph. `rows_of`: (step, length of each row) → the rows of each batch of the
     step.
     """

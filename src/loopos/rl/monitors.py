@@ -18,7 +18,7 @@ _MEANINGS = {"kl": "the policy moves far from its reference", "repetition": "res
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuardLimits:
+class MonitorLimits:
     """How far a run may go; None guards nothing. `first` is a metric's value when it was first measured.
 
     `kl`: most nats. `entropy_share`: least share of the first entropy. `length_ratio`: response lengths stay between
@@ -42,13 +42,13 @@ class GuardLimits:
             limit = getattr(self, name)
             least, most = 1.0 if name == "length_ratio" else 0.0, highest.get(name, math.inf)
             if limit is not None and not (math.isfinite(limit) and least <= limit <= most):
-                raise ValueError(f"{name} of {limit} given, wanted a number from {least:g} to {most:g}")
+                raise ValueError(f"{name} of {limit} given, expected a number from {least:g} to {most:g}")
         if self.patience < 1:
-            raise ValueError(f"patience of {self.patience} given, wanted at least 1")
+            raise ValueError(f"patience of {self.patience} given, expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)
-class Alarm:
+class Alert:
     """`value` of the metric `name` is beyond `limit`; `message` says so."""
 
     name: str
@@ -61,12 +61,12 @@ class Alarm:
         return {"name": self.name, "value": self.value, "limit": self.limit, "message": self.message}
 
 
-class Guards:
+class Monitor:
     """Watches one run. A metric that an iteration does not measure changes nothing: a judge asked every tenth
     iteration, or in a call of its own, is held against the latest reward.
     """
 
-    def __init__(self, limits: GuardLimits) -> None:
+    def __init__(self, limits: MonitorLimits) -> None:
         self.limits = limits
         self._first: dict[str, float] = {}
         self._best_judge: float | None = None
@@ -74,7 +74,7 @@ class Guards:
         # Iterations in a row beyond the limit, by the alarm's name.
         self._streaks: dict[str, int] = {}
 
-    def observe(self, metrics: Mapping[str, float]) -> list[Alarm]:
+    def observe(self, metrics: Mapping[str, float]) -> list[Alert]:
         """Takes one iteration's metrics, the first of which are the baseline; the alarms that sound now. One that goes
         on is silent until its metric was within the limit again. nan and inf are beyond every limit.
         """
@@ -87,10 +87,10 @@ class Guards:
         if math.isfinite(judge):
             self._best_judge = judge if self._best_judge is None else max(self._best_judge, judge)
         sounding = []
-        for alarm, is_beyond in self._checks(metrics):
-            self._streaks[alarm.name] = self._streaks.get(alarm.name, 0) + 1 if is_beyond else 0
-            if self._streaks[alarm.name] == self.limits.patience:
-                sounding.append(alarm)
+        for alert, is_beyond in self._checks(metrics):
+            self._streaks[alert.name] = self._streaks.get(alert.name, 0) + 1 if is_beyond else 0
+            if self._streaks[alert.name] == self.limits.patience:
+                sounding.append(alert)
         return sounding
 
     def state(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Guards:
         self._first, self._streaks = dict(state["first"]), dict(state["streaks"])
         self._best_judge, self._latest_reward = state["best_judge"], state["latest_reward"]
 
-    def _checks(self, metrics: Mapping[str, float]) -> Iterator[tuple[Alarm, bool]]:
+    def _checks(self, metrics: Mapping[str, float]) -> Iterator[tuple[Alert, bool]]:
         """Every alarm that is set and whose metric was measured, and whether its limit is passed."""
         limits = self.limits
         settings = {
@@ -123,10 +123,10 @@ class Guards:
                 continue
             value = metrics[name]
             if not math.isfinite(value):
-                yield Alarm(name, value, setting, f"{name} is {value}: not a finite number"), True
+                yield Alert(name, value, setting, f"{name} is {value}: not a finite number"), True
             elif name in ("kl", "repetition"):
                 message = f"{_LABELS[name]} {value:.4g} is above its limit of {setting:.4g}: {_MEANINGS[name]}"
-                yield Alarm(name, value, setting, message), value > setting
+                yield Alert(name, value, setting, message), value > setting
             elif name == "entropy":
                 yield self._entropy(value, setting)
             elif name == "response_length":
@@ -136,31 +136,31 @@ class Guards:
             elif self._latest_reward is not None:
                 yield self._judge(value, setting, self._latest_reward)
 
-    def _entropy(self, value: float, share: float) -> tuple[Alarm, bool]:
+    def _entropy(self, value: float, share: float) -> tuple[Alert, bool]:
         start = self._first["entropy"]
         fell = f"entropy {value:.4g} fell below {100 * share:.4g}% of its start ({start:.4g})"
         message = f"{fell}: the policy may be collapsing"
-        return Alarm("entropy", value, share * start, message), value < share * start
+        return Alert("entropy", value, share * start, message), value < share * start
 
-    def _length(self, value: float, ratio: float) -> tuple[Alarm, bool]:
+    def _length(self, value: float, ratio: float) -> tuple[Alert, bool]:
         start = self._first["response_length"]
         shortest, longest = start / ratio, start * ratio
         limit = longest if value > start else shortest
         message = (
             f"mean length {value:.4g} left the range {shortest:.4g}–{longest:.4g} around its start ({start:.4g} tokens)"
         )
-        return Alarm("response_length", value, limit, message), not shortest <= value <= longest
+        return Alert("response_length", value, limit, message), not shortest <= value <= longest
 
-    def _end_share(self, value: float, drop: float) -> tuple[Alarm, bool]:
+    def _end_share(self, value: float, drop: float) -> tuple[Alert, bool]:
         start = self._first["end_share"]
         limit = start - drop
         message = (
             f"the share of finished responses, {value:.4g}, fell more than {drop:.4g} below its start ({start:.4g}): "
             "responses are cut off"
         )
-        return Alarm("end_share", value, limit, message), value < limit
+        return Alert("end_share", value, limit, message), value < limit
 
-    def _judge(self, value: float, drop: float, reward: float) -> tuple[Alarm, bool]:
+    def _judge(self, value: float, drop: float, reward: float) -> tuple[Alert, bool]:
         """Reward hacking: what is trained on rises while what it stands for falls (Gao et al. 2023, figure 1)."""
         assert self._best_judge is not None, "a finite judge was taken as the best one"
         start = self._first["reward"]
@@ -169,4 +169,4 @@ class Guards:
             f"reward rose from {start:.4g} to {reward:.4g} while the judge fell to {value:.4g}, more than {drop:.4g} "
             f"below its best ({self._best_judge:.4g}): the policy may be exploiting the reward model"
         )
-        return Alarm("judge", value, limit, message), reward > start and value < limit
+        return Alert("judge", value, limit, message), reward > start and value < limit

@@ -22,8 +22,8 @@ from loopos.config.rl import PpoTrainingSection
 from loopos.functional.advantages import KlController, KlEstimator, kl_terms
 from loopos.functional.packing import PackedLayout
 from loopos.functional.policy_loss import clipped_policy_terms, clipped_value_terms
-from loopos.rl.experience import KeptPass, ResponseBatch
-from loopos.rl.monitors import Guards
+from loopos.rl.experience import ResponseBatch, ReusedForward
+from loopos.rl.monitors import Monitor
 from loopos.rl.rollouts import RolloutBatches
 from loopos.training.distributed import World
 
@@ -71,11 +71,11 @@ class PpoObjective:
     kl_loss: KlEstimator | None = None
     kl_coefficient: float = 0.0
     extremes: Extremes = field(default_factory=Extremes)
-    kept: KeptPass | None = None
+    kept: ReusedForward | None = None
 
     @classmethod
     def of(
-        cls, settings: PpoTrainingSection, actor_critic: ActorCritic, *, kept: KeptPass | None = None
+        cls, settings: PpoTrainingSection, actor_critic: ActorCritic, *, kept: ReusedForward | None = None
     ) -> PpoObjective:
         """The objective that a config's `training` section asks for. kept: where passes for the first step are."""
         return cls(
@@ -166,10 +166,10 @@ class PolicyState:
     batches: RolloutBatches
     controller: KlController
     objective: PpoObjective
-    guards: Guards
+    guards: Monitor
     check: Stateful | None
     ahead: WrittenAhead | None = None
-    alarms: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
 
     def synchronise(self, world: World) -> None:
         """What a checkpoint needs, on all ranks: the extremes of the ratio, whole responses of iterations to come."""
@@ -192,7 +192,7 @@ class PolicyState:
             "kl_coefficient": self.controller.coefficient,
             "ratios": [self.objective.extremes.smallest, self.objective.extremes.largest],
             "guards": self.guards.state(),
-            "alarms": list(self.alarms),
+            "alarms": list(self.alerts),
             "check": self.check.state() if self.check is not None else None,
             "ahead": self.ahead.state() if self.ahead is not None else None,
         }
@@ -207,6 +207,6 @@ class PolicyState:
         self.objective.kl_coefficient = self.controller.coefficient if in_use is None else in_use
         self.objective.extremes.smallest, self.objective.extremes.largest = state["ratios"]
         self.guards.load(state["guards"])
-        self.alarms[:] = state["alarms"]
+        self.alerts[:] = state["alarms"]
         if self.check is not None and state["check"] is not None:
             self.check.load(state["check"])

@@ -89,7 +89,7 @@ class Roles:
     """`actor_critic` trains. `reward`: raw scores, of all heads of all reward models; None where functions alone give
     rewards. `frozen`: modules of their
     own beside it, which take the policy's number format. `held_back`: parameters that `freeze_layers` keeps
-    from training. `said`: how many copies of the weights there are.
+    from training. `summary`: how many copies of the weights there are.
     """
 
     actor_critic: ActorCritic
@@ -97,7 +97,7 @@ class Roles:
     reward: PooledModel | RewardEnsemble | None
     frozen: tuple[nn.Module, ...]
     held_back: tuple[nn.Parameter, ...]
-    said: str
+    summary: str
 
     def cast_frozen(self, number_format: torch.dtype | None) -> None:
         """Takes frozen weights, but for heads, to a number format; None leaves them as they are."""
@@ -137,7 +137,8 @@ def _checkpoint_activations(roles: Roles, settings: TrainingSection) -> None:
     critic = roles.actor_critic.critic.backbone
     if isinstance(critic, AdapterView) and not roles.actor_critic.shares_states:
         raise UserError(
-            "training.gradient_checkpointing: given true with values that are an adapter of the policy's trunk; wanted "
+            "training.gradient_checkpointing: given true with values that are an adapter of the policy's trunk; "
+            "expected "
             'false, or training.value_model "shared"'
         )
     roles.actor_critic.policy.causal.activation_checkpointing_enable()
@@ -168,7 +169,7 @@ def _whole_models(
         (reference, *members),
         tuple(held_back),
         f"models: {copies} copies of the weights: policy, reference"
-        + _rewards_said(members)
+        + _rewards_summary(members)
         + (", value model" if value_model != "shared" else "; the values are a head on the policy"),
     )
 
@@ -231,7 +232,7 @@ def _one_trunk(
         _together(members),
         tuple(member.requires_grad_(False) for member in members),
         (),
-        f"models: {shared} as policy, reference{_rewards_said(members)} and value model",
+        f"models: {shared} as policy, reference{_rewards_summary(members)} and value model",
     )
 
 
@@ -250,7 +251,7 @@ def _together(members: Sequence[PooledModel]) -> PooledModel | RewardEnsemble | 
     return members[0] if len(members) == 1 else RewardEnsemble(members)
 
 
-def _rewards_said(members: Sequence[PooledModel]) -> str:
+def _rewards_summary(members: Sequence[PooledModel]) -> str:
     if not members:
         return ""
     return ", reward model" if len(members) == 1 else f", {len(members)} reward models"

@@ -18,7 +18,7 @@ from typing import TypeVar
 from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion, Piece, Running
 from loopos.generation.engine import Engine
-from loopos.generation.scheduler import Session
+from loopos.generation.scheduler import Scheduler
 from loopos.generation.settings import SamplingSettings
 from loopos.serving.errors import ApiError, stopping
 from loopos.serving.limits import ServingLimits
@@ -117,7 +117,7 @@ class Decoder:
     def __init__(self, engine: Engine, thread: ModelThread, limits: ServingLimits) -> None:
         self._engine, self._thread, self._limits = engine, thread, limits
         self._stack = ExitStack()
-        self._session: Session | None = None
+        self._session: Scheduler | None = None
         self._pump: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._joining: list[Ticket] = []
@@ -249,7 +249,7 @@ class Decoder:
         self._counts = (session.num_active, session.num_waiting)
         return news
 
-    def _cancel(self, ticket: Ticket, session: Session) -> None:
+    def _cancel(self, ticket: Ticket, session: Scheduler) -> None:
         for running in ticket.handles:
             session.cancel(running)
             self._owners.pop(running, None)
@@ -273,7 +273,7 @@ def _is_done(ticket: Ticket) -> bool:
 def _no_token() -> ApiError:
     return ApiError(
         500,
-        "the model has no finite probability for any token under these settings; wanted milder ones",
+        "the model has no finite probability for any token under these settings; expected milder ones",
         code="no_token",
     )
 

@@ -24,7 +24,7 @@ from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits
 from loopos.serving.metrics import ServingMetrics
 from loopos.serving.requests import Asked, ClassifyRequest, ScoreRequest, read_for
-from loopos.serving.responses import while_wanted
+from loopos.serving.responses import until_disconnected
 
 Body = TypeVar("Body", bound=Asked)
 Question = TypeVar("Question")
@@ -72,12 +72,12 @@ class ClassifyHead:
     def questions(self, asked: ClassifyRequest) -> Sequence[str | tuple[str, str]]:
         texts = asked.texts()
         if not texts:
-            raise ApiError(400, "input: an empty list; wanted at least one text", param="input", code="invalid_value")
+            raise ApiError(400, "input: an empty list; expected at least one text", param="input", code="invalid_value")
         return texts
 
     def answers(self, questions: Sequence[str | tuple[str, str]]) -> Answers:
         found, report = self._predictor.predict(questions), self._predictor.tokens
-        data = [{"object": "classification", "index": place, **each} for place, each in enumerate(found)]
+        data = [{"object": "classification", "index": index, **each} for index, each in enumerate(found)]
         return Answers(data, report.tokens, {"task": self._predictor.space.task, "truncated": report.truncated})
 
 
@@ -98,9 +98,9 @@ class ScoreHead:
     def answers(self, questions: Sequence[tuple[Words, Words]]) -> Answers:
         judged = self._predictor.judge(questions)
         data: list[dict[str, Any]] = []
-        for place, each in enumerate(judged):
+        for index, each in enumerate(judged):
             spread = {} if each.spread is None else {"spread": each.spread}
-            data.append({"object": "score", "index": place, "score": each.score, **spread})
+            data.append({"object": "score", "index": index, "score": each.score, **spread})
         return Answers(data, sum(each.tokens for each in judged))
 
 
@@ -137,7 +137,7 @@ class HeadService(Generic[Body, Question]):
             read_for(self._head.body, raw, self.name, max_messages=self._limits.max_messages)
         )
         work = self._thread.call(self._run, questions)
-        found = await while_wanted(request, work, deadline=deadline, seconds=self._limits.max_seconds)
+        found = await until_disconnected(request, work, deadline=deadline, seconds=self._limits.max_seconds)
         self._metrics.prompt_tokens += found.tokens
         usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
         told = {"object": "list", "model": self.name, **found.more, "data": found.data, "usage": usage}
@@ -159,20 +159,20 @@ def _pairs(asked: ScoreRequest, *, as_text: bool) -> list[tuple[Words, Words]]:
     if (asked.messages is None) == (asked.prompt is None) or (asked.prompt is None) != (asked.response is None):
         raise ApiError(
             400,
-            "wanted messages whose last one is the assistant's, or prompt and response",
+            "expected messages whose last one is the assistant's, or prompt and response",
             param="messages" if asked.messages is not None else "prompt",
             code="invalid_value",
         )
     if asked.messages is not None:
-        said = tuple(message.message() for message in asked.messages)
-        if said[-1].role != ASSISTANT:
+        summary = tuple(message.message() for message in asked.messages)
+        if summary[-1].role != ASSISTANT:
             raise ApiError(
                 400,
-                f"messages: the last one is the {said[-1].role}'s; wanted the assistant's, which is judged",
+                f"messages: the last one is the {summary[-1].role}'s; expected the assistant's, which is judged",
                 param="messages",
                 code="invalid_value",
             )
-        return [(said[:-1], said[-1:])]
+        return [(summary[:-1], summary[-1:])]
     assert asked.prompt is not None
     assert asked.response is not None
     responses = [asked.response] if isinstance(asked.response, str) else asked.response

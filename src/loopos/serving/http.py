@@ -114,10 +114,10 @@ class Gate:
             if _name_in(host) not in LOOPBACK_NAMES:
                 return ApiError(403, f"host {host!r}: without an API key this server answers to localhost alone")
             return None
-        word, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if word.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
+        word, _, actual = headers.get(b"authorization", b"").partition(b" ")
+        if word.lower() == b"bearer" and hmac.compare_digest(actual.strip(), self._key):
             return None
-        told = "wrong API key" if given else "no API key; wanted the header Authorization: Bearer KEY"
+        told = "wrong API key" if actual else "no API key; expected the header Authorization: Bearer KEY"
         return ApiError(401, told, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -216,7 +216,7 @@ async def read_body(request: Request, most: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # A page in a browser may send any other type to a server on the same machine without asking it first.
     if kind != "application/json":
-        raise ApiError(415, f"Content-Type: given {kind or 'none'}; wanted application/json", code="wrong_type")
+        raise ApiError(415, f"Content-Type: got {kind or 'none'}; expected application/json", code="wrong_type")
     told = request.headers.get("content-length", "0")
     over = told.isdecimal() and int(told) > most
     parts: list[bytes] = []

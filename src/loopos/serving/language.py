@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import ASSISTANT, Message
-from loopos.data.piece_tokens import PieceTokenizer
+from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.record import shown
 from loopos.data.rows import Row
 from loopos.data.supervised_rows import Completion as RawText
@@ -42,7 +42,7 @@ from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits, check_rows
 from loopos.serving.metrics import ServingMetrics
 from loopos.serving.requests import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read_for
-from loopos.serving.responses import EventStream, Form, event, while_wanted
+from loopos.serving.responses import EventStream, Form, event, until_disconnected
 
 Result = TypeVar("Result")
 
@@ -117,18 +117,18 @@ class Prompts:
             raise TemplateRefusal(changed)
         row = [
             Piece(
-                "" if place % 2 else text,
-                begins=piece.begins and place == 0,
-                closes=piece.closes and place == len(texts) - 1,
+                "" if index % 2 else text,
+                begins=piece.begins and index == 0,
+                closes=piece.closes and index == len(texts) - 1,
             )
             for piece, texts in parts
-            for place, text in enumerate(texts)
+            for index, text in enumerate(texts)
         ]
-        (encoded,) = PieceTokenizer(self.tokenizer).encode([row])
-        flat = [(place, text) for _, texts in parts for place, text in enumerate(texts)]
+        (encoded,) = SegmentTokenizer(self.tokenizer).encode([row])
+        flat = [(index, text) for _, texts in parts for index, text in enumerate(texts)]
         ids: list[int] = []
-        for (place, text), tokens in zip(flat, encoded, strict=True):
-            ids += self._as_text(spelled[int(text)]) if place % 2 else tokens
+        for (index, text), tokens in zip(flat, encoded, strict=True):
+            ids += self._as_text(spelled[int(text)]) if index % 2 else tokens
         return ids
 
     def _as_text(self, spelled: str) -> list[int]:
@@ -240,7 +240,7 @@ class LanguageService:
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
         general, most = self._general(asked, count)
-        prompts = await while_wanted(request, tokenised(), deadline=deadline, seconds=self._limits.max_seconds)
+        prompts = await until_disconnected(request, tokenised(), deadline=deadline, seconds=self._limits.max_seconds)
         self._check(prompts, param)
         # The last token is never fed, so it needs no position.
         settings = [replace(general, max_new_tokens=min(most, self.context + 1 - len(prompt))) for prompt in prompts]
@@ -259,11 +259,13 @@ class LanguageService:
             self._decoder.submit(ticket)
             self._metrics.prompt_tokens += num_prompt
             if not asked.stream:
-                completions = await while_wanted(request, ticket.completions(), deadline=deadline, seconds=seconds)
+                completions = await until_disconnected(
+                    request, ticket.completions(), deadline=deadline, seconds=seconds
+                )
                 self._metrics.generated_tokens += sum(len(completion.token_ids) for completion in completions)
                 return JSONResponse(await self._prompts.run(form.whole, completions, num_prompt))
             chunks = self._chunks(ticket, form, num_prompt, request.scope["state"]["began"])
-            first = await while_wanted(request, _next(chunks), deadline=deadline, seconds=seconds)
+            first = await until_disconnected(request, _next(chunks), deadline=deadline, seconds=seconds)
         # Cancelled too, as when the client is gone: its rows must not go on.
         except BaseException:
             self._decoder.leave(ticket)
@@ -347,20 +349,22 @@ class LanguageService:
     async def _embed(self, request: Request, raw: bytes, deadline: float) -> Response:
         asked = self._read(EmbeddingRequest, raw)
         inputs, seconds = asked.inputs(), self._limits.max_seconds
-        sequences = await while_wanted(request, self._prompts.of_texts(inputs), deadline=deadline, seconds=seconds)
+        sequences = await until_disconnected(
+            request, self._prompts.of_texts(inputs), deadline=deadline, seconds=seconds
+        )
         self._check(sequences, "input")
         num_tokens = sum(map(len, sequences))
         self._metrics.prompt_tokens += num_tokens
-        vectors = await while_wanted(request, self._vectors(sequences), deadline=deadline, seconds=seconds)
+        vectors = await until_disconnected(request, self._vectors(sequences), deadline=deadline, seconds=seconds)
         told = [
             {
                 "object": "embedding",
-                "index": place,
+                "index": index,
                 "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
                 if asked.encoding_format == "base64"
                 else vector.tolist(),
             }
-            for place, vector in enumerate(vectors)
+            for index, vector in enumerate(vectors)
         ]
         count = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return JSONResponse({"object": "list", "data": told, "model": self.name, "usage": count})

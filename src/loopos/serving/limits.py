@@ -40,7 +40,7 @@ class ServingLimits:
     idle_seconds: float = 30.0
     grace_seconds: float = 30.0
 
-    def faults(self) -> list[str]:
+    def diagnostics(self) -> list[str]:
         """What is out of its range, by the option's name."""
         ranges = (
             ("--max-rows", self.max_rows, 1 <= self.max_rows <= _MOST_ROWS, f"1 to {_MOST_ROWS}"),
@@ -67,17 +67,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def address_faults(host: str, port: int, api_key: str | None) -> list[str]:
+def address_diagnostics(host: str, port: int, api_key: str | None) -> list[str]:
     """Why a server must not listen there."""
-    faults = [] if 0 <= port <= 65535 else [f"--port: given {port}; wanted 0 (any free one) to 65535"]
+    diagnostics = [] if 0 <= port <= 65535 else [f"--port: got {port}; expected 0 (any free one) to 65535"]
     if api_key is not None and (not api_key.strip() or not api_key.isascii()):
-        faults.append("--api-key: given a blank key, or one that is not ASCII; wanted letters, digits and marks")
+        diagnostics.append("--api-key: got a blank key, or one that is not ASCII; expected letters, digits and marks")
     elif api_key is None and not is_loopback(host):
-        faults.append(
-            f"--host: given {host}, which other machines can reach, without an API key; wanted one in LOOPOS_API_KEY "
+        diagnostics.append(
+            f"--host: got {host}, which other machines can reach, without an API key; expected one in LOOPOS_API_KEY "
             "(or --api-key), or --host 127.0.0.1"
         )
-    return faults
+    return diagnostics
 
 
 def check_rows(asked: int, limits: ServingLimits) -> None:

@@ -184,8 +184,8 @@ class ClassifyRequest(Asked):
     input: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]]
 
     def texts(self) -> list[str | tuple[str, str]]:
-        given = [self.input] if isinstance(self.input, str) else self.input
-        return [each if isinstance(each, str) else (each[0], each[1]) for each in given]
+        actual = [self.input] if isinstance(self.input, str) else self.input
+        return [each if isinstance(each, str) else (each[0], each[1]) for each in actual]
 
 
 class ScoreRequest(Asked):
@@ -196,16 +196,16 @@ class ScoreRequest(Asked):
     response: str | Annotated[list[str], Field(min_length=1)] | None = None
 
 
-def several(given: str | list[str] | list[int] | list[list[int]], param: str) -> Sequence[str | list[int]]:
+def several(actual: str | list[str] | list[int] | list[list[int]], param: str) -> Sequence[str | list[int]]:
     """One text or one list of tokens, or several of either. Raises `ApiError` for none."""
-    if not given and given != "":
+    if not actual and actual != "":
         raise ApiError(
             400, f"{param}: an empty list; expected at least one text or token", param=param, code="invalid_value"
         )
-    if isinstance(given, str):
-        return [given]
-    tokens = [each for each in given if isinstance(each, int)]
-    return [tokens] if tokens else [each for each in given if not isinstance(each, int)]
+    if isinstance(actual, str):
+        return [actual]
+    tokens = [each for each in actual if isinstance(each, int)]
+    return [tokens] if tokens else [each for each in actual if not isinstance(each, int)]
 
 
 _MOST_BIASES = 4096

@@ -35,7 +35,7 @@ def event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
 
 
-async def while_wanted(
+async def until_disconnected(
     request: Request, work: Coroutine[Any, Any, Result], *, deadline: float, seconds: float
 ) -> Result:
     """What `work` gives. Raises `ApiError`: 408 at the deadline (of the event loop's clock; `seconds` names the limit),
@@ -175,7 +175,7 @@ class Form:
         if self.kind == "text":
             return []
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(place, {"delta": delta}, None, None) for place in range(number)]
+        return [self._chunk(index, {"delta": delta}, None, None) for index in range(number)]
 
     def chunks(self, piece: Piece, offset: int) -> list[dict[str, Any]]:
         """The chunks of one token: what it says, if anything, and behind the last one, without words, why it was the
@@ -185,12 +185,12 @@ class Form:
         is_told = self.logprobs and piece.finish_reason != "stop token"
         if piece.text or is_told:
             logprobs = self._logprobs([piece.token], [piece.logprob], [offset]) if is_told else None
-            found.append(self._chunk(index, self._said(piece.text), logprobs, None))
+            found.append(self._chunk(index, self._summary(piece.text), logprobs, None))
         if piece.finish_reason is not None:
-            found.append(self._chunk(index, self._said(""), None, finish(piece.finish_reason)))
+            found.append(self._chunk(index, self._summary(""), None, finish(piece.finish_reason)))
         return found
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _summary(self, text: str) -> dict[str, Any]:
         """What a chunk says."""
         if self.kind == "text":
             return {"text": text}
@@ -226,16 +226,16 @@ class Form:
             for token in tokens:
                 text.add(token)
             logprobs = self._logprobs(tokens, completion.logprobs[: len(tokens)], [0, *text.ends][: len(tokens)])
-        said: dict[str, Any] = {"text": completion.text}
+        summary: dict[str, Any] = {"text": completion.text}
         if self.kind == "chat":
-            said = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+            summary = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
         reason = finish(completion.finish_reason)
-        return {"index": self._index(completion), **said, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index(completion), **summary, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(
-        self, index: int, said: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
+        self, index: int, summary: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
     ) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, **summary, "logprobs": logprobs, "finish_reason": reason}
         frame = self._frame(self._chunk_kind, [choice])
         return {**frame, "usage": None} if self.includes_usage else frame
 

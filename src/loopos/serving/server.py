@@ -141,7 +141,7 @@ def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
         raise UserError(
-            f"--host: given {host}; {error.strerror or error}; wanted an address of this machine"
+            f"--host: got {host}; {error.strerror or error}; expected an address of this machine"
         ) from error
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
@@ -153,7 +153,7 @@ def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
     except OSError as error:
         bound.close()
         raise UserError(
-            f"{host}:{port}: cannot listen there ({error.strerror}); wanted a free port of this machine, such as "
+            f"{host}:{port}: cannot listen there ({error.strerror}); expected a free port of this machine, such as "
             "--port 0 for any"
         ) from error
     return bound

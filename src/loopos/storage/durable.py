@@ -1,6 +1,6 @@
 """Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
 
-A full disk becomes one `DiskFull` line, any other refusal of the file system one `StorageFault` line that names its
+A full disk becomes one `DiskFull` line, any other refusal of the file system one `StorageError` line that names its
 file. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`, `training.events`), folders
 (`whole_folder.py`); nothing here imports torch.
 
@@ -41,13 +41,13 @@ _REMEDIES = {
 _OF_OPEN_FILES = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.EMFILE, *_DISK_FULL_CODES})
 
 
-class StorageFault(UserError):
+class StorageError(UserError):
     """The file system refused to write or to read; what was being written is not there, what was there before is."""
 
     exit_code = 74
 
 
-class DiskFull(StorageFault):
+class DiskFull(StorageError):
     """The disk, or the user's quota of it, is full."""
 
 
@@ -58,9 +58,9 @@ def is_of_files(error: OSError) -> bool:
     return error.filename is not None or error.errno in _OF_OPEN_FILES
 
 
-def told_of(error: OSError, place: str | Path = "a file") -> str:
+def run_summary(error: OSError, source: str | Path = "a file") -> str:
     """An error of the file system in words: the file, or `place` where it names none, and the reason."""
-    path = place if error.filename is None else os.fsdecode(error.filename)
+    path = source if error.filename is None else os.fsdecode(error.filename)
     return f"{path}: {error.strerror or type(error).__name__}"
 
 
@@ -73,9 +73,9 @@ class FileRecord:
 
 
 @contextmanager
-def disk_full_said(folder: Path, needed_bytes: int, what: str, advice: str = RESUME) -> Iterator[None]:
+def explain_disk_full(folder: Path, needed_bytes: int, what: str, advice: str = RESUME) -> Iterator[None]:
     """Turn "no space left" (ENOSPC, EDQUOT) inside the block into a `DiskFull` that gives needed and free bytes, and
-    any other error of the file system into a `StorageFault` that names the file. advice: what to do, with the place
+    any other error of the file system into a `StorageError` that names the file. advice: what to do, with the place
     {remedy} for what must be mended first.
 
     Errors of a network pass through unchanged.
@@ -87,7 +87,7 @@ def disk_full_said(folder: Path, needed_bytes: int, what: str, advice: str = RES
             raise
         if error.errno not in _DISK_FULL_CODES:
             remedy = advice.format(remedy=_REMEDIES.get(error.errno or 0, "mend this"))
-            raise StorageFault(f"{told_of(error, folder)} (while writing {what}); {remedy}") from error
+            raise StorageError(f"{run_summary(error, folder)} (while writing {what}); {remedy}") from error
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         free_bytes = shutil.disk_usage(existing).free
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
@@ -160,10 +160,10 @@ def hash_file(path: Path) -> FileRecord:
         return FileRecord(size=file.tell(), sha256=digest.hexdigest())
 
 
-def fsync_place(place: Path) -> None:
+def fsync_place(path: Path) -> None:
     """Make a file's content durable, or the names inside a folder: a rename survives a power cut only after this."""
-    with names_file(place):
-        descriptor = os.open(place, os.O_RDONLY)
+    with names_file(path):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
-from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.durable import JSON, explain_disk_full
 from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
@@ -53,7 +53,7 @@ class EventLog:
 
     def __init__(self, path: Path, watch: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.path, self._watch = path, watch
-        with self._disk_full_said(0):
+        with self._explain_disk_full(0):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             size = os.fstat(self._descriptor).st_size
@@ -67,7 +67,7 @@ class EventLog:
         event = {"event": kind, "step": step, "metrics": _finite(metrics), "timing": _finite(timing)}
         line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._descriptor).st_size
-        with self._disk_full_said(len(line)):
+        with self._explain_disk_full(len(line)):
             try:
                 written = 0
                 while written < len(line):
@@ -80,7 +80,7 @@ class EventLog:
 
     def offset(self) -> int:
         """Bytes of the log so far, made durable first: what a checkpoint stores for `rewind`. Raises `DiskFull`."""
-        with self._disk_full_said(0):
+        with self._explain_disk_full(0):
             os.fsync(self._descriptor)
         return os.fstat(self._descriptor).st_size
 
@@ -110,7 +110,7 @@ class EventLog:
             raise EventLogError(
                 f"{self.path}: no event ends at byte {offset:,}, where the checkpoint was saved; {RESTORE}"
             )
-        with self._disk_full_said(0):
+        with self._explain_disk_full(0):
             os.ftruncate(self._descriptor, offset)
             os.fsync(self._descriptor)
 
@@ -126,8 +126,8 @@ class EventLog:
     ) -> None:
         self.close()
 
-    def _disk_full_said(self, needed_bytes: int) -> AbstractContextManager[None]:
-        return disk_full_said(self.path, needed_bytes, "an event" if needed_bytes else "the event log")
+    def _explain_disk_full(self, needed_bytes: int) -> AbstractContextManager[None]:
+        return explain_disk_full(self.path, needed_bytes, "an event" if needed_bytes else "the event log")
 
     def _end_of_last_whole_line(self, size: int) -> int:
         end = size
@@ -144,14 +144,14 @@ class TensorBoardAdapter:
     """The numbers among the metrics and timings, as TensorBoard scalars called `kind/name`.
 
     Events without a step and values that are not numbers are left to `events.jsonl`. `resumed_step` hides what an
-    earlier process wrote from that step on. Raises `EnvironmentFault` when the extra `track` is missing.
+    earlier process wrote from that step on. Raises `MissingRequirement` when the extra `track` is missing.
     """
 
     def __init__(self, folder: Path, *, resumed_step: int | None = None) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
-            raise EnvironmentFault(
+            raise MissingRequirement(
                 f"training.tensorboard: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
@@ -174,11 +174,11 @@ def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]
     """Every event in order, of the first `num_bytes` where that is given. A torn last line is left out; a broken line
     elsewhere raises `EventLogError`.
     """
-    place = 0
+    position = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            place += len(line)
-            if not line.endswith(b"\n") or (num_bytes is not None and place > num_bytes):
+            position += len(line)
+            if not line.endswith(b"\n") or (num_bytes is not None and position > num_bytes):
                 return
             try:
                 event = json.loads(line)

@@ -91,11 +91,11 @@ def only_writer(folder: Path, *, note: Callable[[str], None] = lambda line: None
 
     Raises `FolderBusy`, and `UserError` for a folder that cannot be written.
     """
-    place = folder.resolve()
-    held = _held.get(place)
+    path = folder.resolve()
+    held = _held.get(path)
     if held is not None:
         if held.thread != threading.get_ident():
-            raise FolderBusy(folder, _read(place / LOCK))
+            raise FolderBusy(folder, _read(path / LOCK))
         held.depth += 1
         try:
             yield
@@ -112,11 +112,11 @@ def only_writer(folder: Path, *, note: Callable[[str], None] = lambda line: None
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{folder}: cannot be written: {problem.strerror}; choose another folder") from problem
-    _held[place] = held
+    _held[path] = held
     try:
         yield
     finally:
-        _let_go(place, held)
+        _let_go(path, held)
         if not was_there:
             with suppress(OSError):
                 folder.rmdir()
@@ -205,17 +205,17 @@ def _try(descriptor: int, kind: int) -> bool | None:
     return True
 
 
-def _let_go(place: Path, held: _Held) -> None:
-    if _held.get(place) is not held:
+def _let_go(path: Path, held: _Held) -> None:
+    if _held.get(path) is not held:
         # In a forked child, which holds nothing.
         return
     held.stopped.set()
     if held.beats is not None:
         held.beats.join()
-    del _held[place]
+    del _held[path]
     # Removed while it is held: whoever waits for it finds that its file has no name any more, and tries again.
     with suppress(FileNotFoundError):
-        (place / LOCK).unlink()
+        (path / LOCK).unlink()
     os.close(held.descriptor)
 
 

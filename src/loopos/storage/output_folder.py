@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loopos.config.diagnostics import UserError
-from loopos.storage.durable import disk_full_said, require_writable
+from loopos.storage.durable import explain_disk_full, require_writable
 from loopos.storage.whole_folder import whole_folder
 
 REPORT = "report.md"
@@ -20,7 +20,7 @@ NOTHING_WRITTEN = "nothing was written: {remedy}, then run the command again"
 def refuse_taken(out: Path) -> None:
     """Raises `UserError` where something lies already, for nothing is overwritten, and where nothing can be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output: given {out}, which is there already; wanted a new folder")
+        raise UserError(f"--output: got {out}, which is there already; expected a new folder")
     require_writable("data.output_dir", out)
 
 
@@ -29,5 +29,5 @@ def shipped_folder(out: Path, needed_bytes: int, what: str) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends and vanishes when it fails. needed_bytes, what:
     told where the disk is full. Raises `DiskFull`.
     """
-    with disk_full_said(out, needed_bytes, what, NOTHING_WRITTEN), whole_folder(out) as partial:
+    with explain_disk_full(out, needed_bytes, what, NOTHING_WRITTEN), whole_folder(out) as partial:
         yield partial

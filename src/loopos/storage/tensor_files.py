@@ -136,7 +136,7 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, tuple[TensorSpec, int]
             if name == _METADATA:
                 continue
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} is of the format {entry['dtype']}, wanted one of {', '.join(_DTYPES)}")
+                raise ValueError(f"{name} is of the format {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
             spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
             start, end = entry["data_offsets"]
             if any(type(number) is not int or number < 0 for number in (*spec.shape, start, end)):
@@ -259,7 +259,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
             raise UserError(f"{file}: no whole safetensors file: {problem}") from problem
         for name, (spec, start) in places.items():
             if name in found:
-                raise UserError(f"{file}: {name} is in {found[name].file.name} too; wanted each tensor once")
+                raise UserError(f"{file}: {name} is in {found[name].file.name} too; expected each tensor once")
             found[name] = StoredTensor(file, spec, start)
     return found
 

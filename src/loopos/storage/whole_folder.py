@@ -125,12 +125,12 @@ def clear_leftovers(folder: Path) -> list[str]:
     return lines
 
 
-def remove(place: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file, a link, or a folder with all in it."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        place.unlink()
+        path.unlink()
 
 
 def _clear(folder: Path) -> None:

@@ -96,7 +96,7 @@ def load(path: Path) -> Checkpoint:
 
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one rejected and each save that never ended."""
-    said = [
+    summary = [
         f"{entry}: half-written, its save has not ended; not used"
         for entry in _entries(root)
         if (caught := HIDDEN_NAME.fullmatch(entry.name)) and caught[2] == "partial"
@@ -105,12 +105,12 @@ def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             checkpoint = load(folder)
         except CheckpointError as error:
-            said.append(f"{error.problem}; not used")
+            summary.append(f"{error.problem}; not used")
         else:
-            if said:
-                said.append(f"{folder}: the newest whole checkpoint, used")
-            return checkpoint, said
-    return None, said
+            if summary:
+                summary.append(f"{folder}: the newest whole checkpoint, used")
+            return checkpoint, summary
+    return None, summary
 
 
 def best(root: Path) -> Path | None:

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file
 
 from loopos.config.diagnostics import UserError
-from loopos.storage.durable import JSON, StorageFault, disk_full_said, fsync_place, hash_file, write_hashed
+from loopos.storage.durable import JSON, StorageError, explain_disk_full, fsync_place, hash_file, write_hashed
 from loopos.storage.json_files import json_text
 from loopos.storage.tensor_files import num_bytes, safetensors_pieces
 from loopos.storage.whole_folder import hidden, is_another_process, put_in_place, remove
@@ -59,7 +59,7 @@ class CheckpointError(UserError):
 
     def __init__(self, problem: str) -> None:
         self.problem = problem
-        super().__init__(f"{problem}; wanted a whole checkpoint: choose another step of this run")
+        super().__init__(f"{problem}; expected a whole checkpoint: choose another step of this run")
 
 
 def folder_name(step: int) -> str:
@@ -218,7 +218,7 @@ class Save:
         told = self.world.gather(_nonfinite(self.weights))
         _refuse_nonfinite([name for names in told for name in _names(names)], of=len(self.weights))
         if self.world.is_first:
-            with self._disk_full_said():
+            with self._explain_disk_full():
                 self._make_folder()
         self._partial = Path(str(self.world.gather(str(self._partial))[0]))
         if in_background:
@@ -233,14 +233,14 @@ class Save:
         """
         if self._thread is not None:
             self._thread.join()
-        problem = None if self._problem is None else (str(self._problem), isinstance(self._problem, StorageFault))
+        problem = None if self._problem is None else (str(self._problem), isinstance(self._problem, StorageError))
         gathered = self.world.gather((self._records, problem))
         told = [each for each in gathered if isinstance(each, tuple)]
         failed = [theirs for _, theirs in told if theirs is not None]
         if failed:
             self.give_up()
-            said, is_of_storage = failed[0]
-            raise self._problem or (StorageFault(said) if is_of_storage else UserError(said))
+            summary, is_of_storage = failed[0]
+            raise self._problem or (StorageError(summary) if is_of_storage else UserError(summary))
         if self.world.is_first:
             try:
                 self._seal({name: record for written, _ in told for name, record in written.items()})
@@ -253,7 +253,7 @@ class Save:
 
     def _seal(self, records: Records) -> None:
         facts = {"step": self.step, "metric": self.metric, "is_best": self.is_best}
-        with self._disk_full_said():
+        with self._explain_disk_full():
             seal_folder(self._partial, records, self._content, facts)
             put_in_place(self._partial, self._final)
 
@@ -275,18 +275,18 @@ class Save:
         try:
             if not self._partial.is_dir():
                 raise UserError(
-                    f"{self._partial}: not seen by process {self.world.rank}; wanted an output_dir on a file system "
+                    f"{self._partial}: not seen by process {self.world.rank}; expected an output_dir on a file system "
                     "that all hosts of the run share"
                 )
-            with self._disk_full_said():
+            with self._explain_disk_full():
                 for group, members in self.tensors.items():
                     self._records |= write_group(self._partial, group, members, self.rows)
         except (OSError, UserError) as problem:
             # Told by `finish`, where all processes learn of it.
             self._problem = problem
 
-    def _disk_full_said(self) -> Any:
-        return disk_full_said(self.root, self._needed, f"the checkpoint of step {self.step}")
+    def _explain_disk_full(self) -> Any:
+        return explain_disk_full(self.root, self._needed, f"the checkpoint of step {self.step}")
 
 
 def save(
@@ -322,7 +322,7 @@ def sweep(root: Path, *, is_only_writer: bool = False) -> list[str]:
 
     A checkpoint caught between the two renames of its replacement gets its name back.
     """
-    said = []
+    summary = []
     for entry in sorted(root.iterdir()) if root.is_dir() else []:
         caught = HIDDEN_NAME.fullmatch(entry.name)
         if caught is None or (not is_only_writer and is_another_process(int(caught[3]))):
@@ -330,11 +330,11 @@ def sweep(root: Path, *, is_only_writer: bool = False) -> list[str]:
         if caught[2] == "replaced" and not (root / caught[1]).exists():
             os.rename(entry, root / caught[1])
             fsync_place(root)
-            said.append(f"{root / caught[1]}: put back, its replacement was never finished")
+            summary.append(f"{root / caught[1]}: put back, its replacement was never finished")
         else:
             remove(entry)
-            said.append(f"{entry}: removed, left by process {caught[3]} that ended before it was done")
-    return said
+            summary.append(f"{entry}: removed, left by process {caught[3]} that ended before it was done")
+    return summary
 
 
 def _nonfinite(weights: Mapping[str, torch.Tensor]) -> list[str]:

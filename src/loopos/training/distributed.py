@@ -134,7 +134,7 @@ def join_world(device: str, settings: DistributedSection) -> World:
         return World(settings=settings)
     if size % settings.tensor_parallel:
         raise UserError(
-            f"distributed.tensor_parallel: given {settings.tensor_parallel} with {size} processes; wanted a divisor of "
+            f"distributed.tensor_parallel: got {settings.tensor_parallel} with {size} processes; expected a divisor of "
             "their number"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -30,7 +30,7 @@ from typing import Generic, Protocol, TypeVar
 from loopos.config.diagnostics import Interrupted
 from loopos.config.sections import MethodConfig, TrainingSection
 from loopos.data.batches import Cursor
-from loopos.storage.durable import JSON, disk_full_said
+from loopos.storage.durable import JSON, explain_disk_full
 from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
 from loopos.training.callbacks import CALLBACK, CALLBACK_ERROR, Callbacks
@@ -39,8 +39,8 @@ from loopos.training.identity import Identity, of_training
 from loopos.training.progress import RunProgress
 from loopos.training.resuming import beginning, session_facts
 from loopos.training.run_log import RunLog
-from loopos.training.run_state import Carried, Position, RunState
 from loopos.training.run_state import FitResult as FitResult
+from loopos.training.run_state import MethodState, Position, RunState
 from loopos.training.schedules import factor, warmup_steps
 from loopos.training.stopping import EXIT_CODES, StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
@@ -90,7 +90,7 @@ def passes(position: Position, every: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Ending:
+class StopCriteria:
     """`planned_steps`: of the run without `training.max_steps`, and `planned_end` what has ended then: "epochs", or
     "max_iterations". `gives_up`: the method's own reason to end the run, if it has one now. `callbacks`: those of the
     user's program, of which the first rank's decide.
@@ -207,7 +207,7 @@ class Fit(Generic[BatchT]):
         planned_steps: int | None = None,
         planned_end: str = "epochs",
         validation_unit: int = 1,
-        carried: Carried | None = None,
+        method_state: MethodState | None = None,
         gives_up: Callable[[], str | None] = lambda: None,
         callbacks: Callbacks | None = None,
     ) -> None:
@@ -226,7 +226,7 @@ class Fit(Generic[BatchT]):
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
         self.validation_unit = validation_unit
         self.judges = Judges(validation, settings) if validation is not None else None
-        self.ending = Ending(settings, planned, planned_end, self.judges, world, gives_up, self.callbacks)
+        self.ending = StopCriteria(settings, planned, planned_end, self.judges, world, gives_up, self.callbacks)
         self.total_steps = self.ending.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.state = RunState(
@@ -235,7 +235,7 @@ class Fit(Generic[BatchT]):
             update,
             self.judges,
             world,
-            carried,
+            method_state,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
         )
@@ -263,7 +263,7 @@ class Fit(Generic[BatchT]):
         if self.world.is_first:
             for line in begun.lines:
                 self.progress.warn(line)
-            with disk_full_said(self.run_dir, len(str(self.config)), "the run's config"):
+            with explain_disk_full(self.run_dir, len(str(self.config)), "the run's config"):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 self.progress.say(*self.state.clear(found))
                 save_json(self.run_dir / "config.json", self.config)

@@ -93,7 +93,10 @@ class RowCounts(Protocol):
 def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -> dict[str, Trait]:
     """What decides the numbers of a checkpoint and their order, whatever the method."""
     lora = settings.lora if settings.trainable == "lora" else None
-    masters, shapes = update.masters, ("training.trainable", "training.freeze_layers", "training.lora", "model")
+    master_weights, shapes = (
+        update.master_weights,
+        ("training.trainable", "training.freeze_layers", "training.lora", "model"),
+    )
     by_step = ("training.batch_size", "training.gradient_accumulation", "distributed.tensor_parallel")
     return {
         "rows": Trait(batches.num_rows, (), sentence="training rows: were {was}, are {now}"),
@@ -103,7 +106,7 @@ def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -
             sentence="rows of a step (batch_size × gradient_accumulation × processes): were {was}, are {now}",
         ),
         "weights that train": Trait(
-            f"{len(masters.parameters)} tensors of {masters.num_elements:,} numbers",
+            f"{len(master_weights.parameters)} tensors of {master_weights.num_elements:,} numbers",
             shapes,
             sentence="weights that train: were {was}, are {now}",
         ),

@@ -35,7 +35,7 @@ from loopos.data.targets import Targets
 from loopos.data.tokens import Encoded
 from loopos.functional import losses
 from loopos.functional.packing import PackedLayout
-from loopos.functional.preference_loss import bradley_terry_sum, centring_sum, preferred
+from loopos.functional.preference_loss import bradley_terry_sum, center_rewards_sum, preferred
 from loopos.training.distributed import World
 from loopos.training.update import Objective
 
@@ -268,7 +268,7 @@ class PairObjective:
             "pair_accuracy": (preferred(better.mean(-1), worse.mean(-1)) * batch.weights).sum().detach(),
         }
         if self.centring:
-            sums["centring"] = centring_sum(better, worse, weights=each)
+            sums["centring"] = center_rewards_sum(better, worse, weights=each)
         return sums
 
     def idle(self, batch: ComparisonBatch) -> Tensor:

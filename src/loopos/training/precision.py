@@ -1,8 +1,8 @@
 """Device and number format of training: half-precision weights with fp32 masters, or autocast with a loss scale.
 
-Enters: the named parameters of a model. Leaves: what the optimizer trains (`Masters`). Half-precision weights halve
-the memory that each forward and backward reads, while the optimizer and the sum of gradients over micro-batches and
-ranks stay in fp32. Left out: the step itself (`update.py`).
+Enters: the named parameters of a model. Leaves: what the optimizer trains (`MasterWeights`). Half-precision weights
+halve the memory that each forward and backward reads, while the optimizer and the sum of gradients over micro-batches
+and ranks stay in fp32. Left out: the step itself (`update.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
     if not there[name]:
         raise SettingError(
-            "training.device", f"given {name}, but torch {torch.__version__} sees no such device; use auto or cpu"
+            "training.device", f"got {name}, but torch {torch.__version__} sees no such device; use auto or cpu"
         )
     return torch.device(name)
 
@@ -40,7 +40,7 @@ def resolve(precision: str, device: torch.device) -> str:
     if precision == "fp16" and device.type != "cuda":
         raise SettingError(
             "training.precision",
-            f"given fp16, but the device is {device.type}, and only CUDA trains in fp16; use auto, fp32 or bf16",
+            f"got fp16, but the device is {device.type}, and only CUDA trains in fp16; use auto, fp32 or bf16",
         )
     if precision != "auto":
         return precision
@@ -57,7 +57,7 @@ def _has_bf16_instructions() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-class Masters:
+class MasterWeights:
     """fp32 masters of the parameters that train, and the fp32 sum of their gradients.
 
     `parameters` (name → fp32 parameter) is what the optimizer trains. Where a model's parameter is fp32 it is its own

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from loopos.config.diagnostics import UserError, printable
 from loopos.config.figures import figure, once
-from loopos.storage.durable import JSON, disk_full_said, write_whole
+from loopos.storage.durable import JSON, explain_disk_full, write_whole
 from loopos.storage.json_files import json_text
 
 _LINE_EVERY_SECONDS = 10.0
@@ -150,7 +150,7 @@ def write_samples(file: Path, step: int, records: Iterable[Mapping[str, JSON]]) 
     """
     earlier = [line for at, line in _written(file) if at < step]
     lines = [*earlier, *(json_text({"step": step, **told}) for told in records)]
-    with disk_full_said(file, sum(map(len, lines)), "the samples"):
+    with explain_disk_full(file, sum(map(len, lines)), "the samples"):
         write_whole(file, "".join(f"{line}\n" for line in lines).encode())
 
 

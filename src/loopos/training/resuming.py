@@ -46,7 +46,7 @@ def session_facts(batches: RowCounts, validation: Validation | None, update: Upd
         judged = {"judged_by": {"metric": validation.metric, "mode": validation.mode}}
         if validation.own_metrics:
             judged["own_metrics"] = dict(validation.own_metrics)
-    device = next(iter(update.masters.parameters.values())).device
+    device = next(iter(update.master_weights.parameters.values())).device
     return {"num_rows": rows, **judged, **about_machine(device, world.size)}
 
 

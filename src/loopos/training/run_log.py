@@ -99,9 +99,9 @@ class RunLog:
             writer.close()
 
 
-def _byte(path: Path, place: int) -> bytes:
+def _byte(path: Path, index: int) -> bytes:
     with path.open("rb") as file:
-        file.seek(place)
+        file.seek(index)
         return file.read(1)
 
 

@@ -47,7 +47,7 @@ class Position:
     concluded: bool = True
 
 
-class Carried(Protocol):
+class MethodState(Protocol):
     """What a method's run needs besides, to go on exactly: tensors and JSON, equal on every rank."""
 
     def synchronise(self, world: World) -> None:
@@ -70,7 +70,7 @@ class RunState:
     update: Update
     judges: Judges | None
     world: World
-    carried: Carried | None = None
+    method_state: MethodState | None = None
     keep_last: int = 1
     keep_best: bool = True
     position: Position = field(default_factory=Position)
@@ -85,13 +85,13 @@ class RunState:
         """
         self.finish_save()
         gathered = self.world.gather(checkpoint.random_states())
-        if self.carried is not None:
-            self.carried.synchronise(self.world)
+        if self.method_state is not None:
+            self.method_state.synchronise(self.world)
         tensors, rows = self._shares()
         random: dict[str, Any] = {}
         if self.world.is_first:
-            if self.carried is not None:
-                tensors["carried"] = self.carried.tensors()
+            if self.method_state is not None:
+                tensors["carried"] = self.method_state.tensors()
             for rank, states in enumerate(gathered):
                 assert isinstance(states, tuple)
                 tensors[f"random-{rank}"], random[str(rank)] = states
@@ -100,7 +100,7 @@ class RunState:
             self.position.step,
             tensors,
             {**self._as_json(), "random": random, **log_place},
-            self.update.masters.parameters,
+            self.update.master_weights.parameters,
             rows,
             metric=self.judges.best.metric if self.judges is not None else None,
             is_best=is_best,
@@ -116,14 +116,17 @@ class RunState:
 
     def _shares(self) -> tuple[dict[str, Mapping[str, Tensor]], Mapping[str, RowSpan]]:
         """The weights and the optimizer's state as this process is to write them, and which rows of what they are."""
-        masters, optimizer = self.update.masters, self.update.optimizer
-        groups: dict[str, Mapping[str, Tensor]] = {"weights": masters.parameters, "optimizer": optimizer.tensors()}
-        sharding = masters.sharding
+        master_weights, optimizer = self.update.master_weights, self.update.optimizer
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "weights": master_weights.parameters,
+            "optimizer": optimizer.tensors(),
+        }
+        sharding = master_weights.sharding
         if sharding is None:
             return (dict(groups) if self.world.is_first else {}), {}
         if not sharding.is_first_replica:
             return {}, {}
-        rows = {**masters.rows, **optimizer.rows(masters.rows)}
+        rows = {**master_weights.rows, **optimizer.rows(master_weights.rows)}
         named = {slice_name(group, *sharding.file): group for group in groups}
         return {
             file: {name: t for name, t in groups[group].items() if sharding.writes(rows.get(name))}
@@ -157,7 +160,7 @@ class RunState:
             "judges": self.judges.state() if self.judges is not None else None,
             "loss_scale": self.update.loss_scale,
             "steps_since_overflow": self.update.steps_since_overflow,
-            "carried": self.carried.state() if self.carried is not None else None,
+            "carried": self.method_state.state() if self.method_state is not None else None,
         }
 
     def restore(self, found: checkpoint.Checkpoint) -> list[str]:
@@ -170,11 +173,11 @@ class RunState:
         lines = []
         if self.judges is not None and state["judges"] is not None:
             lines = self.judges.load(state["judges"])
-        self.update.masters.load(found.tensors["weights"])
-        self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.masters.rows)
+        self.update.master_weights.load(found.tensors["weights"])
+        self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.master_weights.rows)
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
-        if self.carried is not None:
-            self.carried.load(found.tensors.get("carried", {}), state["carried"])
+        if self.method_state is not None:
+            self.method_state.load(found.tensors.get("carried", {}), state["carried"])
         mine = str(self.world.rank)
         if mine not in state["random"]:
             return [*lines, f"the checkpoint holds no random states for rank {mine}; it starts from the seed"]

@@ -75,7 +75,7 @@ def end_process(message: str) -> NoReturn:
     os._exit(1)
 
 
-class Liveness:
+class Heartbeat:
     """Signs of life of one process among `size`, and the watch over the others: rank 0 watches all, all watch rank 0.
 
     silence: seconds without a sign after which a process is lost.
@@ -122,8 +122,8 @@ class Liveness:
         """
         self._stopped.set()
         told = f"{type(problem).__name__}: " if not isinstance(problem, UserError) else ""
-        said = (str(problem).splitlines() or [""])[0]
-        mine = Verdict(f"rank {self._rank} on {self._host}: {told}{said}", self._rank, self._host)
+        summary = (str(problem).splitlines() or [""])[0]
+        mine = Verdict(f"rank {self._rank} on {self._host}: {told}{summary}", self._rank, self._host)
         standing = self._post(self._store, mine)
         speaks = standing == mine or standing.message.partition(": ")[2] != mine.message.partition(": ")[2]
         holds_store = self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -203,11 +203,11 @@ class Liveness:
             seen, since = self._seen.get(rank, (sign, now))
             self._seen[rank] = (sign, since if sign == seen else now)
             if sign != _LEFT and now - self._seen[rank][1] > most:
-                said = (
+                summary = (
                     f"{self._place(rank)} has shown no sign of life for {now - self._seen[rank][1]:.0f} s: its "
                     "process was killed or stands still, or its host is cut off; the run ends"
                 )
-                return self._post(self._talking, Verdict(said, self._rank, self._host))
+                return self._post(self._talking, Verdict(summary, self._rank, self._host))
         return None
 
     def _signs(self, ranks: list[int]) -> dict[int, bytes]:
@@ -228,11 +228,11 @@ class Liveness:
 
     def _unreachable(self) -> Verdict:
         address = os.environ.get("MASTER_ADDR", "rank 0's host")
-        said = (
+        summary = (
             f"rank {self._rank} on {self._host}: {address}, where the processes of the run meet, has not answered for "
             f"{time.monotonic() - self._answered:.0f} s: it is down, or the network between is cut; the run ends"
         )
-        return Verdict(said, self._rank, self._host)
+        return Verdict(summary, self._rank, self._host)
 
     def _verdict(self, store: Store) -> Verdict | None:
         return Verdict(**json.loads(store.get(_VERDICT))) if store.check([_VERDICT]) else None
@@ -292,15 +292,15 @@ def session(settings: TrainingSection, distributed: DistributedSection) -> Itera
 @contextmanager
 def _watched(world: World, distributed: DistributedSection) -> Iterator[None]:
     """The other processes are watched, and learn how this one ends."""
-    liveness = Liveness(meeting_place(), world.rank, world.size, silence=distributed.silence)
-    liveness.begin()
+    heartbeat = Heartbeat(meeting_place(), world.rank, world.size, silence=distributed.silence)
+    heartbeat.begin()
     try:
         yield
     # Whatever ends this process, Ctrl-C too, the others wait for it until they are told.
     except BaseException as problem:
         if is_broken_collective(problem):
-            liveness.blame(problem)
-        if not liveness.failed(problem):
+            heartbeat.blame(problem)
+        if not heartbeat.failed(problem):
             raise EndedElsewhere(getattr(problem, "exit_code", 1)) from None
         raise
-    liveness.leave()
+    heartbeat.leave()

@@ -12,7 +12,7 @@ A model whose weights, gradients and optimizer are shared out over the processes
 Enters: models that are whole on every process, the section `distributed`. Leaves: the same modules with a share of each
 parameter (rows of it) on every process; the model whole for as long as generation lasts; the model whole on the first
 process at the end. After Zhao et al. 2023 (FSDP), in PyTorch's second form, which shares out each parameter by itself.
-Left out: what the optimizer sees of it (`precision.Masters`), files (`slices.py`).
+Left out: what the optimizer sees of it (`precision.MasterWeights`), files (`slices.py`).
 
 The layers of a model (the members of its outermost `nn.ModuleList`s) are gathered one at a time, when they run; what
 lies outside of them (embeddings, last norm, head) for the whole of a forward and backward pass. Every process must run
@@ -70,13 +70,13 @@ def whole_again(split: list[nn.Module]) -> None:
 def _planned(model: PreTrainedModel, size: int) -> list[tuple[nn.Module, str]]:
     config = model.config.get_text_config()
     plan: dict[str, str] | None = getattr(config, "base_model_tp_plan", None)
-    given = f"distributed.tensor_parallel: given {size} for a model of type {config.model_type}"
+    actual = f"distributed.tensor_parallel: got {size} for a model of type {config.model_type}"
     if not plan:
-        raise UserError(f"{given}, for which transformers has no plan; wanted tensor_parallel 1, and mode shard")
+        raise UserError(f"{actual}, for which transformers has no plan; expected tensor_parallel 1, and mode shard")
     for name in _HEADS:
         number = getattr(config, name, size)
         if number % size:
-            raise UserError(f"{given} with {name} {number}; wanted a divisor of it")
+            raise UserError(f"{actual} with {name} {number}; expected a divisor of it")
     found = []
     for name, module in model.named_modules():
         style = plan.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
@@ -86,7 +86,7 @@ def _planned(model: PreTrainedModel, size: int) -> list[tuple[nn.Module, str]]:
         if style in ("colwise", "rowwise"):
             width = getattr(module, "out_features" if style == "colwise" else "in_features", size)
             if width % size:
-                raise UserError(f"{given}, one of whose layers is {width} wide; wanted a divisor of it")
+                raise UserError(f"{actual}, one of whose layers is {width} wide; expected a divisor of it")
     return found
 
 
@@ -144,7 +144,7 @@ class Sharding:
         if among % self.size:
             groups = "processes" if self.parts == 1 else f"groups of {self.parts} processes"
             raise UserError(
-                f"distributed.shard_size: given {self.size} with {among} {groups}; wanted a divisor of their number"
+                f"distributed.shard_size: got {self.size} with {among} {groups}; expected a divisor of their number"
             )
         self.replicas, self.rank = among // self.size, share % self.size
         self.is_first_replica = share < self.size
@@ -208,7 +208,7 @@ class Sharding:
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """How, in words."""
         copies = "one copy" if self.replicas == 1 else f"{self.replicas} copies"
         groups = "processes" if self.parts == 1 else f"groups of {self.parts} processes that split its layers"
@@ -311,17 +311,17 @@ def sharding_for(world: World, device: torch.device, *, needed: int, optimizer: 
         return _in_copies(world, device)
     if settings.mode == "shard":
         sharding = Sharding(settings, world, device)
-        return sharding, sharding.said()
+        return sharding, sharding.summary()
     # The same on every process, whatever each host has.
     memory = min(size for size in world.gather(_memory(device)) if isinstance(size, int))
     told = f"{needed / _GIB:.3g} GiB of weights, gradients and optimizer, {memory / _GIB:.3g} GiB of memory a process"
     if needed / settings.tensor_parallel <= memory / 2:
-        copies, said = _in_copies(world, device)
-        return copies, f"{said} ({told})"
+        copies, summary = _in_copies(world, device)
+        return copies, f"{summary} ({told})"
     if optimizer in WHOLE_MATRICES:
         return None, f"a copy on each of {world.size} processes, which {optimizer} needs ({told})"
     sharding = Sharding(settings, world, device)
-    return sharding, f"{sharding.said()} ({told})"
+    return sharding, f"{sharding.summary()} ({told})"
 
 
 def _in_copies(world: World, device: torch.device) -> tuple[Sharding | None, str]:
@@ -329,7 +329,7 @@ def _in_copies(world: World, device: torch.device) -> tuple[Sharding | None, str
     if world.settings.tensor_parallel == 1:
         return None, f"a copy on each of {world.size} processes"
     sharding = Sharding(world.settings, world, device, shares=False)
-    return sharding, sharding.said()
+    return sharding, sharding.summary()
 
 
 def _memory(device: torch.device) -> int:

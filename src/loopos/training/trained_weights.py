@@ -1,7 +1,7 @@
 """The zeros of a pruned model, which training keeps.
 
 Enters: a model as it was loaded. Leaves: masks of its weights, True = zero, and to stay so. They follow from the
-weights that a run begins with, so a resumed run finds the same. Left out: applying them (`precision.Masters`).
+weights that a run begins with, so a resumed run finds the same. Left out: applying them (`precision.MasterWeights`).
 
 Which of a model's weights train, now and later, in what format and on which device.
 
@@ -30,7 +30,7 @@ from loopos.storage.events import EventLog
 from loopos.training import checkpoint
 from loopos.training.callbacks import Callbacks
 from loopos.training.distributed import World
-from loopos.training.precision import Masters
+from loopos.training.precision import MasterWeights
 from loopos.training.progress import RunProgress
 from loopos.training.random_states import seed_everything
 from loopos.training.run_state import FitResult
@@ -91,15 +91,15 @@ class TrainedWeights:
         self._needed = _bytes_of(model, self._trained) + sum(_bytes_of(each, 0) for each in frozen)
         self._sharding, self._shared = sharding_for(world, device, needed=self._needed, optimizer=settings.optimizer)
         self._put(frozen, half_under, half)
-        self.masters = Masters(
+        self.master_weights = MasterWeights(
             dict(model.named_parameters()),
             may_train=self.now | self.later,
             half=lambda name: half if name.startswith(half_under) else None,
             sharding=self._sharding,
         )
-        self.masters.keep_zeros(zeros)
+        self.master_weights.keep_zeros(zeros)
         self._zeros = sum(int(mask.sum()) for mask in zeros.values()) if settings.keep_zeros else None
-        self.masters.set_training(self.now)
+        self.master_weights.set_training(self.now)
         share, _ = world.share
         if share > 0:
             # The model is the same on all; what it draws from here on, such as dropout, is not.
@@ -117,9 +117,9 @@ class TrainedWeights:
 
     def unfreeze(self) -> None:
         """From now on what was held back trains too."""
-        self.masters.set_training(self.now | self.later)
+        self.master_weights.set_training(self.now | self.later)
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What trains, in words."""
         kept = f", {self._zeros:,} zeros stay zero" if self._zeros is not None else ""
         shared = f"; {self._shared}" if self._shared else ""
@@ -145,7 +145,7 @@ class TrainedWeights:
         if name is None:
             return None
         found = checkpoint.load(root / str(name))
-        self.masters.load(found.tensors["weights"])
+        self.master_weights.load(found.tensors["weights"])
         return found.step
 
     def gather(self) -> bool:

@@ -23,7 +23,7 @@ from loopos.config.sections import TrainingSection
 from loopos.functional.reductions import weighted_mean
 from loopos.training.distributed import World
 from loopos.training.optimizers import OptimizerSet, OptimizerSettings
-from loopos.training.precision import Masters
+from loopos.training.precision import MasterWeights
 
 BatchT = TypeVar("BatchT", contravariant=True)
 
@@ -73,7 +73,7 @@ class Update:
 
     def __init__(
         self,
-        masters: Masters,
+        master_weights: MasterWeights,
         optimizer: OptimizerSet,
         *,
         max_gradient_norm: float | None,
@@ -84,7 +84,7 @@ class Update:
         """autocast: device type and format, for fp16 with fp32 weights; None where the weights have the format
         themselves.
         """
-        self.masters, self.optimizer, self.world = masters, optimizer, world
+        self.master_weights, self.optimizer, self.world = master_weights, optimizer, world
         self.max_gradient_norm, self.on_nonfinite = max_gradient_norm, on_nonfinite
         self._autocast = autocast
         self.loss_scale = 2.0**16 if autocast is not None and autocast[1] == torch.float16 else 1.0
@@ -107,7 +107,7 @@ class Update:
         Raises `NonFiniteStep` when a loss or gradient is not finite and `on_nonfinite` is "stop".
         """
         counts = self._counts(batches, objective)
-        self.masters.begin()
+        self.master_weights.begin()
         sums = dict.fromkeys(counts, 0.0)
         for batch in batches:
             with self._format():
@@ -117,8 +117,8 @@ class Update:
             for name, part in parts.items():
                 sums[name] += float(part.detach())
         self._run_along(len(batches), objective, idle)
-        self.masters.finish()
-        gradients = [parameter.grad for parameter in self.masters.trained() if parameter.grad is not None]
+        self.master_weights.finish()
+        gradients = [parameter.grad for parameter in self.master_weights.trained() if parameter.grad is not None]
         summed = self.world.sum_floats(sums)
         losses = {name: total / counts[name] if counts[name] else 0.0 for name, total in summed.items()}
         norm = self._norm(gradients) / self.loss_scale
@@ -130,7 +130,7 @@ class Update:
 
     def _run_along(self, done: int, objective: Objective[BatchT], idle: Callable[[], BatchT] | None) -> None:
         """Where the ranks share a model, each must run as many passes as the one with the most."""
-        if self.masters.sharding is None:
+        if self.master_weights.sharding is None:
             return
         assert idle is not None, "a shared model, and nothing to run along with"
         for _ in range(done, self.world.most(done)):
@@ -140,10 +140,10 @@ class Update:
 
     def _norm(self, gradients: Sequence[Tensor]) -> float:
         """The L2 norm of all gradients, summed over the ranks."""
-        if self.masters.sharding is None:
+        if self.master_weights.sharding is None:
             self.world.sum_tensors(gradients)
             return float(torch.nn.utils.get_total_norm(gradients))
-        return math.sqrt(self.world.sum_all({"squares": self.masters.squares()})["squares"])
+        return math.sqrt(self.world.sum_all({"squares": self.master_weights.squares()})["squares"])
 
     def _counts(self, batches: Sequence[BatchT], objective: Objective[BatchT]) -> dict[str, float]:
         names = dict.fromkeys(objective.weights, 0.0)
@@ -170,7 +170,7 @@ class Update:
             torch._foreach_mul_(list(gradients), scale)
         self.optimizer.set_factor(factor)
         self.optimizer.step()
-        self.masters.write_back()
+        self.master_weights.write_back()
         if self._scales:
             self.steps_since_overflow += 1
             if self.steps_since_overflow % 2000 == 0:
@@ -180,7 +180,7 @@ class Update:
 
 def build_update(
     model: nn.Module,
-    masters: Masters,
+    master_weights: MasterWeights,
     settings: TrainingSection,
     precision: str,
     world: World,
@@ -190,10 +190,10 @@ def build_update(
     """The update that a config's `training` section asks for. head: names with the head's learning rate."""
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     # Shares may rest in the host's memory, away from where the model runs.
-    device = masters.sharding.device if masters.sharding is not None else next(model.parameters()).device
+    device = master_weights.sharding.device if master_weights.sharding is not None else next(model.parameters()).device
     return Update(
-        masters,
-        OptimizerSet(OptimizerSettings.of(settings), masters.parameters, head=head, embeddings=embeddings),
+        master_weights,
+        OptimizerSet(OptimizerSettings.of(settings), master_weights.parameters, head=head, embeddings=embeddings),
         max_gradient_norm=settings.max_grad_norm,
         on_nonfinite=settings.on_nonfinite,
         world=world,

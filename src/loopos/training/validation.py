@@ -122,6 +122,6 @@ class Judges:
 
 def best_of(metrics: Sequence[float | None], mode: Literal["min", "max"]) -> int:
     """The place of the best of several runs' metrics, the earliest of equals; the last where none is known."""
-    known = [place for place, metric in enumerate(metrics) if metric is not None]
+    known = [index for index, metric in enumerate(metrics) if metric is not None]
     sign = 1 if mode == "max" else -1
-    return max(known, key=lambda place: (sign * (metrics[place] or 0.0), -place), default=len(metrics) - 1)
+    return max(known, key=lambda index: (sign * (metrics[index] or 0.0), -index), default=len(metrics) - 1)

@@ -12,7 +12,7 @@ the blocks that oneDNN multiplies by, instead of being reordered anew in every p
 kind in fewer kernels. Afterwards the weights are bit for bit what and where they were. A weight's memory is given back
 as it is moved, so that there is one copy at any time; only an output layer that is tied to the embedding, whose rows
 are still looked up, is copied for as long. Weights in codes are written out beside their codes, and forgotten
-afterwards. Left out: when it pays, and whether the logits stay the same (`road.py`).
+afterwards. Left out: when it pays, and whether the logits stay the same (`decode_path.py`).
 Letters: K input features, N output features.
 """
 

@@ -99,12 +99,12 @@ def divided(network: Network, tensor_parallel: int) -> estimate.Parameters:
         return parameters
     if units.split == 0:
         raise UserError(
-            f"tensor_parallel {tensor_parallel}: transformers carries no plan for {network.model.name}; wanted 1, or "
+            f"tensor_parallel {tensor_parallel}: transformers carries no plan for {network.model.name}; expected 1, or "
             "mode shard"
         )
     if shape.heads % tensor_parallel:
         raise UserError(
-            f"tensor_parallel {tensor_parallel}: {network.model.name} has {shape.heads} attention heads; wanted a "
+            f"tensor_parallel {tensor_parallel}: {network.model.name} has {shape.heads} attention heads; expected a "
             "divisor"
         )
     # Frozen roles share the model's shapes, not what of it trains.

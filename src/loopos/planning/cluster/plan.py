@@ -115,7 +115,7 @@ def setting_of(load: Load, asked: Asked, cluster: Cluster) -> Setting:
     shared = replace(plain, shard_size=shard_size, cpu_offload=asked.cpu_offload)
     if asked.mode == "replicate":
         if asked.shard_size not in (None, 1):
-            raise UserError(f"shard_size {asked.shard_size}: the mode is replicate; wanted mode shard")
+            raise UserError(f"shard_size {asked.shard_size}: the mode is replicate; expected mode shard")
         chosen = replace(plain, cpu_offload=asked.cpu_offload)
     elif asked.mode == "shard":
         chosen = shared
@@ -126,7 +126,7 @@ def setting_of(load: Load, asked: Asked, cluster: Cluster) -> Setting:
     if chosen.mode == "shard" and load.training.optimizer in WHOLE_MATRICES:
         raise UserError(
             f"training.optimizer: {load.training.optimizer} with mode shard; its rule needs whole matrices, of which a "
-            "GPU holds some rows: wanted sgd, adam or adamw, or mode replicate"
+            "GPU holds some rows: expected sgd, adam or adamw, or mode replicate"
         )
     chosen.check(cluster)
     return chosen
@@ -166,14 +166,14 @@ def _lines(plan: PhasePlan) -> dict[str, str]:
     load, setting, cluster = plan.load, plan.setting, plan.cluster
     networks = load.networks
     total, trained = (sum(getattr(each.parameters, name) for each in networks) for name in ("total", "trained"))
-    roles = [f"{each.role}: {each.said}, {each.parameters.total:,}" for each in networks]
+    roles = [f"{each.role}: {each.summary}, {each.parameters.total:,}" for each in networks]
     found = {
         "cluster": _cluster(cluster),
         "model": f"{networks[0].model.name}, {total:,} parameters, {trained:,} train",
         "roles": _INDENT.join(roles) if len(roles) > 1 else "",
         "forward": f"{load.rows} rows of {load.row_tokens:,} tokens, {load.tokens:,} in all; "
         f"{load.accumulation} an optimizer step",
-        "setting": setting.said(cluster),
+        "setting": setting.summary(cluster),
         "memory": _memory(plan),
         "traffic": _traffic(plan.step, cluster, "an optimizer step"),
         "rollouts": _traffic(plan.iteration, cluster, f"an iteration of {load.steps} steps, beside them")

@@ -41,10 +41,10 @@ class Cluster:
     def of(cls, *, gpus: int, memory: str, gpus_a_node: int, inside: str, between: str) -> Cluster:
         """A cluster of options. Raises `UserError`."""
         if gpus < 1 or gpus_a_node < 1:
-            raise UserError(f"--gpus {gpus}, --gpus-a-node {gpus_a_node}: wanted 1 or more of each")
+            raise UserError(f"--gpus {gpus}, --gpus-a-node {gpus_a_node}: expected 1 or more of each")
         if gpus > gpus_a_node and gpus % gpus_a_node:
             raise UserError(
-                f"--gpus {gpus}: not whole nodes of {gpus_a_node} GPUs; wanted a multiple, or another --gpus-a-node"
+                f"--gpus {gpus}: not whole nodes of {gpus_a_node} GPUs; expected a multiple, or another --gpus-a-node"
             )
         return cls(
             gpus,
@@ -73,15 +73,15 @@ class Cluster:
         return sent * max(1 / self.inside, (self.gpus_a_node // members) / self.between)
 
 
-def _amount(option: str, given: str, units: tuple[str, ...], *, example: str) -> float:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)(b|bit)(?:/s)?\s*", given.lower())
+def _amount(option: str, actual: str, units: tuple[str, ...], *, example: str) -> float:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)(b|bit)(?:/s)?\s*", actual.lower())
     if found is None or found[3] not in units or float(found[1]) == 0:
-        raise UserError(f"{option}: got {given!r}; give a unit, for example {example}")
+        raise UserError(f"{option}: got {actual!r}; give a unit, for example {example}")
     return float(found[1]) * _BYTES[found[2]] / (8 if found[3] == "bit" else 1)
 
 
-def _rate(option: str, given: str) -> float:
-    return _amount(option, given, ("b", "bit"), example="400Gbit or 50GB")
+def _rate(option: str, actual: str) -> float:
+    return _amount(option, actual, ("b", "bit"), example="400Gbit or 50GB")
 
 
 Mode = Literal["replicate", "shard"]
@@ -123,17 +123,17 @@ class Setting:
         """Raises `UserError` where the cluster cannot be divided so."""
         if cluster.gpus % self.tensor_parallel or self.tensor_parallel > cluster.gpus_a_node:
             raise UserError(
-                f"tensor_parallel {self.tensor_parallel}: {cluster.gpus} GPUs, {cluster.gpus_a_node} a node; wanted a "
-                "divisor of the GPUs that is not more than a node has"
+                f"tensor_parallel {self.tensor_parallel}: {cluster.gpus} GPUs, {cluster.gpus_a_node} a node; "
+                "expected a divisor of the GPUs that is not more than a node has"
             )
         if self.copies(cluster) % self.shard_size:
             raise UserError(
-                f"shard_size {self.shard_size}: {self.copies(cluster)} copies to share among; wanted a divisor"
+                f"shard_size {self.shard_size}: {self.copies(cluster)} copies to share among; expected a divisor"
             )
         if self.cpu_offload and self.mode == "replicate":
-            raise UserError("cpu_offload: the mode is replicate; wanted mode shard, which alone moves weights out")
+            raise UserError("cpu_offload: the mode is replicate; expected mode shard, which alone moves weights out")
 
-    def said(self, cluster: Cluster) -> str:
+    def summary(self, cluster: Cluster) -> str:
         """In words."""
         shared = f"weights shared by {self.shard_size}" if self.mode == "shard" else "a copy of the weights a GPU"
         if self.mode == "shard" and self.shard_size < self.copies(cluster):

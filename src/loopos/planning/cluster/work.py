@@ -36,12 +36,12 @@ _RESPONSES = 2
 
 @dataclass(frozen=True)
 class Network:
-    """A role. `parameters`: those that it alone has; `model`: what its passes go through, whole; `said`: what it is."""
+    """A role. `parameters`: those that only it has; `model`: what its passes go through; `summary`: what it is."""
 
     role: str
     parameters: estimate.Parameters
     model: Model
-    said: str
+    summary: str
 
     @property
     def has_own_pass(self) -> bool:
@@ -109,8 +109,10 @@ def loads_of(config: Any, *, tokens: int | None, trust_remote_code: bool) -> lis
 
 def _architecture(config: Any, trust_remote_code: bool) -> PreTrainedConfig:
     sizes = Sizes.of(config.model, max_length=config.training.max_length)
-    given = getattr(config.data, "pretrained_weights", None)
-    return new_config(sizes) if given is None else load_config(given, sizes=sizes, trust_remote_code=trust_remote_code)
+    actual = getattr(config.data, "pretrained_weights", None)
+    return (
+        new_config(sizes) if actual is None else load_config(actual, sizes=sizes, trust_remote_code=trust_remote_code)
+    )
 
 
 def _offline_load(config: Any, described: PreTrainedConfig, tokens: int | None, trust_remote_code: bool) -> Load:
@@ -155,7 +157,7 @@ def _policy_load(
         **dict(zip((name for name in shapes.roles if name.startswith("reward model")), shapes.rewards, strict=True)),
     }
     networks = [
-        Network(name, _own(role.parameters, role.trained, through[name].parameters), through[name], role.said)
+        Network(name, _own(role.parameters, role.trained, through[name].parameters), through[name], role.summary)
         for name, role in shapes.roles.items()
     ]
     passes = training.minibatches * training.gradient_accumulation
@@ -189,7 +191,7 @@ def longest_row(training: TrainingSection, described: PreTrainedConfig) -> int:
     positions = getattr(described.get_text_config(), "max_position_embeddings", None)
     found = [limit for limit in (training.max_length, positions) if limit is not None]
     if not found:
-        raise UserError("training.max_length: nothing bounds a sequence; wanted a number of tokens, or --tokens")
+        raise UserError("training.max_length: nothing bounds a sequence; expected a number of tokens, or --tokens")
     return int(min(found))
 
 

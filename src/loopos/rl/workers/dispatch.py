@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.generation.completions import Completion
 from loopos.rl.workers.protocol import Answered, Event, Joined, Order, Request, Transport
 
@@ -117,7 +117,7 @@ class Dispatcher:
 
     def finished(self, number: int, *, seconds: float) -> list[Completion] | None:
         """The request's completions in the order of `Engine.generate`; None where it takes longer than that. Its
-        prompts go before those of other requests. Raises `EnvironmentFault` when no worker is left.
+        prompts go before those of other requests. Raises `MissingRequirement` when no worker is left.
         """
         batch, end = self._batches[number], self._clock() + seconds
         while not batch.is_whole:
@@ -195,8 +195,8 @@ class Dispatcher:
                 number = self._put_back(held.order)
                 self._say(f"rollout worker {worker} is late ({silent:.0f} s): {number} prompts are given to others too")
         if not self._idle and not self._held and now - self._nobody_since > self._timeout:
-            raise EnvironmentFault(
-                f"no rollout worker has started within {self._timeout:.0f} s: wanted room for {len(self._starting)} "
+            raise MissingRequirement(
+                f"no rollout worker has started within {self._timeout:.0f} s: expected room for {len(self._starting)} "
                 "with rollout.cpus_per_worker cores and rollout.gpus_per_worker GPUs each, or a longer rollout.timeout"
             )
 
@@ -219,7 +219,7 @@ class Dispatcher:
             return
         left = len(self._idle) + len(self._held) + len(self._starting)
         if left == 0:
-            raise EnvironmentFault(
+            raise MissingRequirement(
                 f"all rollout workers are lost, and rollout.restarts used up; the last: worker {worker} ({why}); what "
                 "was trained up to the newest checkpoint is safe: the same command with --resume goes on"
             )

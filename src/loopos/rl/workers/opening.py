@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedModel
 
-from loopos.config.diagnostics import EnvironmentFault
+from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.ppo import PpoConfig
 from loopos.config.rl import RolloutEngineSection
@@ -66,18 +66,18 @@ class TrainedPolicy:
 
 
 def check_installed(section: RolloutEngineSection) -> None:
-    """Raises `EnvironmentFault` where what the engine needs on this host is missing; vLLM is the workers' own need."""
+    """Raises `MissingRequirement` where this host lacks what the engine needs; vLLM is needed by the workers."""
     if section.is_remote and find_spec("ray") is None:
-        raise EnvironmentFault(
+        raise MissingRequirement(
             f'rollout.engine: "{section.engine}" needs Ray, which is not installed; take "local", or run\n'
             f"  {install_command('cluster')}"
         )
     if section.engine == "vllm" and section.address is None:
         # On a cluster the workers' hosts have both, not this one.
         if find_spec("vllm") is None:
-            raise EnvironmentFault('rollout.engine: given "vllm", which is not installed; wanted: pip install vllm')
+            raise MissingRequirement('rollout.engine: got "vllm", which is not installed; expected: pip install vllm')
         if not torch.cuda.is_available():
-            raise EnvironmentFault('rollout.engine: given "vllm", but there is no CUDA device; wanted one, or "ray"')
+            raise MissingRequirement('rollout.engine: got "vllm", but there is no CUDA device; expected one, or "ray"')
 
 
 def open_rollouts(
@@ -90,7 +90,7 @@ def open_rollouts(
     trust_remote_code: bool,
 ) -> LocalRollouts | RemoteRollouts:
     """What writes. pretrained: whose model is the policy by now. The first process starts the workers, and the others
-    hear from it. Raises `EnvironmentFault`.
+    hear from it. Raises `MissingRequirement`.
     """
     section, causal, tokenizer = config.rollout, pretrained.model, pretrained.tokenizer
     if not section.is_remote:
@@ -134,5 +134,5 @@ def recipe_of(config: PpoConfig, pretrained: Pretrained, *, trust_remote_code: b
     )
 
 
-def _in_full(place: str) -> str:
-    return os.path.abspath(place) if os.path.exists(place) else place
+def _in_full(source: str) -> str:
+    return os.path.abspath(source) if os.path.exists(source) else source

@@ -53,7 +53,7 @@ class RolloutEngine(Protocol):
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """What writes, in words."""
         ...
 
@@ -80,8 +80,8 @@ class LocalRollouts:
         self.tokenizer, self._engine, self._share = engine.tokenizer, engine, share
 
     @property
-    def said(self) -> str:
-        return self._engine.said
+    def summary(self) -> str:
+        return self._engine.summary
 
     def write(self, request: Request, *, iteration: int | None = None) -> Written:
         rank, ranks = self._share

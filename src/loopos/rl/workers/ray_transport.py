@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.rl import RolloutEngineSection
 from loopos.generation.completions import Completion
 from loopos.rl.workers.protocol import Answered, Event, Joined, Lost, Order
@@ -47,14 +47,14 @@ class _Started:
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
         if kind is Exception:
-            raise EnvironmentFault(
+            raise MissingRequirement(
                 f"Ray does not start on this machine: {problem} Wanted a machine with cores to spare"
             ) from problem
 
 
 class RayTransport:
     """Starts Ray on this machine, reachable from it alone and without its dashboard and its statistics, or joins a
-    cluster, whose hosts must have LoopOS and the model's place. Raises `EnvironmentFault`.
+    cluster, whose hosts must have LoopOS and the model's place. Raises `MissingRequirement`.
 
     An actor that the cluster has no room for yet starts when there is.
     """
@@ -69,7 +69,7 @@ class RayTransport:
             try:
                 ray.init(address=section.address, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as problem:
-                raise EnvironmentFault(
+                raise MissingRequirement(
                     f"rollout.address: no Ray cluster at {section.address} can be joined: {problem}"
                 ) from problem
         else:

@@ -94,21 +94,21 @@ class RemoteRollouts:
         dispatcher: Dispatcher | None,
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
-        said: str,
+        summary: str,
         *,
         max_staleness: int,
         share: tuple[int, int] = (0, 1),
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
         """dispatcher: None on all processes but the first. share, gather: as `evaluation.rollout.Collector`'s."""
-        self.tokenizer, self.said = tokenizer, said
+        self.tokenizer, self.summary = tokenizer, summary
         self._dispatcher, self._policy, self._max_staleness = dispatcher, policy, max_staleness
         self._share, self._gather = share, gather
         self._ahead: dict[int, _Begun] = {}
         self._waited = 0.0
 
     def write(self, request: Request, *, iteration: int | None = None) -> Written:
-        """As `RolloutEngine`. Raises `EnvironmentFault` when no worker is left."""
+        """As `RolloutEngine`. Raises `MissingRequirement` when no worker is left."""
         began = time.monotonic()
         if iteration is None:
             begun, staleness = self._begin(request, by=0), 0

@@ -21,7 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loopos.config.diagnostics import EnvironmentFault, UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.sections import LoraSection
 from loopos.generation.completions import Completion, FinishReason
 from loopos.generation.engine import Engine
@@ -113,8 +113,8 @@ class EngineWriter:
         if recipe.lora is not None:
             if pretrained.fingerprint != recipe.fingerprint:
                 raise UserError(
-                    f"a rollout worker finds other weights under {recipe.pretrained_weights} than the run: wanted the "
-                    "same ones on every host"
+                    f"a rollout worker finds other weights under {recipe.pretrained_weights} than the run: expected "
+                    "the same ones on every host"
                 )
             causal.requires_grad_(False)
             add_lora(headless(causal), recipe.lora, seed=0)
@@ -145,15 +145,15 @@ class TakesWeights:
 
 
 class VllmWriter:
-    """One `vllm.LLM`. Raises `EnvironmentFault` without vLLM or without CUDA."""
+    """One `vllm.LLM`. Raises `MissingRequirement` without vLLM or without CUDA."""
 
     def __init__(self, recipe: WorkerRecipe) -> None:
         if not torch.cuda.is_available():
-            raise EnvironmentFault('rollout.engine: given "vllm" on a worker without CUDA; wanted a GPU, or "ray"')
+            raise MissingRequirement('rollout.engine: got "vllm" on a worker without CUDA; expected a GPU, or "ray"')
         try:
             from vllm import LLM
         except ImportError as problem:
-            raise EnvironmentFault(f"rollout.engine: vLLM cannot be imported on a worker: {problem}") from problem
+            raise MissingRequirement(f"rollout.engine: vLLM cannot be imported on a worker: {problem}") from problem
         self._model = LLM(
             model=recipe.pretrained_weights,
             tokenizer=recipe.tokenizer or recipe.pretrained_weights,
