@@ -215,7 +215,7 @@ class WeightTransform(Generic[Given, Told]):
     reads: the file of calibration text; None where none is read. precision: the format in which what is no code is kept
     and both models run; the model's own when None. share: bytes of a changed model, at most, by those before. what: the
     name of the changed model, such as "the pruned model"; expected: what kind of model would do where this one does not
-    open as it was written. report: writes report.md into a folder. device: "cpu", "cuda" or "mps", found out by the caller.
+    open as it was written. report: writes report.md into a folder. device: "cpu", "cuda" or "mps".
     """
 
     recipe: Given

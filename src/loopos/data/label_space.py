@@ -2,7 +2,7 @@
 
 Enters: a label, and the `LabelSpace` of its data set (made by `labels.infer_task`). Leaves: a class number, a multi-hot
 list or a value; and back, the label in the user's terms. A space's fields are plain, so that a model's config can keep
-it (`dataclasses.asdict`, `LabelSpace(**fields)` with tuples). Numbers in strings, as every CSV has them, count as
+it (`dataclasses.asdict`, and back by `label_space_of`). Numbers in strings, as every CSV has them, count as
 numbers. Left out: standardising regression targets (`models.heads`).
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.record import shown
@@ -103,6 +103,12 @@ class LabelSpace:
         else:
             hint = f"did you mean {shown(near[0])}?" if near else ""
         raise label_error(row, column, label, f"one of the {len(self.keys)} classes {listed}", hint)
+
+
+def label_space_of(fields: Mapping[str, Any]) -> LabelSpace:
+    """The space of a model's config. Models of version 0.1 keep the summary under the name "said"."""
+    known = {("summary" if name == "said" else name): value for name, value in fields.items()}
+    return LabelSpace(**{**known, "class_names": tuple(known["class_names"]), "keys": tuple(known["keys"])})
 
 
 def kind_of(label: object) -> Kind | None:

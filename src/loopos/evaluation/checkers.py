@@ -75,8 +75,8 @@ def _math_verify() -> Checker:
         return found
 
     def check(answer: str, expected: str, row: Mapping[str, object]) -> float:
-        expected, got = parsed(expected), parsed(answer)
-        is_equal = bool(expected and got) and package.verify(expected, got)
+        reference, got = parsed(expected), parsed(answer)
+        is_equal = bool(reference and got) and package.verify(reference, got)
         return float(is_equal or exact(answer, expected))
 
     return check

@@ -122,7 +122,7 @@ class Predictor:
 def space_of(description: Mapping[str, Any]) -> LabelSpace:
     """The label space that a model's description tells."""
     space = description["label_space"]
-    return LabelSpace(**{**space, "class_names": tuple(space["class_names"]), "keys": tuple(space["keys"])})
+    return label_space_of(space)
 
 
 def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labelled]:
