@@ -76,7 +76,7 @@ def test_temperature_and_commands_that_are_none(chat: Any, greedy: Reference) ->
         "/temp hot", "/temp -1", "/nothing", "/save", "/save x.txt", "/temp 0", "my card", words=("--device", "cpu")
     )
     assert result.stdout.startswith(greedy([turn("user", "my card")], 8))
-    for summary in ("/temp: given hot", "temperature: got -1", "/nothing: no such command", "/save: no file"):
+    for summary in ("/temp: got hot", "temperature: got -1", "/nothing: no such command", "/save: no file"):
         assert summary in result.stderr
 
 

@@ -165,13 +165,13 @@ def test_rings_share_the_network_cards_of_a_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("80GiB", 80 * 2**30), ("24 GB", 24e9), ("512MiB", 2**29), ("1.5tb", 1.5e12)]
+    ("actual", "expected"), [("80GiB", 80 * 2**30), ("24 GB", 24e9), ("512MiB", 2**29), ("1.5tb", 1.5e12)]
 )
 def test_amounts_of_memory(actual: str, expected: float) -> None:
     assert cluster(memory=actual).memory == expected
 
 
-@pytest.mark.parametrize("given", ["80", "GiB", "80Gbit", "-1GB", "0GB", "80 gallons"])
+@pytest.mark.parametrize("actual", ["80", "GiB", "80Gbit", "-1GB", "0GB", "80 gallons"])
 def test_amounts_that_are_none(actual: str) -> None:
     with pytest.raises(UserError, match=r"--memory: got .*; give a unit, for example 80GiB"):
         cluster(memory=actual)

@@ -75,7 +75,7 @@ def test_preview_of_tools_that_the_template_does_not_write(pico_folder: Path, tm
     )
     result = invoke("data", "preview", path, "--rows", 1)
     assert result.exit_code == 2
-    assert "rows.jsonl:1: messages: given the chat template does not write the row's tools" in result.stderr
+    assert "rows.jsonl:1: messages: got the chat template does not write the row's tools" in result.stderr
     assert 'data.columns: {"tools": null}' in result.stderr
     assert invoke("data", "preview", path, 'data.columns={"tools": null}').exit_code == 0
 

@@ -119,12 +119,12 @@ def test_in_words(language_run: Path, problems: Path, invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "summary"),
     [
         (("--samples", 4), "--samples 4 at --temperature 0"),
         (("--pass-k", 2), "--pass-k: got 2; expected 1 to the number of chains"),
         (("--metric", "loss", "--strategy", "self_consistency:2", "--temperature", 1), "without --metric accuracy"),
-        (("--checker", "nobody"), "checker: given nobody"),
+        (("--checker", "nobody"), "checker: got nobody"),
         (("--limit", 0), "--limit: got 0"),
     ],
 )

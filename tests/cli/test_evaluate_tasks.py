@@ -24,7 +24,7 @@ def test_without_the_extra_it_says_how_to_get_it(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "summary"),
     [
         ((), "got no data; expected a data file, or --tasks"),
         (("--num-fewshot", 2), "--num-fewshot: of tasks; expected --tasks too"),

@@ -167,13 +167,13 @@ CONTRADICTIONS = [
     (("-p", " "), ["-p: got a blank text"]),
     (
         ("-p", "x", "--top-p", 2, "--max-steps", 0, "--strategy", "vote", "--device", "gpu", "--precision", "int8"),
-        ["--top-p: got 2.0", "--max-steps: got 0", "--strategy: got 'vote'", "--device: given gpu", "int8"],
+        ["--top-p: got 2.0", "--max-steps: got 0", "--strategy: got 'vote'", "--device: got gpu", "int8"],
     ),
     (("-p", "x", "--max-thinking-tokens", 300), ["--max-thinking-tokens: got 300; expected fewer than"]),
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), CONTRADICTIONS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("words", "summary"), CONTRADICTIONS, ids=lambda value: str(value)[:40])
 def test_diagnostics_come_all_at_once(
     language_run: Path, invoke: Invoke, words: tuple[Any, ...], summary: list[str]
 ) -> None:
@@ -202,7 +202,7 @@ def test_diagnostics_come_without_torch(tmp_path: Path) -> None:
     assert summary[0].startswith("absent/model/here does not exist")
     assert summary[1].startswith("--top-k: got -1")
     assert summary[2].startswith(".: no trained model here")
-    assert summary[3].startswith("--metric: given speed; expected one of accuracy, loss, perplexity")
+    assert summary[3].startswith("--metric: got speed; expected one of accuracy, loss, perplexity")
 
 
 def test_a_model_with_a_head_says_no_text(trained: Any, project: Path, invoke: Invoke) -> None:

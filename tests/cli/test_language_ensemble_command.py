@@ -163,7 +163,7 @@ def test_answers_are_voted_on(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "summary"),
     [
         (("chat",), "votes over answers"),
         (("serve", "--port", 0), "votes over answers"),
@@ -208,7 +208,7 @@ def test_mistakes_of_joining(
         ((language_run, joined), "an ensemble already"),
         ((language_run, other_run, "--weight", 1), "--weight: got 1 for 2 models"),
         ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: got 1, -1; expected numbers"),
-        ((language_run, other_run, "--method", "majority"), "--method: given majority; expected one of mean, logits, vote"),
+        ((language_run, other_run, "--method", "majority"), "--method: got majority; expected one of mean, logits, vote"),
         ((language_run, other_run, "--fit", "rows.jsonl"), "--fit: for classifiers and regressors"),
         ((language_run, project / "outputs" / "first"), "a language model, which has no labels"),
     ]  # fmt: skip

@@ -105,7 +105,7 @@ def test_diagnostics_come_at_once_and_without_a_traceback(language_run: Path, in
     )
     assert told.exit_code == 2
     assert "--weight: got 1; expected 2" in told.stderr
-    assert "--device: given tpu" in told.stderr
+    assert "--device: got tpu" in told.stderr
     told = invoke("merge", language_run, "--method", "tise", "-o", tmp_path / "out", "density=3")
     assert told.exit_code == 2
     assert 'did you mean "ties"?' in told.stderr

@@ -196,8 +196,8 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("method pt", ["validate", "run.json", "computation.method=pt"], 2, ('"autoregressive"', '"mode": "pretraining"')),
     ("method lora", ["validate", "run.json", "computation.method=lora"], 2, ('"trainable": "lora"',)),
     ("sft", ["validate", "chats.json"], 0, ("valid (posttraining, chain_of_thought)",)),
-    ("cuda on a CPU", ["train", "text.json", "training.device=cuda"], 2, ("training.device: given cuda",)),
-    ("fp16 on a CPU", ["train", "text.json", "training.precision=fp16"], 2, ("training.precision: given fp16",)),
+    ("cuda on a CPU", ["train", "text.json", "training.device=cuda"], 2, ("training.device: got cuda",)),
+    ("fp16 on a CPU", ["train", "text.json", "training.precision=fp16"], 2, ("training.precision: got fp16",)),
     ("data as config", ["train", "tickets.csv"], 2,
      ("tickets.csv: this is a data file, not a config", '"training_data": "tickets.csv"')),
     ("rows as config", ["train", "rows.json"], 2, ("rows.json: this is a data file, not a config",)),
@@ -328,7 +328,7 @@ def quick(desk: Path) -> dict[str, tuple[int, str, str | None, list[str]]]:
     }
 
 
-@pytest.mark.parametrize(("name", "words", "code", "said"), QUICK, ids=[row[0] for row in QUICK])
+@pytest.mark.parametrize(("name", "words", "code", "summary"), QUICK, ids=[row[0] for row in QUICK])
 def test_a_mistake_is_told_at_once(
     quick: dict[str, tuple[int, str, str | None, list[str]]],
     name: str,

@@ -133,7 +133,7 @@ def test_people_read_the_same(tmp_path: Path, pico_folder: Path, invoke: Invoke)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "summary"),
     [
         (("--gpus", "16", "--memory", "80"), "--memory: got '80'"),
         (("--gpus", "0", "--memory", "80GiB"), "--gpus 0"),
@@ -152,7 +152,7 @@ def test_mistakes_say_what_is_expected(
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "summary"),
     [("./gone.safetensors", "does not exist"), ("nobody/nothing", "neither a file or folder here nor reachable")],
 )
 def test_a_model_that_is_not_at_hand_is_summary(weights: str, summary: str, tmp_path: Path, invoke: Invoke) -> None:

@@ -93,7 +93,7 @@ def test_a_blank_line_is_an_error_with_its_number(run_folder: Path, invoke: Invo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "summary"),
     [
         (["--format", "xml"], "--format: got xml"),
         (["-o", "answers.parquet"], "--output: got the suffix .parquet"),
@@ -123,7 +123,7 @@ def test_input_that_is_not_utf8_is_named_by_line(run_folder: Path, monkeypatch: 
     from loopos.config.diagnostics import DataError
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xe4d\n")))
-    with pytest.raises(DataError, match=r"standard input:2: encoding: given the byte 0xe4"):
+    with pytest.raises(DataError, match=r"standard input:2: encoding: got the byte 0xe4"):
         read_texts("-", {})
 
 

@@ -132,7 +132,7 @@ def test_the_folder_is_exported_as_it_is(kind: str, home: Home, tmp_path: Path, 
         (("--format", "modelfile"), "which --format modelfile would round a second time"),
         (("--format", "onnx"), "which --format onnx would round a second time"),
         (("--format", "adapter"), "which --format adapter would round a second time"),
-        (("--format", "huggingface", "--type", "bf16"), "--type: given bf16 for"),
+        (("--format", "huggingface", "--type", "bf16"), "--type: got bf16 for"),
     ],
 )
 def test_codes_are_written_out_nowhere(

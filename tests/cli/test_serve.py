@@ -22,7 +22,7 @@ from tests.cli.conftest import Invoke
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "summary"),
     [
         (("--host", "0.0.0.0"), "--host: got 0.0.0.0, which other machines can reach, without an API key"),
         (("--host", "models.example"), "without an API key"),
@@ -30,7 +30,7 @@ from tests.cli.conftest import Invoke
         (("--port", 70000), "--port: got 70000; expected 0"),
         (("--max-rows", 0), "--max-rows: got 0; expected 1 to 4096"),
         (("--max-seconds", "nan"), "--max-seconds: got nan"),
-        (("--device", "tpu"), "--device: given tpu"),
+        (("--device", "tpu"), "--device: got tpu"),
     ],
 )
 def test_diagnostics(words: tuple[object, ...], summary: str, language_run: Path, invoke: Invoke) -> None:

@@ -126,7 +126,7 @@ def test_in_words(language_run: Path, other_run: Path, prompts: Path, longer: st
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "summary"),
     [
         (("--judge", "no_such_module:f"), "judge no_such_module:f: cannot import"),
         (("--judge", "nowhere"), "nowhere: no trained model here"),

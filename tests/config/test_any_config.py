@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
@@ -65,13 +65,13 @@ def config_or_diagnostics(path: Path, data: bytes) -> None:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@actual(value=ANY_JSON)
+@given(value=ANY_JSON)
 def test_any_json_is_a_config_or_diagnostics(held: Path, value: object) -> None:
     config_or_diagnostics(held / "any.json", json.dumps(value).encode())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@actual(st.data())
+@given(st.data())
 def test_a_good_config_with_swapped_values_is_a_config_or_diagnostics(
     held: Path, good: str, data: st.DataObject
 ) -> None:
@@ -89,7 +89,7 @@ def test_a_good_config_with_swapped_values_is_a_config_or_diagnostics(
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
-@actual(st.data())
+@given(st.data())
 def test_a_good_config_with_changed_bytes_is_a_config_or_diagnostics(
     held: Path, good: str, data: st.DataObject
 ) -> None:

@@ -26,7 +26,7 @@ def test_errors_keep_their_diagnostics_and_list_fifty() -> None:
     for error in (ConfigError(diagnostics), DataError(diagnostics)):
         assert error.diagnostics == tuple(diagnostics)
         lines = str(error).splitlines()
-        assert (len(lines), lines[0], lines[-1]) == (51, "a:1: f: given g; expected w", "... and 10 more")
+        assert (len(lines), lines[0], lines[-1]) == (51, "a:1: f: got g; expected w", "... and 10 more")
     assert str(ConfigError(diagnostics[:2])).count("\n") == 1
 
 

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
@@ -86,7 +86,7 @@ def test_the_table_has_its_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "column", "given_piece", "expected", "hint"),
+    ("text", "line", "column", "actual_piece", "expected", "hint"),
     BROKEN,
     ids=[str(index) for index in range(len(BROKEN))],
 )
@@ -133,7 +133,7 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@actual(JSON_VALUES, st.sampled_from([None, 0, 1, "\t"]), st.booleans())
+@given(JSON_VALUES, st.sampled_from([None, 0, 1, "\t"]), st.booleans())
 def test_valid_json_has_the_values_of_the_standard_library(
     value: object, indent: int | str | None, ascii: bool
 ) -> None:
@@ -153,7 +153,7 @@ def test_forms_of_numbers_and_empty_values(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@actual(st.text(alphabet="{}[]:,\"\\ \n\t/0123456789eE+-.truefalsn'#a", max_size=40))
+@given(st.text(alphabet="{}[]:,\"\\ \n\t/0123456789eE+-.truefalsn'#a", max_size=40))
 def test_any_text_is_read_as_the_standard_library_does_or_is_a_diagnostic(text: str) -> None:
     try:
         read = plain(parse_json(text, "a.json"))

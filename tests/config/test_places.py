@@ -75,7 +75,7 @@ def test_every_key_that_names_a_place_expands_the_home_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("~/run", "{home}/run"), ("~", "{home}"), ("./~/run", "./~/run"), ("a/~", "a/~")]
+    ("actual", "meant"), [("~/run", "{home}/run"), ("~", "{home}"), ("./~/run", "./~/run"), ("a/~", "a/~")]
 )
 def test_what_a_tilde_is(home: Path, load_text: Loads, good: str, actual: str, meant: str) -> None:
     loaded: Any = load_text(good, [f"data.output_dir={actual}"]).config

@@ -344,7 +344,7 @@ def test_each_mistake_is_one_diagnostic(
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "hint"),
+    ("name", "actual", "hint"),
     [
         ("scorers", "does not exist", 'did you mean "scorer"?'),
         ("far/away", "does not exist", "train one first"),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
@@ -31,7 +31,7 @@ BROKEN_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "data", "line", "column", "given_piece"), BROKEN_FILES)
+@pytest.mark.parametrize(("name", "data", "line", "column", "actual_piece"), BROKEN_FILES)
 def test_a_file_that_is_no_config_is_one_diagnostic(
     tmp_path: Path, name: str, data: bytes, line: int | None, column: int | None, actual_piece: str
 ) -> None:
@@ -144,7 +144,7 @@ def test_all_broken_overrides_are_told_and_good_ones_have_no_line() -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@actual(st.lists(st.text(alphabet='ac.=01[]{}"- \\', max_size=12), max_size=3))
+@given(st.lists(st.text(alphabet='ac.=01[]{}"- \\', max_size=12), max_size=3))
 def test_any_overrides_are_applied_or_diagnostics(overrides: list[str]) -> None:
     root = parse_json('{"a": {"a": 1}, "c": [1, [2]]}', "a.json")
     assert isinstance(root, MappingNode)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import ConfigError
@@ -96,7 +96,7 @@ def test_not_a_number_is_a_float() -> None:
     assert math.isnan(read)
 
 
-@pytest.mark.parametrize(("text", "line", "column", "given_piece", "hint"), BROKEN)
+@pytest.mark.parametrize(("text", "line", "column", "actual_piece", "hint"), BROKEN)
 def test_each_broken_text_has_one_diagnostic_at_its_place(
     text: str, line: int, column: int, actual_piece: str, hint: str
 ) -> None:
@@ -147,7 +147,7 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@actual(JSON_VALUES, st.booleans())
+@given(JSON_VALUES, st.booleans())
 def test_what_a_yaml_writer_writes_is_read_back(value: object, flow: bool) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False)
     node = parse_yaml(text, "a.yaml")
@@ -156,7 +156,7 @@ def test_what_a_yaml_writer_writes_is_read_back(value: object, flow: bool) -> No
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@actual(st.text(alphabet="ab:-[]{}&*!|>'\"%@#,? \n\t1.e~<\x00\x07\ufeff\u2028", max_size=30))
+@given(st.text(alphabet="ab:-[]{}&*!|>'\"%@#,? \n\t1.e~<\x00\x07\ufeff\u2028", max_size=30))
 def test_any_text_is_a_tree_or_a_diagnostic(text: str) -> None:
     try:
         node = parse_yaml(text, "a.yaml")

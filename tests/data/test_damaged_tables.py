@@ -108,7 +108,7 @@ def test_a_damaged_save_to_disk_folder_is_a_diagnostic(tmp_path: Path) -> None:
     file.write_bytes(whole[: place + 4] + (1 << 30).to_bytes(4, "little") + whole[place + 8 :])
 
     def work() -> None:
-        with pytest.raises(DataError, match=r"saved: save_to_disk: given what can't be read as save_to_disk"):
+        with pytest.raises(DataError, match=r"saved: save_to_disk: got what can't be read as save_to_disk"):
             list(read(str(folder)))
 
     assert _ended(work) == 0

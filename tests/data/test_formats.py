@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
@@ -129,7 +129,7 @@ LINES = st.sampled_from(
 
 
 @settings(max_examples=100, deadline=None)
-@actual(lines=st.lists(LINES, max_size=12))
+@given(lines=st.lists(LINES, max_size=12))
 def test_every_row_read_is_used_or_dropped_for_a_reason(
     lines: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import BRACKETS, CHATML, NO_END, SPECIAL, WORD_TEMPLATE, word_tokenizer
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def chosen(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=25, deadline=None, derandomize=True)
-@actual(
+@given(
     talk=st.lists(st.tuples(WORDS, WORDS), max_size=2),
     question=WORDS,
     answers=st.lists(WORDS, min_size=2, max_size=3, unique_by=str.strip),
@@ -230,7 +230,7 @@ def test_rows_that_the_template_refuses() -> None:
         (Message("system", "be kind"), Message("user", "hi")), (summary("hi"), summary("fine")), ONE, ROW
     )
     examples = [refused, messages("how", "fine", "kind")]
-    with pytest.raises(DataError, match=r"rows.jsonl:3: messages: given the chat template refuses messages of system"):
+    with pytest.raises(DataError, match=r"rows.jsonl:3: messages: got the chat template refuses messages of system"):
         encode_comparisons(tokenizer, examples, template=None, max_length=None)
     rows, report = encode_comparisons(tokenizer, examples, template=None, max_length=None, on_bad_row="skip")
     assert [row.index for row in rows] == [1]

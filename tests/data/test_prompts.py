@@ -112,7 +112,7 @@ def test_without_a_prompt_twice_nothing_is_dropped(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "messages of the assistant alone"),
         ({"messages": [7]}, "messages[0]", "got 7 (a number)"),
         ({"chosen": turns("a", "b"), "rejected": turns("x", "b")}, "rejected", "no prompt column"),
-        ({"chosen": "a b", "rejected": None}, "rejected", "given null"),
+        ({"chosen": "a b", "rejected": None}, "rejected", "got null"),
         ({"prompt": turns("a"), "input": "x"}, "input", "all that is asked in the messages"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_byte_order_mark_wins_over_the_key(tmp_path: Path) -> None:
 def test_a_byte_that_the_named_encoding_lacks_has_a_place(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,label\ngood,pos\nab\x81c,neg\n")
     refused = _refused(tmp_path / "a.csv", TextRules(encoding="cp1252"))
-    assert "a.csv:3:3: encoding: given byte 0x81 at byte offset 22, which is not cp1252" in refused
+    assert "a.csv:3:3: encoding: got byte 0x81 at byte offset 22, which is not cp1252" in refused
 
 
 def test_ascii_alone_is_no_guess() -> None:

@@ -82,7 +82,7 @@ def test_a_json_object_with_data_and_json_lines_named_json(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "summary"),
     [
         ('{"text": "a", "label": "x"}\n', "JSON Lines"),
         ('[\n{"text": "a", "label": "x"}\n]', "a JSON document"),

@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
@@ -19,7 +19,7 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 @settings(max_examples=80, deadline=None)
-@actual(
+@given(
     rows=st.lists(st.lists(CELLS, min_size=2, max_size=2), min_size=1, max_size=6),
     delimiter=st.sampled_from([",", "\t"]),
     line_end=st.sampled_from(["\n", "\r\n"]),
@@ -52,7 +52,7 @@ OBJECTS = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), min
 
 
 @settings(max_examples=50, deadline=None)
-@actual(rows=OBJECTS, ascii_only=st.booleans(), indent=st.sampled_from([None, 1]), wrapped=st.booleans())
+@given(rows=OBJECTS, ascii_only=st.booleans(), indent=st.sampled_from([None, 1]), wrapped=st.booleans())
 def test_whatever_json_writes_reads_back_with_its_lines(
     rows: list[dict[str, object]], ascii_only: bool, indent: int | None, wrapped: bool,
     tmp_path_factory: pytest.TempPathFactory,
@@ -69,7 +69,7 @@ def test_whatever_json_writes_reads_back_with_its_lines(
 
 
 @settings(max_examples=150, deadline=None)
-@actual(
+@given(
     content=st.binary(max_size=80), name=st.sampled_from(["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt", "a.csv.gz"])
 )
 def test_any_bytes_are_rows_or_a_data_error(

@@ -48,7 +48,7 @@ def test_file_names_that_state_a_split_are_read_for_it_alone(split: str, names: 
 
 def test_a_split_that_no_file_states_is_a_diagnostic(tmp_path: Path) -> None:
     source = _folder(tmp_path / "rows", "train.csv", "test.csv")
-    with pytest.raises(DataError, match=r"given the split 'validation'; expected one of .*: test, train"):
+    with pytest.raises(DataError, match=r"got the split 'validation'; expected one of .*: test, train"):
         read(source, split="validation")
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
@@ -69,7 +69,7 @@ def test_too_few_rows(labels: list[int]) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@actual(
+@given(
     labels=st.lists(st.integers(0, 5), min_size=2, max_size=60),
     share=st.floats(0.01, 0.99),
     seed=st.integers(0, 2**32),
@@ -93,7 +93,7 @@ def test_every_row_once_and_every_class_where_there_is_room(labels: list[int], s
 
 
 @settings(max_examples=60, deadline=None)
-@actual(labels=st.lists(st.floats(-5, 5), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
+@given(labels=st.lists(st.floats(-5, 5), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
 def test_regression_gets_its_share(labels: list[float], share: float) -> None:
     training, validation = stratified_split(labels, share, 3)
     assert sorted([*training, *validation]) == list(range(len(labels)))
@@ -160,7 +160,7 @@ def test_rows_of_one_prompt_are_split_by_row_and_it_is_summary() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@actual(
+@given(
     keys=st.lists(st.integers(0, 9), min_size=2, max_size=60),
     share=st.floats(0.01, 0.99),
     seed=st.integers(0, 9),

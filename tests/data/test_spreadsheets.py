@@ -63,7 +63,7 @@ def test_one_of_several_sheets_is_named_behind_a_hash(tmp_path: Path) -> None:
     assert "got 2 sheets with rows: 'Tickets', 'Old'; expected one sheet" in str(caught.value)
     assert "a.xlsx#Tickets" in str(caught.value)
     assert [row.values["text"] for row in read(f"{source}#Old")] == ["x"]
-    with pytest.raises(DataError, match=r"given the sheet 'New'; expected one of the sheets that are there: 'Tickets'"):
+    with pytest.raises(DataError, match=r"got the sheet 'New'; expected one of the sheets that are there: 'Tickets'"):
         list(read(f"{source}#New"))
     alone = read(_workbook(tmp_path / "b.xlsx", Empty=[], Full=other))
     assert [row.values["label"] for row in alone] == ["y"]
@@ -89,7 +89,7 @@ def test_a_sheet_that_is_no_table_is_a_diagnostic(rows: list[list[Any]], piece: 
 def test_a_damaged_workbook_is_a_diagnostic(cut: float, tmp_path: Path) -> None:
     source = Path(_workbook(tmp_path / "a.xlsx", S=ROWS))
     source.write_bytes(source.read_bytes()[: int(cut * source.stat().st_size)])
-    with pytest.raises(DataError, match=r"given what can't be read as \.xlsx"):
+    with pytest.raises(DataError, match=r"got what can't be read as \.xlsx"):
         list(read(str(source)))
 
 

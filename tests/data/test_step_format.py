@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.chain_of_thought import StepFormatSection
@@ -54,7 +54,7 @@ def test_the_three_named_formats_as_written() -> None:
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@actual(form=st.sampled_from(FORMATS), steps=st.lists(TEXTS, max_size=4), answer=TEXTS)
+@given(form=st.sampled_from(FORMATS), steps=st.lists(TEXTS, max_size=4), answer=TEXTS)
 def test_what_is_written_is_read_back_and_the_rest_is_refused(form: StepFormat, steps: list[str], answer: str) -> None:
     if form.problem(steps, answer) is None:
         assert form.parse(form.render(steps, answer)) == (tuple(steps), answer, True)
@@ -67,14 +67,14 @@ PLAIN = st.text(st.sampled_from("abz019 +=.,()-é"), min_size=1, max_size=12).fi
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@actual(form=st.sampled_from(FORMATS), steps=st.lists(PLAIN, max_size=5), answer=PLAIN)
+@given(form=st.sampled_from(FORMATS), steps=st.lists(PLAIN, max_size=5), answer=PLAIN)
 def test_ordinary_steps_are_never_refused(form: StepFormat, steps: list[str], answer: str) -> None:
     assert form.problem(steps, answer) is None
     assert form.parse(form.render(steps, answer)) == (tuple(steps), answer, True)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@actual(form=st.sampled_from(FORMATS), text=TEXTS)
+@given(form=st.sampled_from(FORMATS), text=TEXTS)
 def test_any_text_has_a_reading_and_a_border(form: StepFormat, text: str) -> None:
     steps, answer, well_formed = form.parse(text)
     assert answer == answer.strip()

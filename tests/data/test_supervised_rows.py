@@ -130,7 +130,7 @@ def test_one_text_is_split_at_the_delimiter_of_the_format(tmp_path: Path) -> Non
         ({"problem": "p", "reasoning": None, "answer": "7"}, "reasoning", "an empty list means an answer without"),
         ({"problem": "p", "reasoning": {"a": 1}, "answer": "7"}, "reasoning", "(an object)"),
         ({"problem": "p", "reasoning": ["a\nb"], "answer": "7"}, "reasoning", "step 1 holds the delimiter '\\n'"),
-        ({"problem": "p", "reasoning": ["a"], "answer": None}, "answer", "given null"),
+        ({"problem": "p", "reasoning": ["a"], "answer": None}, "answer", "got null"),
         ({"problem": "p", "reasoning": ["a"], "answer": True}, "answer", "got True (true or false)"),
         ({"problem": "p", "reasoning": ["a"], "answer": "b #### 7"}, "answer", "with reasoning before ####"),
         ({"problem": "p", "reasoning": ["a"], "answer": ""}, "answer", "got ''"),

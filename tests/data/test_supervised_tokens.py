@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, CHATML_MARKED, SPECIAL, WORD_TEMPLATE, WORDS, word_tokenizer
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -233,7 +233,7 @@ TALKS = st.lists(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@actual(talks=TALKS)
+@given(talks=TALKS)
 def test_masks_equal_those_of_transformers_where_the_template_marks_what_is_generated(
     chatml: PreTrainedTokenizerBase, talks: list[tuple[str, str]]
 ) -> None:
@@ -260,7 +260,7 @@ def test_masks_equal_those_of_transformers_where_the_template_marks_what_is_gene
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@actual(talks=TALKS, template=st.sampled_from([CHATML, None]), train_on=st.sampled_from(["assistant", "answer"]))
+@given(talks=TALKS, template=st.sampled_from([CHATML, None]), train_on=st.sampled_from(["assistant", "answer"]))
 def test_a_prompt_is_what_a_row_of_training_begins_with(
     chatml: PreTrainedTokenizerBase, talks: list[tuple[str, str]], template: str | None, train_on: TrainOn
 ) -> None:
@@ -362,7 +362,7 @@ def test_rows_that_the_template_refuses() -> None:
                                                      "{{ raise_exception('no system') }}{% endif %}{% for", 1))  # fmt: skip
     refused = Conversation((Message("system", "be kind"), *TALK.messages), ROW)
     with pytest.raises(
-        DataError, match=r"rows.jsonl:3: messages: given the chat template refuses messages of system"
+        DataError, match=r"rows.jsonl:3: messages: got the chat template refuses messages of system"
     ) as e:
         encode_supervised(tokenizer, [TALK, refused], step_format=THINK, max_length=None)
     assert "no system" in str(e.value)

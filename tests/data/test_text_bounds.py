@@ -163,7 +163,7 @@ def test_rows_of_language_models_are_the_same_cut_and_the_same_dropped(
     monkeypatch.setattr(text_bounds, "SHORT_CHARACTERS", 10 * LONG)
     whole_rows, whole_count, whole_message = cut()
     assert (rows, count) == (whole_rows, whole_count)
-    assert "a.jsonl:7: row: given at least " in message
+    assert "a.jsonl:7: row: got at least " in message
     assert "at least" not in whole_message
 
 

@@ -187,7 +187,7 @@ def test_what_cannot_be_joined_is_refused(
     check_refused("of task regression, .* of task classification", [members[0], regressors[0]], out)
     check_refused("got 1 model", members[:1], out)
     check_refused("given twice", [members[0], members[0]], out)
-    check_refused("--method: given median", members, out, method="median")
+    check_refused("--method: got median", members, out, method="median")
     check_refused("expected --fit DATA", members, out, method="weighted")
     check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))
     check_refused("expected one of mean, weighted", regressors, out, method="majority")

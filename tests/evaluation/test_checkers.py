@@ -22,7 +22,7 @@ def test_our_checkers_by_name() -> None:
     assert checker("exact")("42.0", "42", {}) == 0.0
     assert checker("numeric", tolerance=0.1)("45", "42", {}) == 1.0
     assert checker("choice")("(b)", "B", {}) == 1.0
-    with pytest.raises(UserError, match="given fuzzy, expected one of auto, exact"):
+    with pytest.raises(UserError, match="got fuzzy, expected one of auto, exact"):
         checker("fuzzy")
 
 

@@ -114,9 +114,9 @@ def test_figures_are_those_of_lm_evals_own_model(tasks: Path, pico_folder: Path,
         assert figures(ours, name) == pytest.approx(figures(expected, name), rel=RELATIVE)
         for one, other in zip(ours["samples"][name], expected["samples"][name], strict=True):
             assert one["doc"] == other["doc"]
-            for summary, expected in zip(one["resps"], other["resps"], strict=True):
-                assert len(summary) == 1
-                first, second = summary[0], expected[0]
+            for mine, reference in zip(one["resps"], other["resps"], strict=True):
+                assert len(mine) == 1
+                first, second = mine[0], reference[0]
                 if isinstance(first, tuple):
                     first, second = list(first), list(second)
                 assert first == second or first == pytest.approx(second, rel=RELATIVE)

@@ -203,7 +203,7 @@ TWO_ROWS = [[0.5, 0.5], [0.2, 0.8]]
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "summary"),
     [
         (lambda: classification_metrics(numpy.empty((0, 3)), []), "no rows"),
         (lambda: multi_label_metrics(numpy.empty((0, 3)), numpy.empty((0, 3))), "no rows"),

@@ -155,7 +155,7 @@ def test_opening_through_the_package_and_what_it_refuses(runs: dict[str, Path], 
     assert Predictor.open(runs["regression"] / "model").predict(["good"])[0]["value"] == value
     with pytest.raises(UserError, match="no trained model here"):
         loopos.load(tmp_path)
-    with pytest.raises(UserError, match="given int3, expected one of bf16, fp16, fp32"):
+    with pytest.raises(UserError, match="got int3, expected one of bf16, fp16, fp32"):
         Predictor.open(runs["regression"], precision="int3")
 
 

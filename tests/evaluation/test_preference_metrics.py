@@ -199,7 +199,7 @@ def test_reliability_is_symmetric_and_counts_every_pair_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("actual", "summary"),
     [
         ({"better": [], "worse": []}, "better: no rows"),
         ({"better": [1, math.inf], "worse": [1, 2]}, "better: 1 of 2 values are nan or inf"),

@@ -66,7 +66,7 @@ def test_the_bound_is_on_the_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "summary"),
     [
         (f"{__name__}:absent", "has no function absent"),
         ("no_such_module:f", "cannot import no_such_module"),

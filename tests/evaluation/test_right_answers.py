@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 from answer_pairs import GROUPS, PAIRS
-from hypothesis import actual, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from math_verify_differences import DIFFERENCES
 
@@ -34,7 +34,7 @@ def test_normal_forms(text: str, expected: str) -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@actual(st.text(max_size=20))
+@given(st.text(max_size=20))
 def test_any_text_equals_itself_with_blanks_around_and_nothing_raises(text: str) -> None:
     assert exact(f" {text}\n", text)
     quantity(text)
@@ -101,7 +101,7 @@ def test_texts_without_one_number(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "expected", "is_right"),
+    ("actual_answer", "expected", "is_right"),
     [
         ("42.0", "42", True),
         ("42.1", "42", False),
@@ -141,7 +141,7 @@ def test_the_tolerance_is_relative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "expected", "is_right"),
+    ("actual_answer", "expected", "is_right"),
     [
         ("B", "B", True),
         ("(b)", "B", True),
@@ -163,7 +163,7 @@ def test_choices(actual_answer: str, expected: str, is_right: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "expected", "is_right"),
+    ("actual_answer", "expected", "is_right"),
     [
         ("42 apples", "42", True),
         ("the total is 42", "42", True),

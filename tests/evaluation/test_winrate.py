@@ -136,7 +136,7 @@ def test_the_judge_sees_the_prompt(judges: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "summary"),
     [
         ("wrong", "'A'; expected \"first\""),
         ("nan", "(nan, 0.0); expected"),

@@ -355,11 +355,11 @@ def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> No
 
 def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    check_refused("--format: given ggml; expected one of huggingface", pico_folder, out, format="ggml")
+    check_refused("--format: got ggml; expected one of huggingface", pico_folder, out, format="ggml")
     check_refused(
-        "--type: given q8_0; expected one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
+        "--type: got q8_0; expected one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
     )
-    check_refused("--push: given name; expected owner/name", pico_folder, out, format="gguf", push="name")
+    check_refused("--push: got name; expected owner/name", pico_folder, out, format="gguf", push="name")
     check_refused("holds only language models", head_run, out, format="gguf")
     check_refused("no adapter here", head_run, out, format="adapter")
     check_refused("holds no model", tmp_path, out, format="huggingface")

@@ -83,11 +83,11 @@ def test_the_projects_own_reader_opens_it(pico_folder: Path, tmp_path: Path, mon
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|endoftext|>"}))
     opened = load_pretrained(str(the_file(made(folder, tmp_path / "out", "f32"))), causal=True)
-    expected = load_pretrained(str(folder), causal=True)
-    parameters, expected = dict(opened.model.named_parameters()), dict(expected.model.named_parameters())
+    original = load_pretrained(str(folder), causal=True)
+    parameters, expected = dict(opened.model.named_parameters()), dict(original.model.named_parameters())
     assert set(parameters) == set(expected)
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
-    assert opened.tokenizer(TEXT)["input_ids"] == expected.tokenizer(TEXT)["input_ids"]
+    assert opened.tokenizer(TEXT)["input_ids"] == original.tokenizer(TEXT)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])

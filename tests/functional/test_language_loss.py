@@ -20,12 +20,12 @@ def test_value_and_gradients_equal_the_whole_logits(rows: int) -> None:
     weights = torch.rand(rows, generator=generator)
 
     expected = (F.cross_entropy(hidden @ embedding.t(), targets, reduction="none") * weights).sum() / 3
-    expected = torch.autograd.grad(expected, (hidden, embedding))
+    gradients = torch.autograd.grad(expected, (hidden, embedding))
     loss = next_token_loss_sum(hidden, embedding, targets, weights) / 3
     found = torch.autograd.grad(loss, (hidden, embedding))
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(found, gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 

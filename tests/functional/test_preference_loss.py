@@ -115,8 +115,8 @@ def test_huge_gaps_stay_finite(gap: float, probability: float | None, expected: 
     (gradient,) = torch.autograd.grad(loss, better)
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     # σ(±10⁴) is 1 or 0 in fp32.
-    expected = 1.0 if probability is None else probability
-    assert float(gradient) == pytest.approx((1.0 if gap > 0 else 0.0) - expected, abs=1e-6)
+    target = 1.0 if probability is None else probability
+    assert float(gradient) == pytest.approx((1.0 if gap > 0 else 0.0) - target, abs=1e-6)
 
 
 def test_scores_in_half_precision_are_compared_in_fp32() -> None:

@@ -270,7 +270,7 @@ def test_positions_run_out(llama: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 @pytest.mark.parametrize(
-    ("prompt", "settings", "said"),
+    ("prompt", "settings", "summary"),
     [([], SamplingSettings(), "empty prompt"), ([5, 400], SamplingSettings(), "token 400"),
      ([5], SamplingSettings(logit_bias={999: 1.0}), "logit_bias for token 999")],
 )  # fmt: skip

@@ -176,10 +176,11 @@ def test_drawn_frequencies_match_the_distribution(name: str) -> None:
     # Cells that expect fewer than five are counted together, as the test's approximation asks.
     often = expected * number >= 5
     seen = np.append(counts[often], counts[~often].sum())
-    expected = np.append(expected[often], expected[~often].sum()) * number
+    cell_counts = np.append(expected[often], expected[~often].sum()) * number
     assert often.sum() >= 3
-    cells = expected > 0
-    assert stats.chisquare(seen[cells], expected[cells] * (seen[cells].sum() / expected[cells].sum())).pvalue > 0.01
+    cells = cell_counts > 0
+    scale = seen[cells].sum() / cell_counts[cells].sum()
+    assert stats.chisquare(seen[cells], cell_counts[cells] * scale).pvalue > 0.01
     full = torch.log_softmax(logits[0] / settings.temperature, -1)
     torch.testing.assert_close(choice.logprobs, full[choice.tokens], atol=1e-5, rtol=0)
     if name in ("plain", "hot"):

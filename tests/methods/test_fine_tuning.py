@@ -244,7 +244,7 @@ def prepared_pairs(pairs: list[tuple[str, str]]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "training", "said"),
+    ("model", "training", "summary"),
     [
         ({"class_weights": [1.0, 2.0]}, {}, "model.class_weights: got 2 weights for 3 classes"),
         ({"regression_loss": "huber"}, {}, "model.regression_loss"),

@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", REFUSED)
+@pytest.mark.parametrize("diagnostic", REFUSED)
 def test_what_is_broken_is_refused_in_words(diagnostic: str, parts: Path, tmp_path: Path) -> None:
     folder = copied(parts, tmp_path)
     make, summary = REFUSED[diagnostic]
@@ -177,7 +177,7 @@ FOLDER_DIAGNOSTICS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FOLDER_DIAGNOSTICS)
+@pytest.mark.parametrize("diagnostic", FOLDER_DIAGNOSTICS)
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 def test_a_broken_folder_is_refused_in_words(diagnostic: str, pico_folder: Path, tmp_path: Path) -> None:
     folder = folder_of(pico_folder, tmp_path)
@@ -199,7 +199,7 @@ def test_sizes_that_disagree_with_the_weights_are_named_together(pico_folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "summary"),
     [
         (Sizes(), "model: d_model, num_heads, num_layers, d_ff, vocab_size missing"),
         (Sizes(32, 4, 2, 1, 64, 400), "no place for: layers.1"),

@@ -89,7 +89,7 @@ def silence(block: Any) -> None:
                 linear.module.bias.data.zero_()
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_layer_as_with_it_silent(family: str, index: int, tmp_path: Path) -> None:
     whole, model = pico_model(family), pico_model(family)

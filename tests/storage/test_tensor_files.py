@@ -115,7 +115,7 @@ def header_of(shape: list[int], offsets: list[float]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "summary"),
     [
         (b"", "no length"),
         (b"\xff" * 40, "no length"),

@@ -174,7 +174,7 @@ def test_fp16_is_refused_where_there_is_no_cuda(tmp_path: Path, pico_folder: Pat
         resolve("fp16", CPU)
     config = config_of(tmp_path / "run", pico_folder, class_rows(16), training={"precision": "fp16"})
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"training\.precision: given fp16, but the device is"):
+        with pytest.raises(UserError, match=r"training\.precision: got fp16, but the device is"):
             train(config)
 
 
@@ -187,7 +187,7 @@ def test_what_is_asked_for_is_taken_and_what_is_missing_is_summary() -> None:
     assert resolve("auto", CPU) in ("fp32", "bf16")
     assert pick_device("cpu") == CPU
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"training\.device: given cuda"):
+        with pytest.raises(UserError, match=r"training\.device: got cuda"):
             pick_device("cuda")
 
 

@@ -25,10 +25,10 @@ def refuse_absent_device(device: str, precision: str) -> None:
         return
     version, has_cuda = found
     if device == "cuda" and not has_cuda:
-        problem = f"given cuda, but the installed torch {version} is built without CUDA; use auto or cpu"
+        problem = f"got cuda, but the installed torch {version} is built without CUDA; use auto or cpu"
         raise SettingError("training.device", problem)
     if device == "mps" and sys.platform != "darwin":
-        raise SettingError("training.device", "given mps, which only macOS has; use auto or cpu")
+        raise SettingError("training.device", "got mps, which only macOS has; use auto or cpu")
     if precision == "fp16" and (not has_cuda or device in ("cpu", "mps")):
         where = device if device != "auto" else f"what torch {version} finds here"
         problem = f"got fp16, but only CUDA trains in fp16, and the device is {where}; use auto, fp32 or bf16"

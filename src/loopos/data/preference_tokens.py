@@ -80,7 +80,7 @@ class PreferenceReport:
     def counts(self) -> dict[str, object]:
         """The account in numbers, for logs."""
         told = asdict(self)
-        return {name: value for name, value in told.items() if name not in ("faults", "lengths", "places")}
+        return {name: value for name, value in told.items() if name not in ("diagnostics", "lengths", "places")}
 
     def summary(self) -> str:
         """The account in words."""

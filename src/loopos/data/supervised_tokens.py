@@ -145,7 +145,7 @@ class SupervisedReport:
     def counts(self) -> dict[str, object]:
         """The account in numbers, for logs."""
         told = asdict(self)
-        return {name: value for name, value in told.items() if name not in ("faults", "lengths")}
+        return {name: value for name, value in told.items() if name not in ("diagnostics", "lengths")}
 
     def summary(self) -> str:
         """The account in words."""

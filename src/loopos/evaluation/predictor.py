@@ -28,8 +28,8 @@ from loopos.config.diagnostics import UserError
 from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labelled, read_labelled
+from loopos.data.label_space import LabelSpace, label_space_of
 from loopos.data.labelled import Target, encode_all
-from loopos.data.labels import LabelSpace
 from loopos.data.rows import Row
 from loopos.data.tokens import TokenReport, encode_labelled
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied

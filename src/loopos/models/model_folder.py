@@ -58,15 +58,18 @@ def _one_of(*values: str) -> Fits:
     return lambda value: isinstance(value, str) and value in values
 
 
+_LABEL_SPACE = {"task", "class_names", "keys", "label_kind", "num_outputs"}
+
+
 def _label_space(value: Any) -> bool:
     texts = _list_of(_text)
     return (
         isinstance(value, dict)
-        and set(value) == {"task", "class_names", "keys", "label_kind", "num_outputs", "said"}
+        and set(value) in (_LABEL_SPACE | {"summary"}, _LABEL_SPACE | {"said"})
         and texts(value["class_names"])
         and texts(value["keys"])
         and _count(value["num_outputs"])
-        and all(isinstance(value[key], str) for key in ("task", "label_kind", "said"))
+        and all(isinstance(value[key], str) for key in set(value) - {"class_names", "keys", "num_outputs"})
     )
 
 

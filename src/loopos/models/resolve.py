@@ -68,7 +68,7 @@ def weights_source(actual: str, *, looks_up: bool = True) -> WeightsSource:
         if suffix in _WEIGHT_FILES:
             return WeightsSource(actual, _WEIGHT_FILES[suffix], path)
         raise SettingError(
-            _KEY, f"given the file {actual}, expected .gguf, .safetensors, .bin or a folder with config.json"
+            _KEY, f"got the file {actual}, expected .gguf, .safetensors, .bin or a folder with config.json"
         )
     if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or actual.startswith((".", "/", "~")) or actual.count("/") > 1:
         raise SettingError(

@@ -137,7 +137,7 @@ def _checkpoint_activations(roles: Roles, settings: TrainingSection) -> None:
     critic = roles.actor_critic.critic.backbone
     if isinstance(critic, AdapterView) and not roles.actor_critic.shares_states:
         raise UserError(
-            "training.gradient_checkpointing: given true with values that are an adapter of the policy's trunk; "
+            "training.gradient_checkpointing: got true with values that are an adapter of the policy's trunk; "
             "expected "
             'false, or training.value_model "shared"'
         )
