@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LOOPOS_NO_REEXEC"] = "1"
+# Tests close terminals; under nohup the signal would be ignored, by their children too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SENTENCES = [
     "the parcel came late and the box was open",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deploy.serving.conftest import served
 
 from loopos.evaluation.reasoning import Reasoner
 from loopos.serving.language import LanguageService
 from loopos.serving.limits import ServingLimits
 from loopos.serving.metrics import ServingMetrics
 from tests.cli.conftest import Invoke, write_jsonl
+from tests.serving.conftest import served
 
 TEXT = "the parcel came late and the box was open. good value, works as described"
 

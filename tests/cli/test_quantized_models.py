@@ -11,8 +11,6 @@ import pytest
 import torch
 from pico_runs import class_rows, config_of, train
 from safetensors.torch import load_file
-from tests.deploy.serving.conftest import command, served
-from tests.deploy.serving.questions import CHAT, ask
 
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reward_predictor import RewardPredictor
@@ -23,6 +21,8 @@ from loopos.serving.metrics import ServingMetrics
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke
 from tests.methods.preference_runs import comparisons, reward_config, write_rows
+from tests.serving.conftest import command, served
+from tests.serving.questions import CHAT, ask
 
 Home = dict[str, Path]
 DEVICE = ("--device", "cpu")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deploy.serving.conftest import Server, command, until
 
 from tests.cli.conftest import Invoke
+from tests.serving.conftest import Server, command, until
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-from tests.deploy.serving.conftest import Server
+from tests.serving.conftest import Server
 
 Chat: TypeAlias = dict[str, Any]
 ASKED: Any = [{"role": "user", "content": "where is the parcel"}]

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from questions import CHAT, GOOD, ask
-from tests.deploy.serving.conftest import WAIT, Server, until
+
+from tests.serving.conftest import WAIT, Server, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

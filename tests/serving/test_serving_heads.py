@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from pico_runs import class_rows, config_of, train
 from questions import CHAT, GOOD, ask
-from tests.deploy.serving.conftest import Server, served
 
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reward_predictor import RewardPredictor
@@ -20,6 +19,7 @@ from loopos.serving.metrics import ServingMetrics
 from loopos.training.progress import RunProgress
 from tests.methods.preference_runs import ASKED as QUESTIONS
 from tests.methods.preference_runs import KIND, RUDE, comparisons, reward_config, write_rows
+from tests.serving.conftest import Server, served
 
 LIMITS = ServingLimits(max_body=100_000)
 

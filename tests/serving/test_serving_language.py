@@ -13,7 +13,6 @@ import openai
 import pytest
 import torch
 from questions import ASKED, NEVER_ENDS, Chat
-from tests.deploy.serving.conftest import Server
 
 from loopos.data.conversations import Message
 from loopos.data.rows import Row
@@ -21,6 +20,7 @@ from loopos.data.supervised_rows import Completion as RawText
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.completions import Completion
 from loopos.generation.settings import SamplingSettings
+from tests.serving.conftest import Server
 
 NEW = 12
 WORDS = "where is the parcel"

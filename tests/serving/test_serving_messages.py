@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from questions import ASKED, CHAT, GOOD, NEVER_ENDS, ask
-from tests.deploy.serving.conftest import Server
 from transformers import AutoTokenizer
 
 from loopos.data.conversations import Message
@@ -21,6 +20,7 @@ from loopos.serving import requests as requests_module
 from loopos.serving.errors import ApiError
 from loopos.serving.language import Prompts
 from loopos.serving.requests import ChatRequest, CompletionRequest, ScoreRequest, read_for
+from tests.serving.conftest import Server
 
 MESSAGE = "role, content, name"
 PART = "type, text"

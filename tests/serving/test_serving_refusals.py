@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from questions import ASKED, CHAT, GOOD, JSON, NEVER_ENDS, ask
-from tests.deploy.serving.conftest import Server, until
 
 from loopos.generation import scheduler as session_module
 from loopos.generation.completions import Running
 from loopos.generation.sampling import NonFiniteLogits
 from loopos.generation.scheduler import Scheduler
+from tests.serving.conftest import Server, until
 
 LONG: dict[str, Any] = {"max_tokens": 200, "logit_bias": NEVER_ENDS}
 

@@ -30,7 +30,7 @@ from loopos.cli.sampling_options import (
 )
 from loopos.config.keys import Strategy
 from loopos.data.decoding import TextRules
-from loopos.models.language_ensemble import read_ensemble
+from loopos.models.ensemble_recipe import read_ensemble
 
 if TYPE_CHECKING:
     from loopos.cli.prompts import Asked

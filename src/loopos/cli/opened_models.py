@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, is_hub_id
-from loopos.models.language_ensemble import read_ensemble, refuse_votes
+from loopos.models.ensemble_recipe import read_ensemble, refuse_votes
 from loopos.models.model_folder import described, kind_of, model_folder, read_description, refuse_checkpoint
 from loopos.models.resolve import ADAPTER_CONFIG, EMBEDDED, weights_source
 

@@ -21,13 +21,8 @@ from loopos.evaluation.blocks import shown, table
 from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.progress import Tell
 from loopos.evaluation.quality import dropped_summary, row_metrics
-from loopos.models.language_ensemble import (
-    LANGUAGE_METHODS,
-    VOTE,
-    check_one_vocabulary,
-    described_members,
-    read_ensemble,
-)
+from loopos.models.ensemble_recipe import LANGUAGE_METHODS, VOTE, described_members, read_ensemble
+from loopos.models.language_ensemble import check_one_vocabulary
 from loopos.models.load import load_config
 from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE
 from loopos.models.opened import open_speaking

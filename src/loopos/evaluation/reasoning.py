@@ -28,7 +28,8 @@ from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, step_beam_search
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepLimits, reason
-from loopos.models.language_ensemble import LanguageEnsemble, read_ensemble
+from loopos.models.ensemble_recipe import read_ensemble
+from loopos.models.language_ensemble import LanguageEnsemble
 from loopos.models.opened import open_speaking
 
 Ranker: TypeAlias = Callable[[Sequence[tuple[Words, str]]], list[float]]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import NEW_WEIGHTS
 from loopos.functional.mixing import MixtureMethod
+from loopos.models.ensemble_recipe import EnsembleRecipe, read_ensemble, refuse_votes
 from loopos.models.folders import (
     open_language_model,
     open_task_model,
@@ -30,13 +31,7 @@ from loopos.models.folders import (
     save_task_model,
 )
 from loopos.models.heads import PooledModel
-from loopos.models.language_ensemble import (
-    EnsembleRecipe,
-    LanguageEnsemble,
-    check_one_vocabulary,
-    read_ensemble,
-    refuse_votes,
-)
+from loopos.models.language_ensemble import LanguageEnsemble, check_one_vocabulary
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_config
 from loopos.models.model_folder import described, kind_of
 from loopos.models.quantized import is_quantized
