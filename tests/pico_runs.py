@@ -152,7 +152,7 @@ def config_of(
 
 def train(config: FineTuningConfig, *, resume: bool = False, report: bool = False) -> FitResult:
     """The whole of a run. Its report is left out unless asked for: drawing takes ten times a pico run's time."""
-    with nullcontext() if report else patch("loopos.methods.fine_tuning.write_report"):
+    with nullcontext() if report else patch("loopos.methods.base.write_report"):
         return FineTuner(config, progress=RunProgress(quiet=True)).train(resume=resume)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,7 +48,7 @@ def run_processes(size: int, work: Callable[[], object], *, seconds: float = 300
 def train_here(config: Any, *, resume: bool = False) -> None:
     """A run without its report: drawing takes ten times a pico run's time."""
     trainer = method_class(config.computation.mode, config.computation.method)
-    with patch.object(sys.modules[trainer.__module__], "write_report"):
+    with patch("loopos.methods.base.write_report"):
         trainer(config, progress=RunProgress(quiet=True), trust_remote_code=False, environment={}).train(resume=resume)
 
 

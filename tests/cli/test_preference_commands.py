@@ -39,7 +39,7 @@ Write = Callable[..., Path]
 @pytest.fixture(scope="module", autouse=True)
 def _no_reports() -> Iterator[None]:
     """Drawing takes longer than a pico run."""
-    with patch("loopos.methods.reward_model.write_report"), patch("loopos.methods.ppo.write_report"):
+    with patch("loopos.methods.base.write_report"):
         yield
 
 
@@ -178,7 +178,7 @@ def test_the_roles_of_a_dry_run_are_those_that_training_builds(
     method = PpoTrainer(PpoConfig.model_validate_json(file.read_text("utf-8")), progress=RunProgress(quiet=True))
     method.device = torch.device("cpu")
     method.load_data()
-    roles = method.build_models()
+    roles = method.build_model()
     every = {id(p): p.numel() for module in (roles.actor_critic, *roles.frozen) for p in module.parameters()}
     assert plan["model"]["parameters"] == sum(every.values())
     assert plan["model"]["trained"] == sum(p.numel() for p in method.trained.master_weights.parameters.values())

@@ -78,7 +78,7 @@ def test_a_run_that_did_not_beat_its_start_says_so_in_its_last_line(
 ) -> None:
     from loopos.methods.fine_tuning import FineTuner
 
-    monkeypatch.setattr("loopos.methods.fine_tuning.write_report", lambda folder: None)
+    monkeypatch.setattr("loopos.methods.base.write_report", lambda folder: None)
     told: dict[str, str] = {}
     for name, words in (("worse", []), ("json", ["--json"])):
         left = [0.75, 0.25, 0.5]

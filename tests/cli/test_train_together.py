@@ -66,7 +66,7 @@ def words_for(project: Path, folder: Path, *more: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes ten times a pico run's time."""
-    monkeypatch.setattr("loopos.methods.fine_tuning.write_report", lambda folder: folder)
+    monkeypatch.setattr("loopos.methods.base.write_report", lambda folder: folder)
 
 
 ENDLESS = ("training.num_epochs=100000", "training.validate_every=never")

@@ -91,7 +91,7 @@ def test_a_reward_model_judges_and_what_is_left_out_is_counted(
     }  # fmt: skip
     (tmp_path / "reward.json").write_text(json.dumps(config), encoding="utf-8")
     # Drawing takes longer than a pico run.
-    with patch("loopos.methods.reward_model.write_report"):
+    with patch("loopos.methods.base.write_report"):
         trained = invoke("train", tmp_path / "reward.json", "--quiet")
     assert trained.exit_code == 0, trained.stderr
     # Once again, over the reward model's length, over the models' positions.

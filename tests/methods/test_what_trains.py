@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loopos.config.diagnostics import UserError
 from loopos.data.batches import Cursor
-from loopos.training.distributed import World
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def losses_of(run: Path) -> list[float]:
 def changed_by_one_step(config: Any) -> tuple[dict[str, Tensor], set[str], Any]:
     """The parameters before a step, the names that it changed, and the tuner."""
     tuner = prepared(config)
-    fit = tuner.build_fit(World())
+    fit = tuner.build_fit()
     before = {name: parameter.detach().clone() for name, parameter in tuner.model.named_parameters()}
     fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
     after = dict(tuner.model.named_parameters())

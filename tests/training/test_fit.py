@@ -15,7 +15,6 @@ from pico_runs import class_rows, config_of, events_of, last_weights, prepared, 
 
 from loopos.config.diagnostics import UserError
 from loopos.data.batches import Cursor
-from loopos.training.distributed import World
 from loopos.training.fit import FitResult
 
 Run = Callable[..., tuple[FitResult, Path]]
@@ -170,7 +169,7 @@ def test_a_step_counts_its_tokens_and_rows(run: Run, tmp_path: Path, pico_folder
     # 40 rows, 6 a step: 6 · 6 + 4.
     assert [step["rows"] for step in steps] == [6, 12, 18, 24, 30, 36, 40]
     assert steps[-1]["tokens"] == sum(len(example.ids) for example in tuner.train_rows)
-    first = tuner.build_fit(World()).batches.step(Cursor())
+    first = tuner.build_fit().batches.step(Cursor())
     assert [len(batch.rows) for batch in first] == [3, 3]
     assert steps[0]["tokens"] == sum(batch.num_tokens for batch in first)
 

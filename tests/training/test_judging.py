@@ -74,7 +74,7 @@ def test_where_no_best_was_kept_the_last_is_exported_and_summary(
         class_rows(48),
         training={"save_every": "never", "max_steps": 4, "validate_every": 2},
     )
-    monkeypatch.setattr("loopos.methods.fine_tuning.write_report", lambda folder: None)
+    monkeypatch.setattr("loopos.methods.base.write_report", lambda folder: None)
     FineTuner(config, progress=RunProgress()).train()
     exported = load_file(tmp_path / "last" / "model" / "head.safetensors")["weight"]
     assert torch.equal(exported, last_weights(tmp_path / "last")["head.weight"])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from loopos.config.diagnostics import UserError
 from loopos.data.batches import Cursor
-from loopos.training.distributed import World
 from loopos.training.optimizers import OptimizerSet, OptimizerSettings
 from loopos.training.precision import MasterWeights, pick_device, resolve
 from loopos.training.update import NonFiniteStep, Update
@@ -201,7 +200,7 @@ def test_bf16_has_the_gradient_norm_of_fp32(tmp_path: Path, pico_folder: Path) -
         dtypes = {parameter.dtype for parameter in tuner.model.backbone.parameters()}
         assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
         assert tuner.model.head.weight.dtype == torch.float32
-        fit = tuner.build_fit(World())
+        fit = tuner.build_fit()
         result = fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
         norms[precision], losses[precision] = result.gradient_norm, result.losses["loss"]
     assert norms["bf16"] == pytest.approx(norms["fp32"], rel=0.01)

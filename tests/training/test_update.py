@@ -15,7 +15,6 @@ from loopos.data.batches import Cursor, PackedRows, StepBatches, deal
 from loopos.data.tokens import Encoded
 from loopos.methods.fine_tuning import FineTuner
 from loopos.storage.events import read
-from loopos.training.distributed import World
 from loopos.training.progress import RunProgress
 from loopos.training.update import NonFiniteStep
 
@@ -113,7 +112,7 @@ def test_gradients_are_clipped_to_the_norm(fine_tuning_config: Build, tmp_path: 
     tuner.device = torch.device("cpu")
     tuner.load_data()
     tuner.build_model()
-    fit = tuner.build_fit(World())
+    fit = tuner.build_fit()
     before = {name: p.detach().clone() for name, p in tuner.trained.master_weights.parameters.items()}
     result = fit.update(fit.batches.step(Cursor()), fit.objective, 1.0)
     moved = math.sqrt(
@@ -129,7 +128,7 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(policy: str, fine_tuning_
     tuner.device = torch.device("cpu")
     tuner.load_data()
     tuner.build_model()
-    fit = tuner.build_fit(World())
+    fit = tuner.build_fit()
     with torch.no_grad():
         tuner.model.head.weight[0, 0] = float("inf")
     before = {name: p.detach().clone() for name, p in tuner.trained.master_weights.parameters.items()}

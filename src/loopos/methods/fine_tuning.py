@@ -10,16 +10,12 @@ Devlin et al. 2019 (section 3.2) and Hu et al. 2021 (LoRA). Left out: the loop (
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from loopos.config.differences import as_begun
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
@@ -27,88 +23,35 @@ from loopos.data.formats import ROLES
 from loopos.data.labelled import LabelledData, check_for_task, load_labelled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
-from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
+from loopos.data.tokens import Encoded, TokenReport, encode_labelled
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
-from loopos.evaluation.own_metrics import OwnMetrics
-from loopos.evaluation.report import write_report
-from loopos.evaluation.run_claim import claim
+from loopos.methods.base import Trainer
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel
-from loopos.models.load import Pretrained, Sizes, load_pretrained
+from loopos.models.load import Pretrained
 from loopos.models.task_layout import default_pooling, how_it_opens
-from loopos.storage.durable import explain_disk_full
 from loopos.storage.events import EventLog
-from loopos.training.callbacks import Callbacks, kept_random_states
-from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_task
 from loopos.training.objectives import TaskObjective, task_objective, with_router_loss
-from loopos.training.precision import resolve
-from loopos.training.progress import RunProgress
-from loopos.training.run_state import FitResult
-from loopos.training.session import session
-from loopos.training.trained_weights import TrainedWeights, take_chosen
-from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "mae"}
 
 
-@dataclass(eq=False)
-class FineTuner:
-    """Adapts a pretrained language model to a task: `FineTuner(config).train()`.
-
-    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions.
-    """
-
-    config: FineTuningConfig
-    _: KW_ONLY
-    progress: RunProgress = field(default_factory=RunProgress)
-    trust_remote_code: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
-    callbacks: Callbacks = field(default_factory=Callbacks)
-    metrics: OwnMetrics = field(default_factory=OwnMetrics)
-    world: World = field(default=World(), init=False)
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.data.output_dir)
-
-    def train(self, *, resume: bool = False) -> FitResult:
-        """Data, model, update, fit, export, report. Raises `UserError` for a mistake of the user's; nothing of an
-        earlier run is overwritten without `resume`.
-        """
-        with (
-            session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
-        ):
-            self.config = as_begun(self.config, self.run_dir)
-            self.load_data()
-            self.build_model()
-            fit = self.build_fit(self.world)
-            fit.open(resume=resume)
-            self.result = fit.run()
-            if not self.result.interrupted:
-                self.export()
-            self.world.wait()
-        return self.result
+class FineTuner(Trainer[FineTuningConfig]):
+    """Adapts a pretrained language model to a task: `FineTuner(config).train()`."""
 
     def load_data(self) -> tuple[Pretrained, LabelledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
         config, section = self.config, self.config.model
         self.data = load_labelled(config.data, section, seed=config.training.seed)
         check_for_task(config, self.data.space)
-        self.pretrained = load_pretrained(
-            config.data.pretrained_weights,
-            sizes=Sizes.of(section, max_length=config.training.max_length),
-            tokenizer=config.data.tokenizer,
-            trust_remote_code=self.trust_remote_code,
-        )
-        positions = getattr(self.pretrained.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = longest(self.pretrained.tokenizer, positions, config.training.max_length)
+        self.pretrained = self.load_pretrained()
+        self.max_length = self.longest_of(self.pretrained)
         self.train_rows, self.train_tokens = self._encode(self.data.train)
         self.validation_rows, self.validation_tokens = self._encode(self.data.validation)
         self.targets = targets_of(self.data, scaling=section.target_scaling)
@@ -136,9 +79,9 @@ class FineTuner:
     def build_model(self) -> PooledModel:
         """Backbone and head, what trains, and the number format."""
         settings, section = self.config.training, self.config.model
-        self.precision = resolve(settings.precision, self.device)
+        self.choose_precision()
         self.backbone = backbone = Backbone(self.pretrained.model, attention=section.attention)
-        self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
+        self.print_attention(backbone)
         held_back = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
@@ -150,41 +93,19 @@ class FineTuner:
             seed=settings.seed,
             head_std=section.head_init_std,
         )
-        self.trained = TrainedWeights(
-            self.model,
-            settings,
-            precision=self.precision,
-            device=self.device,
-            world=self.world,
-            held_back=held_back,
-            half_under="backbone.",
-        )
+        self.train_weights(self.model, held_back=held_back, half_under="backbone.")
         self.progress.say(self.trained.summary())
         return self.model
 
-    def build_fit(self, world: World) -> Fit[Batch]:
+    def build_fit(self) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings = self.config.training
-        update = build_update(
-            self.model, self.trained.master_weights, settings, self.precision, world, head={"head.weight"}
-        )
-        batches = StepBatches.of(
-            settings,
-            PackedRows(self.train_rows, self.targets.train, self.device),
-            rank=world.share[0],
-            world=world.share[1],
-        )
-        return Fit(
-            run_dir=self.run_dir,
-            config=self.config,
-            settings=settings,
-            update=update,
-            batches=batches,
+        settings, (rank, size) = self.config.training, self.world.share
+        rows = PackedRows(self.train_rows, self.targets.train, self.device)
+        return self.fit_of(
+            update=self.update_of(self.model, head={"head.weight"}),
+            batches=StepBatches.of(settings, rows, rank=rank, world=size),
             objective=with_router_loss(self.objective(), self.backbone, settings.router_aux_loss),
-            validation=self._validation(world) if self.config.validates and self.validation_rows else None,
-            progress=self.progress,
-            callbacks=self.callbacks,
-            world=world,
+            validation=self._validation() if self.config.validates and self.validation_rows else None,
             identity=of_task(
                 self.config,
                 self.data.space,
@@ -195,7 +116,6 @@ class FineTuner:
                 base=self.pretrained.fingerprint,
             ),
             facts=self._facts(),
-            unfreeze=self.trained.unfreeze if self.trained.later else None,
         )
 
     def objective(self) -> TaskObjective:
@@ -210,77 +130,53 @@ class FineTuner:
         return {
             "rows": [account(report) for report in self.data.reports],
             "tokens": {name: {key: getattr(report, key) for key in counted} for name, report in reports.items()},
-            "precision": self.precision,
-            "environment": self.environment,
         }
 
-    def _validation(self, world: World) -> Validation:
-        settings = self.config.training
-        metric = settings.metric or _MAIN_METRIC[self.data.space.task]
-        early = settings.early_stopping
-        watched = (early.metric if early is not None else None) or metric
-        directions = [self.metrics.direction(name, METRIC_DIRECTION) for name in (metric, watched)]
-        return Validation(
-            lambda: self.validate(world),
-            metric,
-            directions[0],
-            watched,
-            directions[1],
-            len(self.validation_rows),
-            rows_digest(self.validation_rows, self.targets.validation),
-            self.metrics.directions,
+    def _validation(self) -> Validation:
+        return self.validation_of(
+            self.watched(_MAIN_METRIC[self.data.space.task]),
+            METRIC_DIRECTION,
+            num_rows=len(self.validation_rows),
+            digest=rows_digest(self.validation_rows, self.targets.validation),
         )
 
-    def validate(self, world: World = World()) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Loss and metrics on the validation rows. Raises `NonFiniteOutputs`."""
-        outputs = self._validation_outputs(world)
-        threshold, told = self.config.model.multi_label_threshold, self.data.validation_targets
+        outputs = self._validation_outputs()
+        threshold, labels = self.config.model.multi_label_threshold, self.data.validation_targets
         meaning = self._meaning(outputs)
-        metrics = measure(self.data.space.task, meaning, told, threshold=threshold)
+        metrics = measure(self.data.space.task, meaning, labels, threshold=threshold)
         metrics = {"loss": self.objective().mean_of(outputs, self.targets.validation), **metrics}
-        with kept_random_states():
-            return self.metrics.added(metrics, meaning, np.array(told), is_first=world.is_first, gather=world.gather)
+        return self.with_own_metrics(metrics, meaning, np.array(labels))
 
-    def _validation_outputs(self, world: World) -> Tensor:
-        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.share[0], world=world.share[1])
-        world.sum_tensors([outputs])
+    def _validation_outputs(self) -> Tensor:
+        rank, size = self.world.share
+        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=rank, world=size)
+        self.world.sum_tensors([outputs])
         return outputs
 
     def _meaning(self, outputs: Tensor) -> Meaning:
         return interpret(self.data.space.task, outputs, target_mean=self.targets.mean, target_std=self.targets.std)
 
-    def export(self) -> None:
-        """Takes the best weights, or the last where none are known as best, and writes the model folder and the report;
-        every process takes part, and the first one writes.
-
-        Raises `DiskFull`; the run's checkpoints are whole then.
-        """
-        take_chosen(
-            self.trained,
-            self.run_dir,
-            self.config.training,
-            self.result,
-            self.world,
-            self.progress,
-            callbacks=self.callbacks,
-        )
-        outputs = None
+    def before_writing(self) -> None:
+        self.outputs: Tensor | None = None
         if self.data.space.task in ("classification", "regression") and self.validation_rows:
-            outputs = self._validation_outputs(self.world)
-        if not self.trained.gather():
-            return
-        needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
-        with explain_disk_full(self.run_dir, needed_bytes, "the trained model"):
-            if outputs is not None:
-                self._log_predictions(outputs)
-            if self.config.training.trainable == "lora":
-                backbone, base = self.model.backbone.model, self.config.data.pretrained_weights
-                save_lora(backbone, self.run_dir / "adapter", base=base)
-                merge_lora(backbone)
-            save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
-            write_report(self.run_dir)
-        self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
-        self.progress.say(f"model: {how_it_opens(self.run_dir / 'model')}")
+            self.outputs = self._validation_outputs()
+
+    def exported(self) -> PooledModel:
+        return self.model
+
+    def write_model(self) -> None:
+        if self.outputs is not None:
+            self._log_predictions(self.outputs)
+        if self.lora is not None:
+            backbone = self.model.backbone.model
+            save_lora(backbone, self.run_dir / "adapter", base=self.config.data.pretrained_weights)
+            merge_lora(backbone)
+        save_task_model(self.run_dir / "model", self.model, self.pretrained.tokenizer, self.description())
+
+    def export_summary(self) -> list[str]:
+        return [*super().export_summary(), f"model: {how_it_opens(self.run_dir / 'model')}"]
 
     def _log_predictions(self, outputs: Tensor) -> None:
         """What the exported weights predict for the validation rows, for the report."""
@@ -308,6 +204,5 @@ class FineTuner:
             "threshold": self.config.model.multi_label_threshold,
             "max_length": self.max_length,
             "columns": {role: name for role, name in self.data.reports[0].columns.items() if role in ROLES},
-            "precision": "bf16" if self.precision == "bf16" else "fp32",
-            "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
+            **super().description(),
         }

@@ -9,27 +9,21 @@ out: the loop (`training.fit`), the four models (`models.roles`), what they say 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
-from loopos.config.differences import as_begun
+from transformers import PreTrainedModel
+
 from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
-from loopos.config.sections import LoraSection
 from loopos.data.digest import prompts_digest
 from loopos.data.preference_data import load_prompts
 from loopos.data.preference_tokens import PreferenceEncoder
 from loopos.data.reading import account
-from loopos.data.tokens import longest
-from loopos.evaluation.own_metrics import OwnMetrics
-from loopos.evaluation.report import write_report
-from loopos.evaluation.run_claim import claim
 from loopos.functional.advantages import KlController
+from loopos.methods.base import Trainer
 from loopos.models.folders import (
     OpenedReward,
     check_same_tokens,
@@ -37,7 +31,7 @@ from loopos.models.folders import (
     export_language_model,
     open_reward_model,
 )
-from loopos.models.load import NUMBER_FORMATS, Pretrained, Sizes, fingerprint, load_pretrained
+from loopos.models.load import NUMBER_FORMATS, fingerprint
 from loopos.rl.collector import (
     Collector,
     PolicyCheck,
@@ -56,78 +50,35 @@ from loopos.rl.rollouts import RolloutBatches, RolloutPlan
 from loopos.rl.workers.opening import Place, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
-from loopos.storage.durable import explain_disk_full
-from loopos.training.callbacks import Callbacks, kept_random_states
-from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_policy
-from loopos.training.precision import resolve
-from loopos.training.progress import RunProgress, write_samples
+from loopos.training.progress import write_samples
 from loopos.training.run_state import FitResult
-from loopos.training.session import session
 from loopos.training.stopping import GUARD
-from loopos.training.trained_weights import TrainedWeights, take_chosen
-from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 
-@dataclass(eq=False)
-class PpoTrainer:
-    """Trains a policy on rewards: `PpoTrainer(config).train()`.
-
-    `environment`: settings of the process, by name, for the log. `callbacks`, `metrics`: the user's own functions.
-    """
-
-    config: PpoConfig
-    _: KW_ONLY
-    progress: RunProgress = field(default_factory=RunProgress)
-    trust_remote_code: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
-    callbacks: Callbacks = field(default_factory=Callbacks)
-    metrics: OwnMetrics = field(default_factory=OwnMetrics)
-    world: World = field(default=World(), init=False)
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.data.output_dir)
+class PpoTrainer(Trainer[PpoConfig]):
+    """Trains a policy on rewards: `PpoTrainer(config).train()`."""
 
     def train(self, *, resume: bool = False) -> FitResult:
-        """Prompts, models, fit, export, report; an earlier run stays without `resume`. Raises `UserError`."""
         check_installed(self.config.rollout)
-        with (
-            session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
-        ):
-            self.config = as_begun(self.config, self.run_dir)
-            self.load_data()
-            self.build_models()
-            with closing(self.engine):
-                self.fit = self.build_fit()
-                self.fit.open(resume=resume)
-                self.result = self.fit.run()
-            if not self.result.interrupted:
-                self.export()
-            self.world.wait()
-        return self.result
+        return super().train(resume=resume)
+
+    def running(self) -> AbstractContextManager[Any]:
+        return closing(self.engine)
 
     def load_data(self) -> None:
         """Reads the prompts, loads policy and reward model, and tokenises; says what was decided."""
         config, data, settings = self.config, self.config.data, self.config.training
         self.data = load_prompts(data, data.source, seed=settings.seed)
-        self.pretrained: Pretrained = load_pretrained(
-            data.pretrained_weights,
-            causal=True,
-            sizes=Sizes.of(config.model, max_length=settings.max_length),
-            tokenizer=data.tokenizer,
-            trust_remote_code=self.trust_remote_code,
-        )
+        self.pretrained = self.load_pretrained(causal=True)
         self.tokenizer = self.pretrained.tokenizer
         self.opened_rewards: list[OpenedReward] = []
         for place in data.reward_models:
             self.opened_rewards.append(open_reward_model(place))
             check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {place}")
-        positions = getattr(self.pretrained.model.config.get_text_config(), "max_position_embeddings", None)
-        whole = longest(self.tokenizer, positions, settings.max_length)
+        whole = self.longest_of(self.pretrained)
         room = None if whole is None else whole - config.generation.max_new_tokens
         limit = min((each for each in (room, data.max_prompt_tokens) if each is not None), default=None)
         self.encoder = PreferenceEncoder(data, self.tokenizer, max_length=limit)
@@ -137,10 +88,10 @@ class PpoTrainer:
         tokens = f"tokens: {self.tokens.summary()}"
         self.progress.say(self.pretrained.summary, *self.data.summary, self.encoder.template.summary, tokens)
 
-    def build_models(self) -> Roles:
+    def build_model(self) -> Roles:
         """Policy, reference, reward and value model; what trains; the engine that generates with the same weights."""
         config, settings = self.config, self.config.training
-        self.precision = resolve(settings.precision, self.device)
+        self.choose_precision()
         scored_by = [fingerprint(opened.model.backbone.model) for opened in self.opened_rewards]
         self.base = ", rewards ".join([self.pretrained.fingerprint, *scored_by])
         self.roles = build_roles(
@@ -155,12 +106,8 @@ class PpoTrainer:
         # What became an adapter of the policy's trunk needs its own weights no more.
         self.opened_rewards.clear()
         self.roles.cast_frozen(NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
-        self.trained = TrainedWeights(
+        self.train_weights(
             self.roles.actor_critic,
-            settings,
-            precision=self.precision,
-            device=self.device,
-            world=self.world,
             held_back=self.roles.held_back,
             half_under=("policy.", "critic.backbone."),
             frozen=self.roles.frozen,
@@ -172,7 +119,7 @@ class PpoTrainer:
                 config,
                 self.pretrained,
                 place=Place(share=self.world.share, gather=self.world.gather_shares),
-                run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.asked),
+                run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.request),
                 say=self.progress.say,
                 trust_remote_code=self.trust_remote_code,
             )
@@ -191,30 +138,21 @@ class PpoTrainer:
             self.engine, self.roles, rewards, device=self.device, words=words, kept=kept, gather=gather
         )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
-        self.guards = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
+        self.monitor = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
         self.objective = PpoObjective.of(settings, actor_critic, kept=kept)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
-        self.state = PolicyState(self.batches, self.controller, self.objective, self.guards, self.check, ahead)
+        self.state = PolicyState(self.batches, self.controller, self.objective, self.monitor, self.check, ahead)
         values = {name for name, _ in actor_critic.named_parameters() if name.startswith("critic.")}
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
-        return Fit(
-            run_dir=self.run_dir,
-            config=self.config,
-            settings=settings,
-            update=build_update(
-                actor_critic, self.trained.master_weights, optimizer, self.precision, world, head=values
-            ),
+        return self.fit_of(
+            update=self.update_of(actor_critic, head=values, settings=optimizer),
             batches=self.batches,
             objective=self.objective,
             validation=self._validation() if self.check is not None else None,
-            progress=self.progress,
-            callbacks=self.callbacks,
-            world=world,
             identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
             facts=self._facts(plan.iterations),
-            unfreeze=self.trained.unfreeze if self.trained.later else None,
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
             planned_end=plan.planned_end,
             validation_unit=self.batches.steps_an_epoch,
@@ -225,13 +163,12 @@ class PpoTrainer:
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
         rows, tokens = list(map(account, self.data.reports)), self.tokens.counts()
-        environment = {"precision": self.precision, "environment": self.environment}
-        return {"rows": rows, "tokens": tokens, "iterations": iterations, **environment}
+        return {"rows": rows, "tokens": tokens, "iterations": iterations}
 
     def collect(self, iteration: int) -> Experience:
         """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
         settings, began, cap = self.config.training, time.monotonic(), self.config.rollout.importance_cap
-        request, coefficient = self.asked(iteration), self.controller.coefficient
+        request, coefficient = self.request(iteration), self.controller.coefficient
         with self.trained.whole():
             rollouts = self.collector(request, iteration=iteration)
         how, old = AdvantageSettings.of(settings, importance_cap=cap), self.config.old_logprobs
@@ -249,18 +186,18 @@ class PpoTrainer:
         self.controller.observe(metrics["kl"], len(rollouts))
         timing = {"seconds": time.monotonic() - began, **self.engine.timing()}
         self.fit.record("rollout", {"iteration": iteration, **metrics}, timing)
-        told = [f"{name} {figure(metrics[name])}" for name in ("reward", "kl", "response_length", "end_share")]
-        self.progress.say(f"iteration {iteration + 1}: {' · '.join(told)}")
-        self._ask_guards(metrics)
+        figures = [f"{name} {figure(metrics[name])}" for name in ("reward", "kl", "response_length", "end_share")]
+        self.progress.say(f"iteration {iteration + 1}: {' · '.join(figures)}")
+        self._watch(metrics)
         return experience
 
-    def asked(self, iteration: int) -> Request:
-        """What the engine is asked for in an iteration."""
-        prompts = [self.prompts[place] for place in self.batches.plan.prompts_of(iteration)]
+    def request(self, iteration: int) -> Request:
+        """What the engine generates in an iteration."""
+        prompts = [self.prompts[index] for index in self.batches.plan.prompts_of(iteration)]
         return request_of(prompts, seeded(self.sampling, iteration))
 
-    def _ask_guards(self, metrics: Mapping[str, float]) -> None:
-        for alert in self.guards.observe(metrics):
+    def _watch(self, metrics: Mapping[str, float]) -> None:
+        for alert in self.monitor.observe(metrics):
             self.state.alerts.append(alert.message)
             self.progress.warn(f"alarm: {alert.message}")
             self.fit.record("alarm", alert.as_json(), {})
@@ -289,39 +226,27 @@ class PpoTrainer:
         assert self.check is not None
         step = self.fit.position.step
         with self.trained.whole():
-            for told in self.check.best_of_n(self.config.evaluation.best_of) if step == 0 else ():
-                self.fit.record("best_of_n", told, {})
+            for point in self.check.best_of_n(self.config.evaluation.best_of) if step == 0 else ():
+                self.fit.record("best_of_n", point, {})
             metrics, records = self.check.measure(is_start=step == 0)
         if self.world.is_first:
             write_samples(self.run_dir / "samples.jsonl", step, records)
-        self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
+        self._watch({name: metrics[name] for name in ("judge",) if name in metrics})
         responses, prompts = ([record[key] for record in records] for key in ("response", "prompt"))
-        with kept_random_states():
-            return self.metrics.added(
-                metrics, responses, prompts, is_first=self.world.is_first, gather=self.world.gather
-            )
+        return self.with_own_metrics(metrics, responses, prompts)
 
-    def export(self) -> None:
-        """Takes the best weights, or the last, and writes the model folder and the report. Raises `DiskFull`."""
-        settings, policy = self.config.training, self.roles.actor_critic.policy.causal
-        take_chosen(
-            self.trained, self.run_dir, settings, self.result, self.world, self.progress, callbacks=self.callbacks
-        )
-        if not self.trained.gather():
-            return
-        lora = settings.lora or LoraSection() if settings.trainable == "lora" else None
-        base, needed_bytes = self.config.data.pretrained_weights, 4 * sum(p.numel() for p in policy.parameters())
+    def exported(self) -> PreTrainedModel:
+        return self.roles.actor_critic.policy.causal
+
+    def write_model(self) -> None:
         self.tokenizer.chat_template = self.encoder.template.source
-        with explain_disk_full(self.run_dir, needed_bytes, "the trained model"):
-            export_language_model(self.run_dir, policy, self.tokenizer, self.description(), lora=lora, base=base)
-            write_report(self.run_dir)
-        self.progress.say(f"model: {self.run_dir / 'model'} · report: {self.run_dir / 'report.md'}")
+        base, policy = self.config.data.pretrained_weights, self.exported()
+        export_language_model(self.run_dir, policy, self.tokenizer, self.description(), lora=self.lora, base=base)
 
     def description(self) -> dict[str, Any]:
-        """What the model folder says of how it is spoken to."""
+        """What the model folder records of how the policy ends an answer."""
         return {
             "method": "ppo",
             "stop_tokens": list(self.encoder.template.stop_tokens),
-            "precision": "bf16" if self.precision == "bf16" else "fp32",
-            "pretrained_weights": os.path.basename(self.config.data.pretrained_weights.rstrip("/")),
+            **super().description(),
         }

@@ -9,14 +9,11 @@ tokenizer. Left out: the loop (`training.fit`), the reading of text (`data.corpu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.config.differences import as_begun
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import load_corpus
@@ -24,66 +21,20 @@ from loopos.data.digest import rows_digest
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
 from loopos.data.tokens import encode_corpus, train_tokenizer
-from loopos.evaluation.own_metrics import OwnMetrics
-from loopos.evaluation.report import write_report
-from loopos.evaluation.run_claim import claim
+from loopos.methods.base import Trainer
 from loopos.models.folders import save_pretrained
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Sizes, new_config
 from loopos.models.resolve import weights_source
 from loopos.models.tokenizers import open_tokenizer
-from loopos.storage.durable import explain_disk_full
-from loopos.training.callbacks import Callbacks
-from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_text
 from loopos.training.objectives import NextToken, mean_loss, with_router_loss
-from loopos.training.precision import resolve
-from loopos.training.progress import RunProgress
-from loopos.training.run_state import FitResult
-from loopos.training.session import session
-from loopos.training.trained_weights import TrainedWeights, take_chosen
-from loopos.training.update import build_update
 from loopos.training.validation import Validation
 
 
-@dataclass(eq=False)
-class Pretrainer:
-    """Trains a tokenizer and a language model from nothing: `Pretrainer(config).train()`.
-
-    `environment`: settings of the process, by name, for the log. `trust_remote_code`: for `data.tokenizer`.
-    `callbacks`, `metrics`: the user's own functions.
-    """
-
-    config: PretrainingConfig
-    _: KW_ONLY
-    progress: RunProgress = field(default_factory=RunProgress)
-    trust_remote_code: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
-    callbacks: Callbacks = field(default_factory=Callbacks)
-    metrics: OwnMetrics = field(default_factory=OwnMetrics)
-    world: World = field(default=World(), init=False)
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.data.output_dir)
-
-    def train(self, *, resume: bool = False) -> FitResult:
-        """Text, tokenizer, model, fit, export, report. Raises `UserError` for a mistake of the user's."""
-        with (
-            session(self.config.training, self.config.distributed) as (self.device, self.world),
-            claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
-        ):
-            self.config = as_begun(self.config, self.run_dir)
-            self.load_data()
-            self.build_model()
-            fit = self.build_fit(self.world)
-            fit.open(resume=resume)
-            self.result = fit.run()
-            if not self.result.interrupted:
-                self.export()
-            self.world.wait()
-        return self.result
+class Pretrainer(Trainer[PretrainingConfig]):
+    """Trains a tokenizer and a language model from nothing: `Pretrainer(config).train()`."""
 
     def load_data(self) -> None:
         """Reads the documents, splits them, trains or opens the tokenizer, cuts the pieces; says what was decided."""
@@ -126,71 +77,47 @@ class Pretrainer:
     def build_model(self) -> LanguageModel:
         """A new Llama-style model of the config's sizes, and the number format."""
         settings, section = self.config.training, self.config.model
-        self.precision = resolve(settings.precision, self.device)
+        self.choose_precision()
         config = new_config(Sizes.of(section, max_length=self.max_length))
         config.pad_token_id, config.bos_token_id = self.tokenizer.pad_token_id, self.tokenizer.bos_token_id
         config.eos_token_id = self.tokenizer.eos_token_id
         self.model = LanguageModel(LlamaForCausalLM(config), attention=section.attention)
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        self.trained = TrainedWeights(
-            self.model, settings, precision=self.precision, device=self.device, world=self.world
-        )
+        self.train_weights(self.model)
         self.progress.say(self.trained.summary())
         return self.model
 
-    def build_fit(self, world: World) -> Fit[Batch]:
+    def build_fit(self) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings = self.config.training
-        batches = StepBatches.of(
-            settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
-        )
-        judged = self.config.validates and bool(self.validation_pieces)
-        return Fit(
-            run_dir=self.run_dir,
-            config=self.config,
-            settings=settings,
-            update=build_update(self.model, self.trained.master_weights, settings, self.precision, world, head=()),
-            batches=batches,
+        settings, (rank, size) = self.config.training, self.world.share
+        validates = self.config.validates and bool(self.validation_pieces)
+        return self.fit_of(
+            update=self.update_of(self.model),
+            batches=StepBatches.of(settings, PackedRows(self.pieces, None, self.device), rank=rank, world=size),
             objective=with_router_loss(NextToken(self.model), self.model.backbone, settings.router_aux_loss),
-            validation=self._validation(world) if judged else None,
-            progress=self.progress,
-            callbacks=self.callbacks,
-            world=world,
+            validation=self._validation() if validates else None,
             identity=of_text(self.config, self.pieces, self.tokenizer, max_length=self.max_length),
-            facts={"precision": self.precision, "environment": self.environment, "pieces": len(self.pieces)},
+            facts={"pieces": len(self.pieces)},
         )
 
-    def _validation(self, world: World) -> Validation:
+    def _validation(self) -> Validation:
         if self.metrics:
             named = ", ".join(self.metrics.functions)
-            raise UserError(f"metrics: got {named}; expected none: pretraining answers nothing that they could measure")
+            raise UserError(f"metrics: got {named}; expected none: pretraining has no predictions to measure")
         rows = rows_digest(self.validation_pieces)
-        return Validation(lambda: self.validate(world), "loss", "min", "loss", "min", len(self.validation_pieces), rows)
+        return Validation(self.validate, "loss", "min", "loss", "min", len(self.validation_pieces), rows)
 
-    def validate(self, world: World = World()) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Mean next-token loss (nats) of the validation pieces, and perplexity = exp(loss)."""
-        loss = mean_loss(NextToken(self.model), self.validation_pieces, device=self.device, world=world)
+        loss = mean_loss(NextToken(self.model), self.validation_pieces, device=self.device, world=self.world)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    def export(self) -> None:
-        """Takes the best weights and writes them, config and tokenizer to `data.output_weights`, and the report; every
-        process takes part, and the first one writes.
-        """
-        take_chosen(
-            self.trained,
-            self.run_dir,
-            self.config.training,
-            self.result,
-            self.world,
-            self.progress,
-            callbacks=self.callbacks,
-        )
-        if not self.trained.gather():
-            return
-        path = Path(self.config.data.output_weights)
-        needed_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
-        with explain_disk_full(self.run_dir, needed_bytes, "the weights"):
-            save_pretrained(path, self.model.causal, self.tokenizer)
-            write_report(self.run_dir)
-        self.progress.say(f"weights: {path} · report: {self.run_dir / 'report.md'}")
+    def exported(self) -> LanguageModel:
+        return self.model
+
+    def write_model(self) -> None:
+        save_pretrained(Path(self.config.data.output_weights), self.model.causal, self.tokenizer)
+
+    def export_summary(self) -> list[str]:
+        return [f"weights: {self.config.data.output_weights} · report: {self.run_dir / 'report.md'}"]
