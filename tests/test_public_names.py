@@ -22,7 +22,8 @@ def test_the_public_names_are_pinned() -> None:
     asked = ["Predictor", "Reasoner"]
     human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
     classes = [*trained, *asked, *human, "SamplingSettings"]
-    assert loopos.__all__ == [*classes, "__version__", "load", "read_config", "train"]
+    names = ["__version__", "load", "read_config", "register_method", "train"]
+    assert loopos.__all__ == [*classes, "Trainer", *names]
     assert all(getattr(loopos, name) is not None for name in loopos.__all__)
 
 
@@ -39,8 +40,8 @@ def test_import_is_light() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
-        loopos.Trainer  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Coach'"):
+        loopos.Coach  # noqa: B018
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from forked import Child
 
-from loopos.methods.table import method_class
+from loopos.config.methods import method_row
 from loopos.training.progress import RunProgress
 
 
@@ -47,7 +47,7 @@ def run_processes(size: int, work: Callable[[], object], *, seconds: float = 300
 
 def train_here(config: Any, *, resume: bool = False) -> None:
     """A run without its report: drawing takes ten times a pico run's time."""
-    trainer = method_class(config.computation.mode, config.computation.method)
+    trainer = method_row(config.computation.method).trainer_class
     with patch("loopos.methods.base.write_report"):
         trainer(config, progress=RunProgress(quiet=True), trust_remote_code=False, environment={}).train(resume=resume)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loopos.cli.python_run import Callback
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
     from loopos.config.fine_tuning import FineTuningConfig
+    from loopos.config.methods import register_method
     from loopos.config.ppo import PpoConfig
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.generation.settings import SamplingSettings
+    from loopos.methods.base import Trainer
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
     from loopos.methods.ppo import PpoTrainer
@@ -50,9 +52,11 @@ __all__ = [
     "RewardPredictor",
     "RlhfConfig",
     "SamplingSettings",
+    "Trainer",
     "__version__",
     "load",
     "read_config",
+    "register_method",
     "train",
 ]
 
@@ -71,6 +75,8 @@ _PLACES = {
     "RewardPredictor": "loopos.evaluation.reward_predictor",
     "RlhfConfig": "loopos.config.rlhf",
     "SamplingSettings": "loopos.generation.settings",
+    "Trainer": "loopos.methods.base",
+    "register_method": "loopos.config.methods",
 }
 
 
@@ -121,7 +127,7 @@ def read_config(
     """
     from loopos.config.diagnostics import UserError
     from loopos.config.load import load as load_config
-    from loopos.methods.table import config_classes
+    from loopos.config.methods import config_classes
 
     found = load_config(config, overrides, config_classes()).config
     if kind is not None and not isinstance(found, kind):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from worlds import train_here
 
-from loopos.methods.table import config_classes
+from loopos.config.methods import config_classes
 from loopos.training.update import Update
 
 # Which argument of a collective holds the whole tensors: the gathered output, or what is reduced.

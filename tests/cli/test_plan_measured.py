@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from worlds import run_processes
 
-from loopos.methods.table import config_classes
+from loopos.config.methods import config_classes
 from loopos.planning.cluster.memory import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, need_of, step_transfers
 from loopos.planning.cluster.setting import Cluster, Setting
 from loopos.planning.cluster.work import Load, loads_of

@@ -14,11 +14,11 @@ import torch
 
 from loopos.cli.opened_models import use_of
 from loopos.cli.preference_preview import fates, spoken
+from loopos.config.methods import METHODS
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
 from loopos.methods.ppo import PpoTrainer
-from loopos.methods.table import METHODS
 from loopos.planning import dry_run
 from loopos.planning.estimate import MATMUL_EFFICIENCY, generation_seconds
 from loopos.training.progress import RunProgress

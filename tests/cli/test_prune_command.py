@@ -66,7 +66,7 @@ def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder
         (("--method", "wnda", "--sparsity", "half"), 'did you mean "wanda"'),
         (("--method", "magnitude", "--sparsity", "0.5,1.5"), "sparsity"),
         (("--sparsity", "0.5"), "method: got nothing"),
-        (("--method", "heads", "--sparsity", "0.5", "--calibration", "nowhere.txt"), "calibration: given"),
+        (("--method", "heads", "--sparsity", "0.5", "--calibration", "nowhere.txt"), "calibration: got"),
     ],
 )
 def test_mistakes_end_in_a_few_lines(

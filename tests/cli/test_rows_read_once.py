@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from loopos.config.load import load
+from loopos.config.methods import config_classes
 from loopos.data.labelled import load_labelled
 from loopos.data.read_ahead import kept_for_training
 from loopos.data.row_check import check_rows
 from loopos.data.rows import RowReader
-from loopos.methods.table import config_classes
 from tests.cli.conftest import Invoke, rows, write_jsonl
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -18,9 +18,9 @@ from loopos.config.compression import PruningRecipe, QuantizationRecipe
 from loopos.config.keys import Place
 from loopos.config.load import LoadedConfig
 from loopos.config.merge import MergeConfig
+from loopos.config.methods import config_classes
 from loopos.config.paths import expanded
 from loopos.data.rows import read
-from loopos.methods.table import config_classes
 
 ALL = [*config_classes().values(), MergeConfig, PruningRecipe, QuantizationRecipe]
 # What the description of a key says where its value is, or may be, a place.

@@ -72,7 +72,7 @@ def guide_weights(home: Path) -> Path:
 def guide_runs(guide_weights: Path, home: Path, drawn: None) -> dict[str, FitResult]:
     """The guide's config, unchanged but for its paths, run as it is read from its file."""
     from loopos.config.load import load
-    from loopos.methods.table import config_classes
+    from loopos.config.methods import config_classes
 
     data = home / "classification_train.txt"
     data.write_text(

@@ -10,11 +10,11 @@ import torch
 from preference_runs import comparisons, events_of, write_rows
 
 from loopos.config.load import load
+from loopos.config.methods import config_classes
 from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import LanguageModelSection
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.rlhf import ReinforcementTrainer
-from loopos.methods.table import config_classes
 from loopos.training.progress import RunProgress
 
 GUIDE = Path(__file__).parents[2] / "configs" / "rlhf.json"

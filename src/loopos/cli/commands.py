@@ -27,8 +27,8 @@ from loopos.cli.option_types import (
     path,
 )
 from loopos.cli.outcome import Commands
+from loopos.config.methods import methods_help
 from loopos.config.paths import expanded
-from loopos.methods.table import methods_help
 
 app = typer.Typer(
     cls=Commands,
@@ -85,6 +85,19 @@ def validate(config: Config, overrides: Overrides = None, json: Json = False) ->
     from loopos.cli import configs as command
 
     raise typer.Exit(command.validate(config, overrides or [], as_json=json))
+
+
+@app.command("list")
+def list_variants(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="Such as methods; the kinds when absent.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List what a config can name, with what installed plugins add."""
+    from loopos.cli import configs as command
+
+    raise typer.Exit(command.list_variants(kind, as_json=json))
 
 
 @app.command()

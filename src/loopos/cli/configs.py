@@ -6,18 +6,18 @@ Enters: a config file and overrides, or a method's name. Leaves: faults or a con
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from loopos.cli.answers import say, say_json
+from loopos.cli.answers import say, say_json, table
 from loopos.cli.outcome import note
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.load import LoadedConfig, load, load_recipe
 from loopos.config.merge import MergeConfig, is_merge_recipe
+from loopos.config.methods import METHODS, config_classes
 from loopos.config.other_tools import METHOD_ALIASES
 from loopos.config.source import read_source
 from loopos.data.row_check import check_columns, check_rows
-from loopos.methods.table import METHODS, config_classes
 
 
 def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
@@ -64,6 +64,37 @@ def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     return loaded
 
 
+def list_variants(kind: str | None, *, as_json: bool) -> int:
+    """Prints the variants of a kind, each with what it does and where it comes from; the kinds without one. Raises
+    `UserError` for an unknown kind.
+    """
+    if kind is None:
+        kinds = {name: summary for name, (summary, _) in KINDS.items()}
+        if as_json:
+            say_json(kinds)
+        else:
+            say(table(list(kinds.items()), head=("kind", "what it is")))
+        return 0
+    if kind not in KINDS:
+        raise UserError(f"loopos list: got {kind}; expected one of {', '.join(KINDS)}")
+    found = KINDS[kind][1]()
+    if as_json:
+        say_json([{"name": name, "summary": summary, "source": source} for name, summary, source in found])
+    else:
+        say(table(found, head=("name", "what it does", "from")))
+    return 0
+
+
+def _methods() -> list[tuple[str, str, str]]:
+    return [(name, METHODS[name].summary, METHODS.source(name)) for name in METHODS]
+
+
+KINDS: Mapping[str, tuple[str, Callable[[], list[tuple[str, str, str]]]]] = {
+    "methods": ("what computation.method names", _methods),
+}
+"""Kind → what it is, and a function that lists its variants as (name, summary, source)."""
+
+
 def schema(method: str) -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
     from loopos.config.load import schema as schema_of
@@ -71,7 +102,7 @@ def schema(method: str) -> int:
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
     method = METHOD_ALIASES.get(method, method)
     if method not in rows:
-        known = ", ".join([*(name for _, name in METHODS), "merge"])
+        known = ", ".join(rows)
         raise UserError(f"--method: got {method}; expected one of {known}")
     say_json(schema_of(rows[method]))
     return 0

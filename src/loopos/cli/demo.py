@@ -47,9 +47,9 @@ from loopos.cli.quiet import hush_libraries
 from loopos.cli.train import TrainOptions, exit_code, train
 from loopos.config.figures import as_time
 from loopos.config.load import load
+from loopos.config.methods import config_classes
 from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, write_items
 from loopos.evaluation.run_folder import Run, holds_run, read_run
-from loopos.methods.table import config_classes
 from loopos.models.gguf import cache_folder
 from loopos.models.resolve import embedded_model
 from loopos.storage.folder_lock import FolderBusy, only_writer

@@ -16,8 +16,8 @@ from loopos.cli.answers import say, say_json
 from loopos.cli.quiet import hush_libraries
 from loopos.config.diagnostics import UserError
 from loopos.config.load import load
+from loopos.config.methods import config_classes
 from loopos.config.sections import DistributedSection
-from loopos.methods.table import config_classes
 from loopos.planning.cluster.setting import Asked, Cluster
 
 MODES = ("auto", "replicate", "shard")

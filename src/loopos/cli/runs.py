@@ -12,10 +12,10 @@ from typing import Any
 
 from loopos.cli.answers import confusion_table, say, say_json, shown, table
 from loopos.cli.outcome import note
+from loopos.config.changed_settings import changed_settings
 from loopos.config.diagnostics import UserError
 from loopos.config.differences import differences
 from loopos.config.figures import as_time, once
-from loopos.config.method_configs import changed_settings
 from loopos.evaluation.run_folder import Run, find_runs, read_run
 
 # The metrics worth a column in a list, best first; a run shows the first that it has.

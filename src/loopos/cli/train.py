@@ -22,9 +22,9 @@ from loopos.cli.quiet import hush_libraries
 from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_time, once
 from loopos.config.load import load
+from loopos.config.methods import config_classes, method_row
 from loopos.data.read_ahead import kept_for_training
 from loopos.data.row_check import check_columns, check_rows
-from loopos.methods.table import config_classes, method_class
 
 if TYPE_CHECKING:
     from loopos.evaluation.own_metrics import OwnMetrics
@@ -128,7 +128,7 @@ def train(
     """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
     with kept_for_training():
         check_rows(config)
-        trainer_class = method_class(config.computation.mode, config.computation.method)
+        trainer_class = method_row(config.computation.method).trainer_class
         from loopos.evaluation.own_metrics import OwnMetrics
         from loopos.training.callbacks import Callbacks
         from loopos.training.precision import pick_device, resolve
@@ -145,7 +145,7 @@ def train(
             callbacks=callbacks,
             metrics=metrics or OwnMetrics(),
         )
-        result = trainer.train(resume=options.resume)
+        result: FitResult = trainer.train(resume=options.resume)
     callbacks.raise_failure("the run is finished")
     return result
 

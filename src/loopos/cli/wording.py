@@ -84,8 +84,8 @@ def refuse_keys_as_options(words: Sequence[str], options: Collection[str], argum
 
 def _key_of(option: str) -> str | None:
     """The dotted key that an option such as `--lr`, `--batch-size` or `--training.seed` means."""
+    from loopos.config.methods import config_classes
     from loopos.config.other_tools import OTHER_KEYS
-    from loopos.methods.table import config_classes
 
     name = option.lstrip("-").replace("-", "_")
     keys: dict[str, str] = {}

@@ -196,9 +196,8 @@ def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None
     mode, method = (find(root, ("computation", key)) for key in ("mode", "method"))
     mode_name = mode.value if isinstance(mode, ScalarNode) else None
     method_name = method.value if isinstance(method, ScalarNode) else None
-    rows = [row for row in methods if (mode_name, method_name) == row]
-    if rows:
-        return rows[0], []
+    if isinstance(mode_name, str) and isinstance(method_name, str) and (mode_name, method_name) in methods:
+        return (mode_name, method_name), []
     diagnostics: list[Diagnostic] = []
     known_mode = mode_name in modes
     if isinstance(mode_name, str) and not known_mode:

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.differences import as_begun
+from loopos.config.methods import method_row
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_rows
@@ -112,27 +113,28 @@ def _supervised(columns: Mapping[str, str], remembered: Mapping[str, str | None]
 def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
     """Each source of rows, how it is opened, and how its format is found.
 
-    By the method's name: importing the configs of all methods to tell them by class takes longer than the check.
+    By the kind of rows that the method reads: importing the configs of all methods to tell them by class takes longer
+    than the check. The columns of a method that names no kind are left to it.
     """
-    data, method = config.data, config.computation.method
+    if config.computation.method == "rlhf":
+        yield from sources_of(config.reward_model_config())
+        yield from sources_of(config.ppo_config())
+        return
+    data = config.data
     columns: dict[str, str] = {**getattr(data, "columns", {})}
-    match method:
-        case "fine_tuning":
-            yield from _both(data, data.training_data, _labelled(columns, require_label=True))
-        case "autoregressive":
-            if not data.source.lower().removesuffix(".gz").removesuffix(".zst").endswith(_RUNNING_TEXT):
-                yield from _both(data, data.source, _labelled(columns, require_label=False))
-        case "chain_of_thought":
-            yield from _both(data, data.source, _supervised(columns))
-        case "reward_model":
-            yield from _both(data, data.source, _preferences(columns))
-        case "ppo":
-            yield from _both(data, data.source, _preferences(columns, prompts=True))
-        case "rlhf":
-            yield from sources_of(config.reward_model_config())
-            yield from sources_of(config.ppo_config())
-        case _:
-            raise AssertionError(f"no columns are known of the method {method}")
+    for kind in method_row(config.computation.method).reads:
+        match kind:
+            case "labeled":
+                yield from _both(data, data.training_data, _labelled(columns, require_label=True))
+            case "text":
+                if not data.source.lower().removesuffix(".gz").removesuffix(".zst").endswith(_RUNNING_TEXT):
+                    yield from _both(data, data.source, _labelled(columns, require_label=False))
+            case "demonstrations":
+                yield from _both(data, data.source, _supervised(columns))
+            case "comparisons":
+                yield from _both(data, data.source, _preferences(columns))
+            case "prompts":
+                yield from _both(data, data.source, _preferences(columns, prompts=True))
 
 
 def _both(data: SourceKeys, source: str, detect: Detect) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
@@ -196,30 +198,31 @@ def _phases(config: Any) -> list[Any]:
 
 
 def _check_phase(config: Any) -> None:
-    """By the method's name, and with the imports of one method alone: they take longer than small files."""
+    """By the kind of rows that the method reads, with the imports of one kind only: they take longer than small files.
+    The rows of a method that names no kind are left to it.
+    """
     data, seed = config.data, config.training.seed
-    match config.computation.method:
-        case "fine_tuning":
-            from loopos.data.labelled import check_for_task, load_labelled
+    for kind in method_row(config.computation.method).reads:
+        match kind:
+            case "labeled":
+                from loopos.data.labelled import check_for_task, load_labelled
 
-            check_for_task(config, read_first(load_labelled, data, config.model, seed=seed).space)
-        case "autoregressive":
-            from loopos.data.corpus import load_corpus
+                check_for_task(config, read_first(load_labelled, data, config.model, seed=seed).space)
+            case "text":
+                from loopos.data.corpus import load_corpus
 
-            for source in (data.source, data.validation_data):
-                if source is not None:
-                    read_first(load_corpus, data, source)
-        case "chain_of_thought":
-            from loopos.data.supervised import load_supervised
+                for source in (data.source, data.validation_data):
+                    if source is not None:
+                        read_first(load_corpus, data, source)
+            case "demonstrations":
+                from loopos.data.supervised import load_supervised
 
-            read_first(load_supervised, data, seed=seed)
-        case "reward_model":
-            from loopos.data.preference_data import load_comparisons
+                read_first(load_supervised, data, seed=seed)
+            case "comparisons":
+                from loopos.data.preference_data import load_comparisons
 
-            read_first(load_comparisons, data, data.source, seed=seed)
-        case "ppo":
-            from loopos.data.preference_data import load_prompts
+                read_first(load_comparisons, data, data.source, seed=seed)
+            case "prompts":
+                from loopos.data.preference_data import load_prompts
 
-            read_first(load_prompts, data, data.source, seed=seed)
-        case _:
-            raise AssertionError(f"no rows are known of the method {config.computation.method}")
+                read_first(load_prompts, data, data.source, seed=seed)

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from loopos.config.changed_settings import changed_settings
 from loopos.config.figures import figure
-from loopos.config.method_configs import changed_settings
 from loopos.evaluation.run_folder import Run
 
 

@@ -43,15 +43,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.evaluation.progress import Tell
 from loopos.exporting.huggingface import cast
-from loopos.models.gguf import (
-    CONTROL,
-    NORMAL,
-    SPLITS,
-    UNUSED,
-    USER_DEFINED,
-    WHOLE_WORDS,
-    unused_name,
-)
+from loopos.models.gguf_tokenizer import CONTROL, NORMAL, SPLITS, UNUSED, USER_DEFINED, WHOLE_WORDS, unused_name
 from loopos.storage.tensor_files import StoredTensor, TensorSpec, folder_tensors, require_finite
 
 # transformers' model_type → GGUF's architecture.

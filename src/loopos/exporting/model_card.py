@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from loopos.config.method_configs import changed_settings
+from loopos.config.changed_settings import changed_settings
 from loopos.evaluation.blocks import cell, shown, table
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.resolve import EMBEDDED, ResolvedModel

@@ -1,35 +1,14 @@
-"""The config class of every method, and which settings of a written config differ from its defaults.
-
-Enters: a mode and a method, or the config that a run wrote. Leaves: the class, imported only then, and settings by
-dotted key. It stands below `methods`, so that reports of a run, which may not import methods, know the defaults too.
-"""
+"""The settings of a run's config that differ from the defaults of its method, by dotted key."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loopos.config.sections import MethodConfig
-
-CONFIG_CLASSES: Mapping[tuple[str, str], str] = {
-    ("posttraining", "fine_tuning"): "loopos.config.fine_tuning:FineTuningConfig",
-    ("posttraining", "chain_of_thought"): "loopos.config.chain_of_thought:ChainOfThoughtConfig",
-    ("posttraining", "reward_model"): "loopos.config.reward_model:RewardModelConfig",
-    ("posttraining", "ppo"): "loopos.config.ppo:PpoConfig",
-    ("posttraining", "rlhf"): "loopos.config.rlhf:RlhfConfig",
-    ("pretraining", "autoregressive"): "loopos.config.pretraining:PretrainingConfig",
-}
-
-
-def config_class(mode: str, method: str) -> type[MethodConfig]:
-    """The class of a method's config. Raises KeyError for a method that is not there."""
-    module, _, name = CONFIG_CLASSES[mode, method].partition(":")
-    found: type[MethodConfig] = getattr(import_module(module), name)
-    return found
+from loopos.config.methods import METHODS
 
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,8 +16,8 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     too. Keys and methods that this version does not know are kept.
     """
     computation = config.get("computation", {})
-    name = (str(computation.get("mode", "")), str(computation.get("method", "")))
-    known = config_class(*name) if name in CONFIG_CLASSES else None
+    name = str(computation.get("method", ""))
+    known = METHODS[name].config_class if name in METHODS else None
     return _changed(config, known)
 
 

@@ -1,0 +1,161 @@
+"""The methods of training: what `computation.mode` and `computation.method` name.
+
+A row names the class of the method's config and the class that trains; both are imported when they are looked up. To
+add a method, add a row, or decorate the trainer of a package of your own with `register_method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+from loopos.config.diagnostics import UserError
+from loopos.config.registry import Reference, Registry
+
+if TYPE_CHECKING:
+    from loopos.config.sections import MethodConfig
+
+MethodName: TypeAlias = tuple[str, str]
+Rows: TypeAlias = Literal["labeled", "demonstrations", "comparisons", "prompts", "text"]
+Trainer = TypeVar("Trainer", bound=type[Any])
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """`mode`: the stage of training. `config`, `trainer`: the classes. `summary`: what the method does, in a line.
+    `reads`: the kind of rows that it trains on, by which they are checked before torch is imported; None where that is
+    left to the method.
+    """
+
+    mode: str
+    config: Reference | type[MethodConfig]
+    trainer: Reference | type[Any]
+    summary: str
+    reads: tuple[Rows, ...] = ()
+
+    @property
+    def config_class(self) -> type[MethodConfig]:
+        """The class of the config."""
+        found: type[MethodConfig] = self.config.load() if isinstance(self.config, Reference) else self.config
+        return found
+
+    @property
+    def trainer_class(self) -> Any:
+        """The class that trains; importing it imports torch."""
+        return self.trainer.load() if isinstance(self.trainer, Reference) else self.trainer
+
+
+def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows) -> MethodRow:
+    return MethodRow(mode, Reference(f"loopos.config.{config}"), Reference(f"loopos.methods.{trainer}"), summary, reads)
+
+
+BUILTIN: Mapping[str, MethodRow] = {
+    "fine_tuning": _row(
+        "posttraining",
+        "fine_tuning:FineTuningConfig",
+        "fine_tuning:FineTuner",
+        "classification, multi-label classification or regression of texts",
+        "labeled",
+    ),
+    "chain_of_thought": _row(
+        "posttraining",
+        "chain_of_thought:ChainOfThoughtConfig",
+        "chain_of_thought:ChainOfThought",
+        "supervised fine-tuning (sft): chats, instructions, reasoning in steps",
+        "demonstrations",
+    ),
+    "reward_model": _row(
+        "posttraining",
+        "reward_model:RewardModelConfig",
+        "reward_model:RewardModelTrainer",
+        "a score of responses, learned from preferences",
+        "comparisons",
+    ),
+    "ppo": _row(
+        "posttraining",
+        "ppo:PpoConfig",
+        "ppo:PpoTrainer",
+        "reinforcement learning from a reward model, or from functions",
+        "prompts",
+    ),
+    "rlhf": _row(
+        "posttraining",
+        "rlhf:RlhfConfig",
+        "rlhf:ReinforcementTrainer",
+        "a reward model from preferences, then PPO against it",
+        "comparisons",
+        "prompts",
+    ),
+    "autoregressive": _row(
+        "pretraining",
+        "pretraining:PretrainingConfig",
+        "pretraining:Pretrainer",
+        "pretraining: a tokenizer and a new language model from text",
+        "text",
+    ),
+}
+
+METHODS: Registry[MethodRow] = Registry("method", BUILTIN)
+
+
+def register_method(
+    name: str,
+    *,
+    config: type[MethodConfig],
+    summary: str,
+    mode: str = "posttraining",
+    reads: tuple[Rows, ...] = (),
+) -> Callable[[Trainer], Trainer]:
+    """Registers the decorated class, a `loopos.Trainer`, as the method `name`. config: the class of its config; reads:
+    as in `MethodRow`.
+    """
+
+    def registered(trainer: Trainer) -> Trainer:
+        METHODS.register(name, MethodRow(mode, config, trainer, summary, reads), source=trainer.__module__)
+        return trainer
+
+    return registered
+
+
+def method_row(name: str) -> MethodRow:
+    """The row of a method, by its name or by "module:Class" of a registered trainer. Raises `UserError`."""
+    if ":" not in name:
+        return METHODS[name]
+    trainer = Reference(name).load()
+    for each in METHODS:
+        row = METHODS[each]
+        if row.trainer is trainer:
+            return row
+    raise UserError(f'the method "{name}" is not registered; decorate the class with @loopos.register_method(...)')
+
+
+class _ConfigClasses(Mapping[MethodName, "type[MethodConfig]"]):
+    """The config class of each (mode, method), imported when it is looked up: one of them takes 20 ms."""
+
+    def __getitem__(self, name: MethodName) -> type[MethodConfig]:
+        mode, method = name
+        if ":" not in method and method not in METHODS:
+            raise KeyError(name)
+        row = method_row(method)
+        if row.mode != mode:
+            raise KeyError(name)
+        return row.config_class
+
+    def __iter__(self) -> Iterator[MethodName]:
+        return iter([(METHODS[method].mode, method) for method in METHODS])
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+
+def config_classes() -> Mapping[MethodName, type[MethodConfig]]:
+    """The config class of every method, as `config.load` takes them."""
+    return _ConfigClasses()
+
+
+def methods_help() -> str:
+    """The built-in methods for `loopos train --help`, one a line; the mark in front keeps the lines apart."""
+    width = max(map(len, BUILTIN))
+    lines = [f"  {method:<{width}}  {row.summary}" for method, row in BUILTIN.items()]
+    return "\n".join(["\b", "Methods (computation.method):", *lines])
