@@ -248,7 +248,9 @@ def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: b
             {"place": diagnostic.place, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
             for diagnostic in shown_diagnostics
         ]
-        say_json({**asdict(found), "faults": diagnostics})
+        values = asdict(found)
+        renamed = {"num_faults": values.pop("num_diagnostics"), "said": values.pop("summary")}
+        say_json({**values, **renamed, "faults": diagnostics})
     else:
         say(described(found))
     return _FAULTY if found.num_diagnostics else 0
