@@ -7,16 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from worlds import run_world
 
-from loopos.data.batches import Cursor, PackedRows, StepBatches, deal
+from loopos.data.batches import Cursor, PackedRows, StepBatches, deal, shuffled
 from loopos.data.tokens import Encoded
 from loopos.methods.fine_tuning import FineTuner
+from loopos.rl.rollouts import RolloutPlan
 from loopos.storage.events import read
 from loopos.training.progress import RunProgress
-from loopos.training.update import NonFiniteStep
+from loopos.training.update import NonFiniteStep, _read
 
 Build = Callable[..., Any]
 
@@ -139,3 +141,21 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(policy: str, fine_tuning_
         assert fit.update(fit.batches.step(Cursor()), fit.objective, 1.0).skipped
     for name, parameter in tuner.trained.master_weights.parameters.items():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_a_million_rows_are_shuffled_once_a_pass() -> None:
+    shuffled.cache_clear()
+    plan = RolloutPlan(
+        num_prompts=1_000_000, batch_size=64, inner_epochs=1, minibatches=1, accumulation=1, iterations=10,
+        planned_end="epochs", seed=3, shuffle=True, rank=0, world=1, approximate_kl_limit=None,
+    )  # fmt: skip
+    found = plan.prompts_of(0) + plan.prompts_of(1)
+    order = np.random.Generator(np.random.PCG64([3, 0])).permutation(1_000_000)
+    assert found == order[:128].tolist()
+    assert shuffled.cache_info().misses == 1
+
+
+def test_a_step_reads_the_losses_of_its_micro_batches_together() -> None:
+    totals = {"loss": torch.tensor(0.1, dtype=torch.float64), "kl": torch.tensor(2.0, dtype=torch.float64)}
+    assert _read(totals) == {"loss": 0.1, "kl": 2.0}
+    assert _read({}) == {}

@@ -20,6 +20,7 @@ from loopos.cli.quiet import hush_libraries
 from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
+from loopos.config.machine import usable_cores
 from loopos.models.resolve import embedded_model
 
 REQUIRED = (
@@ -86,7 +87,7 @@ def version_of(package: str) -> str | None:
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def memory() -> dict[str, int] | None:

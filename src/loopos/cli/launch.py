@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from loopos.cli.outcome import complain
 from loopos.config.diagnostics import UserError
+from loopos.config.machine import usable_cores
 from loopos.training.stopping import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def threads_each(environment: Mapping[str, str], num_processes: int) -> dict[str
     """The variables that share this machine's cores out, where the user has not said how."""
     if "OMP_NUM_THREADS" in environment:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes))}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_processes))}
 
 
 def _told(error: ChildFailedError) -> int:

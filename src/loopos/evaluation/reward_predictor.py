@@ -37,7 +37,7 @@ from loopos.data.tokens import Encoded
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.preference_report import measured
 from loopos.functional.packing import PackedLayout
-from loopos.models.attention import FUSED_FROM
+from loopos.models.attention import prompt_runs_once
 from loopos.models.backbone import Backbone
 from loopos.models.folders import OpenedReward, open_reward_model
 
@@ -279,6 +279,6 @@ class RewardPredictor:
 
     def _rows(self, encoded: list[EncodedComparison]) -> ComparisonRows:
         backbone = self.model.backbone
-        short = max(example.num_tokens for example in encoded) < FUSED_FROM
-        shares = isinstance(backbone, Backbone) and self.device.type == "cpu" and backbone.shares_trunks
-        return ComparisonRows(encoded, self.device, share_prompts=shares and short)
+        runs_once = prompt_runs_once((each.num_tokens for each in encoded), on_cpu=self.device.type == "cpu")
+        allowed = isinstance(backbone, Backbone) and backbone.shares_trunks
+        return ComparisonRows(encoded, self.device, share_prompts=allowed and runs_once)

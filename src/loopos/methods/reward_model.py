@@ -25,7 +25,7 @@ from loopos.evaluation.preference_report import bucket_tables, measured, preferr
 from loopos.evaluation.reward_predictor import Normalisation, comparison_scores
 from loopos.methods.base import Trainer
 from loopos.models.adapters import merge_lora, save_lora, set_trained
-from loopos.models.attention import FUSED_FROM
+from loopos.models.attention import prompt_runs_once
 from loopos.models.backbone import Backbone
 from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel, scalar_head_std
@@ -89,11 +89,11 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def rows(self, examples: list[EncodedComparison]) -> ComparisonRows:
         """Comparisons as batches take them; a prompt is computed once where the attention serves it."""
         reward = self.config.reward
-        short = max(example.num_tokens for example in examples) < FUSED_FROM
+        runs_once = prompt_runs_once((each.num_tokens for each in examples), on_cpu=self.device.type == "cpu")
         return ComparisonRows(
             examples,
             self.device,
-            share_prompts=self.shares_prompts and short,
+            share_prompts=self.shares_prompts and runs_once,
             margins=reward.margins,
             soft_labels=reward.soft_labels,
         )

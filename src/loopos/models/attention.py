@@ -8,7 +8,7 @@ Letters: T tokens of the row, n tokens of a block, H query heads, K key-value he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,13 @@ _WITHOUT_EFFECT = frozenset(
     {"position_ids", "use_cache", "deterministic", "output_attentions", "output_hidden_states", "output_router_logits"}
     | {"cache_position"}
 )
+
+
+def prompt_runs_once(lengths: Iterable[int], *, on_cpu: bool) -> bool:
+    """Whether a prompt runs once for all its responses, where the model allows it: on CPU, while no row is so long that
+    the fused kernel takes it. lengths: tokens of each row, the prompt counted once.
+    """
+    return on_cpu and max(lengths, default=0) < FUSED_FROM
 
 
 class PackedUnsupported(ValueError):

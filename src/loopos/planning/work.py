@@ -41,7 +41,7 @@ from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
 from loopos.methods.pretraining import Pretrainer
-from loopos.models.attention import FUSED_FROM
+from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
 from loopos.models.load import Sizes, load_config, new_config
 from loopos.models.model_folder import model_folder, read_description
@@ -286,7 +286,7 @@ def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encode
     """Comparisons as the tokens that a forward pass takes: on CPU a prompt once for all its responses, unless one is so
     long that the fused kernel serves it.
     """
-    shares = on_cpu and max((each.num_tokens for each in examples), default=0) < FUSED_FROM
+    shares = prompt_runs_once((each.num_tokens for each in examples), on_cpu=on_cpu)
     found = []
     for each in examples:
         once = [*each.prompt, *(token for response in each.responses for token in response)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loopos.config.rl import PpoTrainingSection
-from loopos.data.batches import Cursor, deal
+from loopos.data.batches import Cursor, deal, shuffled
 from loopos.rl.experience import Experience, ResponseBatch, ResponseRows
 
 
@@ -70,7 +70,7 @@ class RolloutPlan:
     def _order(self, turn: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_prompts)
-        return np.random.Generator(np.random.PCG64([self.seed, turn])).permutation(self.num_prompts)
+        return shuffled(self.num_prompts, self.seed, turn)
 
     def batches_of(self, cursor: Cursor, lengths: Sequence[int]) -> list[list[int]]:
         """This process's micro-batches of a minibatch, as places in an iteration's responses of these lengths."""

@@ -92,11 +92,13 @@ class World:
             for tensor in tensors:
                 tensor.zero_()
         bucket: list[Tensor] = []
+        num_elements = 0
         for tensor in tensors:
             bucket.append(tensor)
-            if sum(t.numel() for t in bucket) >= _BUCKET:
+            num_elements += tensor.numel()
+            if num_elements >= _BUCKET:
                 _sum_bucket(bucket, self.local_rank)
-                bucket = []
+                bucket, num_elements = [], 0
         if bucket:
             _sum_bucket(bucket, self.local_rank)
 

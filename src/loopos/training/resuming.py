@@ -13,7 +13,6 @@ makes a run this run (`run_identity.py`).
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 
 from loopos.config.diagnostics import UserError
 from loopos.config.differences import changes
+from loopos.config.machine import usable_cores
 from loopos.storage.durable import JSON
 from loopos.training import checkpoint
 from loopos.training.distributed import World
@@ -55,7 +55,7 @@ def about_machine(device: torch.device, num_processes: int) -> dict[str, JSON]:
     system does not tell), the device, the number of processes.
     """
     processor, flags = _processor()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {

@@ -108,18 +108,20 @@ class Update:
         """
         counts = self._counts(batches, objective)
         self.master_weights.begin()
-        sums = dict.fromkeys(counts, 0.0)
+        totals: dict[str, Tensor] = {}
         for batch in batches:
             with self._format():
                 parts = objective.loss(batch)
             share = weighted_mean(parts, counts, objective.weights)
             torch.autograd.backward(share * self.loss_scale)
             for name, part in parts.items():
-                sums[name] += float(part.detach())
+                # Summed where it is: reading a number waits for the device, so all are read together, once a step.
+                value = part.detach().to(torch.float32 if part.device.type == "mps" else torch.float64)
+                totals[name] = totals[name] + value if name in totals else value
         self._run_along(len(batches), objective, idle)
         self.master_weights.finish()
         gradients = [parameter.grad for parameter in self.master_weights.trained() if parameter.grad is not None]
-        summed = self.world.sum_floats(sums)
+        summed = self.world.sum_floats(dict.fromkeys(counts, 0.0) | _read(totals))
         losses = {name: total / counts[name] if counts[name] else 0.0 for name, total in summed.items()}
         norm = self._norm(gradients) / self.loss_scale
         before_step()
@@ -176,6 +178,11 @@ class Update:
             if self.steps_since_overflow % 2000 == 0:
                 self.loss_scale *= 2
         return StepResult(losses, norm)
+
+
+def _read(totals: Mapping[str, Tensor]) -> dict[str, float]:
+    """The numbers of scalars on one device, read together."""
+    return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True)) if totals else {}
 
 
 def build_update(
