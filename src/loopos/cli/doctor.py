@@ -85,11 +85,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return usable_cores()
-
-
 def memory() -> dict[str, int] | None:
     """Bytes of memory, all and available; None where psutil is missing."""
     try:

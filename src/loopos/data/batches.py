@@ -185,8 +185,8 @@ class StepBatches(Generic[BatchT]):
 
 @lru_cache(maxsize=2)
 def shuffled(number: int, seed: int, turn: int) -> np.ndarray:
-    """The order of `number` rows in pass `turn` over them, from these numbers only; read-only. A permutation takes 40 ms
-    for a million rows, and every step asks for that of its pass: the latest two are remembered.
+    """The order of `number` rows in pass `turn` over them, from these numbers only; read-only. A permutation takes 40
+    ms for a million rows, and every step asks for that of its pass: the latest two are remembered.
     """
     order = np.random.Generator(np.random.PCG64([seed, turn])).permutation(number)
     order.flags.writeable = False
