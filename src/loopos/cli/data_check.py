@@ -245,7 +245,7 @@ def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: b
     if as_json:
         shown_diagnostics = found.diagnostics[:MAXIMUM_DIAGNOSTICS]
         diagnostics = [
-            {"place": diagnostic.place, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
+            {"place": diagnostic.location, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
             for diagnostic in shown_diagnostics
         ]
         say_json({**asdict(found), "faults": diagnostics})

@@ -1,7 +1,6 @@
-"""The config class of every method, and which settings of a written config differ from its defaults.
+"""The config class of each method, imported on demand, and the settings of a config that differ from its defaults.
 
-Enters: a mode and a method, or the config that a run wrote. Leaves: the class, imported only then, and settings by
-dotted key. It stands below `methods`, so that reports of a run, which may not import methods, know the defaults too.
+This module is below `methods`, so that reports, which may not import methods, know the defaults too.
 """
 
 from __future__ import annotations
@@ -26,15 +25,16 @@ CONFIG_CLASSES: Mapping[tuple[str, str], str] = {
 
 
 def config_class(mode: str, method: str) -> type[MethodConfig]:
-    """The class of a method's config. Raises KeyError for a method that is not there."""
+    """The config class of a method. Raises KeyError for an unknown method."""
     module, _, name = CONFIG_CLASSES[mode, method].partition(":")
     found: type[MethodConfig] = getattr(import_module(module), name)
     return found
 
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key → value of every setting of a run's config.json that is not at its default; those without a default
-    too. Keys and methods that this version does not know are kept.
+    """Dotted key → value of every setting in a run's config.json that differs from its default or has none.
+
+    Keys and methods that this version does not know are included.
     """
     computation = config.get("computation", {})
     name = (str(computation.get("mode", "")), str(computation.get("method", "")))
@@ -51,7 +51,7 @@ def _changed(values: Mapping[str, Any], model: type[BaseModel] | None, above: st
         if isinstance(value, Mapping) and value and (inner is not None or field is None):
             changed |= _changed(value, inner, f"{above}{key}.")
         elif value is None if field is None or field.is_required() else value == _default(field):
-            # At its default; a null without one says nothing.
+            # At its default, or null without a default.
             continue
         else:
             changed[f"{above}{key}"] = value
@@ -59,7 +59,7 @@ def _changed(values: Mapping[str, Any], model: type[BaseModel] | None, above: st
 
 
 def _default(field: FieldInfo) -> Any:
-    """The default as JSON has it."""
+    """The default as a JSON value."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
@@ -67,7 +67,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _section_class(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null."""
+    """The section class of a field, also if the field may be null."""
     for each in (field.annotation, *get_args(field.annotation)):
         if isinstance(each, type) and issubclass(each, BaseModel):
             return each
