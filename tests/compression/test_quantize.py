@@ -195,7 +195,7 @@ def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: P
     with pytest.raises(UserError, match="damaged or changed"):
         load_pretrained(str(tmp_path / "out"), causal=True, quantized=True)
     (tmp_path / "out" / "loopos-manifest.json").unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors: no whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
         load_pretrained(str(tmp_path / "out"), causal=True, quantized=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.sections import DataSection, ModelSection
@@ -151,8 +151,8 @@ def test_an_older_run_goes_on_with_its_own_split(fine_tuning_config: Any, tmp_pa
 
 def test_a_new_run_and_a_named_key_are_left_as_they_are(fine_tuning_config: Any, tmp_path: Path) -> None:
     config = fine_tuning_config()
-    assert as_begun(config, tmp_path / "nowhere").data.split_by == "prompt"
+    assert resumed_config(config, tmp_path / "nowhere").data.split_by == "prompt"
     (tmp_path / "config.json").write_text(json.dumps({"data": {"split_by": "row"}}))
-    assert as_begun(config, tmp_path).data.split_by == "row"
+    assert resumed_config(config, tmp_path).data.split_by == "row"
     named = fine_tuning_config(data={"split_by": "prompt"})
-    assert as_begun(named, tmp_path).data.split_by == "prompt"
+    assert resumed_config(named, tmp_path).data.split_by == "prompt"

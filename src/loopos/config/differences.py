@@ -71,7 +71,7 @@ BEFORE: Mapping[str, Mapping[str, str]] = {
 Config = TypeVar("Config", bound=MethodConfig)
 
 
-def as_begun(config: Config, folder: Path) -> Config:
+def resumed_config(config: Config, folder: Path) -> Config:
     """The config with which the run in `folder` resumes.
 
     A key of `BEFORE` that the user does not set comes from the run's config.json; if it is missing there, the run is

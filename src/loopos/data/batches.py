@@ -286,6 +286,6 @@ class ComparisonRows:
     def _layout(self, chosen: Sequence[EncodedComparison]) -> PackedLayout:
         if self.share_prompts:
             branches = [(len(example.prompt), *map(len, example.responses)) for example in chosen]
-            return PackedLayout.of_branches(branches, self.device)
+            return PackedLayout.of_shared_prefixes(branches, self.device)
         lengths = [len(example.prompt) + len(response) for example in chosen for response in example.responses]
         return PackedLayout(tuple(lengths), self.device)

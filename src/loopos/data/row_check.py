@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_rows
@@ -184,7 +184,7 @@ def check_rows(config: MethodConfig) -> None:
     for phase in _phases(config):
         if all(open_reader().location.kind == "files" for _, open_reader, _ in sources_of(phase)):
             # As the methods do, so that they are handed what they ask for.
-            _check_phase(as_begun(phase, Path(phase.data.output_dir)))
+            _check_phase(resumed_config(phase, Path(phase.data.output_dir)))
 
 
 def _phases(config: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.sections import LoraSection
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
@@ -83,7 +83,7 @@ class ChainOfThought:
             session(self.config.training, self.config.distributed) as (self.device, self.world),
             claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
-            self.config = as_begun(self.config, self.run_dir)
+            self.config = resumed_config(self.config, self.run_dir)
             self.build_model(self.load_data())
             results = [self.fit(self.run_dir, self.train_rows, resume=resume)]
             rounds = self.config.self_improvement.rounds if self.config.self_improvement is not None else 0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
@@ -85,7 +85,7 @@ class FineTuner:
             session(self.config.training, self.config.distributed) as (self.device, self.world),
             claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
-            self.config = as_begun(self.config, self.run_dir)
+            self.config = resumed_config(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)

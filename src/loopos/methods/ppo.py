@@ -17,7 +17,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import LoraSection
@@ -98,7 +98,7 @@ class PpoTrainer:
             session(self.config.training, self.config.distributed) as (self.device, self.world),
             claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
-            self.config = as_begun(self.config, self.run_dir)
+            self.config = resumed_config(self.config, self.run_dir)
             self.load_data()
             self.build_models()
             with closing(self.engine):

@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.corpus import load_corpus
@@ -74,7 +74,7 @@ class Pretrainer:
             session(self.config.training, self.config.distributed) as (self.device, self.world),
             claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
-            self.config = as_begun(self.config, self.run_dir)
+            self.config = resumed_config(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit(self.world)

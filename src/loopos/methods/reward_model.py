@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.reward_model import RewardModelConfig
 from loopos.data.batches import ComparisonBatch, ComparisonRows, StepBatches
 from loopos.data.digest import comparisons_digest
@@ -83,7 +83,7 @@ class RewardModelTrainer:
             session(self.config.training, self.config.distributed) as (self.device, self.world),
             claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
-            self.config = as_begun(self.config, self.run_dir)
+            self.config = resumed_config(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             fit = self.build_fit()
