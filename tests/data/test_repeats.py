@@ -14,7 +14,7 @@ from loopos.config.differences import resumed_config
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.labelled import load_labelled
+from loopos.data.labelled import load_labeled
 from loopos.data.preference_data import load_comparisons, load_prompts
 from loopos.data.repeats import key_of_prompt
 from loopos.data.supervised import load_supervised
@@ -27,7 +27,7 @@ Load = Callable[[dict[str, Any]], Any]
 
 def _labelled(data: dict[str, Any]) -> Any:
     section = DataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", **data})
-    return load_labelled(section, ModelSection(), seed=42)
+    return load_labeled(section, ModelSection(), seed=42)
 
 
 def _supervised(data: dict[str, Any]) -> Any:

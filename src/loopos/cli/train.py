@@ -22,7 +22,7 @@ from loopos.cli.quiet import hush_libraries
 from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_time, once
 from loopos.config.load import load
-from loopos.data.read_ahead import kept_for_training
+from loopos.data.read_ahead import reuse_in_training
 from loopos.data.row_check import check_columns, check_rows
 from loopos.methods.table import config_classes, method_class
 
@@ -100,7 +100,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 
 def _plan(config: Any, options: TrainOptions) -> int:
     """Prints what training would take; 3 where it needs more memory or disk than there is. Raises `UserError`."""
-    with kept_for_training():
+    with reuse_in_training():
         check_rows(config)
         from loopos.planning import dry_run
 
@@ -126,7 +126,7 @@ def train(
     config: Any, options: TrainOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
 ) -> FitResult:
     """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
-    with kept_for_training():
+    with reuse_in_training():
         check_rows(config)
         trainer_class = method_class(config.computation.mode, config.computation.method)
         from loopos.evaluation.own_metrics import OwnMetrics

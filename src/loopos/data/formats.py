@@ -1,6 +1,6 @@
 """Rows → labelled examples: which column is the text, which its partner, which the label.
 
-Enters: rows and, from `data.columns`, the user's own choice. Leaves: `Labelled` examples, a sentence that says the
+Enters: rows and, from `data.columns`, the user's own choice. Leaves: `Labeled` examples, a sentence that says the
 choice, and a report in which read = used + dropped. Columns are found by the names that data sets usually carry; two
 that fit equally well are a fault, for a guess could train on the wrong one.
 Left out: what a label means (`labels`); tokens (`tokens`).
@@ -39,7 +39,7 @@ Overrides: TypeAlias = Mapping[str, str] | Mapping[Literal["text", "text_pair", 
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledFormat:
+class LabeledFormat:
     """The column behind each role, and the sentence that says so. `label` is None when there is none to read;
     `verdict`: Prodigy's column `answer`, whose rows are learned where it is "accept".
     """
@@ -59,7 +59,7 @@ class LabelledFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """One example. `label` is what the file holds (str, int, float, bool or a list); None only when predicting."""
 
     text: str
@@ -75,7 +75,7 @@ def detect(
     require_label: bool = True,
     remembered: Mapping[str, str | None] | None = None,
     source: str = "data",
-) -> LabelledFormat:
+) -> LabeledFormat:
     """Finds the column of each role by its name, without regard to case.
 
     `overrides` (role to column, from `data.columns`) decide; with `text` given, a pair is not guessed. Without
@@ -106,10 +106,10 @@ def detect(
     summary = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
     left = unread(columns, (text, pair, label))
     verdict = next((name for name in left if plain_name(name) == VERDICT), None) if require_label else None
-    return LabelledFormat(text, pair, label, summary, require_label, verdict)
+    return LabeledFormat(text, pair, label, summary, require_label, verdict)
 
 
-def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
+def to_labeled(row: Row, form: LabeledFormat) -> Labeled:
     """The example that `row` holds. A label string loses the blanks around it; the text stays as it is.
 
     Raises:
@@ -121,20 +121,20 @@ def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
     return _example(row, form)
 
 
-def read_labelled(
+def read_labeled(
     reader: RowReader,
     overrides: Overrides,
     require_label: bool = True,
     *,
     remembered: Mapping[str, str | None] | None = None,
-) -> tuple[list[Labelled], FormatReport]:
+) -> tuple[list[Labeled], FormatReport]:
     """Reads a whole source into labelled examples, in its order. remembered: as `detect`.
 
     Raises:
         DataError: as `rows.read` and `detect`; bad rows by the reader's policy, the file's and the format's together.
     """
 
-    def example_of(row: Row, form: LabelledFormat) -> Labelled | Unusable:
+    def example_of(row: Row, form: LabeledFormat) -> Labeled | Unusable:
         problems = _problems(row, form)
         return Unusable(problems[0][0], [diagnostic for _, diagnostic in problems]) if problems else _example(row, form)
 
@@ -149,9 +149,7 @@ def read_labelled(
     return _accepted(examples, form, replace(report, class_names=names))
 
 
-def _accepted(
-    examples: list[Labelled], form: LabelledFormat, report: FormatReport
-) -> tuple[list[Labelled], FormatReport]:
+def _accepted(examples: list[Labeled], form: LabeledFormat, report: FormatReport) -> tuple[list[Labeled], FormatReport]:
     """The examples that an annotator accepted, where the rows are Prodigy's; else all of them."""
     if form.verdict is None:
         return examples, report
@@ -168,14 +166,14 @@ def _accepted(
     return kept, replace(report, used=len(kept), dropped={**report.dropped, **counted})
 
 
-def _example(row: Row, form: LabelledFormat) -> Labelled:
+def _example(row: Row, form: LabeledFormat) -> Labeled:
     text, pair = row.values[form.text], row.values[form.text_pair] if form.text_pair is not None else None
     assert isinstance(text, str), "checked by _problems"
     assert pair is None or isinstance(pair, str), "checked by _problems"
     label: object | None = None
     if form.label is not None and (form.label_required or _label_problem(row.values, form.label) is None):
         label = _label_of(row.values[form.label])
-    return Labelled(text, pair, label, row)
+    return Labeled(text, pair, label, row)
 
 
 def _label_of(value: object) -> object:
@@ -222,7 +220,7 @@ def _no_label(columns: Sequence[str], taken: Sequence[str], source: str) -> Diag
     return replace(diagnostic, hint="In CSV and TSV the first line must be the header;")
 
 
-def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Diagnostic]]:
+def _problems(row: Row, form: LabeledFormat) -> list[tuple[str, Diagnostic]]:
     """Why a row can't be used: a reason to count, with its fault."""
     found = []
     for role, column in (("text", form.text), ("text_pair", form.text_pair)):
@@ -233,7 +231,7 @@ def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Diagnostic]]:
             ("label", form.label, _label_problem(row.values, form.label), "a class, a number or a list of classes")
         )
     return [
-        (f"{role} {problem[0]}", Diagnostic(row.place, row.line, None, column, problem[1], expected, problem[2]))
+        (f"{role} {problem[0]}", Diagnostic(row.source_label, row.line, None, column, problem[1], expected, problem[2]))
         for role, column, problem, expected in found
         if problem is not None
     ]

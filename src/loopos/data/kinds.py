@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import formats, preference_formats, supervised_rows
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, listed, plain_name
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
 from loopos.data.reading import FormatReport
@@ -86,7 +86,7 @@ def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tu
     """The examples, read as the method that trains on them reads them. Raises `DataError`."""
     match kind.family:
         case "labelled" | "texts":
-            return read_labelled(reader, overrides, require_label=kind.family == "labelled")
+            return read_labeled(reader, overrides, require_label=kind.family == "labelled")
         case "language":
             examples, report = read_supervised(reader, overrides, step_format=NAMED_FORMATS["think"])
             return list(examples), report

@@ -47,7 +47,7 @@ class LabelSpace:
         """A class's number, a multi-hot list [C] of 0 and 1, or a value in the user's unit, by `task`.
 
         Args:
-            label: as `formats.Labelled` holds it.
+            label: as `formats.Labeled` holds it.
             row, column: the place for faults.
         Raises:
             DataError: a label that the space does not hold.
@@ -163,7 +163,7 @@ def is_comma_number(label: object) -> TypeGuard[str]:
 
 def label_error(row: Row, column: str, label: object, expected: str, hint: str = "") -> DataError:
     """The error of one label, with its row's place."""
-    return DataError([Diagnostic(row.place, row.line, None, column, shown(label), expected, hint)])
+    return DataError([Diagnostic(row.source_label, row.line, None, column, shown(label), expected, hint)])
 
 
 def _number_kind(value: float) -> Kind:

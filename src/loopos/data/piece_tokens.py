@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
-from loopos.data.templates import Piece, end_token
+from loopos.data.templates import Segment, end_token
 from loopos.data.tokens import TextBound, spans
 
 # What stands before a piece inside a text, for tokenizers that put a blank before whatever they take for a beginning.
@@ -33,7 +33,7 @@ class SegmentTokenizer:
         spelled = "".join(tokenizer.convert_ids_to_tokens(self._ids([_PROBE])[0]))
         self._marks_beginnings = spelled != _PROBE and spelled.endswith(_PROBE)
 
-    def bounded(self, row: Sequence[Piece], num_tokens: int | None) -> Sequence[Piece]:
+    def bounded(self, row: Sequence[Segment], num_tokens: int | None) -> Sequence[Segment]:
         """The row itself, or one whose far too long pieces are their beginnings, each of more than `num_tokens` tokens:
         those first in it are the same.
         """
@@ -42,13 +42,13 @@ class SegmentTokenizer:
             return row
         return [replace(piece, text=text) for text, piece in zip(texts, row, strict=True)]
 
-    def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
+    def encode(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """The ids of each piece of each row."""
         flat = [(piece, index > 0) for row in rows for index, piece in enumerate(row)]
         ids = iter(self._plain_ids([(piece.text, inside) for piece, inside in flat]))
         return [[self._finished(piece, next(ids)) for piece in row] for row in rows]
 
-    def _finished(self, piece: Piece, ids: list[int]) -> list[int]:
+    def _finished(self, piece: Segment, ids: list[int]) -> list[int]:
         if piece.begins and ids[: len(self.leading)] != self.leading:
             ids = [*self.leading, *ids]
         if piece.closes and ids[-1:] != [self.end]:

@@ -14,7 +14,7 @@ from loopos.config.preferences import PreferenceTextSection
 from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts
-from loopos.data.read_ahead import handed_over
+from loopos.data.read_ahead import reusable
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
@@ -36,7 +36,7 @@ class PreferenceData(Generic[ExampleT]):
     reports: list[FormatReport]
 
 
-@handed_over
+@reusable
 def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Comparison]:
     """Reads the comparisons to train on and to validate on: their own file, their own split of a hub id, or a seeded
     share of the training rows. Raises `DataError`.
@@ -44,7 +44,7 @@ def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> 
     return _load(data, source, read_comparisons, seed=seed)
 
 
-@handed_over
+@reusable
 def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
     """`load_comparisons` for the prompts that a policy answers."""
     return _load(data, source, read_prompts, seed=seed)

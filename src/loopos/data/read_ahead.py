@@ -30,8 +30,8 @@ _KEPT: ContextVar[list[_Reading] | None] = ContextVar("_KEPT", default=None)
 
 
 @contextmanager
-def kept_for_training() -> Iterator[None]:
-    """Within it, what `read_first` reads is kept until it is asked for, at the latest until the end."""
+def reuse_in_training() -> Iterator[None]:
+    """Within it, what `read_for_reuse` reads is kept until it is asked for, at the latest until the end."""
     before = _KEPT.set([])
     try:
         yield
@@ -39,9 +39,9 @@ def kept_for_training() -> Iterator[None]:
         _KEPT.reset(before)
 
 
-def read_first(load: Callable[Given, Read], *arguments: Given.args, **settings: Given.kwargs) -> Read:
-    """Calls `load`, one of the functions that are `handed_over`; its next call with the same arguments returns this
-    result, within `kept_for_training`.
+def read_for_reuse(load: Callable[Given, Read], *arguments: Given.args, **settings: Given.kwargs) -> Read:
+    """Calls `load`, one of the functions that are `reusable`; its next call with the same arguments returns this
+    result, within `reuse_in_training`.
     """
     result = load(*arguments, **settings)
     kept = _KEPT.get()
@@ -50,8 +50,8 @@ def read_first(load: Callable[Given, Read], *arguments: Given.args, **settings: 
     return result
 
 
-def handed_over(load: Callable[Given, Read]) -> Callable[Given, Read]:
-    """Lets `load` return what `read_first` has read, once: the caller may change it."""
+def reusable(load: Callable[Given, Read]) -> Callable[Given, Read]:
+    """Lets `load` return what `read_for_reuse` has read, once: the caller may change it."""
 
     @wraps(load)
     def loaded(*arguments: Given.args, **settings: Given.kwargs) -> Read:

@@ -1,19 +1,7 @@
-"""What every reader hands on: one record of a file, and the count of what was read.
+"""Basic types of the readers (`Record`, `ReadReport`, `BadRows`), and helpers to check and describe cell values.
 
-Enters: nothing; these are the plain types between the readers (`delimited`, `json_records`, `tables`) and `rows`.
-Leaves: `Record` for a whole row, a `Diagnostic` for a bad one; `ReadReport`, which the readers and `RowReader` fill in.
-Left out: what a column means (`formats`), and what a label means (`labels`).
-
-What the value of a cell is, in the words of a fault.
-
-Enters: one value as a reader gave it. Leaves: why it is no text that a model can learn from, or None; names of kinds.
-Left out: what the column means (`formats`, `supervised_formats`).
-
-Lists and objects as cells hold them: as values, or as the text that spells them.
-
-Enters: the value of a cell. Leaves: the list or object that a text spells, as JSON or as Python's `repr` (which is what
-`pandas.to_csv` writes); values without the nulls that Arrow puts into the structs of a column where a row lacks a key.
-Left out: what a list or an object means (`conversations`, `tool_schemas`, `choices`).
+`structure_of` parses lists and objects that a cell spells as JSON or as a Python `repr`, as pandas writes them to CSV.
+`without_nulls` removes the keys that Arrow adds as null to objects of a column.
 """
 
 from __future__ import annotations

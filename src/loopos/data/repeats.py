@@ -12,12 +12,12 @@ from typing import TypeAlias
 
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.demonstrations import Demonstration
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.preferences import Comparison
-from loopos.data.prompts import Prompt, Words, prompt_key
+from loopos.data.prompts import Prompt, PromptContent, prompt_key
 from loopos.data.supervised_rows import Completion, PlainText
 
-AnyExample: TypeAlias = Labelled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | str
+AnyExample: TypeAlias = Labeled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | str
 
 
 def key_of_prompt(example: AnyExample) -> Hashable:
@@ -25,7 +25,7 @@ def key_of_prompt(example: AnyExample) -> Hashable:
     match example:
         case str():
             return example.strip()
-        case Labelled(text=text, text_pair=pair):
+        case Labeled(text=text, text_pair=pair):
             return text.strip(), pair.strip() if pair is not None else None
         case Demonstration(problem=problem, system=system):
             return problem, system
@@ -44,7 +44,7 @@ def key_of_row(example: AnyExample) -> Hashable:
     """All that an example teaches."""
     prompt = key_of_prompt(example)
     match example:
-        case Labelled(label=label):
+        case Labeled(label=label):
             return prompt, repr(label)
         case Demonstration(steps=steps, answer=answer):
             return prompt, steps, answer
@@ -72,5 +72,5 @@ def repeats_summary(train: Sequence[AnyExample], validation: Sequence[AnyExample
     return [f"validation: of {len(validation)} rows {' and '.join(found)}; what is measured on them is partly memory"]
 
 
-def _key(words: Words) -> str:
+def _key(words: PromptContent) -> str:
     return prompt_key(words.strip() if isinstance(words, str) else words)

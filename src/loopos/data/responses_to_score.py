@@ -19,7 +19,7 @@ from loopos.data.preference_formats import NAMES as PREFERENCE_NAMES
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.preference_formats import detect as detect_comparisons
 from loopos.data.preferences import Comparison, comparison_of
-from loopos.data.prompts import Words, asked
+from loopos.data.prompts import PromptContent, read_prompt
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
@@ -117,12 +117,12 @@ def _answered(fields: RowFields, form: ResponseFormat, *, as_text: bool) -> Comp
     else:
         named = [(fields.field("response"), fields.value("response"))]
     is_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *(v for _, v in named)))
-    prompt = asked(fields, as_text=is_text)
+    prompt = read_prompt(fields, as_text=is_text)
     responses = tuple(_response(fields, place, value, as_text=is_text) for place, value in named)
     return None if fields.problems else Comparison(prompt, responses, (), fields.row)
 
 
-def _response(fields: RowFields, source: str, value: object, *, as_text: bool) -> Words:
+def _response(fields: RowFields, source: str, value: object, *, as_text: bool) -> PromptContent:
     """A text, a message, or a list of them."""
     if isinstance(value, list | dict):
         items = value if isinstance(value, list) else [value]

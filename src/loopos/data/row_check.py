@@ -29,7 +29,7 @@ from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_rows
 from loopos.data.decoding import PLAIN_RULES, TextRules
-from loopos.data.read_ahead import read_first
+from loopos.data.read_ahead import read_for_reuse
 from loopos.data.reading import SourceKeys, opened, validation_source
 from loopos.data.rows import Row, RowReader, read
 from loopos.storage.hub import require_hub
@@ -55,7 +55,7 @@ def check_columns(config: MethodConfig) -> None:
         raise DataError(diagnostics)
 
 
-def check_labelled(
+def check_labeled(
     source: str,
     columns: Mapping[str, str],
     *,
@@ -200,26 +200,26 @@ def _check_phase(config: Any) -> None:
     data, seed = config.data, config.training.seed
     match config.computation.method:
         case "fine_tuning":
-            from loopos.data.labelled import check_for_task, load_labelled
+            from loopos.data.labelled import check_for_task, load_labeled
 
-            check_for_task(config, read_first(load_labelled, data, config.model, seed=seed).space)
+            check_for_task(config, read_for_reuse(load_labeled, data, config.model, seed=seed).space)
         case "autoregressive":
             from loopos.data.corpus import load_corpus
 
             for source in (data.source, data.validation_data):
                 if source is not None:
-                    read_first(load_corpus, data, source)
+                    read_for_reuse(load_corpus, data, source)
         case "chain_of_thought":
             from loopos.data.supervised import load_supervised
 
-            read_first(load_supervised, data, seed=seed)
+            read_for_reuse(load_supervised, data, seed=seed)
         case "reward_model":
             from loopos.data.preference_data import load_comparisons
 
-            read_first(load_comparisons, data, data.source, seed=seed)
+            read_for_reuse(load_comparisons, data, data.source, seed=seed)
         case "ppo":
             from loopos.data.preference_data import load_prompts
 
-            read_first(load_prompts, data, data.source, seed=seed)
+            read_for_reuse(load_prompts, data, data.source, seed=seed)
         case _:
             raise AssertionError(f"no rows are known of the method {config.computation.method}")

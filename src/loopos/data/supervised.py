@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.data.read_ahead import handed_over
+from loopos.data.read_ahead import reusable
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
@@ -30,7 +30,7 @@ class SupervisedData:
     reports: list[FormatReport]
 
 
-@handed_over
+@reusable
 def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
     """Reads the training rows and the validation rows: their own file, their own split of a hub id, or a seeded share
     of the training rows.

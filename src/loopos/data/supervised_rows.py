@@ -189,7 +189,7 @@ def example_of(fields: RowFields, form: SupervisedFormat, step_format: StepForma
 
 def _completion(fields: RowFields) -> Completion | Conversation | None:
     """TRL's prompt and completion: two strings, or two lists of messages."""
-    prompt, completion = fields.spoken("prompt"), fields.spoken("completion")
+    prompt, completion = fields.content("prompt"), fields.content("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompted(fields)
     if isinstance(prompt, list) or isinstance(completion, list):

@@ -24,10 +24,10 @@ from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.formats import ROLES
-from loopos.data.labelled import LabelledData, check_for_task, load_labelled
+from loopos.data.labelled import LabeledData, check_for_task, load_labeled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
-from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
+from loopos.data.tokens import Encoded, TokenReport, encode_labeled, longest
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.evaluation.own_metrics import OwnMetrics
@@ -96,10 +96,10 @@ class FineTuner:
             self.world.wait()
         return self.result
 
-    def load_data(self) -> tuple[Pretrained, LabelledData]:
+    def load_data(self) -> tuple[Pretrained, LabeledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
         config, section = self.config, self.config.model
-        self.data = load_labelled(config.data, section, seed=config.training.seed)
+        self.data = load_labeled(config.data, section, seed=config.training.seed)
         check_for_task(config, self.data.space)
         self.pretrained = load_pretrained(
             config.data.pretrained_weights,
@@ -126,7 +126,7 @@ class FineTuner:
         return self.pretrained, self.data
 
     def _encode(self, examples: Sequence[Any]) -> tuple[list[Encoded], TokenReport]:
-        return encode_labelled(
+        return encode_labeled(
             self.pretrained.tokenizer,
             examples,
             max_length=self.max_length,
