@@ -169,7 +169,7 @@ COLUMNS = [
          columns={"txt": "text"}),
     Case("unknown column", "a.csv", cells("a", "b"), None, "data.columns.label", '"label"?',
          columns={"label": "lable"}),
-    Case("one for two", "a.csv", cells("a", "b"), None, "data.columns.label", "serves text too",
+    Case("one for two", "a.csv", cells("a", "b"), None, "data.columns.label", "also has the role text",
          columns={"text": "label", "label": "label"}),
 ]  # fmt: skip
 

@@ -112,7 +112,7 @@ class PruningRecipe(Recipe):
     )
 
     @property
-    def kept_of(self) -> tuple[int, int] | None:
+    def pattern_counts(self) -> tuple[int, int] | None:
         """The pattern as (kept, of)."""
         found = _PATTERN.fullmatch(self.pattern) if self.pattern is not None else None
         return (int(found[1]), int(found[2])) if found else None
@@ -120,8 +120,8 @@ class PruningRecipe(Recipe):
     @property
     def sparsities(self) -> list[float]:
         """The sparsities to prune to, smallest first."""
-        if self.kept_of is not None:
-            return [1 - self.kept_of[0] / self.kept_of[1]]
+        if self.pattern_counts is not None:
+            return [1 - self.pattern_counts[0] / self.pattern_counts[1]]
         values: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
         return sorted({sparsity for sparsity in values if sparsity is not None})
 
@@ -157,7 +157,7 @@ class PruningRecipe(Recipe):
         if self.structured:
             actual = f'"{self.pattern}" with method {self.method}'
             yield Problem(("pattern", "method"), actual, f"no pattern, or one of {', '.join(UNSTRUCTURED)}")
-        if self.kept_of is None or self.kept_of[0] >= self.kept_of[1]:
+        if self.pattern_counts is None or self.pattern_counts[0] >= self.pattern_counts[1]:
             yield Problem(("pattern",), f'"{self.pattern}"', "N:M, N kept of every M, such as 2:4")
         elif self.sparsity is not None and self.sparsity not in (self.sparsities[0], self.sparsities):
             actual = f"{self.sparsity} with pattern {self.pattern}"

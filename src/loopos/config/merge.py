@@ -134,7 +134,7 @@ def _check_rest(recipe: MergeConfig) -> Iterator[Problem]:
         yield Problem(("validation_data", "method"), "nothing with greedy_soup", "validation rows", hint)
     if recipe.tokenizer == "base" and recipe.base is None:
         yield Problem(("tokenizer", "base"), '"base" without a base model', "a base model, or another tokenizer")
-    elif recipe.tokenizer not in ("first", "base", "union", *recipe.places):
+    elif recipe.tokenizer not in ("first", "base", "union", *recipe.model_paths):
         yield Problem(("tokenizer",), f'"{recipe.tokenizer}"', '"first", "base", "union" or a model of the recipe')
     if recipe.tokenizer == "union" and recipe.method == "passthrough":
         yield Problem(
@@ -295,7 +295,7 @@ class MergeConfig(MethodConfig):
         return self.method in _NORMALIZED if self.normalize is None else self.normalize
 
     @property
-    def places(self) -> list[str]:
+    def model_paths(self) -> list[str]:
         """Paths or ids of the models, then of the base if there is one."""
         return [each.model for each in self.models] + ([self.base] if self.base is not None else [])
 
@@ -314,8 +314,8 @@ class MergeConfig(MethodConfig):
             if value is not None:
                 yield from check_rows(field, value, EXAMPLE_ROW)
         yield from check_output_folder("output_dir", self.output_dir)
-        for place in self.places:
-            if os.path.isdir(place) and checks.same_path(place, self.output_dir):
+        for path in self.model_paths:
+            if os.path.isdir(path) and checks.same_path(path, self.output_dir):
                 yield Problem(("output_dir",), f'"{self.output_dir}", one of the models', "another folder")
         yield from check_overwriting(self.output_dir)
 

@@ -1,13 +1,11 @@
-"""Rows of a source → what they are for: labelled examples, rows for language models, comparisons, prompts, or lines.
+"""Detect what the rows of a source are: labeled examples, language-model rows, comparisons, prompts or texts.
 
-Enters: a reader, the user's choice of columns. Leaves: the kind with its columns, and the examples. Each kind is found
-as the method that trains on it finds it; where rows fit several, the more particular kind is taken:
+Each kind is detected as its method detects it; if several fit, the more specific one wins:
 
     comparisons > demonstrations, conversations, instructions, completions > labelled > prompts > texts
 
-but a question and an answer beside a column "label" are a pair of texts with a label, and a text beside a prompt is
-what a model wrote to it.
-Left out: what is measured of the rows (`cli.rows.data_check`).
+But a question and an answer with a column "label" are a labeled pair of texts, and a text next to a prompt is a
+generated response.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Kind:
 
 
 def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> Kind:
-    """What rows of these columns are. Raises `DataError` where they are none of what any method reads, or several."""
+    """What rows of these columns are. Raise `DataError` if they are none of what any method reads, or several."""
     refused: dict[str, DataError] = {}
 
     def attempt(name: str, detect: Callable[[], Any]) -> Any:

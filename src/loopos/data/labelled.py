@@ -1,8 +1,4 @@
-"""The labelled data of a run: rows read, columns found, labels understood, validation rows set apart.
-
-Enters: the `data` section and what the config says of the task. Leaves: `LabeledData`. Left out: tokens
-(`tokens.py`), batches (`batches.py`).
-"""
+"""Load the labeled data of a run: rows, columns, label space and validation split."""
 
 from __future__ import annotations
 
@@ -25,8 +21,8 @@ Target = int | float | list[int]
 
 @dataclass(frozen=True)
 class LabeledData:
-    """Training and validation examples with their encoded labels. `summary`: what was decided, a sentence each;
-    `reports`: the account of each source.
+    """Training and validation examples with their encoded labels. `summary`: notes on what was
+    decided; `reports`: the counts of each source.
     """
 
     space: LabelSpace
@@ -41,7 +37,7 @@ class LabeledData:
 @reusable
 def load_labeled(data: DataSection, model: ModelSection, *, seed: int) -> LabeledData:
     """Reads `data.training_data` and the validation rows: their own file, their own split of a hub id, or a seeded
-    stratified share of the training rows.
+    stratified fraction of the training rows.
 
     Raises `DataError` for unreadable files, bad rows (unless skipped), labels that contradict the config or each other.
     """
@@ -87,10 +83,10 @@ def load_labeled(data: DataSection, model: ModelSection, *, seed: int) -> Labele
 def check_for_task(config: FineTuningConfig, space: LabelSpace) -> None:
     """Raises `ConfigError` for keys that contradict what the labels turned out to be."""
     model = config.model.model_copy(update={"task": space.task, "num_classes": space.num_outputs})
-    told = f"the labels of {config.data.training_data} say task: {space.task}, {space.num_outputs} outputs"
+    problems = f"the labels of {config.data.training_data} say task: {space.task}, {space.num_outputs} outputs"
     diagnostics = [
-        Diagnostic("config", None, None, finding.fields[0], finding.actual, finding.expected, told)
-        for finding in config.model_copy(update={"model": model}).check()
+        Diagnostic("config", None, None, problem.fields[0], problem.actual, problem.expected, problems)
+        for problem in config.model_copy(update={"model": model}).check()
     ]
     if diagnostics:
         raise ConfigError(diagnostics)
@@ -102,9 +98,9 @@ def encode_all(
     """The label of every example in the space's numbers; the examples and the account with those dropped whose label
     the space does not hold.
 
-    Raises `DataError` with the faults of all such labels, unless `on_bad_row` is "skip".
+    Raises `DataError` with diagnostics of all such labels, unless `on_bad_row` is "skip".
     """
-    kept: list[Labeled] = []
+    kept_rows: list[Labeled] = []
     targets: list[Target] = []
     diagnostics: list[Diagnostic] = []
     for example in examples:
@@ -113,11 +109,11 @@ def encode_all(
         except DataError as problem:
             diagnostics += problem.diagnostics
         else:
-            kept.append(example)
-    if diagnostics and (on_bad_row == "error" or not kept):
+            kept_rows.append(example)
+    if diagnostics and (on_bad_row == "error" or not kept_rows):
         raise BadRows(diagnostics, len(diagnostics), "correct these labels", SKIP_ROWS)
     if diagnostics:
         reason = "label that is no number" if space.task == "regression" else "label of no class"
         dropped = {**report.dropped, reason: len(diagnostics)}
-        report = replace(report, used=len(kept), dropped=dropped, diagnostics=(*report.diagnostics, *diagnostics))
-    return kept, targets, report
+        report = replace(report, used=len(kept_rows), dropped=dropped, diagnostics=(*report.diagnostics, *diagnostics))
+    return kept_rows, targets, report

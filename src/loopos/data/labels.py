@@ -128,7 +128,7 @@ def infer_task(
         num_classes: from the config; 1 means regression.
         class_names: names in the order of the classes (`model.labels`): the labels themselves, or names for 0 to n - 1.
         column: the label's column, for diagnostics.
-        on_bad_row: "skip" ignores a few labels that are of no class or not a number; the space then does not encode them.
+        on_bad_row: "skip" ignores a few labels without a class or number; the space does not encode them.
     Raises:
         DataError: labels of several kinds, labels that contradict the config, or a single class.
     """

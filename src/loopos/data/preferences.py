@@ -207,7 +207,7 @@ def _comparison(
             fields.add("prompt is already answered", fields.field("prompt"), actual, expected, hint)
         responses = [_without_prompt(prompt, response) for response in responses]
         for location, response in zip(locations, responses, strict=True):
-            assert not isinstance(response, str), "texts go with a text alone"
+            assert not isinstance(response, str), "a prompt of messages has responses of messages"
             check_response(fields, response, location)
     for (_, one), (location, other) in itertools.combinations(zip(locations, responses, strict=True), 2):
         if is_same(one, other):

@@ -1,8 +1,6 @@
-"""Examples → keys by which equal ones are found, and the count of validation rows that were learned from.
+"""Keys of examples to find equal ones, and a note on validation rows that training contains too.
 
-Enters: examples of any kind. Leaves: a key for what an example asks, a key for all that it holds, a sentence. Rows of
-validation that are in training too measure memory: every method counts and says them. Left out: texts that are nearly
-the same (`near_duplicates`), splitting (`split`).
+Metrics on such rows partly measure memorization. `near_duplicates` finds texts that are almost equal.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ def key_of_prompt(example: AnyExample) -> Hashable:
         case Demonstration(problem=problem, system=system):
             return problem, system
         case Conversation(messages=messages):
-            place = next(place for place, message in enumerate(messages) if message.role == ASSISTANT)
-            return prompt_key(messages[:place])
+            index = next(index for index, message in enumerate(messages) if message.role == ASSISTANT)
+            return prompt_key(messages[:index])
         case Completion(prompt=prompt):
             return prompt.strip()
         case PlainText(text=text):
@@ -53,7 +51,7 @@ def key_of_row(example: AnyExample) -> Hashable:
         case Completion(completion=completion):
             return prompt, completion.strip()
         case Comparison(responses=responses, pairs=pairs):
-            # Which response stands first says nothing: the better one does.
+            # The order of the responses does not matter, only which one is better.
             ranked = {(_key(responses[pair.better]), _key(responses[pair.worse])) for pair in pairs}
             return prompt, frozenset(ranked)
         case _:
@@ -72,5 +70,5 @@ def repeats_summary(train: Sequence[AnyExample], validation: Sequence[AnyExample
     return [f"validation: of {len(validation)} rows {' and '.join(found)}; what is measured on them is partly memory"]
 
 
-def _key(words: PromptContent) -> str:
-    return prompt_key(words.strip() if isinstance(words, str) else words)
+def _key(content: PromptContent) -> str:
+    return prompt_key(content.strip() if isinstance(content, str) else content)

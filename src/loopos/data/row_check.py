@@ -1,17 +1,8 @@
-"""Whether a source has the columns that a method or a command reads, found out from its first rows.
+"""Check data sources before torch and transformers are imported.
 
-Enters: a config, or a source with the user's own choice of columns. Leaves: nothing, or a `DataError` with the faults
-of all sources at once. It looks without torch and transformers, so that a wrong name shows at once and not after their
-import. What it refuses, reading would refuse: columns may differ by row in JSON, so there a fault of the first rows is
-looked for in all of them. Left out: hub ids and data sets saved by `datasets`, which take longer to open than this may;
-the rows themselves (`row_check`).
-
-The rows that training would read, read before torch and transformers are imported.
-
-Enters: a config. Leaves: nothing, or the faults of its rows: what cannot be read, labels of no class, chats without an
-answer, pairs that are the same. What is found to be good is handed to training by `read_ahead`. Left out: hub ids and
-data sets saved by `datasets`, which take longer to open than this may; what the tokenizer decides, as rows that are too
-long: its class and its chat template come with transformers.
+`check_columns` looks at the first rows for the columns that a method reads; if they fail and columns may differ by row
+(JSON), it looks at all rows. `check_rows` reads all rows and hands the result to training (`read_ahead`). Hub ids and
+`save_to_disk` folders are skipped, because they take longer to open; checks that need the tokenizer come later.
 """
 
 from __future__ import annotations
@@ -45,7 +36,7 @@ _WITH_HEADER = frozenset({"csv", "tsv", "parquet", "arrow"})
 
 
 def check_columns(config: MethodConfig) -> None:
-    """Raises `DataError` where a source that the config names lacks a column that the method reads."""
+    """Raise `DataError` if a source that the config names lacks a column that the method reads."""
     diagnostics: list[Diagnostic] = []
     for source, reader, detect in sources_of(config):
         diagnostics += [
@@ -63,17 +54,17 @@ def check_labeled(
     remembered: Mapping[str, str | None] | None = None,
     rules: TextRules = PLAIN_RULES,
 ) -> None:
-    """Raises `DataError` where a source lacks the columns of labelled rows; without `require_label`, of texts.
+    """Raise `DataError` if a source lacks the columns of labeled rows; without `require_label`, of texts.
     remembered: role → column as the model was trained.
     """
-    _check_one(source, _labelled(columns, require_label=require_label, remembered=remembered), rules)
+    _check_one(source, _labeled(columns, require_label=require_label, remembered=remembered), rules)
 
 
 def check_responses(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> None:
-    """Raises `DataError` where a source lacks the columns of responses that can be scored."""
+    """Raise `DataError` if a source lacks the columns of responses that can be scored."""
     from loopos.data import responses_to_score  # 50 ms that only one command pays
 
-    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place), rules)
+    _check_one(source, lambda names, name: responses_to_score.detect(names, columns, name), rules)
 
 
 def check_supervised(
@@ -83,7 +74,7 @@ def check_supervised(
     remembered: Mapping[str, str | None] | None = None,
     rules: TextRules = PLAIN_RULES,
 ) -> None:
-    """Raises `DataError` where a source lacks the columns of rows for language models."""
+    """Raise `DataError` if a source lacks the columns of rows for language models."""
     _check_one(source, _supervised(columns, remembered), rules)
 
 
@@ -93,7 +84,7 @@ def _check_one(source: str, detect: Detect, rules: TextRules) -> None:
         raise DataError(diagnostics)
 
 
-def _labelled(
+def _labeled(
     columns: Mapping[str, str], *, require_label: bool, remembered: Mapping[str, str | None] | None = None
 ) -> Detect:
     return lambda names, source: formats.detect(
@@ -118,10 +109,10 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
     columns: dict[str, str] = {**getattr(data, "columns", {})}
     match method:
         case "fine_tuning":
-            yield from _both(data, data.training_data, _labelled(columns, require_label=True))
+            yield from _both(data, data.training_data, _labeled(columns, require_label=True))
         case "autoregressive":
             if not data.source.lower().removesuffix(".gz").removesuffix(".zst").endswith(_RUNNING_TEXT):
-                yield from _both(data, data.source, _labelled(columns, require_label=False))
+                yield from _both(data, data.source, _labeled(columns, require_label=False))
         case "chain_of_thought":
             yield from _both(data, data.source, _supervised(columns))
         case "reward_model":
@@ -178,7 +169,7 @@ def _problem(rows: Sequence[Row], detect: Detect) -> DataError | None:
 
 
 def check_rows(config: MethodConfig) -> None:
-    """Reads all files of rows that the config names. Raises `DataError` for their faults, `ConfigError` for keys that
+    """Read all data files of the config. Raises `DataError` for their problems, `ConfigError` for keys that
     contradict the labels.
     """
     for phase in _phases(config):
@@ -188,7 +179,7 @@ def check_rows(config: MethodConfig) -> None:
 
 
 def _phases(config: Any) -> list[Any]:
-    """The configs of the trainings that are to come: of rlhf the policy's alone where the reward model is there."""
+    """The configs of the phases to run: for rlhf only the policy's if the reward model exists."""
     if config.computation.method != "rlhf":
         return [config]
     is_judged = (Path(config.reward_model_dir) / "model" / MODEL_DESCRIPTION).is_file()
@@ -196,7 +187,7 @@ def _phases(config: Any) -> list[Any]:
 
 
 def _check_phase(config: Any) -> None:
-    """By the method's name, and with the imports of one method alone: they take longer than small files."""
+    """Select by method name and import only that method: imports take longer than small files."""
     data, seed = config.data, config.training.seed
     match config.computation.method:
         case "fine_tuning":

@@ -1,4 +1,4 @@
-"""Tokenize examples for language models and mark which tokens are trained. The only place that does this.
+"""Tokenize examples for language models and mark which tokens are trained. Nothing else does this.
 
 Each segment of an example (context, reasoning, answer) is tokenized by itself, so that no token crosses a border and
 the prompt ids equal those that generation starts from:

@@ -156,7 +156,7 @@ BATCH_ROWS = 1024
 
 
 def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yields the rows of a parquet file, reading only `columns` if given.
+    """Yield the rows of a parquet file, reading only `columns` if given.
 
     Raises:
         DataError: a damaged file, a missing column.
@@ -176,7 +176,7 @@ def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport
 
 
 def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yields the rows of an arrow file, in the file format (feather too) or the stream format (as `datasets` writes).
+    """Yield the rows of an arrow file, in the file format (feather too) or the stream format (as `datasets` writes).
 
     Raises:
         DataError: a damaged file, a missing column.
@@ -214,7 +214,7 @@ def _batch_records(batch: pyarrow.RecordBatch, columns: Sequence[str] | None) ->
 
 
 def saved_records(folder: str, split: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yields the rows of a folder written by `save_to_disk`; of `split`, if it holds several.
+    """Yield the rows of a folder written by `save_to_disk`; of `split`, if it holds several.
 
     Raises:
         DataError: a damaged folder, a split or column that is not there.
@@ -246,7 +246,7 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
 def hub_records(
     name: str, split: str, subset: str | None, columns: Sequence[str] | None, streaming: bool, report: ReadReport
 ) -> Records:
-    """Yields the rows of a data set on the hub; `streaming` reads them while they download, without a copy on disk.
+    """Yield the rows of a data set on the hub; `streaming` reads them while they download, without a copy on disk.
 
     Raises:
         DataError: no such data set, split or subset, no network, or one that needs a login.

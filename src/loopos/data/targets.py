@@ -1,6 +1,5 @@
-"""Encoded labels as the tensors that a loss takes.
+"""Encoded labels as tensors for the loss.
 
-Enters: `LabeledData`. Leaves: `Targets`. Left out: the losses.
 Letters: N examples, C outputs.
 """
 

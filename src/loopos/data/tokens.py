@@ -25,7 +25,7 @@ SHORT_CHARACTERS = 1 << 17
 CHARACTERS_PER_TOKEN = 32
 """Characters of the first try for each token that is expected, doubled until it has that many."""
 CHUNK_CHARACTERS = 1 << 22
-"""Characters that are tokenized at a time, longer texts alone: some 200 bytes of memory each."""
+"""Characters that are tokenized at a time, longer texts one by one: about 200 bytes of memory each."""
 _CUT = re.compile(r"[A-Za-z0-9](?= [A-Za-z0-9])")
 _SPANS_CUT = re.compile(r"[A-Za-z0-9][ Ġ▁]")
 _SEARCHED = 1 << 16
@@ -96,8 +96,8 @@ class Encoded:
     """One example as tokens.
 
     `ids` are never empty; `token_types` are segment ids of sentence pairs, if the tokenizer has them; `index` of the
-    example in its split; `cut` counts truncated tokens. `weights`, as long as `ids`: weight of each token in the loss as
-    a target, 0 = context (always for the first token); None if the method decides what is trained.
+    example in its split; `cut` counts truncated tokens. `weights`, as long as `ids`: weight of each token in the loss
+    as a target, 0 = context (always for the first token); None if the method decides what is trained.
     """
 
     ids: list[int]
@@ -215,8 +215,9 @@ def _beginning(example: Labeled, bound: TextBound, num_tokens: int | None, short
 def _near(example: Labeled, whole: Labeled, bound: TextBound, num_tokens: int | None) -> Labeled:
     """The example with texts a little longer than what truncation keeps.
 
-    A tokenizer stores what it truncates in chunks, and for a pair the product of both. Of a pair it truncates the longer
-    text first, so the longer text must stay the longer one: by tokens, or by characters if counting tokens is too slow.
+    A tokenizer stores what it truncates in chunks, and for a pair the product of both. Of a pair it truncates the
+    longer text first, so the longer text must stay the longer one: by tokens, or by characters if
+    counting tokens is too slow.
     """
     near = _beginning(example, bound, num_tokens, short=1)
     if near is whole or near.text_pair is None or whole.text_pair is None:
