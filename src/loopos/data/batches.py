@@ -209,8 +209,8 @@ class ComparisonBatch:
 
     `ids` `[T]`; `layout`: N sequences, or one per comparison with a continuation per response. `better`, `worse`
     `[P]`: indices of the N responses; `probabilities`, `margins`, `weights` `[P]` fp32. The weights of a comparison's
-    pairs sum to 1, so that each prompt counts equally (Ouyang et al. 2022, section 3.5). `lengths` `[N]`: tokens of each
-    response.
+    pairs sum to 1, so that each prompt counts equally (Ouyang et al. 2022, section 3.5). `lengths` `[N]`: tokens of
+    each response.
     """
 
     ids: Tensor

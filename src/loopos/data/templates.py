@@ -213,7 +213,12 @@ class ChatTemplate:
             before = messages[number - 1] if number else None
             start = -1
             if before is not None and before.role in between and number != turns[-1]:
-                start = end_of(before.content.strip() + between[before.role], whole, position)
+                after = between[before.role]
+                start = end_of(before.content.strip() + after, whole, position)
+                if before.content != before.content.strip():
+                    # A template may keep outer white space; then the stripped content only matches further on.
+                    earlier = end_of(before.content + after, whole, position, start if start >= 0 else None)
+                    start = earlier if earlier >= 0 else start
             if start < 0:
                 start = self._turn_start(messages[:number], tools, whole)
                 spent += start
