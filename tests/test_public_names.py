@@ -87,7 +87,7 @@ def test_a_dict_has_the_diagnostics_of_a_file(tmp_path: Path, section: str, chan
     assert told == [
         (diagnostic.field, diagnostic.actual, diagnostic.expected) for diagnostic in of_file.value.diagnostics
     ]
-    assert {diagnostic.place for diagnostic in of_dict.value.diagnostics} == {"config"}
+    assert {diagnostic.location for diagnostic in of_dict.value.diagnostics} == {"config"}
 
 
 def test_a_value_that_no_config_holds_is_named(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def check_refused(result: Any, file: Path, out: Path) -> None:
     assert result.exit_code == 2, result.stderr
     assert "damaged or changed" in result.stderr, result.stderr
     [line] = [line for line in result.stderr.splitlines() if "damaged or changed" in line]
-    assert f"{file}: damaged or changed: its SHA-256 is not the one it was saved with" in line
+    assert f"{file}: damaged or changed: its SHA-256 differs from the saved one" in line
     assert result.stdout == ""
     assert not out.exists()
 

@@ -156,7 +156,7 @@ SAME_SAID = ("pairs.jsonl:2: rejected: chosen and rejected are identical ('b')",
 
 # (name, words, exit code, what must be said)
 QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
-    ("no such config", ["train", "nowhere-at-all.json"], 2, ("where no file is", "configs in .: axolotl.yaml, ")),
+    ("no such config", ["train", "nowhere-at-all.json"], 2, ("a path that does not exist", "configs in .: axolotl.yaml, ")),
     ("wrong path", ["train", "run.json", "data.training_data=tickts.csv"], 2, ('did you mean "tickets.csv"?',)),
     ("columns", ["train", "run.json"], 2, (*NO_TEXT, *NO_LABEL)),
     ("columns, dry run", ["train", "run.json", "--dry-run"], 2, (*NO_TEXT, *NO_LABEL)),
@@ -188,7 +188,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
      ("a config of LLaMA-Factory", "finetuning_type → training.trainable", "without counterpart: do_train, template")),
     ("config of TRL", ["validate", "trl.yaml"], 2, ("a config of TRL", "use_peft → training.trainable")),
     ("method dpo", ["validate", "run.json", "computation.method=dpo"], 2,
-     ('DPO is not available; preferences are learned with "rlhf" ("reward_model", then "ppo")',)),
+     ('DPO is not available; train on preferences with "rlhf" ("reward_model", then "ppo")',)),
     ("method grpo", ["validate", "run.json", "computation.method=grpo"], 2, ("GRPO is not available", '"ppo"')),
     ("method classification", ["validate", "run.json", "computation.method=classification"], 2,
      ('it is "fine_tuning" here',)),
@@ -219,7 +219,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("4 samples at 0", ["generate", "smollm2-135m", "-p", "a", "-n", "4"], 2, ("temperature",)),
     ("an open address", ["serve", "trained", "--host", "0.0.0.0"], 2, ("--host", "API key")),
     ("a rate that destroys", ["validate", "text.json", "training.learning_rate=1e6"], 0,
-     ("note: training.learning_rate 1e+06 is far beyond what sgd trains with",)),
+     ("note: training.learning_rate 1e+06 is far above the usual range of sgd trains with",)),
     ("label of no class", ["train", "stray.json"], 2, STRAY_SAID),
     ("label of no class, dry run", ["train", "stray.json", "--dry-run"], 2, STRAY_SAID),
     ("label of no class, validate", ["validate", "stray.json"], 2, STRAY_SAID),

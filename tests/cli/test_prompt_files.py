@@ -14,7 +14,7 @@ from loopos.config.reward_model import PreferenceDataSection
 from loopos.config.rl import PpoDataSection
 from loopos.data.conversations import Message
 from loopos.data.preference_data import load_comparisons, load_prompts
-from loopos.data.prompts import told
+from loopos.data.prompts import prompt_text
 from tests.cli.conftest import Invoke, write_jsonl
 
 ASKED = ["Write a poem, please.", "Tell a joke."]
@@ -61,16 +61,16 @@ def _write(folder: Path, name: str) -> Path:
 def test_ppo_reads_them(name: str, tmp_path: Path) -> None:
     section = PpoDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", "validation_share": 0})
     found = load_prompts(section, str(_write(tmp_path, name)), seed=1)
-    assert [told(each.prompt) for each in found.train] == EXPECTED.get(name, ASKED)
+    assert [prompt_text(each.prompt) for each in found.train] == EXPECTED.get(name, ASKED)
     if name.startswith("lines"):
         assert [each.row.line for each in found.train] == [1, 2]
-        assert found.summary[0].endswith("a.txt: read as one prompt a line")
+        assert found.summary[0].endswith("a.txt: read as one prompt per line")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_generate_and_winrate_read_them(name: str, tmp_path: Path) -> None:
     found = read_prompts(str(_write(tmp_path, name)), {}, raw=False)
-    assert [told(each.words) for each in found] == EXPECTED.get(name, ASKED)
+    assert [prompt_text(each.words) for each in found] == EXPECTED.get(name, ASKED)
 
 
 def test_blank_lines_between_prompts_are_counted_by_ppo(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_folder_that_is_there_is_not_overwritten(invoke: Invoke, pico_folder: 
     (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
     result = invoke("prune", pico_folder, "--method", "magnitude", "--sparsity", "0.5", "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "which is there already; expected a new folder" in result.stderr
+    assert "which exists; expected a new folder" in result.stderr
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from loopos.config.load import load
 from loopos.config.methods import config_classes
-from loopos.data.labelled import load_labelled
-from loopos.data.read_ahead import kept_for_training
+from loopos.data.labelled import load_labeled
+from loopos.data.read_ahead import reuse_in_training
 from loopos.data.row_check import check_rows
 from loopos.data.rows import RowReader
 from tests.cli.conftest import Invoke, rows, write_jsonl
@@ -78,12 +78,12 @@ def test_a_training_and_its_resumption_read_their_rows_once(
 def test_what_was_read_is_handed_over_once_and_only_within(tmp_path: Path, pico_folder: Path) -> None:
     config: Any = load(written(tmp_path, "fine_tuning", pico_folder), (), config_classes()).config
     asked = (config.data, config.model)
-    with kept_for_training():
+    with reuse_in_training():
         check_rows(config)
         write_jsonl(tmp_path / "data.jsonl", rows(6))
-        assert load_labelled(*asked, seed=config.training.seed + 1).reports[0].read == 6
-        assert load_labelled(*asked, seed=config.training.seed).reports[0].read == 12
-        assert load_labelled(*asked, seed=config.training.seed).reports[0].read == 6
+        assert load_labeled(*asked, seed=config.training.seed + 1).reports[0].read == 6
+        assert load_labeled(*asked, seed=config.training.seed).reports[0].read == 12
+        assert load_labeled(*asked, seed=config.training.seed).reports[0].read == 6
         check_rows(config)
     write_jsonl(tmp_path / "data.jsonl", rows(9))
-    assert load_labelled(*asked, seed=config.training.seed).reports[0].read == 9
+    assert load_labeled(*asked, seed=config.training.seed).reports[0].read == 9

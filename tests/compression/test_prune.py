@@ -215,7 +215,7 @@ def test_an_encoder_with_a_head_loses_layers(tmp_path: Path, pico_tokenizer: Pat
     [
         ({"method": "magnitud"}, 'did you mean "magnitude"'),
         ({"sparsity": 1.0}, "sparsity: got 1.0"),
-        ({"sparsity": None}, "a share such as 0.5, or a pattern such as 2:4"),
+        ({"sparsity": None}, "a fraction such as 0.5, or a pattern such as 2:4"),
         ({"sparsity": None, "pattern": "4:2"}, "N:M, N kept of every M"),
         ({"pattern": "1:4"}, r"sparsity: got 0.5 with pattern 1:4; expected 0.75"),
         ({"method": "wanda"}, "calibration: got nothing with method wanda"),

@@ -60,7 +60,7 @@ BROKEN = [
     ('{"a": --1}', 1, 7, "--1", "a number", ""),
     ('{"a": ' + "9" * 5000 + "}", 1, 7, "a number of 5000 digits", "shorter", ""),
     ('{"a": "b}', 1, 7, "text whose quote is never closed", 'a closing "', ""),
-    ('{"a": "b\n"}', 1, 7, "over the end of its line", "on the same line", ""),
+    ('{"a": "b\n"}', 1, 7, "past the end of its line", "on the same line", ""),
     ('{"a": "b\tc"}', 1, 9, "a tab inside text", r"\t", ""),
     ('{"a": "b\x01c"}', 1, 9, "the control character 0x01", r"\u0001", ""),
     (r'{"a": "C:\data"}', 1, 10, r"the escape \d", "hexadecimal", r"a backslash is written \\"),

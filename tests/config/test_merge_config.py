@@ -71,7 +71,7 @@ def test_diagnostics_come_at_once(diagnostics: Faults) -> None:
         ({"method": "ties"}, "base", "a base model"),
         ({"method": "slerp", "models": ["smollm2-135m"]}, "models", "1 models with slerp"),
         ({"method": "slerp", "t": 1.5}, "t", ">= 0 and <= 1"),
-        ({"method": "greedy_soup"}, "validation_data", "rows to choose by"),
+        ({"method": "greedy_soup"}, "validation_data", "validation rows"),
         ({"tokenizer": "bese"}, "tokenizer", '"first", "base", "union" or a model'),
         ({"tokenizer": "base"}, "tokenizer", "without a base model"),
         ({"patterns": [{"tensors": "re:("}]}, "patterns.0.tensors", "a regular expression"),
@@ -94,7 +94,7 @@ def test_weights_that_cannot_be_divided_by(diagnostics: Faults, models: list[str
     assert diagnostics(models=apart, normalize=False) == {}
     assert diagnostics(models=apart, method="task_arithmetic", base=models[0]) == {}
     weighed = [models[0], {"model": models[1], "weight": 0.5}]
-    assert "t says where" in diagnostics(method="slerp", models=weighed)["models.1.weight"]
+    assert "t sets the position" in diagnostics(method="slerp", models=weighed)["models.1.weight"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_only_the_folder_of_an_earlier_merge_is_replaced(
         (tmp_path / "out" / "recipe.json").write_text(json.dumps(recipe))
     found = diagnostics()
     assert list(found) == ["output_dir"] * refused
-    assert not refused or "something else than a merge" in found["output_dir"]
+    assert not refused or "that no merge wrote" in found["output_dir"]
 
 
 def test_keys_without_effect_are_summary(tmp_path: Path, models: list[str]) -> None:

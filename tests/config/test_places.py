@@ -15,7 +15,7 @@ import loopos
 from loopos.cli import option_types
 from loopos.cli.commands import app
 from loopos.config.compression import PruningRecipe, QuantizationRecipe
-from loopos.config.keys import Place
+from loopos.config.keys import Location
 from loopos.config.load import LoadedConfig
 from loopos.config.merge import MergeConfig
 from loopos.config.methods import config_classes
@@ -24,13 +24,21 @@ from loopos.data.rows import read
 
 ALL = [*config_classes().values(), MergeConfig, PruningRecipe, QuantizationRecipe]
 # What the description of a key says where its value is, or may be, a place.
-SAYS_PLACE = ("folder", "file", "hub id", "another name of", "model that the others", "models of the recipe", "rows on")
-NO_PLACE = {"encoding", "max_expansion", "max_line_bytes",
+MENTIONS_PATH = (
+    "folder",
+    "file",
+    "hub id",
+    "another name of",
+    "model that the others",
+    "models of the recipe",
+    "rows on",
+)
+NOT_PATHS = {"encoding", "max_expansion", "max_line_bytes",
     "training_split", "validation_split", "subset", "streaming", "shard_gigabytes", "checkpoints", "tensorboard",
     "keep_last", "result", "mode",
 }  # fmt: skip
 Loads = Callable[..., LoadedConfig]
-PLACES = {"INPUT", "MODEL", "FILE", "DATA", "A", "B", "PROMPTS", "JUDGE", "MODEL|RECIPE", "MODEL...", "FOLDER"}
+PATH_KEYS = {"INPUT", "MODEL", "FILE", "DATA", "A", "B", "PROMPTS", "JUDGE", "MODEL|RECIPE", "MODEL...", "FOLDER"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,27 +58,27 @@ def sections(model: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:
             yield model.__name__, name, field
 
 
-def takes_places(annotation: Any, metadata: Any = ()) -> bool:
+def takes_paths(annotation: Any, metadata: Any = ()) -> bool:
     """Whether the validators of a type expand "~"."""
     if any(getattr(each, "func", None) is expanded for each in metadata):
         return True
     parts = [*typing.get_args(annotation), *getattr(annotation, "__metadata__", ())]
-    return any(getattr(each, "func", None) is expanded or takes_places(each) for each in parts)
+    return any(getattr(each, "func", None) is expanded or takes_paths(each) for each in parts)
 
 
-def test_every_key_that_names_a_place_expands_the_home_folder() -> None:
-    assert takes_places(Place)
-    assert not takes_places(str)
+def test_every_key_that_names_a_path_expands_the_home_folder() -> None:
+    assert takes_paths(Location)
+    assert not takes_paths(str)
     keys = {key[:2]: key[2] for each in ALL for key in sections(each)}
-    told = {
+    wrong = {
         (owner, name)
         for (owner, name), field in keys.items()
-        if name not in NO_PLACE
+        if name not in NOT_PATHS
         and field.annotation is not bool
-        and any(s in (field.description or "") for s in SAYS_PLACE)
+        and any(s in (field.description or "") for s in MENTIONS_PATH)
     }
-    assert len(told) >= 25
-    wrong = sorted(key for key in told if not takes_places(keys[key].annotation, keys[key].metadata))
+    assert len(wrong) >= 25
+    wrong = sorted(key for key in wrong if not takes_paths(keys[key].annotation, keys[key].metadata))
     assert not wrong, wrong
 
 
@@ -110,7 +118,7 @@ def test_every_option_that_takes_a_path_expands_the_home_folder(home: Path) -> N
     found = [
         (name, kind, info)
         for name, kind, info in parameters()
-        if "Path" in str(kind) or getattr(info, "metavar", None) in PLACES
+        if "Path" in str(kind) or getattr(info, "metavar", None) in PATH_KEYS
     ]
     assert len(found) >= 30
     for name, kind, info in found:

@@ -15,9 +15,9 @@ from loopos.config.source import apply_overrides, close_matches, parse_text, rea
 
 # (name, bytes, line, column, piece of `actual`)
 BROKEN_FILES = [
-    ("empty.json", b"", None, None, "no settings"),
-    ("blank.json", b" \n\t\n", None, None, "no settings"),
-    ("comment.yaml", b"# nothing yet\n", None, None, "no settings"),
+    ("empty.json", b"", None, None, "without settings"),
+    ("blank.json", b" \n\t\n", None, None, "without settings"),
+    ("comment.yaml", b"# nothing yet\n", None, None, "without settings"),
     ("list.json", b"\n [1]", 2, 2, "a list"),
     ("list.yaml", b"- 1\n", 1, 1, "a list"),
     ("number.json", b"16", 1, 1, "a single value"),
@@ -50,7 +50,7 @@ def test_a_missing_file_names_one_that_is_close(tmp_path: Path) -> None:
         read_source(tmp_path / "fine_tunning.json")
     with pytest.raises(ConfigError, match="a folder"):
         read_source(tmp_path)
-    with pytest.raises(ConfigError, match="where no file is"):
+    with pytest.raises(ConfigError, match="a path that does not exist"):
         read_source(tmp_path / "no" / "folder.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_source(tmp_path / "fine_tuning.json" / "below.json")

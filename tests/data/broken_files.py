@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loopos.config.diagnostics import DataError
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.label_space import LabelSpace, Task
 from loopos.data.labels import infer_task
 from loopos.data.rows import read
@@ -33,7 +33,7 @@ class Case:
 
 
 def _label_space(path: Path, case: Case) -> LabelSpace:
-    examples, _ = read_labelled(read(str(path)), case.columns)
+    examples, _ = read_labeled(read(str(path)), case.columns)
     return infer_task(examples, case.task, case.num_classes, case.class_names)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loopos.config.diagnostics import DataError
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.preferences import Pair, read_comparisons
 from loopos.data.prompts import read_prompts
 from loopos.data.reading import account
@@ -105,9 +105,9 @@ def test_label_studio_s_classes_and_ratings(tmp_path: Path) -> None:
     good = task({"text": "a", "source": "x"}, {"choices": ["good"]}, kind="choices", name="sentiment")
     bad = task({"text": "b", "source": "x"}, {"choices": ["bad"]}, kind="choices", name="sentiment")
     file.write_text(json.dumps([good, bad]))
-    examples, report = read_labelled(read(str(file)), {})
+    examples, report = read_labeled(read(str(file)), {})
     assert [(each.text, each.label) for each in examples] == [("a", "good"), ("b", "bad")]
     assert account(report) == "2 rows read, 2 used; not read: source"
     file.write_text(json.dumps([task({"text": "a"}, {"rating": 4}, kind="rating", name="stars")]))
-    examples, _ = read_labelled(read(str(file)), {})
+    examples, _ = read_labeled(read(str(file)), {})
     assert [each.label for each in examples] == [4]

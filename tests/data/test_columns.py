@@ -12,7 +12,7 @@ from loopos.config.diagnostics import DataError, Diagnostic, Remedy, Wording
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data import row_check
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, closest, likely
-from loopos.data.row_check import check_columns, check_labelled
+from loopos.data.row_check import check_columns, check_labeled
 
 TICKETS = ["Ticket", "Issue description (free text)", "Cat. lvl-1"]
 
@@ -82,21 +82,21 @@ def test_only_the_first_rows_of_a_table_are_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(row_check, "_SAMPLE", 3)
     lines = ["text,label", *(f"t{number},a" for number in range(3))]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\nbroken\n", encoding="utf-8")
-    check_labelled(str(tmp_path / "rows.csv"), {}, require_label=True)
+    check_labeled(str(tmp_path / "rows.csv"), {}, require_label=True)
     with pytest.raises(DataError, match="no column 'x'"):
-        check_labelled(str(tmp_path / "rows.csv"), {"text": "x"}, require_label=True)
+        check_labeled(str(tmp_path / "rows.csv"), {"text": "x"}, require_label=True)
 
 
 def test_a_column_that_comes_late_in_json_lines_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_check, "_SAMPLE", 2)
     rows: list[dict[str, str]] = [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    check_labelled(str(tmp_path / "rows.jsonl"), {}, require_label=True)
+    check_labeled(str(tmp_path / "rows.jsonl"), {}, require_label=True)
 
 
 def test_a_folder_of_tables_is_looked_at_whole(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\na\n", encoding="utf-8")
     (tmp_path / "b.csv").write_text("text,label\nb,x\n", encoding="utf-8")
-    check_labelled(str(tmp_path), {}, require_label=True)
+    check_labeled(str(tmp_path), {}, require_label=True)
     with pytest.raises(DataError, match="no label column found"):
-        check_labelled(str(tmp_path / "a.csv"), {}, require_label=True)
+        check_labeled(str(tmp_path / "a.csv"), {}, require_label=True)

@@ -11,9 +11,9 @@ import pytest
 from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation
 from loopos.data.demonstrations import Demonstration
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
-from loopos.data.prompts import Words, read_prompts
+from loopos.data.prompts import PromptContent, read_prompts
 from loopos.data.reading import account
 from loopos.data.rows import read
 from loopos.data.step_format import NAMED_FORMATS
@@ -172,12 +172,12 @@ def test_images_beside_messages_are_refused(tmp_path: Path, images: object) -> N
 
 def test_a_column_that_only_some_rows_have_is_named(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0, "source": "x"}]
-    _, report = read_labelled(read(write(tmp_path / "a.jsonl", *rows)), {})
+    _, report = read_labeled(read(write(tmp_path / "a.jsonl", *rows)), {})
     assert account(report) == "2 rows read, 2 used; not read: source"
     assert report.columns == {"text": "text", "label": "label"}
 
 
-def run_summary(words: Words) -> str:
+def run_summary(words: PromptContent) -> str:
     return words if isinstance(words, str) else words[-1].content
 
 
@@ -201,6 +201,6 @@ def test_preferences_and_prompts_hold_their_context(tmp_path: Path, row: Any, ex
 
 def test_context_beside_messages_is_refused(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": ASKED}], "context": HELD, "chosen": SAID, "rejected": "No."}
-    with pytest.raises(DataError, match="all that is asked in the messages") as caught:
+    with pytest.raises(DataError, match="the whole prompt in the messages") as caught:
         read_comparisons(read(write(tmp_path / "a.jsonl", row)), {})
     assert '"context": null' in caught.value.diagnostics[0].hint

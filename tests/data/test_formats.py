@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
-from loopos.data.formats import LabelledFormat, detect, read_labelled, to_labelled
+from loopos.data.formats import LabeledFormat, detect, read_labeled, to_labeled
 from loopos.data.rows import Row, read
 
 
@@ -75,18 +75,18 @@ def test_a_label_may_be_absent_when_predicting() -> None:
 def test_labels_when_predicting(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": null}\n{"text": "b"}\n{"text": "c", "label": " x "}\n')
-    examples, report = read_labelled(read(str(path)), {}, require_label=False)
+    examples, report = read_labeled(read(str(path)), {}, require_label=False)
     assert [(example.text, example.label) for example in examples] == [("a", None), ("b", None), ("c", "x")]
     assert (report.read, report.used, report.dropped) == (3, 3, {})
 
 
 def test_a_row_becomes_an_example() -> None:
-    form = LabelledFormat("premise", "hypothesis", "label", "")
+    form = LabeledFormat("premise", "hypothesis", "label", "")
     row = Row({"premise": " a ", "hypothesis": "12", "label": "  yes "}, "rows.csv", 7, 5)
-    example = to_labelled(row, form)
+    example = to_labeled(row, form)
     assert (example.text, example.text_pair, example.label, example.row.line) == (" a ", "12", "yes", 7)
     with pytest.raises(DataError) as caught:
-        to_labelled(Row({"premise": "", "hypothesis": None, "label": {}}, "rows.parquet", None, 5), form)
+        to_labeled(Row({"premise": "", "hypothesis": None, "label": {}}, "rows.parquet", None, 5), form)
     assert [(diagnostic.source, diagnostic.line, diagnostic.field) for diagnostic in caught.value.diagnostics] == [
         ("rows.parquet (row 5)", None, "premise"),
         ("rows.parquet (row 5)", None, "hypothesis"),
@@ -102,7 +102,7 @@ def test_dropped_rows_are_counted_by_reason(tmp_path: Path) -> None:
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{oops\n[1]\n")
     reader = read(str(path), on_bad_row="skip")
-    examples, report = read_labelled(reader, {})
+    examples, report = read_labeled(reader, {})
     assert [(example.text, example.row.line) for example in examples] == [("a", 1), ("d", 7)]
     assert report.dropped == {
         "unreadable row": 2, "text is blank": 2, "label is null": 1, "text is not a string": 1, "label is nested": 1,
@@ -116,7 +116,7 @@ def test_no_row_left_is_a_diagnostic_under_skip_too(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\n,1\n,0\n")
     with pytest.raises(DataError, match="2 rows, none of which can be used"):
-        read_labelled(read(str(path), on_bad_row="skip"), {})
+        read_labeled(read(str(path), on_bad_row="skip"), {})
 
 
 LINES = st.sampled_from(
@@ -135,7 +135,7 @@ def test_every_row_read_is_used_or_dropped_for_a_reason(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "dropped.jsonl"
     path.write_text("\n".join([*lines, '{"text": "last", "label": 3}']))
-    examples, report = read_labelled(read(str(path), on_bad_row="skip"), {})
+    examples, report = read_labeled(read(str(path), on_bad_row="skip"), {})
     filled = [index for index, line in enumerate(lines, start=1) if line.strip()]
     assert report.read == len(filled) + 1 == report.used + sum(report.dropped.values())
     assert report.used == len(examples)

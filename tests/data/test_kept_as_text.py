@@ -14,7 +14,7 @@ from chat_templates import SPECIAL, TOOL_CHATML
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import DataError
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.labels import infer_task
 from loopos.data.preference_tokens import encode_comparisons
 from loopos.data.preferences import Pair, read_comparisons
@@ -107,7 +107,7 @@ def test_steps_as_text(tmp_path: Path) -> None:
 def test_labels_as_text(tmp_path: Path) -> None:
     for labels in ((["a", "b"], ["b"]), ('["a", "b"]', '["b"]'), ("['a', 'b']", "['b']")):
         rows = [{"text": "x", "label": label} for label in labels]
-        examples, _ = read_labelled(read(write(tmp_path / "a.jsonl", *rows)), {})
+        examples, _ = read_labeled(read(write(tmp_path / "a.jsonl", *rows)), {})
         space = infer_task(examples)
         assert (space.task, [space.encode(each.label, each.row) for each in examples]) == (
             "multi_label",

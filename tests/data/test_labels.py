@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from loopos.config.diagnostics import DataError
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.label_space import LabelSpace, Task, key_of, kind_of, label_space_of, members_of
 from loopos.data.labels import infer_task
 from loopos.data.rows import Row
@@ -17,9 +17,9 @@ from loopos.data.rows import Row
 ROW = Row({}, "rows.jsonl", 9, 7)
 
 
-def examples(labels: Sequence[object]) -> list[Labelled]:
+def examples(labels: Sequence[object]) -> list[Labeled]:
     return [
-        Labelled(f"text {index}", None, label, Row({}, "rows.jsonl", index + 1, index))
+        Labeled(f"text {index}", None, label, Row({}, "rows.jsonl", index + 1, index))
         for index, label in enumerate(labels)
     ]
 
@@ -101,8 +101,7 @@ def test_num_classes_wider_than_the_labels_is_summary() -> None:
     space = infer([0, 3, 3], num_classes=5)
     assert space.class_names == ("0", "1", "2", "3", "4")
     assert space.summary == (
-        "task: classification, 5 classes (0, 1, 2, 3, 4), from labels that are whole numbers; "
-        "no row is labelled 1, 2, 4"
+        "task: classification, 5 classes (0, 1, 2, 3, 4), from labels that are whole numbers; no row is labeled 1, 2, 4"
     )
 
 
@@ -154,7 +153,7 @@ def test_an_unknown_label_later_names_its_row(label: object, piece: str) -> None
 
 
 def test_no_examples_is_a_diagnostic() -> None:
-    with pytest.raises(DataError, match="no labelled row"):
+    with pytest.raises(DataError, match="no labeled row"):
         infer([])
 
 

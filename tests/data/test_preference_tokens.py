@@ -20,7 +20,7 @@ from loopos.data.preference_tokens import (
     encode_prompts,
 )
 from loopos.data.preferences import Comparison, Pair
-from loopos.data.prompts import Prompt, Words
+from loopos.data.prompts import Prompt, PromptContent
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion
@@ -130,7 +130,7 @@ def test_ids_are_those_of_training_and_generation(
     assert {ids[-1] for ids in spoken.responses} == {ends[0]}
     assert {ids[-1] for ids in text.responses} == {ends[1]}
     assert all(pico.pad_token_id not in ids for ids in whole)
-    prompts: list[Words] = [prompt, question]
+    prompts: list[PromptContent] = [prompt, question]
     asked, report = encode_prompts(pico, [Prompt(words, ROW) for words in prompts], template=template, max_length=None)
     assert asked == [spoken.prompt, text.prompt]
     assert (report.read, report.used, report.lengths) == (2, 2, [len(spoken.prompt), len(text.prompt)])

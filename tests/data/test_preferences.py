@@ -11,7 +11,7 @@ import pytest
 from loopos.config.diagnostics import DataError
 from loopos.data.preference_formats import detect
 from loopos.data.preferences import Comparison, Pair, read_comparisons
-from loopos.data.prompts import Words
+from loopos.data.prompts import PromptContent
 from loopos.data.rows import read
 
 Shown = str | list[tuple[str, str]]
@@ -29,7 +29,7 @@ def comparisons_of(
     return read_comparisons(read(write(tmp_path / "rows.jsonl", list(rows))), columns or {}, as_text=as_text)[0]
 
 
-def shown(words: Words) -> Shown:
+def shown(words: PromptContent) -> Shown:
     return words if isinstance(words, str) else [(message.role, message.content) for message in words]
 
 
@@ -93,7 +93,12 @@ def test_the_choice_is_summary_and_can_be_made() -> None:
         ("prompt chosen Chosen rejected", {}, "data.columns.chosen", "2 columns may be the chosen"),
         ("q chosen rejected", {"promt": "q"}, "data.columns.promt", "did you mean prompt?"),
         ("prompt chosen rejected", {"prompt": "promt"}, "data.columns.prompt", 'did you mean "prompt"?'),
-        ("prompt chosen rejected", {"chosen": "rejected", "rejected": "rejected"}, "data.columns.rejected", "serves"),
+        (
+            "prompt chosen rejected",
+            {"chosen": "rejected", "rejected": "rejected"},
+            "data.columns.rejected",
+            "also has the role",
+        ),
         ("a b", {"scores": "a", "chosen": "b"}, "data.columns", "roles of one format"),
     ],
 )
@@ -214,7 +219,7 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     assert (text.prompt, text.responses) == ("2+2=", (" 4\n", " 5"))
     assert shown(messages.prompt) == [("user", "2+3=")]
     assert shown(messages.responses[1]) == [("assistant", "6")]
-    assert report.summary[-1] == "text as it stands, without a chat template: 1 of 2"
+    assert report.summary[-1] == "text without a chat template: 1 of 2"
     assert not any("as it stands" in sentence for sentence in read_comparisons(read(path), {})[1].summary)
     group = {"instruction": "a", "input": "x", "responses": ["b", "c"], "ranking": [1, 0]}
     (found,) = comparisons_of(tmp_path, group, as_text=True)
@@ -278,7 +283,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"chosen": []}, "chosen", "got an empty list"),
     (PAIR, {"chosen": [user("b")]}, "chosen", "got messages of user"),
     (PAIR, {"chosen": [user("x"), assistant("b")]}, "chosen", "and in the prompt column if there is one"),
-    (PAIR, {"chosen": [user("a")]}, "chosen", "no message behind the prompt"),
+    (PAIR, {"chosen": [user("a")]}, "chosen", "no message after the prompt"),
     (PAIR, {"rejected": None}, "rejected", "got null"),
     (PAIR, {"rejected": [{"role": "bard", "content": "c"}]}, "rejected[0].role", "'bard'"),
     (PAIR, {"rejected": {"content": "c"}}, "rejected", "an object with 'content'"),
@@ -295,18 +300,18 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (PAIR, {"tie": "so"}, "tie", "got 'so'"),
     (PAIR, {"tie": True, "p_human": 0.5}, "p_human", "0.5 beside 'tie', which is true"),
     (PAIR, {"tie": True, "margin": 1}, "margin", "1 beside 'tie', which is true"),
-    (PAIR, {"prompt": [user("a")], "input": "x"}, "input", "all that is asked in the messages"),
+    (PAIR, {"prompt": [user("a")], "input": "x"}, "input", "the whole prompt in the messages"),
     (PAIR, {"prompt": [{"role": "system", "content": "s"}, user("a")], "system": "s"}, "system", "in one place"),
-    (IMPLIED, {"chosen": "x: b"}, "rejected", "responses that begin with the same prompt"),
+    (IMPLIED, {"chosen": "x: b"}, "rejected", "responses that start with the same prompt"),
     (IMPLIED, {"rejected": "a: b"}, "rejected", "are identical"),
     (IMPLIED, {"rejected": "a: b\n"}, "rejected", "are identical"),
     (IMPLIED, {"rejected": " "}, "rejected", "got ' '"),
     (IMPLIED, {"chosen": CHAT["chosen"]}, "rejected", "a list as chosen and text as rejected"),
-    (IMPLIED, {"system": "s"}, "system", "no system beside text"),
+    (IMPLIED, {"system": "s"}, "system", "no system prompt with text"),
     (IMPLIED, {"p_human": 2}, "p_human", "got 2"),
     (CHAT, {"rejected": [user("x"), assistant("c")]}, "rejected", "messages that begin with 'a' and 'x'"),
     (CHAT, {"rejected": CHAT["chosen"]}, "rejected", "are identical"),
-    (CHAT, {"rejected": [user("a")]}, "rejected", "no message behind the prompt"),
+    (CHAT, {"rejected": [user("a")]}, "rejected", "no message after the prompt"),
     (CHAT, {"rejected": [user("a"), user("x"), assistant("c")]}, "rejected", "messages of user, assistant"),
     (CHAT, {"chosen": [user("a"), assistant("b"), user("x")]}, "chosen", "messages of assistant, user"),
     (CHAT, {"chosen": [user("a"), 7]}, "chosen[1]", "got 7 (a number)"),
@@ -318,10 +323,10 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (GROUP, {"scores": [1]}, "scores", "1 scores for 2 responses"),
     (GROUP, {"scores": [1, "good"]}, "scores[1]", "got 'good' (text)"),
     (GROUP, {"scores": None}, "scores", "got null"),
-    (RANKED, {"ranking": [1, 2]}, "ranking", "places count from 0"),
+    (RANKED, {"ranking": [1, 2]}, "ranking", "indices start at 0"),
     (RANKED, {"ranking": [0, 0]}, "ranking", "got [0, 0] for 2 responses"),
     (RANKED, {"ranking": [0]}, "ranking", "got [0] for 2 responses"),
-    (RANKED, {"ranking": [True, False]}, "ranking", "counted from 0"),
+    (RANKED, {"ranking": [True, False]}, "ranking", "from 0, from best"),
 ]
 
 
@@ -342,7 +347,7 @@ def test_the_broken_rows_are_broken_by_their_change_alone(tmp_path: Path) -> Non
 
 
 def test_a_system_text_has_no_place_beside_text_as_it_stands(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:1: system: got 's'; expected no system beside text"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: system: got 's'; expected no system prompt with text"):
         comparisons_of(tmp_path, {**PAIR, "system": "s"}, as_text=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loopos.config.diagnostics import DataError
 from loopos.data.preference_formats import detect
-from loopos.data.prompts import Prompt, Words, read_prompts, shared_text
+from loopos.data.prompts import Prompt, PromptContent, read_prompts, shared_text
 from loopos.data.rows import read
 
 Shown = str | list[tuple[str, str]]
@@ -27,7 +27,7 @@ def prompts_of(
     return read_prompts(read(write(tmp_path / "rows.jsonl", list(rows))), columns or {}, as_text=as_text)[0]
 
 
-def shown(words: Words) -> Shown:
+def shown(words: PromptContent) -> Shown:
     return words if isinstance(words, str) else [(message.role, message.content) for message in words]
 
 
@@ -74,7 +74,7 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "2+2= "}, {"prompt": turns("a")}])
     found, report = read_prompts(read(path), {}, as_text=True)
     assert [shown(prompt.prompt) for prompt in found] == ["2+2= ", ASKED]
-    assert report.summary[-1] == "text as it stands, without a chat template: 1 of 2"
+    assert report.summary[-1] == "text without a chat template: 1 of 2"
     assert shown(prompts_of(tmp_path, {"instruction": "a", "input": "x"}, as_text=True)[0].prompt) == "a\nx"
 
 
@@ -109,11 +109,11 @@ def test_without_a_prompt_twice_nothing_is_dropped(tmp_path: Path) -> None:
     [
         ({"prompt": ""}, "prompt", "got ''"),
         ({"prompt": 3}, "prompt", "got 3 (a number)"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "messages of the assistant alone"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "only assistant messages"),
         ({"messages": [7]}, "messages[0]", "got 7 (a number)"),
         ({"chosen": turns("a", "b"), "rejected": turns("x", "b")}, "rejected", "no prompt column"),
         ({"chosen": "a b", "rejected": None}, "rejected", "got null"),
-        ({"prompt": turns("a"), "input": "x"}, "input", "all that is asked in the messages"),
+        ({"prompt": turns("a"), "input": "x"}, "input", "the whole prompt in the messages"),
     ],
 )
 def test_broken_rows_name_line_and_field(tmp_path: Path, row: dict[str, Any], field: str, piece: str) -> None:

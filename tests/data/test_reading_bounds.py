@@ -105,7 +105,7 @@ def test_the_encoding_is_a_key_and_the_error_guesses_it(encoding: str, text: str
         assert _rows(tmp_path / name, TextRules(encoding=encoding))[0][1] == {"text": text, "label": "pos"}
         refused = _refused(tmp_path / name)
         assert (
-            f'this looks like {encoding}: save the file as UTF-8 or read it so and look at the rows: data.encoding: "{encoding}"'
+            f'this looks like {encoding}: save the file as UTF-8 or read it in that encoding and check the rows: data.encoding: "{encoding}"'
             in refused
         )
 

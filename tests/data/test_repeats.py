@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.labelled import load_labelled
+from loopos.data.labelled import load_labeled
 from loopos.data.preference_data import load_comparisons, load_prompts
 from loopos.data.repeats import key_of_prompt
 from loopos.data.supervised import load_supervised
@@ -27,7 +27,7 @@ Load = Callable[[dict[str, Any]], Any]
 
 def _labelled(data: dict[str, Any]) -> Any:
     section = DataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", **data})
-    return load_labelled(section, ModelSection(), seed=42)
+    return load_labeled(section, ModelSection(), seed=42)
 
 
 def _supervised(data: dict[str, Any]) -> Any:
@@ -151,8 +151,8 @@ def test_an_older_run_goes_on_with_its_own_split(fine_tuning_config: Any, tmp_pa
 
 def test_a_new_run_and_a_named_key_are_left_as_they_are(fine_tuning_config: Any, tmp_path: Path) -> None:
     config = fine_tuning_config()
-    assert as_begun(config, tmp_path / "nowhere").data.split_by == "prompt"
+    assert resumed_config(config, tmp_path / "nowhere").data.split_by == "prompt"
     (tmp_path / "config.json").write_text(json.dumps({"data": {"split_by": "row"}}))
-    assert as_begun(config, tmp_path).data.split_by == "row"
+    assert resumed_config(config, tmp_path).data.split_by == "row"
     named = fine_tuning_config(data={"split_by": "prompt"})
-    assert as_begun(named, tmp_path).data.split_by == "prompt"
+    assert resumed_config(named, tmp_path).data.split_by == "prompt"

@@ -12,7 +12,7 @@ import openpyxl
 import pytest
 
 from loopos.config.diagnostics import DataError, MissingRequirement
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.rows import read
 
 ROWS = [
@@ -41,7 +41,7 @@ def test_rows_have_their_numbers_and_values(tmp_path: Path) -> None:
         (4, {"text": "fine", "label": "praise", "sent": None}),
     ]
     assert reader.report.blank_lines == 1
-    examples, report = read_labelled(read(str(tmp_path / "a.xlsx")), {})
+    examples, report = read_labeled(read(str(tmp_path / "a.xlsx")), {})
     assert [(each.text, each.label) for each in examples] == [("late", "complaint"), ("fine", "praise")]
     assert (report.read, report.used) == (2, 2)
 
@@ -63,7 +63,7 @@ def test_one_of_several_sheets_is_named_behind_a_hash(tmp_path: Path) -> None:
     assert "got 2 sheets with rows: 'Tickets', 'Old'; expected one sheet" in str(caught.value)
     assert "a.xlsx#Tickets" in str(caught.value)
     assert [row.values["text"] for row in read(f"{source}#Old")] == ["x"]
-    with pytest.raises(DataError, match=r"got the sheet 'New'; expected one of the sheets that are there: 'Tickets'"):
+    with pytest.raises(DataError, match=r"got the sheet 'New'; expected one of the existing sheets: 'Tickets'"):
         list(read(f"{source}#New"))
     alone = read(_workbook(tmp_path / "b.xlsx", Empty=[], Full=other))
     assert [row.values["label"] for row in alone] == ["y"]

@@ -10,11 +10,11 @@ import pytest
 
 from loopos.config.diagnostics import DataError
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.labelled import LabelledData, load_labelled
+from loopos.data.labelled import LabeledData, load_labeled
 from loopos.data.reading import account
 
 
-def load(folder: Path, labels: list[Any], /, *, skip: bool = True, suffix: str = ".csv", **model: Any) -> LabelledData:
+def load(folder: Path, labels: list[Any], /, *, skip: bool = True, suffix: str = ".csv", **model: Any) -> LabeledData:
     file = folder / f"rows{suffix}"
     if suffix == ".csv":
         file.write_text("text,rating\n" + "".join(f"film {i},{_cell(label)}\n" for i, label in enumerate(labels)))
@@ -28,7 +28,7 @@ def load(folder: Path, labels: list[Any], /, *, skip: bool = True, suffix: str =
         validation_share=0,
         on_bad_row="skip" if skip else "error",
     )
-    return load_labelled(data, ModelSection(**model), seed=0)
+    return load_labeled(data, ModelSection(**model), seed=0)
 
 
 def _cell(label: Any) -> str:
@@ -145,11 +145,11 @@ PRODIGY = [
 ]
 
 
-def prodigy(folder: Path, rows: list[dict[str, str]]) -> LabelledData:
+def prodigy(folder: Path, rows: list[dict[str, str]]) -> LabeledData:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSection(pretrained_weights="new", training_data=str(file), output_dir="run", validation_share=0)
-    return load_labelled(data, ModelSection(), seed=0)
+    return load_labeled(data, ModelSection(), seed=0)
 
 
 def test_rows_that_an_annotator_rejected_are_not_learned(tmp_path: Path) -> None:

@@ -82,7 +82,12 @@ def test_the_choice_is_summary_and_can_be_made() -> None:
         ("title body", {}, "data.columns", "these columns make no known format"),
         ("question answer", {"problm": "question"}, "data.columns.problm", "did you mean problem?"),
         ("question answer", {"problem": "qestion"}, "data.columns.problem", 'did you mean "question"?'),
-        ("question answer", {"problem": "answer", "answer": "answer"}, "data.columns.answer", "serves problem too"),
+        (
+            "question answer",
+            {"problem": "answer", "answer": "answer"},
+            "data.columns.answer",
+            "which also has the role problem",
+        ),
         ("a b", {"problem": "a", "completion": "b"}, "data.columns", "roles of one format"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 from chat_templates import CHATML, CHATML_MARKED, SPECIAL, WORD_TEMPLATE, WORDS, word_tokenizer
 from hypothesis import given, settings
@@ -234,6 +235,8 @@ TALKS = st.lists(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(talks=TALKS)
+# The template keeps the blank after the second question, which is like the third one otherwise.
+@hypothesis.example(talks=[("1", "1"), ("1 ", "1"), ("1", "1")])
 def test_masks_equal_those_of_transformers_where_the_template_marks_what_is_generated(
     chatml: PreTrainedTokenizerBase, talks: list[tuple[str, str]]
 ) -> None:

@@ -133,7 +133,7 @@ def test_a_template_that_must_be_rendered_for_each_turn_has_a_bound(
     # What stands before an answer names its place, so that no turn shows where another begins.
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + '<eos>' }}{% if m.role == 'user' %}{{ loop.index ~ ':' }}{% endif %}{% endfor %}"
     template = ChatTemplate(tokenizer)
-    assert len(template.pieces(long_talk(8))) == 8
+    assert len(template.segments(long_talk(8))) == 8
     monkeypatch.setattr(templates, "_MOST_PREFIX_CHARACTERS", 50)
     with pytest.raises(TemplateRefusal, match="rendered for each of 4 turns"):
-        template.pieces(long_talk(8))
+        template.segments(long_talk(8))

@@ -43,7 +43,7 @@ def opened(tokenizer: PreTrainedTokenizerBase, template: str | None) -> ChatTemp
 
 
 def turns(template: ChatTemplate, *messages: Message) -> list[str]:
-    return [piece.text for piece in template.pieces(messages) if piece.message is not None]
+    return [piece.text for piece in template.segments(messages) if piece.message is not None]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_turns_and_their_end_tokens(
 ) -> None:
     template = opened(tokenizer, source)
     messages = [ASKED, SAID, MORE, LAST]
-    pieces = template.pieces(messages)
+    pieces = template.segments(messages)
     assert template.end == end
     assert [piece.text for piece in pieces if piece.message is not None] == expected
     assert [piece.message for piece in pieces if piece.message is not None] == [1, 3]
@@ -77,7 +77,7 @@ def test_turns_and_their_end_tokens(
 
 def test_without_an_end_token_the_tokenizer_s_own_closes_each_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     template = opened(tokenizer, NO_END)
-    pieces = template.pieces([ASKED, Message("assistant", "because"), MORE, LAST])
+    pieces = template.segments([ASKED, Message("assistant", "because"), MORE, LAST])
     assert [(piece.text, piece.closes) for piece in pieces] == [
         ("user: why\nassistant: ", False), ("because", True), ("\nuser: and then\nassistant: ", False),
         ("nothing", True), ("\n", False),
@@ -94,8 +94,8 @@ def test_the_tokens_that_end_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_reasoning_that_a_template_sets_apart_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     template = opened(tokenizer, THINKING)
     assert turns(template, ASKED, CHAIN) == ["<think>\nit is so\n</think>\n\n42<|im_end|>"]
-    with pytest.raises(TemplateRefusal, match="leaves out part of what the assistant says") as caught:
-        template.pieces([ASKED, CHAIN, MORE, LAST])
+    with pytest.raises(TemplateRefusal, match="leaves out part of an assistant message") as caught:
+        template.segments([ASKED, CHAIN, MORE, LAST])
     assert "one row for each turn" in caught.value.hint
 
 
@@ -103,21 +103,21 @@ def test_a_template_that_forgets_reasoning_is_refused(tokenizer: PreTrainedToken
     template = opened(tokenizer, FORGETFUL)
     assert turns(template, ASKED, LAST) == ["nothing<|im_end|>"]
     with pytest.raises(TemplateRefusal, match="leaves out part") as caught:
-        template.pieces([ASKED, CHAIN])
+        template.segments([ASKED, CHAIN])
     assert 'data.chat_template to "plain"' in caught.value.hint
 
 
 def test_a_template_that_rewrites_earlier_text_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     template = opened(tokenizer, LAST_ONLY)
     with pytest.raises(TemplateRefusal, match="changes earlier text when messages follow: '1:") as caught:
-        template.pieces([ASKED, LAST])
+        template.segments([ASKED, LAST])
     assert caught.value.hint
 
 
 def test_what_a_template_refuses_is_summary(tokenizer: PreTrainedTokenizerBase) -> None:
     template = opened(tokenizer, BRACKETS)
     with pytest.raises(TemplateRefusal, match="refuses messages of system, user, assistant: no system here"):
-        template.pieces([Message("system", "be kind"), ASKED, LAST])
+        template.segments([Message("system", "be kind"), ASKED, LAST])
 
 
 def test_templates_run_in_the_sandbox(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -155,7 +155,7 @@ def test_the_plain_template_kept_in_a_tokenizer_renders_the_same(tokenizer: PreT
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == (
         "### System:\ns\n\n### User:\nwhy\n\n### Assistant:\nnothing<eos>\n\n"
     )
-    assert ChatTemplate(tokenizer).pieces([ASKED, LAST]) == ChatTemplate(tokenizer, "plain").pieces([ASKED, LAST])
+    assert ChatTemplate(tokenizer).segments([ASKED, LAST]) == ChatTemplate(tokenizer, "plain").segments([ASKED, LAST])
 
 
 def test_calls_of_tools_without_words(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -209,7 +209,7 @@ def test_turns_begin_where_generation_starts_from(tokenizer: PreTrainedTokenizer
     ]
     more = tool if source == TOOL_CHATML else []
     messages = [*long_talk(7)[:-1], *long_talk(2)[:1], *more, *long_talk(12)[1:]]
-    pieces = template.pieces(messages)
+    pieces = template.segments(messages)
     places = [place for place, piece in enumerate(pieces) if piece.message is not None]
     assert len(places) == sum(message.role == "assistant" for message in messages)
     for place in places:
@@ -226,7 +226,7 @@ def test_ten_thousand_turns_are_rendered_three_times(
     tokenizer.chat_template = CHATML
     template, counted = ChatTemplate(tokenizer), Counted(monkeypatch)
     messages = long_talk(10_000)
-    pieces = template.pieces(messages)
+    pieces = template.segments(messages)
     whole = sum(len(piece.text) for piece in pieces)
     assert sum(piece.message is not None for piece in pieces) == 5000
     assert counted.calls <= 3

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loopos.data import tokens as text_bounds
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.preference_tokens import encode_comparisons
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion
 from loopos.data.supervised_tokens import encode_supervised
-from loopos.data.tokens import TextBound, encode_labelled, spans
+from loopos.data.tokens import TextBound, encode_labeled, spans
 from tests.conftest import SENTENCES
 
 LONG = 2400
@@ -98,7 +98,7 @@ def test_a_long_row_by_the_bounds_as_they_are(tokenizers: dict[str, Any], monkey
     text = _text(3, 1 << 18)
     begun = TextBound(tokenizers["bpe"]).beginning(text, 256)
     assert text_bounds.SHORT_CHARACTERS < len(begun) < 0.6 * len(text)
-    (encoded,), _ = encode_labelled(tokenizers["bpe"], [Labelled(text, None, 1, ROW)], max_length=256)
+    (encoded,), _ = encode_labeled(tokenizers["bpe"], [Labeled(text, None, 1, ROW)], max_length=256)
     assert encoded.ids == tokenizers["bpe"](text, add_special_tokens=False, verbose=False)["input_ids"][:256]
     assert encoded.cut > 10_000
 
@@ -132,7 +132,7 @@ def test_labelled_rows_are_those_of_the_tokenizer(
     try:
         for length in (23, 24):
             expected = tokenizer(_text(4), second, truncation=True, max_length=length, verbose=False)["input_ids"]
-            (encoded,), report = encode_labelled(tokenizer, [Labelled(_text(4), second, 1, ROW)], max_length=length)
+            (encoded,), report = encode_labeled(tokenizer, [Labeled(_text(4), second, 1, ROW)], max_length=length)
             assert encoded.ids == expected
             assert report.truncated == 1
             assert ("at least" in report.summary()) is (side == "right")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.label_space import LabelSpace
 from loopos.data.labels import infer_task
 from loopos.data.reading import FormatReport
@@ -19,7 +19,7 @@ from loopos.evaluation.judgement import Judgement
 
 
 def judgement(labels: Sequence[Any], meaning: Any, *, task: Any, space: LabelSpace | None = None) -> Judgement:
-    examples = [Labelled(f"text {i}", None, label, Row({}, "rows.jsonl", i + 1, i)) for i, label in enumerate(labels)]
+    examples = [Labeled(f"text {i}", None, label, Row({}, "rows.jsonl", i + 1, i)) for i, label in enumerate(labels)]
     space = space or infer_task(examples, task)
     targets = [space.encode(example.label, example.row, "label") for example in examples]
     report = FormatReport(len(examples), len(examples), {}, ())
@@ -30,7 +30,7 @@ def test_the_figures_of_classes_are_scikit_learn_s() -> None:
     random = np.random.default_rng(3)
     names = np.array(["a", "b", "c", "d"])
     labels = random.choice(names[:3], 60).tolist()
-    space = infer_task([Labelled("t", None, name, Row({}, "f", 1, 0)) for name in names], "classification")
+    space = infer_task([Labeled("t", None, name, Row({}, "f", 1, 0)) for name in names], "classification")
     probabilities = random.dirichlet(np.ones(4), 60)
     probabilities[:, 0] = 0.0  # never predicted
     found = judgement(labels, probabilities, task="classification", space=space)

@@ -10,7 +10,7 @@ import pytest
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
-from loopos.data.prompts import told
+from loopos.data.prompts import prompt_text
 from loopos.evaluation.policy_metrics import win_rate
 from loopos.evaluation.winrate import (
     Contest,
@@ -132,7 +132,7 @@ def test_the_judge_sees_the_prompt(judges: str) -> None:
         "a",
         "b",
     ]
-    assert told((Message("system", "be kind"), Message("user", "hello"))) == "system: be kind\n\nuser: hello"
+    assert prompt_text((Message("system", "be kind"), Message("user", "hello"))) == "system: be kind\n\nuser: hello"
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def whitened_responses(responses: list[list[float]], *, shift_mean: bool) -> lis
         return [list(response) for response in responses]
     mean = statistics.fmean(tokens)
     scale = 1.0 / math.sqrt(statistics.variance(tokens) + 1e-8)
-    kept = 0.0 if shift_mean else mean
-    return [[(token - mean) * scale + kept for token in response] for response in responses]
+    selected = 0.0 if shift_mean else mean
+    return [[(token - mean) * scale + selected for token in response] for response in responses]
 
 
 def next_coefficient(coefficient: float, *, kl: float, target: float, responses: int, horizon: float) -> float:

@@ -22,7 +22,7 @@ from loopos.functional.advantages import (
     KL_ESTIMATORS,
     KlController,
     KlEstimator,
-    generalised_advantages,
+    generalized_advantages,
     kl_terms,
     token_rewards,
     truncated_importance,
@@ -110,10 +110,10 @@ def test_expected_gradients_of_the_estimators() -> None:
 
 def test_importance_by_hand() -> None:
     """π/μ of 0.5/0.25, 0.1/0.4 and 0.9/0.1, which is cut at 3."""
-    new, behaviour = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
-    torch.testing.assert_close(truncated_importance(new, behaviour, cap=3.0), torch.tensor([2.0, 0.25, 3.0]))
+    new, behavior = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
+    torch.testing.assert_close(truncated_importance(new, behavior, cap=3.0), torch.tensor([2.0, 0.25, 3.0]))
     # Over tokens of μ the weights, uncut, have the mean 1.
-    torch.testing.assert_close((behaviour.exp() * truncated_importance(new, behaviour, cap=1e6)).sum(), new.exp().sum())
+    torch.testing.assert_close((behavior.exp() * truncated_importance(new, behavior, cap=1e6)).sum(), new.exp().sum())
 
 
 def test_token_rewards_by_hand() -> None:
@@ -149,7 +149,7 @@ def test_a_responses_rewards_add_up_to_its_score_less_its_whole_divergence() -> 
 
 def test_a_response_without_a_token_has_nowhere_to_be_paid() -> None:
     mask = torch.tensor([[True, True], [False, False]])
-    with pytest.raises(AssertionError, match="without a token"):
+    with pytest.raises(AssertionError, match="without tokens"):
         token_rewards(torch.ones(2), torch.zeros(2, 2), mask, kl_coefficient=0.1)
 
 
@@ -171,11 +171,11 @@ def test_three_tokens_by_hand(
     rewards = side_by_side([[-0.1, 0.2, 1.0], [1.5]], fill=100.0)
     values = side_by_side([[0.5, 0.4, 0.6], [0.25]], fill=100.0)
     mask = mask_of([[0.0] * 3, [0.0]])
-    advantages, returns = generalised_advantages(rewards, values, mask, discount=discount, smoothing=smoothing)
+    advantages, returns = generalized_advantages(rewards, values, mask, discount=discount, smoothing=smoothing)
     assert_equals_responses(advantages, [expected_advantages, [1.25]], 1e-10)
     assert_equals_responses(returns, [expected_returns, [1.5]], 1e-10)
     if (discount, smoothing) == (1.0, 0.95):
-        torch.testing.assert_close(generalised_advantages(rewards, values, mask)[0], advantages)
+        torch.testing.assert_close(generalized_advantages(rewards, values, mask)[0], advantages)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
@@ -189,7 +189,7 @@ def test_random_advantages_equal_the_reference(seed: int, dtype: torch.dtype, to
         expected.append(response_advantages(paid, value, discount=discount, smoothing=smoothing))
         expected_returns.append([one + other for one, other in zip(expected[-1], value, strict=True)])
     for fill in FILLS:
-        advantages, returns = generalised_advantages(
+        advantages, returns = generalized_advantages(
             side_by_side(rewards, fill, dtype),
             side_by_side(values, fill, dtype),
             mask_of(rewards),
@@ -209,11 +209,11 @@ def test_the_two_ends_of_smoothing(seed: int, discount: float) -> None:
     whole: list[list[float]] = []
     one_step: list[list[float]] = []
     for paid, value in zip(rewards, values, strict=True):
-        places = range(len(paid))
-        whole.append([sum(discount ** (i - t) * paid[i] for i in places if i >= t) - value[t] for t in places])
-        one_step.append([paid[t] + discount * [*value, 0.0][t + 1] - value[t] for t in places])
+        indices = range(len(paid))
+        whole.append([sum(discount ** (i - t) * paid[i] for i in indices if i >= t) - value[t] for t in indices])
+        one_step.append([paid[t] + discount * [*value, 0.0][t + 1] - value[t] for t in indices])
     for smoothing, expected in ((1.0, whole), (0.0, one_step)):
-        advantages, returns = generalised_advantages(
+        advantages, returns = generalized_advantages(
             side_by_side(rewards), side_by_side(values), mask_of(rewards), discount=discount, smoothing=smoothing
         )
         assert_equals_responses(advantages, expected, 1e-10)
@@ -224,7 +224,7 @@ def test_a_value_that_knows_the_future_leaves_no_advantage() -> None:
     # With γ = ½: 4 + ½·2 + ¼·8 = 7, 2 + ½·8 = 6, 8.
     rewards, values = side_by_side([[4.0, 2.0, 8.0]]), side_by_side([[7.0, 6.0, 8.0]])
     for smoothing in (0.0, 0.3, 1.0):
-        advantages, returns = generalised_advantages(
+        advantages, returns = generalized_advantages(
             rewards, values, mask_of([[0.0] * 3]), discount=0.5, smoothing=smoothing
         )
         assert advantages.tolist() == [[0.0, 0.0, 0.0]]
@@ -237,8 +237,8 @@ def test_whitening_by_hand() -> None:
     mask = torch.tensor([[True, True], [True, False]])
     scale = 1 / math.sqrt(7)
     assert_equals_responses(whitened(values, mask), [[-2 * scale, -scale], [3 * scale]], 1e-8)
-    kept = whitened(values, mask, shift_mean=False)
-    assert_equals_responses(kept, [[3 - 2 * scale, 3 - scale], [3 + 3 * scale]], 1e-8)
+    selected = whitened(values, mask, shift_mean=False)
+    assert_equals_responses(selected, [[3 - 2 * scale, 3 - scale], [3 + 3 * scale]], 1e-8)
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])

@@ -25,8 +25,8 @@ def test_value_and_gradients_equal_the_whole_logits(rows: int) -> None:
     found = torch.autograd.grad(loss, (hidden, embedding))
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for mine, theirs in zip(found, gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    for actual, expected in zip(found, gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_equal_logits_cost_the_logarithm_of_the_vocabulary() -> None:

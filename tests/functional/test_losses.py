@@ -110,15 +110,15 @@ CASES: dict[str, tuple[TaskObjective, Tensor]] = {
 def test_shares_of_micro_batches_add_up_to_the_mean_of_the_step(case: str) -> None:
     objective, targets = CASES[case]
     whole = objective.mean_of(OUTPUTS, targets)
-    pieces = [slice(0, 1), slice(1, 7), slice(7, 9)]
-    counts = {"loss": sum(objective.count_of(targets[piece]) for piece in pieces)}
+    chunks = [slice(0, 1), slice(1, 7), slice(7, 9)]
+    counts = {"loss": sum(objective.count_of(targets[chunk]) for chunk in chunks)}
     shares = [
-        weighted_mean({"loss": objective.sum_of(OUTPUTS[piece], targets[piece])}, counts, objective.weights)
-        for piece in pieces
+        weighted_mean({"loss": objective.sum_of(OUTPUTS[chunk], targets[chunk])}, counts, objective.weights)
+        for chunk in chunks
     ]
     assert float(torch.stack(shares).sum()) == pytest.approx(whole, rel=1e-6)
     # A mean of the pieces' own means is another number: the rows are split unevenly.
-    means = [objective.mean_of(OUTPUTS[piece], targets[piece]) for piece in pieces]
+    means = [objective.mean_of(OUTPUTS[chunk], targets[chunk]) for chunk in chunks]
     assert abs(sum(means) / 3 - whole) > 1e-3
 
 

@@ -40,18 +40,18 @@ def test_values_and_gradients_are_torch_s(shape: str, temperature: float) -> Non
             logprobs, entropies = function(h, e, targets, SHAPES[shape], temperature)
         (logprobs * weights[0] + entropies * weights[1]).sum().backward()
         found.append((logprobs.detach(), entropies.detach(), h.grad, e.grad))
-    for expected, mine in zip(*found, strict=True):
-        torch.testing.assert_close(mine, expected, atol=2e-5, rtol=1e-4)
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_without_a_use_of_the_entropy_its_gradient_costs_nothing_and_changes_nothing() -> None:
     hidden, embedding = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
     targets = torch.arange(5)
     token_logprobs(hidden, embedding, targets)[0].sum().backward()
-    alone = hidden.grad
+    separate = hidden.grad
     again = hidden.detach().clone().requires_grad_()
     plain(again, embedding, targets, LogitShape(), 1.0)[0].sum().backward()
-    torch.testing.assert_close(alone, again.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(separate, again.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_the_embedding_s_gradient_goes_to_its_own_sum() -> None:

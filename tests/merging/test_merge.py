@@ -248,7 +248,7 @@ def test_missing_tensors_and_pickles_are_refused(base: Path, one: Path, tmp_path
     with pytest.raises(UserError) as told:
         run("linear", [base, pickled, cut], tmp_path / "out")
     assert "pytorch_model.bin is a pickle of torch" in str(told.value)
-    assert "no whole safetensors file" in str(told.value)
+    assert "not a complete safetensors file" in str(told.value)
     assert nothing_under(tmp_path)
 
 

@@ -13,7 +13,7 @@ from pico_runs import WORDS, class_rows, config_of, events_of, pair_tokenizer, s
 from transformers import AutoTokenizer
 
 from loopos.config.diagnostics import ConfigError, UserError
-from loopos.data.tokens import encode_labelled
+from loopos.data.tokens import encode_labeled
 from loopos.evaluation.predictor import Predictor
 from loopos.functional.packing import PackedLayout
 from loopos.training.fit import FitResult
@@ -223,7 +223,7 @@ def test_pairs_of_texts_learn_and_packed_segments_equal_padded_ones(home: Path, 
     for mine, theirs in zip(predicted, padded.predict(pairs), strict=True):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
     # Segment ids matter: without them the same tokens give other outputs.
-    encoded, _ = encode_labelled(predictor.tokenizer, prepared_pairs(pairs), max_length=None)
+    encoded, _ = encode_labeled(predictor.tokenizer, prepared_pairs(pairs), max_length=None)
     assert encoded[0].token_types is not None
     assert sorted(set(encoded[0].token_types)) == [0, 1]
     ids, layout = torch.tensor(encoded[0].ids), PackedLayout((len(encoded[0].ids),))
@@ -234,10 +234,10 @@ def test_pairs_of_texts_learn_and_packed_segments_equal_padded_ones(home: Path, 
 
 
 def prepared_pairs(pairs: list[tuple[str, str]]) -> list[Any]:
-    from loopos.data.formats import Labelled
+    from loopos.data.formats import Labeled
     from loopos.data.rows import Row
 
-    return [Labelled(first, second, None, Row({}, "pairs", None, i)) for i, (first, second) in enumerate(pairs)]
+    return [Labeled(first, second, None, Row({}, "pairs", None, i)) for i, (first, second) in enumerate(pairs)]
 
 
 # What the labels show to be wrong in the config -----------------------------------------------------------------------

@@ -118,8 +118,8 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
         tensors_changed(lambda t: t.update({UP.replace(".1.", ".2."): torch.zeros(64, 32)})),
         r"layers that the model has no place for: layers\.2",
     ),
-    "safetensors cut": (file_cut("weights.safetensors", 0.5), "no whole safetensors file"),
-    "safetensors empty": (file_cut("weights.safetensors", 0.0), "no whole safetensors file"),
+    "safetensors cut": (file_cut("weights.safetensors", 0.5), "not a complete safetensors file"),
+    "safetensors empty": (file_cut("weights.safetensors", 0.0), "not a complete safetensors file"),
     "bin cut": (file_cut("weights.bin", 0.7), "not a whole zip-format torch file"),
     "bin empty": (file_cut("weights.bin", 0.0), "not a whole zip-format torch file"),
     "legacy pickle": (legacy_pickle, "old pickle"),
@@ -159,7 +159,7 @@ def as_pickle(folder: Path, content: object) -> None:
 
 
 FOLDER_DIAGNOSTICS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "weights cut": (file_cut("model.safetensors", 0.5), "no whole safetensors file"),
+    "weights cut": (file_cut("model.safetensors", 0.5), "not a complete safetensors file"),
     "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
     "config cut": (file_cut("config.json", 0.9), r"config\.json: broken"),
     "config of another width": (config_changed(intermediate_size=96), "of another shape"),

@@ -201,7 +201,7 @@ def test_weights_that_may_not_be_read_are_summary_so(pico_folder: Path) -> None:
 
         os.seteuid(65534)
         try:
-            with pytest.raises(UserError, match=r"model\.safetensors: may not be read by this user"):
+            with pytest.raises(UserError, match=r"model\.safetensors: not readable by this user"):
                 from_folder(str(folder), config, trust_remote_code=False)
         finally:
             os.seteuid(0)
@@ -263,7 +263,7 @@ def tokenizer_with(**values: Any) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "config nested deep": (text("config.json", DEEP), r"config\.json: broken: nested too deeply"),
     "config not UTF-8": (text("config.json", b'{"model_type": "\xff"}'), r"config\.json: broken: 'utf-8'"),
-    "config a list": (text("config.json", "[1]"), r"config\.json: broken: no JSON object"),
+    "config a list": (text("config.json", "[1]"), r"config\.json: broken: not a JSON object"),
     "config empty": (text("config.json", ""), r"config\.json: broken"),
     "no head": (config(num_attention_heads=0), r"config\.json: num_attention_heads: expected a whole number from 1, got 0"),
     "heads of a text": (config(num_attention_heads="4"), r"config\.json: num_attention_heads: .* got \"4\""),
@@ -296,31 +296,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "tokenizer config a list": (text("tokenizer_config.json", "[]"), "no tokenizer in"),
     "weights overlap": (
         header(lambda entries, size: entries[NORM].update(data_offsets=[0, 128])),
-        r"model\.safetensors: no whole safetensors file: .* overlaps",
+        r"model\.safetensors: not a complete safetensors file: .* overlaps",
     ),
     "weights end early": (
         header(lambda entries, size: entries[UP].update(data_offsets=[0, 4])),
-        r"model\.safetensors: no whole safetensors file",
+        r"model\.safetensors: not a complete safetensors file",
     ),
     "weights of a negative shape": (
         header(lambda entries, size: entries[UP].update(shape=[-64, 32])),
-        r"model\.safetensors: no whole safetensors file",
+        r"model\.safetensors: not a complete safetensors file",
     ),
     "weights of an unknown format": (
         header(lambda entries, size: entries[UP].update(dtype="F99")),
-        r"model\.safetensors: no whole safetensors file: .*F99",
+        r"model\.safetensors: not a complete safetensors file: .*F99",
     ),
     "a header nested deep": (
         text("model.safetensors", struct.pack("<Q", 100_000) + DEEP.encode()),
-        r"model\.safetensors: no whole safetensors file: its header is nested too deeply",
+        r"model\.safetensors: not a complete safetensors file: its header is nested too deeply",
     ),
     "a header as long as memory": (
         text("model.safetensors", struct.pack("<Q", 2**60) + b"{}"),
-        r"model\.safetensors: no whole safetensors file",
+        r"model\.safetensors: not a complete safetensors file",
     ),
     "a header not UTF-8": (
         text("model.safetensors", struct.pack("<Q", 4) + b"\xff\xff\xff\xff"),
-        r"model\.safetensors: no whole safetensors file",
+        r"model\.safetensors: not a complete safetensors file",
     ),
     "an index to a file outside": (outside, r"index\.json: names \.\./other\.safetensors, which is outside"),
     "an index to a file that is gone": (lambda folder: index(folder, {NORM: "no.safetensors"}), "no.safetensors is missing"),

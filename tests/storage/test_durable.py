@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from loopos.storage.durable import DiskFull, StorageError, explain_disk_full, write_new
 from loopos.storage.json_files import save_json
-from loopos.storage.output_folder import shipped_folder
+from loopos.storage.output_folder import open_output_folder
 from loopos.storage.whole_folder import whole_folder
 
 REFUSALS = (errno.EIO, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE)
@@ -26,7 +26,7 @@ def test_a_refusal_names_the_file_and_what_is_whole(number: int, tmp_path: Path)
     assert not isinstance(caught.value, DiskFull)
     assert caught.value.exit_code == 74
     assert str(caught.value).startswith(
-        f"{file}: {os.strerror(number)} (while writing an event); what was saved before is whole: "
+        f"{file}: {os.strerror(number)} (while writing an event); earlier checkpoints are intact: "
     )
     assert str(caught.value).endswith("then continue with --resume")
     assert "{" not in str(caught.value)
@@ -63,7 +63,7 @@ def test_a_full_disk_under_a_tokenizer_is_summary_as_such(tmp_path: Path) -> Non
     assert type(plain.value) is Exception
     with (
         pytest.raises(DiskFull, match=r"the exported model needs 10 bytes.* nothing was written: free some space"),
-        shipped_folder(tmp_path / "out", 10, "the exported model"),
+        open_output_folder(tmp_path / "out", 10, "the exported model"),
     ):
         tokenizer.save("/dev/full")
     assert not list(tmp_path.iterdir())

@@ -61,15 +61,15 @@ def test_the_second_process_names_the_first_and_a_killed_one_holds_nothing(tmp_p
             refuse_busy(tmp_path)
         state = lock_state(tmp_path)
         assert state is not None
-        assert (state.is_held, state.holder.pid) == (True, other)
+        assert (state.is_active, state.holder.pid) == (True, other)
     state = lock_state(tmp_path)
     assert state is not None
-    assert (state.is_held, state.holder.pid) == (False, other)
+    assert (state.is_active, state.holder.pid) == (False, other)
     refuse_busy(tmp_path)
     with only_writer(tmp_path):
-        held = lock_state(tmp_path)
-        assert held is not None
-        assert (held.is_held, held.holder.pid) == (True, os.getpid())
+        is_locked = lock_state(tmp_path)
+        assert is_locked is not None
+        assert (is_locked.is_active, is_locked.holder.pid) == (True, os.getpid())
     assert lock_state(tmp_path) is None
 
 
@@ -113,7 +113,7 @@ def test_an_empty_folder_that_the_lock_made_does_not_stay(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("lives", [True, False])
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_a_process_on_another_host_is_told_by_its_signs_of_life(
+def test_a_process_on_another_host_is_recognized_by_its_heartbeat(
     lives: bool, has_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "SILENCE", 0.8)
@@ -133,7 +133,7 @@ def test_a_process_on_another_host_is_told_by_its_signs_of_life(
     else:
         with only_writer(tmp_path, note=notes.append):
             pass
-    assert sum("waiting up to 1 s for a sign of its life" in note for note in notes) == 1
+    assert sum("waiting up to 1 s for its heartbeat" in note for note in notes) == 1
     assert sum("has no locks (flock)" in note for note in notes) == (not has_locks)
 
 
@@ -145,7 +145,7 @@ def test_an_old_record_of_another_host_is_not_waited_for(tmp_path: Path) -> None
     assert time.monotonic() - began < folder_lock.SILENCE / 3
 
 
-def test_a_holder_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_sends_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "BEAT", 0.01)
     with only_writer(tmp_path):
         os.utime(tmp_path / LOCK, (0, 0))

@@ -1,4 +1,4 @@
-"""Whether a place can be written, and the hub be reached, each found out by one try."""
+"""Whether a folder is writable and the hub reachable, each tested by one attempt."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from loopos.storage.durable import require_writable
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
+def _forget_the_answer() -> Iterator[None]:
     hub.why_unreachable.cache_clear()
     yield
     hub.why_unreachable.cache_clear()
 
 
-def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_writable_folder_is_left_as_it_was(tmp_path: Path) -> None:
     require_writable("data.output_dir", tmp_path / "a" / "b")
     require_writable("data.output_dir", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
-def test_a_place_that_cannot_be_written_is_named() -> None:
+def test_a_folder_that_is_not_writable_is_named() -> None:
     with pytest.raises(SettingError) as caught:
         require_writable("data.output_dir", Path("/proc/x/y"))
-    assert str(caught.value).startswith("data.output_dir: nothing can be written in /proc (")
+    assert str(caught.value).startswith("data.output_dir: /proc is not writable (")
     assert caught.value.key == "data.output_dir"
 
 
-def test_without_a_network_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_no_request_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -26,15 +26,15 @@ TENSORS: dict[str, Tensor] = {
 def written(folder: Path, *, most_bytes: float) -> list[str]:
     """Writes `TENSORS`; the names in the order in which they were asked for."""
     folder.mkdir()
-    asked: list[str] = []
+    requests: list[str] = []
 
     def tensor_of(name: str) -> Tensor:
-        asked.append(name)
+        requests.append(name)
         return TENSORS[name]
 
     specs = {name: TensorSpec.of(tensor) for name, tensor in TENSORS.items()}
     write_tensors(folder, specs, tensor_of, most_bytes=most_bytes)
-    return asked
+    return requests
 
 
 @pytest.mark.parametrize(("most_bytes", "files"), [(1e9, 1), (28.0, 3), (1.0, 5)])
@@ -48,13 +48,13 @@ def test_tensors_come_back_from_one_file_and_from_shards(tmp_path: Path, most_by
         assert stored[name].spec == TensorSpec.of(tensor)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == files
-    theirs = {name: tensor for file in shards for name, tensor in load_file(file).items()}
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in TENSORS.items())
+    from_library = {name: tensor for file in shards for name, tensor in load_file(file).items()}
+    assert all(torch.equal(from_library[name], tensor) for name, tensor in TENSORS.items())
     assert usual_dtype(stored) == torch.float32
 
 
-def test_a_tensor_that_is_not_as_announced_is_a_diagnostic_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="announced"):
+def test_a_tensor_that_differs_from_its_spec_is_an_assertion(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="expected"):
         write_tensors(tmp_path, {"a": TensorSpec(torch.float32, (2,))}, lambda name: torch.zeros(3))
 
 
@@ -82,12 +82,12 @@ def twice(folder: Path) -> None:
 
 
 BROKEN = {
-    "shard missing": (without_a_shard, "is missing, which"),
-    "shard cut": (cut_short, "no whole safetensors file: b has no place"),
-    "index names nothing": (index(lambda places: {**places, "e": places["a"]}), "names the tensor e"),
-    "index without a map": (index(lambda places: list(places)), "no weight_map"),
-    "index with a number": (index(lambda places: {**places, "a": 1}), "no weight_map"),
-    "twice": (twice, "b is in model-00001-of-00003.safetensors too"),
+    "shard missing": (without_a_shard, "is missing"),
+    "shard cut": (cut_short, "not a complete safetensors file: b does not fit"),
+    "index names nothing": (index(lambda starts: {**starts, "e": starts["a"]}), "names the tensor e"),
+    "index without a map": (index(lambda starts: list(starts)), "no weight_map"),
+    "index with a number": (index(lambda starts: {**starts, "a": 1}), "no weight_map"),
+    "twice": (twice, "b is also in model-00001-of-00003.safetensors;"),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> Non
     written(tmp_path / "out", most_bytes=1e9)
     stored = folder_tensors(tmp_path / "out")
     cut_short(tmp_path / "out")
-    with pytest.raises(UserError, match="cut short: 3 of 4 bytes"):
+    with pytest.raises(UserError, match="truncated: 3 of 4 bytes"):
         stored["a"].read()
 
 
@@ -117,17 +117,17 @@ def header_of(shape: list[int], offsets: list[float]) -> bytes:
 @pytest.mark.parametrize(
     ("content", "summary"),
     [
-        (b"", "no length"),
-        (b"\xff" * 40, "no length"),
-        ((4).to_bytes(8, "little") + b"[1] ", "does not say"),
-        ((16).to_bytes(8, "little") + b'{"a":{"dtype":1}', "no whole"),
+        (b"", "not a header length"),
+        (b"\xff" * 40, "not a header length"),
+        ((4).to_bytes(8, "little") + b"[1] ", "is incomplete"),
+        ((16).to_bytes(8, "little") + b'{"a":{"dtype":1}', "not a complete"),
         ((40).to_bytes(8, "little") + b'{"a":{"dtype":"F4","shape":[1]}}'.ljust(40), "format F4"),
-        ((40).to_bytes(8, "little") + b'{"a":{"shape":[1]}}'.ljust(40), "does not say"),
-        (header_of([-1, -1], [0, 4]), "that is none"),
-        (header_of([1], [0.0, 4.0]), "that is none"),
-        (header_of([1], [-4, 0]), "that is none"),
-        (header_of([2], [0, 4]), "no place of its size"),
-        (header_of([2], [0, 8]), "no place of its size"),
+        ((40).to_bytes(8, "little") + b'{"a":{"shape":[1]}}'.ljust(40), "is incomplete"),
+        (header_of([-1, -1], [0, 4]), "invalid shape or offset"),
+        (header_of([1], [0.0, 4.0]), "invalid shape or offset"),
+        (header_of([1], [-4, 0]), "invalid shape or offset"),
+        (header_of([2], [0, 4]), "does not fit its offsets"),
+        (header_of([2], [0, 8]), "does not fit its offsets"),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes, summary: str) -> None:

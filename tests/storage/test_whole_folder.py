@@ -50,13 +50,13 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_dead_processes_left_goes_and_what_others_hold_stays(tmp_path: Path, dead: int) -> None:
     left = (f".out.partial-{dead}", f".out.replaced-{dead}", f"..out.partial-{dead}.replaced-{dead}")
     # Of another folder, whose name begins alike; of a process that runs; of nobody.
-    kept = (f".out.v2.partial-{dead}", f".out.partial-{os.getppid()}", ".out.notes-1")
-    for name in (*left, *kept):
+    unrelated = (f".out.v2.partial-{dead}", f".out.partial-{os.getppid()}", ".out.notes-1")
+    for name in (*left, *unrelated):
         folder_with(tmp_path / name, "half")
     folder_with(tmp_path / "out", "old")
     with whole_folder(tmp_path / "out") as partial:
         (partial / "file").write_text("new")
-    assert names(tmp_path) == sorted((*kept, "out"))
+    assert names(tmp_path) == sorted((*unrelated, "out"))
 
 
 def test_what_was_about_to_be_replaced_goes_back(tmp_path: Path, dead: int) -> None:

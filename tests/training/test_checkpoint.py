@@ -21,7 +21,7 @@ from safetensors.torch import save as safetensors_save
 
 from loopos.config.diagnostics import UserError
 from loopos.storage.durable import StorageError
-from loopos.storage.tensor_files import DTYPE_NAMES, safetensors_pieces
+from loopos.storage.tensor_files import DTYPE_NAMES, safetensors_chunks
 from loopos.training import checkpoint
 
 
@@ -93,7 +93,7 @@ def test_views_scalars_and_empty_tensors(tmp_path: Path) -> None:
 
 def test_our_safetensors_bytes_hold_what_the_packages_own_writer_holds() -> None:
     group = {"b": torch.arange(5, dtype=torch.int8), "a": torch.randn(3, 3), "c": torch.ones(2, dtype=torch.bfloat16)}
-    ours = b"".join(bytes(piece) for piece in safetensors_pieces(group))
+    ours = b"".join(bytes(piece) for piece in safetensors_chunks(group))
     theirs = safetensors_save(group, metadata={"format": "pt"})
     assert len(ours) == len(theirs)
     assert {name: bits(tensor) for name, tensor in safetensors_load(ours).items()} == {
@@ -103,7 +103,7 @@ def test_our_safetensors_bytes_hold_what_the_packages_own_writer_holds() -> None
 
 def test_large_tensors_are_written_in_pieces_without_a_copy_of_all() -> None:
     tensor = torch.arange(3 * 2**20, dtype=torch.float32)
-    pieces = list(safetensors_pieces({"t": tensor}))
+    pieces = list(safetensors_chunks({"t": tensor}))
     assert [len(piece) for piece in pieces[1:]] == [4 * 2**20] * 3
     tensor[0] = 99.0
     assert bytes(pieces[1][:4]) == numpy.float32(99.0).tobytes()

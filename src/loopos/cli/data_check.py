@@ -28,13 +28,13 @@ from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.decoding import TextRules, read_lines
 from loopos.data.demonstrations import Demonstration
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.kinds import Kind, kind_of, read_kind
 from loopos.data.label_space import key_of, members_of
 from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.near_duplicates import near_duplicates
 from loopos.data.preferences import Comparison
-from loopos.data.prompts import Prompt, Words, told
+from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import left_out
 from loopos.data.record import MAXIMUM_DIAGNOSTICS
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
@@ -58,7 +58,7 @@ def spread(numbers: Iterable[float]) -> Range:
 def text_of(example: AnyExample) -> str:
     """What is compared and shown of an example: its text or texts, or what it asks."""
     match example:
-        case Labelled(text=text, text_pair=pair):
+        case Labeled(text=text, text_pair=pair):
             return text if pair is None else f"{text}\n{pair}"
         case Demonstration(problem=problem):
             return problem
@@ -71,7 +71,7 @@ def text_of(example: AnyExample) -> str:
         case str():
             return example
         case _:
-            return told(example.prompt)
+            return prompt_text(example.prompt)
 
 
 def ranges(examples: Sequence[Any]) -> dict[str, Range]:
@@ -114,7 +114,7 @@ def counts(examples: Sequence[Any]) -> dict[str, float]:
         return {**prompts, "with a system message": with_system}
     if isinstance(first, Demonstration):
         return {**prompts, "without steps": sum(not each.steps for each in examples)}
-    return {} if isinstance(first, Labelled | str) else prompts
+    return {} if isinstance(first, Labeled | str) else prompts
 
 
 def repeated(examples: Sequence[Any], what: str) -> dict[str, int]:
@@ -142,11 +142,11 @@ def conflicts(examples: Sequence[Any]) -> list[dict[str, Any]]:
     for group in grouped(examples):
         values: dict[str, Any] = {}
         for example in group:
-            if isinstance(example, Labelled) and example.label is not None:
+            if isinstance(example, Labeled) and example.label is not None:
                 values[repr(example.label)] = example.label
             elif isinstance(example, Demonstration):
                 values[example.answer] = example.answer
-        name = "labels" if isinstance(group[0], Labelled) else "answers"
+        name = "labels" if isinstance(group[0], Labeled) else "answers"
         if isinstance(group[0], Comparison):
             name, values = "preferences", _turned(group)
         if len(values) > 1:
@@ -183,11 +183,11 @@ def _turned(group: Sequence[Comparison]) -> dict[str, str]:
     return {each: each for each in both}
 
 
-def _plain(words: Words) -> str:
-    return told(words).strip()
+def _plain(words: PromptContent) -> str:
+    return prompt_text(words).strip()
 
 
-def _size(words: Words) -> int:
+def _size(words: PromptContent) -> int:
     return len(words) if isinstance(words, str) else sum(len(message.content) for message in words)
 
 
@@ -245,7 +245,7 @@ def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: b
     if as_json:
         shown_diagnostics = found.diagnostics[:MAXIMUM_DIAGNOSTICS]
         diagnostics = [
-            {"place": diagnostic.place, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
+            {"place": diagnostic.location, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
             for diagnostic in shown_diagnostics
         ]
         values = asdict(found)
@@ -278,7 +278,7 @@ def check(source: str, columns: Mapping[str, str], rules: TextRules) -> CheckRep
     found.summary += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
     found.summary += left_out(report)
     found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
-    _measure(found, examples, "text" if isinstance(examples[0], Labelled) else "prompt")
+    _measure(found, examples, "text" if isinstance(examples[0], Labeled) else "prompt")
     if kind.family == "labelled":
         _judge_labels(found, examples, kind.roles["label"])
     return found
@@ -326,7 +326,7 @@ def _measure(found: CheckReport, examples: Sequence[Any], what: str) -> None:
     found.conflicts = conflicts(examples)
 
 
-def _judge_labels(found: CheckReport, examples: Sequence[Labelled], column: str) -> None:
+def _judge_labels(found: CheckReport, examples: Sequence[Labeled], column: str) -> None:
     try:
         space = infer_task(examples, column=column)
     except DataError as error:
@@ -337,7 +337,7 @@ def _judge_labels(found: CheckReport, examples: Sequence[Labelled], column: str)
     found.labels = _label_counts(space, examples)
 
 
-def _label_counts(space: LabelSpace, examples: Sequence[Labelled]) -> dict[str, float]:
+def _label_counts(space: LabelSpace, examples: Sequence[Labeled]) -> dict[str, float]:
     if space.task == "regression":
         values = [float(str(example.label)) for example in examples]
         return {"least": min(values), "mean": statistics.fmean(values), "greatest": max(values)}

@@ -53,7 +53,7 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
 
         return language_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)
     from loopos.data.reading import account
-    from loopos.data.tokens import encode_labelled
+    from loopos.data.tokens import encode_labeled
     from loopos.models.task_layout import default_pooling
     from loopos.planning.work import open_inputs
 
@@ -61,7 +61,7 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     pooling = config.model.pooling if config.model.pooling != "auto" else default_pooling(inputs.architecture)
     console = Console(highlight=False, soft_wrap=True)
     shown = inputs.data.train[:num_rows]
-    whole, _ = encode_labelled(inputs.tokenizer, shown, max_length=None)
+    whole, _ = encode_labeled(inputs.tokenizer, shown, max_length=None)
     for example, encoded, uncut, target in zip(
         shown, inputs.train, whole, inputs.data.train_targets[:num_rows], strict=False
     ):

@@ -18,7 +18,7 @@ from loopos.cli.quiet import hush_libraries
 from loopos.cli.row_files import output_format, refuse_unwritable, rendered, write_whole
 from loopos.config.diagnostics import UserError
 from loopos.data.decoding import TextRules
-from loopos.data.row_check import check_labelled
+from loopos.data.row_check import check_labeled
 from loopos.models.model_folder import remembered_columns
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(
             refuse_unwritable(file, option, source=source)
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report: got {report}; expected a file that ends in .html")
-    check_labelled(source, columns, require_label=True, remembered=remembered_columns(location), rules=rules)
+    check_labeled(source, columns, require_label=True, remembered=remembered_columns(location), rules=rules)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.predictor import judge_file, open_predictor

@@ -17,7 +17,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.config.figures import as_bytes
 from loopos.exporting.settings import ExportSettings, check_settings
-from loopos.storage.output_folder import refuse_taken
+from loopos.storage.output_folder import require_new_folder
 
 if TYPE_CHECKING:
     from loopos.exporting.export import Exported
@@ -43,7 +43,7 @@ def run(source: str, options: ExportOptions) -> int:
         format=options.format, type=options.type, push=options.push, licence=options.licence, check=options.check
     )
     check_settings(settings)
-    refuse_taken(options.output)
+    require_new_folder(options.output)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.exporting.export import export

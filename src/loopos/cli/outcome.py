@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from loopos.cli.wording import refuse_keys_as_options, wording_of
 from loopos.config.diagnostics import Interrupted, UserError, Wording, printable
-from loopos.storage.durable import StorageError, is_of_files, run_summary
+from loopos.storage.durable import StorageError, describe_os_error, is_of_files
 
 INTERRUPTED = 130
 # 128 + 13: what a shell reports of a program that SIGPIPE ended.
@@ -82,7 +82,7 @@ class Commands(TyperGroup):
         except OSError as error:
             if not is_of_files(error):
                 raise
-            complain(run_summary(error))
+            complain(describe_os_error(error))
             raise typer.Exit(StorageError.exit_code) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -32,8 +32,8 @@ from loopos.cli.row_files import (
 from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import rows as sniff
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, split_lines
-from loopos.data.formats import detect, read_labelled
-from loopos.data.row_check import check_labelled
+from loopos.data.formats import detect, read_labeled
+from loopos.data.row_check import check_labeled
 from loopos.data.rows import read
 from loopos.models.model_folder import remembered_columns
 
@@ -63,7 +63,7 @@ def run(path: Path, source: str, options: PredictOptions) -> int:
         refuse_unwritable(options.output, source=source)
     require_task_model(str(path))
     if not _holds_lines(source, columns, rules):
-        check_labelled(source, columns, require_label=False, remembered=remembered_columns(path), rules=rules)
+        check_labeled(source, columns, require_label=False, remembered=remembered_columns(path), rules=rules)
     restart_with_settings()
     texts = read_texts(source, columns, rules)
     hush_libraries(verbose=options.verbose)
@@ -75,7 +75,7 @@ def run(path: Path, source: str, options: PredictOptions) -> int:
         inputs: list[dict[str, object]] = [{TEXT: text} for text in texts]
         predictions = predictor.predict(texts)
     else:
-        examples, report = read_labelled(
+        examples, report = read_labeled(
             read(source, rules=rules), columns, require_label=False, remembered=predictor.columns
         )
         inputs, predictions = [example.row.values for example in examples], predictor.predict_examples(examples)

@@ -18,13 +18,13 @@ from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.demonstrations import Demonstration
 from loopos.data.preference_formats import PreferenceFormat
-from loopos.data.prompts import Prompt, Words, prompt_key, prompt_of
+from loopos.data.prompts import Prompt, PromptContent, prompt_key, prompt_of
 from loopos.data.reading import FormatReport, Unusable, left_out, read_examples
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion, SupervisedFormat, detect, example_of
-from loopos.data.supervised_tokens import before_answer
+from loopos.data.supervised_tokens import prompt_messages
 
 _SYSTEM = ("system", "developer")
 
@@ -37,7 +37,7 @@ class Asked:
     problem: tuple[Message, ...] | Question | Completion
 
     @property
-    def words(self) -> Words:
+    def words(self) -> PromptContent:
         """The messages, or the text that is continued."""
         if isinstance(self.problem, Completion):
             return self.problem.prompt
@@ -176,7 +176,7 @@ def _asked(fields: RowFields, form: SupervisedFormat, *, raw: bool) -> Asked | N
             if tools:
                 return Asked(asked_messages[-1].content if asked_messages else "", Question(asked_messages, tools))
         case Demonstration():
-            asked_messages = tuple(before_answer(example))
+            asked_messages = tuple(prompt_messages(example))
         case _:
             asked_messages = ()
     told = asked_messages[-1].content if asked_messages else ""

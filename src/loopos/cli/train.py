@@ -23,7 +23,7 @@ from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_time, once
 from loopos.config.load import load
 from loopos.config.methods import config_classes, method_row
-from loopos.data.read_ahead import kept_for_training
+from loopos.data.read_ahead import reuse_in_training
 from loopos.data.row_check import check_columns, check_rows
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 
 def _plan(config: Any, options: TrainOptions) -> int:
     """Prints what training would take; 3 where it needs more memory or disk than there is. Raises `UserError`."""
-    with kept_for_training():
+    with reuse_in_training():
         check_rows(config)
         from loopos.planning import dry_run
 
@@ -126,7 +126,7 @@ def train(
     config: Any, options: TrainOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
 ) -> FitResult:
     """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
-    with kept_for_training():
+    with reuse_in_training():
         check_rows(config)
         trainer_class = method_row(config.computation.method).trainer_class
         from loopos.evaluation.own_metrics import OwnMetrics

@@ -21,7 +21,7 @@ from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
 from loopos.config.compression import Recipe
 from loopos.config.figures import as_bytes
-from loopos.storage.output_folder import refuse_taken
+from loopos.storage.output_folder import require_new_folder
 
 if TYPE_CHECKING:
     from loopos.cli.bar import Bar
@@ -60,7 +60,7 @@ def run(
         values["columns"] = parse_columns(options.columns)
     words = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
     recipe = read(actual if is_recipe else None, words)
-    refuse_taken(options.output)
+    require_new_folder(options.output)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
     from loopos.cli.bar import Bar

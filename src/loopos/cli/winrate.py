@@ -26,7 +26,7 @@ from loopos.config.diagnostics import UserError
 
 if TYPE_CHECKING:
     from loopos.cli.prompts import Asked
-    from loopos.data.prompts import Words
+    from loopos.data.prompts import PromptContent
     from loopos.evaluation.winrate import Pair, PairJudge, Reply
 
 NO_ROOM = "the prompt leaves a model no position for an answer"
@@ -126,7 +126,7 @@ def _distinct(asked: Sequence[Asked], options: WinRateOptions) -> tuple[list[Ask
     return list(seen.values())[: options.limit], Counter({REPEATED: repeated} if repeated else {})
 
 
-def _words(asked: Asked) -> Words:
+def _words(asked: Asked) -> PromptContent:
     """Messages, or the text that is continued as it is."""
     return asked.messages if asked.messages is not None else asked.text
 
@@ -184,10 +184,10 @@ def _judged(
 
 
 def _write(file: Path, pairs: Sequence[Pair]) -> None:
-    from loopos.data.prompts import told
+    from loopos.data.prompts import prompt_text
     from loopos.evaluation.winrate import record
 
-    write_whole(file, json_lines(record(pair, told(pair.contest.prompt)) for pair in pairs))
+    write_whole(file, json_lines(record(pair, prompt_text(pair.contest.prompt)) for pair in pairs))
     note(f"{file}: {len(pairs)} pairs")
 
 

@@ -46,7 +46,7 @@ from loopos.models.load import NUMBER_FORMATS, cast_parameters
 from loopos.models.opened import OpenedModel, has_head, open_model
 from loopos.models.quantized import exact_activations
 from loopos.storage.json_files import save_json
-from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+from loopos.storage.output_folder import REPORT, open_output_folder, require_new_folder
 
 GOES = 5
 ROWS = (1, 16)
@@ -237,10 +237,10 @@ class WeightTransform(Generic[Given, Told]):
         `DiskFull`; nothing is left under the output's name then.
         """
         folder = Path(output)
-        refuse_taken(folder)
+        require_new_folder(folder)
         before = self._measured(self._running(open_model(self.recipe.model)), self.recipe.model, self.recipe.model)
         needed = round(before.weight_bytes * self.share * len(changes))
-        with shipped_folder(folder, needed, self.what) as partial:
+        with open_output_folder(folder, needed, self.what) as partial:
             after = [self._one(change, partial / change.name, before) for change in changes]
             changed = Changed(folder, self.recipe, before, after, [*self._common_notes(), *self.notes])
             save_json(partial / RECIPE, self.recipe.model_dump(mode="json"))

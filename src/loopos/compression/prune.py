@@ -134,8 +134,8 @@ def _magnitude(blocks: nn.ModuleList, recipe: PruningRecipe, sparsity: float, pr
     for index, block in enumerate(blocks):
         for linear in linears_of(block):
             weight, scores = linear.weight, magnitude_scores(linear.weight)
-            if recipe.kept_of is not None:
-                kept = kept_of_groups(scores, *_fitting(recipe.kept_of, linear))
+            if recipe.pattern_counts is not None:
+                kept = kept_of_groups(scores, *_fitting(recipe.pattern_counts, linear))
             else:
                 kept = kept_of_all(scores, num_zeros(weight.numel(), sparsity))
             weight.masked_fill_(~kept, 0.0)
@@ -172,7 +172,7 @@ def _by_activations(
         products = run.products(place, linears, diagonal=recipe.method == "wanda")
         for linear in linears:
             weight, seen = linear.weight, products.pop(linear.name)
-            pattern = None if recipe.kept_of is None else _fitting(recipe.kept_of, linear)
+            pattern = None if recipe.pattern_counts is None else _fitting(recipe.pattern_counts, linear)
             if recipe.method == "sparsegpt":
                 weight.copy_(sparse_gpt(weight, seen, sparsity=sparsity, pattern=pattern)[0])
                 continue

@@ -1,8 +1,4 @@
-"""The config of chain-of-thought training: its sections, and what they must not contradict.
-
-Enters: the sections, each valid by itself. Leaves: `ChainOfThoughtConfig`, and `Problem`s for contradictions between
-keys and for missing files. Left out: what only the data or the weights can tell.
-"""
+"""The config of chain-of-thought training (`ChainOfThoughtConfig`) and the checks across its keys."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import BUILT_IN_METRICS, EXAMPLES, STRATEGY, Count, Place, Section, Strategy, Text
+from loopos.config.keys import BUILT_IN_METRICS, EXAMPLES, STRATEGY, Count, Location, Section, Strategy, Text
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import (
     LANGUAGE_METRICS,
@@ -54,7 +50,7 @@ _CHECKER = re.compile(r"auto|exact|numeric|choice|math_verify|reasoning_gym|[A-Z
 def _matching(pattern: re.Pattern[str]) -> AfterValidator:
     def matched(value: str) -> str:
         if pattern.fullmatch(value) is None:
-            raise ValueError("of another form")
+            raise ValueError("does not match the pattern")
         return value
 
     return AfterValidator(matched)
@@ -87,20 +83,20 @@ class ReasoningDataSection(TextSourceSection):
     source_keys: ClassVar[tuple[str, ...]] = ("reasoning_examples", "training_data")
     row_keys: ClassVar[tuple[str, ...]] = ("reasoning_examples", "training_data", "validation_data")
 
-    pretrained_weights: Place = Field(
+    pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Place | None = Field(
+    tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    reasoning_examples: Place | None = Field(
+    reasoning_examples: Location | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the demonstrations to train on'
     )
-    training_data: Place | None = Field(default=None, description="another name of reasoning_examples")
+    training_data: Location | None = Field(default=None, description="another name of reasoning_examples")
     columns: dict[TextRole, Text | None] = Field(
         default={}, description="column of each role; detected when absent, null for none"
     )
-    chat_template: Place = Field(
+    chat_template: Location = Field(
         default="auto",
         description='"auto" (the tokenizer\'s own, else plain), "plain", or a file with a Jinja template',
     )
@@ -108,18 +104,18 @@ class ReasoningDataSection(TextSourceSection):
         default="think", description="how steps and answer are written"
     )
     train_on: Literal["all", "assistant", "answer"] = Field(
-        default="assistant", description="tokens that are learned; the end token always is"
+        default="assistant", description="tokens that are trained; the end token always is"
     )
     over_length: Literal["drop", "cut", "error"] = Field(
-        default="drop", description="what a row over max_length does; cut takes the end, with the end token"
+        default="drop", description="what happens to a row over max_length; cut removes its end, with the end token"
     )
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.01, description="share of the rows that drop may take before it is an error"
+        default=0.01, description="largest fraction of rows that drop may remove"
     )
 
     @property
     def source(self) -> str:
-        """The rows to train on, under whichever name they were given."""
+        """The rows to train on, under either of the two keys."""
         found = self.reasoning_examples or self.training_data
         assert found is not None, "checked by ChainOfThoughtConfig.check"
         return found
@@ -130,17 +126,17 @@ class ReasoningGenerationSection(Section):
 
     max_new_tokens: Count = Field(default=256, description="longest reasoning and answer together (tokens)")
     temperature: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="divisor of the logits; 0 takes the likeliest token"
+        default=0.0, description="divisor of the logits; 0 is greedy decoding"
     )
-    top_k: Count | None = Field(default=None, description="likeliest tokens that may be drawn; null is all")
+    top_k: Count | None = Field(default=None, description="sample from the k most likely tokens; null is all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="share of probability that the tokens drawn from hold"
+        default=1.0, description="sample from the smallest set of tokens with this total probability"
     )
-    strategy: StrategyName = Field(default="single", description="how an answer is made of chains")
+    strategy: StrategyName = Field(default="single", description="how an answer is selected from chains")
     max_reasoning_steps: Count | None = Field(default=None, description="steps after which the answer is forced")
     max_step_tokens: Count | None = Field(default=None, description="longest step (tokens)")
     min_thinking_tokens: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="tokens of reasoning before its end is let through"
+        default=0, description="tokens of reasoning before it may end"
     )
     max_thinking_tokens: Count | None = Field(
         default=None, description="tokens of reasoning after which its end is forced"
@@ -148,7 +144,7 @@ class ReasoningGenerationSection(Section):
 
     @property
     def chains(self) -> int:
-        """Chains that `strategy` samples for a problem: those whose answers it compares, or beams × candidates."""
+        """Chains that `strategy` samples per problem; for step_beam, beams × candidates."""
         return Strategy.parse(self.strategy).chains
 
 
@@ -156,14 +152,14 @@ class AnswerEvaluationSection(Section):
     """How answers are generated and checked while training."""
 
     problems: Annotated[int, Field(ge=0)] = Field(
-        default=64, description="validation problems that are generated; 0 measures the loss alone"
+        default=64, description="validation problems to answer; 0 measures only the loss"
     )
     samples: Annotated[int, Field(ge=0)] = Field(
         default=3,
-        description="validation conversations or prompts that are answered for samples and the report; 0 is none",
+        description="validation conversations or prompts answered as samples for the report; 0 is none",
     )
-    every: Count = Field(default=1, description="validations from one with generated answers to the next")
-    checker: Checker = Field(default="auto", description="what says that an answer is right")
+    every: Count = Field(default=1, description="generate answers in every n-th validation")
+    checker: Checker = Field(default="auto", description="function that checks answers")
     tolerance: Annotated[float, Field(ge=0)] = Field(
         default=1e-6, description="relative error at which a number counts as right"
     )
@@ -172,7 +168,7 @@ class AnswerEvaluationSection(Section):
 class SelfImprovementSection(Section):
     """Rounds of training on chains that the model itself found (Zelikman et al. 2022)."""
 
-    rounds: Count = Field(description="times that chains are sampled, filtered and trained on")
+    rounds: Count = Field(description="rounds of sampling, filtering and training")
     samples_per_problem: Count = Field(default=4, description="chains sampled for each problem in a round")
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="divisor of the logits when sampling")
     rationalise: bool = Field(
@@ -181,16 +177,16 @@ class SelfImprovementSection(Section):
 
 
 class ChainOfThoughtConfig(MethodConfig):
-    """Everything that a chain-of-thought run is told."""
+    """Config of a chain-of-thought run."""
 
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
     model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
-    computation: ComputationSection = Field(description="which method runs")
-    training: LanguageTrainingSection = Field(description="how the weights are trained")
+    computation: ComputationSection = Field(description="the method")
+    training: LanguageTrainingSection = Field(description="optimizer, schedule and checkpoints")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="how the processes of a run share it"
+        default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: ReasoningDataSection = Field(description="where weights and rows come from, and where the run goes")
+    data: ReasoningDataSection = Field(description="weights, rows and output folder")
     generation: ReasoningGenerationSection = Field(
         default_factory=ReasoningGenerationSection, description="how chains are generated"
     )
@@ -198,7 +194,7 @@ class ChainOfThoughtConfig(MethodConfig):
         default_factory=AnswerEvaluationSection, description="how answers are checked"
     )
     self_improvement: SelfImprovementSection | None = Field(
-        default=None, description="training on the model's own right chains; null is none"
+        default=None, description="training on the model's own correct chains; null is none"
     )
 
     @property
@@ -242,7 +238,7 @@ class ChainOfThoughtConfig(MethodConfig):
                 yield from check_rows(f"data.{field}", value, EXAMPLE_ROW + (EXAMPLE_LINES if is_text else ""))
         if data.chat_template not in ("auto", "plain") and not os.path.isfile(data.chat_template.replace("\0", "")):
             expected = '"auto", "plain" or a file with a Jinja template'
-            yield Problem(("data.chat_template",), f'"{data.chat_template}", where no file is', expected)
+            yield Problem(("data.chat_template",), f'"{data.chat_template}", which does not exist', expected)
         yield from check_output_folder("data.output_dir", data.output_dir)
         if os.path.isdir(data.pretrained_weights) and checks.same_path(data.pretrained_weights, data.output_dir):
             fields = ("data.output_dir", "data.pretrained_weights")
@@ -252,8 +248,8 @@ class ChainOfThoughtConfig(MethodConfig):
         data, training, source = self.data, self.training, self.data.reasoning_examples or self.data.training_data
         has_effect = {
             **checks.effects(training),
-            "training.head_learning_rate": (False, "a language model has no head of its own"),
-            "data.validation_share": (data.validation_data is None, "validation_data is given"),
+            "training.head_learning_rate": (False, "a language model has no separate head"),
+            "data.validation_share": (data.validation_data is None, "validation_data is set"),
             "data.max_dropped_share": (data.over_length == "drop", f"over_length is {data.over_length}"),
             "evaluation.every": (
                 self.generates or (self.validates and self.evaluation.samples > 0),
@@ -264,14 +260,14 @@ class ChainOfThoughtConfig(MethodConfig):
                 "no answers are generated",
             ),
         }
-        summary = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        notes = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            summary.append(
-                "training.save_every is validation, but nothing is validated: save_interval says when to save"
+            notes.append(
+                "training.save_every is validation, but nothing is validated: checkpoints follow save_interval"
             )
         if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
-            summary.append("data.validation_data is the training data: validation will score rows that were trained on")
-        return summary
+            notes.append("data.validation_data is the training data: validation scores rows of the training set")
+        return notes
 
 
 def _check_step_format(data: ReasoningDataSection) -> Iterator[Problem]:
@@ -280,7 +276,7 @@ def _check_step_format(data: ReasoningDataSection) -> Iterator[Problem]:
     for name in ("closing", "answer_marker"):
         value = getattr(data.step_format, name)
         if value and not value.strip():
-            yield Problem((f"data.step_format.{name}",), "white space alone", "text that stands out, or nothing")
+            yield Problem((f"data.step_format.{name}",), "only white space", "visible text, or nothing")
 
 
 def _check_metrics(config: ChainOfThoughtConfig) -> Iterator[Problem]:
@@ -293,7 +289,7 @@ def _check_metrics(config: ChainOfThoughtConfig) -> Iterator[Problem]:
         if metric in BUILT_IN_METRICS - set(LANGUAGE_METRICS):
             yield Problem((field,), f'"{metric}"', f"one of {', '.join(LANGUAGE_METRICS)}")
         elif metric == "accuracy" and config.validates and not always:
-            actual = '"accuracy", which not every validation measures'
+            actual = '"accuracy", which is not part of every validation'
             expected = '"loss", or evaluation.problems of at least 1 and evaluation.every 1'
             yield Problem((field, "evaluation.problems", "evaluation.every"), actual, expected)
 
@@ -302,7 +298,7 @@ def _check_generation(generation: ReasoningGenerationSection) -> Iterator[Proble
     if generation.chains > 1 and generation.temperature == 0:
         fields = ("generation.strategy", "generation.temperature")
         actual = f'"{generation.strategy}" with temperature 0'
-        yield Problem(fields, actual, "a temperature > 0, such as 0.7", "without it every chain is the same")
+        yield Problem(fields, actual, "a temperature > 0, such as 0.7", "at temperature 0 all chains are the same")
     least, most = generation.min_thinking_tokens, generation.max_thinking_tokens
     if most is not None and least > most:
         fields = ("generation.min_thinking_tokens", "generation.max_thinking_tokens")

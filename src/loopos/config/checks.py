@@ -1,7 +1,6 @@
-"""What keys must not contradict, for every method alike.
+"""Checks that keys do not contradict each other, shared by all methods.
 
-Enters: sections, each valid by itself. Leaves: `Problem`s, and sentences on keys that have no effect. Left out: keys of
-one method alone (its own config module), files (`paths`).
+Each check yields `Problem`s; `effects` and `without_effect` find keys that have no effect.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
 
 MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
-"""Rates above which training only destroys: Adam's step is about the rate in size, whatever the gradient; SGD's is the
-rate times a gradient that is clipped to 1 by default."""
-_NO_ALPHABETS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
-"""Codecs of Python that escape text, or depend on the machine."""
+"""Learning rates above which training destroys the weights. Adam's step has about the size of the rate, whatever the
+gradient; SGD's step is the rate times a gradient that is clipped to 1 by default."""
+_NOT_TEXT_ENCODINGS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
+"""Python codecs that escape text or depend on the machine."""
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
 
 
 class ModelSizes(Protocol):
-    """The sizes under `model`, None where the config is silent."""
+    """The sizes under `model`; None if the config does not set one."""
 
     @property
     def d_model(self) -> int | None: ...
@@ -43,12 +42,12 @@ class ModelSizes(Protocol):
 
 
 def same_path(one: str, other: str) -> bool:
-    """Whether two paths name one place."""
+    """Whether two paths name the same file or folder."""
     return os.path.realpath(one.replace("\0", "")) == os.path.realpath(other.replace("\0", ""))
 
 
 def check_sizes(model: ModelSizes, *, is_new: bool) -> Iterator[Problem]:
-    """Sizes that do not fit each other; is_new: the weights are made from them."""
+    """Check that the sizes fit each other; `is_new`: the weights are initialized from them."""
     heads, key_heads = model.num_heads, model.num_key_value_heads
     if model.d_model is not None and heads is not None and model.d_model % heads:
         expected = f"a multiple of num_heads ({heads})"
@@ -56,9 +55,9 @@ def check_sizes(model: ModelSizes, *, is_new: bool) -> Iterator[Problem]:
         hint = f"write {lower} or {lower + heads}" if lower else f"write {heads}"
         yield Problem(("model.d_model", "model.num_heads"), str(model.d_model), expected, hint)
     elif is_new and model.d_model is not None and heads is not None and model.d_model // heads % 2:
-        actual = f"{model.d_model}, which gives each of {heads} heads {model.d_model // heads} features"
+        actual = f"{model.d_model}, which gives {heads} heads of {model.d_model // heads} features"
         yield Problem(
-            ("model.d_model", "model.num_heads"), actual, "an even number a head (rotary positions turn pairs)"
+            ("model.d_model", "model.num_heads"), actual, "an even number per head (rotary embeddings rotate pairs)"
         )
     if heads is not None and key_heads is not None and heads % key_heads:
         fields = ("model.num_key_value_heads", "model.num_heads")
@@ -66,23 +65,23 @@ def check_sizes(model: ModelSizes, *, is_new: bool) -> Iterator[Problem]:
 
 
 def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | None) -> Iterator[Problem]:
-    """`check_sizes`, and what weights without sizes or without a tokenizer need beside them."""
+    """`check_sizes`, and the sizes and tokenizer that new or bare weights need."""
     yield from check_sizes(model, is_new=weights == NEW_WEIGHTS)
     missing = [name for name in SIZES if getattr(model, name) is None]
     if missing and (weights == NEW_WEIGHTS or is_bare_weights(weights)):
         actual = f'no {", ".join(missing)} with "{weights}"'
         fields = ("model", "data.pretrained_weights", *(f"model.{name}" for name in missing))
-        sentence = (
+        message = (
             f"{actual}: {'new weights' if weights == NEW_WEIGHTS else 'weights in a bare file'} need all five sizes"
         )
-        yield Problem(fields, sentence, "", f"set {', '.join(f'model.{name}' for name in missing)}")
+        yield Problem(fields, message, "", f"set {', '.join(f'model.{name}' for name in missing)}")
     if weights == NEW_WEIGHTS and tokenizer is None:
         hint = 'for example "tokenizer": "smollm2-135m"'
         yield Problem(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
 
 
 def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterator[Problem]:
-    """Frozen layers and adapters."""
+    """Check frozen layers and adapters."""
     frozen, trainable, unfreeze = training.freeze_layers, training.trainable, training.unfreeze_step
     if trainable in ("head", "lora") and frozen > 0:
         fields = ("training.freeze_layers", "training.trainable")
@@ -107,11 +106,11 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
 
 
 def rate_notes(training: TrainingSection) -> list[str]:
-    """The sentence on a learning rate at which an optimizer destroys weights; none for one that may train."""
+    """A note for each learning rate that would destroy the weights."""
     most = MOST_RATE[training.optimizer]
     rates = {"learning_rate": training.learning_rate, "head_learning_rate": training.head_learning_rate}
     return [
-        f"training.{name} {rate:g} is far beyond what {training.optimizer} trains with (below {most:g}): the weights "
+        f"training.{name} {rate:g} is far above the usual range of {training.optimizer} (below {most:g}): the weights "
         "will very likely be destroyed"
         for name, rate in rates.items()
         if rate is not None and rate > most
@@ -119,32 +118,32 @@ def rate_notes(training: TrainingSection) -> list[str]:
 
 
 def check_no_head(training: TrainingSection) -> Iterator[Problem]:
-    """Training a head alone, for methods whose models have none."""
+    """Refuse `trainable: head` for methods whose models have no head."""
     if training.trainable == "head":
-        hint = "a language model has no head of its own"
+        hint = "a language model has no separate head"
         yield Problem(("training.trainable",), '"head"', '"all" or "lora"', hint)
 
 
 def check_steps(training: TrainingSection) -> Iterator[Problem]:
-    """Warmup and schedule against the number of steps."""
+    """Check warmup and schedule against the number of steps."""
     warmup, max_steps = training.warmup, training.max_steps
     fields: tuple[str, ...]
     if isinstance(warmup, int) and max_steps is not None and warmup >= max_steps:
         fields = ("training.warmup", "training.max_steps")
         yield Problem(
-            fields, f"{warmup} steps", f"fewer than max_steps ({max_steps})", "or a share of all steps, such as 0.1"
+            fields, f"{warmup} steps", f"fewer than max_steps ({max_steps})", "or a fraction of all steps, such as 0.1"
         )
     if training.schedule == "warmup_stable_decay" and isinstance(warmup, float) and warmup + training.decay_share > 1:
         fields = ("training.warmup", "training.decay_share", "training.schedule")
         actual = f"a warmup of {warmup} and a decay of {training.decay_share}"
-        yield Problem(fields, actual, "shares that sum to at most 1")
+        yield Problem(fields, actual, "fractions that sum to at most 1")
     if training.schedule == "cosine_restarts" and max_steps is not None and training.num_cycles > max_steps:
         fields = ("training.num_cycles", "training.max_steps", "training.schedule")
         yield Problem(fields, str(training.num_cycles), f"at most max_steps ({max_steps})")
 
 
 def check_optimizer(training: TrainingSection) -> Iterator[Problem]:
-    """Keys of one optimizer or device with another."""
+    """Refuse keys that the chosen optimizer or device does not support."""
     if training.momentum > 0 and training.optimizer not in ("sgd", "muon"):
         fields = ("training.momentum", "training.optimizer")
         actual = f"{training.momentum} with optimizer {training.optimizer}"
@@ -156,12 +155,12 @@ def check_optimizer(training: TrainingSection) -> Iterator[Problem]:
 
 
 def check_validation(training: TrainingSection, *, has_validation: bool) -> Iterator[Problem]:
-    """What needs validation, where there is none. has_validation: rows are kept for it."""
+    """Refuse keys that need validation if there is none; `has_validation`: there are validation rows."""
     cause: tuple[str, ...]
     if training.export_start and not (training.validate_at_start and training.keep_best):
         cause = tuple(f"training.{name}" for name in ("validate_at_start", "keep_best") if not getattr(training, name))
         fields = ("training.export_start", *cause)
-        hint = "the start is exported where it is the best of what was validated and kept"
+        hint = "the start is exported only if it was validated, saved and the best"
         yield Problem(fields, "true", "false, or validate_at_start and keep_best true", hint)
     if has_validation and training.validate_every != "never":
         return
@@ -180,7 +179,7 @@ def check_validation(training: TrainingSection, *, has_validation: bool) -> Iter
 
 
 def check_source(names: Mapping[str, str | None]) -> Iterator[Problem]:
-    """Two names of one key under `data`, of which just one must be given; the first is the usual one."""
+    """Check that exactly one of two alternative keys of `data` is set; the first is the usual one."""
     fields = tuple(f"data.{name}" for name in names)
     actual = [name for name, value in names.items() if value is not None]
     if not actual:
@@ -194,35 +193,36 @@ def check_source(names: Mapping[str, str | None]) -> Iterator[Problem]:
 def check_reading(
     *, streaming: bool, max_rows: int | None, columns: Iterable[tuple[str, str | None]], encoding: str | None
 ) -> Iterator[Problem]:
-    """A stream without an end, a column in two roles, an encoding that is not known; columns: (role, column), None for
-    no column.
+    """Refuse a stream without an end, a column with two roles, and an unknown encoding.
+
+    `columns` holds (role, column) pairs; None means no column.
     """
     if encoding is not None and not is_text_encoding(encoding):
         expected = 'the name of a text encoding, such as "utf-8", "cp1252" or "shift_jis"'
         yield Problem(("data.encoding",), f'"{encoding}"', expected)
     if streaming and max_rows is None:
         fields = ("data.streaming", "data.max_rows")
-        yield Problem(fields, "true, with no end", "data.max_rows with it", "a stream does not tell its length")
+        yield Problem(fields, "true without data.max_rows", "data.max_rows", "the length of a stream is not known")
     roles: dict[str, str] = {}
     for role, column in columns:
         if column in roles:
-            actual = f'"{column}", which is {roles[column]} already'
-            yield Problem((f"data.columns.{role}",), actual, "a column for one role")
+            actual = f'"{column}", which already has the role {roles[column]}'
+            yield Problem((f"data.columns.{role}",), actual, "one role per column")
         if column is not None:
             roles[column] = role
 
 
 def is_text_encoding(name: str) -> bool:
-    """Whether Python decodes text by this name: an alphabet, no transformation such as base64 or punycode."""
+    """Whether Python has a text encoding of this name; transformations such as base64 or punycode do not count."""
     try:
         found = codecs.lookup(name)
-        return found.name.replace("-", "_") not in _NO_ALPHABETS and isinstance("a".encode(name), bytes)
+        return found.name.replace("-", "_") not in _NOT_TEXT_ENCODINGS and isinstance("a".encode(name), bytes)
     except (LookupError, UnicodeError, ValueError):
         return False
 
 
 def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:
-    """Keys of `training` that may have no effect → whether they have one, and the reason why not."""
+    """Keys of `training` that may have no effect → whether they have one, and the reason if not."""
     schedule, optimizer = training.schedule, training.optimizer
     reason = f"the schedule is {schedule}"
     return {
@@ -240,12 +240,12 @@ def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:
 
 
 def without_effect(config: BaseModel, has_effect: Mapping[str, tuple[bool, str]]) -> list[str]:
-    """A sentence for each key of `has_effect` ("section.key") that is not at its default and has no effect."""
-    summary = []
+    """A note for each key of `has_effect` ("section.key") that is changed from its default without effect."""
+    notes = []
     for field, (effective, reason) in has_effect.items():
         section, key = field.split(".")
         values = getattr(config, section)
         if values is None or effective or getattr(values, key) == type(values).model_fields[key].default:
             continue
-        summary.append(f"{field} has no effect: {reason}")
-    return summary
+        notes.append(f"{field} has no effect: {reason}")
+    return notes

@@ -1,17 +1,6 @@
-"""What the recipes of pruning and quantization share: keys, checks, and how a recipe is read.
+"""Recipes of pruning and quantization: keys, checks, and how a recipe is read from a file and overrides.
 
-Enters: a kind of recipe, a file, words of the command line. Leaves: the recipe, or every fault at once with its place.
-Left out: the keys of one kind alone (`pruning.py`, `quantization.py`), what only the weights can tell.
-
-The recipe of a pruning: its keys, what they must not contradict, and how it is read.
-
-Enters: a recipe file, words of the command line, or both. Leaves: a `PruningRecipe`, or every fault at once. Left out:
-what only the weights can tell (which layers there are, whether a family can be shrunk).
-
-The recipe of a quantization: its keys, and what they must not contradict.
-
-Enters: a recipe file, words of the command line, or both. Leaves: a `QuantizationRecipe`, or every fault at once. Left
-out: what only the weights can tell (which layers there are, whether a group divides their inputs).
+Checks that need the weights are made when the model is opened.
 """
 
 from __future__ import annotations
@@ -25,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
 from loopos.config.json_text import MappingNode, Mark, find, plain, value_mark
-from loopos.config.keys import Count, Place, Section, Text
+from loopos.config.keys import Count, Location, Section, Text
 from loopos.config.paths import check_rows, check_weights, expanded, looks_like_path
 from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
 from loopos.config.wording import diagnostics_of
@@ -34,20 +23,20 @@ _EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep
 
 
 class Recipe(Section):
-    """What a change of a trained model's weights is told, whatever the change."""
+    """The keys that all recipes share."""
 
-    model: Place = Field(description="run folder, model folder, weights file or hub id of the model")
+    model: Location = Field(description="run folder, model folder, weights file or hub id of the model")
     calibration_rows: Count = Field(default=128, description="rows of calibration text, drawn by the seed")
     calibration_tokens: Annotated[int, Field(ge=2)] = Field(
         default=512, description="length of a calibration row (tokens); at most the model's positions"
     )
     columns: dict[str, Text] = Field(default={}, description="column of each role of the calibration rows")
-    evaluate: Place | None = Field(
+    evaluate: Location | None = Field(
         default=None,
-        description="file that says what it cost: text for perplexity, labelled rows for a model with a head",
+        description="file to measure the quality loss on: text for perplexity, labeled rows for a model with a head",
     )
     window: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="perplexity: tokens that the model sees at a time; 1024 when absent"
+        default=None, description="perplexity: tokens per window; 1024 when absent"
     )
     stride: Count | None = Field(
         default=None, description="perplexity: tokens between two windows; half a window when absent"
@@ -56,7 +45,7 @@ class Recipe(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
     def check(self) -> Iterator[Problem]:
-        """Contradictions between keys, and files that are not there."""
+        """Contradictions between keys, and missing files."""
         if self.window is not None and self.stride is not None and self.stride >= self.window:
             yield Problem(("stride", "window"), str(self.stride), f"a stride below the window ({self.window})")
         yield from check_weights("model", self.model)
@@ -64,7 +53,7 @@ class Recipe(Section):
 
 
 def check_text(field: str, value: str | None) -> Iterator[Problem]:
-    """Faults of a file of running text or of rows."""
+    """Check a file of text or of rows."""
     if value is not None and not (looks_like_path(value, (".md", ".text")) and os.path.isfile(value)):
         yield from check_rows(field, value, _EXAMPLE_ROW)
 
@@ -73,8 +62,9 @@ Kind = TypeVar("Kind", bound=Recipe)
 
 
 def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
-    """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
-    fault.
+    """Read a recipe: an optional file, overridden by `key=value` arguments.
+
+    Raises `ConfigError` with every diagnostic.
     """
     mark = Mark(COMMAND_LINE)
     root = read_source(expanded(path)).root if path is not None else MappingNode({}, {}, mark)
@@ -84,16 +74,16 @@ def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
     except ValidationError as error:
         described = diagnostics_of(error, root, kind.model_json_schema(), {})
         raise ConfigError([diagnostic for _, diagnostic in described]) from error
-    if diagnostics := [_placed(finding, root) for finding in recipe.check()]:
+    if diagnostics := [_located(problem, root) for problem in recipe.check()]:
         raise ConfigError(diagnostics)
     return recipe
 
 
-def _placed(finding: Problem, root: MappingNode) -> Diagnostic:
-    written = next((field for field in finding.fields if find(root, (field,)) is not None), finding.fields[0])
+def _located(problem: Problem, root: MappingNode) -> Diagnostic:
+    written = next((field for field in problem.fields if find(root, (field,)) is not None), problem.fields[0])
     mark = value_mark(root, (written,))
     return Diagnostic(
-        mark.source, mark.line, mark.column, finding.fields[0], finding.actual, finding.expected, finding.hint
+        mark.source, mark.line, mark.column, problem.fields[0], problem.actual, problem.expected, problem.hint
     )
 
 
@@ -104,12 +94,12 @@ _PATTERN = re.compile(r"([1-9][0-9]{0,2}):([1-9][0-9]{0,2})")
 
 
 class PruningRecipe(Recipe):
-    """Everything that a pruning is told."""
+    """Recipe of a pruning."""
 
-    method: PruningMethod = Field(description="what says which weights, heads, channels or layers go")
+    method: PruningMethod = Field(description="criterion that selects the weights, heads, channels or layers to remove")
     sparsity: Sparsity | Annotated[list[Sparsity], Field(min_length=1)] | None = Field(
         default=None,
-        description="share that goes, or a list of shares, each a model of its own; a pattern says its own",
+        description="fraction to remove, or a list with one model each; set by the pattern if there is one",
     )
     pattern: Text | None = Field(
         default=None, description='"2:4" keeps 2 of every 4 inputs of a row, "4:8" 4 of every 8; null is no pattern'
@@ -117,27 +107,27 @@ class PruningRecipe(Recipe):
     scope: Literal["layer", "global"] = Field(
         default="layer", description="magnitude: one threshold for each linear layer, or one for all"
     )
-    calibration: Place | None = Field(
-        default=None, description="file of text or rows that the model reads to see which weights matter"
+    calibration: Location | None = Field(
+        default=None, description="file of text or rows from which the importance of weights is measured"
     )
 
     @property
-    def kept_of(self) -> tuple[int, int] | None:
+    def pattern_counts(self) -> tuple[int, int] | None:
         """The pattern as (kept, of)."""
         found = _PATTERN.fullmatch(self.pattern) if self.pattern is not None else None
         return (int(found[1]), int(found[2])) if found else None
 
     @property
     def sparsities(self) -> list[float]:
-        """The shares to prune to, smallest first."""
-        if self.kept_of is not None:
-            return [1 - self.kept_of[0] / self.kept_of[1]]
-        actual: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
-        return sorted({share for share in actual if share is not None})
+        """The sparsities to prune to, smallest first."""
+        if self.pattern_counts is not None:
+            return [1 - self.pattern_counts[0] / self.pattern_counts[1]]
+        values: Sequence[float | None] = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
+        return sorted({sparsity for sparsity in values if sparsity is not None})
 
     @property
     def structured(self) -> bool:
-        """Whether whole parts go, so that the model becomes smaller."""
+        """Whether whole parts are removed, so that the model becomes smaller."""
         return self.method not in UNSTRUCTURED
 
     @property
@@ -146,28 +136,28 @@ class PruningRecipe(Recipe):
         return self.method != "magnitude"
 
     def check(self) -> Iterator[Problem]:
-        """Contradictions between keys, and files that are not there."""
-        yield from self._check_shares()
+        """Contradictions between keys, and missing files."""
+        yield from self._check_sparsity()
         if self.scope == "global" and (self.method != "magnitude" or self.pattern is not None):
             actual = f'"global" with method {self.method}' + (" and a pattern" if self.pattern is not None else "")
             yield Problem(("scope", "method", "pattern"), actual, '"layer", or method magnitude without a pattern')
         if self.needs_calibration and self.calibration is None:
-            hint = "the text should be like that which the model will meet"
+            hint = "choose text like that of the model's later use"
             yield Problem(
                 ("calibration", "method"), f"nothing with method {self.method}", "a file of text or rows", hint
             )
         yield from check_text("calibration", self.calibration)
         yield from super().check()
 
-    def _check_shares(self) -> Iterator[Problem]:
+    def _check_sparsity(self) -> Iterator[Problem]:
         if self.pattern is None:
             if self.sparsity is None:
-                yield Problem(("sparsity",), "nothing", "a share such as 0.5, or a pattern such as 2:4")
+                yield Problem(("sparsity",), "nothing", "a fraction such as 0.5, or a pattern such as 2:4")
             return
         if self.structured:
             actual = f'"{self.pattern}" with method {self.method}'
             yield Problem(("pattern", "method"), actual, f"no pattern, or one of {', '.join(UNSTRUCTURED)}")
-        if self.kept_of is None or self.kept_of[0] >= self.kept_of[1]:
+        if self.pattern_counts is None or self.pattern_counts[0] >= self.pattern_counts[1]:
             yield Problem(("pattern",), f'"{self.pattern}"', "N:M, N kept of every M, such as 2:4")
         elif self.sparsity is not None and self.sparsity not in (self.sparsities[0], self.sparsities):
             actual = f"{self.sparsity} with pattern {self.pattern}"
@@ -175,8 +165,9 @@ class PruningRecipe(Recipe):
 
 
 def read_pruning_recipe(path: str | None, overrides: Sequence[str]) -> PruningRecipe:
-    """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
-    fault.
+    """Read a recipe: an optional file, overridden by `key=value` arguments.
+
+    Raises `ConfigError` with every diagnostic.
     """
     return read(PruningRecipe, path, overrides)
 
@@ -186,7 +177,7 @@ Calibration: TypeAlias = Literal["none", "gptq", "awq"]
 
 
 class QuantizationRecipe(Recipe):
-    """Everything that a quantization is told."""
+    """Recipe of a quantization."""
 
     method: QuantizationMethod = Field(
         description="format of the linear layers' weights, and whether activations are rounded too"
@@ -195,13 +186,14 @@ class QuantizationRecipe(Recipe):
         default=None, description="int4: inputs that share a scale; 32 when absent"
     )
     calibration: Calibration = Field(
-        default="none", description="how weights are rounded: to the nearest code, or by what the layers read of a text"
+        default="none",
+        description="rounding of weights: to the nearest code, or with activations on a calibration text",
     )
-    calibration_text: Place | None = Field(
+    calibration_text: Location | None = Field(
         default=None, description="gptq, awq: file of text or rows that the model reads"
     )
     keep: list[Text] = Field(
-        default=[], description="patterns of layers that stay as they are; * stands for any letters"
+        default=[], description="layers that are not quantized, as patterns; * matches any characters"
     )
 
     @property
@@ -211,7 +203,7 @@ class QuantizationRecipe(Recipe):
 
     @property
     def group(self) -> int | None:
-        """Inputs that share a scale; None where all of a row do."""
+        """Inputs that share a scale; None for one scale per row."""
         return (self.group_size or 32) if self.method == "int4" else None
 
     @property
@@ -220,25 +212,26 @@ class QuantizationRecipe(Recipe):
         return self.calibration != "none"
 
     def check(self) -> Iterator[Problem]:
-        """Contradictions between keys, and files that are not there."""
+        """Contradictions between keys, and missing files."""
         if self.group_size is not None and self.method != "int4":
             actual = f"{self.group_size} with method {self.method}"
-            yield Problem(("group_size", "method"), actual, "no group size: int8 has one scale a row; or method int4")
+            yield Problem(("group_size", "method"), actual, "no group size (int8: one scale per row), or method int4")
         if self.needs_calibration and self.calibration_text is None:
             yield Problem(
                 ("calibration_text", "calibration"),
                 f"nothing with calibration {self.calibration}",
                 "a file of text or rows",
-                "the text should be like that which the model will meet",
+                "choose text like that of the model's later use",
             )
         if self.calibration_text is not None and not self.needs_calibration:
-            yield Problem(("calibration_text", "calibration"), "a text that nobody reads", "calibration gptq or awq")
+            yield Problem(("calibration_text", "calibration"), "a text that is not used", "calibration gptq or awq")
         yield from check_text("calibration_text", self.calibration_text)
         yield from super().check()
 
 
 def read_quantization_recipe(path: str | None, overrides: Sequence[str]) -> QuantizationRecipe:
-    """The recipe in a file, if one is named, with `key=value` words that win over it. Raises `ConfigError` with every
-    fault.
+    """Read a recipe: an optional file, overridden by `key=value` arguments.
+
+    Raises `ConfigError` with every diagnostic.
     """
     return read(QuantizationRecipe, path, overrides)

@@ -1,9 +1,8 @@
-"""What went wrong and where, in the user's words.
+"""Diagnostics for users: what is wrong, where, and what to do.
 
-Enters: the place (file, line, column, field), what was given, what was expected, what to do. Leaves: `Diagnostic`
-records and the `UserError` exceptions that carry them. What to do often is a key to set: it is kept as a `Remedy`, so
-that a command can name its own option for that key (`Wording`). Left out: printing and exiting (the CLI's work) and
-programming errors (`assert`).
+A `Diagnostic` holds one mistake with its file, line, column and field; a `UserError` carries one or several. A `Remedy`
+names the config keys that fix the mistake, so that a command can show its own option for a key (`Wording`). Programming
+errors use `assert`.
 """
 
 from __future__ import annotations
@@ -17,26 +16,27 @@ MOST_DIAGNOSTICS_SHOWN = 50
 
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but the line end and the tab, marks that turn the direction of writing around, lone surrogates."""
+"""Control characters other than newline and tab, bidirectional marks, lone surrogates."""
 
 
 def printable(text: str) -> str:
-    """`text` with every character escaped that a terminal obeys instead of showing it, or that has no bytes: what
-    labels, names and models' answers hold must not move the cursor or rename the window.
+    """Escape the characters that control a terminal or that UTF-8 cannot encode.
+
+    Labels, names and generated text must not move the cursor or rename the window.
     """
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def printable_json(text: str) -> str:
-    """JSON of the same value without those characters: they stand inside strings alone, where JSON can escape them."""
+    """Like `printable` for JSON text: escapes the characters as \\uXXXX, so that the value stays the same."""
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """Keys of a config that mend a mistake, each with its value, and the words that lead to them ("choose one").
+    """Config keys and values that fix a mistake, and the text that introduces them ("choose one").
 
-    The keys of `data.columns` name one role each: `("data.columns.text", "review")`.
+    Each key of `data.columns` names one role: `("data.columns.text", "review")`.
     """
 
     lead: str
@@ -49,37 +49,37 @@ class Remedy:
 
 
 class Wording:
-    """How messages name a setting: as a key of the config. Commands that have an option for it name that instead."""
+    """How messages name a setting: by its config key. A command with an option for the key overrides this."""
 
     def field(self, key: str) -> str:
-        """The name under which the user knows `key`."""
+        """The name of `key` to show to the user."""
         return key
 
     def remedy(self, remedy: Remedy) -> str:
-        """The remedy as the user can apply it; empty where there is no such way."""
-        summary: dict[str, str] = {}
+        """The remedy as text; empty if the user cannot apply it."""
+        settings: dict[str, str] = {}
         grouped: dict[str, dict[str, str]] = {}
         for key, value in remedy.settings:
             section, _, name = key.rpartition(".")
             if "." in section:
                 grouped.setdefault(section, {})[name] = value
-                summary[section] = f"{section}: {json.dumps(grouped[section], ensure_ascii=False)}"
+                settings[section] = f"{section}: {json.dumps(grouped[section], ensure_ascii=False)}"
             else:
-                summary[key] = f"{key}: {json.dumps(value, ensure_ascii=False)}"
-        return f"{remedy.lead}: {', '.join(summary.values())}"
+                settings[key] = f"{key}: {json.dumps(value, ensure_ascii=False)}"
+        return f"{remedy.lead}: {', '.join(settings.values())}"
 
 
 IN_CONFIG = Wording()
-"""The wording of a config file, and of Python."""
+"""Wording for config files and for Python."""
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One mistake of the user's.
+    """One mistake in the user's input.
 
-    `str()` is `source:line:column: field: actual ...; expected ...`, or a sentence of its own where nothing is
-    `expected`, with hint and remedy, if any, on a second line. Lines and columns are counted from 1; None where the
-    source has none (the command line, a Parquet file).
+    `str()` is `source:line:column: field: got ...; expected ...`; without `expected`, `actual` is the whole message.
+    Hint and remedy follow on a second line. Lines and columns start at 1; they are None where the source has none (the
+    command line, a Parquet file).
     """
 
     source: str
@@ -92,15 +92,15 @@ class Diagnostic:
     remedy: Remedy | None = None
 
     @property
-    def place(self) -> str:
-        """`source:line:column`, as far as known."""
+    def location(self) -> str:
+        """`source:line:column`, without the parts that are not known."""
         known = [str(number) for number in (self.line, self.column) if number is not None]
         return ":".join([self.source, *known])
 
     def text(self, wording: Wording) -> str:
-        """The fault in words, with keys and remedy as `wording` names them."""
+        """The message, with keys and remedy named by `wording`."""
         field = wording.field(self.field)
-        head = f"{self.place}: {field}" if field else self.place
+        head = f"{self.location}: {field}" if field else self.location
         text = f"{head}: got {self.actual}; expected {self.expected}" if self.expected else f"{head}: {self.actual}"
         advice = [self.hint, wording.remedy(self.remedy) if self.remedy is not None else ""]
         hint = " ".join(part for part in advice if part)
@@ -112,10 +112,10 @@ class Diagnostic:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A mistake found in valid values, before its place is known: `fields` are the dotted names it was read from.
+    """A mistake in values that are valid by themselves, before its location is known.
 
-    The place is that of the first of `fields` that the user wrote; a finding counts only if none of `fields` is itself
-    faulty.
+    `fields` are the dotted names of the values involved. The location is that of the first of them that the user wrote;
+    the problem is dropped if one of them already has a diagnostic of its own.
     """
 
     fields: tuple[str, ...]
@@ -125,17 +125,17 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake of the user's, or of the machine's set-up: shown as its message, never as a traceback."""
+    """A mistake in the user's input or in the machine's setup: shown as a message, never as a traceback."""
 
     exit_code: int = 2
 
     def message(self, wording: Wording) -> str:
-        """What is shown, with settings as `wording` names them."""
+        """The message to show, with settings named by `wording`."""
         return str(self)
 
 
 class SettingError(UserError):
-    """A setting that cannot be used as it is: `key` is its name in a config, `problem` says why."""
+    """A setting that cannot be used: `key` is its config key, `problem` the reason."""
 
     key: str
     problem: str
@@ -145,7 +145,7 @@ class SettingError(UserError):
         super().__init__(key, problem)
 
     def message(self, wording: Wording) -> str:
-        """The problem under the name that the user knows; an argument of a command needs none."""
+        """The problem, after the setting's name; an argument of a command needs no name."""
         name = wording.field(self.key)
         return f"{name}: {self.problem}" if name else self.problem
 
@@ -154,7 +154,7 @@ class SettingError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work at once. The message is the user's; the exit code is that of an end by this signal."""
+    """A signal stopped the work. The message is shown to the user; the exit code is the one for this signal."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -162,12 +162,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class DiagnosticsError(UserError):
-    """Faults reported together; the message lists at most `MOST_DIAGNOSTICS_SHOWN` of them and counts the rest."""
+    """Diagnostics reported together; the message lists at most `MOST_DIAGNOSTICS_SHOWN` and counts the rest."""
 
     diagnostics: tuple[Diagnostic, ...]
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
-        assert diagnostics, "an error without faults says nothing"
+        assert diagnostics, "at least one diagnostic is required"
         self.diagnostics = tuple(diagnostics)
         super().__init__(self.diagnostics)
 
@@ -181,14 +181,14 @@ class DiagnosticsError(UserError):
 
 
 class ConfigError(DiagnosticsError):
-    """Faults of a config file or of the overrides on the command line."""
+    """Mistakes in a config file or in the overrides on the command line."""
 
 
 class DataError(DiagnosticsError):
-    """Faults of the user's data files."""
+    """Mistakes in the user's data files."""
 
 
 class MissingRequirement(UserError):
-    """Something that the machine lacks: an extra that is not installed, a device that is not there."""
+    """The machine lacks something: an extra is not installed, or a device is missing."""
 
     exit_code: int = 1

@@ -1,12 +1,4 @@
-"""Two configs side by side: which keys differ.
-
-Enters: two resolved configs, as nested mappings. Leaves: dotted key → both values. Left out: what a difference means.
-
-A config, and the folder of a run that it goes on with → the config by which that run chose its rows.
-
-Enters: a config and the run's folder. Leaves: the config, with keys that decide what the run learns from, and that the
-user does not name, as the run recorded them. Left out: whether the rest fits the run (`training.run_state`).
-"""
+"""Compare two configs key by key, and restore old defaults when an older run is resumed."""
 
 from __future__ import annotations
 
@@ -26,8 +18,9 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`differences`, without the keys that only one of the two versions of LoopOS knows: a key counts as changed only
-    where both configs hold it, or hold the section that it would be in.
+    """`differences` without the keys that only one of two LoopOS versions knows.
+
+    A key counts as changed only if both configs have it, or have the section that it belongs to.
     """
     one, other = _flat(before), _flat(after)
     return {
@@ -38,7 +31,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
 
 
 def shown(value: Any) -> str:
-    """A value of a config in a sentence."""
+    """A config value as text for a message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -49,7 +42,7 @@ def shown(value: Any) -> str:
 
 
 def _is_known(key: str, flat: Mapping[str, Any]) -> bool:
-    """Whether a config holds a key, or has null, or nothing in it, for a section above it."""
+    """Whether a config has a key, or null or an empty section above it."""
     sections = key.split(".")
     return any(".".join(sections[:length]) in flat for length in range(1, len(sections) + 1)) or _is_section(key, flat)
 
@@ -73,14 +66,16 @@ BEFORE: Mapping[str, Mapping[str, str]] = {
     "data": {"split_by": "row"},
     "model": {"pooling": "mean", "target_scaling": "standardize"},
 }
-"""Section → keys whose default did something else before the key was there → what was done then."""
+"""Section → key whose default differs from the behavior before the key existed → value with the old behavior."""
 
 Config = TypeVar("Config", bound=MethodConfig)
 
 
-def as_begun(config: Config, folder: Path) -> Config:
-    """The config by which the run in `folder` is resumed: a key of `BEFORE` that the user does not name is taken from
-    the run's config.json; where that does not have it, the run is older than the key.
+def resumed_config(config: Config, folder: Path) -> Config:
+    """The config with which the run in `folder` resumes.
+
+    A key of `BEFORE` that the user does not set comes from the run's config.json; if it is missing there, the run is
+    older than the key and gets the old behavior.
     """
     try:
         recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -92,6 +87,6 @@ def as_begun(config: Config, folder: Path) -> Config:
     for name, keys in BEFORE.items():
         section, own = recorded.get(name), getattr(config, name, None)
         if isinstance(section, dict) and own is not None:
-            unnamed = (type(own).model_fields.keys() & keys.keys()) - own.model_fields_set
-            sections[name] = own.model_copy(update={key: section.get(key, keys[key]) for key in unnamed})
+            not_set = (type(own).model_fields.keys() & keys.keys()) - own.model_fields_set
+            sections[name] = own.model_copy(update={key: section.get(key, keys[key]) for key in not_set})
     return config.model_copy(update=sections)

@@ -1,8 +1,6 @@
-"""How to install LoopOS again, or with one of its extras, on this machine.
+"""The pip command that installs LoopOS, or one of its extras, on this machine.
 
-Enters: the name of an extra. Leaves: the pip command. LoopOS may come from an index, from a clone that is imported
-where it lies, or from one that was copied when it was installed: each needs another command. Left out: whether a
-package is there (whoever needs it).
+The command depends on where LoopOS was installed from: a package index, an editable clone or a copied clone.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def install_command(extra: str = "") -> str:
-    """The command that installs LoopOS with `extra`, or that renews it."""
+    """The command that installs LoopOS with `extra`, or upgrades it."""
     brackets = f"[{extra}]" if extra else ""
     clone = _PACKAGE.parents[1]
     if (clone / "pyproject.toml").is_file() and _PACKAGE.parent.name == "src":
@@ -29,12 +27,12 @@ def install_command(extra: str = "") -> str:
 
 
 def _installed_from() -> Path | None:
-    """The folder that pip installed LoopOS from, None for an index; pip keeps it in direct_url.json (PEP 610)."""
+    """The folder that pip installed LoopOS from (direct_url.json, PEP 610); None for a package index."""
     try:
-        kept = metadata.distribution("loopos").read_text("direct_url.json")
+        record = metadata.distribution("loopos").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
         return None
-    url = urlparse(str(json.loads(kept).get("url", ""))) if kept else None
+    url = urlparse(str(json.loads(record).get("url", ""))) if record else None
     folder = Path(unquote(url.path)) if url is not None and url.scheme == "file" else None
     return folder if folder is not None and folder.is_dir() else None
 

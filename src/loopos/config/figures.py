@@ -1,7 +1,6 @@
-"""How figures are written for people: the same in progress lines, answers and reports.
+"""Format numbers for people, the same way in progress lines, messages and reports.
 
-Enters: numbers and metrics by name. Leaves: text, and the metrics without those that say one thing twice. It stands on
-the ground floor because training, evaluation and the command line all write figures.
+This module is in `config` because training, evaluation and the command line all use it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-# Second name → first name of metrics that are equal by definition on some tasks: micro F1 of one class a row is
-# accuracy, and the validation loss of a classifier without weights is its log loss.
+# Second name → first name of metrics that are equal by definition on some tasks: micro F1 with one class per row is
+# accuracy, and the validation loss of a classifier without class weights is its log loss.
 _SECOND_NAMES = {"micro_f1": "accuracy", "log_loss": "loss"}
 
 
@@ -23,7 +22,7 @@ def figure(value: float) -> str:
 
 
 def once(metrics: Mapping[str, Value]) -> dict[str, Value]:
-    """The metrics without those whose value stands there already under another name."""
+    """The metrics without those whose value is already there under another name."""
     return {name: value for name, value in metrics.items() if not _is_second(name, value, metrics)}
 
 

@@ -1,8 +1,4 @@
-"""The config of fine-tuning: its four sections, and what they must not contradict.
-
-Enters: the sections, each valid by itself. Leaves: `FineTuningConfig`, and `Problem`s for contradictions between keys
-and for missing files. Left out: what only the data or the weights can tell (class counts, true sizes).
-"""
+"""The config of fine-tuning a model with a head (`FineTuningConfig`) and the checks across its keys."""
 
 from __future__ import annotations
 
@@ -35,20 +31,20 @@ EXAMPLE_ROW = '{"text": "the parcel came late", "label": "complaint"}'
 
 
 class FineTuningConfig(MethodConfig):
-    """Everything that a fine-tuning run is told."""
+    """Config of a fine-tuning run."""
 
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
     model: ModelSection = Field(default_factory=ModelSection, description="the model's sizes and its head")
-    computation: ComputationSection = Field(description="which method runs")
-    training: TrainingSection = Field(description="how the weights are trained")
+    computation: ComputationSection = Field(description="the method")
+    training: TrainingSection = Field(description="optimizer, schedule and checkpoints")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="how the processes of a run share it"
+        default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: DataSection = Field(description="where weights and rows come from, and where the run goes")
+    data: DataSection = Field(description="weights, rows and output folder")
 
     @property
     def has_validation(self) -> bool:
-        """Whether any rows are kept for validation."""
+        """Whether there are validation rows."""
         data = self.data
         return data.validation_data is not None or data.validation_split is not None or data.validation_share > 0
 
@@ -91,23 +87,21 @@ class FineTuningConfig(MethodConfig):
             **checks.effects(training),
             "model.huber_delta": (model.regression_loss == "huber", f"regression_loss is {model.regression_loss}"),
             "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
-            "data.validation_share": (data.validation_data is None, "validation_data is given"),
+            "data.validation_share": (data.validation_data is None, "validation_data is set"),
         }
-        summary = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        notes = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            summary.append(
-                "training.save_every is validation, but nothing is validated: save_interval says when to save"
+            notes.append(
+                "training.save_every is validation, but nothing is validated: checkpoints follow save_interval"
             )
         if training.trainable == "lora" and training.optimizer == "sgd" and training.learning_rate < 0.01:
-            summary.append(
-                f"training.optimizer is sgd, which at a rate of {training.learning_rate:g} hardly moves adapters; take "
-                '"adamw", or a rate a hundred times as large'
+            notes.append(
+                f"training.optimizer is sgd, which at a rate of {training.learning_rate:g} hardly changes adapters; "
+                'use "adamw", or a rate about 100 times as large'
             )
         if data.validation_data is not None and checks.same_path(data.validation_data, data.training_data):
-            summary.append(
-                "data.validation_data is data.training_data: validation will score rows that were trained on"
-            )
-        return summary
+            notes.append("data.validation_data is data.training_data: validation scores rows of the training set")
+        return notes
 
 
 def _check_classes(model: ModelSection) -> Iterator[Problem]:
@@ -124,11 +118,11 @@ def _check_classes(model: ModelSection) -> Iterator[Problem]:
     known = num_classes if num_classes is not None else len(labels) if labels is not None else None
     if isinstance(weights, list) and known is not None and len(weights) != known:
         fields = ("model.class_weights", "model.num_classes", "model.labels")
-        yield Problem(fields, f"{len(weights)} weights for {known} classes", "one weight a class")
+        yield Problem(fields, f"{len(weights)} weights for {known} classes", "one weight per class")
 
 
 def _check_task(model: ModelSection) -> Iterator[Problem]:
-    """Keys of one task that are given with another; with no task given, the labels will tell."""
+    """Check keys against the task; without a task in the config, it is taken from the labels later."""
     task = model.task
     if task == "regression" and model.num_classes not in (None, 1):
         hint = "leave num_classes out for regression"

@@ -1,13 +1,8 @@
-"""The tree of a config text: each key and value with its place.
+"""The tree of a config text, and the parser of strict JSON (RFC 8259) that builds it.
 
-Enters: values and their places, from a reader. Leaves: nodes that can be found by path, changed into new trees, and
-turned into plain Python values. Left out: reading text (`json_text`, `yaml_text`) and judging values (`sections`).
-
-Strict JSON (RFC 8259) to nodes with places, and faults that say in plain words what to change.
-
-Enters: text and the name of its source. Leaves: a `Node`, or `ConfigError` with the first fault of syntax, or with
-every key that is given twice. Left out: comments, trailing commas, NaN and all else that JSON does not have; what the
-keys mean.
+Every key and value has a `Mark` (source, line, column), so that diagnostics can point at it. A syntax error raises
+`ConfigError` with the first mistake and how to fix it; duplicate keys raise it with all of them. `yaml_text` builds the
+same tree from YAML.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ _LINE_BREAK = re.compile(r"\r\n|\n|\r")
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place: line and column counted from 1, None on the command line."""
+    """A location: line and column start at 1; None on the command line."""
 
     source: str
     line: int | None = None
@@ -40,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class ScalarNode:
-    """A value with no parts; `text` is how it was written."""
+    """A single value; `text` is its spelling in the file."""
 
     value: bool | int | float | str | None
     text: str
@@ -55,7 +50,7 @@ class ListNode:
 
 @dataclass(frozen=True, slots=True)
 class MappingNode:
-    """`keys` holds the place of each key of `entries`, in the same order."""
+    """`keys` holds the mark of each key of `entries`, in the same order."""
 
     entries: dict[str, Node]
     keys: dict[str, Mark]
@@ -66,7 +61,7 @@ Node: TypeAlias = ScalarNode | ListNode | MappingNode
 
 
 class LineTable:
-    """Character offsets of one text to marks; a line ends at LF, CRLF or CR."""
+    """Maps character offsets of one text to marks; a line ends at LF, CRLF or CR."""
 
     def __init__(self, text: str, source: str) -> None:
         self._source = source
@@ -78,7 +73,7 @@ class LineTable:
 
 
 def plain(node: Node) -> Plain:
-    """The value of `node` as `json.loads` would give it."""
+    """The value of `node` as `json.loads` would return it."""
     if isinstance(node, ScalarNode):
         return node.value
     if isinstance(node, ListNode):
@@ -87,7 +82,7 @@ def plain(node: Node) -> Plain:
 
 
 def child(node: Node, step: str | int) -> Node | None:
-    """The part of `node` that `step` names, or None."""
+    """The child of `node` at `step`, or None."""
     if isinstance(node, MappingNode) and isinstance(step, str):
         return node.entries.get(step)
     if isinstance(node, ListNode) and isinstance(step, int) and 0 <= step < len(node.items):
@@ -96,7 +91,7 @@ def child(node: Node, step: str | int) -> Node | None:
 
 
 def find(node: Node, path: Sequence[str | int]) -> Node | None:
-    """The node at `path`, or None where the user wrote none."""
+    """The node at `path`, or None if the user wrote none."""
     found: Node | None = node
     for step in path:
         if found is None:
@@ -106,7 +101,7 @@ def find(node: Node, path: Sequence[str | int]) -> Node | None:
 
 
 def key_mark(node: Node, path: Sequence[str | int]) -> Mark:
-    """The place of the key that ends `path`; for an item of a list, of the item; else the nearest place above."""
+    """The mark of the last key of `path`, of the item in a list, or else of the nearest parent."""
     parent = find(node, path[:-1])
     if isinstance(parent, MappingNode) and path[-1] in parent.keys:
         return parent.keys[str(path[-1])]
@@ -114,7 +109,7 @@ def key_mark(node: Node, path: Sequence[str | int]) -> Mark:
 
 
 def value_mark(node: Node, path: Sequence[str | int]) -> Mark:
-    """The place of the value at `path`, or, where it is missing, of the key of the nearest section above."""
+    """The mark of the value at `path`, or, if it is missing, of the key of the nearest section above."""
     for length in range(len(path), 0, -1):
         found = find(node, path[:length])
         if found is not None:
@@ -122,9 +117,9 @@ def value_mark(node: Node, path: Sequence[str | int]) -> Mark:
     return node.mark
 
 
-def with_entry(mapping: MappingNode, key: str, value: Node, place: Mark) -> MappingNode:
+def with_entry(mapping: MappingNode, key: str, value: Node, mark: Mark) -> MappingNode:
     """A copy of `mapping` whose `key` is `value`."""
-    return MappingNode({**mapping.entries, key: value}, {**mapping.keys, key: place}, mapping.mark)
+    return MappingNode({**mapping.entries, key: value}, {**mapping.keys, key: mark}, mapping.mark)
 
 
 def without_entry(mapping: MappingNode, key: str) -> MappingNode:
@@ -134,15 +129,15 @@ def without_entry(mapping: MappingNode, key: str) -> MappingNode:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """`("training", "betas", 0)` as `training.betas.0`, the form that overrides take too."""
+    """`("training", "betas", 0)` as `training.betas.0`, the form of overrides."""
     return ".".join(str(step) for step in path)
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_WORD = re.compile(r"[+\-.\w]+")
+_TOKEN = re.compile(r"[+\-.\w]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _CONSTANTS: dict[str, bool | None] = {"null": None, "true": True, "false": False}
-_FOREIGN_WORDS = {
+_OTHER_SPELLINGS = {
     **dict.fromkeys(("True", "TRUE", "yes", "on"), "true"),
     **dict.fromkeys(("False", "FALSE", "no", "off"), "false"),
     **dict.fromkeys(("None", "NULL", "Null", "nil", "undefined"), "null"),
@@ -155,7 +150,7 @@ _COMMENT_HINT = "remove the comment, or write the config as .yaml, where # begin
 def parse_json(text: str, source: str) -> Node:
     """The tree of a whole JSON text.
 
-    Raises `ConfigError`: one fault for the first mistake of syntax, else one for each key given twice.
+    Raises `ConfigError` with the first syntax error, or with all duplicate keys.
     """
     scanner = _Scanner(text, source)
     node, end = scanner.value(scanner.skip(0), 0)
@@ -169,7 +164,7 @@ def parse_json(text: str, source: str) -> Node:
 
 
 class _Scanner:
-    """Recursive descent; every method takes an offset and gives the node and the offset after it."""
+    """A recursive-descent parser; each method takes an offset and returns the node and the offset after it."""
 
     def __init__(self, text: str, source: str) -> None:
         self.text = text
@@ -185,15 +180,15 @@ class _Scanner:
         return match.end()
 
     def seen(self, offset: int) -> str:
-        """What stands at `offset`, as the user sees it."""
+        """The token at `offset`, as shown in messages."""
         if offset >= len(self.text):
             return "the end of the text"
-        word = _WORD.match(self.text, offset)
-        return json.dumps(word.group()[:40] if word else self.text[offset], ensure_ascii=False)
+        token = _TOKEN.match(self.text, offset)
+        return json.dumps(token.group()[:40] if token else self.text[offset], ensure_ascii=False)
 
     def stop(self, offset: int, actual: str, expected: str, hint: str = "") -> NoReturn:
-        place = self.mark(offset)
-        raise ConfigError([Diagnostic(place.source, place.line, place.column, "", actual, expected, hint)])
+        mark = self.mark(offset)
+        raise ConfigError([Diagnostic(mark.source, mark.line, mark.column, "", actual, expected, hint)])
 
     def stop_at_comment(self, offset: int) -> None:
         if self.text.startswith(("//", "/*", "#"), offset):
@@ -216,38 +211,38 @@ class _Scanner:
         if first == '"':
             value, end = self.string(offset)
             return ScalarNode(value, self.text[offset:end], self.mark(offset)), end
-        return self.word(offset)
+        return self.token(offset)
 
-    def word(self, offset: int) -> tuple[Node, int]:
+    def token(self, offset: int) -> tuple[Node, int]:
         """A number, true, false or null."""
-        match = _WORD.match(self.text, offset)
+        match = _TOKEN.match(self.text, offset)
         if match is None:
             self.stop_at_comment(offset)
             self.stop_at_quote(offset)
             self.stop(offset, self.seen(offset), "a value: text in double quotes, a number, true, false, null, [ or {")
-        word = match.group()
-        if word in _CONSTANTS:
-            return ScalarNode(_CONSTANTS[word], word, self.mark(offset)), match.end()
-        number = _NUMBER.fullmatch(word)
+        token = match.group()
+        if token in _CONSTANTS:
+            return ScalarNode(_CONSTANTS[token], token, self.mark(offset)), match.end()
+        number = _NUMBER.fullmatch(token)
         if number is None:
-            self.stop_at_word(offset, word)
+            self.stop_at_token(offset, token)
         if number.group(1) or number.group(2):
-            return ScalarNode(float(word), word, self.mark(offset)), match.end()
-        if len(word) > 4000:  # Python refuses to convert more than 4300 digits
-            self.stop(offset, f"a number of {len(word)} digits", "a shorter number")
-        return ScalarNode(int(word), word, self.mark(offset)), match.end()
+            return ScalarNode(float(token), token, self.mark(offset)), match.end()
+        if len(token) > 4000:  # Python refuses to convert more than 4300 digits
+            self.stop(offset, f"a number of {len(token)} digits", "a shorter number")
+        return ScalarNode(int(token), token, self.mark(offset)), match.end()
 
-    def stop_at_word(self, offset: int, word: str) -> NoReturn:
-        if word.lstrip("+-").lower() in ("nan", "inf", "infinity"):
+    def stop_at_token(self, offset: int, token: str) -> NoReturn:
+        if token.lstrip("+-").lower() in ("nan", "inf", "infinity"):
             self.stop(
-                offset, word, "a finite number", "JSON has no NaN and no infinity; leave the key out for its default"
+                offset, token, "a finite number", "JSON has no NaN and no infinity; leave the key out for its default"
             )
-        if word in _FOREIGN_WORDS:
-            self.stop(offset, word, _FOREIGN_WORDS[word], f"JSON writes it {_FOREIGN_WORDS[word]}")
-        if word[0] in "+-.0123456789":
+        if token in _OTHER_SPELLINGS:
+            self.stop(offset, token, _OTHER_SPELLINGS[token], f"JSON writes it {_OTHER_SPELLINGS[token]}")
+        if token[0] in "+-.0123456789":
             hint = "write it as 0.5, 16 or 1e-5: no +, no leading zero, no _, a digit on both sides of the point"
-            self.stop(offset, word[:40], "a number", hint)
-        self.stop(offset, f"{word[:40]} without quotes", "a value", f'text stands in double quotes: "{word[:40]}"')
+            self.stop(offset, token[:40], "a number", hint)
+        self.stop(offset, f"{token[:40]} without quotes", "a value", f'put text in double quotes: "{token[:40]}"')
 
     def string(self, offset: int) -> tuple[str, int]:
         try:
@@ -264,7 +259,7 @@ class _Scanner:
             self.stop(offset, "text whose quote is never closed", 'a closing "', 'write " at its end')
         if error.msg.startswith("Invalid control"):
             if self.text[at] in "\r\n":
-                self.stop(offset, "text that runs over the end of its line", 'a closing " on the same line')
+                self.stop(offset, "text that continues past the end of its line", 'a closing " on the same line')
             name = "a tab" if self.text[at] == "\t" else f"the control character {ord(self.text[at]):#04x}"
             self.stop(at, f"{name} inside text", f"its escape, {json.dumps(self.text[at])[1:-1]}")
         back = self.text.rfind("\\", offset, at + 1)
@@ -286,13 +281,13 @@ class _Scanner:
         keys: dict[str, Mark] = {}
         offset = self.skip(opened + 1)
         while not self.text.startswith("}", offset):
-            place = self.mark(offset)
+            mark = self.mark(offset)
             key, offset = self.key(opened, offset)
             entry, offset = self.value(offset, level + 1)
             if key in keys:
-                self.repeated.append(repeated_key(key, keys[key], place))
+                self.repeated.append(repeated_key(key, keys[key], mark))
             else:
-                entries[key], keys[key] = entry, place
+                entries[key], keys[key] = entry, mark
             offset = self.separator(opened, offset, "}")
         return MappingNode(entries, keys, self.mark(opened)), offset + 1
 
@@ -302,8 +297,8 @@ class _Scanner:
         if self.text[offset] != '"':
             self.stop_at_comment(offset)
             self.stop_at_quote(offset)
-            word = _WORD.match(self.text, offset)
-            hint = f'keys stand in double quotes: "{word.group()[:40]}"' if word else ""
+            token = _TOKEN.match(self.text, offset)
+            hint = f'put keys in double quotes: "{token.group()[:40]}"' if token else ""
             self.stop(offset, self.seen(offset), 'a key in double quotes, or "}"', hint)
         key, end = self.string(offset)
         colon = self.skip(end)
@@ -319,7 +314,7 @@ class _Scanner:
             return offset
         if self.text[offset] != ",":
             self.stop_at_comment(offset)
-            actual, hint = f"{self.seen(offset)} after a value", "entries are parted by commas"
+            actual, hint = f"{self.seen(offset)} after a value", "separate entries by commas"
             if self.text[offset] in "]}":
                 hint = f'the "{self.text[opened]}" of line {self.mark(opened).line} is still open'
             self.stop(offset, actual, f'a comma or "{closing}"', hint)
@@ -337,8 +332,8 @@ class _Scanner:
 
 
 def repeated_key(key: str, first: Mark, again: Mark) -> Diagnostic:
-    """The fault of a key that stands twice in one mapping."""
+    """The diagnostic for a duplicate key of one mapping."""
     actual = f"the key {json.dumps(key, ensure_ascii=False)} a second time"
     return Diagnostic(
-        again.source, again.line, again.column, key, actual, "each key once", f"it stands in line {first.line} too"
+        again.source, again.line, again.column, key, actual, "each key once", f"it is also in line {first.line}"
     )

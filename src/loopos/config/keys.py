@@ -1,12 +1,7 @@
-"""What a key of a config may be: the types of values, by their unit, and what all sections share.
+"""Types of config values by unit, what all sections share, and the strategies of answer selection.
 
-Enters: plain values. Leaves: checked ones; pydantic's errors rise and `wording` puts them into words. Types are strict:
-a whole number is not taken from true, "16" or 16.0. Left out: the keys themselves (`sections.py`).
-
-How an answer is made of chains of reasoning: the names that configs and the command line give.
-
-Enters: one word such as "self_consistency:8". Leaves: a `Strategy`. Left out: the strategies themselves
-(`generation.search`).
+Types are strict: a whole number is not accepted as true, "16" or 16.0. pydantic's errors are raised here; `wording`
+turns them into messages.
 """
 
 from __future__ import annotations
@@ -58,11 +53,11 @@ BuiltInMetric: TypeAlias = Literal[
 
 
 OWN_METRICS = "own_metrics"
-"""Key of the context of validation: the names of the metrics that a Python program brings along."""
+"""Key of the validation context: the names of metrics that a Python program adds."""
 
 
 def _or_own(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-    """The name of such a metric as it is; anything else for the type to judge."""
+    """Accept the name of an added metric; leave any other value to the type."""
     own = (info.context or {}).get(OWN_METRICS, ())
     return value if isinstance(value, str) and value in own else handler(value)
 
@@ -83,28 +78,28 @@ METRICS: dict[Task, tuple[BuiltInMetric, ...]] = {
 """The metrics of each task."""
 
 ALSO_UNDER_DATA = ("shuffle", "num_workers", "prefetch_batches", "max_length")
-"""Keys of `training` that the guide's configs have under `data`; taken there too."""
+"""Keys of `training` that are also accepted under `data`."""
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(value: object) -> object:
-    """ "90s", "30m" and "2h" as seconds; anything else as it is, for the type to judge."""
+    """Convert "90s", "30m" and "2h" to seconds; leave any other value to the type."""
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     return float(match.group(1)) * _SECONDS[match.group(2)] if match else value
 
 
 def _warmup(value: object) -> object:
-    """Whole steps as int, a share as float; 1.0 and 10.0 would be either, and are refused."""
+    """Whole steps as int, a fraction as float; 1.0 and 10.0 are ambiguous and refused."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or (isinstance(value, float) and value != 0 and not 0 < value < 1):
-        raise ValueError("neither steps nor a share")
+        raise ValueError("neither steps nor a fraction")
     return value
 
 
 Count: TypeAlias = Annotated[int, Field(ge=1)]
-Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 ClassWeights: TypeAlias = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
 Duration: TypeAlias = Annotated[
@@ -129,12 +124,12 @@ Warmup: TypeAlias = Annotated[
 ]
 
 
-Place: TypeAlias = Annotated[Text, AfterValidator(expanded)]
-"""What may be a path: "~" is the home folder, as in a shell."""
+Location: TypeAlias = Annotated[Text, AfterValidator(expanded)]
+"""A path, hub id or built-in name; a leading "~" is the home folder, as in a shell."""
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, strict types, no NaN or infinity."""
+    """Base of all sections: frozen, no unknown keys, strict types, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -145,7 +140,7 @@ EXAMPLES = ("single", "self_consistency:8", "best_of_n:4", "step_beam:2x4")
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """`chains`: sampled for each problem (single: 1); of a step beam search `beams` go on, each with `candidates`."""
+    """How an answer is selected: `chains` sampled per problem, or a step beam search of `beams` × `candidates`."""
 
     kind: Literal["single", "self_consistency", "best_of_n", "step_beam"] = "single"
     chains: int = 1
@@ -154,10 +149,10 @@ class Strategy:
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """The strategy of a name. Raises ValueError for another form."""
+        """Parse a name such as "self_consistency:8". Raises ValueError for any other form."""
         found = STRATEGY.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no strategy; expected one like {', '.join(EXAMPLES)}")
+            raise ValueError(f"{text!r} is not a strategy; expected for example {', '.join(EXAMPLES)}")
         kind, samples, beams, candidates = found.groups()
         if beams:
             return cls("step_beam", int(beams) * int(candidates), int(beams), int(candidates))

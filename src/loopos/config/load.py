@@ -1,13 +1,7 @@
-"""A config file and overrides to the frozen config of its method, or to every fault at once.
+"""Load a config file and overrides into the frozen config of its method; `schema` is its JSON Schema.
 
-Enters: a path, `key.path=value` words, and the table of methods. Leaves: `LoadedConfig`, or `ConfigError`. Faults of
-syntax come alone; else those of single keys, of keys together and of files come in one list, by line. Left out: running
-the method. Nothing heavy is imported.
-
-The JSON Schema of a config, for people, scripts and editors.
-
-Enters: the config class of a method. Leaves: a schema (draft 2020-12) with titles, descriptions and defaults. Left out:
-what only several keys together can tell; `load` checks that.
+`load` returns a `LoadedConfig` or raises `ConfigError`. Syntax errors are reported by themselves; otherwise one list
+holds every diagnostic, ordered by line: of single keys, of key combinations and of files. No heavy import.
 """
 
 from __future__ import annotations
@@ -55,7 +49,7 @@ _MOST_REPAIRS = 6
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A valid config, the path and text it was read from (before overrides), and sentences that the user should see."""
+    """A valid config, the path and text it was read from (before overrides), and notes to show to the user."""
 
     config: MethodConfig
     path: str
@@ -73,11 +67,11 @@ def load(
 ) -> LoadedConfig:
     """Read, override and check a config: a file, or its sections as a mapping.
 
-    `methods` gives the config class of each (mode, method). With `check_files` false, files that the config names need
-    not be there (a finished run is opened without its training data). own_metrics: names that metrics may have beside
-    ours. Raises `ConfigError` with every fault, by line, those of the command line last.
+    `methods` maps (mode, method) to a config class. With `check_files` false, the files that the config names may be
+    missing (a finished run opens without its training data). `own_metrics` are metric names allowed besides the
+    built-in ones. Raises `ConfigError` with every diagnostic by line, those of the command line last.
     """
-    assert methods, "a table of methods has at least one row"
+    assert methods, "at least one method is required"
     source, root, alias_notes = _read(path, overrides)
     root, renamed, diagnostics = _moved_to_training(root)
     row, method_diagnostics = _choose(root, methods)
@@ -96,7 +90,8 @@ def load(
 def method_config_class(
     path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str], methods: Methods
 ) -> tuple[type[MethodConfig], MappingNode]:
-    """The config class of the method that a config names, and its tree with the overrides; keys are not checked.
+    """The config class of the method that a config names, and the config tree with overrides; keys are not checked.
+
     Raises `ConfigError` where the file cannot be read or names no method.
     """
     _, root, _ = _read(path, overrides)
@@ -109,20 +104,20 @@ def method_config_class(
 def _read(
     path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]
 ) -> tuple[Source, MappingNode, list[str]]:
-    """A config's source, its tree with the overrides, and the note where its method has another name."""
+    """The source of a config, its tree with overrides, and a note if its method is an alias."""
     source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
     tool = tool_of(source.root)
     if tool is not None:
-        sentence = f"a config of {tool}, which LoopOS does not read"
-        raise ConfigError([Diagnostic(source.path, None, None, "", sentence, "", translated(source.root, tool).text)])
+        message = f"a config of {tool}, which LoopOS does not read"
+        raise ConfigError([Diagnostic(source.path, None, None, "", message, "", translated(source.root, tool).text)])
     root, notes = _with_own_method(without_entry(apply_overrides(source.root, overrides), "$schema"))
     return source, root, notes
 
 
 def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
-    """Override and check a config that names no method of training: one kind of recipe, whose keys stand at the top.
+    """Override and check a recipe: a config without a training method, with its keys at the top level.
 
-    Raises `ConfigError` with every fault, as `load` does.
+    Raises `ConfigError` with every diagnostic, as `load` does.
     """
     root = without_entry(apply_overrides(source.root, overrides), "$schema")
     config, diagnostics = _validated(recipe_class, root, {}, set(), check_files=True)
@@ -145,9 +140,9 @@ def _diagnostic_at(root: MappingNode, path: Path, field: str, actual: str, expec
 
 
 def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], list[Diagnostic]]:
-    """`root` with the keys that may stand under `data` too under `training`, and the names they had.
+    """Move the keys that `data` may hold too to `training`; also returns new name → name that the user wrote.
 
-    Where both are given, the command line wins over the file; two different values of one source are a fault.
+    If both sections have a key, the command line wins over the file; two different values from one source are an error.
     """
     data = as_mapping(root, "data")
     training = as_mapping(root, "training")
@@ -159,15 +154,15 @@ def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], 
     for key in ALSO_UNDER_DATA:
         if key not in data.entries:
             continue
-        moved, kept = data.entries[key], training.entries.get(key)
-        place = data.keys[key]
+        value, current = data.entries[key], training.entries.get(key)
+        key_mark = data.keys[key]
         data = without_entry(data, key)
-        if kept is None or (moved.mark.source == COMMAND_LINE != kept.mark.source):
-            training = with_entry(training, key, moved, place)
+        if current is None or (value.mark.source == COMMAND_LINE != current.mark.source):
+            training = with_entry(training, key, value, key_mark)
             renamed[f"training.{key}"] = f"data.{key}"
-        elif moved.mark.source == kept.mark.source and json.dumps(plain(moved)) != json.dumps(plain(kept)):
-            mark = moved.mark
-            actual = f"{shown(moved, with_kind=False)}, but training.{key} is {shown(kept, with_kind=False)}"
+        elif value.mark.source == current.mark.source and json.dumps(plain(value)) != json.dumps(plain(current)):
+            mark = value.mark
+            actual = f"{shown(value, with_kind=False)}, but training.{key} is {shown(current, with_kind=False)}"
             diagnostics.append(
                 Diagnostic(
                     mark.source, mark.line, mark.column, f"data.{key}", actual, "one value", "remove one of the two"
@@ -179,7 +174,7 @@ def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], 
 
 
 def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
-    """`root` with a method that goes by another name under its own, and the sentence that says so."""
+    """Replace an alias of a method by the method's own name; also returns a note that says so."""
     computation = as_mapping(root, "computation")
     node = None if computation is None else computation.entries.get("method")
     if computation is None or not isinstance(node, ScalarNode) or node.value not in METHOD_ALIASES:
@@ -191,7 +186,7 @@ def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
 
 
 def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Diagnostic]]:
-    """The row of the table that the config means, also where it has to be guessed, and the faults of its names."""
+    """The (mode, method) that the config names, or one guessed from close names, and diagnostics of the names."""
     modes = list(dict.fromkeys(mode for mode, _ in methods))
     mode, method = (find(root, ("computation", key)) for key in ("mode", "method"))
     mode_name = mode.value if isinstance(mode, ScalarNode) else None
@@ -207,7 +202,7 @@ def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None
     if isinstance(method_name, str) and method_name not in names:
         advice = method_advice(method_name)
         if advice is not None:
-            # Faults of a method that is not meant would only be in the way.
+            # Checking the keys of a guessed method would only add noise here.
             return None, [*diagnostics, _name_diagnostic(root, "method", method_name, names, advice[0])]
     if isinstance(method_name, str):
         close = [method_name] if method_name in names else close_matches(method_name, names)
@@ -237,7 +232,7 @@ def _name_diagnostic(root: MappingNode, key: str, name: str, allowed: Sequence[s
 
 
 def _missing_method(root: MappingNode, names: Sequence[str]) -> list[Diagnostic]:
-    """The fault of a method that is not named at all, or not by text, and that cannot be guessed."""
+    """The diagnostic for a method that is missing, or not text, and cannot be guessed."""
     node = find(root, ("computation", "method"))
     actual = "nothing" if node is None else shown(node, with_kind=True)
     expected = f"one of {', '.join(json.dumps(name) for name in names)}"
@@ -249,28 +244,28 @@ def _validated(
     config_class: type[MethodConfig],
     root: MappingNode,
     renamed: Mapping[str, str],
-    told: set[str],
+    reported: set[str],
     check_files: bool,
     context: Mapping[str, Any] | None = None,
 ) -> tuple[MethodConfig | None, list[Diagnostic]]:
-    """The config, if its shape is valid, and all faults; `told` are fields whose fault is known already."""
+    """The config, if it is valid, and all diagnostics; `reported` are fields that already have one."""
     values = plain(root)
     assert isinstance(values, dict)
     diagnostics: list[Diagnostic] = []
-    faulty: set[str] = set(told)
+    faulty: set[str] = set(reported)
     config: MethodConfig | None = None
     try:
         config = config_class.model_validate(values, context=context)
-        whole: MethodConfig | None = config
+        checkable: MethodConfig | None = config
     except ValidationError as error:
         schema = _schema_of(config_class)
         described = diagnostics_of(error, root, schema, renamed)
-        diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in told)
+        diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
-        whole = _repaired(config_class, values, schema, context)
-    if whole is not None:
-        findings = [*whole.check(), *(whole.check_files() if check_files else ())]
-        diagnostics.extend(_placed(findings, root, faulty, renamed))
+        checkable = _repaired(config_class, values, schema, context)
+    if checkable is not None:
+        problems = [*checkable.check(), *(checkable.check_files() if check_files else ())]
+        diagnostics.extend(_located(problems, root, faulty, renamed))
     return config, diagnostics
 
 
@@ -282,9 +277,9 @@ def _schema_of(config_class: type[MethodConfig]) -> Schema:
 def _repaired(
     config_class: type[MethodConfig], values: dict[str, Plain], schema: Schema, context: Mapping[str, Any] | None
 ) -> MethodConfig | None:
-    """A valid config from the valid values alone, so that the checks of several keys can run too.
+    """A valid config from only the valid values, so that the checks of key combinations can run too.
 
-    Faulty keys take their defaults, missing ones a stand-in; what was found through either is not reported.
+    Invalid keys take their defaults, missing ones a stand-in value; problems that involve either are not reported.
     """
     values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
     for _ in range(_MOST_REPAIRS):
@@ -315,27 +310,27 @@ def _stand_in(schema: Schema, section: str, key: str) -> Plain:
     return 1 if field.get("type") in ("integer", "number") else "stand-in"
 
 
-def _placed(
-    findings: Sequence[Problem], root: MappingNode, faulty: set[str], renamed: Mapping[str, str]
+def _located(
+    problems: Sequence[Problem], root: MappingNode, faulty: set[str], renamed: Mapping[str, str]
 ) -> Iterator[Diagnostic]:
-    """Findings as faults, without those that rest on a faulty key."""
-    for finding in findings:
-        names = [(field, tuple(field.split("."))) for field in finding.fields]
+    """Problems as diagnostics with a location, without those that involve an invalid key."""
+    for problem in problems:
+        names = [(field, tuple(field.split("."))) for field in problem.fields]
         if any(".".join(path[:2]) in faulty or path[0] in faulty for _, path in names):
             continue
         written = next((path for _, path in names if find(root, path) is not None), names[0][1])
-        field = renamed.get(finding.fields[0], finding.fields[0])
-        yield _diagnostic_at(root, written, field, finding.actual, finding.expected, finding.hint)
+        field = renamed.get(problem.fields[0], problem.fields[0])
+        yield _diagnostic_at(root, written, field, problem.actual, problem.expected, problem.hint)
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema(config_class: type[MethodConfig]) -> dict[str, Any]:
-    """The schema of `config_class`.
+    """The JSON Schema (draft 2020-12) of `config_class`, with titles, descriptions and defaults.
 
-    It allows what `load` allows beyond the fields: "$schema" at the top, by which editors find this schema, and under
-    `data` those keys of `training` that the guide's configs have there.
+    Beyond the fields it allows what `load` allows: "$schema" at the top level, by which editors find the schema, and
+    `ALSO_UNDER_DATA` under `data`. Constraints between keys are only checked by `load`.
     """
     described: dict[str, Any] = config_class.model_json_schema()
     properties = described["properties"]

@@ -1,11 +1,6 @@
-"""What the keys of a merge's recipe must not contradict.
+"""The recipe of a merge (`MergeConfig`) and the checks across its keys.
 
-Enters: a recipe, each key of it valid by itself. Leaves: `Problem`s. Left out: single keys (`merge`), the models.
-
-The recipe of a merge: models, method, its parameters, and what they must not contradict.
-
-Enters: plain values. Leaves: `MergeConfig`, and `Problem`s for contradictions between keys and for missing files. Left
-out: what only the models can tell (shapes, vocabularies, labels), and the methods (`deploy.merging.methods`).
+Checks that need the models (shapes, vocabularies, labels) are made in `merging`.
 """
 
 from __future__ import annotations
@@ -21,20 +16,20 @@ from pydantic import BeforeValidator, Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.json_text import MappingNode
-from loopos.config.keys import Place, Section, Text
+from loopos.config.keys import Location, Section, Text
 from loopos.config.paths import RECIPE, check_output_folder, check_rows, check_weights
 from loopos.config.sections import MethodConfig
 
 LayerValues: TypeAlias = float | list[float]
-"""A number, or anchors of it that are spread over the layers."""
+"""A number, or anchor values interpolated over the layers."""
 WITHOUT_BASE = ("linear", "greedy_soup", "slerp", "passthrough")
-"""Methods that have no use for a base model."""
+"""Methods that do not use a base model."""
 ELECTING = ("ties", "dare_ties", "della", "breadcrumbs_ties")
-"""Methods that elect signs; their weights are normalized unless the recipe says otherwise, as those of averages are."""
+"""Methods that elect signs; like averages, they normalize weights by default."""
 
 
 def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
-    """Every contradiction."""
+    """All checks of a recipe."""
     yield from _check_number(recipe)
     yield from _check_base(recipe)
     yield from _check_layers(recipe)
@@ -55,7 +50,7 @@ def _check_number(recipe: MergeConfig) -> Iterator[Problem]:
 
 def _check_base(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.base is None and recipe.method not in WITHOUT_BASE and recipe.result == "model":
-        hint = "the model that the others were trained from: its weights are what their changes are counted from"
+        hint = "the base is the model that the others were fine-tuned from; deltas are relative to its weights"
         yield Problem(("base", "method"), f"nothing with {recipe.method}", "a base model", hint)
 
 
@@ -65,14 +60,14 @@ def _check_layers(recipe: MergeConfig) -> Iterator[Problem]:
         if each.layers is not None and recipe.method != "passthrough":
             yield Problem((field, "method"), f"layers with {recipe.method}", "method passthrough, or no layers")
         elif each.layers is not None and each.layers[0] >= each.layers[1]:
-            expected = "[first, one after the last], as in [0, 12]"
-            yield Problem((field,), f"[{each.layers[0]}, {each.layers[1]}], which holds no layer", expected)
+            expected = "[first, one after the last], for example [0, 12]"
+            yield Problem((field,), f"[{each.layers[0]}, {each.layers[1]}], which contains no layer", expected)
 
 
 def _check_weights(recipe: MergeConfig) -> Iterator[Problem]:
     actual = [number for number, each in enumerate(recipe.models) if each.weight != 1.0]
     if recipe.method in ("slerp", "model_stock", "passthrough", "greedy_soup"):
-        instead = {"slerp": "t says where between the two", "passthrough": "layers are copied"}
+        instead = {"slerp": "t sets the position between the two", "passthrough": "layers are copied"}
         for number in actual:
             expected = "no weight: " + instead.get(recipe.method, "the method weighs the models itself")
             yield Problem((f"models.{number}.weight", "method"), f"a weight with {recipe.method}", expected)
@@ -83,7 +78,7 @@ def _check_weights(recipe: MergeConfig) -> Iterator[Problem]:
 
 
 def _total(method: str, weights: list[LayerValues]) -> float:
-    """What weights are divided by: their sum, and where signs are elected that of their sizes."""
+    """The divisor of the weights: their sum, or the sum of their absolute values for methods that elect signs."""
     numbers = [weight for weight in weights if isinstance(weight, float)]
     return sum(map(abs, numbers) if method in ELECTING else numbers)
 
@@ -91,16 +86,16 @@ def _total(method: str, weights: list[LayerValues]) -> float:
 def _check_della(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.method not in ("della", "della_linear"):
         return
-    for where, each in _spots(recipe):
+    for prefix, each in _sections(recipe):
         density = each.density if each.density is not None else recipe.density
         epsilon = each.epsilon if each.epsilon is not None else recipe.epsilon
         widest = max(_values(epsilon))
-        for kept in _values(density):
-            most = 2 * min(kept, 1 - kept)
+        for fraction in _values(density):
+            most = 2 * min(fraction, 1 - fraction)
             if widest > most + 1e-12:
-                fields = (f"{where}epsilon", f"{where}density")
-                expected = f"at most {most:g}: drop probabilities {1 - kept:g} ± epsilon/2 lie from 0 to 1"
-                yield Problem(fields, f"{widest:g} with density {kept:g}", expected)
+                fields = (f"{prefix}epsilon", f"{prefix}density")
+                expected = f"at most {most:g}: drop probabilities {1 - fraction:g} ± epsilon/2 lie from 0 to 1"
+                yield Problem(fields, f"{widest:g} with density {fraction:g}", expected)
                 break
 
 
@@ -125,21 +120,21 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
 def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Problem]:
     if not recipe.method.startswith("breadcrumbs"):
         return
-    for where, each in _spots(recipe):
+    for prefix, each in _sections(recipe):
         small = max(_values(recipe.drop_smallest if each.drop_smallest is None else each.drop_smallest))
         large = max(_values(recipe.drop_largest if each.drop_largest is None else each.drop_largest))
         if small + large >= 1:
-            fields = (f"{where}drop_smallest", f"{where}drop_largest")
-            yield Problem(fields, f"{small:g} and {large:g}", "shares that sum to less than 1")
+            fields = (f"{prefix}drop_smallest", f"{prefix}drop_largest")
+            yield Problem(fields, f"{small:g} and {large:g}", "fractions that sum to less than 1")
 
 
 def _check_rest(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.method == "greedy_soup" and recipe.validation_data is None:
-        hint = "a file of rows by which each step is judged; other rows than those of the report"
-        yield Problem(("validation_data", "method"), "nothing with greedy_soup", "rows to choose by", hint)
+        hint = "each step is evaluated on these rows; use other rows than for the report"
+        yield Problem(("validation_data", "method"), "nothing with greedy_soup", "validation rows", hint)
     if recipe.tokenizer == "base" and recipe.base is None:
         yield Problem(("tokenizer", "base"), '"base" without a base model', "a base model, or another tokenizer")
-    elif recipe.tokenizer not in ("first", "base", "union", *recipe.places):
+    elif recipe.tokenizer not in ("first", "base", "union", *recipe.model_paths):
         yield Problem(("tokenizer",), f'"{recipe.tokenizer}"', '"first", "base", "union" or a model of the recipe')
     if recipe.tokenizer == "union" and recipe.method == "passthrough":
         yield Problem(
@@ -147,19 +142,19 @@ def _check_rest(recipe: MergeConfig) -> Iterator[Problem]:
         )
     if recipe.result == "adapter" and recipe.method not in ("linear", "task_arithmetic"):
         actual = f'"adapter" with {recipe.method}'
-        hint = 'it needs whole deltas, which are of no low rank: write "result": "model" and merge them into the base'
+        hint = 'it needs full-rank deltas: write "result": "model" and merge them into the base'
         yield Problem(("result", "method"), actual, "method linear or task_arithmetic", hint)
 
 
 def check_overwriting(folder: str) -> Iterator[Problem]:
-    """A folder that something else than a merge has written is never replaced."""
+    """Refuse to replace a folder that was not written by a merge."""
     if os.path.isdir(folder) and os.listdir(folder) and not _holds_merge(folder):
-        actual = f'"{folder}", which holds files of something else than a merge'
-        yield Problem(("output_dir",), actual, "a new folder, or that of an earlier merge", "choose another name")
+        actual = f'"{folder}", which contains files that no merge wrote'
+        yield Problem(("output_dir",), actual, "a new folder, or the folder of an earlier merge", "choose another name")
 
 
-def _spots(recipe: MergeConfig) -> Iterator[tuple[str, MergeConfig | PatternSection]]:
-    """The recipe itself and each of its patterns, with what the names of their keys begin with."""
+def _sections(recipe: MergeConfig) -> Iterator[tuple[str, MergeConfig | PatternSection]]:
+    """The recipe and each of its patterns, with the prefix of their key names."""
     yield "", recipe
     for number, pattern in enumerate(recipe.patterns):
         yield f"patterns.{number}.", pattern
@@ -170,7 +165,7 @@ def _values(value: LayerValues) -> list[float]:
 
 
 def _holds_merge(folder: str) -> bool:
-    """Whether the recipe in a folder is a merge's: pruned, joined and exported models have one too."""
+    """Whether the recipe in a folder is of a merge; pruned, ensemble and exported models have one too."""
     try:
         with open(os.path.join(folder, RECIPE), encoding="utf-8") as file:
             recipe = json.load(file)
@@ -217,19 +212,19 @@ Below: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Weights: TypeAlias = Finite | Annotated[list[Finite], Field(min_length=1)]
 Units: TypeAlias = Unit | Annotated[list[Unit], Field(min_length=1)]
 Densities: TypeAlias = Density | Annotated[list[Density], Field(min_length=1)]
-Shares: TypeAlias = Below | Annotated[list[Below], Field(min_length=1)]
+Fractions: TypeAlias = Below | Annotated[list[Below], Field(min_length=1)]
 
 
 def _named(value: object) -> object:
-    """A model given by its name alone, as a section."""
+    """A model written as only its name, as a section."""
     return {"model": value} if isinstance(value, str) else value
 
 
 class MergedModel(Section):
-    """One of the models that are merged."""
+    """One of the models to merge."""
 
-    model: Place = Field(description="run, model folder, weights file, adapter folder, embedded model or hub id")
-    weight: Weights = Field(default=1.0, description="factor of the model; a list is spread over the layers")
+    model: Location = Field(description="run, model folder, weights file, adapter folder, embedded model or hub id")
+    weight: Weights = Field(default=1.0, description="factor of the model; a list is interpolated over the layers")
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = Field(
         default=None, description="passthrough: layers taken, [first, one after the last]; all of them when absent"
     )
@@ -239,7 +234,7 @@ Entry: TypeAlias = Annotated[MergedModel, BeforeValidator(_named, json_schema_in
 
 
 class PatternSection(Section):
-    """Values of their own for the tensors whose names match; keys that are absent keep the recipe's."""
+    """Values for the tensors whose names match; absent keys use the recipe's values."""
 
     tensors: Text = Field(description='names of tensors: a glob such as "*.mlp.*", or "re:" and a regular expression')
     weights: Annotated[list[Weights], Field(min_length=1)] | None = Field(
@@ -248,50 +243,50 @@ class PatternSection(Section):
     t: Units | None = Field(default=None, description="as the recipe's t")
     scale: Weights | None = Field(default=None, description="as the recipe's scale")
     density: Densities | None = Field(default=None, description="as the recipe's density")
-    epsilon: Shares | None = Field(default=None, description="as the recipe's epsilon")
-    drop_smallest: Shares | None = Field(default=None, description="as the recipe's drop_smallest")
-    drop_largest: Shares | None = Field(default=None, description="as the recipe's drop_largest")
+    epsilon: Fractions | None = Field(default=None, description="as the recipe's epsilon")
+    drop_smallest: Fractions | None = Field(default=None, description="as the recipe's drop_smallest")
+    drop_largest: Fractions | None = Field(default=None, description="as the recipe's drop_largest")
 
 
 class MergeConfig(MethodConfig):
-    """Everything that a merge is told. A list in the place of a number is spread over the layers, first to last."""
+    """Recipe of a merge. A list instead of a number is interpolated over the layers, first to last."""
 
     method: MergeMethod = Field(description="how tensors are merged")
     models: Annotated[list[Entry], Field(min_length=1)] = Field(description="the models, in order")
-    output_dir: Place = Field(description="folder to write")
-    base: Place | None = Field(default=None, description="model that the others were trained from")
-    description: str = Field(default="", description="free text, for people")
-    t: Units = Field(default=0.5, description="slerp: where between the first model (0) and the second (1)")
+    output_dir: Location = Field(description="folder to write")
+    base: Location | None = Field(default=None, description="model that the others were fine-tuned from")
+    description: str = Field(default="", description="free text")
+    t: Units = Field(default=0.5, description="slerp: position between the first model (0) and the second (1)")
     scale: Weights = Field(default=1.0, description="factor λ on the merged change, before the base is added")
     density: Densities = Field(default=0.5, description="ties, dare, della: share of each delta's elements kept")
-    epsilon: Shares = Field(default=0.1, description="della: width of the window of drop probabilities")
-    drop_smallest: Shares = Field(default=0.85, description="breadcrumbs: share of elements dropped as negligible")
-    drop_largest: Shares = Field(default=0.01, description="breadcrumbs: share of elements dropped as outliers")
+    epsilon: Fractions = Field(default=0.1, description="della: width of the window of drop probabilities")
+    drop_smallest: Fractions = Field(default=0.85, description="breadcrumbs: share of elements dropped as negligible")
+    drop_largest: Fractions = Field(default=0.01, description="breadcrumbs: share of elements dropped as outliers")
     normalize: bool | None = Field(
         default=None,
-        description="divide by the sum of the weights; when absent, as the method's paper: averages and elections do",
+        description="divide by the sum of the weights; when absent, as in the method's paper",
     )
     patterns: list[PatternSection] = Field(
-        default_factory=list, description="values for tensors by name; the first that matches counts"
+        default_factory=list, description="values for tensors by name; the first match applies"
     )
-    tokenizer: Place = Field(
+    tokenizer: Location = Field(
         default="first",
-        description='whose tokenizer the result gets: "first", "base", a model of the recipe; or "union" of all tokens',
+        description='tokenizer of the result: "first", "base", a model of the recipe; or "union" of all tokens',
     )
     result: Literal["model", "adapter"] = Field(
-        default="model", description="adapter: adapters alone, summed exactly into one by joining their ranks"
+        default="model", description="adapter: only adapters, summed exactly by concatenating their ranks"
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="number format of the result; that of the first model when auto"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="start of all random numbers")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of all random numbers")
     shard_gigabytes: Annotated[float, Field(gt=0)] = Field(default=5.0, description="largest file of weights (GB)")
-    validation_data: Place | None = Field(default=None, description="greedy_soup: rows by which models are chosen")
+    validation_data: Location | None = Field(default=None, description="greedy_soup: rows for selecting models")
     metric: Text | None = Field(
-        default=None, description="greedy_soup: metric to keep; accuracy, pair_accuracy, mae or loss when absent"
+        default=None, description="greedy_soup: metric to improve; accuracy, pair_accuracy, mae or loss when absent"
     )
-    evaluate: list[Place] = Field(
-        default_factory=list, description="rows on which all models and the result are measured"
+    evaluate: list[Location] = Field(
+        default_factory=list, description="rows on which all models and the result are evaluated"
     )
 
     @property
@@ -300,8 +295,8 @@ class MergeConfig(MethodConfig):
         return self.method in _NORMALIZED if self.normalize is None else self.normalize
 
     @property
-    def places(self) -> list[str]:
-        """Where the models are, the base last if there is one."""
+    def model_paths(self) -> list[str]:
+        """Paths or ids of the models, then of the base if there is one."""
         return [each.model for each in self.models] + ([self.base] if self.base is not None else [])
 
     def check(self) -> Iterator[Problem]:
@@ -319,26 +314,26 @@ class MergeConfig(MethodConfig):
             if value is not None:
                 yield from check_rows(field, value, EXAMPLE_ROW)
         yield from check_output_folder("output_dir", self.output_dir)
-        for place in self.places:
-            if os.path.isdir(place) and checks.same_path(place, self.output_dir):
+        for path in self.model_paths:
+            if os.path.isdir(path) and checks.same_path(path, self.output_dir):
                 yield Problem(("output_dir",), f'"{self.output_dir}", one of the models', "another folder")
         yield from check_overwriting(self.output_dir)
 
     def notes(self) -> list[str]:
         fields = type(self).model_fields
-        summary = [
+        notes = [
             f"{name} has no effect: the method is {self.method}"
             for name, methods in _USES.items()
             if self.method not in methods and getattr(self, name) != fields[name].default
         ]
         if self.base is not None and self.method in WITHOUT_BASE and self.tokenizer != "base" and not self._adapters():
-            summary.append(f"base has no effect: the method is {self.method}")
-        return summary
+            notes.append(f"base has no effect: the method is {self.method}")
+        return notes
 
     def _adapters(self) -> bool:
         return any(os.path.isfile(os.path.join(each.model, "adapter_config.json")) for each in self.models)
 
 
 def is_merge_recipe(root: MappingNode) -> bool:
-    """Whether the tree of a config file is a merge's recipe: it names models, and no method of training."""
+    """Whether the tree of a config file is a merge recipe: it has models and no computation section."""
     return "models" in root.entries and "computation" not in root.entries

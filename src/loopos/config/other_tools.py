@@ -1,12 +1,7 @@
-"""Names of methods and keys in other tools, and what they are here.
+"""Methods, keys and whole configs of other tools, and their counterparts in LoopOS.
 
-Enters: the name of a method or a key, as TRL, Axolotl, LLaMA-Factory or a paper has it. Leaves: LoopOS's own name, or a
-sentence on what there is instead. Left out: whole configs of other tools (`foreign_configs`).
-
-Configs of other tools: recognized by their keys, and written as configs of LoopOS as far as there are counterparts.
-
-Enters: the tree of a config file. Leaves: the tool that it is of (TRL, whose trainers take transformers'
-TrainingArguments; Axolotl; LLaMA-Factory), and a `Translation`. Left out: names of single keys (`other_tools`).
+Configs of TRL (transformers' TrainingArguments), Axolotl and LLaMA-Factory are recognized by their keys and translated
+as far as there are counterparts (`Translation`).
 """
 
 from __future__ import annotations
@@ -19,7 +14,7 @@ from typing import Any
 from loopos.config.json_text import MappingNode, Plain, plain
 
 METHOD_ALIASES = {"sft": "chain_of_thought"}
-"""Other names under which a method may be asked for."""
+"""Aliases of methods."""
 
 _SAME_METHOD = {
     "sft": "supervised supervised_fine_tuning supervised_finetuning instruction_tuning instruct chat chat_sft",
@@ -83,9 +78,7 @@ OTHER_KEYS = {other: key for key, others in _NAMES.items() for other in others.s
 
 
 def method_advice(name: str) -> tuple[str, bool] | None:
-    """What there is for a method that another tool calls `name`: the advice, and whether the method exists here under
-    another name. None for a name that no tool uses.
-    """
+    """Advice for another tool's method name, and whether LoopOS has the method; None for an unknown name."""
     folded = name.lower().replace("-", "_").removesuffix("_trainer").removesuffix("trainer")
     if folded in METHOD_ALIASES:
         return f'write "{folded}"', True
@@ -96,9 +89,9 @@ def method_advice(name: str) -> tuple[str, bool] | None:
     upper = name.upper()
     kind = _KINDS.get(folded)
     if kind == "preference":
-        return f'{upper} is not available; preferences are learned with "rlhf" ("reward_model", then "ppo")', False
+        return f'{upper} is not available; train on preferences with "rlhf" ("reward_model", then "ppo")', False
     if kind == "reward":
-        return f'{upper} is not available; rewards, a model\'s or of functions, are learned from with "ppo"', False
+        return f'{upper} is not available; a policy learns from rewards of a model or of functions with "ppo"', False
     if kind == "adapter":
         return 'adapters go with any method: "training": {"trainable": "lora"}', False
     return None
@@ -126,16 +119,17 @@ _SIGNS: Mapping[str, str] = {
 _SIGNATURES = {tool: frozenset(signs.split()) for tool, signs in _SIGNS.items()}
 _FEWEST_SIGNS = 2
 _OPTIONS = {"trust_remote_code": "--trust-remote-code", "resume_from_checkpoint": "--resume", "dataset_dir": "the path"}
-"""Keys that are no setting here, and what stands for them."""
+"""Keys without a setting here, and the option that replaces them."""
 _NOTHING: tuple[object, ...] = (None, False, "", "none", "no", "steps", [], {})
-"""Values that ask for nothing: their keys need no counterpart."""
+"""Values without effect: their keys need no counterpart."""
 _OWN_SECTIONS = ("model", "computation", "training", "data")
 
 
 @dataclass
 class Translation:
-    """A config of another tool: which one's, its method by the names here, the sections of the config here, which key
-    became which, and the keys without counterpart. `advice`: why there is no method, if there is none.
+    """A translated config: its tool, our method name and sections, old key → new key, and keys without counterpart.
+
+    `advice` says why there is no method, if there is none.
     """
 
     tool: str
@@ -147,7 +141,7 @@ class Translation:
 
     @property
     def text(self) -> str:
-        """The translation in lines: a config to paste, the keys, and what is left out."""
+        """The translation as text: a config to paste, the keys, and what is left out."""
         lines = []
         if self.method is not None:
             sections = [f'  "{name}": {json.dumps(part, ensure_ascii=False)}' for name, part in self.config.items()]
@@ -155,14 +149,14 @@ class Translation:
         else:
             lines.append(self.advice)
         if self.keys:
-            lines.append("keys: " + ", ".join(f"{theirs} → {ours}" for theirs, ours in self.keys.items()))
+            lines.append("keys: " + ", ".join(f"{key} → {target}" for key, target in self.keys.items()))
         if self.left_out:
             lines.append(f"without counterpart: {', '.join(self.left_out)}")
         return "\n".join(lines)
 
 
 def tool_of(root: MappingNode) -> str | None:
-    """The tool that a config is of by its keys; None for one of LoopOS, and for keys of no tool."""
+    """The tool whose keys a config has; None for LoopOS's own configs and unknown keys."""
     if any(name in root.entries for name in _OWN_SECTIONS if isinstance(root.entries.get(name), MappingNode)):
         return None
     counts = {tool: len(signs.intersection(root.entries)) for tool, signs in _SIGNATURES.items()}
@@ -171,7 +165,7 @@ def tool_of(root: MappingNode) -> str | None:
 
 
 def translated(root: MappingNode, tool: str) -> Translation:
-    """A config of `tool` as one of LoopOS, as far as there are counterparts."""
+    """Translate a config of `tool`, as far as there are counterparts."""
     values = plain(root)
     assert isinstance(values, dict)
     method, advice = _method_of(values)
@@ -184,8 +178,8 @@ def translated(root: MappingNode, tool: str) -> Translation:
         if key in _OPTIONS:
             found.keys[key] = _OPTIONS[key]
             continue
-        ours = _SAME_KEYS.get(key) or OTHER_KEYS.get(key)
-        setting = _setting(key, ours, value) if ours is not None else None
+        target = _SAME_KEYS.get(key) or OTHER_KEYS.get(key)
+        setting = _setting(key, target, value) if target is not None else None
         if setting is None:
             found.left_out += [key] if value not in _NOTHING else []
             continue
@@ -218,7 +212,7 @@ def translated(root: MappingNode, tool: str) -> Translation:
 
 
 def _method_of(values: Mapping[str, Plain]) -> tuple[str | None, str]:
-    """The method here of a tool's config, or None and why there is none."""
+    """Our method name for a tool's config, or None and the reason."""
     named = values.get("stage") or values.get("rl") or ("reward" if values.get("reward_model") is True else "sft")
     name = str(named)
     if name in METHOD_ALIASES:
@@ -230,11 +224,11 @@ def _method_of(values: Mapping[str, Plain]) -> tuple[str | None, str]:
     return (name, "") if name == "ppo" else (None, advice[0] if advice is not None else f"{name} is not available")
 
 
-def _setting(key: str, ours: str, value: Plain) -> tuple[str, Any] | None:
-    """The key here and its value; None where the value has no counterpart."""
-    convert = _VALUES.get(ours)
+def _setting(key: str, target: str, value: Plain) -> tuple[str, Any] | None:
+    """Our key and its value; None if the value has no counterpart."""
+    convert = _VALUES.get(target)
     result = value if convert is None else convert(key, value)
-    return None if result is None else (ours, result)
+    return None if result is None else (target, result)
 
 
 def _schedule(key: str, value: Plain) -> Plain:
@@ -278,7 +272,7 @@ def _interval(key: str, value: Plain) -> Plain:
 
 
 def _rows(key: str, value: Plain) -> Plain:
-    """The first data set that is named. LLaMA-Factory names several with commas, by the files of its folder data/."""
+    """The first data set in the value. LLaMA-Factory lists several with commas, as files of its data/ folder."""
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict):
         first = first.get("path")
@@ -289,7 +283,7 @@ def _rows(key: str, value: Plain) -> Plain:
     return f"data/{name}.json" if is_registered else name
 
 
-def _share(key: str, value: Plain) -> Plain:
+def _fraction(key: str, value: Plain) -> Plain:
     return value if isinstance(value, int | float) and 0 <= value < 1 else None
 
 
@@ -335,7 +329,7 @@ _VALUES: Mapping[str, Callable[[str, Plain], Plain]] = {
     "training.early_stopping.patience": _positive,
     "data.training_data": _rows,
     "data.validation_data": _rows,
-    "data.validation_share": _share,
+    "data.validation_share": _fraction,
     "data.max_rows": _positive,
     "data.train_on": _train_on,
 }

@@ -1,7 +1,7 @@
-"""Whether the files and folders that a config names are there, without opening them.
+"""Check that the files and folders that a config names exist, without opening them.
 
-Enters: a field's name and its value. Leaves: `Problem`s that say what is missing and how to get it. Relative paths
-begin at the current directory. Left out: what the files hold, and hub ids, which are not looked up.
+Each check yields `Problem`s that say what is missing and how to get it. Relative paths start at the current directory;
+hub ids are not looked up.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from loopos.config.source import close_files, close_matches, special_file
 EMBEDDED_WEIGHTS = "smollm2-135m"
 NEW_WEIGHTS = "new"
 MODEL_DESCRIPTION = "loopos.json"
-"""The file in which a trained model's folder describes itself."""
+"""The file that describes the trained model in its folder."""
 HEAD_FILE = "head.safetensors"
-"""The file that holds the head of a model that has one."""
+"""The weights of a model's head."""
 MANIFEST = "loopos-manifest.json"
-"""The file in a model's or adapter's folder that holds the size and SHA-256 of the others."""
+"""The file in a model or adapter folder with the size and SHA-256 of the other files."""
 RECIPE = "recipe.json"
-"""The file that tells how a merged, pruned, joined or exported model was made, so that it can be made again."""
+"""The recipe of a merged, pruned, ensemble or exported model, from which it can be made again."""
 WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -38,8 +38,9 @@ _DATA_EXPECTED = (
 
 
 def expanded(value: str) -> str:
-    """`value` with a "~" at its start as the home folder, as a shell does; "~" of no user here stays, and is refused
-    (`check_output_folder`). "./~" is a folder of that name.
+    """`value` with a leading "~" replaced by the home folder, as in a shell; "./~" is a folder of that name.
+
+    "~" of an unknown user stays; `check_output_folder` refuses it.
     """
     return os.path.expanduser(value) if value.startswith("~") else value
 
@@ -47,8 +48,8 @@ def expanded(value: str) -> str:
 def looks_like_path(value: str, suffixes: Sequence[str]) -> bool:
     """Whether `value` names a file or folder rather than a hub id `org/name`.
 
-    It does when it exists, ends in one of `suffixes`, begins with `.`, `/` or `~`, has a backslash or more than one
-    slash, or when its first part is a folder.
+    True if it exists, ends in one of `suffixes`, starts with `.`, `/` or `~`, has a backslash or more than one slash,
+    or if its first part is a folder.
     """
     if os.path.exists(value) or value.lower().endswith(tuple(suffixes)):
         return True
@@ -59,19 +60,19 @@ def looks_like_path(value: str, suffixes: Sequence[str]) -> bool:
 
 def is_hub_id(value: str) -> bool:
     """Whether `value` has the form `org/name`."""
-    organisation, slash, name = value.partition("/")
-    allowed = organisation and name and not set(value) & set(" \t\n:*?[]\0")
+    organization, slash, name = value.partition("/")
+    allowed = organization and name and not set(value) & set(" \t\n:*?[]\0")
     return bool(slash and allowed and "/" not in name)
 
 
 def is_bare_weights(value: str) -> bool:
-    """Whether `value` is a file of weights alone, with no config.json beside it to tell the sizes."""
+    """Whether `value` is a weights file without a config.json next to it, so that its sizes are not known."""
     bare = value.lower().endswith((".safetensors", ".bin", ".pt")) and os.path.isfile(value)
     return bare and not os.path.isfile(os.path.join(os.path.dirname(value), "config.json"))
 
 
 def check_weights(field: str, value: str) -> Iterator[Problem]:
-    """Faults of a value of `pretrained_weights`."""
+    """Check a value of `pretrained_weights`."""
     if value in (EMBEDDED_WEIGHTS, NEW_WEIGHTS):
         return
     if looks_like_path(value, WEIGHT_SUFFIXES):
@@ -80,7 +81,12 @@ def check_weights(field: str, value: str) -> Iterator[Problem]:
         elif os.path.isfile(value) and not value.lower().endswith(WEIGHT_SUFFIXES):
             yield Problem((field,), f'"{value}", a file of another kind', _WEIGHTS_EXPECTED)
         elif not os.access(value, os.R_OK):
-            yield Problem((field,), f'"{value}", which may not be read', _WEIGHTS_EXPECTED, "change its permissions")
+            yield Problem(
+                (field,),
+                f'"{value}", which is not readable',
+                _WEIGHTS_EXPECTED,
+                "change its permissions",
+            )
     elif not is_hub_id(value):
         close = close_matches(value, (EMBEDDED_WEIGHTS, NEW_WEIGHTS))
         hint = f'did you mean "{close[0]}"?' if close else f'a hub id has the form "org/name"; {_WEIGHTS_HINT}'
@@ -88,7 +94,7 @@ def check_weights(field: str, value: str) -> Iterator[Problem]:
 
 
 def check_tokenizer(field: str, value: str) -> Iterator[Problem]:
-    """Faults of a value of `tokenizer`."""
+    """Check a value of `tokenizer`."""
     expected = f'"{EMBEDDED_WEIGHTS}", a folder, a tokenizer.json or .gguf file, or a hub id "org/name"'
     if value == EMBEDDED_WEIGHTS:
         return
@@ -100,35 +106,35 @@ def check_tokenizer(field: str, value: str) -> Iterator[Problem]:
 
 
 def check_rows(field: str, value: str, example: str) -> Iterator[Problem]:
-    """Faults of a source of rows; `example` is one row as JSON, for the hint."""
+    """Check a data source; `example` is one row as JSON, for the hint."""
     hint = f"one row looks like {example}"
     is_glob = glob.has_magic(value) and not os.path.exists(value)
     if "\0" in value:
         yield Problem((field,), f'"{value}"', _DATA_EXPECTED, hint)
     elif is_glob:
         if next(glob.iglob(value, recursive=True), None) is None:
-            yield Problem((field,), f'"{value}", a glob that no file matches', _DATA_EXPECTED, hint)
+            yield Problem((field,), f'"{value}", a glob that matches no file', _DATA_EXPECTED, hint)
     elif looks_like_path(value, (*DATA_SUFFIXES, *COMPRESSED_SUFFIXES)):
         if not os.path.exists(value):
             yield Problem((field,), _missing(value), _DATA_EXPECTED, _with_close(value, hint))
         elif kind := special_file(value):
             yield Problem((field,), f'"{value}", {kind}', _DATA_EXPECTED, "write the data into a file first")
         elif not os.access(value, os.R_OK):
-            yield Problem((field,), f'"{value}", which may not be read', _DATA_EXPECTED, "change its permissions")
+            yield Problem((field,), f'"{value}", which is not readable', _DATA_EXPECTED, "change its permissions")
     elif not is_hub_id(value):
         yield Problem(
-            (field,), f'"{value}", where no file is', _DATA_EXPECTED, f'a hub id has the form "org/name"; {hint}'
+            (field,), f'"{value}", which does not exist', _DATA_EXPECTED, f'a hub id has the form "org/name"; {hint}'
         )
 
 
 def check_output_folder(field: str, value: str) -> Iterator[Problem]:
-    """Faults of the folder that a run is to write."""
+    """Check the output folder of a run."""
     expected = "a folder, new or of an earlier run"
     if "\0" in value:
         yield Problem((field,), f'"{value}"', expected)
         return
     if value.startswith("~"):
-        yield Problem((field,), f'"{value}", the home folder of no user here', expected)
+        yield Problem((field,), f'"{value}", the home folder of an unknown user', expected)
         return
     above = os.path.abspath(value)
     while not os.path.lexists(above):
@@ -137,14 +143,19 @@ def check_output_folder(field: str, value: str) -> Iterator[Problem]:
         which = "a file" if above == os.path.abspath(value) else f'below "{os.path.relpath(above)}", which is a file'
         yield Problem((field,), f'"{value}", {which}', expected, "choose another name")
     elif not os.access(above, os.W_OK | os.X_OK):
-        yield Problem((field,), f'"{value}", in "{above}", which may not be written', expected, "choose another folder")
+        yield Problem(
+            (field,),
+            f'"{value}", in "{above}", which is not writable',
+            expected,
+            "choose another folder",
+        )
 
 
 def _missing(value: str) -> str:
-    """What is missing: the file, or already a folder on the way to it."""
+    """The part that is missing: the file, or a folder of its path."""
     folder = os.path.dirname(value.rstrip("/"))
     if value.startswith("~"):
-        return f'"{value}", the home folder of no user here'
+        return f'"{value}", the home folder of an unknown user'
     if folder and not os.path.isdir(folder):
         return f'"{value}" (there is no folder "{folder}")'
     return f'"{value}", which does not exist'

@@ -1,8 +1,4 @@
-"""The config of proximal policy optimization: its sections together, and what they must not contradict.
-
-Enters: the sections, each valid by itself. Leaves: `PpoConfig`, and `Problem`s for contradictions between keys and for
-missing files. Left out: the sections (`ppo_sections`), what only the data or the weights can tell.
-"""
+"""The config of proximal policy optimization (`PpoConfig`) and the checks across its keys; sections are in `rl`."""
 
 from __future__ import annotations
 
@@ -42,25 +38,25 @@ EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
 
 
 class PpoConfig(MethodConfig):
-    """Everything that a run of PPO is told."""
+    """Config of a PPO run."""
 
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
     model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
-    computation: ComputationSection = Field(description="which method runs")
+    computation: ComputationSection = Field(description="the method")
     training: PpoTrainingSection = Field(description="how policy and values are trained")
     generation: RolloutSection = Field(default_factory=RolloutSection, description="how responses are generated")
     rollout: RolloutEngineSection = Field(
-        default_factory=RolloutEngineSection, description="which processes write the responses"
+        default_factory=RolloutEngineSection, description="which processes generate responses"
     )
-    reward: PpoRewardSection = Field(default_factory=PpoRewardSection, description="what a response is worth")
-    guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
+    reward: PpoRewardSection = Field(default_factory=PpoRewardSection, description="the reward of a response")
+    guards: GuardSection = Field(default_factory=GuardSection, description="limits at which the run alerts")
     evaluation: PpoEvaluationSection = Field(
-        default_factory=PpoEvaluationSection, description="how the policy is measured while training"
+        default_factory=PpoEvaluationSection, description="how the policy is evaluated while training"
     )
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="how the processes of a run share it"
+        default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: PpoDataSection = Field(description="where weights and prompts come from, and where the run goes")
+    data: PpoDataSection = Field(description="weights, prompts and output folder")
 
     @property
     def validates(self) -> bool:
@@ -69,9 +65,7 @@ class PpoConfig(MethodConfig):
 
     @property
     def old_logprobs(self) -> Literal["forward", "engine"]:
-        """What the ratio of new to old is held against: a forward pass of the policy before its update, or what the
-        policy that wrote gave.
-        """
+        """The source of the old log-probabilities in the ratio: a forward pass before the update, or generation."""
         if self.rollout.importance_cap is not None:
             return "forward"
         return "engine" if self.rollout.max_staleness > 0 else self.training.old_logprobs
@@ -85,7 +79,7 @@ class PpoConfig(MethodConfig):
         yield from self.check_training()
 
     def check_training(self) -> Iterator[Problem]:
-        """`check` without what is read from where: for rlhf too."""
+        """`check` without the data sources; rlhf uses it too."""
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
         yield from checks.check_trainable(training, model.num_layers)
@@ -102,50 +96,50 @@ class PpoConfig(MethodConfig):
         if self.rollout.is_remote and self.distributed.tensor_parallel > 1:
             fields = ("rollout.engine", "distributed.tensor_parallel")
             actual = f'"{self.rollout.engine}" with tensor_parallel {self.distributed.tensor_parallel}'
-            hint = "no process has whole weights to send"
+            hint = "no process has full weights to send"
             yield Problem(fields, actual, '"local", or mode "shard" without tensor_parallel', hint)
 
     def check_files(self) -> Iterator[Problem]:
         data, rows = self.data, (EXAMPLE_PROMPT, "")
         yield from check_text_files(data, {"prompts": rows, "training_data": rows, "validation_data": rows})
-        for number, place in enumerate(data.reward_models):
+        for number, path in enumerate(data.reward_models):
             field = "data.reward_model" if isinstance(data.reward_model, str) else f"data.reward_model.{number}"
-            yield from check_reward_model(field, place)
-            if checks.same_path(place, data.output_dir):
+            yield from check_reward_model(field, path)
+            if checks.same_path(path, data.output_dir):
                 fields = ("data.output_dir", field)
                 yield Problem(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
         yield from check_judge(self.evaluation)
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        summary = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
+        notes = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
         if training.minibatches > training.batch_size:
-            summary.append(
+            notes.append(
                 f"training.minibatches ({training.minibatches}) is more than training.batch_size "
-                f"({training.batch_size}): it takes more than one process, each with responses of its own"
+                f"({training.batch_size}): this needs more than one process, each with its own responses"
             )
         if generation.top_k is not None or generation.top_p < 1:
-            summary.append(
-                "generation.top_k and top_p: log-probabilities are of the full distribution, not the one drawn from"
+            notes.append(
+                "generation.top_k and top_p: log-probabilities are of the full distribution, not of the sampled one"
             )
         if generation.temperature != 1:
-            summary.append("generation.temperature divides the logits of policy, old policy and reference alike")
+            notes.append("generation.temperature divides the logits of policy, old policy and reference")
         judge = self.evaluation.judge
-        if judge is not None and any(checks.same_path(judge, place) for place in data.reward_models):
-            summary.append("evaluation.judge is data.reward_model: it cannot tell when that one is deceived")
+        if judge is not None and any(checks.same_path(judge, path) for path in data.reward_models):
+            notes.append("evaluation.judge is data.reward_model: it cannot detect that the reward model is exploited")
         source = data.prompts or data.training_data
-        return summary + validation_notes(training, data, source, validates=self.validates)
+        return notes + validation_notes(training, data, source, validates=self.validates)
 
 
 def check_judge(evaluation: PpoEvaluationSection) -> Iterator[Problem]:
-    """Faults of the folder of another reward model."""
+    """Check the folder of another reward model."""
     if evaluation.judge is not None and not evaluation.judge_is_function:
-        for finding in check_reward_model("evaluation.judge", evaluation.judge):
-            yield Problem(finding.fields, finding.actual, f'"module:function", or {finding.expected}', finding.hint)
+        for problem in check_reward_model("evaluation.judge", evaluation.judge):
+            yield Problem(problem.fields, problem.actual, f'"module:function", or {problem.expected}', problem.hint)
 
 
 def _check_answers(config: PpoConfig) -> Iterator[Problem]:
-    """What needs answered validation prompts, where none are answered."""
+    """Refuse keys that need answered validation prompts if there are none."""
     training, evaluation = config.training, config.evaluation
     if evaluation.prompts > 0 or not config.data.has_validation or training.validate_every == "never":
         return
@@ -159,42 +153,42 @@ def _check_answers(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _check_reward(config: PpoConfig) -> Iterator[Problem]:
-    """A reward that is always 0, and values from a reward model that is not there."""
+    """Refuse a reward that is always 0, and a value model from a missing reward model."""
     reward, model = config.reward, config.data.reward_model
     fields: tuple[str, ...]
     if model is None and not reward.functions:
         fields = ("data.reward_model", "reward.functions")
         hint = 'train a reward model first, with "method": "reward_model"'
-        yield Problem(fields, "nothing that rewards", "a reward model, or functions", hint)
+        yield Problem(fields, "no reward", "a reward model, or functions", hint)
     elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
         fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
-        yield Problem(fields, "weights that are all 0", "a reward of another weight than 0")
+        yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
     if model is None and reward.functions and config.training.value_model == "reward":
         fields = ("training.value_model", "data.reward_model")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 
 
 def _check_penalty(training: PpoTrainingSection) -> Iterator[Problem]:
-    """Keys of the KL penalty."""
+    """Check the keys of the KL penalty."""
     if training.kl_in == "loss" and training.kl_estimator in ("k1", "k3"):
         fields = ("training.kl_estimator", "training.kl_in")
         actual = f'"{training.kl_estimator}" with kl_in "loss"'
-        yield Problem(fields, actual, '"k2", or nothing', "as a loss, k2 alone has the gradient of the KL")
+        yield Problem(fields, actual, '"k2", or nothing', "as a loss, only k2 has the gradient of the KL")
     if training.kl_target is not None and training.kl_coefficient == 0:
         fields = ("training.kl_target", "training.kl_coefficient")
         actual = f"{training.kl_target} with kl_coefficient 0"
-        yield Problem(fields, actual, "kl_coefficient > 0", "the coefficient is steered by factors, and 0 stays 0")
+        yield Problem(fields, actual, "kl_coefficient > 0", "the controller multiplies the coefficient, so 0 stays 0")
 
 
 def _check_lengths(config: PpoConfig) -> Iterator[Problem]:
-    """Prompt and response within max_length."""
+    """Check that prompt and response fit max_length."""
     new, most, longest = config.generation.max_new_tokens, config.training.max_length, config.data.max_prompt_tokens
     if most is None:
         return
     fields: tuple[str, ...]
     if new >= most:
         fields = ("generation.max_new_tokens", "training.max_length")
-        yield Problem(fields, str(new), f"fewer than max_length ({most}), which holds prompt and response")
+        yield Problem(fields, str(new), f"fewer than max_length ({most}), which counts prompt and response")
     elif longest is not None and longest + new > most:
         fields = ("data.max_prompt_tokens", "generation.max_new_tokens", "training.max_length")
         actual = f"{longest}, which with {new} new tokens is over max_length ({most})"
@@ -202,7 +196,7 @@ def _check_lengths(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
-    """Keys that may have no effect → whether they have one, and the reason why not."""
+    """Keys that may have no effect → whether they have one, and the reason if not."""
     training, evaluation, guards = config.training, config.evaluation, config.guards
     has_model, has_penalty = config.data.reward_model is not None, training.kl_coefficient > 0
     limits = (guards.kl, guards.entropy_share, guards.length_ratio, guards.repetition)

@@ -1,8 +1,7 @@
-"""What the configs of reward_model, ppo and rlhf share: where rows of preferences and prompts come from, what a reward
-model learns from a comparison, and whether a folder holds a reward model.
+"""Config sections and checks that reward_model, ppo and rlhf share.
 
-Enters: plain values, and the sections made of them. Leaves: frozen sections, `Problem`s, sentences on keys without
-effect. Left out: keys of one method alone (its own config module), what the rows hold.
+They cover the sources of preference rows and prompts, the loss of a reward model, and the check that a folder contains
+a reward model.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import Count, Place, Section, Text
+from loopos.config.keys import Count, Location, Section, Text
 from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import TextSourceSection, TrainingSection
 from loopos.config.source import close_files
 
 REWARD_TASK = "reward"
-"""The task that the description of a reward model's folder names."""
+"""The task in the description file of a reward model."""
 
 CHAT_TEMPLATES = ("auto", "plain", "none")
-"""The values of `data.chat_template` that are no file."""
+"""The values of `data.chat_template` that are not files."""
 
 PreferenceRole: TypeAlias = Literal[
     "prompt",
@@ -51,25 +50,25 @@ PreferenceRole: TypeAlias = Literal[
 class PreferenceTextSection(TextSourceSection):
     """Where the weights come from, how rows of preferences or prompts become text, and where the run goes."""
 
-    pretrained_weights: Place = Field(
+    pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Place | None = Field(
+    tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
     columns: dict[PreferenceRole, Text | None] = Field(
         default={}, description="column of each role; detected when absent, null for none"
     )
-    chat_template: Place = Field(
+    chat_template: Location = Field(
         default="auto",
-        description='"auto" (the tokenizer\'s own, else plain), "plain", "none" (strings stand as they are), or a file '
+        description='"auto" (the tokenizer\'s own, else plain), "plain", "none" (strings stay as they are), or a file '
         "with a Jinja template",
     )
     over_length: Literal["drop", "cut", "error"] = Field(
-        default="drop", description="what a row over max_length does; cut takes the end, with the end token"
+        default="drop", description="what happens to a row over max_length; cut removes its end, with the end token"
     )
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.01, description="share of the rows that drop may take before it is an error"
+        default=0.01, description="largest fraction of rows that drop may remove"
     )
 
 
@@ -85,16 +84,18 @@ class RewardSection(Section):
         default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
     )
     normalise: bool = Field(
-        default=True, description="shift and scale scores to mean 0, standard deviation 1 over training responses"
+        default=True, description="normalize scores to mean 0, standard deviation 1 over training responses"
     )
     normalise_over: Count = Field(
-        default=1024, description="training comparisons, drawn at random, whose responses tell that mean and deviation"
+        default=1024, description="training comparisons, drawn at random, whose responses give the mean and deviation"
     )
 
 
 def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[str, str]]) -> Iterator[Problem]:
-    """Weights, tokenizer, rows, template and output folder. `examples`: each key of `data` that names rows → one row
-    as JSON, and how a .txt file writes it (empty: as rows alone).
+    """Check weights, tokenizer, rows, template and output folder.
+
+    `examples` maps each key of `data` that names rows to an example row as JSON and as lines of a .txt file (empty if
+    not supported).
     """
     yield from check_weights("data.pretrained_weights", data.pretrained_weights)
     if data.tokenizer is not None:
@@ -106,7 +107,7 @@ def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[s
             yield from check_rows(f"data.{key}", value, row + (lines if is_text else ""))
     if data.chat_template not in CHAT_TEMPLATES and not os.path.isfile(data.chat_template.replace("\0", "")):
         expected = '"auto", "plain", "none" or a file with a Jinja template'
-        yield Problem(("data.chat_template",), f'"{data.chat_template}", where no file is', expected)
+        yield Problem(("data.chat_template",), f'"{data.chat_template}", which does not exist', expected)
     yield from check_output_folder("data.output_dir", data.output_dir)
     if os.path.isdir(data.pretrained_weights) and checks.same_path(data.pretrained_weights, data.output_dir):
         fields = ("data.output_dir", "data.pretrained_weights")
@@ -114,28 +115,28 @@ def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[s
 
 
 def check_reward_model(field: str, value: str) -> Iterator[Problem]:
-    """Faults of a folder that is to hold a trained reward model: a run's `output_dir`, or its `model/`."""
+    """Check the folder of a trained reward model: a run's `output_dir`, or its `model/`."""
     expected = "the output_dir of a finished reward_model run, or its folder model/"
-    place = value.replace("\0", "")
-    files = [os.path.join(folder, MODEL_DESCRIPTION) for folder in (place, os.path.join(place, "model"))]
+    folder = value.replace("\0", "")
+    files = [os.path.join(candidate, MODEL_DESCRIPTION) for candidate in (folder, os.path.join(folder, "model"))]
     file = next((each for each in files if os.path.isfile(each)), None)
-    if not os.path.exists(place):
-        close = close_files(place)
+    if not os.path.exists(folder):
+        close = close_files(folder)
         hint = f'did you mean "{close[0]}"?' if close else 'train one first, with "method": "reward_model"'
         yield Problem((field,), f'"{value}", which does not exist', expected, hint)
     elif file is not None:
         actual = _other_model(file)
         if actual:
             yield Problem((field,), f'"{value}", {actual}', expected)
-    elif os.path.isfile(os.path.join(place, "events.jsonl")):
-        hint = "go on with it: loopos train CONFIG --resume"
+    elif os.path.isfile(os.path.join(folder, "events.jsonl")):
+        hint = "finish it: loopos train CONFIG --resume"
         yield Problem((field,), f'"{value}", a run without a finished model', expected, hint)
     else:
-        yield Problem((field,), f'"{value}", where no trained model is', expected)
+        yield Problem((field,), f'"{value}", which contains no trained model', expected)
 
 
 def _other_model(file: str) -> str:
-    """What a model's folder holds by its description, or nothing where that is a reward model."""
+    """Why a model's description is not that of a reward model; empty if it is."""
     try:
         with open(file, encoding="utf-8") as opened:
             description = json.load(opened)
@@ -144,13 +145,13 @@ def _other_model(file: str) -> str:
     task = description.get("task") if isinstance(description, dict) else None
     if task == REWARD_TASK:
         return ""
-    return f"a model of task {task}" if isinstance(task, str) else "a model that gives no scores"
+    return f"a model of task {task}" if isinstance(task, str) else "a model without scores"
 
 
 def text_effects(data: PreferenceTextSection) -> dict[str, tuple[bool, str]]:
-    """Keys of `data` that may have no effect → whether they have one, and the reason why not."""
+    """Keys of `data` that may have no effect → whether they have one, and the reason if not."""
     return {
-        "data.validation_share": (data.validation_data is None, "validation_data is given"),
+        "data.validation_share": (data.validation_data is None, "validation_data is set"),
         "data.max_dropped_share": (data.over_length == "drop", f"over_length is {data.over_length}"),
     }
 
@@ -158,10 +159,10 @@ def text_effects(data: PreferenceTextSection) -> dict[str, tuple[bool, str]]:
 def validation_notes(
     training: TrainingSection, data: PreferenceTextSection, source: str | None, *, validates: bool
 ) -> list[str]:
-    """Sentences on validation that never runs, or that scores rows of training; `source`: the rows to train on."""
-    summary = []
+    """Notes on validation that never runs or that scores training rows; `source`: the training rows."""
+    notes = []
     if training.save_every == "validation" and not validates:
-        summary.append("training.save_every is validation, but nothing is validated: save_interval says when to save")
+        notes.append("training.save_every is validation, but nothing is validated: checkpoints follow save_interval")
     if data.validation_data is not None and source and checks.same_path(data.validation_data, source):
-        summary.append("data.validation_data is the training data: validation will score rows that were trained on")
-    return summary
+        notes.append("data.validation_data is the training data: validation scores rows of the training set")
+    return notes

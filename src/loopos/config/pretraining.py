@@ -1,8 +1,4 @@
-"""The config of pretraining: its sections, and what they must not contradict.
-
-Enters: the sections, each valid by itself. Leaves: `PretrainingConfig`, and `Problem`s for contradictions between keys
-and for missing files. Left out: what only the data can tell.
-"""
+"""The config of pretraining (`PretrainingConfig`) and the checks across its keys."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import Place, Text
+from loopos.config.keys import Location, Text
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
 from loopos.config.sections import (
     ComputationSection,
@@ -39,23 +35,23 @@ class PretrainingDataSection(TextSourceSection):
     source_keys: ClassVar[tuple[str, ...]] = ("input_file", "training_data")
     row_keys: ClassVar[tuple[str, ...]] = ("input_file", "training_data", "validation_data")
 
-    input_file: Place | None = Field(
+    input_file: Location | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the text to train on'
     )
-    training_data: Place | None = Field(default=None, description="another name of input_file")
-    tokenizer: Place | None = Field(
+    training_data: Location | None = Field(default=None, description="another name of input_file")
+    tokenizer: Location | None = Field(
         default=None,
-        description="folder, file or hub id of a tokenizer; one of vocab_size tokens is trained when absent",
+        description="folder, file or hub id of a tokenizer; a tokenizer of vocab_size tokens is trained when absent",
     )
     columns: dict[Literal["text"], Text] = Field(default={}, description="column of the text; detected when absent")
-    output_weights: Place = Field(
+    output_weights: Location = Field(
         default=DEFAULT_WEIGHTS,
-        description="folder, or .bin or .safetensors file, of the finished weights; tokenizer and config stand beside",
+        description="folder, or .bin or .safetensors file, of the trained weights; tokenizer and config go next to it",
     )
 
     @property
     def source(self) -> str:
-        """The text to train on, under whichever name it was given."""
+        """The text to train on, under either of the two keys."""
         found = self.input_file or self.training_data
         assert found is not None, "checked by PretrainingConfig.check"
         return found
@@ -69,16 +65,16 @@ class PretrainingDataSection(TextSourceSection):
 
 
 class PretrainingConfig(MethodConfig):
-    """Everything that a pretraining run is told."""
+    """Config of a pretraining run."""
 
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
     model: LanguageModelSection = Field(description="the sizes of the new model")
-    computation: ComputationSection = Field(description="which method runs")
-    training: LanguageTrainingSection = Field(description="how the weights are trained")
+    computation: ComputationSection = Field(description="the method")
+    training: LanguageTrainingSection = Field(description="optimizer, schedule and checkpoints")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="how the processes of a run share it"
+        default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: PretrainingDataSection = Field(description="where the text comes from, and where run and weights go")
+    data: PretrainingDataSection = Field(description="text, output folder and weights")
 
     @property
     def validates(self) -> bool:
@@ -121,25 +117,25 @@ class PretrainingConfig(MethodConfig):
         data, training = self.data, self.training
         has_effect = {
             **checks.effects(training),
-            "training.head_learning_rate": (False, "a language model has no head of its own"),
-            "data.validation_share": (data.validation_data is None, "validation_data is given"),
+            "training.head_learning_rate": (False, "a language model has no separate head"),
+            "data.validation_share": (data.validation_data is None, "validation_data is set"),
         }
-        summary = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        notes = checks.without_effect(self, has_effect) + checks.rate_notes(training)
         if training.save_every == "validation" and not self.validates:
-            summary.append(
-                "training.save_every is validation, but nothing is validated: save_interval says when to save"
+            notes.append(
+                "training.save_every is validation, but nothing is validated: checkpoints follow save_interval"
             )
-        return summary
+        return notes
 
 
 def _check_new(config: PretrainingConfig) -> Iterator[Problem]:
-    """Keys that make sense for pretrained weights alone."""
+    """Refuse keys that only make sense for pretrained weights."""
     training = config.training
     if training.trainable != "all":
         hint = "new weights must all be trained"
         yield Problem(("training.trainable",), f'"{training.trainable}"', '"all"', hint)
     if training.keep_zeros:
-        yield Problem(("training.keep_zeros",), "true", "false", "new weights hold no zeros to keep")
+        yield Problem(("training.keep_zeros",), "true", "false", "new weights have no zeros to keep")
     if training.freeze_layers > 0:
         yield Problem(("training.freeze_layers",), str(training.freeze_layers), "0", "new weights must all be trained")
     stopping = training.early_stopping
@@ -159,11 +155,13 @@ def _check_output_weights(data: PretrainingDataSection) -> Iterator[Problem]:
     if suffix in (".pt", ".pth", ".gguf"):
         yield Problem((field,), f'"{value}"', f"a folder, or a file that ends in {' or '.join(_WEIGHT_FILES)}")
         return
-    for finding in check_output_folder(field, data.weights_folder):
-        yield Problem((field,), f'"{value}": {finding.actual}', "a place that can be written", finding.hint)
+    for problem in check_output_folder(field, data.weights_folder):
+        yield Problem((field,), f'"{value}": {problem.actual}', "a folder that can be written to", problem.hint)
     is_file = suffix in _WEIGHT_FILES
     if "\0" not in value and is_file and os.path.isdir(value):
         yield Problem((field,), f'"{value}", a folder', "a file's name, or another folder")
     if checks.same_path(data.weights_folder, data.output_dir):
         fields = (field, "data.output_dir")
-        yield Problem(fields, f'"{value}", in the folder of the run', "another folder", "a run's folder is its own")
+        yield Problem(
+            fields, f'"{value}", in the folder of the run', "another folder", "the folder of a run holds only the run"
+        )

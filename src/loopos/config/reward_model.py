@@ -1,8 +1,4 @@
-"""The config of training a reward model: its sections, and what they must not contradict.
-
-Enters: the sections, each valid by itself. Leaves: `RewardModelConfig`, and `Problem`s for contradictions between keys
-and for missing files. Left out: what only the data or the weights can tell.
-"""
+"""The config of training a reward model (`RewardModelConfig`) and the checks across its keys."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Place
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location
 from loopos.config.preferences import (
     PreferenceTextSection,
     RewardSection,
@@ -34,16 +30,16 @@ from loopos.config.sections import (
 EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
 EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."
 RewardMetric: TypeAlias = Annotated[Literal["loss", "pair_accuracy"], MAY_BE_OWN, AS_IT_IS]
-"""What a reward model in training can be judged by: the loss of the pairs (nats), and the share of them whose better
-response has the higher score."""
+"""Validation metrics of a reward model: the loss of the pairs (nats), and the fraction of pairs whose chosen response
+has the higher score."""
 
 
 class RewardEarlyStoppingSection(EarlyStoppingSection):
     """When to stop before the last epoch."""
 
-    # Other metrics than those of tasks.
+    # Not the metrics of classification and regression tasks.
     metric: RewardMetric | None = Field(  # type: ignore[assignment]
-        default=None, description="metric that is watched; training.metric when absent"
+        default=None, description="metric to monitor; training.metric when absent"
     )
 
 
@@ -54,7 +50,7 @@ class RewardTrainingSection(LanguageTrainingSection):
         default=None, description="when to stop early; null is never"
     )
     metric: RewardMetric | None = Field(  # type: ignore[assignment]
-        default=None, description="metric that says which checkpoint is best; pair_accuracy when absent"
+        default=None, description="metric that selects the best checkpoint; pair_accuracy when absent"
     )
 
 
@@ -64,31 +60,31 @@ class PreferenceDataSection(PreferenceTextSection):
     source_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data")
     row_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data", "validation_data")
 
-    preference_data: Place | None = Field(
+    preference_data: Location | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'
     )
-    training_data: Place | None = Field(default=None, description="another name of preference_data")
+    training_data: Location | None = Field(default=None, description="another name of preference_data")
 
     @property
     def source(self) -> str:
-        """The rows to train on, under whichever name they were given."""
+        """The rows to train on, under either of the two keys."""
         found = self.preference_data or self.training_data
         assert found is not None, "checked by the method's check"
         return found
 
 
 class RewardModelConfig(MethodConfig):
-    """Everything that the training of a reward model is told."""
+    """Config of a reward model run."""
 
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
     model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
-    computation: ComputationSection = Field(description="which method runs")
-    training: RewardTrainingSection = Field(description="how the weights are trained")
+    computation: ComputationSection = Field(description="the method")
+    training: RewardTrainingSection = Field(description="optimizer, schedule and checkpoints")
     reward: RewardSection = Field(default_factory=RewardSection, description="what is learned from a comparison")
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="how the processes of a run share it"
+        default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: PreferenceDataSection = Field(description="where weights and rows come from, and where the run goes")
+    data: PreferenceDataSection = Field(description="weights, rows and output folder")
 
     @property
     def validates(self) -> bool:
@@ -118,10 +114,10 @@ class RewardModelConfig(MethodConfig):
         data, training, reward = self.data, self.training, self.reward
         effects = {**checks.effects(training), **text_effects(data)}
         effects["reward.normalise_over"] = (reward.normalise, "reward.normalise is false")
-        summary = checks.without_effect(self, effects) + checks.rate_notes(training)
+        notes = checks.without_effect(self, effects) + checks.rate_notes(training)
         if "margin" in data.columns and not reward.margins:
-            summary.append("data.columns.margin has no effect: reward.margins is false")
+            notes.append("data.columns.margin has no effect: reward.margins is false")
         if "p_human" in data.columns and not reward.soft_labels:
-            summary.append("data.columns.p_human has no effect: reward.soft_labels is false")
+            notes.append("data.columns.p_human has no effect: reward.soft_labels is false")
         source = data.preference_data or data.training_data
-        return summary + validation_notes(training, data, source, validates=self.validates)
+        return notes + validation_notes(training, data, source, validates=self.validates)

@@ -1,11 +1,7 @@
-"""The sections of PPO's config, which rlhf has too: training, rollouts, rewards, prompts, guards, evaluation.
+"""Config sections of reinforcement learning, shared by ppo and rlhf.
 
-Enters: plain values. Leaves: frozen sections. Left out: what no single key can tell (`ppo`).
-
-The section `rollout`: which processes write the responses of PPO, and how far behind the policy they may be.
-
-Enters: nothing but values. Leaves: `RolloutEngineSection`, and `Problem`s for what it cannot be together with. Left
-out: how responses are sampled (`ppo_sections.RolloutSection`, the section `generation`).
+`rollout` selects the processes that generate responses and how stale their policy may be; `generation` has the
+sampling settings.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Place, Schedule, Section, Share, Text
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Fraction, Location, Schedule, Section, Text
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
 
@@ -28,16 +24,16 @@ FunctionName: TypeAlias = Annotated[
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 AboveZero: TypeAlias = Annotated[float, Field(gt=0)]
 PolicyMetric: TypeAlias = Annotated[Literal["reward"], MAY_BE_OWN, AS_IT_IS]
-"""What a policy in training can be judged by: the mean score of its answers to the validation prompts."""
+"""Validation metric of a policy: the mean score of its answers to the validation prompts."""
 ZeroOrMore: TypeAlias = Annotated[float, Field(ge=0)]
 
 
 class PolicyEarlyStoppingSection(EarlyStoppingSection):
     """When to stop before the last pass over the prompts."""
 
-    # Another metric than those of tasks.
+    # Not the metrics of classification and regression tasks.
     metric: PolicyMetric | None = Field(  # type: ignore[assignment]
-        default=None, description="metric that is watched; reward when absent"
+        default=None, description="metric to monitor; reward when absent"
     )
 
 
@@ -52,7 +48,7 @@ class PpoTrainingSection(LanguageTrainingSection):
     schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
     value_learning_rate: AboveZero | None = Field(
         default=None,
-        description="peak learning rate of the value model (of its head alone where the trunk is shared); "
+        description="peak learning rate of the value model (only of its head if the backbone is shared); "
         "learning_rate when absent",
     )
     inner_epochs: Count = Field(default=4, description="passes over an iteration's responses")
@@ -68,15 +64,17 @@ class PpoTrainingSection(LanguageTrainingSection):
     kl_coefficient: ZeroOrMore = Field(
         default=0.05, description="weight of the KL to the reference (reward per nat); with kl_target its first value"
     )
-    kl_in: Literal["reward", "loss"] = Field(default="reward", description="where the KL is penalised")
+    kl_in: Literal["reward", "loss"] = Field(default="reward", description="where the KL is penalized")
     kl_estimator: KlEstimator | None = Field(
-        default=None, description="estimator of the penalised KL; k1 in the reward and k2 in the loss when absent"
+        default=None, description="estimator of the penalized KL; k1 in the reward and k2 in the loss when absent"
     )
-    kl_report: KlEstimator = Field(default="k1", description="estimator of the KL that is logged, watched and targeted")
+    kl_report: KlEstimator = Field(
+        default="k1", description="estimator of the KL that is logged, monitored and targeted"
+    )
     kl_target: AboveZero | None = Field(
-        default=None, description="KL that kl_coefficient is steered to (nats a response); null keeps the coefficient"
+        default=None, description="KL that an adaptive kl_coefficient aims at (nats per response); null keeps it fixed"
     )
-    kl_horizon: Count = Field(default=10000, description="responses over which kl_target steers the coefficient")
+    kl_horizon: Count = Field(default=10000, description="responses over which kl_target adapts the coefficient")
     discount: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="weight of a reward a token later")
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.95, description="weight of an error of the values a token later, in the advantages"
@@ -89,8 +87,8 @@ class PpoTrainingSection(LanguageTrainingSection):
     )
     value_model: Literal["reward", "policy", "shared"] = Field(
         default="reward",
-        description="what predicts returns: an own trunk from the reward model, or from the policy's weights, or a "
-        "head on the policy's trunk",
+        description="what predicts returns: a separate backbone from the reward model or from the policy's weights, "
+        "or a head on the policy's backbone",
     )
     value_coefficient: ZeroOrMore = Field(default=0.1, description="weight of the value loss")
     value_clip: AboveZero | None = Field(
@@ -100,17 +98,17 @@ class PpoTrainingSection(LanguageTrainingSection):
         default=0.0, description="weight of the policy's entropy, which is raised (per nat)"
     )
     approximate_kl_limit: AboveZero | None = Field(
-        default=None, description="KL to the old policy above which inner epochs stop (nats a token); null is none"
+        default=None, description="KL to the old policy above which inner epochs stop (nats per token); null is none"
     )
     old_logprobs: Literal["forward", "engine"] = Field(
-        default="forward", description="old log-probabilities: a forward pass like training's, or what generation gave"
+        default="forward", description="old log-probabilities: a forward pass like training's, or those of generation"
     )
     validate_every: Count | Literal["never"] = Field(default=10, description="when to validate (iterations)")
     early_stopping: PolicyEarlyStoppingSection | None = Field(
         default=None, description="when to stop early; null is never"
     )
     metric: PolicyMetric | None = Field(  # type: ignore[assignment]
-        default=None, description="metric that says which checkpoint is best; reward when absent"
+        default=None, description="metric that selects the best checkpoint; reward when absent"
     )
     # Wider than the offline methods': PPO runs its own loop, in iterations.
     save_every: Count | Literal["iteration", "validation", "never"] = Field(  # type: ignore[assignment]
@@ -119,7 +117,7 @@ class PpoTrainingSection(LanguageTrainingSection):
 
     @property
     def penalty_estimator(self) -> KlEstimator:
-        """The estimator of the penalised KL: k1 is unbiased as a reward, and k2 has the KL's gradient as a loss."""
+        """The estimator of the penalized KL: k1 is unbiased as a reward, and k2 has the KL's gradient as a loss."""
         return self.kl_estimator or ("k2" if self.kl_in == "loss" else "k1")
 
 
@@ -127,26 +125,26 @@ class RolloutSection(Section):
     """How responses are generated."""
 
     max_new_tokens: Count = Field(default=64, description="longest response (tokens)")
-    temperature: AboveZero = Field(default=1.0, description="divisor of the logits, of policy and reference alike")
-    top_k: Count | None = Field(default=None, description="likeliest tokens that may be drawn; null is all")
+    temperature: AboveZero = Field(default=1.0, description="divisor of the logits of policy and reference")
+    top_k: Count | None = Field(default=None, description="sample from the k most likely tokens; null is all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="share of probability that the tokens drawn from hold"
+        default=1.0, description="sample from the smallest set of tokens with this total probability"
     )
     stop: list[Text] = Field(default=[], description="texts that end a response, besides the end token")
     missing_end_penalty: ZeroOrMore | None = Field(
-        default=None, description="taken off the score of a response without its end (reward); null is none"
+        default=None, description="subtracted from the score of a response without its end (reward); null is none"
     )
 
 
 class RewardFunctionSection(Section):
-    """A function of the user's that scores a response."""
+    """A user's function that scores a response."""
 
     name: FunctionName = Field(description='the function, as "module:function"')
     weight: float = Field(default=1.0, description="factor of its score in the sum")
 
 
 class PpoRewardSection(Section):
-    """What a response is worth: the weighted sum of a reward model's score and of functions."""
+    """The reward of a response: the weighted sum of a reward model's score and of functions."""
 
     model_weight: float = Field(default=1.0, description="factor of the reward model's score in the sum")
     functions: list[RewardFunctionSection] = Field(default=[], description="functions whose scores are added")
@@ -154,7 +152,7 @@ class PpoRewardSection(Section):
         default=None, description="largest absolute value of the sum (reward); null is no bound"
     )
     ensemble_penalty: ZeroOrMore = Field(
-        default=0.0, description="standard deviations of an ensemble's heads, or models, that are taken off their mean"
+        default=0.0, description="standard deviations of an ensemble's heads or models, subtracted from their mean"
     )
 
 
@@ -166,70 +164,75 @@ class PpoDataSection(PreferenceTextSection):
 
     plain_lines: ClassVar[str | None] = "prompt"
 
-    reward_model: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
+    reward_model: Location | Annotated[list[Location], Field(min_length=1)] | None = Field(
         default=None,
-        description="folder of a reward_model run, or of its model; several of them are an ensemble; null with "
-        "functions alone",
+        description="folder of a reward_model run, or of its model; several are an ensemble; null with only functions",
     )
-    prompts: Place | None = Field(
+    prompts: Location | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the prompts to train on'
     )
-    training_data: Place | None = Field(default=None, description="another name of prompts")
+    training_data: Location | None = Field(default=None, description="another name of prompts")
     max_prompt_tokens: Count | None = Field(
-        default=None, description="longest prompt (tokens); what max_length leaves beside max_new_tokens when absent"
+        default=None, description="longest prompt (tokens); max_length - max_new_tokens when absent"
     )
-    # No "cut": a prompt without its end asks for something else.
-    over_length: Literal["drop", "error"] = Field(default="drop", description="what a prompt over the limit does")
+    # No "cut": a prompt without its end is another prompt.
+    over_length: Literal["drop", "error"] = Field(default="drop", description="what happens to a prompt over the limit")
 
     @property
     def reward_models(self) -> tuple[str, ...]:
         """The folders of all reward models."""
-        actual = self.reward_model
-        return () if actual is None else (actual,) if isinstance(actual, str) else tuple(actual)
+        models = self.reward_model
+        return () if models is None else (models,) if isinstance(models, str) else tuple(models)
 
     @property
     def source(self) -> str:
-        """The prompts to train on, under whichever name they were given."""
+        """The prompts to train on, under either of the two keys."""
         found = self.prompts or self.training_data
         assert found is not None, "checked by PpoConfig.check"
         return found
 
 
 class GuardSection(Section):
-    """When the run sounds an alarm; each limit is off when null, and "first" is the first iteration's value."""
+    """Limits at which the run alerts; null turns a limit off, and "first" is the value of the first iteration."""
 
-    kl: AboveZero | None = Field(default=None, description="KL to the reference (nats a response) above it")
-    entropy_share: Share | None = Field(default=None, description="entropy below this share of the first")
-    length_ratio: Annotated[float, Field(gt=1)] | None = Field(
-        default=None, description="mean length this many times the first, or a part of it as small"
+    kl: AboveZero | None = Field(
+        default=None, description="alert if the KL to the reference is above this (nats per response)"
     )
-    repetition: Share | None = Field(default=None, description="share of repeated 4-grams of tokens above it")
-    end_share_drop: Share | None = Field(
-        default=None, description="share of responses with an end fallen by more from the first"
+    entropy_share: Fraction | None = Field(
+        default=None, description="alert if the entropy is below this fraction of the first"
+    )
+    length_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="alert if the mean length is this many times the first, or 1/this of it"
+    )
+    repetition: Fraction | None = Field(
+        default=None, description="alert if the fraction of repeated 4-grams of tokens is above this"
+    )
+    end_share_drop: Fraction | None = Field(
+        default=None,
+        description="alert if the fraction of finished responses is lower than the first by more than this",
     )
     judge_drop: ZeroOrMore | None = Field(
-        default=None, description="judge's score fallen by more below its best, while the reward has risen (reward)"
+        default=None,
+        description="alert if the judge's score is below its best by more than this while the reward rises (reward)",
     )
-    patience: Count = Field(default=1, description="iterations in a row beyond a limit before its alarm")
-    stop: bool = Field(default=False, description="end training at an alarm")
+    patience: Count = Field(default=1, description="iterations in a row beyond a limit before the alert")
+    stop: bool = Field(default=False, description="stop training at an alert")
 
 
 class PpoEvaluationSection(Section):
-    """How the policy is measured while training."""
+    """How the policy is evaluated while training."""
 
     prompts: Annotated[int, Field(ge=0)] = Field(
-        default=64, description="validation prompts that are answered; 0 is no validation"
+        default=64, description="validation prompts to answer; 0 is no validation"
     )
-    judge: Place | None = Field(
-        default=None, description='a second opinion: "module:function", or the folder of another reward model'
+    judge: Location | None = Field(
+        default=None, description='independent scorer: "module:function", or the folder of another reward model'
     )
-    best_of: list[Count] = Field(
-        default=[], description="numbers of responses whose best, drawn from the first policy, is compared with"
-    )
+    best_of: list[Count] = Field(default=[], description="compare with best-of-n of the initial policy, for these n")
     kl_limit: AboveZero | None = Field(
         default=None, description="KL (nats a response) above which a checkpoint is never the best; null is none"
     )
-    samples: Count = Field(default=3, description="prompts whose answers before and after stand in the report")
+    samples: Count = Field(default=3, description="prompts whose answers before and after are shown in the report")
 
     @property
     def judge_is_function(self) -> bool:
@@ -238,16 +241,16 @@ class PpoEvaluationSection(Section):
 
 
 class RolloutEngineSection(Section):
-    """Which processes write the responses, and how far behind the policy they may be."""
+    """Which processes generate responses, and how stale their policy may be."""
 
     engine: Literal["local", "ray", "vllm"] = Field(
         default="local",
-        description="what writes responses: the processes that train, or workers of Ray with the same engine or with "
+        description="what generates responses: the training processes, or Ray workers with the same engine or with "
         "vLLM (CUDA); the last two need the extra cluster",
     )
-    workers: Count = Field(default=2, description="workers that write responses")
+    workers: Count = Field(default=2, description="number of rollout workers")
     address: Text | None = Field(
-        default=None, description='address of a Ray cluster ("host:port"); null starts Ray on this machine alone'
+        default=None, description='address of a Ray cluster ("host:port"); null starts Ray on this machine'
     )
     cpus_per_worker: Count = Field(default=1, description="cores that Ray sets aside for a worker")
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = Field(
@@ -256,26 +259,26 @@ class RolloutEngineSection(Section):
     )
     max_staleness: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="iterations that the policy which writes may be behind; 0: it is the newest, above 0 the next "
-        "responses are written while training goes on",
+        description="iterations by which the generating policy may lag; above 0, the next responses are generated "
+        "while training continues",
     )
     importance_cap: Annotated[float, Field(ge=1)] | None = Field(
         default=None,
-        description="bound of the weight π/μ of a token by the policy μ that wrote it, while the clipped ratio is to "
-        "the policy π before the update; null: the clipped ratio is to μ itself",
+        description="upper bound of the importance weight π/μ per token, where μ generated it and the clipped ratio is "
+        "to the policy π before the update; null: the clipped ratio is to μ",
     )
     timeout: Duration = Field(
         default=600.0,
-        description="time without an answer after which a worker's prompts are given to another too; three times it, "
-        'and the worker counts as lost (seconds, or "90s", "30m", "2h")',
+        description="time without an answer after which a worker's prompts go to another worker too; after three times "
+        'this the worker counts as lost (seconds, or "90s", "30m", "2h")',
     )
     restarts: Annotated[int, Field(ge=0)] = Field(
-        default=8, description="lost workers that are started anew; then the run goes on with fewer"
+        default=8, description="restarts of lost workers; after that the run continues with fewer"
     )
 
     @property
     def is_remote(self) -> bool:
-        """Whether other processes than those that train write."""
+        """Whether separate processes generate responses."""
         return self.engine != "local"
 
     @property
@@ -289,7 +292,7 @@ class RolloutEngineSection(Section):
 def check_rollout(
     rollout: RolloutEngineSection, training: PpoTrainingSection, generation: RolloutSection
 ) -> Iterator[Problem]:
-    """What the engine cannot do."""
+    """Check the limits of the engine."""
     if rollout.max_staleness > 0 and not rollout.is_remote:
         actual = f'{rollout.max_staleness} with rollout.engine "local"'
         yield Problem(("rollout.max_staleness", "rollout.engine"), actual, '0, or rollout.engine "ray" or "vllm"')
@@ -303,13 +306,16 @@ def check_rollout(
     if generation.temperature != 1 and (generation.top_k is not None or generation.top_p < 1):
         fields = ("generation.temperature", "rollout.engine")
         actual = f'{generation.temperature} with top_k or top_p and rollout.engine "vllm"'
-        hint = "vLLM does not tell the log-probabilities of the full distribution at a temperature then"
+        hint = "vLLM then does not return log-probabilities of the full distribution at that temperature"
         yield Problem(fields, actual, '1, or neither top_k nor top_p, or rollout.engine "ray"', hint)
 
 
 def rollout_effects(rollout: RolloutEngineSection) -> dict[str, tuple[bool, str]]:
-    """Keys that may have no effect → whether they have one, and the reason why not."""
+    """Keys that may have no effect → whether they have one, and the reason if not."""
     remote = (rollout.is_remote, "rollout.engine is local")
     keys = ("workers", "address", "cpus_per_worker", "gpus_per_worker", "timeout", "restarts")
-    capped = (rollout.importance_cap is None, "with rollout.importance_cap the old policy is that of a forward pass")
+    capped = (
+        rollout.importance_cap is None,
+        "with rollout.importance_cap the old log-probabilities come from a forward pass",
+    )
     return {**{f"rollout.{key}": remote for key in keys}, "training.old_logprobs": capped}

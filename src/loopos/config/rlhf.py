@@ -1,7 +1,6 @@
-"""The config of reinforcement learning from human feedback: a reward model from preferences, then PPO against it.
+"""The config of reinforcement learning from human feedback (`RlhfConfig`): a reward model, then PPO against it.
 
-Enters: the sections, each valid by itself. Leaves: `RlhfConfig`, the configs of its two phases, and `Problem`s, which
-are those of the phases under the names that the keys have here. Left out: what only the data or the weights can tell.
+The config is split into the configs of the two phases; their `Problem`s are reported under the key names used here.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import Count, Place
+from loopos.config.keys import Count, Location
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
 from loopos.config.preferences import RewardSection, check_text_files
 from loopos.config.reward_model import (
@@ -36,13 +35,13 @@ from loopos.config.rl import (
 from loopos.config.sections import ComputationSection, DistributedSection, LanguageModelSection, MethodConfig
 
 REWARD_LEARNING_RATE = 1e-5
-"""The peak learning rate of the reward model where the config has no `reward_training`."""
+"""The default peak learning rate of the reward model, without `reward_training`."""
 
-_READ_ALIKE = (
+_SHARED_KEYS = (
     *("pretrained_weights", "tokenizer", "chat_template", "on_bad_row", "max_dropped_share"),
     *("validation_share", "split_by", "max_line_bytes", "max_expansion", "max_prompt_tokens", "output_dir"),
 )
-_READ_FROM = (
+_SOURCE_KEYS = (
     *("columns", "encoding", "streaming", "max_rows", "training_split", "validation_split", "subset"),
     "validation_data",
 )
@@ -56,44 +55,42 @@ class RlhfDataSection(PreferenceDataSection):
 
     row_keys: ClassVar[tuple[str, ...]] = (*PreferenceDataSection.row_keys, "prompts")
 
-    prompts: Place | None = Field(
+    prompts: Location | None = Field(
         default=None,
         description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences when '
-        "absent; columns, encoding, splits, streaming, max_rows and validation_data are of the preferences alone",
+        "absent; columns, encoding, splits, streaming, max_rows and validation_data are only of the preferences",
     )
     max_prompt_tokens: Count | None = Field(
-        default=None, description="longest prompt (tokens); what max_length leaves beside max_new_tokens when absent"
+        default=None, description="longest prompt (tokens); max_length - max_new_tokens when absent"
     )
 
 
 class RlhfConfig(MethodConfig):
-    """Everything that a run of reinforcement learning from human feedback is told."""
+    """Config of a run of reinforcement learning from human feedback."""
 
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
     model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
-    computation: ComputationSection = Field(description="which method runs")
+    computation: ComputationSection = Field(description="the method")
     training: PpoTrainingSection = Field(description="how policy and values are trained")
     reward_training: RewardTrainingSection | None = Field(
         default=None,
         description="how the reward model is trained; when absent: AdamW with learning_rate 1e-5, and batch_size, "
         "num_epochs, max_length, seed, device and precision of training",
     )
-    reward: RewardSection = Field(
-        default_factory=RewardSection, description="what the reward model learns from a comparison"
-    )
+    reward: RewardSection = Field(default_factory=RewardSection, description="the loss of the reward model")
     generation: RolloutSection = Field(default_factory=RolloutSection, description="how responses are generated")
     rollout: RolloutEngineSection = Field(
-        default_factory=RolloutEngineSection, description="which processes write the responses"
+        default_factory=RolloutEngineSection, description="which processes generate responses"
     )
-    rewards: PpoRewardSection = Field(default_factory=PpoRewardSection, description="what a response is worth")
-    guards: GuardSection = Field(default_factory=GuardSection, description="when the run sounds an alarm")
+    rewards: PpoRewardSection = Field(default_factory=PpoRewardSection, description="the reward of a response")
+    guards: GuardSection = Field(default_factory=GuardSection, description="limits at which the run alerts")
     evaluation: PpoEvaluationSection = Field(
-        default_factory=PpoEvaluationSection, description="how the policy is measured while training"
+        default_factory=PpoEvaluationSection, description="how the policy is evaluated while training"
     )
     distributed: DistributedSection = Field(
-        default_factory=DistributedSection, description="how the processes of a run share it"
+        default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: RlhfDataSection = Field(description="where weights and rows come from, and where the run goes")
+    data: RlhfDataSection = Field(description="weights, rows and output folder")
 
     @property
     def reward_model_dir(self) -> str:
@@ -129,18 +126,20 @@ class RlhfConfig(MethodConfig):
         )
 
     def ppo_config(self) -> PpoConfig:
-        """The config of the second phase. Prompts of their own are read by the defaults of how rows are read; with
-        those of the preferences, whatever tells how the preferences are read holds.
+        """The config of the second phase.
+
+        Separate prompts are read with the default reading settings; the prompts of the preferences are read with the
+        settings of the preferences.
         """
         data = self.data
         own_prompts = data.prompts is not None
-        alike = set(_READ_ALIKE if own_prompts else _READ_ALIKE + _READ_FROM)
-        read = data.model_dump(include=alike, exclude_unset=True)
-        actual = {
+        shared = set(_SHARED_KEYS if own_prompts else _SHARED_KEYS + _SOURCE_KEYS)
+        read = data.model_dump(include=shared, exclude_unset=True)
+        values = {
             "reward_model": os.path.join(self.reward_model_dir, "model"),
             "prompts": data.prompts if own_prompts else data.preference_data,
             "training_data": None if own_prompts else data.training_data,
-            # What is cut of a response in the first phase is no matter of prompts.
+            # "cut" is for responses in the first phase; prompts are never cut.
             "over_length": "error" if data.over_length == "error" else "drop",
         }
         return PpoConfig(
@@ -154,7 +153,7 @@ class RlhfConfig(MethodConfig):
             guards=self.guards,
             evaluation=self.evaluation,
             distributed=self.distributed,
-            data=PpoDataSection.model_validate({**read, **actual}),
+            data=PpoDataSection.model_validate({**read, **values}),
         )
 
     def check(self) -> Iterator[Problem]:
@@ -163,7 +162,7 @@ class RlhfConfig(MethodConfig):
             *_renamed(self.reward_model_config().check(), renamed),
             *_renamed(self.ppo_config().check_training(), _NAMES_IN_PPO),
         ]
-        # What both phases read is checked by both.
+        # Both phases check the keys that both read.
         yield from dict.fromkeys(found)
 
     def check_files(self) -> Iterator[Problem]:
@@ -178,23 +177,23 @@ class RlhfConfig(MethodConfig):
             [_with_name(note, _NAMES_IN_PPO) for note in self.ppo_config().notes()],
         )
         # A key that both phases read has no effect only where it has none in either.
-        summary = [
+        notes = [
             note
             for note in dict.fromkeys(phases[0] + phases[1])
             if not note.startswith(_OF_BOTH_PHASES) or all(note in phase for phase in phases)
         ]
         if self.rewards.ensemble_penalty > 0 and self.reward.heads == 1:
-            summary.append("rewards.ensemble_penalty has no effect: reward.heads is 1")
-        return summary
+            notes.append("rewards.ensemble_penalty has no effect: reward.heads is 1")
+        return notes
 
 
-def _renamed(findings: Iterable[Problem], names: Mapping[str, str]) -> Iterator[Problem]:
-    for finding in findings:
-        yield replace(finding, fields=tuple(_with_name(field, names) for field in finding.fields))
+def _renamed(problems: Iterable[Problem], names: Mapping[str, str]) -> Iterator[Problem]:
+    for problem in problems:
+        yield replace(problem, fields=tuple(_with_name(field, names) for field in problem.fields))
 
 
 def _with_name(text: str, names: Mapping[str, str]) -> str:
-    """`text`, which begins with a key of a phase's config, with the key's section as it is named here."""
+    """Rename the section of the phase's key at the start of `text` to its name here."""
     for name, here in names.items():
         if text.startswith(name):
             return here + text.removeprefix(name)

@@ -1,18 +1,7 @@
-"""The sections of a config as frozen models: every key, its type, its bounds, its unit and its default.
+"""Sections of a config as frozen models: every key with its type, bounds, unit and default.
 
-Enters: plain values. Leaves: frozen, keyword-only sections. Left out: the types of values (`keys.py`), what no single
-key can tell (`fine_tuning.py`), files (`paths.py`).
-
-Sections of a config that methods for language models share: the model without a head, the optimizer's defaults, and
-where texts come from.
-
-Enters: plain values. Leaves: frozen sections. Left out: what no single key can tell (`checks`, and each method's own
-module).
-
-The section `distributed`: how the processes of a run share its model, and what they expect of each other.
-
-Enters: nothing but values. Leaves: `DistributedSection`, and what contradicts it. Left out: how many processes there
-are, which the launcher says.
+The sections that several methods share stand here; `keys` has the types of values, `checks` and each method's module
+the checks across keys, `paths` those of files.
 """
 
 from __future__ import annotations
@@ -27,15 +16,15 @@ from loopos.config.keys import (
     ClassWeights,
     Count,
     Duration,
+    Fraction,
+    Location,
     Metric,
     Optimizer,
-    Place,
     Pooling,
     Precision,
     Role,
     Schedule,
     Section,
-    Share,
     TargetScaling,
     Task,
     Text,
@@ -52,11 +41,11 @@ class ComputationSection(Section):
 
     mode: Literal["posttraining", "pretraining"] = Field(description="stage of training that the method belongs to")
     method: Text = Field(description="name of the method, as `loopos train --help` lists them")
-    description: str = Field(default="", description="free text, for people")
+    description: str = Field(default="", description="free text")
 
 
 class SizesSection(Section):
-    """The model's sizes (needed for new weights and bare files alone)."""
+    """The model's sizes (needed only for new weights and bare weights files)."""
 
     type: Literal["transformer"] = Field(default="transformer", description="kind of model")
     d_model: Count | None = Field(default=None, description="width of the hidden states (features)")
@@ -70,15 +59,16 @@ class SizesSection(Section):
 
 
 class ModelSection(SizesSection):
-    """The model's sizes (needed for new weights and bare files alone) and its head."""
+    """The model's sizes (needed only for new weights and bare weights files) and its head."""
 
     num_classes: Count | None = Field(
-        default=None, description="classes of the head, at least 2, or 1 for regression; read off the data when absent"
+        default=None,
+        description="classes of the head, at least 2, or 1 for regression; taken from the data when absent",
     )
-    task: Task | None = Field(default=None, description="what the head predicts; read off the labels when absent")
+    task: Task | None = Field(default=None, description="what the head predicts; taken from the labels when absent")
     pooling: Pooling = Field(
         default="auto",
-        description="how hidden states of one sequence become one vector; auto: last where transformers' own "
+        description="how the hidden states of a sequence become one vector; auto: last where transformers' own "
         "classifier of the architecture reads the last token, else mean",
     )
     head_init_std: Annotated[float, Field(ge=0)] | None = Field(
@@ -92,7 +82,7 @@ class ModelSection(SizesSection):
     class_weights: ClassWeights | Literal["balanced"] | None = Field(
         default=None, description="weight of each class in the loss (factor), or from the classes' counts"
     )
-    label_smoothing: Share = Field(default=0.0, description="share of the target spread over all classes")
+    label_smoothing: Fraction = Field(default=0.0, description="fraction of the target spread over all classes")
     regression_loss: Literal["mse", "huber"] = Field(default="mse", description="loss of a regression head")
     huber_delta: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
@@ -112,9 +102,9 @@ class LoraSection(Section):
 
     rank: Count = Field(default=16, description="rank of the adapters (features)")
     alpha: Annotated[float, Field(gt=0)] = Field(
-        default=32.0, description="scale of the adapters; they count alpha / rank"
+        default=32.0, description="scale of the adapters; the factor is alpha / rank"
     )
-    dropout: Share = Field(default=0.0, description="share of the adapters' inputs set to 0")
+    dropout: Fraction = Field(default=0.0, description="fraction of the adapters' inputs set to 0")
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear", description="names of the layers that get adapters"
     )
@@ -127,7 +117,7 @@ class EarlyStoppingSection(Section):
     min_delta: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="gain that counts as better (unit of the metric)"
     )
-    metric: Metric | None = Field(default=None, description="metric that is watched; training.metric when absent")
+    metric: Metric | None = Field(default=None, description="metric to monitor; training.metric when absent")
 
 
 class TrainingSection(Section):
@@ -145,15 +135,15 @@ class TrainingSection(Section):
         default=None, description='time after which training ends (seconds, or "90s", "30m", "2h")'
     )
     optimizer: Optimizer = Field(default="sgd", description="rule of the weight updates")
-    momentum: Share = Field(default=0.0, description="share of the last update kept (sgd and muon)")
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+    momentum: Fraction = Field(default=0.0, description="fraction of the last update kept (sgd and muon)")
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
         default=(0.9, 0.999), description="decay per step of the two moment averages (adam, adamw, muon's adamw part)"
     )
     epsilon: Annotated[float, Field(gt=0)] = Field(
         default=1e-8, description="added to the second moment's root (unit of the gradient)"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="share of each weight taken off per unit of learning rate"
+        default=0.0, description="fraction of each weight taken off per unit of learning rate"
     )
     schedule: Schedule = Field(default="constant", description="shape of the learning rate over the steps")
     warmup: Warmup = Field(
@@ -164,7 +154,7 @@ class TrainingSection(Section):
     )
     num_cycles: Count = Field(default=1, description="cycles of cosine_restarts")
     decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.1, description="share of all steps in which warmup_stable_decay decays"
+        default=0.1, description="fraction of all steps in which warmup_stable_decay decays"
     )
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="factor on the learning rate at a plateau"
@@ -178,7 +168,7 @@ class TrainingSection(Section):
     precision: Precision = Field(default="auto", description="number format of the forward and backward pass")
     gradient_checkpointing: bool = Field(default=False, description="compute activations twice to save memory")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where training runs")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="start of all random numbers")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of all random numbers")
     trainable: Trainable = Field(default="all", description="which weights train")
     freeze_layers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="lowest layers, with the embeddings, that do not train; 0 freezes nothing"
@@ -188,14 +178,12 @@ class TrainingSection(Section):
     )
     lora: LoraSection | None = Field(default=None, description="adapters of trainable: lora; its defaults when absent")
     keep_zeros: bool = Field(
-        default=False, description="weights of a pruned model that are zero at the start stay zero"
+        default=False, description="keep weights that are zero at the start at zero (pruned models)"
     )
     shuffle: bool = Field(default=True, description="new order of the rows in each epoch")
-    num_workers: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="taken from the guide's configs; has no effect"
-    )
+    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, description="accepted for compatibility; has no effect")
     prefetch_batches: Annotated[int, Field(ge=0)] = Field(
-        default=2, description="taken from the guide's configs; has no effect"
+        default=2, description="accepted for compatibility; has no effect"
     )
     max_length: Count | None = Field(
         default=None, description="longest sequence (tokens); the model's limit when absent"
@@ -205,17 +193,15 @@ class TrainingSection(Section):
         description="weight of the loss that evens out how a mixture of experts uses its experts; 0 is none",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop", description="what a loss or gradient that is NaN or infinite does"
+        default="stop", description="what happens at a NaN or infinite loss or gradient"
     )
     validate_every: Count | Literal["epoch", "never"] = Field(
         default="epoch", description="when to validate (optimizer steps)"
     )
-    validate_at_start: bool = Field(
-        default=True, description="validate before the first step too, so that the run is compared with its start"
-    )
+    validate_at_start: bool = Field(default=True, description="validate before the first step too, as a baseline")
     early_stopping: EarlyStoppingSection | None = Field(default=None, description="when to stop early; null is never")
     metric: Metric | None = Field(
-        default=None, description="metric that says which checkpoint is best; the task's own when absent"
+        default=None, description="metric that selects the best checkpoint; the task's own when absent"
     )
     save_every: Count | Literal["validation", "epoch", "never"] = Field(
         default="validation", description="when to save a checkpoint (optimizer steps)"
@@ -227,21 +213,19 @@ class TrainingSection(Section):
     )
     keep_last: Count = Field(default=1, description="newest checkpoints that are kept")
     keep_best: bool = Field(default=True, description="keep the best checkpoint too, and export it")
-    export_start: bool = Field(
-        default=False, description="export the weights of the start where no validation after it is better"
-    )
+    export_start: bool = Field(default=False, description="export the initial weights if no later validation is better")
     log_every: Count = Field(default=1, description="optimizer steps between two lines of the log")
     tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
 
 
 class ReadingSection(Section):
-    """How files of rows are read, whatever they hold, and how validation rows are split off."""
+    """How data files are read, and how validation rows are split off."""
 
     plain_lines: ClassVar[str | None] = None
-    """The role of a line where a .txt file that is no table has one row a line; None where it is refused."""
+    """The role of a line in a .txt file with one row per line; None if such a file is refused."""
 
     source_keys: ClassVar[tuple[str, ...]] = ("training_data",)
-    """The keys that may name the rows to train on, the method's own first."""
+    """The keys that may name the training rows, the method's own first."""
 
     row_keys: ClassVar[tuple[str, ...]] = ("training_data", "validation_data")
     """All keys that name rows."""
@@ -250,47 +234,51 @@ class ReadingSection(Section):
         default=None,
         description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',
     )
-    max_line_bytes: Count = Field(default=MAX_LINE_BYTES, description="longest line of a file of rows (bytes)")
+    max_line_bytes: Count = Field(default=MAX_LINE_BYTES, description="longest line of a data file (bytes)")
     max_expansion: Count = Field(
         default=MAX_EXPANSION,
         description="bytes that a compressed file may unpack to, for each byte of it; the first 64 MiB are free",
     )
     split_by: Literal["prompt", "row"] = Field(
         default="prompt",
-        description="what stays whole when validation rows are split off: all rows of one prompt or text, or each row",
+        description="unit of the validation split: all rows of one prompt or text, or each row",
     )
 
 
 class DataSection(ReadingSection):
     """Where the weights and rows come from, and where the run goes."""
 
-    pretrained_weights: Place = Field(
+    pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
-    tokenizer: Place | None = Field(
+    tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
-    training_data: Place = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
-    validation_data: Place | None = Field(default=None, description="the same for validation; split off when absent")
-    validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
-    output_dir: Place = Field(description="folder of the run")
+    training_data: Location = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
+    validation_data: Location | None = Field(default=None, description="the same for validation; split off when absent")
+    validation_share: Fraction = Field(
+        default=0.1, description="fraction of the training rows split off for validation"
+    )
+    output_dir: Location = Field(description="folder of the run")
     columns: dict[Role, Text] = Field(default={}, description="column of each role; detected when absent")
-    on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="what happens to a row that cannot be used"
+    )
     on_truncation: Literal["truncate", "error"] = Field(
-        default="truncate", description="what a row over max_length does"
+        default="truncate", description="what happens to a row over max_length"
     )
     streaming: bool = Field(
         default=False,
-        description="read a hub id while it arrives, without storing it on disk first; max_rows bounds what is taken",
+        description="read a hub id while it downloads, without storing it on disk; needs max_rows",
     )
-    max_rows: Count | None = Field(default=None, description="rows after which reading ends")
+    max_rows: Count | None = Field(default=None, description="largest number of rows to read")
     training_split: Text = Field(default="train", description="split of a hub id to train on")
     validation_split: Text | None = Field(default=None, description="split of a hub id to validate on")
     subset: Text | None = Field(default=None, description="subset of a hub id")
 
 
 class MethodConfig(Section):
-    """What `load` asks of a method's config: its sections as fields, and these checks of valid values."""
+    """Base of a method's config: its sections are the fields; these methods check valid values."""
 
     section_order: ClassVar[tuple[str, ...]] = ("model", "computation", "training", "data")
 
@@ -303,23 +291,23 @@ class MethodConfig(Section):
         return iter(())
 
     def notes(self) -> list[str]:
-        """Sentences on keys that were given but have no effect."""
+        """Notes on keys that are set but have no effect."""
         return []
 
 
 LANGUAGE_METRICS = ("loss", "accuracy")
-"""What a language model in training can be judged by: the loss of the trained tokens (nats), and, where answers are
-generated, the share of them that is right."""
+"""Validation metrics of a language model: the loss of the trained tokens (nats), and the fraction of right answers
+where answers are generated."""
 
 
 class LanguageModelSection(SizesSection):
-    """The model's sizes (needed for new weights and bare files alone)."""
+    """The model's sizes (needed only for new weights and bare weights files)."""
 
     attention: Literal["auto", "packed", "padded"] = Field(default="auto", description="how sequences share a batch")
 
 
 class LanguageTrainingSection(TrainingSection):
-    """The optimizer, its schedule, what trains, and when to validate, save and stop; AdamW unless told otherwise."""
+    """The optimizer, its schedule, what trains, and when to validate, save and stop; the default is AdamW."""
 
     optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
 
@@ -327,68 +315,73 @@ class LanguageTrainingSection(TrainingSection):
 class TextSourceSection(ReadingSection):
     """How rows of text are read, and where the run goes."""
 
-    validation_data: Place | None = Field(
+    validation_data: Location | None = Field(
         default=None, description="file, folder, glob or hub id of the rows to validate on; split off when absent"
     )
-    validation_share: Share = Field(default=0.1, description="share of the training rows split off for validation")
-    output_dir: Place = Field(description="folder of the run")
-    on_bad_row: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be used does")
+    validation_share: Fraction = Field(
+        default=0.1, description="fraction of the training rows split off for validation"
+    )
+    output_dir: Location = Field(description="folder of the run")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="what happens to a row that cannot be used"
+    )
     streaming: bool = Field(
         default=False,
-        description="read a hub id while it arrives, without storing it on disk first; max_rows bounds what is taken",
+        description="read a hub id while it downloads, without storing it on disk; needs max_rows",
     )
-    max_rows: Count | None = Field(default=None, description="rows after which reading ends")
+    max_rows: Count | None = Field(default=None, description="largest number of rows to read")
     training_split: Text = Field(default="train", description="split of a hub id to train on")
     validation_split: Text | None = Field(default=None, description="split of a hub id to validate on")
     subset: Text | None = Field(default=None, description="subset of a hub id")
 
     @property
     def has_validation(self) -> bool:
-        """Whether any rows are kept for validation."""
+        """Whether there are validation rows."""
         return self.validation_data is not None or self.validation_split is not None or self.validation_share > 0
 
 
 WHOLE_MATRICES = ("muon", "adafactor")
-"""Optimizers whose rule for a matrix needs all of its rows."""
+"""Optimizers whose update of a matrix needs all of its rows."""
 
 
 class DistributedSection(Section):
-    """Without effect in a run of one process."""
+    """How a run is distributed over processes; no effect with one process."""
 
     mode: Literal["auto", "replicate", "shard"] = Field(
-        default="auto", description="whether each process holds the whole model, or a share of it (FSDP2)"
+        default="auto", description="replicate the model in each process, or shard it (FSDP2)"
     )
     shard_size: Count | None = Field(
         default=None,
-        description="processes, or groups that split layers, that share one copy of the model; all when absent",
+        description="processes (or tensor-parallel groups) that shard one copy of the model; all when absent",
     )
     tensor_parallel: Count = Field(
-        default=1, description="processes that split every layer among them and see the same rows; a divisor of all"
+        default=1,
+        description="processes that split each layer and read the same rows; a divisor of the number of processes",
     )
     cpu_offload: bool = Field(
-        default=False, description="weights, gradients and optimizer rest in the host's memory (shard on CUDA)"
+        default=False, description="keep weights, gradients and optimizer state in host memory (shard on CUDA)"
     )
     reshard_after_forward: bool = Field(
-        default=True, description="let go of the others' shares of a layer between its forward and its backward pass"
+        default=True, description="free the gathered weights of a layer between its forward and backward pass"
     )
     timeout: Duration = Field(
         default=600.0, description='time after which a collective counts as hung (seconds, or "90s", "30m", "2h")'
     )
     silence: Duration = Field(
-        default=20.0, description='time without a sign of life after which a process counts as lost (seconds, or "90s")'
+        default=20.0, description='time without a heartbeat after which a process counts as lost (seconds, or "90s")'
     )
 
 
 def check_distributed(distributed: DistributedSection, optimizer: str) -> Iterator[Problem]:
-    """Keys of sharding against each other and against the optimizer."""
+    """Check the keys of sharding against each other and against the optimizer."""
     if distributed.mode == "shard" and optimizer in WHOLE_MATRICES:
         fields = ("training.optimizer", "distributed.mode")
-        hint = "its rule needs whole matrices, of which a process holds some rows"
+        hint = "its update needs whole matrices, but a process holds only some rows"
         yield Problem(fields, f'{optimizer} with mode "shard"', 'sgd, adam or adamw, or mode "replicate"', hint)
     if distributed.tensor_parallel > 1 and optimizer in WHOLE_MATRICES:
         fields = ("training.optimizer", "distributed.tensor_parallel")
         actual = f"{optimizer} with tensor_parallel {distributed.tensor_parallel}"
-        hint = "its rule needs whole matrices, of which a process holds a part"
+        hint = "its update needs whole matrices, but a process holds only a part"
         yield Problem(fields, actual, "sgd, adam or adamw, or tensor_parallel 1", hint)
     if distributed.mode == "replicate":
         for name in ("shard_size", "cpu_offload", "reshard_after_forward"):

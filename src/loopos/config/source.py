@@ -1,8 +1,7 @@
-"""A config file, and the overrides of the command line, to one tree of nodes.
+"""Read a config file and command-line overrides into one tree of nodes.
 
-Enters: a path and `key.path=value` words. Leaves: `Source` (the text as it stands in the file, and its tree), or
-`ConfigError`. `.json` is read as JSON, `.yaml` and `.yml` as YAML, any other name by content. Left out: what the keys
-mean.
+`.json` is read as JSON, `.yaml` and `.yml` as YAML, any other name by content. Overrides are `key.path=value`
+arguments. Mistakes raise `ConfigError`.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from loopos.config.json_text import (
 MOST_BYTES = 10_000_000
 COMMAND_LINE = "command line"
 IN_PYTHON = "config"
-"""The source of a config that was given as a dict."""
+"""The source name of a config that is a dict."""
 _OVERRIDE_KEY = re.compile(r"[A-Za-z0-9_$-]+(?:\.[A-Za-z0-9_$-]+)*")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
-# A name that ends so is data; .json and .txt are told by what they hold.
+# Files with these suffixes are data; .json and .txt are recognized by content.
 _DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx", ".gz", ".zst")
 _MOST_NAMED = 5
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -46,7 +45,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One config file: its path as given, its text, its tree."""
+    """One config file: its path as the user wrote it, its text, its tree."""
 
     path: str
     text: str
@@ -56,8 +55,8 @@ class Source:
 def read_source(path: str | os.PathLike[str]) -> Source:
     """Read and parse a config file.
 
-    Raises `ConfigError` for a file that is missing, unreadable, no UTF-8 text, empty, over 10 MB, of broken syntax, or
-    whose top level is no mapping.
+    Raises `ConfigError` if the file is missing, unreadable, not UTF-8, empty, over 10 MB or not valid JSON or YAML, or
+    if its top level is not a mapping.
     """
     name = os.fspath(path)
     if name.lower().endswith(_DATA_SUFFIXES) and os.path.isfile(name):
@@ -71,7 +70,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         raise
     if root is None:
         raise _file_error(
-            name, "a file with no settings in it", 'a mapping with "model", "computation", "training" and "data"'
+            name, "a file without settings", 'a mapping with "model", "computation", "training" and "data"'
         )
     if isinstance(root, ListNode) and root.items and isinstance(root.items[0], MappingNode):
         raise _data_file_error(name)
@@ -89,9 +88,9 @@ def read_source(path: str | os.PathLike[str]) -> Source:
 
 
 def source_of(values: Mapping[str, object]) -> Source:
-    """A config that a Python program holds. Raises `ConfigError` for values that no config file can hold."""
+    """The source of a config from Python. Raises `ConfigError` for values that a config file cannot express."""
     root = _node_of(values, (), 0)
-    assert isinstance(root, MappingNode), "a mapping becomes one"
+    assert isinstance(root, MappingNode), "a mapping becomes a MappingNode"
     return Source(IN_PYTHON, json.dumps(plain(root), indent=2, ensure_ascii=False), root)
 
 
@@ -112,7 +111,7 @@ def _node_of(value: object, path: tuple[str, ...], depth: int) -> Node:
 
 
 def parse_text(text: str, name: str) -> Node | None:
-    """The tree of `text`, read as the suffix of `name` says, else by content; None when it holds no value."""
+    """The tree of `text`, in the format of the suffix of `name`, else by content; None if it holds no value."""
     suffix = os.path.splitext(name)[1].lower()
     start = text.lstrip()
     if not start:
@@ -125,10 +124,10 @@ def parse_text(text: str, name: str) -> Node | None:
 
 
 def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
-    """`root` with each `key.path=value` set, later ones last; a value is read as JSON, or else taken as text.
+    """Set each `key.path=value` in `root`, in order; a value is parsed as JSON, else it is text.
 
-    A missing section on the way is made; an item of a list is named by its number from 0 (`model.labels.0=spam`).
-    Raises `ConfigError` with every override that has no such form or leads nowhere.
+    Missing sections are created; a list item is addressed by its index (`model.labels.0=spam`). Raises `ConfigError`
+    with every override that has another form or whose path does not exist.
     """
     diagnostics: list[Diagnostic] = []
     for override in overrides:
@@ -152,8 +151,9 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
 
 
 def special_file(path: str) -> str:
-    """What stands at `path` if it is neither a regular file nor a folder: a pipe, a socket or a device, which nobody
-    may open without waiting for ever. Empty for anything else, and where nothing is.
+    """The kind of a special file at `path`: a pipe, socket or device, since opening one may block forever.
+
+    Empty for regular files, folders and missing paths.
     """
     try:
         mode = os.stat(path).st_mode
@@ -164,16 +164,16 @@ def special_file(path: str) -> str:
 
 
 def close_matches(name: str, names: Sequence[str], cutoff: float = 0.6) -> list[str]:
-    """At most three of `names` that `name` may have meant, best first; letter case is ignored.
+    """At most three of `names` that are close to `name`, best first; case is ignored.
 
-    `cutoff` is the least likeness, from 0 to 1 (difflib's ratio).
+    `cutoff` is the minimum similarity from 0 to 1 (difflib's ratio).
     """
     by_folded = {candidate.lower(): candidate for candidate in reversed(names)}
     return [by_folded[match] for match in difflib.get_close_matches(name.lower(), list(by_folded), n=3, cutoff=cutoff)]
 
 
 def close_files(path: str) -> list[str]:
-    """Files or folders beside `path` whose names are close to it, with their folder as `path` gives it."""
+    """Files or folders next to `path` with a close name, as paths in the same form."""
     folder, name = os.path.split(path.rstrip("/"))
     try:
         beside = sorted(os.listdir(folder or "."))[:2000]
@@ -187,7 +187,7 @@ def _file_error(name: str, actual: str, expected: str, hint: str = "") -> Config
 
 
 def _other_configs(name: str) -> str:
-    """The hint for a config that is not there: the one whose name is close, or those beside it."""
+    """The hint for a missing config: the one with a close name, or the configs in the same folder."""
     close = [path for path in close_files(name) if path.lower().endswith(CONFIG_SUFFIXES)]
     if close:
         return f"did you mean {close[0]}?"
@@ -199,11 +199,11 @@ def _other_configs(name: str) -> str:
     if beside:
         more = ", ..." if len(beside) > _MOST_NAMED else ""
         return f"configs in {folder}: {', '.join(beside[:_MOST_NAMED])}{more}"
-    return "check the path; relative paths begin at the current directory"
+    return "check the path; relative paths start at the current directory"
 
 
 def _data_file_error(name: str) -> ConfigError:
-    """The error of rows of data where a config belongs, with a config that names them."""
+    """The error for a data file in place of a config, with an example of a config for it."""
     with open(name, "rb") as file:
         start = file.read(4096).decode("utf-8", errors="replace").lower()
     methods = {"sft": ("messages", "conversations"), "reward_model": ("chosen",), "chain_of_thought": ("problem",)}
@@ -229,7 +229,7 @@ def _read_text(name: str) -> str:
         with open(name, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise _file_error(name, "a path where no file is", expected, _other_configs(name)) from None
+        raise _file_error(name, "a path that does not exist", expected, _other_configs(name)) from None
     except IsADirectoryError:
         raise _file_error(name, "a folder", expected, "name the file inside it") from None
     except OSError as error:
@@ -258,8 +258,8 @@ def _decode(data: bytes, name: str) -> str:
     else:
         if offset < 0:
             return text
-    place = LineTable(text, name).mark(offset)
-    raise ConfigError([Diagnostic(name, place.line, place.column, "", actual, expected, "save the file as UTF-8")])
+    mark = LineTable(text, name).mark(offset)
+    raise ConfigError([Diagnostic(name, mark.line, mark.column, "", actual, expected, "save the file as UTF-8")])
 
 
 def _override_diagnostic(field: str, actual: str, expected: str, hint: str = "") -> Diagnostic:
@@ -269,24 +269,24 @@ def _override_diagnostic(field: str, actual: str, expected: str, hint: str = "")
 def _override_value(text: str) -> Node:
     mark = Mark(COMMAND_LINE)
     try:
-        return _without_places(parse_json(text, COMMAND_LINE))
+        return _on_command_line(parse_json(text, COMMAND_LINE))
     except ConfigError:
         return ScalarNode(text, text, mark)
 
 
-def _without_places(node: Node) -> Node:
-    """Lines and columns inside one override would be taken for those of the file."""
+def _on_command_line(node: Node) -> Node:
+    """Replace the marks: positions inside an override would read like positions in the file."""
     mark = Mark(COMMAND_LINE)
     if isinstance(node, ScalarNode):
         return ScalarNode(node.value, node.text, mark)
     if isinstance(node, ListNode):
-        return ListNode(tuple(_without_places(item) for item in node.items), mark)
-    entries = {key: _without_places(entry) for key, entry in node.entries.items()}
+        return ListNode(tuple(_on_command_line(item) for item in node.items), mark)
+    entries = {key: _on_command_line(entry) for key, entry in node.entries.items()}
     return MappingNode(entries, dict.fromkeys(entries, mark), mark)
 
 
 def _with_value(node: Node, steps: Sequence[str], value: Node, above: tuple[str, ...]) -> Node:
-    """A copy of `node` in which the part that `steps` names is `value`."""
+    """A copy of `node` with `value` at the path `steps`."""
     if not steps:
         return value
     mark = Mark(COMMAND_LINE)
@@ -303,7 +303,7 @@ def _with_value(node: Node, steps: Sequence[str], value: Node, above: tuple[str,
             expected = f"a number from 0 to {len(node.items) - 1}" if node.items else "no number: the list is empty"
             actual = f"item {step} of {dotted(above)}"
             raise ConfigError(
-                [_override_diagnostic(field, actual, expected, f"or give the whole list: {dotted(above)}=[...]")]
+                [_override_diagnostic(field, actual, expected, f"or set the whole list: {dotted(above)}=[...]")]
             )
         index = int(step)
         changed = _with_value(node.items[index], rest, value, here)
@@ -313,6 +313,6 @@ def _with_value(node: Node, steps: Sequence[str], value: Node, above: tuple[str,
 
 
 def as_mapping(node: Node, step: str) -> MappingNode | None:
-    """The section `step` of `node`, if it is one."""
+    """The section `step` of `node`; None if it is missing or not a section."""
     section = find(node, (step,))
     return section if isinstance(section, MappingNode) else None

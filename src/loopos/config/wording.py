@@ -1,8 +1,7 @@
-"""pydantic's errors as faults in plain words.
+"""Turn pydantic's errors into diagnostics in plain language.
 
-Enters: a `ValidationError`, the tree it came from, the JSON Schema of its model. Leaves: one `Diagnostic` for each
-faulty key, with what the schema allows there and, where it can be guessed, what was meant. Left out: checks of more
-than one key (`fine_tuning`).
+Each invalid key gets one `Diagnostic`: its value, what the JSON Schema allows, and a suggestion if one is close. Checks
+of key combinations live in the config classes.
 """
 
 from __future__ import annotations
@@ -28,16 +27,15 @@ _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("ex
 def diagnostics_of(
     error: ValidationError, root: MappingNode, schema: Schema, renamed: Mapping[str, str]
 ) -> list[tuple[Path, Diagnostic]]:
-    """One fault for each faulty path of `error`, in its order.
+    """One diagnostic for each invalid path of `error`, in its order.
 
-    `renamed` gives the name under which the user wrote a key that was moved. Of a union's errors the deepest alone is
-    kept.
+    `renamed` maps a moved key to the name that the user wrote. Of a union's errors only the deepest is reported.
     """
     found: dict[Path, Diagnostic] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         location = detail["loc"]
         if detail["type"] == "missing" and isinstance(location[-1], int):
-            location = location[:-1]  # a list that is too short is the fault of the list
+            location = location[:-1]  # a list that is too short is an error of the list
         path, allowed = _follow(location, root, schema)
         if path not in found:
             found[path] = _diagnostic(detail["type"], path, "[key]" in location, allowed, root, schema, renamed)
@@ -59,13 +57,13 @@ def _diagnostic(
         return Diagnostic(mark.source, mark.line, mark.column, name, actual, f"a key of {section}", hint)
     if at_key:
         mark = key_mark(root, path)
-        allowed = _branch(_follow(path[:-1], root, schema)[1], "propertyNames", schema).get("propertyNames", {})
+        allowed = _variant(_follow(path[:-1], root, schema)[1], "propertyNames", schema).get("propertyNames", {})
         actual = f"the key {json.dumps(key, ensure_ascii=False)}"
         return Diagnostic(
-            mark.source, mark.line, mark.column, name, actual, words(allowed, schema), _close_value(key, allowed)
+            mark.source, mark.line, mark.column, name, actual, describe(allowed, schema), _close_value(key, allowed)
         )
     mark = value_mark(root, path)
-    expected = words(allowed, schema)
+    expected = describe(allowed, schema)
     if node is None:
         about = f" ({allowed['description']})" if "description" in allowed else ""
         return Diagnostic(
@@ -78,7 +76,7 @@ def _diagnostic(
 
 
 def shown(node: Node, *, with_kind: bool) -> str:
-    """A value as the user wrote it, cut to 60 characters, with its kind in words if asked."""
+    """A value as the user wrote it, cut to 60 characters; `with_kind` adds its type."""
     if isinstance(node, ListNode):
         return f"a list of {len(node.items)}"
     if isinstance(node, MappingNode):
@@ -92,12 +90,12 @@ def shown(node: Node, *, with_kind: bool) -> str:
     return f"{text} ({kind})"
 
 
-def words(schema: Schema, whole: Schema) -> str:
-    """What a JSON Schema allows, in words: `a whole number >= 1, "epoch" or "never"`."""
-    return _joined(_choices(schema, whole))
+def describe(schema: Schema, whole: Schema) -> str:
+    """What a JSON Schema allows, as text: `a whole number >= 1, "epoch" or "never"`."""
+    return _join_choices(_choices(schema, whole))
 
 
-def _joined(choices: Sequence[str]) -> str:
+def _join_choices(choices: Sequence[str]) -> str:
     unique = list(dict.fromkeys(choices))
     return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} or {unique[-1]}"
 
@@ -105,7 +103,7 @@ def _joined(choices: Sequence[str]) -> str:
 def _choices(schema: Schema, whole: Schema) -> list[str]:
     schema = _resolved(schema, whole)
     if "anyOf" in schema:
-        return [choice for branch in schema["anyOf"] for choice in _choices(branch, whole)]
+        return [choice for variant in schema["anyOf"] for choice in _choices(variant, whole)]
     if "enum" in schema or "const" in schema:
         return [json.dumps(value) for value in schema.get("enum", [schema.get("const")])]
     bounds = " and ".join(f"{sign} {schema[name]:g}" for name, sign in _BOUNDS if name in schema)
@@ -115,15 +113,14 @@ def _choices(schema: Schema, whole: Schema) -> list[str]:
         return [f"{noun} {bounds}" if bounds else noun]
     if kind == "string":
         if "examples" in schema:
-            return [f"text such as {_joined([json.dumps(example) for example in schema['examples']])}"]
+            return [f"text such as {_join_choices([json.dumps(example) for example in schema['examples']])}"]
         return ["text that is not empty" if schema.get("minLength") else "text"]
     if kind == "array":
         if "prefixItems" in schema:
-            each = words(schema["prefixItems"][0], whole)
+            each = describe(schema["prefixItems"][0], whole)
             return [f"a list of {len(schema['prefixItems'])}, each {each}"]
-        return [
-            f"a list{' of at least 1' if schema.get('minItems') else ''}, each {words(schema.get('items', {}), whole)}"
-        ]
+        least = " of at least 1" if schema.get("minItems") else ""
+        return [f"a list{least}, each {describe(schema.get('items', {}), whole)}"]
     if kind == "object":
         required = schema.get("required", [])
         return [f"a section with {', '.join(required)}" if required else "a section of keys and values"]
@@ -138,33 +135,33 @@ def _resolved(schema: Schema, whole: Schema) -> Schema:
     return target
 
 
-def _branch(schema: Schema, keyword: str, whole: Schema) -> Schema:
-    """`schema`, or the first branch of its union that has `keyword`; empty if none has."""
+def _variant(schema: Schema, keyword: str, whole: Schema) -> Schema:
+    """`schema`, or the first variant of its union that has `keyword`; empty if none has."""
     schema = _resolved(schema, whole)
     if keyword in schema:
         return schema
-    branches = (_branch(branch, keyword, whole) for branch in schema.get("anyOf", ()))
-    return next((branch for branch in branches if branch), {})
+    variants = (_variant(variant, keyword, whole) for variant in schema.get("anyOf", ()))
+    return next((variant for variant in variants if variant), {})
 
 
 def _step(schema: Schema, step: str | int, whole: Schema) -> Schema | None:
-    """The schema of one part, or None where the schema has no such part."""
+    """The schema of one key or item, or None if the schema has no such part."""
     if isinstance(step, int):
-        each = _branch(schema, "prefixItems", whole).get("prefixItems")
+        each = _variant(schema, "prefixItems", whole).get("prefixItems")
         if each:
             return dict(each[min(step, len(each) - 1)])
-        items: Schema | None = _branch(schema, "items", whole).get("items")
+        items: Schema | None = _variant(schema, "items", whole).get("items")
         return items
-    properties = _branch(schema, "properties", whole).get("properties", {})
+    properties = _variant(schema, "properties", whole).get("properties", {})
     if step in properties:
         part: Schema = properties[step]
         return part
-    rest = _branch(schema, "additionalProperties", whole).get("additionalProperties")
+    rest = _variant(schema, "additionalProperties", whole).get("additionalProperties")
     return rest if isinstance(rest, dict) else None
 
 
 def _follow(location: Sequence[str | int], root: MappingNode, schema: Schema) -> tuple[Path, Schema]:
-    """The path in the user's tree that pydantic's `location` means, and the schema there; names of unions fall out."""
+    """Convert pydantic's `location` to a path in the user's tree, without names of union variants, and its schema."""
     path: Path = ()
     here = schema
     for step in location:
@@ -179,7 +176,7 @@ def _follow(location: Sequence[str | int], root: MappingNode, schema: Schema) ->
 
 
 def _hint_for_key(key: str, path: Path, schema: Schema) -> str:
-    """What an unknown key may have meant: a key of this section, or of another."""
+    """A suggestion for an unknown key: a close key of this section or of another."""
     own = list(_properties_at(path[:-1], schema))
     owners: dict[str, str] = {}
     for section in schema.get("properties", {}):
@@ -193,7 +190,7 @@ def _hint_for_key(key: str, path: Path, schema: Schema) -> str:
         return f'it belongs under "{owner}"' if meant == key else f'did you mean "{meant}" under "{owner}"?'
     close = close_matches(key, own)
     if close:
-        return f"did you mean {_joined([json.dumps(match) for match in close[:2]])}?"
+        return f"did you mean {_join_choices([json.dumps(match) for match in close[:2]])}?"
     elsewhere = close_matches(key, list(owners), cutoff=0.75)
     if elsewhere:
         return f'did you mean "{elsewhere[0]}" under "{owners[elsewhere[0]]}"?'
@@ -207,7 +204,7 @@ def _properties_at(path: Sequence[str | int], schema: Schema) -> Mapping[str, Sc
         if part is None:
             return {}
         here = part
-    properties: Mapping[str, Schema] = _branch(here, "properties", schema).get("properties", {})
+    properties: Mapping[str, Schema] = _variant(here, "properties", schema).get("properties", {})
     return properties
 
 
@@ -218,8 +215,8 @@ def _close_value(value: str, allowed: Schema) -> str:
 
 
 def _enumerated(schema: Schema) -> list[object]:
-    branches = [value for branch in schema.get("anyOf", ()) for value in _enumerated(branch)]
-    return [*branches, *schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]
+    variants = [value for variant in schema.get("anyOf", ()) for value in _enumerated(variant)]
+    return [*variants, *schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]
 
 
 def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
@@ -227,7 +224,7 @@ def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
         return 'name one source: a folder, or a glob such as "data/*.jsonl"'
     if not isinstance(node, ScalarNode):
         return ""
-    value, expected = node.value, words(allowed, whole)
+    value, expected = node.value, describe(allowed, whole)
     if isinstance(value, str):
         return _hint_for_text(node, value, allowed, expected)
     if value is None and "default" in allowed:
@@ -247,7 +244,7 @@ def _hint_for_value(node: Node, allowed: Schema, whole: Schema) -> str:
 
 def _hint_for_text(node: ScalarNode, value: str, allowed: Schema, expected: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in value):
-        return "it holds a byte that is not UTF-8"
+        return "it contains a byte that is not UTF-8"
     folded = value.strip().lower()
     if "number" in expected and _is_number(folded):
         return f"write {folded}, without quotes"

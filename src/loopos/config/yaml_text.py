@@ -1,8 +1,7 @@
-"""YAML to nodes with places, with the scalars of YAML 1.2's core schema.
+"""Parse YAML into the nodes of `json_text`, with the scalars of YAML 1.2's core schema.
 
-Enters: text and the name of its source. Leaves: a `Node` (None for a text of comments alone), or `ConfigError`. 1e-5 is
-a number and yes, no, on, off are text, unlike in PyYAML's YAML 1.1. Left out: merge keys, tags of any other type,
-several documents in one file.
+1e-5 is a number, and yes, no, on and off are text, unlike in PyYAML's YAML 1.1. Merge keys, other tags and several
+documents in one file are errors.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import yaml
 from loopos.config.diagnostics import ConfigError, Diagnostic
 from loopos.config.json_text import MOST_LEVELS, LineTable, ListNode, MappingNode, Mark, Node, ScalarNode, repeated_key
 
-MOST_NODES = 100_000  # aliases of aliases can make a tree of any size from a few lines
+MOST_NODES = 100_000  # nested aliases can expand a few lines to a tree of any size
 _TAG = "tag:yaml.org,2002:"
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
@@ -41,10 +40,10 @@ for _name, _pattern, _firsts in (
 
 
 def parse_yaml(text: str, source: str) -> Node | None:
-    """The tree of a YAML text; None when it holds no value.
+    """The tree of a YAML text; None if it holds no value.
 
-    Raises `ConfigError`: one fault for the first mistake of syntax, else one for each key given twice and each tag or
-    key of another type.
+    Raises `ConfigError` with the first syntax error, or with every duplicate key, unsupported tag and key that is not
+    text.
     """
     lines = LineTable(text, source)
     try:
@@ -52,9 +51,9 @@ def parse_yaml(text: str, source: str) -> Node | None:
     except yaml.YAMLError as error:
         raise ConfigError([_syntax_diagnostic(error, lines, text)]) from None
     except RecursionError:
-        place = lines.mark(0)
+        mark = lines.mark(0)
         actual = f"more than {MOST_LEVELS} levels"
-        raise ConfigError([Diagnostic(source, place.line, place.column, "", actual, "fewer")]) from None
+        raise ConfigError([Diagnostic(source, mark.line, mark.column, "", actual, "fewer")]) from None
     if root is None:
         return None
     builder = _Builder(lines)
@@ -65,29 +64,29 @@ def parse_yaml(text: str, source: str) -> Node | None:
 
 
 def _syntax_diagnostic(error: yaml.YAMLError, lines: LineTable, text: str) -> Diagnostic:
-    """PyYAML's error in our words."""
+    """PyYAML's error as a diagnostic."""
     if isinstance(error, yaml.reader.ReaderError):
-        place = lines.mark(error.position)
+        mark = lines.mark(error.position)
         return Diagnostic(
-            place.source, place.line, place.column, "", f"the character {error.character:#x}", "printable text"
+            mark.source, mark.line, mark.column, "", f"the character {error.character:#x}", "printable text"
         )
     assert isinstance(error, yaml.MarkedYAMLError)
     at = error.problem_mark or error.context_mark
     offset = at.index if at is not None else 0
-    place = lines.mark(offset)
+    mark = lines.mark(offset)
     problem = " ".join(part for part in (error.problem, error.context) if part)
     hint = ""
     if "\\t" in problem or text[offset : offset + 1] == "\t":
-        problem, hint = "a tab", "YAML is indented by spaces"
+        problem, hint = "a tab", "indent YAML by spaces"
     elif "mapping values are not allowed" in problem:
-        hint = 'text with ": " in it stands in quotes; check the indentation'
+        hint = 'put text that contains ": " in quotes; check the indentation'
     elif "single document" in problem:
         hint = "remove the second document, after ---"
-    return Diagnostic(place.source, place.line, place.column, "", f"not valid YAML: {problem}", "", hint)
+    return Diagnostic(mark.source, mark.line, mark.column, "", f"not valid YAML: {problem}", "", hint)
 
 
 class _Builder:
-    """PyYAML's nodes to ours; the faults are collected so that all are told at once."""
+    """Converts PyYAML's nodes to ours and collects diagnostics, so that all are reported at once."""
 
     def __init__(self, lines: LineTable) -> None:
         self.lines = lines
@@ -95,8 +94,8 @@ class _Builder:
         self.num_nodes = 0
 
     def diagnostic(self, node: yaml.Node, actual: str, expected: str, hint: str = "") -> None:
-        place = self.mark(node)
-        self.diagnostics.append(Diagnostic(place.source, place.line, place.column, "", actual, expected, hint))
+        mark = self.mark(node)
+        self.diagnostics.append(Diagnostic(mark.source, mark.line, mark.column, "", actual, expected, hint))
 
     def mark(self, node: yaml.Node) -> Mark:
         return self.lines.mark(node.start_mark.index)
@@ -105,7 +104,7 @@ class _Builder:
         self.num_nodes += 1
         if level > MOST_LEVELS or self.num_nodes > MOST_NODES:
             actual = f"more than {MOST_LEVELS} levels" if level > MOST_LEVELS else f"more than {MOST_NODES} values"
-            self.diagnostic(node, actual, "fewer", "an alias (*name) may hold itself or be repeated too often")
+            self.diagnostic(node, actual, "fewer", "an alias (*name) may contain itself or be repeated too often")
             raise ConfigError(self.diagnostics)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, level)
@@ -124,9 +123,9 @@ class _Builder:
         entries: dict[str, Node] = {}
         keys: dict[str, Mark] = {}
         for key_node, value_node in node.value:
-            place = self.mark(key_node)
+            mark = self.mark(key_node)
             if key_node.tag != _TAG + "str":
-                self.diagnostic(key_node, "a key that is no text", "a key of text", "put it in quotes if it is meant")
+                self.diagnostic(key_node, "a key that is not text", "a text key", "put it in quotes")
                 continue
             key = str(key_node.value)
             if key == "<<" and key_node.style is None:
@@ -134,9 +133,9 @@ class _Builder:
                 continue
             entry = self.node(value_node, level + 1)
             if key in keys:
-                self.diagnostics.append(repeated_key(key, keys[key], place))
+                self.diagnostics.append(repeated_key(key, keys[key], mark))
             else:
-                entries[key], keys[key] = entry, place
+                entries[key], keys[key] = entry, mark
         return MappingNode(entries, keys, self.mark(node))
 
     def scalar(self, node: yaml.ScalarNode) -> Node:

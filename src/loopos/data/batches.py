@@ -1,17 +1,9 @@
-"""Encoded examples → the micro-batches of each optimizer step, without pads, resumable at any step.
+"""Pack encoded examples and comparisons into the micro-batches of each optimizer step, without pads, resumable.
 
-Enters: encoded examples, their targets, the layout of the run (rows a forward, accumulation, ranks). Leaves:
-`Batch`es, or what else `Rows` make. Left out: tokenising.
-
-A step takes the next `batch_size × accumulation × world` rows of the epoch's order. Which rows a step holds never
-depends on how they are split, so one process
-and several give the same sums. Within a step, rows are dealt to the slots (rank, micro-batch) longest first, each to
-the slot with the fewest tokens.
-
-Encoded comparisons → packed batches: every response once, and which of them beat which.
-
-Enters: encoded comparisons. Leaves: `ComparisonBatch`es. A prompt is computed once for all its responses where the
-device allows, else before each. Left out: tokens (`preference_tokens`), the order of rows (`batches`).
+A step takes the next `batch_size × accumulation × world` rows of the epoch's order, independent of how they are split,
+so that one process and several compute the same sums. Within a step, rows go to the slots (rank, micro-batch) longest
+first, each to the slot with the fewest tokens. A comparison's prompt is computed once for all its responses if the
+device supports it.
 """
 
 from __future__ import annotations
@@ -48,7 +40,7 @@ class Batch:
     """Rows of one forward pass, flat.
 
     `ids` `[T]` int64; `layout` of N sequences; `token_types` `[T]` or None; `targets` `[N]` or `[N, C]`, or None when
-    predicting; `rows` `[N]`: places in the data; `weights` `[T]` fp32: the factor on the loss of each token as a
+    predicting; `rows` `[N]`: row indices; `weights` `[T]` fp32: the factor on the loss of each token as a
     target, or None.
     """
 
@@ -66,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where in the data a run stands: `epoch` from 0 and the optimizer steps done in it."""
+    """The position of a run in its data: `epoch` from 0, and completed optimizer steps of the epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -107,7 +99,7 @@ def deal(lengths: Sequence[int], slots: int, capacity: int) -> list[list[int]]:
     """Splits rows over slots so that their token counts are close: longest first, to the lightest slot with room
     (greedy; Graham 1969).
 
-    Returns the places in `lengths` of each slot's rows, longest first; a slot may stay empty.
+    Returns the indices into `lengths` of each slot's rows, longest first; a slot may stay empty.
     """
     assert len(lengths) <= slots * capacity
     filled: list[list[int]] = [[] for _ in range(slots)]
@@ -123,8 +115,8 @@ def deal(lengths: Sequence[int], slots: int, capacity: int) -> list[list[int]]:
 class StepBatches(Generic[BatchT]):
     """The training data, a step at a time, for one rank.
 
-    `batch_size`: rows of one forward pass on one rank. `accumulation`: forward passes a step. The last step of an
-    epoch takes what is left.
+    `batch_size`: rows per forward pass and rank. `accumulation`: forward passes per step. The last step of an
+    epoch takes the remaining rows.
     """
 
     rows: Rows[BatchT]
@@ -137,7 +129,7 @@ class StepBatches(Generic[BatchT]):
 
     @classmethod
     def of(cls, settings: TrainingSection, rows: Rows[BatchT], *, rank: int, world: int) -> StepBatches[BatchT]:
-        """The layout that a config's `training` section asks for."""
+        """The batches for a config's `training` section."""
         return cls(
             rows, settings.batch_size, settings.gradient_accumulation, rank, world, settings.shuffle, settings.seed
         )
@@ -155,7 +147,7 @@ class StepBatches(Generic[BatchT]):
         return -(-self.num_rows // self.rows_a_step)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's order of rows, from seed and epoch alone."""
+        """The epoch's order of rows; depends only on seed and epoch."""
         if not self.shuffle:
             return np.arange(self.num_rows)
         return shuffled(self.num_rows, self.seed, epoch)
@@ -164,10 +156,10 @@ class StepBatches(Generic[BatchT]):
         """The rows of this rank's micro-batches in the step at `cursor`."""
         group = self.order(cursor.epoch)[cursor.step * self.rows_a_step :][: self.rows_a_step].tolist()
         slots = deal([self.rows.lengths[row] for row in group], self.accumulation * self.world, self.batch_size)
-        return [[group[place] for place in slot] for slot in slots[self.rank :: self.world]]
+        return [[group[index] for index in slot] for slot in slots[self.rank :: self.world]]
 
     def step(self, cursor: Cursor) -> list[BatchT]:
-        """This rank's micro-batches of the step at `cursor`; micro-batches without rows are left out."""
+        """This rank's micro-batches of the step at `cursor`, without empty ones."""
         return [self.rows(rows) for rows in self.rows_of(cursor) if rows]
 
     def idle(self) -> BatchT:
@@ -175,7 +167,7 @@ class StepBatches(Generic[BatchT]):
         return self.rows([min(range(self.num_rows), key=lambda row: self.rows.lengths[row])])
 
     def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
-        """The cursor one step on, whatever the step's losses were."""
+        """The cursor of the next step."""
         return (
             Cursor(cursor.epoch, cursor.step + 1)
             if cursor.step + 1 < self.steps_an_epoch
@@ -194,14 +186,14 @@ def shuffled(number: int, seed: int, turn: int) -> np.ndarray:
 
 
 def in_order(rows: Rows[BatchT], *, tokens: int) -> Iterator[BatchT]:
-    """Batches for evaluation: neighbours in length share a batch of about `tokens` tokens; every row comes once."""
+    """Batches for evaluation: rows of similar length, about `tokens` tokens each; every row occurs once."""
     for pack in in_packs(rows.lengths, tokens=tokens):
         yield rows(pack)
 
 
 def in_step(rows: Rows[BatchT], *, tokens: int, rank: int, world: int) -> Iterator[tuple[BatchT, bool]]:
-    """The batches of `in_order`, shared out over the ranks: every row comes once over all of them. Each rank gets as
-    many batches; False with one that it runs only so that the others can go on, and whose results do not count.
+    """The batches of `in_order`, distributed over ranks, the same number on each. False marks a filler batch whose
+    results do not count; it only keeps the ranks in step.
     """
     packs = list(in_packs(rows.lengths, tokens=tokens))
     for first in range(0, len(packs), world):
@@ -210,7 +202,7 @@ def in_step(rows: Rows[BatchT], *, tokens: int, rank: int, world: int) -> Iterat
 
 
 def in_packs(lengths: Sequence[int], *, tokens: int) -> Iterator[list[int]]:
-    """The places of rows of these lengths, neighbours in length in packs of at most `tokens` tokens, or of one row."""
+    """Indices of rows, grouped by similar length into packs of at most `tokens` tokens (or one row)."""
     pack: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
         if pack and sum(lengths[r] for r in pack) + lengths[row] > tokens:
@@ -225,10 +217,10 @@ def in_packs(lengths: Sequence[int], *, tokens: int) -> Iterator[list[int]]:
 class ComparisonBatch:
     """Comparisons of one forward pass, flat, with N responses and P pairs.
 
-    `ids` `[T]`; `layout`: N sequences, or a sequence a comparison with a branch a response. `better`, `worse` `[P]`:
-    places among the N responses; `probabilities`, `margins`, `weights` `[P]` fp32. The pairs of a comparison weigh 1
-    together, so that each prompt counts alike (Ouyang et al. 2022, section 3.5). `lengths` `[N]`: tokens of each
-    response.
+    `ids` `[T]`; `layout`: N sequences, or one per comparison with a continuation per response. `better`, `worse`
+    `[P]`: indices of the N responses; `probabilities`, `margins`, `weights` `[P]` fp32. The weights of a comparison's
+    pairs sum to 1, so that each prompt counts equally (Ouyang et al. 2022, section 3.5). `lengths` `[N]`: tokens of
+    each response.
     """
 
     ids: Tensor
@@ -248,8 +240,8 @@ class ComparisonBatch:
 
 @dataclass(frozen=True)
 class ComparisonRows:
-    """Encoded comparisons as `Rows`. share_prompts: compute a prompt once for all its responses. margins: take those
-    of the rows; soft_labels: take their probabilities, else the better response is certain to be preferred.
+    """Encoded comparisons as `Rows`. `share_prompts`: compute a prompt once for all its responses. `margins`: use the
+    margins of the rows. `soft_labels`: use their probabilities, else 1 for the better response.
     """
 
     examples: Sequence[EncodedComparison]
@@ -276,8 +268,8 @@ class ComparisonRows:
         return ComparisonBatch(
             ids=self._tensor([token for example in chosen for token in self._tokens(example)]),
             layout=self._layout(chosen),
-            better=self._tensor([place + pair.better for place, pair, _ in pairs]),
-            worse=self._tensor([place + pair.worse for place, pair, _ in pairs]),
+            better=self._tensor([start + pair.better for start, pair, _ in pairs]),
+            worse=self._tensor([start + pair.worse for start, pair, _ in pairs]),
             probabilities=self._tensor(probabilities).float(),
             margins=self._tensor([pair.margin if self.margins else 0.0 for _, pair, _ in pairs]).float(),
             weights=self._tensor([weight for _, _, weight in pairs]).float(),
@@ -295,7 +287,7 @@ class ComparisonRows:
 
     def _layout(self, chosen: Sequence[EncodedComparison]) -> PackedLayout:
         if self.share_prompts:
-            branches = [(len(example.prompt), *map(len, example.responses)) for example in chosen]
-            return PackedLayout.of_branches(branches, self.device)
+            segments = [(len(example.prompt), *map(len, example.responses)) for example in chosen]
+            return PackedLayout.of_shared_prefixes(segments, self.device)
         lengths = [len(example.prompt) + len(response) for example in chosen for response in example.responses]
         return PackedLayout(tuple(lengths), self.device)

@@ -1,19 +1,8 @@
-"""The names of columns: how they are compared, and which the user chose.
+"""Find the format of a data set and the column of each role by the columns' names.
 
-Enters: the columns of a source and `data.columns`. Leaves: the columns that a role's names fit, faults for a choice
-that fits nothing. Left out: which names a role goes by (`column_names`, `supervised_formats`), values (`values`).
-
-The names that columns of labelled data sets usually carry, in lower case with underscores.
-
-Enters: nothing. Leaves: tables for `formats.detect`: a role's names in tiers, a better tier winning over a later one,
-and the pairs of names that belong together. Left out: the matching itself.
-
-Columns → one of a family of formats: the one whose roles all have a column.
-
-Enters: names of columns, the user's own choice from `data.columns`, and the `Family` of formats that are looked for.
-Leaves: a `Fit`, the format with the column of each of its roles; or a fault, where no format fits or several do, for a
-guess could train on the wrong one. Left out: the formats themselves (`supervised_formats`, `preference_formats`), how
-names of columns are compared (`columns`).
+Names are compared without regard to case, blanks and dashes, with `data.columns` first. A format fits if each of its
+roles has a column; if no format or several fit, the error names the candidates, because a guess could train on the
+wrong column.
 """
 
 from __future__ import annotations
@@ -29,33 +18,33 @@ from loopos.config.diagnostics import DataError, Diagnostic, Remedy
 from loopos.data.record import shown
 
 COLUMN = "COLUMN"
-"""What stands for the column's name where it cannot be guessed."""
+"""Placeholder for a column name that cannot be guessed."""
 CHOOSE_ONE = "choose one"
-# A column called "text,label" is two that were not parted.
+# A column called "text,label" is two columns that were not split.
 _DELIMITERS = frozenset(",;\t|")
-_WORDS = re.compile(r"[^\W_]+")
+_NAME_PARTS = re.compile(r"[^\W_]+")
 
 
 def plain_name(name: str) -> str:
-    """A column's name without regard to case, blanks and dashes."""
+    """A column name in lower case, with underscores for blanks and dashes."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def listed(columns: Sequence[str]) -> str:
-    """The names of columns for a message, twenty at most."""
+    """At most twenty column names for a message."""
     return ", ".join(shown(name) for name in columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
 
 
 def recalled(
     columns: Sequence[str], overrides: Mapping[str, str], remembered: Mapping[str, str | None], roles: Iterable[str]
 ) -> dict[str, str]:
-    """`overrides` (role → column), and for other `roles` the column that is `remembered` from training, where the
-    source has it and no override takes it.
+    """`overrides` (role → column), and for other `roles` the column `remembered` from training, if it exists and is
+    free.
     """
     taken = set(overrides.values())
     found = ((role, remembered.get(role)) for role in roles)
-    kept = {role: name for role, name in found if name is not None and name in columns and name not in taken}
-    return {**kept, **overrides}
+    from_training = {role: name for role, name in found if name is not None and name in columns and name not in taken}
+    return {**from_training, **overrides}
 
 
 def unread(columns: Sequence[str], read: Iterable[str | None]) -> tuple[str, ...]:
@@ -65,7 +54,7 @@ def unread(columns: Sequence[str], read: Iterable[str | None]) -> tuple[str, ...
 
 
 def named(columns: Sequence[str]) -> str:
-    """The names of columns for a sentence, twenty at most; quoted where a bare name could be misread."""
+    """At most twenty column names for a sentence, quoted where a bare name could be misread."""
     names = [
         name if name.isprintable() and name.strip() == name and "," not in name else shown(name) for name in columns
     ]
@@ -73,20 +62,20 @@ def named(columns: Sequence[str]) -> str:
 
 
 def candidates(columns: Sequence[str], tiers: Sequence[frozenset[str]]) -> list[str]:
-    """The columns named in the first tier that names any."""
+    """The columns in the first tier that matches any."""
     return next((found for tier in tiers if (found := [name for name in columns if plain_name(name) in tier])), [])
 
 
 def closest(name: str, columns: Sequence[str]) -> str | None:
-    """The column that `name` may have meant: the same but for case, blanks and dashes; the only one whose words begin
-    with those of `name`; or the one spelled most like it. None where there is none.
+    """The column closest to `name`: equal apart from case, blanks and dashes; the only one whose parts start with the
+    parts of `name`; or the one with the most similar spelling. None if there is none.
     """
     plain = {plain_name(column): column for column in reversed(columns)}
     if plain_name(name) in plain:
         return plain[plain_name(name)]
-    asked = _words(name)
-    if asked:
-        holding = [column for column in columns if _holds(_words(column), asked)]
+    requested = _name_parts(name)
+    if requested:
+        holding = [column for column in columns if _matches_parts(_name_parts(column), requested)]
         if len(holding) == 1:
             return holding[0]
     near = difflib.get_close_matches(plain_name(name), list(plain), n=1)
@@ -94,39 +83,41 @@ def closest(name: str, columns: Sequence[str]) -> str | None:
 
 
 def likely(columns: Sequence[str], tiers: Sequence[frozenset[str]]) -> str | None:
-    """The only column one of whose words is a name in the first tier that any column has such a word of."""
+    """The only column with a part in the first tier that matches any column."""
     for tier in tiers:
-        found = [column for column in columns if tier.intersection(_words(column)) and not set(column) & _DELIMITERS]
+        found = [
+            column for column in columns if tier.intersection(_name_parts(column)) and not set(column) & _DELIMITERS
+        ]
         if found:
             return found[0] if len(found) == 1 else None
     return None
 
 
 def column_remedy(lead: str, *roles: tuple[str, str]) -> Remedy:
-    """The remedy that names the column of each role. roles: (role, column)."""
+    """The remedy that sets the column of each role; `roles` are (role, column)."""
     return Remedy(lead, tuple((f"data.columns.{role}", column) for role, column in roles))
 
 
 def not_found(role: str, columns: Sequence[str], tiers: Sequence[frozenset[str]], source: str) -> Diagnostic:
-    """The fault of a role whose column goes by none of the names in `tiers`."""
-    sentence = f"no {role} column found. Columns: {listed(columns)}"
+    """The diagnostic for a role without a column named in `tiers`."""
+    message = f"no {role} column found. Columns: {listed(columns)}"
     remedy = column_remedy(CHOOSE_ONE, (role, likely(columns, tiers) or COLUMN))
-    return Diagnostic(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
+    return Diagnostic(source, None, None, f"data.columns.{role}", message, "", "", remedy)
 
 
 def ambiguous(role: str, found: Sequence[str], columns: Sequence[str], source: str) -> Diagnostic:
-    """The fault of several columns, or pairs of them ("a with b"), that fit a role equally well."""
-    sentence = f"{len(found)} columns may be the {role}: {', '.join(found)}. Columns: {listed(columns)}"
+    """The diagnostic for several columns, or pairs ("a with b"), that fit a role equally well."""
+    message = f"{len(found)} columns may be the {role}: {', '.join(found)}. Columns: {listed(columns)}"
     remedy = column_remedy(CHOOSE_ONE, (role, found[0].partition(" with ")[0]))
-    return Diagnostic(source, None, None, f"data.columns.{role}", sentence, "", "", remedy)
+    return Diagnostic(source, None, None, f"data.columns.{role}", message, "", "", remedy)
 
 
 def override_diagnostics(
     columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
 ) -> list[Diagnostic]:
-    """The faults of roles and columns of `data.columns` that are not there, and of a column in two roles.
+    """Diagnostics for unknown roles and columns in `data.columns`, and for a column with two roles.
 
-    overrides: (role, column); None for a role that no column plays.
+    `overrides` are (role, column); None for a role without a column.
     """
     taken: dict[str, str] = {}
     diagnostics: list[Diagnostic] = []
@@ -140,11 +131,11 @@ def override_diagnostics(
             near_column = closest(column, columns)
             hint = f"did you mean {json.dumps(near_column, ensure_ascii=False)}?" if near_column is not None else ""
             remedy = column_remedy("set", (role, near_column)) if near_column is not None else None
-            sentence = f"no column {shown(column)}. Columns: {listed(columns)}"
-            diagnostics.append(Diagnostic(source, None, None, field, sentence, "", hint, remedy))
+            message = f"no column {shown(column)}. Columns: {listed(columns)}"
+            diagnostics.append(Diagnostic(source, None, None, field, message, "", hint, remedy))
         elif column is not None and column in taken:
-            actual = f"{shown(column)}, which serves {taken[column]} too"
-            diagnostics.append(Diagnostic(source, None, None, field, actual, "a column for each role"))
+            actual = f"{shown(column)}, which also has the role {taken[column]}"
+            diagnostics.append(Diagnostic(source, None, None, field, actual, "one column per role"))
         if column is not None:
             taken.setdefault(column, role)
     return diagnostics
@@ -153,19 +144,19 @@ def override_diagnostics(
 def check_overrides(
     columns: Sequence[str], overrides: Iterable[tuple[str, str | None]], roles: Sequence[str], source: str
 ) -> None:
-    """Raises `DataError` with all `override_diagnostics`."""
+    """Raise `DataError` with all `override_diagnostics`."""
     diagnostics = override_diagnostics(columns, overrides, roles, source)
     if diagnostics:
         raise DataError(diagnostics)
 
 
-def _words(name: str) -> list[str]:
-    return _WORDS.findall(name.lower())
+def _name_parts(name: str) -> list[str]:
+    return _NAME_PARTS.findall(name.lower())
 
 
-def _holds(words: Sequence[str], asked: Sequence[str]) -> bool:
-    """Whether each of the words asked for begins a word of the column's name."""
-    return all(any(word.startswith(part) for word in words) for part in asked)
+def _matches_parts(parts: Sequence[str], requested: Sequence[str]) -> bool:
+    """Whether each requested part starts a part of the column's name."""
+    return all(any(part.startswith(start) for part in parts) for start in requested)
 
 
 TEXT_TIERS: tuple[frozenset[str], ...] = (
@@ -202,12 +193,12 @@ LABEL_TIERS: tuple[frozenset[str], ...] = (
 
 Kind = TypeVar("Kind", bound=str)
 Overrides: TypeAlias = Mapping[str, str | None]
-"""Role → the column that the user chose for it; None: no column plays it."""
+"""Role → column chosen by the user; None for no column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape(Generic[Kind]):
-    """The roles that a format must have, and may have. `stand_ins`: needed role → the role that will do instead."""
+    """Required and optional roles of a format. `stand_ins`: required role → role that can replace it."""
 
     kind: Kind
     needed: tuple[str, ...]
@@ -222,9 +213,7 @@ class Shape(Generic[Kind]):
 
 @dataclass(frozen=True, slots=True)
 class Fit(Generic[Kind]):
-    """A shape whose columns are there. `columns`: role → column. `doubt`: the fault of the first role with several
-    columns that fit equally well, None where there is none.
-    """
+    """A format whose columns exist. `columns`: role → column. `doubt`: the diagnostic for the first ambiguous role."""
 
     shape: Shape[Kind]
     columns: Mapping[str, str]
@@ -232,19 +221,18 @@ class Fit(Generic[Kind]):
 
     @property
     def summary(self) -> str:
-        """The sentence that says format and columns."""
+        """Format and columns as text."""
         served = ", ".join(f'{role} <- "{column}"' for role, column in self.columns.items())
         return f"format: {self.shape.kind} ({served})"
 
 
 @dataclass(frozen=True, slots=True)
 class Family(Generic[Kind]):
-    """The formats among which one is looked for.
+    """A set of formats to choose from.
 
-    `names`: role → the names of its column in tiers; `tiers`: the formats. In both a better tier wins over a later one.
-    `examples` and `choice`, for the fault where no format fits: columns that would do, and the (role, column) that
-    `data.columns` might name. `rivals`, for the fault where several fit: what to call them, and the (role, column) that
-    decides.
+    `names`: role → tiers of column names; `tiers`: tiers of formats; an earlier tier wins. `examples` and `choice` are
+    for the error if no format fits: example columns, and the (role, column) to set in `data.columns`. `rivals` is for
+    the error if several fit: their names, and the (role, column) that decides.
     """
 
     names: Mapping[str, tuple[frozenset[str], ...]]
@@ -255,13 +243,13 @@ class Family(Generic[Kind]):
 
 
 def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides, source: str) -> Fit[Kind]:
-    """Finds the format and the column of each of its roles.
+    """Find the format and the column of each of its roles.
 
     Args:
-        columns: names of the columns that are there.
-        overrides: role to column, from `data.columns`; the format is then one that has all these roles. None keeps
-            every column out of a role.
-        source: the file's name for faults.
+        columns: names of the existing columns.
+        overrides: role to column, from `data.columns`; the format must have all these roles. None leaves a role without
+            a column.
+        source: the file's name for diagnostics.
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.
     """
@@ -286,10 +274,10 @@ def detected(family: Family[Kind], columns: Sequence[str], overrides: Overrides,
             if fits[0].doubt is not None:
                 raise DataError([fits[0].doubt])
             return fits[0]
-    missing = f" (with {', '.join(chosen)} given)" if chosen else ""
-    sentence = f"these columns make no known format{missing}: {listed(columns)}. Known: {family.examples}"
+    missing = f" (with {', '.join(chosen)} set)" if chosen else ""
+    message = f"these columns make no known format{missing}: {listed(columns)}. Known: {family.examples}"
     remedy = column_remedy("name the columns", *family.choice)
-    raise DataError([Diagnostic(source, None, None, "data.columns", sentence, "", "", remedy)])
+    raise DataError([Diagnostic(source, None, None, "data.columns", message, "", "", remedy)])
 
 
 def _fit(
@@ -299,7 +287,7 @@ def _fit(
     overrides: Mapping[str, str],
     source: str,
 ) -> Fit[Kind] | None:
-    """The shape with the column of each role that has one, or None where a needed column is not there."""
+    """The format with the column of each role, or None if a required column is missing."""
     free = [name for name in columns if name not in overrides.values()]
     found = dict(overrides)
     doubt: Diagnostic | None = None

@@ -1,13 +1,7 @@
-"""What stands beside a question → the text that is asked.
+"""Build the text of a question from its column and the columns that belong to it (context, input, choices).
 
-Enters: a row's fields. Leaves: question, input, context and lettered choices, each below the one before, as
-LLaMA-Factory writes `input` below the instruction; the letter of an answer that is a place among the choices. Left out:
-which columns these are (`supervised_formats`, `preference_formats`).
-
-    Which city is it?          instruction, problem or prompt
-    The depot is on the Danube.  input, context
-    A. Ulm                       choices
-    B. Bonn
+LLaMA-Factory's `input` goes below the instruction. A whole-number answer is the index of a choice and becomes its
+letter.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ from loopos.data.record import is_number, kind_name, shown, structure_of
 from loopos.data.row_fields import RowFields
 
 CONTEXT_ROLES = ("input", "context", "choices")
-"""The roles that stand below a question, in this order."""
+"""The roles whose text follows a question, in this order."""
 
 CONTEXT_NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "input": (frozenset({"input"}),),
@@ -59,23 +53,23 @@ def context_parts(fields: RowFields) -> list[str]:
 
 
 def chosen_letter(fields: RowFields, answer: str) -> str:
-    """An answer beside choices as a letter, where it is a whole number: the place of a choice, counted from 0."""
+    """The answer as a letter if it is a whole number, the index of a choice from 0."""
     choices = _lettered(fields) if fields.has("choices") and not fields.problems else []
     if not choices or not answer.isdecimal():
         return answer
     texts = [text.strip() for _, text in choices]
     if answer in [letter for letter, _ in choices]:
         return answer
-    place = int(answer)
-    is_place = place < len(choices)
-    if answer in texts and not (is_place and texts[place] != answer):
+    index = int(answer)
+    is_index = index < len(choices)
+    if answer in texts and not (is_index and texts[index] != answer):
         return answer
     expected, hint = f"a letter, or a place from 0 to {len(choices) - 1}", "write the letter of the right choice"
-    if answer in texts or not is_place:
-        actual = f"{answer}, which is the text of one choice and the place of another" if is_place else answer
+    if answer in texts or not is_index:
+        actual = f"{answer}, which is the text of one choice and the place of another" if is_index else answer
         fields.add("answer is no choice", fields.field("answer"), actual, expected, hint)
         return ""
-    return choices[place][0]
+    return choices[index][0]
 
 
 def _context(fields: RowFields) -> str:

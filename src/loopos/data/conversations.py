@@ -1,11 +1,8 @@
-"""Rows → conversations: messages with roles, whichever way a data set writes them.
+"""Read conversations: messages with roles, from the common formats.
 
-Enters: a row's fields. Leaves: a `Conversation`, or problems. Understood are `messages` (role and content, as OpenAI,
-TRL and Axolotl write them), ShareGPT's `conversations` (from and value), Alpaca's instruction, input, output (with
-LLaMA-Factory's history) and TRL's prompt and completion as lists of messages. What a message holds beside role and
-content (`name`, `reasoning_content` …) reaches the chat template unchanged; tools and calls of them as `tool_schemas`
-says. Left out: prompt and completion as strings, which no template touches (`supervised_rows`); the template
-(`templates`).
+Formats: `messages` (role and content: OpenAI, TRL, Axolotl), ShareGPT's `conversations` (from and value), Alpaca's
+instruction, input, output (with LLaMA-Factory's history), TRL's prompt and completion as lists of messages. Other keys
+of a message (`name`, `reasoning_content` …) reach the chat template unchanged.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ _PART_EXPECTED = 'text, or parts {"type": "text", "text": "..."}'
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `weight` scales the loss of an assistant's turn (0 = context alone) and means nothing for others.
+    """One turn. `weight` scales the loss of an assistant's turn (0 = only context) and means nothing for others.
     `more` holds the other keys of the message for the chat template.
     """
 
@@ -89,12 +86,16 @@ def conversation(fields: RowFields) -> Conversation | None:
 def instruction(fields: RowFields) -> Conversation | None:
     """The conversation of an Alpaca row: earlier turns of `history`, then instruction and, below it, its context."""
     question, output = with_context(fields, "instruction"), fields.text("output")
-    messages = [*_spoken("system", fields.optional_text("system")), *_history(fields), Message("user", question)]
+    messages = [
+        *_optional_message("system", fields.optional_text("system")),
+        *_history(fields),
+        Message("user", question),
+    ]
     return _whole(fields, [*messages, Message(ASSISTANT, output)], "output")
 
 
 def prompted(fields: RowFields) -> Conversation | None:
-    """The conversation of TRL's prompt and completion as lists of messages: the completion alone is learned."""
+    """The conversation of TRL's prompt and completion as lists of messages: only the completion is trained."""
     prompt, completion = messages_of(fields, "prompt"), messages_of(fields, "completion")
     return _whole(fields, [*prompt, *completion], "completion", num_prompt=len(prompt))
 
@@ -110,7 +111,7 @@ def messages_of(fields: RowFields, role: str) -> list[Message]:
 
 
 def message_of(fields: RowFields, source: str, value: object) -> Message | None:
-    """The message that a value at `place` of a row holds; None, with `fields.problems` filled, where it holds none."""
+    """The message that a value at `source` of a row holds; None, with `fields.problems` filled, if there is none."""
     if not isinstance(value, dict):
         fields.add("message is no object", source, f"{shown(value)} ({kind_name(value)})", _MESSAGE_EXPECTED)
         return None
@@ -119,27 +120,27 @@ def message_of(fields: RowFields, source: str, value: object) -> Message | None:
         actual = f"an object with {', '.join(shown(name) for name in value) or 'nothing'}"
         fields.add("message has no role", source, actual, _MESSAGE_EXPECTED)
         return None
-    speaker, told = names
+    speaker, content_key = names
     role = _ROLES.get(value[speaker].strip().lower()) if isinstance(value[speaker], str) else None
     if role is None:
         expected = f"one of {', '.join(_ROLES)}"
         fields.add("unknown role", f"{source}.{speaker}", shown(value[speaker]), expected)
         return None
-    more = {key: item for key, item in value.items() if key not in (speaker, told, _WEIGHT) and item is not None}
+    more = {key: item for key, item in value.items() if key not in (speaker, content_key, _WEIGHT) and item is not None}
     more = with_calls(fields, source, more)
-    content = _content(fields, f"{source}.{told}", value.get(told), is_optional=CALLS in more)
+    content = _content(fields, f"{source}.{content_key}", value.get(content_key), is_optional=CALLS in more)
     return Message(role, content, _weight(fields, source, role, value.get(_WEIGHT)), more)
 
 
 def with_system(fields: RowFields, messages: Sequence[Message], summary: str) -> tuple[Message, ...]:
-    """The messages behind that of the system's column, which must hold the only words of the system. `summary`: what to
-    call the messages in a fault.
+    """The messages behind that of the system's column, which must hold the only words of the system. `summary`: name
+    of the messages in diagnostics.
     """
     system = fields.optional_text("system")
     if system is not None and messages and messages[0].role in ("system", "developer"):
         actual = f"a system message at the start of {summary} too"
         fields.add("two system messages", fields.field("system"), actual, "the system's words in one place")
-    return (*_spoken("system", system), *messages)
+    return (*_optional_message("system", system), *messages)
 
 
 def _whole(fields: RowFields, messages: Sequence[Message], role: str, *, num_prompt: int = 0) -> Conversation | None:
@@ -152,7 +153,7 @@ def _whole(fields: RowFields, messages: Sequence[Message], role: str, *, num_pro
     return None if fields.problems else Conversation(tuple(messages), fields.row, num_prompt, tools)
 
 
-def _spoken(role: str, content: str | None) -> list[Message]:
+def _optional_message(role: str, content: str | None) -> list[Message]:
     return [] if content is None else [Message(role, content)]
 
 
@@ -165,10 +166,10 @@ def _history(fields: RowFields) -> list[Message]:
         actual = f"{shown(value)} ({kind_name(value)})"
         fields.add("history is no list of pairs", fields.field("history"), actual, 'pairs [["asked", "answered"], ...]')
         return []
-    for number, (asked, answered) in enumerate(value):
-        place = f"{fields.field('history')}[{number}]"
-        messages.append(Message("user", fields.checked("history", f"{place}[0]", asked)))
-        messages.append(Message(ASSISTANT, fields.checked("history", f"{place}[1]", answered)))
+    for number, (question, reply) in enumerate(value):
+        location = f"{fields.field('history')}[{number}]"
+        messages.append(Message("user", fields.checked("history", f"{location}[0]", question)))
+        messages.append(Message(ASSISTANT, fields.checked("history", f"{location}[1]", reply)))
     return messages
 
 

@@ -15,8 +15,8 @@ from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.pretraining import PretrainingDataSection
 from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_text
-from loopos.data.formats import read_labelled
-from loopos.data.read_ahead import handed_over
+from loopos.data.formats import read_labeled
+from loopos.data.read_ahead import reusable
 from loopos.data.reading import account, text_rules
 
 _TEXT_FILES = (".txt", ".md", ".text")
@@ -31,7 +31,7 @@ class Corpus:
     summary: str
 
 
-@handed_over
+@reusable
 def load_corpus(data: PretrainingDataSection, source: str) -> Corpus:
     """The documents of one source of a run. Raises `DataError` as `read_corpus`."""
     columns = {str(role): column for role, column in data.columns.items()}
@@ -52,7 +52,7 @@ def read_corpus(
         summary = f"{source}: {len(documents)} documents, parted by blank lines"
     else:
         reader = rows.read(source, max_rows=max_rows, rules=rules)
-        examples, report = read_labelled(reader, dict(columns), require_label=False)
+        examples, report = read_labeled(reader, dict(columns), require_label=False)
         documents = tuple(example.text for example in examples)
         summary = f"{source}: {len(documents)} documents; {'; '.join(report.summary)}; {account(report)}"
     if not documents:

@@ -1,23 +1,9 @@
-"""Bytes that are not UTF-8 → the encoding that they may be in, for a hint.
+"""Read text files: bytes (plain, .gz, .zst) → numbered lines of text, with bounds and precise errors.
 
-Enters: the line with the first byte that does not fit. Leaves: a name for `data.encoding`, or nothing. A guess is never
-used to read: a wrong one trains on garbled text. Each candidate decodes the line; the one whose characters beyond ASCII
-are most often those that its languages write wins, the earlier one where two are equal.
-
-A file → its bytes in chunks, unpacked where its name says .gz or .zst.
-
-Enters: the path of a regular file, how far it may expand. Leaves: chunks of bytes. A small file that unpacks to
-gigabytes is refused before the memory is taken: beyond `FREE_BYTES` the output may be at most `max_expansion` times the
-size of the file. Left out: what the bytes mean (`decoding`).
-
-Bytes of a file → numbered lines of text.
-
-Enters: the path of a text file, plain or compressed (.gz, .zst), and the `TextRules`. Leaves: its lines, 1-based,
-decoded from UTF-8 (with or without a byte order mark), from UTF-16 with one, or from the encoding that the user names.
-Lines end at the line feed alone: a carriage return before it stays on the line, so that a quoted CSV cell keeps it;
-readers strip it at the end of a record. In a file without any line feed carriage returns end the lines.
-Left out: reading in a guessed encoding. A wrong guess trains on garbled text, so other encodings are faults with the
-byte's place, which name the likely one (`encodings`).
+Text is UTF-8 (with or without BOM), UTF-16 with BOM, or the encoding that the user names. Any other encoding is an
+error that suggests a likely one: reading with a guess could train on garbled text. Only line feeds end lines (carriage
+returns if a file has no line feed), so that quoted CSV cells keep their carriage returns. A file that unpacks to far
+more than its size is refused before the memory is used.
 """
 
 from __future__ import annotations
@@ -55,7 +41,7 @@ _SAMPLE_BYTES = 1 << 16
 
 
 def guessed_encoding(raw: bytes) -> str | None:
-    """The encoding that `raw`, which is not UTF-8, is most likely in; None where none fits."""
+    """The most likely encoding of `raw`, which is not UTF-8; None if none fits."""
     best, most = None, 0.0
     sample = raw[:_SAMPLE_BYTES]
     for name, expected in _CANDIDATES:
@@ -63,59 +49,59 @@ def guessed_encoding(raw: bytes) -> str | None:
             text = sample.decode(name)
         except UnicodeDecodeError:
             continue
-        beyond = [place for place, character in enumerate(text) if character > "\x7f"]
-        score = sum(expected.match(text[place]) is not None for place in beyond) / max(1, len(beyond))
+        beyond = [index for index, character in enumerate(text) if character > "\x7f"]
+        score = sum(expected.match(text[index]) is not None for index in beyond) / max(1, len(beyond))
         if name in _WESTERN:
-            score -= _runs(text, beyond) + _signs_in_words(text, beyond)
+            score -= _runs(text, beyond) + _symbols_in_words(text, beyond)
         if name in _CYRILLIC:
-            # Each reads the other's small letters as capitals.
-            score -= 0.5 * sum(text[place].isupper() for place in beyond) / max(1, len(beyond))
+            # In each of the two, lowercase letters of the other read as capitals.
+            score -= 0.5 * sum(text[index].isupper() for index in beyond) / max(1, len(beyond))
         if score > most + 1e-9:
             best, most = name, score
     return best if most >= 0.5 else None
 
 
-def _signs_in_words(text: str, beyond: list[int]) -> float:
-    """The share of characters beyond ASCII that are signs, such as ³, between two letters."""
-    beside = {place: text[place - 1 : place] + text[place + 1 : place + 2] for place in beyond}
-    in_words = [place for place in beyond if len(beside[place]) == 2 and beside[place].isalpha()]
-    signs = [place for place in in_words if not text[place].isalpha() and text[place] not in "’–"]
+def _symbols_in_words(text: str, beyond: list[int]) -> float:
+    """Fraction of non-ASCII characters that are symbols (such as ³) between two letters."""
+    beside = {index: text[index - 1 : index] + text[index + 1 : index + 2] for index in beyond}
+    in_words = [index for index in beyond if len(beside[index]) == 2 and beside[index].isalpha()]
+    signs = [index for index in in_words if not text[index].isalpha() and text[index] not in "’–"]
     return len(signs) / max(1, len(beyond))
 
 
 def _runs(text: str, beyond: list[int]) -> float:
-    """The share of letters beyond ASCII with another one on both sides: high for any alphabet that is not Latin."""
-    letters = {place for place in beyond if text[place].isalpha()}
-    return sum(place - 1 in letters and place + 1 in letters for place in letters) / max(1, len(beyond))
+    """Fraction of non-ASCII letters between two others: high for non-Latin alphabets."""
+    letters = {index for index in beyond if text[index].isalpha()}
+    return sum(index - 1 in letters and index + 1 in letters for index in letters) / max(1, len(beyond))
 
 
 CHUNK_BYTES = 1 << 20
 FREE_BYTES = 64 << 20
-"""Unpacked bytes that are always read, whatever the file's own size: small files of repeated rows shrink a lot."""
-# A block of zstd is 4 bytes at the least and 128 KiB unpacked: so many bytes of input give at most 128 MiB at once.
+"""Unpacked bytes that are always allowed: small files of repeated rows compress very well."""
+# A zstd block has at least 4 bytes and unpacks to at most 128 KiB: this much input gives at most 128 MiB at once.
 _ZSTD_INPUT_BYTES = 4096
 
 
 def compression(path: str) -> str:
-    """The compression that a file's name states: "gz", "zst" or "" for none."""
+    """The compression by a file's suffix: "gz", "zst" or "" for none."""
     suffix = Path(path).suffix.lower()
     return suffix[1:] if suffix in (".gz", ".zst") else ""
 
 
 def require_regular(path: str) -> None:
-    """Raises `DataError` for a pipe, a socket or a device: to open one may wait for ever."""
+    """Raise `DataError` for a pipe, socket or device: opening one may block forever."""
     kind = special_file(path)
     if kind:
         raise file_error(path, kind, "a regular file", "write the data into a file first, and give its path")
 
 
 def chunks_of(path: str, max_expansion: int) -> Iterator[bytes]:
-    """Yields the bytes of a file, unpacked.
+    """Yield the unpacked bytes of a file.
 
     Raises:
         DataError: a pipe, socket or device; a file that may not or cannot be read; broken compression; one that
             unpacks to more than `max_expansion` times its size.
-        EnvironmentFault: a .zst file without the `zstandard` package.
+        MissingRequirement: a .zst file without the `zstandard` package.
     """
     require_regular(path)
     kind = compression(path)
@@ -129,7 +115,7 @@ def chunks_of(path: str, max_expansion: int) -> Iterator[bytes]:
                 raise _expands_too_far(path, max_expansion)
             yield chunk
     except PermissionError as error:
-        raise file_error(path, "a file that may not be read", "a readable file", "check its permissions") from error
+        raise file_error(path, "a file that is not readable", "a readable file", "check its permissions") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _broken_compression(path, "gzip", str(error)) from error
     except OSError as error:
@@ -137,7 +123,7 @@ def chunks_of(path: str, max_expansion: int) -> Iterator[bytes]:
 
 
 def check_expansion(path: str, unpacked: int, max_expansion: int) -> None:
-    """Raises `DataError` where a packed file states that it unpacks to too many bytes (a spreadsheet is one)."""
+    """Raise `DataError` if a packed file (a spreadsheet, for example) unpacks to too many bytes."""
     if unpacked > max(FREE_BYTES, max_expansion * os.path.getsize(path)):
         raise _expands_too_far(path, max_expansion)
 
@@ -185,7 +171,7 @@ def _broken_compression(path: str, kind: str, reason: str) -> DataError:
     return file_error(
         path,
         f"broken {kind} data ({reason})",
-        f"a whole {kind} file",
+        f"a complete {kind} file",
         "the file is cut off, damaged, or not compressed at all: copy or download it again, or correct its suffix",
         field="compression",
     )
@@ -221,8 +207,10 @@ _TEXT_EXPECTED = "UTF-8 text (or UTF-16 with a byte order mark)"
 
 @dataclass(frozen=True, slots=True)
 class TextRules:
-    """How text files are read. `encoding`: None for UTF-8, and UTF-16 with a byte order mark; a mark wins over it.
-    `max_line_bytes`: longest line of a file of rows; `max_expansion`: unpacked bytes for each byte of a .gz or .zst.
+    """How text files are read.
+
+    `encoding`: None for UTF-8, or UTF-16 with a byte order mark, which takes precedence. `max_line_bytes`: longest line
+    of a data file. `max_expansion`: unpacked bytes per byte of a .gz or .zst file.
     """
 
     encoding: str | None = None
@@ -234,25 +222,23 @@ PLAIN_RULES = TextRules()
 
 
 def read_lines(path: str, rules: TextRules = PLAIN_RULES) -> Generator[tuple[int, str], None, None]:
-    """Yields `(number, line)` of a text file, numbers from 1, without the line feed.
+    """Yield `(number, line)` of a text file, from number 1, without line feeds.
 
     Raises:
-        DataError: no regular file, empty file, not text, another encoding (byte offset and line), a line over the
-            limit, broken compression or such that unpacks to too much.
-        EnvironmentFault: a .zst file without the `zstandard` package.
+        DataError: not a regular file, empty, not text, wrong encoding (with byte offset and line), a line over the
+            limit, broken compression, or too large when unpacked.
+        MissingRequirement: a .zst file without the `zstandard` package.
     """
     yield from _lines(path, rules, rules.max_line_bytes)
 
 
 def read_text(path: str, rules: TextRules = PLAIN_RULES) -> str:
-    """The whole text of a file; as `read_lines`, with every line feed kept (a JSON document needs it in one piece, and
-    a corpus may be one line), whatever the length of its lines.
-    """
+    """The whole text of a file with its line feeds, without a limit on lines; otherwise like `read_lines`."""
     return "\n".join(line for _, line in _lines(path, rules, None))
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text by the same rule: ended by line feeds, or in a text without any by carriage returns."""
+    """Split a text into lines by the same rule: at line feeds, or at carriage returns if it has none."""
     lines = text.split("\n" if "\n" in text else "\r")
     return lines if lines[-1] else lines[:-1]
 
@@ -277,15 +263,15 @@ def _lines(path: str, rules: TextRules, limit: int | None) -> Generator[tuple[in
 def _narrow_lines(
     path: str, chunks: Iterator[bytes], encoding: str, offset: int, limit: int | None
 ) -> Iterator[tuple[int, str]]:
-    """Lines of an encoding in which a line feed is one byte."""
+    """Lines in an encoding whose line feed is the ASCII byte."""
     for number, raw in enumerate(_byte_lines(path, chunks, limit), start=1):
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
             position = offset + error.start
-            actual = f"byte 0x{raw[error.start]:02x} at byte offset {position}, which is not {_written(encoding)}"
+            actual = f"byte 0x{raw[error.start]:02x} at byte offset {position}, which is not {_display_name(encoding)}"
             column = len(raw[: error.start].decode(encoding, errors="replace")) + 1
-            expected = _TEXT_EXPECTED if encoding == "utf-8" else f"{_written(encoding)} text"
+            expected = _TEXT_EXPECTED if encoding == "utf-8" else f"{_display_name(encoding)} text"
             hint, remedy = _encoding_advice(raw, encoding)
             raise file_error(
                 path, actual, expected, hint, line=number, column=column, field="encoding", remedy=remedy
@@ -294,7 +280,7 @@ def _narrow_lines(
         offset += len(raw) + 1
 
 
-def _written(encoding: str) -> str:
+def _display_name(encoding: str) -> str:
     return "UTF-8" if encoding == "utf-8" else encoding
 
 
@@ -303,11 +289,11 @@ def _encoding_advice(raw: bytes, encoding: str) -> tuple[str, Remedy]:
     if guess is None or guess == encoding:
         return "save the file as UTF-8", Remedy("or name its encoding", ((_ENCODING, "NAME"),))
     hint = f"this looks like {guess}: save the file as UTF-8"
-    return hint, Remedy("or read it so and look at the rows", ((_ENCODING, guess),))
+    return hint, Remedy("or read it in that encoding and check the rows", ((_ENCODING, guess),))
 
 
 def _wide_lines(path: str, data: bytes, encoding: str, limit: int | None) -> Iterator[tuple[int, str]]:
-    """Lines of an encoding in which a line feed is more than one byte, or another one: the text is decoded whole."""
+    """Lines in any other encoding; the text is decoded at once."""
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -328,22 +314,23 @@ def _wide_lines(path: str, data: bytes, encoding: str, limit: int | None) -> Ite
 
 
 def _byte_lines(path: str, chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
-    """Lines without their ends. What ends them is known at the first line feed, or at the end of the file, or where so
-    much came without one that a line would be over the limit.
+    """Lines without their ends.
+
+    The line end is decided at the first line feed, at the end of the file, or once a line would be over the limit.
     """
     pending: list[bytes] = []
     size, number = 0, 0
-    ended_by: bytes | None = None
+    line_end: bytes | None = None
     for chunk in chunks:
-        if ended_by is None and b"\n" in chunk:
-            ended_by = b"\n"
+        if line_end is None and b"\n" in chunk:
+            line_end = b"\n"
         pending.append(chunk)
         size += len(chunk)
-        if ended_by is None and limit is not None and size > limit:
-            ended_by = b"\r" if b"\r" in b"".join(pending)[:-1] else b"\n"
+        if line_end is None and limit is not None and size > limit:
+            line_end = b"\r" if b"\r" in b"".join(pending)[:-1] else b"\n"
             pending = [b"".join(pending)]
-        if ended_by is not None and ended_by in pending[-1]:
-            *whole, rest = b"".join(pending).split(ended_by)
+        if line_end is not None and line_end in pending[-1]:
+            *whole, rest = b"".join(pending).split(line_end)
             pending, size = [rest], len(rest)
             for line in whole:
                 number += 1
@@ -353,7 +340,7 @@ def _byte_lines(path: str, chunks: Iterator[bytes], limit: int | None) -> Iterat
         if limit is not None and size > limit:
             raise _too_long(path, number + 1, limit)
     rest = b"".join(pending)
-    if ended_by is None and b"\r" in rest:
+    if line_end is None and b"\r" in rest:
         *whole, rest = rest.split(b"\r")
         yield from whole
     if rest:
@@ -364,8 +351,8 @@ def _too_long(path: str, number: int, limit: int) -> DataError:
     return file_error(
         path,
         f"a line of more than {limit:,} bytes",
-        "one row a line",
-        "is this a file of rows? If it is, raise data.max_line_bytes",
+        "one row per line",
+        "if this is a data file, raise data.max_line_bytes",
         line=number,
         field="line",
     )

@@ -1,12 +1,9 @@
-"""Delimited text (CSV, TSV) → records, each with the physical line it begins on.
+"""Read delimited text (CSV, TSV) into records, each with its first physical line.
 
-Enters: numbered lines of a file whose first line is the header. Leaves: a `Record` with one string a column, or a
-`Diagnostic` for a row with too many or too few cells, a NUL character, or text after a closing quote.
-Quotes follow RFC 4180: a cell may be quoted, holds line ends and delimiters then, and doubles its own quotes; a quote
-inside an unquoted cell is an ordinary character. The standard library's `csv` is not used: it keeps neither the place
-of a quote nor that of a cell, and needs a process-wide setting to read a long one.
-A broken quote on a record of several lines makes the file unreadable, for nobody can say where the next row begins.
-Left out: types. Every cell is a string; `labels` decides what a column of numbers means.
+Quotes follow RFC 4180; a quote inside an unquoted cell is an ordinary character. The standard library's `csv` is not
+used: it reports neither the position of a quote nor of a cell, and needs a process-wide setting for long cells. A
+broken quote in a record of several lines makes the file unreadable, because the start of the next row is unknown. Every
+cell is a string.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
 
 class BrokenQuote(Exception):
-    """A quoted cell that does not end as it should; `line` and `column` are the place of the opening quote."""
+    """A quoted cell that does not end as it should; `line` and `column` are the position of the opening quote."""
 
     def __init__(self, line: int, column: int, cell: int, reason: str, spans_lines: bool) -> None:
         super().__init__(reason)
@@ -28,11 +25,11 @@ class BrokenQuote(Exception):
 
 
 def delimited_records(lines: Iterator[tuple[int, str]], source: str, delimiter: str, report: ReadReport) -> Records:
-    """Yields the rows below the header.
+    """Yield the rows below the header.
 
     Args:
         lines: `(number, line)` from `decoding.read_lines`.
-        source: the file's name for faults.
+        source: the file's name for diagnostics.
         delimiter: one character; for "," another is taken, and said, where the header has none but a ";" or a tab.
         report: blank lines and decisions are noted in it.
     Raises:
@@ -142,7 +139,7 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
         # pandas writes its row index under an empty name, the commonest nameless column there is.
         names = ["column 1", *names[1:]]
         report.say(f'{source}: the first column has no name and is called "column 1"')
-    places: dict[str, int] = {}
+    starts: dict[str, int] = {}
     for position, name in enumerate(names, start=1):
         if not name:
             raise file_error(
@@ -153,10 +150,10 @@ def _checked_header(names: list[str], number: int, source: str, report: ReadRepo
                 line=number,
                 field="header",
             )
-        if places.setdefault(name, position) != position:
+        if starts.setdefault(name, position) != position:
             raise file_error(
                 source,
-                f"the column name {shown(name)} twice (columns {places[name]} and {position})",
+                f"the column name {shown(name)} twice (columns {starts[name]} and {position})",
                 "distinct names",
                 "the first line must be the header; rename one of the two",
                 line=number,

@@ -1,9 +1,7 @@
-"""Rows → demonstrations: a problem, the steps that solve it, the answer.
+"""Read demonstrations: a problem, the steps that solve it, and the answer.
 
-Enters: a row's fields and the `StepFormat` that its chain will be written in. Leaves: a `Demonstration`, or problems.
-Reasoning is a list of steps, or one text that is split at the format's delimiter (else at line ends); the answer may
-stand behind `####` at the end of the worked solution, as in GSM8K (Cobbe et al. 2021). White space around steps and
-answer goes. Left out: the chain's text (`step_format`), chat templates (`templates`).
+Reasoning is a list of steps, or one text that is split at the format's delimiter (else at line ends). The answer may
+follow `####` at the end of the solution, as in GSM8K (Cobbe et al. 2021). Outer white space is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _ANSWER_EXPECTED = "a text or a number"
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """One worked example (Wei et al. 2022): `steps` may be empty, then the answer alone is learned."""
+    """One worked example (Wei et al. 2022): `steps` may be empty, then only the answer is trained."""
 
     problem: str
     steps: tuple[str, ...]
@@ -35,7 +33,7 @@ class Demonstration:
 
 
 def demonstration(fields: RowFields, step_format: StepFormat) -> Demonstration | None:
-    """The demonstration that a row holds; None, with `fields.problems` filled, where it holds none."""
+    """The demonstration that a row holds; None, with `fields.problems` filled, if there is none."""
     problem, system = with_context(fields, "problem"), fields.optional_text("system")
     steps, answer = _chain(fields, step_format.delimiter)
     answer = chosen_letter(fields, answer)
@@ -78,9 +76,9 @@ def _solution(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
             "answer is missing", fields.field("reasoning"), actual, f"{HASHES} answer in the last line", "", remedy
         )
         return (), ""
-    kept = list(steps[:-1])
+    before_last = list(steps[:-1])
     last = steps[-1].rpartition(HASHES)[0].strip()
-    return tuple([*kept, last] if last else kept), answer.strip()
+    return tuple([*before_last, last] if last else before_last), answer.strip()
 
 
 def _answer(fields: RowFields) -> str:
@@ -123,5 +121,5 @@ def _steps(fields: RowFields, delimiter: str) -> tuple[str, ...]:
 
 
 def _split(text: str, delimiter: str) -> tuple[str, ...]:
-    pieces = text.split(delimiter) if delimiter in text else text.split("\n")
-    return tuple(piece.strip() for piece in pieces if piece.strip())
+    parts = text.split(delimiter) if delimiter in text else text.split("\n")
+    return tuple(part.strip() for part in parts if part.strip())

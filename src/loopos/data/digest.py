@@ -1,8 +1,4 @@
-"""What was learned from, as a digest: encoded rows in their order, and the tokenizer that made them.
-
-Enters: encoded examples with their targets, encoded comparisons, prompts; a tokenizer. Leaves: SHA-256 (hexadecimal)
-over what training sees of them, so that equal digests mean equal batches. Left out: texts, files and their names.
-"""
+"""SHA-256 digests of what training sees: encoded rows in order, and the tokenizer. Equal digests mean equal batches."""
 
 from __future__ import annotations
 

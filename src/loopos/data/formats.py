@@ -1,9 +1,7 @@
-"""Rows → labelled examples: which column is the text, which its partner, which the label.
+"""Find the columns of labeled data (text, text_pair, label) and make `Labeled` examples from rows.
 
-Enters: rows and, from `data.columns`, the user's own choice. Leaves: `Labelled` examples, a sentence that says the
-choice, and a report in which read = used + dropped. Columns are found by the names that data sets usually carry; two
-that fit equally well are a fault, for a guess could train on the wrong one.
-Left out: what a label means (`labels`); tokens (`tokens`).
+Columns are found by common names, with `data.columns` first; two that fit equally well are an error, because a guess
+could train on the wrong one. `labels` decides what a label means. The report states read = used + dropped.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ Overrides: TypeAlias = Mapping[str, str] | Mapping[Literal["text", "text_pair", 
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledFormat:
+class LabeledFormat:
     """The column behind each role, and the sentence that says so. `label` is None when there is none to read;
     `verdict`: Prodigy's column `answer`, whose rows are learned where it is "accept".
     """
@@ -59,7 +57,7 @@ class LabelledFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """One example. `label` is what the file holds (str, int, float, bool or a list); None only when predicting."""
 
     text: str
@@ -75,12 +73,12 @@ def detect(
     require_label: bool = True,
     remembered: Mapping[str, str | None] | None = None,
     source: str = "data",
-) -> LabelledFormat:
-    """Finds the column of each role by its name, without regard to case.
+) -> LabeledFormat:
+    """Find the column of each role by its name, without regard to case.
 
     `overrides` (role to column, from `data.columns`) decide; with `text` given, a pair is not guessed. Without
     `require_label` a label is read where there is just one candidate. `remembered`: role to column as the model was
-    trained, for roles without an override, where the source has the column. `source` is the file's name for faults.
+    trained, for roles without an override, if the source has the column. `source` is the name for diagnostics.
     Raises `DataError`: an override that fits no role or column, no candidate for a role, or several.
     """
     overrides = recalled(columns, {str(role): name for role, name in overrides.items()}, remembered or {}, ROLES)
@@ -101,15 +99,15 @@ def detect(
         diagnostics += [diagnostic] if diagnostic is not None else []
     if diagnostics or no_label:
         raise DataError([*diagnostics, *no_label])
-    assert text is not None, "without a text there is a fault"
+    assert text is not None, "a missing text column is an error"
     served = [("text", text), ("text_pair", pair), ("label", label)]
     summary = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
     left = unread(columns, (text, pair, label))
     verdict = next((name for name in left if plain_name(name) == VERDICT), None) if require_label else None
-    return LabelledFormat(text, pair, label, summary, require_label, verdict)
+    return LabeledFormat(text, pair, label, summary, require_label, verdict)
 
 
-def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
+def to_labeled(row: Row, form: LabeledFormat) -> Labeled:
     """The example that `row` holds. A label string loses the blanks around it; the text stays as it is.
 
     Raises:
@@ -121,20 +119,20 @@ def to_labelled(row: Row, form: LabelledFormat) -> Labelled:
     return _example(row, form)
 
 
-def read_labelled(
+def read_labeled(
     reader: RowReader,
     overrides: Overrides,
     require_label: bool = True,
     *,
     remembered: Mapping[str, str | None] | None = None,
-) -> tuple[list[Labelled], FormatReport]:
-    """Reads a whole source into labelled examples, in its order. remembered: as `detect`.
+) -> tuple[list[Labeled], FormatReport]:
+    """Read a source into labeled examples, in its order. remembered: as `detect`.
 
     Raises:
         DataError: as `rows.read` and `detect`; bad rows by the reader's policy, the file's and the format's together.
     """
 
-    def example_of(row: Row, form: LabelledFormat) -> Labelled | Unusable:
+    def example_of(row: Row, form: LabeledFormat) -> Labeled | Unusable:
         problems = _problems(row, form)
         return Unusable(problems[0][0], [diagnostic for _, diagnostic in problems]) if problems else _example(row, form)
 
@@ -149,9 +147,7 @@ def read_labelled(
     return _accepted(examples, form, replace(report, class_names=names))
 
 
-def _accepted(
-    examples: list[Labelled], form: LabelledFormat, report: FormatReport
-) -> tuple[list[Labelled], FormatReport]:
+def _accepted(examples: list[Labeled], form: LabeledFormat, report: FormatReport) -> tuple[list[Labeled], FormatReport]:
     """The examples that an annotator accepted, where the rows are Prodigy's; else all of them."""
     if form.verdict is None:
         return examples, report
@@ -160,22 +156,22 @@ def _accepted(
         # A column of that name with other values is none of Prodigy's, and nothing reads it.
         columns = {role: name for role, name in report.columns.items() if name != form.verdict}
         return examples, replace(report, columns=columns, unread=(*report.unread, form.verdict))
-    kept = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict == "accept"]
+    accepted = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict == "accept"]
     counted = Counter(f'"{form.verdict}" is {verdict}' for verdict in verdicts if verdict != "accept")
-    if not kept:
+    if not accepted:
         actual, expected = f"no row whose {shown(form.verdict)} is accept", "at least one accepted row"
         raise DataError([Diagnostic(examples[0].row.source, None, None, form.verdict, actual, expected)])
-    return kept, replace(report, used=len(kept), dropped={**report.dropped, **counted})
+    return accepted, replace(report, used=len(accepted), dropped={**report.dropped, **counted})
 
 
-def _example(row: Row, form: LabelledFormat) -> Labelled:
+def _example(row: Row, form: LabeledFormat) -> Labeled:
     text, pair = row.values[form.text], row.values[form.text_pair] if form.text_pair is not None else None
     assert isinstance(text, str), "checked by _problems"
     assert pair is None or isinstance(pair, str), "checked by _problems"
     label: object | None = None
     if form.label is not None and (form.label_required or _label_problem(row.values, form.label) is None):
         label = _label_of(row.values[form.label])
-    return Labelled(text, pair, label, row)
+    return Labeled(text, pair, label, row)
 
 
 def _label_of(value: object) -> object:
@@ -194,7 +190,7 @@ def _pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
 def _text_columns(
     free: Sequence[str], pair: str | None, columns: Sequence[str], source: str
 ) -> tuple[str | None, str | None, Diagnostic | None]:
-    """Text column and its partner among the columns that no other role has, or the fault of the choice.
+    """Text column and its partner among the columns that no other role has, or the diagnostic for the choice.
 
     pair: the partner where `data.columns` names it.
     """
@@ -214,7 +210,7 @@ def _text_columns(
 
 
 def _no_label(columns: Sequence[str], taken: Sequence[str], source: str) -> Diagnostic:
-    """The fault of data without a label; where no column has a known name, with what the first line must be."""
+    """The diagnostic for data without a label column, with a hint on the header if no column name is known."""
     diagnostic = not_found("label", columns, LABEL_TIERS, source)
     looks_named = any(plain_name(name) in tier for name in columns for tier in (*TEXT_TIERS, *LABEL_TIERS))
     if looks_named or set(taken) & set(columns):
@@ -222,8 +218,8 @@ def _no_label(columns: Sequence[str], taken: Sequence[str], source: str) -> Diag
     return replace(diagnostic, hint="In CSV and TSV the first line must be the header;")
 
 
-def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Diagnostic]]:
-    """Why a row can't be used: a reason to count, with its fault."""
+def _problems(row: Row, form: LabeledFormat) -> list[tuple[str, Diagnostic]]:
+    """Why a row can't be used: a reason to count, with its diagnostic."""
     found = []
     for role, column in (("text", form.text), ("text_pair", form.text_pair)):
         if column is not None:
@@ -233,7 +229,7 @@ def _problems(row: Row, form: LabelledFormat) -> list[tuple[str, Diagnostic]]:
             ("label", form.label, _label_problem(row.values, form.label), "a class, a number or a list of classes")
         )
     return [
-        (f"{role} {problem[0]}", Diagnostic(row.place, row.line, None, column, problem[1], expected, problem[2]))
+        (f"{role} {problem[0]}", Diagnostic(row.source_label, row.line, None, column, problem[1], expected, problem[2]))
         for role, column, problem, expected in found
         if problem is not None
     ]
@@ -244,7 +240,7 @@ def _text_problem(values: Mapping[str, object], column: str) -> Problem | None:
 
 
 def _missing(values: Mapping[str, object]) -> Problem:
-    return "is missing", f"no such field (there: {listed(list(values))})", ""
+    return "is missing", f"no such field (fields: {listed(list(values))})", ""
 
 
 def _label_problem(values: Mapping[str, object], column: str) -> Problem | None:

@@ -1,8 +1,7 @@
-"""Rows that a Python program holds → a source that `rows.read` opens.
+"""Write rows held in Python (dicts, a DataFrame or a `datasets.Dataset`) to a source that `rows.read` opens.
 
-Enters: dicts, a pandas DataFrame or a `datasets.Dataset`, and a folder. Leaves: a JSON Lines file, or the data set's
-own folder, whose names of classes stay. The name holds a digest of the rows: other rows have another name, and the same
-rows are written once. Left out: what the columns mean.
+The result is a JSON Lines file, or the data set's own folder, which keeps class names. The name contains a digest of
+the rows, so that equal rows are written once.
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ def written(rows: object, folder: Path, name: str) -> Path:
 
 def remove_written(folder: Path, name: str) -> None:
     """Removes what `written` left under `name`."""
-    for place in folder.glob(f"{name}-{'?' * _DIGITS}*"):
-        remove(place)
+    for path in folder.glob(f"{name}-{'?' * _DIGITS}*"):
+        remove(path)
 
 
 def _written_dataset(rows: Any, folder: Path, name: str) -> Path:
@@ -96,5 +95,5 @@ def _line(row: object, number: int, name: str) -> bytes:
     try:
         return (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
-        sentence = f"a value that JSON does not hold: {error}"
-        raise DataError([Diagnostic(f"{name} (row {number})", None, None, "", sentence, "")]) from error
+        message = f"a value that JSON does not hold: {error}"
+        raise DataError([Diagnostic(f"{name} (row {number})", None, None, "", message, "")]) from error

@@ -1,9 +1,8 @@
-"""JSON and JSON Lines → records, each with the line it begins on.
+"""Read JSON and JSON Lines into records, each with its first line.
 
-Enters: numbered lines (JSON Lines) or a whole text (a JSON array of objects, or an object with such an array under
-"data"). Leaves: a `Record` for each object, a `Diagnostic` for a value that is no object, holds a name twice or NaN.
-A line of JSON Lines that is no JSON is a bad row; a syntax error in an array makes the file unreadable, since nothing
-marks where the next row begins. Left out: pandas' column-oriented JSON, refused by name.
+A document is an array of objects, or an object with such an array under "data". A line of JSON Lines that is not valid
+is a bad row; a syntax error in an array makes the file unreadable, because the start of the next row is unknown.
+Duplicate names and NaN are errors; pandas' column-oriented JSON is refused by name.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class JsonReader:
         Args:
             line: the number of the only line that `text` is; None where `text` is a whole file.
         Raises:
-            DataError: one fault, at line and column of the syntax error.
+            DataError: the syntax error with line and column.
         """
         self._doubled.clear()
         self._constants.clear()
@@ -64,7 +63,7 @@ class JsonReader:
             raise DataError([self.syntax_diagnostic(text, start, "a number of too many digits", line)]) from error
 
     def syntax_diagnostic(self, text: str, position: int, reason: str, line: int | None) -> Diagnostic:
-        """The fault of a syntax error at `position` of `text`."""
+        """The diagnostic for a syntax error at `position` of `text`."""
         before = text.rfind("\n", 0, position) + 1
         number = line if line is not None else text.count("\n", 0, position) + 1
         end = text.find("\n", position)
@@ -145,7 +144,7 @@ def _filled_lines(text: str) -> Iterator[str]:
 
 
 def json_document(text: str, source: str) -> Records:
-    """Yields the rows of a JSON array of objects, or of the array under "data" of an object.
+    """Yield the rows of a JSON array of objects, or of the array under "data" of an object.
 
     Raises:
         DataError: a syntax error (line and column), another kind of document.
@@ -188,7 +187,7 @@ def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Diag
 
 
 def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Record | Diagnostic, None, int]:
-    """Yields the elements of the array under "data" of the object at `start`; returns the place behind the object."""
+    """Yields the elements of the array under "data" of the object at `start`; returns the position after the object."""
     names: dict[str, None] = {}
     lists: list[str] = []
     rows_found = False
@@ -220,17 +219,17 @@ def _object_with_data(reader: JsonReader, text: str, start: int) -> Generator[Re
 
 
 def _no_rows(source: str, names: Sequence[str], lists: Sequence[str], line: int) -> DataError:
-    """The error of an object whose rows do not stand under "data". lists: the names of its lists."""
-    held = ", ".join(map(shown, names[:8])) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    """The error of an object whose rows are not under "data". lists: the names of its lists."""
+    present = ", ".join(map(shown, names[:8])) + (", ..." if len(names) > 8 else "") if names else "nothing"
     hint = 'put the rows into a list under the key "data": {"data": [{"text": "...", "label": "..."}, ...]}'
     if len(lists) == 1:
         hint = f'if {shown(lists[0])} holds the rows, rename it to "data", or leave only its array in the file'
-    actual = f'an object with {held} and no list of rows under the key "data"'
+    actual = f'an object with {present} and no list of rows under the key "data"'
     return file_error(source, actual, _DOCUMENT_EXPECTED, hint, line=line, field="data")
 
 
 def _after_member(reader: JsonReader, text: str, position: int, closing: str) -> tuple[int, bool]:
-    """The place of the next member, behind the comma at `position`, or behind the closing bracket; and which it is."""
+    """The position after the comma at `position`, or after the closing bracket; and whether it closed."""
     position = _skip(text, position)
     if text.startswith(closing, position):
         return position + 1, True

@@ -1,13 +1,11 @@
-"""Rows of a source → what they are for: labelled examples, rows for language models, comparisons, prompts, or lines.
+"""Detect what the rows of a source are: labeled examples, language-model rows, comparisons, prompts or texts.
 
-Enters: a reader, the user's choice of columns. Leaves: the kind with its columns, and the examples. Each kind is found
-as the method that trains on it finds it; where rows fit several, the more particular kind is taken:
+Each kind is detected as its method detects it; if several fit, the more specific one wins:
 
     comparisons > demonstrations, conversations, instructions, completions > labelled > prompts > texts
 
-but a question and an answer beside a column "label" are a pair of texts with a label, and a text beside a prompt is
-what a model wrote to it.
-Left out: what is measured of the rows (`cli.rows.data_check`).
+But a question and an answer with a column "label" are a labeled pair of texts, and a text next to a prompt is a
+generated response.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data import formats, preference_formats, supervised_rows
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, listed, plain_name
-from loopos.data.formats import read_labelled
+from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
 from loopos.data.reading import FormatReport
@@ -46,7 +44,7 @@ class Kind:
 
 
 def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> Kind:
-    """What rows of these columns are. Raises `DataError` where they are none of what any method reads, or several."""
+    """What rows of these columns are. Raise `DataError` if they are none of what any method reads, or several."""
     refused: dict[str, DataError] = {}
 
     def attempt(name: str, detect: Callable[[], Any]) -> Any:
@@ -86,7 +84,7 @@ def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tu
     """The examples, read as the method that trains on them reads them. Raises `DataError`."""
     match kind.family:
         case "labelled" | "texts":
-            return read_labelled(reader, overrides, require_label=kind.family == "labelled")
+            return read_labeled(reader, overrides, require_label=kind.family == "labelled")
         case "language":
             examples, report = read_supervised(reader, overrides, step_format=NAMED_FORMATS["think"])
             return list(examples), report

@@ -1,9 +1,7 @@
-"""One label as a file holds it ↔ what a head learns.
+"""Encode labels to class numbers, multi-hot lists or values, and decode them again.
 
-Enters: a label, and the `LabelSpace` of its data set (made by `labels.infer_task`). Leaves: a class number, a multi-hot
-list or a value; and back, the label in the user's terms. A space's fields are plain, so that a model's config can keep
-it (`dataclasses.asdict`, and back by `label_space_of`). Numbers in strings, as every CSV has them, count as
-numbers. Left out: standardising regression targets (`models.heads`).
+The fields of a `LabelSpace` are plain values, so that a model's config can store them. Numbers in strings, as in CSV,
+count as numbers. `labels.infer_task` makes the space of a data set.
 """
 
 from __future__ import annotations
@@ -47,8 +45,8 @@ class LabelSpace:
         """A class's number, a multi-hot list [C] of 0 and 1, or a value in the user's unit, by `task`.
 
         Args:
-            label: as `formats.Labelled` holds it.
-            row, column: the place for faults.
+            label: as `formats.Labeled` holds it.
+            row, column: the location for diagnostics.
         Raises:
             DataError: a label that the space does not hold.
         """
@@ -59,15 +57,15 @@ class LabelSpace:
             assert isinstance(label, str | int | float)
             return float(label)
         if self.task == "classification":
-            return self._place(sole(label), label, row, column)
+            return self._index_of(sole(label), label, row, column)
         members = members_of(label)
         if members is None:
             raise label_error(row, column, label, "a list of classes (task: multi_label)")
-        places = [self._place(member, label, row, column) for member in members]
-        if len(set(places)) < len(places):
+        indices = [self._index_of(member, label, row, column) for member in members]
+        if len(set(indices)) < len(indices):
             hint = "list the classes that apply; a 0 or 1 for each class in turn is not read"
             raise label_error(row, column, label, "each class once", hint)
-        return [int(index in places) for index in range(self.num_outputs)]
+        return [int(index in indices) for index in range(self.num_outputs)]
 
     def decode(self, encoded: float | Sequence[int]) -> str | int | bool | float | list[str | int | bool]:
         """The label in the user's terms: a class (a name, a whole number, true or false), a list of those, a value."""
@@ -81,7 +79,7 @@ class LabelSpace:
         return [self._class(index) for index, chosen in enumerate(encoded) if chosen]
 
     @cached_property
-    def _places(self) -> dict[str, int]:
+    def _indices(self) -> dict[str, int]:
         return {key: index for index, key in enumerate(self.keys)}
 
     def _class(self, index: int) -> str | int | bool:
@@ -92,10 +90,10 @@ class LabelSpace:
             return name == "true"
         return name
 
-    def _place(self, member: object, label: object, row: Row, column: str) -> int:
+    def _index_of(self, member: object, label: object, row: Row, column: str) -> int:
         key = key_of(member, self.label_kind)
-        if key is not None and key in self._places:
-            return self._places[key]
+        if key is not None and key in self._indices:
+            return self._indices[key]
         listed = ", ".join(self.keys[:12]) + (", ..." if len(self.keys) > 12 else "")
         near = difflib.get_close_matches(str(member), self.keys, n=1)
         if self.label_kind == "whole number":
@@ -162,8 +160,8 @@ def is_comma_number(label: object) -> TypeGuard[str]:
 
 
 def label_error(row: Row, column: str, label: object, expected: str, hint: str = "") -> DataError:
-    """The error of one label, with its row's place."""
-    return DataError([Diagnostic(row.place, row.line, None, column, shown(label), expected, hint)])
+    """The error of one label, with its row's location."""
+    return DataError([Diagnostic(row.source_label, row.line, None, column, shown(label), expected, hint)])
 
 
 def _number_kind(value: float) -> Kind:

@@ -1,8 +1,4 @@
-"""The labelled data of a run: rows read, columns found, labels understood, validation rows set apart.
-
-Enters: the `data` section and what the config says of the task. Leaves: `LabelledData`. Left out: tokens
-(`tokens.py`), batches (`batches.py`).
-"""
+"""Load the labeled data of a run: rows, columns, label space and validation split."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from dataclasses import dataclass, replace
 from loopos.config.diagnostics import ConfigError, DataError, Diagnostic
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.formats import Labelled, read_labelled
+from loopos.data.formats import Labeled, read_labeled
 from loopos.data.labels import LabelSpace, infer_task
-from loopos.data.read_ahead import handed_over
+from loopos.data.read_ahead import reusable
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.repeats import key_of_prompt, repeats_summary
@@ -24,28 +20,28 @@ Target = int | float | list[int]
 
 
 @dataclass(frozen=True)
-class LabelledData:
-    """Training and validation examples with their encoded labels. `summary`: what was decided, a sentence each;
-    `reports`: the account of each source.
+class LabeledData:
+    """Training and validation examples with their encoded labels. `summary`: notes on what was
+    decided; `reports`: the counts of each source.
     """
 
     space: LabelSpace
-    train: list[Labelled]
+    train: list[Labeled]
     train_targets: list[Target]
-    validation: list[Labelled]
+    validation: list[Labeled]
     validation_targets: list[Target]
     summary: list[str]
     reports: list[FormatReport]
 
 
-@handed_over
-def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> LabelledData:
+@reusable
+def load_labeled(data: DataSection, model: ModelSection, *, seed: int) -> LabeledData:
     """Reads `data.training_data` and the validation rows: their own file, their own split of a hub id, or a seeded
-    stratified share of the training rows.
+    stratified fraction of the training rows.
 
     Raises `DataError` for unreadable files, bad rows (unless skipped), labels that contradict the config or each other.
     """
-    examples, report = read_labelled(opened(data, data.training_data, data.training_split), data.columns)
+    examples, report = read_labeled(opened(data, data.training_data, data.training_split), data.columns)
     names = model.labels or (report.class_names if model.task in (None, "classification") else None) or None
     space = infer_task(
         examples,
@@ -57,11 +53,11 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
     )
     examples, targets, report = encode_all(space, examples, report, on_bad_row=data.on_bad_row)
     summary, reports = [*report.summary, space.summary, account(report)], [report]
-    held_out: list[Labelled] = []
+    held_out: list[Labeled] = []
     held_out_targets: list[Target] = []
     own = validation_source(data, data.training_data)
     if own is not None:
-        held_out, held_out_report = read_labelled(opened(data, *own), data.columns)
+        held_out, held_out_report = read_labeled(opened(data, *own), data.columns)
         held_out, held_out_targets, held_out_report = encode_all(
             space, held_out, held_out_report, on_bad_row=data.on_bad_row
         )
@@ -81,30 +77,30 @@ def load_labelled(data: DataSection, model: ModelSection, *, seed: int) -> Label
         examples, targets = [examples[i] for i in split.train], [targets[i] for i in split.train]
         summary.append(split.summary)
     summary += repeats_summary(examples, held_out, "text")
-    return LabelledData(space, examples, targets, held_out, held_out_targets, summary, reports)
+    return LabeledData(space, examples, targets, held_out, held_out_targets, summary, reports)
 
 
 def check_for_task(config: FineTuningConfig, space: LabelSpace) -> None:
     """Raises `ConfigError` for keys that contradict what the labels turned out to be."""
     model = config.model.model_copy(update={"task": space.task, "num_classes": space.num_outputs})
-    told = f"the labels of {config.data.training_data} say task: {space.task}, {space.num_outputs} outputs"
+    problems = f"the labels of {config.data.training_data} say task: {space.task}, {space.num_outputs} outputs"
     diagnostics = [
-        Diagnostic("config", None, None, finding.fields[0], finding.actual, finding.expected, told)
-        for finding in config.model_copy(update={"model": model}).check()
+        Diagnostic("config", None, None, problem.fields[0], problem.actual, problem.expected, problems)
+        for problem in config.model_copy(update={"model": model}).check()
     ]
     if diagnostics:
         raise ConfigError(diagnostics)
 
 
 def encode_all(
-    space: LabelSpace, examples: Sequence[Labelled], report: FormatReport, *, on_bad_row: str
-) -> tuple[list[Labelled], list[Target], FormatReport]:
+    space: LabelSpace, examples: Sequence[Labeled], report: FormatReport, *, on_bad_row: str
+) -> tuple[list[Labeled], list[Target], FormatReport]:
     """The label of every example in the space's numbers; the examples and the account with those dropped whose label
     the space does not hold.
 
-    Raises `DataError` with the faults of all such labels, unless `on_bad_row` is "skip".
+    Raises `DataError` with diagnostics of all such labels, unless `on_bad_row` is "skip".
     """
-    kept: list[Labelled] = []
+    kept_rows: list[Labeled] = []
     targets: list[Target] = []
     diagnostics: list[Diagnostic] = []
     for example in examples:
@@ -113,11 +109,11 @@ def encode_all(
         except DataError as problem:
             diagnostics += problem.diagnostics
         else:
-            kept.append(example)
-    if diagnostics and (on_bad_row == "error" or not kept):
+            kept_rows.append(example)
+    if diagnostics and (on_bad_row == "error" or not kept_rows):
         raise BadRows(diagnostics, len(diagnostics), "correct these labels", SKIP_ROWS)
     if diagnostics:
         reason = "label that is no number" if space.task == "regression" else "label of no class"
         dropped = {**report.dropped, reason: len(diagnostics)}
-        report = replace(report, used=len(kept), dropped=dropped, diagnostics=(*report.diagnostics, *diagnostics))
-    return kept, targets, report
+        report = replace(report, used=len(kept_rows), dropped=dropped, diagnostics=(*report.diagnostics, *diagnostics))
+    return kept_rows, targets, report

@@ -1,16 +1,9 @@
-"""Labels that do not belong to the others of their column: an "N/A" among numbers, numbers with a decimal comma.
+"""Infer the task and the classes of a data set from all its labels (`infer_task` → `LabelSpace`).
 
-Enters: labelled examples and the kinds of their labels. Leaves: the strays, which are faults or, where bad rows are
-skipped, rows to leave out. Left out: the task and its classes (`labels`).
-
-All labels of a data set → its `LabelSpace`: the task and the classes.
-
-Enters: labelled examples and what the config says (`model.task`, `num_classes`, `labels`). Leaves: the space that
-encodes every one of them, with the sentence that says how the labels were read.
-Without a task: whole numbers, text or true/false mean classification; a number with a fraction means regression; lists
-mean multi_label. Classes of whole numbers are 0 to n - 1 where num_classes is given or the numbers run on from 0, else
-the distinct numbers in order; classes of text are its distinct values, sorted.
-Left out: class weights, and what a single label encodes to (`label_space`).
+Without a task in the config, whole numbers, text and true/false mean classification, numbers with a fraction
+regression, lists multi_label. Whole-number classes are 0 to n - 1 if num_classes is set or the numbers are consecutive
+from 0, else the distinct numbers in order; text classes are the distinct values, sorted. Stray labels ("N/A" among
+numbers, decimal commas) are errors, or skipped with `on_bad_row: skip`.
 """
 
 from __future__ import annotations
@@ -20,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.label_space import (
     Kind,
     LabelSpace,
@@ -35,23 +28,23 @@ from loopos.data.label_space import (
 from loopos.data.record import MAXIMUM_DIAGNOSTICS, BadRows, shown
 
 FEW = 4
-"""So many labels of one kind for each of another make the other ones strays."""
+"""With at least this many labels of one kind for each label of another kind, the others are strays."""
 _MANY_NUMBERS = 20
 _NUMBERS = frozenset[Kind]({"whole number", "number"})
 _MISSING = frozenset({
     "", "-", "--", "?", ".", "n/a", "na", "nan", "null", "none", "nil", "inf", "-inf", "+inf", "infinity", "-infinity",
     "missing", "unknown", "undefined", "#n/a", "#na", "#div/0!", "#value!", "#ref!",
 })  # fmt: skip
-"""What tables write where a number is missing, in lower case."""
+"""Spellings of a missing number in tables, in lower case."""
 
 
 def texts_among_numbers(
-    examples: Sequence[Labelled], num_classes: int | None, class_names: Sequence[str] | None
-) -> list[Labelled]:
-    """The few labels that are text where the others, also as text, are numbers; none where numbers may be names.
+    examples: Sequence[Labeled], num_classes: int | None, class_names: Sequence[str] | None
+) -> list[Labeled]:
+    """The few text labels among numbers (which may be spelled as text); empty if the numbers may be class names.
 
-    The numbers are taken for such if one has a fraction, if more than 20 are different, if the texts are what tables
-    write for a missing number, or if the config counts or names the classes that the numbers stand for.
+    They count as numbers if one has a fraction, if more than 20 differ, if the texts are spellings of a missing number,
+    or if the config sets the number or the names of the classes.
     """
     names = class_names or ()
     texts = [example for example in examples if kind_of(example.label) == "text" and example.label not in names]
@@ -65,11 +58,12 @@ def texts_among_numbers(
     return texts if measures or many or missing or are_counted else []
 
 
-def of_other_kinds(examples: Sequence[Labelled], *, is_class: bool) -> list[Labelled]:
-    """The labels of other kinds than most are of; none where no kind has so many. is_class: a list of one label is that
-    label.
+def labels_of_other_kinds(examples: Sequence[Labeled], *, is_class: bool) -> list[Labeled]:
+    """The labels that are not of the dominant kind; empty if no kind dominates.
+
+    `is_class`: a list of one label counts as that label.
     """
-    groups: dict[str, list[Labelled]] = defaultdict(list)
+    groups: dict[str, list[Labeled]] = defaultdict(list)
     for example in examples:
         kind = kind_of(sole(example.label) if is_class else example.label)
         groups["number" if kind in _NUMBERS else str(kind)].append(example)
@@ -79,28 +73,28 @@ def of_other_kinds(examples: Sequence[Labelled], *, is_class: bool) -> list[Labe
     return [example for group in groups.values() if group is not largest for example in group]
 
 
-def commas(examples: Sequence[Labelled]) -> list[Labelled]:
-    """The labels that are numbers with a decimal comma, if all are that or whole numbers."""
+def commas(examples: Sequence[Labeled]) -> list[Labeled]:
+    """The labels with a decimal comma, if all labels are such numbers or whole numbers."""
     found = [example for example in examples if is_comma_number(example.label)]
     others = len(examples) - len(found)
     whole = sum(kind_of(example.label) == "whole number" for example in examples)
     return found if others == whole else []
 
 
-def stray_diagnostic(example: Labelled, column: str) -> Diagnostic:
-    """The fault of a text among numbers."""
-    expected = "a number, as the other rows have"
+def stray_diagnostic(example: Labeled, column: str) -> Diagnostic:
+    """The diagnostic for a text among numbers."""
+    expected = "a number, as in the other rows"
     hint = (
-        'correct or remove the row, set data.on_bad_row to skip, or set model.task to "classification" to learn every '
-        "label as a class"
+        'correct or remove the row, set data.on_bad_row to skip, or set model.task to "classification" to train on '
+        "every label as a class"
     )
     row, label = example.row, example.label
     hint = f"write {label.replace(',', '.')}, with a point" if is_comma_number(label) else hint
-    return Diagnostic(row.place, row.line, None, column, shown(label), expected, hint)
+    return Diagnostic(row.source_label, row.line, None, column, shown(label), expected, hint)
 
 
-def comma_diagnostic(example: Labelled, column: str) -> Diagnostic:
-    """The fault of a number with a decimal comma."""
+def comma_diagnostic(example: Labeled, column: str) -> Diagnostic:
+    """The diagnostic for a number with a decimal comma."""
     row = example.row
     assert isinstance(example.label, str)
     point, bars = example.label.replace(",", "."), example.label.replace(",", "|")
@@ -109,7 +103,7 @@ def comma_diagnostic(example: Labelled, column: str) -> Diagnostic:
         '"classification" to learn it as it stands'
     )
     return Diagnostic(
-        row.place, row.line, None, column, f"{shown(example.label)}, with a comma", "a class or a number", hint
+        row.source_label, row.line, None, column, f"{shown(example.label)}, with a comma", "a class or a number", hint
     )
 
 
@@ -118,7 +112,7 @@ _PLURALS: dict[Kind, str] = {"whole number": "whole numbers", "text": "text", "t
 
 
 def infer_task(
-    examples: Sequence[Labelled],
+    examples: Sequence[Labeled],
     task: Task | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
@@ -126,22 +120,21 @@ def infer_task(
     column: str = "label",
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> LabelSpace:
-    """Reads the task and the classes off the labels, or checks the labels against those given.
+    """Infer the task and the classes from the labels, or check the labels against the config.
 
     Args:
-        examples: every one with a label.
-        task: as the config says it; None to read it off.
-        num_classes: as the config says it; 1 means regression.
+        examples: all with a label.
+        task: from the config; None infers it.
+        num_classes: from the config; 1 means regression.
         class_names: names in the order of the classes (`model.labels`): the labels themselves, or names for 0 to n - 1.
-        column: the label's column, for faults.
-        on_bad_row: "skip" reads the space off the other labels where a few are of no class or no number; the space then
-            does not encode those.
+        column: the label's column, for diagnostics.
+        on_bad_row: "skip" ignores a few labels without a class or number; the space does not encode them.
     Raises:
-        DataError: labels of several kinds, or other than the task, num_classes or class_names say; a single class.
+        DataError: labels of several kinds, labels that contradict the config, or a single class.
     """
     if not examples:
         raise DataError(
-            [Diagnostic("data", None, None, column, "no labelled row", "at least two rows of different labels")]
+            [Diagnostic("data", None, None, column, "no labeled row", "at least two rows with different labels")]
         )
     source = examples[0].row.source
     if class_names is not None and num_classes not in (None, len(class_names)):
@@ -155,7 +148,7 @@ def infer_task(
     if task == "regression":
         return _regression(examples, num_classes, class_names, column, skips=skips)
     if skips and not _all_text(examples):
-        examples = _without(examples, of_other_kinds(examples, is_class=task == "classification"))
+        examples = _without(examples, labels_of_other_kinds(examples, is_class=task == "classification"))
     members = _members(examples, task, column)
     kind = _member_kind(examples, members, task, column)
     counts = Counter(
@@ -168,24 +161,24 @@ def infer_task(
     summary = _summary(task, kind, keys, names, counts, examples, column)
     space = LabelSpace(task, names, keys, kind, len(keys), summary)
     if len(counts) < (2 if task == "classification" else 1):
-        actual = f"every row labelled {next(iter(counts))}" if counts else "no row with a class"
+        actual = f"every row labeled {next(iter(counts))}" if counts else "no row with a class"
         hint = "nothing can be learned from a single class; is the right column the label (data.columns.label)?"
         raise DataError([Diagnostic(source, None, None, column, actual, "rows of at least 2 classes", hint)])
     return space
 
 
 def _task_of(
-    examples: Sequence[Labelled],
+    examples: Sequence[Labeled],
     num_classes: int | None,
     class_names: Sequence[str] | None,
     column: str,
     *,
     skips: bool,
-) -> tuple[Task, Sequence[Labelled]]:
-    """The task that the labels suggest, and the examples that it is read off."""
+) -> tuple[Task, Sequence[Labeled]]:
+    """The task that the labels imply, and the examples it is based on."""
     strays = texts_among_numbers(examples, num_classes, class_names)
     if skips:
-        strays = strays or ([] if _all_text(examples) else of_other_kinds(examples, is_class=False))
+        strays = strays or ([] if _all_text(examples) else labels_of_other_kinds(examples, is_class=False))
         examples = _without(examples, strays)
     elif strays and _all_text(examples):
         _raise([stray_diagnostic(example, column) for example in strays])
@@ -201,18 +194,18 @@ def _task_of(
     raise _mixed(kinds, column)
 
 
-def _all_text(examples: Sequence[Labelled]) -> bool:
+def _all_text(examples: Sequence[Labeled]) -> bool:
     """Whether every label is text, as in CSV."""
     return all(isinstance(example.label, str) for example in examples)
 
 
-def _without(examples: Sequence[Labelled], strays: Sequence[Labelled]) -> list[Labelled]:
+def _without(examples: Sequence[Labeled], strays: Sequence[Labeled]) -> list[Labeled]:
     left_out = {id(example) for example in strays}
     return [example for example in examples if id(example) not in left_out]
 
 
-def _first_of_each_kind(examples: Sequence[Labelled], column: str) -> dict[Kind, Labelled]:
-    kinds: dict[Kind, Labelled] = {}
+def _first_of_each_kind(examples: Sequence[Labeled], column: str) -> dict[Kind, Labeled]:
+    kinds: dict[Kind, Labeled] = {}
     for example in examples:
         kind = kind_of(example.label)
         if kind is None:
@@ -221,18 +214,18 @@ def _first_of_each_kind(examples: Sequence[Labelled], column: str) -> dict[Kind,
     return kinds
 
 
-def _mixed(kinds: dict[Kind, Labelled], column: str) -> DataError:
+def _mixed(kinds: dict[Kind, Labeled], column: str) -> DataError:
     expected = "labels of one kind in all rows"
-    hint = "write all labels alike, or set data.on_bad_row to skip to leave out the few of another kind"
+    hint = "write all labels in one form, or set data.on_bad_row to skip to drop the few of another kind"
     diagnostics = []
     for kind, example in kinds.items():
         actual = f"{shown(example.label)} (the first {kind})"
-        diagnostics.append(Diagnostic(example.row.place, example.row.line, None, column, actual, expected, hint))
+        diagnostics.append(Diagnostic(example.row.source_label, example.row.line, None, column, actual, expected, hint))
     return DataError(diagnostics)
 
 
 def _regression(
-    examples: Sequence[Labelled],
+    examples: Sequence[Labeled],
     num_classes: int | None,
     class_names: Sequence[str] | None,
     column: str,
@@ -244,7 +237,7 @@ def _regression(
         first = (numbered or list(examples))[0]
         field = "model.num_classes" if class_names is None else "model.labels"
         hint = f"leave {field} out for regression, or correct the label"
-        raise label_error(first.row, column, first.label, f"a class, as {field} is given", hint)
+        raise label_error(first.row, column, first.label, f"a class, because {field} is set", hint)
     space = LabelSpace("regression", (), (), "number", 1, "")
     values = [value for value in _encode_all(space, examples, column, skips=skips) if isinstance(value, float)]
     if min(values) == max(values):
@@ -254,13 +247,13 @@ def _regression(
     return LabelSpace("regression", (), (), "number", 1, summary)
 
 
-def _members(examples: Sequence[Labelled], task: Task, column: str) -> list[list[object]]:
-    """The classes that each row lists: one for classification."""
+def _members(examples: Sequence[Labeled], task: Task, column: str) -> list[list[object]]:
+    """The classes of each row; one for classification."""
     if task == "classification":
         return [[sole(example.label)] for example in examples]
     listed = [members_of(example.label) for example in examples]
     diagnostics = [
-        Diagnostic(example.row.place, example.row.line, None, column, shown(example.label),
+        Diagnostic(example.row.source_label, example.row.line, None, column, shown(example.label),
               "a list of classes, or a|b in CSV (task: multi_label)")
         for example, members in zip(examples, listed, strict=True)
         if members is None
@@ -269,9 +262,9 @@ def _members(examples: Sequence[Labelled], task: Task, column: str) -> list[list
     return [members for members in listed if members is not None]
 
 
-def _member_kind(examples: Sequence[Labelled], members: Sequence[Sequence[object]], task: Task, column: str) -> Kind:
-    """The one kind of all classes; numbers among text are text, if all are strings."""
-    kinds: dict[Kind, Labelled] = {}
+def _member_kind(examples: Sequence[Labeled], members: Sequence[Sequence[object]], task: Task, column: str) -> Kind:
+    """The kind of all classes; numbers among text count as text if all are strings."""
+    kinds: dict[Kind, Labeled] = {}
     only_strings = True
     for example, listed in zip(examples, members, strict=True):
         for member in listed:
@@ -325,11 +318,9 @@ def _by_count(item: tuple[str, int]) -> tuple[int, str]:
 
 
 def _encode_all(
-    space: LabelSpace, examples: Sequence[Labelled], column: str, *, skips: bool
+    space: LabelSpace, examples: Sequence[Labeled], column: str, *, skips: bool
 ) -> list[int | float | list[int]]:
-    """The labels in the space's numbers; without those that it does not hold where bad rows are skipped, unless none is
-    left.
-    """
+    """Encode the labels; with `skips`, drop those that are not in the space, unless none is left."""
     encoded, diagnostics = [], list[Diagnostic]()
     for example in examples:
         try:
@@ -356,14 +347,14 @@ def _summary(
     keys: Sequence[str],
     names: Sequence[str],
     counts: Counter[str],
-    examples: Sequence[Labelled],
+    examples: Sequence[Labeled],
     column: str,
 ) -> str:
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     summary = f"task: {task}, {len(keys)} classes ({listed}), from labels that are {_PLURALS[kind]}"
     unseen = [name for key, name in zip(keys, names, strict=True) if key not in counts]
     if unseen:
-        summary += f"; no row is labelled {', '.join(unseen[:12])}{', ...' if len(unseen) > 12 else ''}"
+        summary += f"; no row is labeled {', '.join(unseen[:12])}{', ...' if len(unseen) > 12 else ''}"
     if len(keys) > max(20, len(examples) // 2):
         summary += f"; {len(keys)} classes for {len(examples)} rows: is {shown(column)} the right column?"
     if task == "multi_label" and all(isinstance(each.label, list) and len(each.label) == 1 for each in examples):

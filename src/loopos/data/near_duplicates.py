@@ -1,6 +1,6 @@
 """Texts → those that are nearly the same as an earlier one.
 
-Enters: texts. Leaves: pairs of places. Two texts are near where their sets of 5 characters in a row, letter case, marks
+Enters: texts. Leaves: index pairs. Two texts are near where their sets of 5 characters in a row, letter case, marks
 and white space aside, have at least `NEAR` of their union in common (Jaccard). Candidates are found by MinHash (Broder
 1997) with bands (Leskovec et al., Mining of Massive Datasets, section 3.4): 16 bands of 4 hashes find a pair at 0.8
 with probability 0.9998; each is then compared exactly. Memory: some 700 bytes a text beside the texts themselves.
@@ -24,13 +24,13 @@ MOST_CHARACTERS = 10_000
 _SHINGLE = 5
 _BANDS, _HASHES_A_BAND = 16, 4
 _MOST_CANDIDATES = 8
-_WORDS = re.compile(r"\w+")
+_WORD = re.compile(r"\w+")
 _Hashes = NDArray[numpy.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """`pairs`: (place of a text, place of an earlier one that is near), one for each text that has any. `compared`: how
+    """`pairs`: (index of a text, index of an earlier one that is near), one for each text that has any. `compared`: how
     many texts were, the first ones.
     """
 
@@ -64,7 +64,7 @@ def near_duplicates(texts: Sequence[str]) -> NearDuplicates:
 
 def _shingles(text: str) -> _Hashes:
     """The different runs of characters of a text, hashed."""
-    plain = " ".join(_WORDS.findall(text[:MOST_CHARACTERS].casefold()))
+    plain = " ".join(_WORD.findall(text[:MOST_CHARACTERS].casefold()))
     codes = numpy.frombuffer(plain.encode("utf-32-le", errors="replace"), dtype=numpy.uint32).astype(numpy.uint64)
     if len(codes) < _SHINGLE:
         codes = numpy.pad(codes, (0, _SHINGLE - len(codes))) if len(codes) else codes

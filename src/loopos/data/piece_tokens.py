@@ -1,8 +1,7 @@
-"""Pieces of text → token ids, each piece by itself.
+"""Tokenize segments of text, each by itself.
 
-Enters: pieces (`templates`). Leaves: the ids of each. A piece that begins a text gets the special tokens that the
-tokenizer itself puts before one, unless it has them already; one that closes a text gets the end token, unless it ends
-with it. Left out: which of them are learned (`supervised_tokens`).
+A segment that begins a text gets the special tokens that the tokenizer adds there, one that closes a text gets the end
+token, unless they are already there.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
-from loopos.data.templates import Piece, end_token
+from loopos.data.templates import Segment, end_token
 from loopos.data.tokens import TextBound, spans
 
-# What stands before a piece inside a text, for tokenizers that put a blank before whatever they take for a beginning.
+# Texts put before an inner segment, for tokenizers that add a blank at every beginning.
 _ANCHORS = ("\n", "a", ".")
 _PROBE = "b"
 
 
 class SegmentTokenizer:
-    """Tokenises pieces in few calls."""
+    """Tokenizes pieces in few calls."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises `UserError` where the tokenizer has no end token."""
@@ -33,30 +32,30 @@ class SegmentTokenizer:
         spelled = "".join(tokenizer.convert_ids_to_tokens(self._ids([_PROBE])[0]))
         self._marks_beginnings = spelled != _PROBE and spelled.endswith(_PROBE)
 
-    def bounded(self, row: Sequence[Piece], num_tokens: int | None) -> Sequence[Piece]:
+    def bounded(self, row: Sequence[Segment], num_tokens: int | None) -> Sequence[Segment]:
         """The row itself, or one whose far too long pieces are their beginnings, each of more than `num_tokens` tokens:
         those first in it are the same.
         """
-        texts = [self._bound.beginning(piece.text, num_tokens) for piece in row]
-        if all(len(text) == len(piece.text) for text, piece in zip(texts, row, strict=True)):
+        texts = [self._bound.beginning(segment.text, num_tokens) for segment in row]
+        if all(len(text) == len(segment.text) for text, segment in zip(texts, row, strict=True)):
             return row
-        return [replace(piece, text=text) for text, piece in zip(texts, row, strict=True)]
+        return [replace(segment, text=text) for text, segment in zip(texts, row, strict=True)]
 
-    def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
+    def encode(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """The ids of each piece of each row."""
-        flat = [(piece, index > 0) for row in rows for index, piece in enumerate(row)]
-        ids = iter(self._plain_ids([(piece.text, inside) for piece, inside in flat]))
-        return [[self._finished(piece, next(ids)) for piece in row] for row in rows]
+        flat = [(segment, index > 0) for row in rows for index, segment in enumerate(row)]
+        ids = iter(self._plain_ids([(segment.text, inside) for segment, inside in flat]))
+        return [[self._finished(segment, next(ids)) for segment in row] for row in rows]
 
-    def _finished(self, piece: Piece, ids: list[int]) -> list[int]:
-        if piece.begins and ids[: len(self.leading)] != self.leading:
+    def _finished(self, segment: Segment, ids: list[int]) -> list[int]:
+        if segment.begins and ids[: len(self.leading)] != self.leading:
             ids = [*self.leading, *ids]
-        if piece.closes and ids[-1:] != [self.end]:
+        if segment.closes and ids[-1:] != [self.end]:
             ids = [*ids, self.end]
         return ids
 
     def _plain_ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """Ids of (text, whether it stands inside a longer one)."""
+        """Ids of (text, whether it is inside a longer text)."""
         plain = self._ids([text for text, _ in texts])
         if self._marks_beginnings:
             for index, (text, inside) in enumerate(texts):
@@ -88,6 +87,6 @@ def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a text by itself."""
     whole: list[int] = tokenizer(_PROBE)["input_ids"]
     bare: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    places = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
-    assert places, "a tokenizer that changes a text when it adds special tokens"
-    return whole[: places[0]]
+    starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+    assert starts, "a tokenizer that changes a text when it adds special tokens"
+    return whole[: starts[0]]

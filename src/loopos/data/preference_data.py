@@ -14,7 +14,7 @@ from loopos.config.preferences import PreferenceTextSection
 from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts
-from loopos.data.read_ahead import handed_over
+from loopos.data.read_ahead import reusable
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
@@ -26,9 +26,7 @@ _Read = Callable[..., tuple[list[ExampleT], FormatReport]]
 
 @dataclass(frozen=True)
 class PreferenceData(Generic[ExampleT]):
-    """Training and validation examples. `summary`: what was decided, a sentence each; `reports`: the account of each
-    source.
-    """
+    """Training and validation examples. `summary`: notes on what was decided; `reports`: the counts of each source."""
 
     train: list[ExampleT]
     validation: list[ExampleT]
@@ -36,15 +34,15 @@ class PreferenceData(Generic[ExampleT]):
     reports: list[FormatReport]
 
 
-@handed_over
+@reusable
 def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Comparison]:
     """Reads the comparisons to train on and to validate on: their own file, their own split of a hub id, or a seeded
-    share of the training rows. Raises `DataError`.
+    fraction of the training rows. Raises `DataError`.
     """
     return _load(data, source, read_comparisons, seed=seed)
 
 
-@handed_over
+@reusable
 def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
     """`load_comparisons` for the prompts that a policy answers."""
     return _load(data, source, read_prompts, seed=seed)
@@ -69,7 +67,7 @@ def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, se
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]
         split = split_off(keys, data.validation_share, seed, by=data.split_by, source=source)
-        train, validation = [train[place] for place in split.train], [train[place] for place in split.validation]
+        train, validation = [train[row] for row in split.train], [train[row] for row in split.validation]
         summary.append(split.summary)
     summary += repeats_summary(train, validation)
     return PreferenceData(train, validation, summary, reports)

@@ -1,10 +1,7 @@
-"""Columns → what the rows of a preference data set are: pairs, pairs with an implicit prompt, pairs with a preferred
-side, groups; or only prompts.
+"""Formats of preference data: pairs, implicit pairs, judged pairs, groups, or only prompts.
 
-Enters: names of columns and, from `data.columns`, the user's own choice. Leaves: a `PreferenceFormat` with the sentence
-that says it. The names are those that TRL, LLaMA-Factory, Axolotl and OpenRLHF read, without regard to case. A format
-with a prompt column wins over one without; two that fit equally well are a fault, for a guess could train on the wrong
-one. Left out: how the format is found (`format_detection`), the rows themselves (`preferences`, `prompts`).
+Column names are those of TRL, LLaMA-Factory, Axolotl and OpenRLHF, without regard to case. A format with a prompt
+column wins over one without; two that fit equally well are an error, because a guess could train on the wrong one.
 """
 
 from __future__ import annotations
@@ -67,7 +64,7 @@ SHAPES: tuple[tuple[Shape[Kind], ...], ...] = (
     (Shape("implicit pairs", ("chosen", "rejected"), (*_CERTAINTY, "system", "tools")),),
     (Shape("prompts", ("prompt",), _BESIDE),),
 )
-"""The formats in tiers, a better tier winning over a later one; the last is for those who ask for prompts alone."""
+"""The formats in tiers, a better tier winning over a later one; the last is only for prompts."""
 
 _PAIR_EXAMPLES = (
     '{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}, {"prompt", "responses", "scores"}, '
@@ -88,12 +85,12 @@ class PreferenceFormat:
 def detect(
     columns: Sequence[str], overrides: Overrides, *, source: str = "data", prompts: bool = False
 ) -> PreferenceFormat:
-    """Finds the format and the column of each of its roles.
+    """Find the format and the column of each of its roles.
 
     Args:
-        columns: names of the columns that are there.
+        columns: names of the existing columns.
         overrides: role to column, from `data.columns`; the format is then one that has all these roles.
-        source: the file's name for faults.
+        source: the file's name for diagnostics.
         prompts: whether prompts without responses will do.
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.

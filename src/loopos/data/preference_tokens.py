@@ -1,18 +1,10 @@
-"""Comparisons and prompts → token ids, those that training and generation see.
+"""Tokenize comparisons and prompts, with the same ids that training and generation see.
 
-Enters: comparisons (`preferences`) or prompts (`prompts`), a tokenizer, its chat template. Leaves: ids of the prompt
-once and of each response with its end token, and a report in which read = used + dropped. For every response
+    prompt ids + response ids = ids of `encode_supervised` for the same conversation (or prompt and completion)
+    prompt ids = `prompt_tokens`, which generation starts from
 
-    prompt ids + response ids = the ids of `encode_supervised` for the same conversation (or prompt and completion),
-    prompt ids = `prompt_tokens`: what generation starts from
-
-for a text without the marks of a step format, where supervised rows have one more border. There are no pads.
-Left out: batches (`batches`), what the pairs mean for a loss.
-
-Comparisons and prompts → tokens, by the rules of the config.
-
-Enters: the `data` section of a method that learns from preferences, and the tokenizer. Leaves: a `PreferenceEncoder`.
-Left out: rows (`preference_data`), templates and tokens themselves (`templates`, `preference_tokens`), batches.
+This holds for text without the marks of a step format, where supervised rows have one more border. Responses end with
+the end token; there are no pads. The report states read = used + dropped.
 """
 
 from __future__ import annotations
@@ -28,11 +20,11 @@ from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
-from loopos.data.prompts import Prompt, Words, told
+from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import FormatReport, account
 from loopos.data.record import SKIP_ROWS, BadRows
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_diagnostic
-from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
+from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_length_diagnostic
+from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.data.tokens import length_spread
 from loopos.data.tool_schemas import Tool
 
@@ -41,9 +33,7 @@ PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same 
 
 @dataclass(frozen=True, slots=True)
 class EncodedComparison:
-    """One comparison as tokens: the ids of the prompt and of each response, whose last is the end token unless it was
-    cut. `index`: the comparison's place among those given.
-    """
+    """One comparison as tokens: the ids of the prompt and of each response with its end token, unless truncated."""
 
     prompt: list[int]
     responses: list[list[int]]
@@ -58,10 +48,11 @@ class EncodedComparison:
 
 @dataclass
 class PreferenceReport:
-    """What tokenising did: `read` = `used` + the sum of `dropped`, which counts rows by reason. `responses` and `pairs`
-    count those of the rows used, 0 where prompts alone were asked for; `tokens` counts each prompt once. `cut`:
-    responses shortened, with the tokens they lost. `lengths`: of each prompt with its longest response; `places`: those
-    of the rows used, among those read.
+    """Counts of tokenizing: `read` = `used` + the sum of `dropped`, which counts rows by reason.
+
+    `responses` and `pairs` are of the used rows (0 for prompts); `tokens` counts each prompt once. `cut`: truncated
+    responses; `tokens_cut`: tokens they lost. `lengths`: of each prompt with its longest response; `indices`: of the
+    used rows among the read ones.
     """
 
     read: int = 0
@@ -75,20 +66,20 @@ class PreferenceReport:
     max_length: int | None = None
     diagnostics: list[Diagnostic] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list, repr=False)
-    places: list[int] = field(default_factory=list, repr=False)
+    indices: list[int] = field(default_factory=list, repr=False)
 
     def counts(self) -> dict[str, object]:
-        """The account in numbers, for logs."""
-        told = asdict(self)
-        return {name: value for name, value in told.items() if name not in ("diagnostics", "lengths", "places")}
+        """The counts as values for logs."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in ("diagnostics", "lengths", "indices")}
 
     def summary(self) -> str:
-        """The account in words."""
+        """The counts as text."""
         spread = length_spread(self.lengths) or "no rows"
-        held = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
+        pair_counts = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
         cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
-        told = account(FormatReport(self.read, self.used, self.dropped, ()))
-        return f"{told}; {held}{self.tokens:,} tokens, {spread}{cut}"
+        values = account(FormatReport(self.read, self.used, self.dropped, ()))
+        return f"{values}; {pair_counts}{self.tokens:,} tokens, {spread}{cut}"
 
 
 def encode_comparisons(
@@ -101,27 +92,29 @@ def encode_comparisons(
     max_dropped_share: float = 0.01,
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[list[EncodedComparison], PreferenceReport]:
-    """Tokenises prompts and their responses.
+    """Tokenize prompts and their responses.
 
     Args:
         template: the tokenizer's own if None.
         max_length: tokens of a prompt with its longest response at most.
         over_length: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end
-            token goes; dropped where the prompt leaves no room, or nothing is left to tell them apart), or is an error.
-        max_dropped_share: comparisons over `max_length` may be at most this share of all under "drop".
-        on_bad_row: what messages do that the template refuses.
+            token is lost; dropped if the prompt leaves no room or the responses become equal), or is an error.
+        max_dropped_share: largest fraction of comparisons that "drop" may remove.
+        on_bad_row: what happens to messages that the template refuses.
     Raises:
-        DataError: messages that are refused, rows over `max_length` under "error", or too many of them under "drop";
-        no row left. Each fault names file and line.
+        DataError: refused messages, rows over `max_length` with "error", too many of them with "drop", or no rows left;
+            each diagnostic has file and line.
     """
     report = PreferenceReport(read=len(examples), max_length=max_length)
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for place, (prompt, *whole), is_short in _tokenised(tokenizer, examples, template, report):
+    for index, (prompt, *whole), is_short in _tokenized(tokenizer, examples, template, report):
         responses, longest = whole, max(map(len, whole))
         if max_length is not None and len(prompt) + longest > max_length:
-            over.append(over_diagnostic(examples[place].row, len(prompt) + longest, max_length, at_least=is_short))
+            over.append(
+                over_length_diagnostic(examples[index].row, len(prompt) + longest, max_length, at_least=is_short)
+            )
             if over_length == "drop" or len(prompt) >= max_length:
                 dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
                 continue
@@ -131,12 +124,12 @@ def encode_comparisons(
             continue
         lost = [len(uncut) - len(response) for uncut, response in zip(whole, responses, strict=True)]
         report.cut, report.tokens_cut = report.cut + sum(map(bool, lost)), report.tokens_cut + sum(lost)
-        rows.append(EncodedComparison(prompt, responses, examples[place].pairs, place))
+        rows.append(EncodedComparison(prompt, responses, examples[index].pairs, index))
     report.responses, report.pairs = sum(len(row.responses) for row in rows), sum(len(row.pairs) for row in rows)
     report.tokens = sum(row.num_tokens for row in rows)
     report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
-    report.places = [row.index for row in rows]
-    _settle(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    report.indices = [row.index for row in rows]
+    _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
     return rows, report
 
 
@@ -150,12 +143,12 @@ def encode_prompts(
     max_dropped_share: float = 0.01,
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[list[list[int]], PreferenceReport]:
-    """Tokenises prompts: the ids that generation starts from.
+    """Tokenize prompts: the ids that generation starts from.
 
     Args:
         max_length: tokens of a prompt at most.
-        over_length: as `encode_comparisons`; but a prompt is never cut, for the model answers its end: under "cut" it
-            is dropped as under "drop", however many they are.
+        over_length: as in `encode_comparisons`; but a prompt is never truncated, because the model answers its end:
+            "cut" drops it, without a limit on their number.
     Raises:
         DataError: as `encode_comparisons`.
     """
@@ -163,32 +156,33 @@ def encode_prompts(
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for place, (prompt,), is_short in _tokenised(tokenizer, prompts, template, report):
+    for index, (prompt,), is_short in _tokenized(tokenizer, prompts, template, report):
         if max_length is not None and len(prompt) > max_length:
-            over.append(over_diagnostic(prompts[place].row, len(prompt), max_length, at_least=is_short))
+            over.append(over_length_diagnostic(prompts[index].row, len(prompt), max_length, at_least=is_short))
             dropped[PROMPT_OVER] += 1
             continue
         rows.append(prompt)
-        report.places.append(place)
+        report.indices.append(index)
     report.lengths = list(map(len, rows))
     report.tokens = sum(report.lengths)
-    _settle(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
     return rows, report
 
 
-def _tokenised(
+def _tokenized(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Comparison] | Sequence[Prompt],
     template: ChatTemplate | None,
     report: PreferenceReport,
 ) -> Iterator[tuple[int, list[list[int]], bool]]:
-    """The place of each example that the template renders, with the ids of its prompt and of each response, and whether
-    the end of one is missing, far behind the report's `max_length`; what the template refuses is noted as faults.
+    """Yield the index of each rendered example, the ids of its prompt and responses, and whether a text was shortened.
+
+    Only texts far over the report's `max_length` are shortened. Refused examples become diagnostics of the report.
     """
     template = template or ChatTemplate(tokenizer)
     encoder = SegmentTokenizer(tokenizer)
     for first in range(0, len(examples), CHUNK):
-        found: list[tuple[int, list[list[Piece]]]] = []
+        found: list[tuple[int, list[list[Segment]]]] = []
         for index in range(first, min(first + CHUNK, len(examples))):
             example = examples[index]
             try:
@@ -198,34 +192,34 @@ def _tokenised(
                 expected = "messages that the template renders turn by turn"
                 row = example.row
                 report.diagnostics.append(
-                    Diagnostic(row.place, row.line, None, "messages", str(problem), expected, problem.hint)
+                    Diagnostic(row.source_label, row.line, None, "messages", str(problem), expected, problem.hint)
                 )
-        # A piece's ids depend on whether it opens a text, not on what stands before it: one prompt serves all.
-        whole = [[piece for group in groups for piece in group] for _, groups in found]
+        # The ids of a segment depend only on whether it starts a text, so one prompt serves all responses.
+        whole = [[segment for group in groups for segment in group] for _, groups in found]
         bounded = [encoder.bounded(row, report.max_length) for row in whole]
-        for (index, groups), uncut, short, pieces in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
-            ids = iter(pieces)
+        for (index, groups), uncut, short, segments in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
+            ids = iter(segments)
             yield index, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
 
 
 def _groups(
-    prompt: Words, responses: Sequence[Words], template: ChatTemplate, tools: Sequence[Tool]
-) -> list[list[Piece]]:
-    """The pieces of the prompt, then of each response up to its last end token. Raises `TemplateRefusal`."""
+    prompt: PromptContent, responses: Sequence[PromptContent], template: ChatTemplate, tools: Sequence[Tool]
+) -> list[list[Segment]]:
+    """Segments of the prompt, then of each response up to its last end token. Raises `TemplateRefusal`."""
     if isinstance(prompt, str):
-        return [[Piece(prompt, begins=True)], *([Piece(str(response), closes=True)] for response in responses)]
+        return [[Segment(prompt, begins=True)], *([Segment(str(response), closes=True)] for response in responses)]
     groups = [template.prompt(prompt, tools)]
     for response in responses:
         assert not isinstance(response, str), "messages go with messages"
-        pieces = template.pieces([*prompt, *response], tools)
-        turns = [place for place, piece in enumerate(pieces) if piece.message is not None]
-        start = next(place for place in turns if pieces[place].message == len(prompt))
-        assert pieces[:start] == groups[0], "a turn begins behind what generation starts from"
-        groups.append(pieces[start : turns[-1] + 1])
+        segments = template.segments([*prompt, *response], tools)
+        turns = [index for index, segment in enumerate(segments) if segment.message is not None]
+        start = next(index for index in turns if segments[index].message == len(prompt))
+        assert segments[:start] == groups[0], "a turn starts at the end of the generation prompt"
+        groups.append(segments[start : turns[-1] + 1])
     return groups
 
 
-def _settle(
+def _finish(
     report: PreferenceReport,
     dropped: Counter[str],
     over: Sequence[Diagnostic],
@@ -233,7 +227,7 @@ def _settle(
     max_dropped_share: float,
     on_bad_row: Literal["error", "skip"],
 ) -> None:
-    """Fills in what was used and dropped, and raises where the policies do not allow it or nothing is left."""
+    """Complete the report, and raise if the policies are violated or no row is left."""
     dropped.update({REFUSED: len(report.diagnostics)} if report.diagnostics else {})
     report.used, report.dropped = len(report.lengths), dict(dropped)
     assert report.read == report.used + sum(report.dropped.values()), report
@@ -245,25 +239,25 @@ def _settle(
 
 
 class Origin(NamedTuple):
-    """What a prompt was made from: its `text` as the file has it, and the file and line."""
+    """The source of a prompt: its `text` in the file, and the file and line."""
 
     text: str
-    place: str
+    location: str
 
 
 class PreferenceEncoder:
-    """Makes the tokens of comparisons and prompts as a config says: by which template, how long."""
+    """Tokenizes comparisons and prompts by the settings of a config."""
 
     def __init__(
         self, data: PreferenceTextSection, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
     ) -> None:
         """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
         self.data, self.tokenizer, self.max_length = data, tokenizer, max_length
-        # "none" leaves strings as they stand; messages still need a template, the tokenizer's own.
+        # "none" leaves strings as they are; messages still need the tokenizer's template.
         chosen = "auto" if data.chat_template == "none" else data.chat_template
         self.template = ChatTemplate(tokenizer, chosen)
-        self.words: dict[tuple[int, ...], Origin] = {}
-        """What was asked, by the ids of each prompt that was tokenised."""
+        self.origins: dict[tuple[int, ...], Origin] = {}
+        """The source of each tokenized prompt, by its ids."""
 
     def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
         """Raises `DataError` as `encode_comparisons`."""
@@ -290,6 +284,6 @@ class PreferenceEncoder:
             max_dropped_share=data.max_dropped_share,
             on_bad_row=data.on_bad_row,
         )
-        for tokens, place in zip(ids, report.places, strict=True):
-            self.words[tuple(tokens)] = Origin(told(examples[place].prompt), examples[place].row.where)
+        for tokens, index in zip(ids, report.indices, strict=True):
+            self.origins[tuple(tokens)] = Origin(prompt_text(examples[index].prompt), examples[index].row.location)
         return ids, report

@@ -1,15 +1,8 @@
-"""Which of two responses people prefer, as annotation tools write it → the share that prefers the first.
+"""Read comparisons: a prompt, two or more responses, and which of them people preferred.
 
-Enters: a row's fields, with the role `preference`. Leaves: a number from 0 to 1, 0.5 for a tie. Left out: the pair that
-it makes (`preferences`).
-
-Rows → comparisons: a prompt, two or more responses to it, and which of them people preferred.
-
-Enters: the rows of a reader, the user's choice of columns. Leaves: `Comparison`s in the rows' order and a
-`FormatReport` in which read = used + dropped. Understood are prompt, chosen and rejected (texts, messages or one
-message each); chosen and rejected that both begin with the prompt, as in Anthropic's hh-rlhf; a prompt with many
-responses and their scores or ranking (Ouyang et al. 2022, section 3.5: every two of them are a pair). Left out: which
-column plays which role (`preference_formats`), where a prompt ends (`prompts`), tokens (`preference_tokens`).
+Formats: prompt, chosen and rejected (texts, messages or one message each); chosen and rejected that both start with the
+prompt, as in Anthropic's hh-rlhf; a prompt with many responses and their scores or ranking, where every two are a pair
+(Ouyang et al. 2022, section 3.5); two responses with the votes of annotators. The report states read = used + dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +15,15 @@ from dataclasses import dataclass, replace
 from loopos.data.columns import Overrides
 from loopos.data.conversations import ASSISTANT, Message, message_of
 from loopos.data.preference_formats import PreferenceFormat, detect
-from loopos.data.prompts import Words, add_same, asked, check_spoken, implied, is_same, stands_as_is
+from loopos.data.prompts import (
+    PromptContent,
+    add_identical,
+    check_response,
+    implied,
+    is_same,
+    read_prompt,
+    untemplated_note,
+)
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import is_number, kind_name, shown
 from loopos.data.row_fields import RowFields
@@ -35,12 +36,12 @@ _SIDES: Mapping[float, frozenset[str]] = {
     0.0: frozenset({"2", "second", "right", "b", "response2", "responseb", "modelb", "answer2", "answerb"}),
     _TIE: frozenset({"tie", "tied", "same", "equal", "both", "draw", "tie(bothbad)", "bothbad", "neither"}),
 }
-"""How much an answer speaks for the first response → the words for it."""
+"""Preference for the first response (1, 0, or 0.5 for a tie) → spellings of it."""
 _EXPECTED = "1 or 2, response1 or response2, A or B, left or right, or tie; or a list of these"
 
 
-def share_of_votes(fields: RowFields) -> float:
-    """The answer of one person, or the mean of several people's; what says nothing is noted in `fields.problems`."""
+def preference_of_votes(fields: RowFields) -> float:
+    """Preference for the first response (0 to 1): one vote, or the mean. Problems go to `fields.problems`."""
     value = fields.structure("preference")
     answers = value if isinstance(value, list) else [value]
     if not answers:
@@ -54,14 +55,14 @@ def _vote(fields: RowFields, answer: object) -> float:
     value = answer.get("value") if isinstance(answer, dict) else answer
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    word = str(value).strip().lower()
-    # Response 1, response_1 and response-1 are one; a sign before a number is none of these.
-    word = word if word.startswith("-") else word.replace(" ", "").replace("_", "").replace("-", "")
+    spelling = str(value).strip().lower()
+    # Response 1, response_1 and response-1 are equal; a minus sign before a number is not a dash.
+    spelling = spelling if spelling.startswith("-") else spelling.replace(" ", "").replace("_", "").replace("-", "")
     if isinstance(value, str | int) and not isinstance(value, bool):
-        for side, words in _SIDES.items():
-            if word in words:
+        for side, spellings in _SIDES.items():
+            if spelling in spellings:
                 return side
-    hint = "0 could mean the first response or a tie: write 1, 2 or tie" if word == "0" else ""
+    hint = "0 could mean the first response or a tie: write 1, 2 or tie" if spelling == "0" else ""
     actual = f"{shown(answer)} ({kind_name(answer)})"
     fields.add("preference does not fit", fields.field("preference"), actual, _EXPECTED, hint)
     return _TIE
@@ -72,7 +73,7 @@ _TRUTHS: Mapping[object, bool] = {"true": True, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two responses of a comparison, by place: `better` beats `worse` with `probability` (1 = certain, 0.5 = a tie), by
+    """Two responses of a comparison by index: `better` beats `worse` with `probability` (1 = certain, 0.5 = a tie), by
     `margin` (>= 0, in the unit of the reward).
     """
 
@@ -84,12 +85,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt with two or more responses, and which beat which. Prompt and responses are messages for the chat
-    template, all of them, or texts that stand as they are, all of them.
+    """One prompt with two or more responses, and the preferred one of each pair.
+
+    Prompt and responses are either all messages for the chat template, or all texts without a template.
     """
 
-    prompt: Words
-    responses: tuple[Words, ...]
+    prompt: PromptContent
+    responses: tuple[PromptContent, ...]
     pairs: tuple[Pair, ...]
     row: Row
     tools: tuple[Tool, ...] = ()
@@ -98,14 +100,13 @@ class Comparison:
 def read_comparisons(
     reader: RowReader, overrides: Overrides, *, as_text: bool = False
 ) -> tuple[list[Comparison], FormatReport]:
-    """Reads a whole source into comparisons of one format, in its order.
+    """Read a source into comparisons of one format, in order.
 
     Args:
         overrides: role to column, from `data.columns`.
-        as_text: a prompt and responses that are all strings stand as they are, instead of being messages.
+        as_text: keep prompt and responses as text if all are strings, instead of making messages.
     Raises:
-        DataError: as `rows.read` and `preference_formats.detect`; bad rows by the reader's policy, the file's and the
-        format's together.
+        DataError: like `rows.read` and `preference_formats.detect`; bad rows by the reader's policy.
     """
 
     def from_row(row: Row, form: PreferenceFormat) -> Comparison | Unusable:
@@ -116,12 +117,12 @@ def read_comparisons(
     found: tuple[list[Comparison], PreferenceFormat, FormatReport]
     found = read_examples(reader, lambda columns, source: detect(columns, overrides, source=source), from_row)
     examples, _, report = found
-    told = stands_as_is([example.prompt for example in examples])
-    return examples, replace(report, summary=(*report.summary, *told))
+    note = untemplated_note([example.prompt for example in examples])
+    return examples, replace(report, summary=(*report.summary, *note))
 
 
 def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -> Comparison | None:
-    """The comparison that a row of this format holds; None, with `fields.problems` filled, where it holds none."""
+    """The comparison of a row; None, with `fields.problems` filled, if there is none."""
     match form.kind:
         case "pairs":
             found = _pair(fields, as_text)
@@ -131,7 +132,7 @@ def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -
             found = _pair(fields, as_text, ("response_1", "response_2"))
         case _:
             split = implied(fields)
-            found = None if split is None else Comparison(split[0], split[1], (_judged(fields),), fields.row)
+            found = None if split is None else Comparison(split[0], split[1], (_chosen_pair(fields),), fields.row)
     fields.check_no_media()
     tools = tools_of(fields)
     if found is not None and isinstance(found.prompt, str):
@@ -141,43 +142,43 @@ def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -
 
 def _pair(fields: RowFields, as_text: bool, roles: tuple[str, str] = ("chosen", "rejected")) -> Comparison | None:
     """A prompt and two responses, each a text or messages."""
-    values = {role: fields.spoken(role) for role in roles}
-    as_text = as_text and all(isinstance(value, str) for value in (fields.spoken("prompt"), *values.values()))
-    prompt = asked(fields, as_text=as_text)
+    values = {role: fields.content(role) for role in roles}
+    as_text = as_text and all(isinstance(value, str) for value in (fields.content("prompt"), *values.values()))
+    prompt = read_prompt(fields, as_text=as_text)
     responses = [
-        _told(fields, fields.field(role), value)
+        _response_messages(fields, fields.field(role), value)
         if isinstance(value, list | dict)
-        else _answered(fields.text(role), as_text)
+        else _text_response(fields.text(role), as_text)
         for role, value in values.items()
     ]
-    judged = _preferred(fields) if fields.has("preference") else _judged(fields)
-    return _compared(fields, prompt, responses, list(map(fields.field, values)), [judged])
+    judged = _voted_pair(fields) if fields.has("preference") else _chosen_pair(fields)
+    return _comparison(fields, prompt, responses, list(map(fields.field, values)), [judged])
 
 
 def _group(fields: RowFields, as_text: bool) -> Comparison | None:
     """A prompt with many responses, each a text or messages, and their scores or ranking."""
     listed = fields.listed_values("responses", "a list of two or more responses")
-    places = [f"{fields.field('responses')}[{number}]" for number in range(len(listed))]
-    values = [fields.spoken_value(place, value) for place, value in zip(places, listed, strict=True)]
+    locations = [f"{fields.field('responses')}[{number}]" for number in range(len(listed))]
+    values = [fields.content_value(location, value) for location, value in zip(locations, listed, strict=True)]
     if len(values) == 1:
-        fields.add("one response alone", fields.field("responses"), "1 response", "two or more responses")
-    as_text = as_text and all(isinstance(value, str) for value in (fields.spoken("prompt"), *values))
-    prompt = asked(fields, as_text=as_text)
+        fields.add("only one response", fields.field("responses"), "1 response", "two or more responses")
+    as_text = as_text and all(isinstance(value, str) for value in (fields.content("prompt"), *values))
+    prompt = read_prompt(fields, as_text=as_text)
     responses = [
-        _told(fields, place, value)
+        _response_messages(fields, location, value)
         if isinstance(value, list | dict)
-        else _answered(fields.checked("response", place, value), as_text)
-        for place, value in zip(places, values, strict=True)
+        else _text_response(fields.checked("response", location, value), as_text)
+        for location, value in zip(locations, values, strict=True)
     ]
     pairs = _ranked(fields, len(values)) if fields.has("ranking") else _scored(fields, len(values))
-    return _compared(fields, prompt, responses, places, pairs)
+    return _comparison(fields, prompt, responses, locations, pairs)
 
 
-def _answered(text: str, as_text: bool) -> Words:
+def _text_response(text: str, as_text: bool) -> PromptContent:
     return text if as_text else (Message(ASSISTANT, text),)
 
 
-def _told(fields: RowFields, source: str, value: list[object] | dict[str, object]) -> Words:
+def _response_messages(fields: RowFields, source: str, value: list[object] | dict[str, object]) -> PromptContent:
     """The messages of a response: a list of them, or a single one."""
     if isinstance(value, dict):
         message = message_of(fields, source, value)
@@ -188,10 +189,14 @@ def _told(fields: RowFields, source: str, value: list[object] | dict[str, object
     return tuple(message for message in read if message is not None)
 
 
-def _compared(
-    fields: RowFields, prompt: Words, responses: Sequence[Words], places: Sequence[str], pairs: Sequence[Pair]
+def _comparison(
+    fields: RowFields,
+    prompt: PromptContent,
+    responses: Sequence[PromptContent],
+    locations: Sequence[str],
+    pairs: Sequence[Pair],
 ) -> Comparison | None:
-    """The comparison of what was read, with checks on what it says."""
+    """Build the comparison and check its content."""
     if fields.problems:
         return None
     if not isinstance(prompt, str):
@@ -199,25 +204,25 @@ def _compared(
             hint = "leave the assistant's last message to the responses"
             actual = f"messages of {', '.join(message.role for message in prompt)}"
             expected = "a message to answer at the end"
-            fields.add("prompt is answered already", fields.field("prompt"), actual, expected, hint)
-        responses = [_without(prompt, response) for response in responses]
-        for place, response in zip(places, responses, strict=True):
-            assert not isinstance(response, str), "texts go with a text alone"
-            check_spoken(fields, response, place)
-    for (_, one), (place, other) in itertools.combinations(zip(places, responses, strict=True), 2):
+            fields.add("prompt is already answered", fields.field("prompt"), actual, expected, hint)
+        responses = [_without_prompt(prompt, response) for response in responses]
+        for location, response in zip(locations, responses, strict=True):
+            assert not isinstance(response, str), "a prompt of messages has responses of messages"
+            check_response(fields, response, location)
+    for (_, one), (location, other) in itertools.combinations(zip(locations, responses, strict=True), 2):
         if is_same(one, other):
-            add_same(fields, place, other)
+            add_identical(fields, location, other)
             break
     return Comparison(prompt, tuple(responses), tuple(pairs), fields.row)
 
 
-def _without(prompt: tuple[Message, ...], response: Words) -> Words:
-    """The response behind the prompt's messages, if it repeats them, as in UltraFeedback's binarized pairs."""
+def _without_prompt(prompt: tuple[Message, ...], response: PromptContent) -> PromptContent:
+    """The response without the prompt's messages, if it repeats them (UltraFeedback's binarized pairs)."""
     return response[len(prompt) :] if is_same(prompt, response[: len(prompt)]) else response
 
 
-def _judged(fields: RowFields) -> Pair:
-    """The pair of a row with chosen and rejected, as sure as its columns say."""
+def _chosen_pair(fields: RowFields) -> Pair:
+    """The pair of a row with chosen and rejected, with its probability and margin."""
     margin, probability = _number(fields, "margin", math.inf), _number(fields, "p_human", 1.0)
     if _is_tie(fields):
         if probability is not None:
@@ -230,17 +235,17 @@ def _judged(fields: RowFields) -> Pair:
     return Pair(0, 1, 1.0 if probability is None else probability, margin or 0.0)
 
 
-def _preferred(fields: RowFields) -> Pair:
-    """The pair of a row that says which of two responses is preferred."""
-    share, margin = share_of_votes(fields), _number(fields, "margin", math.inf)
-    better = 0 if share >= _TIE else 1
-    if share == _TIE and margin:
+def _voted_pair(fields: RowFields) -> Pair:
+    """The pair of a row with votes on two responses."""
+    preference, margin = preference_of_votes(fields), _number(fields, "margin", math.inf)
+    better = 0 if preference >= _TIE else 1
+    if preference == _TIE and margin:
         fields.add("margin of a tie", fields.field("margin"), f"{margin:g} beside a tie", "no margin, or 0")
-    return Pair(better, 1 - better, max(share, 1 - share), margin or 0.0)
+    return Pair(better, 1 - better, max(preference, 1 - preference), margin or 0.0)
 
 
 def _number(fields: RowFields, role: str, most: float) -> float | None:
-    """The number from 0 to `most` of a column that may be absent, null or blank; CSV holds it as text."""
+    """The number from 0 to `most` in a column that may be absent, null or blank (text in CSV)."""
     value = fields.value(role)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -264,28 +269,28 @@ def _as_number(value: object) -> float | None:
 
 
 def _is_tie(fields: RowFields) -> bool:
-    """Whether the row says that neither response is better; CSV holds it as text."""
+    """Whether the row is a tie (text in CSV)."""
     value = fields.value("tie")
     if value is None or isinstance(value, bool):
         return bool(value)
-    word = value.strip().lower() if isinstance(value, str) else None
-    if word == "":
+    spelling = value.strip().lower() if isinstance(value, str) else None
+    if spelling == "":
         return False
-    if word not in _TRUTHS:
+    if spelling not in _TRUTHS:
         actual = f"{shown(value)} ({kind_name(value)})"
         fields.add("tie does not fit", fields.field("tie"), actual, "true or false")
         return False
-    return _TRUTHS[word]
+    return _TRUTHS[spelling]
 
 
 def _scored(fields: RowFields, num_responses: int) -> list[Pair]:
-    """Every two responses: the one with the higher score beats the other, the same score is a tie."""
+    """A pair for every two responses: the higher score wins, equal scores tie."""
     field, scores = fields.field("scores"), list[float]()
     for index, value in enumerate(fields.listed_values("scores", "a list with a number for each response")):
         number = _as_number(value)
         if number is None:
             actual = f"{shown(value)} ({kind_name(value)})"
-            fields.add("score is no number", f"{field}[{index}]", actual, "a finite number")
+            fields.add("score is not a number", f"{field}[{index}]", actual, "a finite number")
         scores.append(0.0 if number is None else number)
     if not fields.problems and len(scores) != num_responses:
         actual = f"{len(scores)} scores for {num_responses} responses"
@@ -299,12 +304,12 @@ def _scored(fields: RowFields, num_responses: int) -> list[Pair]:
 
 
 def _ranked(fields: RowFields, num_responses: int) -> list[Pair]:
-    """Every two responses: the one earlier in the ranking beats the later one."""
-    expected = "the places of all responses, counted from 0, from best to worst"
+    """A pair for every two responses: the one earlier in the ranking wins."""
+    expected = "the indices of all responses, from 0, from best to worst"
     ranking = fields.listed_values("ranking", expected)
-    places = [place for place in ranking if isinstance(place, int) and not isinstance(place, bool)]
-    if not fields.problems and (len(places) < len(ranking) or sorted(places) != list(range(num_responses))):
+    locations = [location for location in ranking if isinstance(location, int) and not isinstance(location, bool)]
+    if not fields.problems and (len(locations) < len(ranking) or sorted(locations) != list(range(num_responses))):
         actual = f"{shown(ranking)} for {num_responses} responses"
-        hint = "places count from 0" if sorted(places) == list(range(1, num_responses + 1)) else ""
+        hint = "indices start at 0" if sorted(locations) == list(range(1, num_responses + 1)) else ""
         fields.add("ranking does not fit the responses", fields.field("ranking"), actual, expected, hint)
-    return [Pair(better, worse) for better, worse in itertools.combinations(places, 2)]
+    return [Pair(better, worse) for better, worse in itertools.combinations(locations, 2)]

@@ -1,8 +1,7 @@
-"""Rows → prompts: what is asked, in preference data too, where the prompt may be what two responses begin with.
+"""Read prompts, also from preference data, where the prompt may be the common start of two responses.
 
-Enters: the rows of a reader, the user's choice of columns. Leaves: `Prompt`s in the rows' order, each once, and a
-`FormatReport` in which read = used + dropped. A prompt is messages for the chat template, or a text that stands as it
-is. Left out: responses and which is better (`preferences`), tokens (`preference_tokens`).
+A prompt is messages for the chat template, or a text without a template. Each prompt is returned once, in order; the
+report states read = used + dropped.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from loopos.data.rows import Row, RowReader
 from loopos.data.template_checks import num_shared
 from loopos.data.tool_schemas import Tool, check_no_tools, tools_of
 
-Words: TypeAlias = tuple[Message, ...] | str
-"""Messages for the chat template, or a text that no template touches."""
+PromptContent: TypeAlias = tuple[Message, ...] | str
+"""Messages for the chat template, or a text without a template."""
 
 REPEATED = "same prompt again"
 SAME_RESPONSES = "the two responses are the same"
@@ -35,9 +34,9 @@ _UP_TO_LAST_BLANK = re.compile(r".*\S(?=\s)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a response is to be written to."""
+    """A prompt to respond to."""
 
-    prompt: Words
+    prompt: PromptContent
     row: Row
     tools: tuple[Tool, ...] = ()
 
@@ -45,13 +44,14 @@ class Prompt:
 def read_prompts(
     reader: RowReader, overrides: Overrides, *, as_text: bool = False
 ) -> tuple[list[Prompt], FormatReport]:
-    """Reads a whole source into prompts, in its order; those of preference rows too. Of a conversation the assistant's
-    last words are left off. A prompt that came before is dropped and counted.
+    """Read a source into prompts, in order; preference rows work too.
+
+    The assistant's last turns of a conversation are removed. Repeated prompts are dropped and counted.
 
     Args:
-        as_text: prompts that are strings stand as they are, instead of being a user's message.
+        as_text: keep prompts that are strings as text, instead of making a user's message.
     Raises:
-        DataError: as `rows.read` and `preference_formats.detect`; bad rows by the reader's policy.
+        DataError: like `rows.read` and `preference_formats.detect`; bad rows by the reader's policy.
     """
 
     def from_row(row: Row, form: PreferenceFormat) -> Prompt | Unusable:
@@ -62,37 +62,39 @@ def read_prompts(
         reader, lambda columns, source: detect(columns, overrides, source=source, prompts=True), from_row
     )
     examples, _, report = found
-    kept: dict[str, Prompt] = {}
+    distinct: dict[str, Prompt] = {}
     for prompt in examples:
-        kept.setdefault(prompt_key(prompt.prompt, prompt.tools), prompt)
-    repeated = len(examples) - len(kept)
+        distinct.setdefault(prompt_key(prompt.prompt, prompt.tools), prompt)
+    repeated = len(examples) - len(distinct)
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
-    told = stands_as_is([prompt.prompt for prompt in kept.values()])
-    return list(kept.values()), replace(report, used=len(kept), dropped=dropped, summary=(*report.summary, *told))
+    note = untemplated_note([prompt.prompt for prompt in distinct.values()])
+    return list(distinct.values()), replace(
+        report, used=len(distinct), dropped=dropped, summary=(*report.summary, *note)
+    )
 
 
 def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:
-    """The prompt of one row, or why it has none; `as_text` as for `read_prompts`."""
+    """The prompt of one row, or the reason why it has none; `as_text` as in `read_prompts`."""
     fields = RowFields(row, form.columns)
-    words, tools = _words_of(fields, form, as_text), tools_of(fields)
+    content, tools = _content_of(fields, form, as_text), tools_of(fields)
     fields.check_no_media()
-    if isinstance(words, str):
+    if isinstance(content, str):
         check_no_tools(fields, tools)
-    if words is None or fields.problems:
+    if content is None or fields.problems:
         return Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
-    return Prompt(words, row, tools)
+    return Prompt(content, row, tools)
 
 
-def stands_as_is(prompts: Sequence[Words]) -> list[str]:
-    """The sentence that says how many prompts no chat template touches; none where it renders all of them."""
+def untemplated_note(prompts: Sequence[PromptContent]) -> list[str]:
+    """A note on the number of prompts without a chat template; empty if all are rendered."""
     num_texts = sum(isinstance(prompt, str) for prompt in prompts)
-    share = "all" if num_texts == len(prompts) else f"{num_texts} of {len(prompts)}"
-    return [f"text as it stands, without a chat template: {share}"] if num_texts else []
+    count = "all" if num_texts == len(prompts) else f"{num_texts} of {len(prompts)}"
+    return [f"text without a chat template: {count}"] if num_texts else []
 
 
-def asked(fields: RowFields, *, as_text: bool) -> Words:
-    """The prompt of a row that has a column for it; an empty stand-in where `fields.problems` say why there is none."""
-    value = fields.spoken("prompt")
+def read_prompt(fields: RowFields, *, as_text: bool) -> PromptContent:
+    """The prompt from the prompt column of a row; a placeholder if `fields.problems` are filled."""
+    value = fields.content("prompt")
     if isinstance(value, dict):
         message = message_of(fields, fields.field("prompt"), value)
         return with_system(fields, [message] if message is not None else [], shown(fields.field("prompt")))
@@ -101,7 +103,7 @@ def asked(fields: RowFields, *, as_text: bool) -> Words:
             actual = fields.value(role)
             if actual is not None and not (isinstance(actual, str) and not actual.strip()):
                 hint = f'write it into the messages, or leave it out: data.columns: {{"{role}": null}}'
-                expected = "all that is asked in the messages"
+                expected = "the whole prompt in the messages"
                 fields.add(f"{role} beside messages", fields.field(role), shown(actual), expected, hint)
         return with_system(fields, messages_of(fields, "prompt"), shown(fields.field("prompt")))
     text = with_context(fields, "prompt")
@@ -111,9 +113,9 @@ def asked(fields: RowFields, *, as_text: bool) -> Words:
     return text
 
 
-def implied(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
-    """Prompt and responses of a row whose two responses begin with the prompt; None, with problems filled, else."""
-    values = {role: fields.spoken(role) for role in ("chosen", "rejected")}
+def implied(fields: RowFields) -> tuple[PromptContent, tuple[PromptContent, PromptContent]] | None:
+    """Prompt and responses of a row whose responses both start with the prompt; None, with problems filled, else."""
+    values = {role: fields.content(role) for role in ("chosen", "rejected")}
     if all(isinstance(value, list) for value in values.values()):
         return _implied_messages(fields)
     texts = [fields.text(role) for role, value in values.items() if not isinstance(value, list)]
@@ -129,101 +131,104 @@ def implied(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
     one, other = texts
     prompt = shared_text(one, other)
     if is_same(one, other):
-        add_same(fields, fields.field("rejected"), one)
+        add_identical(fields, fields.field("rejected"), one)
     elif not prompt.strip():
         _add_unshared(fields, f"texts that begin {shown(one, 30)} and {shown(other, 30)}")
     return None if fields.problems else (prompt, (one[len(prompt) :], other[len(prompt) :]))
 
 
 def shared_text(one: str, other: str) -> str:
-    """The prompt that two texts share: up to the last "Assistant:" of their common beginning, else up to its last white
-    space, so that no word is split.
+    """The common prompt of two texts: up to the last "Assistant:" of their common start, else up to its last
+    white space, so that no word is split.
     """
     common = one[: num_shared(one, other)]
     position = common.rfind(_ASSISTANT_MARK)
     if position >= 0:
         return common[: position + len(_ASSISTANT_MARK)]
-    words = _UP_TO_LAST_BLANK.match(common)
-    return words.group() if words else ""
+    content = _UP_TO_LAST_BLANK.match(common)
+    return content.group() if content else ""
 
 
-def check_spoken(fields: RowFields, messages: Sequence[Message], source: str) -> None:
-    """Notes a response that the assistant does not begin and end; other turns may stand between."""
+def check_response(fields: RowFields, messages: Sequence[Message], source: str) -> None:
+    """Check that the assistant has the first and last message of a response; other turns may be in between."""
     expected = "the assistant's message first and last, without the prompt"
     if not messages:
-        fields.add("response is empty", source, "no message behind the prompt", expected)
+        fields.add("response is empty", source, "no message after the prompt", expected)
     elif messages[0].role != ASSISTANT or messages[-1].role != ASSISTANT:
         roles = ", ".join(message.role for message in messages)
-        hint = "what stands before the response must be in every response, and in the prompt column if there is one"
+        hint = "messages before the response must be in every response, and in the prompt column if there is one"
         fields.add("response is not the assistant's", source, f"messages of {roles}", expected, hint)
 
 
-def is_same(one: Words, other: Words) -> bool:
-    """Whether two pieces say the same, white space at their ends and weights aside."""
+def is_same(one: PromptContent, other: PromptContent) -> bool:
+    """Whether two contents are equal apart from outer white space and weights."""
     if isinstance(one, str) or isinstance(other, str):
         return isinstance(one, str) and isinstance(other, str) and one.strip() == other.strip()
     return len(one) == len(other) and all(_is_same_message(*both) for both in zip(one, other, strict=True))
 
 
-def add_same(fields: RowFields, source: str, words: Words) -> None:
-    """Notes that a response says what another does."""
-    text = words if isinstance(words, str) else words[-1].content
+def add_identical(fields: RowFields, source: str, content: PromptContent) -> None:
+    """Add the problem of two identical responses."""
+    text = content if isinstance(content, str) else content[-1].content
     which = "two responses" if fields.has("responses") else "chosen and rejected"
     fields.add(SAME_RESPONSES, source, f"{which} are identical ({shown(text)})", "")
 
 
-def _implied_messages(fields: RowFields) -> tuple[Words, tuple[Words, Words]] | None:
+def _implied_messages(fields: RowFields) -> tuple[PromptContent, tuple[PromptContent, PromptContent]] | None:
     chosen, rejected = messages_of(fields, "chosen"), messages_of(fields, "rejected")
     if fields.problems:
         return None
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
-    border = next((place for place, both in pairs if not _is_same_message(*both)), shorter)
+    border = next((index for index, both in pairs if not _is_same_message(*both)), shorter)
     if is_same(tuple(chosen), tuple(rejected)):
-        add_same(fields, fields.field("rejected"), tuple(rejected))
+        add_identical(fields, fields.field("rejected"), tuple(rejected))
     elif not border:
         begun = " and ".join(shown(messages[0].content, 30) for messages in (chosen, rejected))
         _add_unshared(fields, f"messages that begin with {begun}")
     else:
-        check_spoken(fields, chosen[border:], fields.field("chosen"))
-        check_spoken(fields, rejected[border:], fields.field("rejected"))
+        check_response(fields, chosen[border:], fields.field("chosen"))
+        check_response(fields, rejected[border:], fields.field("rejected"))
     prompt = with_system(fields, chosen[:border], shown(fields.field("chosen")))
     return None if fields.problems else (prompt, (tuple(chosen[border:]), tuple(rejected[border:])))
 
 
-def _words_of(fields: RowFields, form: PreferenceFormat, as_text: bool) -> Words | None:
+def _content_of(fields: RowFields, form: PreferenceFormat, as_text: bool) -> PromptContent | None:
     if form.kind == "implicit pairs":
         found = implied(fields)
         return None if found is None else found[0]
-    words = asked(fields, as_text=as_text)
-    if isinstance(words, str) or fields.problems:
-        return words
-    last = max((index for index, message in enumerate(words) if message.role != ASSISTANT), default=-1)
+    content = read_prompt(fields, as_text=as_text)
+    if isinstance(content, str) or fields.problems:
+        return content
+    last = max((index for index, message in enumerate(content) if message.role != ASSISTANT), default=-1)
     if last < 0:
         expected = "a message that the assistant answers"
-        fields.add("no message to answer", fields.field("prompt"), "messages of the assistant alone", expected)
-    return words[: last + 1]
+        fields.add("no message to answer", fields.field("prompt"), "only assistant messages", expected)
+    return content[: last + 1]
 
 
 def _is_same_message(one: Message, other: Message) -> bool:
-    words = one.content.strip() == other.content.strip()
-    return words and one.role == other.role and one.more == other.more
+    content = one.content.strip() == other.content.strip()
+    return content and one.role == other.role and one.more == other.more
 
 
 def _check_no_system(fields: RowFields) -> None:
     system = fields.optional_text("system")
     if system is not None:
-        expected, hint = "no system beside text that stands as it is", "put it into the prompt itself, or give messages"
+        expected, hint = (
+            "no system prompt with text without a template",
+            "put it into the prompt itself, or use messages",
+        )
         fields.add("system beside text", fields.field("system"), shown(system), expected, hint)
 
 
 def _add_unshared(fields: RowFields, actual: str) -> None:
     remedy = column_remedy("name the column of the prompt", ("prompt", COLUMN))
-    expected = "responses that begin with the same prompt, since there is no prompt column"
+    expected = "responses that start with the same prompt, because there is no prompt column"
     fields.add("no shared prompt", fields.field("rejected"), actual, expected, remedy=remedy)
 
 
-def told(prompt: Words) -> str:
+def prompt_text(prompt: PromptContent) -> str:
     """A prompt as one text: its only message, or all of them with their roles."""
     if isinstance(prompt, str):
         return prompt
@@ -232,7 +237,7 @@ def told(prompt: Words) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
 
 
-def prompt_key(prompt: Words, tools: Sequence[Tool] = ()) -> str:
-    """A text that is the same only for equal prompts with equal tools."""
+def prompt_key(prompt: PromptContent, tools: Sequence[Tool] = ()) -> str:
+    """A text that is equal only for equal prompts with equal tools."""
     value = prompt if isinstance(prompt, str) else [message.as_template() for message in prompt]
     return json.dumps([value, *tools] if tools else value, sort_keys=True, default=str)

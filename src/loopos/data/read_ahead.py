@@ -1,8 +1,6 @@
-"""What was read to find the faults of its rows, handed over to the training that reads the same.
+"""Reuse what a check has read: training gets the result of the same call.
 
-Enters: a function that reads, and its arguments. Leaves: its result, for the next call with equal arguments. Rows are
-checked before torch is imported, and training asks for them long after: they are read once. Left out: which rows a
-config reads (`row_check`).
+Rows are checked before torch is imported, long before training needs them; so they are read only once.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Read = TypeVar("Read")
 
 
@@ -26,39 +24,37 @@ class _Reading:
     result: Any
 
 
-_KEPT: ContextVar[list[_Reading] | None] = ContextVar("_KEPT", default=None)
+_READINGS: ContextVar[list[_Reading] | None] = ContextVar("_READINGS", default=None)
 
 
 @contextmanager
-def kept_for_training() -> Iterator[None]:
-    """Within it, what `read_first` reads is kept until it is asked for, at the latest until the end."""
-    before = _KEPT.set([])
+def reuse_in_training() -> Iterator[None]:
+    """Keep what `read_for_reuse` reads in the block until it is requested, at most until the end."""
+    before = _READINGS.set([])
     try:
         yield
     finally:
-        _KEPT.reset(before)
+        _READINGS.reset(before)
 
 
-def read_first(load: Callable[Given, Read], *arguments: Given.args, **settings: Given.kwargs) -> Read:
-    """Calls `load`, one of the functions that are `handed_over`; its next call with the same arguments returns this
-    result, within `kept_for_training`.
-    """
+def read_for_reuse(load: Callable[Arguments, Read], *arguments: Arguments.args, **settings: Arguments.kwargs) -> Read:
+    """Call a `reusable` function; inside `reuse_in_training`, its next equal call returns this result."""
     result = load(*arguments, **settings)
-    kept = _KEPT.get()
-    if kept is not None:
-        kept.append(_Reading(load, arguments, settings, result))
+    readings = _READINGS.get()
+    if readings is not None:
+        readings.append(_Reading(load, arguments, settings, result))
     return result
 
 
-def handed_over(load: Callable[Given, Read]) -> Callable[Given, Read]:
-    """Lets `load` return what `read_first` has read, once: the caller may change it."""
+def reusable(load: Callable[Arguments, Read]) -> Callable[Arguments, Read]:
+    """Let `load` return the result of `read_for_reuse` once, because the caller may change it."""
 
     @wraps(load)
-    def loaded(*arguments: Given.args, **settings: Given.kwargs) -> Read:
-        kept = _KEPT.get() or []
-        for index, one in enumerate(kept):
+    def loaded(*arguments: Arguments.args, **settings: Arguments.kwargs) -> Read:
+        readings = _READINGS.get() or []
+        for index, one in enumerate(readings):
             if (one.load, one.arguments, one.settings) == (loaded, arguments, settings):
-                result: Read = kept.pop(index).result
+                result: Read = readings.pop(index).result
                 return result
         return load(*arguments, **settings)
 

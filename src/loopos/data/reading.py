@@ -1,15 +1,7 @@
-"""Label Studio's JSON export → flat rows.
+"""Read a source into examples: how it is opened, and the counts of every row (read = used + dropped).
 
-Enters: rows as a reader gives them. Leaves: the same rows, or, for an export (columns `data` and `annotations`), rows
-with the fields of `data` and, under the name of each control, what the annotators chose: the side of a pairwise
-comparison, the choices of a classification, a rating, a number. Several annotators' answers are a list. Left out: what
-a column means (`formats`, `preferences`), spans, boxes and other controls.
-
-A source → examples, whatever their kind: how it is opened, and the account of every row.
-
-Enters: the keys of a `data` section that say how rows are read; functions that find a format and make one example of a
-row. Leaves: examples in the rows' order and a `FormatReport` in which read = used + dropped. Left out: the formats
-themselves (`formats`, `supervised_formats`).
+Label Studio's JSON export is flattened: a row then has the fields of `data` and, under the name of each control, the
+annotators' choices (pairwise, choices, rating, number); other controls are ignored.
 """
 
 from __future__ import annotations
@@ -27,11 +19,11 @@ from loopos.data.preference_formats import NAMES
 from loopos.data.rows import Lines, Row, RowReader
 
 PAIRWISE = "preference"
-"""The column of a pairwise comparison, whatever its control is called."""
+"""The column of a pairwise comparison, for any name of its control."""
 
 
 def flat_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of an export made flat; other rows as they are."""
+    """Flatten the rows of an export; other rows are returned unchanged."""
     if not rows or not all(_is_task(row) for row in rows):
         return list(rows)
     return [replace(row, values={**_fields(row), **_answers(row)}) for row in rows]
@@ -49,7 +41,7 @@ def _fields(row: Row) -> dict[str, object]:
 
 
 def _answers(row: Row) -> dict[str, object]:
-    """What the annotators answered, by control; those who skipped the task answered nothing."""
+    """The annotators' answers by control, without cancelled annotations."""
     found: dict[str, list[object]] = defaultdict(list)
     annotations = row.values["annotations"]
     assert isinstance(annotations, list)
@@ -83,7 +75,7 @@ def _answer(result: dict[str, Any]) -> tuple[str, object]:
 
 UNREADABLE = "unreadable row"
 _KNOWN_NAMES = frozenset().union(*(names for tiers in NAMES.values() for names in tiers))
-"""What a column of prompts or preferences may be called: a table with none of them is a text with commas."""
+"""Column names of prompts or preferences: a table without any of them is a text with commas."""
 
 
 class SourceKeys(Protocol):
@@ -117,7 +109,7 @@ class SourceKeys(Protocol):
 
 
 class ColumnsFound(Protocol):
-    """A format: role → the column that it reads, and the sentence that says so."""
+    """A format: role → column, and a summary for the user."""
 
     @property
     def columns(self) -> Mapping[str, str]: ...
@@ -131,7 +123,7 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A row that holds no example: the reason to count it under, and its faults."""
+    """A row without an example: the reason to count it under, and its diagnostics."""
 
     reason: str
     diagnostics: list[Diagnostic]
@@ -139,7 +131,7 @@ class Unusable:
 
 @dataclass(frozen=True, slots=True)
 class FormatReport:
-    """The account of a pass: `read` = `used` + the sum of `dropped`, which counts the rows dropped for each reason.
+    """Counts of a pass: `read` = `used` + the sum of `dropped`, which counts rows by reason.
 
     `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any. `columns`:
     role → column; `unread`: the columns that no role reads.
@@ -156,18 +148,18 @@ class FormatReport:
 
 
 def account(report: FormatReport) -> str:
-    """read = used + dropped, and the columns that were not read, in words."""
+    """read = used + dropped, and the unread columns, as text."""
     dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
     return "; ".join([f"{report.read} rows read, {report.used} used{dropped}", *left_out(report)])
 
 
 def left_out(report: FormatReport) -> list[str]:
-    """The sentence that names the columns which no role reads; none where all are read."""
+    """A note on the columns that no role reads; empty if all are read."""
     return [f"not read: {named(report.unread)}"] if report.unread else []
 
 
 def opened(data: SourceKeys, source: str, split: str) -> RowReader:
-    """The rows of a source, read as the config says. Raises as `rows.read`."""
+    """Open a source with the settings of the config. Raises like `rows.read`."""
     return rows.read(
         source,
         split=split,
@@ -186,7 +178,7 @@ def text_rules(data: SourceKeys) -> TextRules:
 
 
 def validation_source(data: SourceKeys, training_source: str) -> tuple[str, str] | None:
-    """Source and split of the validation rows; None where they are a share of the training rows."""
+    """Source and split of the validation rows; None if they are split off the training rows."""
     if data.validation_data is None and data.validation_split is None:
         return None
     return data.validation_data or training_source, data.validation_split or data.training_split
@@ -197,11 +189,11 @@ def read_examples(
     detect: Callable[[Sequence[str], str], Form],
     example_of: Callable[[Row, Form], Example | Unusable],
 ) -> tuple[list[Example], Form, FormatReport]:
-    """Reads a whole source into examples of one format.
+    """Read a source into examples of one format.
 
     Args:
         detect: finds the format from the columns and the name of their source.
-        example_of: makes an example of a row, or says why there is none.
+        example_of: makes an example from a row, or returns the reason why there is none.
     Raises:
         DataError: as `rows.read` and `detect`; no row that can be used; bad rows by the reader's policy, the file's
             and the format's together.
@@ -229,7 +221,7 @@ def read_examples(
     reader.finish()
     if form is None or not examples:
         actual = f"{report.rows_read} rows, none of which can be used"
-        first = f"the first fault: {report.diagnostics[0]}" if report.diagnostics else ""
+        first = f"first problem: {report.diagnostics[0]}" if report.diagnostics else ""
         raise DataError([Diagnostic(report.source, None, None, "rows", actual, "at least one good row", first)])
     summary = (*report.summary, form.summary)
     counted = FormatReport(

@@ -1,19 +1,7 @@
-"""What every reader hands on: one record of a file, and the count of what was read.
+"""Basic types of the readers (`Record`, `ReadReport`, `BadRows`), and helpers to check and describe cell values.
 
-Enters: nothing; these are the plain types between the readers (`delimited`, `json_records`, `tables`) and `rows`.
-Leaves: `Record` for a whole row, a `Diagnostic` for a bad one; `ReadReport`, which the readers and `RowReader` fill in.
-Left out: what a column means (`formats`), and what a label means (`labels`).
-
-What the value of a cell is, in the words of a fault.
-
-Enters: one value as a reader gave it. Leaves: why it is no text that a model can learn from, or None; names of kinds.
-Left out: what the column means (`formats`, `supervised_formats`).
-
-Lists and objects as cells hold them: as values, or as the text that spells them.
-
-Enters: the value of a cell. Leaves: the list or object that a text spells, as JSON or as Python's `repr` (which is what
-`pandas.to_csv` writes); values without the nulls that Arrow puts into the structs of a column where a row lacks a key.
-Left out: what a list or an object means (`conversations`, `tool_schemas`, `choices`).
+`structure_of` parses lists and objects that a cell spells as JSON or as a Python `repr`, as pandas writes them to CSV.
+`without_nulls` removes the keys that Arrow adds as null to objects of a column.
 """
 
 from __future__ import annotations
@@ -30,7 +18,7 @@ from typing import Any, TypeAlias
 from loopos.config.diagnostics import DataError, Diagnostic, Remedy, Wording
 
 MAXIMUM_DIAGNOSTICS = 20
-"""Faults shown in one error; the rest is counted."""
+"""Diagnostics shown in one error; the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +35,10 @@ Records: TypeAlias = Iterator[Record | Diagnostic]
 
 @dataclass(slots=True)
 class ReadReport:
-    """What one pass over a source met. `rows_read` counts good and bad rows; blank lines are no rows.
+    """Counts of one pass over a source. `rows_read` includes bad rows but not blank lines.
 
-    `diagnostics` holds every fault under the skip policy, the first ones else; `num_diagnostics` counts them all.
-    `summary` holds what the reader decided by itself (a sniffed format, a delimiter). `class_names` holds, by column,
+    `diagnostics` holds all of them under the skip policy, else the first ones; `num_diagnostics` counts all.
+    `summary` holds the reader's decisions (a sniffed format, a delimiter). `class_names` holds, by column,
     the names that a data set written by `datasets` keeps for its integer classes.
     """
 
@@ -66,17 +54,17 @@ class ReadReport:
 
     @property
     def good_rows(self) -> int:
-        """Rows that were handed on: `rows_read` less `bad_rows`."""
+        """`rows_read` - `bad_rows`."""
         return self.rows_read - self.bad_rows
 
     def say(self, sentence: str) -> None:
-        """Notes a decision once, however many files it was taken for."""
+        """Note a decision once, even if it applies to several files."""
         if sentence not in self.summary:
             self.summary.append(sentence)
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """`value` as an error shows it: `repr`, cut to about `limit` characters."""
+    """`value` for an error message: its `repr`, cut to about `limit` characters."""
     if isinstance(value, str) and len(value) > limit:
         return repr(value[:limit]) + "..."
     text = repr(value)
@@ -94,17 +82,17 @@ def file_error(
     field: str = "file",
     remedy: Remedy | None = None,
 ) -> DataError:
-    """The error of a fault that makes a whole file unreadable, whatever the policy for bad rows."""
+    """An error that makes a whole file unreadable, independent of the policy for bad rows."""
     return DataError([Diagnostic(source, line, column, field, actual, expected, hint, remedy)])
 
 
 SKIP_ROWS = Remedy("or leave them out", (("data.on_bad_row", "skip"),))
-"""What a user can do about bad rows besides correcting them."""
+"""The alternative to correcting bad rows."""
 
 
 class BadRows(DataError):
-    """Rows that can't be used: `diagnostics` are the first of them, `total` counts them all; `advice` and `remedy` end
-    the message.
+    """Rows that cannot be used: `diagnostics` are the first of them, `total` counts all; `advice` and `remedy` end the
+    message.
     """
 
     total: int
@@ -122,15 +110,15 @@ class BadRows(DataError):
         more = self.total - len(self.diagnostics)
         remedy = wording.remedy(self.remedy) if self.remedy is not None else ""
         advice = ", ".join(part for part in (self.advice, remedy) if part)
-        return "\n".join([super().message(wording), *([f"... and {more} more faults"] if more else []), advice])
+        return "\n".join([super().message(wording), *([f"... and {more} more problems"] if more else []), advice])
 
 
 Problem = tuple[str, str, str]
-"""Why a value cannot be used: the reason to count it under, what was given, a hint (may be empty)."""
+"""Why a value cannot be used: the reason to count it under, the actual value, a hint (may be empty)."""
 
 
 def text_problem(value: object) -> Problem | None:
-    """Why `value` is no text that is not blank; None if it is."""
+    """Why `value` is not a nonblank text; None if it is one."""
     if value is None:
         return "is null", "null", ""
     if not isinstance(value, str):
@@ -152,12 +140,12 @@ def unicode_problem(text: str) -> Problem | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a number; true and false are none."""
+    """Whether `value` is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def kind_name(value: object) -> str:
-    """The kind of a value in words, as JSON users say it."""
+    """The kind of a value in JSON's terms."""
     names = {
         bool: "true or false",
         int: "a number",
@@ -180,9 +168,9 @@ _MESSAGE = re.compile(r"""\s*\{\s*["'](?:role|from)["']\s*:""")
 
 
 def structure_of(text: str) -> list[Any] | dict[str, Any] | None:
-    """The list or object that a text spells in JSON or as a Python literal; None where it spells none.
+    """The list or object that a text spells in JSON or as a Python literal; None otherwise.
 
-    NaN and Infinity are no JSON; two strings side by side, as NumPy prints an array, are no Python list.
+    NaN and Infinity are not JSON; adjacent strings, as NumPy prints arrays, are not a Python list.
     """
     stripped = text.strip()
     if not stripped or not stripped.endswith(_BRACKETS.get(stripped[0], "no bracket")):
@@ -195,12 +183,12 @@ def structure_of(text: str) -> list[Any] | dict[str, Any] | None:
 
 
 def spells_messages(text: str) -> bool:
-    """Whether a text begins as a list of messages does: kept as text it would be learned as such."""
+    """Whether a text starts like a list of messages, which must not be trained on as text."""
     return _MESSAGES.match(text) is not None
 
 
 def spells_message(text: str) -> bool:
-    """Whether a text begins as a single message does."""
+    """Whether a text starts like a single message."""
     return _MESSAGE.match(text) is not None
 
 
@@ -214,7 +202,7 @@ def without_nulls(value: object) -> object:
 
 
 def in_order(value: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """An object with these keys first, then the others as they stand: Arrow keeps one order for a whole column."""
+    """An object with these keys first, then the others in their order: Arrow keeps one order for a whole column."""
     first = {name: value[name] for name in names if name in value}
     return {**first, **{name: item for name, item in value.items() if name not in first}}
 
@@ -234,7 +222,7 @@ def _python_literal(text: str) -> object:
 
 
 def _joins_strings(text: str) -> bool:
-    """Whether two strings stand side by side, which Python reads as one."""
+    """Whether two strings are adjacent, which Python joins."""
     before = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
@@ -246,7 +234,7 @@ def _joins_strings(text: str) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value holds only what JSON can hold."""
+    """Whether JSON can represent a value."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list):

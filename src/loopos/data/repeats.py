@@ -1,8 +1,6 @@
-"""Examples → keys by which equal ones are found, and the count of validation rows that were learned from.
+"""Keys of examples to find equal ones, and a note on validation rows that training contains too.
 
-Enters: examples of any kind. Leaves: a key for what an example asks, a key for all that it holds, a sentence. Rows of
-validation that are in training too measure memory: every method counts and says them. Left out: texts that are nearly
-the same (`near_duplicates`), splitting (`split`).
+Metrics on such rows partly measure memorization. `near_duplicates` finds texts that are almost equal.
 """
 
 from __future__ import annotations
@@ -12,12 +10,12 @@ from typing import TypeAlias
 
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.demonstrations import Demonstration
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.preferences import Comparison
-from loopos.data.prompts import Prompt, Words, prompt_key
+from loopos.data.prompts import Prompt, PromptContent, prompt_key
 from loopos.data.supervised_rows import Completion, PlainText
 
-AnyExample: TypeAlias = Labelled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | str
+AnyExample: TypeAlias = Labeled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | str
 
 
 def key_of_prompt(example: AnyExample) -> Hashable:
@@ -25,13 +23,13 @@ def key_of_prompt(example: AnyExample) -> Hashable:
     match example:
         case str():
             return example.strip()
-        case Labelled(text=text, text_pair=pair):
+        case Labeled(text=text, text_pair=pair):
             return text.strip(), pair.strip() if pair is not None else None
         case Demonstration(problem=problem, system=system):
             return problem, system
         case Conversation(messages=messages):
-            place = next(place for place, message in enumerate(messages) if message.role == ASSISTANT)
-            return prompt_key(messages[:place])
+            index = next(index for index, message in enumerate(messages) if message.role == ASSISTANT)
+            return prompt_key(messages[:index])
         case Completion(prompt=prompt):
             return prompt.strip()
         case PlainText(text=text):
@@ -44,7 +42,7 @@ def key_of_row(example: AnyExample) -> Hashable:
     """All that an example teaches."""
     prompt = key_of_prompt(example)
     match example:
-        case Labelled(label=label):
+        case Labeled(label=label):
             return prompt, repr(label)
         case Demonstration(steps=steps, answer=answer):
             return prompt, steps, answer
@@ -53,7 +51,7 @@ def key_of_row(example: AnyExample) -> Hashable:
         case Completion(completion=completion):
             return prompt, completion.strip()
         case Comparison(responses=responses, pairs=pairs):
-            # Which response stands first says nothing: the better one does.
+            # The order of the responses does not matter, only which one is better.
             ranked = {(_key(responses[pair.better]), _key(responses[pair.worse])) for pair in pairs}
             return prompt, frozenset(ranked)
         case _:
@@ -72,5 +70,5 @@ def repeats_summary(train: Sequence[AnyExample], validation: Sequence[AnyExample
     return [f"validation: of {len(validation)} rows {' and '.join(found)}; what is measured on them is partly memory"]
 
 
-def _key(words: Words) -> str:
-    return prompt_key(words.strip() if isinstance(words, str) else words)
+def _key(content: PromptContent) -> str:
+    return prompt_key(content.strip() if isinstance(content, str) else content)

@@ -1,9 +1,7 @@
-"""Rows → prompts with their responses, whatever says which is better, if anything does.
+"""Read prompts with responses to score, with or without preferences.
 
-Enters: the rows of a reader, the user's choice of columns. Leaves: `Comparison`s in the rows' order. Understood are
-comparisons (`preferences`); rows of a prompt and a response, as `loopos generate` writes them too; a prompt with a list
-of responses; conversations, whose last message is the assistant's. The last three come without pairs. Left out:
-scoring (`evaluation.reward_predictor`).
+Formats: comparisons (`preferences`); rows of a prompt and a response, as `loopos generate` writes; a prompt with a list
+of responses; conversations that end with the assistant. All but comparisons have no pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from loopos.data.preference_formats import NAMES as PREFERENCE_NAMES
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.preference_formats import detect as detect_comparisons
 from loopos.data.preferences import Comparison, comparison_of
-from loopos.data.prompts import Words, asked
+from loopos.data.prompts import PromptContent, read_prompt
 from loopos.data.reading import FormatReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
@@ -72,7 +70,7 @@ def read_responses(
 
     Args:
         overrides: role to column.
-        as_text: a prompt and responses that are all strings stand as they are, instead of being messages.
+        as_text: keep prompt and responses as text if all are strings, instead of making messages.
     Raises:
         DataError: as `preferences.read_comparisons`.
     """
@@ -104,7 +102,7 @@ def detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) ->
 
 
 def _answered(fields: RowFields, form: ResponseFormat, *, as_text: bool) -> Comparison | None:
-    """The responses of a row; None, with `fields.problems` filled, where it holds none."""
+    """The responses of a row; None, with `fields.problems` filled, if there is none."""
     if form.kind == "conversations":
         messages = with_system(fields, messages_of(fields, "messages"), shown(fields.field("messages")))
         if not fields.problems and (len(messages) < 2 or messages[-1].role != ASSISTANT):
@@ -117,12 +115,12 @@ def _answered(fields: RowFields, form: ResponseFormat, *, as_text: bool) -> Comp
     else:
         named = [(fields.field("response"), fields.value("response"))]
     is_text = as_text and all(isinstance(value, str) for value in (fields.value("prompt"), *(v for _, v in named)))
-    prompt = asked(fields, as_text=is_text)
-    responses = tuple(_response(fields, place, value, as_text=is_text) for place, value in named)
+    prompt = read_prompt(fields, as_text=is_text)
+    responses = tuple(_response(fields, location, value, as_text=is_text) for location, value in named)
     return None if fields.problems else Comparison(prompt, responses, (), fields.row)
 
 
-def _response(fields: RowFields, source: str, value: object, *, as_text: bool) -> Words:
+def _response(fields: RowFields, source: str, value: object, *, as_text: bool) -> PromptContent:
     """A text, a message, or a list of them."""
     if isinstance(value, list | dict):
         items = value if isinstance(value, list) else [value]
@@ -133,7 +131,7 @@ def _response(fields: RowFields, source: str, value: object, *, as_text: bool) -
 
 
 def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:
-    """What several formats that fit are called, and the choice of the first one's first column."""
+    """Names of several formats that fit, and the first column of the first one as the choice."""
     return " and ".join(fit.shape.kind for fit in fits), next(iter(fits[0].columns.items()))
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.methods import method_row
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_rows
 from loopos.data.decoding import PLAIN_RULES, TextRules
-from loopos.data.read_ahead import read_first
+from loopos.data.read_ahead import read_for_reuse
 from loopos.data.reading import SourceKeys, opened, validation_source
 from loopos.data.rows import Row, RowReader, read
 from loopos.storage.hub import require_hub
@@ -56,7 +56,7 @@ def check_columns(config: MethodConfig) -> None:
         raise DataError(diagnostics)
 
 
-def check_labelled(
+def check_labeled(
     source: str,
     columns: Mapping[str, str],
     *,
@@ -67,7 +67,7 @@ def check_labelled(
     """Raises `DataError` where a source lacks the columns of labelled rows; without `require_label`, of texts.
     remembered: role → column as the model was trained.
     """
-    _check_one(source, _labelled(columns, require_label=require_label, remembered=remembered), rules)
+    _check_one(source, _labeled(columns, require_label=require_label, remembered=remembered), rules)
 
 
 def check_responses(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> None:
@@ -94,7 +94,7 @@ def _check_one(source: str, detect: Detect, rules: TextRules) -> None:
         raise DataError(diagnostics)
 
 
-def _labelled(
+def _labeled(
     columns: Mapping[str, str], *, require_label: bool, remembered: Mapping[str, str | None] | None = None
 ) -> Detect:
     return lambda names, source: formats.detect(
@@ -125,10 +125,10 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
     for kind in method_row(config.computation.method).reads:
         match kind:
             case "labeled":
-                yield from _both(data, data.training_data, _labelled(columns, require_label=True))
+                yield from _both(data, data.training_data, _labeled(columns, require_label=True))
             case "text":
                 if not data.source.lower().removesuffix(".gz").removesuffix(".zst").endswith(_RUNNING_TEXT):
-                    yield from _both(data, data.source, _labelled(columns, require_label=False))
+                    yield from _both(data, data.source, _labeled(columns, require_label=False))
             case "demonstrations":
                 yield from _both(data, data.source, _supervised(columns))
             case "comparisons":
@@ -186,7 +186,7 @@ def check_rows(config: MethodConfig) -> None:
     for phase in _phases(config):
         if all(open_reader().location.kind == "files" for _, open_reader, _ in sources_of(phase)):
             # As the methods do, so that they are handed what they ask for.
-            _check_phase(as_begun(phase, Path(phase.data.output_dir)))
+            _check_phase(resumed_config(phase, Path(phase.data.output_dir)))
 
 
 def _phases(config: Any) -> list[Any]:
@@ -205,24 +205,24 @@ def _check_phase(config: Any) -> None:
     for kind in method_row(config.computation.method).reads:
         match kind:
             case "labeled":
-                from loopos.data.labelled import check_for_task, load_labelled
+                from loopos.data.labelled import check_for_task, load_labeled
 
-                check_for_task(config, read_first(load_labelled, data, config.model, seed=seed).space)
+                check_for_task(config, read_for_reuse(load_labeled, data, config.model, seed=seed).space)
             case "text":
                 from loopos.data.corpus import load_corpus
 
                 for source in (data.source, data.validation_data):
                     if source is not None:
-                        read_first(load_corpus, data, source)
+                        read_for_reuse(load_corpus, data, source)
             case "demonstrations":
                 from loopos.data.supervised import load_supervised
 
-                read_first(load_supervised, data, seed=seed)
+                read_for_reuse(load_supervised, data, seed=seed)
             case "comparisons":
                 from loopos.data.preference_data import load_comparisons
 
-                read_first(load_comparisons, data, data.source, seed=seed)
+                read_for_reuse(load_comparisons, data, data.source, seed=seed)
             case "prompts":
                 from loopos.data.preference_data import load_prompts
 
-                read_first(load_prompts, data, data.source, seed=seed)
+                read_for_reuse(load_prompts, data, data.source, seed=seed)

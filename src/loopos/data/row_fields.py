@@ -1,7 +1,6 @@
-"""The values of one row by role, and what is wrong with them.
+"""The values of one row by role, with their problems.
 
-Enters: a `Row` and the column of each role. Leaves: texts, and a list of problems: a reason to count the row under,
-with the fault that names file, line and field. Left out: which columns play which role (`supervised_formats`).
+A problem is a reason to count the row under and a diagnostic with file, line and field.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _MESSAGES_HINT = "write the list as JSON: json.dumps(row[column]), or use JSON L
 
 
 class RowFields:
-    """Reads the fields of one row; what does not fit is noted in `problems`, and an empty stand-in is returned."""
+    """Reads the fields of one row; invalid values are noted in `problems` and replaced by an empty value."""
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
         """columns: role → column."""
@@ -37,34 +36,34 @@ class RowFields:
         self.problems: list[RowProblem] = []
 
     def has(self, role: str) -> bool:
-        """Whether a column plays this role."""
+        """Whether the role has a column."""
         return role in self.columns
 
     def field(self, role: str) -> str:
-        """The column's name, for faults."""
+        """The column's name, for diagnostics."""
         return self.columns.get(role, role)
 
     def value(self, role: str) -> object:
-        """What the row holds for a role, its objects without nulls; None where it is null or missing."""
+        """The value of a role, without nulls inside objects; None if it is null or missing."""
         return without_nulls(self.row.values.get(self.columns[role])) if role in self.columns else None
 
     def structure(self, role: str) -> object:
-        """The value of a role that holds a list or an object, also as the text that spells it: parsed then."""
+        """The value of a role that holds a list or an object; its text form is parsed."""
         value = self.value(role)
         parsed = structure_of(value) if isinstance(value, str) else None
         return value if parsed is None else parsed
 
-    def spoken(self, role: str) -> object:
-        """The value of a role that holds a text or messages, the messages also as the text that spells them."""
-        return self.spoken_value(self.field(role), self.value(role))
+    def content(self, role: str) -> object:
+        """The value of a role that holds a text or messages; messages in text form are parsed."""
+        return self.content_value(self.field(role), self.value(role))
 
-    def spoken_value(self, field: str, value: object) -> object:
-        """`spoken` for a value. Text that begins as messages do and spells none is noted in `problems`."""
+    def content_value(self, field: str, value: object) -> object:
+        """`content` of a value. Text that starts like messages but is not valid is a problem."""
         if not isinstance(value, str) or not (spells_messages(value) or spells_message(value)):
             return value
         parsed = structure_of(value)
         if parsed is None and spells_messages(value):
-            self.add("messages are no list", field, f"{shown(value)}, which is neither JSON nor a Python list",
+            self.add("messages are not a list", field, f"{shown(value)}, which is neither JSON nor a Python list",
                      "a text, or a list of messages", _MESSAGES_HINT)  # fmt: skip
         is_message = isinstance(parsed, list) or (
             isinstance(parsed, dict) and ("content" in parsed or "value" in parsed)
@@ -72,7 +71,7 @@ class RowFields:
         return parsed if is_message else value
 
     def text(self, role: str) -> str:
-        """The text of a role that must be there and not blank."""
+        """The text of a required role, not blank."""
         if self._is_missing(role):
             return ""
         value = self.value(role)
@@ -83,14 +82,14 @@ class RowFields:
         return self.checked(role, self.field(role), value)
 
     def optional_text(self, role: str) -> str | None:
-        """The text of a role that may be absent, null or blank: None then."""
+        """The text of an optional role; None if it is absent, null or blank."""
         value = self.value(role)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
         return self.checked(role, self.field(role), value) or None
 
     def listed_values(self, role: str, expected: str) -> list[object]:
-        """The list of a role that must be there and not empty."""
+        """The list of a required role, not empty."""
         value = self.structure(role)
         if self._is_missing(role):
             return []
@@ -99,12 +98,12 @@ class RowFields:
             hint = ""
             if isinstance(value, str):
                 actual, hint = f"text that is neither JSON nor a Python list: {shown(value)}", _MESSAGES_HINT
-            self.add(f"{role} is no list", self.field(role), actual, expected, hint)
+            self.add(f"{role} is not a list", self.field(role), actual, expected, hint)
             return []
         return value
 
     def checked(self, name: str, field: str, value: object) -> str:
-        """`value` if it is a text that is not blank; else a problem counted under `name`, and ""."""
+        """`value` if it is a text that is not blank; otherwise "" and a problem counted under `name`."""
         problem = text_problem(value)
         if problem is None:
             assert isinstance(value, str)
@@ -114,25 +113,25 @@ class RowFields:
         return ""
 
     def check_no_media(self) -> None:
-        """Notes images, videos or sound beside the row's words: a model that reads text would learn without them."""
+        """Refuse images, video and audio in a row: a text model would train without them."""
         read = set(self.columns.values())
         for name, value in self.row.values.items():
             if value and plain_name(name) in _MEDIA and name not in read:
-                hint = "take these rows out, or the column, if the words make sense without it"
+                hint = "remove these rows, or the column if the text makes sense without it"
                 self.add(f"{plain_name(name)} beside text", name, f"{shown(value)} ({kind_name(value)})",
                          "rows of text", hint)  # fmt: skip
 
     def add(
         self, reason: str, field: str, actual: str, expected: str, hint: str = "", remedy: Remedy | None = None
     ) -> None:
-        """Notes a problem of the row."""
+        """Add a problem of the row."""
         self.problems.append(
-            (reason, Diagnostic(self.row.place, self.row.line, None, field, actual, expected, hint, remedy))
+            (reason, Diagnostic(self.row.source_label, self.row.line, None, field, actual, expected, hint, remedy))
         )
 
     def _is_missing(self, role: str) -> bool:
         if self.field(role) in self.row.values:
             return False
-        actual = f"no such field (there: {listed(list(self.row.values))})"
+        actual = f"no such field (fields: {listed(list(self.row.values))})"
         self.add(f"{role} is missing", self.field(role), actual, _TEXT_EXPECTED)
         return True

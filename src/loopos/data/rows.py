@@ -1,23 +1,8 @@
-"""What a .txt file holds, by its content.
+"""Read data sources (files, folders, globs, hub ids) into rows, each with its file and line.
 
-Enters: the first lines of a text file. Leaves: "jsonl", "json", "worked" (problems with their steps: `worked_text`),
-"preferences" (comparisons: `preference_text`), "csv" or "tsv", and the delimiter. A file counts as delimited if its
-first line splits into names (short, without a sentence's punctuation) and the lines under it split into as many cells.
-Left out: plain prose, which has no label; it is refused with what was seen.
-
-Files, folders, globs and hub ids → rows, each of which knows its file and line.
-
-Enters: the value of `data.training_data` (csv, tsv, json, jsonl, ndjson or txt, plain, .gz or .zst; parquet, arrow; a
-folder or glob of such files; a `save_to_disk` folder; a hub id). Leaves: an iterable of `Row` and a `ReadReport`.
-Text files are read here, with the standard library, and not by `datasets`: its readers lose the line a row came from,
-and guess one type for a whole column ("01" becomes 1, a missing cell turns whole numbers into floats). `datasets`
-serves what it alone can open: its saved folders and the hub.
-Left out: what the columns mean (`formats`), and shuffling (`batches`).
-
-Files of plain text, told from files of rows.
-
-Enters: the value of a data source. Leaves: whether it is running text, and the text. Left out: documents of such a file
-(`corpus`), rows (`rows`).
+Formats are csv, tsv, json, jsonl, ndjson, txt (plain, .gz, .zst), parquet, arrow, `save_to_disk` folders and hub ids. A
+.txt file is recognized by its content. Text files are read with the standard library, because the readers of `datasets`
+lose the line of a row and infer one type per column ("01" becomes 1, a missing cell turns integers into floats).
 """
 
 from __future__ import annotations
@@ -51,7 +36,7 @@ from loopos.data.text_records import is_preference_text, is_worked_text, prefere
 TextFormat: TypeAlias = Literal["jsonl", "json", "worked", "preferences", "csv", "tsv"]
 SAMPLE_LINES = 100
 _TABLE_LINES = 20
-_WORDS: Mapping[str, str] = {
+_FORMAT_NAMES: Mapping[str, str] = {
     "jsonl": "JSON Lines",
     "json": "a JSON document",
     "csv": "CSV",
@@ -63,7 +48,7 @@ _NAME = re.compile(r"[^\W\d][\w .-]{0,39}")
 
 
 def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, str]:
-    """The format and, for delimited text, the delimiter of the file that begins with `lines`.
+    """Detect the format and, for delimited text, the delimiter of a file from its first `lines`.
 
     Raises:
         DataError: the lines are neither JSON nor worked problems nor comparisons nor delimited text with a header.
@@ -74,8 +59,8 @@ def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, st
     number, first = filled[0]
     opening = first.lstrip()
     if opening.startswith("{"):
-        alone = len(filled) == 1 and '"data"' not in opening
-        return ("jsonl" if alone or is_json_lines("\n".join(line for _, line in filled[:2])) else "json"), ""
+        is_single_line = len(filled) == 1 and '"data"' not in opening
+        return ("jsonl" if is_single_line or is_json_lines("\n".join(line for _, line in filled[:2])) else "json"), ""
     if re.match(r"\[\s*([{\]]|$)", opening):
         return "json", ""
     if is_worked_text([line for _, line in filled]):
@@ -90,15 +75,17 @@ def sniff(lines: Sequence[tuple[int, str]], source: str) -> tuple[TextFormat, st
         f"plain text: {shown(first)}",
         "JSON Lines, CSV or TSV with a header line, or worked problems (Problem: ..., its steps, Answer: ...), or "
         "comparisons (Prompt: ..., Chosen: ..., Rejected: ...)",
-        'write one {"text": "...", "label": "..."} a line, or begin with the header line text,label',
+        'write one {"text": "...", "label": "..."} per line, or start with the header line text,label',
         line=number,
         field="format",
     )
 
 
 def is_lines(lines: Sequence[tuple[int, str]], source: str, names: frozenset[str]) -> bool:
-    """Whether the file that begins with `lines` is no data but one text a line: it is in no known format, or a table
-    whose header holds none of `names`, as two lines with a comma each may look like one.
+    """Whether a file with these first `lines` has one text per line rather than a table.
+
+    True if it has no known format, or if it looks like a table whose header has none of `names` (two lines with a comma
+    each look like a table).
     """
     if not any(line.strip() for _, line in lines):
         return False
@@ -111,8 +98,8 @@ def is_lines(lines: Sequence[tuple[int, str]], source: str, names: frozenset[str
 
 
 def describe(name: str, delimiter: str) -> str:
-    """The format in words, for the report."""
-    return f"{_WORDS[name]} (delimiter: {DELIMITER_NAMES[delimiter]})" if delimiter else _WORDS[name]
+    """The format as text for the report."""
+    return f"{_FORMAT_NAMES[name]} (delimiter: {DELIMITER_NAMES[delimiter]})" if delimiter else _FORMAT_NAMES[name]
 
 
 def _is_delimited(filled: Sequence[tuple[int, str]], delimiter: str) -> bool:
@@ -133,10 +120,10 @@ def _is_delimited(filled: Sequence[tuple[int, str]], delimiter: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its values by column and its place.
+    """One row: its values by column and its location.
 
-    `source` is the file (or hub id), `line` the 1-based first physical line of the row in it, None where it has no
-    lines; `index` counts the rows over all files from 0, bad ones too, so that it names the place in the input.
+    `source` is the file or hub id, `line` the first physical line of the row (from 1; None without lines), `index` its
+    number over all files (from 0, bad rows included).
     """
 
     values: dict[str, object]
@@ -145,31 +132,29 @@ class Row:
     index: int
 
     @property
-    def place(self) -> str:
-        """The source as a fault names it: with the row's number where there is no line."""
+    def source_label(self) -> str:
+        """The source for diagnostics, with the row number if there are no lines."""
         return self.source if self.line is not None else f"{self.source} (row {self.index})"
 
     @property
-    def where(self) -> str:
-        """Source and line; the row's number where there is no line."""
-        return self.place if self.line is None else f"{self.source}:{self.line}"
+    def location(self) -> str:
+        """Source and line, or the row number if there are no lines."""
+        return self.source_label if self.line is None else f"{self.source}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """A .txt file that is plain text, or whose header names none of `unless`, is read as one row a line, with the line
-    in `column`.
-    """
+    """Read a .txt file as one row per line, in `column`, if it is plain text or its header has none of `unless`."""
 
     column: str
     unless: frozenset[str]
 
 
 class RowReader:
-    """An iterable of the rows of one source; each pass reads anew and fills a new `report`.
+    """An iterable of the rows of one source; each pass reads the source again and fills a new `report`.
 
-    A bad row is counted, and under the policy "error" the pass ends in a `BadRows` error with the first
-    `MAXIMUM_DIAGNOSTICS` faults: at the end of the source, or at once when streaming, where there may be no end.
+    Bad rows are counted; with the policy "error" the pass then raises `BadRows` with the first `MAXIMUM_DIAGNOSTICS`
+    diagnostics: at the end of the source, or at once when streaming, which may have no end.
     """
 
     def __init__(
@@ -197,7 +182,7 @@ class RowReader:
         self.finish()
 
     def rows(self) -> Iterator[Row]:
-        """A pass without the error at its end: for a caller that rejects more rows first, and then calls `finish`."""
+        """A pass without the final error, for callers that reject more rows and then call `finish`."""
         report = self.report = self._new_report()
         with closing(self._records(report)) as records:
             for index, (source, record) in enumerate(itertools.islice(records, self.max_rows)):
@@ -209,10 +194,10 @@ class RowReader:
                     yield Row(record.values, source, record.line, index)
 
     def reject(self, diagnostics: Sequence[Diagnostic]) -> None:
-        """Counts one row of the running pass as bad, for `diagnostics`: a reader's own, or those that `formats` finds.
+        """Count one row of the current pass as bad, with `diagnostics` from the reader or from `formats`.
 
         Raises:
-            BadRows: at once when streaming under the policy "error"; else `finish` raises.
+            BadRows: at once when streaming with the policy "error"; else `finish` raises.
         """
         report = self.report
         report.bad_rows += 1
@@ -223,7 +208,7 @@ class RowReader:
             self.finish()
 
     def finish(self) -> None:
-        """Ends a pass: raises `BadRows` if it met a bad row under the policy "error"."""
+        """End a pass; raises `BadRows` if there were bad rows and the policy is "error"."""
         if self.report.bad_rows and self.on_bad_row == "error":
             raise BadRows(self.report.diagnostics, self.report.num_diagnostics, "correct the rows", SKIP_ROWS)
 
@@ -238,7 +223,9 @@ class RowReader:
                 empty = False
                 yield source, self._select(record, source)
             if empty:
-                raise file_error(source, "no rows", "at least one row", "a header alone is no data", field="rows")
+                raise file_error(
+                    source, "no rows", "at least one row", "a header without rows is not data", field="rows"
+                )
 
     def _sources(self, report: ReadReport) -> Iterator[tuple[str, Records]]:
         name, columns = self.location.name, self.columns
@@ -270,21 +257,21 @@ def read(
     rules: TextRules = PLAIN_RULES,
     lines: Lines | None = None,
 ) -> RowReader:
-    """Opens a source of rows.
+    """Open a data source.
 
     Args:
         source: a file, a folder, a glob or a hub id "org/name".
         columns: names of the columns to keep; all if None.
         split: which split of a hub id, of a saved data set, or of a folder whose file names state one.
         subset: the configuration of a hub id that has several.
-        streaming: read a hub id while it arrives; raise at the first bad row instead of the end.
-        max_rows: rows read at most, bad ones included.
-        on_bad_row: "error" raises at the end of a pass that met one; "skip" counts them in `report`.
-        rules: the encoding and the bounds of text files.
-        lines: how a .txt file that is no table is read; a fault when absent.
+        streaming: read a hub id while it downloads; raise at the first bad row instead of the end.
+        max_rows: maximum number of rows, including bad rows.
+        on_bad_row: "error" raises at the end of a pass with bad rows; "skip" counts them in `report`.
+        rules: encoding and limits of text files.
+        lines: how a .txt file that is not a table is read; an error if None.
     Raises:
-        DataError: nothing there or nothing readable, now or while iterating; bad rows as `BadRows`, a `DataError` too.
-        EnvironmentFault: a package that the format needs is not installed.
+        DataError: missing or unreadable, now or while iterating; bad rows as `BadRows`, a subclass.
+        MissingRequirement: a package that the format needs is not installed.
     """
     return RowReader(
         locate(expanded(source), split),
@@ -313,7 +300,7 @@ def _file_records(
         with closing(read_lines(path, rules)) as lines:
             first = list(itertools.islice(lines, SAMPLE_LINES))
         if plain is not None and is_lines(first, path, plain.unless):
-            report.say(f"{path}: read as one {plain.column} a line")
+            report.say(f"{path}: read as one {plain.column} per line")
             yield from _line_records(read_lines(path, rules), plain.column, report)
             return
         chosen, delimiter = sniff(first, path)
@@ -359,9 +346,7 @@ _PROSE = (".md", ".text")
 
 
 def is_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> bool:
-    """Whether a source is a file of running text: .md or .text, or a .txt that holds neither JSON nor a table nor
-    worked problems nor comparisons; each also with .gz or .zst behind.
-    """
+    """Whether a source is plain text: .md or .text, or .txt in no other known format; also with .gz or .zst."""
     name = source.lower().removesuffix(".gz").removesuffix(".zst")
     if not Path(source).is_file() or not name.endswith((".txt", *_PROSE)):
         return False
@@ -379,8 +364,8 @@ def is_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> bool:
 
 
 def read_plain_text(source: str, rules: TextRules = PLAIN_RULES) -> str:
-    """The whole text. Raises `DataError` for a file that is not there, cannot be read or holds no text."""
+    """The whole text. Raises `DataError` if the file is missing, unreadable or has no text."""
     text = read_text(source, rules)
     if not text.strip():
-        raise DataError([Diagnostic(source, None, None, "text", "no text", "a file with running text in it")])
+        raise DataError([Diagnostic(source, None, None, "text", "no text", "a file with text")])
     return text

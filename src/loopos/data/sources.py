@@ -1,9 +1,7 @@
-"""Where data comes from: the value of `data.training_data` → files, a saved data set, or a hub id.
+"""Resolve the value of `data.training_data` to files, a saved data set or a hub id, without opening anything.
 
-Enters: a path, a folder, a glob or a hub id, and the name of a split. Leaves: a `Location`: what to open, in which
-format. In a folder, files whose names hold a split's name (train, validation, test ...) are taken for that split
-alone, so that a folder with train.csv and test.csv never trains on its test rows.
-Left out: opening anything; only names are looked at (`rows` opens, `sniff` looks into .txt files).
+In a folder, files whose names contain a split (train, validation, test ...) are used only for that split, so that a
+folder with train.csv and test.csv never trains on its test rows.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ _FORMATS: dict[str, FileFormat] = {
 }
 _COMPRESSIBLE = ("csv", "tsv", "json", "jsonl", "txt")
 FORMATS_EXPECTED = ".csv, .tsv, .json, .jsonl, .txt (also .gz or .zst), .parquet, .arrow or .xlsx"
-_SPLIT_WORDS = {
+_SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "validation": "validation",
@@ -94,8 +92,8 @@ def sheet_of(source: str) -> tuple[str, str | None]:
 
 def is_hub_id(source: str) -> bool:
     """Whether a name that is no path here reads as a hub id: "org/name", no folder `org`, no data file's suffix."""
-    organisation = source.partition("/")[0]
-    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(organisation) and _format_of(source) is None
+    organization = source.partition("/")[0]
+    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(organization) and _format_of(source) is None
 
 
 def file_format(path: str) -> FileFormat:
@@ -143,7 +141,7 @@ def _folder(folder: str, split: str) -> Location:
     if len(files) < len(paths):
         others = [os.path.basename(path) for path in paths if path not in files]
         summary.append(f"{folder}: not read: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
-    expected = _SPLIT_WORDS.get(split, split)
+    expected = _SPLIT_NAMES.get(split, split)
     splits = {path: _split_of(path) for path in files}
     if any(splits.values()):
         chosen = [path for path in files if splits[path] == expected]
@@ -165,17 +163,17 @@ def _patterns_below(paths: Sequence[str]) -> list[str]:
     """The globs that read the data files in subfolders, one for each kind of file; few folders are looked into."""
     found: dict[str, None] = {}
     for folder in [path for path in paths if os.path.isdir(path)][:_MOST_SUBFOLDERS]:
-        for place, _, names in itertools.islice(os.walk(folder), _MOST_SUBFOLDERS):
+        for path, _, names in itertools.islice(os.walk(folder), _MOST_SUBFOLDERS):
             kinds = {os.path.splitext(name)[1] for name in names if _format_of(name) is not None}
             above = os.path.dirname(folder)
-            found |= {repr(os.path.join(above, "**", f"*{kind}")): None for kind in sorted(kinds) if place}
+            found |= {repr(os.path.join(above, "**", f"*{kind}")): None for kind in sorted(kinds) if path}
     return list(found)
 
 
 def _split_of(path: str) -> str | None:
-    for word in re.split(r"[^a-z]+", os.path.basename(path).lower()):
-        if word in _SPLIT_WORDS:
-            return _SPLIT_WORDS[word]
+    for part in re.split(r"[^a-z]+", os.path.basename(path).lower()):
+        if part in _SPLIT_NAMES:
+            return _SPLIT_NAMES[part]
     return None
 
 

@@ -1,10 +1,8 @@
-"""Labels → which rows train and which validate, when there is no validation data.
+"""Split rows into training and validation, stratified by label and grouped by prompt or text.
 
-Enters: the encoded labels of all rows, the share and a seed. Leaves: two lists of row places, each in the rows' order.
-Every row draws a 64-bit key from NumPy's PCG64 (O'Neill 2014), whose raw output is fixed for all platforms and
-versions, which NumPy's `permutation` is not; the smallest keys of each class go to validation. Rows of one prompt or
-text stay together, so that nothing that validates was learned from; a group's key is that of its first row.
-Left out: rows that belong together otherwise (same author, same film): give `data.validation_data` for those.
+Each row has a 64-bit key from NumPy's PCG64 (O'Neill 2014), whose raw output is the same on all platforms and versions,
+unlike `permutation`; the smallest keys of each class validate. A group has the key of its first row. For other groups
+(same author, same film) use `data.validation_data`.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ Labels: TypeAlias = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Places of the rows of either side, ascending; together every row once. `summary`: how they were parted."""
+    """Row indices of both sides, ascending; each row is in one. `summary`: how they were split."""
 
     train: list[int]
     validation: list[int]
@@ -31,7 +29,7 @@ class Split:
 
 def split_off(
     keys: Sequence[Hashable],
-    share: float,
+    fraction: float,
     seed: int,
     *,
     by: Literal["prompt", "row"],
@@ -47,7 +45,7 @@ def split_off(
 
     Args:
         keys: the prompt or text of each row.
-        what: how a key is called.
+        what: name of a key in messages.
         labels: as for `stratified_split`.
     Raises:
         DataError: fewer than two rows.
@@ -57,11 +55,11 @@ def split_off(
         groups.setdefault(key, []).append(row)
     how = f"split off{' by label' if labels is not None else ''} with seed {seed}"
     if by == "prompt" and 1 < len(groups) < len(keys):
-        train, validation = _whole_groups(list(groups.values()), labels, len(keys), share, seed)
+        train, validation = _whole_groups(list(groups.values()), labels, len(keys), fraction, seed)
         num_groups = len({keys[row] for row in validation})
         counted = f"{len(validation)} of the rows, those of {num_groups} of the {len(groups)} {what}s"
     else:
-        train, validation = stratified_split(labels, share, seed, num_rows=len(keys), source=source)
+        train, validation = stratified_split(labels, fraction, seed, num_rows=len(keys), source=source)
         counted = f"{len(validation)} of the rows"
         if by == "prompt" and len(groups) == 1 and len(keys) > 1:
             how += f", row by row, since all rows have one {what}"
@@ -69,45 +67,45 @@ def split_off(
 
 
 def _whole_groups(
-    groups: list[list[int]], labels: Labels, total: int, share: float, seed: int
+    groups: list[list[int]], labels: Labels, total: int, fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """The rows of either side, where groups stay whole: at least one on each."""
     draws = _draws(seed, total)
-    expected = _expected(share, total)
+    expected = _expected(fraction, total)
     first_labels = None if labels is None else [labels[group[0]] for group in groups]
-    strata = _groups(first_labels, len(groups), _expected(share, len(groups)))  # type: ignore[arg-type]
-    quotas = _quotas([sum(len(groups[place]) for place in stratum) for stratum in strata], expected)
-    order = {place: (draws[group[0]], group[0]) for place, group in enumerate(groups)}
+    strata = _groups(first_labels, len(groups), _expected(fraction, len(groups)))  # type: ignore[arg-type]
+    quotas = _quotas([sum(len(groups[index]) for index in stratum) for stratum in strata], expected)
+    order = {index: (draws[group[0]], group[0]) for index, group in enumerate(groups)}
     chosen: set[int] = set()
     for stratum, quota in zip(strata, quotas, strict=True):
         taken = 0
-        for place in sorted(stratum, key=order.__getitem__):
-            size = len(groups[place])
+        for index in sorted(stratum, key=order.__getitem__):
+            size = len(groups[index])
             if abs(taken + size - quota) < abs(taken - quota) and len(chosen) < len(groups) - 1:
-                chosen.add(place)
+                chosen.add(index)
                 taken += size
     if not chosen:
-        chosen.add(min(range(len(groups)), key=lambda place: (len(groups[place]), order[place])))
-    validation = {row for place in chosen for row in groups[place]}
+        chosen.add(min(range(len(groups)), key=lambda index: (len(groups[index]), order[index])))
+    validation = {row for index in chosen for row in groups[index]}
     return [row for row in range(total) if row not in validation], sorted(validation)
 
 
 def _draws(seed: int, count: int) -> list[int]:
     """The key of each row."""
-    import numpy  # 50 ms, which a fault of the rows does not wait for
+    import numpy  # 50 ms that an error in the rows does not wait for
 
     draws: list[int] = numpy.random.PCG64(seed).random_raw(count).tolist()
     return draws
 
 
-def _expected(share: float, total: int) -> int:
+def _expected(fraction: float, total: int) -> int:
     """How many of `total` rows validate."""
-    return min(max(1, math.floor(share * total + 0.5)), total - 1)
+    return min(max(1, math.floor(fraction * total + 0.5)), total - 1)
 
 
 def stratified_split(
     labels: Labels,
-    share: float,
+    fraction: float,
     seed: int,
     *,
     num_rows: int | None = None,
@@ -115,31 +113,31 @@ def stratified_split(
 ) -> tuple[list[int], list[int]]:
     """Splits rows into training and validation, keeping the mix of labels.
 
-    Validation gets max(1, floor(share * N + 0.5)) of N rows, at most N - 1. Whole-number labels (classes) share it in
-    proportion (largest remainders first), with at least one row of each class in validation and in training where a
+    Validation gets max(1, floor(fraction * N + 0.5)) of N rows, at most N - 1. Whole-number labels (classes) split it
+    in proportion (largest remainders first), with at least one row of each class in validation and in training where a
     class has two rows and there is room; a class of one row trains, unless all are such. Floats (regression) do so by
     bins of equal size over their order; lists (multi-label) and None (no labels) are drawn at random.
 
     Args:
-        labels: one a row; None with `num_rows` for rows without labels.
-        share: validation's share of the rows, in (0, 1).
+        labels: one per row; None with `num_rows` for rows without labels.
+        fraction: fraction of the rows for validation, in (0, 1).
         seed: a whole number >= 0.
     Returns:
-        Places of the training rows and of the validation rows, both ascending; together every row once.
+        Indices of the training and of the validation rows, both ascending; each row is in one.
     Raises:
         DataError: fewer than two rows.
     """
-    assert 0 < share < 1, share
+    assert 0 < fraction < 1, fraction
     assert labels is not None or num_rows is not None, "rows without labels need their number"
     total = len(labels) if labels is not None else num_rows
     assert total is not None
     if total < 2:
         actual = f"{total} row{'s' if total != 1 else ''}"
-        hint = "add rows, or give data.validation_data"
+        hint = "add rows, or set data.validation_data"
         raise DataError(
             [Diagnostic(source, None, None, "data.validation_share", actual, "at least 2 rows to split", hint)]
         )
-    expected = _expected(share, total)
+    expected = _expected(fraction, total)
     groups = _groups(labels, total, expected)
     keys = _draws(seed, total)
     validation: set[int] = set()
@@ -171,7 +169,7 @@ def _quotas(sizes: Sequence[int], expected: int) -> list[int]:
     quotas = [min(size * expected // total, limit) for size, limit in zip(sizes, most, strict=True)]
     if sum(limit > 0 for limit in most) <= expected:
         quotas = [max(quota, min(1, limit)) for quota, limit in zip(quotas, most, strict=True)]
-    # The larger group goes first where two are equally far from their share.
+    # The larger group goes first where two are equally far from their quota.
     groups = sorted(range(len(sizes)), key=lambda group: (-sizes[group], group))
     while sum(quotas) > expected:
         quotas[max((g for g in groups if quotas[g] > 1), key=lambda g: quotas[g] * total - sizes[g] * expected)] -= 1

@@ -91,7 +91,7 @@ class StepFormat:
     def parse(self, text: str) -> Parsed:
         """What `text` holds; any text has a reading.
 
-        A missing `opening` is no fault where `closing` is there: templates exist that write it into the prompt.
+        A missing `opening` is allowed if `closing` is there: some templates write it into the prompt.
         """
         closing = self.closing.strip()
         if not closing:
@@ -161,18 +161,18 @@ class StepFormat:
             before, _, after = body.partition(marker)
             return Parsed(self._steps(before), self._cut(_first_line(after)[0])[0], False)
         next_exchange = _NEXT_EXCHANGE.search(body, body.find("\n\n") + 1 or len(body))
-        kept = body if next_exchange is None else body[: next_exchange.start()]
-        *steps, answer = self._steps(kept) or ("",)
+        nonblank = body if next_exchange is None else body[: next_exchange.start()]
+        *steps, answer = self._steps(nonblank) or ("",)
         is_whole = next_exchange is None and not marker and opened is not None
         return Parsed(tuple(steps), answer.strip(), is_whole and bool(answer.strip()))
 
     def _marked_line(self, text: str) -> int:
         """Where the first step-like piece begins that starts with the answer marker; -1 where there is none."""
         position = 0
-        for piece in text.split(self.delimiter):
-            if piece.lstrip().startswith(self.answer_marker.strip()):
+        for part in text.split(self.delimiter):
+            if part.lstrip().startswith(self.answer_marker.strip()):
                 return position
-            position += len(piece) + len(self.delimiter)
+            position += len(part) + len(self.delimiter)
         return -1
 
     def _after_marker(self, text: str) -> str:
@@ -189,16 +189,16 @@ class StepFormat:
         if marker := self.answer_marker.strip():
             # Within a sentence it may be a word of the answer.
             marks.append(rf"(?:^|(?<=[.!?…] )|(?<=[.!?…])){re.escape(marker)}")
-        places = [found.start() for mark in marks if (found := re.search(mark, answer, re.MULTILINE)) is not None]
+        positions = [found.start() for mark in marks if (found := re.search(mark, answer, re.MULTILINE)) is not None]
         first_end = answer.find("\n")
         next_exchange = _NEXT_EXCHANGE.search(answer, first_end + 1) if first_end >= 0 else None
         if next_exchange is not None:
-            places.append(next_exchange.start())
-        if not places:
+            positions.append(next_exchange.start())
+        if not positions:
             return answer, True
-        place = min(places)
-        line = answer.rfind("\n", 0, place) + 1
-        return (answer[:line].strip() or answer[:place].strip()), False
+        position = min(positions)
+        line = answer.rfind("\n", 0, position) + 1
+        return (answer[:line].strip() or answer[:position].strip()), False
 
 
 def _first_line(text: str) -> tuple[str, str]:

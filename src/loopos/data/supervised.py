@@ -1,7 +1,6 @@
-"""The examples of a language model's run: rows read, columns found, validation rows set apart.
+"""Load the examples of a language model's run: rows, columns and validation split.
 
-Enters: the `data` section of chain-of-thought training. Leaves: `SupervisedData`. Imports neither torch nor
-transformers: the rows are checked before them. Left out: tokens (`supervised_encoder`), batches.
+Neither torch nor transformers is imported: rows are checked before them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopos.config.chain_of_thought import ReasoningDataSection
-from loopos.data.read_ahead import handed_over
+from loopos.data.read_ahead import reusable
 from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
@@ -19,8 +18,8 @@ from loopos.data.supervised_rows import Example, read_supervised
 
 @dataclass(frozen=True)
 class SupervisedData:
-    """Training and validation examples, and the format that their chains are written in. `summary`: what was decided, a
-    sentence each; `reports`: the account of each source.
+    """Training and validation examples, and the format that their chains are written in. `summary`: notes on what
+    was decided; `reports`: the counts of each source.
     """
 
     step_format: StepFormat
@@ -30,10 +29,10 @@ class SupervisedData:
     reports: list[FormatReport]
 
 
-@handed_over
+@reusable
 def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
-    """Reads the training rows and the validation rows: their own file, their own split of a hub id, or a seeded share
-    of the training rows.
+    """Reads the training rows and the validation rows: their own file, their own split of a hub id, or a seeded
+    fraction of the training rows.
 
     Raises `DataError` for unreadable files, columns of no known format and bad rows (unless skipped).
     """
@@ -51,7 +50,7 @@ def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]
         split = split_off(keys, data.validation_share, seed, by=data.split_by, source=data.source)
-        train, validation = [train[place] for place in split.train], [train[place] for place in split.validation]
+        train, validation = [train[row] for row in split.train], [train[row] for row in split.validation]
         summary.append(split.summary)
     summary += repeats_summary(train, validation)
     return SupervisedData(step_format, train, validation, summary, reports)

@@ -3,7 +3,7 @@ completions or plain text.
 
 Enters: names of columns and, from `data.columns`, the user's own choice. Leaves: a `SupervisedFormat` with the sentence
 that says it. The names are those that TRL, LLaMA-Factory and Axolotl read by default, without regard to case. Plain
-text is the last resort; two other formats that both fit are a fault, for a guess could train on the wrong one.
+text is the last resort; two other formats that both fit are an error, because a guess could train on the wrong one.
 Left out: how the format is found (`format_detection`), the rows themselves (`demonstrations`, `conversations`).
 
 Rows → examples that a language model learns from, whatever their format.
@@ -97,14 +97,14 @@ def detect(
     remembered: Mapping[str, str | None] | None = None,
     source: str = "data",
 ) -> SupervisedFormat:
-    """Finds the format and the column of each of its roles.
+    """Find the format and the column of each of its roles.
 
     Args:
-        columns: names of the columns that are there.
+        columns: names of the existing columns.
         overrides: role to column, from `data.columns`, None for no column; the format then has all these roles.
         remembered: the overrides that the model was trained with, which serve where there are no others and the source
             has all their columns.
-        source: the file's name for faults.
+        source: the file's name for diagnostics.
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.
     """
@@ -115,7 +115,7 @@ def detect(
 
 
 def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:
-    """What several formats that fit are called, and the choice of the first one's first column."""
+    """Names of several formats that fit, and the first column of the first one as the choice."""
     return " and ".join(fit.shape.kind for fit in fits), next(iter(fits[0].columns.items()))
 
 
@@ -124,7 +124,7 @@ _FAMILY = Family(NAMES, SHAPES, _EXAMPLES, (("problem", COLUMN), ("answer", COLU
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and what follows it, both as they stand: no chat template touches them."""
+    """A prompt and its completion, without a chat template."""
 
     prompt: str
     completion: str
@@ -133,7 +133,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text that is learned whole."""
+    """Text that is trained on as a whole."""
 
     text: str
     row: Row
@@ -149,11 +149,10 @@ def read_supervised(
     step_format: StepFormat,
     remembered: Mapping[str, str | None] | None = None,
 ) -> tuple[list[Example], FormatReport]:
-    """Reads a whole source into examples of one format, in its order. remembered: as `supervised_formats.detect`.
+    """Read a source into examples of one format, in its order. remembered: as `supervised_formats.detect`.
 
     Raises:
-        DataError: as `rows.read` and `supervised_formats.detect`; bad rows by the reader's policy, the file's and the
-        format's together.
+        DataError: as `rows.read` and `supervised_formats.detect`; bad rows by the reader's policy.
     """
 
     def from_row(row: Row, form: SupervisedFormat) -> Example | Unusable:
@@ -169,7 +168,7 @@ def read_supervised(
 
 
 def example_of(fields: RowFields, form: SupervisedFormat, step_format: StepFormat) -> Example | None:
-    """The example that a row of this format holds; None, with `fields.problems` filled, where it holds none."""
+    """The example that a row of this format holds; None, with `fields.problems` filled, if there is none."""
     example: Example | None
     match form.kind:
         case "demonstrations":
@@ -189,7 +188,7 @@ def example_of(fields: RowFields, form: SupervisedFormat, step_format: StepForma
 
 def _completion(fields: RowFields) -> Completion | Conversation | None:
     """TRL's prompt and completion: two strings, or two lists of messages."""
-    prompt, completion = fields.spoken("prompt"), fields.spoken("completion")
+    prompt, completion = fields.content("prompt"), fields.content("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompted(fields)
     if isinstance(prompt, list) or isinstance(completion, list):

@@ -1,23 +1,12 @@
-"""Examples → parts of text with the factor on their loss: what is context, what is learned.
+"""Tokenize examples for language models and mark which tokens are trained. Nothing else does this.
 
-Enters: an example, the chat template, the `StepFormat`, what to train on. Leaves: `Part`s in order, whose texts
-together are the example; reasoning and answer are parts of their own. Left out: tokens (`supervised_tokens`).
+Each segment of an example (context, reasoning, answer) is tokenized by itself, so that no token crosses a border and
+the prompt ids equal those that generation starts from:
 
-Examples → token ids and, born with them, which tokens are learned. For language models, the only place.
+    prompt_tokens(example) + generated ids = ids of the row
 
-Enters: examples (`supervised_rows`), a tokenizer, the `StepFormat`, what to train on. Leaves: `Supervised` rows and a
-report in which read = used + dropped. Every piece of an example (context, reasoning, answer) is tokenised by itself, so
-that no token lies on both sides of a border and the ids of a prompt are those that generation starts from:
-
-    prompt_tokens(example) + what is said = the row's ids
-
-The end token is always part of what is learned; the begin token is never doubled; there are no pads.
-Left out: templates (`templates`), batches (`batches`).
-
-Examples of a language model's run → tokens, by the rules of the config.
-
-Enters: the `data` section of chain-of-thought training, its step format and the tokenizer. Leaves: a
-`SupervisedEncoder`. Left out: rows (`supervised`), templates and tokens themselves (`templates`, `supervised_tokens`).
+The end token is always trained; the begin token is never duplicated; there are no pads. The report states read = used +
+dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +29,7 @@ from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.template_checks import check_reasoning
-from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
+from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.data.tokens import Encoded, length_spread
 from loopos.data.tool_schemas import Tool
 
@@ -49,69 +38,70 @@ TrainOn: TypeAlias = Literal["all", "assistant", "answer"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece with the factor on the loss of its tokens; 0 = context."""
+    """A segment with the weight of its tokens in the loss; 0 = context."""
 
-    piece: Piece
+    segment: Segment
     weight: float
 
 
-def before_answer(example: Demonstration) -> list[Message]:
-    """The messages that a demonstration's chain answers."""
+def prompt_messages(example: Demonstration) -> list[Message]:
+    """The messages before the chain of a demonstration."""
     system = [Message("system", example.system)] if example.system is not None else []
     return [*system, Message("user", example.problem)]
 
 
 def parts_of(example: Example, template: ChatTemplate, step_format: StepFormat, train_on: TrainOn) -> list[Part]:
-    """The parts of an example, as `supervised_tokens.encode_supervised` says. Raises `TemplateRefusal`."""
+    """The parts of an example by the rules of `encode_supervised`. Raises `TemplateRefusal`."""
     context = 1.0 if train_on == "all" else 0.0
     tools: tuple[Tool, ...] = ()
     match example:
         case PlainText(text=text):
-            return [Part(Piece(text, begins=True, closes=True), 1.0)]
+            return [Part(Segment(text, begins=True, closes=True), 1.0)]
         case Completion(prompt=prompt, completion=completion):
-            return [Part(Piece(prompt, begins=True), context), Part(Piece(completion, closes=True), 1.0)]
+            return [Part(Segment(prompt, begins=True), context), Part(Segment(completion, closes=True), 1.0)]
         case Demonstration():
             chain = step_format.render(example.steps, example.answer)
-            messages, num_prompt = [*before_answer(example), Message(ASSISTANT, chain)], 0
+            messages, num_prompt = [*prompt_messages(example), Message(ASSISTANT, chain)], 0
         case _:
             messages, num_prompt, tools = list(example.messages), example.num_prompt, example.tools
-    pieces = template.pieces(messages, tools)
-    last = max((piece.message for piece in pieces if piece.message is not None), default=None)
+    segments = template.segments(messages, tools)
+    last = max((segment.message for segment in segments if segment.message is not None), default=None)
     parts: list[Part] = []
-    for piece in pieces:
-        if piece.message is None:
-            parts.append(Part(piece, context))
+    for segment in segments:
+        if segment.message is None:
+            parts.append(Part(segment, context))
             continue
-        weight = messages[piece.message].weight if piece.message >= num_prompt else context
+        weight = messages[segment.message].weight if segment.message >= num_prompt else context
         if weight > 0:
-            check_reasoning(messages[piece.message], piece.text)
-        is_last = piece.message == last
+            check_reasoning(messages[segment.message], segment.text)
+        is_last = segment.message == last
         if not is_last:
-            parts.append(Part(piece, 0.0 if train_on == "answer" else weight))
+            parts.append(Part(segment, 0.0 if train_on == "answer" else weight))
             continue
-        start = step_format.answer_start(piece.text)
+        start = step_format.answer_start(segment.text)
         if start > 0:
-            reasoning = Piece(piece.text[:start], piece.message)
+            reasoning = Segment(segment.text[:start], segment.message)
             parts.append(Part(reasoning, 0.0 if train_on == "answer" else weight))
-        parts.append(Part(Piece(piece.text[start:], piece.message, closes=piece.closes), weight))
+        parts.append(Part(Segment(segment.text[start:], segment.message, closes=segment.closes), weight))
     return parts
 
 
 OverLength: TypeAlias = Literal["drop", "cut", "error"]
 OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
 Problem: TypeAlias = str | Sequence[Message] | Question | Example
-"""What a model is asked."""
+"""An input to generate an answer for."""
 CHUNK = 1024
-"""Examples that are rendered and tokenised at a time."""
+"""Examples that are rendered and tokenized at a time."""
 MOST_LONG_SHOWN = 5
 """Rows over max_length that an error lists; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """One row of tokens. `mask`, as long as `ids`: True = this token is a target, predicted from those before it; the
-    first never is. `weights`: the factor on the loss of each token, 0 where the mask is False; None where all are 1.
-    `index`: the example's place among those given.
+    """One row of tokens.
+
+    `mask`, as long as `ids`: True = the token is a target, predicted from the tokens before it; the first never is.
+    `weights`: weight of each token in the loss, 0 where the mask is False; None if all are 1. `index` of the example.
     """
 
     ids: list[int]
@@ -120,15 +110,16 @@ class Supervised:
     index: int
 
     def encoded(self) -> Encoded:
-        """The row as batches take it, with a weight for every token."""
+        """The row in the form that batches use, with a weight for every token."""
         weights = self.weights if self.weights is not None else [float(learned) for learned in self.mask]
         return Encoded(self.ids, None, self.index, weights=weights)
 
 
 @dataclass
 class SupervisedReport:
-    """What tokenising did: `read` = `used` + the sum of `dropped`, which counts rows by reason. `cut`: rows shortened
-    to `max_length`, with the tokens they lost.
+    """Counts of tokenizing: `read` = `used` + the sum of `dropped`, which counts rows by reason.
+
+    `cut`: rows truncated to `max_length`; `tokens_cut`: the tokens that they lost.
     """
 
     read: int = 0
@@ -143,19 +134,19 @@ class SupervisedReport:
     lengths: list[int] = field(default_factory=list, repr=False)
 
     def counts(self) -> dict[str, object]:
-        """The account in numbers, for logs."""
-        told = asdict(self)
-        return {name: value for name, value in told.items() if name not in ("diagnostics", "lengths")}
+        """The counts as values for logs."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in ("diagnostics", "lengths")}
 
     def summary(self) -> str:
-        """The account in words."""
+        """The counts as text."""
         spread = length_spread(self.lengths) or "no rows"
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
         cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
-        share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+        trained_fraction = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
         return (
             f"{self.read} examples, {self.used} used{dropped}; {self.tokens:,} tokens, {self.trained_tokens:,} "
-            f"trained{share}, {spread}{cut}"
+            f"trained{trained_fraction}, {spread}{cut}"
         )
 
 
@@ -171,18 +162,18 @@ def encode_supervised(
     on_bad_row: Literal["error", "skip"] = "error",
     template: ChatTemplate | None = None,
 ) -> tuple[list[Supervised], SupervisedReport]:
-    """Tokenises examples and marks what is learned.
+    """Tokenize examples and mark the trained tokens.
 
     Args:
-        train_on: "assistant" learns what the assistant says, its end token included (of prompt and completion the
-            completion, of plain text all); "answer" of that the last turn's answer alone; "all" every token.
-        over_length: a row over `max_length` is dropped, cut at its end (so that the end token goes), or an error.
-        max_dropped_share: rows over `max_length` may be at most this share of all under "drop".
-        on_bad_row: what a conversation does that the template refuses.
+        train_on: "assistant" trains the assistant's turns with their end tokens (the completion of prompt and
+            completion, all of plain text); "answer" only the answer of the last turn; "all" every token.
+        over_length: a row over `max_length` is dropped, truncated at its end (without the end token), or an error.
+        max_dropped_share: largest fraction of rows that "drop" may remove.
+        on_bad_row: what happens to a conversation that the template refuses.
         template: the tokenizer's own if None.
     Raises:
-        DataError: rows that are refused, over `max_length` under "error", or too many of them under "drop"; no row
-        left. Each fault names file and line.
+        DataError: refused rows, rows over `max_length` with "error", too many of them with "drop", or no rows left;
+            each diagnostic has file and line.
     """
     template = template or ChatTemplate(tokenizer)
     encoder = SegmentTokenizer(tokenizer)
@@ -191,21 +182,21 @@ def encode_supervised(
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
     for first in range(0, len(examples), CHUNK):
-        parts, places = _chunk_parts(examples, first, template, step_format, train_on, report)
-        whole = [[part.piece for part in row] for row in parts]
+        parts, indices = _chunk_parts(examples, first, template, step_format, train_on, report)
+        whole = [[part.segment for part in row] for row in parts]
         bounded = [encoder.bounded(row, max_length) for row in whole]
         shortened = [short is not row for short, row in zip(bounded, whole, strict=True)]
         encoded = encoder.encode(bounded)
-        for place, row_parts, pieces, is_short in zip(places, parts, encoded, shortened, strict=True):
-            row = _joined(row_parts, pieces, place)
+        for index, row_parts, segments, is_short in zip(indices, parts, encoded, shortened, strict=True):
+            row = _joined_row(row_parts, segments, index)
             length = len(row.ids)
             if max_length is not None and length > max_length:
-                over.append(over_diagnostic(examples[place].row, length, max_length, at_least=is_short))
+                over.append(over_length_diagnostic(examples[index].row, length, max_length, at_least=is_short))
                 if over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
                 report.cut, report.tokens_cut = report.cut + 1, report.tokens_cut + length - max_length
-                row = _shortened(row, max_length)
+                row = _truncated(row, max_length)
             if not any(row.mask):
                 dropped[UNTRAINED] += 1
                 continue
@@ -231,11 +222,10 @@ def prompt_tokens(
     *,
     template: ChatTemplate | None = None,
 ) -> list[int]:
-    """The ids that generation starts from: those of a row of training before what the model is to say.
+    """The ids that generation starts from; they equal the ids of a training row before the answer.
 
     Args:
-        problem: a question (a user's message), the messages so far, these with tools, or an example, whose last turn is
-            left out.
+        problem: a question (a user's message), messages, messages with tools, or an example without its last turn.
         template: the tokenizer's own if None.
     Raises:
         TemplateRefusal: the template cannot render these messages.
@@ -243,24 +233,24 @@ def prompt_tokens(
     encoder = SegmentTokenizer(tokenizer)
     match problem:
         case Completion(prompt=text):
-            pieces = [Piece(text, begins=True)]
+            segments = [Segment(text, begins=True)]
         case PlainText():
-            pieces = [Piece("", begins=True)]
+            segments = [Segment("", begins=True)]
         case _:
             tools = problem.tools if isinstance(problem, Conversation | Question) else ()
-            pieces = (template or ChatTemplate(tokenizer)).prompt(_asked(problem), tools)
-    return [token for ids in encoder.encode([pieces])[0] for token in ids]
+            segments = (template or ChatTemplate(tokenizer)).prompt(_messages_before_answer(problem), tools)
+    return [token for ids in encoder.encode([segments])[0] for token in ids]
 
 
-def _asked(problem: Problem) -> Sequence[Message]:
-    """The messages before the turn that is to be generated."""
+def _messages_before_answer(problem: Problem) -> Sequence[Message]:
+    """The messages before the turn to generate."""
     if isinstance(problem, Question):
         return problem.messages
     if isinstance(problem, str):
         return [Message("user", problem)]
     if isinstance(problem, Demonstration):
-        return before_answer(problem)
-    assert not isinstance(problem, Completion | PlainText), "their prompts need no messages"
+        return prompt_messages(problem)
+    assert not isinstance(problem, Completion | PlainText), "handled by prompt_tokens"
     if not isinstance(problem, Conversation):
         return problem
     last = max(index for index, message in enumerate(problem.messages) if message.role == ASSISTANT)
@@ -275,8 +265,8 @@ def _chunk_parts(
     train_on: TrainOn,
     report: SupervisedReport,
 ) -> tuple[list[list[Part]], list[int]]:
-    """The parts of a chunk's examples and their places; those that the template refuses are noted as faults."""
-    found, places = [], []
+    """The parts of a chunk's examples and their indices; refused examples become diagnostics of the report."""
+    found, indices = [], []
     for index in range(first, min(first + CHUNK, len(examples))):
         example = examples[index]
         try:
@@ -285,19 +275,19 @@ def _chunk_parts(
             row = example.row
             expected = "messages that the template renders turn by turn"
             report.diagnostics.append(
-                Diagnostic(row.place, row.line, None, "messages", str(problem), expected, problem.hint)
+                Diagnostic(row.source_label, row.line, None, "messages", str(problem), expected, problem.hint)
             )
         else:
-            places.append(index)
-    return found, places
+            indices.append(index)
+    return found, indices
 
 
-def _joined(parts: Sequence[Part], pieces: Sequence[Sequence[int]], index: int) -> Supervised:
-    """One row of its parts; context behind the last target is left out, for nothing is learned from it."""
-    ids = [token for piece in pieces for token in piece]
-    weights = [part.weight for part, piece in zip(parts, pieces, strict=True) for _ in piece]
+def _joined_row(parts: Sequence[Part], segments: Sequence[Sequence[int]], index: int) -> Supervised:
+    """Join parts to one row; context after the last target is dropped, because nothing is trained on it."""
+    ids = [token for segment in segments for token in segment]
+    weights = [part.weight for part, segment in zip(parts, segments, strict=True) for _ in segment]
     if weights:
-        weights[0] = 0.0  # nothing stands before it that could predict it
+        weights[0] = 0.0  # no token before it could predict it
     end = max((position + 1 for position, weight in enumerate(weights) if weight > 0), default=0)
     return _row(ids[:end], weights[:end], index) if end else _row(ids, weights, index)
 
@@ -308,7 +298,7 @@ def _row(ids: list[int], weights: list[float], index: int) -> Supervised:
     return Supervised(ids, mask, None if is_plain else weights, index)
 
 
-def _shortened(row: Supervised, length: int) -> Supervised:
+def _truncated(row: Supervised, length: int) -> Supervised:
     weights = None if row.weights is None else row.weights[:length]
     return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
 
@@ -318,19 +308,21 @@ def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
     report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
 
 
-def over_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:
-    """The fault of a row that is too long; at_least: its end was never tokenised. What to do stands once, behind all of
-    them (`check_over`).
+def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:
+    """The diagnostic for a row that is too long; `at_least`: its end was not tokenized.
+
+    The advice follows once after all of them (`check_over`).
     """
     actual = f"{'at least ' if at_least else ''}{length} tokens"
-    return Diagnostic(row.place, row.line, None, "row", actual, f"at most {max_length} (max_length)")
+    return Diagnostic(row.source_label, row.line, None, "row", actual, f"at most {max_length} (max_length)")
 
 
 def check_over(
     over: Sequence[Diagnostic], read: int, max_length: int | None, over_length: OverLength, max_dropped_share: float
 ) -> None:
-    """Raises `BadRows` where the policy does not allow the rows over `max_length`, whose faults are `over`: any under
-    "error", more than `max_dropped_share` of the rows `read` under "drop".
+    """Raise `BadRows` if the policy does not allow the rows over `max_length` (diagnostics `over`).
+
+    "error" allows none, "drop" at most the fraction `max_dropped_share` of the rows `read`.
     """
     if over and over_length == "error":
         advice = f'{len(over)} of {read} rows are over max_length {max_length}, and data.over_length is "error": '
@@ -346,7 +338,7 @@ def check_over(
 
 
 class SupervisedEncoder:
-    """Makes the tokens of examples as a config says: by which template and step format, what is learned, how long."""
+    """Tokenizes examples by the settings of a config: template, step format, trained tokens, length."""
 
     def __init__(
         self,
@@ -356,12 +348,12 @@ class SupervisedEncoder:
         *,
         max_length: int | None,
     ) -> None:
-        """Raises `UserError` for a tokenizer without an end token, and a template that cannot render a question."""
+        """Raises `UserError` for a tokenizer without an end token or a template that cannot render a question."""
         self.data, self.step_format, self.tokenizer, self.max_length = data, step_format, tokenizer, max_length
         self.template = ChatTemplate(tokenizer, data.chat_template)
 
     def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], SupervisedReport]:
-        """Raises `DataError` as `encode_supervised`."""
+        """Raises `DataError` like `encode_supervised`."""
         return encode_supervised(
             self.tokenizer,
             examples,

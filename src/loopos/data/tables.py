@@ -1,15 +1,9 @@
-"""Excel workbooks (.xlsx) → records, each with the row number that Excel shows.
+"""Read tables without text lines: Excel workbooks, parquet, arrow, `save_to_disk` folders and hub ids.
 
-Enters: a path, or "FILE.xlsx#SHEET". Leaves: a `Record` for each row below the header, with Python values: text,
-numbers, true and false, dates as ISO text, None for an empty cell. The header is the first row with anything in it.
-A formula gives the value that Excel stored last. Needs openpyxl (the extra `excel`).
-Left out: .xls, the format before 2007.
-
-Tables that are no text (parquet, arrow, `save_to_disk` folders, hub ids) → records without lines.
-
-Enters: a path or a hub id. Leaves: a `Record` a row with `line` None and Python values as they are stored, and the
-class names that `datasets` keeps in a table's schema. Packages are imported when a table is opened, for they take a
-second. Left out: text files, which `rows` reads itself; a cache: parquet and arrow files are read in place.
+Each row becomes a `Record` with Python values. Excel rows have the row number that Excel shows; the header is the first
+row that is not empty, dates become ISO text, and a formula has its last stored value; .xls is not supported. Class
+names that `datasets` stores in a schema are reported. The packages are imported when a table is opened, because that
+takes a second; files are read in place, without a cache.
 """
 
 from __future__ import annotations
@@ -34,15 +28,15 @@ if TYPE_CHECKING:
 
 
 _DAMAGE = (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, SyntaxError)
-"""What openpyxl raises for a file that is no workbook, or a damaged one; a syntax error is one of its XML."""
+"""What openpyxl raises for a damaged file or one that is not a workbook (syntax errors are from its XML)."""
 
 
 def spreadsheet_records(source: str, rules: TextRules, report: ReadReport) -> Records:
-    """Yields the rows of one sheet: the one that is named, or the only one with rows.
+    """Yield the rows of one sheet: the named one, or the only one with rows.
 
     Raises:
-        DataError: a damaged file, several sheets with rows and none named, a sheet that is not there, a bad header.
-        EnvironmentFault: without the `openpyxl` package.
+        DataError: a damaged file, several sheets with rows and none named, a missing sheet, a bad header.
+        MissingRequirement: without the `openpyxl` package.
     """
     path, sheet = sheet_of(source)
     try:
@@ -65,25 +59,25 @@ def spreadsheet_records(source: str, rules: TextRules, report: ReadReport) -> Re
         raise file_error(
             path,
             f"what can't be read as .xlsx ({reason[:200]})",
-            "a whole Excel workbook (.xlsx)",
+            "a complete Excel workbook (.xlsx)",
             "open and save it again, or save the sheet as CSV",
             field="xlsx",
         ) from error
 
 
 def _chosen(path: str, book: Any, sheet: str | None, report: ReadReport) -> Any:
-    """The worksheet that is named, or the only one that holds anything."""
+    """The named worksheet, or the only one that is not empty."""
     names = [worksheet.title for worksheet in book.worksheets]
     if sheet is not None:
         if sheet not in names:
-            expected = f"one of the sheets that are there: {', '.join(map(shown, names))}"
+            expected = f"one of the existing sheets: {', '.join(map(shown, names))}"
             raise file_error(path, f"the sheet {shown(sheet)}", expected, field="sheet")
         return book[sheet]
     filled = [worksheet for worksheet in book.worksheets if next(_filled(worksheet), None) is not None]
     if len(filled) > 1:
         names = [worksheet.title for worksheet in filled]
         actual = f"{len(filled)} sheets with rows: {', '.join(map(shown, names))}"
-        hint = f"name one behind a #: {os.path.basename(path)}#{names[0]}"
+        hint = f"name one after a #: {os.path.basename(path)}#{names[0]}"
         raise file_error(path, actual, "one sheet", hint, field="sheet")
     if not filled:
         raise file_error(path, "an empty workbook", "a sheet with a header and rows", field="rows")
@@ -93,7 +87,7 @@ def _chosen(path: str, book: Any, sheet: str | None, report: ReadReport) -> Any:
 
 
 def _filled(worksheet: Any) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """The rows with anything in them, with their numbers."""
+    """The rows that are not empty, with their numbers."""
     for number, cells in enumerate(worksheet.iter_rows(values_only=True), start=1):
         if any(not _is_empty(cell) for cell in cells):
             yield number, cells
@@ -108,19 +102,19 @@ def _sheet_records(path: str, worksheet: Any, report: ReadReport) -> Records:
     for number, cells in rows:
         report.blank_lines += number - last - 1
         last = number
-        beyond = next((place for place, cell in enumerate(cells) if place not in header and not _is_empty(cell)), None)
+        beyond = next((index for index, cell in enumerate(cells) if index not in header and not _is_empty(cell)), None)
         if beyond is not None:
             actual = f"{shown(cells[beyond])} in column {_letters(beyond)}, which has no name"
             yield Diagnostic(
                 path, number, None, _letters(beyond), actual, f"a name for it in row {head_line}, or nothing"
             )
             continue
-        values = {name: _value(cells[place] if place < len(cells) else None) for place, name in header.items()}
+        values = {name: _value(cells[index] if index < len(cells) else None) for index, name in header.items()}
         yield Record(number, values)
 
 
 def _header(path: str, number: int, cells: Sequence[Any]) -> dict[int, str]:
-    """Place → name of each column; columns without a name are left out."""
+    """Index → name of each column with a name."""
     header: dict[int, str] = {}
     taken: dict[str, int] = {}
     for index, cell in enumerate(cells):
@@ -136,7 +130,7 @@ def _header(path: str, number: int, cells: Sequence[Any]) -> dict[int, str]:
 
 
 def _value(cell: Any) -> object:
-    """A cell as a row holds it: dates and times as ISO text."""
+    """The value of a cell; dates and times become ISO text."""
     if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
         cell = cell.date()
     if isinstance(cell, datetime.date | datetime.time):
@@ -149,7 +143,7 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _letters(index: int) -> str:
-    """The name of the column at `place`, counted from 0, as Excel writes it: A, B, ..., Z, AA."""
+    """Excel's name of column `index` (from 0): A, B, ..., Z, AA."""
     name = ""
     index += 1
     while index:
@@ -162,10 +156,10 @@ BATCH_ROWS = 1024
 
 
 def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yields the rows of a parquet file, reading only `columns` if given.
+    """Yield the rows of a parquet file, reading only `columns` if given.
 
     Raises:
-        DataError: a damaged file, a column that is not there.
+        DataError: a damaged file, a missing column.
     """
     import pyarrow
     import pyarrow.parquet
@@ -182,10 +176,10 @@ def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport
 
 
 def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yields the rows of an arrow file, in the file format (feather too) or the stream format (as `datasets` writes).
+    """Yield the rows of an arrow file, in the file format (feather too) or the stream format (as `datasets` writes).
 
     Raises:
-        DataError: a damaged file, a column that is not there.
+        DataError: a damaged file, a missing column.
     """
     import pyarrow
 
@@ -212,9 +206,7 @@ def _arrow_batches(memory: pyarrow.NativeFile) -> tuple[pyarrow.Schema, Iterator
 
 
 def _batch_records(batch: pyarrow.RecordBatch, columns: Sequence[str] | None) -> Records:
-    """The rows of a batch, read only when every offset, length and text in it is known to be sound: Arrow reads what
-    damaged ones point to, wherever in memory that is, and the process dies.
-    """
+    """The rows of a batch, after a full validation: Arrow follows damaged offsets anywhere in memory and crashes."""
     batch.validate(full=True)
     chosen = batch.select(list(columns)) if columns is not None else batch
     for values in chosen.to_pylist():
@@ -222,7 +214,7 @@ def _batch_records(batch: pyarrow.RecordBatch, columns: Sequence[str] | None) ->
 
 
 def saved_records(folder: str, split: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yields the rows of a folder written by `save_to_disk`; of `split`, if it holds several.
+    """Yield the rows of a folder written by `save_to_disk`; of `split`, if it holds several.
 
     Raises:
         DataError: a damaged folder, a split or column that is not there.
@@ -243,7 +235,7 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
             raise file_error(
                 folder,
                 f"the split {shown(split)}",
-                f"one of the splits that are there: {', '.join(table)}",
+                f"one of the existing splits: {', '.join(table)}",
                 "set data.training_split or data.validation_split",
                 field="split",
             )
@@ -254,7 +246,7 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
 def hub_records(
     name: str, split: str, subset: str | None, columns: Sequence[str] | None, streaming: bool, report: ReadReport
 ) -> Records:
-    """Yields the rows of a data set on the hub; with `streaming`, while they arrive, without a copy on disk.
+    """Yield the rows of a data set on the hub; `streaming` reads them while they download, without a copy on disk.
 
     Raises:
         DataError: no such data set, split or subset, no network, or one that needs a login.
@@ -285,10 +277,8 @@ def check_columns(present: Sequence[str], columns: Sequence[str] | None, source:
     """Raises a `DataError` if one of `columns` is not among those `present`."""
     for name in columns or ():
         if name not in present:
-            there = ", ".join(shown(column) for column in present[:12])
-            raise file_error(
-                source, f"no column {shown(name)}", f"one of the columns that are there: {there}", line=line, field=name
-            )
+            names = ", ".join(shown(column) for column in present[:12])
+            raise file_error(source, f"no column {shown(name)}", f"one of the columns: {names}", line=line, field=name)
 
 
 def _dataset_records(table: Any, source: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
@@ -328,7 +318,7 @@ def _damage(path: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterat
         raise file_error(
             path,
             f"what can't be read as {kind} ({reason[:200]})",
-            f"a whole {kind} file or folder",
+            f"a complete {kind} file or folder",
             "the file is damaged, cut off or of another format: copy or write it again",
             field=kind,
         ) from error

@@ -1,6 +1,5 @@
-"""Encoded labels as the tensors that a loss takes.
+"""Encoded labels as tensors for the loss.
 
-Enters: `LabelledData`. Leaves: `Targets`. Left out: the losses.
 Letters: N examples, C outputs.
 """
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopos.config.keys import TargetScaling
-from loopos.data.labelled import LabelledData, Target
+from loopos.data.labelled import LabeledData, Target
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Targets:
     std: float = 1.0
 
 
-def targets_of(data: LabelledData, *, scaling: TargetScaling = "auto") -> Targets:
+def targets_of(data: LabeledData, *, scaling: TargetScaling = "auto") -> Targets:
     """The targets of training and validation rows, by `data.space.task`. scaling: what values are scaled to, as
     `model.target_scaling` says.
     """

@@ -1,8 +1,7 @@
-"""Whether a rendered text holds what its messages say, and where.
+"""Check that a rendered text contains its messages, and find where.
 
-Enters: messages and the text that a template made of them. Leaves: places in the text; `TemplateRefusal` where a
-message, or the reasoning of one that is learned, is not there. Templates may change white space between words, and
-escape text as JSON does. Left out: rendering, turns and their end tokens (`templates`).
+`TemplateRefusal` is raised if a message, or the reasoning of a trained message, is missing. Templates may change white
+space between words and escape text as JSON does.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.record import shown
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The keys under which a message's reasoning stands in data sets and templates."""
+"""Keys of a message's reasoning in data sets and templates."""
 TEMPLATE_HINT = "name a file with a template that writes it in data.chat_template, or take it out of the rows"
 SPLIT_HINT = (
     'give one row for each turn of the assistant (with the turns before it as "prompt"), or set data.chat_template to '
@@ -42,40 +41,40 @@ def with_reasoning(message: dict[str, object]) -> dict[str, object]:
 def check_reasoning(message: Message, turn: str) -> None:
     """Raises `TemplateRefusal` where a turn that is learned holds no word of the message's reasoning."""
     for name in REASONING:
-        words = message.more.get(name)
-        if isinstance(words, str) and end_of_text(words, turn, 0, len(turn)) < 0:
-            reason = f"the chat template leaves out the {name} of what the assistant says: {shown(words)}"
+        content = message.more.get(name)
+        if isinstance(content, str) and end_of_text(content, turn, 0, len(turn)) < 0:
+            reason = f"the chat template leaves out the {name} of what the assistant says: {shown(content)}"
             raise TemplateRefusal(reason, SPLIT_HINT)
 
 
 def check_context(messages: Sequence[Message], whole: str) -> None:
     """Raises `TemplateRefusal` for a message of others than the assistant whose words the text does not hold. They may
-    stand anywhere, and be escaped as JSON escapes them.
+    be anywhere, and be escaped as in JSON.
     """
-    place = 0
+    position = 0
     for message in messages:
         if message.role == ASSISTANT or not message.content.strip():
             continue
-        words = message.content.strip()
-        end = _next_end(words, whole, place)
+        content = message.content.strip()
+        end = _next_end(content, whole, position)
         if end < 0:
-            # Slower, and for few: words in another place, or with other white space between them.
-            end = end_of_text(words, whole, place, len(whole))
+            # Slower, and for few: the content elsewhere, or with other white space.
+            end = end_of_text(content, whole, position, len(whole))
         if end >= 0:
-            place = end
-        elif end_of_text(words, whole, 0, place) < 0:
+            position = end
+        elif end_of_text(content, whole, 0, position) < 0:
             reason = f"the chat template leaves out a message of the role {message.role}: {shown(message.content)}"
             raise TemplateRefusal(reason, TEMPLATE_HINT)
 
 
-def _next_end(words: str, whole: str, start: int) -> int:
+def _next_end(content: str, whole: str, start: int) -> int:
     """Where words, as they stand or as JSON escapes them, end behind `start`; -1 if nowhere. What comes next is looked
     at first: a search to the end for each message would take the square of the conversation's length.
     """
-    escaped = json.dumps(words, ensure_ascii=False)[1:-1]
+    escaped = json.dumps(content, ensure_ascii=False)[1:-1]
     near = start + 2 * len(escaped) + _NEAR
-    places = (end_of(text, whole, start, limit) for limit in (near, len(whole)) for text in (words, escaped))
-    return next((place for place in places if place >= 0), -1)
+    ends = (end_of(text, whole, start, limit) for limit in (near, len(whole)) for text in (content, escaped))
+    return next((position for position in ends if position >= 0), -1)
 
 
 def end_of(text: str, whole: str, start: int, limit: int | None = None) -> int:
@@ -89,21 +88,21 @@ def end_of_text(content: str, whole: str, start: int, limit: int) -> int:
     position = whole.find(content.strip(), start, limit)
     if position >= 0:
         return position + len(content.strip())
-    words = re.compile(r"\s*".join(re.escape(word) for word in content.split()))
-    found = words.search(whole, start, limit)
+    pattern = re.compile(r"\s*".join(re.escape(word) for word in content.split()))
+    found = pattern.search(whole, start, limit)
     return found.end() if found is not None else -1
 
 
 def num_shared(one: str, other: str) -> int:
     """How many characters both texts begin with."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+    return next((position for position, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def changes(prompt: str, whole: str) -> str:
     """The sentence that says where a prompt is not what the whole text begins with."""
-    place = num_shared(prompt, whole)
+    position = num_shared(prompt, whole)
     return (
         "the chat template changes earlier text when messages follow: "
-        f"{shown(prompt[place : place + 40])} became {shown(whole[place : place + 40])}"
+        f"{shown(prompt[position : position + 40])} became {shown(whole[position : position + 40])}"
     )

@@ -1,10 +1,8 @@
-"""A chat template and what it sees → text, within bounds of time and size.
+"""Render chat templates in a sandbox with limits on time and size; a template may come from an untrusted model.
 
-Enters: a Jinja template, which may come from a stranger's model, and its variables. Leaves: the rendered text, or
-`TemplateFailure` in one line. The environment is the one that transformers renders chat templates in (immutable
-sandbox, trimmed blocks, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`), with bounds of its own: loops
-and macros count steps, products, powers and joined texts have a greatest size, and the time of the thread is limited.
-Left out: messages and what of the text is learned (`templates`).
+The environment equals that of transformers (immutable sandbox, trimmed blocks, `{% generation %}`, `tojson`,
+`raise_exception`, `strftime_now`). In addition, loops and macros count steps, products, powers and joined texts have a
+maximum size, and CPU time is limited. Errors are `TemplateFailure`.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _LARGEST_POWER_BITS = 10_000
 _LARGEST_ARGUMENT = 1_000_000
 _SIZED_FILTERS = ("center", "indent", "batch", "slice", "round", "format", "truncate", "wordwrap")
 _STEPS_BETWEEN_CLOCKS = 256
-_STEP, _JOINED = "(step)", "(joined)"
+_STEP, _CONCAT = "(step)", "(joined)"
 """Names of filters that no template can write."""
 _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\d{7,}|\*)")
 
@@ -65,14 +63,14 @@ _state = _State()
 def rendered(source: str, variables: Mapping[str, object]) -> str:
     """The text that a template writes. Raises `TemplateFailure`."""
     _state.steps, _state.ends = 0, time.thread_time() + MOST_SECONDS
-    pieces: list[str] = []
+    chunks: list[str] = []
     length = 0
     try:
-        for piece in _compiled(source).generate(**variables):
-            length += len(piece)
+        for chunk in _compiled(source).generate(**variables):
+            length += len(chunk)
             if length > LONGEST_TEXT:
                 raise _OutOfBounds(f"it writes more than {LONGEST_TEXT:,} characters")
-            pieces.append(piece)
+            chunks.append(chunk)
     except RecursionError as problem:
         raise TemplateFailure("it is nested too deeply, or calls itself without an end") from problem
     except MemoryError as problem:
@@ -88,7 +86,7 @@ def rendered(source: str, variables: Mapping[str, object]) -> str:
     ) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise TemplateFailure(reason[:300]) from problem
-    return "".join(pieces)
+    return "".join(chunks)
 
 
 @lru_cache(maxsize=16)
@@ -107,7 +105,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.filters |= {"tojson": _tojson, _STEP: _step, _JOINED: _joined}
+        self.filters |= {"tojson": _tojson, _STEP: _step, _CONCAT: _concat}
         for name in _SIZED_FILTERS:
             self.filters[name] = _within_bounds(self.filters[name])
         self.globals.pop("lipsum")
@@ -162,7 +160,7 @@ class _CountsSteps(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - jinja2 finds it by this name
         self.generic_visit(node)
-        return self._filtered(nodes.List(node.nodes), _JOINED, node)
+        return self._filtered(nodes.List(node.nodes), _CONCAT, node)
 
     def _step(self, near: nodes.Node) -> nodes.Node:
         statement: nodes.Node = nodes.ExprStmt(self._filtered(nodes.Const(""), _STEP, near))
@@ -187,7 +185,7 @@ def _step(_: Context, value: str) -> str:
 
 
 @pass_context
-def _joined(_: Context, values: Sequence[object]) -> str:
+def _concat(_: Context, values: Sequence[object]) -> str:
     """The operator ~."""
     texts = [str(value) for value in values]
     _check_size(sum(map(len, texts)))
@@ -195,7 +193,7 @@ def _joined(_: Context, values: Sequence[object]) -> str:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}`: templates mark with it what the assistant says; its body is written as it stands."""
+    """`{% generation %}`: templates mark with it what the assistant says; its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 

@@ -1,28 +1,15 @@
-"""Worked problems as people write them in a .txt file → rows.
+"""Read worked problems and comparisons that people write in a .txt file.
 
-    Problem: What is 17 + 26?
-    7 + 6 = 13, carry 1
-    1 + 2 + 1 = 4
+    Problem: What is 17 + 26?                 Prompt: Where is my parcel?
+    7 + 6 = 13, carry 1                       Chosen: It left our house today.
+    1 + 2 + 1 = 4                             Rejected: Wait and see.
     Answer: 43
 
-Enters: numbered lines. Leaves: records with `problem`, `reasoning` (a list of steps) and `answer`, or faults. A problem
-begins at a line `Problem:` or `Question:`; its steps follow, one a line; `Answer:` or `Final answer:` ends it. Problem
-and answer may stand on the line below their word. A line `Reasoning:`, `Steps:` or `Solution:` may stand before the
-steps; lines before it go on with the problem. `Q:` with `A:` are Question and Answer (`A:` elsewhere may be an option
-to choose). Case does not matter, a number may stand before the colon (`Problem 3:`), and blank lines mean nothing.
-Left out: what the step format cannot hold (`demonstrations`).
-
-Preferences as people write them in a .txt file → rows.
-
-    Prompt: Where is my parcel?
-    Chosen: It left our house today and will be with you on Friday.
-    Rejected: Wait and see.
-
-Enters: numbered lines. Leaves: records with `prompt`, `chosen` and `rejected`, or faults. A comparison begins at a line
-`Prompt:`, `Question:` or `User:`; `Chosen:` and `Rejected:` follow in either order, also written `Better:` and
-`Worse:`. What follows a word goes on over the lines below it up to the next. Case does not matter, a number may stand
-before the colon (`Prompt 3:`), and blank lines inside a text are kept.
-Left out: what the texts must hold (`preferences`).
+A worked problem starts at `Problem:` or `Question:` and ends at `Answer:` or `Final answer:`; steps are one per line,
+after an optional line `Reasoning:`, `Steps:` or `Solution:` (lines before it continue the problem). `Q:` and `A:` work
+too; an `A:` elsewhere may be an option. A comparison starts at `Prompt:`, `Question:` or `User:`; `Chosen:` and
+`Rejected:` (or `Better:` and `Worse:`) follow in either order. Text continues up to the next label. Case does not
+matter, and a number may precede the colon (`Problem 3:`).
 """
 
 from __future__ import annotations
@@ -89,7 +76,7 @@ def _taken_apart(number: int, text: str) -> _Line:
 
 
 def _worked_record(block: Sequence[_Line], path: str) -> Record | Diagnostic:
-    """One problem, or the fault of the first line that has no place in it."""
+    """One problem, or the diagnostic for its first misplaced line."""
     is_headed = any(line.label is not None and _WORKED_ROLES[line.label] == "reasoning" for line in block)
     parts: dict[Role, list[str]] = {}
     role: Role | None = None
@@ -159,7 +146,7 @@ def preference_records(lines: Iterator[tuple[int, str]], path: str, report: Read
 
 
 def _preference_record(block: Sequence[tuple[int, str]], path: str) -> Record | Diagnostic:
-    """One comparison, or the fault of the first line that has no place in it."""
+    """One comparison, or the diagnostic for its first misplaced line."""
     parts: dict[str, list[str]] = {}
     role = ""
     for number, text in block:
@@ -172,11 +159,11 @@ def _preference_record(block: Sequence[tuple[int, str]], path: str) -> Record | 
             parts[role] = []
         assert role, "a file of comparisons begins with a prompt"
         parts[role].append(text.strip())
-    told = {name: "\n".join(summary).strip() for name, summary in parts.items()}
+    texts = {name: "\n".join(summary).strip() for name, summary in parts.items()}
     for needed in ("prompt", "chosen", "rejected"):
-        if not told.get(needed):
+        if not texts.get(needed):
             return Diagnostic(path, block[0][0], None, needed, f"a comparison without {needed}", _PREFERENCE_EXPECTED)
-    return Record(block[0][0], dict(told))
+    return Record(block[0][0], dict(texts))
 
 
 def _end_of_label(text: str) -> int:

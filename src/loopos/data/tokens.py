@@ -1,24 +1,10 @@
-"""Texts that are far longer than a model reads → their beginnings, which give the same first tokens.
+"""Tokenize texts for heads and for pretraining, and train a tokenizer.
 
-Enters: a tokenizer, a text, how many tokens of it are expected. Leaves: the text, or a beginning of it that has more
-tokens than that, the same ones. Tokenising 100 MB takes more than 20 GB of memory, to keep 256 tokens of it.
-
-Why the tokens are equal: the text is cut before a blank that stands between two ASCII letters or digits. The
-vocabulary is searched for a token that holds a letter or digit followed by a blank. Where there is none, no token
-spans the cut; every merge of BPE makes a token of the vocabulary, so that no merge ever spanned it either, and both
-sides are merged as if the other were not there. The likeliest split of a unigram model parts there as well, and
-WordPiece never joins words. Where there is such a token, or another kind of tokenizer, texts are never cut.
-Left out: how long a row may be (`tokens`, `supervised_tokens`).
-
-Examples → token ids. The only place where text becomes tokens.
-
-Enters: `Labelled` examples and a tokenizer. Leaves: `Encoded` examples, and a report of what was cut. Left out:
-batching.
-
-Documents for pretraining → a tokenizer → pieces of tokens.
-
-Enters: documents. Leaves: a byte-level BPE tokenizer trained on them, `Encoded` pieces. Left out: how documents are
-read (`corpus`), batches, the model.
+`TextBound` shortens very long texts first: tokenizing 100 MB takes more than 20 GB of memory, to keep 256 tokens of it.
+The first tokens do not change: the text is cut before a blank between two ASCII letters or digits, and only if no token
+of the vocabulary contains a letter or digit followed by a blank. Then no token spans the cut. Every BPE merge makes a
+token of the vocabulary, so no merge spans it either; the best split of a unigram model also divides there, and
+WordPiece never joins words. For other vocabularies and tokenizers texts are not cut.
 """
 
 from __future__ import annotations
@@ -32,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loopos.config.diagnostics import DataError, Diagnostic, UserError
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 
 SHORT_CHARACTERS = 1 << 17
-"""Texts up to this are tokenised whole, so that what is lost of them is counted exactly (characters)."""
+"""Texts up to this are tokenized whole, so that what is lost of them is counted exactly (characters)."""
 CHARACTERS_PER_TOKEN = 32
 """Characters of the first try for each token that is expected, doubled until it has that many."""
 CHUNK_CHARACTERS = 1 << 22
-"""Characters that are tokenised at a time, longer texts alone: some 200 bytes of memory each."""
+"""Characters that are tokenized at a time, longer texts one by one: about 200 bytes of memory each."""
 _CUT = re.compile(r"[A-Za-z0-9](?= [A-Za-z0-9])")
 _SPANS_CUT = re.compile(r"[A-Za-z0-9][ Ġ▁]")
 _SEARCHED = 1 << 16
@@ -49,23 +35,24 @@ _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
 
 class TextBound:
-    """Cuts texts for one tokenizer."""
+    """Shortens very long texts for one tokenizer without changing their first tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
     @cached_property
     def is_safe(self) -> bool:
-        """Whether the tokens before a cut are those of the whole text: by the vocabulary, read once."""
+        """Whether a cut leaves the tokens before it unchanged; decided once from the vocabulary."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None or type(backend.model).__name__ not in _KINDS:
             return False
         return not any(_SPANS_CUT.search(token) for token in self.tokenizer.get_vocab())
 
     def beginning(self, text: str, num_tokens: int | None, *, short: int | None = None) -> str:
-        """The beginning of a long text that has more than `num_tokens` tokens, those of the whole text; the text itself
-        where it is short, may not be cut, or has nowhere to cut it. None: all tokens are expected. short: characters up
-        to which a text is left whole; `SHORT_CHARACTERS` when absent.
+        """The beginning of a long text with more than `num_tokens` tokens, which equal those of the whole text.
+
+        Returns the text itself if it is short, cannot be cut safely, or `num_tokens` is None (all tokens are needed).
+        `short`: length in characters up to which texts stay whole; `SHORT_CHARACTERS` by default.
         """
         short = SHORT_CHARACTERS if short is None else short
         if num_tokens is None or len(text) <= short or not self.is_safe:
@@ -74,21 +61,21 @@ class TextBound:
         while size < len(text):
             cut = _CUT.search(text, size, size + _SEARCHED)
             if cut is not None:
-                begun = text[: cut.end()]
-                if self.count(begun) > num_tokens + _MARGIN_TOKENS:
-                    return begun
+                beginning = text[: cut.end()]
+                if self.count(beginning) > num_tokens + _MARGIN_TOKENS:
+                    return beginning
             size *= 2
         return text
 
     def count(self, text: str) -> int:
-        """The tokens of a text, without special ones."""
+        """Number of tokens of a text, without special tokens."""
         batch = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return len(batch["input_ids"])
 
 
 def spans(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of runs of neighbours: at most `most` of them, and at most `CHUNK_CHARACTERS` where one alone does
-    not have more. sizes: characters of each.
+    """Start and end of runs of at most `most` texts and `CHUNK_CHARACTERS` characters (a longer text is a run of its
+    own). `sizes`: characters of each text.
     """
     first, total = 0, 0
     for index, size in enumerate(sizes):
@@ -106,10 +93,11 @@ _MOST_COUNTED = 1 << 21
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as tokens. `ids` are never empty; `token_types` are the segment ids of sentence pairs, for
-    tokenizers that make them; `index` is the example's place in its file or split; `cut` counts the tokens that were
-    truncated. `weights`, as long as `ids`: the factor on the loss of each token as the target of those before it, 0 =
-    context, which the first token always is; None where a method says itself what is learned.
+    """One example as tokens.
+
+    `ids` are never empty; `token_types` are segment ids of sentence pairs, if the tokenizer has them; `index` of the
+    example in its split; `cut` counts truncated tokens. `weights`, as long as `ids`: weight of each token in the loss
+    as a target, 0 = context (always for the first token); None if the method decides what is trained.
     """
 
     ids: list[int]
@@ -121,8 +109,9 @@ class Encoded:
 
 @dataclass
 class TokenReport:
-    """What tokenising did: examples, tokens kept, examples cut and the tokens that they lost. `shortened`: texts so
-    long that their ends were never tokenised; what they lost is counted as far as it was.
+    """Counts of tokenizing: examples, tokens, truncated examples and the tokens they lost.
+
+    `shortened`: texts whose ends were never tokenized; `tokens_cut` is then a lower bound.
     """
 
     examples: int = 0
@@ -145,31 +134,31 @@ class TokenReport:
 
 
 def length_spread(lengths: Sequence[int]) -> str:
-    """The shortest, longest and median length in words; empty where there are none."""
+    """Shortest, longest and median length as text; empty without lengths."""
     if not lengths:
         return ""
     ordered = sorted(lengths)
     return f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
 
 
-def longest(tokenizer: PreTrainedTokenizerBase, max_positions: int | None, asked: int | None) -> int | None:
-    """The number of tokens an example is cut at: what was asked for, never above what the model has positions for;
-    None = no limit.
-    """
+def longest(tokenizer: PreTrainedTokenizerBase, max_positions: int | None, requested: int | None) -> int | None:
+    """The maximum length of an example: the requested one, limited by the model's positions; None = no limit."""
     limits = [
-        limit for limit in (asked, max_positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 10**9
+        limit
+        for limit in (requested, max_positions, tokenizer.model_max_length)
+        if limit is not None and 0 < limit < 10**9
     ]
     return min(limits) if limits else None
 
 
-def encode_labelled(
+def encode_labeled(
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Labelled],
+    examples: Sequence[Labeled],
     *,
     max_length: int | None,
     on_truncation: str = "truncate",
 ) -> tuple[list[Encoded], TokenReport]:
-    """Tokenises texts, and text pairs, with the special tokens that the tokenizer itself adds.
+    """Tokenize texts, and text pairs, with the special tokens that the tokenizer itself adds.
 
     Raises `DataError` naming file and line for an example that gives no token, and for every example over `max_length`
     when `on_truncation` is "error".
@@ -178,34 +167,30 @@ def encode_labelled(
     diagnostics: list[Diagnostic] = []
     report = TokenReport(max_length=max_length)
     bound = TextBound(tokenizer)
-    # What is cut at its front keeps its end.
+    # Truncation on the left needs the end of the text.
     expected = max_length if tokenizer.truncation_side == "right" else None
     for first, last in spans([_size(example) for example in examples], _CHUNK):
         chunk = [_beginning(example, bound, expected) for example in examples[first:last]]
         long = [_size(short) < _size(example) for short, example in zip(chunk, examples[first:last], strict=True)]
-        whole = _tokenise(tokenizer, chunk, None)
+        whole = _tokenize(tokenizer, chunk, None)
         over = [i for i, ids in enumerate(whole["input_ids"]) if max_length is not None and len(ids) > max_length]
         if over:
             _check_room(tokenizer, chunk, max_length)
         near = [_near(chunk[i], examples[first + i], bound, expected) for i in over]
-        cut = dict(zip(over, _rows(_tokenise(tokenizer, near, max_length)), strict=True)) if over else {}
+        cut = dict(zip(over, _rows(_tokenize(tokenizer, near, max_length)), strict=True)) if over else {}
         for i, (ids, types) in enumerate(_rows(whole)):
-            kept_ids, kept_types = cut.get(i, (ids, types))
-            if not kept_ids:
-                diagnostics.append(
-                    _diagnostic(
-                        chunk[i], "text without a single token", "text that the tokenizer turns into at least one token"
-                    )
-                )
+            cut_ids, cut_types = cut.get(i, (ids, types))
+            if not cut_ids:
+                diagnostics.append(_diagnostic(chunk[i], "text without tokens", "text with at least one token"))
             elif i in cut and on_truncation == "error":
                 diagnostics.append(
                     _diagnostic(
                         chunk[i],
                         f"{'at least ' if long[i] else ''}{len(ids)} tokens",
-                        f"at most {max_length} (training.max_length), since data.on_truncation is error",
+                        f"at most {max_length} (training.max_length), because data.on_truncation is error",
                     )
                 )
-            encoded.append(Encoded(kept_ids, kept_types, first + i, len(ids) - len(kept_ids)))
+            encoded.append(Encoded(cut_ids, cut_types, first + i, len(ids) - len(cut_ids)))
             report.truncated += i in cut
             report.shortened += long[i]
     if diagnostics:
@@ -215,24 +200,24 @@ def encode_labelled(
     return encoded, report
 
 
-def _size(example: Labelled) -> int:
+def _size(example: Labeled) -> int:
     return len(example.text) + len(example.text_pair or "")
 
 
-def _beginning(example: Labelled, bound: TextBound, num_tokens: int | None, short: int | None = None) -> Labelled:
-    """The example, with texts that are far too long cut to what is read of them at most; `short` as for `beginning`."""
+def _beginning(example: Labeled, bound: TextBound, num_tokens: int | None, short: int | None = None) -> Labeled:
+    """The example with very long texts shortened; `short` as in `beginning`."""
     text, pair = bound.beginning(example.text, num_tokens, short=short), example.text_pair
     pair = None if pair is None else bound.beginning(pair, num_tokens, short=short)
     is_whole = text is example.text and pair is example.text_pair
     return example if is_whole else replace(example, text=text, text_pair=pair)
 
 
-def _near(example: Labelled, whole: Labelled, bound: TextBound, num_tokens: int | None) -> Labelled:
-    """The example with texts a little longer than what is kept of them: a tokenizer keeps what it cuts off in pieces,
-    and those of a pair times each other.
+def _near(example: Labeled, whole: Labeled, bound: TextBound, num_tokens: int | None) -> Labeled:
+    """The example with texts a little longer than what truncation keeps.
 
-    Of a pair the longer text is cut first, and has one token more in the end where both are: it stays the longer one.
-    By tokens; by characters where a text is too long to be tokenised only to be counted.
+    A tokenizer stores what it truncates in chunks, and for a pair the product of both. Of a pair it truncates the
+    longer text first, so the longer text must stay the longer one: by tokens, or by characters if
+    counting tokens is too slow.
     """
     near = _beginning(example, bound, num_tokens, short=1)
     if near is whole or near.text_pair is None or whole.text_pair is None:
@@ -247,27 +232,27 @@ def _near(example: Labelled, whole: Labelled, bound: TextBound, num_tokens: int 
     return replace(near, text_pair=bound.beginning(whole.text_pair, max(counts), short=1))
 
 
-def _check_room(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labelled], max_length: int | None) -> None:
-    """Raises `UserError` where the special tokens alone fill `max_length`: the tokenizer would not cut at all then."""
+def _check_room(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labeled], max_length: int | None) -> None:
+    """Raise `UserError` if special tokens fill `max_length`: the tokenizer would then not truncate."""
     pairs = any(example.text_pair is not None for example in examples)
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length is not None and max_length <= special:
         raise UserError(
-            f"training.max_length: got {max_length}, expected at least {special + 1 + pairs}: this tokenizer adds "
+            f"training.max_length: got {max_length}; expected at least {special + 1 + pairs}: this tokenizer adds "
             f"{special} special tokens to {'a pair of texts' if pairs else 'a text'}"
         )
 
 
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labelled], max_length: int | None
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Labeled], max_length: int | None
 ) -> dict[str, list[list[int]]]:
-    """Ids and, where the tokenizer makes them, segment ids; a chunk may mix examples with and without a second text."""
+    """Ids and, if the tokenizer has them, segment ids; examples with and without a second text may be mixed."""
     texts = [
         (example.text, example.text_pair) if example.text_pair is not None else example.text for example in examples
     ]
     limits = {"truncation": True, "max_length": max_length} if max_length is not None else {"truncation": False}
     if any(isinstance(text, tuple) for text in texts) and not all(isinstance(text, tuple) for text in texts):
-        parts = [_tokenise(tokenizer, [example], max_length) for example in examples]
+        parts = [_tokenize(tokenizer, [example], max_length) for example in examples]
         return {name: [part[name][0] for part in parts] for name in parts[0]}
     pairs = all(isinstance(text, tuple) for text in texts)
     batch = tokenizer(
@@ -286,7 +271,7 @@ def _rows(batch: dict[str, list[list[int]]]) -> list[tuple[list[int], list[int] 
     return [(ids, types[i] if types is not None else None) for i, ids in enumerate(batch["input_ids"])]
 
 
-def _diagnostic(example: Labelled, actual: str, expected: str) -> Diagnostic:
+def _diagnostic(example: Labeled, actual: str, expected: str) -> Diagnostic:
     return Diagnostic(example.row.source, example.row.line, None, "text", actual, expected)
 
 
@@ -294,8 +279,9 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019) of at most `vocab_size` tokens: every text
-    can be written in it and read back. Pad, BOS and EOS are three tokens of their own.
+    """A byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019) of at most `vocab_size` tokens.
+
+    It encodes every text without loss; pad, BOS and EOS are separate tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -312,17 +298,17 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, max_length: int) -> list[Encoded]:
-    """Every document's tokens and its EOS, cut into pieces of at most `max_length`. No piece spans two documents.
+    """Tokenize documents, each with EOS, into chunks of at most `max_length` tokens; no chunk spans two documents.
 
-    A piece begins with the last token of the one before it: every token but a document's first is predicted once.
-    `index` is the document's place.
+    A chunk starts with the last token of the previous one, so that every token except a document's first is predicted
+    once. `index` is the document's index.
     """
     assert max_length >= 2, max_length
-    pieces: list[Encoded] = []
+    chunks: list[Encoded] = []
     for begin, end in spans([len(document) for document in documents], len(documents)):
         batch = tokenizer(list(documents[begin:end]), add_special_tokens=False, verbose=False)["input_ids"]
         for index, ids in enumerate(batch, start=begin):
             whole = [*ids, tokenizer.eos_token_id]
             for first in range(0, len(whole) - 1, max_length - 1):
-                pieces.append(Encoded(whole[first : first + max_length], None, index))
-    return pieces
+                chunks.append(Encoded(whole[first : first + max_length], None, index))
+    return chunks

@@ -1,11 +1,9 @@
-"""Tools that a conversation may call, and calls of them, as chat templates take them.
-
-Enters: the value of a row's column of tools, or of a message's `tool_calls`. Leaves: tools in OpenAI's form
+"""Read tools and tool calls into the form that chat templates use.
 
     {"type": "function", "function": {"name": ..., "description": ..., "parameters": {JSON Schema}}}
 
-and calls whose arguments are objects, or problems. A tool without the outer object gets it; arguments and lists kept as
-JSON text are parsed. Left out: whether a template writes them (`templates`), whether a call fits its schema.
+A tool without the outer object gets it; arguments and lists in JSON text are parsed. Calls are not checked against
+their schema.
 """
 
 from __future__ import annotations
@@ -29,13 +27,13 @@ _ARGUMENTS_EXPECTED = "an object, also as JSON text"
 
 def tools_of(fields: RowFields) -> tuple[Tool, ...]:
     """The tools of a row, none where it has none; what cannot be read is noted in `fields.problems`."""
-    value, place = fields.structure("tools"), fields.field("tools")
+    value, field = fields.structure("tools"), fields.field("tools")
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
     if not isinstance(value, list):
-        fields.add("tools are no list", place, f"{shown(value)} ({kind_name(value)})", _TOOLS_EXPECTED)
+        fields.add("tools are no list", field, f"{shown(value)} ({kind_name(value)})", _TOOLS_EXPECTED)
         return ()
-    tools = [_tool(fields, f"{place}[{number}]", item) for number, item in enumerate(value)]
+    tools = [_tool(fields, f"{field}[{number}]", item) for number, item in enumerate(value)]
     return tuple(tool for tool in tools if tool is not None)
 
 
@@ -51,19 +49,19 @@ def with_calls(fields: RowFields, source: str, more: dict[str, object]) -> dict[
     """A message's other keys with its calls of tools as templates take them: `function_call`, OpenAI's older name for a
     single call, becomes a list of one, and an empty list goes.
     """
-    kept = {name: value for name, value in more.items() if name not in (CALLS, OLD_CALL)}
+    others = {name: value for name, value in more.items() if name not in (CALLS, OLD_CALL)}
     value = more.get(CALLS)
     if isinstance(value, str):
         value = structure_of(value) or value
     if value is None and OLD_CALL in more:
         value = [{"type": "function", "function": more[OLD_CALL]}]
     if value is None or value == []:
-        return kept
+        return others
     if not isinstance(value, list):
         fields.add("tool_calls are no list", f"{source}.{CALLS}", shown(value), f"a list with {_CALL_EXPECTED}")
-        return kept
+        return others
     calls = [_call(fields, f"{source}.{CALLS}[{number}]", call) for number, call in enumerate(value)]
-    return {**kept, CALLS: calls}
+    return {**others, CALLS: calls}
 
 
 def call_names(more: Mapping[str, object]) -> list[str]:

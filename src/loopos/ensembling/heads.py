@@ -24,7 +24,7 @@ from loopos.evaluation.predictor import EnsemblePredictor
 from loopos.evaluation.progress import Tell
 from loopos.models.model_folder import ENSEMBLE, FORMAT, kind_of, model_folder, read_description
 from loopos.storage.json_files import save_json
-from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+from loopos.storage.output_folder import REPORT, open_output_folder, require_new_folder
 
 _OF_VALUES = ("mean", "weighted")
 # A majority's probabilities are made so that half marks the line.
@@ -82,7 +82,7 @@ def join(
     method that does not suit; `DataError` for bad rows; `DiskFull`.
     """
     _check(members, settings)
-    refuse_taken(out)
+    require_new_folder(out)
     folders = [model_folder(member) for member in members]
     descriptions = [read_description(folder) for folder in folders]
     _check_members(members, folders, descriptions, settings)
@@ -99,7 +99,7 @@ def join(
         measured.append(Measured(source, *opened.judge(source, settings.columns)))
     copied = folders if settings.copy else []
     needed = sum(file.stat().st_size for folder in copied for file in folder.iterdir())
-    with shipped_folder(out, needed, "the ensemble") as partial:
+    with open_output_folder(out, needed, "the ensemble") as partial:
         if settings.copy:
             places = _copied(folders, partial)
         else:

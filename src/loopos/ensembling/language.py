@@ -30,7 +30,7 @@ from loopos.models.resolve import WeightsSource, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.json_files import save_json
 from loopos.storage.manifest import check_manifest
-from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+from loopos.storage.output_folder import REPORT, open_output_folder, require_new_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def join_language(
     not suit, members whose tokens differ where distributions are mixed; `DiskFull`.
     """
     _check(members, settings)
-    refuse_taken(out)
+    require_new_folder(out)
     sources = [_source(member, copy=settings.copy) for member in members]
     if len({_identity(source) for source in sources}) < len(sources):
         raise UserError(
@@ -96,7 +96,7 @@ def join_language(
         tell(number, total, member)
         alone.append(_measured(member, str(settings.test), device))
     needed = sum(_bytes(source) for source in sources) if settings.copy else 0
-    with shipped_folder(out, needed, "the ensemble") as partial:
+    with open_output_folder(out, needed, "the ensemble") as partial:
         paths = [_path(source, number, partial, out, copy=settings.copy) for number, source in enumerate(sources, 1)]
         told = {"method": settings.method, "members": described_members(members, paths), "weights": list(weights)}
         save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, "method": "ensemble", LANGUAGE_ENSEMBLE: told})

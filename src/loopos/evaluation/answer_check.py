@@ -39,7 +39,7 @@ def judge_all(
             example.row.values,
             step_format=step_format,
             checker=checker,
-            place=example.row.where,
+            place=example.row.location,
         )
         for found, example in zip(answered, examples, strict=True)
     ]

@@ -161,7 +161,7 @@ class _Sampler:
             example.row.values,
             step_format=step_format,
             checker=self._check.checker,
-            place=example.row.where,
+            place=example.row.location,
         )
         right = [verdict for verdict in verdicts if _teaches(verdict, example, step_format)]
         distinct: dict[tuple[str, ...], list[str]] = {}

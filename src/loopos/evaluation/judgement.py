@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from loopos.config.figures import figure
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.labelled import Target
 from loopos.data.labels import LabelSpace
 from loopos.data.reading import FormatReport
@@ -37,7 +37,7 @@ class Judgement:
     """
 
     space: LabelSpace
-    examples: Sequence[Labelled]
+    examples: Sequence[Labeled]
     targets: Sequence[Target]
     meaning: Meaning
     report: FormatReport
@@ -151,7 +151,7 @@ class Judgement:
         return found
 
 
-def _named(example: Labelled) -> dict[str, Any]:
+def _named(example: Labeled) -> dict[str, Any]:
     """Where a row stands and what it says: its line, or its number from 0 where its file has no lines."""
     row = example.row
     place = {"line": row.line} if row.line is not None else {"row": row.index}

@@ -27,11 +27,11 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules
-from loopos.data.formats import Labelled, read_labelled
+from loopos.data.formats import Labeled, read_labeled
 from loopos.data.label_space import LabelSpace, label_space_of
 from loopos.data.labelled import Target, encode_all
 from loopos.data.rows import Row
-from loopos.data.tokens import TokenReport, encode_labelled
+from loopos.data.tokens import TokenReport, encode_labeled
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
 from loopos.evaluation.judgement import Judgement
 from loopos.evaluation.outputs import Meaning, interpret, measure, outputs_of
@@ -87,7 +87,7 @@ class Predictor:
         """One prediction a row of a data file, in its order. Raises `DataError` for a row without text: none is
         skipped.
         """
-        examples, _ = read_labelled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
+        examples, _ = read_labeled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
         return self.predict_examples(examples)
 
     def evaluate_file(
@@ -96,13 +96,13 @@ class Predictor:
         """`Judgement.metrics` of a labelled data file."""
         return judge_file(self, source, columns, on_bad_row=on_bad_row).metrics
 
-    def meaning_of(self, examples: Sequence[Labelled], targets: Sequence[Target] = ()) -> Meaning:
+    def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target] = ()) -> Meaning:
         """What the outputs for examples say; their labels are not looked at."""
         return self.meaning(self.outputs(examples))
 
-    def outputs(self, examples: Sequence[Labelled]) -> Tensor:
+    def outputs(self, examples: Sequence[Labeled]) -> Tensor:
         """Outputs `[N, C]` of the head, in the examples' order."""
-        encoded, self.tokens = encode_labelled(self.tokenizer, examples, max_length=self.description["max_length"])
+        encoded, self.tokens = encode_labeled(self.tokenizer, examples, max_length=self.description["max_length"])
         return outputs_of(self.model, encoded, self.device)
 
     def meaning(self, outputs: Tensor) -> Meaning:
@@ -114,7 +114,7 @@ class Predictor:
             target_std=self.description["target_std"],
         )
 
-    def predict_examples(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+    def predict_examples(self, examples: Sequence[Labeled]) -> list[dict[str, Any]]:
         """As `predict`, of examples; their labels are not looked at."""
         return answers_of(self.space, self.meaning_of(examples), threshold=self.description["threshold"])
 
@@ -125,10 +125,10 @@ def space_of(description: Mapping[str, Any]) -> LabelSpace:
     return label_space_of(space)
 
 
-def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labelled]:
+def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labeled]:
     """Texts or text pairs as examples without labels."""
     return [
-        Labelled(
+        Labeled(
             text if isinstance(text, str) else text[0],
             None if isinstance(text, str) else text[1],
             None,
@@ -212,7 +212,7 @@ class EnsemblePredictor:
 
     def predict_file(self, source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """As `Predictor.predict_file`."""
-        examples, _ = read_labelled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
+        examples, _ = read_labeled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
         return self.predict_examples(examples)
 
     def evaluate_file(
@@ -227,7 +227,7 @@ class EnsemblePredictor:
         """The metrics of each member, and those of the ensemble, from one pass over the members."""
         alone: list[dict[str, float]] = []
 
-        def together(examples: Sequence[Labelled], targets: Sequence[Target]) -> Meaning:
+        def together(examples: Sequence[Labeled], targets: Sequence[Target]) -> Meaning:
             def visit(meaning: Meaning, threshold: float) -> None:
                 alone.append(measure(self.space.task, meaning, targets, threshold=threshold))
 
@@ -236,19 +236,19 @@ class EnsemblePredictor:
         judgement = judge_file(self, source, columns, on_bad_row=on_bad_row, meaning_of=together)
         return alone, judgement.metrics
 
-    def meaning_of(self, examples: Sequence[Labelled], targets: Sequence[Target] = ()) -> Meaning:
+    def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target] = ()) -> Meaning:
         """As `Predictor.meaning_of`, of all members together."""
         return self.combined(examples).meaning
 
     def truths(self, source: str, columns: Mapping[str, str] | None = None) -> tuple[list[Meaning], list[Target]]:
         """What every member says of the rows of a labelled file, and their encoded labels."""
-        read, report = read_labelled(rows.read(source), columns or {}, remembered=self.columns)
+        read, report = read_labeled(rows.read(source), columns or {}, remembered=self.columns)
         examples, targets, _ = encode_all(self.space, read, report, on_bad_row="error")
         summary: list[Meaning] = []
         self.combined(examples, lambda meaning, _: summary.append(meaning))
         return summary, targets
 
-    def combined(self, examples: Sequence[Labelled], visit: Visit | None = None) -> Combined:
+    def combined(self, examples: Sequence[Labeled], visit: Visit | None = None) -> Combined:
         """What the members say together. visit: is shown the meaning of each member in turn, classes in this
         ensemble's order.
         """
@@ -269,7 +269,7 @@ class EnsemblePredictor:
         self.tell(len(self.places), len(self.places), "")
         return tally.result()
 
-    def predict_examples(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+    def predict_examples(self, examples: Sequence[Labeled]) -> list[dict[str, Any]]:
         """As `predict`, of examples; their labels are not looked at."""
         found = self.combined(examples)
         answers = answers_of(self.space, found.meaning, threshold=self.description["threshold"])
@@ -294,7 +294,7 @@ def open_predictor(
     return Predictor.open(source, device=device, precision=precision)
 
 
-MeaningOf: TypeAlias = Callable[[Sequence[Labelled], Sequence[Target]], Meaning]
+MeaningOf: TypeAlias = Callable[[Sequence[Labeled], Sequence[Target]], Meaning]
 """Says what a model's outputs for examples mean; their encoded labels are not for it to look at."""
 
 
@@ -306,7 +306,7 @@ class TaskModel(Protocol):
     columns: dict[str, str | None]
     tokens: TokenReport
 
-    def meaning_of(self, examples: Sequence[Labelled], targets: Sequence[Target]) -> Meaning: ...
+    def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target]) -> Meaning: ...
 
 
 def judge_file(
@@ -325,7 +325,7 @@ def judge_file(
         meaning_of: takes the place of the model's own.
     """
     reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
-    read, report = read_labelled(reader, columns or {}, remembered=model.columns)
+    read, report = read_labeled(reader, columns or {}, remembered=model.columns)
     examples, targets, report = encode_all(model.space, read, report, on_bad_row=on_bad_row)
     meaning = (meaning_of or model.meaning_of)(examples, targets)
     threshold = model.description["threshold"]

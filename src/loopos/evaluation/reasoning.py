@@ -17,11 +17,11 @@ from loopos.config.diagnostics import UserError
 from loopos.config.keys import Strategy
 from loopos.data.conversations import Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
-from loopos.data.prompts import Words
+from loopos.data.prompts import PromptContent
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_rows import PlainText
-from loopos.data.supervised_tokens import Problem, before_answer, prompt_tokens
+from loopos.data.supervised_tokens import Problem, prompt_messages, prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.checkers import Sample, majority
 from loopos.generation.engine import Engine
@@ -32,7 +32,7 @@ from loopos.models.ensemble_recipe import read_ensemble
 from loopos.models.language_ensemble import LanguageEnsemble
 from loopos.models.opened import open_speaking
 
-Ranker: TypeAlias = Callable[[Sequence[tuple[Words, str]]], list[float]]
+Ranker: TypeAlias = Callable[[Sequence[tuple[PromptContent, str]]], list[float]]
 """Prompts with a response each → a score each; a higher one is better."""
 
 
@@ -266,7 +266,7 @@ def _messages(actual: str | Sequence[Mapping[str, object]]) -> Problem:
     return messages
 
 
-def _words(problem: Problem) -> Words:
+def _words(problem: Problem) -> PromptContent:
     """What was asked, as a reward model reads it."""
     match problem:
         case str():
@@ -274,7 +274,7 @@ def _words(problem: Problem) -> Words:
         case RawText(prompt=text):
             return text
         case Demonstration():
-            return tuple(before_answer(problem))
+            return tuple(prompt_messages(problem))
         case Question():
             if problem.tools:
                 raise UserError("a reward model ranks answers to prompts without tools; leave --reward-model out")

@@ -27,8 +27,8 @@ from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
 from loopos.data.preferences import Comparison
-from loopos.data.prompts import Words
-from loopos.data.prompts import told as text_of
+from loopos.data.prompts import PromptContent
+from loopos.data.prompts import prompt_text as text_of
 from loopos.data.responses_to_score import read_responses
 from loopos.data.rows import Row
 from loopos.data.supervised_tokens import OverLength
@@ -136,7 +136,7 @@ class Scored:
     metrics: dict[str, float]
 
 
-def judged_words(prompt: Words, response: str, *, as_text: bool) -> tuple[Words, Words]:
+def judged_words(prompt: PromptContent, response: str, *, as_text: bool) -> tuple[PromptContent, PromptContent]:
     """What a reward model reads of a prompt and a response. as_text: it was trained on texts as they stand, without a
     template.
     """
@@ -226,7 +226,7 @@ class RewardPredictor:
         judged = self.judge([judged_words(prompt, response, as_text=as_text) for prompt, response in pairs])
         return [each.score for each in judged]
 
-    def rank(self, conversations: Sequence[tuple[Words, str]]) -> list[float]:
+    def rank(self, conversations: Sequence[tuple[PromptContent, str]]) -> list[float]:
         """The score of each response, a text, after its prompt; −∞ for what is longer than the model was trained on.
         Raises `UserError` where nothing fits.
         """
@@ -234,21 +234,23 @@ class RewardPredictor:
         pairs = [judged_words(prompt, response, as_text=as_text) for prompt, response in conversations]
         return [-math.inf if found is None else found.score for found in self.judge_what_fits(pairs)]
 
-    def judge(self, conversations: Sequence[tuple[Words, Words]]) -> list[Judged]:
+    def judge(self, conversations: Sequence[tuple[PromptContent, PromptContent]]) -> list[Judged]:
         """Each response, after its prompt, by itself: messages for the chat template, both of them, or texts that stand
         as they are. Raises `UserError` for messages that the template refuses and what is longer than the model was
         trained on.
         """
         return list(self._judged(conversations, "error").values())
 
-    def judge_what_fits(self, conversations: Sequence[tuple[Words, Words]]) -> list[Judged | None]:
+    def judge_what_fits(self, conversations: Sequence[tuple[PromptContent, PromptContent]]) -> list[Judged | None]:
         """As `judge`, but None for what is longer than the model was trained on. Raises `UserError` where nothing
         fits.
         """
         found = self._judged(conversations, "drop")
         return [found.get(index) for index in range(len(conversations))]
 
-    def _judged(self, conversations: Sequence[tuple[Words, Words]], over_length: OverLength) -> dict[int, Judged]:
+    def _judged(
+        self, conversations: Sequence[tuple[PromptContent, PromptContent]], over_length: OverLength
+    ) -> dict[int, Judged]:
         """Place → what is said of it."""
         examples = [
             Comparison(prompt, (response,), (), Row({}, "responses", None, position))

@@ -256,7 +256,7 @@ class Run:
         lock = lock_state(self.path)
         if lock is not None:
             # Whoever ends in order lets go of the folder; what is left of a lock tells that its process could not.
-            return "running" if lock.is_held else "killed"
+            return "running" if lock.is_active else "killed"
         if self.ended_by is not None:
             if self.ended_by == "callback error":
                 return "failed"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from loopos.data.prompts import Words, told
+from loopos.data.prompts import PromptContent, prompt_text
 from loopos.data.record import shown
 from loopos.evaluation.own_code import OwnFunction, called_for, number_of, own_function, plain
 from loopos.evaluation.policy_metrics import WinRate, wilson_interval
@@ -35,7 +35,7 @@ PLACES: tuple[str, ...] = ("first", "second", "tie")
 class Contest:
     """One prompt and the answers of A and of B. `prompt`: messages, or a text that was continued as it is."""
 
-    prompt: Words
+    prompt: PromptContent
     a: str
     b: str
 
@@ -81,7 +81,7 @@ def by_function(name: str) -> PairJudge:
     def judge(contests: Sequence[Contest]) -> list[Ruling | None]:
         found: list[Ruling | None] = []
         for each in contests:
-            asked = told(each.prompt)
+            asked = prompt_text(each.prompt)
             about = called_for(asked)
             place, scores = _ruling(function, function(asked, each.a, each.b, about=about), about)
             swapped, scores_swapped = _ruling(function, function(asked, each.b, each.a, about=about), about)

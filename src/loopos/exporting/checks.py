@@ -32,9 +32,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from transformers.utils import logging as transformers_logging
 
 from loopos.config.diagnostics import UserError
-from loopos.data.formats import Labelled
+from loopos.data.formats import Labeled
 from loopos.data.rows import Row
-from loopos.data.tokens import encode_labelled
+from loopos.data.tokens import encode_labeled
 from loopos.evaluation.outputs import interpret, outputs_of
 from loopos.evaluation.reward_predictor import Normalisation
 from loopos.exporting import onnx as onnx_file
@@ -154,10 +154,10 @@ def outputs_at(folder: Path, kind: ModelKind, rounded_to: torch.dtype | None = N
     """
     if kind in ("head", "reward"):
         model, tokenizer, description = open_task_model(folder)
-        row = Labelled(PROBE, None, None, Row({}, "probe", None, 0))
+        row = Labeled(PROBE, None, None, Row({}, "probe", None, 0))
         if rounded_to is not None:
             round_weights(model.backbone.model, rounded_to)
-        encoded, _ = encode_labelled(tokenizer, [row], max_length=description["max_length"])
+        encoded, _ = encode_labeled(tokenizer, [row], max_length=description["max_length"])
         return outputs_of(model, encoded, torch.device("cpu"))
     opener: Any = AutoModelForSequenceClassification if kind == "classifier" else AutoModel
     opened = opener.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -273,8 +273,8 @@ def _diagnostic(program: str, found: Tensor, expected: Tensor, description: dict
 def answers_at(folder: Path) -> Tensor:
     """LoopOS's own answers to the probe texts `[N, O]`, in fp32."""
     model, tokenizer, description = open_task_model(folder)
-    rows = [Labelled(text, None, None, Row({}, "probe", None, index)) for index, text in enumerate(PROBES)]
-    encoded, _ = encode_labelled(tokenizer, rows, max_length=description["max_length"])
+    rows = [Labeled(text, None, None, Row({}, "probe", None, index)) for index, text in enumerate(PROBES)]
+    encoded, _ = encode_labeled(tokenizer, rows, max_length=description["max_length"])
     return meaning(outputs_of(model, encoded, torch.device("cpu")), description)
 
 

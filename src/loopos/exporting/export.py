@@ -36,7 +36,7 @@ from loopos.models.resolve import ResolvedModel, find_model
 from loopos.models.task_layout import how_it_opens, layout_in
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.manifest import check_manifest
-from loopos.storage.output_folder import REPORT, refuse_taken, shipped_folder
+from loopos.storage.output_folder import REPORT, open_output_folder, require_new_folder
 from loopos.storage.tensor_files import folder_tensors, holds_weights, require_finite, usual_dtype, weight_files
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -76,14 +76,14 @@ def export(
     hold, or settings that contradict each other; `DiskFull`; `MissingRequirement` where a package is missing.
     """
     type_name = check_settings(settings)
-    refuse_taken(out)
+    require_new_folder(out)
     model = find_model(source)
     for folder in (model.folder, model.adapter):
         if folder is not None:
             check_manifest(folder)
     _check_format(model, settings)
     needed = _bytes_of(model.folder) if model.folder is not None else 0
-    with shipped_folder(out, needed, "the exported model") as partial:
+    with open_output_folder(out, needed, "the exported model") as partial:
         # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
         scratch = partial / ".scratch"
         scratch.mkdir()

@@ -1,1 +1,1 @@
-"""Pure mathematics on tensors: reductions and losses. Torch alone."""
+"""Pure functions on tensors: losses, advantages, log-probabilities, packing. Imports only torch."""

@@ -1,10 +1,6 @@
-"""Which of two validations is better.
+"""Compare validations (which is better) and answers (which is most frequent).
 
-Enters: a metric of each, and the loss of each. Leaves: a verdict. Training decides by it what is kept, and reports
-decide by it what they say of a finished run. Left out: which metric it is.
-
-The answer that most agree on. Enters: a key an answer, None where it has no voice. Leaves: which key won, and by how
-much. Left out: what makes two answers the same.
+Training uses `is_better` to select the best checkpoint, reports use it to judge a finished run.
 """
 
 from __future__ import annotations
@@ -23,9 +19,10 @@ def is_better(
     than_loss: float | None = None,
     min_delta: float = 0.0,
 ) -> bool:
-    """Whether `metric` is above (`mode` "max") or below ("min") `than` by more than `min_delta`; of equal metrics the
-    one with the lower loss, where both are known. None, nan and infinity are never better; any finite metric is better
-    than an unknown one.
+    """Whether `metric` is above (`mode` "max") or below ("min") `than` by more than `min_delta`.
+
+    Equal metrics are decided by the lower loss, if both losses are known. None, nan and infinity are never better; any
+    finite metric is better than an unknown one.
     """
     if metric is None or not math.isfinite(metric):
         return False
@@ -38,8 +35,9 @@ def is_better(
 
 
 def plurality(keys: Sequence[str | None]) -> tuple[int, float] | None:
-    """The place of the first of the keys that occur most, and their share of all; of equally many, the group that comes
-    first wins. None where no key has a voice.
+    """Index of the first occurrence of the most frequent key, and its fraction of all keys.
+
+    Ties go to the key that occurs first. Keys that are None do not vote; None if no key votes.
     """
     votes = Counter(key for key in keys if key is not None)
     if not votes:

@@ -1,15 +1,8 @@
-"""The loss of a language model without its logits: cross-entropy over the vocabulary in chunks of rows.
+"""Cross-entropy and log-probabilities of a language model without materializing the `[M, V]` logits.
 
-Enters: hidden states at the positions whose next token is trained, the output embedding, the targets. Leaves: a sum of
-negative log-likelihoods. Left out: which positions those are.
-Letters: M trained positions, d hidden size, V vocabulary.
-
-Log-probabilities of chosen tokens, with their gradient, without the logits of a whole row.
-
-Enters: hidden states at the positions that predict the tokens, the output embedding, the tokens. Leaves: a
-log-probability for each, and the entropy of its distribution. The logits of a chunk of rows are made and dropped; where
-the embedding trains, they are made once more for the backward pass, else their gradient is kept as one of states.
-Letters: M positions, d hidden size, V vocabulary.
+Logits are computed for chunks of rows and dropped. Where the embedding trains, log-probabilities recompute them for the
+backward pass; otherwise their gradient is kept as one of hidden states.
+Letters: M trained positions, d hidden size, V vocabulary, R rows of a chunk.
 """
 
 from __future__ import annotations
@@ -23,21 +16,21 @@ from torch import Tensor
 
 from loopos.functional.reductions import gradient_sum
 
-# Rows whose products with the output embedding are made at once, and those of them that are worked on in fp32 at once:
-# so few that their logits stay in a processor's cache.
+# Rows per product with the output embedding, and rows processed in fp32 at once: few enough that their logits stay in
+# the CPU cache.
 CHUNK = 512
 _BLOCK = 32
 
 
 @dataclass(frozen=True)
 class LogitShape:
-    """What a model does to E·h: z = scale · E·h, then, with a soft cap c, c · tanh(z / c)."""
+    """How a model computes logits from E·h: z = scale · E·h, then, with a soft cap c, c · tanh(z / c)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, products: Tensor) -> Tensor:
-        """E·h → logits, in fp32, in place where it is that already."""
+        """E·h → logits in fp32; in place if the input is fp32."""
         logits = products.float()
         if self.scale != 1.0:
             logits = logits.mul_(self.scale)
@@ -52,14 +45,14 @@ class LogitShape:
 
 
 def blocks(products: Tensor) -> Iterator[slice]:
-    """Rows of a chunk's products `[R, V]` to work on at once: few on a processor, all on other devices."""
+    """Slices of a chunk's products `[R, V]` to process at once: few rows on a CPU, all rows on other devices."""
     size = _BLOCK if products.device.type == "cpu" else max(1, len(products))
     for first in range(0, len(products), size):
         yield slice(first, min(first + size, len(products)))
 
 
-def normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(z) `[R, V]`, and logsumexp(z) `[R, 1]` from it: z_top − log p_top, as the largest p is never small."""
+def softmax_and_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) `[R, V]` and logsumexp(z) `[R, 1]`, computed as z_top − log p_top (the largest p is never small)."""
     probabilities = torch.softmax(logits, -1)
     top = logits.amax(-1, keepdim=True)
     return probabilities, top - probabilities.amax(-1, keepdim=True).log()
@@ -68,8 +61,8 @@ def normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; the full `[M, V]` logits never exist.
 
-    The gradient of the output embedding is summed in fp32, whatever its own number format, and goes to the embedding's
-    own sum where it has one.
+    The gradient of the output embedding is summed in fp32, whatever its dtype, and added to the embedding's gradient
+    sum if it has one.
     """
 
     @staticmethod
@@ -84,16 +77,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
         for first in range(0, len(targets), CHUNK):
             rows = slice(first, first + CHUNK)
-            states, chosen, share = hidden[rows], targets[rows, None], weights[rows, None]
+            states, chosen, weight = hidden[rows], targets[rows, None], weights[rows, None]
             products = states @ embedding.t()
             for part in blocks(products):
                 logits = shape(products[part])
-                probabilities, log_normaliser = normalised(logits)
-                total += ((log_normaliser - logits.gather(1, chosen[part])) * share[part]).sum()
+                probabilities, log_normalizer = softmax_and_normalizer(logits)
+                total += ((log_normalizer - logits.gather(1, chosen[part])) * weight[part]).sum()
                 if d_hidden is None and d_embedding is None:
                     continue
                 # d loss / d logits = weight · (softmax − one at the target)
-                d_logits = (probabilities * share[part]).scatter_add_(1, chosen[part], -share[part])
+                d_logits = (probabilities * weight[part]).scatter_add_(1, chosen[part], -weight[part])
                 products[part] = shape.backward(logits, d_logits)
             if d_hidden is not None:
                 torch.mm(products, embedding, out=d_hidden[rows])
@@ -106,15 +99,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kept = list(ctx.saved_tensors)
+        saved = list(ctx.saved_tensors)
         d_hidden = d_embedding = None
         if ctx.wants[0]:
-            states = kept.pop(0)
+            states = saved.pop(0)
             d_hidden = states * gradient.to(states.dtype)
         if ctx.buffer is not None:
-            ctx.buffer().addcmul_(kept.pop(0), gradient)
+            ctx.buffer().addcmul_(saved.pop(0), gradient)
         elif ctx.wants[1]:
-            d_embedding = (kept.pop(0) * gradient).to(ctx.embedding_dtype)
+            d_embedding = (saved.pop(0) * gradient).to(ctx.embedding_dtype)
         return d_hidden, d_embedding, None, None, None
 
 
@@ -150,19 +143,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs)
         wants_hidden, wants_embedding = ctx.needs_input_grad[:2]
-        # d logprob / d hidden, a row each: all that the backward pass of a frozen embedding needs.
+        # d logprob / d hidden, one row each: all that backward needs for a frozen embedding.
         slopes = torch.empty_like(hidden) if wants_hidden and not wants_embedding else None
         for rows in _chunks(len(targets)):
             products, chosen = hidden[rows] @ embedding.t(), targets[rows, None]
             for part in blocks(products):
                 logits = shape(products[part])
                 scaled = logits / temperature if temperature != 1.0 else logits
-                probabilities, log_normaliser = normalised(scaled)
-                at = slice(rows.start + part.start, rows.start + part.stop)
-                logprobs[at] = (scaled.gather(1, chosen[part]) - log_normaliser)[:, 0]
-                entropies[at] = log_normaliser[:, 0] - torch.linalg.vecdot(probabilities, scaled)
+                probabilities, log_normalizer = softmax_and_normalizer(scaled)
+                span = slice(rows.start + part.start, rows.start + part.stop)
+                logprobs[span] = (scaled.gather(1, chosen[part]) - log_normalizer)[:, 0]
+                entropies[span] = log_normalizer[:, 0] - torch.linalg.vecdot(probabilities, scaled)
                 if slopes is not None:
-                    one = torch.ones_like(log_normaliser)
+                    one = torch.ones_like(log_normalizer)
                     d_logits = _d_logits(probabilities, chosen[part], one, temperature)
                     products[part] = shape.backward(logits, d_logits)
             if slopes is not None:
@@ -186,18 +179,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
         elif wants_embedding:
             d_embedding = torch.zeros(embedding.shape, dtype=torch.float32, device=hidden.device)
         for rows in _chunks(len(targets)):
-            states, chosen, share = hidden[rows], targets[rows, None], d_logprobs[rows, None]
+            states, chosen, weight = hidden[rows], targets[rows, None], d_logprobs[rows, None]
             products = states @ embedding.t()
             for part in blocks(products):
                 logits = ctx.shape(products[part])
                 scaled = logits / ctx.temperature if ctx.temperature != 1.0 else logits
-                probabilities, log_normaliser = normalised(scaled)
-                d_logits = _d_logits(probabilities, chosen[part], share[part], ctx.temperature)
+                probabilities, log_normalizer = softmax_and_normalizer(scaled)
+                d_logits = _d_logits(probabilities, chosen[part], weight[part], ctx.temperature)
                 if with_entropy:
                     # d H / d z_j = −p_j·(log p_j + H)
-                    at = slice(rows.start + part.start, rows.start + part.stop)
-                    surprise = scaled - log_normaliser + entropies[at, None]
-                    d_logits -= probabilities * surprise * (d_entropies[at, None] / ctx.temperature)
+                    span = slice(rows.start + part.start, rows.start + part.stop)
+                    surprise = scaled - log_normalizer + entropies[span, None]
+                    d_logits -= probabilities * surprise * (d_entropies[span, None] / ctx.temperature)
                 products[part] = ctx.shape.backward(logits, d_logits)
             if d_hidden is not None:
                 torch.mm(products, embedding, out=d_hidden[rows])
@@ -207,10 +200,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return d_hidden, returned, None, None, None
 
 
-def _d_logits(probabilities: Tensor, chosen: Tensor, share: Tensor, temperature: float) -> Tensor:
-    """d (share·log p_y) / d z = share·((one at y) − p) / τ, `[R, V]`; `chosen` y and `share` `[R, 1]`."""
-    share = share / temperature
-    return (probabilities * -share).scatter_add_(1, chosen, share)
+def _d_logits(probabilities: Tensor, chosen: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """d (w·log p_y) / d z = w·(onehot(y) − p) / τ, `[R, V]`; `chosen` y and `weight` w `[R, 1]`."""
+    weight = weight / temperature
+    return (probabilities * -weight).scatter_add_(1, chosen, weight)
 
 
 def token_logprobs(

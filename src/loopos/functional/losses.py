@@ -1,4 +1,4 @@
-"""Losses as sums, never means: one place (`training.update`) divides by the step's count.
+"""Losses as sums, never means: only `training.update` divides, by the count of the whole step.
 
 Letters: N sequences, C classes or outputs. All arithmetic in fp32.
 """
@@ -22,7 +22,7 @@ def cross_entropy_sum(
 
 
 def class_weight_sum(labels: Tensor, class_weights: Tensor | None) -> float:
-    """What `cross_entropy_sum` is divided by: Σ_i w_{y_i}, or N without weights. labels `[N]`."""
+    """The count of `cross_entropy_sum`: Σ_i w_{y_i}, or N without weights. labels `[N]`."""
     return float(len(labels)) if class_weights is None else float(class_weights[labels].sum())
 
 

@@ -1,4 +1,4 @@
-"""The losses of proximal policy optimization, token by token: the objective sums them, `training.update` divides.
+"""Per-token losses of proximal policy optimization; the objective sums them and `training.update` divides.
 
 Letters: M tokens of responses. All arithmetic in fp32.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PolicyTerms:
-    """Per token, `[M]`: `loss` with its gradient; `ratio` ρ, `is_clipped` (1 where the clipped branch counts) and
-    `approximate_kl` (k3 of old against new) without.
+    """Per token, `[M]`: `loss` with gradient; without gradient the `ratio` ρ, `is_clipped` (1 where the clipped term is
+    the loss) and `approximate_kl` (k3 of old to new policy).
     """
 
     loss: Tensor
@@ -37,7 +37,7 @@ def clipped_policy_terms(
     dual_clip c > 1: where A < 0 the loss is at most −A·c (Ye et al. 2020, equation 5). All `[M]`.
     """
     difference = logprobs.float() - old_logprobs.float()
-    # e^80 is the end of fp32: beyond it the ratio would be inf, and its gradient nan where it counts for nothing.
+    # e^80 is close to the fp32 maximum: a ratio of inf would give nan gradients even where it is clipped.
     ratio = difference.clamp(max=80.0).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
@@ -56,7 +56,7 @@ def clipped_policy_terms(
 
 @dataclass(frozen=True, slots=True)
 class ValueTerms:
-    """Per token, `[M]`: `loss` with its gradient, `is_clipped` (1 where the clipped branch counts) without."""
+    """Per token, `[M]`: `loss` with gradient; `is_clipped` without (1 where the clipped term is the loss)."""
 
     loss: Tensor
     is_clipped: Tensor

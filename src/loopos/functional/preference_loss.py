@@ -1,4 +1,4 @@
-"""The loss of a reward model: which of two responses people prefer.
+"""The pairwise loss of a reward model.
 
 Letters: P pairs. All arithmetic in fp32.
 """
@@ -20,7 +20,7 @@ def bradley_terry_sum(
 ) -> Tensor:
     """Σ_i w_i·[−p_i·log σ(Δ_i) − (1 − p_i)·log σ(−Δ_i)] with Δ_i = r_better − r_worse − margin_i, in nats.
 
-    p is the probability that the better one is preferred (1 where None: Bradley and Terry 1952; Christiano et al. 2017,
+    p is the probability that the better one is preferred (1 if None: Bradley and Terry 1952; Christiano et al. 2017,
     section 2.2.3, with soft labels as there), the margin that of Touvron et al. 2023 (Llama 2, section 3.2.2; 0 where
     None), w the weight of each pair (1 where None). All `[P]` → scalar. Its count is Σ w.
     """

@@ -1,12 +1,8 @@
-"""Reductions over packed rows of tokens.
+"""Reductions over packed tokens, and fp32 gradient sums for half-precision weights.
 
+Autograd adds the gradients of a weight that is used twice (a tied embedding) or of a frequent token in the weight's own
+dtype, where small terms vanish. `sum_gradient_of` gives a weight an fp32 buffer; weights without one use autograd.
 Letters: T tokens, N sequences, d hidden size.
-
-Gradients of half-precision weights that are summed in fp32, past autograd.
-
-Autograd adds the gradients of a weight that is used twice (a tied embedding), and those of a token that occurs often,
-in the weight's own format, where small terms vanish beside a large sum. Enters: a weight whose owner has given it a sum
-by `sum_gradient_of`. Leaves: gradients in that sum. A weight without one gets its gradient from autograd as ever.
 """
 
 from __future__ import annotations
@@ -29,25 +25,25 @@ def segment_reduce(values: Tensor, lengths: Tensor, how: str) -> Tensor:
 
 
 def weighted_mean(sums: Mapping[str, Tensor], counts: Mapping[str, float], weights: Mapping[str, float]) -> Tensor:
-    """Σ_name weight·sum / count over the names that have a weight: the objective of one micro-batch's share of a step.
+    """Σ_name weight·sum / count over the weighted names: the part of one micro-batch in a step's objective.
 
-    sums: scalars by name. counts: the whole step's counts, over all micro-batches and ranks, so that the shares add up
-    to the mean. A count of 0 gives 0.
+    sums: scalars by name. counts: the whole step's counts, over all micro-batches and ranks, so that the
+    contributions sum to the mean. A count of 0 gives 0.
     """
-    shares = [sums[name] * (weight / counts[name] if counts[name] else 0.0) for name, weight in weights.items()]
-    return torch.stack(shares).sum()
+    terms = [sums[name] * (weight / counts[name] if counts[name] else 0.0) for name, weight in weights.items()]
+    return torch.stack(terms).sum()
 
 
 _SUM = "_loopos_gradient_sum"
 
 
 def sum_gradient_of(weight: Tensor, buffer: Callable[[], Tensor]) -> None:
-    """From now on operations that can add the gradient of `weight` to `buffer()`, fp32 and of its shape."""
+    """Let supporting operations add the gradient of `weight` to `buffer()`, which is fp32 and of its shape."""
     setattr(weight, _SUM, buffer)
 
 
 def gradient_sum(weight: Tensor) -> Callable[[], Tensor] | None:
-    """What gives the buffer of this weight; None where it has none, or does not train now."""
+    """The function that returns the buffer of a weight; None if it has none or does not train now."""
     found: Callable[[], Tensor] | None = getattr(weight, _SUM, None)
     return found if weight.requires_grad else None
 
@@ -67,9 +63,7 @@ class _SummedLookup(torch.autograd.Function):
 
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of an embedding, `[..., d]` of `[V, d]`. Where the weight has a sum, its gradient is added there, only to
-    the rows that were looked up.
-    """
+    """Embedding lookup, `[..., d]` from `[V, d]`; a gradient buffer only receives the rows that were looked up."""
     buffer = gradient_sum(weight)
     if buffer is None or not torch.is_grad_enabled():
         return F.embedding(ids, weight)

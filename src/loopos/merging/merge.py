@@ -40,7 +40,7 @@ from loopos.models.resolve import ADAPTER_CONFIG
 from loopos.models.task_layout import TaskLayout, layout_at
 from loopos.storage.durable import explain_disk_full
 from loopos.storage.json_files import save_json
-from loopos.storage.output_folder import NOTHING_WRITTEN, REPORT, shipped_folder
+from loopos.storage.output_folder import NOTHING_WRITTEN, REPORT, open_output_folder
 from loopos.storage.tensor_files import TensorSpec, num_bytes, save_tensors, write_tensors
 from loopos.storage.whole_folder import whole_folder
 
@@ -334,7 +334,7 @@ def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
     tensors, config = summed(adapters, factors)
     folder = Path(recipe.output_dir)
     seconds = time.monotonic() - began
-    with shipped_folder(folder, num_bytes(tensors), "the adapter") as partial:
+    with open_output_folder(folder, num_bytes(tensors), "the adapter") as partial:
         save_tensors(partial / ADAPTER_WEIGHTS, tensors)
         save_json(partial / ADAPTER_CONFIG, config)
         write_recipe(partial, recipe)

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
-from loopos.config.differences import as_begun
+from loopos.config.differences import resumed_config
 from loopos.config.sections import LoraSection
 from loopos.data.tokens import longest
 from loopos.evaluation.own_metrics import OwnMetrics
@@ -77,7 +77,7 @@ class Trainer(ABC, Generic[ConfigT]):
             session(self.config.training, self.config.distributed) as (self.device, self.world),
             claim(self.run_dir, self.world, resume=resume, note=self.progress.warn),
         ):
-            self.config = as_begun(self.config, self.run_dir)
+            self.config = resumed_config(self.config, self.run_dir)
             self.load_data()
             self.build_model()
             with self.running():

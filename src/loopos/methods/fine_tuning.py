@@ -20,10 +20,10 @@ from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.formats import ROLES
-from loopos.data.labelled import LabelledData, check_for_task, load_labelled
+from loopos.data.labelled import LabeledData, check_for_task, load_labeled
 from loopos.data.reading import account
 from loopos.data.targets import targets_of
-from loopos.data.tokens import Encoded, TokenReport, encode_labelled
+from loopos.data.tokens import Encoded, TokenReport, encode_labeled
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.methods.base import Trainer
@@ -45,10 +45,10 @@ _MAIN_METRIC = {"classification": "accuracy", "multi_label": "micro_f1", "regres
 class FineTuner(Trainer[FineTuningConfig]):
     """Adapts a pretrained language model to a task: `FineTuner(config).train()`."""
 
-    def load_data(self) -> tuple[Pretrained, LabelledData]:
+    def load_data(self) -> tuple[Pretrained, LabeledData]:
         """Reads, splits and tokenises the rows; says what was decided."""
         config, section = self.config, self.config.model
-        self.data = load_labelled(config.data, section, seed=config.training.seed)
+        self.data = load_labeled(config.data, section, seed=config.training.seed)
         check_for_task(config, self.data.space)
         self.pretrained = self.load_pretrained()
         self.max_length = self.longest_of(self.pretrained)
@@ -69,7 +69,7 @@ class FineTuner(Trainer[FineTuningConfig]):
         return self.pretrained, self.data
 
     def _encode(self, examples: Sequence[Any]) -> tuple[list[Encoded], TokenReport]:
-        return encode_labelled(
+        return encode_labeled(
             self.pretrained.tokenizer,
             examples,
             max_length=self.max_length,

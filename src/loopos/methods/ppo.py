@@ -133,7 +133,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
         # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
         kept = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
-        words, gather = self.encoder.words, world.gather_shares
+        words, gather = self.encoder.origins, world.gather_shares
         self.collector = Collector(
             self.engine, self.roles, rewards, device=self.device, words=words, kept=kept, gather=gather
         )

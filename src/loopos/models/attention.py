@@ -64,8 +64,8 @@ def _plans(
 ) -> list[_Plan]:
     plans = []
     for bundle in layout.bundles():
-        query, key = bundle.places(groups, rows), bundle.places(groups, 1)
-        kept, key_kept = bundle.kept(groups, rows), bundle.kept(groups, 1)
+        query, key = bundle.row_index(groups, rows), bundle.row_index(groups, 1)
+        is_token, key_is_token = bundle.is_token(groups, rows), bundle.is_token(groups, 1)
         behind, key_behind = layout.num_tokens * groups * rows, layout.num_tokens * groups
         mask = additive_mask(bundle, groups=groups, rows=rows, causal=causal, window=window, dtype=dtype)
         plans.append(
@@ -73,9 +73,9 @@ def _plans(
                 count=len(bundle.tokens),
                 query=query,
                 key=key,
-                query_back=query if kept is None else torch.where(kept, query, behind),
-                key_back=key if key_kept is None else torch.where(key_kept, key, key_behind),
-                pads=None if kept is None else ~kept[:, None],
+                query_back=query if is_token is None else torch.where(is_token, query, behind),
+                key_back=key if key_is_token is None else torch.where(key_is_token, key, key_behind),
+                pads=None if is_token is None else ~is_token[:, None],
                 mask=mask,
             )
         )
@@ -110,13 +110,13 @@ class _BundledAttention(torch.autograd.Function):
         num_heads, num_tokens, size = query.shape
         groups = key.shape[0]
         rows = num_heads // groups
-        plans = layout.kept_for_layers(
+        plans = layout.cached(
             ("plans", groups, rows, causal, window, query.dtype),
             lambda: _plans(layout, groups, rows, causal, window, query.dtype),
         )
         queries, keys, values = _token_major(query), _token_major(key), _token_major(value)
         out = query.new_empty(num_tokens * num_heads + 1, size)
-        kept: list[Tensor] = []
+        is_token: list[Tensor] = []
         for plan in plans:
             batch = groups * plan.count
             q = queries.index_select(0, plan.query).view(batch, -1, size)
@@ -128,21 +128,21 @@ class _BundledAttention(torch.autograd.Function):
                 scores = torch.baddbmm(plan.mask, q, k.transpose(1, 2), alpha=scale)
             probabilities = torch.softmax(scores, -1)
             out.index_copy_(0, plan.query_back, torch.bmm(probabilities, v).view(-1, size))
-            kept += [q, k, v, probabilities]
-        ctx.save_for_backward(*kept)
+            is_token += [q, k, v, probabilities]
+        ctx.save_for_backward(*is_token)
         ctx.plans, ctx.scale, ctx.shape = plans, scale, (num_heads, groups, num_tokens, size)
         return out[:-1].view(num_tokens, num_heads, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         num_heads, groups, num_tokens, size = ctx.shape
-        kept = ctx.saved_tensors
+        is_token = ctx.saved_tensors
         gradients = gradient.reshape(-1, size)
         d_query = gradient.new_empty(num_tokens * num_heads + 1, size)
         d_key = gradient.new_empty(num_tokens * groups + 1, size)
         d_value = torch.empty_like(d_key)
         for number, plan in enumerate(ctx.plans):
-            q, k, v, probabilities = kept[4 * number : 4 * number + 4]
+            q, k, v, probabilities = is_token[4 * number : 4 * number + 4]
             d_out = gradients.index_select(0, plan.query)
             if plan.pads is not None:
                 d_out.masked_fill_(plan.pads, 0.0)
@@ -258,7 +258,7 @@ def packed_attention(
     q, k, v = query[0], key[0], value[0]
     plain = softcap is None and dropout == 0.0
     on_cpu = plain and q.device.type == "cpu" and max(packed_layout.lengths) < FUSED_FROM
-    if packed_layout.branches is not None and not (on_cpu and causal and sliding_window is None):
+    if packed_layout.segments is not None and not (on_cpu and causal and sliding_window is None):
         raise PackedUnsupported("branches that share a trunk need plain causal attention on CPU")
     if on_cpu:
         bundled: Callable[..., Tensor] = _BundledAttention.apply

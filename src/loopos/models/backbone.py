@@ -326,7 +326,7 @@ def _branches_are_exact(model: PreTrainedModel) -> bool:
     trunk, first, second = ids[:4], ids[4:7], ids[7:]
     apart = PackedLayout((7, 8), model.device)
     expected = _packed_hidden_states(model, torch.cat([trunk, first, trunk, second]), apart, None)[apart.ends()]
-    together = PackedLayout.of_branches([(4, 3, 4)], model.device)
+    together = PackedLayout.of_shared_prefixes([(4, 3, 4)], model.device)
     try:
         found = _packed_hidden_states(model, ids, together, None)[together.last_tokens()]
         # Attention dropout, which branches cannot have, is on in training only.

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from loopos.config.diagnostics import UserError
-from loopos.storage.foreign_errors import bare_as_value_error
+from loopos.storage.foreign_errors import untyped_as_value_error
 
 BROKEN = (
     OSError,
@@ -39,7 +39,7 @@ BROKEN = (
 def broken_as_user_error(reading: str, *, advice: str = "") -> Iterator[None]:
     """Errors of a library leave the block as a `UserError`: "reading: the reason; advice"."""
     try:
-        with bare_as_value_error():
+        with untyped_as_value_error():
             yield
     except BROKEN as problem:
         raise UserError(f"{reading}: {reason_of(problem)}{f'; {advice}' if advice else ''}") from problem

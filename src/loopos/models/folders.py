@@ -50,7 +50,7 @@ from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE, described, kin
 from loopos.models.quantized import is_quantized
 from loopos.models.quantized_folder import save_weights
 from loopos.models.task_layout import TaskLayout, folder_tokenizer
-from loopos.storage.durable import FileRecord, fsync_place
+from loopos.storage.durable import FileRecord, fsync_path
 from loopos.storage.json_files import save_json
 from loopos.storage.manifest import check_manifest, read_manifest, write_manifest
 from loopos.storage.tensor_files import read_tensors, require_finite, save_tensors
@@ -264,11 +264,11 @@ def save_pretrained(path: Path, causal: PreTrainedModel, tokenizer: PreTrainedTo
         for file in sorted(partial.iterdir()):
             if file != weights and file.name != MANIFEST:
                 file.replace(folder / file.name)
-        fsync_place(folder)
+        fsync_path(folder)
         weights.replace(final)
         write_manifest(folder, records)
-        fsync_place(folder / MANIFEST)
-        fsync_place(folder)
+        fsync_path(folder / MANIFEST)
+        fsync_path(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

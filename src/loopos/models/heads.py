@@ -20,7 +20,7 @@ def pool(hidden: Tensor, layout: PackedLayout, how: str) -> Tensor:
     """One fp32 vector a sequence: the mean, the maximum, the first or the last of its real tokens. hidden `[T, d]`
     → `[N, d]`. Sequences with branches give one for each branch, and have "last" alone.
     """
-    assert how == "last" or layout.branches is None, how
+    assert how == "last" or layout.segments is None, how
     assert how in POOLINGS, how
     if how == "last":
         return hidden[layout.last_tokens()].float()

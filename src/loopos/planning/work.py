@@ -32,14 +32,14 @@ from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import LoraSection
-from loopos.data.labelled import LabelledData, load_labelled
+from loopos.data.labelled import LabeledData, load_labeled
 from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt
 from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
-from loopos.data.tokens import Encoded, TokenReport, encode_labelled, longest
+from loopos.data.tokens import Encoded, TokenReport, encode_labeled, longest
 from loopos.methods.pretraining import Pretrainer
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
@@ -55,7 +55,7 @@ from loopos.training.progress import RunProgress
 class Inputs:
     """Rows and their tokens; `max_length` is where examples are cut (tokens)."""
 
-    data: LabelledData
+    data: LabeledData
     tokenizer: PreTrainedTokenizerBase
     architecture: PreTrainedConfig
     max_length: int | None
@@ -68,17 +68,17 @@ class Inputs:
 def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
     """Reads and tokenises what the config names. Raises `UserError`, as training does."""
     section, model = config.data, config.model
-    data = load_labelled(section, model, seed=config.training.seed)
+    data = load_labeled(section, model, seed=config.training.seed)
     sizes = Sizes.of(model, max_length=config.training.max_length)
     architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
     source = weights_source(section.pretrained_weights)
     tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     max_length = longest(tokenizer, positions, config.training.max_length)
-    train, train_report = encode_labelled(
+    train, train_report = encode_labeled(
         tokenizer, data.train, max_length=max_length, on_truncation=section.on_truncation
     )
-    validation, validation_report = encode_labelled(
+    validation, validation_report = encode_labeled(
         tokenizer, data.validation, max_length=max_length, on_truncation=section.on_truncation
     )
     return Inputs(data, tokenizer, architecture, max_length, train, train_report, validation, validation_report)

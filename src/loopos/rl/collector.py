@@ -125,7 +125,7 @@ class Collector:
             prompt = request.prompts[completion.prompt_index]
             origin = self._words.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
             ended = completion.finish_reason in ("stop token", "stop string")
-            response = Response(origin.text, prompt, completion.text, completion.token_ids, ended, origin.place)
+            response = Response(origin.text, prompt, completion.text, completion.token_ids, ended, origin.location)
             found.append((response, torch.tensor(completion.logprobs)))
         return found, written.staleness
 

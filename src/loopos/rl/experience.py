@@ -31,7 +31,7 @@ from loopos.config.rl import PpoTrainingSection
 from loopos.data.batches import Cursor
 from loopos.functional.advantages import (
     KlEstimator,
-    generalised_advantages,
+    generalized_advantages,
     kl_terms,
     token_rewards,
     truncated_importance,
@@ -249,7 +249,7 @@ def experience_of(
     rewards = token_rewards(scores, penalty, mask, kl_coefficient=kl_coefficient)
     if settings.whiten_rewards:
         rewards = whitened(rewards, mask, shift_mean=False)
-    advantages, returns = generalised_advantages(
+    advantages, returns = generalized_advantages(
         rewards, state_values, mask, discount=settings.discount, smoothing=settings.gae_lambda
     )
     if settings.whiten_advantages:

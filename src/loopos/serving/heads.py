@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import ASSISTANT, Message
-from loopos.data.prompts import Words
+from loopos.data.prompts import PromptContent
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reward_predictor import RewardPredictor
@@ -92,10 +92,10 @@ class ScoreHead:
     def __init__(self, predictor: RewardPredictor) -> None:
         self._predictor = predictor
 
-    def questions(self, asked: ScoreRequest) -> Sequence[tuple[Words, Words]]:
+    def questions(self, asked: ScoreRequest) -> Sequence[tuple[PromptContent, PromptContent]]:
         return _pairs(asked, as_text=bool(self._predictor.opened.description["text"]))
 
-    def answers(self, questions: Sequence[tuple[Words, Words]]) -> Answers:
+    def answers(self, questions: Sequence[tuple[PromptContent, PromptContent]]) -> Answers:
         judged = self._predictor.judge(questions)
         data: list[dict[str, Any]] = []
         for index, each in enumerate(judged):
@@ -154,7 +154,7 @@ class HeadService(Generic[Body, Question]):
             raise ApiError(400, told, param=param, code="invalid_value") from error
 
 
-def _pairs(asked: ScoreRequest, *, as_text: bool) -> list[tuple[Words, Words]]:
+def _pairs(asked: ScoreRequest, *, as_text: bool) -> list[tuple[PromptContent, PromptContent]]:
     """Prompts with a response each. as_text: the model was trained on texts as they stand, without a template."""
     if (asked.messages is None) == (asked.prompt is None) or (asked.prompt is None) != (asked.response is None):
         raise ApiError(

@@ -34,7 +34,7 @@ from loopos.data.record import shown
 from loopos.data.rows import Row
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_tokens import prompt_tokens
-from loopos.data.templates import ChatTemplate, Piece, TemplateRefusal
+from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
 from loopos.serving.decoder import Decoder, ModelThread, Ticket
@@ -116,7 +116,7 @@ class Prompts:
         if len(numbers) < len(spelled):
             raise TemplateRefusal(changed)
         row = [
-            Piece(
+            Segment(
                 "" if index % 2 else text,
                 begins=piece.begins and index == 0,
                 closes=piece.closes and index == len(texts) - 1,

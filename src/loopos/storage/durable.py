@@ -1,13 +1,8 @@
-"""Durable writing: bytes enter, leave as files that survive a crash at any instant, hashed on the way.
+"""Durable file writing: files survive a crash at any instant and are hashed while they are written.
 
-A full disk becomes one `DiskFull` line, any other refusal of the file system one `StorageError` line that names its
-file. Left out: what the bytes mean (`tensor_format.py`, `training.checkpoint`, `training.events`), folders
-(`whole_folder.py`); nothing here imports torch.
-
-Whether a folder can be written, found out by writing: permissions do not tell of a read-only disk, of /proc, or of
-what an administrator may not do either.
-
-Enters: a folder, there or not. Leaves: nothing, or the error that names it. Left out: how much room there is.
+A full disk raises `DiskFull`; any other refusal of the file system raises a `StorageError` that names the file.
+`require_writable` checks a folder by writing to it: permission bits do not show a read-only disk. torch is not
+imported.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from loopos.config.diagnostics import SettingError, UserError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
-RESUME = "what was saved before is whole: {remedy}, then continue with --resume"
+RESUME = "earlier checkpoints are intact: {remedy}, then continue with --resume"
 _DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
     errno.EIO: "check the disk",
@@ -37,29 +32,29 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs' files",
 }
-# Errors that are about files even where they name none: a read, a write or an fsync of an open one.
+# Errors of open files (read, write, fsync), which carry no file name.
 _OF_OPEN_FILES = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.EMFILE, *_DISK_FULL_CODES})
 
 
 class StorageError(UserError):
-    """The file system refused to write or to read; what was being written is not there, what was there before is."""
+    """The file system refused to read or write; the old content is intact, the new content is not there."""
 
     exit_code = 74
 
 
 class DiskFull(StorageError):
-    """The disk, or the user's quota of it, is full."""
+    """The disk or the user's quota is full."""
 
 
 def is_of_files(error: OSError) -> bool:
-    """Whether an error is one of the file system, and not of a network or a hub, whose errors are an `OSError` too."""
+    """Whether an `OSError` is of the file system rather than of the network or a hub."""
     if error.errno is None or isinstance(error, ConnectionError):
         return False
     return error.filename is not None or error.errno in _OF_OPEN_FILES
 
 
-def run_summary(error: OSError, source: str | Path = "a file") -> str:
-    """An error of the file system in words: the file, or `place` where it names none, and the reason."""
+def describe_os_error(error: OSError, source: str | Path = "a file") -> str:
+    """A file system error as text: its file, or `source` if it names none, and the reason."""
     path = source if error.filename is None else os.fsdecode(error.filename)
     return f"{path}: {error.strerror or type(error).__name__}"
 
@@ -74,11 +69,11 @@ class FileRecord:
 
 @contextmanager
 def explain_disk_full(folder: Path, needed_bytes: int, what: str, advice: str = RESUME) -> Iterator[None]:
-    """Turn "no space left" (ENOSPC, EDQUOT) inside the block into a `DiskFull` that gives needed and free bytes, and
-    any other error of the file system into a `StorageError` that names the file. advice: what to do, with the place
-    {remedy} for what must be mended first.
+    """Turn file system errors inside the block into errors for the user.
 
-    Errors of a network pass through unchanged.
+    "No space left" (ENOSPC, EDQUOT) becomes a `DiskFull` with needed and free bytes, any other error of the file system
+    a `StorageError` that names the file. `advice` says what to do, with {remedy} for what must be fixed first. Network
+    errors pass through.
     """
     try:
         yield
@@ -86,9 +81,9 @@ def explain_disk_full(folder: Path, needed_bytes: int, what: str, advice: str = 
         if not is_of_files(error):
             raise
         if error.errno not in _DISK_FULL_CODES:
-            remedy = advice.format(remedy=_REMEDIES.get(error.errno or 0, "mend this"))
-            raise StorageError(f"{run_summary(error, folder)} (while writing {what}); {remedy}") from error
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+            remedy = advice.format(remedy=_REMEDIES.get(error.errno or 0, "fix this"))
+            raise StorageError(f"{describe_os_error(error, folder)} (while writing {what}); {remedy}") from error
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
         free_bytes = shutil.disk_usage(existing).free
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
         raise DiskFull(
@@ -99,9 +94,7 @@ def explain_disk_full(folder: Path, needed_bytes: int, what: str, advice: str = 
 
 @contextmanager
 def names_file(path: Path) -> Iterator[None]:
-    """Gives an `OSError` that passes through the block the file that it is about, where it names none: a write or an
-    fsync that fails knows a descriptor only.
-    """
+    """Add the file name to an `OSError` that has none: a failed write or fsync only knows a descriptor."""
     try:
         yield
     except OSError as error:
@@ -111,7 +104,7 @@ def names_file(path: Path) -> Iterator[None]:
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-    """Write a new file and fsync it; returns its size in bytes. Raises `FileExistsError` if it is there already."""
+    """Write a new file and fsync it; returns its size in bytes. Raises `FileExistsError` if the file exists."""
     size = 0
     with names_file(path), path.open("xb") as file:
         for chunk in chunks:
@@ -136,8 +129,9 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, or replaces it, at once and durably: a crash at any instant leaves the old one or the new one. Its
-    mode is the umask's. Raises `OSError`; the old file is whole then.
+    """Write or replace a file atomically and durably: a crash leaves the old file or the new one.
+
+    The mode follows the umask. Raises `OSError`; the old file is then intact.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -146,22 +140,22 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    # Ctrl-C too must leave nothing beside the file.
+    # Ctrl-C, too, must leave no temporary file.
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    fsync_place(path.parent)
+    fsync_path(path.parent)
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file as it lies on the disk, read once in pieces."""
+    """Size and SHA-256 of a file on disk, read once in chunks."""
     with names_file(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileRecord(size=file.tell(), sha256=digest.hexdigest())
 
 
-def fsync_place(path: Path) -> None:
-    """Make a file's content durable, or the names inside a folder: a rename survives a power cut only after this."""
+def fsync_path(path: Path) -> None:
+    """fsync a file or a folder; a rename survives a power cut only after its folder is synced."""
     with names_file(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -171,11 +165,11 @@ def fsync_place(path: Path) -> None:
 
 
 def require_writable(key: str, folder: Path) -> None:
-    """Raises `SettingError` where `folder` cannot be made or written. key: the setting that names it."""
+    """Raise `SettingError` if `folder` cannot be created or written to; `key` is the setting that names it."""
     above = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".loopos-", dir=above))
     except OSError as problem:
         raise SettingError(
-            key, f"nothing can be written in {above} ({problem.strerror}); name another place than {folder}"
+            key, f"{above} is not writable ({problem.strerror}); choose another folder than {folder}"
         ) from problem

@@ -1,10 +1,10 @@
-"""What happened in a run enters, one JSON line an event leaves: `events.jsonl`, the truth of a run.
+"""The event log `events.jsonl`: one JSON line per event, the authoritative record of a run.
 
     {"event": "step", "step": 7, "metrics": {"loss": 0.5}, "timing": {"seconds": 0.1}}
 
-What a resumed run must repeat exactly stands in `metrics`, what a clock made in `timing`. The log is cut back to the
-checkpoint's offset at resume, so that it equals the uninterrupted run's in all but timing and session events.
-TensorBoard is a thin adapter with the same `write`. Left out: drawing (see `evaluation.report`); torch is not imported.
+`metrics` holds what a resumed run must repeat exactly, `timing` what depends on the clock. Resume truncates the log to
+the offset in the checkpoint, so that it equals the log of the uninterrupted run except for timing and session events.
+`TensorBoardAdapter` has the same `write`. torch is not imported.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
 _KEYS = frozenset({"event", "step", "metrics", "timing"})
-_PIECE_BYTES = 65536
+_CHUNK_BYTES = 65536
 RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
 
 
 class EventLogError(UserError):
-    """An event log that is not what the run wrote: the message names the file and the line or byte."""
+    """The event log was damaged or changed; the message names the file and the line or byte."""
 
 
 class EventWriter(Protocol):
-    """What receives events: the log itself and every adapter."""
+    """Interface of event receivers: the log and every adapter."""
 
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """Record one event."""
 
     def close(self) -> None:
-        """Write what is held back and let the file go."""
+        """Flush and close."""
 
 
 class EventLog:
-    """Append-only JSON lines. A line is handed to the system whole, so that a killed process loses none.
+    """Append-only JSON lines. Each line is written at once, so that a killed process loses none.
 
-    Opening drops a torn last line (a power cut or a full disk left it); `torn_bytes` says how many bytes that were.
-    watch: called with each event once it is written. Raises `DiskFull`.
+    Opening drops an incomplete last line (power cut, full disk); `torn_bytes` is its size. `watch` is called
+    with each event after it is written. Raises `DiskFull`.
     """
 
     def __init__(self, path: Path, watch: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -63,7 +63,7 @@ class EventLog:
         self._hashed, self._digest = 0, hashlib.sha256()
 
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
-        """Append one event; nan and inf become the texts "nan", "inf" and "-inf". Raises `DiskFull`."""
+        """Append one event; nan and inf become the strings "nan", "inf" and "-inf". Raises `DiskFull`."""
         event = {"event": kind, "step": step, "metrics": _finite(metrics), "timing": _finite(timing)}
         line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._descriptor).st_size
@@ -79,22 +79,20 @@ class EventLog:
             self._watch(json.loads(line))
 
     def offset(self) -> int:
-        """Bytes of the log so far, made durable first: what a checkpoint stores for `rewind`. Raises `DiskFull`."""
+        """Sync the log and return its size in bytes, which a checkpoint stores for `rewind`. Raises `DiskFull`."""
         with self._explain_disk_full(0):
             os.fsync(self._descriptor)
         return os.fstat(self._descriptor).st_size
 
     def sha256(self, offset: int) -> str:
-        """SHA-256 (hexadecimal) of the first `offset` bytes, each of which is read once however often this is called
-        with growing offsets.
-        """
+        """SHA-256 (hexadecimal) of the first `offset` bytes; calls with growing offsets read each byte only once."""
         if offset < self._hashed:
             self._hashed, self._digest = 0, hashlib.sha256()
         while self._hashed < offset:
-            piece = os.pread(self._descriptor, min(_PIECE_BYTES, offset - self._hashed), self._hashed)
-            assert piece, f"{self.path} is shorter than {offset:,} bytes"
-            self._digest.update(piece)
-            self._hashed += len(piece)
+            chunk = os.pread(self._descriptor, min(_CHUNK_BYTES, offset - self._hashed), self._hashed)
+            assert chunk, f"{self.path} is shorter than {offset:,} bytes"
+            self._digest.update(chunk)
+            self._hashed += len(chunk)
         return self._digest.hexdigest()
 
     def rewind(self, offset: int) -> None:
@@ -115,7 +113,7 @@ class EventLog:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let the file go; nothing is held back."""
+        """Close the file; nothing is buffered."""
         os.close(self._descriptor)
 
     def __enter__(self) -> EventLog:
@@ -132,7 +130,7 @@ class EventLog:
     def _end_of_last_whole_line(self, size: int) -> int:
         end = size
         while end > 0:
-            start = max(0, end - _PIECE_BYTES)
+            start = max(0, end - _CHUNK_BYTES)
             position = os.pread(self._descriptor, end - start, start).rfind(b"\n")
             if position >= 0:
                 return start + position + 1
@@ -141,10 +139,10 @@ class EventLog:
 
 
 class TensorBoardAdapter:
-    """The numbers among the metrics and timings, as TensorBoard scalars called `kind/name`.
+    """Writes the numbers among metrics and timings as TensorBoard scalars named `kind/name`.
 
-    Events without a step and values that are not numbers are left to `events.jsonl`. `resumed_step` hides what an
-    earlier process wrote from that step on. Raises `MissingRequirement` when the extra `track` is missing.
+    Events without a step and values that are not numbers are skipped. `resumed_step` hides what an earlier process
+    wrote from that step on. Raises `MissingRequirement` if the extra `track` is missing.
     """
 
     def __init__(self, folder: Path, *, resumed_step: int | None = None) -> None:
@@ -161,18 +159,19 @@ class TensorBoardAdapter:
         if step is None:
             return
         for name, value in {**metrics, **timing}.items():
-            # TensorBoard keeps the time of day itself.
+            # TensorBoard records the time of day itself.
             if name != "time" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is held back and let the file go."""
+        """Flush and close."""
         self._writer.close()
 
 
 def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Every event in order, of the first `num_bytes` where that is given. A torn last line is left out; a broken line
-    elsewhere raises `EventLogError`.
+    """Yield the events in order, only of the first `num_bytes` if set.
+
+    An incomplete last line is skipped; a broken line elsewhere raises `EventLogError`.
     """
     position = 0
     with path.open("rb") as file:
@@ -197,7 +196,7 @@ def _broken(path: Path, number: int, why: str) -> EventLogError:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 (hexadecimal) of the step and validation events without their timing: equal for equal trainings."""
+    """SHA-256 (hexadecimal) of the step and validation events without timing; equal for equal runs."""
     digest = hashlib.sha256()
     for event in read(path):
         if event["event"] in FINGERPRINTED_EVENTS:

@@ -1,11 +1,10 @@
-"""One writer at a time in a folder.
+"""A lock file that lets only one process write to a folder at a time.
 
     run.lock   {"pid": 1234, "host": "node3", "since": 1790000000.0}
 
-Enters: a folder. Leaves: the folder, held by this process until it lets go or ends, or a `FolderBusy` that names the
-process that holds it. The system keeps the lock (flock), so that a process that was killed holds nothing, whatever
-file it left. While a lock is held its file shows a sign of life every few seconds, for what flock does not reach: hosts
-whose locks do not reach one another, and file systems without locks. Left out: what is written. torch is not imported.
+The lock is an flock, which the system releases when a process dies. The owner also touches the file every few seconds
+(heartbeat), for what flock does not cover: hosts that do not share locks, and file systems without locks. torch is not
+imported.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from loopos.config.diagnostics import UserError
 
 LOCK = "run.lock"
 BEAT = 5.0
-"""Seconds between two signs of life of whoever holds a folder."""
+"""Seconds between two heartbeats of the owner of a lock."""
 SILENCE = 15.0
-"""Seconds without one after which a process that cannot be seen otherwise counts as gone."""
+"""Seconds without a heartbeat after which an owner that flock does not cover counts as dead."""
 
-# A look at a lock holds it for an instant: several tries tell that from a process that holds it.
+# Inspecting a lock takes it for an instant; several tries tell this apart from an owner.
 _TRIES, _BETWEEN_TRIES = 10, 0.05
 _MOST_BYTES = 4096
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
@@ -38,7 +37,7 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTS
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that holds a folder, or held it last. `pid` is 0 where its record cannot be read."""
+    """The process that owns a lock, or owned it last. `pid` is 0 if the record cannot be read."""
 
     pid: int
     host: str
@@ -53,10 +52,10 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class LockState:
-    """What a lock's file says. `is_held`: its holder runs; otherwise it ended without letting go."""
+    """State of a lock file. `is_active`: the owner runs; otherwise it ended without releasing the lock."""
 
     holder: Holder
-    is_held: bool
+    is_active: bool
 
 
 class FolderBusy(UserError):
@@ -64,14 +63,14 @@ class FolderBusy(UserError):
 
     def __init__(self, folder: Path, holder: Holder) -> None:
         super().__init__(
-            f"{folder} is in use by {holder}: one run writes there at a time; wait until it has ended, or choose "
+            f"{folder} is in use by {holder}: only one run may write there at a time; wait until it ends, or choose "
             "another folder"
         )
 
 
 @dataclass
-class _Held:
-    """A lock of this process. `depth`: how often the thread that holds it has entered."""
+class _Lock:
+    """A lock of this process; `depth` counts nested entries of the owning thread."""
 
     descriptor: int
     thread: int
@@ -80,59 +79,58 @@ class _Held:
     depth: int = 1
 
 
-_held: dict[Path, _Held] = {}
+_locks: dict[Path, _Lock] = {}
 
 
 @contextmanager
 def only_writer(folder: Path, *, note: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Holds a folder, made if it is not there, until the block ends; a thread may enter again what it holds. A folder
-    that this made and that is empty in the end is removed. note: receives a sentence about a file system without locks,
-    and one before a wait.
+    """Lock a folder for the block; create it if needed, and remove it again if it is still empty at the end.
 
-    Raises `FolderBusy`, and `UserError` for a folder that cannot be written.
+    A thread may enter a folder again that it has locked. `note` receives messages about a file system without locks and
+    about waiting. Raises `FolderBusy`, or `UserError` if the folder is not writable.
     """
     path = folder.resolve()
-    held = _held.get(path)
-    if held is not None:
-        if held.thread != threading.get_ident():
+    lock = _locks.get(path)
+    if lock is not None:
+        if lock.thread != threading.get_ident():
             raise FolderBusy(folder, _read(path / LOCK))
-        held.depth += 1
+        lock.depth += 1
         try:
             yield
         finally:
-            held.depth -= 1
+            lock.depth -= 1
         return
     was_there = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / LOCK).exists() and not (folder / LOCK).is_file():
-            raise UserError(f"{folder / LOCK}: expected a file of the run; move it away")
-        held = _take(folder, note)
+            raise UserError(f"{folder / LOCK}: expected a regular file; move it away")
+        lock = _take(folder, note)
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{folder}: cannot be written: {problem.strerror}; choose another folder") from problem
-    _held[path] = held
+        raise UserError(f"{folder}: not writable: {problem.strerror}; choose another folder") from problem
+    _locks[path] = lock
     try:
         yield
     finally:
-        _let_go(path, held)
+        _release(path, lock)
         if not was_there:
             with suppress(OSError):
                 folder.rmdir()
 
 
 def lock_state(folder: Path) -> LockState | None:
-    """Who holds a folder, or held it and ended without letting go; None where nobody does. Nothing is written."""
+    """The state of a folder's lock; None if there is no lock. Nothing is written."""
     file = folder / LOCK
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        # None there, or none that this user may look at.
+        # No lock file, or this user may not read it.
         return None
     try:
         holder = _read(file)
-        if folder.resolve() in _held:
+        if folder.resolve() in _locks:
             return LockState(holder, True)
         is_free = _try(descriptor, fcntl.LOCK_SH)
         age = time.time() - os.fstat(descriptor).st_mtime
@@ -144,45 +142,47 @@ def lock_state(folder: Path) -> LockState | None:
 
 
 def refuse_busy(folder: Path) -> None:
-    """Raises `FolderBusy` where another process holds the folder; takes nothing."""
+    """Raise `FolderBusy` if another process has locked the folder; does not lock it."""
     state = lock_state(folder)
-    if state is not None and state.is_held and folder.resolve() not in _held:
+    if state is not None and state.is_active and folder.resolve() not in _locks:
         raise FolderBusy(folder, state.holder)
 
 
-def _take(folder: Path, note: Callable[[str], None]) -> _Held:
+def _take(folder: Path, note: Callable[[str], None]) -> _Lock:
     file = folder / LOCK
     descriptor = _locked(file)
     has_locks = descriptor is not None
     try:
         if descriptor is None:
-            note(
-                f"{folder}: this file system has no locks (flock): a second run there is noticed by signs of life only"
-            )
+            note(f"{folder}: this file system has no locks (flock): a second run is only noticed by its heartbeat")
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         before = _read(file)
-        if before.pid and not (has_locks and before.host == socket.gethostname()) and _shows_life(folder, before, note):
+        if (
+            before.pid
+            and not (has_locks and before.host == socket.gethostname())
+            and _has_heartbeat(folder, before, note)
+        ):
             raise FolderBusy(folder, before)
-        mine = Holder(os.getpid(), socket.gethostname(), time.time())
+        record = Holder(os.getpid(), socket.gethostname(), time.time())
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
-    # Ctrl-C too must not leave the lock held.
+        os.pwrite(descriptor, json.dumps(asdict(record)).encode(), 0)
+    # Ctrl-C, too, must release the lock.
     except BaseException:
         if descriptor is not None:
             os.close(descriptor)
         raise
-    held = _Held(descriptor, threading.get_ident(), threading.Event())
-    held.beats = threading.Thread(target=_beat, args=(descriptor, held.stopped), name="run.lock", daemon=True)
-    held.beats.start()
-    return held
+    lock = _Lock(descriptor, threading.get_ident(), threading.Event())
+    lock.beats = threading.Thread(target=_beat, args=(descriptor, lock.stopped), name="run.lock", daemon=True)
+    lock.beats.start()
+    return lock
 
 
 def _locked(file: Path) -> int | None:
-    """A descriptor of the lock's file that holds it; None on a file system without locks. Raises `FolderBusy`."""
+    """Lock the file and return its descriptor; None on a file system without locks. Raises `FolderBusy`."""
     for _ in range(_TRIES):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         is_free = _try(descriptor, fcntl.LOCK_EX)
-        # Whoever held it has removed the file while this process waited: the lock is that of a file without a name.
+        # The previous owner may have unlinked the file meanwhile; then the lock is of a file without a name.
         if is_free and file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
             return descriptor
         os.close(descriptor)
@@ -193,7 +193,7 @@ def _locked(file: Path) -> int | None:
 
 
 def _try(descriptor: int, kind: int) -> bool | None:
-    """Whether the lock could be had; None where there are none."""
+    """Whether the lock was acquired; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -205,24 +205,24 @@ def _try(descriptor: int, kind: int) -> bool | None:
     return True
 
 
-def _let_go(path: Path, held: _Held) -> None:
-    if _held.get(path) is not held:
-        # In a forked child, which holds nothing.
+def _release(path: Path, lock: _Lock) -> None:
+    if _locks.get(path) is not lock:
+        # In a forked child, which owns no locks.
         return
-    held.stopped.set()
-    if held.beats is not None:
-        held.beats.join()
-    del _held[path]
-    # Removed while it is held: whoever waits for it finds that its file has no name any more, and tries again.
+    lock.stopped.set()
+    if lock.beats is not None:
+        lock.beats.join()
+    del _locks[path]
+    # Unlink while the lock is active: a waiting process then sees that its file has no name and tries again.
     with suppress(FileNotFoundError):
         (path / LOCK).unlink()
-    os.close(held.descriptor)
+    os.close(lock.descriptor)
 
 
 def _read(file: Path) -> Holder:
-    """The record in a lock's file; without a process where there is none, or it is being written."""
+    """The record in a lock file; pid 0 if there is none or it is being written."""
     try:
-        # Not blocked by something else of this name, such as a pipe.
+        # Non-blocking, in case the name is a pipe.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             record = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
@@ -235,23 +235,23 @@ def _read(file: Path) -> Holder:
 
 def _beat(descriptor: int, stopped: threading.Event) -> None:
     while not stopped.wait(BEAT):
-        # A file system that is away for a while does not end the run here.
+        # A file system that is unavailable for a while must not stop the run.
         with suppress(OSError):
             os.utime(descriptor)
 
 
-def _shows_life(folder: Path, before: Holder, note: Callable[[str], None]) -> bool:
-    """Whether the process of a record that flock cannot speak for shows a sign of life before it counts as gone."""
+def _has_heartbeat(folder: Path, before: Holder, note: Callable[[str], None]) -> bool:
+    """Whether an owner that flock does not cover sends a heartbeat before it counts as dead."""
     file = folder / LOCK
     seen = file.stat().st_mtime
     left = SILENCE - (_time_there(folder) - seen)
     if left <= 0:
         return False
-    note(f"{folder}: the last process to write there was {before}; waiting up to {left:.0f} s for a sign of its life")
+    note(f"{folder}: the last process to write there was {before}; waiting up to {left:.0f} s for its heartbeat")
     deadline = time.monotonic() + left
     while time.monotonic() < deadline:
         time.sleep(min(0.5, left))
-        # Opened anew: a network file system then asks its server for the time of the last change.
+        # Reopen: a network file system then asks its server for the modification time.
         with file.open("rb") as opened:
             if os.fstat(opened.fileno()).st_mtime != seen:
                 return True
@@ -259,7 +259,7 @@ def _shows_life(folder: Path, before: Holder, note: Callable[[str], None]) -> bo
 
 
 def _time_there(folder: Path) -> float:
-    """The present by the clock that the folder's files are stamped by."""
+    """The current time on the file system's clock."""
     probe = folder / f".clock.partial-{os.getpid()}"
     probe.touch()
     try:
@@ -269,10 +269,10 @@ def _time_there(folder: Path) -> float:
 
 
 def _forget_in_child() -> None:
-    # A forked child holds nothing: with its copies of the descriptors a lock would outlive the process that took it.
-    for held in _held.values():
-        os.close(held.descriptor)
-    _held.clear()
+    # A forked child owns no locks: its copies of the descriptors would keep a lock alive after the owner ends.
+    for lock in _locks.values():
+        os.close(lock.descriptor)
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,8 +1,6 @@
-"""What libraries written in Rust raise, as Python's own kinds of errors.
+"""Convert exceptions of Rust-based libraries (safetensors, tokenizers) to Python's exceptions.
 
-Enters: an exception of safetensors, tokenizers or another package with such a core: an `Exception` of no class of its
-own, with the system's error number in its text. Leaves: an `OSError`, or a `ValueError` with the same words. Left out:
-what is told to the user.
+Such a library raises a plain `Exception` with the system's error number in its text.
 """
 
 from __future__ import annotations
@@ -15,18 +13,18 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 _NUMBERED = re.compile(r"\(os error (\d+)\)|\bos error (\d+)\b")
-# A panic of Rust's: it is no `Exception`, and its class cannot be imported.
+# A Rust panic: not a subclass of `Exception`, and its class cannot be imported.
 _PANIC = "PanicException"
 
 
-def is_bare(problem: BaseException) -> bool:
-    """Whether an exception has no class that says what it is."""
+def is_untyped(problem: BaseException) -> bool:
+    """Whether an exception has no class of its own."""
     return type(problem) is Exception or type(problem).__name__ == _PANIC
 
 
 def os_error_of(problem: BaseException, path: str) -> OSError | None:
-    """The `OSError` on `path` that a library wrapped into text; None for any other exception."""
-    if not (is_bare(problem) or isinstance(problem, SafetensorError)):
+    """The `OSError` on `path` that a library turned into text; None for any other exception."""
+    if not (is_untyped(problem) or isinstance(problem, SafetensorError)):
         return None
     found = _NUMBERED.search(str(problem))
     if found is None:
@@ -36,12 +34,12 @@ def os_error_of(problem: BaseException, path: str) -> OSError | None:
 
 
 @contextmanager
-def bare_as_value_error() -> Iterator[None]:
-    """An exception of no class of its own leaves the block as a `ValueError` with the same words."""
+def untyped_as_value_error() -> Iterator[None]:
+    """Turn an exception without a class of its own into a `ValueError` with the same message."""
     try:
         yield
-    # pyo3's PanicException is a BaseException alone; all but bare ones rise on.
+    # pyo3's PanicException derives only from BaseException; other exceptions are raised again.
     except BaseException as problem:
-        if is_bare(problem):
+        if is_untyped(problem):
             raise ValueError(str(problem) or _PANIC) from problem
         raise

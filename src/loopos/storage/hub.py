@@ -1,9 +1,7 @@
-"""Whether the hub can be reached: asked once a process, with one try of a few seconds.
+"""Check whether the hub is reachable, once per process with one request of a few seconds.
 
-Enters: the id of a model or data set. Leaves: nothing, or an error that says why it cannot be had. The libraries would
-try again and again for a minute, each look-up anew; where one try fails they are told to look into their cache only.
-datasets' bars and chatter are switched off from here too, for every room that opens or writes a data set.
-Left out: fetching anything (huggingface_hub, transformers, datasets).
+The libraries would retry for a minute at each look-up; after one failed request they are switched to their cache. The
+progress bars and messages of `datasets` are silenced here too.
 """
 
 from __future__ import annotations
@@ -20,17 +18,15 @@ from typing import Literal
 from loopos.config.diagnostics import SettingError
 
 VERBOSE = "LOOPOS_VERBOSE"
-"""The variable that shows what the libraries print."""
+"""The environment variable that shows the libraries' own messages."""
 
-# Connecting and answering each; the name's look-up knows no limit of its own, hence the thread.
+# For connecting and for answering each; the DNS look-up has no timeout of its own, hence the thread.
 _TIMEOUT_SECONDS = 4.0
 _DEADLINE_SECONDS = 9.0
 
 
 def require_hub(key: str, name: str, *, kind: Literal["model", "dataset"] = "model") -> None:
-    """Raises `SettingError` where the hub cannot be reached and nothing of `name` is in the cache. key: the setting
-    that names it.
-    """
+    """Raise `SettingError` if the hub cannot be reached and `name` is not cached; `key` names it."""
     reason = why_unreachable()
     if reason is not None and not is_cached(name, kind=kind):
         other = 'a folder, or "smollm2-135m"' if kind == "model" else "a file or folder"
@@ -41,15 +37,15 @@ def require_hub(key: str, name: str, *, kind: Literal["model", "dataset"] = "mod
 
 @functools.cache
 def why_unreachable() -> str | None:
-    """Why the hub cannot be reached; None where it can. After a failed try the libraries look into their cache only."""
+    """Why the hub cannot be reached; None if it can. After a failure the libraries only use their cache."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     problems: list[str | None] = []
-    asking = threading.Thread(target=lambda: problems.append(_problem(constants.ENDPOINT)), daemon=True)
-    asking.start()
-    asking.join(_DEADLINE_SECONDS)
+    request = threading.Thread(target=lambda: problems.append(_problem(constants.ENDPOINT)), daemon=True)
+    request.start()
+    request.join(_DEADLINE_SECONDS)
     reason = problems[0] if problems else f"no answer within {_DEADLINE_SECONDS:g} s"
     if reason is None:
         return None
@@ -63,35 +59,35 @@ def why_unreachable() -> str | None:
 
 
 def silence_datasets() -> Callable[[], None]:
-    """datasets without bars and chatter; what it returns puts back what was before."""
+    """Silence the progress bars and messages of datasets; the returned function restores them."""
     import datasets
 
     level, shows_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
-    # With the variable at 0 the user has asked for bars, and no call may turn them off.
+    # If the environment variable is 0, the user wants bars and no call may turn them off.
     if turns_off := shows_bars and datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None:
         datasets.disable_progress_bars()
 
-    def as_before() -> None:
+    def restore() -> None:
         datasets.logging.set_verbosity(level)
         if turns_off:
             datasets.enable_progress_bars()
 
-    return as_before
+    return restore
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """datasets without bars and chatter, unless the user wants to see everything."""
-    as_before = silence_datasets() if not os.environ.get(VERBOSE) else lambda: None
+    """Silence datasets inside the block, unless `LOOPOS_VERBOSE` is set."""
+    restore = silence_datasets() if not os.environ.get(VERBOSE) else lambda: None
     try:
         yield
     finally:
-        as_before()
+        restore()
 
 
 def is_cached(name: str, *, kind: Literal["model", "dataset"]) -> bool:
-    """Whether the libraries' cache holds anything of the model or data set `name`."""
+    """Whether the libraries' cache contains the model or data set `name`."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
@@ -100,7 +96,7 @@ def is_cached(name: str, *, kind: Literal["model", "dataset"]) -> bool:
 
 
 def _problem(endpoint: str) -> str | None:
-    """Why one request to the hub fails; any answer of it will do."""
+    """Why one request to the hub fails; None for any answer."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 

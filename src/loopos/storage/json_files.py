@@ -1,8 +1,4 @@
-"""JSON files, out and in.
-
-Enters: a value, or a file. Leaves: the file, readable, or the object in it. Left out: configs, whose faults need a
-place (`config.json_text`).
-"""
+"""Read and write JSON files. Configs are parsed by `config.json_text`, which keeps line and column."""
 
 from __future__ import annotations
 
@@ -22,34 +18,36 @@ def json_text(
     allow_nan: bool = True,
     separators: tuple[str, str] | None = None,
 ) -> str:
-    """JSON as LoopOS writes it: letters as they are, but control characters and halves of a character escaped, so that
-    every text has bytes and a line stays one line for all who read it.
+    """JSON with non-ASCII letters as they are, but control characters and lone surrogates escaped.
+
+    So every text can be encoded, and a line stays one line for every reader.
     """
     text = json.dumps(
         content, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan, separators=separators, ensure_ascii=False
     )
-    # The line ends of an indented text stand between values; those inside strings are escaped already.
+    # Newlines of an indented text are between values; those inside strings are already escaped.
     return printable_json(text)
 
 
 def save_json(path: Path, content: object) -> None:
-    """Writes JSON with sorted keys, readable, with a last line end; the file is whole or not there."""
+    """Write indented JSON with sorted keys and a final newline, atomically."""
     write_whole(path, (json_text(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_object(path: Path, *, advice: str = "") -> dict[str, Any]:
-    """The object in a JSON file. advice: what the user may do about a broken one. Raises `UserError` for a file that is
-    missing, no JSON, or no object.
+    """The object in a JSON file; `advice` says what to do about a broken file.
+
+    Raises `UserError` if the file is missing, is not JSON or is not an object.
     """
-    after = f"; {advice}" if advice else ""
+    suffix = f"; {advice}" if advice else ""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise UserError(f"{path}: cannot be read: {problem.strerror}{after}") from problem
+        raise UserError(f"{path}: cannot be read: {problem.strerror}{suffix}") from problem
     except ValueError as problem:
-        raise UserError(f"{path}: broken: {problem}{after}") from problem
+        raise UserError(f"{path}: broken: {problem}{suffix}") from problem
     except RecursionError as problem:
-        raise UserError(f"{path}: broken: nested too deeply{after}") from problem
+        raise UserError(f"{path}: broken: nested too deeply{suffix}") from problem
     if not isinstance(content, dict):
-        raise UserError(f"{path}: broken: no JSON object{after}")
+        raise UserError(f"{path}: broken: not a JSON object{suffix}")
     return content

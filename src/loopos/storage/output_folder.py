@@ -1,7 +1,4 @@
-"""The folder that a work of this room leaves: new, whole or not at all, with its recipe and report.
-
-Enters: a place. Leaves: a folder to write into. Torch is not imported. Left out: what is written.
-"""
+"""The new output folder of a command: complete or absent, with its recipe and report. torch is not imported."""
 
 from __future__ import annotations
 
@@ -17,17 +14,18 @@ REPORT = "report.md"
 NOTHING_WRITTEN = "nothing was written: {remedy}, then run the command again"
 
 
-def refuse_taken(out: Path) -> None:
-    """Raises `UserError` where something lies already, for nothing is overwritten, and where nothing can be written."""
+def require_new_folder(out: Path) -> None:
+    """Raise `UserError` if `out` exists (nothing is overwritten) or is not writable."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output: got {out}, which is there already; expected a new folder")
+        raise UserError(f"--output: got {out}, which exists; expected a new folder")
     require_writable("data.output_dir", out)
 
 
 @contextmanager
-def shipped_folder(out: Path, needed_bytes: int, what: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends and vanishes when it fails. needed_bytes, what:
-    told where the disk is full. Raises `DiskFull`.
+def open_output_folder(out: Path, needed_bytes: int, what: str) -> Iterator[Path]:
+    """A folder to write to; it becomes `out` at the end of the block and is removed if the block fails.
+
+    Raises `DiskFull`, with `needed_bytes` and `what` in its message.
     """
     with explain_disk_full(out, needed_bytes, what, NOTHING_WRITTEN), whole_folder(out) as partial:
         yield partial

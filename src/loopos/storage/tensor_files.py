@@ -1,16 +1,9 @@
-"""The safetensors format: what tensors are (number format, shape), and the bytes of a file that holds them.
+"""Read and write safetensors files one tensor at a time, as single files or shards with an index.
 
-Enters: specs and tensors by name, or the beginning of a file. Leaves: the bytes of a file, a piece at a time, or where
-in a file each tensor lies. The safetensors package's own writer keeps host copies of all device and non-contiguous
-tensors at once and hides the operating system's error number; this one holds one tensor at a time and lets `OSError`
-through. Left out: files (`tensor_files.py`); complex, sparse and distributed tensors, and tied tensors (each name is
-written by itself). Format: https://github.com/huggingface/safetensors#format
-
-Tensors of safetensors files, one at a time: read without mapping a file into memory, written as shards.
-
-Enters: files, or a folder of a model; or the specs of what will come, then the tensors. Leaves: tensors, or files with
-an index that is right. A mapped file counts as memory of the process as soon as it is read, so files are read piece by
-piece instead. Left out: what the tensors mean; the bytes themselves (`tensor_format.py`).
+The safetensors package's writer keeps host copies of all device and non-contiguous tensors at once and hides the
+system's error number; this writer holds one tensor at a time and lets `OSError` through. Files are read in chunks
+instead of mapped, because mapped pages count as memory of the process. Complex, sparse and distributed tensors are not
+supported; tied tensors are written once per name. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -54,7 +47,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _METADATA = "__metadata__"
-_PIECE_BYTES = 4 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 _MOST_HEADER_BYTES = 100_000_000
 
 
@@ -79,53 +72,54 @@ class TensorSpec:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of all elements together, headers left out."""
+    """Total bytes of all elements, without headers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def in_file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The names as their tensors are written: wide elements first, so that each begins at a multiple of its element's
-    size; then by name.
-    """
+    """The names in file order: wide elements first, so that tensors are aligned to their element size; then by name."""
     return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
 
-def safetensors_pieces(
+def safetensors_chunks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file that holds `tensors`, exact in dtype, shape and bits, and says `metadata`.
+    """The bytes of a safetensors file with `tensors`, exact in dtype, shape and bits, and `metadata`.
 
-    A piece is valid until the next one is asked for. Tensors may lie on any device and be views of one another.
+    A chunk is valid until the next one is requested. Tensors may be on any device and be views of one another.
     """
     specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
-    return streamed_pieces(specs, tensors.__getitem__, metadata)
+    return stream_chunks(specs, tensors.__getitem__, metadata)
 
 
-def streamed_pieces(
+def stream_chunks(
     specs: Mapping[str, TensorSpec],
     tensor_of: Callable[[str], Tensor],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of tensors that are yet to come. tensor_of: is asked for each name once, in file
-    order, and gives a tensor of its spec; the one before is then let go.
+    """The bytes of a safetensors file whose tensors are produced on demand.
+
+    `tensor_of` is called once per name, in file order, and returns a tensor of that spec; the previous tensor is then
+    released.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian"
     names = in_file_order(specs)
     yield _header(specs, names, metadata)
     for name in names:
         tensor = tensor_of(name)
-        assert TensorSpec.of(tensor) == specs[name], f"{name}: {TensorSpec.of(tensor)} came, announced {specs[name]}"
-        yield from _tensor_pieces(tensor)
+        assert TensorSpec.of(tensor) == specs[name], f"{name}: got {TensorSpec.of(tensor)}; expected {specs[name]}"
+        yield from _tensor_chunks(tensor)
         del tensor
 
 
 def read_header(stream: BinaryIO, size: int) -> dict[str, tuple[TensorSpec, int]]:
-    """Spec of each tensor, and the byte of the file at which it begins. size: bytes of the file. Raises `ValueError`
-    for a file that is no whole safetensors file, or has number formats that are not known here.
+    """Spec and start byte of each tensor; `size` is the file size in bytes.
+
+    Raises `ValueError` if the file is not a complete safetensors file or has an unknown number format.
     """
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
-        raise ValueError("its first bytes tell no length of a header")
+        raise ValueError("its first bytes are not a header length")
     try:
         entries = json.loads(stream.read(length))
     except RecursionError as problem:
@@ -136,23 +130,24 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, tuple[TensorSpec, int]
             if name == _METADATA:
                 continue
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} is of the format {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+                raise ValueError(f"{name} has the format {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
             spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
             start, end = entry["data_offsets"]
             if any(type(number) is not int or number < 0 for number in (*spec.shape, start, end)):
-                raise ValueError(f"{name} has a shape or a place that is none")
+                raise ValueError(f"{name} has an invalid shape or offset")
             if end - start != spec.num_bytes or not end <= size - 8 - length:
-                raise ValueError(f"{name} has no place of its size in the file (cut short?)")
+                raise ValueError(f"{name} does not fit its offsets in the file (truncated?)")
             found[name] = (spec, 8 + length + start)
     except (KeyError, TypeError, AttributeError) as problem:
-        raise ValueError(f"its header does not say what it must: {problem}") from problem
+        raise ValueError(f"its header is incomplete: {problem}") from problem
     _check_layout(found, 8 + length, size)
     return found
 
 
 def _check_layout(found: Mapping[str, tuple[TensorSpec, int]], start: int, size: int) -> None:
-    """Raises `ValueError` unless the tensors fill the bytes from `start` to `size`, one after another, as the format
-    demands: those of two tensors could overlap otherwise, and bytes be hidden between them.
+    """Raise `ValueError` unless the tensors fill the bytes from `start` to `size` without overlap or gap.
+
+    The format requires this; gaps could hide data.
     """
     end, before = start, ""
     for name, (spec, begin) in sorted(found.items(), key=lambda item: (item[1][1], item[1][0].num_bytes)):
@@ -171,7 +166,7 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
 
 
 def _header(specs: Mapping[str, TensorSpec], names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with that holds such tensors in the order of `names`."""
+    """The header of a file with these tensors in the order of `names`."""
     entries: dict[str, object] = {_METADATA: {"format": "pt", **metadata}}
     offset = 0
     for name in names:
@@ -190,76 +185,75 @@ def _header(specs: Mapping[str, TensorSpec], names: Sequence[str], metadata: Map
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor_pieces(tensor: Tensor) -> Iterator[memoryview]:
-    # No copy for a contiguous tensor in host memory; otherwise one copy, gone when the next tensor's turn comes.
+def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    # No copy of a contiguous tensor in host memory; otherwise one copy, released before the next tensor.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     content = flat.view(torch.uint8).numpy().data
-    for start in range(0, len(content), _PIECE_BYTES):
-        yield content[start : start + _PIECE_BYTES]
+    for start in range(0, len(content), _CHUNK_BYTES):
+        yield content[start : start + _CHUNK_BYTES]
 
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 NAMED_WEIGHTS = "transformers_weights"
-"""The key of a config that names another file, or index, of its folder."""
+"""The config key that names another weights file or index of the folder."""
 _INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file: its spec, and the byte at which it begins."""
+    """A tensor in a file: its spec and start byte."""
 
     file: Path
     spec: TensorSpec
     start: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own. Raises `UserError` where the file is gone or cut short."""
+        """Read the tensor into new memory. Raises `UserError` if the file is missing or truncated."""
         flat = torch.empty(self.spec.num_elements, dtype=self.spec.dtype)
         if flat.numel():
             buffer = flat.view(torch.uint8).numpy().data
             try:
                 with self.file.open("rb", buffering=0) as file:
                     file.seek(self.start)
-                    done = 0
-                    while done < len(buffer) and (count := file.readinto(buffer[done:])):
-                        done += count
+                    num_read = 0
+                    while num_read < len(buffer) and (count := file.readinto(buffer[num_read:])):
+                        num_read += count
             except OSError as problem:
                 raise UserError(f"{self.file}: cannot be read: {problem.strerror}") from problem
-            if done < len(buffer):
-                raise UserError(f"{self.file}: cut short: {done:,} of {len(buffer):,} bytes of a tensor")
+            if num_read < len(buffer):
+                raise UserError(f"{self.file}: truncated: {num_read:,} of {len(buffer):,} bytes of a tensor")
         return flat.view(self.spec.shape)
 
 
 def check_readable(file: Path) -> None:
-    """Raises `UserError` for a file that cannot be opened. Libraries say of one that may not be read that it is not
-    there.
-    """
+    """Raise `UserError` if a file cannot be opened; libraries report an unreadable file as missing."""
     try:
         file.open("rb").close()
     except PermissionError as problem:
-        raise UserError(f"{file}: may not be read by this user; ask its owner for: chmod a+r {file.name}") from problem
+        raise UserError(f"{file}: not readable by this user; ask its owner for: chmod a+r {file.name}") from problem
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror}") from problem
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """The tensors of safetensors files by name; headers alone are read. Raises `UserError` for a file that is none, is
-    cut short, or holds a tensor that another one holds too.
+    """The tensors of safetensors files by name; only headers are read.
+
+    Raises `UserError` for a file that is not safetensors or is truncated, and for a tensor in two files.
     """
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with file.open("rb") as stream:
-                places = read_header(stream, file.stat().st_size)
+                header = read_header(stream, file.stat().st_size)
         except OSError as problem:
             raise UserError(f"{file}: cannot be read: {problem.strerror}") from problem
         except ValueError as problem:
-            raise UserError(f"{file}: no whole safetensors file: {problem}") from problem
-        for name, (spec, start) in places.items():
+            raise UserError(f"{file}: not a complete safetensors file: {problem}") from problem
+        for name, (spec, start) in header.items():
             if name in found:
-                raise UserError(f"{file}: {name} is in {found[name].file.name} too; expected each tensor once")
+                raise UserError(f"{file}: {name} is also in {found[name].file.name}; expected each tensor once")
             found[name] = StoredTensor(file, spec, start)
     return found
 
@@ -270,29 +264,32 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
-    """Raises `UserError` for a tensor with numbers that are none: no model with such weights is saved or shipped."""
+    """Raise `UserError` for NaN or infinity: a model with such weights is never saved or exported."""
     if not tensor.is_floating_point():
         return
-    # Floats of 8 bits have no comparison in torch.
+    # torch has no isfinite for 8-bit floats.
     if bad := int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum()):
         raise UserError(
             f"{name}: {bad:,} of {tensor.numel():,} numbers are not finite (nan or infinite); expected a model whose "
-            "weights are numbers: go back to a checkpoint before it diverged"
+            "weights are finite: use a checkpoint from before the divergence"
         )
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a new file of a model's tensors that are in memory, and fsyncs it. Raises `UserError` for numbers that are
-    not finite, `OSError` when the disk is full.
+    """Write tensors in memory to a new file and fsync it.
+
+    Raises `UserError` for numbers that are not finite, `OSError` if the disk is full.
     """
     for name, tensor in tensors.items():
         require_finite(name, tensor)
-    write_new(file, safetensors_pieces(tensors))
+    write_new(file, safetensors_chunks(tensors))
 
 
 def weights_entry(folder: Path) -> Path | None:
-    """The file of weights, or the index of several, that transformers opens in a folder: one that config.json names
-    (transformers_weights), then model.safetensors, its index, pytorch_model.bin, its index. None where there is none.
+    """The weights file or index that transformers opens in a folder; None if there is none.
+
+    In this order: the one that config.json names (transformers_weights), model.safetensors, its index,
+    pytorch_model.bin, its index.
     """
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     named = config.get(NAMED_WEIGHTS)
@@ -301,8 +298,9 @@ def weights_entry(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a model's folder, by the rule of `weights_entry`; none where it has none.
-    Raises `UserError` for a broken index, and one that names a file which is missing or outside the folder.
+    """The weights files of a model folder, by the rule of `weights_entry`; empty if there are none.
+
+    Raises `UserError` for a broken index, or one that names a file that is missing or outside the folder.
     """
     entry = weights_entry(folder)
     if entry is None:
@@ -313,9 +311,9 @@ def weight_files(folder: Path) -> list[Path]:
     root = folder.absolute()
     for file in files:
         if not Path(os.path.abspath(root / file)).is_relative_to(root):
-            raise UserError(f"{entry}: names {file}, which is outside of the folder; expected files beside the index")
+            raise UserError(f"{entry}: names {file}, which is outside the folder; expected files next to the index")
         if not (folder / file).is_file():
-            raise UserError(f"{folder}: {file} is missing, which {entry.name} names")
+            raise UserError(f"{folder}: {file}, named by {entry.name}, is missing")
     return [folder / file for file in files]
 
 
@@ -323,20 +321,21 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Name of each tensor → its file. Raises `UserError` for an index without them."""
     named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
-        raise UserError(f"{index}: broken: it has no weight_map of tensors' files")
+        raise UserError(f"{index}: broken: it has no weight_map from tensors to files")
     return named
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether the weights that transformers opens in a folder are safetensors."""
+    """Whether a folder's weights are safetensors files."""
     entry = weights_entry(folder)
     return entry is not None and entry.name.endswith((".safetensors", f".safetensors{_INDEX_SUFFIX}"))
 
 
 def folder_tensors(folder: Path, *, verify: bool = True) -> dict[str, StoredTensor]:
-    """The tensors of a model's folder by name, from the files that transformers opens. Raises `UserError` for a folder
-    without safetensors, a file that is missing, broken or not what was saved, and an index that names what is in no
-    file. verify: whether the files are compared with the folder's manifest, which is left to a caller that does so.
+    """The tensors of a model folder by name, from the files that transformers opens.
+
+    `verify` compares the files with the manifest; pass False if the caller does that. Raises `UserError` for a folder
+    without safetensors, a file that is missing, broken or changed, and an index entry that is in no file.
     """
     if verify:
         check_manifest(folder)
@@ -344,13 +343,13 @@ def folder_tensors(folder: Path, *, verify: bool = True) -> dict[str, StoredTens
     if entry is None or not holds_weights(folder):
         raise UserError(f"{folder}: no {WEIGHTS} here; expected weights as safetensors")
     found = stored_tensors(weight_files(folder))
-    if entry.name.endswith(_INDEX_SUFFIX) and (nowhere := sorted(set(_weight_map(entry)) - set(found))):
-        raise UserError(f"{entry}: names the tensor {nowhere[0]}, which is in no file")
+    if entry.name.endswith(_INDEX_SUFFIX) and (absent := sorted(set(_weight_map(entry)) - set(found))):
+        raise UserError(f"{entry}: names the tensor {absent[0]}, which is in no file")
     return found
 
 
 def usual_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The number format of most elements."""
+    """The most common number format by elements."""
     counts: Counter[torch.dtype] = Counter()
     for stored in tensors.values():
         counts[stored.spec.dtype] += stored.spec.num_elements
@@ -364,13 +363,14 @@ def write_tensors(
     *,
     most_bytes: float = math.inf,
 ) -> None:
-    """Writes tensors to model.safetensors in `folder`, or where they are more than `most_bytes` to numbered shards and
-    their index, all fsynced. tensor_of: as `streamed_pieces` asks it. Raises `OSError` when the disk is full.
+    """Write tensors to model.safetensors in `folder`, or to numbered shards with an index above `most_bytes`.
+
+    Everything is fsynced; `tensor_of` is as in `stream_chunks`. Raises `OSError` if the disk is full.
     """
     shards = _shards(specs, most_bytes)
     names = _shard_names(len(shards))
     for file, shard in zip(names, shards, strict=True):
-        write_new(folder / file, streamed_pieces({name: specs[name] for name in shard}, tensor_of))
+        write_new(folder / file, stream_chunks({name: specs[name] for name in shard}, tensor_of))
     if len(shards) > 1:
         total = sum(spec.num_bytes for spec in specs.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -378,7 +378,7 @@ def write_tensors(
 
 
 def _shards(specs: Mapping[str, TensorSpec], most_bytes: float) -> list[list[str]]:
-    """The names in file order, cut where a file would grow over `most_bytes`; a larger tensor has a file for itself."""
+    """The names in file order, split into files of at most `most_bytes`; a larger tensor has its own file."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in in_file_order(specs):

@@ -1,8 +1,4 @@
-"""The terminal that a process writes to, when it goes away.
-
-Enters: nothing. Leaves: standard output and standard error that take what is written, wherever they lead. Left out:
-signals (`training.stopping`, `deploy.serve`).
-"""
+"""Redirect the output of a process whose terminal was closed."""
 
 from __future__ import annotations
 
@@ -10,18 +6,19 @@ import os
 
 
 def leave_the_terminal() -> None:
-    """Leads standard output and standard error of a process whose terminal was closed (SIGHUP) to nowhere, where they
-    lead to a terminal: an error of writing must not cut off what is to end in order.
+    """After SIGHUP, redirect standard output and error from the closed terminal to the null device.
+
+    Otherwise a write error would interrupt the orderly shutdown.
     """
     for descriptor in (1, 2):
         if os.isatty(descriptor) or _is_gone(descriptor):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, descriptor)
+            os.close(null_device)
 
 
 def _is_gone(descriptor: int) -> bool:
-    """Whether a terminal that hung up is behind a descriptor: it takes not even nothing."""
+    """Whether a descriptor leads to a terminal that hung up: even an empty write fails."""
     try:
         os.write(descriptor, b"")
     except OSError:

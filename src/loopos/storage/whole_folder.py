@@ -1,9 +1,8 @@
-"""Folders that are whole or not there: written beside their place under a hidden name, then renamed.
+"""Write folders atomically: under a hidden name next to the target, then renamed.
 
-    OUT   .OUT.partial-PID while it is written   .OUT.replaced-PID what was OUT, in the instant between two renames
+    OUT   .OUT.partial-PID while it is written   .OUT.replaced-PID the old OUT between the two renames
 
-Enters: a place, and who writes into it. Leaves: the folder at its place, durable, with a manifest of its files
-(`manifest.py`), each of which may be read by whom the umask lets. Left out: what it holds.
+The finished folder is durable, has a manifest (`manifest`), and its files have the mode that the umask allows.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loopos.storage.durable import fsync_place
+from loopos.storage.durable import fsync_path
 from loopos.storage.foreign_errors import os_error_of
 from loopos.storage.manifest import file_records, write_manifest
 
@@ -23,22 +22,22 @@ _LEFTOVER = re.compile(r"\.(.+)\.(partial|replaced|removed)-(\d{1,9})")
 
 
 def hidden(final: Path, purpose: str) -> Path:
-    """The sibling in which this process holds `final` while it is "partial", "replaced" or "removed"."""
+    """The hidden sibling of `final` that is "partial", "replaced" or "removed", for this process."""
     return final.with_name(f".{final.name}.{purpose}-{os.getpid()}")
 
 
-def put_in_place(partial: Path, final: Path) -> None:
-    """Gives a finished folder its name; what has it already is replaced."""
+def replace_folder(partial: Path, final: Path) -> None:
+    """Rename a finished folder to its final name, replacing an existing one."""
     replaced = hidden(final, "replaced")
     if final.exists():
         os.rename(final, replaced)
     os.rename(partial, final)
-    fsync_place(final.parent)
+    fsync_path(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def is_another_process(process: int) -> bool:
-    """Whether a process of this number runs, and is not this one."""
+    """Whether another process with this id is running."""
     if process == os.getpid():
         return False
     try:
@@ -52,10 +51,10 @@ def is_another_process(process: int) -> bool:
 
 @contextmanager
 def whole_folder(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` at once when the block ends, and vanishes when it fails.
-    replaces: whether it takes the place of one that is there by then, or gives way to it.
+    """A folder to write to; it becomes `folder` at the end of the block and is removed if the block fails.
 
-    Raises `OSError` when the disk is full.
+    `replaces`: whether it replaces a folder that exists by then, or is dropped in favor of it. Raises `OSError` if the
+    disk is full.
     """
     with partial_folder(folder) as partial:
         yield partial
@@ -67,15 +66,16 @@ def whole_folder(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
             if not folder.exists():
                 raise
             return
-        fsync_place(folder.parent)
+        fsync_path(folder.parent)
         return
-    put_in_place(partial, folder)
+    replace_folder(partial, folder)
 
 
 @contextmanager
 def partial_folder(final: Path) -> Iterator[Path]:
-    """A hidden folder beside `final` to write into, which is durable when the block ends and gone when it fails. What
-    killed processes left of such folders is removed before. Raises `OSError` when the disk is full.
+    """A hidden folder next to `final` to write to: durable at the end of the block, removed if the block fails.
+
+    First removes such folders of killed processes. Raises `OSError` if the disk is full.
     """
     _clear(final)
     partial = hidden(final, "partial")
@@ -84,10 +84,10 @@ def partial_folder(final: Path) -> Iterator[Path]:
         yield partial
         write_manifest(partial, file_records(partial))
         _open_to_readers(partial)
-        # A rename alone may come before what it names.
-        for place in (*partial.rglob("*"), partial):
-            fsync_place(place)
-    # Ctrl-C too must leave nothing beside the folder.
+        # Without fsync, the rename may become durable before the content.
+        for path in (*partial.rglob("*"), partial):
+            fsync_path(path)
+    # Ctrl-C, too, must leave no partial folder.
     except BaseException as problem:
         shutil.rmtree(partial, ignore_errors=True)
         # A caller that handles a full disk needs the system's error number, which some libraries hide.
@@ -97,9 +97,7 @@ def partial_folder(final: Path) -> Iterator[Path]:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Gives each file the mode that a new one has under the umask: safetensors makes files that the owner alone may
-    read.
-    """
+    """Set the mode of each file to that of the umask: safetensors creates files that only the owner may read."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
@@ -107,8 +105,9 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> list[str]:
-    """Removes what processes that were killed left half done in a folder, files and folders alike; what one of them was
-    about to replace goes back. Returns a line for each. Only the folder's one writer may call this (`folder_lock`).
+    """Remove partial files and folders of killed processes from a folder, and restore what they were about to replace.
+
+    Returns one line for each. Only the owner of the folder's lock may call this (`folder_lock`).
     """
     lines = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -118,15 +117,15 @@ def clear_leftovers(folder: Path) -> list[str]:
         final = folder / caught[1]
         if caught[2] == "replaced" and not final.exists() and not caught[1].startswith("."):
             os.rename(entry, final)
-            lines.append(f"{final}: put back, its replacement was never finished")
+            lines.append(f"{final}: restored, its replacement was never finished")
         else:
             remove(entry)
-            lines.append(f"{entry}: removed, left by process {caught[3]} that ended before it was done")
+            lines.append(f"{entry}: removed, left by process {caught[3]}, which ended early")
     return lines
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link, or a folder with all in it."""
+    """Remove a file, a link, or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -134,17 +133,17 @@ def remove(path: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what processes that were killed left beside `folder`; what one of them was about to replace goes back."""
-    # One of two dots was to become the content of one that was being written itself.
+    """Remove what killed processes left next to `folder`, and restore what they were about to replace."""
+    # A name with two dots is the partial folder of a partial folder.
     name = re.escape(folder.name)
     left = re.compile(rf"\.(?:\.{name}\.partial-\d+|{name})\.(partial|replaced)-(\d+)")
-    for place in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else ():
-        caught = left.fullmatch(place.name)
+    for path in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else ():
+        caught = left.fullmatch(path.name)
         if caught is None or is_another_process(int(caught[2])):
             continue
-        if caught[1] == "replaced" and not place.name.startswith("..") and not folder.exists():
-            os.rename(place, folder)
+        if caught[1] == "replaced" and not path.name.startswith("..") and not folder.exists():
+            os.rename(path, folder)
         else:
-            # Another process that begins now may be at the same.
+            # Another process may do the same at this moment.
             with suppress(FileNotFoundError):
-                shutil.rmtree(place)
+                shutil.rmtree(path)

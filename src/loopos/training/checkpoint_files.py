@@ -33,10 +33,10 @@ import torch
 from safetensors.torch import load_file
 
 from loopos.config.diagnostics import UserError
-from loopos.storage.durable import JSON, StorageError, explain_disk_full, fsync_place, hash_file, write_hashed
+from loopos.storage.durable import JSON, StorageError, explain_disk_full, fsync_path, hash_file, write_hashed
 from loopos.storage.json_files import json_text
-from loopos.storage.tensor_files import num_bytes, safetensors_pieces
-from loopos.storage.whole_folder import hidden, is_another_process, put_in_place, remove
+from loopos.storage.tensor_files import num_bytes, safetensors_chunks
+from loopos.storage.whole_folder import hidden, is_another_process, remove, replace_folder
 from loopos.training.distributed import World
 from loopos.training.slices import RowSpan, SlicedTensors, described, group_of
 
@@ -90,7 +90,7 @@ def write_group(folder: Path, group: str, members: Mapping[str, torch.Tensor], r
     """
     assert _GROUP_NAME.fullmatch(group), f"group {group!r} does not name a file"
     name, metadata = group + TENSORS_SUFFIX, described(members, rows) if group_of(group) is not None else {}
-    return {name: asdict(write_hashed(folder / name, safetensors_pieces(members, metadata)))}
+    return {name: asdict(write_hashed(folder / name, safetensors_chunks(members, metadata)))}
 
 
 def seal_folder(folder: Path, records: Records, state: bytes, facts: Mapping[str, JSON]) -> None:
@@ -101,7 +101,7 @@ def seal_folder(folder: Path, records: Records, state: bytes, facts: Mapping[str
     manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": records}
     manifest["sha256"] = _seal(manifest)
     write_hashed(folder / MANIFEST, [json.dumps(manifest, indent=1, allow_nan=False).encode()])
-    fsync_place(folder)
+    fsync_path(folder)
 
 
 def read_group(files: Sequence[Path]) -> Mapping[str, torch.Tensor]:
@@ -255,7 +255,7 @@ class Save:
         facts = {"step": self.step, "metric": self.metric, "is_best": self.is_best}
         with self._explain_disk_full():
             seal_folder(self._partial, records, self._content, facts)
-            put_in_place(self._partial, self._final)
+            replace_folder(self._partial, self._final)
 
     def give_up(self) -> None:
         """Removes what is there of it."""
@@ -266,7 +266,7 @@ class Save:
     def _make_folder(self) -> None:
         if not self.root.is_dir():
             self.root.mkdir(parents=True)
-            fsync_place(self.root.parent)
+            fsync_path(self.root.parent)
         for line in sweep(self.root):
             logger.warning(line)
         self._partial.mkdir()
@@ -329,7 +329,7 @@ def sweep(root: Path, *, is_only_writer: bool = False) -> list[str]:
             continue
         if caught[2] == "replaced" and not (root / caught[1]).exists():
             os.rename(entry, root / caught[1])
-            fsync_place(root)
+            fsync_path(root)
             summary.append(f"{root / caught[1]}: put back, its replacement was never finished")
         else:
             remove(entry)

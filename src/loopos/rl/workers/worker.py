@@ -30,7 +30,7 @@ from loopos.models.adapters import ADAPTER, add_lora
 from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, Sizes, cast_parameters, load_pretrained
 from loopos.rl.workers.protocol import Order, Request
-from loopos.storage.tensor_files import safetensors_pieces
+from loopos.storage.tensor_files import safetensors_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def policy_weights(causal: PreTrainedModel, *, adapter_alone: bool) -> dict[str,
 
 def packed(weights: Mapping[str, Tensor]) -> bytes:
     """Weights as the bytes of a safetensors file."""
-    return b"".join(bytes(piece) for piece in safetensors_pieces({n: w.cpu() for n, w in weights.items()}))
+    return b"".join(bytes(piece) for piece in safetensors_chunks({n: w.cpu() for n, w in weights.items()}))
 
 
 def _writer_of(recipe: WorkerRecipe) -> Writer:
