@@ -220,7 +220,7 @@ class TestEngines:
             next(stream)
             assert moved(model)
         assert bits(model) == before
-        with engine.prefixes_kept():
+        with engine.reuse_prefixes():
             for _ in range(2):
                 engine.generate(prompts, SamplingSettings(max_new_tokens=2))
                 assert moved(model)

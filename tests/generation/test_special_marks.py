@@ -56,8 +56,8 @@ def reasoner(tokenizer: PreTrainedTokenizerBase, problem: Demonstration) -> Reas
 
 def test_a_chain_is_read_and_right(marked: PreTrainedTokenizerBase) -> None:
     problem = Demonstration("What?", ("2 + 5 is it",), "7", Row({}, "rows", 1, 0))
-    asked = reasoner(marked, problem)
-    found = asked.answer([problem], SamplingSettings(max_new_tokens=40), limits=StepLimits(max_steps=4))
+    requests = reasoner(marked, problem)
+    found = requests.answer([problem], SamplingSettings(max_new_tokens=40), limits=StepLimits(max_steps=4))
     (chain,) = found[0].chains
     assert (chain.text, found[0].answer, chain.well_formed) == (SAYS, "7", True)
     assert [step.text for step in chain.steps] == ["2 + 5 is it"]

@@ -19,7 +19,7 @@ def test_splitmix_reference_values() -> None:
         16408922859458223821,
     ]
     got = uniforms([1234567] * 5, [1, 2, 3, 4, 5])
-    assert got.tolist() == [(word >> 11) / 2**53 for word in expected]
+    assert got.tolist() == [(number >> 11) / 2**53 for number in expected]
 
 
 def test_numbers_are_uniform_and_unrelated() -> None:

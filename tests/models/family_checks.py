@@ -49,7 +49,7 @@ class FamilyRun:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.tokenizer.save_pretrained(self.base)
 
-    def findings(self, checks: tuple[str, ...] = CHECKS) -> dict[str, str]:
+    def results(self, checks: tuple[str, ...] = CHECKS) -> dict[str, str]:
         """What every check found; a refusal of one does not keep the others from being tried."""
         found = {}
         for name in checks:

@@ -118,9 +118,9 @@ def test_loss_and_gradients_are_those_of_transformers(name: str) -> None:
     loss = model(ids, layout, weights)
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-5)
-    ours = dict(model.causal.named_parameters())
-    for parameter, theirs in reference.named_parameters():
-        torch.testing.assert_close(ours[parameter].grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=parameter)
+    actual_loss = dict(model.causal.named_parameters())
+    for parameter, expected_loss in reference.named_parameters():
+        torch.testing.assert_close(actual_loss[parameter].grad, expected_loss.grad, rtol=1e-4, atol=1e-4, msg=parameter)
 
 
 def test_without_weights_every_next_token_counts() -> None:

@@ -93,20 +93,20 @@ def test_views_scalars_and_empty_tensors(tmp_path: Path) -> None:
 
 def test_our_safetensors_bytes_hold_what_the_packages_own_writer_holds() -> None:
     group = {"b": torch.arange(5, dtype=torch.int8), "a": torch.randn(3, 3), "c": torch.ones(2, dtype=torch.bfloat16)}
-    ours = b"".join(bytes(piece) for piece in safetensors_pieces(group))
-    theirs = safetensors_save(group, metadata={"format": "pt"})
-    assert len(ours) == len(theirs)
-    assert {name: bits(tensor) for name, tensor in safetensors_load(ours).items()} == {
-        name: bits(tensor) for name, tensor in safetensors_load(theirs).items()
+    actual_bytes = b"".join(bytes(chunk) for chunk in safetensors_pieces(group))
+    expected_bytes = safetensors_save(group, metadata={"format": "pt"})
+    assert len(actual_bytes) == len(expected_bytes)
+    assert {name: bits(tensor) for name, tensor in safetensors_load(actual_bytes).items()} == {
+        name: bits(tensor) for name, tensor in safetensors_load(expected_bytes).items()
     }
 
 
-def test_large_tensors_are_written_in_pieces_without_a_copy_of_all() -> None:
+def test_large_tensors_are_written_in_chunks_without_a_full_copy() -> None:
     tensor = torch.arange(3 * 2**20, dtype=torch.float32)
-    pieces = list(safetensors_pieces({"t": tensor}))
-    assert [len(piece) for piece in pieces[1:]] == [4 * 2**20] * 3
+    chunks = list(safetensors_pieces({"t": tensor}))
+    assert [len(chunk) for chunk in chunks[1:]] == [4 * 2**20] * 3
     tensor[0] = 99.0
-    assert bytes(pieces[1][:4]) == numpy.float32(99.0).tobytes()
+    assert bytes(chunks[1][:4]) == numpy.float32(99.0).tobytes()
 
 
 def test_manifest_gives_each_files_size_and_hash(tmp_path: Path) -> None:
@@ -379,19 +379,21 @@ def step_numbers(root: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_best", "kept"),
+    ("keep_last", "keep_best", "remaining"),
     [(1, True, [20, 50]), (1, False, [50]), (3, True, [20, 30, 40, 50]), (9, False, [10, 20, 30, 40, 50])],
 )
-def test_prune_keeps_the_last_and_the_best(tmp_path: Path, keep_last: int, keep_best: bool, kept: list[int]) -> None:
+def test_prune_keeps_the_last_and_the_best(
+    tmp_path: Path, keep_last: int, keep_best: bool, remaining: list[int]
+) -> None:
     for step in (10, 20, 30, 40, 50):
         save_tiny(tmp_path, step, is_best=step in (10, 20))
     assert checkpoint.best(tmp_path) == tmp_path / "step-00000020"
     removed = checkpoint.prune(tmp_path, keep_last, keep_best)
-    assert step_numbers(tmp_path) == kept
-    assert len(removed) == 5 - len(kept)
+    assert step_numbers(tmp_path) == remaining
+    assert len(removed) == 5 - len(remaining)
 
 
-def test_prune_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
+def test_prune_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save_tiny(tmp_path, step, is_best=True)
     truncate(tmp_path / "step-00000040" / "weights.safetensors")

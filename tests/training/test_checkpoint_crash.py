@@ -67,7 +67,7 @@ class Savers:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
 
     def start(self, order: str) -> int:
@@ -141,9 +141,9 @@ def test_killed_before_each_change_to_the_disk_leaves_old_or_new(root: Path, sav
         check_content(found, value)
         outcomes.append(value)
         checkpoint.sweep(root)
-        kept, summary = checkpoint.newest_whole(root)
-        assert kept is not None
-        assert kept.state["value"] == value
+        remaining, summary = checkpoint.newest_whole(root)
+        assert remaining is not None
+        assert remaining.state["value"] == value
         assert summary == []
         for entry in root.glob("step-00000006"):
             os.rename(entry, root.parent / f"taken-{dies_before}")

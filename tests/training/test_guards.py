@@ -96,7 +96,7 @@ def test_an_iteration_that_does_not_measure_a_metric_changes_nothing() -> None:
     assert [[alert.name for alert in now] for now in found] == [[], [], [], [], [], ["kl", "judge"]]
 
 
-def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -> None:
+def test_a_judge_measured_separately_is_compared_with_the_latest_reward() -> None:
     found = alerts(
         ALL,
         {"judge": 9.0},
@@ -114,7 +114,7 @@ def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -
     assert "from 1 to 3 while the judge fell to 6, more than 0.5 below its best (9)" in found[9][0].message
 
 
-def test_alerts_say_their_numbers() -> None:
+def test_alerts_contain_their_numbers() -> None:
     first = {"kl": 0.0, "entropy": 4.0, "response_length": 100, "repetition": 0.0, "end_share": 0.75}
     last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "end_share": 0.25}
     before, found = alerts(ALL, first, last)
@@ -128,7 +128,7 @@ def test_alerts_say_their_numbers() -> None:
             "end_share",
             0.25,
             0.5,
-            "the share of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
+            "the fraction of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
         ),
     ]
     (short,) = alerts(ALL, {"response_length": 100}, {"response_length": 20})[1]

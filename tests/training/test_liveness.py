@@ -35,11 +35,11 @@ def processes(hosts: list[str], *, never_begins: int | None = None) -> Iterator[
         Heartbeat(store, rank, len(hosts), silence=SILENCE, host=host, end=end_of(rank))
         for rank, host in enumerate(hosts)
     ]
-    begun = [each for rank, each in enumerate(ranks) if rank != never_begins]
-    for each in begun:
+    beats = [each for rank, each in enumerate(ranks) if rank != never_begins]
+    for each in beats:
         each.begin()
     yield ranks, ended
-    for each in begun:
+    for each in beats:
         each.leave()
 
 
@@ -70,9 +70,9 @@ def test_a_silent_process_is_named_by_rank_and_host(lost: int, finder: int) -> N
         fall_silent(ranks[lost])
         wait_for(2, ended)
         assert set(ended) == {0, 1, 2} - {lost}
-        told = [message for message in ended.values() if message]
-        assert told
-        assert all(message.startswith(f"rank {lost} on second has shown no sign of life for ") for message in told)
+        messages = [message for message in ended.values() if message]
+        assert messages
+        assert all(message.startswith(f"rank {lost} on second has shown no sign of life for ") for message in messages)
         if lost == 2:
             # The two that are left share a host, so that one of them speaks.
             assert ended[1] == ""
@@ -88,7 +88,7 @@ def test_a_process_that_is_gone_before_its_first_sign_is_missed_too(lost: int) -
             assert message.startswith(f"rank {lost} has shown no sign of life for ")
 
 
-def test_an_error_of_one_process_is_told_once_a_host() -> None:
+def test_an_error_of_one_process_is_printed_once_per_host() -> None:
     with processes(["one", "one", "two"]) as (ranks, ended):
         assert ranks[1].failed(UserError("the disk is full"))
         wait_for(2, ended)
@@ -116,7 +116,7 @@ def test_a_broken_collective_of_living_processes_is_named_itself() -> None:
         assert ended[0] == ended[1]
 
 
-def test_a_broken_collective_without_a_store_names_the_place_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_collective_without_a_store_names_the_host_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     with processes(["one", "two"]) as (ranks, ended):
         time.sleep(SILENCE)

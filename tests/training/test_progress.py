@@ -56,8 +56,8 @@ def test_the_bar_of_a_policy_keeps_its_count_and_time_on_120_columns(clock: Cloc
     line = bar_line(progress)
     assert len(line) <= 120
     assert "\n" not in line
-    for kept in ("training", "━", "1/16", "0:10:00", "100 tokens/s", "policy_loss 0.3352", "value_loss 3.9951"):
-        assert kept in line, kept
+    for shown in ("training", "━", "1/16", "0:10:00", "100 tokens/s", "policy_loss 0.3352", "value_loss 3.9951"):
+        assert shown in line, shown
     # Whole names and values only, and those at the end go first.
     assert "value_clip" not in line
     assert "ratio" not in line

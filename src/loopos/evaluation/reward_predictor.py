@@ -280,5 +280,5 @@ class RewardPredictor:
     def _rows(self, encoded: list[EncodedComparison]) -> ComparisonRows:
         backbone = self.model.backbone
         short = max(example.num_tokens for example in encoded) < FUSED_FROM
-        shares = isinstance(backbone, Backbone) and self.device.type == "cpu" and backbone.shares_trunks
+        shares = isinstance(backbone, Backbone) and self.device.type == "cpu" and backbone.supports_shared_prefixes
         return ComparisonRows(encoded, self.device, share_prompts=shares and short)

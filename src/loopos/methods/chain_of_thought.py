@@ -40,7 +40,7 @@ from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import explain_disk_full
-from loopos.training.callbacks import CALLBACK, Callbacks, kept_random_states
+from loopos.training.callbacks import CALLBACK, Callbacks, preserve_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_reasoning
@@ -153,11 +153,16 @@ class ChainOfThought:
         self.model = LanguageModel(pretrained.model, attention=self.config.model.attention)
         backbone = self.model.backbone
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
-        held_back = set_trained_language_model(self.model.causal, backbone.model, settings)
+        initially_frozen = set_trained_language_model(self.model.causal, backbone.model, settings)
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
         self.trained = TrainedWeights(
-            self.model, settings, precision=self.precision, device=self.device, world=self.world, held_back=held_back
+            self.model,
+            settings,
+            precision=self.precision,
+            device=self.device,
+            world=self.world,
+            initially_frozen=initially_frozen,
         )
         self.progress.say(self.trained.summary())
         self.check: AnswerCheck | None = None
@@ -176,7 +181,7 @@ class ChainOfThought:
 
     def build_fit(self, folder: Path, rows: Sequence[Encoded]) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings, world, (share, shares) = self.config.training, self.world, self.world.share
+        settings, world, (share, shares) = self.config.training, self.world, self.world.data_parallel
         self.current = Fit(
             run_dir=folder,
             config=self.config,
@@ -229,13 +234,15 @@ class ChainOfThought:
             return {"loss": loss}
         world = self.world
         with self.trained.whole():
-            metrics, records = self.check.validate(self.problems, self.chats, world.share, world.gather_shares)
+            metrics, records = self.check.validate(
+                self.problems, self.chats, world.data_parallel, world.gather_data_parallel
+            )
         if world.is_first:
             write_samples(self.current.run_dir / "samples.jsonl", self.current.position.step, records)
         answers = [record["answer"] if "answer" in record else record["response"] for record in records]
         references = [record["expected"] if "expected" in record else record["reference"] for record in records]
         metrics = {"loss": loss, **metrics}
-        with kept_random_states():
+        with preserve_random_states():
             return self.metrics.added(metrics, answers, references, is_first=world.is_first, gather=world.gather)
 
     def _generates_now(self) -> bool:
@@ -267,8 +274,8 @@ class ChainOfThought:
                 problems,
                 section,
                 number=number,
-                share=self.world.share,
-                gather=self.world.gather_shares,
+                share=self.world.data_parallel,
+                gather=self.world.gather_data_parallel,
                 say=self.progress.say,
             )
         rows, report = self.encode([*self._worked(), *found.chains])
@@ -285,7 +292,7 @@ class ChainOfThought:
 
         Raises `DiskFull`; the run's checkpoints are whole then.
         """
-        settings, judges, number = self.config.training, self.current.judges, len(results) - 1
+        settings, judges, number = self.config.training, self.current.tracker, len(results) - 1
         if judges is not None and settings.keep_best:
             number = best_of([result.best_trained_metric for result in results], judges.validation.mode)
         if number != len(results) - 1:

@@ -41,7 +41,7 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_layout import default_pooling, how_it_opens
 from loopos.storage.durable import explain_disk_full
 from loopos.storage.events import EventLog
-from loopos.training.callbacks import Callbacks, kept_random_states
+from loopos.training.callbacks import Callbacks, preserve_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_task
@@ -139,7 +139,7 @@ class FineTuner:
         self.precision = resolve(settings.precision, self.device)
         self.backbone = backbone = Backbone(self.pretrained.model, attention=section.attention)
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
-        held_back = set_trained(backbone.model, settings)
+        initially_frozen = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
@@ -156,7 +156,7 @@ class FineTuner:
             precision=self.precision,
             device=self.device,
             world=self.world,
-            held_back=held_back,
+            initially_frozen=initially_frozen,
             half_under="backbone.",
         )
         self.progress.say(self.trained.summary())
@@ -171,8 +171,8 @@ class FineTuner:
         batches = StepBatches.of(
             settings,
             PackedRows(self.train_rows, self.targets.train, self.device),
-            rank=world.share[0],
-            world=world.share[1],
+            rank=world.data_parallel[0],
+            world=world.data_parallel[1],
         )
         return Fit(
             run_dir=self.run_dir,
@@ -238,11 +238,13 @@ class FineTuner:
         meaning = self._meaning(outputs)
         metrics = measure(self.data.space.task, meaning, told, threshold=threshold)
         metrics = {"loss": self.objective().mean_of(outputs, self.targets.validation), **metrics}
-        with kept_random_states():
+        with preserve_random_states():
             return self.metrics.added(metrics, meaning, np.array(told), is_first=world.is_first, gather=world.gather)
 
     def _validation_outputs(self, world: World) -> Tensor:
-        outputs = outputs_of(self.model, self.validation_rows, self.device, rank=world.share[0], world=world.share[1])
+        outputs = outputs_of(
+            self.model, self.validation_rows, self.device, rank=world.data_parallel[0], world=world.data_parallel[1]
+        )
         world.sum_tensors([outputs])
         return outputs
 

@@ -53,11 +53,11 @@ from loopos.rl.objective import PolicyState, PpoObjective
 from loopos.rl.rewards import Rewards, judge_of
 from loopos.rl.roles import Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
-from loopos.rl.workers.opening import Place, RunView, check_installed, open_rollouts
+from loopos.rl.workers.opening import DataParallel, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
 from loopos.storage.durable import explain_disk_full
-from loopos.training.callbacks import Callbacks, kept_random_states
+from loopos.training.callbacks import Callbacks, preserve_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_policy
@@ -161,7 +161,7 @@ class PpoTrainer:
             precision=self.precision,
             device=self.device,
             world=self.world,
-            held_back=self.roles.held_back,
+            initially_frozen=self.roles.initially_frozen,
             half_under=("policy.", "critic.backbone."),
             frozen=self.roles.frozen,
         )
@@ -171,7 +171,9 @@ class PpoTrainer:
             self.engine = open_rollouts(
                 config,
                 self.pretrained,
-                place=Place(share=self.world.share, gather=self.world.gather_shares),
+                data_parallel=DataParallel(
+                    rank_and_size=self.world.data_parallel, gather=self.world.gather_data_parallel
+                ),
                 run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.asked),
                 say=self.progress.say,
                 trust_remote_code=self.trust_remote_code,
@@ -183,16 +185,18 @@ class PpoTrainer:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world, actor_critic = self.config, self.config.training, self.world, self.roles.actor_critic
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
-        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
+        plan = RolloutPlan.of(
+            settings, num_prompts=len(self.prompts), rank=world.data_parallel[0], world=world.data_parallel[1]
+        )
         # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
         kept = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
-        words, gather = self.encoder.words, world.gather_shares
+        words, gather = self.encoder.words, world.gather_data_parallel
         self.collector = Collector(
-            self.engine, self.roles, rewards, device=self.device, words=words, kept=kept, gather=gather
+            self.engine, self.roles, rewards, device=self.device, origins=words, reused=kept, gather=gather
         )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.guards = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
-        self.objective = PpoObjective.of(settings, actor_critic, kept=kept)
+        self.objective = PpoObjective.of(settings, actor_critic, reused=kept)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
@@ -296,7 +300,7 @@ class PpoTrainer:
             write_samples(self.run_dir / "samples.jsonl", step, records)
         self._ask_guards({name: metrics[name] for name in ("judge",) if name in metrics})
         responses, prompts = ([record[key] for record in records] for key in ("response", "prompt"))
-        with kept_random_states():
+        with preserve_random_states():
             return self.metrics.added(
                 metrics, responses, prompts, is_first=self.world.is_first, gather=self.world.gather
             )

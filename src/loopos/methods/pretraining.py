@@ -143,7 +143,10 @@ class Pretrainer:
         """Optimizer, update, batches and loop."""
         settings = self.config.training
         batches = StepBatches.of(
-            settings, PackedRows(self.pieces, None, self.device), rank=world.share[0], world=world.share[1]
+            settings,
+            PackedRows(self.pieces, None, self.device),
+            rank=world.data_parallel[0],
+            world=world.data_parallel[1],
         )
         judged = self.config.validates and bool(self.validation_pieces)
         return Fit(

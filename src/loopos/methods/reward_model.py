@@ -41,7 +41,7 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.durable import explain_disk_full
 from loopos.storage.events import EventLog
-from loopos.training.callbacks import Callbacks, kept_random_states
+from loopos.training.callbacks import Callbacks, preserve_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.identity import of_preferences
@@ -127,11 +127,11 @@ class RewardModelTrainer:
         settings = self.config.training
         self.precision = resolve(settings.precision, self.device)
         self.backbone = backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
-        self.shares_prompts = self.device.type == "cpu" and backbone.shares_trunks
+        self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
         self.progress.say(f"attention: {backbone.path}" + (f" ({backbone.reason})" if backbone.reason else ""))
         if not self.shares_prompts:
             self.progress.say("prompts: computed once for each response, not once for all of a row")
-        held_back = set_trained(backbone.model, settings)
+        initially_frozen = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         self.model = PooledModel(
@@ -147,7 +147,7 @@ class RewardModelTrainer:
             precision=self.precision,
             device=self.device,
             world=self.world,
-            held_back=held_back,
+            initially_frozen=initially_frozen,
             half_under="backbone.",
         )
         self.progress.say(self.trained.summary())
@@ -175,7 +175,9 @@ class RewardModelTrainer:
             update=build_update(
                 self.model, self.trained.master_weights, settings, self.precision, world, head={"head.weight"}
             ),
-            batches=StepBatches.of(settings, self.rows(self.train_rows), rank=world.share[0], world=world.share[1]),
+            batches=StepBatches.of(
+                settings, self.rows(self.train_rows), rank=world.data_parallel[0], world=world.data_parallel[1]
+            ),
             objective=with_router_loss(
                 PairObjective(self.model, self.config.reward.centring), self.backbone, settings.router_aux_loss
             ),
@@ -211,10 +213,12 @@ class RewardModelTrainer:
         """Raw scores of every comparison's responses, of all shares together."""
         was_training = self.model.training
         self.model.eval()
-        own = comparison_scores(self.model, self.rows(examples), rank=self.world.share[0], world=self.world.share[1])
+        own = comparison_scores(
+            self.model, self.rows(examples), rank=self.world.data_parallel[0], world=self.world.data_parallel[1]
+        )
         self.model.train(was_training)
         found: dict[int, list[list[float]]] = {}
-        for part in self.world.gather_shares(own):
+        for part in self.world.gather_data_parallel(own):
             assert isinstance(part, dict)
             found.update(part)
         return [found[index] for index in range(len(examples))]
@@ -223,7 +227,7 @@ class RewardModelTrainer:
         """The metrics of the validation comparisons."""
         rows, scores = self.validation_rows, self.scores(self.validation_rows)
         metrics, (preferred, other) = measured(rows, scores), preferred_scores(rows, scores)
-        with kept_random_states():
+        with preserve_random_states():
             return self.metrics.added(metrics, preferred, other, is_first=self.world.is_first, gather=self.world.gather)
 
     def export(self) -> None:

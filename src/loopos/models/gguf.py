@@ -1,22 +1,9 @@
-"""What a GGUF file says of itself, read without its tensors.
+"""Opens GGUF files: metadata, tokenizer, and a one-time conversion to a model folder in the user's cache.
 
-Enters: a GGUF file. Leaves: key → value. The package gguf reads the same in some ten seconds for a vocabulary of 50,000
-tokens, since it makes arrays of every string; transformers does so twice. Left out: tensors.
+transformers dequantizes a GGUF file in pure Python, which takes about 20 s even for a small model, three times (config,
+tokenizer, weights). The converted folder (safetensors in fp32, exactly the dequantized values) opens in under a second.
+Its name contains the file's SHA-256 and the version of the conversion.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-
-The tokenizer in a GGUF file, as transformers saves one.
-
-Enters: what a GGUF file says of a byte-level BPE vocabulary whose way of splitting text is known here. Leaves: the
-tokenizer that such a file was made from. transformers' own reader chooses the splitting by the architecture instead of
-by what the file says, and gives vocabularies without it a token <|endoftext|> that the model has no embedding for.
-Left out: other vocabularies (SentencePiece, WordPiece), which stay transformers' work.
-
-GGUF files, converted once to an ordinary model folder in the user's cache.
-
-transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
-times over (config, tokenizer, weights). The folder (safetensors in fp32: the dequantised values exactly) then opens in
-under a second. It is named by the file's SHA-256 and the version of the conversion, so that a changed file is
-converted anew, and every file where the conversion itself has changed.
 """
 
 from __future__ import annotations
@@ -55,7 +42,9 @@ _STRING, _ARRAY = 8, 9
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """The keys of a GGUF file, version 2 or 3, little-endian. Raises `ValueError` for a file that is none."""
+    """The key-value metadata of a GGUF file, version 2 or 3, little-endian. Much faster than the package gguf, which
+    takes about 10 s for a vocabulary of 50,000 tokens. Raises `ValueError` for another file.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         if stream.read(4) != _MAGIC:
@@ -116,54 +105,57 @@ SPLITS = {
 }
 """The regular expression that splits text → llama.cpp's name of it."""
 WHOLE_WORDS = frozenset({"llama-bpe"})
-"""Pre-tokenizers under which llama.cpp takes a word that is itself a token whole, before any merge."""
+"""Pre-tokenizers for which llama.cpp looks up whole words in the vocabulary before it merges."""
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def unused_name(row: int) -> str:
-    """The name of a row of the embedding beyond the vocabulary, which GGUF must give one."""
+    """The name of an embedding row beyond the vocabulary; GGUF requires one."""
     return f"[PAD{row}]"
 
 
 def gguf_tokenizer(summary: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a GGUF file by what it says, as `read_metadata` has it; None for a vocabulary of another kind,
-    or split in a way that is not known here.
+    """The tokenizer of a GGUF file with a byte-level BPE vocabulary, from its metadata; None for another kind of
+    vocabulary or an unknown pre-tokenizer.
+
+    transformers' own reader chooses the pre-tokenizer by architecture instead of by the file, and adds a token
+    <|endoftext|> without an embedding.
     """
-    kept = {key.removeprefix("tokenizer."): value for key, value in summary.items() if key.startswith("tokenizer.")}
-    steps = _pre_tokenizer(kept.get("ggml.pre"))
-    if kept.get("ggml.model") != "gpt2" or steps is None:
+    fields = {key.removeprefix("tokenizer."): value for key, value in summary.items() if key.startswith("tokenizer.")}
+    steps = _pre_tokenizer(fields.get("ggml.pre"))
+    if fields.get("ggml.model") != "gpt2" or steps is None:
         return None
-    tokens = kept["ggml.tokens"]
-    types = kept.get("ggml.token_type") or [NORMAL] * len(tokens)
+    tokens = fields["ggml.tokens"]
+    types = fields.get("ggml.token_type") or [NORMAL] * len(tokens)
     rows = [(row, token, kind) for row, (token, kind) in enumerate(zip(tokens, types, strict=True))]
-    # llama.cpp's own way to fill rows up marks them as unused too.
+    # llama.cpp also marks padding rows as unused.
     rows = [(row, token, kind) for row, token, kind in rows if (token, kind) != (unused_name(row), UNUSED)]
     described = {
         "version": "1.0",
         "added_tokens": [_added(row, token, kind) for row, token, kind in rows if kind in (CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "NFC"} if kept["ggml.pre"] == "qwen2" else None,
+        "normalizer": {"type": "NFC"} if fields["ggml.pre"] == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
-        "post_processor": _post_processor(kept, tokens),
+        "post_processor": _post_processor(fields, tokens),
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
             "vocab": {token: row for row, token, _ in rows},
-            "merges": [merge.split(" ") for merge in kept.get("ggml.merges", ())],
-            "ignore_merges": kept["ggml.pre"] in WHOLE_WORDS,
+            "merges": [merge.split(" ") for merge in fields.get("ggml.merges", ())],
+            "ignore_merges": fields["ggml.pre"] in WHOLE_WORDS,
         },
     }
-    special = {name: kept.get(f"ggml.{key}_token_id") for key, name in _ROLES.items()}
+    special = {name: fields.get(f"ggml.{key}_token_id") for key, name in _ROLES.items()}
     found: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_str(json.dumps(described)),
         clean_up_tokenization_spaces=False,
         **{name: tokens[row] for name, row in special.items() if row is not None and row < len(tokens)},
     )
-    found.chat_template = kept.get("chat_template")
+    found.chat_template = fields.get("chat_template")
     return found
 
 
 def _pre_tokenizer(name: object) -> list[Mapping[str, Any]] | None:
-    """What splits text, for llama.cpp's name of it."""
+    """The pre-tokenizer for llama.cpp's name of it."""
     if name == "gpt-2":
         return [_byte_level(use_regex=True)]
     if name == "smollm":
@@ -184,10 +176,10 @@ def _added(row: int, token: str, kind: int) -> Mapping[str, Any]:
     return {"id": row, "content": token, "special": kind == CONTROL, **plain}
 
 
-def _post_processor(kept: Mapping[str, Any], tokens: list[str]) -> Mapping[str, Any] | None:
-    """What puts begin and end tokens around a text."""
-    added = [key for key in ("bos", "eos") if kept.get(f"ggml.add_{key}_token")]
-    around = {key: int(kept[name]) for key in added if (name := f"ggml.{key}_token_id") in kept}
+def _post_processor(fields: Mapping[str, Any], tokens: list[str]) -> Mapping[str, Any] | None:
+    """Adds begin and end tokens to a text."""
+    added = [key for key in ("bos", "eos") if fields.get(f"ggml.add_{key}_token")]
+    around = {key: int(fields[name]) for key in added if (name := f"ggml.{key}_token_id") in fields}
     if not around:
         return None
 
@@ -203,7 +195,7 @@ def _post_processor(kept: Mapping[str, Any], tokens: list[str]) -> Mapping[str, 
 
 
 _VERSION = 2
-"""Of what a conversion writes; 2: the tokenizer is the file's own (`gguf_tokenizer.py`)."""
+"""Version of the conversion's output. 2: the tokenizer comes from the file (`gguf_tokenizer`)."""
 
 
 def cache_folder() -> Path:
@@ -213,24 +205,24 @@ def cache_folder() -> Path:
 
 
 def converted_folder(file: Path) -> Path:
-    """The model folder of a GGUF file, made on first use.
+    """The model folder of a GGUF file, converted on first use.
 
-    Raises `MissingRequirement` when `gguf` is not installed, `UserError` when the file is broken or of an architecture
-    that transformers cannot read.
+    Raises `MissingRequirement` if `gguf` is not installed, and `UserError` if the file is broken or transformers cannot
+    read its architecture.
     """
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_folder() / "gguf" / f"{digest[:32]}-{_VERSION}"
     if (folder / "config.json").is_file():
         return folder
-    # Where another process finishes the same conversion first, its folder holds the same bytes and may be open by now.
+    # If another process finishes first, its folder has the same bytes and may already be open.
     with whole_folder(folder, replaces=folder.exists()) as partial:
         convert(file, partial)
     return folder
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Writes the model of a GGUF file into an empty folder. Raises as `converted_folder`."""
+    """Converts a GGUF file into an empty folder. Raises as `converted_folder` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,7 +239,7 @@ def convert(file: Path, folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **named)
         tokenizer = gguf_tokenizer(summary) or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     config = loaded.config
-    # The dequantised model is an ordinary one; left in, these marks make transformers refuse to save it.
+    # The dequantized model is an ordinary one; with these attributes transformers refuses to save it.
     for mark in ("quantization_config", "_name_or_path"):
         if hasattr(config, mark):
             delattr(config, mark)
@@ -260,17 +252,15 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _check_layers(summary: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a number of layers that no model has: each takes time to build, before its tensors are
-    looked for.
-    """
+    """Raises `ValueError` for an impossible number of layers, before time is spent on building them."""
     key = f"{summary['general.architecture']}.block_count"
     if not (type(summary[key]) is int and 1 <= summary[key] <= MOST_LAYERS):
         raise ValueError(f"{key}: expected a whole number from 1 to {MOST_LAYERS:,}, got {summary[key]}")
 
 
 def _config(file: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The config to open a file with, where transformers' own reader would leave out the size of a head: it takes
-    a Qwen3's for 128. Nothing for other architectures, whose config it reads whole.
+    """Arguments for opening the file if transformers' own reader loses the head size: it assumes 128 for Qwen3. Empty
+    for other architectures.
     """
     if summary["general.architecture"] != "qwen3":
         return {}
