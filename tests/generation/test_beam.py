@@ -1,4 +1,4 @@
-"""Beam search gives transformers' beams: tokens and scores, finished early or not, alone and together."""
+"""Beam search equals that of transformers: tokens and scores, with and without early stopping, in any batch."""
 
 from __future__ import annotations
 

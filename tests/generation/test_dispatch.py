@@ -1,4 +1,4 @@
-"""Whatever workers do, each sample of each prompt is found once: on workers that die, are late, hang or answer twice."""
+"""Each sample of each prompt is returned once, even if workers die, are late, hang or answer twice."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_each_request_is_written_by_its_own_version_and_old_ones_are_forgotten()
     dispatcher.publish(7, lambda: b"newer")
     second = dispatcher.begin(request_of(4, first=9))
     dispatcher.publish(7, lambda: pytest.fail("known versions are not sent twice"))
-    # The one that is waited for goes first.
+    # The awaited request has priority.
     dispatcher.finished(second, seconds=math.inf)
     assert workers.published == [0, 7]
     assert set(workers.weights) == {0, 7}

@@ -1,4 +1,4 @@
-"""The engine: transformers' greedy tokens, draws that do not depend on the batch, stopping, streaming, refilling."""
+"""The engine: greedy tokens as transformers, draws independent of the batch, stopping, streaming, reused rows."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_a_stream_can_be_left_and_the_engine_used_again(
 
 
 def test_rows_are_reused_and_the_longest_go_first(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows of 4 and 12 tokens in two places: 12 beside 4, 4 and 4 are 12 steps, not the 16 of two batches."""
+    """Completions of 4 and 12 tokens in two rows: 12 beside 4, 4 and 4 take 12 steps, not the 16 of two batches."""
     calls: list[int] = []
     handle = llama.register_forward_hook(lambda _module, _args, output: calls.append(output.logits.shape[0]))
     prompts = mixed_prompts(4)
@@ -284,7 +284,7 @@ def test_what_the_model_cannot_take_is_named(
 
 
 def test_the_weights_are_the_models_own(tokenizer: PreTrainedTokenizerBase) -> None:
-    """After a change of the weights the engine speaks with the new ones; it holds no copy."""
+    """The engine has no copy of the weights: after a change it generates with the new ones."""
     model = pico_model("llama")
     engine = Engine(model, tokenizer)
     prompts = mixed_prompts(3)

@@ -1,4 +1,4 @@
-"""Models that speak together: mixtures worked by hand, against plain forwards, and against the model itself."""
+"""Generation with ensembles: hand-computed mixtures, plain forwards, and a model mixed with itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_weight_of_nothing_is_nothing() -> None:
 
 
 def test_two_tokens_by_two_tables(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A likes 5 by .6 and B rules it out; both like 7 by .4 or more: together they say 7."""
+    """A gives 5 a probability of .6 and B none; both give 7 at least .4: the ensemble generates 7."""
     tables = []
     for five, seven in ((0.6, 0.4), (1e-30, 1.0)):
         table = torch.full((1, VOCABULARY), -80.0)
@@ -118,7 +118,7 @@ def test_greedy_and_beams_by_plain_forwards(
 def test_rows_join_and_leave_and_prefixes_are_reused(
     llama: PreTrainedModel, other: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Shared beginnings, more prompts than rows, and a second turn: the text is that of each prompt alone."""
+    """Shared prefixes, more prompts than rows, and a second turn: the text equals that of each separate prompt."""
     shared = mixed_prompts(1, longest=40, seed=5)[0] * 3
     prompts = [[*shared, *each] for each in PROMPTS]
     engine = Engine(ensemble(llama, other), tokenizer, max_rows=3)

@@ -1,4 +1,4 @@
-"""Rows over our cache: the logits of plain forwards, whatever was packed, continued, cut, copied or exchanged."""
+"""Rows over our cache give the logits of plain forwards after packing, continuing, cutting, copying and selecting."""
 
 from __future__ import annotations
 

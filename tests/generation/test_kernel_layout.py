@@ -1,4 +1,4 @@
-"""Weights in the kernel's layout: the same products, one copy, and bit for bit back again, whatever happens within."""
+"""Weights in the kernel layout: the same products, one copy, and restored bit for bit, also after errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Iterations begun ahead, kept in checkpoints, shared out among processes."""
+"""Rollouts that are requested ahead, stored in checkpoints and distributed over processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def remote(
 
 
 def whole(rollouts: RemoteRollouts, policy: Policy, iterations: range) -> list[int]:
-    """Staleness of each iteration; what is written is held against what was asked."""
+    """Staleness of each iteration; compares the completions with the request."""
     found = []
     for iteration in iterations:
         policy.iteration = iteration
@@ -144,7 +144,7 @@ def in_two_processes(staleness: int, behave: Any) -> list[Any]:
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_each_process_gets_its_part_and_none_waits_long_in_a_collective(staleness: int) -> None:
-    # An answer takes longer than the first process waits before it tells the others that there is nothing yet.
+    # An answer takes longer than rank 0 waits before it reports that nothing has arrived.
     first, second = in_two_processes(staleness, lambda worker, order: 9.0 if order else 45.0 / 2)
     for iteration, (own, other) in enumerate(zip(first, second, strict=True)):
         assert sorted([*own, *other]) == expected(request_of(4, first=100 * iteration))

@@ -116,7 +116,7 @@ def test_repetition_penalty_leaves_out_the_padding() -> None:
 
 
 def test_presence_and_frequency_by_hand() -> None:
-    """mu[j] − c[j] · frequency − [c[j] > 0] · presence, with counts over the completion alone."""
+    """mu[j] − c[j] · frequency − [c[j] > 0] · presence, with counts over only the completion."""
     history = History.of([[0, 0, 3]], [[1, 1, 2]], CPU)
     got = with_count_penalties(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), history, presence=0.5, frequency=0.25)
     assert got.tolist() == [[1.0, 0.0, 0.25, 1.0]]
@@ -173,7 +173,7 @@ def test_drawn_frequencies_match_the_distribution(name: str) -> None:
     )
     counts = np.bincount(choice.tokens.numpy(), minlength=300)
     assert counts[expected == 0].sum() == 0
-    # Cells that expect fewer than five are counted together, as the test's approximation asks.
+    # Cells that expect fewer than five are merged, as the test's approximation requires.
     often = expected * number >= 5
     seen = np.append(counts[often], counts[~often].sum())
     cell_counts = np.append(expected[often], expected[~often].sum()) * number

@@ -1,4 +1,4 @@
-"""Votes, the best of n, and beams of steps, on models whose chances are known."""
+"""Self-consistency, best-of-n and step beam search, on models with known probabilities."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
         best = chains[0]
         assert best.text == "2\n2\n2\n2\n>9"
         assert [step.text for step in best.steps] == ["2"] * 4
-        # The closing after the last step was written, not chosen.
+        # The closing after the last step was forced, not sampled.
         assert (best.answer.text, best.forced, best.finish_reason) == ("9", (8,), "stop token")
         assert twos(best) >= twos(chains[-1])
 

@@ -1,4 +1,4 @@
-"""A session: what joins and leaves at any time, and changes nothing for the others."""
+"""Sessions: completions join and leave at any time without changing the others."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_who_leaves_frees_its_row_and_the_others_go_on(
 
 
 def test_prompts_that_come_in_do_not_stop_the_rows(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of five prompts of 20 tokens 40 tokens may come in at a step: each such step is followed by one that decodes."""
+    """Of five prompts of 20 tokens, at most 40 tokens are admitted per step; a decode step follows each prefill step."""
     engine = Engine(llama, tokenizer, max_rows=8)
     prompts = [[5 + index] * 20 for index in range(5)]
     with engine.session(admitted_tokens=40) as session:

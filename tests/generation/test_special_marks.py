@@ -1,4 +1,4 @@
-"""Step markers and stop strings that are special tokens of the tokenizer read as those that are ordinary ones do."""
+"""Step markers and stop strings work the same whether they are special tokens or ordinary ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def marked(request: pytest.FixtureRequest, pico_tokenizer: Path) -> PreTrainedTo
 
 
 def scripted(tokenizer: PreTrainedTokenizerBase, text: str, *, after: int) -> Scripted:
-    """A model that says `text` and its end token after a prompt of so many tokens."""
+    """A model that generates `text` and its end token after a prompt of this many tokens."""
     ids = [0] * (after - 1) + [*tokenizer.encode(text, add_special_tokens=False), 2]
     logits = torch.zeros(len(ids), len(tokenizer))
     logits[torch.arange(len(ids)), ids] = 20.0

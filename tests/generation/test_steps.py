@@ -1,4 +1,4 @@
-"""Chains of steps: taken apart, kept within limits, continued where they would end too early. Texts are worked by hand."""
+"""Chains of steps: parsing, limits, and continuation where they would end too early, on hand-made texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Marks:
     answer_marker: str = ""
 
 
-# Every character of these texts is one token, so that places can be counted by hand.
+# Every character of these texts is one token, so that positions can be counted by hand.
 Says = Callable[[str], Any]
 
 
@@ -79,7 +79,7 @@ def test_limits_that_are_not_reached_change_nothing(chain: Callable[..., Chain])
 
 
 def test_the_number_of_steps_is_limited(chain: Callable[..., Chain]) -> None:
-    """After the first step the closing is written over places 3 to 5; the model goes on at place 6."""
+    """After the first step the closing is forced at positions 3 to 5; the model continues at position 6."""
     got = chain("11\n22\n33\n>>\n7", max_steps=1)
     assert got.text == "11\n>>\n33\n>>\n7"
     assert got.forced == (3, 4, 5)
@@ -88,7 +88,7 @@ def test_the_number_of_steps_is_limited(chain: Callable[..., Chain]) -> None:
 
 
 def test_the_length_of_a_step_is_limited(chain: Callable[..., Chain]) -> None:
-    """A delimiter is written over every third place."""
+    """A delimiter is forced at every third position."""
     got = chain("123456\n>>\n7", max_step_tokens=2)
     assert got.text == "12\n45\n\n>>\n7"
     assert ([step.text for step in got.steps], got.forced) == (["12", "45"], (2, 5))
@@ -101,7 +101,7 @@ def test_thinking_is_closed_at_its_limit(chain: Callable[..., Chain]) -> None:
 
 
 def test_thinking_continues_until_its_minimum(chain: Callable[..., Chain]) -> None:
-    """The closing at places 3 to 5 is taken back; "9\\n" stands at 3 and 4, and the model goes on with place 5."""
+    """The closing at positions 3 to 5 is taken back; "9\\n" is forced at 3 and 4, and the model continues at 5."""
     got = chain("11\n>>\n22\n>>\n7", min_thinking_tokens=8, continuation="9\n")
     assert got.text == "11\n9\n\n22\n>>\n7"
     assert ([step.text for step in got.steps], got.answer.text, got.forced) == (["11", "9", "22"], "7", (3, 4))
@@ -132,7 +132,7 @@ def test_limits_that_make_no_sense_are_named(limits: dict[str, Any]) -> None:
 
 
 class TakesBack:
-    """At the sixth token, once, keeps two and writes a text."""
+    """At the sixth token, once, keeps two tokens and forces a text."""
 
     def __init__(self) -> None:
         self.has_acted = False

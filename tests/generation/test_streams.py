@@ -1,4 +1,4 @@
-"""The uniform numbers: fixed by seed, prompt and sample alone, spread evenly, unrelated to each other."""
+"""The uniform numbers: fixed only by seed, prompt and sample, uniformly distributed and uncorrelated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that grows token by token: equal to decoding at once, characters whole, stop strings found wherever tokens end."""
+"""Incremental text: equal to decoding at once, complete characters, stop strings across token boundaries."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_stop_string_is_found_wherever_tokens_end(stop: str, tokenizer: PreTra
             break
     index = text.index(stop)
     assert growing.stopped_at == (index, index + len(stop))
-    # What was given out before never reached into the stop string.
+    # The text streamed before never included a part of the stop string.
     assert len(actual) <= index
 
 

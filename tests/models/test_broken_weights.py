@@ -1,4 +1,4 @@
-"""Weights that are broken, short, of other sizes, or that want to run code are refused in words."""
+"""Weights that are broken, truncated, of other sizes, or that would run code are refused with a reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def copied(parts: Path, tmp_path: Path, name: str = "with") -> Path:
 
 
 def tensors_changed(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], str]:
-    """A fault in the tensors of a .bin file beside its config."""
+    """A defect in the tensors of a .bin file beside its config."""
 
     def make(folder: Path) -> str:
         tensors = torch.load(folder / "weights.bin", weights_only=True)

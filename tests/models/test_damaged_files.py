@@ -1,4 +1,4 @@
-"""Files of models that are damaged or hostile: one line that names the file, before an answer is given."""
+"""Damaged or hostile model files: one line that names the file, before the model is used."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def test_a_damaged_file_is_one_line(damage: str, pico_folder: Path, tmp_path: Pa
 
 
 def test_bare_weights_are_no_larger_than_their_file(pico_folder: Path, tmp_path: Path) -> None:
-    """A file beside its config takes the same way in."""
+    """A file beside its config is opened the same way."""
     folder = copied(pico_folder, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     config(intermediate_size=10**10)(folder)

@@ -1,4 +1,4 @@
-"""Every causal language model family of transformers: right, or refused by name; docs/architectures.md is what was found.
+"""Every causal language model family of transformers: correct, or refused by name; docs/architectures.md lists the results.
 
 Slow: some ten minutes. A family that a new release of transformers adds is tested as soon as it is there.
 """

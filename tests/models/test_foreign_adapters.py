@@ -1,4 +1,4 @@
-"""Adapters that peft wrote, of every kind: as a model they answer as under peft, or are refused by name."""
+"""Adapters of every kind that peft wrote: opened as a model they equal peft's outputs, or are refused by name."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def refused(path: Path, message: str, **named: Any) -> None:
 
 
 def rewritten(adapter: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of an adapter whose config says other things."""
+    """A copy of an adapter with changes in its config."""
     shutil.copytree(adapter, folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes), encoding="utf-8")
@@ -226,7 +226,7 @@ def test_an_adapter_that_no_weights_can_hold_is_refused(
         ({"alora_invocation_tokens": [3, 4]}, "an activated LoRA"),
         ({"use_magic": True}, "use_magic: no setting of LORA that peft"),
         ({"task_type": "SEQ_CLS"}, "an adapter of task SEQ_CLS"),
-        ({"task_type": "FEATURE_EXTRACTION"}, "makes no text"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "cannot generate text"),
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
         ({"peft_type": "LORA2"}, "peft_type: got LORA2; expected one that peft"),
         ({"peft_type": 7}, "peft_type: expected the name of a method, such as LORA, got 7"),
@@ -361,7 +361,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> 
 
 @pytest.mark.parametrize("base", ["untied"], indirect=True)
 def test_an_adapter_over_an_adapter_is_both(base: Path, plain: Path, tmp_path: Path) -> None:
-    """A cycle of adapters is told."""
+    """A cycle of adapters is reported."""
     one = trained(base, tmp_path / "one", **lora())
     merged_once = saved(load_pretrained(str(one), causal=True).model, tmp_path / "under")
     AutoTokenizer.from_pretrained(base).save_pretrained(merged_once)

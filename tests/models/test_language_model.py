@@ -173,7 +173,7 @@ def test_an_output_layer_with_a_bias_is_refused() -> None:
     causal = PhiForCausalLM(PhiConfig(**{key: value for key, value in SIZES.items() if key not in names}))
     with torch.no_grad():
         causal.lm_head.bias.fill_(0.5)
-    with pytest.raises(UserError, match="not known here"):
+    with pytest.raises(UserError, match="an unsupported way"):
         LanguageModel(causal)
 
 

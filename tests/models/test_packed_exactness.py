@@ -1,4 +1,4 @@
-"""The packed path equals a plain padded transformers forward, in losses and in gradients, and keeps sequences apart."""
+"""The packed path equals a plain padded transformers forward, in losses and in gradients, and separates sequences."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def some_ids(seed: int = 0) -> Tensor:
 
 
 def padded_loss(model: nn.Module, ids: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Mean-pooled cross-entropy sum by a plain padded forward, written from the definition alone."""
+    """Mean-pooled cross-entropy sum by a plain padded forward, written only from the definition."""
     longest = max(LENGTHS)
     rows = [torch.cat([part, part.new_zeros(longest - len(part))]) for part in ids.split(LENGTHS)]
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in LENGTHS])

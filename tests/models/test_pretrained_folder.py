@@ -1,4 +1,4 @@
-"""Pretrained weights as a folder or a file: on the disk before they have their names, and nothing else left beside."""
+"""Pretrained weights as a folder or a file: flushed before they get their names, without leftovers."""
 
 from __future__ import annotations
 

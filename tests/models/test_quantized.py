@@ -1,4 +1,4 @@
-"""Layers in codes: every way to multiply gives what the weight written out gives."""
+"""Quantized layers: every kernel gives the product with the dequantized weight."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_outputs_that_no_kernel_of_four_bits_takes() -> None:
 
 
 def test_whole_numbers_by_hand() -> None:
-    """Codes of both sides are multiplied exactly; each row keeps its own scale, whatever its neighbours."""
+    """Codes of both sides are multiplied exactly; each row keeps its own scale, whatever its neighbors."""
     layer = layer_of(8, 48, rounds=True)
     entered = torch.randn(5, 48) * torch.logspace(-2, 2, 5)[:, None]
     assert layer._weight_act_pre_scale is not None

@@ -1,4 +1,4 @@
-"""transformers' bars and reports stay away from programs that open and save models through LoopOS."""
+"""Programs that open and save models through LoopOS do not see transformers' bars and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shrunk model says what the whole one says with the same parts silenced; blocks run one by one as in the model."""
+"""A shrunk model equals the full one with the same parts zeroed; blocks run one by one as in the model."""
 
 from __future__ import annotations
 

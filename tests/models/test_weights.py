@@ -1,4 +1,4 @@
-"""Every kind of source opens to the same model, and every place gives its tokenizer."""
+"""Every kind of source opens as the same model with its tokenizer."""
 
 from __future__ import annotations
 

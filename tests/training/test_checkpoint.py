@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, every kind of damage named, full disks, pruning, random states."""
+"""Checkpoints: exact round trips, error messages for every kind of damage, full disks, pruning, random states."""
 
 from __future__ import annotations
 
@@ -425,7 +425,7 @@ def test_random_states_continue_exactly_through_a_checkpoint(tmp_path: Path) -> 
     random.seed(1)
     numpy.random.seed(2)
     torch.manual_seed(3)
-    # One Gaussian of a pair drawn: the second one, which is held back, belongs to the state.
+    # Gaussians are drawn in pairs: the buffered second one is part of the state.
     random.gauss(0, 1)
     numpy.random.randn()
     torch.randn(1)

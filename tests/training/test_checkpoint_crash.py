@@ -1,4 +1,4 @@
-"""A process killed at any instant of a save leaves the old or the new checkpoint whole."""
+"""A process that is killed at any instant of a save leaves the old or the new checkpoint complete."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def check_content(found: checkpoint.Checkpoint, value: float) -> None:
 def test_killed_at_random_moments_the_newest_is_whole_and_never_older(root: Path, savers: Savers) -> None:
     draw = random.Random(0)
     step = -1
-    # Twelve kills, and more of them where a busy machine let no save end.
+    # At least twelve kills; more if a busy machine finished no save.
     for go in range(200):
         if go >= 12 and step > 0:
             break
@@ -122,7 +122,7 @@ def test_killed_at_random_moments_the_newest_is_whole_and_never_older(root: Path
             assert found.state == {"step": found.step, "value": found.step}
             check_content(found, found.step)
             step = found.step
-        # Nothing but the save that was cut short may be wrong.
+        # Only the interrupted save may be incomplete.
         assert not [line for line in summary if "half-written" not in line and "newest whole" not in line]
     assert step > 0
 

@@ -1,4 +1,4 @@
-"""Experience by hand: what the ratio is held against, and how an older policy's tokens are weighed."""
+"""Experience with hand-computed numbers: the old policy of the ratio, and importance weights of an older policy."""
 
 from __future__ import annotations
 

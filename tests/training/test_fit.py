@@ -1,4 +1,4 @@
-"""The offline loop: when it validates, saves and stops, and what it writes."""
+"""The training loop: when it validates, saves and stops, and what it writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_validation_runs_when_configured(every: int | str, expected: list[int], 
     assert (result.step, result.stopped_by) == (10, "epochs")
     assert validated_steps(folder) == expected
     assert (result.best_step is None) == (every == "never")
-    # The start is measured, and never marked as the best.
+    # The start is validated, but never marked as the best.
     assert not any(event["metrics"]["best"] for event in events_of(folder, "validation") if event["step"] == 0)
 
 
@@ -73,7 +73,7 @@ def test_a_finished_run_continues_when_its_limit_is_raised(run: Run, tmp_path: P
     run("limited", max_steps=6)
     result, _ = run("limited", resume=True)
     assert (result.step, result.stopped_by) == (10, "epochs")
-    # A constant learning rate does not know the end of the run, so the two runs are one.
+    # A constant learning rate does not depend on the end of the run, so the two runs are equal.
     expected, found = last_weights(tmp_path / "whole"), last_weights(tmp_path / "limited")
     assert len(expected) == 21
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -176,7 +176,7 @@ def test_a_step_counts_its_tokens_and_rows(run: Run, tmp_path: Path, pico_folder
 
 
 def test_files_of_an_older_process_do_not_remain(run: Run) -> None:
-    """A save that died leaves a hidden folder; the next save clears it."""
+    """A killed save leaves a hidden folder; the next save removes it."""
     _, folder = run(save_every=4, keep_last=9, max_steps=4)
     half = folder / "checkpoints" / ".step-00000008.partial-4000000"
     half.mkdir()

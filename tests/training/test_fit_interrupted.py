@@ -1,4 +1,4 @@
-"""A nan, a full disk or a signal ends a run in order; the resumed run is the one that was left alone."""
+"""A nan, a full disk or a signal ends a run cleanly; the resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_that_took_no_step_is_no_success(run: Run, monkeypatch: pytest.Mon
     assert len(events_of(tmp_path / "run", "step")) == 10
     assert not events_of(tmp_path / "run", "end")
     assert not (tmp_path / "run" / "model").exists()
-    # It stays so when it is resumed, unless there are steps to come.
+    # A resumed run has the same result, unless more steps follow.
     with pytest.raises(NonFiniteStep, match=summary):
         run(on_nonfinite="skip", validate_every="never", resume=True)
     monkeypatch.undo()
@@ -144,7 +144,7 @@ def test_a_full_disk_under_the_log_is_summary_too(run: Run, monkeypatch: pytest.
 def test_a_signal_at_a_step_that_validates_loses_nothing(
     name: str, step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The validation that was due is made up for when the run is resumed, also after the very last step."""
+    """A resumed run catches up on a validation that was due, also after the last step."""
     settings = {"schedule": "plateau", "plateau_patience": 0, "early_stopping": {"patience": 9}}
     expected, whole = run("whole", **settings)
     stepped = RunProgress.step

@@ -1,4 +1,4 @@
-"""The best weights are exported, early stopping stops, the plateau schedule slows: by hand on scripted validations."""
+"""Export of the best weights, early stopping and the plateau schedule, on scripted validations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[..., tuple[FitResult, Path]]
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float], metric: str = "accuracy") -> list[float]:
-    """Lets validation report these values of a metric, one after another; the last one repeats."""
+    """Makes validations return these values of a metric in order; the last one repeats."""
     left = list(values)
 
     def validate(self: FineTuner, world: object = None) -> dict[str, float]:
@@ -142,7 +142,7 @@ def test_a_run_that_does_not_beat_its_start_marks_nothing_as_best(run: Run, monk
     validations = events_of(folder, "validation")
     assert [event["step"] for event in validations] == [0, 2, 4, 6, 8, 10]
     assert not any(event["metrics"]["best"] for event in validations)
-    # What is exported is said plainly: the best of what was trained.
+    # The message names what is exported: the best trained weights.
     exports = events_of(folder, "export")
     assert [(event["step"], event["metrics"]["weights"]) for event in exports] == [(6, "best trained")]
     exported = load_file(folder / "model" / "head.safetensors")["weight"]
@@ -165,7 +165,7 @@ def test_the_start_is_exported_if_configured_and_nothing_beats_it(run: Run, monk
     assert torch.equal(exported, start["head.weight"])
     assert not torch.equal(exported, last_weights(folder)["head.weight"])
     assert [(e["step"], e["metrics"]["weights"]) for e in events_of(folder, "export")] == [(0, "start")]
-    # One validation above the start is enough for it to go.
+    # One validation better than the start is enough to remove it.
     scripted(monkeypatch, [0.5, 0.4, 0.6, 0.3])
     _, folder = run("beaten", validate_every=2, export_start=True)
     assert saved_steps(folder) == [4, 10]

@@ -75,7 +75,7 @@ def test_every_optimizer_learns(name: str, runs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_resumes_exactly(name: str, runs: dict[str, Path], tmp_path: Path, pico_folder: Path) -> None:
-    """Cut back to the checkpoint of step 4, as after a kill, and resumed."""
+    """Reset to the checkpoint of step 4, as after a kill, and resumed."""
     run = tmp_path / "cut"
     shutil.copytree(runs[name], run)
     checkpoints = sorted((run / "checkpoints").iterdir())

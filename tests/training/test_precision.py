@@ -1,4 +1,4 @@
-"""fp32 masters under bf16 weights, gradients summed in fp32, and fp16's loss scale."""
+"""fp32 master weights of bf16 weights, gradients summed in fp32, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_steps_below_the_resolution_of_bf16_are_not_lost() -> None:
         update([torch.ones(1)], Batch(weight), 1.0)
     assert float(master_weights.parameters["w"].detach()) == pytest.approx(0.99, abs=1e-5)
     assert float(weight.detach()) == float(torch.tensor(0.99).bfloat16())
-    # Without a master every step is lost.
+    # Without a master weight every step is lost.
     plain = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(100):
         plain -= 1e-4
@@ -216,6 +216,6 @@ def test_checkpoints_hold_fp32_master_weights_and_bf16_runs_learn(tmp_path: Path
     weights = last_weights(run)
     assert len(weights) == 21
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    # They hold more than bf16 could.
+    # They have more precision than bf16.
     name = "backbone.model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(weights[name], weights[name].bfloat16().float())

@@ -1,4 +1,4 @@
-"""What a resumed run may not change, by key; what it may, told and kept; and a log and states that are not its own."""
+"""What a resumed run must not change, what it may change and how that is reported, and foreign logs and states."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def resume(
     **training: Any,
 ) -> FitResult:
     settings = {**TRAINING, **training}
-    # The rows keep their place, so that only what stands in the file changes.
+    # The path stays the same; only the file's content changes.
     config = config_of(folder, weights, rows, training=settings, model=model, data={**DATA, **(data or {})})
     return train(config, resume=True)
 
@@ -87,7 +87,7 @@ def test_other_rows_of_the_same_number_are_refused(
 
 
 def renamed(first_run: Path, change: str) -> Path:
-    """The file of the run's rows, with other content in it for this once."""
+    """The file of the run's rows, temporarily with other content."""
     file = first_run.parent / f"{change}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in OTHER_ROWS[change]))
     return file
@@ -202,7 +202,7 @@ def test_what_was_best_by_another_metric_is_not_compared_with() -> None:
 def test_a_change_of_a_session_that_left_no_checkpoint_is_no_change(
     copied: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Settings are held against those that the checkpoint was trained with, not against the newest config.json."""
+    """Settings are compared with those of the checkpoint's session, not with the newest config.json."""
     config = json.loads((copied / "config.json").read_text())
     config["training"]["learning_rate"] = 9.0
     (copied / "config.json").write_text(json.dumps(config))
@@ -211,7 +211,7 @@ def test_a_change_of_a_session_that_left_no_checkpoint_is_no_change(
 
 
 def as_of_an_older_version(folder: Path) -> None:
-    """The run as a version without digests left it."""
+    """The run as written by a version without digests."""
     last = max((folder / "checkpoints").glob("step-*"))
     manifest, state = read_manifest(last), json.loads((last / "state.json").read_text())
     old = ("base", "rows", "rows_a_step", "weights that train")

@@ -1,4 +1,4 @@
-"""Schedules: hand-worked factors, and torch's and transformers' own where the two agree with ours."""
+"""Schedules: hand-computed factors, and those of torch and transformers where they agree with ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors in slices, and checkpoints that are written beside training."""
+"""Sliced tensors, and checkpoints that are written in the background."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 1: a step is the same however its rows are split over micro-batches and processes."""
+"""Law 1: a step does not depend on how its rows are split over micro-batches and processes."""
 
 from __future__ import annotations
 

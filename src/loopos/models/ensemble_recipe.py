@@ -40,7 +40,7 @@ def read_ensemble(source: str | Path) -> EnsembleRecipe | None:
         return None
     folder = model_folder(source)
     if not isinstance(recipe, dict) or recipe.get("method") not in LANGUAGE_METHODS:
-        raise UserError(f"{source}: broken: no ensemble of a known method; make it again: loopos ensemble A B -o OUT")
+        raise UserError(f"{source}: broken: unknown ensemble method; make it again: loopos ensemble A B -o OUT")
     members, weights = recipe.get("members", []), recipe.get("weights", [])
     if len(members) != len(weights) or len(members) < 2 or not math.isclose(math.fsum(weights), 1.0, abs_tol=1e-6):
         raise UserError(f"{source}: broken: {len(members)} members and the weights {weights}, which must sum to 1")
@@ -53,8 +53,8 @@ def refuse_votes(source: str, recipe: EnsembleRecipe | None) -> None:
     """Raises `UserError` for an ensemble that votes, where token probabilities are needed."""
     if recipe is not None and recipe.votes:
         raise UserError(
-            f"{source}: an ensemble that votes over answers to problems, and gives no distribution over tokens; ask it "
-            "with loopos evaluate or loopos generate, or join its members by --method mean"
+            f"{source}: an ensemble that votes over answers to problems, and gives no distribution over tokens; use "
+            "loopos evaluate or loopos generate, or combine its members with --method mean"
         )
 
 

@@ -107,7 +107,7 @@ def _require_known(adapter: AdapterFolder) -> None:
     if adapter.config.get("alora_invocation_tokens"):
         raise UserError(
             f"{adapter.source}: an activated LoRA (alora_invocation_tokens), which changes the model only after some "
-            "tokens; expected an adapter that weights can hold"
+            "tokens; expected an adapter that can be merged into weights"
         )
 
 

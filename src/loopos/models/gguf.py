@@ -52,7 +52,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         try:
             version, _, num_keys = _numbers(stream, "IQQ")
             if version not in (2, 3):
-                raise ValueError(f"it is of version {version}; expected 2 or 3")
+                raise ValueError(f"its version is {version}; expected 2 or 3")
             found: dict[str, Any] = {}
             for _ in range(num_keys):
                 key = _string(stream, size)
@@ -69,21 +69,21 @@ def _value(stream: BinaryIO, kind: int, size: int) -> Any:
     if kind in _NUMBERS:
         return _numbers(stream, _NUMBERS[kind])[0]
     if kind != _ARRAY:
-        raise ValueError(f"it holds a value of the unknown kind {kind}")
+        raise ValueError(f"it has a value of unknown type {kind}")
     inner, number = _numbers(stream, "IQ")
     if number > size:
-        raise ValueError("it announces more values than it has bytes")
+        raise ValueError("it declares more values than it has bytes")
     if inner == _STRING:
         return [_string(stream, size) for _ in range(number)]
     if inner not in _NUMBERS:
-        raise ValueError(f"it holds a list of the kind {inner}")
+        raise ValueError(f"it has a list of unknown type {inner}")
     return list(_numbers(stream, f"{number}{_NUMBERS[inner]}"))
 
 
 def _string(stream: BinaryIO, size: int) -> str:
     (length,) = _numbers(stream, "Q")
     if length > size:
-        raise ValueError("it announces a text longer than itself")
+        raise ValueError("it declares a text longer than the file")
     content = stream.read(length)
     if len(content) < length:
         raise ValueError("it is cut short")

@@ -102,7 +102,7 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     embedding = _output_embedding(causal)
     if hidden.shape[-1] != embedding.shape[-1]:
         raise UserError(
-            f"{type(causal).__name__} makes its logits in a way that is not known here (hidden states of "
+            f"{type(causal).__name__} computes its logits in an unsupported way (hidden states of "
             f"{hidden.shape[-1]} features, an output layer of {embedding.shape[-1]}); expected a model whose output "
             "layer is a matrix without bias"
         )
@@ -120,12 +120,11 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     largest = logits.abs().max().clamp_min(1e-6)
     if not float((logits[:-1] - before).abs().max() / largest) <= tolerance:
         raise UserError(
-            f"{type(causal).__name__} sees the tokens that it is to predict: an encoder; expected a causal language "
-            "model"
+            f"{type(causal).__name__} attends to later tokens, so it is an encoder; expected a causal language model"
         )
     difference = float((logits - expected).abs().max() / largest)
     if not difference <= tolerance:
         raise UserError(
-            f"{type(causal).__name__} makes its logits in a way that is not known here (other than E·h by "
+            f"{type(causal).__name__} computes its logits in an unsupported way (other than E·h by "
             f"{difference:.1e}); expected a model whose output layer is a matrix without bias"
         )

@@ -179,8 +179,8 @@ def load_adapted(
     is_causal = TASKS[adapter.task]
     if causal and not is_causal:
         raise UserError(
-            f"{adapter.source}: an adapter of a model without an output embedding ({adapter.task}), which makes no "
-            "text; expected one of task CAUSAL_LM"
+            f"{adapter.source}: an adapter of a model without an output embedding ({adapter.task}), which cannot "
+            "generate text; expected one of task CAUSAL_LM"
         )
     named = base or base_of_adapter(adapter.folder)
     under = load_pretrained(

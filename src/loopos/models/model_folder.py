@@ -172,7 +172,7 @@ def model_folder(source: str | Path) -> Path:
             return folder
     refuse_checkpoint(actual)
     if (actual / "events.jsonl").is_file():
-        raise UserError(f"{source}: this run has no finished model yet; go on with loopos train CONFIG --resume")
+        raise UserError(f"{source}: this run has no finished model yet; continue with loopos train CONFIG --resume")
     raise UserError(f"{source}: no trained model here; expected the output_dir of a finished run, or its folder model/")
 
 

@@ -48,7 +48,7 @@ def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
         raise SettingError(
             _KEY,
-            f"{config.model_type} is no causal language model; expected one that predicts the next token, such as a "
+            f"{config.model_type} is not a causal language model; expected one that predicts the next token, such as a "
             "Llama, Qwen, Gemma or GPT-2",
         )
     return AutoModelForCausalLM if causal else AutoModel

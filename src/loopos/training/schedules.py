@@ -21,7 +21,7 @@ def warmup_steps(warmup: int | float, total_steps: int) -> int:
     if isinstance(warmup, int) or warmup == 0:
         assert warmup >= 0, f"{warmup} steps of warm-up"
         return int(warmup)
-    assert 0 < warmup < 1, f"a share of warm-up lies between 0 and 1, not at {warmup}"
+    assert 0 < warmup < 1, f"warmup fraction: got {warmup}; expected between 0 and 1"
     return max(1, round(warmup * total_steps))
 
 

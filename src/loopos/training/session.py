@@ -199,7 +199,7 @@ class Heartbeat:
             self._seen[rank] = (sign, since if sign == seen else now)
             if sign != _LEFT and now - self._seen[rank][1] > most:
                 summary = (
-                    f"{self._described(rank)} has shown no sign of life for {now - self._seen[rank][1]:.0f} s: its "
+                    f"{self._described(rank)} has sent no heartbeat for {now - self._seen[rank][1]:.0f} s: its "
                     "process was killed or hangs, or its host is cut off; the run ends"
                 )
                 return self._publish(self._heartbeat_store, Verdict(summary, self._rank, self._host))
@@ -228,7 +228,7 @@ class Heartbeat:
     def _unreachable(self) -> Verdict:
         address = os.environ.get("MASTER_ADDR", "rank 0's host")
         summary = (
-            f"rank {self._rank} on {self._host}: {address}, where the processes of the run meet, has not answered for "
+            f"rank {self._rank} on {self._host}: the store at {address} has not answered for "
             f"{time.monotonic() - self._answered:.0f} s: it is down, or the network between is cut; the run ends"
         )
         return Verdict(summary, self._rank, self._host)
