@@ -180,11 +180,11 @@ def test_an_output_layer_with_a_bias_is_refused() -> None:
 def test_a_model_that_sees_what_comes_is_refused(tmp_path: Path, pico_tokenizer: Path) -> None:
     sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     bert = BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
-    with pytest.raises(UserError, match="sees the tokens"):
+    with pytest.raises(UserError, match="attends to later tokens"):
         LanguageModel(BertLMHeadModel(bert))
     BertModel(bert).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(pico_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"missing|does not fill|sees the tokens"):
+    with pytest.raises(UserError, match=r"missing|does not fill|attends to later tokens"):
         LanguageModel(load_pretrained(str(tmp_path), causal=True).model)
 
 

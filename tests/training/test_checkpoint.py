@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json", "missing"),
     "cut manifest": (lambda f: truncate(f / "manifest.json"), "manifest.json", "not readable as JSON"),
     "binary manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff\x00"), "manifest.json", "not readable"),
-    "list manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json", "not an object"),
+    "list manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json", "expected an object"),
     "other format": (lambda f: rewrite_manifest(f, format=2), "manifest.json", "format 2"),
     "changed metric": (lambda f: rewrite_manifest(f, metric=0.75), "manifest.json", "SHA-256"),
     "forgotten file": (lambda f: rewrite_manifest(f, files={}), "manifest.json", "SHA-256"),
@@ -211,7 +211,7 @@ def test_a_moved_folder_is_rejected(tmp_path: Path) -> None:
     found, summary = checkpoint.newest_whole(tmp_path)
     assert found is None
     assert len(summary) == 1
-    assert "says step 10" in summary[0]
+    assert "has step 10" in summary[0]
     assert "step-00000099" in summary[0]
 
 

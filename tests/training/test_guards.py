@@ -197,5 +197,5 @@ def test_a_state_is_a_copy() -> None:
     ],
 )
 def test_limits_that_make_no_sense_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} of {value}"):
+    with pytest.raises(ValueError, match=f"{name}: got {value}"):
         MonitorLimits(**{name: value})

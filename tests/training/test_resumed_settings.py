@@ -223,8 +223,8 @@ def as_of_an_older_version(folder: Path) -> None:
         event["metrics"].pop("settings", None)
         event["metrics"].pop("changed", None)
     lines = [json.dumps(event, separators=(",", ":")) + "\n" for event in events]
-    path = next(number for number, event in enumerate(events) if event["event"] == "checkpoint")
-    state["events_offset"] = sum(map(len, lines[:path]))
+    index = next(number for number, event in enumerate(events) if event["event"] == "checkpoint")
+    state["events_offset"] = sum(map(len, lines[:index]))
     (folder / "events.jsonl").write_text("".join(lines))
     for name in ("state.json", "manifest.json"):
         (last / name).unlink()

@@ -1,4 +1,4 @@
-"""Pooling and heads: hidden states of a packed row → one vector a sequence → outputs of the task.
+"""Pooling and heads: hidden states of a packed row → one vector per sequence → outputs of the task.
 
 Letters: T tokens, N sequences, d hidden size, C outputs.
 """

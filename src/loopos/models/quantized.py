@@ -68,8 +68,8 @@ class QuantizedWeight(nn.Module):
 
 
 class QuantizedLinear(QuantizedWeight):
-    """y = W(a ∘ x) + b, with a factor a for each input (AWQ's 1/s) where there is one. `rounds_activations`: each row
-    of a ∘ x is rounded to eight bits with its own scale, and the product is one of whole numbers.
+    """y = W(a ∘ x) + b, with an optional factor a per input (AWQ's 1/s). `rounds_activations`: each row of a ∘ x is
+    rounded to 8 bits with its own scale, and the product is an integer product.
     """
 
     _weight_act_pre_scale: nn.Parameter | None
