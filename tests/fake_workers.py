@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from loopos.generation.completions import Completion
-from loopos.rl.workers.protocol import Answered, Event, Joined, Lost, Order
+from loopos.rl.workers.protocol import Answered, Event, Lost, Order, WorkerReady
 
 Worker = Callable[[Order, Callable[[], bytes]], list[Completion]]
 
@@ -34,7 +34,7 @@ class FakeWorkers:
         joins_at: Callable[[int], float] = lambda worker: 0.0,
     ) -> None:
         self.now = 0.0
-        self.asked: list[tuple[int, Order]] = []
+        self.submitted: list[tuple[int, Order]] = []
         self.published: list[int] = []
         self.weights: dict[int, bytes] = {}
         self.ended: list[int] = []
@@ -48,7 +48,7 @@ class FakeWorkers:
     def start(self) -> int:
         worker, self._started = self._started, self._started + 1
         self._workers[worker] = self._make()
-        self._coming.append((self._joins_at(worker), Joined(worker, f"fake {worker}")))
+        self._coming.append((self._joins_at(worker), WorkerReady(worker, f"fake {worker}")))
         return worker
 
     def publish(self, version: int, weights: bytes) -> None:
@@ -58,12 +58,12 @@ class FakeWorkers:
     def forget(self, version: int) -> None:
         del self.weights[version]
 
-    def ask(self, worker: int, order: Order) -> None:
-        assert order.places
+    def submit(self, worker: int, order: Order) -> None:
+        assert order.indices
         assert worker in self._workers, "a worker that is gone was asked"
         what = self._behave(worker, self._orders[worker])
         self._orders[worker] += 1
-        self.asked.append((worker, order))
+        self.submitted.append((worker, order))
         if what == "hang":
             return
         if what == "die":

@@ -56,7 +56,7 @@ def test_the_history_is_not_computed_again(chat: Any, monkeypatch: pytest.Monkey
     lines = ("the film was slow but the ending is lovely", "again")
     with_cache = chat(*lines).stdout
     *_, first, second = fed
-    monkeypatch.setattr(Engine, "prefixes_kept", lambda self: nullcontext())
+    monkeypatch.setattr(Engine, "reuse_prefixes", lambda self: nullcontext())
     assert chat(*lines).stdout == with_cache
     # Without the cache the second turn feeds the first turn's words, and what was said to them, once more.
     assert first == fed[-2]

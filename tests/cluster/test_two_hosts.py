@@ -150,8 +150,8 @@ def test_a_pulled_cable_ends_both_hosts_and_the_resumed_run_is_the_whole_one(
         "\n".join(line for summary in cut.summary.values() for line in summary.splitlines() if line.startswith("rank "))
     )
     assert cut_at <= done < len(steps_of(whole.folder)), "the cable was to be pulled in the middle"
-    assert f"rank 1 on {cluster.second.name} has shown no sign of life for" in cut.summary[cluster.first.name]
-    place = f"rank 1 on {cluster.second.name}: {cluster.first.address}, where the processes of the run meet, has not"
+    assert f"rank 1 on {cluster.second.name} has sent no heartbeat for" in cut.summary[cluster.first.name]
+    place = f"rank 1 on {cluster.second.name}: the store at {cluster.first.address} has not"
     assert place in cut.summary[cluster.second.name]
 
     time.sleep(max(0.0, pulled + CUT - time.monotonic()))
@@ -182,5 +182,5 @@ def test_a_host_that_dies_is_named_by_the_other(
     ended = cluster.wait_until_ended(Host.trainers, ENDING)
     cluster.wait_until_ended(Host.processes, ENDING)
     print(f"{dead.name} dies: ended after {ended} s")
-    named = f"rank {lost} on {dead.name} has shown no sign of life" if lost else f"{dead.address}, where the processes"
+    named = f"rank {lost} on {dead.name} has sent no heartbeat" if lost else f"the store at {dead.address}"
     assert named in run.summary[left.name]

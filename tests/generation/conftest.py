@@ -1,4 +1,4 @@
-"""The pico tokenizer and models of the generation tests, and one that says what it is told."""
+"""The pico tokenizer and models of the generation tests, and a model that generates a given text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture
 def says(tokenizer: PreTrainedTokenizerBase) -> Callable[..., tuple[PreTrainedModel, list[int]]]:
-    """Makes a model that, after a prompt of one token, says a text and then the end token for ever; and that prompt."""
+    """Makes a model that generates a text and then end tokens after a prompt of one token; and that prompt."""
 
     def build(text: str) -> tuple[PreTrainedModel, list[int]]:
         ids = [*tokenizer.encode(text, add_special_tokens=False), 2]

@@ -91,5 +91,5 @@ class Scripted(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
         keys = position_ids.clamp(max=len(self.table) - 1) if self.by_position else input_ids
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutput(logits=self.table[keys][:, kept])
+        tokens = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutput(logits=self.table[keys][:, tokens])

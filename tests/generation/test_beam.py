@@ -1,4 +1,4 @@
-"""Beam search gives transformers' beams: tokens and scores, finished early or not, alone and together."""
+"""Beam search equals that of transformers: tokens and scores, with and without early stopping, in any batch."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_beams_equal_those_of_transformers(
     found = beam_search(Engine(model, tokenizer, max_rows=9), prompts, settings)
     lengths = set()
     for prompt, beams in zip(prompts, found, strict=True):
-        theirs = beams_of_transformers(
+        reference = beams_of_transformers(
             model, prompt, {"length_penalty": length_penalty, "eos_token_id": list(ends),
                             "early_stopping": "never" if early_stopping is None else early_stopping},
         )  # fmt: skip
-        assert [beam.token_ids for beam in beams] == [ids for ids, _ in theirs]
-        assert [beam.score for beam in beams] == pytest.approx([score for _, score in theirs], abs=1e-4)
+        assert [beam.token_ids for beam in beams] == [ids for ids, _ in reference]
+        assert [beam.score for beam in beams] == pytest.approx([score for _, score in reference], abs=1e-4)
         lengths |= {len(beam.token_ids) for beam in beams}
     # Where length is rewarded, a flat distribution may leave only the longest.
     assert len(lengths) > 1 or length_penalty > 0
@@ -83,5 +83,5 @@ def test_one_beam_is_greedy(llama: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def test_more_beams_than_rows_are_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="num_beams 4: the engine has 3 rows"):
+    with pytest.raises(UserError, match="num_beams: got 4; expected at most 3"):
         beam_search(Engine(llama, tokenizer, max_rows=3), [[5]], BeamSettings())

@@ -1,4 +1,4 @@
-"""The engine: transformers' greedy tokens, draws that do not depend on the batch, stopping, streaming, refilling."""
+"""The engine: greedy tokens as transformers, draws independent of the batch, stopping, streaming, reused rows."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tokenizer: PreTrai
     assert engine.path == "cached", engine.reason
     together = engine.generate(prompts, SamplingSettings(max_new_tokens=NEW))
     assert [completion.token_ids for completion in together] == expected
-    alone = [engine.generate([prompt], SamplingSettings(max_new_tokens=NEW))[0].token_ids for prompt in prompts]
-    assert alone == expected
+    separate = [engine.generate([prompt], SamplingSettings(max_new_tokens=NEW))[0].token_ids for prompt in prompts]
+    assert separate == expected
     few = Engine(model, tokenizer, max_rows=5, prefill_tokens=16).generate(
         prompts, SamplingSettings(max_new_tokens=NEW)
     )
@@ -96,9 +96,9 @@ def test_the_same_seed_gives_the_same_text_in_any_batch(
     whole = tokens(Engine(llama, tokenizer).generate(prompts, SAMPLED))
     refilled = tokens(Engine(llama, tokenizer, max_rows=3).generate(prompts, SAMPLED))
     turned = tokens(Engine(llama, tokenizer, max_rows=5).generate(prompts[::-1], SAMPLED))[::-1]
-    alone = [tokens(Engine(llama, tokenizer).generate([prompt], SAMPLED))[0] for prompt in prompts[:4]]
+    separate = [tokens(Engine(llama, tokenizer).generate([prompt], SAMPLED))[0] for prompt in prompts[:4]]
     assert whole == refilled == turned
-    assert alone == whole[:4]
+    assert separate == whole[:4]
     other = SamplingSettings(temperature=1.0, max_new_tokens=NEW, seed=12)
     assert tokens(Engine(llama, tokenizer).generate(prompts, other)) != whole
 
@@ -124,8 +124,8 @@ def test_settings_of_each_prompt(llama: PreTrainedModel, tokenizer: PreTrainedTo
         SamplingSettings(temperature=0.5, top_p=0.8, repetition_penalty=1.2, max_new_tokens=5),
     ]
     together = Engine(llama, tokenizer).generate(prompts, each)
-    alone = [Engine(llama, tokenizer).generate([p], s)[0].token_ids for p, s in zip(prompts, each, strict=True)]
-    assert tokens(together) == alone
+    separate = [Engine(llama, tokenizer).generate([p], s)[0].token_ids for p, s in zip(prompts, each, strict=True)]
+    assert tokens(together) == separate
     third = [*prompts[2], *together[2].token_ids]
     assert len(together[2].token_ids) == 9
     assert not set(together[2].token_ids) & set(prompts[2])
@@ -189,15 +189,15 @@ def test_stop_tokens_and_limits(says: Callable[..., Any], tokenizer: PreTrainedT
 
 
 @pytest.mark.parametrize(
-    ("stop", "kept", "text"),
+    ("stop", "keep_stop", "text"),
     [("x wa", False, "the bo"), ("x wa", True, "the box wa"), ("<eos>", False, "the box was open")],
 )
 def test_stop_strings(
-    stop: str, kept: bool, text: str, says: Callable[..., Any], tokenizer: PreTrainedTokenizerBase
+    stop: str, keep_stop: bool, text: str, says: Callable[..., Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, prompt = says("the box was open")
     got = Engine(model, tokenizer).generate(
-        [prompt], SamplingSettings(stop=(stop, "zzz"), keep_stop=kept, stop_at_end=False)
+        [prompt], SamplingSettings(stop=(stop, "zzz"), keep_stop=keep_stop, stop_at_end=False)
     )[0]
     assert got.text == text
     assert got.finish_reason == "stop string"
@@ -214,17 +214,17 @@ def test_a_stream_makes_up_the_batch(
     engine = Engine(llama, tokenizer, max_rows=4)
     batch = engine.generate(prompts, settings, n=2)
     streamed: dict[tuple[int, int], list[Any]] = {}
-    for piece in engine.stream(prompts, settings, n=2):
+    for delta in engine.stream(prompts, settings, n=2):
         assert torch.is_grad_enabled()
-        streamed.setdefault((piece.prompt_index, piece.sample_index), []).append(piece)
+        streamed.setdefault((delta.prompt_index, delta.sample_index), []).append(delta)
     assert llama.config._attn_implementation == "eager"
     assert len(streamed) == 12
     for completion in batch:
-        pieces = streamed[completion.prompt_index, completion.sample_index]
-        assert [piece.token for piece in pieces] == completion.token_ids
-        assert "".join(piece.text for piece in pieces) == completion.text
-        assert [piece.logprob for piece in pieces] == pytest.approx(completion.logprobs, abs=1e-5)
-        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [completion.finish_reason]
+        deltas = streamed[completion.prompt_index, completion.sample_index]
+        assert [delta.token for delta in deltas] == completion.token_ids
+        assert "".join(delta.text for delta in deltas) == completion.text
+        assert [delta.logprob for delta in deltas] == pytest.approx(completion.logprobs, abs=1e-5)
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [completion.finish_reason]
 
 
 def test_a_stream_can_be_left_and_the_engine_used_again(
@@ -233,16 +233,14 @@ def test_a_stream_can_be_left_and_the_engine_used_again(
     engine = Engine(llama, tokenizer)
     stream = engine.stream(mixed_prompts(2), SAMPLED)
     next(stream)
-    with pytest.raises(RuntimeError, match="in use"):
+    with pytest.raises(RuntimeError, match="the engine is busy"):
         engine.generate(mixed_prompts(1), SAMPLED)
     stream.close()  # type: ignore[attr-defined]
     assert len(engine.generate(mixed_prompts(1), SAMPLED)) == 1
 
 
-def test_places_are_refilled_and_the_longest_go_first(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Rows of 4 and 12 tokens in two places: 12 beside 4, 4 and 4 are 12 steps, not the 16 of two batches."""
+def test_rows_are_reused_and_the_longest_go_first(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Completions of 4 and 12 tokens in two rows: 12 beside 4, 4 and 4 take 12 steps, not the 16 of two batches."""
     calls: list[int] = []
     handle = llama.register_forward_hook(lambda _module, _args, output: calls.append(output.logits.shape[0]))
     prompts = mixed_prompts(4)
@@ -286,7 +284,7 @@ def test_what_the_model_cannot_take_is_named(
 
 
 def test_the_weights_are_the_models_own(tokenizer: PreTrainedTokenizerBase) -> None:
-    """After a change of the weights the engine speaks with the new ones; it holds no copy."""
+    """The engine has no copy of the weights: after a change it generates with the new ones."""
     model = pico_model("llama")
     engine = Engine(model, tokenizer)
     prompts = mixed_prompts(3)
@@ -298,7 +296,7 @@ def test_the_weights_are_the_models_own(tokenizer: PreTrainedTokenizerBase) -> N
     ]
 
 
-def test_kept_prefixes_change_nothing_and_are_forgotten(
+def test_reused_prefixes_change_nothing_and_are_dropped_at_exit(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     engine = Engine(llama, tokenizer)
@@ -311,7 +309,7 @@ def test_kept_prefixes_change_nothing_and_are_forgotten(
         first = engine.generate([prompt], SamplingSettings(max_new_tokens=6))[0]
         longer = [*prompt, *first.token_ids, 5, 6]
         expected = engine.generate([longer], SamplingSettings(max_new_tokens=6))[0]
-        with engine.prefixes_kept():
+        with engine.reuse_prefixes():
             engine.generate([prompt], SamplingSettings(max_new_tokens=6))
             seen.clear()
             assert engine.generate([longer], SamplingSettings(max_new_tokens=6))[0].token_ids == expected.token_ids

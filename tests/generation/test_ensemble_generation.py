@@ -1,4 +1,4 @@
-"""Models that speak together: mixtures worked by hand, against plain forwards, and against the model itself."""
+"""Generation with ensembles: hand-computed mixtures, plain forwards, and a model mixed with itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_weight_of_nothing_is_nothing() -> None:
 
 
 def test_two_tokens_by_two_tables(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A likes 5 by .6 and B rules it out; both like 7 by .4 or more: together they say 7."""
+    """A gives 5 a probability of .6 and B none; both give 7 at least .4: the ensemble generates 7."""
     tables = []
     for five, seven in ((0.6, 0.4), (1e-30, 1.0)):
         table = torch.full((1, VOCABULARY), -80.0)
@@ -72,10 +72,10 @@ def test_two_tokens_by_two_tables(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_a_model_with_itself_is_the_model(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: MixtureMethod, settings: SamplingSettings
 ) -> None:
-    alone = Engine(llama, tokenizer, max_rows=4).generate(PROMPTS, settings)
+    separate = Engine(llama, tokenizer, max_rows=4).generate(PROMPTS, settings)
     twice = Engine(ensemble(llama, llama, method=method), tokenizer, max_rows=4).generate(PROMPTS, settings)
-    assert [each.token_ids for each in twice] == [each.token_ids for each in alone]
-    for one, other in zip(twice, alone, strict=True):
+    assert [each.token_ids for each in twice] == [each.token_ids for each in separate]
+    for one, other in zip(twice, separate, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
@@ -115,16 +115,16 @@ def test_greedy_and_beams_by_plain_forwards(
     assert beams[0].score >= sum(greedy.logprobs) / len(greedy.token_ids) - 1e-4
 
 
-def test_rows_join_and_leave_and_prefixes_are_kept(
+def test_rows_join_and_leave_and_prefixes_are_reused(
     llama: PreTrainedModel, other: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Shared beginnings, more prompts than rows, and a second turn: the text is that of each prompt alone."""
+    """Shared prefixes, more prompts than rows, and a second turn: the text equals that of each separate prompt."""
     shared = mixed_prompts(1, longest=40, seed=5)[0] * 3
     prompts = [[*shared, *each] for each in PROMPTS]
     engine = Engine(ensemble(llama, other), tokenizer, max_rows=3)
     together = [each.token_ids for each in engine.generate(prompts, SAMPLED)]
     assert together == [engine.generate([each], SAMPLED)[0].token_ids for each in prompts]
-    with engine.prefixes_kept():
+    with engine.reuse_prefixes():
         first = engine.generate([prompts[0]], SAMPLED)[0].token_ids
         again = engine.generate([[*prompts[0], *first, 9]], SAMPLED)[0].token_ids
     assert again == engine.generate([[*prompts[0], *first, 9]], SAMPLED)[0].token_ids

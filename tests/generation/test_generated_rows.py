@@ -1,4 +1,4 @@
-"""Rows over our cache: the logits of plain forwards, whatever was packed, continued, cut, copied or exchanged."""
+"""Rows over our cache give the logits of plain forwards after packing, continuing, cutting, copying and selecting."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_equal_prompts_are_computed_once(llama: PreTrainedModel) -> None:
         )
 
 
-def test_a_common_beginning_is_computed_once(llama: PreTrainedModel) -> None:
+def test_a_common_prefix_is_computed_once(llama: PreTrainedModel) -> None:
     examples = mixed_prompts(1, longest=200, seed=3)[0][:40]
     assert len(examples) == 40
     prompts = [[*examples, 5, 6], [*examples, 7], [*examples, 8, 9, 10]]

@@ -1,4 +1,4 @@
-"""Weights in the kernel's layout: the same products, one copy, and bit for bit back again, whatever happens within."""
+"""Weights in the kernel layout: the same products, one copy, and restored bit for bit, also after errors."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class TestEngines:
             next(stream)
             assert moved(model)
         assert bits(model) == before
-        with engine.prefixes_kept():
+        with engine.reuse_prefixes():
             for _ in range(2):
                 engine.generate(prompts, SamplingSettings(max_new_tokens=2))
                 assert moved(model)

@@ -1,4 +1,4 @@
-"""Iterations begun ahead, kept in checkpoints, shared out among processes."""
+"""Rollouts that are requested ahead, stored in checkpoints and distributed over processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_workers import FakeWorkers
-from test_dispatch import asked, expected, told
+from test_dispatch import as_tuples, expected, request_of
 
 from loopos.config.diagnostics import MissingRequirement
 from loopos.rl.workers.dispatch import Dispatcher
@@ -31,28 +31,28 @@ class Policy:
         return b"weights"
 
     def request(self, iteration: int) -> Request | None:
-        return asked(4, first=100 * iteration) if iteration < 6 else None
+        return request_of(4, first=100 * iteration) if iteration < 6 else None
 
 
 def remote(
-    workers: FakeWorkers | None, policy: Policy, staleness: int, **place: Any
+    workers: FakeWorkers | None, policy: Policy, staleness: int, **index: Any
 ) -> tuple[RemoteRollouts, Dispatcher | None]:
     dispatcher = workers and Dispatcher(
         workers, workers=2, restarts=0, timeout=10.0, say=lambda line: None, clock=lambda: workers.now
     )
     made: Any = object()
-    return RemoteRollouts(dispatcher, policy, made, "fakes", max_staleness=staleness, **place), dispatcher
+    return RemoteRollouts(dispatcher, policy, made, "fakes", max_staleness=staleness, **index), dispatcher
 
 
 def whole(rollouts: RemoteRollouts, policy: Policy, iterations: range) -> list[int]:
-    """Staleness of each iteration; what is written is held against what was asked."""
+    """Staleness of each iteration; compares the completions with the request."""
     found = []
     for iteration in iterations:
         policy.iteration = iteration
         request = policy.request(iteration)
         assert request is not None
         written = rollouts.write(request, iteration=iteration)
-        assert told(written.completions) == expected(request)
+        assert as_tuples(written.completions) == expected(request)
         found.append(written.staleness)
     return found
 
@@ -63,20 +63,20 @@ def test_the_policy_that_writes_is_as_far_behind_as_it_may_be(bound: int, found:
     rollouts, _ = remote(workers, policy, bound)
     assert whole(rollouts, policy, range(6)) == found
     # Every order was of the version that its iteration was begun by, and each version was sent once.
-    versions = {order.request.prompts[0][0] // 100: order.version for _, order in workers.asked}
+    versions = {order.request.prompts[0][0] // 100: order.version for _, order in workers.submitted}
     assert versions == {iteration: 10 * (iteration - late) for iteration, late in enumerate(found)}
     assert policy.sent == len(set(versions.values()))
 
 
-def test_what_is_asked_beside_the_iterations_is_by_the_newest_policy() -> None:
+def test_requests_outside_of_iterations_use_the_newest_policy() -> None:
     workers, policy = FakeWorkers(), Policy()
     rollouts, _ = remote(workers, policy, 1)
     whole(rollouts, policy, range(3))
     policy.iteration = 3
-    written = rollouts.write(asked(3, n=2, first=900))
-    assert told(written.completions) == expected(asked(3, n=2, first=900))
+    written = rollouts.write(request_of(3, n=2, first=900))
+    assert as_tuples(written.completions) == expected(request_of(3, n=2, first=900))
     assert written.staleness == 0
-    assert {order.version for _, order in workers.asked if order.request.prompts[0][0] >= 900} == {30}
+    assert {order.version for _, order in workers.submitted if order.request.prompts[0][0] >= 900} == {30}
 
 
 def test_what_is_in_flight_goes_into_the_checkpoint_and_comes_back() -> None:
@@ -91,7 +91,7 @@ def test_what_is_in_flight_goes_into_the_checkpoint_and_comes_back() -> None:
     resumed.load(tensors, state)
     assert whole(resumed, policy, range(2, 6)) == [2, 2, 2, 2]
     # Iterations 2 and 3 were not written again.
-    assert {order.request.prompts[0][0] // 100 for _, order in workers.asked} == {4, 5}
+    assert {order.request.prompts[0][0] // 100 for _, order in workers.submitted} == {4, 5}
 
 
 def test_after_a_lower_bound_what_is_too_old_is_written_again() -> None:
@@ -119,17 +119,17 @@ def in_two_processes(staleness: int, behave: Any) -> list[Any]:
 
         policy = Policy()
         rollouts, _ = remote(
-            FakeWorkers(behave=behave) if rank == 0 else None, policy, staleness, share=(rank, 2), gather=gather
+            FakeWorkers(behave=behave) if rank == 0 else None, policy, staleness, data_parallel=(rank, 2), gather=gather
         )
         try:
-            mine = []
+            own = []
             for iteration in range(3):
                 policy.iteration = iteration
                 request = policy.request(iteration)
                 assert request is not None
-                mine.append(told(rollouts.write(request, iteration=iteration).completions))
+                own.append(as_tuples(rollouts.write(request, iteration=iteration).completions))
                 rollouts.drain()
-            found[rank] = mine
+            found[rank] = own
         except (MissingRequirement, threading.BrokenBarrierError) as problem:
             barrier.abort()
             found[rank] = problem
@@ -143,12 +143,12 @@ def in_two_processes(staleness: int, behave: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_each_process_gets_its_share_and_none_waits_long_in_a_collective(staleness: int) -> None:
-    # An answer takes longer than the first process waits before it tells the others that there is nothing yet.
+def test_each_process_gets_its_part_and_none_waits_long_in_a_collective(staleness: int) -> None:
+    # An answer takes longer than rank 0 waits before it reports that nothing has arrived.
     first, second = in_two_processes(staleness, lambda worker, order: 9.0 if order else 45.0 / 2)
-    for iteration, (mine, theirs) in enumerate(zip(first, second, strict=True)):
-        assert sorted([*mine, *theirs]) == expected(asked(4, first=100 * iteration))
-        assert [place for place, _, _ in mine] == [0, 2]
+    for iteration, (own, other) in enumerate(zip(first, second, strict=True)):
+        assert sorted([*own, *other]) == expected(request_of(4, first=100 * iteration))
+        assert [index for index, _, _ in own] == [0, 2]
 
 
 def test_the_loss_of_all_workers_ends_the_first_process_with_its_reason() -> None:

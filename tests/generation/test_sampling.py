@@ -34,7 +34,7 @@ from loopos.generation.sampling import (
     only_top_k,
     only_top_p,
     only_typical,
-    penalised,
+    penalized,
     uniforms,
     with_bias,
     with_count_penalties,
@@ -73,9 +73,9 @@ FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], object]] = {
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_filters_equal_those_of_transformers(name: str) -> None:
-    ours, theirs = FILTERS[name]
+    actual_tokens, expected_tokens = FILTERS[name]
     logits = some_logits()
-    assert torch.equal(ours(logits), theirs(torch.zeros(6, 1, dtype=torch.long), logits.clone()))  # type: ignore[operator]
+    assert torch.equal(actual_tokens(logits), expected_tokens(torch.zeros(6, 1, dtype=torch.long), logits.clone()))  # type: ignore[operator]
 
 
 def test_top_p_that_needs_more_than_the_first_thousand() -> None:
@@ -116,7 +116,7 @@ def test_repetition_penalty_leaves_out_the_padding() -> None:
 
 
 def test_presence_and_frequency_by_hand() -> None:
-    """mu[j] − c[j] · frequency − [c[j] > 0] · presence, with counts over the completion alone."""
+    """mu[j] − c[j] · frequency − [c[j] > 0] · presence, with counts over only the completion."""
     history = History.of([[0, 0, 3]], [[1, 1, 2]], CPU)
     got = with_count_penalties(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), history, presence=0.5, frequency=0.25)
     assert got.tolist() == [[1.0, 0.0, 0.25, 1.0]]
@@ -138,7 +138,7 @@ def test_the_order_is_that_of_transformers() -> None:
         logit_bias={3: 1.5}, repetition_penalty=1.4, no_repeat_ngram=2, temperature=0.7, top_k=40, top_p=0.9, min_p=0.02,
         typical_p=0.9,
     )  # fmt: skip
-    got = filtered(penalised(some_logits(), settings, history) / 0.7, settings)
+    got = filtered(penalized(some_logits(), settings, history) / 0.7, settings)
     assert torch.equal(got.isfinite(), processors(history.tokens, some_logits()).isfinite())
     assert 6 < int(got.isfinite().sum()) < 6 * 40
 
@@ -173,7 +173,7 @@ def test_drawn_frequencies_match_the_distribution(name: str) -> None:
     )
     counts = np.bincount(choice.tokens.numpy(), minlength=300)
     assert counts[expected == 0].sum() == 0
-    # Cells that expect fewer than five are counted together, as the test's approximation asks.
+    # Cells that expect fewer than five are merged, as the test's approximation requires.
     often = expected * number >= 5
     seen = np.append(counts[often], counts[~often].sum())
     cell_counts = np.append(expected[often], expected[~often].sum()) * number

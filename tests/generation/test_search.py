@@ -1,4 +1,4 @@
-"""Votes, the best of n, and beams of steps, on models whose chances are known."""
+"""Self-consistency, best-of-n and step beam search, on models with known probabilities."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def answered(text: str, *, well_formed: bool = True) -> Chain:
 def test_a_vote_by_hand() -> None:
     chains = [answered("7"), answered("8 "), answered(" 8"), answered("none"), answered("7", well_formed=False)]
     got = vote(chains, lambda text: None if text == "none" else text.strip())
-    assert (got.answer, got.share, got.counts) == ("8", 0.4, {"7": 1, "8": 2})
+    assert (got.answer, got.fraction, got.counts) == ("8", 0.4, {"7": 1, "8": 2})
     tied = vote([answered("b"), answered("a"), answered("a"), answered("b")])
-    assert (tied.answer, tied.share) == ("b", 0.5)
+    assert (tied.answer, tied.fraction) == ("b", 0.5)
     nothing = vote([answered("x", well_formed=False)])
-    assert (nothing.answer, nothing.share, nothing.counts) == (None, 0.0, {})
+    assert (nothing.answer, nothing.fraction, nothing.counts) == (None, 0.0, {})
 
 
 def test_self_consistency_finds_the_likelier_answer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,7 +60,7 @@ def test_self_consistency_finds_the_likelier_answer(tokenizer: PreTrainedTokeniz
     prompt = [identifier(tokenizer, "1")]
     [got] = self_consistency(Engine(model, tokenizer, max_rows=128), [prompt], Marks(), SAMPLED, n=300)
     assert got.answer == "3"
-    assert 0.62 < got.share < 0.78
+    assert 0.62 < got.fraction < 0.78
     assert got.counts["3"] + got.counts["4"] == len(got.chains) == 300
 
 
@@ -103,8 +103,8 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
         best = chains[0]
         assert best.text == "2\n2\n2\n2\n>9"
         assert [step.text for step in best.steps] == ["2"] * 4
-        # The closing after the last step was written, not chosen.
-        assert (best.answer.text, best.actual, best.finish_reason) == ("9", (8,), "stop token")
+        # The closing after the last step was forced, not sampled.
+        assert (best.answer.text, best.forced, best.finish_reason) == ("9", (8,), "stop token")
         assert twos(best) >= twos(chains[-1])
 
 
@@ -115,7 +115,7 @@ def test_a_beam_that_answers_early_stays_in_the_race(tokenizer: PreTrainedTokeni
         score=lambda chain: -len(chain.steps), limits=StepLimits(max_steps=5),
     )  # fmt: skip
     assert chains[0].text in ("1\n>9", "2\n>9")
-    assert chains[0].actual == ()
+    assert chains[0].forced == ()
 
 
 def test_sampling_several_greedy_chains_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

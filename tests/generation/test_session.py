@@ -1,4 +1,4 @@
-"""A session: what joins and leaves at any time, and changes nothing for the others."""
+"""Sessions: completions join and leave at any time without changing the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finished(session: Scheduler) -> int:
 
 @pytest.mark.parametrize("path", ["cached", "plain"])
 @pytest.mark.parametrize("admitted", [None, 1])
-def test_who_joins_later_says_what_it_says_alone(
+def test_a_completion_does_not_depend_on_when_it_joins(
     path: str, admitted: int | None, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = mixed_prompts(7)
@@ -74,7 +74,7 @@ def test_who_leaves_frees_its_row_and_the_others_go_on(
 
 
 def test_prompts_that_come_in_do_not_stop_the_rows(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of five prompts of 20 tokens 40 tokens may come in at a step: each such step is followed by one that decodes."""
+    """Of five prompts of 20 tokens, at most 40 tokens are admitted per step; a decode step follows each prefill step."""
     engine = Engine(llama, tokenizer, max_rows=8)
     prompts = [[5 + index] * 20 for index in range(5)]
     with engine.session(admitted_tokens=40) as session:
@@ -85,7 +85,9 @@ def test_prompts_that_come_in_do_not_stop_the_rows(llama: PreTrainedModel, token
         assert len(session.step()) == 5
 
 
-def test_one_without_a_token_to_choose_fails_alone(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_non_finite_logits_fail_only_their_completion(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     prompt = mixed_prompts(1)[0]
     # No token is left.
     bad = SamplingSettings(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf), max_new_tokens=6)
@@ -119,7 +121,7 @@ def test_a_session_has_the_engine_to_itself(llama: PreTrainedModel, tokenizer: P
     engine = Engine(llama, tokenizer)
     with engine.session() as session:
         session.add(mixed_prompts(1), SAMPLED)
-        with pytest.raises(RuntimeError, match="in use"):
+        with pytest.raises(RuntimeError, match="the engine is busy"):
             engine.generate(mixed_prompts(1), SAMPLED)
         session.step()
         assert torch.is_grad_enabled()
@@ -128,20 +130,20 @@ def test_a_session_has_the_engine_to_itself(llama: PreTrainedModel, tokenizer: P
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2 soft caps", "mistral sliding window"])
 @pytest.mark.parametrize("path", ["cached", "plain"])
-def test_embeddings_are_mean_hidden_states_of_each_alone(
+def test_embeddings_are_mean_hidden_states_of_each_sequence(
     name: str, path: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = pico_model(name)
     sequences = mixed_prompts(5)
     base = getattr(model, model.base_model_prefix)
     with torch.no_grad():
-        alone = [base(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in sequences]
+        separate = [base(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in sequences]
     engine = Engine(model, tokenizer)
     engine.path = path
     expected = engine.generate(sequences, SAMPLED)
     with engine.session() as session:
         handles = session.add(sequences, SAMPLED)
         session.step()
-        torch.testing.assert_close(engine.embed(sequences), torch.stack(alone), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(engine.embed(sequences), torch.stack(separate), atol=2e-5, rtol=1e-4)
         finished(session)
     assert [running.tokens for running in handles] == [completion.token_ids for completion in expected]

@@ -1,4 +1,4 @@
-"""Step markers and stop strings that are special tokens of the tokenizer read as those that are ordinary ones do."""
+"""Step markers and stop strings work the same whether they are special tokens or ordinary ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def marked(request: pytest.FixtureRequest, pico_tokenizer: Path) -> PreTrainedTo
 
 
 def scripted(tokenizer: PreTrainedTokenizerBase, text: str, *, after: int) -> Scripted:
-    """A model that says `text` and its end token after a prompt of so many tokens."""
+    """A model that generates `text` and its end token after a prompt of this many tokens."""
     ids = [0] * (after - 1) + [*tokenizer.encode(text, add_special_tokens=False), 2]
     logits = torch.zeros(len(ids), len(tokenizer))
     logits[torch.arange(len(ids)), ids] = 20.0
@@ -56,8 +56,8 @@ def reasoner(tokenizer: PreTrainedTokenizerBase, problem: Demonstration) -> Reas
 
 def test_a_chain_is_read_and_right(marked: PreTrainedTokenizerBase) -> None:
     problem = Demonstration("What?", ("2 + 5 is it",), "7", Row({}, "rows", 1, 0))
-    asked = reasoner(marked, problem)
-    found = asked.answer([problem], SamplingSettings(max_new_tokens=40), limits=StepLimits(max_steps=4))
+    requests = reasoner(marked, problem)
+    found = requests.answer([problem], SamplingSettings(max_new_tokens=40), limits=StepLimits(max_steps=4))
     (chain,) = found[0].chains
     assert (chain.text, found[0].answer, chain.well_formed) == (SAYS, "7", True)
     assert [step.text for step in chain.steps] == ["2 + 5 is it"]

@@ -1,4 +1,4 @@
-"""Chains of steps: taken apart, kept within limits, continued where they would end too early. Texts are worked by hand."""
+"""Chains of steps: parsing, limits, and continuation where they would end too early, on hand-made texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Marks:
     answer_marker: str = ""
 
 
-# Every character of these texts is one token, so that places can be counted by hand.
+# Every character of these texts is one token, so that positions can be counted by hand.
 Says = Callable[[str], Any]
 
 
@@ -75,42 +75,42 @@ def test_limits_that_are_not_reached_change_nothing(chain: Callable[..., Chain])
         text, max_steps=3, max_step_tokens=3, max_thinking_tokens=12, max_answer_tokens=5, min_thinking_tokens=9
     )
     assert limited == free
-    assert limited.actual == ()
+    assert limited.forced == ()
 
 
 def test_the_number_of_steps_is_limited(chain: Callable[..., Chain]) -> None:
-    """After the first step the closing is written over places 3 to 5; the model goes on at place 6."""
+    """After the first step the closing is forced at positions 3 to 5; the model continues at position 6."""
     got = chain("11\n22\n33\n>>\n7", max_steps=1)
     assert got.text == "11\n>>\n33\n>>\n7"
-    assert got.actual == (3, 4, 5)
-    assert [got.logprobs[place] for place in got.actual] == [0, 0, 0]
+    assert got.forced == (3, 4, 5)
+    assert [got.logprobs[index] for index in got.forced] == [0, 0, 0]
     assert ([step.text for step in got.steps], got.answer.text) == (["11"], "33\n>>\n7")
 
 
 def test_the_length_of_a_step_is_limited(chain: Callable[..., Chain]) -> None:
-    """A delimiter is written over every third place."""
+    """A delimiter is forced at every third position."""
     got = chain("123456\n>>\n7", max_step_tokens=2)
     assert got.text == "12\n45\n\n>>\n7"
-    assert ([step.text for step in got.steps], got.actual) == (["12", "45"], (2, 5))
+    assert ([step.text for step in got.steps], got.forced) == (["12", "45"], (2, 5))
 
 
 def test_thinking_is_closed_at_its_limit(chain: Callable[..., Chain]) -> None:
     got = chain("1234567890", max_thinking_tokens=4)
     assert got.text == "1234\n>>\n90"
-    assert ([step.text for step in got.steps], got.answer.text, got.actual) == (["1234"], "90", (4, 5, 6, 7))
+    assert ([step.text for step in got.steps], got.answer.text, got.forced) == (["1234"], "90", (4, 5, 6, 7))
 
 
-def test_thinking_goes_on_until_its_minimum(chain: Callable[..., Chain]) -> None:
-    """The closing at places 3 to 5 is taken back; "9\\n" stands at 3 and 4, and the model goes on with place 5."""
+def test_thinking_continues_until_its_minimum(chain: Callable[..., Chain]) -> None:
+    """The closing at positions 3 to 5 is taken back; "9\\n" is forced at 3 and 4, and the model continues at 5."""
     got = chain("11\n>>\n22\n>>\n7", min_thinking_tokens=8, continuation="9\n")
     assert got.text == "11\n9\n\n22\n>>\n7"
-    assert ([step.text for step in got.steps], got.answer.text, got.actual) == (["11", "9", "22"], "7", (3, 4))
+    assert ([step.text for step in got.steps], got.answer.text, got.forced) == (["11", "9", "22"], "7", (3, 4))
     assert len(got.logprobs) == len(got.token_ids)
 
 
 def test_an_early_end_token_is_taken_back(chain: Callable[..., Chain]) -> None:
     got = chain("11\n", min_thinking_tokens=4, continuation="9\n")
-    assert (got.text, got.actual, got.finish_reason, got.well_formed) == ("11\n9\n", (3, 4), "stop token", False)
+    assert (got.text, got.forced, got.finish_reason, got.well_formed) == ("11\n9\n", (3, 4), "stop token", False)
 
 
 def test_the_answer_is_limited(chain: Callable[..., Chain]) -> None:
@@ -132,15 +132,15 @@ def test_limits_that_make_no_sense_are_named(limits: dict[str, Any]) -> None:
 
 
 class TakesBack:
-    """At the sixth token, once, keeps two and writes a text."""
+    """At the sixth token, once, keeps two tokens and forces a text."""
 
     def __init__(self) -> None:
-        self.done = False
+        self.has_acted = False
 
     def after(self, text: GrowingText, tokens: Sequence[int], *, ended: bool) -> Verdict | None:
-        if self.done or len(tokens) < 6:
+        if self.has_acted or len(tokens) < 6:
             return None
-        self.done = True
+        self.has_acted = True
         return Verdict(keep=2, written="the box")
 
 
@@ -158,12 +158,12 @@ def test_what_was_taken_back_leaves_no_trace(
         prompts, free, engine.generate(prompts, settings, guide=lambda _p, _s: TakesBack()), strict=True
     ):
         assert got.token_ids[: 2 + len(written)] == before.token_ids[:2] + written
-        assert got.actual == tuple(range(2, 2 + len(written)))
+        assert got.forced == tuple(range(2, 2 + len(written)))
         with torch.no_grad():
             logits = (
                 llama(input_ids=torch.tensor([prompt + got.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             )
         for index, (token, logprob) in enumerate(zip(got.token_ids, got.logprobs, strict=True)):
-            if index not in got.actual:
+            if index not in got.forced:
                 assert int(logits[index].argmax()) == token
                 assert logprob == pytest.approx(float(logits[index, token]), abs=1e-5)

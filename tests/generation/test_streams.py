@@ -1,4 +1,4 @@
-"""The uniform numbers: fixed by seed, prompt and sample alone, spread evenly, unrelated to each other."""
+"""The uniform numbers: fixed only by seed, prompt and sample, uniformly distributed and uncorrelated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_splitmix_reference_values() -> None:
         16408922859458223821,
     ]
     got = uniforms([1234567] * 5, [1, 2, 3, 4, 5])
-    assert got.tolist() == [(word >> 11) / 2**53 for word in expected]
+    assert got.tolist() == [(number >> 11) / 2**53 for number in expected]
 
 
 def test_numbers_are_uniform_and_unrelated() -> None:

@@ -1,4 +1,4 @@
-"""Text that grows token by token: equal to decoding at once, characters whole, stop strings found wherever tokens end."""
+"""Incremental text: equal to decoding at once, complete characters, stop strings across token boundaries."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_growing_text_equals_decoding_at_once(
     assert growing.ends == sorted(growing.ends)
 
 
-def test_bytes_of_a_character_are_held_back_and_actual_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_bytes_of_a_character_are_buffered_and_flushed_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer.encode("é", add_special_tokens=False)
     assert len(ids) == 2
     growing = GrowingText(tokenizer)
@@ -77,10 +77,10 @@ def test_a_stop_string_is_found_wherever_tokens_end(stop: str, tokenizer: PreTra
         actual = growing.text[: growing.final_length()] if growing.stopped_at is None else actual
         if growing.stopped_at is not None:
             break
-    place = text.index(stop)
-    assert growing.stopped_at == (place, place + len(stop))
-    # What was given out before never reached into the stop string.
-    assert len(actual) <= place
+    index = text.index(stop)
+    assert growing.stopped_at == (index, index + len(stop))
+    # The text streamed before never included a part of the stop string.
+    assert len(actual) <= index
 
 
 def test_the_first_of_two_stop_strings_counts(tokenizer: PreTrainedTokenizerBase) -> None:

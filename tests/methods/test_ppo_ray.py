@@ -42,13 +42,13 @@ class Killing(RayTransport):
                 self.places[event.worker] = int(re.match(r"process (\\d+)", event.where)[1])
         return found
 
-    def ask(self, worker, order):
+    def submit(self, worker, order):
         # Stopped before it is asked, so that it dies with the order in its hands.
         self.orders += 1
         if self.orders == killed_at:
             os.kill(self.places[worker], signal.SIGSTOP)
             threading.Timer(1.0, os.kill, (self.places[worker], signal.SIGKILL)).start()
-        super().ask(worker, order)
+        super().submit(worker, order)
 
 
 class Spoken(RunProgress):
@@ -96,7 +96,7 @@ def test_two_workers_are_the_engine_at_hand(killed_at: int, tmp_path: Path, pico
     lost = [line for line in summary if " is lost (" in line]
     assert len(lost) == (killed_at > 0)
     if killed_at:
-        assert ": its 4 prompts go to others; worker 2 is started in its place" in lost[0]
+        assert ": its 4 prompts go to others; worker 2 is started as replacement" in lost[0]
         timing = [json.loads(line) for line in (tmp_path / "ray" / "events.jsonl").read_text().splitlines()]
         redone = [event["timing"]["redone"] for event in timing if event["event"] == "rollout"]
         # Which iteration has the fourth order depends on how soon the second worker is there.

@@ -159,7 +159,7 @@ def test_with_staleness_a_resumed_run_ends_with_the_very_bits(
         bits[name] = bits_of(run)
     assert bits["cut"] == bits["whole"]
     # In the resumed run nothing was left to write.
-    assert fakes.made[2].asked == []
+    assert fakes.made[2].submitted == []
 
 
 def test_when_all_workers_are_lost_the_run_ends_and_goes_on_later(
@@ -184,7 +184,7 @@ def test_an_adapter_over_other_weights_is_refused(
     config = ppo_config(
         tmp_path / "run", pico_folder, functions=[EARLY], training={"trainable": "lora"}, rollout={"engine": "ray"}
     )
-    with pytest.raises(UserError, match="finds other weights under"):
+    with pytest.raises(UserError, match="found other weights under"):
         trained(config)
 
 

@@ -105,7 +105,7 @@ def test_a_callback_that_fails_ends_the_run_in_order(
     if saved is None:
         assert "there is no checkpoint yet" in message
     else:
-        assert f"the checkpoint of step {saved} is whole" in message
+        assert f"the last complete checkpoint is step {saved}" in message
         assert others[-1] == "end"
         run = read_run(tmp_path / "run")
         assert (run.state, run.ended) == ("failed", f"stopped by an error in callback {divides.__qualname__}")

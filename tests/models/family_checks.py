@@ -39,7 +39,7 @@ CHECKS = ("loss", "full", "lora", "generate", "classify", "score", "export", "gg
 
 
 class FamilyRun:
-    """The folder of one pico model, and what each check finds of it."""
+    """The folder of one pico model, and the result of each check."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
         self.model, self.folder, self.base = model, folder, folder / "base"
@@ -49,8 +49,8 @@ class FamilyRun:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.tokenizer.save_pretrained(self.base)
 
-    def findings(self, checks: tuple[str, ...] = CHECKS) -> dict[str, str]:
-        """What every check found; a refusal of one does not keep the others from being tried."""
+    def results(self, checks: tuple[str, ...] = CHECKS) -> dict[str, str]:
+        """The results of all checks; a failed one does not stop the others."""
         found = {}
         for name in checks:
             check: Callable[[], str] = getattr(self, name)
@@ -63,7 +63,7 @@ class FamilyRun:
         return found
 
     def loss(self) -> str:
-        """The loss of a packed row against each sequence alone in transformers, and its gradient."""
+        """The loss and gradient of a packed row, compared with separate sequences in transformers."""
         causal = load_pretrained(str(self.base), causal=True).model.eval()
         model = LanguageModel(causal)
         ids = torch.randint(3, 400, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
@@ -107,7 +107,7 @@ class FamilyRun:
         return "right"
 
     def generate(self) -> str:
-        """Greedy tokens of rows that decode together against each prompt alone in transformers."""
+        """Greedy tokens of batched rows, compared with separate prompts in transformers."""
         model = load_pretrained(str(self.base), causal=True).model.eval()
         prompts = [[5, 9, 33, 61], [7], [20, 21, 22, 23, 24, 25, 26]]
         expected = [_greedy(self.model, prompt) for prompt in prompts]

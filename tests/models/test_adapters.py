@@ -127,17 +127,17 @@ def test_outputs_and_gradients_are_those_of_pefts_own_layers(architecture: str, 
         return hidden.detach(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
 
     twin = copy.deepcopy(model)
-    ours, of_twin = found(model), found(twin)
+    actual_output, of_twin = found(model), found(twin)
     lean = [module for module in model.modules() if type(module).__name__ == "LeanLinear"]
     for module in lean:
         module.__class__ = type(module).__bases__[0]
     expected = found(model)
-    assert torch.equal(ours[0], of_twin[0])
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert ours[1].keys() == expected[1].keys()
+    assert torch.equal(actual_output[0], of_twin[0])
+    torch.testing.assert_close(actual_output[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert actual_output[1].keys() == expected[1].keys()
     assert bool(expected[1]) == (active == "default")
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+        torch.testing.assert_close(actual_output[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
     assert lean
 
 
@@ -161,7 +161,7 @@ def test_names_that_no_layer_has_are_refused_with_those_there_are() -> None:
         add_lora(tiny("llama"), LoraSection(target_modules=["query"]), seed=1)
 
 
-def test_the_same_seed_gives_the_same_adapters_and_leaves_the_global_generator_alone() -> None:
+def test_the_same_seed_gives_the_same_adapters_without_the_global_generator() -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(11)
@@ -187,10 +187,10 @@ def test_freezing_takes_the_embeddings_and_the_lowest_layers(
 ) -> None:
     model = tiny(architecture)
     assert len(layer_list(model)) == 3
-    held_back = freeze_lower(model, 2)
+    initially_frozen = freeze_lower(model, 2)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith(frozen_prefixes)}
-    assert len(held_back) == len(frozen)
+    assert len(initially_frozen) == len(frozen)
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 

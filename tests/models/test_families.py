@@ -1,4 +1,4 @@
-"""Every causal language model family of transformers: right, or refused by name; docs/architectures.md is what was found.
+"""Every causal language model family of transformers: correct, or refused by name; docs/architectures.md lists the results.
 
 Slow: some ten minutes. A family that a new release of transformers adds is tested as soon as it is there.
 """
@@ -31,7 +31,7 @@ every cell through the commands' own code:
 | family | training | LoRA | generation | head | reward | export | GGUF | merge |
 |---|---|---|---|---|---|---|---|---|
 """
-FOUND: dict[str, dict[str, str]] = {}
+RESULTS: dict[str, dict[str, str]] = {}
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,14 +46,14 @@ def test_nothing_untried_is_tried_elsewhere() -> None:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_TRIED])
 def test_a_family_is_right_or_refused_by_name(family: str, tmp_path: Path, pico_tokenizer: Path) -> None:
-    FOUND[family] = FamilyRun(pico_causal(family), pico_tokenizer, tmp_path).findings()
-    assert set(FOUND[family]) == set(CHECKS)
+    RESULTS[family] = FamilyRun(pico_causal(family), pico_tokenizer, tmp_path).findings()
+    assert set(RESULTS[family]) == set(CHECKS)
 
 
-def test_the_page_tells_what_was_found() -> None:
-    if len(FOUND) < len(FAMILIES) - len(NOT_TRIED):
+def test_the_page_equals_the_results() -> None:
+    if len(RESULTS) < len(FAMILIES) - len(NOT_TRIED):
         pytest.skip("only some families were tried")
-    page = page_of(FOUND)
+    page = page_of(RESULTS)
     if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
         PAGE.write_text(page, encoding="utf-8")
         pytest.fail("docs/architectures.md told something else and is written anew: read what changed, and commit it")

@@ -1,4 +1,4 @@
-"""Adapters that peft wrote, of every kind: as a model they answer as under peft, or are refused by name."""
+"""Adapters of every kind that peft wrote: opened as a model they equal peft's outputs, or are refused by name."""
 
 from __future__ import annotations
 
@@ -179,14 +179,14 @@ def test_an_adapter_answers_as_under_peft(kind: str, base: Path, tmp_path: Path)
 
 def refused(path: Path, message: str, **named: Any) -> None:
     """One line, without a traceback, by every command that opens a model."""
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         load_pretrained(str(path), causal=True)
-    assert len(str(told.value).splitlines()) == 1
-    assert len(str(told.value)) < 600
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 600
 
 
 def rewritten(adapter: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of an adapter whose config says other things."""
+    """A copy of an adapter with changes in its config."""
     shutil.copytree(adapter, folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes), encoding="utf-8")
@@ -210,10 +210,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
 def test_an_adapter_that_no_weights_can_hold_is_refused(
     peft_type: str, named: dict[str, Any], pico_folder: Path, tmp_path: Path
 ) -> None:
-    place = trained(pico_folder, tmp_path / "adapter", peft_type=peft_type, **named)
-    refused(place, f"an adapter of peft_type {peft_type}.*")
+    target = trained(pico_folder, tmp_path / "adapter", peft_type=peft_type, **named)
+    refused(target, f"an adapter of peft_type {peft_type}.*")
     with pytest.raises(UserError, match=peft_type):
-        merged([place], tmp_path / "out")
+        merged([target], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_an_adapter_that_no_weights_can_hold_is_refused(
         ({"alora_invocation_tokens": [3, 4]}, "an activated LoRA"),
         ({"use_magic": True}, "use_magic: no setting of LORA that peft"),
         ({"task_type": "SEQ_CLS"}, "an adapter of task SEQ_CLS"),
-        ({"task_type": "FEATURE_EXTRACTION"}, "makes no text"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "cannot generate text"),
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
         ({"peft_type": "LORA2"}, "peft_type: got LORA2; expected one that peft"),
         ({"peft_type": 7}, "peft_type: expected the name of a method, such as LORA, got 7"),
@@ -242,7 +242,7 @@ def test_an_adapter_that_no_weights_can_hold_is_refused(
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: expected names and a whole number"),
         ({"rank_pattern": {"q_proj": 2}}, "r: got 2 for .*q_proj; expected 4"),
         ({"target_modules": 5}, "target_modules: expected a text or a list of texts"),
-        ({"target_modules": ["q_proj"]}, "cannot be put into .*: it holds .*for which the model has no place"),
+        ({"target_modules": ["q_proj"]}, "cannot be put into .*: it contains .*which the model does not have"),
         ({"target_modules": ["query"]}, "cannot be put into"),
         ({"layers_to_transform": "1"}, "layers_to_transform: expected a whole number or a list of them"),
         ({"layer_replication": [[0, 10**9]]}, "layer_replication: expected a list of ranges"),
@@ -252,7 +252,7 @@ def test_an_adapter_that_no_weights_can_hold_is_refused(
         ({"bias": "some"}, "bias: expected none, all or lora_only"),
     ],
 )  # fmt: skip
-def test_a_config_that_cannot_be_is_told(changes: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:
+def test_an_invalid_config_is_reported(changes: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:
     refused(rewritten(plain, tmp_path / "adapter", **changes), message)
 
 
@@ -264,14 +264,14 @@ def test_a_regular_expression_without_end_is_ended(
     monkeypatch.setattr("loopos.models.adapter_folder.TIME_LIMIT", 0.3)
     bomb = r"(\w+\.?)+!"
     value = {bomb: 4} if key.endswith("pattern") else bomb
-    place = rewritten(plain, tmp_path / "adapter", **{key: value})
-    refused(place, rf"{key}: .* takes over 0\.3 seconds to match")
+    target = rewritten(plain, tmp_path / "adapter", **{key: value})
+    refused(target, rf"{key}: .* takes over 0\.3 seconds to match")
     if key == "alpha_pattern":
         with pytest.raises(UserError, match="seconds to match"):
-            merged([place], tmp_path / "out")
+            merged([target], tmp_path / "out")
 
 
-def test_broken_weights_of_an_adapter_are_told(plain: Path, tmp_path: Path) -> None:
+def test_broken_weights_of_an_adapter_are_reported(plain: Path, tmp_path: Path) -> None:
     tensors = load_file(plain / "adapter_model.safetensors")
     first = next(name for name in tensors if "lora_A" in name)
     for number, (change, message) in enumerate(
@@ -282,12 +282,12 @@ def test_broken_weights_of_an_adapter_are_told(plain: Path, tmp_path: Path) -> N
             ({"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}, "no place|one of its two"),
         ]
     ):
-        place = tmp_path / str(number)
-        shutil.copytree(plain, place)
-        save_file({**tensors, **change}, place / "adapter_model.safetensors")
-        refused(place, message)
-    (place / "adapter_model.safetensors").unlink()
-    refused(place, "no adapter_model.safetensors; expected an adapter saved as safetensors")
+        target = tmp_path / str(number)
+        shutil.copytree(plain, target)
+        save_file({**tensors, **change}, target / "adapter_model.safetensors")
+        refused(target, message)
+    (target / "adapter_model.safetensors").unlink()
+    refused(target, "no adapter_model.safetensors; expected an adapter saved as safetensors")
 
 
 def test_biases_that_the_layers_lack_are_refused_by_name(pico_folder: Path, tmp_path: Path) -> None:
@@ -314,21 +314,21 @@ def test_a_larger_vocabulary_comes_with_the_adapter(base: Path, tmp_path: Path, 
 
 
 def exported(path: Path, out: Path, kind: str = "huggingface") -> str:
-    done = export(str(path), out, ExportSettings(format=kind))
-    assert done.check is not None
-    assert done.check.diagnostics == ()
-    return done.warning
+    result = export(str(path), out, ExportSettings(format=kind))
+    assert result.check is not None
+    assert result.check.diagnostics == ()
+    return result.warning
 
 
 def test_a_tokenizer_with_tokens_that_the_adapter_did_not_save_is_refused(plain: Path, tmp_path: Path) -> None:
-    place = rewritten(plain, tmp_path / "adapter")
+    target = rewritten(plain, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(
-        json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+        json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"]
     )
     tokenizer.add_tokens(["<one>", "<two>"])
-    tokenizer.save_pretrained(place)
+    tokenizer.save_pretrained(target)
     refused(
-        place, "its tokenizer has 402 tokens, but the model only 400 embeddings: those of <one>, <two> were not saved"
+        target, "its tokenizer has 402 tokens, but the model only 400 embeddings: those of <one>, <two> were not saved"
     )
 
 
@@ -344,8 +344,8 @@ def test_a_gguf_of_an_adapter_answers_as_under_peft(kind: str, tied_folder: Path
     """Of a model whose tied embeddings the adapter has made two."""
     pytest.importorskip("gguf")
     adapter = trained(tied_folder, tmp_path / "adapter", **KINDS[kind])
-    done = export(str(adapter), tmp_path / "out", ExportSettings(format="gguf", type="f32"))
-    assert done.check is not None
+    result = export(str(adapter), tmp_path / "out", ExportSettings(format="gguf", type="f32"))
+    assert result.check is not None
     found = load_pretrained(str(tmp_path / "out" / "out-F32.gguf"), causal=True).model
     torch.testing.assert_close(logits(found), under_peft(tied_folder, adapter), atol=1e-4, rtol=1e-4)
 
@@ -361,7 +361,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> 
 
 @pytest.mark.parametrize("base", ["untied"], indirect=True)
 def test_an_adapter_over_an_adapter_is_both(base: Path, plain: Path, tmp_path: Path) -> None:
-    """A cycle of adapters is told."""
+    """A cycle of adapters is reported."""
     one = trained(base, tmp_path / "one", **lora())
     merged_once = saved(load_pretrained(str(one), causal=True).model, tmp_path / "under")
     AutoTokenizer.from_pretrained(base).save_pretrained(merged_once)
@@ -400,24 +400,24 @@ def test_summed_adapters_change_what_each_changes(pico_folder: Path, tmp_path: P
 
 
 def test_sums_refuse_what_no_sum_of_matrices_is(pico_folder: Path, tmp_path: Path) -> None:
-    places = [
+    targets = [
         trained(pico_folder, tmp_path / "dora", **lora(use_dora=True)),
         trained(pico_folder, tmp_path / "pissa", **lora(init_lora_weights="pissa")),
     ]
     with pytest.raises(
         UserError, match=r"(?s)dora: an adapter with use_dora.*pissa: an adapter with init_lora_weights pissa"
     ):
-        merged(places, tmp_path / "out", result="adapter")
+        merged(targets, tmp_path / "out", result="adapter")
 
 
 def test_two_adapters_of_other_kinds_are_merged_together(pico_folder: Path, tmp_path: Path) -> None:
     """The mean of what peft makes of each."""
-    places = [
+    targets = [
         trained(pico_folder, tmp_path / "dora", **lora(use_dora=True)),
         trained(pico_folder, tmp_path / "ia3", **KINDS["ia3"]),
     ]
-    out = merged(places, tmp_path / "out")
-    mean = [load_pretrained(str(each), causal=True).model.state_dict() for each in places]
+    out = merged(targets, tmp_path / "out")
+    mean = [load_pretrained(str(each), causal=True).model.state_dict() for each in targets]
     for name, tensor in opened(out).state_dict().items():
         torch.testing.assert_close(tensor, (mean[0][name] + mean[1][name]) / 2, atol=1e-6, rtol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dora", "ia3", "out"]

@@ -1,4 +1,4 @@
-"""A GGUF file opens to the model that it was written from, is converted once, and refused when it is broken."""
+"""A GGUF file opens as the model that it was written from, is converted once, and is refused if broken."""
 
 from __future__ import annotations
 

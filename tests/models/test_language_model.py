@@ -118,9 +118,9 @@ def test_loss_and_gradients_are_those_of_transformers(name: str) -> None:
     loss = model(ids, layout, weights)
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-5)
-    ours = dict(model.causal.named_parameters())
-    for parameter, theirs in reference.named_parameters():
-        torch.testing.assert_close(ours[parameter].grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=parameter)
+    actual_loss = dict(model.causal.named_parameters())
+    for parameter, expected_loss in reference.named_parameters():
+        torch.testing.assert_close(actual_loss[parameter].grad, expected_loss.grad, rtol=1e-4, atol=1e-4, msg=parameter)
 
 
 def test_without_weights_every_next_token_counts() -> None:
@@ -173,18 +173,18 @@ def test_an_output_layer_with_a_bias_is_refused() -> None:
     causal = PhiForCausalLM(PhiConfig(**{key: value for key, value in SIZES.items() if key not in names}))
     with torch.no_grad():
         causal.lm_head.bias.fill_(0.5)
-    with pytest.raises(UserError, match="not known here"):
+    with pytest.raises(UserError, match="an unsupported way"):
         LanguageModel(causal)
 
 
 def test_a_model_that_sees_what_comes_is_refused(tmp_path: Path, pico_tokenizer: Path) -> None:
     sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     bert = BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
-    with pytest.raises(UserError, match="sees the tokens"):
+    with pytest.raises(UserError, match="attends to later tokens"):
         LanguageModel(BertLMHeadModel(bert))
     BertModel(bert).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(pico_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"missing|does not fill|sees the tokens"):
+    with pytest.raises(UserError, match=r"missing|does not fill|attends to later tokens"):
         LanguageModel(load_pretrained(str(tmp_path), causal=True).model)
 
 

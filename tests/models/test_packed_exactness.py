@@ -1,4 +1,4 @@
-"""The packed path equals a plain padded transformers forward, in losses and in gradients, and keeps sequences apart."""
+"""The packed path equals a plain padded transformers forward, in losses and in gradients, and separates sequences."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def some_ids(seed: int = 0) -> Tensor:
 
 
 def padded_loss(model: nn.Module, ids: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Mean-pooled cross-entropy sum by a plain padded forward, written from the definition alone."""
+    """Mean-pooled cross-entropy sum by a plain padded forward, written only from the definition."""
     longest = max(LENGTHS)
     rows = [torch.cat([part, part.new_zeros(longest - len(part))]) for part in ids.split(LENGTHS)]
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in LENGTHS])
@@ -101,13 +101,15 @@ def test_loss_and_gradients_equal_the_padded_forward(name: str) -> None:
 
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     compared = 0
-    for (parameter_name, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        if theirs.grad is None:
-            assert mine.grad is None or not mine.grad.any(), parameter_name
+    for (parameter_name, actual_output), expected_output in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
+        if expected_output.grad is None:
+            assert actual_output.grad is None or not actual_output.grad.any(), parameter_name
             continue
-        assert mine.grad is not None, parameter_name
+        assert actual_output.grad is not None, parameter_name
         torch.testing.assert_close(
-            mine.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=parameter_name: f"{n}: {m}"
+            actual_output.grad, expected_output.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=parameter_name: f"{n}: {m}"
         )
         compared += 1
     assert compared >= 14
@@ -186,7 +188,7 @@ UNSERVED: dict[str, Callable[[], PreTrainedConfig]] = {
 
 @pytest.mark.parametrize("name", UNSERVED)
 @pytest.mark.filterwarnings("ignore")
-def test_what_cannot_be_packed_takes_the_padded_path_and_says_so(name: str) -> None:
+def test_unsupported_models_take_the_padded_path_with_a_reason(name: str) -> None:
     torch.manual_seed(1)
     model = AutoModel.from_config(UNSERVED[name](), attn_implementation="eager", dtype=torch.float32).eval()
     backbone = Backbone(model)
@@ -195,7 +197,7 @@ def test_what_cannot_be_packed_takes_the_padded_path_and_says_so(name: str) -> N
     ids = some_ids()
     with torch.no_grad():
         got = backbone(ids, PackedLayout(LENGTHS))
-        alone = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)])
-    torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-4)
+        separate = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)])
+    torch.testing.assert_close(got, separate, atol=1e-5, rtol=1e-4)
     with pytest.raises(PackedUnsupported, match=type(model).__name__):
         Backbone(model, attention="packed")

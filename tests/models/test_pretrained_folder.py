@@ -1,4 +1,4 @@
-"""Pretrained weights as a folder or a file: on the disk before they have their names, and nothing else left beside."""
+"""Pretrained weights as a folder or a file: flushed before they get their names, without leftovers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_files_are_durable_before_they_have_their_names(
     name: str, pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = load_pretrained(str(pico_folder), causal=True)
-    place, folder = tmp_path / name, tmp_path / "folder"
+    path, folder = tmp_path / name, tmp_path / "folder"
     synced: list[int] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -37,10 +37,10 @@ def test_files_are_durable_before_they_have_their_names(
 
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(Path, "replace", renamed)
-    save_pretrained(place, opened.model, opened.tokenizer)
+    save_pretrained(path, opened.model, opened.tokenizer)
     assert synced[-1] == folder.stat().st_ino
     monkeypatch.undo()
-    weights = "model.safetensors" if place == folder else place.name
+    weights = "model.safetensors" if path == folder else path.name
     assert {weights, "config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
 
@@ -48,10 +48,10 @@ def test_files_are_durable_before_they_have_their_names(
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_what_a_killed_writer_left_goes(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = load_pretrained(str(pico_folder), causal=True)
-    monkeypatch.setattr(folders, "fsync_place", lambda place: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(folders, "fsync_place", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     assert in_a_child(lambda: save_pretrained(tmp_path, opened.model, opened.tokenizer), None) == -signal.SIGKILL
     assert not (tmp_path / "model.safetensors").exists()
-    assert [place.name.startswith(".model.safetensors.partial-") for place in tmp_path.glob(".*")] == [True]
+    assert [path.name.startswith(".model.safetensors.partial-") for path in tmp_path.glob(".*")] == [True]
     monkeypatch.undo()
     save_pretrained(tmp_path, opened.model, opened.tokenizer)
     assert not list(tmp_path.glob(".*"))

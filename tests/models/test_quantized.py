@@ -1,4 +1,4 @@
-"""Layers in codes: every way to multiply gives what the weight written out gives."""
+"""Quantized layers: every kernel gives the product with the dequantized weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from loopos.functional.quantization import fitted_grid, rounded_rows
 from loopos.generation.cpu.layers import kernel_layout
 from loopos.models.load import cast_parameters
-from loopos.models.quantized import QuantizedEmbedding, QuantizedLinear, exact_activations, kept_form, num_weights
+from loopos.models.quantized import QuantizedEmbedding, QuantizedLinear, exact_activations, num_weights, stored_form
 
 WAYS = [(8, 48, False), (8, 50, False), (4, 64, False), (8, 48, True)]
 
@@ -19,7 +19,7 @@ def layer_of(bits: int, inputs: int, *, outputs: int = 32, rounds: bool = False)
     torch.manual_seed(bits + inputs)
     weight = torch.randn(outputs, inputs)
     grid = fitted_grid(weight, bits, inputs if bits == 8 else 32)
-    parts = kept_form(grid.codes(weight), grid)
+    parts = stored_form(grid.codes(weight), grid)
     layer = QuantizedLinear(
         *parts,
         factors=torch.rand(inputs).bfloat16() + 0.5,
@@ -67,7 +67,7 @@ def test_outputs_that_no_kernel_of_four_bits_takes() -> None:
 
 
 def test_whole_numbers_by_hand() -> None:
-    """Codes of both sides are multiplied exactly; each row keeps its own scale, whatever its neighbours."""
+    """Codes of both sides are multiplied exactly; each row keeps its own scale, whatever its neighbors."""
     layer = layer_of(8, 48, rounds=True)
     entered = torch.randn(5, 48) * torch.logspace(-2, 2, 5)[:, None]
     assert layer._weight_act_pre_scale is not None
@@ -82,10 +82,10 @@ def test_whole_numbers_by_hand() -> None:
     assert layer.rounds_activations
 
 
-def test_a_tied_embedding_is_kept_once() -> None:
+def test_a_tied_embedding_is_saved_once() -> None:
     weight = torch.randn(20, 16)
     grid = fitted_grid(weight, 8, 16)
-    codes, scale, _ = kept_form(grid.codes(weight), grid)
+    codes, scale, _ = stored_form(grid.codes(weight), grid)
     table = QuantizedEmbedding(codes, scale)
     both = nn.ModuleList([table, table.as_output()])
     assert num_weights(both) == 320

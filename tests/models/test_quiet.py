@@ -1,4 +1,4 @@
-"""transformers' bars and reports stay away from programs that open and save models through LoopOS."""
+"""Programs that open and save models through LoopOS do not see transformers' bars and reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _talkative(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def test_opening_and_saving_a_model_says_nothing(
+def test_opening_and_saving_a_model_prints_nothing(
     pico_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     opened = load_pretrained(str(pico_folder), causal=True)

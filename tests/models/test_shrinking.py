@@ -1,4 +1,4 @@
-"""A shrunk model says what the whole one says with the same parts silenced; blocks run one by one as in the model."""
+"""A shrunk model equals the full one with the same parts zeroed; blocks run one by one as in the model."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_without_a_group_as_with_its_outputs_unread(family: str, tmp_path: Path)
     whole, model = (pico_model(family).to(torch.float64) for _ in range(2))
     shape = head_shape(model)
     assert (shape.groups, shape.queries, shape.size) == (2, 2, 8)
-    for index, kept in enumerate((1, 0)):
-        dropped = shape.outputs([1 - kept], shape.queries)
+    for index, remaining in enumerate((1, 0)):
+        dropped = shape.outputs([1 - remaining], shape.queries)
         layer_list(whole)[index].self_attn.o_proj.weight.data[:, dropped] = 0
-        keep_groups(model, layer_list(model)[index], [kept])
+        keep_groups(model, layer_list(model)[index], [remaining])
     set_groups(model, 1)
     torch.testing.assert_close(logits(model), logits(whole))
     again = reopened(model, tmp_path)
@@ -68,13 +68,13 @@ def test_without_a_group_as_with_its_outputs_unread(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_channels_as_with_them_unread(family: str, tmp_path: Path) -> None:
     whole, model = pico_model(family), pico_model(family)
-    kept = torch.tensor([0, 3, 4, 17, 63])
+    remaining = torch.tensor([0, 3, 4, 17, 63])
     silent = torch.ones(64, dtype=torch.bool)
-    silent[kept] = False
+    silent[remaining] = False
     for block in layer_list(whole):
         channel_layers(whole, block)[1].weight[:, silent] = 0
     for block in layer_list(model):
-        keep_channels(model, block, kept)
+        keep_channels(model, block, remaining)
     set_channels(model, 5)
     torch.testing.assert_close(logits(model), logits(whole))
     torch.testing.assert_close(logits(reopened(model, tmp_path)), logits(whole))
@@ -132,21 +132,21 @@ def test_blocks_one_by_one_see_what_they_see_in_the_model(family: str) -> None:
     model = pico_model(family)
     rows = torch.randint(3, 400, (3, 12), generator=torch.Generator().manual_seed(0))
     seen: dict[tuple[int, str], list[Tensor]] = {}
-    for place, block in enumerate(layer_list(model)):
+    for index, block in enumerate(layer_list(model)):
         for linear in linears_of(block):
             linear.module.register_forward_hook(
-                lambda _m, args, _o, key=(place, linear.name): seen.setdefault(key, []).append(args[0][0])
+                lambda _m, args, _o, key=(index, linear.name): seen.setdefault(key, []).append(args[0][0])
             )
     for row in rows:
         model(input_ids=row[None])
     expected = {key: torch.cat(entered) for key, entered in seen.items()}
     run = BlockPass(model, layer_list(model), rows)
     found = 0
-    for place, block in run.blocks_in_order():
+    for index, block in run.blocks_in_order():
         linears = linears_of(block)
-        whole, diagonal = run.products(place, linears, diagonal=False), run.products(place, linears, diagonal=True)
+        whole, diagonal = run.products(index, linears, diagonal=False), run.products(index, linears, diagonal=True)
         for linear in linears:
-            entered = expected[place, linear.name]
+            entered = expected[index, linear.name]
             torch.testing.assert_close(whole[linear.name], entered.t() @ entered, rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(diagonal[linear.name], entered.square().sum(0), rtol=1e-4, atol=1e-3)
             found += 1

@@ -1,4 +1,4 @@
-"""A model folder is whole or absent, and a broken one is named."""
+"""A model folder is complete or absent, and a broken one is reported."""
 
 from __future__ import annotations
 

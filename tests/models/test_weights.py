@@ -1,4 +1,4 @@
-"""Every kind of source opens to the same model, and every place gives its tokenizer."""
+"""Every kind of source opens as the same model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_half_precision_files_open_in_fp32(parts: Path, tmp_path: Path, pico_fol
     )
 
 
-def test_the_fingerprint_tells_weights_apart(parts: Path, tmp_path: Path, pico_folder: Path) -> None:
+def test_the_fingerprint_distinguishes_weights(parts: Path, tmp_path: Path, pico_folder: Path) -> None:
     one = load_pretrained(str(parts / "with" / "weights.bin")).fingerprint
     assert load_pretrained(str(pico_folder)).fingerprint == one
     shutil.copytree(pico_folder, tmp_path / "other")
@@ -75,14 +75,14 @@ def test_a_new_model_has_the_guides_sizes(pico_tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "tokenizer.json", "a file of another name", "a trained run"])
-def test_a_tokenizer_is_taken_from_every_place(form: str, pico_tokenizer: Path, tmp_path: Path) -> None:
-    places = {"folder": pico_tokenizer, "tokenizer.json": pico_tokenizer / "tokenizer.json"}
+def test_a_tokenizer_is_opened_from_every_kind_of_source(form: str, pico_tokenizer: Path, tmp_path: Path) -> None:
+    sources = {"folder": pico_tokenizer, "tokenizer.json": pico_tokenizer / "tokenizer.json"}
     if form == "a file of another name":
-        places[form] = Path(shutil.copy(pico_tokenizer / "tokenizer.json", tmp_path / "mine.json"))
+        sources[form] = Path(shutil.copy(pico_tokenizer / "tokenizer.json", tmp_path / "mine.json"))
     elif form == "a trained run":
         shutil.copytree(pico_tokenizer, tmp_path / "run" / "model")
-        places[form] = tmp_path / "run"
+        sources[form] = tmp_path / "run"
     sizes = Sizes(d_model=16, num_heads=2, num_layers=1, d_ff=16, vocab_size=400)
-    opened = load_pretrained("new", sizes=sizes, tokenizer=str(places[form])).tokenizer
+    opened = load_pretrained("new", sizes=sizes, tokenizer=str(sources[form])).tokenizer
     expected = AutoTokenizer.from_pretrained(pico_tokenizer)
     assert opened("good value")["input_ids"] == expected("good value")["input_ids"]

@@ -1,4 +1,4 @@
-"""A short run with one call."""
+"""Fixtures of the training tests: a short run with one call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loopos.training.fit import FitResult
 
 @pytest.fixture
 def run(tmp_path: Path, pico_folder: Path) -> Callable[..., tuple[FitResult, Path]]:
-    """Trains on 40 rows, 8 a step: 5 steps an epoch, 2 epochs; 8 further rows validate."""
+    """Trains on 40 rows, 8 per step: 5 steps per epoch, 2 epochs; validates on 8 more rows."""
 
     def go(name: str = "run", *, resume: bool = False, model: Any = None, **training: Any) -> tuple[FitResult, Path]:
         settings = {"learning_rate": 0.003, **training}

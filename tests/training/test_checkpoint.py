@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, every kind of damage named, full disks, pruning, random states."""
+"""Checkpoints: exact round trips, error messages for every kind of damage, full disks, pruning, random states."""
 
 from __future__ import annotations
 
@@ -93,20 +93,20 @@ def test_views_scalars_and_empty_tensors(tmp_path: Path) -> None:
 
 def test_our_safetensors_bytes_hold_what_the_packages_own_writer_holds() -> None:
     group = {"b": torch.arange(5, dtype=torch.int8), "a": torch.randn(3, 3), "c": torch.ones(2, dtype=torch.bfloat16)}
-    ours = b"".join(bytes(piece) for piece in safetensors_chunks(group))
-    theirs = safetensors_save(group, metadata={"format": "pt"})
-    assert len(ours) == len(theirs)
-    assert {name: bits(tensor) for name, tensor in safetensors_load(ours).items()} == {
-        name: bits(tensor) for name, tensor in safetensors_load(theirs).items()
+    actual_bytes = b"".join(bytes(chunk) for chunk in safetensors_chunks(group))
+    expected_bytes = safetensors_save(group, metadata={"format": "pt"})
+    assert len(actual_bytes) == len(expected_bytes)
+    assert {name: bits(tensor) for name, tensor in safetensors_load(actual_bytes).items()} == {
+        name: bits(tensor) for name, tensor in safetensors_load(expected_bytes).items()
     }
 
 
-def test_large_tensors_are_written_in_pieces_without_a_copy_of_all() -> None:
+def test_large_tensors_are_written_in_chunks_without_a_full_copy() -> None:
     tensor = torch.arange(3 * 2**20, dtype=torch.float32)
-    pieces = list(safetensors_chunks({"t": tensor}))
-    assert [len(piece) for piece in pieces[1:]] == [4 * 2**20] * 3
+    chunks = list(safetensors_chunks({"t": tensor}))
+    assert [len(chunk) for chunk in chunks[1:]] == [4 * 2**20] * 3
     tensor[0] = 99.0
-    assert bytes(pieces[1][:4]) == numpy.float32(99.0).tobytes()
+    assert bytes(chunks[1][:4]) == numpy.float32(99.0).tobytes()
 
 
 def test_manifest_gives_each_files_size_and_hash(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json", "missing"),
     "cut manifest": (lambda f: truncate(f / "manifest.json"), "manifest.json", "not readable as JSON"),
     "binary manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff\x00"), "manifest.json", "not readable"),
-    "list manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json", "not an object"),
+    "list manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json", "expected an object"),
     "other format": (lambda f: rewrite_manifest(f, format=2), "manifest.json", "format 2"),
     "changed metric": (lambda f: rewrite_manifest(f, metric=0.75), "manifest.json", "SHA-256"),
     "forgotten file": (lambda f: rewrite_manifest(f, files={}), "manifest.json", "SHA-256"),
@@ -211,7 +211,7 @@ def test_a_moved_folder_is_rejected(tmp_path: Path) -> None:
     found, summary = checkpoint.newest_whole(tmp_path)
     assert found is None
     assert len(summary) == 1
-    assert "says step 10" in summary[0]
+    assert "has step 10" in summary[0]
     assert "step-00000099" in summary[0]
 
 
@@ -379,19 +379,21 @@ def step_numbers(root: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_best", "kept"),
+    ("keep_last", "keep_best", "remaining"),
     [(1, True, [20, 50]), (1, False, [50]), (3, True, [20, 30, 40, 50]), (9, False, [10, 20, 30, 40, 50])],
 )
-def test_prune_keeps_the_last_and_the_best(tmp_path: Path, keep_last: int, keep_best: bool, kept: list[int]) -> None:
+def test_prune_keeps_the_last_and_the_best(
+    tmp_path: Path, keep_last: int, keep_best: bool, remaining: list[int]
+) -> None:
     for step in (10, 20, 30, 40, 50):
         save_tiny(tmp_path, step, is_best=step in (10, 20))
     assert checkpoint.best(tmp_path) == tmp_path / "step-00000020"
     removed = checkpoint.prune(tmp_path, keep_last, keep_best)
-    assert step_numbers(tmp_path) == kept
-    assert len(removed) == 5 - len(kept)
+    assert step_numbers(tmp_path) == remaining
+    assert len(removed) == 5 - len(remaining)
 
 
-def test_prune_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
+def test_prune_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save_tiny(tmp_path, step, is_best=True)
     truncate(tmp_path / "step-00000040" / "weights.safetensors")
@@ -423,7 +425,7 @@ def test_random_states_continue_exactly_through_a_checkpoint(tmp_path: Path) -> 
     random.seed(1)
     numpy.random.seed(2)
     torch.manual_seed(3)
-    # One Gaussian of a pair drawn: the second one, which is held back, belongs to the state.
+    # Gaussians are drawn in pairs: the buffered second one is part of the state.
     random.gauss(0, 1)
     numpy.random.randn()
     torch.randn(1)

@@ -1,4 +1,4 @@
-"""A process killed at any instant of a save leaves the old or the new checkpoint whole."""
+"""A process that is killed at any instant of a save leaves the old or the new checkpoint complete."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Savers:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
 
     def start(self, order: str) -> int:
@@ -108,7 +108,7 @@ def check_content(found: checkpoint.Checkpoint, value: float) -> None:
 def test_killed_at_random_moments_the_newest_is_whole_and_never_older(root: Path, savers: Savers) -> None:
     draw = random.Random(0)
     step = -1
-    # Twelve kills, and more of them where a busy machine let no save end.
+    # At least twelve kills; more if a busy machine finished no save.
     for go in range(200):
         if go >= 12 and step > 0:
             break
@@ -122,7 +122,7 @@ def test_killed_at_random_moments_the_newest_is_whole_and_never_older(root: Path
             assert found.state == {"step": found.step, "value": found.step}
             check_content(found, found.step)
             step = found.step
-        # Nothing but the save that was cut short may be wrong.
+        # Only the interrupted save may be incomplete.
         assert not [line for line in summary if "half-written" not in line and "newest whole" not in line]
     assert step > 0
 
@@ -141,9 +141,9 @@ def test_killed_before_each_change_to_the_disk_leaves_old_or_new(root: Path, sav
         check_content(found, value)
         outcomes.append(value)
         checkpoint.sweep(root)
-        kept, summary = checkpoint.newest_whole(root)
-        assert kept is not None
-        assert kept.state["value"] == value
+        remaining, summary = checkpoint.newest_whole(root)
+        assert remaining is not None
+        assert remaining.state["value"] == value
         assert summary == []
         for entry in root.glob("step-00000006"):
             os.rename(entry, root.parent / f"taken-{dies_before}")

@@ -172,14 +172,14 @@ def test_a_write_cut_short_by_the_system_is_completed(tmp_path: Path, monkeypatc
 
 def test_reading_events_does_not_import_torch() -> None:
     code = "import sys, loopos.storage.events; print('torch' in sys.modules)"
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=child_environment()
     )
-    assert done.stdout.strip() == "False"
+    assert finished.stdout.strip() == "False"
 
 
 def child_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def test_tensorboard_missing_is_summary_with_the_line_to_install(

@@ -1,4 +1,4 @@
-"""Experience by hand: what the ratio is held against, and how an older policy's tokens are weighed."""
+"""Experience with hand-computed numbers: the old policy of the ratio, and importance weights of an older policy."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from loopos.rl.experience import AdvantageSettings, Experience, experience_of
 
 
 @dataclass(frozen=True)
-class Words:
+class Tokens:
     ids: list[int]
 
 
 @dataclass(frozen=True)
 class Judged:
-    response: Words
+    response: Tokens
     score: float
     logprobs: Tensor
     engine_logprobs: Tensor
@@ -33,7 +33,7 @@ def judged(staleness: int) -> list[Judged]:
     rows = [([7, 8], 1.0, [0.5, 0.8], [0.25, 0.2]), ([9], -1.0, [0.1], [0.2])]
     return [
         Judged(
-            Words(ids),
+            Tokens(ids),
             score,
             torch.tensor(new).log(),
             torch.tensor(old).log(),
@@ -52,7 +52,7 @@ def experience(old: Literal["forward", "engine"], *, staleness: int = 1, cap: fl
     return experience_of([[1], [2, 3]], judged(staleness), old_logprobs=old, kl_coefficient=0.1, settings=settings)
 
 
-def test_the_ratio_is_held_against_the_policy_that_wrote_or_the_one_before_the_update() -> None:
+def test_the_ratio_uses_the_generating_policy_or_the_one_before_the_update() -> None:
     torch.testing.assert_close(experience("engine").old_logprobs.exp(), torch.tensor([0.25, 0.2, 0.2]))
     torch.testing.assert_close(experience("forward").old_logprobs.exp(), torch.tensor([0.5, 0.8, 0.1]))
     for each in (experience("engine"), experience("forward")):

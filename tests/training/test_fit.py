@@ -1,4 +1,4 @@
-"""The offline loop: when it validates, saves and stops, and what it writes."""
+"""The training loop: when it validates, saves and stops, and what it writes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def saved_steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("every", "expected"), [("epoch", [0, 5, 10]), (3, [0, 3, 6, 9, 10]), (100, [0, 10]), ("never", [])]
 )
-def test_validation_comes_when_it_was_asked_for(every: int | str, expected: list[int], run: Run) -> None:
+def test_validation_runs_when_configured(every: int | str, expected: list[int], run: Run) -> None:
     result, folder = run(validate_every=every)
     assert (result.step, result.stopped_by) == (10, "epochs")
     assert validated_steps(folder) == expected
     assert (result.best_step is None) == (every == "never")
-    # The start is measured, and never marked as the best.
+    # The start is validated, but never marked as the best.
     assert not any(event["metrics"]["best"] for event in events_of(folder, "validation") if event["step"] == 0)
 
 
@@ -44,7 +44,7 @@ def test_validation_comes_when_it_was_asked_for(every: int | str, expected: list
     ("every", "keep", "expected"),
     [(3, 9, [3, 6, 9, 10]), (3, 2, [9, 10]), ("epoch", 9, [5, 10]), ("never", 9, [10]), ("validation", 9, [5, 10])],
 )
-def test_checkpoints_come_when_they_were_asked_for_and_the_last_are_kept(
+def test_checkpoints_are_saved_when_configured_and_the_last_stay(
     every: int | str, keep: int, expected: list[int], run: Run
 ) -> None:
     _, folder = run(save_every=every, keep_last=keep, keep_best=False)
@@ -67,12 +67,12 @@ def test_max_steps_and_max_time_end_a_run(run: Run) -> None:
     assert events_of(folder, "end")[0]["metrics"] == {"stopped_by": "max_time"}
 
 
-def test_a_run_that_had_ended_goes_on_when_its_limit_is_raised(run: Run, tmp_path: Path) -> None:
+def test_a_finished_run_continues_when_its_limit_is_raised(run: Run, tmp_path: Path) -> None:
     whole, _ = run("whole")
     run("limited", max_steps=6)
     result, _ = run("limited", resume=True)
     assert (result.step, result.stopped_by) == (10, "epochs")
-    # A constant learning rate does not know the end of the run, so the two runs are one.
+    # A constant learning rate does not depend on the end of the run, so the two runs are equal.
     expected, found = last_weights(tmp_path / "whole"), last_weights(tmp_path / "limited")
     assert len(expected) == 21
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -154,7 +154,7 @@ def test_a_checkpoint_from_elsewhere_is_refused_before_anything_changes(
     assert (folder / "config.json").read_bytes() == written
 
 
-def test_resuming_in_an_empty_folder_starts_at_the_beginning(run: Run) -> None:
+def test_resuming_in_an_empty_folder_starts_at_step_0(run: Run) -> None:
     result, folder = run(resume=True, max_steps=2)
     assert result.step == 2
     assert events_of(folder, "session")[0]["metrics"]["resumed"] is False
@@ -163,8 +163,8 @@ def test_resuming_in_an_empty_folder_starts_at_the_beginning(run: Run) -> None:
 def test_a_step_counts_its_tokens_and_rows(run: Run, tmp_path: Path, pico_folder: Path) -> None:
     _, folder = run(batch_size=3, gradient_accumulation=2, num_epochs=1)
     settings = {"batch_size": 3, "gradient_accumulation": 2}
-    share = {"validation_share": 1 / 6}
-    tuner = prepared(config_of(tmp_path / "same", pico_folder, class_rows(48), training=settings, data=share))
+    fraction = {"validation_share": 1 / 6}
+    tuner = prepared(config_of(tmp_path / "same", pico_folder, class_rows(48), training=settings, data=fraction))
     steps = [event["metrics"] for event in events_of(folder, "step")]
     # 40 rows, 6 a step: 6 · 6 + 4.
     assert [step["rows"] for step in steps] == [6, 12, 18, 24, 30, 36, 40]
@@ -175,7 +175,7 @@ def test_a_step_counts_its_tokens_and_rows(run: Run, tmp_path: Path, pico_folder
 
 
 def test_files_of_an_older_process_do_not_remain(run: Run) -> None:
-    """A save that died leaves a hidden folder; the next save clears it."""
+    """A killed save leaves a hidden folder; the next save removes it."""
     _, folder = run(save_every=4, keep_last=9, max_steps=4)
     half = folder / "checkpoints" / ".step-00000008.partial-4000000"
     half.mkdir()

@@ -1,4 +1,4 @@
-"""A nan, a full disk or a signal ends a run in order; the resumed run is the one that was left alone."""
+"""A nan, a full disk or a signal ends a run cleanly; the resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def break_loss_at(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
 
 def test_a_nan_stops_the_run_and_names_what_is_whole(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     break_loss_at(monkeypatch, 7)
-    with pytest.raises(NonFiniteStep, match=r"step 7: not a finite number: loss nan.*checkpoint of step 5 is whole"):
+    with pytest.raises(
+        NonFiniteStep, match=r"step 7: not a finite number: loss nan.*last complete checkpoint is step 5"
+    ):
         run()
     assert [event["step"] for event in events_of(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6]
     assert all(bool(tensor.isfinite().all()) for tensor in last_weights(tmp_path / "run").values())
@@ -58,7 +60,7 @@ def test_a_nan_stops_the_run_and_names_what_is_whole(run: Run, monkeypatch: pyte
     assert result.step == 10
 
 
-def test_a_nan_is_skipped_and_counted_where_that_was_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_is_skipped_and_counted_if_configured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     break_loss_at(monkeypatch, 3)
     _, folder = run(on_nonfinite="skip", save_every=1, keep_last=99, validate_every="never")
     steps = events_of(folder, "step")
@@ -72,16 +74,14 @@ def test_a_nan_is_skipped_and_counted_where_that_was_asked_for(run: Run, monkeyp
 
 def test_a_run_that_took_no_step_is_no_success(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     break_loss_at(monkeypatch, None)
-    summary = (
-        r"^no step was taken: loss or gradient was not finite in all 10, so the weights are those of the start and"
-    )
-    with pytest.raises(NonFiniteStep, match=summary) as told:
+    summary = r"^all 10 steps were skipped because loss or gradient was not finite; the weights are unchanged and"
+    with pytest.raises(NonFiniteStep, match=summary) as output:
         run(on_nonfinite="skip", validate_every="never")
-    assert told.value.exit_code == 1
+    assert output.value.exit_code == 1
     assert len(events_of(tmp_path / "run", "step")) == 10
     assert not events_of(tmp_path / "run", "end")
     assert not (tmp_path / "run" / "model").exists()
-    # It stays so when it is resumed, unless there are steps to come.
+    # A resumed run has the same result, unless more steps follow.
     with pytest.raises(NonFiniteStep, match=summary):
         run(on_nonfinite="skip", validate_every="never", resume=True)
     monkeypatch.undo()
@@ -144,7 +144,7 @@ def test_a_full_disk_under_the_log_is_summary_too(run: Run, monkeypatch: pytest.
 def test_a_signal_at_a_step_that_validates_loses_nothing(
     name: str, step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The validation that was due is made up for when the run is resumed, also after the very last step."""
+    """A resumed run catches up on a validation that was due, also after the last step."""
     settings = {"schedule": "plateau", "plateau_patience": 0, "early_stopping": {"patience": 9}}
     expected, whole = run("whole", **settings)
     stepped = RunProgress.step
@@ -173,27 +173,29 @@ def test_ctrl_c_answers_at_once_and_a_second_one_names_the_last_checkpoint(
     """Both come within step 4, before it has ended."""
     from loopos.training.objectives import TaskObjective
 
-    whole, told = TaskObjective.loss, list[str]()
+    whole, output = TaskObjective.loss, list[str]()
 
     def loss(self: TaskObjective, batch: Any) -> Any:
-        if len(told) == 3:
+        if len(output) == 3:
             capfd.readouterr()
             os.kill(os.getpid(), signal.SIGINT)
-            told.append(capfd.readouterr().err)
+            output.append(capfd.readouterr().err)
             os.kill(os.getpid(), signal.SIGINT)
-        told.append("")
+        output.append("")
         return whole(self, batch)
 
     monkeypatch.setattr(TaskObjective, "loss", loss)
-    with pytest.raises(Interrupted, match=r"after step 3; the checkpoint of step 2 is whole; .*--resume") as caught:
+    with pytest.raises(
+        Interrupted, match=r"after step 3; the last complete checkpoint is step 2; .*--resume"
+    ) as caught:
         run(save_every=2, validate_every="never")
     assert caught.value.exit_code == 130
-    assert told[3] == "\nSIGINT: stopping after this step; Ctrl-C again to stop now\n"
+    assert output[3] == "\nSIGINT: stopping after this step; Ctrl-C again to stop now\n"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize("moment", ["load_data", "export"])
-def test_a_signal_before_the_first_step_or_in_the_export_has_a_word_and_a_code(
+def test_a_signal_before_the_first_step_or_in_the_export_has_a_message_and_a_code(
     moment: str, name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
@@ -203,7 +205,7 @@ def test_a_signal_before_the_first_step_or_in_the_export_has_a_word_and_a_code(
 
     with monkeypatch.context() as patched:
         patched.setattr(FineTuner, moment, work)
-        with pytest.raises(Interrupted, match=f"ended by {name}, not within a step: .*--resume continues") as caught:
+        with pytest.raises(Interrupted, match=f"ended by {name} outside of a step: .*--resume continues") as caught:
             run(max_steps=1, validate_every="never")
     assert caught.value.exit_code == (130 if name == "SIGINT" else 0)
     assert {number: signal.getsignal(number) for number in before} == before
@@ -215,7 +217,7 @@ def test_a_signal_before_the_first_step_or_in_the_export_has_a_word_and_a_code(
         assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_a_process_that_ignores_hangups_goes_on_ignoring_them() -> None:
+def test_a_process_that_ignores_hangups_keeps_ignoring_them() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with steps_end_in_order() as signals:
@@ -225,7 +227,7 @@ def test_a_process_that_ignores_hangups_goes_on_ignoring_them() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_signals_are_left_alone_outside_the_main_thread() -> None:
+def test_signals_are_not_handled_outside_the_main_thread() -> None:
     entered: list[str | None] = []
 
     def enter() -> None:

@@ -1,4 +1,4 @@
-"""Alarms of hand-made runs: when each sounds, what it says, and that a resumed run sounds the same."""
+"""Alerts of hand-made runs: when each is raised, its message, and that a resumed run raises the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def alerts(limits: MonitorLimits, *iterations: dict[str, float]) -> list[list[Al
 
 
 def sounded(limits: MonitorLimits, name: str, values: list[float]) -> list[int]:
-    """The iterations, from 0, at which the alarm of a metric sounds; no other one may."""
+    """The iterations, from 0, with an alert of a metric; no other alert may be raised."""
     found = alerts(limits, *({name: value} for value in values))
     assert all(alert.name == name for now in found for alert in now)
     return [index for index, now in enumerate(found) if now]
@@ -36,7 +36,7 @@ def sounded(limits: MonitorLimits, name: str, values: list[float]) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        # At the limit is within it.
+        # A value at the limit is within it.
         ("kl", [10.0, 10.5], [1]),
         ("kl", [11.0], [0]),
         ("repetition", [0.1, 0.5, 0.51], [2]),
@@ -47,7 +47,7 @@ def sounded(limits: MonitorLimits, name: str, values: list[float]) -> list[int]:
         # The first values count, not the largest or the last.
         ("entropy", [2.0, 8.0, 1.0, 0.4], [3]),
         ("end_share", [0.5, 1.0, 0.5, 0.2], [3]),
-        # One alarm for each time beyond the limit.
+        # One alert for each time beyond the limit.
         ("kl", [11, 12, 9, 13, 14, 15, 1, 11], [0, 3, 7]),
         ("response_length", [100, 201, 202, 100, 40], [1, 4]),
         ("entropy", [4.0, math.nan, 4.0, math.inf], [1, 3]),
@@ -96,7 +96,7 @@ def test_an_iteration_that_does_not_measure_a_metric_changes_nothing() -> None:
     assert [[alert.name for alert in now] for now in found] == [[], [], [], [], [], ["kl", "judge"]]
 
 
-def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -> None:
+def test_a_judge_measured_separately_is_compared_with_the_latest_reward() -> None:
     found = alerts(
         ALL,
         {"judge": 9.0},
@@ -114,7 +114,7 @@ def test_a_judge_asked_in_calls_of_its_own_is_held_against_the_latest_reward() -
     assert "from 1 to 3 while the judge fell to 6, more than 0.5 below its best (9)" in found[9][0].message
 
 
-def test_alerts_say_their_numbers() -> None:
+def test_alerts_contain_their_numbers() -> None:
     first = {"kl": 0.0, "entropy": 4.0, "response_length": 100, "repetition": 0.0, "end_share": 0.75}
     last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "end_share": 0.25}
     before, found = alerts(ALL, first, last)
@@ -128,7 +128,7 @@ def test_alerts_say_their_numbers() -> None:
             "end_share",
             0.25,
             0.5,
-            "the share of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
+            "the fraction of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
         ),
     ]
     (short,) = alerts(ALL, {"response_length": 100}, {"response_length": 20})[1]
@@ -156,7 +156,7 @@ def test_a_resumed_run_sounds_the_same() -> None:
         }
         for index in range(24)
     ]
-    # The judge is asked apart from the rest, at every second iteration.
+    # The judge is measured separately, in every second iteration.
     run = [
         part
         for index, metrics in enumerate(run)
@@ -197,5 +197,5 @@ def test_a_state_is_a_copy() -> None:
     ],
 )
 def test_limits_that_make_no_sense_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} of {value}"):
+    with pytest.raises(ValueError, match=f"{name}: got {value}"):
         MonitorLimits(**{name: value})

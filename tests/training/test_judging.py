@@ -1,4 +1,4 @@
-"""The best weights are exported, early stopping stops, the plateau schedule slows: by hand on scripted validations."""
+"""Export of the best weights, early stopping and the plateau schedule, on scripted validations."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loopos.storage.events import fingerprint
 from loopos.training.fit import Fit, FitResult
 from loopos.training.progress import RunProgress
 from loopos.training.stopping import Best
-from loopos.training.validation import Judges, Validation
+from loopos.training.validation import Validation, ValidationTracker
 
 Run = Callable[..., tuple[FitResult, Path]]
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float], metric: str = "accuracy") -> list[float]:
-    """Lets validation report these values of a metric, one after another; the last one repeats."""
+    """Makes validations return these values of a metric in order; the last one repeats."""
     left = list(values)
 
     def validate(self: FineTuner, world: object = None) -> dict[str, float]:
@@ -40,7 +40,7 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(entry.name[5:]) for entry in (folder / "checkpoints").glob("step-*"))
 
 
-def test_the_best_weights_are_kept_and_exported_not_the_last(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_saved_and_exported_not_the_last(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [0.1, 0.5, 0.9, 0.7, 0.6, 0.2])
     result, folder = run(validate_every=2, keep_last=1, save_every=2)
     # Validations at 0 (the start), 2, 4, 6, 8, 10: the best is that of step 4, and beats the start.
@@ -64,7 +64,7 @@ def test_the_best_is_saved_also_where_no_step_to_save_falls(run: Run, monkeypatc
     assert saved_steps(folder) == [2, 10]
 
 
-def test_where_no_best_was_kept_the_last_is_exported_and_summary(
+def test_without_a_saved_best_the_last_is_exported_and_reported(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted(monkeypatch, [0.1, 0.9, 0.2])
@@ -79,7 +79,7 @@ def test_where_no_best_was_kept_the_last_is_exported_and_summary(
     exported = load_file(tmp_path / "last" / "model" / "head.safetensors")["weight"]
     assert torch.equal(exported, last_weights(tmp_path / "last")["head.weight"])
     summary = capsys.readouterr().err
-    assert "exporting the last weights: no checkpoint of the best validation was kept" in summary
+    assert "exporting the last weights: no checkpoint of the best validation was saved" in summary
     assert "exporting the best weights" not in summary
 
 
@@ -142,12 +142,12 @@ def test_a_run_that_does_not_beat_its_start_marks_nothing_as_best(run: Run, monk
     validations = events_of(folder, "validation")
     assert [event["step"] for event in validations] == [0, 2, 4, 6, 8, 10]
     assert not any(event["metrics"]["best"] for event in validations)
-    # What is exported is said plainly: the best of what was trained.
+    # The message names what is exported: the best trained weights.
     exports = events_of(folder, "export")
     assert [(event["step"], event["metrics"]["weights"]) for event in exports] == [(6, "best trained")]
     exported = load_file(folder / "model" / "head.safetensors")["weight"]
-    kept = load_file(folder / "checkpoints" / "step-00000006" / "weights.safetensors")
-    assert torch.equal(exported, kept["head.weight"])
+    saved = load_file(folder / "checkpoints" / "step-00000006" / "weights.safetensors")
+    assert torch.equal(exported, saved["head.weight"])
     outcome = read_run(folder).outcome
     assert (outcome.beat_start, outcome.best, outcome.weights) == (False, None, "best trained")
     assert outcome.verdict() == (
@@ -155,9 +155,7 @@ def test_a_run_that_does_not_beat_its_start_marks_nothing_as_best(run: Run, monk
     )
 
 
-def test_the_start_is_exported_where_it_is_asked_for_and_nothing_beats_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_start_is_exported_if_configured_and_nothing_beats_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, WORSE)
     result, folder = run(validate_every=2, export_start=True)
     assert (result.step, result.beat_start) == (10, False)
@@ -167,7 +165,7 @@ def test_the_start_is_exported_where_it_is_asked_for_and_nothing_beats_it(
     assert torch.equal(exported, start["head.weight"])
     assert not torch.equal(exported, last_weights(folder)["head.weight"])
     assert [(e["step"], e["metrics"]["weights"]) for e in events_of(folder, "export")] == [(0, "start")]
-    # One validation above the start is enough for it to go.
+    # One validation better than the start is enough to remove it.
     scripted(monkeypatch, [0.5, 0.4, 0.6, 0.3])
     _, folder = run("beaten", validate_every=2, export_start=True)
     assert saved_steps(folder) == [4, 10]
@@ -241,12 +239,12 @@ def test_judges_of_an_older_checkpoint_know_no_start() -> None:
     """As 4ff8e20 wrote it: a metric, a step and a count."""
     validation = Validation(dict, "accuracy", "max", "accuracy", "max")
     settings = TrainingSection.model_validate({"learning_rate": 0.1})
-    judges = Judges(validation, settings)
-    judges.load({"best": {"metric": 0.5, "step": 4, "stale": 1}, "watched": None, "plateau": None})
-    assert (judges.beat_start, judges.knows_start, judges.best.step) == (None, False, 4)
+    tracker = ValidationTracker(validation, settings)
+    tracker.load({"best": {"metric": 0.5, "step": 4, "stale": 1}, "watched": None, "plateau": None})
+    assert (tracker.beat_start, tracker.knows_start, tracker.best.step) == (None, False, 4)
     # Without a known loss the tie stays with the earlier one.
-    assert not judges.observe({"accuracy": 0.5, "loss": 0.1}, 6)
-    assert judges.observe({"accuracy": 0.6, "loss": 0.1}, 8)
+    assert not tracker.observe({"accuracy": 0.5, "loss": 0.1}, 6)
+    assert tracker.observe({"accuracy": 0.6, "loss": 0.1}, 8)
 
 
 def test_what_is_best_by_hand() -> None:

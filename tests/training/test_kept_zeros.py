@@ -44,7 +44,7 @@ class Loss:
         return {"loss": (self.model.head(hidden) - 1).float().square().sum()}
 
 
-def test_zeros_are_those_of_pruned_matrices_alone() -> None:
+def test_zeros_are_only_those_of_pruned_matrices() -> None:
     model = Pico()
     masks = zeros_to_keep(model)
     assert list(masks) == ["linear.weight"]
@@ -76,7 +76,7 @@ def test_zeros_stay_through_every_step(optimizer: str, half: torch.dtype | None)
 
 
 def test_without_the_key_zeros_are_filled() -> None:
-    """What `keep_zeros` holds back is there to be held back."""
+    """Without `keep_zeros` the zeros are filled, so the other tests are not vacuous."""
     model = Pico()
     mask = model.linear.weight == 0
     master_weights = MasterWeights(
@@ -107,7 +107,7 @@ def zeros_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_keeps_them_and_resumes_with_them(pruned: Path, tmp_path: Path, precision: str) -> None:
+def test_a_run_keeps_zeros_and_resumes_with_them(pruned: Path, tmp_path: Path, precision: str) -> None:
     def config(name: str, **training: Any) -> Any:
         chosen = {"keep_zeros": True, "weight_decay": 0.1, "precision": precision, "save_every": 3, **training}
         return config_of(tmp_path / name, pruned, class_rows(40), training=chosen)
@@ -130,8 +130,8 @@ def test_a_run_keeps_them_and_resumes_with_them(pruned: Path, tmp_path: Path, pr
 
 
 @pytest.mark.parametrize("trainable", ["lora", "head"])
-def test_with_adapters_it_is_refused_and_with_a_head_alone_it_means_nothing(trainable: str, tmp_path: Path) -> None:
+def test_the_key_is_refused_with_adapters_and_has_no_effect_on_a_head(trainable: str, tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", "new", [], training={"keep_zeros": True, "trainable": trainable})
-    findings = [finding for finding in config.check() if "training.keep_zeros" in finding.fields]
+    diagnostics = [diagnostic for diagnostic in config.check() if "training.keep_zeros" in diagnostic.fields]
     summary = [note for note in config.notes() if note.startswith("training.keep_zeros has no effect")]
-    assert (len(findings), len(summary)) == ((1, 0) if trainable == "lora" else (0, 1))
+    assert (len(diagnostics), len(summary)) == ((1, 0) if trainable == "lora" else (0, 1))

@@ -1,4 +1,4 @@
-"""A process that falls silent is named in one message, and all others end."""
+"""A process without heartbeats is named in one message, and all others end."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def processes(hosts: list[str], *, never_begins: int | None = None) -> Iterator[
         Heartbeat(store, rank, len(hosts), silence=SILENCE, host=host, end=end_of(rank))
         for rank, host in enumerate(hosts)
     ]
-    begun = [each for rank, each in enumerate(ranks) if rank != never_begins]
-    for each in begun:
+    beats = [each for rank, each in enumerate(ranks) if rank != never_begins]
+    for each in beats:
         each.begin()
     yield ranks, ended
-    for each in begun:
+    for each in beats:
         each.leave()
 
 
@@ -50,7 +50,7 @@ def wait_for(number: int, ended: dict[int, str]) -> None:
 
 
 def fall_silent(process: Heartbeat) -> None:
-    """As a process that is killed or stopped: its threads do nothing more, and nothing is said."""
+    """Simulates a killed or stopped process: its threads stop without a message."""
     process._stopped.set()
 
 
@@ -70,11 +70,11 @@ def test_a_silent_process_is_named_by_rank_and_host(lost: int, finder: int) -> N
         fall_silent(ranks[lost])
         wait_for(2, ended)
         assert set(ended) == {0, 1, 2} - {lost}
-        told = [message for message in ended.values() if message]
-        assert told
-        assert all(message.startswith(f"rank {lost} on second has shown no sign of life for ") for message in told)
+        messages = [message for message in ended.values() if message]
+        assert messages
+        assert all(message.startswith(f"rank {lost} on second has sent no heartbeat for ") for message in messages)
         if lost == 2:
-            # The two that are left share a host, so that one of them speaks.
+            # The two remaining ones share a host, so only one of them prints.
             assert ended[1] == ""
             assert ended[finder]
 
@@ -85,15 +85,15 @@ def test_a_process_that_is_gone_before_its_first_sign_is_missed_too(lost: int) -
         wait_for(2, ended)
         assert set(ended) == {0, 1, 2} - {lost}
         for message in ended.values():
-            assert message.startswith(f"rank {lost} has shown no sign of life for ")
+            assert message.startswith(f"rank {lost} has sent no heartbeat for ")
 
 
-def test_an_error_of_one_process_is_told_once_a_host() -> None:
+def test_an_error_of_one_process_is_printed_once_per_host() -> None:
     with processes(["one", "one", "two"]) as (ranks, ended):
         assert ranks[1].failed(UserError("the disk is full"))
         wait_for(2, ended)
         assert ended == {0: "", 2: "rank 1 on one: the disk is full"}
-        # The same error of another process has been told; another one has not.
+        # The same error of another process is already reported; a different one is not.
         assert not ranks[2].failed(UserError("the disk is full"))
         assert ranks[0].failed(UserError("the disk is full of other things"))
 
@@ -104,7 +104,7 @@ def test_a_broken_collective_is_blamed_on_the_process_that_is_gone() -> None:
         fall_silent(ranks[1])
         with pytest.raises(UserError):
             ranks[0].blame(RuntimeError("[gloo] Connection closed by peer"))
-        assert ended[0].startswith("rank 1 on two has shown no sign of life for ")
+        assert ended[0].startswith("rank 1 on two has sent no heartbeat for ")
 
 
 def test_a_broken_collective_of_living_processes_is_named_itself() -> None:
@@ -116,7 +116,7 @@ def test_a_broken_collective_of_living_processes_is_named_itself() -> None:
         assert ended[0] == ended[1]
 
 
-def test_a_broken_collective_without_a_store_names_the_place_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_collective_without_a_store_names_the_host_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     with processes(["one", "two"]) as (ranks, ended):
         time.sleep(SILENCE)
@@ -125,7 +125,7 @@ def test_a_broken_collective_without_a_store_names_the_place_of_both(monkeypatch
         ranks[1]._answered -= 2 * SILENCE
         with pytest.raises(UserError):
             ranks[1].blame(RuntimeError("[gloo] Connection closed by peer"))
-        assert ended[1].startswith("rank 1 on two: 10.0.0.1, where the processes of the run meet, has not answered for")
+        assert ended[1].startswith("rank 1 on two: the store at 10.0.0.1 has not answered for")
 
 
 def test_a_store_that_never_answers_holds_up_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_every_optimizer_learns(name: str, runs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_resumes_exactly(name: str, runs: dict[str, Path], tmp_path: Path, pico_folder: Path) -> None:
-    """Cut back to the checkpoint of step 4, as after a kill, and resumed."""
+    """Reset to the checkpoint of step 4, as after a kill, and resumed."""
     run = tmp_path / "cut"
     shutil.copytree(runs[name], run)
     checkpoints = sorted((run / "checkpoints").iterdir())
@@ -107,8 +107,8 @@ def test_weight_decay_shrinks_matrices_and_leaves_the_rest(name: str) -> None:
     optimizer.set_factor(0.5)
     optimizer.step()
     for key, parameter in parameters.items():
-        share = 0.5 * (0.3 if key == "head.weight" else 0.1) * 0.2 if parameter.ndim == 2 else 0.0
-        torch.testing.assert_close(parameter.detach(), before[key] * (1 - share), atol=1e-7, rtol=1e-6)
+        factor = 0.5 * (0.3 if key == "head.weight" else 0.1) * 0.2 if parameter.ndim == 2 else 0.0
+        torch.testing.assert_close(parameter.detach(), before[key] * (1 - factor), atol=1e-7, rtol=1e-6)
 
 
 def test_adams_decay_is_part_of_the_gradient() -> None:
@@ -129,22 +129,24 @@ def test_adams_decay_is_part_of_the_gradient() -> None:
 
 
 def test_adamw_equals_torchs_over_five_steps() -> None:
-    mine, theirs = some_parameters(), some_parameters()
-    optimizer = optimizer_of(OptimizerSettings("adamw", 0.02, betas=(0.8, 0.95), epsilon=1e-6, weight_decay=0.1), mine)
-    matrices = [parameter for parameter in theirs.values() if parameter.ndim == 2]
-    vectors = [parameter for parameter in theirs.values() if parameter.ndim == 1]
+    actual_weights, expected_weights = some_parameters(), some_parameters()
+    optimizer = optimizer_of(
+        OptimizerSettings("adamw", 0.02, betas=(0.8, 0.95), epsilon=1e-6, weight_decay=0.1), actual_weights
+    )
+    matrices = [parameter for parameter in expected_weights.values() if parameter.ndim == 2]
+    vectors = [parameter for parameter in expected_weights.values() if parameter.ndim == 1]
     assert (len(matrices), len(vectors)) == (3, 2)
     reference = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=0.02, betas=(0.8, 0.95), eps=1e-6, fused=False, foreach=False,
     )  # fmt: skip
     for step in range(5):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
+        set_gradients(actual_weights, step)
+        set_gradients(expected_weights, step)
         optimizer.step()
         reference.step()
-    for key in mine:
-        torch.testing.assert_close(mine[key].detach(), theirs[key].detach(), atol=1e-6, rtol=1e-5)
+    for key in actual_weights:
+        torch.testing.assert_close(actual_weights[key].detach(), expected_weights[key].detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_momentum_by_hand() -> None:
@@ -159,7 +161,7 @@ def test_momentum_by_hand() -> None:
     assert seen == pytest.approx([-0.1, -0.25, -0.325])
 
 
-def test_muon_orthogonalises_the_layers_alone() -> None:
+def test_muon_orthogonalizes_only_the_layers() -> None:
     """The update of a layer's matrix has nearly equal singular values; embeddings and head take AdamW's first step."""
     parameters = some_parameters()
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
@@ -178,21 +180,21 @@ def test_muon_orthogonalises_the_layers_alone() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_state_goes_out_and_comes_back(name: str) -> None:
     settings = OptimizerSettings(name, 0.05, momentum=0.9 if name in ("sgd", "muon") else 0.0)
-    kept, other = some_parameters(), some_parameters()
-    one, two = optimizer_of(settings, kept), optimizer_of(settings, other)
+    stored, other = some_parameters(), some_parameters()
+    one, two = optimizer_of(settings, stored), optimizer_of(settings, other)
     for step in range(2):
-        set_gradients(kept, step)
+        set_gradients(stored, step)
         one.step()
     state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in one.tensors().items()}
-    assert {key.rpartition("|")[0] for key in state} == set(kept)
+    assert {key.rpartition("|")[0] for key in state} == set(stored)
     with torch.no_grad():
-        for key in kept:
-            other[key].copy_(kept[key])
+        for key in stored:
+            other[key].copy_(stored[key])
     two.load(state)
     # The loaded state is a copy: stepping does not write into the checkpoint's tensors.
     copies = {key: tensor.clone() for key, tensor in state.items()}
-    for parameters, optimizer in ((kept, one), (other, two)):
+    for parameters, optimizer in ((stored, one), (other, two)):
         set_gradients(parameters, 9)
         optimizer.step()
-    assert all(torch.equal(kept[key], other[key]) for key in kept)
+    assert all(torch.equal(stored[key], other[key]) for key in stored)
     assert all(torch.equal(state[key], copies[key]) for key in state)

@@ -1,4 +1,4 @@
-"""fp32 masters under bf16 weights, gradients summed in fp32, and fp16's loss scale."""
+"""fp32 master weights of bf16 weights, gradients summed in fp32, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Given:
+class Batch:
     """An objective whose gradient is the batch itself: loss = Σ weight · batch."""
 
     weight: nn.Parameter
@@ -43,20 +43,20 @@ def half_model(value: float, dtype: torch.dtype | None = torch.bfloat16) -> tupl
     return weight, MasterWeights({"w": weight}, may_train={"w"}, half=lambda name: dtype)
 
 
-def test_steps_below_the_resolution_of_bf16_are_kept() -> None:
+def test_steps_below_the_resolution_of_bf16_are_not_lost() -> None:
     # Between 1 and 2, bf16 has steps of 1/128: a step of 1/10,000 rounds away, a hundred of them do not.
     weight, master_weights = half_model(1.0)
     update = Update(master_weights, sgd(master_weights, 1e-4), max_gradient_norm=None)
     assert weight.dtype == torch.bfloat16
     for _ in range(100):
-        update([torch.ones(1)], Given(weight), 1.0)
+        update([torch.ones(1)], Batch(weight), 1.0)
     assert float(master_weights.parameters["w"].detach()) == pytest.approx(0.99, abs=1e-5)
     assert float(weight.detach()) == float(torch.tensor(0.99).bfloat16())
-    # Without a master every step is lost.
-    alone = torch.ones(1, dtype=torch.bfloat16)
+    # Without a master weight every step is lost.
+    plain = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(100):
-        alone -= 1e-4
-    assert float(alone) == 1.0
+        plain -= 1e-4
+    assert float(plain) == 1.0
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
@@ -64,7 +64,7 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
     weight, master_weights = half_model(0.5)
     update = Update(master_weights, sgd(master_weights, 1.0), max_gradient_norm=None)
     parts = [torch.ones(1), *[torch.full((1,), 2.0**-9)] * 200]
-    result = update(parts, Given(weight), 1.0)
+    result = update(parts, Batch(weight), 1.0)
     # Each micro-batch counts 1, so the step's gradient is the sum over 201 parts; each share is rounded to bf16 once.
     assert result.gradient_norm == pytest.approx((1 + 200 / 512) / 201, rel=4e-3)
     gradient = master_weights.parameters["w"].grad
@@ -77,9 +77,9 @@ def test_a_parameter_that_no_micro_batch_reached_has_no_old_gradient() -> None:
     used, unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     master_weights = MasterWeights({"a": used, "b": unused}, may_train={"a", "b"}, half=lambda name: torch.bfloat16)
     update = Update(master_weights, sgd(master_weights, 0.1), max_gradient_norm=None)
-    update([torch.ones(1)], Given(unused), 1.0)
+    update([torch.ones(1)], Batch(unused), 1.0)
     before = master_weights.parameters["b"].detach().clone()
-    update([torch.ones(1)], Given(used), 1.0)
+    update([torch.ones(1)], Batch(used), 1.0)
     assert torch.equal(master_weights.parameters["b"].detach(), before)
     assert float(master_weights.parameters["a"].detach()) == pytest.approx(0.9)
 
@@ -180,7 +180,7 @@ def test_fp16_is_refused_where_there_is_no_cuda(tmp_path: Path, pico_folder: Pat
 # Devices and whole models ------------------------------------------------------------------------------------------
 
 
-def test_what_is_asked_for_is_taken_and_what_is_missing_is_summary() -> None:
+def test_a_device_is_chosen_by_name_and_a_missing_one_is_reported() -> None:
     assert resolve("fp32", CPU) == "fp32"
     assert resolve("bf16", CPU) == "bf16"
     assert resolve("auto", CPU) in ("fp32", "bf16")
@@ -215,6 +215,6 @@ def test_checkpoints_hold_fp32_master_weights_and_bf16_runs_learn(tmp_path: Path
     weights = last_weights(run)
     assert len(weights) == 21
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    # They hold more than bf16 could.
+    # They have more precision than bf16.
     name = "backbone.model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(weights[name], weights[name].bfloat16().float())

@@ -1,4 +1,4 @@
-"""What a person sees of a run, on a terminal of 120 columns and in a file."""
+"""The terminal output of a run, with 120 columns and in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLICY = {
 
 
 class Clock:
-    """Time that a test moves."""
+    """A clock that the test controls."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def bar_line(progress: RunProgress) -> str:
-    """The bar as it stands on the terminal."""
+    """The text of the bar on the terminal."""
     assert progress._bar is not None
     written = Console(file=io.StringIO(), width=120, force_terminal=False)
     written.print(progress._bar.make_tasks_table(progress._bar.tasks))
@@ -56,8 +56,8 @@ def test_the_bar_of_a_policy_keeps_its_count_and_time_on_120_columns(clock: Cloc
     line = bar_line(progress)
     assert len(line) <= 120
     assert "\n" not in line
-    for kept in ("training", "━", "1/16", "0:10:00", "100 tokens/s", "policy_loss 0.3352", "value_loss 3.9951"):
-        assert kept in line, kept
+    for shown in ("training", "━", "1/16", "0:10:00", "100 tokens/s", "policy_loss 0.3352", "value_loss 3.9951"):
+        assert shown in line, shown
     # Whole names and values only, and those at the end go first.
     assert "value_clip" not in line
     assert "ratio" not in line

@@ -1,4 +1,4 @@
-"""What a resumed run may not change, by key; what it may, told and kept; and a log and states that are not its own."""
+"""What a resumed run must not change, what it may change and how that is reported, and foreign logs and states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loopos.training.checkpoint_files import read_manifest, seal_folder
 from loopos.training.fit import FitResult
 from loopos.training.progress import write_samples
 from loopos.training.random_states import random_states, restore_random_states
-from loopos.training.validation import Judges, Validation
+from loopos.training.validation import Validation, ValidationTracker
 
 Run = Callable[..., tuple[FitResult, Path]]
 ROWS = class_rows(24, ["bad", "fair", "good"])
@@ -32,7 +32,7 @@ MODEL = {"labels": ["bad", "fair", "good"]}
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
+def first_run(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
     """The folder of a run of two steps, which its tests copy."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     train(config_of(folder, pico_folder, ROWS, training=TRAINING, model=MODEL, data=DATA))
@@ -40,9 +40,9 @@ def begun(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
 
 
 @pytest.fixture
-def copied(begun: Path, tmp_path: Path) -> Path:
+def copied(first_run: Path, tmp_path: Path) -> Path:
     """A copy of that run, in a folder of its own."""
-    return Path(shutil.copytree(begun, tmp_path / "run"))
+    return Path(shutil.copytree(first_run, tmp_path / "run"))
 
 
 def resume(
@@ -55,7 +55,7 @@ def resume(
     **training: Any,
 ) -> FitResult:
     settings = {**TRAINING, **training}
-    # The rows keep their place, so that only what stands in the file changes.
+    # The path stays the same; only the file's content changes.
     config = config_of(folder, weights, rows, training=settings, model=model, data={**DATA, **(data or {})})
     return train(config, resume=True)
 
@@ -71,28 +71,30 @@ OTHER_ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def is_unchanged(folder: Path, begun: Path) -> bool:
-    files = [file for file in begun.rglob("*") if file.is_file()]
+def is_unchanged(folder: Path, first_run: Path) -> bool:
+    files = [file for file in first_run.rglob("*") if file.is_file()]
     assert len(files) > 10
-    return all((folder / file.relative_to(begun)).read_bytes() == file.read_bytes() for file in files)
+    return all((folder / file.relative_to(first_run)).read_bytes() == file.read_bytes() for file in files)
 
 
 @pytest.mark.parametrize("change", OTHER_ROWS)
-def test_other_rows_of_the_same_number_are_refused(change: str, copied: Path, begun: Path, pico_folder: Path) -> None:
+def test_other_rows_of_the_same_number_are_refused(
+    change: str, copied: Path, first_run: Path, pico_folder: Path
+) -> None:
     with pytest.raises(UserError, match=r"data\.training_data: the encoded rows differ from those of the run \(digest"):
-        resume(copied, pico_folder, rows=OTHER_ROWS[change], data={"training_data": str(renamed(begun, change))})
-    assert is_unchanged(copied, begun)
+        resume(copied, pico_folder, rows=OTHER_ROWS[change], data={"training_data": str(renamed(first_run, change))})
+    assert is_unchanged(copied, first_run)
 
 
-def renamed(begun: Path, change: str) -> Path:
-    """The file of the run's rows, with other content in it for this once."""
-    file = begun.parent / f"{change}.jsonl"
+def renamed(first_run: Path, change: str) -> Path:
+    """The file of the run's rows, temporarily with other content."""
+    file = first_run.parent / f"{change}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in OTHER_ROWS[change]))
     return file
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model": {"labels": ["good", "fair", "bad"]}}, "model.labels: was [bad, fair, good], is [good, fair, bad]"),
         ({"model": {**MODEL, "pooling": "mean"}}, "model.pooling: was last, is mean"),
@@ -106,13 +108,13 @@ def renamed(begun: Path, change: str) -> Path:
     ],
 )
 def test_another_meaning_is_refused_by_key(
-    change: dict[str, Any], told: str, copied: Path, begun: Path, pico_folder: Path
+    change: dict[str, Any], message: str, copied: Path, first_run: Path, pico_folder: Path
 ) -> None:
     with pytest.raises(UserError) as refused:
         resume(copied, pico_folder, **change)
-    assert f"\n  {told}\n" in str(refused.value)
+    assert f"\n  {message}\n" in str(refused.value)
     assert len(str(refused.value).splitlines()) <= 6
-    assert is_unchanged(copied, begun)
+    assert is_unchanged(copied, first_run)
 
 
 def test_a_class_that_is_renamed_is_refused(tmp_path: Path, pico_folder: Path) -> None:
@@ -147,7 +149,7 @@ CHANGES: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-def test_settings_that_may_change_are_told_one_by_one_and_kept(
+def test_settings_that_may_change_are_reported_one_by_one_and_applied(
     copied: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = resume(copied, pico_folder, **{key: value for key, (value, _, _) in CHANGES.items()})
@@ -163,13 +165,13 @@ def test_settings_that_may_change_are_told_one_by_one_and_kept(
         "training.num_epochs: was 4, is 3",
         "training.max_steps: was 2, is 4",
         "training.validate_every: was epoch, is 1",
-        "the metric or the validation rows have changed: what is best is judged anew from here on",
+        "the metric or the validation rows have changed: the comparison of validations starts anew",
     ):
         assert lines.count(line) == 1, line
     first, second = [event["metrics"] for event in events_of(copied, "session")]
     assert first["changed"] == {}
-    told = {f"training.{key}": [was, now] for key, (_, was, now) in CHANGES.items()}
-    assert {key: values for key, values in second["changed"].items() if key.startswith("training.")} == told
+    changes = {f"training.{key}": [was, now] for key, (_, was, now) in CHANGES.items()}
+    assert {key: values for key, values in second["changed"].items() if key.startswith("training.")} == changes
     assert (first["settings"]["training"]["learning_rate"], second["settings"]["training"]["learning_rate"]) == (
         0.003,
         0.005,
@@ -182,10 +184,10 @@ def test_what_was_best_by_another_metric_is_not_compared_with() -> None:
     """An accuracy of 0.9 would let no loss above it be the best."""
     settings = TrainingSection.model_validate({"learning_rate": 0.1, "early_stopping": {"patience": 2}})
 
-    def judges(metric: str, mode: Literal["min", "max"]) -> Judges:
-        return Judges(Validation(dict, metric, mode, metric, mode), settings)
+    def tracker(metric: str, mode: Literal["min", "max"]) -> ValidationTracker:
+        return ValidationTracker(Validation(dict, metric, mode, metric, mode), settings)
 
-    before, after, same = judges("accuracy", "max"), judges("loss", "min"), judges("accuracy", "max")
+    before, after, same = tracker("accuracy", "max"), tracker("loss", "min"), tracker("accuracy", "max")
     assert before.observe({"accuracy": 0.9, "loss": 1.5}, 1)
     assert not before.observe({"accuracy": 0.9, "loss": 1.5}, 2)
     after.load(before.state())
@@ -200,7 +202,7 @@ def test_what_was_best_by_another_metric_is_not_compared_with() -> None:
 def test_a_change_of_a_session_that_left_no_checkpoint_is_no_change(
     copied: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Settings are held against those that the checkpoint was trained with, not against the newest config.json."""
+    """Settings are compared with those of the checkpoint's session, not with the newest config.json."""
     config = json.loads((copied / "config.json").read_text())
     config["training"]["learning_rate"] = 9.0
     (copied / "config.json").write_text(json.dumps(config))
@@ -209,7 +211,7 @@ def test_a_change_of_a_session_that_left_no_checkpoint_is_no_change(
 
 
 def as_of_an_older_version(folder: Path) -> None:
-    """The run as a version without digests left it."""
+    """The run as written by a version without digests."""
     last = max((folder / "checkpoints").glob("step-*"))
     manifest, state = read_manifest(last), json.loads((last / "state.json").read_text())
     old = ("base", "rows", "rows_a_step", "weights that train")
@@ -221,8 +223,8 @@ def as_of_an_older_version(folder: Path) -> None:
         event["metrics"].pop("settings", None)
         event["metrics"].pop("changed", None)
     lines = [json.dumps(event, separators=(",", ":")) + "\n" for event in events]
-    place = next(number for number, event in enumerate(events) if event["event"] == "checkpoint")
-    state["events_offset"] = sum(map(len, lines[:place]))
+    index = next(number for number, event in enumerate(events) if event["event"] == "checkpoint")
+    state["events_offset"] = sum(map(len, lines[:index]))
     (folder / "events.jsonl").write_text("".join(lines))
     for name in ("state.json", "manifest.json"):
         (last / name).unlink()
@@ -238,11 +240,11 @@ def test_a_run_of_an_older_version_resumes_with_one_line(
     with pytest.raises(UserError, match=r"model\.pooling: was last, is mean\n"):
         resume(copied, pico_folder, model={**MODEL, "pooling": "mean"})
     assert resume(copied, pico_folder, learning_rate=0.005).stopped_by == "max_steps"
-    told = [line for line in capsys.readouterr().err.splitlines() if " was " in line]
-    learning_rate, unknown = (line for line in told if "data.training_data" not in line)
+    messages = [line for line in capsys.readouterr().err.splitlines() if " was " in line]
+    learning_rate, unknown = (line for line in messages if "data.training_data" not in line)
     assert learning_rate == "training.learning_rate: was 0.003, is 0.005"
     assert unknown.startswith(
-        "this run was begun by an older version, whose checkpoints do not hold computation.method, "
+        "this run was started by an older version, whose checkpoints do not record computation.method, "
     )
     assert "training rows, data.tokenizer" in unknown
 
@@ -273,14 +275,14 @@ def test_a_broken_event_ends_the_run_at_its_start(
         resume(copied, pico_folder, max_steps=4)
 
 
-def test_a_number_that_was_changed_in_the_log_is_told(
+def test_a_number_that_was_changed_in_the_log_is_reported(
     copied: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(copied / "events.jsonl", '"rows":8,', '"rows":9,')
     resume(copied, pico_folder)
-    told = [line for line in capsys.readouterr().err.splitlines() if "SHA-256" in line]
-    assert len(told) == 1
-    assert "are not what the run wrote" in told[0]
+    messages = [line for line in capsys.readouterr().err.splitlines() if "SHA-256" in line]
+    assert len(messages) == 1
+    assert "are not what the run wrote" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -352,21 +354,21 @@ def test_a_checkpoint_comes_at_least_so_often(run: Run) -> None:
     assert [event["step"] for event in events_of(folder, "checkpoint")] == [4]
 
 
-def test_every_file_of_a_run_has_the_mode_of_the_umask(begun: Path) -> None:
-    written = [place for place in begun.rglob("*") if place.is_file() and "model" not in place.parts]
+def test_every_file_of_a_run_has_the_mode_of_the_umask(first_run: Path) -> None:
+    written = [path for path in first_run.rglob("*") if path.is_file() and "model" not in path.parts]
     assert len(written) >= 6
-    assert {place.stat().st_mode & 0o777 for place in written} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o644}
 
 
-def test_a_checkpoint_is_no_model_and_says_how_to_get_one(copied: Path, pico_folder: Path) -> None:
+def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: Path, pico_folder: Path) -> None:
     from loopos.cli.opened_models import is_task_model
     from loopos.models.model_folder import model_folder
     from loopos.models.resolve import weights_source
 
-    for place in (copied / "checkpoints" / "step-00000002", copied / "checkpoints"):
+    for path in (copied / "checkpoints" / "step-00000002", copied / "checkpoints"):
         for opened in (is_task_model, model_folder, weights_source):
             with pytest.raises(UserError, match=r"not a model; .* loopos train CONFIG --resume training\.max_steps=2"):
-                opened(str(place))
+                opened(str(path))
     shutil.rmtree(copied / "model")
     config = config_of(copied, pico_folder, ROWS, training={**TRAINING, "max_steps": 2}, model=MODEL, data=DATA)
     assert train(config, resume=True).step == 2

@@ -1,4 +1,4 @@
-"""Schedules: hand-worked factors, and torch's and transformers' own where the two agree with ours."""
+"""Schedules: hand-computed factors, and those of torch and transformers where they agree with ours."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_warmup_the_first_step_is_at_the_peak() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_restarts", "warmup_stable_decay"])
-def test_the_floor_is_reached_after_the_last_step_and_kept(schedule: Schedule) -> None:
+def test_the_floor_is_reached_after_the_last_step_and_stays(schedule: Schedule) -> None:
     for step in (20, 21, 1000):
         assert factor(schedule, step, 20, 5, minimum_ratio=0.1, num_cycles=3) == pytest.approx(0.1)
     assert factor(schedule, 19, 20, 5, minimum_ratio=0.1, num_cycles=3, decay_share=0.3) > 0.1
@@ -84,7 +84,7 @@ TOTAL, WARMUP = 60, 12
 
 
 @pytest.mark.parametrize(
-    ("schedule", "settings", "theirs"),
+    ("schedule", "settings", "expected_factors"),
     [
         ("constant", {}, transformers.get_constant_schedule_with_warmup(optimizer(), WARMUP)),
         ("linear", {}, transformers.get_linear_schedule_with_warmup(optimizer(), WARMUP, TOTAL)),
@@ -111,14 +111,14 @@ TOTAL, WARMUP = 60, 12
     ids=["constant", "linear", "cosine", "cosine floor", "restarts", "wsd", "inverse_sqrt"],
 )
 def test_equal_to_transformers_after_the_warmup_and_one_step_ahead_in_it(
-    schedule: Schedule, settings: dict[str, Any], theirs: torch.optim.lr_scheduler.LambdaLR
+    schedule: Schedule, settings: dict[str, Any], expected_factors: torch.optim.lr_scheduler.LambdaLR
 ) -> None:
-    ours = factors(schedule, TOTAL, WARMUP, **settings)
-    peers = peers_factors(theirs, TOTAL)
-    assert ours[WARMUP:] == pytest.approx(peers[WARMUP:], abs=1e-12)
+    actual_factors = factors(schedule, TOTAL, WARMUP, **settings)
+    peers = peers_factors(expected_factors, TOTAL)
+    assert actual_factors[WARMUP:] == pytest.approx(peers[WARMUP:], abs=1e-12)
     # Theirs trains its first step at a rate of zero (or of the floor); in ours every step of the warm-up counts.
     if "minimum_ratio" not in settings:
-        assert ours[: WARMUP - 1] == pytest.approx(peers[1:WARMUP], abs=1e-12)
+        assert actual_factors[: WARMUP - 1] == pytest.approx(peers[1:WARMUP], abs=1e-12)
 
 
 def test_cosine_equals_torchs_annealing() -> None:
@@ -145,7 +145,7 @@ def test_cosine_equals_torchs_annealing() -> None:
         (0.5, 3, 2),
     ],
 )
-def test_warmup_as_a_count_or_a_share(warmup: int | float, total: int, expected: int) -> None:
+def test_warmup_as_a_count_or_a_fraction(warmup: int | float, total: int, expected: int) -> None:
     assert warmup_steps(warmup, total) == expected
 
 
@@ -184,18 +184,18 @@ def test_plateau_equals_torchs(mode: Any, patience: int) -> None:
     generator = torch.Generator().manual_seed(patience)
     metrics = torch.randint(0, 12, (80,), generator=generator).tolist()
     peer = optimizer()
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+    expected_factors = torch.optim.lr_scheduler.ReduceLROnPlateau(
         peer, mode=mode, factor=0.7, patience=patience, threshold=0.0, min_lr=0.01, eps=0.0
     )
-    ours = Plateau(factor=0.7, patience=patience, minimum_ratio=0.01, mode=mode)
+    actual_factors = Plateau(factor=0.7, patience=patience, minimum_ratio=0.01, mode=mode)
     for metric in metrics:
-        theirs.step(metric)
-        ours.observe(float(metric))
-        assert ours.scale == pytest.approx(peer.param_groups[0]["lr"], rel=1e-12)
-    assert ours.scale < 0.5
+        expected_factors.step(metric)
+        actual_factors.observe(float(metric))
+        assert actual_factors.scale == pytest.approx(peer.param_groups[0]["lr"], rel=1e-12)
+    assert actual_factors.scale < 0.5
 
 
-def test_plateau_goes_on_from_its_state() -> None:
+def test_plateau_resumes_from_its_state() -> None:
     metrics = [3.0, 2.0, 2.5, 2.5, 2.5, 1.0, 1.5, 1.5, 1.5, 1.5]
     for cut in range(len(metrics)):
         whole = Plateau(0.5, 2, 0.0, "min")

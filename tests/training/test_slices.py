@@ -1,4 +1,4 @@
-"""Tensors in slices, and checkpoints that are written beside training."""
+"""Sliced tensors, and checkpoints that are written in the background."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopos.training.slices import SlicedTensors, rows_of, slice_name
 MATRIX = torch.arange(15.0).view(5, 3)
 WIDE = torch.arange(20.0).view(5, 4)
 # Of three processes: the rows of a matrix of five, of a vector of two (none is left for the third).
-SHARES = [(Rows(0, 2, (5, 3)), Rows(0, 1, (2,))), (Rows(2, 2, (5, 3)), Rows(1, 1, (2,))),
+PARTS = [(Rows(0, 2, (5, 3)), Rows(0, 1, (2,))), (Rows(2, 2, (5, 3)), Rows(1, 1, (2,))),
           (Rows(4, 1, (5, 3)), Rows(2, 0, (2,)))]  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def written(folder: Path, *, leave_out: int | None = None) -> Path:
     path = folder / folder_name(7)
     path.mkdir()
     records: Records = {}
-    for number, (matrix, vector) in enumerate(SHARES):
+    for number, (matrix, vector) in enumerate(PARTS):
         members = {"matrix": matrix.of(MATRIX), "vector": vector.of(torch.tensor([8.0, 9.0]))}
         if number == 0:
             members["count"] = torch.tensor(4)
@@ -92,9 +92,9 @@ def test_a_slice_of_columns_that_is_missing_is_no_checkpoint(tmp_path: Path, num
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_slice_that_is_missing_is_no_checkpoint(tmp_path: Path, number: int) -> None:
-    place = written(tmp_path, leave_out=number)
+    path = written(tmp_path, leave_out=number)
     with pytest.raises(CheckpointError, match=r"rows from \d on of matrix are in no file"):
-        checkpoint.load(place)
+        checkpoint.load(path)
     assert checkpoint.newest_whole(tmp_path)[0] is None
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_there_when_it_is_finished(tmp_path: Path, monkeypatch: 
     assert (found.step, found.state, summary) == (3, {"seen": 1}, [])
 
 
-def test_what_goes_wrong_beside_training_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_writing_thread_is_raised_by_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object) -> Records:
         raise PermissionError("not here")
 

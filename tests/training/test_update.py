@@ -1,4 +1,4 @@
-"""Law 1: a step is the same however its rows are split over micro-batches and processes."""
+"""Law 1: a step does not depend on how its rows are split over micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_one_process_accumulation_and_two_processes_are_one_run(
     for other in ("accumulate", "two"):
         steps = steps_of(tmp_path / other)
         assert len(steps) == len(one)
-        for mine, theirs in zip(one, steps, strict=True):
-            assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-6)
-            assert theirs["gradient_norm"] == pytest.approx(mine["gradient_norm"], abs=2e-6, rel=2e-6)
-            assert theirs["tokens"] == mine["tokens"]
+        for actual_loss, expected_loss in zip(one, steps, strict=True):
+            assert expected_loss["loss"] == pytest.approx(actual_loss["loss"], abs=1e-6)
+            assert expected_loss["gradient_norm"] == pytest.approx(actual_loss["gradient_norm"], abs=2e-6, rel=2e-6)
+            assert expected_loss["tokens"] == actual_loss["tokens"]
         expected = weights_of(tmp_path / "one")
         found = weights_of(tmp_path / other)
         assert set(found) == set(expected)

@@ -75,7 +75,7 @@ def run(source: str, options: ChatOptions) -> int:
     talk = Talk(Conversation(reasoner, options.sampling.settings(), options.system))
     if sys.stdin.isatty():
         note("a line is a turn; /help lists the commands, Ctrl-D ends")
-    with reasoner.engine.prefixes_kept():
+    with reasoner.engine.reuse_prefixes():
         for line in lines():
             if not talk.take(line.strip()):
                 break

@@ -40,11 +40,11 @@ def run(
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.perplexity import text_loss
-    from loopos.models.opened import open_speaking
+    from loopos.models.opened import open_generation_model
     from loopos.training.precision import pick_device
 
     chosen = None if precision == "auto" else precision
-    opened = open_speaking(location, device=pick_device(device).type, precision=chosen)
+    opened = open_generation_model(location, device=pick_device(device).type, precision=chosen)
     began = summary = time.monotonic()
 
     def progress(done: int, whole: int) -> None:

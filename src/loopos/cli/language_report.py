@@ -141,7 +141,7 @@ class Evaluation:
             group: Sequence[Demonstration] = examples[first : first + _GROUP]
             answered += self.reasoner.answer(group, plan.settings, strategy=plan.strategy, limits=plan.limits)
             spent = time.monotonic() - began
-            self.report.tokens_generated = sum(len(c.token_ids) - len(c.actual) for a in answered for c in a.chains)
+            self.report.tokens_generated = sum(len(c.token_ids) - len(c.forced) for a in answered for c in a.chains)
             rate = self.report.tokens_generated / max(spent, 1e-9)
             self.note(f"answers {len(answered)}/{len(examples)} · {rate:,.0f} tokens/s · {spent:,.0f} s")
         self.report.seconds_generating = time.monotonic() - began

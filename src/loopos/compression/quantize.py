@@ -39,7 +39,7 @@ from loopos.config.diagnostics import UserError
 from loopos.evaluation.blocks import cell, table
 from loopos.functional.quantization import GRID_FORMAT, Grid, fitted_grid
 from loopos.models.backbone import TokenEmbedding
-from loopos.models.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, kept_form, quantized_layers
+from loopos.models.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, quantized_layers, stored_form
 
 LayerProgress = Callable[[int, int], None]
 
@@ -186,7 +186,7 @@ def _rounded(weight: Tensor, products: Tensor | None, recipe: QuantizationRecipe
 def _layer(plain: nn.Linear | Conv1D, rounded: _Rounded, *, rounds: bool) -> QuantizedLinear:
     factors = None if rounded.factors is None else (1.0 / rounded.factors).to(GRID_FORMAT)
     return QuantizedLinear(
-        *kept_form(rounded.codes, rounded.grid),
+        *stored_form(rounded.codes, rounded.grid),
         factors=factors,
         bias=plain.bias if isinstance(plain.bias, Tensor) else None,
         rounds_activations=rounds,
@@ -210,7 +210,7 @@ def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | No
         weight = module.weight.data.float()
         grid = fitted_grid(weight, 8, weight.shape[1])
         if module is entry:
-            codes, scale, _ = kept_form(grid.codes(weight), grid)
+            codes, scale, _ = stored_form(grid.codes(weight), grid)
             table = QuantizedEmbedding(codes, scale)
             _exchange(model, names[id(entry)], table)
             summary.append("embedding in eight bits" + (", shared with the output layer" if tied else ""))

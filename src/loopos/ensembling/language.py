@@ -25,7 +25,7 @@ from loopos.models.ensemble_recipe import LANGUAGE_METHODS, VOTE, described_memb
 from loopos.models.language_ensemble import check_one_vocabulary
 from loopos.models.load import load_config
 from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE
-from loopos.models.opened import open_speaking
+from loopos.models.opened import open_generation_model
 from loopos.models.resolve import WeightsSource, weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.storage.json_files import save_json
@@ -151,12 +151,12 @@ def _source(member: str, *, copy: bool) -> WeightsSource:
 
 
 def _identity(source: WeightsSource) -> str:
-    return str(source.path.resolve()) if source.path is not None else source.actual
+    return str(source.path.resolve()) if source.path is not None else source.name
 
 
 def _has_path(source: WeightsSource) -> bool:
     """Whether the member is named by a path, and not as the embedded model or by a hub's id."""
-    return source.path is not None and Path(expanded(source.actual)).exists()
+    return source.path is not None and Path(expanded(source.name)).exists()
 
 
 def _bytes(source: WeightsSource) -> int:
@@ -188,7 +188,7 @@ def _measured(location: str, source: str, device: str) -> dict[str, float]:
         raise UserError(
             f"--test: {source} is running text, and a vote answers problems; expected problems with answers"
         )
-    opened = open_speaking(location, device=device)
+    opened = open_generation_model(location, device=device)
     found = text_loss(opened.model, opened.tokenizer, read_plain_text(source))
     return {"perplexity": found.perplexity, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
 

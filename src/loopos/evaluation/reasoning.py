@@ -30,7 +30,7 @@ from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepLimits, reason
 from loopos.models.ensemble_recipe import read_ensemble
 from loopos.models.language_ensemble import LanguageEnsemble
-from loopos.models.opened import open_speaking
+from loopos.models.opened import open_generation_model
 
 Ranker: TypeAlias = Callable[[Sequence[tuple[PromptContent, str]]], list[float]]
 """Prompts with a response each → a score each; a higher one is better."""
@@ -96,7 +96,9 @@ class Reasoner:
         voters: list[Reasoner] = []
         # The first is opened last, and takes the others in.
         for each in reversed(places):
-            opened = open_speaking(each, device=device, precision=precision, trust_remote_code=trust_remote_code)
+            opened = open_generation_model(
+                each, device=device, precision=precision, trust_remote_code=trust_remote_code
+            )
             reasoner = cls(
                 opened.model,
                 opened.tokenizer,
@@ -241,7 +243,7 @@ class Reasoner:
     def _best(self, chains: Sequence[Chain]) -> Answered:
         """The first of chains that come best first."""
         chosen = chains[0]
-        summary = len(chosen.token_ids) - len(chosen.actual)
+        summary = len(chosen.token_ids) - len(chosen.forced)
         mean = sum(chosen.logprobs) / summary if summary else None
         return Answered(tuple(chains), 0, self.step_format.parse(chosen.text).answer, mean)
 

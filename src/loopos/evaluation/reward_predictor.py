@@ -282,5 +282,5 @@ class RewardPredictor:
     def _rows(self, encoded: list[EncodedComparison]) -> ComparisonRows:
         backbone = self.model.backbone
         runs_once = prompt_runs_once((each.num_tokens for each in encoded), on_cpu=self.device.type == "cpu")
-        allowed = isinstance(backbone, Backbone) and backbone.shares_trunks
+        allowed = isinstance(backbone, Backbone) and backbone.supports_shared_prefixes
         return ComparisonRows(encoded, self.device, share_prompts=allowed and runs_once)

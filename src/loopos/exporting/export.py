@@ -105,12 +105,12 @@ def _check_format(model: ResolvedModel, settings: ExportSettings) -> None:
     if output_format in ("gguf", "modelfile"):
         if model.kind != "language":
             raise UserError(
-                f"{model.actual}: a classifier or regressor; --format {output_format} holds only language models: use "
+                f"{model.source}: a classifier or regressor; --format {output_format} holds only language models: use "
                 "--format huggingface"
             )
         gguf_file.require_gguf()
         if model.folder is not None and holds_weights(model.folder):
-            gguf_file.prepare(model.folder, model.actual)
+            gguf_file.prepare(model.folder, model.source)
 
 
 def _check_codes(model: ResolvedModel, settings: ExportSettings) -> None:
@@ -123,16 +123,16 @@ def _check_codes(model: ResolvedModel, settings: ExportSettings) -> None:
     origin = f"the model that it was made from{f' ({made})' if made else ''}"
     if model.codes != CODES:
         raise UserError(
-            f"{model.actual}: quantized: codes of {model.codes}, which LoopOS does not read; expected {origin}"
+            f"{model.source}: quantized: codes of {model.codes}, which LoopOS does not read; expected {origin}"
         )
     if settings.format != "huggingface":
         raise UserError(
-            f"{model.actual}: quantized: its weights are codes, which --format {settings.format} would round a second "
+            f"{model.source}: quantized: its weights are codes, which --format {settings.format} would round a second "
             f"time; expected {origin}, or --format huggingface, which copies them"
         )
     if settings.type is not None:
         raise UserError(
-            f"--type: got {settings.type} for {model.actual}, which is quantized: its codes are copied as they are; "
+            f"--type: got {settings.type} for {model.source}, which is quantized: its codes are copied as they are; "
             f"expected no --type, or {origin}"
         )
 
@@ -160,7 +160,7 @@ def _write(
         if model.codes is None:
             dtype = dtype or usual_dtype(folder_tensors(folder))
             if dtype not in _NAMES:
-                raise UserError(f"{model.actual}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
+                raise UserError(f"{model.source}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
         hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
         notes += [how_it_opens(partial)] if model.kind in ("head", "reward") else []
     elif settings.format == "onnx":
@@ -175,7 +175,7 @@ def _write(
     own = "own" if model.codes is None else f"{model.codes} codes"
     type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
     check = _check(model, folder, partial, file, settings, dtype, type_name, scratch) if settings.check else None
-    warning = judge(check, type_name, model.actual) if check is not None else ""
+    warning = judge(check, type_name, model.source) if check is not None else ""
     card = model_card(
         model,
         title=settings.push or title,
@@ -193,11 +193,11 @@ def _write(
 def _write_gguf(
     model: ResolvedModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
 ) -> list[str]:
-    prepared = gguf_file.prepare(folder, model.actual)
+    prepared = gguf_file.prepare(folder, model.source)
     written = None
     if settings.format == "modelfile":
         # Refused before the weights are read.
-        written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, actual=model.actual)
+        written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, actual=model.source)
     counts = gguf_file.write_gguf(prepared, file, type_name, name=model.name, tell=tell)
     if written is not None:
         (file.parent / "Modelfile").write_text(written, encoding="utf-8")

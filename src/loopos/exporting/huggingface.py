@@ -184,7 +184,7 @@ def require_adapter(model: ResolvedModel) -> Path:
     """The model's adapter. Raises `UserError` where it was not trained as one."""
     if model.adapter is None:
         raise UserError(
-            f'{model.actual}: no adapter here; expected the folder of a run with "trainable": "lora", or that of an '
+            f'{model.source}: no adapter here; expected the folder of a run with "trainable": "lora", or that of an '
             "adapter: export the whole model with --format huggingface"
         )
     if not (model.adapter / ADAPTER_WEIGHTS).is_file():
@@ -281,5 +281,5 @@ def _as_safetensors(model: ResolvedModel, scratch: Path) -> Path:
         AutoTokenizer.from_pretrained(str(model.folder)).save_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{model.actual}: cannot be opened: {first}; expected weights as safetensors") from problem
+        raise UserError(f"{model.source}: cannot be opened: {first}; expected weights as safetensors") from problem
     return folder

@@ -193,7 +193,7 @@ def licence_of(model: ResolvedModel, actual: str | None) -> str | None:
     """The licence that the user gives, else that of the embedded base, else that in the model's own card."""
     if actual is not None:
         return actual
-    if EMBEDDED in (model.actual, model.base, model.description.get("pretrained_weights")):
+    if EMBEDDED in (model.source, model.base, model.description.get("pretrained_weights")):
         return _EMBEDDED_LICENCE
     card = model.folder / "README.md" if model.folder is not None else None
     if card is None or not card.is_file():
@@ -301,7 +301,7 @@ def _opening(model: ResolvedModel, run: Run | None, output_format: str, type_nam
 
 
 def _base_on_a_hub(model: ResolvedModel) -> str | None:
-    name = base_name(model) if model.actual != EMBEDDED else EMBEDDED_HOME
+    name = base_name(model) if model.source != EMBEDDED else EMBEDDED_HOME
     return name if name is not None and is_hub_name(name) else None
 
 

@@ -47,7 +47,7 @@ def check_onnx(model: ResolvedModel) -> None:
     """Raises `UserError` for a model that says text, `MissingRequirement` where a package is not installed."""
     if model.kind == "language":
         raise UserError(
-            f"{model.actual}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
+            f"{model.source}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
         )
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,8 +1,7 @@
-"""Beam search: the completions of highest length-penalised logprob that a search of fixed width finds.
+"""Beam search: the completions with the highest length-penalized logprob that a search of fixed width finds.
 
-Enters: an engine and prompts. Leaves: the best completions of each prompt, best first. The rules (candidates kept, when
-a beam is finished, when the search ends) are those of transformers' `generate(num_beams=...)`, so that the tokens are
-the same. Left out: sampling in beams, stop strings.
+Candidates, finished beams and the end of the search follow transformers' `generate(num_beams=...)`, so that the tokens
+are equal. Sampling in beams and stop strings are not supported.
 Letters: P prompts searched together, b beams of each, V tokens of the vocabulary.
 """
 
@@ -24,8 +23,8 @@ from loopos.generation.scheduler import fill
 @dataclass(frozen=True, kw_only=True)
 class BeamSettings:
     """`num_beams`: width of the search. `length_penalty`: the sum of logprobs is divided by length to this power; above
-    0 favours long completions. `early_stopping`: True ends with as many finished completions as beams; False also waits
-    while a running beam of the present length could be better; None waits while one of any allowed length could.
+    0 favors long completions. `early_stopping`: True stops with as many finished completions as beams; False continues
+    while a running beam of the current length could be better; None while one of any allowed length could.
     """
 
     num_beams: int = 4
@@ -44,7 +43,7 @@ class BeamSettings:
 
 @dataclass(frozen=True)
 class Beam:
-    """A completion found by the search. `score`: sum of logprobs / length ** length_penalty."""
+    """A completion of the search. `score`: sum of logprobs / length ** length_penalty."""
 
     token_ids: list[int]
     text: str
@@ -59,17 +58,18 @@ class _Search:
     running: list[tuple[float, list[int]]]
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     improvable: bool = True
-    done: bool = False
+    is_finished: bool = False
 
 
 def beam_search(engine: Engine, prompts: Sequence[Sequence[int]], settings: BeamSettings) -> list[list[Beam]]:
-    """At most `num_beams` beams of every prompt, best first. As many prompts as have room search together.
+    """At most `num_beams` beams of every prompt, best first. As many prompts as fit are searched together.
 
-    Raises `UserError` where the beams of one prompt are more rows than the engine has, and for prompts that the model
-    cannot take.
+    Raises `UserError` if the beams of one prompt exceed the engine's rows, and for prompts that the model cannot take.
     """
     if settings.num_beams > engine.max_rows:
-        raise UserError(f"num_beams {settings.num_beams}: the engine has {engine.max_rows} rows")
+        raise UserError(
+            f"num_beams: got {settings.num_beams}; expected at most {engine.max_rows}, the rows of the engine"
+        )
     together = engine.max_rows // settings.num_beams
     found: list[list[Beam]] = []
     with engine.serving(settings.num_beams * len(prompts)):
@@ -93,9 +93,9 @@ def _search(engine: Engine, prompts: Sequence[Sequence[int]], settings: BeamSett
     width, stop_ids = settings.num_beams, _stop_ids(engine, settings)
     searches = [_Search(engine.limit(prompt, settings.max_new_tokens), [(0.0, [])] * width) for prompt in prompts]
     rows = engine.rows(width * len(prompts))
-    places = range(width * len(prompts))
+    indices = range(width * len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(width)]
-    logits = fill(rows, places, repeated, most_tokens=engine.prefill_tokens)
+    logits = fill(rows, indices, repeated, most_tokens=engine.prefill_tokens)
     while True:
         best = _best_continuations(logits, searches, max(2, 1 + len(stop_ids)) * width)
         sources = [
@@ -103,7 +103,7 @@ def _search(engine: Engine, prompts: Sequence[Sequence[int]], settings: BeamSett
             for number, (search, candidates) in enumerate(zip(searches, best, strict=True))
             for beam in _advance(search, candidates, settings, stop_ids)
         ]
-        if all(search.done for search in searches):
+        if all(search.is_finished for search in searches):
             return searches
         logits = _step(rows, sources, [ids[-1] for search in searches for _, ids in search.running])
 
@@ -114,35 +114,35 @@ def _step(rows: Rows, sources: Sequence[int], tokens: Sequence[int]) -> Tensor:
 
 
 def _best_continuations(
-    logits: Tensor, searches: Sequence[_Search], num_kept: int
+    logits: Tensor, searches: Sequence[_Search], num_candidates: int
 ) -> list[list[tuple[float, int, int]]]:
     """(sum of logprobs, beam, token) of the best continuations of each prompt's beams, best first. logits `[P · b, V]`.
-    Before the first token all beams are the same, so only the first counts.
+    Before the first token all beams are equal, so only the first counts.
     """
     scores = logits.float().log_softmax(-1).view(len(searches), -1, logits.shape[1])
     before = torch.tensor([[score for score, _ in search.running] for search in searches], device=logits.device)
     if not searches[0].running[0][1]:
         before[:, 1:] = -1e9
-    values, places = (scores + before[..., None]).flatten(1).topk(num_kept)
-    beams, tokens = (places // logits.shape[1]).tolist(), (places % logits.shape[1]).tolist()
+    values, indices = (scores + before[..., None]).flatten(1).topk(num_candidates)
+    beams, tokens = (indices // logits.shape[1]).tolist(), (indices % logits.shape[1]).tolist()
     return [list(zip(*row, strict=True)) for row in zip(values.tolist(), beams, tokens, strict=True)]
 
 
 def _advance(
     search: _Search, candidates: Sequence[tuple[float, int, int]], settings: BeamSettings, stop_ids: frozenset[int]
 ) -> list[int]:
-    """One step of a prompt's search; which beam each new running beam continues."""
+    """One step of a prompt's search; returns the beam that each new running beam continues."""
     width = settings.num_beams
-    if search.done:
+    if search.is_finished:
         return list(range(width))
     length = len(search.running[0][1]) + 1
     ended = [token in stop_ids or length >= search.limit for _, _, token in candidates]
-    # Of the candidates only the first b may finish: the others are there to keep b beams running.
+    # Only the first b candidates may finish; the others keep b beams running.
     full = len(search.finished) == width
     for (score, beam, token), ends in list(zip(candidates, ended, strict=True))[:width]:
         if ends and search.improvable and not (full and settings.early_stopping):
-            penalised = score / length**settings.length_penalty
-            search.finished.append((penalised, [*search.running[beam][1], token]))
+            penalized = score / length**settings.length_penalty
+            search.finished.append((penalized, [*search.running[beam][1], token]))
     search.finished = sorted(search.finished, key=lambda found: -found[0])[:width]
     going = sorted(zip(ended, candidates, strict=True), key=lambda pair: pair[0])[:width]
     before, search.running = search.running, []
@@ -152,5 +152,5 @@ def _advance(
     reach = search.limit if settings.early_stopping is None and settings.length_penalty > 0 else length
     if full and search.running[0][0] / reach**settings.length_penalty <= search.finished[-1][0]:
         search.improvable = False
-    search.done = not search.improvable or all(ended) or (full and settings.early_stopping is True)
+    search.is_finished = not search.improvable or all(ended) or (full and settings.early_stopping is True)
     return [beam for _, (_, beam, _) in going]

@@ -1,12 +1,6 @@
-"""The text of a completion as it grows, and the stop strings in it.
+"""Completions while they grow: text, stop strings, the reason to finish, token deltas for streaming, and guides.
 
-Enters: token ids one at a time. Leaves: text that will not change any more, the place of a stop string, and where each
-token ends in the text. Left out: stop tokens and limits (`engine.py`).
-
-A completion: while it runs, and when it is done.
-
-Enters: one chosen token after another. Leaves: `Completion` and, for streaming, `Piece`. Here is decided when a
-completion ends, and what a guide's verdict does to it. Left out: choosing the tokens (`sampling.py`).
+`sampling.py` chooses the tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.generation.settings import SamplingSettings
 
-# What a decoder writes for bytes that are not (yet) a character.
+# Decoders write this for incomplete UTF-8.
 _UNFINISHED = "\ufffd"
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> frozenset[int]:
-    """The ids that are no text: the begin, end and pad tokens, but for those that a stop string holds. All other
-    special tokens are text: step markers such as `<think>` are special tokens in many tokenizers.
+    """Ids that have no text: begin, end and pad tokens, unless a stop string contains them. All other special tokens
+    are text, because step markers such as `<think>` are special tokens in many tokenizers.
     """
     silent = (
         (tokenizer.bos_token, tokenizer.bos_token_id),
@@ -39,22 +33,20 @@ def silent_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) 
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], silent: frozenset[int] | None = None) -> str:
-    """The text of these tokens without `silent` ones (None: those of `silent_tokens`), spaces as the tokens have
-    them.
-    """
+    """The text of these tokens without `silent` ones (None: those of `silent_tokens`), with the tokens' own spaces."""
     without = silent_tokens(tokenizer) if silent is None else silent
-    kept = [each for each in ids if each not in without]
-    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    visible = [each for each in ids if each not in without]
+    text = tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
 
 class GrowingText:
-    """The text of a growing list of tokens, decoded a few tokens at a time.
+    """The text of a growing list of tokens, decoded incrementally.
 
-    A token is decoded together with the tokens since the last but one end of a piece, so that decoders which look at
-    the token before (leading spaces, byte fallback) give what they give for the whole list. Bytes that do not yet make
-    a character are held back. `text` is what is there; `stopped_at` the (start, end) of the first stop string, or None.
+    Each token is decoded together with a few tokens before it, so that decoders that depend on the previous token
+    (leading spaces, byte fallback) give the same text as for the whole list. Incomplete UTF-8 sequences are buffered.
+    `text`: the text so far. `stopped_at`: (start, end) of the first stop string, or None.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -77,7 +69,7 @@ class GrowingText:
         self.ends.append(len(self.text))
 
     def finish(self) -> None:
-        """Takes what was held back as it is."""
+        """Flushes buffered bytes."""
         text = decoded(self._tokenizer, self._ids[self._context :], self._silent)
         if len(text) > len(self._context_text):
             self._append(text)
@@ -85,7 +77,7 @@ class GrowingText:
                 self.ends[-1] = len(self.text)
 
     def final_length(self) -> int:
-        """How much of the text no later token can take back: not the beginning of what may become a stop string."""
+        """Length of the text that no later token can change; excludes a suffix that may become a stop string."""
         if self.stopped_at is not None:
             return len(self.text)
         for length in range(min(self._longest_stop - 1, len(self.text)), 0, -1):
@@ -103,24 +95,24 @@ class GrowingText:
 
     def _search(self) -> None:
         found = [(self.text.find(stop, self._searched), stop) for stop in self._stop]
-        places = [(start, start + len(stop)) for start, stop in found if start >= 0]
-        if places:
-            self.stopped_at = min(places)
+        matches = [(start, start + len(stop)) for start, stop in found if start >= 0]
+        if matches:
+            self.stopped_at = min(matches)
         self._searched = max(self._searched, len(self.text) - self._longest_stop + 1)
 
 
 FinishReason = Literal["stop token", "stop string", "length", "guide", "cancelled", "failed"]
-"""The last two end a completion of a `Scheduler` alone: it was cancelled, or the model gave it no token to choose."""
+"""The last two occur only with a `Scheduler`: the completion was cancelled, or its logits were not finite."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt became.
+    """One completion of a prompt.
 
-    `token_ids`: all new tokens, the stop token included. `text`: theirs, without the stop token, cut before the stop
-    string unless `keep_stop`. `logprobs`: of each token under softmax(logits / temperature), empty where not asked for;
-    `filtered_logprobs`: under the distribution that was drawn from, None where it is the same. `actual`: places of
-    tokens that a guide wrote; their logprob is 0.
+    `token_ids`: all new tokens, including the stop token. `text`: without the stop token, cut before the stop string
+    unless `keep_stop`. `logprobs`: of each token under softmax(logits / temperature); empty if not requested.
+    `filtered_logprobs`: under the distribution that was sampled, None if it is the same. `forced`: indices of tokens
+    that a guide wrote, whose logprob is 0.
     """
 
     prompt_index: int
@@ -129,14 +121,14 @@ class Completion:
     text: str
     logprobs: list[float]
     filtered_logprobs: list[float] | None
-    actual: tuple[int, ...]
+    forced: tuple[int, ...]
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One token of a stream. `text` may be empty (a character's first bytes, what may become a stop string) or hold
-    what was held back before. `finish_reason` is None but for the completion's last token.
+class TokenDelta:
+    """One token of a stream. `text` may be empty (incomplete UTF-8, or a possible stop string) or include buffered
+    text. `finish_reason` is set only with the completion's last token.
     """
 
     prompt_index: int
@@ -149,7 +141,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guide wants: keep the first `keep` tokens (None = all), write `written` next, or end here."""
+    """A guide's decision: keep the first `keep` tokens (None = all), force the text `written` next, or finish."""
 
     keep: int | None = None
     written: str = ""
@@ -160,14 +152,14 @@ class Guide(Protocol):
     """Watches one completion and steers it."""
 
     def after(self, text: GrowingText, tokens: Sequence[int], *, ended: bool) -> Verdict | None:
-        """Called after each chosen token, and after the last of the tokens that it had written. `ended`: the token was
-        a stop token (which `text` does not hold).
+        """Called after each sampled token, and after the last of the forced tokens. `ended`: the token was a stop
+        token, which `text` does not contain.
         """
         ...
 
 
 class Running:
-    """A completion that is being made."""
+    """A completion in progress."""
 
     def __init__(
         self,
@@ -182,8 +174,8 @@ class Running:
         key: int,
         stop_ids: frozenset[int],
     ) -> None:
-        """choice: what `settings.of_choice()` is, the same object for all rows where it is equal; limit: the most new
-        tokens; key: of its stream of uniform numbers.
+        """choice: `settings.of_choice()`, the same object for all rows where it is equal. limit: maximum new tokens.
+        key: of its stream of uniform numbers.
         """
         self._tokenizer, self._settings, self._stop_ids = tokenizer, settings, stop_ids
         self.prompt_index, self.sample_index = prompt_index, sample_index
@@ -193,26 +185,26 @@ class Running:
         self.finish_reason: FinishReason | None = None
         self._logprobs: list[float] = []
         self._filtered: list[float] = []
-        self._actual: list[int] = []
+        self._forced: list[int] = []
         self._written: deque[int] = deque()
         self._text: GrowingText | None = None
         self._guide: Guide | None = None
-        self._told = 0
+        self._sent = 0
         self._tracked = False
 
     def watch(self, text: bool, guide: Guide | None) -> None:
-        """Keeps the text up to date (stop strings, streams, guides need it)."""
+        """Keeps the text up to date, for stop strings, streams and guides."""
         self._guide = guide
         if text or guide is not None:
             self._text = GrowingText(self._tokenizer, self._settings.stop)
 
     def take(self, token: int, logprob: float | None, filtered: float | None) -> int | None:
-        """Appends the chosen token, or the one that the guide wrote in its place. Returns the length that the row must
-        be cut to where tokens were taken back.
+        """Appends the sampled token, or the next forced one instead. Returns the length to truncate the row to, if the
+        guide took tokens back.
         """
         self._tracked = logprob is not None
         if self._written:
-            self._append_actual(self._written.popleft())
+            self._append_forced(self._written.popleft())
         else:
             self.tokens.append(token)
             if logprob is not None:
@@ -221,17 +213,19 @@ class Running:
                 self._filtered.append(filtered)
             elif logprob is not None:
                 self._filtered.append(logprob)
-        return self._judge()
+        return self._check_end()
 
-    def piece(self) -> Piece:
+    def delta(self) -> TokenDelta:
         """What the last token added to the stream."""
         assert self._text is not None
         sure = self._final_text() if self.finish_reason else self._text.text[: self._text.final_length()]
-        new, self._told = sure[self._told :], len(sure)
-        return Piece(self.prompt_index, self.sample_index, self.tokens[-1], new, self._logprobs[-1], self.finish_reason)
+        new, self._sent = sure[self._sent :], len(sure)
+        return TokenDelta(
+            self.prompt_index, self.sample_index, self.tokens[-1], new, self._logprobs[-1], self.finish_reason
+        )
 
     def completion(self) -> Completion:
-        assert self.finish_reason is not None, "a completion that is still being made"
+        assert self.finish_reason is not None, "the completion is not finished"
         return Completion(
             self.prompt_index,
             self.sample_index,
@@ -239,7 +233,7 @@ class Running:
             self._final_text(),
             self._logprobs,
             self._filtered if self._filtered and self.choice.shaped and not self.choice.greedy else None,
-            tuple(self._actual),
+            tuple(self._forced),
             self.finish_reason,
         )
 
@@ -252,14 +246,16 @@ class Running:
         start, end = self._text.stopped_at
         return self._text.text[: end if self._settings.keep_stop else start]
 
-    def _append_actual(self, token: int) -> None:
-        self._actual.append(len(self.tokens))
+    def _append_forced(self, token: int) -> None:
+        self._forced.append(len(self.tokens))
         self.tokens.append(token)
         self._logprobs += [0.0] * (len(self.tokens) - len(self._logprobs)) if self._tracked else []
         self._filtered += [0.0] * (len(self.tokens) - len(self._filtered)) if self._tracked else []
 
-    def _judge(self) -> int | None:
-        """Whether the last token ends the completion; the length to cut the row to, if the guide takes tokens back."""
+    def _check_end(self) -> int | None:
+        """Checks whether the last token ends the completion. Returns the length to truncate the row to, if the guide
+        takes tokens back.
+        """
         ended = self.tokens[-1] in self._stop_ids
         if self._text is not None and not ended:
             self._text.add(self.tokens[-1])
@@ -267,7 +263,7 @@ class Running:
             assert self._text is not None
             verdict = self._guide.after(self._text, self.tokens, ended=ended)
             if verdict is not None:
-                return self._obey(verdict)
+                return self._apply(verdict)
         if ended:
             self.finish_reason = "stop token"
         elif self._text is not None and self._text.stopped_at is not None:
@@ -276,28 +272,28 @@ class Running:
             self.finish_reason = "length"
         return None
 
-    def _obey(self, verdict: Verdict) -> int | None:
+    def _apply(self, verdict: Verdict) -> int | None:
         self._written.extend(self._tokenizer.encode(verdict.written, add_special_tokens=False))
         cut = None
         if verdict.keep is not None and verdict.keep < len(self.tokens):
             cut = len(self.prompt) + verdict.keep
-            self._forget(verdict.keep)
+            self._truncate(verdict.keep)
         if verdict.finish:
             self.finish_reason = "guide"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
         elif cut is not None:
-            # The next token to feed must be there already: the row's last one has been fed before.
-            assert self._written, "a guide that takes tokens back writes others"
-            self._append_actual(self._written.popleft())
-            further = self._judge()
+            # The next token to feed must be known already: the row's last token has been fed.
+            assert self._written, "a guide that takes tokens back must write others"
+            self._append_forced(self._written.popleft())
+            further = self._check_end()
             assert further is None, "a guide took back what it had just written"
         return cut
 
-    def _forget(self, keep: int) -> None:
+    def _truncate(self, keep: int) -> None:
         for values in (self.tokens, self._logprobs, self._filtered):
             del values[keep:]
-        self._actual = [place for place in self._actual if place < keep]
+        self._forced = [index for index in self._forced if index < keep]
         self._text = GrowingText(self._tokenizer, self._settings.stop)
         for token in self.tokens:
             self._text.add(token)

@@ -1,14 +1,7 @@
-"""How a model is to generate: what it can be served by, found by running it.
+"""Chooses the decode path of a model by running it, and runs generation over one model or the members of an ensemble.
 
-Enters: a loaded causal language model. Leaves: whether rows may decode together over our cache, and whether with the
-weights in the kernel's layout; each is taken where it gives the logits of every sequence run alone. Left out: the rows
-(`rows.py`), the layout (`kernel_layout.py`).
-
-What generation runs on: one model the way that serves it, or the members of an ensemble side by side.
-
-Enters: a causal language model or a `LanguageEnsemble`. Leaves: rows, and the model set for generation meanwhile. Left
-out: finding that way (`decode_path.py`), rows of one model (`rows.py`), the engine.
-Letters: N rows given, V tokens of the vocabulary.
+The cached path and the kernel layout are used only if they reproduce the logits of each sequence run separately.
+Letters: N rows, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -42,19 +35,19 @@ from loopos.models.language_ensemble import LanguageEnsemble
 from loopos.models.quantized import exact_activations
 
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-# Frequencies that change with the longest row of the batch: a row's text would depend on its neighbours.
+# Their frequencies depend on the longest row of the batch, so a row's text would depend on its neighbors.
 _BATCH_DEPENDENT_ROTARY = frozenset({"dynamic", "longrope"})
 # At least four tokens each.
 _PROBE_LENGTHS = (6, 10, 4, 8)
-# Largest difference of logits, relative to the largest logit: kernels round differently for different shapes.
+# Maximum difference of logits relative to the largest logit: kernels round differently for different shapes.
 _PROBE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
 class DecodePath:
-    """How a model is to generate. `why_plain`: why `CachedRows` cannot serve it, in words; empty where it can.
-    `kernel_layout`: whether it gives the same logits with its weights in the kernel's layout. `own_cache`: whether the
-    model's own cache, which rows that run one by one use, gives the logits of a whole pass.
+    """How a model generates. `why_plain`: why `CachedRows` cannot serve it; empty if it can. `kernel_layout`: whether
+    logits stay equal with the weights in the kernel layout. `own_cache`: whether the model's own cache, which plain
+    rows use, reproduces the logits of a full pass.
     """
 
     why_plain: str
@@ -62,14 +55,12 @@ class DecodePath:
     own_cache: bool = True
 
     def layout(self, model: PreTrainedModel, num_rows: int) -> AbstractContextManager[None]:
-        """The weights as rows that decode together want them: a few are as fast with the weights as they lie."""
+        """The weight layout for this many rows: a few rows are as fast without the kernel layout."""
         return kernel_layout(model) if self.kernel_layout and num_rows > FEW_ROWS else nullcontext()
 
 
 def probed(model: PreTrainedModel) -> DecodePath:
-    """Runs some sequences on these weights: the cached road is taken where it gives the logits of each run alone, and
-    the kernel's layout where it does so too.
-    """
+    """Runs a few sequences on these weights and chooses the decode path."""
     with exact_activations(model):
         decode_path = _probed(model)
         return replace(decode_path, own_cache=_own_cache_is_exact(model)) if decode_path.why_plain else decode_path
@@ -83,8 +74,8 @@ def _probed(model: PreTrainedModel) -> DecodePath:
     first = min(3, vocabulary - 1)
     sequences = [[draw.randrange(first, vocabulary) for _ in range(length)] for length in _PROBE_LENGTHS]
     with serving(model, PLAIN):
-        alone = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -4:] for ids in sequences]
-    expected = torch.cat(alone).float()
+        separate = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -4:] for ids in sequences]
+    expected = torch.cat(separate).float()
     difference = _difference(model, sequences, expected)
     if difference or model.device.type != "cpu" or model.dtype is not torch.bfloat16:
         return DecodePath(difference)
@@ -93,7 +84,7 @@ def _probed(model: PreTrainedModel) -> DecodePath:
 
 
 def _difference(model: PreTrainedModel, sequences: Sequence[list[int]], expected: Tensor) -> str:
-    """What speaks against `CachedRows`, in words."""
+    """Why `CachedRows` cannot serve the model; empty if it can."""
     try:
         with serving(model, IMPLEMENTATION):
             together = _probe(model, sequences)
@@ -101,11 +92,11 @@ def _difference(model: PreTrainedModel, sequences: Sequence[list[int]], expected
         return (str(problem).splitlines() or [type(problem).__name__])[0]
     difference = float((together.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     tolerance = _PROBE_TOLERANCE.get(model.dtype, 0.06)
-    return "" if difference <= tolerance else f"its logits differ from each row alone by {difference:.1e}"
+    return "" if difference <= tolerance else f"its logits differ from those of separate rows by {difference:.1e}"
 
 
 def _own_cache_is_exact(model: PreTrainedModel) -> bool:
-    """Whether a prompt and two more tokens give, over the cache that the model returns, the logits of whole passes."""
+    """Whether a prompt and two more tokens over the model's own cache reproduce the logits of full passes."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = [number % vocabulary for number in range(3, 3 + _PROBE_LENGTHS[0])]
     with serving(model, PLAIN):
@@ -123,7 +114,7 @@ def _own_cache_is_exact(model: PreTrainedModel) -> bool:
 
 
 def _unserved(config: PreTrainedConfig) -> str:
-    """What the configuration asks for that the cache cannot give, in words."""
+    """What in the config the cache does not support; empty if it supports all."""
     layers = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
     if layers:
         return f"its layers use {', '.join(sorted(layers))}"
@@ -136,35 +127,35 @@ def _unserved(config: PreTrainedConfig) -> str:
 
 
 def _probe(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
-    """Logits after each of every sequence's last four tokens, `[4N, V]`: all but three packed, the next two in steps,
-    the last as a continuation.
+    """Logits after each of every sequence's last four tokens, `[4N, V]`: all but three tokens packed, the next two as
+    decode steps, the last as a continuation.
     """
     rows = CachedRows(model, len(sequences))
     every = range(len(sequences))
     parts = [rows.extend(every, [ids[:-3] for ids in sequences])]
-    parts += [rows.step([ids[place] for ids in sequences]) for place in (-3, -2)]
+    parts += [rows.step([ids[index] for ids in sequences]) for index in (-3, -2)]
     parts.append(rows.extend(every, [ids[-1:] for ids in sequences]))
     return torch.stack(parts, 1).flatten(0, 1)
 
 
 class Runner(Protocol):
-    """What the engine asks. `path`: "cached", rows together over our cache, or "plain", row by row with transformers'
-    cache; `why_plain`: why the plain path was taken, in words.
+    """The interface of the engine to a model or ensemble. `path`: "cached" (batched rows over LoopOS's cache) or
+    "plain" (row by row with transformers' cache). `why_plain`: why the plain path is used.
     """
 
     path: str
     why_plain: str
 
     def layout(self, num_rows: int) -> AbstractContextManager[object]:
-        """The weights as so many rows want them."""
+        """The weight layout for this many rows."""
         ...
 
     def ready(self, num_rows: int) -> AbstractContextManager[object]:
-        """Set for generation of so many rows, and then as it was."""
+        """Prepares the model to generate this many rows, and restores it at exit."""
         ...
 
     def without_gradients(self) -> torch.inference_mode | torch.no_grad:
-        """What forwards run under."""
+        """The context in which forwards run."""
         ...
 
     def rows(self, num_rows: int) -> Rows:
@@ -172,32 +163,32 @@ class Runner(Protocol):
         ...
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Mean hidden states `[N, d]`. Raises `UserError` where there are none."""
+        """Mean hidden states `[N, d]`. Raises `UserError` if there are none."""
         ...
 
 
 def runner_of(model: PreTrainedModel | LanguageEnsemble) -> Runner:
-    """Runs a few sequences on the weights to find the way."""
+    """The runner of a model; runs a few sequences to choose the decode path."""
     if isinstance(model, LanguageEnsemble):
         return EnsembleRunner(model)
     return ModelRunner(model)
 
 
 class ModelRunner:
-    """One model."""
+    """Runs one model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._road = model, probed(model)
-        self.why_plain = self._road.why_plain
+        self._model, self._decode_path = model, probed(model)
+        self.why_plain = self._decode_path.why_plain
         self.path = "plain" if self.why_plain else "cached"
 
     @property
     def _attention(self) -> str:
-        """The attention function that the path runs with."""
+        """The attention function of the path."""
         return IMPLEMENTATION if self.path == "cached" else PLAIN
 
     def layout(self, num_rows: int) -> AbstractContextManager[None]:
-        return self._road.layout(self._model, num_rows)
+        return self._decode_path.layout(self._model, num_rows)
 
     @contextmanager
     def ready(self, num_rows: int) -> Iterator[None]:
@@ -210,14 +201,14 @@ class ModelRunner:
     def rows(self, num_rows: int) -> Rows:
         if self.path == "cached":
             return CachedRows(self._model, num_rows)
-        return PlainRows(self._model, num_rows, own_cache=self._road.own_cache)
+        return PlainRows(self._model, num_rows, own_cache=self._decode_path.own_cache)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return mean_hidden_states(self._model, self._attention, sequences)
 
 
 class EnsembleRunner:
-    """Every member runs every row, each over a cache of its own."""
+    """Every member runs every row over its own cache."""
 
     def __init__(self, ensemble: LanguageEnsemble) -> None:
         self._ensemble, self._members = ensemble, [ModelRunner(member) for member in ensemble.members]
@@ -229,7 +220,7 @@ class EnsembleRunner:
 
     @property
     def path(self) -> str:
-        """ "plain" where a member's is."""
+        """ "plain" if any member's path is."""
         return "plain" if any(member.path == "plain" for member in self._members) else "cached"
 
     @path.setter
@@ -263,7 +254,7 @@ class EnsembleRunner:
 
 
 class MixedRows:
-    """Rows that hold the same tokens in every member, and whose logits are the members', mixed."""
+    """Rows with the same tokens in every member; their logits are the members' mixed logits."""
 
     def __init__(self, members: Sequence[Rows], mixed: Callable[[Sequence[Tensor]], Tensor]) -> None:
         self._members, self._mixed = members, mixed

@@ -1,9 +1,8 @@
-"""The generation engine: prompts → completions, many at a time.
+"""The generation engine: prompts → completions with continuous batching, all at once, streamed, or in an open session.
 
-Enters: prompts as token ids, settings for all or for each. Leaves: completions in the prompts' order, or their tokens
-one by one, or a session that prompts join at any time. At most `max_rows` rows decode together; a finished row's place
-is taken by the next prompt. The model's own weights are used, in whatever state training has left them. Left out: the
-loop itself (`session.py`), text → prompt tokens (`data`), beams (`beam.py`), reasoning in steps (`steps.py`).
+At most `max_rows` rows decode together; a finished row is reused for the next prompt. The engine uses the model's own
+weights, so it generates with a model in training. `scheduler.py` is the loop, `beam.py` beam search, `steps.py`
+reasoning in steps.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.generation.completions import Completion, Guide, Piece, Running
+from loopos.generation.completions import Completion, Guide, Running, TokenDelta
 from loopos.generation.decoders import runner_of
 from loopos.generation.rows import Rows
 from loopos.generation.sampling import stream_key
@@ -29,9 +28,9 @@ from loopos.models.language_ensemble import LanguageEnsemble, members_of, positi
 class Engine:
     """Generation with a causal language model of transformers, or an ensemble of several.
 
-    `path` is "cached" (rows together over our cache) or "plain" (row by row with transformers' cache), and `reason`
-    says why the plain path was taken. `embeds`: whether there are hidden states, which an ensemble lacks. `max_rows`:
-    rows that decode together; `prefill_tokens`: the most prompt tokens in one forward.
+    `path`: "cached" (batched rows over LoopOS's cache) or "plain" (row by row with transformers' cache). `reason`: why
+    the plain path is used. `embeds`: whether hidden states exist, which an ensemble lacks. `max_rows`: rows that decode
+    together. `prefill_tokens`: maximum prompt tokens per forward.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class Engine:
         self.end_tokens = _end_tokens(members_of(model), tokenizer)
         self.max_positions = positions_of(model)
         self.vocab_size = int(members_of(model)[0].config.get_text_config().vocab_size)
-        self._kept: Rows | None = None
-        self._keeping, self._busy = False, False
+        self._prefix_rows: Rows | None = None
+        self._reuses_prefixes, self._busy = False, False
 
     def generate(
         self,
@@ -66,16 +65,16 @@ class Engine:
     ) -> list[Completion]:
         """n completions of every prompt, in order: all of the first prompt, then all of the second.
 
-        settings: one for all prompts, or one a prompt. `guide(prompt index, sample index)` makes what watches and
-        steers that completion. Raises `UserError` for an empty prompt, one longer than the model has positions for,
-        and token ids that the model has not.
+        settings: one for all prompts, or one per prompt. `guide(prompt index, sample index)` creates the guide that
+        steers that completion. Raises `UserError` for an empty prompt, a prompt longer than the model's positions, and
+        unknown token ids.
         """
-        every = self.begin(prompts, settings, n=n, guide=guide)
-        with self._session(len(every), with_logprobs=logprobs) as session:
-            session.join(_longest_first(every))
+        runs = self.begin(prompts, settings, n=n, guide=guide)
+        with self._session(len(runs), with_logprobs=logprobs) as session:
+            session.join(_longest_first(runs))
             while session.step():
                 pass
-        return [running.completion() for running in every]
+        return [running.completion() for running in runs]
 
     def stream(
         self,
@@ -83,22 +82,22 @@ class Engine:
         settings: SamplingSettings | Sequence[SamplingSettings] = SamplingSettings(),
         *,
         n: int = 1,
-    ) -> Iterator[Piece]:
-        """The same completions, token by token as they come; a row's pieces of text make up its completion's text.
+    ) -> Iterator[TokenDelta]:
+        """The same completions, token by token. The text deltas of a completion concatenate to its text.
 
-        Until the stream ends or is closed, the model is set for generation and serves nothing else.
+        Until the stream ends or is closed, the engine is busy.
         """
-        every = self.begin(prompts, settings, n=n, watch_text=True)
-        with self._session(len(every)) as session:
-            session.join(_longest_first(every))
+        runs = self.begin(prompts, settings, n=n, watch_text=True)
+        with self._session(len(runs)) as session:
+            session.join(_longest_first(runs))
             while touched := session.step():
                 for running in touched:
-                    yield running.piece()
+                    yield running.delta()
 
     @contextmanager
     def session(self, *, admitted_tokens: int | None = None, spares_others: bool = False) -> Iterator[Scheduler]:
-        """Rows that prompts join and leave at any time: what a server runs on. Within, the model is set for generation,
-        its weights may be in the kernel's layout, and it serves nothing else. The arguments are those of `Scheduler`.
+        """A scheduler that accepts prompts at any time, for servers. Within the context the engine is busy and the
+        model's weights may be in the kernel layout. The arguments are those of `Scheduler`.
         """
         with self._session(self.max_rows, admitted_tokens=admitted_tokens, spares_others=spares_others) as session:
             yield session
@@ -113,7 +112,7 @@ class Engine:
         spares_others: bool = False,
     ) -> Iterator[Scheduler]:
         if self._busy:
-            raise RuntimeError("the engine is in use: finish or close the other stream first")
+            raise RuntimeError("the engine is busy: finish or close the other stream or session first")
         num_rows = min(num_prompts, self.max_rows)
         self._busy = True
         try:
@@ -129,8 +128,8 @@ class Engine:
             self._busy = False
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """The mean of the last layer's hidden states over each sequence's tokens, `[N, d]` fp32. To be called within a
-        `session`, between its steps. Raises `UserError` as `limit`, and for an ensemble.
+        """The mean of the last layer's hidden states over each sequence's tokens, `[N, d]` fp32. Call within a
+        `session`, between its steps. Raises `UserError` as `limit` does, and for an ensemble.
         """
         assert self._busy, "no session is open: the model is not set for generation"
         for sequence in sequences:
@@ -139,31 +138,31 @@ class Engine:
             return self._runner.embed(sequences)
 
     @contextmanager
-    def prefixes_kept(self) -> Iterator[None]:
-        """Within, what a row holds is found again by later calls whose prompts begin like it: the turns of a chat, the
-        steps of a search. The weights must not change meanwhile, nor be read: they are in the kernel's layout.
+    def reuse_prefixes(self) -> Iterator[None]:
+        """Within the context, rows keep their tokens, and later calls reuse shared prefixes: turns of a chat, steps of
+        a search. The weights must not be changed or read meanwhile: they are in the kernel layout.
         """
-        self._keeping = True
+        self._reuses_prefixes = True
         try:
             with self._runner.layout(self.max_rows):
                 yield
         finally:
-            self._keeping, self._kept = False, None
+            self._reuses_prefixes, self._prefix_rows = False, None
 
     @contextmanager
     def serving(self, num_rows: int) -> Iterator[None]:
-        """The model set for generation of so many rows, and then as it was."""
+        """Within the context the model is prepared to generate `num_rows` rows."""
         with self._runner.ready(min(num_rows, self.max_rows)), self.without_gradients():
             yield
 
     @property
     def summary(self) -> str:
-        """The path, and why, in words."""
+        """The path and the reason for it, in one line."""
         return f"generation: {self.path}" + (f" ({self.reason})" if self.reason else "")
 
     @property
     def path(self) -> str:
-        """The path that is taken."""
+        """The decode path in use."""
         return self._runner.path
 
     @path.setter
@@ -171,17 +170,17 @@ class Engine:
         self._runner.path = path
 
     def without_gradients(self) -> torch.inference_mode | torch.no_grad:
-        """What the model's forwards run under."""
+        """The context in which the model's forwards run."""
         return self._runner.without_gradients()
 
     def rows(self, num_rows: int) -> Rows:
-        """New rows of the path that the probe chose."""
+        """New rows of the chosen path."""
         return self._runner.rows(num_rows)
 
     def limit(self, prompt: Sequence[int], max_new_tokens: int) -> int:
-        """Tokens that may follow a prompt: the last one is never fed, so it needs no position. Raises `UserError`."""
+        """Maximum new tokens after a prompt; the last one is never fed, so it needs no position. Raises `UserError`."""
         if not prompt:
-            raise UserError("an empty prompt: expected at least one token (a begin token, if nothing else)")
+            raise UserError("empty prompt: expected at least one token, such as the begin token")
         for token in (max(prompt), min(prompt)):
             if not 0 <= token < self.vocab_size:
                 raise UserError(f"token {token} in a prompt: the model has {self.vocab_size} tokens")
@@ -200,13 +199,13 @@ class Engine:
         watch_text: bool = False,
         guide: Callable[[int, int], Guide] | None = None,
     ) -> list[Running]:
-        """n completions of every prompt that have no token yet, in the order of `generate`, whose errors it raises.
-        watch_text: their text is to be had piece by piece.
+        """n completions of every prompt without tokens, in the order of `generate`, with the same errors. watch_text:
+        keep their text up to date, for streaming.
         """
         assert n >= 1, n
         each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else list(settings)
         assert len(each) == len(prompts), f"{len(prompts)} prompts, {len(each)} settings"
-        begun: list[Running] = []
+        runs: list[Running] = []
         same: Counter[tuple[int, tuple[int, ...]]] = Counter()
         choices: dict[SamplingSettings, SamplingSettings] = {}
         for index, (prompt, setting) in enumerate(zip(prompts, each, strict=True)):
@@ -223,29 +222,29 @@ class Engine:
                     self.tokenizer, index, sample, ids, setting, choice=choice, limit=limit, key=key, stop_ids=stop_ids
                 )
                 running.watch(watch_text or bool(setting.stop), guide(index, sample) if guide else None)
-                begun.append(running)
-        return begun
+                runs.append(running)
+        return runs
 
     def _stop_ids(self, settings: SamplingSettings) -> frozenset[int]:
         """Tokens that end a completion."""
         return frozenset((*settings.stop_token_ids, *(self.end_tokens if settings.stop_at_end else ())))
 
     def _rows_for(self, num_rows: int) -> Rows:
-        if self._kept is not None:
-            return self._kept
-        rows = self.rows(self.max_rows if self._keeping else num_rows)
-        if self._keeping:
-            self._kept = rows
+        if self._prefix_rows is not None:
+            return self._prefix_rows
+        rows = self.rows(self.max_rows if self._reuses_prefixes else num_rows)
+        if self._reuses_prefixes:
+            self._prefix_rows = rows
         return rows
 
 
-def _longest_first(every: Sequence[Running]) -> list[Running]:
-    """Short ones then fill the places around the long, and no long one is left alone at the end."""
-    return sorted(every, key=lambda running: -running.limit)
+def _longest_first(runs: Sequence[Running]) -> list[Running]:
+    """Short completions then fill the rows that become free, and no long one runs last on its own."""
+    return sorted(runs, key=lambda running: -running.limit)
 
 
 def _end_tokens(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a sequence: those of every member, by its generation config, and the tokenizer's."""
+    """End-of-sequence tokens: of every member's generation config, and of the tokenizer."""
     tokens = [tokenizer.eos_token_id]
     for member in members:
         actual = getattr(member.generation_config, "eos_token_id", None)

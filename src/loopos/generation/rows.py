@@ -1,9 +1,8 @@
-"""Rows of tokens that a causal language model continues: the one place where generation calls the model.
+"""Rows of tokens that a causal language model continues. All model calls of generation go through this module.
 
-Enters: new token ids of some rows. Leaves: the logits after each row's last token. `CachedRows` runs many rows together
-over our cache; `PlainRows` runs any other model row by row with transformers' own cache. Left out: which of the two
-serves a model (`decode_path.py`); sampling, stopping, which prompt is in which row (`engine.py`).
-Letters: N rows given, B rows that decode, V tokens of the vocabulary.
+`CachedRows` runs many rows together over LoopOS's cache; `PlainRows` runs any model row by row with transformers'
+cache. `decoders.py` chooses between them.
+Letters: N rows, B rows that decode, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from loopos.models.quantized import QuantizedLinear
 
 # transformers' own attention that every model has.
 PLAIN = "eager"
-# Rows up to which a bf16 product on a CPU is as fast with the weight as it lies as in the kernel's layout.
+# Up to this many rows a bf16 product on a CPU is as fast with the plain weight as in the kernel layout.
 FEW_ROWS = 2
 
 
 class Rows(Protocol):
-    """What the engine asks of rows. `fed[i]`: the tokens that row i holds."""
+    """The interface of rows. `fed[i]`: the tokens of row i."""
 
     @property
     def fed(self) -> list[list[int]]: ...
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Appends tokens (at least one each) to these rows; logits after each row's last, `[N, V]`."""
+        """Appends tokens (at least one each) to these rows; logits after each row's last token, `[N, V]`."""
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -45,21 +44,21 @@ class Rows(Protocol):
         ...
 
     def cut(self, row: int, length: int) -> None:
-        """Forgets all but the first `length` tokens of a row."""
+        """Truncates a row to its first `length` tokens."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` tokens of one row replace what another holds."""
+        """Replaces a row by the first `length` tokens of another."""
         ...
 
     def select(self, sources: Sequence[int]) -> None:
-        """Row i becomes what row sources[i] is, all at once."""
+        """Row i becomes row sources[i], all at once."""
         ...
 
 
 @contextmanager
 def prepared(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """The model in evaluation mode with this attention, and then as it was."""
+    """The model in evaluation mode with this attention; restored at exit."""
     before = model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -74,23 +73,23 @@ def prepared(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 
 def without_gradients(implementation: str) -> torch.inference_mode | torch.no_grad:
-    """What a forward of generation runs under. Inference tensors cost less (5% of a decode step); they stay within our
-    cache, while transformers' own code may keep a tensor in the model, where training would meet it.
+    """The context in which a forward of generation runs. Inference tensors cost less (5% of a decode step). They stay
+    within LoopOS's cache, while transformers' code may store a tensor in the model, where training would use it.
     """
     return torch.inference_mode() if implementation == IMPLEMENTATION else torch.no_grad()
 
 
 @contextmanager
 def serving(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """The model as generation needs it: prepared, and without gradients."""
+    """The model prepared for generation, and without gradients."""
     with prepared(model, implementation), without_gradients(implementation):
         yield
 
 
 def _streams_weights(model: PreTrainedModel) -> bool:
-    """Whether products of few rows should pass by oneDNN, which reorders a whole bf16 weight for each (measured, 1.8 MB
-    and one row: 0.19 ms; torch's own vector product 0.08 ms). GPT-2's transposed weights would be slower by far, and so
-    would products of whole numbers.
+    """Whether products of few rows should bypass oneDNN, which reorders the whole bf16 weight for each product
+    (measured with 1.8 MB and one row: 0.19 ms; torch's own vector product 0.08 ms). Not for GPT-2's transposed weights,
+    which would be much slower, nor for integer products.
     """
     plain = not any(isinstance(module, Conv1D | QuantizedLinear) for module in model.modules())
     return plain and model.device.type == "cpu" and model.dtype is torch.bfloat16
@@ -106,7 +105,7 @@ def _without_onednn() -> Iterator[None]:
 
 
 class CachedRows:
-    """Rows that decode together over one cache, without pads. To be used while `serving(model, IMPLEMENTATION)`."""
+    """Rows that decode together over one cache, without pads. Use within `serving(model, IMPLEMENTATION)`."""
 
     def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
         self._model = model
@@ -127,19 +126,21 @@ class CachedRows:
         return self._logits(ids[None], prompt_pass.columns[None], prompt_pass, layout.ends())[0]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        lengths = [len(held) for held in self.fed[: len(tokens)]]
-        for held, token in zip(self.fed, tokens, strict=False):
-            held.append(token)
+        lengths = [len(row_tokens) for row_tokens in self.fed[: len(tokens)]]
+        for row_tokens, token in zip(self.fed, tokens, strict=False):
+            row_tokens.append(token)
         longest = 1 + max(lengths)
         self._cache.make_room(len(tokens), longest)
         columns = torch.tensor(lengths, device=self._device)
         ids = torch.tensor(tokens, device=self._device)
         return self._logits(ids[:, None], columns[:, None], TokenPass.of(self._cache, columns, longest), 0)[:, -1]
 
-    def _logits(self, ids: Tensor, positions: Tensor, cached: PromptPass | TokenPass, kept: Tensor | int) -> Tensor:
+    def _logits(
+        self, ids: Tensor, positions: Tensor, cached: PromptPass | TokenPass, logits_to_keep: Tensor | int
+    ) -> Tensor:
         with _without_onednn() if ids.numel() <= self._few else nullcontext():
             logits: Tensor = self._model(
-                input_ids=ids, position_ids=positions, cached_pass=cached, logits_to_keep=kept, **self._extra
+                input_ids=ids, position_ids=positions, cached_pass=cached, logits_to_keep=logits_to_keep, **self._extra
             ).logits
         return logits
 
@@ -154,7 +155,7 @@ class CachedRows:
         self.fed[target] = self.fed[source][:length]
 
     def select(self, sources: Sequence[int]) -> None:
-        # Beams of one prompt share their first columns: only those from where two rows differ need to move.
+        # Beams of one prompt share their first columns: only columns from the first difference on need to move.
         moved = [(target, source) for target, source in enumerate(sources) if target != source]
         if not moved:
             return
@@ -168,14 +169,14 @@ class CachedRows:
 
 
 def mean_hidden_states(model: PreTrainedModel, implementation: str, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """The mean of the last layer's hidden states over the tokens of each sequence, `[N, d]` fp32. To be called while
-    `serving(model, implementation)`, beside rows that decode: these are not touched.
+    """The mean of the last layer's hidden states over the tokens of each sequence, `[N, d]` fp32. Call within
+    `serving(model, implementation)`; rows that decode are not affected.
     """
     base = headless(model)
     extra: dict[str, object] = {} if getattr(model.config, "use_cache", None) is None else {"use_cache": False}
     if implementation == PLAIN:
-        alone = [base(input_ids=torch.tensor([list(ids)], device=model.device), **extra) for ids in sequences]
-        return torch.stack([output.last_hidden_state[0].float().mean(0) for output in alone])
+        outputs = [base(input_ids=torch.tensor([list(ids)], device=model.device), **extra) for ids in sequences]
+        return torch.stack([output.last_hidden_state[0].float().mean(0) for output in outputs])
     layout = PackedLayout(tuple(map(len, sequences)), model.device)
     cache = KeyValueCache()
     cache.make_room(len(sequences), max(layout.lengths))
@@ -186,9 +187,8 @@ def mean_hidden_states(model: PreTrainedModel, implementation: str, sequences: S
 
 
 class PlainRows:
-    """Rows run one by one, each with the cache that transformers makes for the model, or with none where the model
-    returns none or `own_cache` is False. Slow, and as exact as the model itself. To be used while `serving(model,
-    PLAIN)`.
+    """Rows that run one by one, each with the model's own transformers cache, or with none if the model returns none or
+    `own_cache` is False. Slow, but as exact as the model itself. Use within `serving(model, PLAIN)`.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, *, own_cache: bool = True) -> None:
@@ -203,7 +203,7 @@ class PlainRows:
         return torch.stack([self._run(row, [token]) for row, token in enumerate(tokens)])
 
     def cut(self, row: int, length: int) -> None:
-        """The cache cannot always be cut, so it is made anew with the next tokens."""
+        """Some caches cannot be truncated, so the cache is rebuilt with the next tokens."""
         if length < len(self.fed[row]):
             del self.fed[row][length:]
             self._caches[row] = None
@@ -235,7 +235,7 @@ class PlainRows:
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows share from the beginning."""
+    """Length of the common prefix of two rows."""
     shared = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

@@ -1,13 +1,8 @@
-"""One stream of uniform numbers a completion, by counting: no state, so no order of calls can change it.
+"""Logits → token: penalties, filters, and the draw. Pure functions of tensors, with the definitions and order of
+transformers' logits processors.
 
-Enters: the seed, the prompt's tokens, which sample of it, the number of the draw. Leaves: a uniform number. The same
-seed and prompt give the same numbers in whatever batch and place the prompt runs. Left out: what is drawn with them.
-
-Logits → token: penalties, filters, and the draw.
-
-Enters: logits `[B, V]` of the next token, the settings, the tokens so far, one uniform number a row. Leaves: a token a
-row and its logprob. Pure functions of tensors; definitions and order are those of transformers' logits processors.
-Left out: when to stop, where the uniform numbers come from (`streams.py`).
+Each completion has its own stream of uniform numbers, computed from seed, prompt, sample number and draw number without
+state: the same seed and prompt give the same numbers in any batch.
 Letters: B rows, V tokens of the vocabulary, S columns of the history, n of an n-gram.
 """
 
@@ -27,47 +22,44 @@ from loopos.config.diagnostics import UserError
 from loopos.generation.settings import SamplingSettings
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_WORD = (1 << 64) - 1
+_MASK_64 = (1 << 64) - 1
 
 
 def stream_key(seed: int, prompt: Sequence[int], sample: int) -> int:
-    """64 bits that tell this completion's stream from every other's. `sample` counts the completions that share seed
-    and prompt.
-    """
+    """A 64-bit key of this completion's stream. `sample` counts the completions with the same seed and prompt."""
     digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=8, key=b"prompt")
     digest.update(f"{seed} {sample}".encode())
     return int.from_bytes(digest.digest(), "little")
 
 
 def uniforms(keys: Sequence[int], draws: Sequence[int]) -> Tensor:
-    """The uniform numbers in [0, 1) of these streams at these places, `[B]` float64 with 53 random bits.
+    """The uniform numbers in [0, 1) of these streams at these draws, `[B]` float64 with 53 random bits.
 
-    SplitMix64 (Steele et al. 2014) in its counter form: mix(key + draw · golden ratio).
+    SplitMix64 (Steele et al. 2014) in counter form: mix(key + draw · golden ratio).
     """
-    words = np.asarray(keys, dtype=np.uint64) + np.asarray(draws, dtype=np.uint64) * np.uint64(_GOLDEN)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    words = words ^ (words >> np.uint64(31))
-    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    mixed = np.asarray(keys, dtype=np.uint64) + np.asarray(draws, dtype=np.uint64) * np.uint64(_GOLDEN)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 _NEVER = float("-inf")
 # Two levels of the inverse distribution function: the mass of blocks, then the tokens of one block.
 _BLOCK = 256
-# A nucleus rarely holds more tokens than this; where it does, all are sorted.
+# A nucleus rarely has more tokens than this; if it does, all tokens are sorted.
 _NUCLEUS = 1024
 
 
 class NonFiniteLogits(UserError):
-    """The model's logits hold NaN, or infinities that leave no token to choose."""
+    """The model's logits contain NaN, or infinities that leave no token to choose."""
 
 
 @dataclass(frozen=True)
 class History:
     """The tokens before the next one, padded on the right.
 
-    `tokens` `[B, S]` int64; `lengths` `[B]`: tokens of each row that count; `prompt_lengths` `[B]`: how many of them
-    are the prompt.
+    `tokens` `[B, S]` int64. `lengths` `[B]`: number of real tokens. `prompt_lengths` `[B]`: number of prompt tokens.
     """
 
     tokens: Tensor
@@ -85,20 +77,20 @@ class History:
         )
 
     def counts(self) -> Tensor:
-        """`[B, S]` bool: which columns hold a token."""
+        """`[B, S]` bool, True = a real token."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)[None] < self.lengths[:, None]
 
     def generated(self) -> Tensor:
-        """`[B, S]` bool: which columns hold a token of the completion."""
+        """`[B, S]` bool, True = a token of the completion."""
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
         return (columns >= self.prompt_lengths[:, None]) & (columns < self.lengths[:, None])
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`tokens` `[B]`; `logprobs` `[B]` under softmax(logits / temperature), before penalties and filters (temperature 1
-    where greedy), or None where they were not asked for; `filtered_logprobs` `[B]` under the distribution that was
-    drawn from, None where that is the same or the choice was greedy.
+    """`tokens` `[B]`. `logprobs` `[B]` under softmax(logits / temperature), before penalties and filters (temperature 1
+    if greedy); None if not requested. `filtered_logprobs` `[B]` under the sampled distribution; None if it is the same
+    or the choice was greedy.
     """
 
     tokens: Tensor
@@ -114,12 +106,12 @@ def choose(
     uniforms: Tensor | None,
     with_logprobs: bool,
 ) -> Choice:
-    """The next token of every row. logits `[B, V]`; uniforms `[B]` float64 in [0, 1), None where greedy. Raises
+    """The next token of every row. logits `[B, V]`; uniforms `[B]` float64 in [0, 1), None if greedy. Raises
     `NonFiniteLogits`.
     """
-    # Half precision is widened first: the largest of its numbers is found more slowly than of twice as wide ones.
+    # Cast first: argmax of half precision is slower than of fp32.
     logits = logits.float()
-    shaped = penalised(logits, settings, history) if settings.shaped else logits
+    shaped = penalized(logits, settings, history) if settings.shaped else logits
     if settings.greedy:
         tokens = shaped.argmax(-1)
         _check_finite(shaped, tokens)
@@ -136,11 +128,13 @@ def choose(
 
 
 def _check_finite(values: Tensor, tokens: Tensor) -> None:
-    """Whether what was chosen is a number: one NaN in a row makes the largest and every probability NaN."""
+    """Raises `NonFiniteLogits` if a chosen value is not finite: one NaN makes the maximum and every probability of a
+    row NaN.
+    """
     if not bool(values.gather(1, tokens[:, None]).isfinite().all()):
         raise NonFiniteLogits(
-            "the model's logits are not finite: its weights hold NaN or infinities, overflow this number format, or "
-            "the settings forbid every token"
+            "the model's logits are not finite: its weights contain NaN or infinities, they overflow this number "
+            "format, or the settings forbid every token"
         )
 
 
@@ -168,7 +162,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return (block * _BLOCK + torch.searchsorted(inside, below, right=True))[:, 0].clamp_(max=size - 1)
 
 
-def penalised(logits: Tensor, settings: SamplingSettings, history: History | None) -> Tensor:
+def penalized(logits: Tensor, settings: SamplingSettings, history: History | None) -> Tensor:
     """Bias, repetition, presence and frequency penalties and forbidden n-grams, in this order, `[B, V]`."""
     if settings.logit_bias:
         logits = with_bias(logits, settings.logit_bias)
@@ -187,8 +181,8 @@ def penalised(logits: Tensor, settings: SamplingSettings, history: History | Non
 
 
 def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Temperature-divided logits `[B, V]` with every token that a filter leaves out at −inf: top-k, top-p, min-p,
-    typical, in this order, each on what the one before left.
+    """Logits `[B, V]` (after temperature) with filtered tokens at −inf: top-k, top-p, min-p, typical, in this order,
+    each applied to the result of the previous one.
     """
     if settings.top_k:
         logits = only_top_k(logits, settings.top_k)
@@ -202,16 +196,14 @@ def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def with_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """logits + bias at the tokens it names."""
-    places = torch.tensor(list(bias), device=logits.device)
+    """Adds the bias to the logits of its tokens."""
+    indices = torch.tensor(list(bias), device=logits.device)
     values = torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
-    return logits.index_add(1, places, values.expand(len(logits), -1))
+    return logits.index_add(1, indices, values.expand(len(logits), -1))
 
 
 def with_repetition_penalty(logits: Tensor, history: History, penalty: float) -> Tensor:
-    """A token that was seen has its logit divided by the penalty if positive, multiplied if negative (Keskar et al.
-    2019, CTRL).
-    """
+    """Divides positive and multiplies negative logits of tokens that already occur (Keskar et al. 2019, CTRL)."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     counts = history.counts()
     seen[counts.nonzero(as_tuple=True)[0], history.tokens[counts]] = True
@@ -225,7 +217,7 @@ def with_count_penalties(logits: Tensor, history: History, *, presence: float, f
 
 
 def without_repeated_ngrams(logits: Tensor, history: History, n: int) -> Tensor:
-    """−inf for every token that would complete n tokens that stand in the row already."""
+    """−inf for every token that would repeat an n-gram of the row."""
     if history.tokens.shape[1] < n:
         return logits
     windows = history.tokens.unfold(1, n, 1)  # [B, S - n + 1, n]
@@ -239,39 +231,37 @@ def without_repeated_ngrams(logits: Tensor, history: History, n: int) -> Tensor:
 
 
 def only_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k likeliest tokens, and those that tie with the k-th (Fan et al. 2018)."""
+    """The k most likely tokens, and those that tie with the k-th (Fan et al. 2018)."""
     kth = logits.topk(min(k, logits.shape[1])).values[:, -1:]
     return logits.masked_fill(logits < kth, _NEVER)
 
 
 def only_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest tokens, likeliest first, whose probability reaches p (Holtzman et al. 2020)."""
+    """The fewest most likely tokens whose probability reaches p (Holtzman et al. 2020)."""
     total = logits.logsumexp(-1, keepdim=True)
-    values, places = logits.topk(min(_NUCLEUS, logits.shape[1]))
+    values, indices = logits.topk(min(_NUCLEUS, logits.shape[1]))
     probabilities = (values - total).exp()
     if values.shape[1] < logits.shape[1] and bool((probabilities.sum(-1) < p).any()):
-        values, places = logits.sort(-1, descending=True)
+        values, indices = logits.sort(-1, descending=True)
         probabilities = (values - total).exp()
     before = probabilities.cumsum(-1) - probabilities
-    kept = before < p
-    kept[:, 0] = True
-    return torch.full_like(logits, _NEVER).scatter_(1, places, values.masked_fill(~kept, _NEVER))
+    allowed = before < p
+    allowed[:, 0] = True
+    return torch.full_like(logits, _NEVER).scatter_(1, indices, values.masked_fill(~allowed, _NEVER))
 
 
-def only_min_p(logits: Tensor, share: float) -> Tensor:
-    """Tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(share), _NEVER)
+def only_min_p(logits: Tensor, ratio: float) -> Tensor:
+    """Tokens at least `ratio` times as likely as the most likely one (Nguyen et al. 2024)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(ratio), _NEVER)
 
 
 def only_typical(logits: Tensor, p: float) -> Tensor:
-    """Tokens whose surprise is nearest to the distribution's entropy, until their probability reaches p (Meister et
-    al. 2022).
-    """
+    """Tokens whose surprisal is closest to the entropy, until their probability reaches p (Meister et al. 2022)."""
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs * logprobs.exp()).nansum(-1, keepdim=True)
-    distance, places = (-logprobs - entropy).abs().sort(-1)
-    cumulative = logprobs.gather(1, places).exp().cumsum(-1)
+    distance, indices = (-logprobs - entropy).abs().sort(-1)
+    cumulative = logprobs.gather(1, indices).exp().cumsum(-1)
     last = (cumulative < p).sum(-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
     left_out = distance > distance.gather(1, last)
     left_out[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(left_out).scatter_(1, places, left_out), _NEVER)
+    return logits.masked_fill(torch.zeros_like(left_out).scatter_(1, indices, left_out), _NEVER)

@@ -1,14 +1,7 @@
-"""Prompts into rows: what is in a cache already is not computed again.
+"""Continuous batching: the scheduler decodes many completions together and admits waiting prompts as rows become free.
 
-Enters: rows, the free ones among them, and a prompt for each. Leaves: the rows filled, and the logits after each
-prompt. A prompt that is asked for several times, a beginning that all prompts share (examples before the question), and
-what an earlier row holds are computed once and copied. Left out: when a place is free (`engine.py`).
-
-Rows that decode together, which completions join and leave at any time: the one loop of generation.
-
-Enters: completions that have no token yet, one after another or many at once. Leaves: after each step the completions
-that got a token; the last one says that it is done. `Engine.generate`, `Engine.stream` and a server run on it. Left
-out: what a prompt and its settings may be (`engine.py`), how prompts get into rows (`placing.py`).
+`fill` prefills rows. A prompt that occurs several times, a prefix that all prompts share, and tokens that a row already
+holds are computed once and copied.
 Letters: N rows that got logits, V tokens of the vocabulary.
 """
 
@@ -26,83 +19,85 @@ from loopos.generation.rows import Rows, common_length
 from loopos.generation.sampling import Choice, History, NonFiniteLogits, choose, uniforms
 from loopos.generation.settings import SamplingSettings
 
-# A shorter beginning costs less to compute with the rest than to copy: tokens.
+# Shorter prefixes (in tokens) are faster to compute than to copy.
 WORTH_COPYING = 16
 
 
-def fill(rows: Rows, places: Sequence[int], prompts: Sequence[Sequence[int]], *, most_tokens: int) -> Tensor:
-    """Puts prompts[i] into row places[i]; logits after each, `[N, V]`. At most `most_tokens` run in one forward."""
+def fill(rows: Rows, targets: Sequence[int], prompts: Sequence[Sequence[int]], *, most_tokens: int) -> Tensor:
+    """Prefills row targets[i] with prompts[i]; logits after each prompt, `[N, V]`. At most `most_tokens` per
+    forward.
+    """
     leaders: dict[tuple[int, ...], int] = {}
-    for place, prompt in zip(places, prompts, strict=True):
-        leaders.setdefault(tuple(prompt), place)
+    for row, prompt in zip(targets, prompts, strict=True):
+        leaders.setdefault(tuple(prompt), row)
     _begin(rows, leaders, most_tokens)
     ends = dict(_run(rows, leaders, most_tokens))
     logits = []
-    for place, prompt in zip(places, prompts, strict=True):
+    for row, prompt in zip(targets, prompts, strict=True):
         leader = leaders[tuple(prompt)]
-        if place != leader:
-            rows.copy(leader, place, len(prompt))
+        if row != leader:
+            rows.copy(leader, row, len(prompt))
         logits.append(ends[leader])
     return torch.stack(logits)
 
 
 def _begin(rows: Rows, leaders: dict[tuple[int, ...], int], most_tokens: int) -> None:
-    """Leaves in every leader's row the part of its prompt that some row holds, never the whole: the last token must run
-    for its logits.
+    """Copies into every leader's row the longest prefix of its prompt that some row holds, but never the whole prompt:
+    its last token must run to give logits.
     """
     sources = list(range(1 + max(leaders.values())))
     lengths: dict[int, int] = {}
-    for prompt, place in leaders.items():
-        held = [min(common_length(tokens, prompt), len(prompt) - 1) for tokens in rows.fed]
-        best = max(range(len(held)), key=lambda row: (held[row], row == place))
-        worth = held[best] >= WORTH_COPYING
-        sources[place], lengths[place] = (best, held[best]) if worth else (place, 0)
+    for prompt, row in leaders.items():
+        shared = [min(common_length(tokens, prompt), len(prompt) - 1) for tokens in rows.fed]
+        best = max(range(len(shared)), key=lambda source: (shared[source], source == row))
+        is_worth_copying = shared[best] >= WORTH_COPYING
+        sources[row], lengths[row] = (best, shared[best]) if is_worth_copying else (row, 0)
     rows.select(sources)
-    for place, length in lengths.items():
-        rows.cut(place, length)
+    for row, length in lengths.items():
+        rows.cut(row, length)
     if len(leaders) == 1:
         return
     first, *others = leaders.values()
-    beginning = next(iter(leaders))
-    shared = min(min(common_length(beginning, prompt), len(prompt) - 1) for prompt in leaders)
-    missing = beginning[len(rows.fed[first]) : shared]
+    first_prompt = next(iter(leaders))
+    common = min(min(common_length(first_prompt, prompt), len(prompt) - 1) for prompt in leaders)
+    missing = first_prompt[len(rows.fed[first]) : common]
     if len(missing) >= WORTH_COPYING:
         for start in range(0, len(missing), most_tokens):
             rows.extend([first], [missing[start : start + most_tokens]])
-        for place in others:
-            if len(rows.fed[place]) < shared:
-                rows.copy(first, place, shared)
+        for row in others:
+            if len(rows.fed[row]) < common:
+                rows.copy(first, row, common)
 
 
 def _run(rows: Rows, leaders: dict[tuple[int, ...], int], most_tokens: int) -> Iterator[tuple[int, Tensor]]:
-    """Runs what is left of each prompt, in packs; (row, logits `[V]` after its prompt). New rows and continued ones
-    run apart, since packed attention serves the new alone.
+    """Runs the rest of each prompt in packed batches; yields (row, logits `[V]` after its prompt). Empty and continued
+    rows run separately, because packed attention serves only empty ones.
     """
-    new = [(place, prompt) for prompt, place in leaders.items() if not rows.fed[place]]
-    continued = [(place, prompt) for prompt, place in leaders.items() if rows.fed[place]]
+    new = [(row, prompt) for prompt, row in leaders.items() if not rows.fed[row]]
+    continued = [(row, prompt) for prompt, row in leaders.items() if rows.fed[row]]
     for waiting in (new, continued):
         while waiting:
             pack: list[tuple[int, Sequence[int]]] = []
             room = most_tokens
-            for place, prompt in waiting:
-                part = prompt[len(rows.fed[place]) :][:room]
+            for row, prompt in waiting:
+                part = prompt[len(rows.fed[row]) :][:room]
                 room -= len(part)
-                pack.append((place, part))
+                pack.append((row, part))
                 if not room:
                     break
-            logits = rows.extend([place for place, _ in pack], [list(part) for _, part in pack])
-            for (place, _), (_, prompt), end in zip(pack, waiting, logits, strict=False):
-                if len(rows.fed[place]) == len(prompt):
-                    yield place, end
-            waiting = [(place, prompt) for place, prompt in waiting if len(rows.fed[place]) < len(prompt)]
+            logits = rows.extend([row for row, _ in pack], [list(part) for _, part in pack])
+            for (row, _), (_, prompt), end in zip(pack, waiting, logits, strict=False):
+                if len(rows.fed[row]) == len(prompt):
+                    yield row, end
+            waiting = [(row, prompt) for row, prompt in waiting if len(rows.fed[row]) < len(prompt)]
 
 
 class Model(Protocol):
-    """What the loop needs of the engine that made it."""
+    """The interface of the engine that the scheduler uses."""
 
     @property
     def prefill_tokens(self) -> int:
-        """The most prompt tokens in one forward."""
+        """The maximum number of prompt tokens per forward."""
 
     def begin(
         self,
@@ -112,14 +107,14 @@ class Model(Protocol):
         n: int = 1,
         watch_text: bool = False,
     ) -> list[Running]:
-        """n completions of every prompt, without a token yet."""
+        """n completions of every prompt, without tokens yet."""
 
     def without_gradients(self) -> torch.inference_mode | torch.no_grad:
-        """What the model's forwards run under."""
+        """The context in which the model's forwards run."""
 
 
 class Scheduler:
-    """Made by `Engine.session`. In fp32 no completion's text depends on what joins or leaves beside it."""
+    """Created by `Engine.session`. In fp32 the text of a completion does not depend on the other rows of the batch."""
 
     def __init__(
         self,
@@ -130,10 +125,9 @@ class Scheduler:
         admitted_tokens: int | None = None,
         spares_others: bool = False,
     ) -> None:
-        """admitted_tokens: prompt tokens that one step takes in at most (one prompt at least), and the step after it
-        decodes, so that no row waits long for its next token; None takes in all that there is room for.
-        spares_others: logits without a token to choose end their own completion ("failed"), instead of raising
-        `NonFiniteLogits` for all.
+        """admitted_tokens: maximum prompt tokens per prefill step (but at least one prompt); a decode step follows
+        each, so that no row waits long for its next token. None admits all prompts that fit. spares_others: non-finite
+        logits end only their own completion ("failed") instead of raising `NonFiniteLogits` for all.
         """
         self._engine, self._rows, self._with_logprobs = engine, rows, with_logprobs
         self._admitted_tokens, self._spares_others = admitted_tokens, spares_others
@@ -148,7 +142,7 @@ class Scheduler:
 
     @property
     def num_active(self) -> int:
-        """Rows that decode."""
+        """Rows that are decoding."""
         return len(self._active)
 
     def add(
@@ -159,19 +153,19 @@ class Scheduler:
         n: int = 1,
         watch_text: bool = False,
     ) -> list[Running]:
-        """n completions of every prompt, which join the rows: the very ones that `Engine.generate` makes of the same
-        arguments. Raises `UserError` as it does.
+        """Queues n completions of every prompt, equal to those of `Engine.generate` with the same arguments. Raises
+        `UserError` as it does.
         """
-        begun = self._engine.begin(prompts, settings, n=n, watch_text=watch_text)
-        self.join(begun)
-        return begun
+        added = self._engine.begin(prompts, settings, n=n, watch_text=watch_text)
+        self.join(added)
+        return added
 
-    def join(self, begun: Iterable[Running]) -> None:
-        """They get rows in this order, behind those that wait already."""
-        self._waiting.extend(begun)
+    def join(self, added: Iterable[Running]) -> None:
+        """Queues completions in this order, after those that already wait."""
+        self._waiting.extend(added)
 
     def cancel(self, running: Running) -> None:
-        """Its row is free at once. One that is done stays as it is."""
+        """Cancels a completion and frees its row at once; no effect on a finished one."""
         if running.finish_reason is not None:
             return
         running.finish_reason = "cancelled"
@@ -182,68 +176,68 @@ class Scheduler:
             self._close_gaps()
 
     def step(self) -> list[Running]:
-        """One forward: prompts into free rows if there are both, else one token more in every row. Those that got a
-        token; none when all is done.
+        """One forward: prefills waiting prompts into free rows if there are any, else decodes one token in every row.
+        Returns the completions that got a token; empty when everything is finished.
         """
         with self._engine.without_gradients():
-            begun = self._admitted()
-            if begun:
+            added = self._admitted()
+            if added:
                 first = len(self._active)
-                places = range(first, first + len(begun))
-                prompts = [running.prompt for running in begun]
-                logits = fill(self._rows, places, prompts, most_tokens=self._engine.prefill_tokens)
-                self._active += begun
+                targets = range(first, first + len(added))
+                prompts = [running.prompt for running in added]
+                logits = fill(self._rows, targets, prompts, most_tokens=self._engine.prefill_tokens)
+                self._active += added
             elif self._active:
-                begun, first = list(self._active), 0
-                logits = self._rows.step([running.tokens[-1] for running in begun])
+                added, first = list(self._active), 0
+                logits = self._rows.step([running.tokens[-1] for running in added])
             else:
                 return []
-            self._take(logits, begun, first)
+            self._take(logits, added, first)
             self._close_gaps()
-        return begun
+        return added
 
     def _admitted(self) -> list[Running]:
-        """The completions whose prompts run now."""
+        """The completions to prefill now."""
         limited = self._admitted_tokens is not None
         if limited and self._has_admitted and self._active:
             self._has_admitted = False
             return []
-        begun: list[Running] = []
+        added: list[Running] = []
         room = self._admitted_tokens or 0
-        while self._waiting and len(self._active) + len(begun) < len(self._rows.fed):
+        while self._waiting and len(self._active) + len(added) < len(self._rows.fed):
             room -= len(self._waiting[0].prompt)
-            if limited and begun and room < 0:
+            if limited and added and room < 0:
                 break
-            begun.append(self._waiting.popleft())
-        self._has_admitted = bool(begun)
-        return begun
+            added.append(self._waiting.popleft())
+        self._has_admitted = bool(added)
+        return added
 
     def _take(self, logits: Tensor, chosen_for: Sequence[Running], first_row: int) -> None:
-        """One token for each; logits `[N, V]`, row first_row + i of the rows belongs to chosen_for[i]."""
+        """One token for each completion. logits `[N, V]`; row first_row + i belongs to chosen_for[i]."""
         groups: dict[SamplingSettings, list[int]] = {}
         if all(running.choice is chosen_for[0].choice for running in chosen_for):
             groups[chosen_for[0].choice] = list(range(len(chosen_for)))
         else:
-            for place, running in enumerate(chosen_for):
-                groups.setdefault(running.choice, []).append(place)
-        for settings, places in groups.items():
-            members = [chosen_for[place] for place in places]
-            theirs = logits if len(groups) == 1 else logits[torch.tensor(places, device=logits.device)]
+            for row, running in enumerate(chosen_for):
+                groups.setdefault(running.choice, []).append(row)
+        for settings, targets in groups.items():
+            members = [chosen_for[row] for row in targets]
+            group_logits = logits if len(groups) == 1 else logits[torch.tensor(targets, device=logits.device)]
             drawn = None if settings.greedy else _draws(members).to(logits.device)
-            for part, choice in self._chosen(theirs, settings, members, drawn):
+            for part, choice in self._chosen(group_logits, settings, members, drawn):
                 tokens = choice.tokens.tolist()
                 logprobs = _floats(choice.logprobs, len(tokens))
                 filtered = _floats(choice.filtered_logprobs, len(tokens))
-                for place, token, full, left in zip(places[part], tokens, logprobs, filtered, strict=True):
-                    kept = chosen_for[place].take(token, full, left)
-                    if kept is not None:
-                        self._rows.cut(first_row + place, kept)
+                for row, token, full, left in zip(targets[part], tokens, logprobs, filtered, strict=True):
+                    length = chosen_for[row].take(token, full, left)
+                    if length is not None:
+                        self._rows.cut(first_row + row, length)
 
     def _chosen(
         self, logits: Tensor, settings: SamplingSettings, members: Sequence[Running], drawn: Tensor | None
     ) -> Iterator[tuple[slice, Choice]]:
-        """The tokens of members with the same settings, with the part of them that each choice is for. Where one has no
-        token to choose, the others get theirs and it fails alone.
+        """The tokens of members with the same settings, with the slice of members that each choice is for. If one has
+        non-finite logits, the others still get tokens and only that one fails.
         """
         whole = slice(0, len(members))
         try:
@@ -278,7 +272,7 @@ class Scheduler:
         )
 
     def _close_gaps(self) -> None:
-        """Takes the finished out: the last row moves into each gap, so that the rows that decode stay the first."""
+        """Removes finished completions; the last row moves into each gap, so that active rows stay contiguous."""
         active, rows = self._active, self._rows
         for index in range(len(active) - 1, -1, -1):
             if active[index].finish_reason is None:

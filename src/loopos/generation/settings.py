@@ -1,8 +1,4 @@
-"""How tokens are chosen and when a completion ends: one frozen record a prompt.
-
-Enters: values from a config, the command line or a method. Leaves: `SamplingSettings`, checked. Left out: the
-mathematics (`sampling.py`).
-"""
+"""How tokens are sampled and when a completion ends: one validated, frozen record per prompt."""
 
 from __future__ import annotations
 
@@ -12,23 +8,23 @@ from dataclasses import dataclass, field, replace
 
 from loopos.config.diagnostics import UserError
 
-# Logits divided by less, or less more than this, leave the numbers of fp32.
+# Smaller divisors and larger penalties overflow fp32.
 LEAST_DIVISOR = 1e-6
 MOST_PENALTY = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """Every setting at its default leaves the distribution as it is.
+    """All defaults leave the distribution unchanged.
 
-    `temperature`: 0 is greedy. `top_k`: the k likeliest tokens (0 = all). `top_p`: the fewest tokens whose probability
-    reaches p. `min_p`: tokens at least min_p times as likely as the likeliest. `typical_p`: tokens of typical surprise
-    whose probability reaches p. `repetition_penalty`: divides positive and multiplies negative logits of tokens in the
-    prompt or completion. `presence_penalty`, `frequency_penalty`: subtracted once, or once an occurrence, for tokens of
-    the completion. `no_repeat_ngram`: no n tokens in a row twice, prompt included (0 = off). `logit_bias`: token id →
-    added to its logit. `max_new_tokens`: the most tokens of a completion. `stop`: strings that end it; `keep_stop`
-    leaves the string in the text. `stop_token_ids`: tokens that end it besides the model's end tokens, which count
-    while `stop_at_end`. `seed`: with the prompt, fixes every draw.
+    `temperature`: 0 is greedy. `top_k`: the k most likely tokens (0 = all). `top_p`: the fewest tokens whose
+    probability reaches p. `min_p`: tokens at least min_p times as likely as the most likely. `typical_p`: tokens of
+    typical surprisal whose probability reaches p. `repetition_penalty`: divides positive and multiplies negative logits
+    of tokens in the prompt or completion. `presence_penalty`, `frequency_penalty`: subtracted once, or once per
+    occurrence, for tokens of the completion. `no_repeat_ngram`: no repeated n-gram, prompt included (0 = off).
+    `logit_bias`: token id → added to its logit. `max_new_tokens`: maximum tokens of a completion. `stop`: strings that
+    end it; `keep_stop` leaves the string in the text. `stop_token_ids`: tokens that end it, in addition to the model's
+    end tokens if `stop_at_end`. `seed`: fixes every draw, together with the prompt.
     """
 
     temperature: float = 0.0
@@ -49,7 +45,7 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `UserError` with every setting that is out of its range."""
+        """Raises `UserError` with every setting that is out of range."""
         ranges = (
             ("temperature", _is_temperature(self.temperature), f"0 (greedy), or {LEAST_DIVISOR:g} or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -80,18 +76,18 @@ class SamplingSettings:
 
     @property
     def needs_history(self) -> bool:
-        """Whether the choice depends on the tokens before it, beyond the logits."""
+        """Whether the choice depends on earlier tokens beyond the logits."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram)
         return self.repetition_penalty != 1 or any(penalties)
 
     @property
     def shaped(self) -> bool:
-        """Whether anything but the temperature changes the distribution."""
+        """Whether anything except the temperature changes the distribution."""
         filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
         return self.needs_history or bool(self.logit_bias) or (filters and not self.greedy)
 
     def of_choice(self) -> SamplingSettings:
-        """What the choice of one token depends on: equal for rows that may be sampled together."""
+        """The settings that one token's choice depends on: equal for rows that may be sampled together."""
         return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
 
 

@@ -1,9 +1,8 @@
-"""Reasoning in steps: problem → step 1 → step 2 → … → answer, with limits on each and on all.
+"""Reasoning in steps: problem → step 1 → step 2 → … → answer, with limits on steps and tokens.
 
-Enters: prompts as token ids, the marks of the step format (strings), settings and limits. Leaves: chains, each with its
-steps' texts, logprobs and token counts. A chain is one completion that a guide watches: a step that is too long gets
-its delimiter, thinking that is too long its closing, and thinking that is too short is continued (budget forcing,
-Muennighoff et al. 2025, s1). Left out: choosing between chains (`search.py`), checking answers (`evaluation`).
+A chain is one completion with a guide: a step that is too long gets its delimiter, thinking that is too long its
+closing mark, and thinking that is too short is continued (budget forcing, Muennighoff et al. 2025, s1). `search.py`
+chooses between chains; `evaluation` checks answers.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from loopos.generation.settings import SamplingSettings
 
 class StepMarks(Protocol):
     """The strings around steps: `opening` and `closing` around all of them, `delimiter` after each, `answer_marker`
-    before the answer; any but the delimiter may be empty.
+    before the answer. All except the delimiter may be empty.
     """
 
     @property
@@ -39,8 +38,8 @@ class StepMarks(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
-    """None = no limit; all but `max_steps` in tokens. Thinking that would end before `min_thinking_tokens` goes on with
-    `continuation` in place of its end.
+    """None = no limit; all but `max_steps` in tokens. Thinking that would end before `min_thinking_tokens` is continued
+    with `continuation` instead.
     """
 
     max_steps: int | None = None
@@ -53,20 +52,20 @@ class StepLimits:
     def __post_init__(self) -> None:
         limits = (self.max_steps, self.max_step_tokens, self.max_thinking_tokens, self.max_answer_tokens)
         if any(limit is not None and limit < 1 for limit in limits):
-            raise UserError(f"a limit of steps below 1: {self}")
+            raise UserError(f"step limits: got {self}; expected 1 or more for each")
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < self.min_thinking_tokens:
             raise UserError(
                 f"max_thinking_tokens {self.max_thinking_tokens}: expected at least min_thinking_tokens "
                 f"{self.min_thinking_tokens}"
             )
         if self.min_thinking_tokens and not self.continuation:
-            raise UserError("min_thinking_tokens needs a continuation to write where thinking would end")
+            raise UserError("min_thinking_tokens needs a continuation; got an empty one")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, or the answer. `text` without its delimiter; `logprob`: sum over its tokens, `tokens`: their number;
-    a token that crosses a border belongs to the part where it ends.
+    """One step, or the answer. `text`: without its delimiter. `logprob`: sum over its `tokens`. A token across a
+    boundary belongs to the part where it ends.
     """
 
     text: str
@@ -76,8 +75,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps and the answer. `well_formed`: thinking was closed, so that there is an answer. `finish_reason` is that of
-    the completion.
+    """Steps and the answer. `well_formed`: thinking was closed, so there is an answer. `finish_reason`: of the
+    completion.
     """
 
     prompt_index: int
@@ -85,7 +84,7 @@ class Chain:
     token_ids: list[int]
     text: str
     logprobs: list[float]
-    actual: tuple[int, ...]
+    forced: tuple[int, ...]
     steps: tuple[Step, ...]
     answer: Step
     well_formed: bool
@@ -93,8 +92,8 @@ class Chain:
 
 
 def mean_logprob(chain: Chain) -> float:
-    """Mean logprob of the tokens that the model chose; −inf for a chain without any."""
-    chosen = len(chain.token_ids) - len(chain.actual)
+    """Mean logprob of the sampled tokens; −inf for a chain without any."""
+    chosen = len(chain.token_ids) - len(chain.forced)
     return sum(chain.logprobs) / chosen if chosen else float("-inf")
 
 
@@ -121,15 +120,15 @@ def reason(
 class StepGuide:
     """Keeps one chain within its limits.
 
-    `held`: text after the last delimiter of a chain that this completion continues; `opened`: the opening is behind;
-    `pause` ends the completion with its first step.
+    `unfinished`: text after the last delimiter of a chain that this completion continues. `opened`: the opening has
+    been written. `pause`: end the completion after its first step.
     """
 
     def __init__(
-        self, marks: StepMarks, limits: StepLimits, *, held: str = "", opened: bool = False, pause: bool = False
+        self, marks: StepMarks, limits: StepLimits, *, unfinished: str = "", opened: bool = False, pause: bool = False
     ) -> None:
         assert marks.delimiter, "steps without a delimiter"
-        self._marks, self._limits, self._held, self._pause = marks, limits, held, pause
+        self._marks, self._limits, self._unfinished, self._pause = marks, limits, unfinished, pause
         self._end_mark = marks.closing or marks.answer_marker
         self._thinking, self._opened = True, opened or not marks.opening
         self._step_at, self._steps = 0, 0
@@ -142,7 +141,7 @@ class StepGuide:
             most = self._limits.max_answer_tokens
             enough = most is not None and num_tokens - self._answer_tokens_at >= most
             return Verdict(finish=True) if enough and not ended else None
-        whole = self._held + text.text
+        whole = self._unfinished + text.text
         if not self._opened and not self._open(whole):
             return None
         closed_at = self._closed_at(whole)
@@ -150,13 +149,13 @@ class StepGuide:
             return self._in_step(whole, num_tokens)
         if num_tokens < self._limits.min_thinking_tokens:
             cut = len(whole) if closed_at is None else closed_at
-            keep = min(bisect_right(text.ends, cut - len(self._held)), num_tokens)
+            keep = min(bisect_right(text.ends, cut - len(self._unfinished)), num_tokens)
             return Verdict(keep=keep, written=self._limits.continuation)
         self._thinking, self._answer_tokens_at = False, num_tokens
         return None
 
     def _open(self, whole: str) -> bool:
-        """Steps over the opening, if the text begins with it; False while that is not yet known."""
+        """Skips the opening if the text starts with it; returns False while that is undecided."""
         opening = self._marks.opening
         if whole.startswith(opening):
             self._step_at = len(opening)
@@ -168,22 +167,22 @@ class StepGuide:
     def _closed_at(self, whole: str) -> int | None:
         if not self._end_mark:
             return None
-        # The closing may begin with the delimiter that ended the step before.
+        # The closing mark may start with the delimiter of the previous step.
         position = whole.find(self._end_mark, max(0, self._step_at - len(self._end_mark) + 1))
         return position if position >= 0 else None
 
     def _in_step(self, whole: str, num_tokens: int) -> Verdict | None:
         delimiter, limits = self._marks.delimiter, self._limits
-        while (place := whole.find(delimiter, self._step_at)) >= 0:
-            self._steps += bool(whole[self._step_at : place].strip())
-            self._step_at, self._step_tokens_at = place + len(delimiter), num_tokens
+        while (position := whole.find(delimiter, self._step_at)) >= 0:
+            self._steps += bool(whole[self._step_at : position].strip())
+            self._step_at, self._step_tokens_at = position + len(delimiter), num_tokens
         if self._pause and self._steps:
             return Verdict(finish=True)
-        begun = whole[self._step_at :]
+        current = whole[self._step_at :]
         if self._end_mark and limits.max_thinking_tokens is not None and num_tokens >= limits.max_thinking_tokens:
-            return Verdict(written=(delimiter if begun else "") + self._end_mark)
-        if self._end_mark.startswith(begun):
-            # Nothing yet, or the beginning of the closing: no step that a limit could hold for.
+            return Verdict(written=(delimiter if current else "") + self._end_mark)
+        if self._end_mark.startswith(current):
+            # Empty, or the start of the closing mark: no step that a limit applies to.
             return None
         if self._end_mark and limits.max_steps is not None and self._steps >= limits.max_steps:
             return Verdict(keep=self._step_tokens_at, written=self._end_mark)
@@ -194,7 +193,7 @@ class StepGuide:
 
 
 def chain_of(tokenizer: PreTrainedTokenizerBase, completion: Completion, marks: StepMarks) -> Chain:
-    """A completion taken apart into its steps and its answer."""
+    """Splits a completion into its steps and its answer."""
     whole = completion.text
     start = len(marks.opening) if marks.opening and whole.startswith(marks.opening) else 0
     end_mark = marks.closing or marks.answer_marker
@@ -215,7 +214,7 @@ def chain_of(tokenizer: PreTrainedTokenizerBase, completion: Completion, marks: 
         answer = answer.strip().removeprefix(marks.answer_marker)
     texts.append(answer.strip())
     if closed_at < 0 and ends:
-        # Nothing closed the thinking, so its last tokens, the stop token among them, are the last step's.
+        # Thinking was not closed, so the last tokens, including the stop token, belong to the last step.
         ends[-1] = sys.maxsize
     sums, counts = _sums(tokenizer, completion, ends)
     parts = [Step(text, total, number) for text, total, number in zip(texts, sums, counts, strict=True)]
@@ -225,7 +224,7 @@ def chain_of(tokenizer: PreTrainedTokenizerBase, completion: Completion, marks: 
         completion.token_ids,
         whole,
         completion.logprobs,
-        completion.actual,
+        completion.forced,
         tuple(parts[:-1]),
         parts[-1],
         closed_at >= 0,

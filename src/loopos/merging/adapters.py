@@ -59,7 +59,7 @@ def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
     save_pretrained(scratch, folded.model, folded.tokenizer)
     whole = open_source(str(scratch))
     if is_adapter(base):
-        return replace(whole, place=adapter.place)
+        return replace(whole, place=adapter.source)
     under, stored, changes = open_source(base), dict[str, StoredTensor](), dict[str, Change]()
     for name, tensor in whole.stored.items():
         own = under.stored.get(name)
@@ -69,7 +69,7 @@ def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
         stored[name] = own
         if not torch.equal(own.read().to(tensor.spec.dtype), tensor.read()):
             changes[name] = Replaced(tensor)
-    return replace(whole, place=adapter.place, stored=stored, changes=changes)
+    return replace(whole, place=adapter.source, stored=stored, changes=changes)
 
 
 def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Source:
@@ -89,8 +89,8 @@ def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Sourc
             changes[name] = LowRank(down, up, scale, transposed)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{adapter.place}: an adapter of another model than {named}: {'; '.join(wrong[:3])}{more}")
-    return replace(under, place=adapter.place, changes=changes)
+        raise UserError(f"{adapter.source}: an adapter of another model than {named}: {'; '.join(wrong[:3])}{more}")
+    return replace(under, place=adapter.source, changes=changes)
 
 
 def _name_in(source: Source, name: str) -> str | None:
@@ -112,11 +112,11 @@ def check_summable(adapters: Sequence[AdapterFolder]) -> list[str]:
     first = adapters[0]
     for other, own in zip(adapters[1:], shapes[1:], strict=True):
         if other.base != first.base:
-            diagnostics.append(f"{other.place} was trained on {other.base}, {first.place} on {first.base}")
+            diagnostics.append(f"{other.source} was trained on {other.base}, {first.source} on {first.base}")
         if bool(other.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
-            diagnostics.append(f"{other.place} keeps its weights transposed, {first.place} does not, or the reverse")
+            diagnostics.append(f"{other.source} keeps its weights transposed, {first.source} does not, or the reverse")
         diagnostics += [
-            f"{name}: {first.place} changes {list(shapes[0][name])}, {other.place} {list(shape)}"
+            f"{name}: {first.source} changes {list(shapes[0][name])}, {other.source} {list(shape)}"
             for name, shape in own.items()
             if name in shapes[0] and shapes[0][name] != shape
         ]

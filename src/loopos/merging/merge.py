@@ -149,7 +149,7 @@ def _metrics(measured: Measured) -> str:
 def adapter_report(adapters: Sequence[AdapterFolder], factors: Sequence[float], config: Mapping[str, object]) -> str:
     """The report of adapters that were summed into one."""
     rows = [
-        [cell(each.place), shown(factor), cell(each.config.get("r")), str(len(each.lora_pairs()))]
+        [cell(each.source), shown(factor), cell(each.config.get("r")), str(len(each.lora_pairs()))]
         for each, factor in zip(adapters, factors, strict=True)
     ]
     told = f"One adapter of rank {config['r']} whose change is the sum of the others', each times its factor."

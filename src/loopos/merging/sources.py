@@ -26,7 +26,7 @@ from torch import Tensor
 from loopos.config.diagnostics import UserError
 from loopos.models.folders import HEAD
 from loopos.models.model_folder import described
-from loopos.models.resolve import WeightsSource, local_place
+from loopos.models.resolve import WeightsSource, local_path
 from loopos.models.task_layout import SCORE, backbone_part
 from loopos.models.tokenizers import open_tokenizer, vocabulary_difference
 from loopos.storage.json_files import read_object
@@ -160,7 +160,7 @@ class Source:
 
 def open_source(source: str) -> Source:
     """The model that a recipe names. Raises `UserError` for a place that holds none, or none in safetensors."""
-    folder, file = local_place(source)
+    folder, file = local_path(source)
     if file is not None and file.suffix != ".safetensors":
         raise UserError(_torch_file(source, file.name))
     if file is not None:

@@ -28,7 +28,7 @@ from loopos.evaluation.run_claim import claim
 from loopos.models.backbone import Backbone
 from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import explain_disk_full
-from loopos.training.callbacks import Callbacks, kept_random_states
+from loopos.training.callbacks import Callbacks, preserve_random_states
 from loopos.training.distributed import World
 from loopos.training.fit import Fit
 from loopos.training.precision import resolve
@@ -204,7 +204,7 @@ class Trainer(ABC, Generic[ConfigT]):
 
     def with_own_metrics(self, metrics: Mapping[str, float], predictions: Any, targets: Any) -> dict[str, float]:
         """`metrics` and those of the user's functions, the same on every process."""
-        with kept_random_states():
+        with preserve_random_states():
             return self.metrics.added(
                 metrics, predictions, targets, is_first=self.world.is_first, gather=self.world.gather
             )

@@ -100,10 +100,10 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
         self.model = LanguageModel(self.pretrained.model, attention=self.config.model.attention)
         backbone = self.model.backbone
         self.print_attention(backbone)
-        held_back = set_trained_language_model(self.model.causal, backbone.model, settings)
+        initially_frozen = set_trained_language_model(self.model.causal, backbone.model, settings)
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        self.train_weights(self.model, held_back=held_back)
+        self.train_weights(self.model, initially_frozen=initially_frozen)
         self.progress.say(self.trained.summary())
         self.check: AnswerCheck | None = None
         if self.problems or self.chats or self.config.self_improvement is not None:
@@ -121,7 +121,7 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
 
     def build_fit(self) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings, (rank, size) = self.config.training, self.world.share
+        settings, (rank, size) = self.config.training, self.world.data_parallel
         return self.fit_of(
             run_dir=self.folder,
             update=self.update_of(self.model),
@@ -164,7 +164,9 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
             return {"loss": loss}
         world = self.world
         with self.trained.whole():
-            metrics, records = self.check.validate(self.problems, self.chats, world.share, world.gather_shares)
+            metrics, records = self.check.validate(
+                self.problems, self.chats, world.data_parallel, world.gather_data_parallel
+            )
         if world.is_first:
             write_samples(self.fit.run_dir / "samples.jsonl", self.fit.position.step, records)
         answers = [record["answer"] if "answer" in record else record["response"] for record in records]
@@ -200,8 +202,8 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
                 problems,
                 section,
                 number=number,
-                share=self.world.share,
-                gather=self.world.gather_shares,
+                share=self.world.data_parallel,
+                gather=self.world.gather_data_parallel,
                 say=self.progress.say,
             )
         rows, report = self.encode([*self._worked(), *found.chains])
@@ -216,7 +218,7 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
 
     def take_weights(self) -> None:
         """Loads the best weights of the best round, or the last."""
-        settings, tracker, number = self.config.training, self.fit.judges, len(self.results) - 1
+        settings, tracker, number = self.config.training, self.fit.tracker, len(self.results) - 1
         if tracker is not None and settings.keep_best:
             number = best_of([result.best_trained_metric for result in self.results], tracker.validation.mode)
         if number != len(self.results) - 1:

@@ -82,7 +82,7 @@ class FineTuner(Trainer[FineTuningConfig]):
         self.choose_precision()
         self.backbone = backbone = Backbone(self.pretrained.model, attention=section.attention)
         self.print_attention(backbone)
-        held_back = set_trained(backbone.model, settings)
+        initially_frozen = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs
@@ -93,13 +93,13 @@ class FineTuner(Trainer[FineTuningConfig]):
             seed=settings.seed,
             head_std=section.head_init_std,
         )
-        self.train_weights(self.model, held_back=held_back, half_under="backbone.")
+        self.train_weights(self.model, initially_frozen=initially_frozen, half_under="backbone.")
         self.progress.say(self.trained.summary())
         return self.model
 
     def build_fit(self) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings, (rank, size) = self.config.training, self.world.share
+        settings, (rank, size) = self.config.training, self.world.data_parallel
         rows = PackedRows(self.train_rows, self.targets.train, self.device)
         return self.fit_of(
             update=self.update_of(self.model, head={"head.weight"}),
@@ -150,7 +150,7 @@ class FineTuner(Trainer[FineTuningConfig]):
         return self.with_own_metrics(metrics, meaning, np.array(labels))
 
     def _validation_outputs(self) -> Tensor:
-        rank, size = self.world.share
+        rank, size = self.world.data_parallel
         outputs = outputs_of(self.model, self.validation_rows, self.device, rank=rank, world=size)
         self.world.sum_tensors([outputs])
         return outputs

@@ -47,7 +47,7 @@ from loopos.rl.objective import PolicyState, PpoObjective
 from loopos.rl.rewards import Rewards, judge_of
 from loopos.rl.roles import Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
-from loopos.rl.workers.opening import Place, RunView, check_installed, open_rollouts
+from loopos.rl.workers.opening import DataParallel, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
 from loopos.training.fit import Fit
@@ -108,7 +108,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         self.roles.cast_frozen(NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
         self.train_weights(
             self.roles.actor_critic,
-            held_back=self.roles.held_back,
+            initially_frozen=self.roles.initially_frozen,
             half_under=("policy.", "critic.backbone."),
             frozen=self.roles.frozen,
         )
@@ -118,7 +118,9 @@ class PpoTrainer(Trainer[PpoConfig]):
             self.engine = open_rollouts(
                 config,
                 self.pretrained,
-                place=Place(share=self.world.share, gather=self.world.gather_shares),
+                data_parallel=DataParallel(
+                    rank_and_size=self.world.data_parallel, gather=self.world.gather_data_parallel
+                ),
                 run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.request),
                 say=self.progress.say,
                 trust_remote_code=self.trust_remote_code,
@@ -130,16 +132,18 @@ class PpoTrainer(Trainer[PpoConfig]):
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world, actor_critic = self.config, self.config.training, self.world, self.roles.actor_critic
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
-        plan = RolloutPlan.of(settings, num_prompts=len(self.prompts), rank=world.share[0], world=world.share[1])
+        plan = RolloutPlan.of(
+            settings, num_prompts=len(self.prompts), rank=world.data_parallel[0], world=world.data_parallel[1]
+        )
         # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
-        kept = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
-        words, gather = self.encoder.origins, world.gather_shares
+        reused = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
+        origins, gather = self.encoder.origins, world.gather_data_parallel
         self.collector = Collector(
-            self.engine, self.roles, rewards, device=self.device, words=words, kept=kept, gather=gather
+            self.engine, self.roles, rewards, device=self.device, origins=origins, reused=reused, gather=gather
         )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.monitor = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
-        self.objective = PpoObjective.of(settings, actor_critic, kept=kept)
+        self.objective = PpoObjective.of(settings, actor_critic, reused=reused)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
@@ -166,7 +170,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         return {"rows": rows, "tokens": tokens, "iterations": iterations}
 
     def collect(self, iteration: int) -> Experience:
-        """The experience of an iteration, written by the policy as it is; its figures, logged; the guards, asked."""
+        """The experience of an iteration, from the policy as it is; its metrics are logged and the monitor checks them."""
         settings, began, cap = self.config.training, time.monotonic(), self.config.rollout.importance_cap
         request, coefficient = self.request(iteration), self.controller.coefficient
         with self.trained.whole():

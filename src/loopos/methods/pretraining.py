@@ -90,7 +90,7 @@ class Pretrainer(Trainer[PretrainingConfig]):
 
     def build_fit(self) -> Fit[Batch]:
         """Optimizer, update, batches and loop."""
-        settings, (rank, size) = self.config.training, self.world.share
+        settings, (rank, size) = self.config.training, self.world.data_parallel
         validates = self.config.validates and bool(self.validation_pieces)
         return self.fit_of(
             update=self.update_of(self.model),

@@ -50,7 +50,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         self.encoder = PreferenceEncoder(data, self.pretrained.tokenizer, max_length=self.max_length)
         self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
         self.validation_rows: list[EncodedComparison] = []
-        told = [
+        lines = [
             self.pretrained.summary,
             *self.data.summary,
             self.encoder.template.summary,
@@ -58,8 +58,8 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         ]
         if config.validates and self.data.validation:
             self.validation_rows, self.validation_tokens = self.encoder.comparisons(self.data.validation)
-            told.append(f"validation tokens: {self.validation_tokens.summary()}")
-        for sentence in told:
+            lines.append(f"validation tokens: {self.validation_tokens.summary()}")
+        for sentence in lines:
             self.progress.say(sentence)
         return self.pretrained
 
@@ -68,11 +68,11 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         settings = self.config.training
         self.choose_precision()
         self.backbone = backbone = Backbone(self.pretrained.model, attention=self.config.model.attention)
-        self.shares_prompts = self.device.type == "cpu" and backbone.shares_trunks
+        self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
         self.print_attention(backbone)
         if not self.shares_prompts:
             self.progress.say("prompts: computed once for each response, not once for all of a row")
-        held_back = set_trained(backbone.model, settings)
+        initially_frozen = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         self.model = PooledModel(
@@ -82,7 +82,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
             seed=settings.seed,
             head_std=scalar_head_std(backbone.hidden_size),
         )
-        self.train_weights(self.model, held_back=held_back, half_under="backbone.")
+        self.train_weights(self.model, initially_frozen=initially_frozen, half_under="backbone.")
         self.progress.say(self.trained.summary())
         return self.model
 
@@ -100,7 +100,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
 
     def build_fit(self) -> Fit[ComparisonBatch]:
         """Optimizer, update, batches and loop."""
-        settings, (rank, size) = self.config.training, self.world.share
+        settings, (rank, size) = self.config.training, self.world.data_parallel
         pairs = PairObjective(self.model, self.config.reward.centring)
         return self.fit_of(
             update=self.update_of(self.model, head={"head.weight"}),
@@ -131,10 +131,12 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         """Raw scores of every comparison's responses, of all shares together."""
         was_training = self.model.training
         self.model.eval()
-        own = comparison_scores(self.model, self.rows(examples), rank=self.world.share[0], world=self.world.share[1])
+        own = comparison_scores(
+            self.model, self.rows(examples), rank=self.world.data_parallel[0], world=self.world.data_parallel[1]
+        )
         self.model.train(was_training)
         found: dict[int, list[list[float]]] = {}
-        for part in self.world.gather_shares(own):
+        for part in self.world.gather_data_parallel(own):
             assert isinstance(part, dict)
             found.update(part)
         return [found[index] for index in range(len(examples))]

@@ -1,15 +1,7 @@
-"""The regular expressions of an adapter's config, matched against the names of modules in bounded time.
+"""Reads and checks the folder of a PEFT adapter, which anyone may have written, without importing peft.
 
-Enters: expressions that anybody may have written, and names. Leaves: which names each one matches. An expression can
-take longer than the age of the world on a short name, and nothing in Python ends it within a process: those that
-repeat anything run in a process of their own, which is ended after a few seconds.
-
-A PEFT adapter's folder, read and checked before anything is made of it.
-
-Enters: a folder with adapter_config.json and adapter_model.safetensors, which anybody may have written. Leaves: an
-`AdapterFolder` whose values have the kinds and sizes that they must have. peft is not imported. Left out: putting it
-into a model (`adapters.py`), folding it into the weights (`folded_adapter.py`), regular expressions
-(`adapter_patterns.py`).
+Regular expressions of the config can take arbitrarily long on a short name, so expressions with repetition run in a
+separate process with a time limit.
 """
 
 from __future__ import annotations
@@ -50,13 +42,13 @@ names, patterns = json.load(sys.stdin)
 for key, pattern, form in patterns:
     print(json.dumps([key, pattern]), flush=True)
     compiled = re.compile(form.replace("{}", pattern))
-    print(json.dumps([place for place, name in enumerate(names) if compiled.match(name)]), flush=True)
+    print(json.dumps([index for index, name in enumerate(names) if compiled.match(name)]), flush=True)
 """
 
 
 def matches(file: Path, patterns: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[tuple[str, str], set[str]]:
     """(key, expression) → the names that it matches, as peft reads the expressions under a key of its config. file: the
-    config, for messages. Raises `UserError` for an expression that is none, or takes longer than `TIME_LIMIT`.
+    config, for messages. Raises `UserError` for an invalid expression, or one that takes longer than `TIME_LIMIT`.
     """
     found: dict[tuple[str, str], set[str]] = {}
     slow = []
@@ -78,7 +70,7 @@ def _matched_apart(
     file: Path, patterns: Sequence[tuple[str, str, str]], names: Sequence[str]
 ) -> dict[tuple[str, str], set[str]]:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=json.dumps([list(names), patterns]),
             capture_output=True,
@@ -96,9 +88,9 @@ def _matched_apart(
     except subprocess.CalledProcessError as problem:
         last = (problem.stderr.splitlines() or ["no reason"])[-1]
         raise UserError(f"{file}: its regular expressions cannot be matched: {last}") from problem
-    lines = done.stdout.splitlines()
+    lines = process.stdout.splitlines()
     return {
-        (key, pattern): {names[place] for place in json.loads(line)}
+        (key, pattern): {names[index] for index in json.loads(line)}
         for (key, pattern, _), line in zip(patterns, lines[1::2], strict=True)
     }
 
@@ -195,22 +187,22 @@ _NEEDED = ("r", "lora_alpha")
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """`config`: adapter_config.json; `tensors`: those of the file, by their own names."""
+    """`source`: as the user named it. `config`: adapter_config.json. `tensors`: by their names in the file."""
 
-    place: str
+    source: str
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
 
     @property
     def base(self) -> str | None:
-        """The model that it says it was trained on."""
+        """The model that it was trained on, according to its config."""
         named = self.config.get("base_model_name_or_path")
         return str(named) if named else None
 
     @property
     def method(self) -> str:
-        """peft's name of what kind of adapter it is."""
+        """peft's name of the kind of adapter."""
         return str(self.config.get("peft_type"))
 
     @property
@@ -219,7 +211,7 @@ class AdapterFolder:
 
     @property
     def beyond_lora(self) -> list[str]:
-        """What keeps its change from being scale·B·A on linear layers of the base as it is; nothing for plain LoRA."""
+        """What makes it more than scale·B·A on linear layers of the unchanged base; empty for plain LoRA."""
         if self.method != "LORA":
             return [f"peft_type {self.method}"]
         found = [
@@ -235,17 +227,17 @@ class AdapterFolder:
         return found
 
     def lora_pairs(self) -> dict[str, tuple[StoredTensor, StoredTensor, float]]:
-        """Of plain LoRA: module → (A, B, scale), with scale = alpha/r, of rsLoRA alpha/√r. Raises `UserError`."""
+        """For plain LoRA: module → (A, B, scale), with scale = alpha/r, or alpha/√r for rsLoRA. Raises `UserError`."""
         parts: dict[str, dict[str, StoredTensor]] = {}
         for key, stored in self.tensors.items():
             match = _LORA_PAIR.fullmatch(key)
             assert match is not None
             parts.setdefault(match[1], {})[match[2]] = stored
         if halves := [name for name, pair in parts.items() if len(pair) < 2]:
-            raise UserError(f"{self.place}: {halves[0]} with one of its two matrices; expected both")
+            raise UserError(f"{self.source}: {halves[0]} with one of its two matrices; expected both")
         for name, pair in parts.items():
             if pair["A"].spec.shape[0] != pair["B"].spec.shape[1]:
-                raise UserError(f"{self.place}: {name}: lora_A has rank {pair['A'].spec.shape[0]}, lora_B has rank "
+                raise UserError(f"{self.source}: {name}: lora_A has rank {pair['A'].spec.shape[0]}, lora_B has rank "
                                 f"{pair['B'].spec.shape[1]}; expected one rank")  # fmt: skip
         alphas = self.by_pattern("alpha_pattern", self.config["lora_alpha"], list(parts))
         rooted = bool(self.config.get("use_rslora"))
@@ -255,7 +247,7 @@ class AdapterFolder:
         }
 
     def by_pattern(self, key: str, usual: Any, modules: list[str]) -> dict[str, Any]:
-        """Module → the value of the first pattern under `key` that matches it, else the usual one."""
+        """Module → the value of the first pattern under `key` that matches it, else the default."""
         patterns = self.config.get(key) or {}
         found = dict.fromkeys(modules, usual)
         matched = matches(self.folder / ADAPTER_CONFIG, {key: list(patterns)}, modules)
@@ -264,8 +256,8 @@ class AdapterFolder:
         return found
 
     def check_patterns(self, modules: list[str]) -> None:
-        """Runs every regular expression of the config over the names of a model's modules. Raises `UserError` for one
-        that is none, or that takes too long.
+        """Matches every regular expression of the config with the names of a model's modules. Raises `UserError` for an
+        invalid or slow expression.
         """
         patterns: dict[str, list[str]] = {}
         for key in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -284,12 +276,12 @@ def _divisor(rank: int, *, rooted: bool) -> float:
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Whether a place is a folder of a PEFT adapter."""
+    """Whether `source` is the folder of a PEFT adapter."""
     return (Path(expanded(os.fspath(source))) / ADAPTER_CONFIG).is_file()
 
 
 def open_adapter_folder(source: str | Path) -> AdapterFolder:
-    """The adapter in a folder. Raises `UserError` for one that is broken, or whose config says what cannot be."""
+    """The adapter in a folder. Raises `UserError` for a broken one, or for invalid config values."""
     folder = Path(expanded(os.fspath(source)))
     check_manifest(folder)
     config = read_object(folder / ADAPTER_CONFIG)
@@ -320,7 +312,9 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _check_ranks(adapter: AdapterFolder) -> None:
-    """Raises `UserError` where the config's ranks are not those of the weights: memory is taken for them."""
+    """Raises `UserError` if the config's ranks differ from those of the weights, because memory is allocated for
+    them.
+    """
     file = adapter.folder / ADAPTER_CONFIG
     if adapter.method == "LORA":
         downs = {

@@ -1,13 +1,8 @@
-"""peft's LoRA layers in fewer passes over their outputs.
+"""Sets what trains: only the head, all weights, the layers above N, or LoRA adapters (peft). Also loads, merges and
+saves adapters, and computes LoRA layers in fewer passes.
 
-Enters: a model under adapters. Leaves: the same, its adapters' plain cases computed by functions of ours. Left out:
-putting adapters in (`adapters.py`), decoding (`generation/cpu/weights.py`).
+peft is imported lazily: it takes seconds, and only runs with adapters need it.
 Letters: T tokens, K inputs, N outputs, r rank, s = alpha / r.
-
-What trains: the head alone, all weights, the layers above N, or low-rank adapters (LoRA, through peft).
-
-Enters: a headless transformers model. Leaves: the same with `requires_grad` set, or wrapped layers inside it. Left
-out: optimizers.
 """
 
 from __future__ import annotations
@@ -35,7 +30,7 @@ from loopos.storage.whole_folder import whole_folder
 
 
 def make_lean(model: nn.Module) -> None:
-    """Lets peft's layers over linear ones compute in fewer passes, in place."""
+    """Makes peft's LoRA layers over linear layers compute in fewer passes, in place."""
     lean = _lean_linear()
     for module in model.modules():
         if type(module) is lean.__bases__[0]:
@@ -44,15 +39,15 @@ def make_lean(model: nn.Module) -> None:
 
 @cache
 def _lean_linear() -> type[nn.Module]:
-    """peft's LoRA over a linear layer, with s scaling the r numbers of a row instead of its N, and the change added
-    within its own product: of three passes over `[..., N]` one is left.
+    """peft's LoRA over a linear layer, with s applied to the r numbers of a row instead of its N, and the change added
+    within its own product: one pass over `[..., N]` instead of three.
     """
     from peft.tuners.lora.layer import Linear
 
     class LeanLinear(Linear):
         def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
             layer: Any = self
-            name = _alone(layer, x)
+            name = _single_lora(layer, x)
             if name is None or others or named:
                 answer: Tensor = super().forward(x, *others, **named)
                 return answer
@@ -64,13 +59,13 @@ def _lean_linear() -> type[nn.Module]:
     return LeanLinear
 
 
-def _alone(layer: Any, x: Tensor) -> str | None:
-    """The one active adapter of a layer, where it is plain LoRA in the format of weights and input."""
+def _single_lora(layer: Any, x: Tensor) -> str | None:
+    """The single active adapter of a layer if it is plain LoRA in the format of weights and input; otherwise None."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(active) != 1 or type(layer.base_layer) is not nn.Linear:
         return None
     up = layer.lora_B[active[0]]
-    # A tensor of another kind, such as one of which each process holds a part, is for the layer's own call.
+    # Other tensor types, such as a sharded tensor, need the layer's own forward.
     bare = all(type(each.weight) is nn.Parameter for each in (layer.base_layer, up))
     plain = active[0] not in layer.lora_variant and up.bias is None and x.dim() > 1 and bare
     same = x.dtype == up.weight.dtype == layer.base_layer.weight.dtype
@@ -78,15 +73,15 @@ def _alone(layer: Any, x: Tensor) -> str | None:
 
 
 ADAPTER = "default"
-"""The name of the adapter that trains where there is one alone: peft's own."""
+"""The name of a run's single trained adapter: peft's default."""
 
-# peft is imported where it is needed: it takes seconds, and only runs with adapters use it.
+# Imported lazily at run time: see the module docstring.
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
 def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Parameter]:
-    """Sets what trains of a headless model, in place; returns the parameters that `freeze_layers` holds back."""
+    """Sets `requires_grad` on a headless model, in place; returns the parameters that `freeze_layers` freezes."""
     if settings.trainable == "lora":
         add_lora(model, settings.lora or LoraSection(), seed=settings.seed)
     elif settings.trainable == "head":
@@ -99,15 +94,15 @@ def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Pa
 def set_trained_language_model(
     causal: PreTrainedModel, base: PreTrainedModel, settings: TrainingSection
 ) -> list[nn.Parameter]:
-    """`set_trained` for a causal language model and its headless base: adapters leave the output embedding as it is."""
+    """`set_trained` for a causal language model and its headless base. With adapters the output embedding is frozen."""
     if settings.trainable == "lora":
         causal.requires_grad_(False)
     return set_trained(base, settings)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer layers, lowest first. Raises `UserError` for a model without a plain stack of
-    `num_hidden_layers` layers.
+    """The transformer layers, lowest first. Raises `UserError` for a model without a list of `num_hidden_layers`
+    layers.
     """
     expected = model.config.get_text_config().num_hidden_layers
     if (found := find_layers(model, expected)) is not None:
@@ -119,13 +114,13 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_layers(model: nn.Module, expected: int) -> nn.ModuleList | None:
-    """The first list of as many modules as there are layers."""
+    """The first module list with `expected` members."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return next((each for each in lists if len(each) == expected), None)
 
 
 def freeze_lower(model: PreTrainedModel, num_layers: int) -> list[nn.Parameter]:
-    """Freezes the embeddings and the lowest `num_layers` layers; returns what was frozen. Raises `UserError` when
+    """Freezes the embeddings and the lowest `num_layers` layers; returns the frozen parameters. Raises `UserError` if
     there are fewer layers.
     """
     layers = layer_list(model)
@@ -134,16 +129,16 @@ def freeze_lower(model: PreTrainedModel, num_layers: int) -> list[nn.Parameter]:
             f"training.freeze_layers: got {num_layers}, expected at most {len(layers)}, the layers of this "
             f"{type(model).__name__}"
         )
-    held_back = [*_embeddings(model, layers), *layers[:num_layers]]
-    frozen = [parameter for module in held_back for parameter in module.parameters() if parameter.requires_grad]
+    initially_frozen = [*_embeddings(model, layers), *layers[:num_layers]]
+    frozen = [parameter for module in initially_frozen for parameter in module.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
 
 
 def _embeddings(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Module]:
-    """All that comes before the layers: an encoder's module `embeddings` (with its norm), else every embedding outside
-    the layers.
+    """Everything before the layers: an encoder's module `embeddings` (with its norm), else all embeddings outside the
+    layers.
     """
     together = getattr(model, "embeddings", None)
     if isinstance(together, nn.Module):
@@ -153,10 +148,10 @@ def _embeddings(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Module
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str = ADAPTER) -> None:
-    """Freezes the model, earlier adapters too, and puts `W + (alpha/rank)·B·A` in the place of each target linear layer
+    """Freezes the model, including earlier adapters, and replaces each target linear layer by `W + (alpha/rank)·B·A`
     (Hu et al. 2021), in place.
 
-    B starts at 0, so the model starts unchanged. Raises `UserError` when no module has a name that was asked for.
+    B starts at 0, so the model's outputs do not change. Raises `UserError` if no module has a requested name.
     """
     targets = lora.target_modules
     if targets == "all-linear":
@@ -176,8 +171,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str 
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The names of a model's linear layers as `target_modules` takes them, those that adapters wrap included, each
-    once: the last part of the name, with more parts where other modules have that one too.
+    """Names of a model's linear layers for `target_modules`, including those under adapters: the last part of the
+    module name, with more parts if other modules end with the same part.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -195,7 +190,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _shortest_suffix(name: str, others: Sequence[str]) -> str:
-    """The shortest end of a module's name, in whole parts, that no other name ends with."""
+    """The shortest suffix of a module's name, in whole parts, that no other name ends with."""
     parts = name.split(".")
     suffixes = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
     taken = {end for other in others for end in _ends(other)}
@@ -208,15 +203,15 @@ def _ends(name: str) -> list[str]:
 
 
 def _outer(name: str, wrapped: set[str]) -> list[str]:
-    """The wrapped layers that a module lies in."""
+    """The wrapped layers that contain a module."""
     parts = name.split(".")
     return [outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in wrapped]
 
 
 @contextmanager
 def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Within, the model runs with the adapter of this name alone, or with None as it is without any; then as before.
-    What trains stays as it is.
+    """Within the context the model runs with only this adapter, or with None without adapters. `requires_grad` does not
+    change.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -242,8 +237,8 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 class AdapterView:
-    """A backbone as it is with one of its adapters alone, or with None without any: one copy of the weights, several
-    models.
+    """A backbone with only one of its adapters, or with None without adapters: several models over one copy of the
+    weights.
     """
 
     def __init__(self, backbone: Backbone, name: str | None) -> None:
@@ -258,7 +253,7 @@ class AdapterView:
         return self.backbone.hidden_size
 
     def __call__(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
-        """As `Backbone`."""
+        """See `Backbone`."""
         with active_adapter(self.backbone.model, self.name):
             hidden: Tensor = self.backbone(ids, layout, token_types)
         return hidden
@@ -268,21 +263,21 @@ def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
-        # Several adapters over one copy of the weights are what is expected here.
+        # Several adapters over one copy of the weights are intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name)
     make_lean(model)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A layer whose whole work is a matrix product. A subclass may do more, such as one product for each group."""
+    """Whether the layer is exactly a matrix product. Subclasses may do more, such as one product per group."""
     return type(module) in (nn.Linear, Conv1D)
 
 
 def _lora_config(model: nn.Module, lora: LoraSection, *, targets: Sequence[str]) -> LoraConfig:
     from peft import LoraConfig
 
-    # peft asks to be told of layers that keep their weight transposed, as GPT-2's do.
+    # peft must know about layers with transposed weights, such as GPT-2's.
     transposed = any(name.rsplit(".", 1)[-1] in targets and _is_transposed(m) for name, m in model.named_modules())
     return LoraConfig(
         r=lora.rank,
@@ -299,9 +294,9 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
-    """Puts the adapter of a PEFT folder beside those that the model has, in place, without training it. Raises
-    `UserError` for a folder that holds none, one of other layers, and one that is more than LoRA over the weights as
-    they are, which the other adapters share.
+    """Adds the adapter of a PEFT folder to a model without training it, in place. Raises `UserError` for a folder
+    without an adapter, one for other layers, and one that is more than LoRA, because the adapters share the base
+    weights.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
@@ -327,17 +322,17 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
 
 
 def merge_lora(model: PreTrainedModel) -> None:
-    """Folds every adapter into its layer, W ← W + (alpha/rank)·B·A, and takes the wrappers out, in place.
+    """Merges every adapter into its layer, W ← W + (alpha/rank)·B·A, and removes the wrappers, in place.
 
-    The model becomes fp32 first: a low-rank change is small beside the weights, and bf16 would round much of it away
-    before it is added.
+    The model is cast to fp32 first: a low-rank change is small relative to the weights, and bf16 would round much of it
+    away.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    # Over the tensors of one module wrappers are nested: each folds its own, and the outermost is taken out.
+    # Wrappers over the tensors of one module are nested: each merges its own, and the outermost is removed.
     for module in reversed(wrappers.values()):
         module.merge(safe_merge=True)
     for name, module in wrappers.items():
@@ -347,11 +342,11 @@ def merge_lora(model: PreTrainedModel) -> None:
 
 
 def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "FEATURE_EXTRACTION") -> None:
-    """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that peft opens over the
-    base model; replaces the folder at once. task: peft's name of what the model is for ("CAUSAL_LM" for a language
-    model). Raises `OSError` when the disk is full.
+    """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) for the base model; replaces
+    the folder atomically. task: peft's task type ("CAUSAL_LM" for a language model). Raises `OSError` when the disk is
+    full.
     """
-    # What peft made of the targets: it may have turned names of layers into names of tensors that hold several.
+    # The config as peft resolved it: it may replace layer names by names of fused tensors.
     known = (getattr(module, "peft_config", None) for module in model.modules())
     config: LoraConfig = next(configs[ADAPTER] for configs in known if isinstance(configs, dict))
     config = dataclasses.replace(config, base_model_name_or_path=base, task_type=task)

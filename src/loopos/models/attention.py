@@ -1,8 +1,7 @@
-"""Packed attention: many sequences in one flat row of tokens, no pads, no cross-talk.
+"""Packed attention: many sequences in one flat row of tokens, without pads and without attention between sequences.
 
-Enters: transformers' query, key and value `[1, H, T, D]` and the `PackedLayout` of the row, which travels as the
-keyword `packed_layout` through the model's forward. Leaves: the attention output `[1, T, H, D]`. Left out: attention
-over a key-value cache.
+The row's `PackedLayout` passes through the model's forward as the argument `packed_layout`. `generation.cache` is the
+attention over a key-value cache.
 Letters: T tokens of the row, n tokens of a block, H query heads, K key-value heads, r = H / K, D head size.
 """
 
@@ -21,10 +20,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from loopos.functional.packing import PackedLayout, additive_mask, allowed_pairs
 
 IMPLEMENTATION = "loopos_packed"
-# Above this length the saved probabilities (n² a head) cost more memory than the fused kernel's recomputation costs
+# Above this length saving the probabilities (n² per head) costs more memory than the fused kernel's recomputation costs
 # time.
 FUSED_FROM = 1024
-# Keywords that models hand to their attention and that do not change its result here.
+# Arguments that models pass to their attention and that do not change its result here.
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "use_cache", "deterministic", "output_attentions", "output_hidden_states", "output_router_logits"}
     | {"cache_position"}
@@ -39,15 +38,16 @@ def prompt_runs_once(lengths: Iterable[int], *, on_cpu: bool) -> bool:
 
 
 class PackedUnsupported(ValueError):
-    """The model asks its attention for something that the packed path cannot serve exactly."""
+    """The model's attention needs something that the packed path does not support exactly."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How one bundle runs in every layer: where its rows come from and go to, and its mask.
+    """How one bundle runs in every layer.
 
-    `query` and `key`: indices of gathered rows in token-major `[T·H, D]` and `[T·K, D]`. `query_back` and `key_back`:
-    where results go; pads go to the row behind the last. `pads`: `[K·G·r·n, 1]`, True = a pad; None without pads.
+    `query` and `key`: indices of the rows to gather in token-major `[T·H, D]` and `[T·K, D]`. `query_back` and
+    `key_back`: rows of the results; pads go to an extra last row. `pads`: `[K·G·r·n, 1]`, True = pad; None without
+    pads.
     """
 
     count: int
@@ -65,7 +65,7 @@ def _plans(
     plans = []
     for bundle in layout.bundles():
         query, key = bundle.row_index(groups, rows), bundle.row_index(groups, 1)
-        is_token, key_is_token = bundle.is_token(groups, rows), bundle.is_token(groups, 1)
+        real, key_real = bundle.is_token(groups, rows), bundle.is_token(groups, 1)
         behind, key_behind = layout.num_tokens * groups * rows, layout.num_tokens * groups
         mask = additive_mask(bundle, groups=groups, rows=rows, causal=causal, window=window, dtype=dtype)
         plans.append(
@@ -73,9 +73,9 @@ def _plans(
                 count=len(bundle.tokens),
                 query=query,
                 key=key,
-                query_back=query if is_token is None else torch.where(is_token, query, behind),
-                key_back=key if key_is_token is None else torch.where(key_is_token, key, key_behind),
-                pads=None if is_token is None else ~is_token[:, None],
+                query_back=query if real is None else torch.where(real, query, behind),
+                key_back=key if key_real is None else torch.where(key_real, key, key_behind),
+                pads=None if real is None else ~real[:, None],
                 mask=mask,
             )
         )
@@ -83,17 +83,17 @@ def _plans(
 
 
 def _token_major(heads_first: Tensor) -> Tensor:
-    """`[H, T, D]` → `[T·H, D]`: a view where the memory is token-major already, as transformers leaves it."""
+    """`[H, T, D]` → `[T·H, D]`: a view if the memory is token-major already, as transformers leaves it."""
     return heads_first.transpose(0, 1).reshape(-1, heads_first.shape[-1])
 
 
 class _BundledAttention(torch.autograd.Function):
-    """softmax(scale·QKᵀ + mask)·V over bundles of sequences of like length, keeping the probabilities for the backward
+    """softmax(scale·QKᵀ + mask)·V over bundles of sequences of similar length; saves the probabilities for the backward
     pass.
 
-    On CPU this is faster than one fused kernel call a sequence, whose backward is slow for short rows. The r query
-    heads that share a key-value head are folded into rows, so that grouped keys are never repeated; pads exist inside a
-    bundle alone, hidden by the mask, and get no gradient.
+    On CPU this is faster than one fused kernel call per sequence, whose backward pass is slow for short sequences. The
+    r query heads of a key-value head are folded into rows, so that grouped keys are not repeated. Pads exist only
+    inside a bundle, are masked, and get no gradient.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class _BundledAttention(torch.autograd.Function):
         )
         queries, keys, values = _token_major(query), _token_major(key), _token_major(value)
         out = query.new_empty(num_tokens * num_heads + 1, size)
-        is_token: list[Tensor] = []
+        saved: list[Tensor] = []
         for plan in plans:
             batch = groups * plan.count
             q = queries.index_select(0, plan.query).view(batch, -1, size)
@@ -128,21 +128,21 @@ class _BundledAttention(torch.autograd.Function):
                 scores = torch.baddbmm(plan.mask, q, k.transpose(1, 2), alpha=scale)
             probabilities = torch.softmax(scores, -1)
             out.index_copy_(0, plan.query_back, torch.bmm(probabilities, v).view(-1, size))
-            is_token += [q, k, v, probabilities]
-        ctx.save_for_backward(*is_token)
+            saved += [q, k, v, probabilities]
+        ctx.save_for_backward(*saved)
         ctx.plans, ctx.scale, ctx.shape = plans, scale, (num_heads, groups, num_tokens, size)
         return out[:-1].view(num_tokens, num_heads, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         num_heads, groups, num_tokens, size = ctx.shape
-        is_token = ctx.saved_tensors
+        saved = ctx.saved_tensors
         gradients = gradient.reshape(-1, size)
         d_query = gradient.new_empty(num_tokens * num_heads + 1, size)
         d_key = gradient.new_empty(num_tokens * groups + 1, size)
         d_value = torch.empty_like(d_key)
         for number, plan in enumerate(ctx.plans):
-            q, k, v, probabilities = is_token[4 * number : 4 * number + 4]
+            q, k, v, probabilities = saved[4 * number : 4 * number + 4]
             d_out = gradients.index_select(0, plan.query)
             if plan.pads is not None:
                 d_out.masked_fill_(plan.pads, 0.0)
@@ -169,8 +169,8 @@ def _one_by_one(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Every sequence by itself, `[T, H, D]`: the road of dropout, soft-capped scores, long sequences and devices
-    without a kernel for packed rows.
+    """Each sequence separately, `[T, H, D]`: for dropout, soft-capped scores, long sequences, and devices without a
+    kernel for packed rows.
     """
     outputs = []
     rows = query.shape[0] // key.shape[0]
@@ -239,16 +239,16 @@ def packed_attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     packed_layout: PackedLayout | None = None,
-    **asked: object,
+    **options: object,
 ) -> tuple[Tensor, None]:
-    """Attention within each sequence of a packed row; the signature is transformers' `AttentionInterface`.
+    """Attention within each sequence of a packed row, with the signature of transformers' `AttentionInterface`.
 
-    query `[1, H, T, D]`, key and value `[1, K, T, D]` → `[1, T, H, D]`. Raises `PackedUnsupported` where the model
-    asks for more than softmax attention with a causal or two-sided band (attention sinks, a bias, cross-attention …),
-    so that a caller can take the padded path.
+    query `[1, H, T, D]`, key and value `[1, K, T, D]` → `[1, T, H, D]`. Raises `PackedUnsupported` if the model needs
+    more than softmax attention with a causal or two-sided band (attention sinks, a bias, cross-attention …), so that
+    the caller can use the padded path.
     """
     assert packed_layout is not None, "the packed attention was called without packed_layout"
-    extra = sorted(name for name, value in asked.items() if value is not None and name not in _WITHOUT_EFFECT)
+    extra = sorted(name for name, value in options.items() if value is not None and name not in _WITHOUT_EFFECT)
     if extra or attention_mask is not None:
         raise PackedUnsupported(f"its attention needs {', '.join(extra) or 'an explicit mask'}")
     if query.shape[2] != packed_layout.num_tokens or key.shape[2] != packed_layout.num_tokens:
@@ -259,7 +259,7 @@ def packed_attention(
     plain = softcap is None and dropout == 0.0
     on_cpu = plain and q.device.type == "cpu" and max(packed_layout.lengths) < FUSED_FROM
     if packed_layout.segments is not None and not (on_cpu and causal and sliding_window is None):
-        raise PackedUnsupported("branches that share a trunk need plain causal attention on CPU")
+        raise PackedUnsupported("continuations of a shared prefix need plain causal attention on CPU")
     if on_cpu:
         bundled: Callable[..., Tensor] = _BundledAttention.apply
         out = bundled(q, k, v, packed_layout, scale, causal, sliding_window)

@@ -1,19 +1,9 @@
-"""A model's token embedding, with the gradient that packed rows call for.
+"""The backbone: a headless transformers model that maps a packed row of tokens to hidden states.
 
-Enters: a transformers model. Leaves: the same with its `nn.Embedding` of tokens exchanged for one over the same weight.
-Left out: the output embedding (`language_model.py`).
-
-The routers of a mixture of experts: how they spread the tokens of a pass, and the loss that evens it out.
-
-Enters: a headless transformer with routers. Leaves: after each of its passes, the auxiliary loss and the load. Left
-out: what is trained with them (`training.router_objective`).
-Letters: T tokens of the pass, E experts, k experts that a token is sent to, L layers with a router.
-
-The transformer behind one name: a flat row of tokens in, hidden states out.
-
-Enters: token ids `[T]` and the row's `PackedLayout`. Leaves: hidden states of the last layer `[T, d]`. The packed path
-runs transformers' modules unchanged with our attention; a probe on the loaded weights proves it exact, and where it is
-not the padded path is taken, with the reason kept. Left out: heads, logits.
+The packed path runs transformers' modules unchanged with LoopOS's attention. A probe on the loaded weights verifies it;
+otherwise the padded path is used. Also here: the token embedding with summed gradients, and the recorder of
+mixture-of-experts routers.
+Letters: T tokens of the row, d hidden size, E experts, k experts per token, L layers with a router.
 """
 
 from __future__ import annotations
@@ -36,7 +26,7 @@ from loopos.models.quantized import exact_activations
 
 
 class TokenEmbedding(nn.Embedding):
-    """An `nn.Embedding` over a given weight whose gradient may be summed in fp32."""
+    """An `nn.Embedding` over an existing weight whose gradient may be summed in fp32."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
@@ -50,10 +40,10 @@ class TokenEmbedding(nn.Embedding):
 
 
 def use_summed_embedding(model: PreTrainedModel) -> None:
-    """Exchanges the token embedding, in place.
+    """Replaces the token embedding, in place.
 
-    transformers gives the pad token's row no gradient. Rows here have no pads, while many models pad with their end
-    token, which must learn: so every row of the embedding gets its gradient.
+    transformers gives the pad token's row no gradient. Packed rows have no pads, and many models pad with their end
+    token, which must learn: here every row of the embedding gets its gradient.
     """
     embedding = model.get_input_embeddings()
     if type(embedding) is nn.Embedding and embedding.max_norm is None:
@@ -65,8 +55,8 @@ def use_summed_embedding(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class Routing:
-    """auxiliary_loss: 1·k where every expert gets as many tokens as another, up to E·k where one gets all. load: tokens
-    of the busiest expert of a layer over those of an even spread, the mean over the layers; 1 is even.
+    """auxiliary_loss: 1·k if all experts get equally many tokens, up to E·k if one gets all. load: tokens of a layer's
+    busiest expert relative to an even distribution, averaged over layers; 1 is even.
     """
 
     auxiliary_loss: Tensor
@@ -75,14 +65,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class _Pass:
-    """logits `[T, E]`; chosen `[T, k]`: the experts that each token was sent to."""
+    """logits `[T, E]`; chosen `[T, k]`: the experts of each token."""
 
     logits: Tensor
     chosen: Tensor
 
 
 class RouterRecorder:
-    """Keeps what the routers of a model decide in its last pass."""
+    """Records the routers' decisions of a model's last pass."""
 
     def __init__(self, model: PreTrainedModel, num_chosen: int) -> None:
         self._passes: list[_Pass] = []
@@ -93,24 +83,24 @@ class RouterRecorder:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> RouterRecorder | None:
-        """The recorder of a headless model; None for one without routers that transformers records the logits of."""
+        """The recorder of a headless model; None if transformers records no router logits for it."""
         config = model.config.get_text_config()
         names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
         chosen = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
         return None if chosen is None or not _routers(model) else cls(model, chosen)
 
     def take(self, layout: PackedLayout) -> Routing:
-        """The routing of the pass that has just ended. Sequences that ran side by side had pads, which do not count."""
+        """The routing of the last pass. Pads of the padded path do not count."""
         passes = [self._without_pads(each, layout) for each in self._passes]
         self._passes.clear()
         assert passes, "no pass since the last one was taken"
         probabilities = torch.cat([each.logits.float() for each in passes]).softmax(-1)
         num_experts = probabilities.shape[-1]
-        shares = [_shares(each.chosen, num_experts) for each in passes]
+        fractions = [_expert_fractions(each.chosen, num_experts) for each in passes]
         lengths = torch.tensor([len(each.chosen) for each in passes], device=probabilities.device)
-        share = (torch.stack(shares) * (lengths / lengths.sum())[:, None]).sum(0)
-        auxiliary = num_experts * (share * probabilities.mean(0)).sum()
-        busiest = torch.stack([each.max() / each.sum() for each in shares])
+        fraction = (torch.stack(fractions) * (lengths / lengths.sum())[:, None]).sum(0)
+        auxiliary = num_experts * (fraction * probabilities.mean(0)).sum()
+        busiest = torch.stack([each.max() / each.sum() for each in fractions])
         return Routing(auxiliary, num_experts * busiest.mean())
 
     def _hook(self, index: int) -> Any:
@@ -135,7 +125,9 @@ class RouterRecorder:
 
 
 def _routers(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
-    """The modules whose output holds router logits `[T, E]`, and at which place, as transformers records them."""
+    """The modules whose output contains router logits `[T, E]`, with their index in the output, as transformers records
+    them.
+    """
     recorded = getattr(model, "_can_record_outputs", None) or {}
     recorder = recorded.get("router_logits") if isinstance(recorded, dict) else None
     if recorder is None or isinstance(recorder, list):
@@ -144,14 +136,14 @@ def _routers(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
     return [(index, module) for module in model.modules() if isinstance(module, kind)]
 
 
-def _shares(chosen: Tensor, num_experts: int) -> Tensor:
-    """The share of the tokens that each expert gets, `[E]`; they sum to k."""
+def _expert_fractions(chosen: Tensor, num_experts: int) -> Tensor:
+    """The fraction of tokens that each expert gets, `[E]`; they sum to k."""
     return torch.bincount(chosen.flatten(), minlength=num_experts).float() / len(chosen)
 
 
-# Layer kinds whose attention is causal or two-sided, whole or banded: what the packed path serves.
+# Layer types that the packed path supports: causal or two-sided attention, full or banded.
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-_EXPECTED = "a language model is expected to be a transformer with a token embedding below an output layer"
+_EXPECTED = "expected a language model with a transformer, a token embedding and an output layer"
 _PROBE_LENGTHS = (3, 7, 1, 5)
 _PROBE_TOLERANCE = 2e-4
 
@@ -159,12 +151,12 @@ _PROBE_TOLERANCE = 2e-4
 class Backbone(nn.Module):
     """A headless transformers model that maps a packed row to hidden states.
 
-    `path` is "packed" or "padded"; `reason` says why the padded path was taken, and is empty otherwise.
+    `path`: "packed" or "padded". `reason`: why the padded path is used; otherwise empty.
     """
 
     def __init__(self, model: PreTrainedModel, *, attention: str = "auto") -> None:
-        """attention: "packed" (refuse what it cannot serve: `PackedUnsupported`), "padded", or "auto" (packed
-        where the probe proves it exact).
+        """attention: "packed" (raises `PackedUnsupported` if it is not exact), "padded", or "auto" (packed if the probe
+        verifies it).
         """
         super().__init__()
         self.model = model
@@ -183,21 +175,21 @@ class Backbone(nn.Module):
             raise PackedUnsupported(f"{type(model).__name__} cannot run packed: {self.reason}")
 
     def copied_model(self) -> PreTrainedModel:
-        """A copy of the model, for another backbone: with transformers' own attention, as this one got it."""
+        """A copy of the model for another backbone, with transformers' own attention."""
         twin = copy.deepcopy(self.model)
         twin.set_attn_implementation(self._plain_attention)
         return twin
 
     @cached_property
-    def shares_trunks(self) -> bool:
-        """Whether rows whose sequences have branches give what each branch behind its own copy of the trunk gives:
-        found out on these weights.
+    def supports_shared_prefixes(self) -> bool:
+        """Whether continuations that share a prefix in one row give the same hidden states as with separate copies of
+        the prefix, probed on these weights.
         """
-        return self.path == "packed" and _branches_are_exact(self.model)
+        return self.path == "packed" and _shared_prefixes_are_exact(self.model)
 
     @cached_property
     def routers(self) -> RouterRecorder | None:
-        """What its routers of experts decide, pass by pass; None for a model without."""
+        """The recorder of its expert routers; None for a model without routers."""
         return RouterRecorder.of(self.model)
 
     @property
@@ -205,8 +197,8 @@ class Backbone(nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
-        """ids `[T]` int64, token_types `[T]` (segment ids of sentence pairs; models without such embeddings do not
-        get them) → hidden states `[T, d]`.
+        """ids `[T]` int64, token_types `[T]` (segment ids of sentence pairs, ignored by models without such embeddings)
+        → hidden states `[T, d]`.
         """
         token_types = token_types if self.takes_token_types else None
         if self.path == "packed":
@@ -215,10 +207,10 @@ class Backbone(nn.Module):
 
 
 def headless(causal: PreTrainedModel) -> PreTrainedModel:
-    """The transformer below a causal language model's output layer. Raises `UserError` for a family whose model is not
-    built of the two.
+    """The transformer below a causal language model's output layer. Raises `UserError` for a family with another
+    structure.
     """
-    # Families whose weights are a part of a larger model name the part's prefix, not their own attribute.
+    # If the weights are part of a larger model, base_model_prefix is the part's prefix, not an attribute.
     for name in (causal.base_model_prefix, "model", "transformer"):
         base = getattr(causal, name, None) if name else None
         if isinstance(base, PreTrainedModel) and base is not causal:
@@ -238,8 +230,8 @@ def headless(causal: PreTrainedModel) -> PreTrainedModel:
 
 
 def _takes_token_types(model: PreTrainedModel) -> bool:
-    """Whether the model has an embedding for each segment of a pair. GPT-2 takes the argument too, but adds the
-    embedding of token 0 or 1 to every token.
+    """Whether the model has an embedding for each segment of a pair. GPT-2 accepts the argument, but adds the embedding
+    of token 0 or 1 to every token.
     """
     segments = getattr(model.config, "type_vocab_size", None) or 0
     return segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
@@ -259,7 +251,7 @@ def _packed_hidden_states(
 def _padded_hidden_states(
     model: PreTrainedModel, ids: Tensor, layout: PackedLayout, token_types: Tensor | None
 ) -> Tensor:
-    """Sequences side by side with pads on the right, `[N, longest]`, and the real tokens' states taken back out in
+    """Runs sequences side by side with pads on the right, `[N, longest]`, and returns the real tokens' states in
     order.
     """
     mask = torch.arange(max(layout.lengths), device=ids.device)[None] < layout.lengths_tensor()[:, None]
@@ -278,8 +270,8 @@ def _padded_hidden_states(
 
 @torch.no_grad()
 def _why_not_packed(model: PreTrainedModel) -> str:
-    """Empty when the packed path equals each sequence run alone on these weights; else the reason in words. Leaves
-    the model set to the path it will take.
+    """The reason why the packed path is not exact on these weights; empty if it is. Sets the model's attention
+    accordingly.
     """
     config = model.config.get_text_config()
     served = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
@@ -292,19 +284,19 @@ def _why_not_packed(model: PreTrainedModel) -> str:
         min(3, config.vocab_size - 1), config.vocab_size, (sum(_PROBE_LENGTHS),), generator=generator
     ).to(model.device)
     layout = PackedLayout(_PROBE_LENGTHS, model.device)
-    places = zip(layout.starts().tolist(), layout.lengths, strict=True)
-    parts = [ids[start : start + length] for start, length in places]
-    alone = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
+    spans = zip(layout.starts().tolist(), layout.lengths, strict=True)
+    parts = [ids[start : start + length] for start, length in spans]
+    separate = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
     reason = ""
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         if model.config._attn_implementation != IMPLEMENTATION:
-            # transformers would mask a packed row itself, up to the length that the module has a mask for.
+            # transformers would apply its own mask to a packed row.
             raise PackedUnsupported("its attention is fixed in its own modules")
         packed = _packed_hidden_states(model, ids, layout, None)
-        difference = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
+        difference = float((packed - separate).abs().max() / separate.abs().max().clamp_min(1e-6))
         if not difference <= _PROBE_TOLERANCE:
-            reason = f"its hidden states differ from each sequence alone by {difference:.1e}"
+            reason = f"its hidden states differ from those of separate sequences by {difference:.1e}"
     except (PackedUnsupported, ValueError, TypeError, AssertionError, RuntimeError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
     if reason:
@@ -314,22 +306,22 @@ def _why_not_packed(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _branches_are_exact(model: PreTrainedModel) -> bool:
-    """Whether the model, which runs packed, gives branches behind one trunk the hidden states that they have behind a
-    trunk of their own.
+def _shared_prefixes_are_exact(model: PreTrainedModel) -> bool:
+    """Whether a packed model gives two continuations of one shared prefix the hidden states that they have with
+    prefixes of their own.
     """
     was_training = model.training
     model.train(False)
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (11,), generator=generator).to(model.device)
-    trunk, first, second = ids[:4], ids[4:7], ids[7:]
+    prefix, first, second = ids[:4], ids[4:7], ids[7:]
     apart = PackedLayout((7, 8), model.device)
-    expected = _packed_hidden_states(model, torch.cat([trunk, first, trunk, second]), apart, None)[apart.ends()]
+    expected = _packed_hidden_states(model, torch.cat([prefix, first, prefix, second]), apart, None)[apart.ends()]
     together = PackedLayout.of_shared_prefixes([(4, 3, 4)], model.device)
     try:
         found = _packed_hidden_states(model, ids, together, None)[together.last_tokens()]
-        # Attention dropout, which branches cannot have, is on in training only.
+        # Attention dropout, which shared prefixes do not support, is active only in training.
         model.train(True)
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             _packed_hidden_states(model, ids, together, None)

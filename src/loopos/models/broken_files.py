@@ -1,9 +1,7 @@
-"""What libraries raise about a model's files, as one line of ours.
+"""Turns the errors of libraries that read model files into one-line `UserError`s.
 
-Enters: a block in which transformers, tokenizers, safetensors or gguf reads files that anybody may have written.
-Leaves: what the block gives, or a `UserError` with what was read and the reason. A damaged file reaches arithmetic,
-attributes and look-ups of theirs, so the kinds of errors are many. Left out: our own checks, which come first and say
-more.
+A damaged file can reach arithmetic, attributes and look-ups in transformers, tokenizers, safetensors or gguf, so many
+kinds of errors are caught. LoopOS's own checks come first and are more specific.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ BROKEN = (
 
 @contextmanager
 def broken_as_user_error(reading: str, *, advice: str = "") -> Iterator[None]:
-    """Errors of a library leave the block as a `UserError`: "reading: the reason; advice"."""
+    """Raises errors of a library as `UserError`: "reading: the reason; advice"."""
     try:
         with untyped_as_value_error():
             yield
@@ -46,7 +44,7 @@ def broken_as_user_error(reading: str, *, advice: str = "") -> Iterator[None]:
 
 
 def reason_of(problem: BaseException) -> str:
-    """The reason in one line: the message, after the error's kind where that says what the message leaves out."""
+    """The reason in one line: the message, preceded by the error's kind if the message alone is unclear."""
     if isinstance(problem, RecursionError):
         return "nested too deeply"
     if isinstance(problem, StrictDataclassError):

@@ -1,8 +1,7 @@
-"""A model's config.json, checked before a library builds anything of it.
+"""Checks a model's config.json, which anyone may have written, before a library builds anything from it. Does not
+import torch.
 
-Enters: a config.json that anybody may have written. Leaves: nothing, or an error for the values that cannot be. Torch
-is not imported. Left out: keys of single architectures, which transformers checks, and whether the weights are of these
-sizes (`weight_files.py`).
+transformers checks keys of single architectures; `weight_files.py` compares sizes with the weights.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
 
 
 def check_config(file: Path) -> None:
-    """Raises `UserError` for a config.json that is broken, or has values that no model can have."""
+    """Raises `UserError` for a config.json that is broken or has values that no model can have."""
     wrong = [f"{file}: {diagnostic}" for diagnostic in _diagnostics(read_object(file))]
     if wrong:
         raise UserError("\n".join(wrong[:3]))

@@ -1,7 +1,5 @@
-"""What an ensemble of language models consists of, read from its folder. Apart from `language_ensemble`, so that
+"""The recipe of an ensemble of language models, read from its folder. Separate from `language_ensemble`, so that
 commands check a model without importing torch.
-
-Enters: a path. Leaves: an `EnsembleRecipe`, or None where the folder holds no such ensemble.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ LANGUAGE_METHODS: tuple[str, ...] = ("mean", "logits", VOTE)
 
 @dataclass(frozen=True)
 class EnsembleRecipe:
-    """`members`: places as `open_language_model` takes them. `weights`: one each, which sum to 1; without effect for a
-    vote.
-    """
+    """`members`: sources for `open_language_model`. `weights`: one per member, sum to 1; unused for a vote."""
 
     method: str
     members: tuple[str, ...]
@@ -31,43 +27,45 @@ class EnsembleRecipe:
 
     @property
     def votes(self) -> bool:
-        """Whether answers are joined, and not distributions."""
+        """Whether the ensemble votes over answers instead of mixing distributions."""
         return self.method == VOTE
 
 
 def read_ensemble(source: str | Path) -> EnsembleRecipe | None:
-    """The recipe of a folder that `loopos ensemble` wrote of language models. Raises `UserError` for a broken one, or
-    where a member is gone.
+    """The recipe of a folder that `loopos ensemble` wrote for language models; None for another folder. Raises
+    `UserError` for a broken recipe or a missing member.
     """
-    told = described(source).get(LANGUAGE_ENSEMBLE)
-    if told is None:
+    recipe = described(source).get(LANGUAGE_ENSEMBLE)
+    if recipe is None:
         return None
     folder = model_folder(source)
-    if not isinstance(told, dict) or told.get("method") not in LANGUAGE_METHODS:
-        raise UserError(f"{source}: broken: no ensemble of a known method; make it again: loopos ensemble A B -o OUT")
-    members, weights = told.get("members", []), told.get("weights", [])
+    if not isinstance(recipe, dict) or recipe.get("method") not in LANGUAGE_METHODS:
+        raise UserError(f"{source}: broken: unknown ensemble method; make it again: loopos ensemble A B -o OUT")
+    members, weights = recipe.get("members", []), recipe.get("weights", [])
     if len(members) != len(weights) or len(members) < 2 or not math.isclose(math.fsum(weights), 1.0, abs_tol=1e-6):
         raise UserError(f"{source}: broken: {len(members)} members and the weights {weights}, which must sum to 1")
-    return EnsembleRecipe(told["method"], tuple(_place(folder, each) for each in members), tuple(map(float, weights)))
+    return EnsembleRecipe(
+        recipe["method"], tuple(_member_path(folder, each) for each in members), tuple(map(float, weights))
+    )
 
 
 def refuse_votes(source: str, recipe: EnsembleRecipe | None) -> None:
-    """Raises `UserError` where answers are joined and tokens are expected."""
+    """Raises `UserError` for an ensemble that votes, where token probabilities are needed."""
     if recipe is not None and recipe.votes:
         raise UserError(
-            f"{source}: an ensemble that votes over answers to problems, and gives no distribution over tokens; ask it "
-            "with loopos evaluate or loopos generate, or join its members by --method mean"
+            f"{source}: an ensemble that votes over answers to problems, and gives no distribution over tokens; use "
+            "loopos evaluate or loopos generate, or combine its members with --method mean"
         )
 
 
 def described_members(names: Sequence[str], paths: Sequence[str | None]) -> list[dict[str, str]]:
-    """Members as the description keeps them: a path relative to the ensemble's folder, or a name (of the embedded
-    model, of a hub) as it was given where there is no path.
+    """Members as the description stores them: a path relative to the ensemble's folder, or a name (embedded model, hub
+    id).
     """
     return [{"name": name} if path is None else {"path": path} for name, path in zip(names, paths, strict=True)]
 
 
-def _place(folder: Path, member: Any) -> str:
+def _member_path(folder: Path, member: Any) -> str:
     if "name" in member:
         return str(member["name"])
     path = folder / member["path"]

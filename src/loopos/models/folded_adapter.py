@@ -1,9 +1,4 @@
-"""An adapter folded into the weights under it: whatever peft can merge, exactly, or a refusal with its name.
-
-Enters: a model in fp32 and an `AdapterFolder`. Leaves: the model with the adapter's change in its weights and no
-wrappers. peft itself puts the adapter in and merges it; what comes out is held against the model with the adapter
-unmerged. Left out: adapters that train (`adapters.py`), merging tensor by tensor (`deploy.merging.adapters`).
-"""
+"""Merges a PEFT adapter into its base model, and checks on outputs that the merge is exact."""
 
 from __future__ import annotations
 
@@ -30,20 +25,20 @@ if TYPE_CHECKING:
 TASKS: Mapping[str | None, bool] = {None: True, "CAUSAL_LM": True, "FEATURE_EXTRACTION": False}
 """Task of an adapter whose model is known here → whether that is a language model, or one without a head."""
 _NAME = "default"
-# What peft raises for an adapter that it cannot put in or merge; it has no exception of its own.
+# Exceptions that peft raises for an adapter that it cannot load or merge; it has no type of its own.
 _REFUSALS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
-# Of the largest output; a merge in fp32 leaves a hundredth of it.
+# Relative to the largest output; a merge in fp32 differs by a hundredth of this.
 _TOLERANCE = 1e-3
 _MOST_PROBED = 64
 
 
 def fold_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedModel:
-    """The model with the adapter in its weights; `model` itself is used up. Its embeddings are untied where the adapter
-    made them differ, and have more rows where the adapter brings them. Raises `UserError` for an adapter of another
-    model, and for one that cannot be merged exactly.
+    """The model with the adapter merged; `model` itself is consumed. Embeddings are untied if the adapter made them
+    differ, and get more rows if the adapter has them. Raises `UserError` for an adapter of another model, and for one
+    that cannot be merged exactly.
     """
     _require_known(adapter)
     _resize(model, adapter)
@@ -65,27 +60,29 @@ def fold_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
     scale, largest = float(expected.abs().max()), float((found - expected).abs().max())
     if not largest <= _TOLERANCE * scale:
         raise UserError(
-            f"{adapter.place}: {_described(adapter)}: merged into its base it answers otherwise than beside it: "
+            f"{adapter.source}: {_described(adapter)}: merged into its base it answers otherwise than beside it: "
             f"outputs differ by {largest:.3g} where they reach {scale:.3g}; it cannot be merged"
         )
     return merged.requires_grad_(True)
 
 
 def embeddings(model: PreTrainedModel) -> tuple[Any, Any]:
-    """The modules of the input's and the output's embedding; None for an output that the model lacks."""
+    """The modules of the input and output embedding; None for a missing output embedding."""
     opened: Any = model
     return opened.get_input_embeddings(), opened.get_output_embeddings()
 
 
 def saved_rows(adapter: AdapterFolder, embedding: str) -> int | None:
-    """The rows that an adapter brings for the embedding of this name; None where it leaves it as it is."""
+    """The number of rows that an adapter has for the embedding of this name; None if it does not change it."""
     key = re.compile(rf"{re.escape(PREFIX + embedding)}(\.token_adapter)?(\.base_layer)?\.weight")
     shapes = (stored.spec.shape for name, stored in adapter.tensors.items() if key.fullmatch(name))
     return next((shape[0] for shape in shapes if len(shape) == 2), None)
 
 
 def _require_known(adapter: AdapterFolder) -> None:
-    """Raises `UserError` for a method or setting that peft does not know here, or that no weights can hold."""
+    """Raises `UserError` for a method or setting that this peft does not know, or that cannot be merged into
+    weights.
+    """
     from peft import __version__
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -103,25 +100,25 @@ def _require_known(adapter: AdapterFolder) -> None:
     start = adapter.config.get("init_lora_weights", True)
     if adapter.method == "LORA" and start not in REPEATED_STARTS:
         raise UserError(
-            f"{adapter.place}: init_lora_weights {start}: its change begins at a start that is neither in its folder "
+            f"{adapter.source}: init_lora_weights {start}: its change begins at a start that is neither in its folder "
             "nor found again from the base; expected an adapter that peft has turned into plain LoRA: save it with "
             "path_initial_model_for_weight_conversion"
         )
     if adapter.config.get("alora_invocation_tokens"):
         raise UserError(
-            f"{adapter.place}: an activated LoRA (alora_invocation_tokens), which changes the model behind some tokens "
-            "only; expected an adapter that weights can hold"
+            f"{adapter.source}: an activated LoRA (alora_invocation_tokens), which changes the model only after some "
+            "tokens; expected an adapter that can be merged into weights"
         )
 
 
 def _wrapped(model: PreTrainedModel, adapter: AdapterFolder) -> PeftModel:
-    """The model under the adapter, as `PeftModel.from_pretrained` puts it, with every tensor in its place."""
+    """The model under the adapter, as `PeftModel.from_pretrained` creates it, with every tensor loaded."""
     from peft import PeftConfig, PeftModel
 
     config: PeftConfig = PeftConfig.from_pretrained(str(adapter.folder))
     if config.is_prompt_learning or not _merges(config):
         raise UserError(
-            f"{adapter.place}: {_described(adapter)}, which changes no weights and so cannot be merged; expected an "
+            f"{adapter.source}: {_described(adapter)}, which changes no weights and so cannot be merged; expected an "
             "adapter such as LoRA"
         )
     config.inference_mode = True
@@ -129,7 +126,7 @@ def _wrapped(model: PreTrainedModel, adapter: AdapterFolder) -> PeftModel:
         wrapped = PeftModel(model, config, adapter_name=_NAME, autocast_adapter_dtype=False)
         result = wrapped.load_adapter(str(adapter.folder), _NAME, torch_device="cpu", autocast_adapter_dtype=False)
     if result.unexpected_keys:
-        raise ValueError(f"it holds {result.unexpected_keys[0]}, for which the model has no place")
+        raise ValueError(f"it contains {result.unexpected_keys[0]}, which the model does not have")
     if result.missing_keys:
         raise ValueError(f"it lacks {result.missing_keys[0]}")
     return wrapped.eval()
@@ -144,22 +141,22 @@ def _merges(config: PeftConfig) -> bool:
 
 @contextmanager
 def _refused(adapter: AdapterFolder, what: str) -> Iterator[None]:
-    """Turns peft's errors into a `UserError` with the adapter's kind. what: what was to be done with the adapter."""
+    """Turns peft's errors into a `UserError` with the adapter's kind. what: the operation, for the message."""
     try:
         yield
     except _REFUSALS as problem:
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
-        # torch tells what does not fit below a line that says nothing.
+        # torch lists the mismatches after a general first line.
         reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
         raise UserError(
-            f"{adapter.place}: {_described(adapter)} that cannot be {what} {adapter.base}: {reason[:300]}"
+            f"{adapter.source}: {_described(adapter)} that cannot be {what} {adapter.base}: {reason[:300]}"
         ) from problem
 
 
 @contextmanager
 def _hushed() -> Iterator[None]:
     with warnings.catch_warnings():
-        # peft warns of ties and of keys; what matters of it is checked on the outputs.
+        # peft warns about ties and keys; the outputs are compared instead.
         warnings.simplefilter("ignore")
         yield
 
@@ -171,7 +168,7 @@ def _described(adapter: AdapterFolder) -> str:
 
 
 def _resize(model: PreTrainedModel, adapter: AdapterFolder) -> None:
-    """Gives the embeddings the rows that the adapter brings. Raises `UserError` where it brings those of one side."""
+    """Resizes the embeddings to the adapter's rows. Raises `UserError` if it has them only for one side."""
     entry, output = embeddings(model)
     names = {id(module): name for name, module in model.named_modules()}
     rows = saved_rows(adapter, names[id(entry)])
@@ -180,14 +177,14 @@ def _resize(model: PreTrainedModel, adapter: AdapterFolder) -> None:
     tied = output is None or output.weight is entry.weight
     if not tied and saved_rows(adapter, names[id(output)]) != rows:
         raise UserError(
-            f"{adapter.place}: brings {rows} rows of {names[id(entry)]} for a model with {entry.weight.shape[0]}, and "
+            f"{adapter.source}: brings {rows} rows of {names[id(entry)]} for a model with {entry.weight.shape[0]}, and "
             f"not as many of {names[id(output)]}; expected both: save the adapter with save_embedding_layers=True"
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _give_each_its_own(model: nn.Module) -> None:
-    """Parts tied weights: a change of one must not reach another, which has a change of its own or none."""
+    """Unties weights, so that a change of one does not affect another."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -197,7 +194,7 @@ def _give_each_its_own(model: nn.Module) -> None:
 
 
 def _tie_again(model: PreTrainedModel, *, tied: bool) -> None:
-    """Ties the embeddings where they are still equal; where the adapter made them differ the config says so."""
+    """Ties the embeddings if they are still equal; otherwise updates the config."""
     if not tied:
         return
     entry, output = embeddings(model)
@@ -210,7 +207,7 @@ def _tie_again(model: PreTrainedModel, *, tied: bool) -> None:
 
 
 def _probe(model: PreTrainedModel, adapter: AdapterFolder) -> Tensor:
-    """Tokens `[1, T]` from all over the vocabulary, and those that the adapter trains by themselves."""
+    """Tokens `[1, T]` from the whole vocabulary, and those that the adapter trains individually."""
     rows = embeddings(model)[0].weight.shape[0]
     trained = adapter.config.get("trainable_token_indices") or adapter.config.get("token_indices") or []
     indices = [each for part in trained.values() for each in part] if isinstance(trained, dict) else list(trained)

@@ -1,29 +1,12 @@
-"""A trained task model as a folder, out and in.
+"""Saves and opens trained models as folders: models with a head, reward models, causal language models, and pretrained
+weights.
 
-    model/   config.json  model.safetensors  tokenizer…   what transformers opens, or refuses (`task_layout.py`)
-             head.safetensors  loopos.json                the head as it was trained, and what its outputs mean
+    model/   config.json  model.safetensors  tokenizer…   transformers' files (`task_layout.py`), with the chat template
+             head.safetensors                             the head as trained, for models with a head
+             loopos.json                                  what LoopOS knows about the model
 
-Written beside and renamed, so that a folder is whole or absent. Left out: checkpoints of a run in progress
-(`training.checkpoint`).
-
-A trained reward model, opened: one that scores, and the adapter that it was trained as, if it was one; and several
-as one.
-
-Enters: the folder of a run, or of its model. Leaves: the model in fp32 with its tokenizer and how its scores are read.
-Left out: writing it (`task_folder.py`), normalising (`evaluation.reward_scores`).
+Folders are written under another name and renamed, so they are complete or absent.
 Letters: T tokens, N responses, k heads.
-
-A trained causal language model as a folder, out and in.
-
-    model/   config.json  generation_config.json  model.safetensors  tokenizer…  chat_template
-             loopos.json   how reasoning and turns are written
-
-What `AutoModelForCausalLM.from_pretrained` opens, with the chat template that the model was trained with, so that other
-programs speak to it in the same format. Left out: checkpoints (`training.checkpoint`), generation.
-
-Pretrained weights as other configs name them: a folder, or a file with its config and tokenizer beside it.
-
-Enters: a causal language model and its tokenizer. Leaves: files. Left out: reading them (`load.py`).
 """
 
 from __future__ import annotations
@@ -65,9 +48,9 @@ def save_task_model(
     tokenizer: PreTrainedTokenizerBase,
     description: Mapping[str, Any],
 ) -> None:
-    """Writes backbone, head, tokenizer and `description` (needs task, pooling, class_names and precision, the format
-    that the backbone takes); replaces the folder at once. LoRA layers must be merged before. Raises `OSError` when
-    the disk is full.
+    """Writes backbone, head, tokenizer and `description` (requires task, pooling, class_names and precision, the
+    backbone's format); replaces the folder atomically. LoRA layers must be merged before. Raises `OSError` when the
+    disk is full.
     """
     backbone, head = model.backbone.model, model.head.weight.detach().float().cpu()
     tokenizer = folder_tokenizer(tokenizer, backbone.config)
@@ -81,7 +64,7 @@ def save_task_model(
 
 
 def read_head(folder: Path) -> Tensor:
-    """The head's weight `[C, d]`. Raises `UserError` for a file that is missing or broken."""
+    """The head's weight `[C, d]`. Raises `UserError` for a missing or broken file."""
     check_manifest(folder, of=lambda name: name == HEAD)
     try:
         weight = read_tensors(folder / HEAD)["weight"]
@@ -94,8 +77,8 @@ def read_head(folder: Path) -> Tensor:
 def open_task_model(
     source: str | Path, *, attention: str = "auto"
 ) -> tuple[PooledModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The model in fp32, its tokenizer and its description. Raises `UserError` for a folder that is none, is
-    broken, or is of a newer format.
+    """The model in fp32, its tokenizer and its description. Raises `UserError` for a folder that is not such a model,
+    is broken, or has a newer format.
     """
     folder = model_folder(source)
     description = read_description(folder)
@@ -115,8 +98,8 @@ def open_task_model(
 
 @dataclass(frozen=True)
 class OpenedReward:
-    """`model` gives raw scores `[N, k]`. `description`: what training wrote of it. `adapter`: the PEFT folder of the
-    adapter that is merged in the model, over the weights with the fingerprint `description["base"]`; None without one.
+    """`model` gives raw scores `[N, k]`. `description`: what training wrote about it. `adapter`: the PEFT folder of the
+    adapter that is merged into the model, over weights with the fingerprint `description["base"]`; None without one.
     """
 
     model: PooledModel
@@ -126,7 +109,7 @@ class OpenedReward:
 
 
 def open_reward_model(source: str | Path) -> OpenedReward:
-    """place: the output folder of a reward_model run, or its folder model/. Raises `UserError` for another one."""
+    """source: the output folder of a reward_model run, or its folder model/. Raises `UserError` for anything else."""
     folder = model_folder(source)
     description = read_description(folder)
     if kind_of(description) != "reward":
@@ -140,7 +123,7 @@ def open_reward_model(source: str | Path) -> OpenedReward:
 
 
 class RewardEnsemble(nn.Module):
-    """Several reward models as one, whose heads are those of all."""
+    """Several reward models as one, with the heads of all."""
 
     def __init__(self, members: Sequence[PooledModel]) -> None:
         super().__init__()
@@ -152,23 +135,23 @@ class RewardEnsemble(nn.Module):
 
 
 def descriptions_together(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """How an ensemble's scores are read: each head by its own mean and deviation."""
+    """How to read an ensemble's scores: mean and deviation of each head."""
     names = ("score_mean", "score_std")
     return {name: [value for each in descriptions for value in each[name]] for name in names}
 
 
-def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, told: str) -> None:
-    """Raises `UserError` unless both make the same tokens, so that one may read what the other wrote."""
+def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, key: str) -> None:
+    """Raises `UserError` unless both tokenizers have the same tokens. key: the config key of the other model."""
     if policy.get_vocab() != other.get_vocab():
         raise UserError(
-            f"{told}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); expected a "
+            f"{key}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); expected a "
             "reward model trained from weights with the policy's tokenizer"
         )
 
 
 @dataclass(frozen=True)
 class OpenedLanguageModel:
-    """A causal language model in fp32 on CPU. `description`: what LoopOS wrote beside it; empty for other models."""
+    """A causal language model in fp32 on CPU. `description`: what LoopOS wrote about it; empty for other models."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -177,18 +160,16 @@ class OpenedLanguageModel:
 
     @property
     def precision(self) -> str:
-        """What the model runs in where nothing else is asked for: the format of its training, bf16 where its weights
-        are codes, fp32 for others.
-        """
+        """The default format to run in: that of training, bf16 for quantized weights, fp32 for others."""
         return str(self.description.get("precision", "bf16" if is_quantized(self.model) else "fp32"))
 
 
 def save_language_model(
     folder: Path, causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> None:
-    """Writes model, tokenizer and `description` (needs precision, the format that the weights take, and stop_tokens,
-    which end what the model says); replaces the folder at once. LoRA layers must be merged before. Raises `OSError`
-    when the disk is full.
+    """Writes model, tokenizer and `description` (requires precision, the format of the weights, and stop_tokens, which
+    end a response); replaces the folder atomically. LoRA layers must be merged before. Raises `OSError` when the disk
+    is full.
     """
     cast_parameters(causal, NUMBER_FORMATS[description["precision"]])
     if causal.generation_config is not None:
@@ -210,8 +191,8 @@ def export_language_model(
     lora: LoraSection | None,
     base: str,
 ) -> None:
-    """Writes `model/` of a run and, of one with adapters, `adapter/` too, which are then merged. base: the weights that
-    the adapters belong to. Raises `OSError` when the disk is full.
+    """Writes `model/` of a run and, for LoRA runs, `adapter/`; then merges the adapters. base: the adapters' base
+    weights. Raises `OSError` when the disk is full.
     """
     if lora is not None:
         save_lora(causal, run_dir / "adapter", base=base, task="CAUSAL_LM")
@@ -220,7 +201,7 @@ def export_language_model(
 
 
 def open_language_model(source: str, *, trust_remote_code: bool = False) -> OpenedLanguageModel:
-    """place: the output folder of a run, a model folder, or whatever `data.pretrained_weights` may name. Raises
+    """source: the output folder of a run, a model folder, or a value of `data.pretrained_weights`. Raises
     `UserError`.
     """
     description = described(source)
@@ -243,12 +224,11 @@ _WEIGHTS = "model.safetensors"
 
 
 def save_pretrained(path: Path, causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes model and tokenizer to the folder `place`, or, where `place` ends in .bin or .safetensors, the weights to
-    that file (safetensors inside, under either name) and the rest beside it.
+    """Writes model and tokenizer to the folder `path`. If `path` ends in .bin or .safetensors, the weights go to that
+    file (safetensors under either name) and the rest beside it.
 
-    Each file is written beside its place, flushed to the disk and renamed, the weights last; the folder's manifest, in
-    which files of other weights keep their lines, is taken away before and written after. Raises `OSError` when the
-    disk is full.
+    Each file is written under a temporary name, flushed and renamed, the weights last. The folder's manifest is removed
+    first and written last; it keeps the entries of other weights. Raises `OSError` when the disk is full.
     """
     folder = path.parent if path.suffix in _FILES else path
     with partial_folder(folder / _WEIGHTS) as partial:
@@ -274,7 +254,7 @@ def save_pretrained(path: Path, causal: PreTrainedModel, tokenizer: PreTrainedTo
 
 
 def _lines_of_others(folder: Path) -> dict[str, FileRecord]:
-    """What the manifest of a folder holds so far. A broken one is replaced, and checks nothing from then on."""
+    """The current manifest of a folder; empty if it is broken."""
     try:
         return read_manifest(folder)
     except UserError:

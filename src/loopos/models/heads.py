@@ -1,4 +1,4 @@
-"""Pooling and heads: hidden states of a packed row → one vector a sequence → outputs of the task.
+"""Pooling and heads: hidden states of a packed row → one vector per sequence → outputs of the task.
 
 Letters: T tokens, N sequences, d hidden size, C outputs.
 """
@@ -17,8 +17,8 @@ POOLINGS = ("mean", "last", "first", "max")
 
 
 def pool(hidden: Tensor, layout: PackedLayout, how: str) -> Tensor:
-    """One fp32 vector a sequence: the mean, the maximum, the first or the last of its real tokens. hidden `[T, d]`
-    → `[N, d]`. Sequences with branches give one for each branch, and have "last" alone.
+    """One fp32 vector per sequence: the mean, the maximum, the first or the last of its tokens. hidden `[T, d]` → `[N,
+    d]`. Sequences with a shared prefix give one vector per continuation, only with "last".
     """
     assert how == "last" or layout.segments is None, how
     assert how in POOLINGS, how
@@ -30,8 +30,8 @@ def pool(hidden: Tensor, layout: PackedLayout, how: str) -> Tensor:
 
 
 class PooledModel(nn.Module):
-    """Backbone, pooling and a linear head without bias (as in transformers' sequence classifiers of causal models):
-    `W·pool(h)`.
+    """Backbone, pooling and a linear head without bias, `W·pool(h)`, as transformers' sequence classifiers of causal
+    models.
 
     The head stays in fp32: it is small, and its logits decide.
     """
@@ -45,8 +45,8 @@ class PooledModel(nn.Module):
         seed: int,
         head_std: float | None = None,
     ) -> None:
-        """backbone: of its own, or a view of one that belongs to another module. head_std: standard deviation that W is
-        drawn with, 0 for a head of zeros; the model's own `initializer_range` when None.
+        """backbone: its own, or a view of one that belongs to another module. head_std: standard deviation of the
+        initial W, 0 for a head of zeros; None for the model's own `initializer_range`.
         """
         super().__init__()
         self.backbone = backbone
@@ -58,7 +58,7 @@ class PooledModel(nn.Module):
             self.head.weight.normal_(0.0, head_std, generator=torch.Generator().manual_seed(seed))
 
     def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
-        """ids `[T]`, layout of N sequences → outputs (logits or standardised predictions) `[N, C]` in fp32."""
+        """ids `[T]`, layout of N sequences → outputs (logits or standardized predictions) `[N, C]` in fp32."""
         return self.outputs(pool(self.backbone(ids, layout, token_types), layout, self.pooling))
 
     def outputs(self, vectors: Tensor) -> Tensor:
@@ -69,5 +69,5 @@ class PooledModel(nn.Module):
 
 
 def scalar_head_std(hidden_size: int) -> float:
-    """1/√(d + 1): the spread of a new head of rewards (Stiennon et al. 2020; Huang et al. 2024)."""
+    """1/√(d + 1): the standard deviation of a new reward head (Stiennon et al. 2020; Huang et al. 2024)."""
     return float((hidden_size + 1) ** -0.5)

@@ -1,7 +1,5 @@
-"""A causal language model over packed rows: backbone, output embedding, next-token loss.
+"""A causal language model over packed rows: next-token losses and log-probabilities.
 
-Enters: a transformers causal language model. Leaves: sums of next-token losses over packed rows, log-probabilities of
-tokens. Left out: generation (`generation`), its folder (`language_folder.py`).
 Letters: T tokens of the row, N sequences, M positions whose next token is trained.
 """
 
@@ -22,13 +20,13 @@ _PROBE_TOLERANCE = 2e-4
 
 
 class LanguageModel(nn.Module):
-    """`causal` is transformers' model, unchanged; its base runs as a `Backbone`, its output embedding E gives the loss
-    −log softmax(shape(E·h_t))_{token t+1}. The parameters are those of `causal`, tied ones once.
+    """`causal` is transformers' model, unchanged; its base runs as a `Backbone`. With the output embedding E the loss
+    is −log softmax(shape(E·h_t))_{token t+1}. The parameters are those of `causal`, tied ones once.
     """
 
     def __init__(self, causal: PreTrainedModel, *, attention: str = "auto") -> None:
-        """attention: as `Backbone`'s. Raises `UserError` for a model that sees later tokens, or whose logits are made
-        in a way that is not known here.
+        """attention: as for `Backbone`. Raises `UserError` for a model that sees later tokens, or that computes its
+        logits in an unknown way.
         """
         super().__init__()
         base = headless(causal)
@@ -36,7 +34,7 @@ class LanguageModel(nn.Module):
         self.shape = _logit_shape(causal.config.get_text_config())
         with exact_activations(causal):
             _check(causal, base, self.shape)
-        # Kept out of the module tree: the backbone's parameters are those of `causal`, and are named once.
+        # In a tuple to stay out of the module tree: the backbone's parameters are those of `causal`.
         self._backbone = (Backbone(base, attention=attention),)
 
     @property
@@ -49,8 +47,8 @@ class LanguageModel(nn.Module):
         return _output_embedding(self.causal)
 
     def forward(self, ids: Tensor, layout: PackedLayout, weights: Tensor | None = None) -> Tensor:
-        """Weighted sum of the next-token losses of a row, nats. ids `[T]`; weights `[T]`: the factor on the loss of
-        each token as the target of those before it, 0 for the first of each sequence; None = 1 for all others.
+        """Weighted sum of the next-token losses of a row, nats. ids `[T]`. weights `[T]`: the factor on the loss of
+        each token as a target, 0 for the first of each sequence; None = 1 for all others.
         """
         targets, weights = trained_tokens(layout, weights)
         hidden = self.backbone(ids, layout)
@@ -64,8 +62,8 @@ class LanguageModel(nn.Module):
 
 
 def trained_tokens(layout: PackedLayout, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The positions of the tokens whose loss counts, `[M]`, and their weights; None = 1 for every token that has one
-    before it in its own sequence.
+    """The positions of the tokens whose loss counts, `[M]`, and their weights; None = 1 for every token with a
+    predecessor in its sequence.
     """
     if weights is None:
         return next_token_positions(layout) + 1, None
@@ -74,7 +72,7 @@ def trained_tokens(layout: PackedLayout, weights: Tensor | None) -> tuple[Tensor
 
 
 def next_token_positions(layout: PackedLayout) -> Tensor:
-    """Positions of a row that have a next token in their own sequence, `[T − N]`."""
+    """Positions of a row with a next token in their sequence, `[T − N]`."""
     has_next = torch.ones(layout.num_tokens, dtype=torch.bool, device=layout.device)
     has_next[layout.ends()] = False
     return has_next.nonzero().squeeze(1)
@@ -95,7 +93,7 @@ def _logit_shape(config: PreTrainedConfig) -> LogitShape:
 
 @torch.no_grad()
 def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) -> None:
-    """Raises `UserError` unless on these weights logits are finite and shape(E·h), and depend on no later token."""
+    """Raises `UserError` unless logits on these weights are finite, equal shape(E·h), and depend on no later token."""
     config, was_training = causal.config.get_text_config(), causal.training
     causal.train(False)
     ids = torch.arange(config.vocab_size - 1, config.vocab_size - 7, -1, device=causal.device).clamp_(min=0)[None]
@@ -104,7 +102,7 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     embedding = _output_embedding(causal)
     if hidden.shape[-1] != embedding.shape[-1]:
         raise UserError(
-            f"{type(causal).__name__} makes its logits in a way that is not known here (hidden states of "
+            f"{type(causal).__name__} computes its logits in an unsupported way (hidden states of "
             f"{hidden.shape[-1]} features, an output layer of {embedding.shape[-1]}); expected a model whose output "
             "layer is a matrix without bias"
         )
@@ -122,12 +120,11 @@ def _check(causal: PreTrainedModel, base: PreTrainedModel, shape: LogitShape) ->
     largest = logits.abs().max().clamp_min(1e-6)
     if not float((logits[:-1] - before).abs().max() / largest) <= tolerance:
         raise UserError(
-            f"{type(causal).__name__} sees the tokens that it is to predict: an encoder; expected a causal language "
-            "model"
+            f"{type(causal).__name__} attends to later tokens, so it is an encoder; expected a causal language model"
         )
     difference = float((logits - expected).abs().max() / largest)
     if not difference <= tolerance:
         raise UserError(
-            f"{type(causal).__name__} makes its logits in a way that is not known here (other than E·h by "
+            f"{type(causal).__name__} computes its logits in an unsupported way (other than E·h by "
             f"{difference:.1e}); expected a model whose output layer is a matrix without bias"
         )

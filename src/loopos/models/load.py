@@ -1,8 +1,6 @@
-"""Pretrained models in, from every kind of source.
+"""Loads pretrained models from every kind of source: fp32, headless or with the output embedding, with their tokenizer.
 
-Enters: the value of `data.pretrained_weights`, and the sizes of `model` where the source has no config. Leaves: a
-model in fp32, headless or with its output embedding, and its tokenizer. Left out: reading the files
-(`weight_files.py`), heads, adapters.
+`weight_files.py` reads the files; `resolve.py` recognizes the sources.
 """
 
 from __future__ import annotations
@@ -41,14 +39,14 @@ _SIZES = {
     "d_ff": "intermediate_size",
     "vocab_size": "vocab_size",
 }
-# What transformers or the place of a file adds to a config; the weights do not depend on it.
+# Config keys that depend on transformers or the file's path, not on the weights.
 _NOT_OF_THE_WEIGHTS = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes under `model`; None where the config is silent. `max_length` is the longest sequence a new model
-    has positions for.
+    """The sizes under `model`; None if the config does not set them. `max_length`: the longest sequence that a new
+    model has positions for.
     """
 
     d_model: int | None = None
@@ -61,19 +59,23 @@ class Sizes:
 
     @classmethod
     def of(cls, section: ModelSection | LanguageModelSection, *, max_length: int | None = None) -> Sizes:
-        """Those of a config's `model` section; positions for `max_length` tokens, and 2048 at least."""
-        named = {ours: getattr(section, ours) for ours in _SIZES}
+        """From a config's `model` section, with positions for at least `max_length` and 2048 tokens."""
+        named = {own_name: getattr(section, own_name) for own_name in _SIZES}
         return cls(**named, max_length=max(cls.max_length, max_length or 0))
 
-    def actual(self) -> dict[str, int]:
-        """transformers' name → size, of those that were given."""
-        return {theirs: getattr(self, ours) for ours, theirs in _SIZES.items() if getattr(self, ours) is not None}
+    def as_transformers(self) -> dict[str, int]:
+        """transformers' name → size, for the sizes that are set."""
+        return {
+            hf_name: getattr(self, own_name)
+            for own_name, hf_name in _SIZES.items()
+            if getattr(self, own_name) is not None
+        }
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in fp32 on CPU, its tokenizer, `summary`: what was loaded, in words, and `fingerprint`, which
-    tells these weights from others.
+    """A model in fp32 on CPU and its tokenizer. `summary`: one line about what was loaded. `fingerprint`: identifies
+    these weights.
     """
 
     model: PreTrainedModel
@@ -83,7 +85,7 @@ class Pretrained:
 
 
 def load_pretrained(
-    actual: str,
+    source_name: str,
     *,
     causal: bool = False,
     sizes: Sizes = Sizes(),
@@ -91,16 +93,16 @@ def load_pretrained(
     trust_remote_code: bool = False,
     quantized: bool = False,
 ) -> Pretrained:
-    """Loads what `data.pretrained_weights` names: the headless model, or with `causal` the language model. quantized:
-    whether weights in codes will do, which cannot be trained.
+    """Loads the model that `data.pretrained_weights` names: headless, or with `causal` the language model. quantized:
+    accept quantized weights, which cannot be trained.
 
-    Raises `UserError` for a missing or broken source, a file that wants to run code, tensors that are missing or of
-    other shapes than the config says, sizes that disagree with the weights, and encoder-decoder models.
+    Raises `UserError` for a missing or broken source, a file that would run code, tensors that are missing or do not
+    fit the config, sizes that contradict the weights, and encoder-decoder models.
     """
-    source = weights_source(actual)
+    source = weights_source(source_name)
     if source.kind == "adapter":
         return load_adapted(
-            open_adapter_folder(actual),
+            open_adapter_folder(source_name),
             causal=causal,
             sizes=sizes,
             tokenizer=tokenizer,
@@ -111,7 +113,7 @@ def load_pretrained(
 
 
 def _files_checked(source: WeightsSource) -> AbstractContextManager[None]:
-    """What raises `UserError` for a file beside the weights that is not what was saved, where a manifest says so."""
+    """A context that raises `UserError` if a file differs from its manifest, where there is one."""
     if source.kind in ("safetensors", "torch") and source.path is not None:
         own = source.path.name
         return checked_meanwhile(source.path.parent, of=lambda name: name == own or not is_weights(name))
@@ -131,13 +133,13 @@ def _load(
     trust_remote_code: bool,
     quantized: bool,
 ) -> Pretrained:
-    actual = source.actual
+    source_name = source.name
     config = _config(source, sizes, trust_remote_code)
     opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
     num_rows = config.get_text_config().vocab_size
     if len(opened) > num_rows:
         raise UserError(
-            f"the tokenizer has {len(opened)} tokens but the model of {actual} only {num_rows} embeddings: "
+            f"the tokenizer has {len(opened)} tokens but the model of {source_name} only {num_rows} embeddings: "
             "name the tokenizer that belongs to the weights in data.tokenizer"
         )
     if source.kind == "new":
@@ -148,15 +150,15 @@ def _load(
         if not quantized:
             raise SettingError(
                 _KEY,
-                f"{actual} is quantized: its weights are codes, which can be neither trained nor changed; expected the "
+                f"{source_name} is quantized: its weights are codes, which cannot be trained or changed; expected the "
                 "model that it was made from",
             )
-        model = from_quantized(actual, folder, config, causal=causal)
+        model = from_quantized(source_name, folder, config, causal=causal)
     else:
-        place = str(folder_of(source) or actual)
-        model = from_folder(place, config, causal=causal, trust_remote_code=trust_remote_code)
+        path = str(folder_of(source) or source_name)
+        model = from_folder(path, config, causal=causal, trust_remote_code=trust_remote_code)
     parameters = num_weights(model)
-    summary = f"{actual}: {type(model).__name__}, {parameters:,} parameters"
+    summary = f"{source_name}: {type(model).__name__}, {parameters:,} parameters"
     return Pretrained(model, opened, summary, fingerprint(model))
 
 
@@ -169,45 +171,47 @@ def load_adapted(
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
-    """An adapter folded into its base, or into the weights that `base` names, as a model. Raises `UserError` for an
-    adapter of another task, one of another model, and one that cannot be merged exactly.
+    """An adapter merged into its base, or into the weights that `base` names. Raises `UserError` for an adapter of
+    another task or model, and for one that cannot be merged exactly.
     """
     if adapter.task not in TASKS:
-        raise UserError(f"{adapter.place}: an adapter of task {adapter.task}; expected one of task CAUSAL_LM")
-    speaks = TASKS[adapter.task]
-    if causal and not speaks:
+        raise UserError(f"{adapter.source}: an adapter of task {adapter.task}; expected one of task CAUSAL_LM")
+    is_causal = TASKS[adapter.task]
+    if causal and not is_causal:
         raise UserError(
-            f"{adapter.place}: an adapter of a model without an output embedding ({adapter.task}), which makes no "
-            "text; expected one of task CAUSAL_LM"
+            f"{adapter.source}: an adapter of a model without an output embedding ({adapter.task}), which cannot "
+            "generate text; expected one of task CAUSAL_LM"
         )
     named = base or base_of_adapter(adapter.folder)
-    under = load_pretrained(named, causal=speaks, sizes=sizes, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    under = load_pretrained(
+        named, causal=is_causal, sizes=sizes, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+    )
     model = fold_adapter(under.model, adapter)
     own = under.tokenizer
     if tokenizer is None and (adapter.folder / "tokenizer_config.json").is_file():
         own = open_tokenizer(
-            WeightsSource(adapter.place, "adapter", adapter.folder), trust_remote_code=trust_remote_code
+            WeightsSource(adapter.source, "adapter", adapter.folder), trust_remote_code=trust_remote_code
         )
     rows = embeddings(model)[0].weight.shape[0]
     if len(own) > rows:
         raise UserError(
-            f"{adapter.place}: its tokenizer has {len(own)} tokens, but the model only {rows} embeddings: those of "
+            f"{adapter.source}: its tokenizer has {len(own)} tokens, but the model only {rows} embeddings: those of "
             f"{', '.join(own.convert_ids_to_tokens(list(range(rows, len(own)))[:3]))} were not saved with the adapter; "
             "expected an adapter saved with save_embedding_layers=True, or no tokenizer in its folder, so that the "
             "base's is taken"
         )
-    if speaks and not causal:
+    if is_causal and not causal:
         assert isinstance(model.base_model, PreTrainedModel)
         model = model.base_model
     summary = (
-        f"{adapter.place}: {type(model).__name__}, {num_weights(model):,} parameters, an adapter folded into {named}"
+        f"{adapter.source}: {type(model).__name__}, {num_weights(model):,} parameters, an adapter folded into {named}"
     )
     return Pretrained(model, own, summary, fingerprint(model))
 
 
-def load_config(actual: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The architecture alone, without weights: what a dry run needs. Raises `UserError`."""
-    return _config(weights_source(actual), sizes, trust_remote_code)
+def load_config(source_name: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Only the architecture, without weights, for dry runs. Raises `UserError`."""
+    return _config(weights_source(source_name), sizes, trust_remote_code)
 
 
 def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
@@ -222,21 +226,23 @@ def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> Pre
         if not (source.path.parent / "config.json").is_file():
             return new_config(sizes)
         folder = source.path.parent
-    place = str(folder or source.actual)
+    path = str(folder or source.name)
     if folder is not None:
         check_config(folder / "config.json")
     try:
-        config = backbone_config(place) or AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = backbone_config(path) or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except BROKEN as problem:
         raise SettingError(_KEY, _why(source, problem)) from problem
     assert isinstance(config, PreTrainedConfig)
-    _check_config(config, sizes, source.actual)
+    _check_config(config, sizes, source.name)
     return config
 
 
 def new_config(sizes: Sizes) -> LlamaConfig:
-    """A Llama-style decoder of the guide's sizes, with tied embeddings."""
-    missing = [ours for ours in _SIZES if ours != "num_key_value_heads" and getattr(sizes, ours) is None]
+    """A Llama-style decoder of these sizes with tied embeddings."""
+    missing = [
+        own_name for own_name in _SIZES if own_name != "num_key_value_heads" and getattr(sizes, own_name) is None
+    ]
     if missing:
         raise UserError(
             f"model: {', '.join(missing)} missing; a new model, or a weights file without config.json beside it, "
@@ -247,7 +253,7 @@ def new_config(sizes: Sizes) -> LlamaConfig:
     config = LlamaConfig.from_dict(
         {
             "num_key_value_heads": sizes.num_heads,
-            **sizes.actual(),
+            **sizes.as_transformers(),
             "head_dim": sizes.d_model // sizes.num_heads,
             "max_position_embeddings": sizes.max_length,
             "tie_word_embeddings": True,
@@ -257,22 +263,22 @@ def new_config(sizes: Sizes) -> LlamaConfig:
     return config
 
 
-def _check_config(config: PreTrainedConfig, sizes: Sizes, actual: str) -> None:
+def _check_config(config: PreTrainedConfig, sizes: Sizes, source_name: str) -> None:
     if config.is_encoder_decoder:
         raise UserError(
-            f"{actual} is an encoder-decoder model ({config.model_type}); expected a causal language model or an "
+            f"{source_name} is an encoder-decoder model ({config.model_type}); expected a causal language model or an "
             "encoder"
         )
     text = config.get_text_config()
-    ours = {theirs: name for name, theirs in _SIZES.items()}
+    own_name = {hf_name: name for name, hf_name in _SIZES.items()}
     wrong = [
-        f"model.{ours[theirs]}: got {size}, but the weights have {getattr(text, theirs)}"
-        for theirs, size in sizes.actual().items()
-        if getattr(text, theirs, size) != size
+        f"model.{own_name[hf_name]}: got {size}, but the weights have {getattr(text, hf_name)}"
+        for hf_name, size in sizes.as_transformers().items()
+        if getattr(text, hf_name, size) != size
     ]
     if wrong:
         raise UserError(
-            "\n".join([*wrong, f"remove these keys (the weights of {actual} say them) or name other weights"])
+            "\n".join([*wrong, f"remove these keys (the weights of {source_name} define them) or choose other weights"])
         )
 
 
@@ -280,14 +286,14 @@ def _why(source: WeightsSource, problem: Exception) -> str:
     first = reason_of(problem)
     if source.kind == "hub":
         return (
-            f"{source.actual} is neither a file or folder here nor reachable on a hub: {first}\n"
+            f"{source.name} is neither a file or folder here nor reachable on a hub: {first}\n"
             'use the embedded model ("smollm2-135m"), a local folder, or set HF_TOKEN for a private model'
         )
-    return f"cannot read the config of {source.actual}: {first}"
+    return f"cannot read the config of {source.name}: {first}"
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """The architecture and the first values of every tensor, as 16 hexadecimal digits."""
+    """A digest of the architecture and the first values of every tensor, as 16 hexadecimal digits."""
     described = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_OF_THE_WEIGHTS}
     digest = hashlib.sha256(repr(sorted(described.items())).encode())
     for parameter in model.parameters():
@@ -296,8 +302,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def cast_parameters(model: nn.Module, number_format: torch.dtype) -> None:
-    """Takes the parameters to another number format, in place. Buffers stay: the frequencies of rotary positions must
-    keep fp32, and training leaves them there too. Codes of quantized weights stay codes.
+    """Casts the parameters, in place. Buffers keep their format: rotary frequencies must stay fp32, as in training.
+    Codes of quantized weights stay codes.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():

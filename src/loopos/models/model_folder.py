@@ -1,12 +1,5 @@
-"""A model's loopos.json, checked before anything is made of it.
-
-Enters: the description and its kind. Leaves: nothing, or an error with every key that is missing or of another kind.
-Keys that another version adds are let through. Left out: the folder's manifest (`storage.manifest`).
-
-The folder of a trained model: where it is, and what it says of itself.
-
-Enters: a place. Leaves: the folder, or its description (`loopos.json`). Left out: the models (`task_folder.py`,
-`language_folder.py`), checkpoints of a run in progress (`training.checkpoint`).
+"""The folder of a trained model: where it is, and its description (`loopos.json`), which is checked before use. Unknown
+keys of other versions are ignored.
 """
 
 from __future__ import annotations
@@ -112,7 +105,7 @@ _OF_HEADS = {
     "max_length": (_count, "a whole number from 1"),
     "precision": _PRECISION,
 }
-# Kind of model → key → whether a value will do, and what will.
+# Kind of model → key → (whether a value is valid, description of valid values).
 _NEEDED: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
     "language": {"precision": _PRECISION, "stop_tokens": (_list_of(_token), "a list of token ids")},
     "head": {
@@ -139,8 +132,8 @@ _OPTIONAL: Mapping[str, tuple[Fits, str]] = {
 
 
 def check_description(file: Path, description: Mapping[str, Any], kind: str) -> None:
-    """Raises `UserError` with the keys that are missing or of another kind. kind: of the model, "language_ensemble"
-    too.
+    """Raises `UserError` with the keys that are missing or have invalid values. kind: of the model, also
+    "language_ensemble".
     """
     wrong = list(_diagnostics(description, _NEEDED[kind]))
     if wrong:
@@ -162,7 +155,7 @@ def _diagnostics(description: Mapping[str, Any], needed: Mapping[str, tuple[Fits
 FORMAT = 1
 _CHECKPOINT = re.compile(r"step-\d{8,}")
 ENSEMBLE = "ensemble"
-"""The key under which a folder's description tells the members of an ensemble."""
+"""The description's key for the members of an ensemble."""
 LANGUAGE_ENSEMBLE = "language_ensemble"
 """That of an ensemble of language models."""
 Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
@@ -170,8 +163,8 @@ Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
 
 
 def model_folder(source: str | Path) -> Path:
-    """The folder of a trained model: `place` itself, or `model/` in a run's output folder. Raises `UserError` when
-    there is none.
+    """The folder of a trained model: `source` itself, or `model/` in a run's output folder. Raises `UserError` if there
+    is none.
     """
     actual = Path(expanded(os.fspath(source)))
     for folder in (actual, actual / "model"):
@@ -179,12 +172,12 @@ def model_folder(source: str | Path) -> Path:
             return folder
     refuse_checkpoint(actual)
     if (actual / "events.jsonl").is_file():
-        raise UserError(f"{source}: this run has no finished model yet; go on with loopos train CONFIG --resume")
+        raise UserError(f"{source}: this run has no finished model yet; continue with loopos train CONFIG --resume")
     raise UserError(f"{source}: no trained model here; expected the output_dir of a finished run, or its folder model/")
 
 
 def refuse_checkpoint(path: Path) -> None:
-    """Raises `UserError` for the folder of a checkpoint, or of several: they hold what resuming needs, and no model."""
+    """Raises `UserError` for a checkpoint folder, which contains the state for resuming but no model."""
     steps = [path] if _CHECKPOINT.fullmatch(path.name) else sorted(path.glob("step-*"))
     if not steps or not (steps[-1] / "manifest.json").is_file():
         return
@@ -196,8 +189,8 @@ def refuse_checkpoint(path: Path) -> None:
 
 
 def described(source: str | Path) -> dict[str, Any]:
-    """What LoopOS wrote of the model at a place; nothing where another program made it, or none is there. Raises
-    `UserError` for a run without a finished model, and as `read_description`.
+    """What LoopOS wrote about the model at `source`; empty for models of other programs or if there is none. Raises
+    `UserError` for a run without a finished model, and as `read_description` does.
     """
     names = (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
     if any((Path(expanded(os.fspath(source))) / name).is_file() for name in names):
@@ -206,8 +199,8 @@ def described(source: str | Path) -> dict[str, Any]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What a trained model's folder says of itself. Raises `UserError` where it is broken, of another version, or not
-    what was saved.
+    """The description of a trained model's folder. Raises `UserError` if it is broken, of another version, or
+    changed.
     """
     file = folder / MODEL_DESCRIPTION
     check_manifest(folder, of=lambda name: name == MODEL_DESCRIPTION)
@@ -218,14 +211,14 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"upgrade loopos: {install_command()}"
         )
     kind: str = LANGUAGE_ENSEMBLE if LANGUAGE_ENSEMBLE in description else kind_of(description)
-    # A head stands for the key that tells of it, which may be what is missing.
+    # A head file marks a model with a head, even if the description lacks the key.
     check_description(file, description, "head" if kind == "language" and (folder / HEAD_FILE).is_file() else kind)
     return description
 
 
 def remembered_columns(source: str | Path) -> dict[str, str | None]:
-    """Role → column of the rows that the model at a place was trained on: those it recorded, or for a run of an older
-    version or of a language model those its config names. Nothing for a place without such a record.
+    """Role → column of the rows that the model was trained on: recorded with the model, or for older runs and language
+    models taken from the run's config. Empty without a record.
     """
     description = described(source)
     if "columns" in description:
@@ -240,7 +233,7 @@ def remembered_columns(source: str | Path) -> dict[str, str | None]:
 
 
 def kind_of(description: Mapping[str, Any]) -> Kind:
-    """Which kind of model a description is of. One that LoopOS did not write is taken to say text."""
+    """The kind of model that a description belongs to. Models that LoopOS did not write count as language models."""
     if ENSEMBLE in description:
         return "ensemble"
     if description.get("task") == REWARD_TASK:

@@ -1,8 +1,8 @@
-"""A transformer with a pooled linear head, as transformers opens it: `W·pool(h) + offset` of each text.
+"""A transformer with a pooled linear head for transformers: `W·pool(h) + offset` of each text.
 
-LoopOS puts this file beside the weights of a model that no class of transformers computes;
-`AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)` runs it. It needs torch and
-transformers only. The model answers; it is trained with LoopOS.
+LoopOS copies this file beside the weights of a model that no class of transformers computes.
+`AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)` runs it. It needs only torch and
+transformers. For inference only: training is done with LoopOS.
 Letters: B texts, T tokens of the longest, d hidden size, C outputs.
 """
 
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-# Behind every token of a text. A plain number: the ONNX exporter of torch takes no size of the input here.
+# Larger than every position of a text. A constant, because torch's ONNX exporter accepts no input size here.
 _BEHIND = 1 << 30
 
 
 class LoopOSConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """backbone_type, backbone_config: model_type and other keys of the transformer below the head. pooling: "mean",
-    "last", "first" or "max" of the hidden states of a text. offset: added to the outputs `[C]`; nothing where it is
-    None.
+    "last", "first" or "max" over the hidden states of a text. offset: added to the outputs `[C]`; None for no offset.
     """
 
     model_type = "loopos_pooled"
@@ -37,8 +36,8 @@ class LoopOSConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     ) -> None:
         self.backbone_type, self.backbone_config = backbone_type, dict(backbone_config or {})
         self.pooling, self.offset = pooling, offset
-        # A class of transformers that is named outright would read this config as its own, and draw a head at random or
-        # pool in another way: of these sizes no weights are, so that it fails instead.
+        # A transformers class that is used directly would read this config as its own and get a random head or other
+        # pooling. No weights have these sizes, so it fails instead.
         super().__init__(**{**kwargs, "vocab_size": 0, "num_hidden_layers": 0})
 
     def backbone(self) -> PretrainedConfig:
@@ -48,7 +47,7 @@ class LoopOSConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class LoopOSForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """The backbone stands under its own prefix, as in transformers' classifiers; the head `score` keeps fp32."""
+    """The backbone has its own prefix, as in transformers' classifiers; the head `score` stays in fp32."""
 
     config_class = LoopOSConfig
     _keep_in_fp32_modules = ["score"]  # noqa: RUF012
@@ -70,8 +69,8 @@ class LoopOSForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
         token_type_ids: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor]:
-        """`[B, T]` each, attention_mask 1 = a token of the text, with pads on either side → logits or values `[B, C]`
-        in fp32.
+        """`[B, T]` each, attention_mask 1 = a token of the text, pads on either side → logits or values `[B, C]` in
+        fp32.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -94,16 +93,16 @@ class LoopOSForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
 
 
 def tokens_first(mask: Tensor) -> Tensor:
-    """Places `[B, T]` that put the tokens of each text before its pads, in their order: positions count from the first
-    token then, wherever the pads were. mask `[B, T]`.
+    """Indices `[B, T]` that move the tokens of each text before its pads, in their order, so that positions count from
+    the first token wherever the pads were. mask `[B, T]`.
     """
-    places = torch.arange(mask.shape[1], device=mask.device)
-    order: Tensor = torch.argsort(places + (mask == 0) * _BEHIND, dim=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    order: Tensor = torch.argsort(positions + (mask == 0) * _BEHIND, dim=1)
     return order
 
 
 def pooled(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """One vector a text, over its tokens. hidden `[B, T, d]`, mask `[B, T]` with the pads on the right → `[B, d]`."""
+    """One vector per text, over its tokens. hidden `[B, T, d]`, mask `[B, T]` with pads on the right → `[B, d]`."""
     if how == "first":
         return hidden[:, 0]
     if how == "last":

@@ -1,12 +1,5 @@
-"""A model folder opened to be changed, whatever its kind, and written back as that kind.
-
-Enters: the place of a model. Leaves: an `OpenedModel`; later its folder, as transformers and LoopOS open it. Left out:
-what is changed.
-
-What speaks at a place, opened: a language model, or an ensemble that mixes several.
-
-Enters: a place, a device, a number format. Leaves: the model with its tokenizer and what LoopOS wrote of it. Left out:
-ensembles that vote (`evaluation.reasoning`), templates and step formats.
+"""Opens models of any kind: to be changed and saved as the same kind (`OpenedModel`), or to generate
+(`GenerationModel`, a language model or an ensemble that mixes several).
 """
 
 from __future__ import annotations
@@ -39,8 +32,8 @@ from loopos.models.quantized import is_quantized
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """`model` in fp32 on CPU: a causal language model, or the headless one under `pooled`, the model with a head.
-    `precision`: the format that its weights are kept in; `description`: what LoopOS wrote of it, empty for others.
+    """`model` in fp32 on CPU: a causal language model, or the headless model of `pooled`, the model with a head.
+    `precision`: the format of the saved weights. `description`: what LoopOS wrote about the model, empty for others.
     """
 
     model: PreTrainedModel
@@ -50,7 +43,7 @@ class OpenedModel:
     pooled: PooledModel | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes the model as what it was; it is then in its own format. Raises `OSError` when the disk is full."""
+        """Saves the model as the same kind, in its own format. Raises `OSError` when the disk is full."""
         self.model.to("cpu")  # type: ignore[arg-type]
         if self.pooled is not None:
             save_task_model(folder, self.pooled, self.tokenizer, self.description)
@@ -62,8 +55,8 @@ class OpenedModel:
 
 
 def open_model(source: str, *, quantized: bool = False) -> OpenedModel:
-    """place: a run's folder, a model folder, or whatever `data.pretrained_weights` may name. quantized: whether weights
-    in codes will do, which cannot be changed. Raises `UserError`.
+    """source: a run's folder, a model folder, or a value of `data.pretrained_weights`. quantized: accept quantized
+    weights, which cannot be changed. Raises `UserError`.
     """
     opened = _opened(source)
     if is_quantized(opened.model) and not quantized:
@@ -77,7 +70,7 @@ def _opened(source: str) -> OpenedModel:
     if source == NEW_WEIGHTS:
         raise UserError('got "new", which has learned nothing; expected a trained model')
     if has_head(source):
-        # The plain path leaves transformers' own attention in place.
+        # The padded path keeps transformers' own attention.
         pooled, tokenizer, description = open_task_model(source, attention="padded")
         return OpenedModel(pooled.backbone.model, tokenizer, description, description["precision"], pooled)
     opened = open_language_model(source)
@@ -85,33 +78,35 @@ def _opened(source: str) -> OpenedModel:
 
 
 def has_head(source: str) -> bool:
-    """Whether a place holds a model with a head. Raises `UserError` for a run without a finished model."""
+    """Whether `source` is a model with a head. Raises `UserError` for a run without a finished model."""
     return kind_of(described(source)) != "language"
 
 
 def precision_of(source: str) -> str:
-    """The format that a model's weights are kept in: fp32, bf16 or fp16."""
+    """The format of a model's saved weights: fp32, bf16 or fp16."""
     if description := described(source):
         return str(description["precision"])
-    kept = load_config(source).dtype
-    return next((name for name, dtype in NUMBER_FORMATS.items() if kept == dtype), "fp32")
+    stored = load_config(source).dtype
+    return next((name for name, dtype in NUMBER_FORMATS.items() if stored == dtype), "fp32")
 
 
 @dataclass(frozen=True)
-class Speaking:
-    """`description`: what LoopOS wrote of the model, of an ensemble that of its first member; empty for others."""
+class GenerationModel:
+    """A model that generates. `description`: what LoopOS wrote about it, for an ensemble about its first member; empty
+    for others.
+    """
 
     model: PreTrainedModel | LanguageEnsemble
     tokenizer: PreTrainedTokenizerBase
     description: Mapping[str, Any]
 
 
-def open_speaking(
+def open_generation_model(
     source: str, *, device: str = "cpu", precision: str | None = None, trust_remote_code: bool = False
-) -> Speaking:
-    """place: as `open_language_model`, or the folder of an ensemble. precision: fp32, bf16 or fp16; that of the
-    training when absent, bf16 for quantized models and fp32 for others; of an ensemble for every member. Raises
-    `UserError`, also for an ensemble that votes and for members with other tokens.
+) -> GenerationModel:
+    """source: as for `open_language_model`, or an ensemble's folder. precision: fp32, bf16 or fp16 for all members; by
+    default that of training, bf16 for quantized models and fp32 for others. Raises `UserError`, also for an ensemble
+    that votes and for members with different tokens.
     """
     recipe = read_ensemble(source)
     refuse_votes(source, recipe)
@@ -120,19 +115,19 @@ def open_speaking(
     return _mixed(recipe, [_single(member, device, precision, trust_remote_code) for member in recipe.members])
 
 
-def _mixed(recipe: EnsembleRecipe, opened: list[Speaking]) -> Speaking:
+def _mixed(recipe: EnsembleRecipe, opened: list[GenerationModel]) -> GenerationModel:
     models = [cast(PreTrainedModel, each.model) for each in opened]
     sizes = [int(model.config.get_text_config().vocab_size) for model in models]
     check_one_vocabulary(recipe.members, [each.tokenizer for each in opened], sizes)
     ensemble = LanguageEnsemble(tuple(models), recipe.weights, cast(MixtureMethod, recipe.method))
-    return Speaking(ensemble, opened[0].tokenizer, opened[0].description)
+    return GenerationModel(ensemble, opened[0].tokenizer, opened[0].description)
 
 
-def _single(source: str, device: str, precision: str | None, trust_remote_code: bool) -> Speaking:
+def _single(source: str, device: str, precision: str | None, trust_remote_code: bool) -> GenerationModel:
     opened = open_language_model(source, trust_remote_code=trust_remote_code)
     chosen = precision or opened.precision
     if chosen not in NUMBER_FORMATS:
         raise UserError(f"precision: got {chosen}, expected one of {', '.join(NUMBER_FORMATS)}")
     cast_parameters(opened.model, NUMBER_FORMATS[chosen])
     model = opened.model.to(torch.device(device))  # type: ignore[arg-type]
-    return Speaking(model, opened.tokenizer, opened.description)
+    return GenerationModel(model, opened.tokenizer, opened.description)

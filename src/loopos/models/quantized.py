@@ -1,8 +1,7 @@
-"""Layers whose weights are codes on a grid, and the kernels that multiply by them.
+"""Layers with quantized weights, and the kernels that multiply by them. They replace transformers' linear layers and
+embeddings and cannot be trained.
 
-Enters: codes and their grid. Leaves: layers that stand where transformers' linear layers and embeddings stood. Their
-tensors carry torchao's names (`_weight_qdata` …), so that what `state_dict` gives is what `quantized_folder.py` writes.
-Left out: choosing codes (`functional`), files (`quantized_folder.py`). No layer can be trained.
+Tensors have torchao's names (`_weight_qdata` …), so `quantized_folder.py` writes `state_dict` as it is.
 Letters: K inputs, N outputs, G groups of K/G inputs, R rows of activations.
 """
 
@@ -17,15 +16,15 @@ from torch.nn.functional import linear
 
 from loopos.functional.quantization import GRID_FORMAT, Grid, pack_nibbles, rounded_rows, unpack_nibbles
 
-# Rows of activations up to which torch's kernel for codes is faster than a product with the weight written out first,
+# Up to this many rows, torch's kernel for codes is faster than a product with the dequantized weight, as
 # measured on a CPU with AVX-512 at 576 × 576 and 1536 × 576.
 _MOST_ROWS = {8: 16, 4: 48}
 _FEWEST_ROWS_ON_CUDA = 17
 
 
 class QuantizedWeight(nn.Module):
-    """A weight `[N, K]` as codes: eight bits `[N, K]` with a scale a row `[N, 1]`, or four bits, two a byte, `[N, K/2]`
-    with scale and zero a group `[G, N]`.
+    """A quantized weight `[N, K]`: 8-bit codes `[N, K]` with one scale per row `[N, 1]`, or 4-bit codes, two per byte,
+    `[N, K/2]` with scale and zero point per group `[G, N]`.
     """
 
     _weight_qdata: nn.Parameter
@@ -33,7 +32,7 @@ class QuantizedWeight(nn.Module):
     _weight_zero_point: nn.Parameter | None
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        """The tensors as they are kept. Their formats say how many bits there are: without zeros eight."""
+        """The tensors in their stored form. Without zero points the codes have 8 bits, otherwise 4."""
         super().__init__()
         self._weight_qdata = _fixed(codes)
         self._weight_scale = _fixed(scale)
@@ -51,12 +50,12 @@ class QuantizedWeight(nn.Module):
 
     @property
     def group(self) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return self.shape[1] // (1 if self.bits == 8 else len(self._weight_scale))
 
     @property
     def weight(self) -> Tensor:
-        """W `[N, K]` written out, in the format of the scales."""
+        """The dequantized W `[N, K]`, in the format of the scales."""
         if self._weight_zero_point is None:
             return self._weight_qdata.to(self._weight_scale.dtype) * self._weight_scale
         grid = Grid(4, self._weight_scale.t(), self._weight_zero_point.t())
@@ -69,8 +68,8 @@ class QuantizedWeight(nn.Module):
 
 
 class QuantizedLinear(QuantizedWeight):
-    """y = W(a ∘ x) + b, with a factor a for each input (AWQ's 1/s) where there is one. `rounds_activations`: each row
-    of a ∘ x is rounded to eight bits with its own scale, and the product is one of whole numbers.
+    """y = W(a ∘ x) + b, with an optional factor a per input (AWQ's 1/s). `rounds_activations`: each row of a ∘ x is
+    rounded to 8 bits with its own scale, and the product is an integer product.
     """
 
     _weight_act_pre_scale: nn.Parameter | None
@@ -116,7 +115,7 @@ class QuantizedLinear(QuantizedWeight):
         """a ∘ x `[R, K]` → W(a ∘ x) `[R, N]`."""
         if self.rounds_activations and self._multiplies_whole_numbers(rows):
             return self._whole_numbers(rows)
-        # Like the codes: the kernels end the process over activations at an odd address.
+        # Like the codes: the kernels crash on unaligned activations.
         if rows.device.type == "cpu" and (not rows.is_contiguous() or rows.data_ptr() % 64):
             rows = rows.clone(memory_format=torch.contiguous_format)
         if self.written_out is not None:
@@ -132,8 +131,8 @@ class QuantizedLinear(QuantizedWeight):
 
     @property
     def _takes_eight_bits(self) -> bool:
-        # torch 2.13 reads 16 codes at a time without looking: other widths give other numbers, and codes at another
-        # address than a multiple of 16, as they lie in a file, end the process.
+        # torch 2.13 reads 16 codes at a time without checks: other widths give wrong numbers, and unaligned codes, as
+        # in a mapped file, crash the process.
         return self.shape[1] % 16 == 0 and self._weight_qdata.data_ptr() % 16 == 0
 
     def _four_bits(self, rows: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class QuantizedLinear(QuantizedWeight):
         return product
 
     def _multiplies_whole_numbers(self, rows: Tensor) -> bool:
-        # CUDA's product takes sizes that eight divides.
+        # CUDA's product needs sizes divisible by 8.
         return rows.device.type != "cuda" or all(size % 8 == 0 for size in self.shape)
 
     def _whole_numbers(self, rows: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ class QuantizedLinear(QuantizedWeight):
 
 
 class QuantizedEmbedding(QuantizedWeight):
-    """A table `[N, K]` of N tokens in eight bits, each with its own scale."""
+    """A table `[N, K]` of N tokens in 8 bits, each with its own scale."""
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__(codes, scale, None)
@@ -183,8 +182,8 @@ class QuantizedEmbedding(QuantizedWeight):
         return tied
 
 
-def kept_form(codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes `[N, K]` and their grid as a layer keeps them: qdata, scale and zero in `GRID_FORMAT`."""
+def stored_form(codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes `[N, K]` and their grid as a layer stores them: qdata, scale and zero point in `GRID_FORMAT`."""
     if grid.zero is None:
         return codes.contiguous(), grid.scale.to(GRID_FORMAT).contiguous(), None
     scale, zero = (each.t().to(GRID_FORMAT).contiguous() for each in (grid.scale, grid.zero))
@@ -192,7 +191,7 @@ def kept_form(codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedWeight]]:
-    """Name and layer of all that hold codes; one that shares another's is named too."""
+    """Name and layer of all quantized layers, including layers that share another's weight."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight)]
 
 
@@ -201,7 +200,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def num_weights(model: nn.Module) -> int:
-    """Parameters, tied ones once, as they were before they became codes: scales, zeros and factors do not count."""
+    """Number of parameters as before quantization, tied ones once; scales, zero points and factors do not count."""
     layers = {id(layer._weight_qdata): layer for _, layer in quantized_layers(model)}
     own = {id(p) for layer in layers.values() for name, p in layer.named_parameters() if name.startswith("_weight_")}
     others = sum(p.numel() for p in model.parameters() if id(p) not in own)
@@ -210,8 +209,8 @@ def num_weights(model: nn.Module) -> int:
 
 @contextmanager
 def exact_activations(model: nn.Module) -> Iterator[None]:
-    """Within, no layer rounds its activations: what compares two ways through a model asks for their order of
-    operations, and a code that falls to the other side would look like another order.
+    """Within the context no layer rounds its activations. Comparisons of two paths through a model need it, because one
+    code rounded to the other side would look like another order of operations.
     """
     rounding = [each for each in model.modules() if isinstance(each, QuantizedLinear) and each.rounds_activations]
     for each in rounding:
@@ -228,6 +227,6 @@ def _fixed(tensor: Tensor) -> nn.Parameter:
 
 
 def _pairs(device: torch.device) -> Tensor:
-    """int32 `[256]`: for each byte its two codes in bf16, side by side."""
+    """int32 `[256]`: the two codes of each byte in bf16, side by side."""
     codes = unpack_nibbles(torch.arange(256, dtype=torch.uint8).view(torch.int8)[:, None])
     return codes.to(torch.bfloat16).view(torch.int32).flatten().to(device)

@@ -1,12 +1,11 @@
-"""Weights in codes as a file, out and in.
+"""Saves and loads quantized weights.
 
     model.safetensors   NAME._weight_qdata  NAME._weight_scale  (NAME._weight_zero_point  NAME._weight_act_pre_scale)
                         and every other tensor under its own name
     config.json         quantization_config
 
-Names, shapes and the header's metadata are those that torchao 0.18 writes (Int8Tensor, Int4Tensor), so that
-transformers' `from_pretrained` opens the folder where torchao is installed; LoopOS itself needs no torchao. Left out:
-the layers (`quantized.py`), codes of other programs.
+Names, shapes and header metadata are those of torchao 0.18 (Int8Tensor, Int4Tensor), so that transformers'
+`from_pretrained` opens the folder if torchao is installed. LoopOS itself does not need torchao.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ _ROUNDED_ROWS = {
 
 
 def save_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Writes the config and the weights, whatever they are. Raises `UserError` for weights that are not finite, and
-    `OSError` or `SafetensorError` when the disk is full.
+    """Writes config and weights, plain or quantized. Raises `UserError` for weights that are not finite, and `OSError`
+    or `SafetensorError` when the disk is full.
     """
     for name, tensor in model.state_dict().items():
         require_finite(name, tensor)
@@ -61,7 +60,7 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
         return
     tensors, first_of = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        # A tied output layer's codes are the embedding's, which comes first.
+        # A tied output layer shares the codes of the embedding, which comes first.
         if id(tensor) not in first_of:
             first_of.add(id(tensor))
             tensors[name] = tensor.detach().cpu().contiguous()
@@ -82,13 +81,13 @@ def save_weights(folder: Path, model: PreTrainedModel) -> None:
 
 
 def holds_codes(config: PreTrainedConfig) -> bool:
-    """Whether a config belongs to weights in codes of this kind."""
+    """Whether a config belongs to quantized weights of this kind."""
     return (getattr(config, "quantization_config", None) or {}).get("quant_method") == CODES
 
 
-def from_quantized(actual: str, folder: Path, config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
-    """The headless model, or the causal language model, whose weights a folder holds in codes; all else in fp32.
-    Raises `UserError` for codes of another program, and for weights that do not fill the model.
+def from_quantized(source_name: str, folder: Path, config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
+    """The headless model, or the causal language model, with the quantized weights of a folder; everything else in
+    fp32. Raises `UserError` for codes of another program, and for weights that do not fill the model.
     """
     file = folder / WEIGHTS
     check_readable(file)
@@ -97,50 +96,56 @@ def from_quantized(actual: str, folder: Path, config: PreTrainedConfig, *, causa
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
         tensors = load_file(file)
-    # The skeleton is one of plain layers.
+    # The model is first built with plain layers.
     del config.quantization_config
-    # A byte holds two codes of 4 bits.
-    check_sizes(actual, config, causal=causal, num_tensors=len(stored), num_bytes=2 * file.stat().st_size)
+    # A byte contains two 4-bit codes.
+    check_sizes(source_name, config, causal=causal, num_tensors=len(stored), num_bytes=2 * file.stat().st_size)
     with no_init_weights():
         model = new_model(config, causal=causal)
-    for name, kept in _codes_in(actual, header).items():
-        _place(actual, model, name, kept, tensors)
+    for name, header_entry in _codes_in(source_name, header).items():
+        _replace_layer(source_name, model, name, header_entry, tensors)
     output, entry = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
     tied = config.get_text_config().tie_word_embeddings
     if tied and isinstance(output, nn.Linear) and isinstance(entry, QuantizedEmbedding):
         model.set_output_embeddings(entry.as_output())  # type: ignore[no-untyped-call]
-    fill(actual, model, tensors)
+    fill(source_name, model, tensors)
     if tied and isinstance(entry, nn.Embedding):
         model.tie_weights()
     model.train(False)
     return model
 
 
-def _codes_in(actual: str, header: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
-    """Name of each weight in codes → what the header says of it."""
+def _codes_in(source_name: str, header: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Name of each quantized weight → its header entry."""
     try:
         described = {name: json.loads(header[name]) for name in json.loads(header["tensor_names"])}
-        found = {name: kept for name, kept in described.items() if kept["_type"] != "Tensor"}
+        found = {name: header_entry for name, header_entry in described.items() if header_entry["_type"] != "Tensor"}
     except (KeyError, ValueError, TypeError, RecursionError) as problem:
-        raise UserError(f"{actual}: its weights do not say how their codes are read: {reason_of(problem)}") from problem
-    if other := {kept["_type"] for kept in found.values()} - {"Int8Tensor", "Int4Tensor"}:
-        raise UserError(f"{actual}: codes of the kind {', '.join(sorted(other))}; expected a folder of loopos quantize")
+        raise UserError(
+            f"{source_name}: the header that describes its quantized weights is missing or broken: {reason_of(problem)}"
+        ) from problem
+    if other := {header_entry["_type"] for header_entry in found.values()} - {"Int8Tensor", "Int4Tensor"}:
+        raise UserError(
+            f"{source_name}: codes of the kind {', '.join(sorted(other))}; expected a folder of loopos quantize"
+        )
     return found
 
 
-def _place(actual: str, model: PreTrainedModel, name: str, kept: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Puts the layer that holds the codes of weight `name` where the plain one is."""
+def _replace_layer(
+    source_name: str, model: PreTrainedModel, name: str, header_entry: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Replaces the plain layer of weight `name` by a quantized one."""
     stem = name.removesuffix(".weight")
-    place = _place_in(model, stem)
-    if place is None:
+    location = _locate(model, stem)
+    if location is None:
         return
-    above, last = place
+    above, last = location
     plain = getattr(above, last)
     parts = {part: tensors.get(f"{stem}._weight_{part}") for part in _PARTS}
     qdata, scale = parts["qdata"], parts["scale"]
     if qdata is None or scale is None:
-        raise UserError(f"{actual}: {name}: a tensor is missing; make it again: loopos quantize")
-    # Into memory of its own: kernels ask for addresses that a tensor of a file need not have.
+        raise UserError(f"{source_name}: {name}: a tensor is missing; make it again: loopos quantize")
+    # Copied, because kernels need aligned addresses, which a mapped file does not guarantee.
     qdata = qdata.clone()
     layer: QuantizedWeight
     if isinstance(plain, nn.Embedding):
@@ -153,14 +158,14 @@ def _place(actual: str, model: PreTrainedModel, name: str, kept: Mapping[str, An
             None if zero is None else zero.float(),
             factors=None if factors is None else factors.float(),
             bias=getattr(plain, "bias", None),
-            rounds_activations=kept["_data"].get("act_quant_kwargs") is not None,
+            rounds_activations=header_entry["_data"].get("act_quant_kwargs") is not None,
         )
     setattr(above, last, layer)
 
 
-def _place_in(model: PreTrainedModel, stem: str) -> tuple[nn.Module, str] | None:
-    """The module that holds a layer, and the layer's name there; with or without the base model's prefix, and None for
-    one that the model does not have: the head of a language model that is opened without it.
+def _locate(model: PreTrainedModel, stem: str) -> tuple[nn.Module, str] | None:
+    """The parent module of a layer and the layer's name in it, with or without the base model's prefix. None for a
+    layer that the model lacks, such as a language model's head in a headless model.
     """
     prefix = f"{model.base_model_prefix}."
     for name in (stem, stem.removeprefix(prefix), prefix + stem):
@@ -175,7 +180,7 @@ def _place_in(model: PreTrainedModel, stem: str) -> tuple[nn.Module, str] | None
 
 
 def _described(layer: QuantizedWeight) -> dict[str, Any]:
-    """What torchao's header says of such a tensor."""
+    """The header entry of a tensor in torchao's format."""
     names = [part for part in _PARTS if getattr(layer, f"_weight_{part}", None) is not None]
     data: dict[str, Any] = {"block_size": [1, layer.group]}
     if layer.bits == 8:
@@ -188,7 +193,7 @@ def _described(layer: QuantizedWeight) -> dict[str, Any]:
 
 
 def _torchao_config(model: PreTrainedModel, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
-    """What transformers reads before it opens the weights."""
+    """The quantization config that transformers reads before it opens the weights."""
     bits, groups = min(layer.bits for layer in layers.values()), {layer.group for layer in layers.values()}
     rounds = any(isinstance(each, QuantizedLinear) and each.rounds_activations for each in layers.values())
     kind = {"Int4WeightOnlyConfig": {"group_size": min(groups)}} if bits == 4 else {"Int8WeightOnlyConfig": {}}

@@ -1,8 +1,6 @@
-"""The libraries' own progress bars, load reports and chatter, switched off, and as they were afterwards.
+"""Silences progress bars, load reports and messages of libraries, and restores their settings afterwards.
 
-Enters: nothing. Leaves: a context for the length of a call, after which what a program set for transformers and
-datasets itself is as before. `LOOPOS_VERBOSE` shows everything (the option --verbose sets it). Left out: the command
-line's environment (`cli.quiet`), datasets alone (`storage.hub`).
+`LOOPOS_VERBOSE` (set by the option --verbose) shows everything.
 """
 
 from __future__ import annotations
@@ -16,19 +14,19 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 
 from loopos.storage.hub import VERBOSE, silence_datasets
 
-# torchao, where it is installed, is imported with transformers, and tells of every kernel of another machine.
+# transformers imports torchao if it is installed, which logs every kernel that this machine lacks.
 _TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
 def quiet_libraries(*, bars_of_its_own: bool = False) -> Iterator[None]:
-    """No bars, no load reports. bars_of_its_own: transformers draws some that no setting turns off (those of GGUF):
-    what is written to standard error in the meantime is dropped.
+    """Within the context there are no bars and load reports. bars_of_its_own: transformers draws some bars that no
+    setting turns off (for GGUF), so standard error is dropped meanwhile.
     """
     if os.environ.get(VERBOSE):
         yield
         return
-    # It is imported within any such call: its settings must be there to be changed.
+    # Import it now, so that its settings can be changed.
     import transformers.utils.logging  # noqa: F401
 
     with ExitStack() as stack:
@@ -39,7 +37,7 @@ def quiet_libraries(*, bars_of_its_own: bool = False) -> Iterator[None]:
 
 
 def silence_imported() -> Callable[[], None]:
-    """Silences the libraries that are imported by now; what it returns puts back what was before."""
+    """Silences the libraries imported so far; returns a function that restores their settings."""
     with ExitStack() as stack:
         for name in _TALKATIVE:
             logger = logging.getLogger(name)

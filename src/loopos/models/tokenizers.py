@@ -1,12 +1,4 @@
-"""The tokenizer of a run: the weights' own, or the one that `data.tokenizer` names.
-
-Enters: a `WeightsSource` and the configured name. Leaves: a transformers tokenizer. Left out: tokenising (`data`).
-
-Two vocabularies compared.
-
-Enters: token → number of two tokenizers. Leaves: how they differ, in words, with the first few tokens of each kind.
-Left out: what is done about it.
-"""
+"""Opens the tokenizer of a run (the one of the weights, or of `data.tokenizer`), and compares two vocabularies."""
 
 from __future__ import annotations
 
@@ -33,41 +25,43 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.t
 def open_tokenizer(
     source: WeightsSource, named: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Opens the tokenizer that `named` (a value of `data.tokenizer`) says, else the one that came with the weights.
+    """The tokenizer that `named` (a value of `data.tokenizer`) names, else the one beside the weights.
 
-    Raises `UserError` where there is none or it cannot be read.
+    Raises `UserError` if there is none or it cannot be read.
     """
-    place = _named_place(named) if named is not None else _place_beside(source)
-    if isinstance(place, Path):
-        check_manifest(place if place.is_dir() else place.parent, of=lambda name: not is_weights(name))
+    location = _configured_source(named) if named is not None else _source_beside(source)
+    if isinstance(location, Path):
+        check_manifest(location if location.is_dir() else location.parent, of=lambda name: not is_weights(name))
     with broken_as_user_error(
-        f"no tokenizer in {place}", advice="put tokenizer.json there or name one in data.tokenizer"
+        f"no tokenizer in {location}", advice="put tokenizer.json there or name one in data.tokenizer"
     ):
-        if isinstance(place, Path):
-            _check_json(place if place.is_file() else place / "tokenizer.json")
-        if isinstance(place, Path) and place.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(place))  # type: ignore[no-untyped-call]
-        config = backbone_config(place) if isinstance(place, Path) and (place / "config.json").is_file() else None
-        opened = AutoTokenizer.from_pretrained(str(place), config=config, trust_remote_code=trust_remote_code)
+        if isinstance(location, Path):
+            _check_json(location if location.is_file() else location / "tokenizer.json")
+        if isinstance(location, Path) and location.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(location))  # type: ignore[no-untyped-call]
+        config = (
+            backbone_config(location) if isinstance(location, Path) and (location / "config.json").is_file() else None
+        )
+        opened = AutoTokenizer.from_pretrained(str(location), config=config, trust_remote_code=trust_remote_code)
     assert isinstance(opened, PreTrainedTokenizerBase)
     return opened
 
 
 def _check_json(file: Path) -> None:
-    """Raises `UserError` for a tokenizer.json that is no JSON, or describes no tokenizer."""
+    """Raises `ValueError` for a tokenizer.json that does not describe a tokenizer."""
     if file.is_file() and not isinstance(read_object(file).get("model"), dict):
         raise ValueError(f"{file.name} describes no tokenizer")
 
 
-def _place_beside(source: WeightsSource) -> Path | str:
+def _source_beside(source: WeightsSource) -> Path | str:
     if source.kind == "new":
         raise UserError(
             f'data.tokenizer is missing: a new model needs one; name a folder with tokenizer.json or "{EMBEDDED}"'
         )
     if source.path is None:
-        return source.actual
+        return source.name
     if source.kind == "adapter" and not (source.path / "tokenizer_config.json").is_file():
-        return _place_beside(weights_source(base_of_adapter(source.path)))
+        return _source_beside(weights_source(base_of_adapter(source.path)))
     if source.kind == "gguf":
         return converted_folder(source.path)
     folder = source.path if source.kind in ("folder", "adapter") else source.path.parent
@@ -78,7 +72,7 @@ def _place_beside(source: WeightsSource) -> Path | str:
     return folder
 
 
-def _named_place(named: str) -> Path | str:
+def _configured_source(named: str) -> Path | str:
     """A folder, a tokenizer file, or a hub id."""
     if named == EMBEDDED:
         return converted_folder(embedded_model())
@@ -103,12 +97,12 @@ def _named_place(named: str) -> Path | str:
 _MOST_NAMED = 5
 
 
-def vocabulary_difference(own: Mapping[str, int], theirs: Mapping[str, int], source: str) -> str:
-    """How `theirs` differs from `own`, which is that of `place`; "" where it does not."""
+def vocabulary_difference(own: Mapping[str, int], other: Mapping[str, int], source: str) -> str:
+    """How `other`, the vocabulary of `source`, differs from `own`; "" if it does not."""
     kinds = {
-        f"that {source} lacks": [token for token in theirs if token not in own],
-        "that it lacks": [token for token in own if token not in theirs],
-        "with another number": [token for token in own if theirs.get(token, own[token]) != own[token]],
+        f"that {source} lacks": [token for token in other if token not in own],
+        "that it lacks": [token for token in own if token not in other],
+        "with another number": [token for token in own if other.get(token, own[token]) != own[token]],
     }
     return ", ".join(f"{len(tokens):,} {kind} ({_some(tokens)})" for kind, tokens in kinds.items() if tokens)
 

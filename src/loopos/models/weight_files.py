@@ -1,8 +1,4 @@
-"""Weights from files into models, checked: every tensor there, of its shape, and none left over.
-
-Enters: a weights file or a folder that transformers opens. Leaves: a model with its weights in fp32. Left out: what
-architecture it is (`load.py`).
-"""
+"""Loads weights from files into models and checks them: every tensor present, of its shape, and none left over."""
 
 from __future__ import annotations
 
@@ -36,23 +32,23 @@ from loopos.storage.tensor_files import (
 _UNSUPPORTED = {"reformer": "it trains on rows of one fixed length only"}
 _STACKED = re.compile(r"(.*?\.)(\d+)\.")
 _KEY = "data.pretrained_weights"
-# A tensor's names, index and tied copies let a model be larger than its file, but not by far.
+# A model may have slightly more parameters than its file, because of names, index and tied copies.
 _MOST_NUMBERS_A_BYTE, _SLACK = 2, 10_000_000
-# Tensors of a pickle that is no archive: it is refused where it is read.
+# Number of tensors assumed for a pickle that is not an archive; `read_tensors` refuses it.
 _OLD_PICKLE = 1_000_000
 _PICKLE_REFUSED = "refused, since opening it would run code"
 
 
 def model_class(config: PreTrainedConfig, *, causal: bool) -> Any:
     """The class that opens a headless model, or a causal language model with its output embedding. Raises `UserError`
-    for an architecture that has no such model.
+    for an architecture without such a class.
     """
     if reason := _UNSUPPORTED.get(config.model_type):
         raise UserError(f"data.pretrained_weights: {config.model_type} is not supported: {reason}")
     if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote(config):
         raise SettingError(
             _KEY,
-            f"{config.model_type} is no causal language model; expected one that predicts the next token, such as a "
+            f"{config.model_type} is not a causal language model; expected one that predicts the next token, such as a "
             "Llama, Qwen, Gemma or GPT-2",
         )
     return AutoModelForCausalLM if causal else AutoModel
@@ -65,24 +61,24 @@ def _remote(config: PreTrainedConfig) -> Collection[str]:
 def new_model(config: PreTrainedConfig, *, causal: bool) -> PreTrainedModel:
     """A model with new weights, fp32, drawn from torch's generator."""
     opener = model_class(config, causal=causal)
-    actual = config.name_or_path or NEW_WEIGHTS
+    source_name = config.name_or_path or NEW_WEIGHTS
     try:
         model = opener.from_config(config, dtype=torch.float32)
     except BROKEN as problem:
-        diagnostic = f"{actual}: no {config.model_type} can be built of its config: {reason_of(problem)}"
+        diagnostic = f"{source_name}: no {config.model_type} can be built of its config: {reason_of(problem)}"
         raise SettingError(_KEY, diagnostic) from problem
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def check_sizes(
-    actual: str, config: PreTrainedConfig, *, causal: bool = False, num_tensors: int, num_bytes: int
+    source_name: str, config: PreTrainedConfig, *, causal: bool = False, num_tensors: int, num_bytes: int
 ) -> None:
-    """Raises `UserError` where a config describes far more layers, or numbers, than files of weights hold: a model of
-    such a config would take the time and memory of its sizes before a missing tensor could be found. num_bytes: of the
-    files, each of whose numbers takes one at least. Packed weights of other programs are let through.
+    """Raises `UserError` if a config describes far more layers or parameters than the weight files contain; building
+    such a model would take time and memory before a missing tensor is found. num_bytes: of the files; a parameter takes
+    at least half a byte. Packed weights of other programs are not checked.
     """
-    diagnostic = f"{actual}: its config.json describes"
+    diagnostic = f"{source_name}: its config.json describes"
     layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if layers > num_tensors:
         raise SettingError(_KEY, f"{diagnostic} {layers:,} layers, but its weights are {num_tensors:,} tensors")
@@ -95,7 +91,7 @@ def check_sizes(
 
 
 def _num_tensors(file: Path) -> int:
-    """Tensors of a torch file, at most: each has an entry in its archive."""
+    """Upper bound on the tensors of a torch file: each has an entry in its archive."""
     if not zipfile.is_zipfile(file):
         return _OLD_PICKLE
     with zipfile.ZipFile(file) as archive:
@@ -103,7 +99,7 @@ def _num_tensors(file: Path) -> int:
 
 
 def _check_folder(folder: Path, config: PreTrainedConfig, *, causal: bool) -> None:
-    """Raises `UserError` for weights in a folder that may not be read, are broken, or are not of the config's sizes."""
+    """Raises `UserError` for weights in a folder that cannot be read, are broken, or do not fit the config."""
     files = weight_files(folder)
     for file in files:
         check_readable(file)
@@ -118,7 +114,7 @@ def from_folder(
     source: str, config: PreTrainedConfig, *, causal: bool = False, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The headless model, or the causal language model, in a folder or at a hub id. Raises `UserError` for weights that
-    cannot be read or that do not fill the model.
+    cannot be read or do not fill the model.
     """
     opener = model_class(config, causal=causal)
     if Path(source).is_dir():
@@ -138,33 +134,33 @@ def from_folder(
     except BROKEN as problem:
         raise SettingError(_KEY, f"cannot load {source}: {reason_of(problem)}") from problem
     mismatched = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
-    # Names of tensors without a place keep the prefix that they have in a model with its head.
+    # Names of unexpected tensors keep the prefix of a model with a head.
     left_over = {name.removeprefix(model.base_model_prefix + ".") for name in info["unexpected_keys"]}
     _refuse(source, model, missing=info["missing_keys"], mismatched=mismatched, left_over=left_over)
     assert isinstance(model, PreTrainedModel)
     if hasattr(model.config, NAMED_WEIGHTS):
-        # It names a file of this folder; what is saved of the model lies under the usual name.
+        # It names a file of this folder; saved copies use the usual name.
         delattr(model.config, NAMED_WEIGHTS)
     return model
 
 
 def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:
     """The headless model, or the causal language model, of `config` with the tensors of one file, by name, with or
-    without the base model's prefix. A headless model leaves language-model heads aside. Raises `UserError` as
-    `from_folder` does.
+    without the base model's prefix. A headless model ignores language-model heads. Raises `UserError` as `from_folder`
+    does.
     """
     assert source.path is not None
     tensors, num_bytes = read_tensors(source), source.path.stat().st_size
-    check_sizes(source.actual, config, causal=causal, num_tensors=len(tensors), num_bytes=num_bytes)
+    check_sizes(source.name, config, causal=causal, num_tensors=len(tensors), num_bytes=num_bytes)
     model = new_model(config, causal=causal)
-    fill(source.actual, model, tensors)
+    fill(source.name, model, tensors)
     model.tie_weights()
     return model
 
 
-def fill(actual: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+def fill(source_name: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors into a model by name, with or without the base model's prefix. Raises `UserError` unless they fill
-    it; a twin of another weight may be missing.
+    it; tied weights may be missing.
     """
     prefix = model.base_model_prefix + "."
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -174,20 +170,18 @@ def fill(actual: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
         for name, (_, tensor) in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    # A weight that is another's twin is often saved once.
+    # Tied weights are often saved once.
     twins = {name.removeprefix(prefix) for name in getattr(model, "all_tied_weights_keys", None) or ()}
     there = {id(tensor) for name, (_, tensor) in expected.items() if name in found}
     twins |= {name for name, (_, tensor) in expected.items() if id(tensor) in there}
     missing, left_over = set(expected) - set(found) - twins, set(found) - set(expected)
-    _refuse(actual, model, missing=missing, mismatched=mismatched, left_over=left_over)
+    _refuse(source_name, model, missing=missing, mismatched=mismatched, left_over=left_over)
     full_names = {full: found[name] for name, (full, _) in expected.items() if name in found}
     model.load_state_dict(full_names, strict=False)
 
 
 def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or zip-format torch file. A pickle that wants to run code is refused, with the
-    reason.
-    """
+    """The tensors of a .safetensors or zip-format torch file. Raises `UserError` for a pickle that would run code."""
     assert source.path is not None
     check_readable(source.path)
     try:
@@ -211,43 +205,43 @@ def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
 
 
 def _holds_safetensors(path: Path) -> bool:
-    """Whether a file named .bin holds safetensors: the length of a header, and a header that begins as JSON."""
+    """Whether a file named .bin contains safetensors: the length of a header, and a header that starts as JSON."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def _refuse(
-    actual: str,
+    source_name: str,
     model: PreTrainedModel,
     *,
     missing: Iterable[str],
     mismatched: Iterable[str],
     left_over: Collection[str],
 ) -> None:
-    """Raises `UserError` unless the weights fill the model and the model has a place for each of their layers. Names
-    come without the base model's prefix.
+    """Raises `UserError` unless the weights fill the model and the model has all of their layers. Names come without
+    the base model's prefix.
     """
-    told: list[str] = []
-    # A pooler that a checkpoint lacks is never read: pooling is ours.
+    problems: list[str] = []
+    # A missing pooler is not used: LoopOS pools itself.
     if absent := sorted(name for name in missing if not name.startswith("pooler.")):
-        told.append(f"missing: {_some(absent)}")
+        problems.append(f"missing: {_some(absent)}")
     if wrong := sorted(mismatched):
-        told.append(f"of another shape: {_some(wrong)}")
+        problems.append(f"of another shape: {_some(wrong)}")
     prefix = f"{model.base_model_prefix}."
     expected = {name.removeprefix(prefix) for name in model.state_dict()}
     if surplus := _surplus_layers(expected, left_over):
-        told.append(f"layers that the model has no place for: {_some(surplus)}")
-    if told:
+        problems.append(f"layers that the model does not have: {_some(surplus)}")
+    if problems:
         raise SettingError(
             _KEY,
-            f"{actual} does not fill {type(model).__name__}: {'; '.join(told)}; expected weights of these sizes: "
-            "correct the sizes under model or in config.json, or name other weights",
+            f"{source_name} does not fill {type(model).__name__}: {'; '.join(problems)}; expected weights of these "
+            "sizes: correct the sizes under model or in config.json, or choose other weights",
         )
 
 
 def _surplus_layers(expected: Collection[str], left_over: Collection[str]) -> list[str]:
-    """Layers of a stack that the model has, but fewer of. Heads and buffers that a headless model lacks are none."""
+    """Layers beyond the end of the model's stacks. Heads and buffers that a headless model lacks do not count."""
     layers = {match[0] for name in expected if (match := _STACKED.match(name))}
     stacks = {match[1] for name in expected if (match := _STACKED.match(name))}
     found = {match[0] for name in left_over if (match := _STACKED.match(name)) and match[1] in stacks}

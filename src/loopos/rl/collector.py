@@ -1,20 +1,8 @@
-"""Prompts → responses of the policy with all that is known of them: scores, log-probabilities, values.
+"""Collects rollouts: generates responses to prompts, scores them, and computes log-probabilities and values.
 
-Enters: prompts as token ids, settings of sampling. Leaves: `Rollout`s, the same on every process. Generation and the
-passes of policy, reference and value model go over this process's share of the prompts. Left out: advantages
-(`training.rollouts`), the models (`models.roles`).
+Each process generates and scores its part of the prompts; all processes receive all rollouts. `PolicyCheck` measures a
+policy on validation prompts, including best-of-n of the initial policy (Stiennon et al. 2020; Nakano et al. 2021).
 Letters: L tokens of a response.
-
-Best-of-n: the best of several answers of the first policy, by the reward. What training has to beat.
-
-Enters: several answers to each prompt, how they are scored, perhaps a judge. Leaves: for each n its KL, the expected
-reward, and what the judge says of the answers chosen. After Stiennon et al. 2020 and Nakano et al. 2021. Left out: the
-frontier's plot.
-
-A policy in training, measured on prompts that it is not trained on.
-
-Enters: validation prompts, a collector, perhaps a judge that training does not see. Leaves: metrics and a record of
-each answer. The first answers are kept: later ones are compared with them. Left out: what follows (`training`).
 """
 
 from __future__ import annotations
@@ -50,15 +38,15 @@ from loopos.rl.rewards import Response, Rewards
 from loopos.rl.roles import Roles
 from loopos.rl.workers.protocol import Request, RolloutEngine
 
-# Tokens of one forward pass without gradients.
+# Tokens per forward pass without gradients.
 _TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response. `score`: Σ of the weighted rewards, `parts`: what it is made of. `logprobs` (the policy's, as it
-    is), `engine_logprobs` (as generation gave them), `reference_logprobs`, `values`, `entropies` (nats): `[L]` on CPU.
-    `staleness`: iterations that the policy which wrote it is behind.
+    """One response. `score`: Σ of the weighted rewards; `parts`: its terms. `[L]` on CPU: `logprobs` (current policy),
+    `engine_logprobs` (from generation), `reference_logprobs`, `values`, `entropies` (nats). `staleness`: number of
+    iterations by which the generating policy is older.
     """
 
     response: Response
@@ -72,13 +60,13 @@ class Rollout:
     staleness: int = 0
 
     def kl(self, estimator: KlEstimator) -> float:
-        """KL of the policy that wrote to the reference, nats: the sum over the tokens."""
+        """KL from the generating policy to the reference, in nats, summed over tokens."""
         wrote = self.engine_logprobs if self.staleness else self.logprobs
         return float(kl_terms(wrote, self.reference_logprobs, estimator).sum())
 
 
 class Collector:
-    """Writes and judges responses with the models as they are now."""
+    """Generates and scores responses with the current models."""
 
     def __init__(
         self,
@@ -87,49 +75,47 @@ class Collector:
         rewards: Rewards,
         *,
         device: torch.device,
-        words: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
-        kept: ReusedForward | None = None,
+        origins: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
+        reused: ReusedForward | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
-        """words: what was asked, by the ids of the prompt that the template made of it; without it the ids' own text.
-        kept: takes the pass of an iteration's responses that its first step would run again. gather(value) gives the
-        values of all ranks; the engine gives each rank the answers to its own share.
+        """origins: prompt ids → the prompt's text and source; without it the text is decoded from the ids. reused:
+        stores the forward pass over an iteration's responses for its first optimizer step. gather(value): the values of
+        all ranks; the engine generates only this rank's part.
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
-        self._words, self._kept, self._gather = words, kept, gather
+        self._origins, self._reused, self._gather = origins, reused, gather
 
     def __call__(self, request: Request, *, iteration: int | None = None) -> list[Rollout]:
-        """One rollout a prompt, in order, all ranks' together. iteration: that of training whose rollouts these are."""
-        written, staleness = self._written(request, iteration)
-        found: list[Rollout] = self._of_all(self._judged(written, staleness, iteration))
+        """One rollout per prompt, in order, from all ranks. iteration: the training iteration of these rollouts."""
+        written, staleness = self._generated(request, iteration)
+        found: list[Rollout] = self._of_all(self._scored(written, staleness, iteration))
         return found
 
     def answers(self, request: Request) -> list[list[Response]]:
-        """n responses to every prompt, all ranks' together, unscored."""
-        written, n = [response for response, _ in self._written(request)[0]], request.n
+        """n responses to every prompt, from all ranks, without scores."""
+        written, n = [response for response, _ in self._generated(request)[0]], request.n
         found: list[list[Response]] = self._of_all([written[first : first + n] for first in range(0, len(written), n)])
         return found
 
-    def _of_all(self, mine: list[Any]) -> list[Any]:
-        """What every rank has for its share of the prompts, in the prompts' order."""
-        parts = [part for part in self._gather(mine) if isinstance(part, list)]
+    def _of_all(self, own: list[Any]) -> list[Any]:
+        """Collects each rank's part and restores the order of the prompts."""
+        parts = [part for part in self._gather(own) if isinstance(part, list)]
         return [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
 
-    def _written(self, request: Request, iteration: int | None = None) -> tuple[list[tuple[Response, Tensor]], int]:
-        """What the policy writes for this process's share, with the log-probabilities that generation gives, `[L]`; and
-        its staleness.
-        """
+    def _generated(self, request: Request, iteration: int | None = None) -> tuple[list[tuple[Response, Tensor]], int]:
+        """This rank's responses with the log-probabilities `[L]` from generation, and their staleness."""
         written = self.engine.write(request, iteration=iteration)
         tokenizer, found = self.engine.tokenizer, []
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
-            origin = self._words.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
+            origin = self._origins.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
             ended = completion.finish_reason in ("stop token", "stop string")
             response = Response(origin.text, prompt, completion.text, completion.token_ids, ended, origin.location)
             found.append((response, torch.tensor(completion.logprobs)))
         return found, written.staleness
 
-    def _judged(
+    def _scored(
         self, written: Sequence[tuple[Response, Tensor]], staleness: int, iteration: int | None
     ) -> list[Rollout]:
         responses = [response for response, _ in written]
@@ -156,14 +142,14 @@ class Collector:
             for name in ("logprobs", "reference_logprobs", "values", "entropies")
         }
         first = None
-        if self._kept is not None and iteration is not None:
-            first = self._kept.batch(rows, iteration)
+        if self._reused is not None and iteration is not None:
+            first = self._reused.batch(rows, iteration)
         for batch in in_order(rows, tokens=_TOKENS) if first is None else [first]:
-            arguments = (batch.ids, batch.layout, batch.places, batch.targets)
+            arguments = (batch.ids, batch.layout, batch.positions, batch.targets)
             with torch.set_grad_enabled(batch is first):
                 outputs = self.roles.actor_critic(*arguments)
-            if self._kept is not None and batch is first:
-                self._kept.keep(batch, outputs)
+            if self._reused is not None and batch is first:
+                self._reused.keep(batch, outputs)
             logprobs, entropies, values = (output.detach() for output in outputs)
             columns = {"logprobs": logprobs, "entropies": entropies, "values": values,
                        "reference_logprobs": self.roles.reference(*arguments)}  # fmt: skip
@@ -175,7 +161,7 @@ class Collector:
 
 
 def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingSettings:
-    """How the tokens of a response are chosen, and what ends it."""
+    """The sampling settings and stop criteria of responses."""
     return SamplingSettings(
         temperature=section.temperature,
         top_k=section.top_k or 0,
@@ -189,30 +175,30 @@ def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], see
 
 
 def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1) -> Request:
-    """n responses to every prompt: each place draws numbers of its own, whoever writes there."""
+    """A request for n responses to every prompt. Each position has its own seed, on whichever worker it runs."""
     return Request([list(prompt) for prompt in prompts], [seeded(sampling, index) for index in range(len(prompts))], n)
 
 
 def seeded(sampling: SamplingSettings, number: int) -> SamplingSettings:
-    """The settings with a seed of their own for each number, such as an iteration."""
+    """The settings with a different seed for each number, such as an iteration."""
     return replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**31)
 
 
 def _importance(rollouts: Sequence[Rollout], mismatch: Tensor, cap: float | None) -> dict[str, float]:
-    """How far behind the policy that wrote is, where it is, and how its tokens are weighed, where they are."""
+    """Staleness, if there is any, and importance weights, if they are used."""
     staleness = statistics.fmean(rollout.staleness for rollout in rollouts)
-    told = {"staleness": staleness} if staleness else {}
+    metrics = {"staleness": staleness} if staleness else {}
     if cap is not None:
-        told["importance_weight"] = float(mismatch.exp().clamp(max=cap).mean())
-        told["importance_truncated"] = float((mismatch > math.log(cap)).float().mean())
-    return told
+        metrics["importance_weight"] = float(mismatch.exp().clamp(max=cap).mean())
+        metrics["importance_truncated"] = float((mismatch > math.log(cap)).float().mean())
+    return metrics
 
 
 def rollout_metrics(
     rollouts: Sequence[Rollout], *, estimator: KlEstimator, importance_cap: float | None = None
 ) -> dict[str, float]:
-    """Figures of an iteration, as docs/metrics.md defines them; kl is nats a response, entropy nats a token. Raises
-    `NonFiniteOutputs`.
+    """Metrics of an iteration, as docs/metrics.md defines them; kl in nats per response, entropy in nats per token.
+    Raises `NonFiniteOutputs`.
     """
     tokens = [rollout.response.ids for rollout in rollouts]
     mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
@@ -236,7 +222,7 @@ def rollout_metrics(
     if unusable:
         named = ", ".join(f"{name} is {value}" for name, value in unusable.items())
         raise NonFiniteOutputs(
-            f"the figures of {len(rollouts)} responses are not finite numbers: {named}; lower training.learning_rate, "
+            f"metrics of {len(rollouts)} responses are not finite: {named}; lower training.learning_rate, "
             "or bound the rewards with reward.score_clip"
         )
     return metrics
@@ -254,27 +240,28 @@ Judge = Callable[[Sequence[Response]], list[float]]
 def best_of_n(
     answers: Sequence[Sequence[Response]], score: Judge, numbers: Sequence[int], judge: Judge | None
 ) -> list[dict[str, Any]]:
-    """answers: for every prompt as many responses as the largest of `numbers`, or more. For each n: `kl`; `reward`: the
-    expected score of the best of n, without bias; `judge`: its mean score of the best of each prompt's first n.
+    """Best-of-n by reward, for each n in `numbers`: `kl`; `reward`, the unbiased expected score of the best of n;
+    `judge`, the judge's mean score of the best of each prompt's first n. answers: for every prompt at least as many
+    responses as the largest n.
     """
     flat = [response for responses in answers for response in responses]
     scores = iter(score(flat))
     table = [[next(scores) for _ in responses] for responses in answers]
     found: list[dict[str, Any]] = []
     for n in numbers:
-        told: dict[str, Any] = {"n": n, "kl": best_of_n_kl(n), "reward": best_of_n_expected(table, n)}
+        metrics: dict[str, Any] = {"n": n, "kl": best_of_n_kl(n), "reward": best_of_n_expected(table, n)}
         if judge is not None:
             chosen = [
-                responses[max(range(n), key=lambda place, scored=scored: scored[place])]  # type: ignore[misc]
+                responses[max(range(n), key=lambda index, scored=scored: scored[index])]  # type: ignore[misc]
                 for responses, scored in zip(answers, table, strict=True)
             ]
-            told["judge"] = statistics.fmean(judge(chosen))
-        found.append(told)
+            metrics["judge"] = statistics.fmean(judge(chosen))
+        found.append(metrics)
     return found
 
 
 class PolicyCheck:
-    """Asks the same prompts each time, with the same seeds."""
+    """Measures the policy on the same prompts with the same seeds each time."""
 
     def __init__(
         self,
@@ -286,16 +273,16 @@ class PolicyCheck:
         estimator: KlEstimator,
         kl_limit: float | None,
     ) -> None:
-        """kl_limit: nats a response above which "reward_within_kl" is −inf."""
+        """kl_limit: nats per response above which "reward_within_kl" is −inf."""
         self.collector, self.prompts, self.sampling, self.judge = collector, prompts, sampling, judge
         self.estimator, self.kl_limit = estimator, kl_limit
         self._first: dict[str, list[float]] = {}
 
     def measure(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics and records of all prompts, the same on every rank. "judge" is the mean of the judge's scores,
-        "win_rate" the share of prompts whose answer scores higher by it than before training, ties half;
-        "reward_win_rate" the same by the reward. is_start: these are the answers before training, which later ones are
-        compared with; without them there are no win rates.
+        """Metrics and one record per prompt, the same on every rank. "judge": the judge's mean score. "win_rate": the
+        fraction of prompts whose response the judge scores higher than the response before training; ties count half.
+        "reward_win_rate": the same by reward. is_start: store these responses as the baseline; without a baseline there
+        are no win rates.
         """
         rollouts = self.collector(request_of(self.prompts, self.sampling))
         metrics = rollout_metrics(rollouts, estimator=self.estimator)
@@ -324,9 +311,7 @@ class PolicyCheck:
         return metrics, records
 
     def best_of_n(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """`best_of_n` on these prompts, with the policy as it is now; of 1 too, where the comparison begins. Nothing
-        for no numbers.
-        """
+        """`best_of_n` on these prompts with the current policy, always including n = 1; empty for no numbers."""
         if not numbers:
             return []
         every = sorted({1, *numbers})
@@ -334,9 +319,9 @@ class PolicyCheck:
         return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], every, self.judge)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs: the scores of the answers before training."""
+        """State for a checkpoint: the scores of the responses before training."""
         return {"first": self._first}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`."""
+        """Restores `state`."""
         self._first = dict(state["first"])

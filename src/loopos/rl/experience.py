@@ -1,20 +1,7 @@
-"""Responses behind their prompts → packed batches in which every token of a response knows what is known of it.
+"""Experience: the rollouts of one iteration with advantages and returns, and packed batches of them.
 
-Enters: token ids, and columns with a number a token. Leaves: `ResponseBatch`es. Left out: what the columns mean.
-Letters: T tokens of a packed row, M tokens of its responses.
-
-The pass that judges an iteration's responses, kept for the step that would run it again.
-
-Where an iteration's first step is one batch of all its responses, the models have not changed since they were judged,
-and its forward pass is that of judging, gradient graph and all. Enters: what the first step's batches are. Leaves: what
-a pass gave, once. Left out: the models.
-Letters: M tokens of responses.
-
-What a policy has just written, judged, as what its own update needs to know of every token.
-
-Enters: responses with their scores, log-probabilities and values. Leaves: advantages and returns; for checkpoints,
-tensors. Left out: generation, scoring, the formulas (`functional.advantages`), minibatches (`rollouts.py`).
-Letters: B responses of an iteration over all processes, L tokens of the longest, M tokens of all.
+Letters: B responses of an iteration over all processes, L tokens of the longest, T tokens of a packed row, M tokens of
+responses.
 """
 
 from __future__ import annotations
@@ -42,16 +29,16 @@ from loopos.functional.packing import PackedLayout
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Responses of one forward pass behind their prompts, flat; M tokens of responses.
+    """Prompts and responses of one forward pass, packed.
 
-    `ids` `[T]`; `places` `[M]`: positions whose hidden states predict the tokens `targets` `[M]`, the state before each
-    token. `old_logprobs`, `reference_logprobs`, `values` (old), `advantages`, `returns` `[M]` fp32. `is_first`: the
-    policy is still the one that wrote the responses.
+    `ids` `[T]`. `positions` `[M]`: positions whose hidden states predict the tokens `targets` `[M]`; each is the
+    position before its token. `columns`: `old_logprobs`, `reference_logprobs`, `values` (old), `advantages`, `returns`,
+    `[M]` fp32. `is_first`: the policy has not changed since it generated the responses.
     """
 
     ids: Tensor
     layout: PackedLayout
-    places: Tensor
+    positions: Tensor
     targets: Tensor
     rows: tuple[int, ...]
     columns: Mapping[str, Tensor]
@@ -64,9 +51,7 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class ResponseRows:
-    """Prompts with responses as `Rows` of `ResponseBatch`es. columns: name → what is known of each token of each
-    response.
-    """
+    """Prompts with responses, as rows of `ResponseBatch`es. columns: name → one value per token of each response."""
 
     prompts: Sequence[Sequence[int]]
     responses: Sequence[Sequence[int]]
@@ -79,17 +64,17 @@ class ResponseRows:
 
     def __call__(self, rows: Sequence[int], *, is_first: bool = False) -> ResponseBatch:
         ids: list[int] = []
-        places: list[int] = []
+        positions: list[int] = []
         for row in rows:
-            places += range(len(ids) + len(self.prompts[row]) - 1, len(ids) + self.lengths[row] - 1)
+            positions += range(len(ids) + len(self.prompts[row]) - 1, len(ids) + self.lengths[row] - 1)
             ids += [*self.prompts[row], *self.responses[row]]
         flat = torch.tensor(ids, device=self.device)
-        before = torch.tensor(places, device=self.device)
+        before = torch.tensor(positions, device=self.device)
         columns = {name: torch.cat([column[row] for row in rows]) for name, column in (self.columns or {}).items()}
         return ResponseBatch(
             ids=flat,
             layout=PackedLayout(tuple(self.lengths[row] for row in rows), self.device),
-            places=before,
+            positions=before,
             targets=flat[before + 1],
             rows=tuple(rows),
             columns={name: column.to(self.device) for name, column in columns.items()},
@@ -99,27 +84,30 @@ class ResponseRows:
 
 @dataclass(eq=False)
 class ReusedForward:
-    """At most one pass, with its graph. `rows_of`: (step, length of each row) → the rows of each batch of the
+    """Stores the forward pass that scores an iteration's responses, with its autograd graph, for the first optimizer
     step.
+
+    It can be reused if the first step is a single batch of all responses: the model has not changed since. `rows_of`:
+    (step, length of each row) → the rows of each batch of the step.
     """
 
     rows_of: Callable[[Cursor, Sequence[int]], list[list[int]]]
-    _kept: tuple[ResponseBatch, tuple[Tensor, ...]] | None = None
+    _stored: tuple[ResponseBatch, tuple[Tensor, ...]] | None = None
 
     def batch(self, rows: ResponseRows, iteration: int) -> ResponseBatch | None:
-        """The batch of the iteration's first step, if that is all of its rows; None where several share them."""
+        """The batch of the iteration's first step if it contains all rows; None if the step has several batches."""
         batches = self.rows_of(Cursor(iteration), rows.lengths)
         return rows(batches[0]) if len(batches) == 1 and len(batches[0]) == len(rows.lengths) else None
 
     def keep(self, batch: ResponseBatch, outputs: tuple[Tensor, ...]) -> None:
-        self._kept = batch, outputs
+        self._stored = batch, outputs
 
     def take(self, batch: ResponseBatch) -> tuple[Tensor, ...] | None:
-        """What the models gave for this very batch, and forgets it: after a step they give something else."""
-        kept, self._kept = self._kept, None
-        if kept is None or kept[0].rows != batch.rows or not torch.equal(kept[0].ids, batch.ids):
+        """Returns the stored outputs for exactly this batch and clears them; after a step they are outdated."""
+        stored, self._stored = self._stored, None
+        if stored is None or stored[0].rows != batch.rows or not torch.equal(stored[0].ids, batch.ids):
             return None
-        return kept[1]
+        return stored[1]
 
 
 _COLUMNS = ("old_logprobs", "reference_logprobs", "values", "advantages", "returns")
@@ -127,9 +115,9 @@ _COLUMNS = ("old_logprobs", "reference_logprobs", "values", "advantages", "retur
 
 @dataclass(frozen=True)
 class Experience:
-    """The responses of one iteration, of all processes. The tensors are `[M]` fp32 on CPU, response after response.
-    `kl_coefficient`: β that was in the rewards. `is_own`: `old_logprobs` are those of the policy before its update,
-    so that its first ratio is 1; else of an older one that wrote.
+    """The responses of one iteration from all processes. The tensors are `[M]` fp32 on CPU, concatenated over
+    responses. `kl_coefficient`: β of the penalty in the rewards. `is_own`: `old_logprobs` are those of the policy
+    before its update, so that its first ratio is 1; otherwise those of an older policy.
     """
 
     prompts: list[list[int]]
@@ -148,16 +136,16 @@ class Experience:
         return ResponseRows(self.prompts, self.responses, device, columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but `kl_coefficient` and `is_own`, for a checkpoint."""
-        told = {name: getattr(self, name) for name in _COLUMNS}
+        """All fields except `kl_coefficient` and `is_own`, for a checkpoint."""
+        stored = {name: getattr(self, name) for name in _COLUMNS}
         for name, texts in (("prompts", self.prompts), ("responses", self.responses)):
-            told[name] = torch.tensor([token for ids in texts for token in ids])
-            told[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
-        return told
+            stored[name] = torch.tensor([token for ids in texts for token in ids])
+            stored[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
+        return stored
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], kl_coefficient: float, *, is_own: bool) -> Experience:
-        """What `tensors` was made of."""
+        """Restores the experience from `tensors`."""
         texts = {
             name: [part.tolist() for part in torch.split(tensors[name], tensors[f"{name}_lengths"].tolist())]
             for name in ("prompts", "responses")
@@ -169,8 +157,8 @@ class Experience:
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSettings:
-    """How scores become advantages. `penalty`: estimator of the KL in the rewards, None where it is a loss instead.
-    `importance_cap`: bound of π/μ, where advantages are weighed by it.
+    """How scores become advantages. `penalty`: KL estimator of the penalty in the rewards; None if the KL is a loss
+    instead. `importance_cap`: bound of π/μ, if advantages are multiplied by it.
     """
 
     penalty: KlEstimator | None
@@ -182,7 +170,7 @@ class AdvantageSettings:
 
     @classmethod
     def of(cls, settings: PpoTrainingSection, *, importance_cap: float | None = None) -> AdvantageSettings:
-        """Those of a config's `training` section."""
+        """From a config's `training` section."""
         return cls(
             penalty=settings.penalty_estimator if settings.kl_in == "reward" else None,
             discount=settings.discount,
@@ -194,15 +182,16 @@ class AdvantageSettings:
 
 
 class Response(Protocol):
-    """Tokens that a policy wrote."""
+    """Tokens that a policy generated."""
 
     @property
     def ids(self) -> Sequence[int]: ...
 
 
 class Scored(Protocol):
-    """A response with all that is known of it: numbers a token `[L]`, of the policy before its update (`logprobs`), of
-    the one that wrote (`engine_logprobs`), which is `staleness` iterations older, of reference and value model.
+    """A response with its score and one value per token `[L]`: log-probabilities of the policy before its update
+    (`logprobs`), of the generating policy (`engine_logprobs`, `staleness` iterations older) and of the reference, and
+    values.
     """
 
     @property
@@ -229,21 +218,21 @@ def experience_of(
     kl_coefficient: float,
     settings: AdvantageSettings,
 ) -> Experience:
-    """Advantages and returns of responses: r_t = −β·kl_t, plus the score at the end; GAE; whitening over all tokens;
-    weights of importance. old_logprobs: whether the ratio is held against the policy before its update or against the
-    one that wrote.
+    """Advantages and returns of responses: r_t = −β·kl_t, plus the score at the last token; GAE; whitening over all
+    tokens; importance weights. old_logprobs: denominator of the ratio, the policy before its update or the generating
+    policy.
     """
     responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, L]
 
-    def side_by_side(each: Sequence[Tensor]) -> Tensor:
+    def padded(each: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence([column.float() for column in each], batch_first=True)
 
-    behaviour = side_by_side([each.engine_logprobs for each in scored])
-    old = behaviour if by_engine else side_by_side([each.logprobs for each in scored])
-    reference = side_by_side([each.reference_logprobs for each in scored])
-    state_values = side_by_side([each.values for each in scored])
+    behavior = padded([each.engine_logprobs for each in scored])
+    old = behavior if by_engine else padded([each.logprobs for each in scored])
+    reference = padded([each.reference_logprobs for each in scored])
+    state_values = padded([each.values for each in scored])
     scores = torch.tensor([each.score for each in scored])
     penalty = torch.zeros_like(old) if settings.penalty is None else kl_terms(old, reference, settings.penalty)
     rewards = token_rewards(scores, penalty, mask, kl_coefficient=kl_coefficient)
@@ -255,8 +244,8 @@ def experience_of(
     if settings.whiten_advantages:
         advantages = whitened(advantages, mask)
     if settings.importance_cap is not None:
-        # Every term of the policy's loss is in proportion to A: weighed here, it is weighed there.
-        advantages = advantages * truncated_importance(old, behaviour, cap=settings.importance_cap)
+        # Every term of the policy loss is proportional to A, so weighting A weights the loss.
+        advantages = advantages * truncated_importance(old, behavior, cap=settings.importance_cap)
     return Experience(
         [list(prompt) for prompt in prompts],
         [list(response) for response in responses],

@@ -1,9 +1,8 @@
-"""Alarms of a reinforcement learning run: has the policy left its reference, collapsed, or found a hole in the reward?
+"""Monitors of an RL run: alerts when the policy leaves its reference, collapses, or exploits the reward model.
 
-Enters: an iteration's metrics by name: kl (nats to the reference), entropy (nats), response_length (tokens),
-repetition, end_share (shares), reward (the trained reward model's), judge (that of one it was not trained on). Leaves:
-alarms, each a sentence with its numbers. Left out: measuring (`evaluation.policy_metrics`) and what is done about an
-alarm (`methods`).
+Input per iteration: kl (nats to the reference), entropy (nats), response_length (tokens), repetition and end_share
+(fractions), reward (of the trained reward model), judge (a reward model that training does not use). `methods` decides
+what follows from an alert.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ _MEANINGS = {"kl": "the policy moves far from its reference", "repetition": "res
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonitorLimits:
-    """How far a run may go; None guards nothing. `first` is a metric's value when it was first measured.
+    """Limits of a run; None disables a limit. "First" is a metric's first measured value.
 
-    `kl`: most nats. `entropy_share`: least share of the first entropy. `length_ratio`: response lengths stay between
-    first / ratio and first · ratio. `repetition`: most. `end_share_drop`: most that end_share may lie under its first.
-    `judge_drop`: most that the judge may lie under its best, in its own unit, while the reward is above its first.
-    `patience`: an alarm sounds after so many iterations in a row beyond its limit. Raises ValueError on limits that
-    every run or no run would pass.
+    `kl`: maximum in nats. `entropy_share`: minimum fraction of the first entropy. `length_ratio`: lengths must stay
+    between first / ratio and first · ratio. `repetition`: maximum. `end_share_drop`: maximum drop of end_share below
+    its first value. `judge_drop`: maximum drop of the judge below its best, in its own unit, while the reward is above
+    its first value. `patience`: consecutive iterations beyond a limit before an alert. Raises ValueError for limits
+    that every run or no run would meet.
     """
 
     kl: float | None = None
@@ -42,14 +41,14 @@ class MonitorLimits:
             limit = getattr(self, name)
             least, most = 1.0 if name == "length_ratio" else 0.0, highest.get(name, math.inf)
             if limit is not None and not (math.isfinite(limit) and least <= limit <= most):
-                raise ValueError(f"{name} of {limit} given, expected a number from {least:g} to {most:g}")
+                raise ValueError(f"{name}: got {limit}; expected a number from {least:g} to {most:g}")
         if self.patience < 1:
-            raise ValueError(f"patience of {self.patience} given, expected at least 1")
+            raise ValueError(f"patience: got {self.patience}; expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """`value` of the metric `name` is beyond `limit`; `message` says so."""
+    """Metric `name` has a `value` beyond `limit`; `message` explains it."""
 
     name: str
     value: float
@@ -57,13 +56,13 @@ class Alert:
     message: str
 
     def as_json(self) -> dict[str, Any]:
-        """The alarm for the log."""
+        """The alert for the log."""
         return {"name": self.name, "value": self.value, "limit": self.limit, "message": self.message}
 
 
 class Monitor:
-    """Watches one run. A metric that an iteration does not measure changes nothing: a judge asked every tenth
-    iteration, or in a call of its own, is held against the latest reward.
+    """Monitors one run. Metrics that an iteration does not measure leave their alerts unchanged: a judge that runs
+    every tenth iteration is compared with the latest reward.
     """
 
     def __init__(self, limits: MonitorLimits) -> None:
@@ -71,12 +70,12 @@ class Monitor:
         self._first: dict[str, float] = {}
         self._best_judge: float | None = None
         self._latest_reward: float | None = None
-        # Iterations in a row beyond the limit, by the alarm's name.
+        # Consecutive iterations beyond the limit, by alert name.
         self._streaks: dict[str, int] = {}
 
     def observe(self, metrics: Mapping[str, float]) -> list[Alert]:
-        """Takes one iteration's metrics, the first of which are the baseline; the alarms that sound now. One that goes
-        on is silent until its metric was within the limit again. nan and inf are beyond every limit.
+        """Records one iteration's metrics, the first of which are the baseline; returns new alerts. A persistent alert
+        is not repeated until its metric has been within the limit again. nan and inf are beyond every limit.
         """
         for name in ("entropy", "response_length", "end_share", "reward"):
             if math.isfinite(metrics.get(name, math.nan)):
@@ -94,7 +93,7 @@ class Monitor:
         return sounding
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on; JSON."""
+        """State for a checkpoint, as JSON."""
         return {
             "first": dict(self._first),
             "best_judge": self._best_judge,
@@ -103,12 +102,12 @@ class Monitor:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`."""
+        """Restores `state`."""
         self._first, self._streaks = dict(state["first"]), dict(state["streaks"])
         self._best_judge, self._latest_reward = state["best_judge"], state["latest_reward"]
 
     def _checks(self, metrics: Mapping[str, float]) -> Iterator[tuple[Alert, bool]]:
-        """Every alarm that is set and whose metric was measured, and whether its limit is passed."""
+        """Every enabled alert whose metric was measured, and whether its limit is exceeded."""
         limits = self.limits
         settings = {
             "kl": limits.kl,
@@ -132,15 +131,15 @@ class Monitor:
             elif name == "response_length":
                 yield self._length(value, setting)
             elif name == "end_share":
-                yield self._end_share(value, setting)
+                yield self._eos_rate(value, setting)
             elif self._latest_reward is not None:
                 yield self._judge(value, setting, self._latest_reward)
 
-    def _entropy(self, value: float, share: float) -> tuple[Alert, bool]:
+    def _entropy(self, value: float, ratio: float) -> tuple[Alert, bool]:
         start = self._first["entropy"]
-        fell = f"entropy {value:.4g} fell below {100 * share:.4g}% of its start ({start:.4g})"
+        fell = f"entropy {value:.4g} fell below {100 * ratio:.4g}% of its start ({start:.4g})"
         message = f"{fell}: the policy may be collapsing"
-        return Alert("entropy", value, share * start, message), value < share * start
+        return Alert("entropy", value, ratio * start, message), value < ratio * start
 
     def _length(self, value: float, ratio: float) -> tuple[Alert, bool]:
         start = self._first["response_length"]
@@ -151,18 +150,18 @@ class Monitor:
         )
         return Alert("response_length", value, limit, message), not shortest <= value <= longest
 
-    def _end_share(self, value: float, drop: float) -> tuple[Alert, bool]:
+    def _eos_rate(self, value: float, drop: float) -> tuple[Alert, bool]:
         start = self._first["end_share"]
         limit = start - drop
         message = (
-            f"the share of finished responses, {value:.4g}, fell more than {drop:.4g} below its start ({start:.4g}): "
-            "responses are cut off"
+            f"the fraction of finished responses, {value:.4g}, fell more than {drop:.4g} below its start "
+            f"({start:.4g}): responses are cut off"
         )
         return Alert("end_share", value, limit, message), value < limit
 
     def _judge(self, value: float, drop: float, reward: float) -> tuple[Alert, bool]:
-        """Reward hacking: what is trained on rises while what it stands for falls (Gao et al. 2023, figure 1)."""
-        assert self._best_judge is not None, "a finite judge was taken as the best one"
+        """Reward hacking: the trained reward rises while the independent judge falls (Gao et al. 2023, figure 1)."""
+        assert self._best_judge is not None, "observe stores the first finite judge as the best"
         start = self._first["reward"]
         limit = self._best_judge - drop
         message = (

@@ -1,12 +1,6 @@
-"""The objective of proximal policy optimization: clipped policy loss, clipped value loss, entropy, KL.
+"""The PPO objective (clipped policy loss, clipped value loss, entropy, KL), and the state of a PPO run for checkpoints.
 
-Enters: batches of experience, an actor and critic. Leaves: sums and counts by name. Left out: advantages, the models.
 Letters: M tokens of responses.
-
-What a run of PPO carries from step to step besides weights and optimizer.
-
-Enters: its moving parts. Leaves: tensors and JSON for a checkpoint, and the parts put back to where one left them. Left
-out: the files (`checkpoint.py`), weights and optimizer (`run_state.py`).
 """
 
 from __future__ import annotations
@@ -31,16 +25,16 @@ _REPORTED = ("entropy", "clip_share", "value_clip_share", "approximate_kl", "rat
 
 
 class ActorCritic(Protocol):
-    """What gives log-probabilities, entropies (nats) and values, each `[M]`, with their gradient."""
+    """Computes log-probabilities, entropies (nats) and values, each `[M]`, with gradients."""
 
     def __call__(
-        self, ids: Tensor, layout: PackedLayout, places: Tensor, targets: Tensor
+        self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass
 class Extremes:
-    """The smallest and largest ratio of new to old probability since they were last asked for."""
+    """The smallest and largest ratio of new to old probability since the last call of `taken`."""
 
     smallest: float = 1.0
     largest: float = 1.0
@@ -50,16 +44,16 @@ class Extremes:
         self.smallest, self.largest = min(self.smallest, float(low)), max(self.largest, float(high))
 
     def taken(self) -> dict[str, float]:
-        """Both, by name; then they begin anew."""
-        told = {"ratio_min": self.smallest, "ratio_max": self.largest}
+        """Both by name; then resets them."""
+        ratios = {"ratio_min": self.smallest, "ratio_max": self.largest}
         self.smallest = self.largest = 1.0
-        return told
+        return ratios
 
 
 @dataclass
 class PpoObjective:
-    """policy + c_v·value − c_e·entropy (+ β·KL to the reference, where it is penalised as a loss), each the mean over
-    all tokens of the minibatch (Schulman et al. 2017, equation 9). docs/metrics.md defines the names.
+    """policy + c_v·value − c_e·entropy (+ β·KL to the reference, if it is a loss), each the mean over all tokens of the
+    minibatch (Schulman et al. 2017, equation 9). docs/metrics.md defines the names.
     """
 
     actor_critic: ActorCritic
@@ -71,13 +65,13 @@ class PpoObjective:
     kl_loss: KlEstimator | None = None
     kl_coefficient: float = 0.0
     extremes: Extremes = field(default_factory=Extremes)
-    kept: ReusedForward | None = None
+    reused: ReusedForward | None = None
 
     @classmethod
     def of(
-        cls, settings: PpoTrainingSection, actor_critic: ActorCritic, *, kept: ReusedForward | None = None
+        cls, settings: PpoTrainingSection, actor_critic: ActorCritic, *, reused: ReusedForward | None = None
     ) -> PpoObjective:
-        """The objective that a config's `training` section asks for. kept: where passes for the first step are."""
+        """The objective for a config's `training` section. reused: stores forward passes for the first step."""
         return cls(
             actor_critic,
             clip_epsilon=settings.clip_epsilon,
@@ -87,7 +81,7 @@ class PpoObjective:
             dual_clip=settings.dual_clip,
             kl_loss=settings.penalty_estimator if settings.kl_in == "loss" else None,
             kl_coefficient=settings.kl_coefficient,
-            kept=kept,
+            reused=reused,
         )
 
     @property
@@ -103,12 +97,12 @@ class PpoObjective:
         return {name: float(len(batch.targets)) for name in (*self.weights, *_REPORTED)}
 
     def loss(self, batch: ResponseBatch) -> Mapping[str, Tensor]:
-        outputs = None if self.kept is None else self.kept.take(batch)
+        outputs = None if self.reused is None else self.reused.take(batch)
         if outputs is None:
-            outputs = self.actor_critic(batch.ids, batch.layout, batch.places, batch.targets)
+            outputs = self.actor_critic(batch.ids, batch.layout, batch.positions, batch.targets)
         logprobs, entropies, values = outputs
         columns = batch.columns
-        # The policy that wrote the responses is its own old policy, whatever else its batches were packed with.
+        # In the first step the policy is its own old policy, so the ratio is exactly 1 in any packing.
         old = logprobs.detach() if batch.is_first else columns["old_logprobs"]
         policy = clipped_policy_terms(
             logprobs, old, columns["advantages"], clip_epsilon=self.clip_epsilon, dual_clip=self.dual_clip
@@ -129,12 +123,12 @@ class PpoObjective:
         return sums
 
     def idle(self, batch: ResponseBatch) -> Tensor:
-        found = self.actor_critic(batch.ids, batch.layout, batch.places, batch.targets)
-        return torch.stack([each.sum() for each in found]).sum() * 0.0
+        outputs = self.actor_critic(batch.ids, batch.layout, batch.positions, batch.targets)
+        return torch.stack([each.sum() for each in outputs]).sum() * 0.0
 
 
 class Stateful(Protocol):
-    """What gives its state as JSON and takes it back."""
+    """Saves its state as JSON and restores it."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -142,14 +136,14 @@ class Stateful(Protocol):
 
 
 class WrittenAhead(Protocol):
-    """Responses that are begun before the policy gets to them."""
+    """Responses that are requested before the policy needs them."""
 
     def drain(self) -> None:
-        """Waits for all that is in flight, on every process."""
+        """Waits for all requests in flight, on every process."""
         ...
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Under names that begin with "ahead-"."""
+        """Tensors under names that start with "ahead-"."""
         ...
 
     def state(self) -> dict[str, Any]: ...
@@ -159,8 +153,8 @@ class WrittenAhead(Protocol):
 
 @dataclass
 class PolicyState:
-    """The rollouts in use and the place in them, β, the extremes of the ratio, the guards with the alarms that they
-    sounded, what the check of the policy remembers, and the responses of iterations to come.
+    """State of a PPO run beyond weights and optimizer: the current experience, β, the extremes of the ratio, the
+    monitor and its alerts, the baseline of the policy check, and responses of future iterations.
     """
 
     batches: RolloutBatches
@@ -171,14 +165,16 @@ class PolicyState:
     ahead: WrittenAhead | None = None
     alerts: list[str] = field(default_factory=list)
 
-    def synchronise(self, world: World) -> None:
-        """What a checkpoint needs, on all ranks: the extremes of the ratio, whole responses of iterations to come."""
+    def synchronize(self, world: World) -> None:
+        """Before a checkpoint, on all ranks: merges the extremes of the ratio and waits for responses of future
+        iterations.
+        """
         self.join_extremes(world)
         if self.ahead is not None:
             self.ahead.drain()
 
     def join_extremes(self, world: World) -> None:
-        """The extremes of the ratio become those of all ranks."""
+        """Sets the extremes of the ratio to those over all ranks."""
         extremes = self.objective.extremes
         gathered = [pair for pair in world.gather((extremes.smallest, extremes.largest)) if isinstance(pair, tuple)]
         extremes.smallest, extremes.largest = min(low for low, _ in gathered), max(high for _, high in gathered)

@@ -1,7 +1,6 @@
-"""What a response is worth: the score of a reward model and of functions, weighted and summed.
+"""The reward of a response: the weighted sum of a reward model's score and of reward functions.
 
-Enters: prompts and responses as tokens and text. Leaves: a score each. Functions are the user's own code, and run only
-where they are asked for by name. Left out: penalties by token (`functional.advantages`).
+Functions are user code and run only if the config names them. `functional.advantages` adds penalties per token.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ RewardFunction: TypeAlias = Callable[[Sequence["Response"]], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response to one prompt: what was asked, and the ids that the template made of it. `ended`: by an end token or
-    a stop string, not at the limit of tokens. `place`: the file and line of the prompt, empty where it has none.
+    """One response to one prompt. `prompt_ids`: ids after the chat template. `ended`: by an end token or stop string,
+    not by the token limit. `source`: file and line of the prompt, empty if unknown.
     """
 
     prompt: str
@@ -34,27 +33,27 @@ class Response:
     text: str
     ids: Sequence[int]
     ended: bool
-    place: str = ""
+    source: str = ""
 
 
 def reward_function(name: str) -> RewardFunction:
-    """The function of a name "module:function", called as `function(prompts, responses)`. What it returns is checked,
-    and what it raises is told with the row it was called for. Raises `UserError`.
+    """The function "module:function", called as `function(prompts, responses)`. Its return value is checked; its
+    exceptions are reported with the row of the call. Raises `UserError`.
     """
     function = own_function(name, "reward function")
 
     def score(responses: Sequence[Response]) -> list[float]:
         if not responses:
             return []
-        places = [called_for(response.prompt, response.place) for response in responses]
+        sources = [called_for(response.prompt, response.source) for response in responses]
         try:
-            found = _called(function, responses, f"{len(responses)} responses, the first to {places[0]}")
+            found = _called(function, responses, f"{len(responses)} responses, the first to {sources[0]}")
         except UserError:
-            # Which row it was, the function says when it is called for each alone.
-            for response, place in zip(responses, places, strict=True) if len(responses) > 1 else ():
-                _called(function, [response], place)
+            # Call the function for each row separately, to find the row that fails.
+            for response, source in zip(responses, sources, strict=True) if len(responses) > 1 else ():
+                _called(function, [response], source)
             raise
-        return numbers_of(found, places, function)
+        return numbers_of(found, sources, function)
 
     return score
 
@@ -64,26 +63,30 @@ def _called(function: OwnFunction, responses: Sequence[Response], about: str) ->
 
 
 class ModelScores:
-    """Normalised scores of a reward model: the mean of its heads less `ensemble_penalty` of their spread."""
+    """Normalized scores of a reward model: the mean over its heads minus `ensemble_penalty` times their standard
+    deviation.
+    """
 
     def __init__(
         self, model: Scorer, description: Mapping[str, Any], device: torch.device, *, ensemble_penalty: float = 0.0
     ) -> None:
         self.model, self.device, self.ensemble_penalty = model, device, ensemble_penalty
-        self.normalisation = Normalisation.read(description)
+        self.normalization = Normalisation.read(description)
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:
         rows = [[*response.prompt_ids, *response.ids] for response in responses]
         raw = raw_scores(self.model, rows, self.device)
-        scores: list[float] = self.normalisation(raw, ensemble_penalty=self.ensemble_penalty).tolist()
+        scores: list[float] = self.normalization(raw, ensemble_penalty=self.ensemble_penalty).tolist()
         return scores
 
 
 class Rewards:
-    """Σ weight · score of the reward model and the functions, less what a missing end costs, at most ±`score_clip`."""
+    """Σ weight · score of the reward model and the functions, minus the penalty for a missing end token, clipped to
+    ±`score_clip`.
+    """
 
     def __init__(self, model: ModelScores | None, section: PpoRewardSection, rollout: RolloutSection) -> None:
-        """Raises `UserError` for a function that is not there."""
+        """Raises `UserError` for a function that does not exist."""
         self.model, self.section = model, section
         self.missing_end_penalty = rollout.missing_end_penalty or 0.0
         self.functions = {each.name: (reward_function(each.name), each.weight) for each in section.functions}
@@ -97,14 +100,14 @@ class Rewards:
         rollout: RolloutSection,
         device: torch.device,
     ) -> Rewards:
-        """With the raw scores of `model`, whose folder's description says how they are read; None = functions alone."""
+        """With a reward model, whose folder's description says how to read its scores; None = only functions."""
         scores = None
         if model is not None:
             scores = ModelScores(model, description, device, ensemble_penalty=section.ensemble_penalty)
         return cls(scores, section, rollout)
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
-        """`total`, and by name what it is made of: `model` (normalised) and each function, unweighted."""
+        """`total`, and its unweighted parts by name: `model` (normalized) and each function."""
         if not responses:
             return {"total": []}
         parts: dict[str, list[float]] = {}
@@ -128,8 +131,8 @@ class Rewards:
 def judge_of(
     name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, is_function: bool
 ) -> Callable[[Sequence[Response]], list[float]]:
-    """A judge that training does not see: a function "module:function", or the folder of another reward model whose
-    tokenizer is `tokenizer` too. Raises `UserError`.
+    """A judge that training does not use: a function "module:function", or the folder of another reward model, which
+    must have the same tokenizer. Raises `UserError`.
     """
     if not is_function:
         opened = open_reward_model(name)

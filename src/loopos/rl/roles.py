@@ -1,18 +1,11 @@
-"""A policy and what values its states: one module, so that one optimizer and one checkpoint hold both.
+"""The four models of PPO (policy, frozen reference, reward model, value model) on as few copies of the weights as
+possible.
 
-Enters: packed prompts with responses, the positions before their tokens. Leaves: log-probabilities, entropies, values.
-Left out: where the models come from (`roles.py`), losses.
+    full training:  policy · its copy · reward model · value model (or a head on the policy's hidden states)
+    LoRA:           one backbone: policy = adapter, reference = no adapter, value model = adapter; the reward model is
+                    an adapter too if it was trained as one over the same weights
+
 Letters: T tokens of a packed row, M tokens of responses, d hidden size.
-
-The four models of PPO (policy, frozen reference, reward model, value model) on as few copies of the weights as can
-be.
-
-    full training:  policy · copy of it · reward model · value trunk (or a head on the policy's)
-    LoRA:           one trunk: policy = adapter, reference = without it, value = adapter; the reward model is an
-                    adapter too where it was trained as one over the same weights
-
-Enters: the pretrained policy, the opened reward model, what trains. Leaves: `Roles`. Left out: number formats and
-optimizers (`training`).
 """
 
 from __future__ import annotations
@@ -37,42 +30,43 @@ from loopos.models.load import Pretrained, fingerprint
 
 
 class ActorCritic(nn.Module):
-    """`policy` acts. `critic`: the value head and, unless it is a view of the policy's, its trunk; `shares_states`: it
-    reads the hidden states that the policy's logits are made of.
+    """Policy and value model in one module, so that one optimizer and one checkpoint contain both. `critic`: the value
+    head and, unless it is a view of the policy's, its backbone. `shares_states`: it reads the policy's last hidden
+    states.
     """
 
     def __init__(self, policy: LanguageModel, critic: PooledModel, *, shares_states: bool, temperature: float) -> None:
-        """temperature: divides the logits, of new, old and reference log-probabilities alike."""
+        """temperature: divides the logits of new, old and reference log-probabilities."""
         super().__init__()
         self.policy, self.critic = policy, critic
         self.shares_states, self.temperature = shares_states, temperature
 
     def forward(
-        self, ids: Tensor, layout: PackedLayout, places: Tensor, targets: Tensor
+        self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of `targets` `[M]`, entropies of their distributions, and V of the states at `places`
-        `[M]`: before each token. ids `[T]` → three of `[M]` in fp32.
+        """Log-probabilities of `targets` `[M]`, entropies of their distributions, and values V of the states at
+        `positions` `[M]`, each before its token. ids `[T]` → three of `[M]` in fp32.
         """
-        hidden = self.policy.backbone(ids, layout)[places]
+        hidden = self.policy.backbone(ids, layout)[positions]
         logprobs, entropies = self.policy.logprobs(hidden, targets, temperature=self.temperature)
-        states = hidden if self.shares_states else self.critic.backbone(ids, layout)[places]
+        states = hidden if self.shares_states else self.critic.backbone(ids, layout)[positions]
         return logprobs, entropies, self.critic.outputs(states)[:, 0]
 
 
 class Reference:
-    """The policy as it was before training: a frozen copy, or the policy's trunk without its adapter."""
+    """The policy before training: a frozen copy, or the policy's backbone without its adapter."""
 
-    def __init__(self, model: LanguageModel, trunk: Backbone | AdapterView, *, temperature: float) -> None:
-        self.model, self.trunk, self.temperature = model, trunk, temperature
+    def __init__(self, model: LanguageModel, backbone: Backbone | AdapterView, *, temperature: float) -> None:
+        self.model, self.backbone, self.temperature = model, backbone, temperature
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, layout: PackedLayout, places: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of `targets` `[M]`."""
-        return self.model.logprobs(self.trunk(ids, layout)[places], targets, temperature=self.temperature)[0]
+        return self.model.logprobs(self.backbone(ids, layout)[positions], targets, temperature=self.temperature)[0]
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Takes dropout out of a model, in place: it would make every ratio of probabilities noise (Huang et al. 2024)."""
+    """Disables dropout in a model, in place: dropout adds noise to every probability ratio (Huang et al. 2024)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -86,21 +80,20 @@ _REWARD, _VALUE = "reward", "value"
 
 @dataclass(frozen=True)
 class Roles:
-    """`actor_critic` trains. `reward`: raw scores, of all heads of all reward models; None where functions alone give
-    rewards. `frozen`: modules of their
-    own beside it, which take the policy's number format. `held_back`: parameters that `freeze_layers` keeps
-    from training. `summary`: how many copies of the weights there are.
+    """`actor_critic` trains. `reward`: raw scores of all heads of all reward models; None if rewards come only from
+    functions. `frozen`: modules with weights of their own, which take the policy's number format. `initially_frozen`:
+    parameters that `freeze_layers` freezes. `summary`: how many copies of the weights there are.
     """
 
     actor_critic: ActorCritic
     reference: Reference
     reward: PooledModel | RewardEnsemble | None
     frozen: tuple[nn.Module, ...]
-    held_back: tuple[nn.Parameter, ...]
+    initially_frozen: tuple[nn.Parameter, ...]
     summary: str
 
     def cast_frozen(self, number_format: torch.dtype | None) -> None:
-        """Takes frozen weights, but for heads, to a number format; None leaves them as they are."""
+        """Casts frozen weights, except heads, to a number format; None leaves them unchanged."""
         for module in self.frozen if number_format is not None else ():
             for name, parameter in module.named_parameters():
                 if not name.startswith("head."):
@@ -116,12 +109,12 @@ def build_roles(
     temperature: float,
     attention: str = "auto",
 ) -> Roles:
-    """value_model: "reward" (starts as the first reward model), "policy" (as the policy), "shared" (a head on the
-    policy's hidden states). Raises `UserError`.
+    """value_model: "reward" (initialized from the first reward model), "policy" (from the policy), "shared" (a head on
+    the policy's hidden states). Raises `UserError`.
     """
     if settings.trainable == "lora":
         policy = LanguageModel(pretrained.model, attention=attention)
-        roles = _one_trunk(policy, fingerprint(policy.backbone.model), rewards, settings, value_model, temperature)
+        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, value_model, temperature)
     else:
         roles = _whole_models(pretrained, rewards, settings, value_model, temperature, attention)
     _checkpoint_activations(roles, settings)
@@ -131,13 +124,13 @@ def build_roles(
 
 
 def _checkpoint_activations(roles: Roles, settings: TrainingSection) -> None:
-    """Raises `UserError` where two roles that train share a trunk: computed again, one would run as the other."""
+    """Raises `UserError` if two trained roles share a backbone: recomputation would use the wrong adapter."""
     if not settings.gradient_checkpointing:
         return
     critic = roles.actor_critic.critic.backbone
     if isinstance(critic, AdapterView) and not roles.actor_critic.shares_states:
         raise UserError(
-            "training.gradient_checkpointing: got true with values that are an adapter of the policy's trunk; "
+            "training.gradient_checkpointing: got true with a value model that is an adapter on the policy's backbone; "
             "expected "
             'false, or training.value_model "shared"'
         )
@@ -154,10 +147,10 @@ def _whole_models(
     temperature: float,
     attention: str,
 ) -> Roles:
-    """Every role has its own weights, but for values that are a head on the policy."""
+    """Every role has its own weights, except a value head on the policy."""
     original = copy.deepcopy(pretrained.model).requires_grad_(False)
     policy, reference = (LanguageModel(each, attention=attention) for each in (pretrained.model, original))
-    held_back = set_trained_language_model(policy.causal, policy.backbone.model, settings)
+    initially_frozen = set_trained_language_model(policy.causal, policy.backbone.model, settings)
     critic = _critic(policy, rewards, settings, value_model)
     actor_critic = ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature)
     members = [reward.model.requires_grad_(False) for reward in rewards]
@@ -165,9 +158,9 @@ def _whole_models(
     return Roles(
         actor_critic,
         Reference(reference, reference.backbone, temperature=temperature),
-        _together(members),
+        _ensemble(members),
         (reference, *members),
-        tuple(held_back),
+        tuple(initially_frozen),
         f"models: {copies} copies of the weights: policy, reference"
         + _rewards_summary(members)
         + (", value model" if value_model != "shared" else "; the values are a head on the policy"),
@@ -177,21 +170,21 @@ def _whole_models(
 def _critic(
     policy: LanguageModel, rewards: Sequence[OpenedReward], settings: TrainingSection, value_model: str
 ) -> PooledModel:
-    """The value model with a trunk of its own, or, shared, a head over the policy's states."""
+    """A value model with its own backbone, or, if shared, a head on the policy's hidden states."""
     if value_model == "reward":
         assert rewards, "checked by PpoConfig.check"
-        critic = _value_head(Backbone(_own_trunk(rewards[0].model).copied_model()))
+        critic = _value_head(Backbone(_own_backbone(rewards[0].model).copied_model()))
         _start_as_reward(critic, rewards[0])
         set_trained(critic.backbone.model, settings)
         return critic
     if value_model == "policy":
-        trunk = Backbone(policy.backbone.copied_model())
-        set_trained(trunk.model, settings)
-        return _value_head(trunk)
+        backbone = Backbone(policy.backbone.copied_model())
+        set_trained(backbone.model, settings)
+        return _value_head(backbone)
     return _value_head(AdapterView(policy.backbone, ADAPTER))
 
 
-def _one_trunk(
+def _one_backbone(
     policy: LanguageModel,
     base: str,
     rewards: Sequence[OpenedReward],
@@ -200,52 +193,52 @@ def _one_trunk(
     temperature: float,
 ) -> Roles:
     """Every role that can be is an adapter over the policy's weights."""
-    trunk, lora, seed = policy.backbone, settings.lora or LoraSection(), settings.seed
+    backbone, lora, seed = policy.backbone, settings.lora or LoraSection(), settings.seed
     policy.causal.requires_grad_(False)
-    add_lora(trunk.model, lora, seed=seed)
+    add_lora(backbone.model, lora, seed=seed)
     trained = [ADAPTER]
     adapters = [_own_adapter(reward, base) for reward in rewards]
     members = [
-        reward.model if adapter is None else _over(trunk, reward, adapter, name=f"{_REWARD}_{number}")
+        reward.model if adapter is None else _reward_adapter(backbone, reward, adapter, name=f"{_REWARD}_{number}")
         for number, (reward, adapter) in enumerate(zip(rewards, adapters, strict=True))
     ]
     first = adapters[0] if adapters else None
     if value_model == "shared":
-        critic = _value_head(AdapterView(trunk, ADAPTER))
+        critic = _value_head(AdapterView(backbone, ADAPTER))
     elif value_model == "reward" and first is None:
         critic = _critic(policy, rewards, settings, value_model)
     else:
         if value_model == "reward" and first is not None:
-            load_adapter(trunk.model, first, _VALUE)
+            load_adapter(backbone.model, first, _VALUE)
         else:
-            add_lora(trunk.model, lora, seed=seed + 1, name=_VALUE)
+            add_lora(backbone.model, lora, seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)
-        critic = _value_head(AdapterView(trunk, _VALUE))
+        critic = _value_head(AdapterView(backbone, _VALUE))
         if value_model == "reward":
             _start_as_reward(critic, rewards[0])
-    _activate(trunk.model, trained)
+    _activate(backbone.model, trained)
     copies = 1 + adapters.count(None) + isinstance(critic.backbone, Backbone)
     shared = "one copy of the weights serves" if copies == 1 else f"{copies} copies of the weights serve"
     return Roles(
         ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature),
-        Reference(policy, AdapterView(trunk, None), temperature=temperature),
-        _together(members),
+        Reference(policy, AdapterView(backbone, None), temperature=temperature),
+        _ensemble(members),
         tuple(member.requires_grad_(False) for member in members),
         (),
         f"models: {shared} as policy, reference{_rewards_summary(members)} and value model",
     )
 
 
-def _over(trunk: Backbone, reward: OpenedReward, adapter: Path, *, name: str) -> PooledModel:
+def _reward_adapter(backbone: Backbone, reward: OpenedReward, adapter: Path, *, name: str) -> PooledModel:
     """A reward model as an adapter of this name over the policy's weights, and its heads."""
-    load_adapter(trunk.model, adapter, name)
+    load_adapter(backbone.model, adapter, name)
     heads = reward.model.head.out_features
-    model = PooledModel(AdapterView(trunk, name), num_outputs=heads, pooling="last", seed=0)
+    model = PooledModel(AdapterView(backbone, name), num_outputs=heads, pooling="last", seed=0)
     model.head.load_state_dict(reward.model.head.state_dict())
     return model
 
 
-def _together(members: Sequence[PooledModel]) -> PooledModel | RewardEnsemble | None:
+def _ensemble(members: Sequence[PooledModel]) -> PooledModel | RewardEnsemble | None:
     if not members:
         return None
     return members[0] if len(members) == 1 else RewardEnsemble(members)
@@ -257,18 +250,18 @@ def _rewards_summary(members: Sequence[PooledModel]) -> str:
     return ", reward model" if len(members) == 1 else f", {len(members)} reward models"
 
 
-def _own_trunk(model: PooledModel) -> Backbone:
-    assert isinstance(model.backbone, Backbone), "an opened reward model has its own weights"
+def _own_backbone(model: PooledModel) -> Backbone:
+    assert isinstance(model.backbone, Backbone), "a loaded reward model has its own weights"
     return model.backbone
 
 
 def _own_adapter(reward: OpenedReward, base: str) -> Path | None:
-    """The reward model's adapter, where it is one over the policy's weights."""
+    """The reward model's adapter, if it was trained over the policy's weights."""
     return reward.adapter if reward.description.get("base") == base else None
 
 
 def _activate(model: nn.Module, trained: list[str]) -> None:
-    """The policy's adapter runs; the adapters `trained` train."""
+    """Activates the policy's adapter and makes the adapters in `trained` trainable."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -280,15 +273,15 @@ def _activate(model: nn.Module, trained: list[str]) -> None:
             parameter.requires_grad_(any(f".{adapter}." in name for adapter in trained))
 
 
-def _value_head(trunk: Backbone | AdapterView) -> PooledModel:
-    """Values that are 0 at first: drawn at random they would be noise in every advantage until they are learned."""
-    critic = PooledModel(trunk, num_outputs=1, pooling="last", seed=0)
+def _value_head(backbone: Backbone | AdapterView) -> PooledModel:
+    """A value head of zeros: random initial values would add noise to every advantage."""
+    critic = PooledModel(backbone, num_outputs=1, pooling="last", seed=0)
     nn.init.zeros_(critic.head.weight)
     return critic
 
 
 def _start_as_reward(critic: PooledModel, reward: OpenedReward) -> None:
-    """The value head begins as the mean of the reward heads, in the unit of normalised scores."""
+    """Initializes the value head as the mean of the reward heads, in units of normalized scores."""
     std = torch.tensor(reward.description["score_std"])[:, None]
     with torch.no_grad():
         critic.head.weight.copy_((reward.model.head.weight / std).mean(0, keepdim=True))

@@ -1,8 +1,4 @@
-"""The minibatches of a policy's own update, out of what it has just written.
-
-Enters: a function that writes an iteration's experience. Leaves: `ResponseBatch`es, minibatch by minibatch, inner
-epoch by inner epoch; for checkpoints, the experience in use. Left out: what experience is (`experience.py`).
-"""
+"""Minibatches of rollouts for the updates of an online method. `experience.py` defines the experience."""
 
 from __future__ import annotations
 
@@ -21,8 +17,8 @@ from loopos.rl.experience import Experience, ResponseBatch, ResponseRows
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
-    """The numbers of an online run. `num_prompts`: in the data. `batch_size`: responses of an iteration over all
-    processes. `iterations`: of the whole run; `planned_end`: what ends it then, "epochs" or "max_iterations".
+    """The sizes of an online run. `num_prompts`: in the data. `batch_size`: responses per iteration over all processes.
+    `iterations`: of the whole run. `planned_end`: what ends it, "epochs" or "max_iterations".
     """
 
     num_prompts: int
@@ -40,7 +36,7 @@ class RolloutPlan:
 
     @classmethod
     def of(cls, settings: PpoTrainingSection, *, num_prompts: int, rank: int, world: int) -> RolloutPlan:
-        """What a config's `training` section asks for."""
+        """From a config's `training` section."""
         batch_size = settings.batch_size * world
         iterations = -(-settings.num_epochs * num_prompts // batch_size)
         limit = settings.max_iterations
@@ -60,12 +56,12 @@ class RolloutPlan:
         )
 
     def prompts_of(self, iteration: int) -> list[int]:
-        """The prompts of an iteration, of all processes: each pass over the data in an order of its own."""
-        found = []
+        """Indices of an iteration's prompts, for all processes. Each pass over the data has its own order."""
+        prompts = []
         for number in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
-            turn, place = divmod(number, self.num_prompts)
-            found.append(int(self._order(turn)[place]))
-        return found
+            turn, index = divmod(number, self.num_prompts)
+            prompts.append(int(self._order(turn)[index]))
+        return prompts
 
     def _order(self, turn: int) -> np.ndarray:
         if not self.shuffle:
@@ -73,22 +69,22 @@ class RolloutPlan:
         return shuffled(self.num_prompts, self.seed, turn)
 
     def batches_of(self, cursor: Cursor, lengths: Sequence[int]) -> list[list[int]]:
-        """This process's micro-batches of a minibatch, as places in an iteration's responses of these lengths."""
+        """This process's micro-batches of a minibatch, as indices into an iteration's responses of these lengths."""
         inner, part = divmod(cursor.step, self.minibatches)
-        # The third number keeps these draws apart from those of the prompts.
+        # The third number separates these draws from those of the prompts.
         order = np.random.Generator(np.random.PCG64([self.seed, cursor.epoch, 1 + inner])).permutation(len(lengths))
         group = np.array_split(order, self.minibatches)[part].tolist()
         slots = deal([lengths[row] for row in group], self.accumulation * self.world, len(group))
-        mine = [[group[place] for place in slot] for slot in slots[self.rank :: self.world]]
-        return [chosen for chosen in mine if chosen]
+        own = [[group[index] for index in slot] for slot in slots[self.rank :: self.world]]
+        return [chosen for chosen in own if chosen]
 
 
 class RolloutBatches:
-    """Minibatches of experience, an iteration an epoch of the loop: `collect` writes the responses of an iteration with
-    the policy as it is, then `inner_epochs` passes go over them in `minibatches` shuffled parts.
+    """Minibatches of experience. One epoch of the training loop is one iteration: `collect` generates responses with
+    the current policy, then `inner_epochs` passes go over them in `minibatches` shuffled parts.
 
-    Prompts are taken in turn from an order drawn anew for every pass over them; which, depends on the iteration alone.
-    An iteration ends early where a step's approximate KL is above the limit.
+    The prompts of an iteration depend only on its number. An iteration ends early after a step whose approximate KL
+    exceeds the limit.
     """
 
     def __init__(self, plan: RolloutPlan, collect: Callable[[int], Experience], device: torch.device) -> None:
@@ -111,20 +107,20 @@ class RolloutBatches:
         return self.plan.inner_epochs * self.plan.minibatches
 
     def step(self, cursor: Cursor) -> list[ResponseBatch]:
-        """This process's micro-batches of a minibatch; at the first of an iteration, the responses are written."""
+        """This process's micro-batches of a minibatch; the first step of an iteration generates the responses."""
         if self.experience is None:
             assert cursor.step == 0, f"no experience at {cursor}"
             self.experience = self._collect(cursor.epoch)
         if self._rows is None:
             self._rows = self.experience.rows(self.device)
         plan, rows = self.plan, self._rows
-        mine = plan.batches_of(cursor, rows.lengths)
+        own = plan.batches_of(cursor, rows.lengths)
         is_first = cursor.step == 0 and self.experience.is_own
-        return [rows(chosen, is_first=is_first) for chosen in mine]
+        return [rows(chosen, is_first=is_first) for chosen in own]
 
     def idle(self) -> ResponseBatch:
         """A batch of the first response."""
-        assert self._rows is not None, "asked for after a step"
+        assert self._rows is not None, "idle is called after step"
         return self._rows([0])
 
     def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
@@ -137,18 +133,18 @@ class RolloutBatches:
         return Cursor(cursor.epoch, cursor.step + 1)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The experience in use, for a checkpoint."""
+        """The current experience, for a checkpoint."""
         return {} if self.experience is None else self.experience.tensors()
 
     def state(self) -> dict[str, Any]:
-        held = self.experience
+        experience = self.experience
         return {
-            "kl_coefficient": None if held is None else held.kl_coefficient,
-            "is_own": None if held is None else held.is_own,
+            "kl_coefficient": None if experience is None else experience.kl_coefficient,
+            "is_own": None if experience is None else experience.is_own,
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Goes on from `tensors` and `state`."""
+        """Restores `tensors` and `state`."""
         self._rows = None
         self.experience = None
         if tensors:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 from loopos.config.diagnostics import UserError
-from loopos.generation.completions import Completion, Piece, Running
+from loopos.generation.completions import Completion, Running, TokenDelta
 from loopos.generation.engine import Engine
 from loopos.generation.scheduler import Scheduler
 from loopos.generation.settings import SamplingSettings
@@ -45,7 +45,7 @@ class Ticket:
         self.has_left = False
         self.overflowed = asyncio.Event()
         self._max_lag = max_lag * self.count
-        self._events: deque[Piece | list[Completion] | ApiError] = deque()
+        self._events: deque[TokenDelta | list[Completion] | ApiError] = deque()
         self._arrived = asyncio.Event()
 
     @property
@@ -53,19 +53,19 @@ class Ticket:
         """Completions of all prompts."""
         return len(self.prompts) * self.n
 
-    def deliver(self, event: Piece | list[Completion] | ApiError) -> None:
+    def deliver(self, event: TokenDelta | list[Completion] | ApiError) -> None:
         """Puts an event where the request finds it."""
         self._events.append(event)
         self._arrived.set()
         if len(self._events) > self._max_lag:
             self.overflowed.set()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[TokenDelta]:
         """The tokens of all completions as they come. Raises `ApiError` where the model failed."""
         ended = 0
         while ended < self.count:
             piece = await self._next()
-            assert isinstance(piece, Piece)
+            assert isinstance(piece, TokenDelta)
             ended += piece.finish_reason is not None
             yield piece
 
@@ -75,7 +75,7 @@ class Ticket:
         assert isinstance(found, list)
         return found
 
-    async def _next(self) -> Piece | list[Completion]:
+    async def _next(self) -> TokenDelta | list[Completion]:
         while not self._events:
             self._arrived.clear()
             await self._arrived.wait()
@@ -214,11 +214,11 @@ class Decoder:
 
     def _turn(
         self, joining: Sequence[Ticket], leaving: Sequence[Ticket]
-    ) -> list[tuple[Ticket, Piece | list[Completion] | ApiError]]:
+    ) -> list[tuple[Ticket, TokenDelta | list[Completion] | ApiError]]:
         """One step, and what it has for whom; in the model's thread."""
         session = self._session
         assert session is not None
-        news: list[tuple[Ticket, Piece | list[Completion] | ApiError]] = []
+        news: list[tuple[Ticket, TokenDelta | list[Completion] | ApiError]] = []
         for ticket in leaving:
             self._cancel(ticket, session)
         for ticket in joining:
@@ -241,7 +241,7 @@ class Decoder:
                 news.append((owner, _no_token()))
                 continue
             if owner.streams:
-                news.append((owner, running.piece()))
+                news.append((owner, running.delta()))
             if running.finish_reason is not None:
                 self._owners.pop(running, None)
                 if not owner.streams and _is_done(owner):

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from loopos.generation.completions import Completion, GrowingText, Piece, decoded
+from loopos.generation.completions import Completion, GrowingText, TokenDelta, decoded
 from loopos.serving.errors import GONE, ApiError, gone, out_of_time
 
 Result = TypeVar("Result")
@@ -177,7 +177,7 @@ class Form:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, None, None) for index in range(number)]
 
-    def chunks(self, piece: Piece, offset: int) -> list[dict[str, Any]]:
+    def chunks(self, piece: TokenDelta, offset: int) -> list[dict[str, Any]]:
         """The chunks of one token: what it says, if anything, and behind the last one, without words, why it was the
         last. offset: characters of the choice's text before it.
         """
@@ -214,7 +214,7 @@ class Form:
             "choices": choices,
         }
 
-    def _index(self, made: Piece | Completion) -> int:
+    def _index(self, made: TokenDelta | Completion) -> int:
         return made.prompt_index * self.n + made.sample_index
 
     def _choice(self, completion: Completion) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The training room: one optimizer step, the offline loop, and all that makes a run resumable."""
+"""Training: the optimizer step, the training loop, and everything that makes a run resumable."""

@@ -1,8 +1,7 @@
-"""Functions of a Python program that see the events of a run, and may end it.
+"""User callbacks of the Python API: functions that receive the events of a run and may end it.
 
-Enters: each event as it was written to `events.jsonl`. Leaves: the reason to end the run, or none. They run in the
-process that writes the log and nowhere else, get a copy of the event, and the random states are put back after each:
-the numbers of a run do not depend on them. Left out: how a run ends (`fit.py`).
+They run only in the process that writes the log, receive a copy of each event, and random states are restored after
+each call, so the results of a run do not depend on them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CALLBACK, CALLBACK_ERROR = "callback", "callback error"
 
 
 class NamedCallback(Protocol):
-    """A user's function under a label. Whatever it raises is a `UserError`."""
+    """A user's function with a label. It raises only `UserError`."""
 
     @property
     def label(self) -> str: ...
@@ -32,8 +31,8 @@ class NamedCallback(Protocol):
 
 
 @contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Every global generator is afterwards as it was before, whatever was drawn."""
+def preserve_random_states() -> Iterator[None]:
+    """Restores all global random generators at exit."""
     tensors, state = random_states()
     try:
         yield
@@ -42,8 +41,8 @@ def kept_random_states() -> Iterator[None]:
 
 
 class Callbacks:
-    """Calls each function with each event. `reason`: why the run is to end, None as long as it goes on. `label`: of the
-    function that ended it. `failure`: the error of one that failed, which is not called again.
+    """Calls each function with each event. `reason`: why the run should end, None while it should not. `label`: of the
+    function that ended it. `failure`: the error of a function that failed, which is not called again.
     """
 
     def __init__(self, functions: Sequence[NamedCallback] = ()) -> None:
@@ -54,15 +53,15 @@ class Callbacks:
         self.failure: UserError | None = None
 
     def __bool__(self) -> bool:
-        """Whether there are any, the same on every rank."""
+        """Whether there are any; the same on every rank."""
         return self._any
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Calls every function with an event. Raises nothing: a failure waits in `failure`."""
+        """Calls every function with an event. Raises nothing; errors are stored in `failure`."""
         for function in list(self._functions):
             about = f"the event {event['event']} of step {event['step']}"
             try:
-                with kept_random_states():
+                with preserve_random_states():
                     answer = function(deepcopy(dict(event)), about=about)
                 if answer not in (None, STOP):
                     got = f"{type(answer).__name__} {answer!r:.80}"
@@ -77,7 +76,7 @@ class Callbacks:
                     self.reason, self.label = CALLBACK, function.label
 
     def raise_failure(self, state: str) -> None:
-        """Raises the `UserError` of a callback that failed. state: how the run stands, for the message."""
+        """Raises the `UserError` of a callback that failed. state: the state of the run, for the message."""
         if self.failure is not None:
             raise UserError(f"{self.failure}\n{state}") from (self.failure.__cause__ or self.failure)
 

@@ -1,13 +1,12 @@
-"""Checkpoints: tensors by group and JSON state enter, a verified folder leaves, and the newest whole one comes back.
+"""Checkpoints: tensors by group and JSON state, stored as verified folders.
 
     checkpoints/step-00000100/   weights.safetensors  optimizer.safetensors  state.json  manifest.json
 
-Of a model that is shared out over N processes, weights and optimizer lie in N files each (`slices.py`), and are read
-as if they lay in one. A folder is written beside its place under a hidden name, every file fsynced, the manifest last
-with the size and SHA-256 of each, then renamed: a crash at any instant leaves the old or the new state. Saving a step
-that is there already replaces it; in the instant between the two renames the old one is still found under its hidden
-name. One run writes (`saving.py`); any number of processes may read. Left out: what the state means, and tied tensors
-(each name is written by itself, so the caller names a shared tensor once).
+With a model that is sharded over N processes, weights and optimizer are N files each (`slices.py`) and read as one. A
+folder is written under a hidden name, each file with fsync, the manifest last with size and SHA-256 of each file, then
+renamed: a crash at any instant leaves the old or the new state. Saving an existing step replaces it; between the two
+renames the old one is found under its hidden name. One run writes; any number of processes may read. Tied tensors must
+be passed under one name.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint. `tensors` is group → name → tensor on the CPU, mapped from the file until changed."""
+    """One verified checkpoint. `tensors`: group → name → tensor on the CPU, memory-mapped until changed."""
 
     path: Path
     step: int
@@ -73,9 +72,9 @@ class Checkpoint:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint folder after checking every file's size and SHA-256 against the manifest.
+    """Reads one checkpoint folder after checking every file's size and SHA-256 against the manifest.
 
-    Raises `CheckpointError`, which names the first file that is missing, cut, changed or of another format.
+    Raises `CheckpointError`, which names the first file that is missing, truncated, changed or of another format.
     """
     manifest = read_manifest(path)
     check_sizes(path, manifest)
@@ -87,7 +86,7 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         step=manifest["step"],
-        tensors={group: read_group(places) for group, places in files.items()},
+        tensors={group: read_group(parts) for group, parts in files.items()},
         state=json.loads((path / STATE).read_bytes()),
         metric=manifest["metric"],
         is_best=manifest["is_best"],
@@ -95,7 +94,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one rejected and each save that never ended."""
+    """The newest valid checkpoint, and one line for each newer one that was rejected and each save that never
+    finished.
+    """
     summary = [
         f"{entry}: half-written, its save has not ended; not used"
         for entry in _entries(root)
@@ -114,28 +115,28 @@ def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def best(root: Path) -> Path | None:
-    """The newest checkpoint saved with `is_best` whose manifest and file sizes are right; None when there is none."""
+    """The newest checkpoint saved with `is_best` whose manifest and file sizes are right; None without one."""
     return next((folder for folder in _folders(root) if looks_whole(folder) and read_manifest(folder)["is_best"]), None)
 
 
 def prune(root: Path, keep_last: int, keep_best: bool, *, newest: int | None = None) -> list[Path]:
-    """Remove all but the newest `keep_last` checkpoints and, with `keep_best`, the best one; returns what was removed.
-    newest: the step of the newest one that can be relied on, where that is known; those of later steps stay.
+    """Removes all but the newest `keep_last` checkpoints and, with `keep_best`, the best one; returns what was removed.
+    newest: the step of the newest reliable checkpoint, if known; those of later steps stay.
 
-    Only checkpoints whose manifest and file sizes are right count as kept. Newer damaged ones stay for the user to
-    look at; damaged ones older than those kept are removed.
+    Only checkpoints whose manifest and file sizes are right count towards `keep_last`. Newer damaged ones stay for the
+    user to inspect; older damaged ones are removed.
     """
     assert keep_last >= 1, "the newest checkpoint always stays"
     folders = [folder for step, folder in _by_step(root) if newest is None or step <= newest]
     whole = [folder for folder in folders if looks_whole(folder)]
-    kept = whole[:keep_last]
-    if not kept:
+    retained = whole[:keep_last]
+    if not retained:
         return []
     best_folder = best(root) if keep_best else None
-    oldest_kept = folders.index(kept[-1])
-    removed = [folder for folder in folders[oldest_kept + 1 :] if folder != best_folder]
+    oldest_to_keep = folders.index(retained[-1])
+    removed = [folder for folder in folders[oldest_to_keep + 1 :] if folder != best_folder]
     for folder in removed:
-        # Out of sight first: a removal that is cut short must not look like a damaged checkpoint.
+        # Rename first: an interrupted removal must not look like a damaged checkpoint.
         doomed = folder if folder.name.startswith(".") else hidden(folder, "removed")
         if doomed != folder:
             os.rename(folder, doomed)
@@ -153,7 +154,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _by_step(root: Path) -> list[tuple[int, Path]]:
-    """Step and folder of all checkpoints, newest first; one caught in its replacement under its hidden name."""
+    """(step, folder) of all checkpoints, newest first; an interrupted replacement under its hidden name."""
     found: dict[int, Path] = {}
     for entry in _entries(root):
         caught = HIDDEN_NAME.fullmatch(entry.name)

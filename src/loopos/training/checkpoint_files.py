@@ -1,17 +1,13 @@
-"""One checkpoint folder: tensors, state and facts enter and leave as files under a sealed manifest.
+"""The files of one checkpoint folder, and how they are written: by one process or all processes of a run, optionally
+while training continues.
 
-The manifest is written last; it holds the format, the facts (step, metric, best or not), the size and SHA-256 of every
-other file, and the SHA-256 of itself. Left out: where the folder stands among others (see `checkpoint`).
+    begin    rank 0 creates a hidden folder; weights that are not finite are refused
+    write    every process writes its files into it, optionally in a thread
+    finish   rank 0 adds state and manifest and renames the folder
 
-One checkpoint on its way to the disk, by one process or by all of a run, perhaps while training goes on.
-
-    begin    the first process makes the hidden folder; weights that are not finite numbers are refused
-    write    every process writes its files into it, in a thread of its own where it is asked for
-    finish   the first process adds state and manifest, and gives the folder its name
-
-Enters: the tensors that each process is to write, and JSON state. Leaves: a checkpoint folder, whole or not there. Left
-out: what is in a folder (`checkpoint_folder.py`), reading (`checkpoint.py`). No tensor is copied: between `begin` and
-`finish` they must not change. More than one host needs a file system that all share.
+The manifest is written last. It contains the format, the facts (step, metric, best or not), size and SHA-256 of every
+other file, and its own SHA-256. Tensors are not copied: they must not change between `begin` and `finish`. Several
+hosts need a shared file system.
 """
 
 from __future__ import annotations
@@ -55,7 +51,7 @@ Records: TypeAlias = dict[str, dict[str, Any]]
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be trusted: `problem` names the file and what is wrong with it."""
+    """A checkpoint that cannot be used. `problem` names the file and what is wrong with it."""
 
     def __init__(self, problem: str) -> None:
         self.problem = problem
@@ -74,7 +70,7 @@ def encode_state(state: Mapping[str, JSON]) -> bytes:
 
 
 def _assert_text_keys(value: JSON, where: str) -> None:
-    # json would turn a number key into text without a word, and the state that comes back would be another.
+    # json silently turns a number key into text, and the restored state would differ.
     if isinstance(value, Mapping):
         for key, item in value.items():
             assert isinstance(key, str), f"{where}: key {key!r} is not text"
@@ -85,8 +81,8 @@ def _assert_text_keys(value: JSON, where: str) -> None:
 
 
 def write_group(folder: Path, group: str, members: Mapping[str, torch.Tensor], rows: Mapping[str, RowSpan]) -> Records:
-    """Writes a file of tensors into a folder, fsynced; returns its line of the manifest. rows: which rows of a larger
-    tensor the members are, for those that are slices; the file then says so.
+    """Writes a file of tensors to a folder, with fsync; returns its manifest entry. rows: rows of a larger tensor, for
+    tensors that are slices; the file's metadata records them.
     """
     assert _GROUP_NAME.fullmatch(group), f"group {group!r} does not name a file"
     name, metadata = group + TENSORS_SUFFIX, described(members, rows) if group_of(group) is not None else {}
@@ -94,8 +90,8 @@ def write_group(folder: Path, group: str, members: Mapping[str, torch.Tensor], r
 
 
 def seal_folder(folder: Path, records: Records, state: bytes, facts: Mapping[str, JSON]) -> None:
-    """Writes the encoded state and the manifest of all files, and makes the folder durable. records: what `write_group`
-    returned of each file, whoever wrote it.
+    """Writes the encoded state and the manifest, and makes the folder durable. records: what `write_group` returned for
+    each file, from all processes.
     """
     records = {**records, STATE: asdict(write_hashed(folder / STATE, [state]))}
     manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": records}
@@ -105,7 +101,9 @@ def seal_folder(folder: Path, records: Records, state: bytes, facts: Mapping[str
 
 
 def read_group(files: Sequence[Path]) -> Mapping[str, torch.Tensor]:
-    """The tensors of a group, mapped from its one file, or put together from its slices. Raises `CheckpointError`."""
+    """The tensors of a group: memory-mapped from its one file, or assembled from its slices. Raises
+    `CheckpointError`.
+    """
     if group_of(files[0].stem) is None:
         [file] = files
         tensors: dict[str, torch.Tensor] = load_file(file)
@@ -122,26 +120,26 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, its own format, seal and step checked. Raises `CheckpointError`."""
+    """The manifest, with its format, checksum and step verified. Raises `CheckpointError`."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(_on_disk(path, Path.read_bytes))
     except ValueError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(manifest).__name__}, not an object")
+        raise CheckpointError(f"{path}: got a JSON {type(manifest).__name__}; expected an object")
     if manifest.get("format") != FORMAT_VERSION:
         found = manifest.get("format")
         raise CheckpointError(f"{path}: written in format {found}, this LoopOS reads format {FORMAT_VERSION}")
     if manifest.get("sha256") != _seal(manifest):
         raise CheckpointError(f"{path}: the content is not what was saved (SHA-256 differs)")
     if STEP_NAME.fullmatch(folder.name) and folder.name != folder_name(manifest["step"]):
-        raise CheckpointError(f"{path}: says step {manifest['step']}, its folder is called {folder.name}")
+        raise CheckpointError(f"{path}: has step {manifest['step']}, but its folder is called {folder.name}")
     return manifest
 
 
 def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Every file that the manifest lists is there with its size. Raises `CheckpointError`; costs no reading."""
+    """Checks that every file of the manifest exists with its size, without reading it. Raises `CheckpointError`."""
     for name, record in manifest["files"].items():
         size = _on_disk(folder / name, lambda file: file.stat().st_size)
         if size != record["size"]:
@@ -150,7 +148,7 @@ def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Every file's content is what was saved; reads all of it once. Raises `CheckpointError`."""
+    """Checks the SHA-256 of every file; reads all of it once. Raises `CheckpointError`."""
     for name, record in manifest["files"].items():
         if _on_disk(folder / name, hash_file).sha256 != record["sha256"]:
             raise CheckpointError(f"{folder / name}: the content is not what was saved (SHA-256 differs)")
@@ -178,14 +176,14 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """Weights hold nan or inf and were therefore not saved."""
+    """Weights contain nan or inf and were not saved."""
 
 
 @dataclass
 class Save:
     """The checkpoint of `step` under `root`. `tensors`: group → name → tensor, the files that this process writes.
-    `rows`: of the members that are rows of larger tensors, which. `weights`: those that must be finite. `state`,
-    `metric`, `is_best`: the first process's count.
+    `rows`: for tensors that are rows of larger ones, which rows. `weights`: tensors that must be finite. Only rank 0's
+    `state`, `metric` and `is_best` are used.
     """
 
     root: Path
@@ -210,13 +208,13 @@ class Save:
         self._thread: Thread | None = None
 
     def begin(self, *, in_background: bool = False) -> None:
-        """Makes the folder and writes this process's files, or begins to. Leftovers of saves that died are cleared
-        first and logged as warnings.
+        """Creates the folder and writes this process's files, or starts to. First removes partial saves of killed
+        processes and logs them as warnings.
 
-        Raises `NonFiniteError` on every process (nothing was written), `DiskFull`.
+        Raises `NonFiniteError` on every process, before anything is written, and `DiskFull`.
         """
-        told = self.world.gather(_nonfinite(self.weights))
-        _refuse_nonfinite([name for names in told for name in _names(names)], of=len(self.weights))
+        gathered = self.world.gather(_nonfinite(self.weights))
+        _refuse_nonfinite([name for names in gathered for name in _names(names)], of=len(self.weights))
         if self.world.is_first:
             with self._explain_disk_full():
                 self._make_folder()
@@ -228,23 +226,23 @@ class Save:
             self._write()
 
     def finish(self) -> Path:
-        """Returns the folder, once it is whole. Raises `DiskFull`, on every process: what was written of this
-        checkpoint is removed, earlier ones are whole.
+        """Returns the folder when it is complete. Raises `DiskFull` on every process; the partial checkpoint is
+        removed, earlier ones stay.
         """
         if self._thread is not None:
             self._thread.join()
         problem = None if self._problem is None else (str(self._problem), isinstance(self._problem, StorageError))
         gathered = self.world.gather((self._records, problem))
-        told = [each for each in gathered if isinstance(each, tuple)]
-        failed = [theirs for _, theirs in told if theirs is not None]
+        results = [each for each in gathered if isinstance(each, tuple)]
+        failed = [failure for _, failure in results if failure is not None]
         if failed:
             self.give_up()
             summary, is_of_storage = failed[0]
             raise self._problem or (StorageError(summary) if is_of_storage else UserError(summary))
         if self.world.is_first:
             try:
-                self._seal({name: record for written, _ in told for name, record in written.items()})
-            # Ctrl-C too must leave no half of a checkpoint.
+                self._seal({name: record for written, _ in results for name, record in written.items()})
+            # Also after Ctrl-C no partial checkpoint may stay.
             except BaseException:
                 self.give_up()
                 raise
@@ -258,9 +256,9 @@ class Save:
             replace_folder(self._partial, self._final)
 
     def give_up(self) -> None:
-        """Removes what is there of it."""
+        """Removes the partial checkpoint."""
         if self.world.is_first:
-            # What cannot be removed now is cleared, and said, by the next save.
+            # The next save removes and reports what cannot be removed now.
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _make_folder(self) -> None:
@@ -282,7 +280,7 @@ class Save:
                 for group, members in self.tensors.items():
                     self._records |= write_group(self._partial, group, members, self.rows)
         except (OSError, UserError) as problem:
-            # Told by `finish`, where all processes learn of it.
+            # Raised by `finish` on all processes.
             self._problem = problem
 
     def _explain_disk_full(self) -> Any:
@@ -298,29 +296,30 @@ def save(
     metric: float | None = None,
     is_best: bool = False,
 ) -> Path:
-    """Write checkpoint `step` under `root` durably and return its folder; replaces one of the same step.
+    """Writes checkpoint `step` under `root` durably and returns its folder; replaces one of the same step.
 
-    Leftovers of saves that died are cleared first and logged as warnings. At no time is more than one tensor copied.
+    First removes partial saves of killed processes and logs them as warnings. At no time is more than one tensor
+    copied.
 
     Raises:
-        NonFiniteError: the group "weights" holds nan or inf; nothing was written.
-        DiskFull: no space or quota left; what was written of this checkpoint is removed, earlier ones are whole.
+        NonFiniteError: the group "weights" contains nan or inf; nothing was written.
+        DiskFull: no space or quota left; the partial checkpoint is removed, earlier ones stay.
     """
     saving = Save(root, step, tensors, state, tensors.get("weights", {}), metric=metric, is_best=is_best)
     try:
         saving.begin()
         return saving.finish()
-    # Ctrl-C too must leave no half of a checkpoint.
+    # Also after Ctrl-C no partial checkpoint may stay.
     except BaseException:
         saving.give_up()
         raise
 
 
 def sweep(root: Path, *, is_only_writer: bool = False) -> list[str]:
-    """Clear what dead processes left half done under `root`; returns one line for each thing done. is_only_writer: this
-    process holds the run's folder, so that what it finds is nobody's, whatever process has its number by now.
+    """Removes partial checkpoints of dead processes under `root`; returns one line per change. is_only_writer: this
+    process has locked the run's folder, so partial checkpoints belong to no living process.
 
-    A checkpoint caught between the two renames of its replacement gets its name back.
+    A checkpoint that was interrupted between the two renames of its replacement gets its name back.
     """
     summary = []
     for entry in sorted(root.iterdir()) if root.is_dir() else []:
@@ -342,16 +341,16 @@ def _nonfinite(weights: Mapping[str, torch.Tensor]) -> list[str]:
     for name, weight in weights.items():
         if weight.is_floating_point() and weight.numel() > 0:
             values = weight.detach()
-            # Extremes carry nan and inf through without a mask as large as the weight; 8-bit floats have none.
+            # aminmax propagates nan and inf without a mask as large as the weight; 8-bit floats do not support it.
             low, high = torch.aminmax(values.float() if values.element_size() == 1 else values)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 bad.append(name)
     return bad
 
 
-def _names(told: object) -> list[str]:
-    assert isinstance(told, list), told
-    return told
+def _names(gathered: object) -> list[str]:
+    assert isinstance(gathered, list), gathered
+    return gathered
 
 
 def _refuse_nonfinite(bad: Iterable[str], *, of: int) -> None:

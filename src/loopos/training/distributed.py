@@ -1,7 +1,5 @@
-"""The processes of a run, over PyTorch's own distributed engine.
-
-Enters: the environment that `torchrun` sets. Leaves: a `World` whose sums run over all ranks. A single process needs
-no process group.
+"""The processes of a run, over `torch.distributed` and the environment of `torchrun`. A single process needs no process
+group.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _BROKEN_SIGNS = ("gloo", "connection closed by peer", "connection reset by peer"
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes; rank 0 writes. `settings`: how they share a model."""
+    """This process among `size` processes; rank 0 writes files. `settings`: the section `distributed`."""
 
     rank: int = 0
     size: int = 1
@@ -42,9 +40,9 @@ class World:
         return self.rank == 0
 
     @property
-    def share(self) -> tuple[int, int]:
-        """(share, shares): which part of work that is dealt out is this process's. Processes that split a model's
-        layers among them have one part together, which each does as the others do.
+    def data_parallel(self) -> tuple[int, int]:
+        """(rank, size) of data parallelism: which part of the rows is this process's. Processes that split a model's
+        layers (tensor parallelism) have the same rank.
         """
         return self.rank // self._together, self.size // self._together
 
@@ -54,15 +52,15 @@ class World:
 
     @property
     def _repeats(self) -> bool:
-        """Whether another process has the same share, and counts for both."""
+        """Whether a lower rank has the same data-parallel rank and already counts for both."""
         return self.rank % self._together > 0
 
     def sum_floats(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Adds each named value over all shares, in fp64. Every rank must give the same names."""
+        """Adds each named value over all data-parallel ranks, in fp64. Every rank must pass the same names."""
         return self.sum_all(dict.fromkeys(values, 0.0) if self._repeats else values)
 
     def sum_all(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Adds each named value over all ranks, in fp64. Every rank must give the same names."""
+        """Adds each named value over all ranks, in fp64. Every rank must pass the same names."""
         if self.size == 1:
             return dict(values)
         names = sorted(values)
@@ -72,7 +70,7 @@ class World:
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest value of all ranks."""
         if self.size == 1:
             return value
@@ -83,8 +81,8 @@ class World:
         return int(largest)
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Adds each tensor over all shares, in place, bucket by bucket. All ranks must give the same shapes in the
-        same order.
+        """Adds each tensor over all data-parallel ranks, in place, bucket by bucket. All ranks must pass the same
+        shapes in the same order.
         """
         if self.size == 1:
             return
@@ -110,12 +108,12 @@ class World:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def gather_shares(self, value: object) -> list[object]:
-        """The value of every share, in order, on every rank."""
+    def gather_data_parallel(self, value: object) -> list[object]:
+        """The value of every data-parallel rank, in order, on every rank."""
         return self.gather(value)[:: self._together]
 
     def wait(self) -> None:
-        """Returns when all ranks have come here."""
+        """A barrier: returns when all ranks have reached it."""
         if self.size > 1:
             dist.barrier()
 
@@ -130,7 +128,9 @@ def _sum_bucket(bucket: Sequence[Tensor], local_rank: int) -> None:
 
 
 def join_world(device: str, settings: DistributedSection) -> World:
-    """Joins the process group that `torchrun` set up (NCCL on CUDA, gloo otherwise), or is alone when it did not."""
+    """Joins the process group of `torchrun` (NCCL on CUDA, gloo otherwise); a single process without `torchrun` has
+    none.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(settings=settings)
@@ -147,7 +147,7 @@ def join_world(device: str, settings: DistributedSection) -> World:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             timeout=timedelta(seconds=settings.timeout),
-            # What an earlier group of these processes left in the store must not be taken for this one's.
+            # A prefix per session, so that keys of an earlier process group are not reused.
             store=PrefixStore(f"session-{next(_SESSIONS)}", store),
             rank=rank,
             world_size=size,
@@ -157,24 +157,26 @@ def join_world(device: str, settings: DistributedSection) -> World:
 
 @cache
 def _met() -> tuple[Store, int]:
-    """The store of the launcher, and this process's rank: asked for once, because it ends when it is let go."""
+    """The launcher's store and this process's rank. Cached, because the store closes when it is garbage-collected."""
     store, rank, _ = next(iter(rendezvous("env://")))
     return store, rank
 
 
 def is_broken_collective(problem: BaseException) -> bool:
-    """Whether an error is that of a collective whose peer is gone or late. gloo's are told by their words alone."""
+    """Whether an error is that of a collective call whose peer is lost or late. gloo's errors are recognized by their
+    text.
+    """
     if isinstance(problem, dist.DistError):
         return True
     return isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in _BROKEN_SIGNS)
 
 
-def meeting_place() -> Store:
-    """The store that the processes of the group met by."""
+def rendezvous_store() -> Store:
+    """The store of the process group."""
     return _get_default_store()
 
 
 def leave_world(world: World) -> None:
-    """Ends the process group of a run of several processes."""
+    """Destroys the process group of a run with several processes."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,22 +1,7 @@
-"""What is due after a step: validation, a line of the log, a checkpoint.
+"""The training loop that all methods share: step, log, validate, save, stop, resume.
 
-Enters: the settings, and where a run stands. Leaves: whether it is due. All ranks come to the same answer. Left out:
-doing it (`fit.py`).
-
-Why a run ends after a step, and whether that still holds when it is resumed.
-
-Enters: where the run stands, the signal received, what its judges and its method say. Leaves: a reason, or none. All
-ranks come to the same one. Left out: what is done then (`fit.py`).
-
-What the loop asks of the place where its batches come from.
-
-Enters: a cursor. Leaves: the micro-batches of a step. Left out: who makes them (`data.batches`, `training.rollouts`).
-
-The loop of every method: step, log, validate, stop early, save, resume.
-
-Enters: where batches come from, an `Update`, a method's objective and validation. Leaves: checkpoints, `events.jsonl`,
-a `FitResult`. Left out: what a batch or a loss is, and what a checkpoint holds (`run_state.py`). A run that was killed
-at any instant and resumed goes through the same numbers as one that was not, on the same machine and settings.
+A run that is killed at any instant and resumed produces the same numbers as an uninterrupted run on the same machine
+with the same settings. All ranks make the same decisions. `run_state.py` defines what a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -37,19 +22,19 @@ from loopos.training.callbacks import CALLBACK, CALLBACK_ERROR, Callbacks
 from loopos.training.distributed import World
 from loopos.training.identity import Identity, of_training
 from loopos.training.progress import RunProgress
-from loopos.training.resuming import beginning, session_facts
+from loopos.training.resuming import session_facts, starting_point
 from loopos.training.run_log import RunLog
 from loopos.training.run_state import FitResult as FitResult
 from loopos.training.run_state import MethodState, Position, RunState
 from loopos.training.schedules import factor, warmup_steps
 from loopos.training.stopping import EXIT_CODES, StopSignals, steps_end_in_order
 from loopos.training.update import NonFiniteStep, Objective, StepResult, Update
-from loopos.training.validation import Judges, Validation
+from loopos.training.validation import Validation, ValidationTracker
 
 
 class Due:
-    """`save_is_overdue`: whether the last checkpoint is older than `training.save_interval`, by the first rank's
-    clock.
+    """Decides whether a checkpoint is due. `save_is_overdue`: the last checkpoint is older than
+    `training.save_interval` by the clock of rank 0.
     """
 
     def __init__(self, settings: TrainingSection) -> None:
@@ -58,48 +43,48 @@ class Due:
         self.save_is_overdue = False
 
     def saved(self) -> None:
-        """A checkpoint is being written."""
+        """Records that a checkpoint is being written."""
         self._saved_at, self.save_is_overdue = time.monotonic(), False
 
     def waits_too_long(self) -> bool:
-        """Whether this rank's clock says that a checkpoint is overdue."""
+        """Whether a checkpoint is overdue by this rank's clock."""
         limit = self._settings.save_interval
         return limit is not None and time.monotonic() - self._saved_at >= limit
 
     def save(self, position: Position, *, validated: bool, is_best: bool, is_judged: bool) -> bool:
-        """Whether a checkpoint is due. is_judged: whether validations judge the run."""
+        """Whether a checkpoint is due. is_judged: whether the run has validations."""
         every = self._settings.save_every
         if self.save_is_overdue and every != "never":
             return True
         if every == "validation":
             return validated and is_judged
-        # The best weights are kept whenever they come, not only where a step to save falls on them.
+        # The best weights are always saved, not only at steps where a save is due.
         return falls_due(position, every) or (is_best and self._settings.keep_best and every != "never")
 
 
 def falls_due(position: Position, every: int | str, unit: int = 1) -> bool:
-    """Whether the last step ended at or went over a multiple of `every` units, or ended an epoch."""
+    """Whether the last step reached a multiple of `every` units, or ended an epoch."""
     if isinstance(every, str):
         return every in ("epoch", "iteration") and position.cursor.step == 0
     return passes(position, every * unit)
 
 
 def passes(position: Position, every: int) -> bool:
-    """Whether the last step ended at or went over a multiple of `every`."""
+    """Whether the last step reached a multiple of `every`."""
     return position.step // every > position.previous_step // every
 
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """`planned_steps`: of the run without `training.max_steps`, and `planned_end` what has ended then: "epochs", or
-    "max_iterations". `gives_up`: the method's own reason to end the run, if it has one now. `callbacks`: those of the
-    user's program, of which the first rank's decide.
+    """Decides when a run ends. `planned_steps`: steps without `training.max_steps`. `planned_end`: the reason recorded
+    after them, "epochs" or "max_iterations". `gives_up`: returns the method's own reason to stop, or None. `callbacks`:
+    the user's callbacks; only those of rank 0 count.
     """
 
     settings: TrainingSection
     planned_steps: int
     planned_end: str
-    judges: Judges | None
+    tracker: ValidationTracker | None
     world: World
     gives_up: Callable[[], str | None]
     callbacks: Callbacks
@@ -111,43 +96,43 @@ class StopCriteria:
         return self.planned_steps if limit is None else min(self.planned_steps, limit)
 
     def reason(self, position: Position, received: str | None) -> str | None:
-        """received: the name of a signal that this process was sent."""
-        # A signal may have reached one rank alone, and clocks differ; all ranks must stop at the same step.
+        """The reason to stop, or None. received: the name of the signal that this process received."""
+        # A signal may reach only one rank, and clocks differ; all ranks must stop at the same step.
         limit = self.settings.max_time
         late = limit is not None and position.seconds >= limit
-        told = [entry for entry in self.world.gather((received, late)) if isinstance(entry, tuple)]
-        names = [name for name, _ in told if name is not None]
+        gathered = [entry for entry in self.world.gather((received, late)) if isinstance(entry, tuple)]
+        names = [name for name, _ in gathered if name is not None]
         if names:
             return str(names[0])
-        # An alarm in the last step is the reason, though the run would have ended there anyway.
+        # An alert in the last step is the reason even if the run would have ended there anyway.
         called_off = self.called_off()
         if called_off == CALLBACK_ERROR:
             return called_off
-        given_up = self.gives_up() or called_off
-        if given_up is None and position.step >= self.total_steps:
+        reason = self.gives_up() or called_off
+        if reason is None and position.step >= self.total_steps:
             return "max_steps" if self.total_steps < self.planned_steps else self.planned_end
-        return given_up or ("max_time" if told[0][1] else None)
+        return reason or ("max_time" if gathered[0][1] else None)
 
     def called_off(self) -> str | None:
-        """`CALLBACK` or `CALLBACK_ERROR` where a callback has ended the run."""
-        # Without callbacks no rank waits for another here.
+        """`CALLBACK` or `CALLBACK_ERROR` if a callback has ended the run."""
+        # Without callbacks no collective call is needed.
         reason = self.world.gather(self.callbacks.reason)[0] if self.callbacks else None
         return None if reason is None else str(reason)
 
     def still_holds(self, position: Position) -> bool:
-        """Whether the reason that ended a run still ends it under the settings it is resumed with."""
+        """Whether the reason that ended the run still ends it under the settings of the resumed session."""
         reason, limit = position.stopped_by, self.settings.max_time
         if reason == "max_time":
             return limit is not None and position.seconds >= limit
         if reason == "early stopping":
-            return self.judges is not None and self.judges.gives_up
+            return self.tracker is not None and self.tracker.gives_up
         if reason == CALLBACK and self.callbacks:
             return True
         return position.step >= self.total_steps or self.gives_up() == reason
 
 
 class Counted(Protocol):
-    """What the loop asks of a batch."""
+    """What the loop reads from a batch."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -160,7 +145,7 @@ BatchT = TypeVar("BatchT", bound=Counted)
 
 
 class StepSource(Protocol[BatchT]):
-    """Where the batches of each step come from: data (`StepBatches`), or what a policy has just written."""
+    """Provides the batches of each step: a data set (`StepBatches`) or the policy's own rollouts (`RolloutBatches`)."""
 
     @property
     def num_rows(self) -> int: ...
@@ -172,21 +157,23 @@ class StepSource(Protocol[BatchT]):
     def steps_an_epoch(self) -> int: ...
 
     def step(self, cursor: Cursor) -> list[BatchT]:
-        """This rank's micro-batches of the step at `cursor`."""
+        """This rank's micro-batches for the step at `cursor`."""
         ...
 
     def idle(self) -> BatchT:
-        """A batch for a process that has to run along without rows of its own. Asked for after `step`."""
+        """A batch for a process that has no rows in this step but must join the collective calls. Called after
+        `step`.
+        """
         ...
 
     def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
-        """The cursor behind a step with these losses."""
+        """The cursor after a step with these losses."""
         ...
 
 
 class Fit(Generic[BatchT]):
-    """One run in one folder: `open`, then `run`. A source may leave out the rest of an epoch; the next step has the
-    number of the next epoch's first one.
+    """One run in one folder: call `open`, then `run`. A source may end an epoch early; step numbers then jump to the
+    first step of the next epoch.
     """
 
     def __init__(
@@ -211,12 +198,12 @@ class Fit(Generic[BatchT]):
         gives_up: Callable[[], str | None] = lambda: None,
         callbacks: Callbacks | None = None,
     ) -> None:
-        """config: of the whole run, for config.json and the log. identity: what the run learns from and what its
-        outputs mean; a checkpoint of another identity is refused. facts: what the log records of each session.
-        unfreeze: called once, at `training.unfreeze_step`. planned_steps: `num_epochs` × steps an epoch when None;
-        planned_end: what has ended after them. validation_unit: steps that `validate_every` counts in. carried: what
-        else the checkpoints hold. gives_up: gives after each step the reason to end the run, if any. callbacks: see
-        each event, and may end the run.
+        """config: the whole config, for config.json and the log. identity: the training data and the meaning of the
+        outputs; a checkpoint with another identity is refused. facts: extra fields of the "session" event. unfreeze:
+        called once, at `training.unfreeze_step`. planned_steps: defaults to `num_epochs` × steps per epoch.
+        planned_end: the reason recorded after them. validation_unit: steps per unit of `validate_every`. method_state:
+        additional state for checkpoints. gives_up: called after each step; returns a reason to stop, or None.
+        callbacks: receive each event and may end the run.
         """
         self.callbacks = callbacks or Callbacks()
         self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
@@ -225,15 +212,15 @@ class Fit(Generic[BatchT]):
         self.facts, self.unfreeze = dict(facts or {}), unfreeze
         planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
         self.validation_unit = validation_unit
-        self.judges = Judges(validation, settings) if validation is not None else None
-        self.ending = StopCriteria(settings, planned, planned_end, self.judges, world, gives_up, self.callbacks)
-        self.total_steps = self.ending.total_steps
+        self.tracker = ValidationTracker(validation, settings) if validation is not None else None
+        self.stop_criteria = StopCriteria(settings, planned, planned_end, self.tracker, world, gives_up, self.callbacks)
+        self.total_steps = self.stop_criteria.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.state = RunState(
             run_dir / "checkpoints",
             {**identity, **of_training(settings, batches, update)},
             update,
-            self.judges,
+            self.tracker,
             world,
             method_state,
             keep_last=settings.keep_last,
@@ -249,33 +236,35 @@ class Fit(Generic[BatchT]):
         return self.state.position
 
     def open(self, *, resume: bool) -> None:
-        """Opens the log, and with `resume` goes back to the newest whole checkpoint, if there is one; then clears what
-        killed processes left among the checkpoints, and writes config.json.
+        """Opens the log and writes config.json. With `resume`, first restores the newest complete checkpoint, if any,
+        and removes partial files of killed processes.
 
-        Raises `UserError` (a checkpoint of another run, a log that is not the run's); nothing is changed in the folder
-        then. `DiskFull`.
+        Raises `UserError` for a checkpoint or log of another run, before anything in the folder changes, and
+        `DiskFull`.
         """
-        begun = beginning(self.run_dir, self.config, self.state.identity, resume=resume)
-        if (found := begun.found) is not None:
+        start = starting_point(self.run_dir, self.config, self.state.identity, resume=resume)
+        if (found := start.found) is not None:
             self._restore(found)
-        # No process looks for checkpoints any more when the first one clears.
+        # All processes have read the checkpoints before rank 0 removes any.
         self.world.wait()
         if self.world.is_first:
-            for line in begun.lines:
+            for line in start.lines:
                 self.progress.warn(line)
             with explain_disk_full(self.run_dir, len(str(self.config)), "the run's config"):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 self.progress.say(*self.state.clear(found))
                 save_json(self.run_dir / "config.json", self.config)
-            self.log.open(begun.written, tensorboard=self.settings.tensorboard, resumed_step=begun.step)
+            self.log.open(start.written, tensorboard=self.settings.tensorboard, resumed_step=start.step)
         if resume:
-            self.progress.say(begun.sentence())
-        facts = {"total_steps": self.total_steps, **begun.facts(), **self.facts, "settings": self.config}
+            self.progress.say(start.sentence())
+        facts = {"total_steps": self.total_steps, **start.facts(), **self.facts, "settings": self.config}
         facts |= session_facts(self.batches, self.validation, self.update, self.world)
         self.record("session", facts, {"time": time.time()})
 
     def run(self) -> FitResult:
-        """Trains to the end. Raises `NonFiniteStep` and `DiskFull`; a signal ends it in order, after a checkpoint."""
+        """Trains to the end. Raises `NonFiniteStep` and `DiskFull`. A signal ends the run after the current step and a
+        checkpoint.
+        """
         unfreeze_step = self.settings.unfreeze_step
         if self.unfreeze is not None and unfreeze_step is not None and unfreeze_step >= self.total_steps:
             self.progress.warn(
@@ -284,7 +273,7 @@ class Fit(Generic[BatchT]):
             )
         self.progress.begin(self.total_steps, self.position.step)
         try:
-            with steps_end_in_order(speaks=self.world.is_first) as signals:
+            with steps_end_in_order(prints=self.world.is_first) as signals:
                 self._loop(signals)
         except KeyboardInterrupt:
             whole, resumes = self._last_saved(), "the same command with --resume continues"
@@ -292,7 +281,7 @@ class Fit(Generic[BatchT]):
         finally:
             self.progress.end()
             self.log.close()
-        return FitResult.of(self.position, self.judges)
+        return FitResult.of(self.position, self.tracker)
 
     def _loop(self, signals: StopSignals) -> None:
         position = self.position
@@ -311,26 +300,28 @@ class Fit(Generic[BatchT]):
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        """Raises the `UserError` of a callback that failed, once the run has ended in order."""
+        """Raises the `UserError` of a failed callback after the run has ended cleanly."""
         state = f"the run ended after step {self.position.step}; {self._last_saved()}; it resumes with resume=True"
         self.callbacks.raise_failure(state)
 
     def _check_trained(self) -> None:
-        """Raises `NonFiniteStep` for a run that is over and has taken no step: its weights are those of the start."""
+        """Raises `NonFiniteStep` if the run is over and every step was skipped: the weights are still the initial
+        ones.
+        """
         position = self.position
         if position.stopped_by in EXIT_CODES or not 0 < position.step == position.skipped:
             return
         raise NonFiniteStep(
-            f"no step was taken: loss or gradient was not finite in all {position.step}, so the weights are those of "
-            "the start and nothing is exported; lower training.learning_rate, or look for weights or labels that are "
-            "not finite"
+            f"all {position.step} steps were skipped because loss or gradient was not finite; the weights are "
+            "unchanged and nothing is exported; lower training.learning_rate, or check weights and labels for "
+            "non-finite values"
         )
 
     def _step(self) -> None:
         position = self.position
         if self.unfreeze is not None and self.settings.unfreeze_step == position.step:
             self.unfreeze()
-            self.progress.say(f"step {position.step}: the frozen layers train from here on")
+            self.progress.say(f"step {position.step}: the frozen layers now train")
         began = time.monotonic()
         rate = self.rate_factor(position.step)
         batches = self.batches.step(position.cursor)
@@ -342,7 +333,7 @@ class Fit(Generic[BatchT]):
                 "training.on_nonfinite to skip"
             ) from None
         own = {"tokens": sum(batch.num_tokens for batch in batches), "rows": sum(len(batch.rows) for batch in batches)}
-        # The first process's clock decides for all.
+        # The clock of rank 0 decides for all.
         counted = self.world.sum_floats({**own, "overdue": self.world.is_first and self.due.waits_too_long()})
         self.due.save_is_overdue = counted["overdue"] > 0
         seconds = time.monotonic() - began
@@ -373,68 +364,70 @@ class Fit(Generic[BatchT]):
         self.record("step", metrics, {"seconds": seconds, "tokens_per_second": tokens / seconds})
 
     def rate_factor(self, step: int) -> float:
-        """Learning rate of optimizer step `step` (from 0) as a share of its peak."""
+        """Learning rate of optimizer step `step` (from 0) as a fraction of its peak."""
         s = self.settings
         shape = factor(s.schedule, step, self.total_steps, self.warmup, s.minimum_ratio, s.num_cycles, s.decay_share)
-        plateau = self.judges.plateau if self.judges is not None else None
+        plateau = self.tracker.plateau if self.tracker is not None else None
         return shape * (plateau.scale if plateau is not None else 1.0)
 
     def _conclude(self, signals: StopSignals) -> None:
-        """All that is due after a step: validate, judge, stop, save."""
+        """Does everything that is due after a step: validate, check the stop criteria, save."""
         position, settings = self.position, self.settings
-        reason = self.ending.reason(position, signals.received)
+        reason = self.stop_criteria.reason(position, signals.received)
         if reason in EXIT_CODES or reason == CALLBACK_ERROR:
-            # There may be seconds left before a kill: the rest is done when the run is resumed.
+            # A kill may follow within seconds, so the rest is left to the resumed run.
             position.concluded = False
             self._save(is_best=False)
             position.stopped_by = reason
             return
         validated = reason is not None or falls_due(position, settings.validate_every, self.validation_unit)
         is_best = validated and self._validate()
-        if reason is None and validated and self.judges is not None and self.judges.gives_up:
+        if reason is None and validated and self.tracker is not None and self.tracker.gives_up:
             reason = "early stopping"
         if validated:
-            # A callback may answer to the validation.
-            called_off = self.ending.called_off()
+            # A callback may stop the run because of this validation.
+            called_off = self.stop_criteria.called_off()
             reason = called_off if called_off == CALLBACK_ERROR else reason or called_off
-        # What a failed callback ended goes on when it is resumed.
+        # A run that a failed callback ended continues when it is resumed.
         position.concluded, position.stopped_by = True, None if reason == CALLBACK_ERROR else reason
-        is_judged = self.judges is not None
+        is_judged = self.tracker is not None
         if reason is not None or self.due.save(position, validated=validated, is_best=is_best, is_judged=is_judged):
             self._save(is_best)
         position.stopped_by = reason
 
     def _validate_start(self) -> None:
-        """Measures what training has to beat; a run resumed from a checkpoint of step 0 knows it already."""
-        if self.judges is None or self.judges.knows_start:
+        """Validates before the first update, as the baseline. A run that resumes from a checkpoint of step 0 already
+        has it.
+        """
+        if self.tracker is None or self.tracker.knows_start:
             return
         metrics, began = self._measure()
-        self.judges.observe_start(metrics)
+        self.tracker.observe_start(metrics)
         self._log_validation(metrics, began, best=False, best_trained=False, verdict="the start")
         if self.settings.export_start:
             # Until a validation beats it, the start is the best checkpoint.
             self._save(is_best=True)
 
     def _validate(self) -> bool:
-        """Measures, judges and logs; whether the checkpoint of these weights is the best one to export."""
-        if self.judges is None:
+        """Runs and logs a validation. Returns whether these weights are the best to export so far."""
+        if self.tracker is None:
             return False
         metrics, began = self._measure()
-        best_trained = self.judges.observe(metrics, self.position.step)
-        best = best_trained and self.judges.beat_start is not False
+        best_trained = self.tracker.observe(metrics, self.position.step)
+        best = best_trained and self.tracker.beat_start is not False
         verdict = "best" if best else "no better than the start" if best_trained else ""
         self._log_validation(metrics, began, best=best, best_trained=best_trained, verdict=verdict)
         return best if self.settings.export_start else best_trained
 
     def _measure(self) -> tuple[dict[str, float], float]:
-        """A validation's metrics, and when it began."""
-        assert self.validation is not None, "there are no judges without one"
+        """The metrics of a validation, and its start time."""
+        assert self.validation is not None, "judges need a validation"
         began = time.monotonic()
         metrics = dict(self.validation.measure())
         for name in sorted({self.validation.metric, self.validation.watched} - set(metrics)):
             self.progress.warn(
-                f"validation at step {self.position.step}: {name} is not defined on these rows and predictions, so "
-                "nothing is judged by it; name another metric in training.metric if this stays"
+                f"validation at step {self.position.step}: {name} is not defined on these rows and predictions "
+                "and is ignored; choose another training.metric if this persists"
             )
         return metrics, began
 
@@ -448,15 +441,17 @@ class Fit(Generic[BatchT]):
         self.progress.validation(self.position.step, metrics, verdict, first=self.validation.metric)
 
     def _save(self, is_best: bool) -> None:
-        """Begins a checkpoint, whose writing goes on until the next optimizer step, or the end of the run."""
+        """Starts a checkpoint. Writing continues in the background until the next optimizer step or the end of the
+        run.
+        """
         began = time.monotonic()
         self.due.saved()
-        self.state.begin_save(self.log.place(), is_best=is_best)
+        self.state.begin_save(self.log.position(), is_best=is_best)
         self._saved = {"is_best": is_best}
         self._save_seconds = time.monotonic() - began
 
     def _finish_save(self) -> None:
-        """The checkpoint that is being written is whole from here on; its event tells the time that it held up."""
+        """Waits until the checkpoint is complete and logs the time that saving blocked training."""
         began = time.monotonic()
         if self.state.finish_save():
             seconds = time.monotonic() - began + self._save_seconds
@@ -469,16 +464,18 @@ class Fit(Generic[BatchT]):
         position, unfreeze_step = self.position, self.settings.unfreeze_step
         if self.unfreeze is not None and unfreeze_step is not None and position.step > unfreeze_step:
             self.unfreeze()
-        if position.stopped_by is not None and not self.ending.still_holds(position):
-            self.progress.say(f"the run had ended ({position.stopped_by}); with these settings it goes on")
+        if position.stopped_by is not None and not self.stop_criteria.still_holds(position):
+            self.progress.say(f"the run had ended ({position.stopped_by}); with these settings it continues")
             position.stopped_by = None
         elif position.stopped_by is None and position.step >= self.total_steps:
             position.concluded = False
 
     def _last_saved(self) -> str:
         whole, _ = checkpoint.newest_whole(self.state.folder)
-        return f"the checkpoint of step {whole.step} is whole" if whole else "there is no checkpoint yet"
+        return f"the last complete checkpoint is step {whole.step}" if whole else "there is no checkpoint yet"
 
     def record(self, kind: str, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
-        """Writes an event of the present step, with the time of day: a run that was killed shows when it ended."""
+        """Writes an event for the current step with the time of day, so that the log of a killed run shows when it
+        ended.
+        """
         self.log.write(kind, self.position.step, metrics, {**timing, "time": time.time()})

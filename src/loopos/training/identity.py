@@ -1,15 +1,8 @@
-"""What makes a run this run: what it learns from and what its outputs mean. A resumed run must have the same.
+"""The identity of a run: what it learns from and what its outputs mean. A resumed run must have the same identity.
 
-Enters: what a method learns from (weights, rows, tokenizer, labels, losses), each with the keys of the config that
-decide it. Leaves: values for the checkpoint; of a checkpoint and a config, the sentences that refuse a run of another
-meaning, by key, and one for each setting that may change and has. Left out: digests (`data.digest`), what a checkpoint
-holds besides (`run_state.py`).
-
-What each method learns from, and what its outputs mean: the traits that a resumed run must have the same.
-
-Enters: a method's config, its encoded rows, the tokenizer and template that made them, and `base`, a fingerprint of the
-weights that training begins with. Leaves: an `Identity`. Left out: how two of them are compared, and what all methods
-share (`run_identity.py`).
+The first part compares an identity with a checkpoint's and explains differences by config key. The functions at the end
+build the identity of each method from its config, encoded rows, tokenizer, templates and `base`, a fingerprint of the
+initial weights.
 """
 
 from __future__ import annotations
@@ -47,9 +40,9 @@ Settings: TypeAlias = Mapping[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Trait:
-    """One thing that must stay the same. `value`: JSON, or with `digest_of` a digest of what that names. `keys`: the
-    keys of the config that decide it, the first one above all; "data." stands for all keys of the section `data`.
-    `sentence`: how a difference is told, with {was} and {now}, where that is not "KEY: was …, is …".
+    """One property that must stay the same. `value`: JSON, or with `digest_of` a digest of what that names. `keys`:
+    config keys that decide it, the most important first; "data." stands for all keys of the section `data`. `sentence`:
+    message for a difference, with {was} and {now}, if it is not "KEY: was …, is …".
     """
 
     value: JSON
@@ -58,17 +51,17 @@ class Trait:
     sentence: str = ""
 
     def decided_by(self, changed: Settings) -> list[str]:
-        """The changed keys that decide this."""
-        return [key for key in changed if any(_covers(mine, key) for mine in self.keys)]
+        """The changed keys that decide this trait."""
+        return [key for key in changed if any(_covers(own_key, key) for own_key in self.keys)]
 
-    def difference(self, theirs: object) -> str:
-        """The sentence for a trait that differs though none of its keys does."""
+    def difference(self, saved: object) -> str:
+        """The message for a trait that differs although none of its keys does."""
         if self.sentence:
-            return self.sentence.format(was=_short(theirs), now=_short(self.value))
+            return self.sentence.format(was=_short(saved), now=_short(self.value))
         if self.digest_of:
-            was, now = str(theirs)[:_DIGITS], str(self.value)[:_DIGITS]
+            was, now = str(saved)[:_DIGITS], str(self.value)[:_DIGITS]
             return f"{self.keys[0]}: {self.digest_of} differ from those of the run (digest {was}, now {now})"
-        return f"{self.keys[0]}: was {_short(theirs)}, is {_short(self.value)}"
+        return f"{self.keys[0]}: was {_short(saved)}, is {_short(self.value)}"
 
 
 Identity: TypeAlias = Mapping[str, Trait]
@@ -76,12 +69,12 @@ Identity: TypeAlias = Mapping[str, Trait]
 
 
 def setting(key: str, value: JSON) -> dict[str, Trait]:
-    """A setting whose value in force must stay the same, under its key's name."""
+    """A setting that must keep its effective value, named after its key."""
     return {key: Trait(value, (key,))}
 
 
 class RowCounts(Protocol):
-    """What of a run's batches tells it from another run."""
+    """The row counts that identify a run."""
 
     @property
     def num_rows(self) -> int: ...
@@ -91,7 +84,7 @@ class RowCounts(Protocol):
 
 
 def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -> dict[str, Trait]:
-    """What decides the numbers of a checkpoint and their order, whatever the method."""
+    """What decides the numbers in a checkpoint and their order, for all methods."""
     lora = settings.lora if settings.trainable == "lora" else None
     master_weights, shapes = (
         update.master_weights,
@@ -122,8 +115,8 @@ def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run to be resumed, held against its checkpoint. `refused`: why it is another one. `changed`: the settings that
-    may change and have. `unknown`: names of traits that the checkpoint does not hold, being of an older version.
+    """The comparison of a run with its checkpoint. `refused`: why it is another run. `changed`: settings that may
+    change and did. `unknown`: traits that a checkpoint of an older version does not record.
     """
 
     refused: list[str]
@@ -131,24 +124,26 @@ class Comparison:
     unknown: list[str]
 
     def sentences(self) -> list[str]:
-        """A line for each changed setting, and one for what cannot be checked."""
+        """One line per changed setting, and one for traits that cannot be checked."""
         lines = [was_is(key, *values) for key, values in self.changed.items()]
         if self.unknown:
             lines.append(
-                f"this run was begun by an older version, whose checkpoints do not hold {', '.join(self.unknown)}: "
+                f"this run was started by an older version, whose checkpoints do not record {', '.join(self.unknown)}: "
                 "whether these are the same cannot be checked"
             )
         return lines
 
 
 def compare(saved: Mapping[str, Any], identity: Identity, changed: Settings) -> Comparison:
-    """Holds a run against what its checkpoint saved. changed: the settings that differ from those of its session."""
+    """Compares a run with what its checkpoint saved. changed: settings that differ from those of the checkpoint's
+    session.
+    """
     refused: list[str] = []
     causes: list[str] = []
     for name, trait in identity.items():
         keys = trait.decided_by(changed)
         if name not in saved:
-            # Of an older version: what its config says must do.
+            # Checkpoint of an older version: only the config can be compared.
             keys = [] if trait.digest_of else keys
         elif saved[name] == trait.value:
             continue
@@ -156,12 +151,12 @@ def compare(saved: Mapping[str, Any], identity: Identity, changed: Settings) -> 
         refused += [was_is(key, *changed[key]) for key in keys]
         if name in saved and (not keys or trait.digest_of):
             refused.append(trait.difference(saved[name]))
-    kept = {key: values for key, values in changed.items() if key not in causes}
-    return Comparison(list(dict.fromkeys(refused)), kept, [name for name in identity if name not in saved])
+    remaining = {key: values for key, values in changed.items() if key not in causes}
+    return Comparison(list(dict.fromkeys(refused)), remaining, [name for name in identity if name not in saved])
 
 
 def was_is(key: str, was: object, now: object) -> str:
-    """A changed setting in a sentence."""
+    """A message for a changed setting."""
     return f"{key}: was {_short(was)}, is {_short(now)}"
 
 
@@ -171,14 +166,14 @@ def values_of(identity: Identity) -> dict[str, JSON]:
 
 
 def as_lines(sentences: Iterable[str]) -> str:
-    """Sentences one below the other, set in."""
+    """Sentences as indented lines."""
     return "".join(f"\n  {sentence}" for sentence in sentences)
 
 
-def _covers(mine: str, key: str) -> bool:
-    if mine == "data.":
-        return key.startswith(mine) and key.split(".")[1] not in _NOT_OF_THE_ROWS
-    return key == mine or key.startswith(f"{mine}.")
+def _covers(own_key: str, key: str) -> bool:
+    if own_key == "data.":
+        return key.startswith(own_key) and key.split(".")[1] not in _NOT_OF_THE_ROWS
+    return key == own_key or key.startswith(f"{own_key}.")
 
 
 def _short(value: object) -> str:
@@ -199,7 +194,7 @@ def of_task(
     max_length: int | None,
     base: str,
 ) -> Identity:
-    """A head's: rows with their targets, the classes, pooling, and the loss."""
+    """Identity of a head: rows with their targets, classes, pooling and loss."""
     section = config.model
     losses: tuple[tuple[str, Any], ...] = (("class_weights", section.class_weights),)
     if space.task == "classification":
@@ -216,7 +211,7 @@ def of_task(
 def of_reasoning(
     config: ChainOfThoughtConfig, rows: Sequence[Encoded], encoder: SupervisedEncoder, *, base: str
 ) -> Identity:
-    """A language model's: rows with the weight of each token, template and step format."""
+    """Identity of a language model: rows with the weight of each token, template and step format."""
     key = "reasoning_examples" if config.data.reasoning_examples else "training_data"
     return {
         **_learned_from(config, key, rows_digest(rows), encoder.tokenizer, encoder.max_length, base),
@@ -228,7 +223,7 @@ def of_reasoning(
 def of_preferences(
     config: RewardModelConfig, rows: Sequence[EncodedComparison], encoder: PreferenceEncoder, *, base: str
 ) -> Identity:
-    """A reward model's: comparisons with their pairs, and what is learned from a pair."""
+    """Identity of a reward model: comparisons with their pairs, and the settings of the pair loss."""
     key = "preference_data" if config.data.preference_data else "training_data"
     learned = ("heads", "centring", "margins", "soft_labels")
     return {
@@ -241,7 +236,7 @@ def of_preferences(
 def of_policy(
     config: PpoConfig, prompts: Sequence[Sequence[int]], encoder: PreferenceEncoder, *, base: str
 ) -> Identity:
-    """A policy's: the prompts, and what an answer is worth. base: of policy and reward models."""
+    """Identity of a policy: the prompts and the rewards. base: of policy and reward models."""
     key = "prompts" if config.data.prompts else "training_data"
     return {
         **_learned_from(config, key, prompts_digest(prompts), encoder.tokenizer, encoder.max_length, base),
@@ -252,12 +247,14 @@ def of_policy(
 
 
 def of_text(
-    config: PretrainingConfig, pieces: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    config: PretrainingConfig, segments: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Identity:
-    """A new language model's: pieces of text, and the sizes that no count of weights tells."""
+    """Identity of a new language model: segments of text, and the sizes that the number of weights does not
+    determine.
+    """
     key = "input_file" if config.data.input_file else "training_data"
     return {
-        **_learned_from(config, key, rows_digest(pieces), tokenizer, max_length, "new"),
+        **_learned_from(config, key, rows_digest(segments), tokenizer, max_length, "new"),
         **setting("model.num_heads", config.model.num_heads),
         **setting("model.num_key_value_heads", config.model.num_key_value_heads),
     }
@@ -266,8 +263,8 @@ def of_text(
 def _learned_from(
     config: _Config, key: str, rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, base: str
 ) -> dict[str, Trait]:
-    """What every method learns from. key: that of `data` that names the rows. rows: their digest, as they were encoded
-    and in their order. max_length: in force.
+    """Traits of every method. key: the key of `data` that names the rows. rows: digest of the encoded rows in their
+    order. max_length: the effective value.
     """
     decides = (f"data.{key}", "data.", "training.max_length", "training.seed", "model.labels", "model.task")
     return {

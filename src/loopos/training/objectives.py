@@ -1,22 +1,7 @@
-"""An objective with the auxiliary loss of a mixture of experts beside its own.
+"""The objectives of supervised training as named sums and counts: task heads, next tokens, preference pairs, and the
+auxiliary loss of mixture-of-experts routers. `update.py` divides.
 
-Enters: an objective over packed rows, and the recorder of its model's routers. Leaves: the same sums, with
-"router_aux_loss" and "expert_load". Left out: what the routers did (`models.routers`).
-
-The loss of a task's head, as named sums: classes, labels that may come together, or a value.
-
-Enters: a batch with targets, and a model that gives outputs `[N, C]`. Leaves: the sum and the count of "loss". Left
-out: the model, and dividing (`update.py`).
-Letters: N sequences, C outputs.
-
-The objective of language models: the next token.
-
-Enters: batches with or without the weights of their targets. Leaves: sums and counts. Left out: the model.
-
-The objective of reward models: the response that people prefer gets the higher score.
-
-Enters: batches of comparisons, a model that scores. Leaves: sums and counts. Left out: the model.
-Letters: N responses, P pairs, k heads.
+Letters: N sequences or responses, C outputs, P pairs, k reward heads, E experts.
 """
 
 from __future__ import annotations
@@ -41,7 +26,7 @@ from loopos.training.update import Objective
 
 
 class Routing(Protocol):
-    """How the routers spread the tokens of a pass, as `models.routers.Routing`."""
+    """How the routers distributed the tokens of a pass, as `models.backbone.Routing`."""
 
     @property
     def auxiliary_loss(self) -> Tensor: ...
@@ -51,13 +36,13 @@ class Routing(Protocol):
 
 
 class Recorder(Protocol):
-    """What keeps the routing of a model's last pass."""
+    """Records the routing of a model's last pass."""
 
     def take(self, layout: PackedLayout) -> Routing: ...
 
 
 class Routed(Protocol):
-    """A model, and the recorder of its routers; None for one without."""
+    """A model and the recorder of its routers; None without routers."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -67,7 +52,7 @@ class Routed(Protocol):
 
 
 class Packed(Protocol):
-    """A batch whose rows lie behind one another."""
+    """A batch of packed rows."""
 
     @property
     def layout(self) -> PackedLayout: ...
@@ -78,10 +63,10 @@ BatchT = TypeVar("BatchT", bound=Packed)
 
 @dataclass(frozen=True)
 class RouterObjective(Generic[BatchT]):
-    """loss + c·(E·Σ_e f_e·P_e), with f_e the share of the tokens that expert e gets and P_e its mean probability
-    (Fedus et al. 2021, equations 4 to 6; over k experts a token and all layers together, as in transformers).
+    """loss + c·(E·Σ_e f_e·P_e), where f_e is the fraction of tokens sent to expert e and P_e its mean probability
+    (Fedus et al. 2021, equations 4 to 6; over the k experts of a token and all layers, as in transformers).
 
-    f and P are those of a forward pass, and passes count by their tokens.
+    f and P are those of one forward pass; passes are weighted by their number of tokens.
     """
 
     objective: Objective[BatchT]
@@ -108,8 +93,8 @@ class RouterObjective(Generic[BatchT]):
 
 
 def with_router_loss(objective: Objective[BatchT], backbone: Routed, coefficient: float) -> Objective[BatchT]:
-    """The objective with the loss and the load of the model's routers, and as it is for a model without routers.
-    Raises `UserError` where a loss is configured that the model cannot have.
+    """Adds the loss and load of the model's routers to an objective; returns the objective unchanged for a model
+    without routers. Raises `UserError` if a router loss is configured for such a model.
     """
     if backbone.routers is not None:
         return RouterObjective(objective, backbone.routers, coefficient)
@@ -123,7 +108,7 @@ def with_router_loss(objective: Objective[BatchT], backbone: Routed, coefficient
 
 @dataclass(frozen=True)
 class TaskObjective:
-    """Cross-entropy, binary cross-entropy, or (on standardised targets) squared or Huber error. One name: "loss"."""
+    """Cross-entropy, binary cross-entropy, or (on standardized targets) squared or Huber error. One name: "loss"."""
 
     model: Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
     task: str
@@ -148,7 +133,7 @@ class TaskObjective:
         return self.model(batch.ids, batch.layout, batch.token_types).sum() * 0.0
 
     def sum_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss summed over outputs `[N, C]`; targets `[N]` or, with several labels, `[N, C]`."""
+        """The loss summed over outputs `[N, C]`; targets `[N]`, or `[N, C]` for multi-label tasks."""
         if self.task == "classification":
             weights = self.class_weights.to(outputs.device) if self.class_weights is not None else None
             return losses.cross_entropy_sum(
@@ -161,13 +146,13 @@ class TaskObjective:
         return losses.squared_error_sum(outputs[:, 0], targets)
 
     def count_of(self, targets: Tensor) -> float:
-        """What `sum_of` is divided by: the weight of the rows' classes, or the number of targets."""
+        """The divisor of `sum_of`: the weights of the rows' classes, or the number of targets."""
         if self.task == "classification" and self.class_weights is not None:
             return losses.class_weight_sum(targets, self.class_weights.to(targets.device))
         return float(targets.numel())
 
     def mean_of(self, outputs: Tensor, targets: Tensor) -> float:
-        """The loss of outputs that are there already, as training would report it."""
+        """The loss of existing outputs, as training would report it."""
         return float(self.sum_of(outputs, targets)) / self.count_of(targets)
 
 
@@ -178,7 +163,7 @@ def task_objective(
     targets: Targets,
     num_outputs: int,
 ) -> TaskObjective:
-    """The objective that a config's `model` section asks for; "balanced" class weights come from the training rows."""
+    """The objective for a config's `model` section; "balanced" class weights are computed from the training rows."""
     weights = None
     if section.class_weights == "balanced":
         weights = balanced_weights(targets.train, num_outputs)
@@ -188,9 +173,10 @@ def task_objective(
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Weight N / (C·n_c) of each class c with n_c of the N rows, so that every class weighs alike (King and Zeng 2001).
+    """Weight N / (C·n_c) of each class c with n_c of N rows, so that all classes have equal weight (King and Zeng
+    2001).
 
-    labels `[N]` → `[C]`. A class without a row gets N / C; no row asks for it.
+    labels `[N]` → `[C]`. A class without rows gets N / C, which is never used.
     """
     counts = torch.bincount(labels, minlength=num_classes)
     return (len(labels) / (num_classes * counts.clamp_min(1))).float()
@@ -201,7 +187,7 @@ _TOKENS = 2048
 
 
 class NextTokenLoss(Protocol):
-    """What gives the weighted sum of next-token losses of a row, nats."""
+    """Computes the weighted sum of next-token losses of a row, in nats."""
 
     def __call__(self, ids: Tensor, layout: PackedLayout, weights: Tensor | None = None) -> Tensor: ...
 
@@ -214,7 +200,7 @@ class NextToken:
         self.weights: Mapping[str, float] = {"loss": 1.0}
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
-        """The sum of the weights; without weights, tokens that have one before them."""
+        """The sum of the weights; without weights, the number of tokens that have a predecessor."""
         if batch.weights is None:
             return {"loss": float(batch.num_tokens - len(batch.rows))}
         return {"loss": float(batch.weights.sum())}
@@ -228,10 +214,10 @@ class NextToken:
 
 @torch.no_grad()
 def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.device, world: World) -> float:
-    """Mean loss of rows (nats a trained token) over all ranks, in batches of rows of like length."""
+    """Mean loss of rows (nats per trained token) over all ranks, in batches of rows of similar length."""
     sums = {"loss": 0.0, "count": 0.0}
     packed = PackedRows(rows, None, device)
-    for batch, counts in in_step(packed, tokens=_TOKENS, rank=world.share[0], world=world.share[1]):
+    for batch, counts in in_step(packed, tokens=_TOKENS, rank=world.data_parallel[0], world=world.data_parallel[1]):
         loss = float(objective.loss(batch)["loss"])
         if counts:
             sums["loss"] += loss
@@ -242,8 +228,8 @@ def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.de
 
 @dataclass(frozen=True)
 class PairObjective:
-    """Bradley–Terry loss of every head, averaged over heads, and optionally `centring` times the mean (r_b + r_w)².
-    Names: "loss", "centring" where asked for, and "pair_accuracy" of the mean score, which is reported alone.
+    """Bradley–Terry loss averaged over all heads, plus `centring` times the mean of (r_b + r_w)². Names: "loss",
+    "centring" if its coefficient is not 0, and "pair_accuracy" of the mean score, which is only reported.
     """
 
     model: Callable[[Tensor, PackedLayout], Tensor]

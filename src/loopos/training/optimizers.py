@@ -1,8 +1,4 @@
-"""Optimizers by name, over the fp32 masters: torch's own, fused where torch has a fused kernel.
-
-Enters: named parameters and the settings. Leaves: an `OptimizerSet` (one or two torch optimizers behind one name).
-Left out: schedules, clipping.
-"""
+"""Optimizers by name over the fp32 master weights: torch's own, with fused kernels where torch has them."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ _SEPARATOR = "|"
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """`name`: sgd, adam, adamw, adafactor or muon. `learning_rate` is the peak; `head_learning_rate` that of the
+    """`name`: sgd, adam, adamw, adafactor or muon. `learning_rate`: the peak. `head_learning_rate`: the peak for the
     head, None = the same.
     """
 
@@ -38,7 +34,7 @@ class OptimizerSettings:
 
     @classmethod
     def of(cls, settings: TrainingSection) -> OptimizerSettings:
-        """Those of a config's `training` section."""
+        """From a config's `training` section."""
         return cls(
             settings.optimizer,
             settings.learning_rate,
@@ -51,12 +47,11 @@ class OptimizerSettings:
 
 
 class OptimizerSet:
-    """One update rule over all parameters. Weight decay leaves out biases, norms and every other parameter of fewer
-    than two dimensions; it shrinks weights by learning rate × decay, but for sgd and adam, where it is added to the
-    gradient.
+    """One update rule over all parameters. Weight decay skips biases, norms and every other parameter with fewer than
+    two dimensions. It shrinks weights by learning rate × decay; with sgd and adam it is added to the gradient.
 
-    Muon orthogonalises the update of the backbone's weight matrices (Jordan et al. 2024); embeddings, heads, norms and
-    biases take AdamW, as its authors advise.
+    Muon orthogonalizes the update of the backbone's weight matrices (Jordan et al. 2024); embeddings, heads, norms and
+    biases use AdamW, as its authors recommend.
     """
 
     def __init__(
@@ -67,8 +62,8 @@ class OptimizerSet:
         head: Collection[str],
         embeddings: Collection[str] = (),
     ) -> None:
-        """head: names with the head's learning rate. embeddings: names of embedding matrices, which Muon leaves to
-        AdamW.
+        """head: names with the head's learning rate. embeddings: names of embedding matrices, which use AdamW with
+        Muon.
         """
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         matrices = {
@@ -96,29 +91,29 @@ class OptimizerSet:
                 group["lr"] = group["peak"] * factor
 
     def step(self) -> None:
-        """Applies the gradients. Parameters without one rest."""
+        """Applies the gradients. Parameters without a gradient do not change."""
         for optimizer in self._optimizers:
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as tensors by `parameter|key`, for a checkpoint. Plain numbers are 0-d fp64 tensors."""
-        kept: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
                     if value is not None:
-                        kept[f"{self._names[id(parameter)]}{_SEPARATOR}{key}"] = (
+                        tensors[f"{self._names[id(parameter)]}{_SEPARATOR}{key}"] = (
                             value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
                         )
-        return kept
+        return tensors
 
     def rows(self, rows: Mapping[str, RowsT]) -> dict[str, RowsT]:
-        """Which rows of larger tensors those of `tensors` are, where the parameters are rows: name → rows."""
+        """Name → rows, for the state of parameters that are rows of larger tensors."""
         named = {entry: rows.get(entry.rpartition(_SEPARATOR)[0]) for entry, t in self.tensors().items() if t.ndim}
         return {entry: found for entry, found in named.items() if found is not None}
 
     def load(self, tensors: Mapping[str, Tensor], rows: Mapping[str, RowSpan] = MappingProxyType({})) -> None:
-        """Takes back what `tensors` gave, or of that the rows that the parameters are. Every entry must belong to a
+        """Restores what `tensors` returned, or the rows of it that belong to this process. Every entry must belong to a
         parameter of this set.
         """
         owner = {
@@ -135,7 +130,7 @@ class OptimizerSet:
             if value.ndim == 0 and value.dtype == torch.float64:
                 optimizer.state[parameter][key] = value.item()
             else:
-                # A fused kernel reads its step count on the device; other optimizers count on the CPU. The loaded
+                # Fused kernels read the step count on the device; other optimizers count on the CPU. The loaded
                 # tensor may be a read-only map of the file, and the optimizer writes into its state.
                 on_device = value.ndim > 0 or bool(optimizer.defaults.get("fused"))
                 optimizer.state[parameter][key] = value.to(parameter.device if on_device else "cpu", copy=True)

@@ -1,8 +1,7 @@
-"""Device and number format of training: half-precision weights with fp32 masters, or autocast with a loss scale.
+"""Device and number format of training: half-precision weights with fp32 master weights, or autocast with a loss scale.
 
-Enters: the named parameters of a model. Leaves: what the optimizer trains (`MasterWeights`). Half-precision weights
-halve the memory that each forward and backward reads, while the optimizer and the sum of gradients over micro-batches
-and ranks stay in fp32. Left out: the step itself (`update.py`).
+Half-precision weights halve the memory traffic of each forward and backward pass. The optimizer and the sum of
+gradients over micro-batches and ranks stay in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from loopos.training.slices import rows_of
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" → CUDA, else MPS, else CPU. Raises `UserError` for a device that is not there."""
+    """ "auto" → CUDA, else MPS, else CPU. Raises `UserError` for a device that is not available."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
@@ -34,8 +33,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """ "auto" → bf16 where the device multiplies it natively, else fp32 (fp16 on CUDA without bf16); other values
-    stay. Raises `UserError` for fp16 on another device than CUDA.
+    """ "auto" → bf16 if the device multiplies it natively, else fp32 (fp16 on CUDA without bf16); other values are
+    returned unchanged. Raises `UserError` for fp16 on a device other than CUDA.
     """
     if precision == "fp16" and device.type != "cuda":
         raise SettingError(
@@ -53,17 +52,17 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def _has_bf16_instructions() -> bool:
-    """AVX-512 BF16 or AMX: without them bf16 products are emulated and slower than fp32."""
+    """Whether the CPU has AVX-512 BF16 or AMX; without them bf16 products are emulated and slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class MasterWeights:
-    """fp32 masters of the parameters that train, and the fp32 sum of their gradients.
+    """fp32 master weights of the trainable parameters, and the fp32 sums of their gradients.
 
-    `parameters` (name → fp32 parameter) is what the optimizer trains. Where a model's parameter is fp32 it is its own
-    master. Otherwise the master takes the fp32 values, the model's parameter becomes half precision, and each
-    micro-batch's gradient is added to the master's and freed at once. Of a model that is shared out over the processes
-    a master is this process's rows, in the memory of the model's own share; `rows` tells which (name → rows).
+    `parameters` (name → fp32 parameter) is what the optimizer trains. An fp32 parameter of the model is its own master
+    weight. Otherwise the master weight takes the fp32 values, the model's parameter becomes half precision, and the
+    gradient of each micro-batch is added to the master weight's gradient and freed at once. With a sharded model, a
+    master weight is this process's rows and shares memory with the model's shard; `rows` maps names to rows.
     """
 
     def __init__(
@@ -74,14 +73,13 @@ class MasterWeights:
         half: Callable[[str], torch.dtype | None],
         sharding: Sharding | None = None,
     ) -> None:
-        """named: every parameter of the model. may_train: names that train now or later. half: the format of a
-        parameter by name, None to keep it as it is. sharding: how the model is shared out, formats included; None where
-        it is not.
+        """named: all parameters of the model. may_train: names that train now or later. half: number format of a
+        parameter by name, None to keep it. sharding: how the model is sharded, including formats; None if it is not.
         """
         self.sharding = sharding
         self.rows: dict[str, Rows] = {}
         self.parameters: dict[str, nn.Parameter] = {}
-        self._shares: dict[str, nn.Parameter] = {}
+        self._shards: dict[str, nn.Parameter] = {}
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._fresh: set[str] = set()
         self._zeros: dict[str, Tensor] = {}
@@ -93,8 +91,8 @@ class MasterWeights:
             if name not in may_train:
                 parameter.requires_grad_(False)
             elif sharding is not None:
-                self.rows[name] = sharding.share_of(parameter)
-                self.parameters[name], self._shares[name] = nn.Parameter(_share_of(parameter)), parameter
+                self.rows[name] = sharding.local_rows(parameter)
+                self.parameters[name], self._shards[name] = nn.Parameter(_local_shard(parameter)), parameter
             elif dtype is None:
                 self.parameters[name] = parameter
             else:
@@ -103,7 +101,7 @@ class MasterWeights:
         self.set_training(may_train)
 
     def set_training(self, names: Collection[str]) -> None:
-        """From now on the parameters of these names train, and the rest of `may_train` rest."""
+        """Trains the parameters of these names and freezes the rest of `may_train`."""
         for name, master in self.parameters.items():
             master.requires_grad_(name in names)
             if name not in names:
@@ -111,27 +109,28 @@ class MasterWeights:
         for name, (parameter, master) in self._pairs.items():
             parameter.requires_grad_(name in names)
             if name in names and not parameter._post_accumulate_grad_hooks:
-                # torch leaves this method's annotations out.
+                # torch does not annotate this method.
                 parameter.register_post_accumulate_grad_hook(self._collector(name, master))  # type: ignore[no-untyped-call]
                 sum_gradient_of(parameter, partial(self._sum, name, master))
-        for name, parameter in self._shares.items():
+        for name, parameter in self._shards.items():
             parameter.requires_grad_(name in names)
         if self.sharding is not None:
             self.sharding.refresh()
 
     @property
     def num_elements(self) -> int:
-        """Numbers of all masters, of all processes together where they share them."""
+        """Number of elements of all master weights, over all processes."""
         return sum(
             math.prod(self.rows[name].shape) if name in self.rows else master.numel()
             for name, master in self.parameters.items()
         )
 
     def keep_zeros(self, zeros: Mapping[str, Tensor]) -> None:
-        """From now on weights under these masks (by name, True = zero) get no gradient and are zero after each step.
+        """Keeps weights under these masks (by name, True = zero) at zero: they get no gradient and are zeroed after
+        each step.
 
-        Without a gradient the moments of an optimizer stay zero too, and so does what it adds; one that mixes a
-        matrix's entries, as Muon does, is undone where it fills a zero.
+        Without a gradient the optimizer's moments stay zero too. Optimizers that mix the entries of a matrix, such as
+        Muon, need the zeroing.
         """
         self._zeros = {
             name: self.rows[name].of(mask).to(self.parameters[name].device) if name in self.rows else mask
@@ -142,7 +141,7 @@ class MasterWeights:
     def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
             if parameter.grad is None:
-                # An operation added the gradient to the sum itself.
+                # The operation has already added its gradient to the sum.
                 return
             if master.grad is None:
                 master.grad = parameter.grad.float()
@@ -165,23 +164,25 @@ class MasterWeights:
         return master.grad
 
     def begin(self) -> None:
-        """Forgets the gradients of the last step. Masters keep their buffers: the first micro-batch overwrites them."""
+        """Clears the gradients of the last step. Master weights keep their buffers: the first micro-batch overwrites
+        them.
+        """
         self._fresh = set(self._pairs)
         for name, parameter in self.parameters.items():
             if name not in self._pairs:
                 parameter.grad = None
-        for parameter in self._shares.values():
+        for parameter in self._shards.values():
             parameter.grad = None
         if self.sharding is not None:
             self.sharding.begin()
 
     def finish(self) -> None:
-        """Zeroes the gradients that no micro-batch of this step wrote, so that every rank sums the same set. Those of
-        shares are sums over all ranks already.
+        """Zeroes gradients that no micro-batch of this step wrote, so that every rank sums the same set. Gradients of
+        shards are already summed over all ranks.
         """
-        for name, parameter in self._shares.items():
+        for name, parameter in self._shards.items():
             if parameter.grad is not None:
-                self.parameters[name].grad = _share_of(parameter.grad)
+                self.parameters[name].grad = _local_shard(parameter.grad)
         for name, parameter in self.parameters.items():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -195,22 +196,22 @@ class MasterWeights:
         self._fresh = set()
 
     def squares(self) -> float:
-        """Σ g² over this process's gradients; where several processes hold the same weights, this one's part of it."""
+        """Σ g² over this process's gradients. Where several processes have the same weights, each counts its part."""
         found = 0.0
         for name, parameter in self.parameters.items():
-            # A share without rows has no norm of its own.
+            # An empty shard has no norm.
             if parameter.requires_grad and parameter.grad is not None and parameter.numel():
                 copies = self.rows[name].copies if name in self.rows else 1
                 found += float(torch.linalg.vector_norm(parameter.grad)) ** 2 / copies
         return found
 
     def trained(self) -> list[nn.Parameter]:
-        """The masters that train now, in the model's order."""
+        """The master weights that train now, in the model's order."""
         return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Puts the zeros that are kept back where they were, and rounds the masters into the model."""
+        """Restores the zeros of the sparsity masks and rounds the master weights into the model."""
         for name, zeros in self._zeros.items():
             if self.parameters[name].requires_grad:
                 self.parameters[name].masked_fill_(zeros, 0.0)
@@ -220,7 +221,9 @@ class MasterWeights:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the weights of a checkpoint into masters and model. Raises `ValueError` when names or shapes differ."""
+        """Loads the weights of a checkpoint into master weights and model. Raises `ValueError` if names or shapes
+        differ.
+        """
         if set(tensors) != set(self.parameters):
             raise ValueError(f"weights of other parameters: {sorted(set(tensors) ^ set(self.parameters))[:3]}")
         if self.sharding is not None:
@@ -231,9 +234,9 @@ class MasterWeights:
             parameter.copy_(master)
 
 
-def _share_of(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, in the same memory."""
+def _local_shard(tensor: Tensor) -> Tensor:
+    """The rows of this process, in the same memory."""
     assert isinstance(tensor, DTensor), type(tensor)
     with torch.no_grad():
-        share: Tensor = tensor.to_local().detach()
-    return share
+        shard: Tensor = tensor.to_local().detach()
+    return shard

@@ -1,11 +1,7 @@
-"""What a person sees of a run: a bar with time left, losses and tokens a second on a terminal, plain lines elsewhere.
+"""Terminal output of a run (progress bar, or plain lines without a terminal), and `samples.jsonl`, the sampled outputs
+of each validation.
 
-Enters: steps, validations, sentences. Leaves: text on standard error, so that standard output stays for answers. Left
-out: the record of a run (`events.py`).
-
-What a model said at each validation: `samples.jsonl`, a line a problem.
-
-Enters: a step and records. Leaves: the file, with the steps before and this one. Left out: what a record holds.
+All output goes to standard error; standard output is reserved for results. `events.py` keeps the record of a run.
 """
 
 from __future__ import annotations
@@ -32,25 +28,25 @@ _RATE_OVER_STEPS = 20
 _BAR_WIDTH = 20
 # "training", the bar, the time left and the spaces between; the count comes on top.
 _FIXED_WIDTH = len("training") + _BAR_WIDTH + len("0:00:00") + 4
-# Characters of a line where there is no terminal.
+# Characters per line without a terminal.
 _LINE_WIDTH = 120
 
 
 class RunProgress:
-    """Shows one run. `quiet` shows nothing but warnings."""
+    """Displays one run. `quiet` shows only warnings."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RATE_OVER_STEPS)
-        # Wall time of each step with what belongs to it, such as validation: the time left is reckoned with it.
+        # Wall time of each step including validation etc., to estimate the time left.
         self._spent: deque[float] = deque(maxlen=_RATE_OVER_STEPS)
         self._last_step = self._last_line = 0.0
         self._total = 0
 
-    def begin(self, total_steps: int, done: int) -> None:
-        """A run of `total_steps` optimizer steps, of which `done` are behind it."""
+    def begin(self, total_steps: int, completed: int) -> None:
+        """Starts the display of a run with `total_steps` optimizer steps, `completed` of them done."""
         self._total = total_steps
         self._last_step = time.monotonic()
         if not self.quiet and self.console.is_terminal:
@@ -63,11 +59,13 @@ class RunProgress:
                 TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
             self._bar = Progress(*columns, console=self.console)
-            self._bar.add_task("training", total=total_steps, completed=done, metrics="", seconds_left=None, at=0.0)
+            self._bar.add_task(
+                "training", total=total_steps, completed=completed, metrics="", seconds_left=None, at=0.0
+            )
             self._bar.start()
 
     def step(self, step: int, losses: Mapping[str, float], tokens: int, seconds: float) -> None:
-        """One optimizer step done: `tokens` real tokens in `seconds`."""
+        """Displays one finished step with `tokens` real tokens in `seconds`."""
         now = time.monotonic()
         self._spent.append(now - self._last_step)
         self._last_step = now
@@ -87,8 +85,8 @@ class RunProgress:
             self.console.print(" · ".join([opening, *([" ".join(shown)] if shown else []), closing]))
 
     def validation(self, step: int, metrics: Mapping[str, float], verdict: str, *, first: str | None = None) -> None:
-        """One validation done. verdict: what it means for the run, "" for nothing. first: the metric that decides,
-        which stands first; of the others as many as a line holds.
+        """Displays one validation. verdict: its meaning for the run, or "". first: the deciding metric, shown first;
+        other metrics follow as long as they fit on the line.
         """
         shown_once = once(metrics)
         order = [first, *shown_once] if first is not None and first in metrics else list(shown_once)
@@ -98,24 +96,24 @@ class RunProgress:
         self.say(f"{opening}{' · '.join(shown)}{closing}")
 
     def say(self, *sentences: str) -> None:
-        """Each sentence on a line of its own."""
+        """Prints each sentence on its own line, unless quiet."""
         for sentence in () if self.quiet else sentences:
             self.console.print(printable(sentence), markup=False)
 
     def warn(self, sentence: str) -> None:
-        """A sentence that is shown even when quiet."""
+        """Prints a sentence even when quiet."""
         self.console.print(printable(sentence), markup=False, style="yellow" if sys.stderr.isatty() else None)
 
     def end(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 class _TimeLeft(ProgressColumn):
-    """The time left by the last steps' wall time, running down between two steps however long they take. Rich's own
-    column forgets its estimate where a step takes longer than its window of 30 seconds.
+    """Time left by the wall time of the last steps; counts down between steps. Rich's own column loses its estimate if
+    a step takes longer than its window of 30 seconds.
     """
 
     def render(self, task: Task) -> Text:
@@ -133,7 +131,7 @@ def _as_clock(seconds: float) -> str:
 
 
 def _fitting(named: Iterable[str], room: int, between: str) -> list[str]:
-    """The first of `named` that fit into `room` characters with `between` before each."""
+    """The leading entries of `named` that fit into `room` characters, with `between` before each."""
     shown: list[str] = []
     for each in named:
         room -= len(each) + len(between)
@@ -144,18 +142,17 @@ def _fitting(named: Iterable[str], room: int, between: str) -> list[str]:
 
 
 def write_samples(file: Path, step: int, records: Iterable[Mapping[str, JSON]]) -> None:
-    """Puts the records of a step behind those of earlier ones. Lines of this step or later, as a killed run leaves
-    them, go: a resumed run writes them again. The file is replaced at once. Raises `DiskFull`, and `UserError` for a
-    file that is broken.
+    """Appends the records of a step. Lines of this step or later, left by a killed run, are dropped; a resumed run
+    writes them again. The file is replaced atomically. Raises `DiskFull`, and `UserError` for a broken file.
     """
     earlier = [line for at, line in _written(file) if at < step]
-    lines = [*earlier, *(json_text({"step": step, **told}) for told in records)]
+    lines = [*earlier, *(json_text({"step": step, **record}) for record in records)]
     with explain_disk_full(file, sum(map(len, lines)), "the samples"):
         write_whole(file, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _written(file: Path) -> Iterator[tuple[int, str]]:
-    """Step and line of what is there."""
+    """(step, line) of the existing file."""
     if not file.is_file():
         return
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):

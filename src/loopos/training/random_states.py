@@ -1,7 +1,7 @@
-"""The random states of one process enter and leave as tensors and JSON, never as pickle.
+"""The global random states of one process as tensors and JSON, never as pickle.
 
-Python's `random`, NumPy's global generator, torch on the CPU and on every CUDA or MPS device there is. Left out:
-generators that a caller made for itself (a data cursor saves its own).
+Covers Python's `random`, NumPy's global generator, and torch on the CPU and on every CUDA or MPS device. Generators
+that a caller creates are not included; a data cursor saves its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loopos.storage.durable import JSON
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Starts every global generator from `seed`; ranks draw apart from each other."""
+    """Seeds every global generator; each rank gets a different seed."""
     random.seed(seed + rank)
     numpy.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
@@ -49,10 +49,10 @@ def random_states() -> tuple[dict[str, torch.Tensor], dict[str, JSON]]:
 
 
 def restore_random_states(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> list[str]:
-    """Put back what `random_states` gave; returns one line for each saved or present device without a match, and for
-    each generator whose state another version of Python, NumPy or torch wrote in a form that this one does not take.
+    """Restores the states of `random_states`. Returns one line per device that only the checkpoint or only this machine
+    has, and per generator whose saved state this version of Python, NumPy or torch does not accept.
 
-    An empty list means that every draw from here on equals the one that would have followed the save.
+    An empty list means that all later draws equal those of the uninterrupted run.
     """
     lines = []
     for name, restore in (("python", _restore_python), ("numpy", _restore_numpy), ("torch_cpu", _restore_torch)):
@@ -62,7 +62,7 @@ def restore_random_states(tensors: Mapping[str, torch.Tensor], state: Mapping[st
             first = (str(problem).splitlines() or [""])[0]
             lines.append(
                 f"the random state of {name} in the checkpoint is not one of this version ({type(problem).__name__}: "
-                f"{first}); it starts from the seed, and the run does not repeat the uninterrupted one to the bit"
+                f"{first}); it starts from the seed, and the run will not equal the uninterrupted one bit for bit"
             )
     return lines + _restore_devices(tensors)
 
@@ -94,12 +94,16 @@ def _restore_devices(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     if torch.backends.mps.is_available():
         present.add("torch_mps")
     for name in saved & present:
-        # A CPU byte tensor of its own: the loaded one may be a read-only map of the file.
+        # A copy on the CPU: the loaded tensor may be a read-only map of the file.
         device_state = tensors[name].cpu().clone()
         if name == "torch_mps":
             torch.mps.set_rng_state(device_state)
         else:
             torch.cuda.set_rng_state(device_state, int(name.removeprefix("torch_cuda_")))
-    absent = [f"the checkpoint holds a random state for {name}, which is not here" for name in sorted(saved - present)]
-    fresh = [f"the checkpoint holds no random state for {name}, which is here" for name in sorted(present - saved)]
+    absent = [
+        f"the checkpoint has a random state for {name}, which this machine lacks" for name in sorted(saved - present)
+    ]
+    fresh = [
+        f"the checkpoint has no random state for {name}, which this machine has" for name in sorted(present - saved)
+    ]
     return absent + fresh

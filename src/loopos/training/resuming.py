@@ -1,13 +1,7 @@
-"""What the log records of every session, whatever the method: rows, what is judged by, versions, machine.
+"""The starting point of a session: what a run resumes from, and the facts that the log records about the session.
 
-Enters: the parts of a run. Leaves: JSON. Left out: what a method adds. It stands apart from the loop because it reads
-the system, which nothing else in this room does.
-
-What a run resumes from, found and held against the run, before anything is changed.
-
-Enters: a run's folder, its config, its identity. Leaves: the newest whole checkpoint with its log, the settings that
-have changed since and what the user is to know; or a refusal. Left out: the restoring itself (`run_state.py`), what
-makes a run this run (`run_identity.py`).
+`starting_point` compares the newest complete checkpoint and its log with the config before anything is changed.
+`run_state.py` restores the checkpoint; `identity.py` defines what must be equal.
 """
 
 from __future__ import annotations
@@ -37,8 +31,8 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def session_facts(batches: RowCounts, validation: Validation | None, update: Update, world: World) -> dict[str, JSON]:
-    """`num_rows` (trained on and validated on), `judged_by` (the metric that decides, and its direction),
-    `own_metrics` (their directions, where there are any), `versions`, `machine`.
+    """`num_rows` (training and validation), `judged_by` (the deciding metric and its direction), `own_metrics`
+    (directions of the user's metrics, if any), `versions`, `machine`.
     """
     rows = {"training": batches.num_rows, "validation": validation.num_rows if validation is not None else None}
     judged: dict[str, JSON] = {}
@@ -51,8 +45,8 @@ def session_facts(batches: RowCounts, validation: Validation | None, update: Upd
 
 
 def about_machine(device: torch.device, num_processes: int) -> dict[str, JSON]:
-    """`versions` by package, and `machine`: processor, cores of this process, threads of torch, `amx` (None where the
-    system does not tell), the device, the number of processes.
+    """`versions` by package, and `machine`: processor, cores of this process, torch threads, `amx` (None if unknown),
+    device, number of processes.
     """
     processor, flags = _processor()
     cores = usable_cores()
@@ -91,9 +85,9 @@ def _processor() -> tuple[str, set[str] | None]:
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a session begins: at a checkpoint, or at step 0 without one. `changed`: settings that differ from those of
-    the checkpoint's session, before and now. `lines`: for the user.
+class StartingPoint:
+    """Where a session starts: at a checkpoint, or at step 0. `changed`: settings that differ from those of the
+    checkpoint's session, as (before, now). `lines`: messages for the user.
     """
 
     found: checkpoint.Checkpoint | None
@@ -106,38 +100,38 @@ class Beginning:
         return None if self.found is None else self.found.step
 
     def sentence(self) -> str:
-        """Where a resumed run begins."""
+        """Where a resumed run starts."""
         if self.found is None:
             return "no checkpoint to resume from: starting at step 0"
         return f"resumed from the checkpoint of step {self.found.step}"
 
     def facts(self) -> dict[str, JSON]:
-        """What the log says of it."""
+        """Fields of the "session" event."""
         return {
             "resumed": self.found is not None,
             "changed": {key: list(values) for key, values in self.changed.items()},
         }
 
 
-def beginning(run_dir: Path, config: Mapping[str, Any], identity: Identity, *, resume: bool) -> Beginning:
-    """Where a run begins in its folder. config: the resolved one.
+def starting_point(run_dir: Path, config: Mapping[str, Any], identity: Identity, *, resume: bool) -> StartingPoint:
+    """Where a run starts in its folder. config: the resolved config.
 
-    Raises `UserError` for a checkpoint of a run that learns from other rows or means something else, key by key, and
-    for a log that is broken or is not the checkpoint's.
+    Raises `UserError`, with one line per key, for a checkpoint of a run with other data or outputs of another meaning,
+    and for a log that is broken or does not belong to the checkpoint.
     """
     if not resume:
-        return Beginning(None, WrittenLog.none(run_dir))
+        return StartingPoint(None, WrittenLog.none(run_dir))
     found, lines = checkpoint.newest_whole(run_dir / "checkpoints")
     if found is None:
-        return Beginning(None, WrittenLog.none(run_dir), lines=tuple(lines))
+        return StartingPoint(None, WrittenLog.none(run_dir), lines=tuple(lines))
     written = WrittenLog.read(run_dir, found.state["events_offset"], found.state.get("events_sha256"))
     changed = changes(written.settings or config, config)
-    # Where the folder lies by now is no setting of the training.
+    # The folder may have moved; its path is not a training setting.
     changed.pop("data.output_dir", None)
     compared = compare(found.state.get("identity", {}), identity, changed)
     if compared.refused:
         raise UserError(
-            f"{run_dir}: --resume: this is another run than the one that was begun there:{as_lines(compared.refused)}\n"
-            "resume it with what it began with, or choose another output_dir"
+            f"{run_dir}: --resume: this config does not belong to the run in this folder:{as_lines(compared.refused)}\n"
+            "resume with the original settings and data, or choose another output_dir"
         )
-    return Beginning(found, written, compared.changed, (*lines, *written.warnings, *compared.sentences()))
+    return StartingPoint(found, written, compared.changed, (*lines, *written.warnings, *compared.sentences()))

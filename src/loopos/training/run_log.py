@@ -1,7 +1,7 @@
 """The log of one run: `events.jsonl` and its adapters behind one `write`.
 
-Enters: events. Leaves: the log, cut back to a checkpoint's place at resume, and before that held against what the
-checkpoint says of it. Ranks other than the first write nothing. Left out: the file itself (`events.py`).
+A resumed run first checks the log against the checkpoint and truncates it to the checkpoint's position. Ranks other
+than 0 write nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _EVENTS, _CONFIG = "events.jsonl", "config.json"
 
 @dataclass(frozen=True)
 class WrittenLog:
-    """What was logged up to a checkpoint. `settings`: the resolved config of the last session by then; None where
-    nothing tells it. `warnings`: sentences for the user.
+    """What was logged up to a checkpoint. `settings`: the resolved config of the last session up to then; None if
+    unknown. `warnings`: messages for the user.
     """
 
     path: Path
@@ -33,15 +33,15 @@ class WrittenLog:
 
     @classmethod
     def none(cls, run_dir: Path) -> WrittenLog:
-        """That of a run that begins."""
+        """The empty log of a new run."""
         return cls(run_dir / _EVENTS, 0, None)
 
     @classmethod
     def read(cls, run_dir: Path, offset: int, sha256: str | None) -> WrittenLog:
-        """Reads the log up to a checkpoint and checks every line, so that a broken one ends no training later.
-        sha256: of these bytes, where the checkpoint tells it.
+        """Reads the log up to a checkpoint and checks every line, so that a broken one does not end training later.
+        sha256: of these bytes, if the checkpoint has it.
 
-        Raises `EventLogError` for a log that is shorter, and for a broken line.
+        Raises `EventLogError` for a log that is shorter than the checkpoint's position, and for a broken line.
         """
         path = run_dir / _EVENTS
         size = path.stat().st_size if path.is_file() else 0
@@ -59,15 +59,13 @@ class WrittenLog:
             if sha256 is not None and _sha256(path, offset) != sha256:
                 warnings.append(
                     f"{path}: its first {offset:,} bytes are not what the run wrote (SHA-256 differs): curves and "
-                    "report may tell wrong numbers; the weights are those of the checkpoint"
+                    "report may be wrong; the weights are those of the checkpoint"
                 )
         return cls(path, offset, settings or _config(run_dir / _CONFIG), tuple(warnings))
 
 
 class RunLog:
-    """Opened by `open`; before that, and on other ranks than the first, writing does nothing. callbacks: see each event
-    once it is written.
-    """
+    """Writes only after `open`, which only rank 0 calls. callbacks: receive each event after it is written."""
 
     def __init__(self, callbacks: Callbacks) -> None:
         self._callbacks = callbacks
@@ -75,7 +73,7 @@ class RunLog:
         self._writers: list[EventWriter] = []
 
     def open(self, written: WrittenLog, *, tensorboard: bool, resumed_step: int | None) -> None:
-        """written: what the log is cut back to. Raises `EventLogError`, `DiskFull`."""
+        """written: the log is truncated to its end. Raises `EventLogError` and `DiskFull`."""
         self._log = EventLog(written.path, self._callbacks or None)
         self._writers = [self._log]
         self._log.rewind(written.offset)
@@ -87,8 +85,8 @@ class RunLog:
         for writer in self._writers:
             writer.write(kind, step=step, metrics=metrics, timing=timing)
 
-    def place(self) -> dict[str, int | str]:
-        """For a checkpoint: how many bytes there are so far, and their SHA-256."""
+    def position(self) -> dict[str, int | str]:
+        """For a checkpoint: the number of bytes so far and their SHA-256."""
         if self._log is None:
             return {"events_offset": 0}
         offset = self._log.offset()
@@ -108,14 +106,14 @@ def _byte(path: Path, index: int) -> bytes:
 def _sha256(path: Path, num_bytes: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while num_bytes and (piece := file.read(min(1 << 20, num_bytes))):
-            digest.update(piece)
-            num_bytes -= len(piece)
+        while num_bytes and (chunk := file.read(min(1 << 20, num_bytes))):
+            digest.update(chunk)
+            num_bytes -= len(chunk)
     return digest.hexdigest()
 
 
 def _config(path: Path) -> dict[str, Any] | None:
-    """The config that an older version left beside its log without telling the log; None where it cannot be read."""
+    """The config that older versions wrote beside the log but not into it; None if it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,12 +1,6 @@
-"""Where an offline run stands, into a checkpoint and back.
+"""The state of a run: what its checkpoints contain, how it is restored, and the result of a finished run.
 
-Enters: the update, the position and the judges of a run. Leaves: a checkpoint folder; or the run put back to where a
-checkpoint left it. Left out: when to save (`fit.py`), and files (`checkpoint.py`).
-
-How a run ended, for whoever started it.
-
-Enters: the position and the judges of a run that is over. Leaves: a `FitResult`. It stands apart from the loop so that
-what exports the weights need not know the loop.
+`fit.py` decides when to save; `checkpoint.py` writes and reads the files.
 """
 
 from __future__ import annotations
@@ -26,14 +20,14 @@ from loopos.training.identity import Identity, values_of
 from loopos.training.slices import RowSpan, slice_name
 from loopos.training.stopping import EXIT_CODES
 from loopos.training.update import NonFiniteStep, Update
-from loopos.training.validation import Judges
+from loopos.training.validation import ValidationTracker
 
 
 @dataclass
 class Position:
-    """How far a run is. `previous_step`: where the last step began. `seconds`: in steps, validations and saves.
-    `concluded`: whether all that was due after the last step (validation, best weights, the decision to stop) is done;
-    a signal puts it off.
+    """How far a run has progressed. `previous_step`: step number before the last step. `seconds`: in steps, validations
+    and saves. `concluded`: everything due after the last step (validation, best weights, the decision to stop) is done;
+    a signal postpones it.
     """
 
     step: int = 0
@@ -48,10 +42,10 @@ class Position:
 
 
 class MethodState(Protocol):
-    """What a method's run needs besides, to go on exactly: tensors and JSON, equal on every rank."""
+    """Additional state that a method needs to resume exactly: tensors and JSON, equal on every rank."""
 
-    def synchronise(self, world: World) -> None:
-        """Called on every rank before saving: what ranks know apart from each other becomes one."""
+    def synchronize(self, world: World) -> None:
+        """Called on every rank before saving; merges state that differs between ranks."""
         ...
 
     def tensors(self) -> Mapping[str, Tensor]: ...
@@ -63,12 +57,12 @@ class MethodState(Protocol):
 
 @dataclass
 class RunState:
-    """All of a run that its checkpoints hold. `identity`: what a resumed run must have the same."""
+    """All state in a run's checkpoints. `identity`: what must be the same in a resumed run."""
 
     folder: Path
     identity: Identity
     update: Update
-    judges: Judges | None
+    tracker: ValidationTracker | None
     world: World
     method_state: MethodState | None = None
     keep_last: int = 1
@@ -76,18 +70,17 @@ class RunState:
     position: Position = field(default_factory=Position)
     _saving: checkpoint.Save | None = None
 
-    def begin_save(self, log_place: Mapping[str, int | str], *, is_best: bool) -> None:
-        """Begins to write all that resuming needs; every rank gives its random states, and its share of what is shared
-        out. The writing goes on beside what follows, until `finish_save`, which must come before the next weights.
-        log_place: where the event log stands.
+    def begin_save(self, log_position: Mapping[str, int | str], *, is_best: bool) -> None:
+        """Starts to write a checkpoint in the background. Every rank contributes its random states and its shards.
+        `finish_save` must be called before the weights change. log_position: position in the event log.
 
         Raises `DiskFull`, and `NonFiniteStep` for weights that are not finite.
         """
         self.finish_save()
         gathered = self.world.gather(checkpoint.random_states())
         if self.method_state is not None:
-            self.method_state.synchronise(self.world)
-        tensors, rows = self._shares()
+            self.method_state.synchronize(self.world)
+        tensors, rows = self._shards()
         random: dict[str, Any] = {}
         if self.world.is_first:
             if self.method_state is not None:
@@ -99,10 +92,10 @@ class RunState:
             self.folder,
             self.position.step,
             tensors,
-            {**self._as_json(), "random": random, **log_place},
+            {**self._as_json(), "random": random, **log_position},
             self.update.master_weights.parameters,
             rows,
-            metric=self.judges.best.metric if self.judges is not None else None,
+            metric=self.tracker.best.metric if self.tracker is not None else None,
             is_best=is_best,
             world=self.world,
         )
@@ -114,8 +107,8 @@ class RunState:
                 f"step {self.position.step}: {problem}; lower training.learning_rate, or set training.max_grad_norm"
             ) from problem
 
-    def _shares(self) -> tuple[dict[str, Mapping[str, Tensor]], Mapping[str, RowSpan]]:
-        """The weights and the optimizer's state as this process is to write them, and which rows of what they are."""
+    def _shards(self) -> tuple[dict[str, Mapping[str, Tensor]], Mapping[str, RowSpan]]:
+        """The weights and optimizer state that this process writes, and the rows of the full tensors that they are."""
         master_weights, optimizer = self.update.master_weights, self.update.optimizer
         groups: dict[str, Mapping[str, Tensor]] = {
             "weights": master_weights.parameters,
@@ -134,7 +127,7 @@ class RunState:
         }, rows
 
     def finish_save(self) -> bool:
-        """Waits until what `begin_save` began is on the disk; whether there was something. Raises `DiskFull`."""
+        """Waits until the checkpoint is on disk. Returns whether one was being written. Raises `DiskFull`."""
         if self._saving is None:
             return False
         saving, self._saving = self._saving, None
@@ -144,8 +137,8 @@ class RunState:
         return True
 
     def clear(self, found: checkpoint.Checkpoint | None) -> list[str]:
-        """Removes what killed processes left half done among the checkpoints, and those that are too many; what was
-        found, and newer ones that are damaged, stay. Only the folder's one writer may call this. Returns a line each.
+        """Removes partial checkpoints of killed processes and those beyond `keep_last`; keeps `found` and newer damaged
+        ones. Only the single writer of the folder may call this. Returns one line per removal.
         """
         lines = checkpoint.sweep(self.folder, is_only_writer=True)
         if found is not None:
@@ -157,40 +150,40 @@ class RunState:
         return {
             "identity": values_of(self.identity),
             "position": asdict(self.position),
-            "judges": self.judges.state() if self.judges is not None else None,
+            "judges": self.tracker.state() if self.tracker is not None else None,
             "loss_scale": self.update.loss_scale,
             "steps_since_overflow": self.update.steps_since_overflow,
             "carried": self.method_state.state() if self.method_state is not None else None,
         }
 
     def restore(self, found: checkpoint.Checkpoint) -> list[str]:
-        """Puts everything back to where `found`, a checkpoint of this run, left it; returns a line for each thing that
-        could not be.
+        """Restores everything from `found`, a checkpoint of this run. Returns one line for each item that could not be
+        restored.
         """
         state = found.state
         position = dict(state["position"])
         self.position = Position(**{**position, "cursor": Cursor(**position["cursor"])})
         lines = []
-        if self.judges is not None and state["judges"] is not None:
-            lines = self.judges.load(state["judges"])
+        if self.tracker is not None and state["judges"] is not None:
+            lines = self.tracker.load(state["judges"])
         self.update.master_weights.load(found.tensors["weights"])
         self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.master_weights.rows)
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
         if self.method_state is not None:
             self.method_state.load(found.tensors.get("carried", {}), state["carried"])
-        mine = str(self.world.rank)
-        if mine not in state["random"]:
-            return [*lines, f"the checkpoint holds no random states for rank {mine}; it starts from the seed"]
-        return lines + checkpoint.restore_random_states(found.tensors[f"random-{mine}"], state["random"][mine])
+        rank = str(self.world.rank)
+        if rank not in state["random"]:
+            return [*lines, f"the checkpoint has no random states for rank {rank}; it starts from the seed"]
+        return lines + checkpoint.restore_random_states(found.tensors[f"random-{rank}"], state["random"][rank])
 
 
 @dataclass(frozen=True)
 class FitResult:
     """`stopped_by`: "epochs", "max_iterations", "max_steps", "max_time", "early stopping", "guard", "callback",
-    "callback error", or the name of a signal. `best_step`, `best_metric`: of the best validation, None where none beat
-    the start. `best_trained_step`, `best_trained_metric`: of the best validation after the start, better than it or
-    not. `start_metric`: of the validation before the first update; `beat_start`: whether training beat it, None where
-    that is not known. `seconds`: in steps, validations and saves.
+    "callback error", or the name of a signal. `best_step`, `best_metric`: of the best validation, None if none beat the
+    start. `best_trained_step`, `best_trained_metric`: of the best validation after the start, whether or not it beat
+    the start. `start_metric`: of the validation before the first update. `beat_start`: whether training beat it, None
+    if unknown. `seconds`: in steps, validations and saves.
     """
 
     step: int
@@ -205,13 +198,13 @@ class FitResult:
     beat_start: bool | None = None
 
     @classmethod
-    def of(cls, position: Position, judges: Judges | None) -> FitResult:
-        """The result of a run that stands at `position` and has ended."""
+    def of(cls, position: Position, tracker: ValidationTracker | None) -> FitResult:
+        """The result of a run that has ended at `position`."""
         assert position.stopped_by is not None, "the run has not ended"
         ended = (position.step, position.stopped_by)
-        if judges is None:
+        if tracker is None:
             return cls(*ended, None, None, position.tokens, position.seconds)
-        best, beat = judges.best, judges.beat_start
+        best, beat = tracker.best, tracker.beat_start
         return cls(
             *ended,
             best_step=None if beat is False else best.step,
@@ -220,11 +213,11 @@ class FitResult:
             seconds=position.seconds,
             best_trained_step=best.step,
             best_trained_metric=best.metric,
-            start_metric=judges.start.metric,
+            start_metric=tracker.start.metric,
             beat_start=beat,
         )
 
     @property
     def interrupted(self) -> bool:
-        """Ended by a signal, or by a callback that failed: there is more to train, and `--resume` continues."""
+        """Whether a signal or a failed callback ended the run, so that `--resume` continues it."""
         return self.stopped_by in EXIT_CODES or self.stopped_by == CALLBACK_ERROR

@@ -1,8 +1,9 @@
-"""Step and totals enter, the factor on the peak learning rate leaves, in [0, 1]. Pure functions and one small state.
+"""Learning-rate schedules: pure functions from a step to a factor in [0, 1] on the peak learning rate, and one stateful
+schedule, `Plateau`.
 
-Steps count optimizer steps from 0. Warm-up of w steps gives step s the factor (s + 1) / w, so that no step is wasted at
-zero and step w - 1 is the first at the peak; transformers' `LambdaLR` schedules give s / w, one step later. After the
-warm-up both agree: the peak at step w, the floor reached after the last step (at s = total_steps). Left out: the peak.
+Steps count optimizer steps from 0. With w warm-up steps, step s gets the factor (s + 1) / w, so that no step has a rate
+of zero and step w - 1 is the first at the peak. The `LambdaLR` schedules of transformers use s / w, one step later.
+After the warm-up both agree: the peak at step w, the floor after the last step (s = total_steps).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ Schedule: TypeAlias = Literal[
 
 
 def warmup_steps(warmup: int | float, total_steps: int) -> int:
-    """Steps of warm-up from a count (an int >= 0) or a share of all steps (a float in (0, 1), rounded, at least 1)."""
+    """Warm-up steps from a count (an int >= 0) or a fraction of all steps (a float in (0, 1), rounded, at least 1)."""
     if isinstance(warmup, int) or warmup == 0:
         assert warmup >= 0, f"{warmup} steps of warm-up"
         return int(warmup)
-    assert 0 < warmup < 1, f"a share of warm-up lies between 0 and 1, not at {warmup}"
+    assert 0 < warmup < 1, f"warmup fraction: got {warmup}; expected between 0 and 1"
     return max(1, round(warmup * total_steps))
 
 
@@ -36,10 +37,10 @@ def factor(
     """Factor on the peak learning rate at `step`: minimum_ratio + (1 - minimum_ratio) * shape after the warm-up.
 
     With p = (step - w) / (total_steps - w) the shapes are: constant 1 · linear 1 - p · cosine (1 + cos πp) / 2 ·
-    cosine_restarts the cosine of the fraction of num_cycles * p (Loshchilov and Hutter 2017) · warmup_stable_decay 1,
-    then linear to 0 over the last `decay_share` of all steps (Hu et al. 2024, MiniCPM, with a linear end).
-    inverse_sqrt is max(minimum_ratio, sqrt(w / step)) with w = 1 and step + 1 where there is no warm-up (Vaswani et al.
-    2017, 5.3). plateau has the warm-up alone: multiply by `Plateau.scale`. Steps past the end stay at the floor.
+    cosine_restarts the cosine of the fractional part of num_cycles * p (Loshchilov and Hutter 2017) ·
+    warmup_stable_decay 1, then linear to 0 over the last `decay_share` of all steps (Hu et al. 2024, MiniCPM, with a
+    linear end). inverse_sqrt is max(minimum_ratio, sqrt(w / step)), with w = 1 and step + 1 without a warm-up (Vaswani
+    et al. 2017, 5.3). plateau has only the warm-up: multiply by `Plateau.scale`. Steps past the end stay at the floor.
     """
     assert min(step, total_steps - 1, warmup_steps) >= 0, (step, total_steps, warmup_steps)
     if step < warmup_steps:
@@ -105,7 +106,7 @@ class Plateau:
         return self.scale < before
 
     def state_dict(self) -> dict[str, float | int | None]:
-        """What a checkpoint needs to go on; JSON."""
+        """State for a checkpoint, as JSON."""
         return {
             "scale": self.scale,
             "best": self._best,
@@ -113,7 +114,7 @@ class Plateau:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restores `state_dict`."""
         self.scale = float(state["scale"])
         self._best = None if state["best"] is None else float(state["best"])
         self._num_without_improvement = int(state["num_without_improvement"])

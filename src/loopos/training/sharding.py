@@ -1,22 +1,9 @@
-"""Linear layers split among processes that run each pass together, by the plan that transformers carries for the model.
+"""Sharded training: parameters, gradients and optimizer state are distributed over processes with PyTorch's
+`fully_shard` (Zhao et al. 2023), and linear layers are split by tensor parallelism (Shoeybi et al. 2019).
 
-Enters: a model, whole on every process, and the processes. Leaves: the same modules, each with a part of the weights
-that the plan names: rows (`colwise`: each process makes some of the output's features) or columns (`rowwise`: each adds
-up some of the input's, and the sums are added over the processes). After Shoeybi et al. 2019 (Megatron-LM). An adapter
-of LoRA is split as its layer is, on the side that the layer is. What the plan leaves out (embeddings, norms, heads) is
-the same on all of these processes, and so is all that it computes. Left out: the rows of a part that further processes
-share (`sharding.py`).
-
-A model whose weights, gradients and optimizer are shared out over the processes, on PyTorch's `fully_shard`.
-
-Enters: models that are whole on every process, the section `distributed`. Leaves: the same modules with a share of each
-parameter (rows of it) on every process; the model whole for as long as generation lasts; the model whole on the first
-process at the end. After Zhao et al. 2023 (FSDP), in PyTorch's second form, which shares out each parameter by itself.
-Left out: what the optimizer sees of it (`precision.MasterWeights`), files (`slices.py`).
-
-The layers of a model (the members of its outermost `nn.ModuleList`s) are gathered one at a time, when they run; what
-lies outside of them (embeddings, last norm, head) for the whole of a forward and backward pass. Every process must run
-the same passes in the same order.
+The members of a model's outermost `nn.ModuleList`s are all-gathered one at a time, as they run; everything else
+(embeddings, last norm, head) stays gathered for a whole forward and backward pass. Every process must run the same
+passes in the same order. `precision.MasterWeights` presents the shards to the optimizer; `slices.py` stores them.
 """
 
 from __future__ import annotations
@@ -44,12 +31,17 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def split_layers(root: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
-    """Splits all models under `root` over `mesh`, in place, and returns the layers, whose `forward` is now one of their
-    own. Raises `UserError` for a model without a plan, or of a size that cannot be split so.
+    """Splits all models under `root` over `mesh`, in place, by the tensor-parallel plan of transformers. Returns the
+    split layers, whose `forward` is replaced.
+
+    `colwise` layers keep a part of the output features, `rowwise` layers a part of the input features. A LoRA adapter
+    is split on the same side as its layer. What the plan leaves out (embeddings, norms, heads) is replicated.
+
+    Raises `UserError` for a model without a plan, or of a size that cannot be split.
     """
     split = []
     for model in root.modules():
-        # A model with a head holds the one that has the layers.
+        # Skip a model with a head: its base model is visited too.
         if isinstance(model, PreTrainedModel) and model.base_model is model:
             for module, style in _planned(model, mesh.size()):
                 layer = ALL_PARALLEL_STYLES[style]
@@ -61,8 +53,8 @@ def split_layers(root: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     return split
 
 
-def whole_again(split: list[nn.Module]) -> None:
-    """The layers run by their class's own `forward`: for weights that have become whole."""
+def restore_forward(split: list[nn.Module]) -> None:
+    """Restores the class's own `forward` of split layers, once their weights are complete again."""
     for module in split:
         del module.forward
 
@@ -70,13 +62,13 @@ def whole_again(split: list[nn.Module]) -> None:
 def _planned(model: PreTrainedModel, size: int) -> list[tuple[nn.Module, str]]:
     config = model.config.get_text_config()
     plan: dict[str, str] | None = getattr(config, "base_model_tp_plan", None)
-    actual = f"distributed.tensor_parallel: got {size} for a model of type {config.model_type}"
+    problem = f"distributed.tensor_parallel: got {size} for a model of type {config.model_type}"
     if not plan:
-        raise UserError(f"{actual}, for which transformers has no plan; expected tensor_parallel 1, and mode shard")
+        raise UserError(f"{problem}, for which transformers has no plan; expected tensor_parallel 1, and mode shard")
     for name in _HEADS:
         number = getattr(config, name, size)
         if number % size:
-            raise UserError(f"{actual} with {name} {number}; expected a divisor of it")
+            raise UserError(f"{problem} with {name} {number}; expected a divisor of it")
     found = []
     for name, module in model.named_modules():
         style = plan.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
@@ -86,12 +78,12 @@ def _planned(model: PreTrainedModel, size: int) -> list[tuple[nn.Module, str]]:
         if style in ("colwise", "rowwise"):
             width = getattr(module, "out_features" if style == "colwise" else "in_features", size)
             if width % size:
-                raise UserError(f"{actual}, one of whose layers is {width} wide; expected a divisor of it")
+                raise UserError(f"{problem}, one of whose layers is {width} wide; expected a divisor of it")
     return found
 
 
 def _split_layers_of(module: nn.Module, style: str) -> Iterator[tuple[nn.Module, str]]:
-    """The layer itself, or the one under an adapter with the adapter's matrix on the split side."""
+    """The layer itself, or the one under an adapter and the adapter's matrix on the split side."""
     base = getattr(module, "base_layer", None)
     if not isinstance(base, nn.Module):
         yield module, style
@@ -109,8 +101,8 @@ _MESHES = itertools.count()
 
 @dataclass(frozen=True)
 class Rows:
-    """The share of a parameter that a process holds: `count` rows of `shape`, from row `first` on; of those `columns`,
-    the first and their number, None for all. `copies`: processes that hold the same.
+    """The part of a parameter that a process stores: `count` rows of `shape` from row `first` on. `columns`: first
+    column and number of columns, None for all. `copies`: number of processes with the same part.
     """
 
     first: int
@@ -120,41 +112,42 @@ class Rows:
     copies: int = 1
 
     def of(self, whole: Tensor) -> Tensor:
-        """These rows and columns, a view."""
+        """These rows and columns, as a view."""
         assert tuple(whole.shape) == self.shape, (tuple(whole.shape), self.shape)
         rows = whole[self.first : self.first + self.count]
         return rows if self.columns is None else rows.narrow(1, *self.columns)
 
 
 class Sharding:
-    """How a run's models are shared out. Process `part` of `parts` splits every layer with the others; `rank` of `size`
-    such groups hold one copy together; there are `replicas`.
+    """How the models of a run are sharded. `parts` processes split every layer (tensor parallelism), and this process
+    is number `part` of them. `size` such groups share one copy of the model, and `rank` is this group's number. There
+    are `replicas` copies.
     """
 
     def __init__(
-        self, settings: DistributedSection, world: World, device: torch.device, *, shares: bool = True
+        self, settings: DistributedSection, world: World, device: torch.device, *, shards: bool = True
     ) -> None:
-        """shares: whether weights are shared out, beyond what `tensor_parallel` splits. Raises `UserError` for a
-        `shard_size` that does not divide the number of processes, or of groups of them.
+        """shards: whether to shard weights beyond the splits of `tensor_parallel`. Raises `UserError` for a
+        `shard_size` that does not divide the number of processes or of tensor-parallel groups.
         """
-        share, among = world.share
-        self.parts = world.size // among
+        dp_rank, dp_size = world.data_parallel
+        self.parts = world.size // dp_size
         self.part = world.rank % self.parts
-        self.size = (settings.shard_size or among) if shares else 1
-        if among % self.size:
+        self.size = (settings.shard_size or dp_size) if shards else 1
+        if dp_size % self.size:
             groups = "processes" if self.parts == 1 else f"groups of {self.parts} processes"
             raise UserError(
-                f"distributed.shard_size: got {self.size} with {among} {groups}; expected a divisor of their number"
+                f"distributed.shard_size: got {self.size} with {dp_size} {groups}; expected a divisor of their number"
             )
-        self.replicas, self.rank = among // self.size, share % self.size
-        self.is_first_replica = share < self.size
+        self.replicas, self.rank = dp_size // self.size, dp_rank % self.size
+        self.is_first_replica = dp_rank < self.size
         self.device = device
         self._world = world
         self._unused = settings.cpu_offload and device.type != "cuda"
         self._reshards = settings.reshard_after_forward
         self._offload = CPUOffloadPolicy() if settings.cpu_offload and device.type == "cuda" else OffloadPolicy()
-        # torch keeps what it worked out for a mesh, and takes a later one of the same names and shape for the same:
-        # without a number a second run in these processes is handed groups of the first, which are gone.
+        # torch caches process groups by a mesh's names and shape. Without a unique number a second run in these
+        # processes would get the groups of the first run, which no longer exist.
         self._number = next(_MESHES)
         self._mesh = self._made_mesh()
         self._roots: list[nn.Module] = []
@@ -174,9 +167,9 @@ class Sharding:
         shards = self._named(_SHARDS)
         return self._mesh[self._named(_REPLICAS), shards] if self.replicas > 1 else self._mesh[shards]
 
-    def cut(self, root: nn.Module, half: Callable[[str], torch.dtype | None]) -> None:
-        """Takes a model on the CPU to the device, share by share, in place. half: the number format that a parameter
-        computes in, by name, None for its own. A model without layers of its own stays as it is, on the device.
+    def shard(self, root: nn.Module, half: Callable[[str], torch.dtype | None]) -> None:
+        """Moves a model from the CPU to the device and shards it, in place. half: the number format in which a
+        parameter computes, by name; None for its own. A model without layers is moved but not sharded.
         """
         layers = _sharded_layers(root)
         if not layers:
@@ -186,21 +179,23 @@ class Sharding:
             self._split[id(root)] = split_layers(root, self._mesh[self._named(_SPLIT)])
         formats = {half(name) for name, _ in root.named_parameters()} - {None}
         assert len(formats) <= 1, formats
-        # Whatever keeps its own format stands apart: a policy is that of all parameters that are gathered together.
-        apart = [module for name, module in root.named_modules() if formats and _stands_apart(name, module, half)]
+        # A policy holds for all parameters that are gathered together, so modules with another format are separate.
+        separate = [
+            module for name, module in root.named_modules() if formats and _keeps_own_format(name, module, half)
+        ]
         policy = MixedPrecisionPolicy(
             param_dtype=next(iter(formats), None), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for module in apart:
-            self._cut(module, MixedPrecisionPolicy(cast_forward_inputs=False), reshards=self._reshards)
+        for module in separate:
+            self._shard(module, MixedPrecisionPolicy(cast_forward_inputs=False), reshards=self._reshards)
         for layer in layers:
-            self._cut(layer, policy, reshards=self._reshards)
-        self._cut(root, policy, reshards=False)
-        # The root must be known before any layer runs by itself.
-        fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]  # torch names no public way
+            self._shard(layer, policy, reshards=self._reshards)
+        self._shard(root, policy, reshards=False)
+        # The root must be initialized before any layer runs on its own.
+        fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]  # torch has no public function
         self._roots.append(root)
 
-    def _cut(self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshards: bool) -> None:
+    def _shard(self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshards: bool) -> None:
         sharded = fully_shard(
             module, mesh=self._data_mesh, reshard_after_forward=reshards, mp_policy=policy, offload_policy=self._offload
         )
@@ -209,14 +204,14 @@ class Sharding:
         sharded.set_force_sum_reduction_for_comms(True)
 
     def summary(self) -> str:
-        """How, in words."""
+        """One line that describes the sharding."""
         copies = "one copy" if self.replicas == 1 else f"{self.replicas} copies"
         groups = "processes" if self.parts == 1 else f"groups of {self.parts} processes that split its layers"
         unused = f"; distributed.cpu_offload has no effect on {self.device.type}" if self._unused else ""
-        return f"{copies} shared out over {self.size} {groups}" + (" each" if self.replicas > 1 else "") + unused
+        return f"{copies} sharded over {self.size} {groups}" + (" each" if self.replicas > 1 else "") + unused
 
     def rows_of(self, shape: Sequence[int], split: int | None = None) -> Rows:
-        """This process's share of a parameter of this shape. split: the dimension that tensor parallelism splits."""
+        """This process's part of a parameter of this shape. split: the dimension that tensor parallelism splits."""
         length = shape[0] // self.parts if split == 0 else shape[0]
         before = self.part * length if split == 0 else 0
         most = -(-length // self.size)
@@ -228,24 +223,22 @@ class Sharding:
         copies = self.replicas * (self.parts if split is None else 1)
         return Rows(before + first, min(first + most, length) - first, tuple(shape), columns, copies)
 
-    def share_of(self, parameter: Tensor) -> Rows:
-        """This process's share of a parameter of a model that has been cut."""
+    def local_rows(self, parameter: Tensor) -> Rows:
+        """This process's part of a parameter of a sharded model."""
         return self.rows_of(parameter.shape, _split_of(parameter))
 
     @property
     def file(self) -> tuple[int, int]:
-        """(number, files): which of the files of one copy is this process's."""
+        """(number, files): the number of this process's file among the files of one copy."""
         return self.rank * self.parts + self.part, self.size * self.parts
 
     def writes(self, rows: Rows | None) -> bool:
-        """Whether, of the processes with one copy, this one puts these rows into its file: what the processes of a
-        group all have is in one file, and so is what is the same on all (None).
-        """
+        """Whether this process writes these rows to its file. Replicated tensors (None) are written once per copy."""
         return self.file[0] == 0 if rows is None else self.part == 0 or rows.copies == self.replicas
 
     def begin(self) -> None:
-        """To be called before a step, and before shares are written to: lets go of whatever is whole, and forgets
-        passes without gradients, in whose order a backward pass would fetch layers ahead.
+        """Call before a step and before writing to shards. Frees gathered parameters and forgets the order of passes
+        without gradients, which a backward pass would use to prefetch layers.
         """
         for root in self._roots:
             assert isinstance(root, FSDPModule)
@@ -253,7 +246,9 @@ class Sharding:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, every process holds all weights of all models, and may run them alone. They must not change."""
+        """Within the context every process has all weights of all models and may run them on its own. The weights must
+        not change.
+        """
         units = [module for root in self._roots for module in root.modules() if isinstance(module, FSDPModule)]
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -267,17 +262,17 @@ class Sharding:
                 unit.set_reshard_after_forward(self._reshards and not is_root, recurse=False)
 
     def refresh(self) -> None:
-        """To be called after the set of parameters that train has changed."""
+        """Call after the set of trainable parameters has changed."""
         with self.whole():
             pass
 
     @torch.no_grad()
     def gather(self, root: nn.Module) -> None:
-        """Ends the sharing of `root`: its parameters become whole ones on the CPU of the first process, one after
-        another, and empty ones on the others. It runs no more on those.
+        """Ends the sharding of `root`: its parameters become complete on the CPU of rank 0, one after another, and
+        empty on the other ranks, where the model can no longer run.
         """
         self.begin()
-        self._roots = [kept for kept in self._roots if kept is not root]
+        self._roots = [other for other in self._roots if other is not root]
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 _end_hooks(module)
@@ -287,53 +282,52 @@ class Sharding:
                 if id(parameter) not in replaced:
                     replaced[id(parameter)] = self._gathered(parameter)
                 setattr(module, name, replaced[id(parameter)])
-        whole_again(self._split.pop(id(root), []))
+        restore_forward(self._split.pop(id(root), []))
         root.to("cpu")
 
     def _gathered(self, parameter: nn.Parameter) -> nn.Parameter:
         assert isinstance(parameter, DTensor)
         full = parameter.full_tensor()
-        kept = full.cpu() if self._world.is_first else full.new_empty(0, device="cpu")
-        return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+        whole = full.cpu() if self._world.is_first else full.new_empty(0, device="cpu")
+        return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def sharding_for(world: World, device: torch.device, *, needed: int, optimizer: str) -> tuple[Sharding | None, str]:
-    """What `distributed.mode` asks for, None for a model that is whole on each process, and why, in words.
+    """The sharding for `distributed.mode`, None for a model that is replicated, and one line that explains the choice.
 
-    needed: bytes of weights, gradients and optimizer on a process that holds them all. "auto" shares a model out where
-    that is more than half of the memory that a process has for itself (the other half is for activations). Raises
-    `UserError` as `Sharding`.
+    needed: bytes of weights, gradients and optimizer state of a full copy. Mode "auto" shards if that exceeds half of
+    the memory of a process; the other half is for activations. Raises `UserError` as `Sharding` does.
     """
     settings = world.settings
     if world.size == 1:
         return None, ""
     if settings.mode == "replicate":
-        return _in_copies(world, device)
+        return _replicated(world, device)
     if settings.mode == "shard":
         sharding = Sharding(settings, world, device)
         return sharding, sharding.summary()
-    # The same on every process, whatever each host has.
+    # The smallest value of all hosts, so that every process decides the same.
     memory = min(size for size in world.gather(_memory(device)) if isinstance(size, int))
-    told = f"{needed / _GIB:.3g} GiB of weights, gradients and optimizer, {memory / _GIB:.3g} GiB of memory a process"
+    sizes = f"{needed / _GIB:.3g} GiB of weights, gradients and optimizer, {memory / _GIB:.3g} GiB of memory a process"
     if needed / settings.tensor_parallel <= memory / 2:
-        copies, summary = _in_copies(world, device)
-        return copies, f"{summary} ({told})"
+        copies, summary = _replicated(world, device)
+        return copies, f"{summary} ({sizes})"
     if optimizer in WHOLE_MATRICES:
-        return None, f"a copy on each of {world.size} processes, which {optimizer} needs ({told})"
+        return None, f"a copy on each of {world.size} processes, which {optimizer} needs ({sizes})"
     sharding = Sharding(settings, world, device)
-    return sharding, f"{sharding.summary()} ({told})"
+    return sharding, f"{sharding.summary()} ({sizes})"
 
 
-def _in_copies(world: World, device: torch.device) -> tuple[Sharding | None, str]:
-    """A whole model on each process, or on each group of those that split its layers."""
+def _replicated(world: World, device: torch.device) -> tuple[Sharding | None, str]:
+    """A full copy on each process, or on each tensor-parallel group."""
     if world.settings.tensor_parallel == 1:
         return None, f"a copy on each of {world.size} processes"
-    sharding = Sharding(world.settings, world, device, shares=False)
+    sharding = Sharding(world.settings, world, device, shards=False)
     return sharding, sharding.summary()
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes that a process has: its GPU's, or its part of the host's."""
+    """Memory of a process in bytes: of its GPU, or its part of the host's memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
@@ -350,7 +344,7 @@ def _split_of(parameter: Tensor) -> int | None:
 
 
 def _sharded_layers(root: nn.Module) -> list[nn.Module]:
-    """The members of the outermost lists of modules, those without parameters left out."""
+    """The members of the outermost module lists, without members that have no parameters."""
     found: list[nn.Module] = []
     for child in root.children():
         members = list(child) if isinstance(child, nn.ModuleList) else _sharded_layers(child)
@@ -358,13 +352,13 @@ def _sharded_layers(root: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _stands_apart(name: str, module: nn.Module, half: Callable[[str], torch.dtype | None]) -> bool:
+def _keeps_own_format(name: str, module: nn.Module, half: Callable[[str], torch.dtype | None]) -> bool:
     own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
     return bool(own and name) and all(half(parameter) is None for parameter in own)
 
 
 def _end_hooks(module: FSDPModule) -> None:
-    """Takes out what gathers the module's parameters when it runs, and its class with it."""
+    """Removes the hooks that gather the module's parameters, and the class that `fully_shard` gave it."""
     state = fully_shard.state(module)  # type: ignore[attr-defined]  # as torch's own tests reach it
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()

@@ -1,11 +1,9 @@
-"""Tensors that lie in several files, each with some rows of them.
+"""Checkpoint tensors that are distributed over several files, each with some rows.
 
     weights-00001-of-00002.safetensors  weights-00002-of-00002.safetensors
 
-Enters: the rows that a process holds; or the files of all. Leaves: what a file says of its rows; a group of whole
-tensors, of which only the rows asked for are read. Left out: the folder around them (`checkpoint_folder.py`).
-A file's metadata has under "slices" the name of each tensor that it holds a part of → [first row, rows of the whole],
-and for a part that has not all columns, further [first column, columns of the whole].
+A file's metadata has under "slices" for each tensor [first row, rows of the full tensor], and for a part with only some
+columns also [first column, columns of the full tensor]. Only the requested rows are read.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ _NAME = re.compile(r"(?P<group>[a-z0-9][a-z0-9_-]*)-(?P<number>\d{5})-of-(?P<fil
 
 
 class RowSpan(Protocol):
-    """`count` rows from row `first` on, of a tensor of `shape`; of those `columns`: the first, and their number; None
-    for all.
+    """`count` rows from row `first` on, of a tensor of `shape`. `columns`: first column and number of columns, None for
+    all.
     """
 
     @property
@@ -43,7 +41,7 @@ class RowSpan(Protocol):
 
 @dataclass(frozen=True, order=True)
 class _Part:
-    """What a file has of a tensor: rows and columns from these on; `width` None for all columns."""
+    """The part of a tensor in a file: starts at this row and column; `width` None for all columns."""
 
     column: int
     row: int
@@ -53,29 +51,29 @@ class _Part:
 
 
 def slice_name(group: str, number: int, files: int) -> str:
-    """The name, without its ending, of the file of process `number` (from 0) among `files`."""
+    """The file name without suffix for process `number` (from 0) among `files`."""
     return f"{group}-{number + 1:05d}-of-{files:05d}"
 
 
 def group_of(stem: str) -> str | None:
-    """The group that a file without its ending is a slice of; None for a file of whole tensors."""
+    """The group that a file (name without suffix) is a slice of; None for a file of complete tensors."""
     caught = _NAME.fullmatch(stem)
     return None if caught is None else caught["group"]
 
 
 def described(tensors: Mapping[str, Tensor], rows: Mapping[str, RowSpan]) -> dict[str, str]:
-    """The metadata of a file with these tensors; those without an entry in `rows` are whole."""
-    return {SLICES: json.dumps({name: _place(rows[name]) for name in tensors if name in rows})}
+    """The metadata of a file with these tensors; those without an entry in `rows` are complete."""
+    return {SLICES: json.dumps({name: _span(rows[name]) for name in tensors if name in rows})}
 
 
-def _place(rows: RowSpan) -> list[int]:
+def _span(rows: RowSpan) -> list[int]:
     columns = [] if rows.columns is None else [rows.columns[0], rows.shape[1]]
     return [rows.first, rows.shape[0], *columns]
 
 
 def rows_of(tensors: Mapping[str, Tensor], name: str, rows: RowSpan | None) -> Tensor:
-    """Some rows of a tensor of a checkpoint, or with None, or of a single number, all of it. Raises `ValueError` for a
-    tensor of another shape.
+    """Some rows of a checkpoint's tensor; all of it for None or a scalar. Raises `ValueError` for a tensor of another
+    shape.
     """
     if rows is None or (isinstance(tensors, SlicedTensors) and tensors.is_whole(name)):
         return tensors[name]
@@ -95,7 +93,7 @@ def rows_of(tensors: Mapping[str, Tensor], name: str, rows: RowSpan | None) -> T
 
 
 def _refuse_gaps(name: str, parts: list[_Part], rows: int, columns: int | None) -> None:
-    """Puts the parts of a tensor in order. Raises `ValueError` where they are not all of it."""
+    """Sorts the parts of a tensor. Raises `ValueError` unless they cover it."""
     parts.sort()
     covered = 0
     for column, band in groupby(parts, key=lambda part: part.column):
@@ -114,22 +112,22 @@ def _refuse_gaps(name: str, parts: list[_Part], rows: int, columns: int | None) 
 
 
 class SlicedTensors(Mapping[str, Tensor]):
-    """Name → whole tensor, put together from the files when it is asked for, and not kept."""
+    """Name → full tensor, assembled from the files on access and not cached."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """files: mapped, not read. Raises `ValueError` for files that leave rows of a tensor out."""
-        # The package leaves its annotations out.
+        """files: memory-mapped. Raises `ValueError` if rows of a tensor are missing."""
+        # safetensors has no annotations.
         self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
         self._parts: dict[str, list[_Part]] = {}
         self._whole: dict[str, int] = {}
         sizes: dict[str, tuple[int, int | None]] = {}
         for number, file in enumerate(self._files):
-            told = json.loads(file.metadata()[SLICES])
+            spans = json.loads(file.metadata()[SLICES])
             for name in file.keys():  # noqa: SIM118  # not a mapping
-                if name not in told:
+                if name not in spans:
                     self._whole[name] = number
                     continue
-                row, rows, *columns = told[name]
+                row, rows, *columns = spans[name]
                 shape = file.get_slice(name).get_shape()
                 column, width = (columns[0], shape[1]) if columns else (0, None)
                 sizes[name] = rows, columns[1] if columns else None
@@ -145,11 +143,11 @@ class SlicedTensors(Mapping[str, Tensor]):
         return self.rows(name, 0, sum(part.count for part in parts if part.column == parts[0].column))
 
     def is_whole(self, name: str) -> bool:
-        """Whether the tensor lies in one file as it is."""
+        """Whether the tensor is complete in one file."""
         return name in self._whole
 
     def rows(self, name: str, first: int, count: int, columns: tuple[int, int] | None = None) -> Tensor:
-        """`count` rows of a tensor from row `first` on, of those so many columns from one on; only these are read."""
+        """`count` rows of a tensor from row `first` on, and optionally only some columns. Reads nothing else."""
         bands = []
         for column, band in groupby(self._parts[name], key=lambda part: part.column):
             parts = list(band)
@@ -169,9 +167,9 @@ class SlicedTensors(Mapping[str, Tensor]):
         for part in parts:
             low, high = max(first, part.row), min(first + count, part.row + part.count)
             if low < high or (part is parts[-1] and not found):
-                held = self._files[part.file].get_slice(name)
+                stored = self._files[part.file].get_slice(name)
                 rows = slice(low - part.row, high - part.row) if low < high else slice(0, 0)
-                found.append(held[rows, columns] if is_cut else held[rows])
+                found.append(stored[rows, columns] if is_cut else stored[rows])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def __iter__(self) -> Iterator[str]:

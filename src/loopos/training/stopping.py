@@ -1,8 +1,4 @@
-"""When a run ends before its last step: signals, a time limit, and a metric that no longer improves.
-
-Enters: signals of the system, validation metrics. Leaves: the reason to stop, or none. Left out: what is saved then
-(`fit.py`).
-"""
+"""Reasons to end a run before its last step: signals and a metric that no longer improves."""
 
 from __future__ import annotations
 
@@ -19,32 +15,32 @@ from loopos.config.diagnostics import Interrupted
 from loopos.functional.comparing import is_better
 from loopos.storage.terminals import leave_the_terminal
 
-# How a run that a signal ended exits, after its checkpoint: what a scheduler or a closed terminal sends is an orderly
-# end, Ctrl-C is not.
+# Exit codes of a run that a signal ended, after its checkpoint: signals of a scheduler or a closed terminal are an
+# orderly end, Ctrl-C is not.
 EXIT_CODES = {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 0, "SIGUSR1": 0}
-# A process that was started to ignore these (nohup) goes on ignoring them.
+# A process that was started to ignore these (nohup) keeps ignoring them.
 _MAY_BE_IGNORED = ("SIGHUP", "SIGUSR1")
-# The run is over, its weights are exported, and a script should look at why.
+# The run has ended and its weights are exported; the exit code lets a script check why.
 GUARD, GUARD_EXIT_CODE = "guard", 4
 
 
 class StopSignals:
-    """Remembers the first of some signals, so that what is in progress ends in order. A second Ctrl-C interrupts at
-    once. `at_once`: raise `Interrupted` at the first already, where nothing is in progress that has to end in order.
+    """Records the first of some signals, so that the current step can finish. A second Ctrl-C interrupts at once.
+    `at_once`: raise `Interrupted` at the first signal, where nothing needs to finish.
     """
 
     def __init__(
-        self, names: Sequence[str] = ("SIGTERM", "SIGINT"), *, answer: str = "", at_once: str = "", speaks: bool = True
+        self, names: Sequence[str] = ("SIGTERM", "SIGINT"), *, answer: str = "", at_once: str = "", prints: bool = True
     ) -> None:
-        """answer: what is printed at the first signal, from the handler itself, with {name}; at_once: the message of
-        `Interrupted`, with {name}. speaks: whether this process prints.
+        """answer: printed at the first signal, from the handler, with {name}. at_once: the message of `Interrupted`,
+        with {name}. prints: whether this process prints.
         """
         self.received: str | None = None
-        self._names, self._answer, self._at_once, self._speaks = names, answer, at_once, speaks
+        self._names, self._answer, self._at_once, self._prints = names, answer, at_once, prints
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python lets the main thread alone handle signals; a run in another one is stopped by its owner.
+        # Only Python's main thread handles signals; a run in another thread is stopped by its owner.
         if threading.current_thread() is not threading.main_thread():
             return self
         for name in self._names:
@@ -74,29 +70,29 @@ class StopSignals:
 
     def _print(self, line: str) -> None:
         # Not through sys.stderr, whose buffer the signal may have found half written.
-        if self._speaks:
+        if self._prints:
             with suppress(OSError):
                 os.write(2, f"\n{line}\n".encode())
 
 
-def steps_end_in_order(*, speaks: bool = True) -> StopSignals:
-    """For the loop of a run: the step in progress ends, and a checkpoint is written."""
-    return StopSignals(tuple(EXIT_CODES), answer="{name}: stopping after this step", speaks=speaks)
+def steps_end_in_order(*, prints: bool = True) -> StopSignals:
+    """For the training loop: the current step finishes and a checkpoint is written."""
+    return StopSignals(tuple(EXIT_CODES), answer="{name}: stopping after this step", prints=prints)
 
 
 def run_ends_at_once() -> StopSignals:
-    """For what a run does before its first step and after its last one: nothing there is lost."""
+    """For everything before the first step and after the last one, where no progress can be lost."""
     return StopSignals(
         tuple(EXIT_CODES),
-        at_once="ended by {name}, not within a step: the same command with --resume continues from the newest "
-        "checkpoint, or from the beginning where there is none yet",
+        at_once="ended by {name} outside of a step: the same command with --resume continues from the newest "
+        "checkpoint, or from the start if there is none yet",
     )
 
 
 @dataclass
 class Best:
     """The best validation so far. `mode`: "min" or "max". `stale`: validations since it improved by more than
-    `min_delta`. `loss`: that of the best validation, by which ties are broken; None where none is known.
+    `min_delta`. `loss`: of the best validation, to break ties; None if unknown.
     """
 
     mode: str
@@ -107,7 +103,7 @@ class Best:
     loss: float | None = None
 
     def observe(self, metric: float, step: int, loss: float | None = None) -> bool:
-        """Takes one validation's metric; whether it is a new best. nan and inf are none, and equal metrics are one
+        """Records one validation's metric; returns whether it is a new best. nan and inf never are; an equal metric is
         only with a lower loss.
         """
         if is_better(metric, self.metric, self.mode, loss=loss, than_loss=self.loss, min_delta=self.min_delta):
@@ -117,10 +113,10 @@ class Best:
         return False
 
     def state(self) -> dict[str, float | int | None]:
-        """What a checkpoint needs to go on; JSON."""
+        """State for a checkpoint, as JSON."""
         return {"metric": self.metric, "step": self.step, "stale": self.stale, "loss": self.loss}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`; one of an older version holds no loss."""
+        """Restores `state`; checkpoints of older versions have no loss."""
         self.metric, self.step, self.stale = state["metric"], state["step"], state["stale"]
         self.loss = state.get("loss")

@@ -1,18 +1,7 @@
-"""The zeros of a pruned model, which training keeps.
+"""Which weights train (now and later), in which format and on which device; and which weights a finished run exports.
 
-Enters: a model as it was loaded. Leaves: masks of its weights, True = zero, and to stay so. They follow from the
-weights that a run begins with, so a resumed run finds the same. Left out: applying them (`precision.MasterWeights`).
-
-Which of a model's weights train, now and later, in what format and on which device.
-
-Enters: a model on the CPU with `requires_grad` set, what `freeze_layers` holds back, the format of training. Leaves:
-the masters, and the model on the device in its format, shared out over the processes where that is asked for. Left out:
-who set `requires_grad` (`models.adapters`), the masters (`precision`), how a model is shared out (`sharding`).
-
-Which weights of a finished run are exported, for every method alike.
-
-Enters: the trained weights, the run's folder and its result. Leaves: the weights loaded, a sentence, and an event
-"export" by which reports name them. Left out: writing the model.
+`models.adapters` sets `requires_grad`; `precision.MasterWeights` keeps the fp32 master weights; `sharding` distributes
+the model.
 """
 
 from __future__ import annotations
@@ -38,9 +27,10 @@ from loopos.training.sharding import sharding_for
 
 
 def zeros_to_keep(model: nn.Module) -> dict[str, Tensor]:
-    """By the parameter's name the zeros of every matrix that has some, embeddings left out.
+    """The sparsity masks of a pruned model: name → mask (True = zero) of every matrix with zeros, except embeddings.
 
-    A matrix of zeros alone is no pruned one: new heads and adapters begin so. Biases and norms may be zero by chance.
+    They follow from the initial weights, so a resumed run computes the same masks. A matrix of only zeros is not
+    pruned: new heads and adapters start as zeros. Biases and norms may contain zeros by chance.
     """
     embeddings = {
         id(parameter)
@@ -59,7 +49,7 @@ def zeros_to_keep(model: nn.Module) -> dict[str, Tensor]:
 
 
 class TrainedWeights:
-    """`now`: names that train from the start; `later`: those that `unfreeze` adds."""
+    """`now`: names of the parameters that train from the start. `later`: names that `unfreeze` adds."""
 
     def __init__(
         self,
@@ -69,20 +59,20 @@ class TrainedWeights:
         precision: str,
         device: torch.device,
         world: World = World(),
-        held_back: Sequence[nn.Parameter] = (),
+        initially_frozen: Sequence[nn.Parameter] = (),
         half_under: str | tuple[str, ...] = "",
         frozen: Sequence[nn.Module] = (),
     ) -> None:
-        """half_under: with bf16, parameters whose names begin so take it; the others stay in fp32. frozen: models
-        beside it that do not train, in their format. Raises `UserError` for a sharding that is not to be had.
+        """half_under: with bf16, parameters whose names start with this take it; the others stay fp32. frozen: other
+        models that do not train and keep their format. Raises `UserError` for a sharding that is not possible.
         """
         named = dict(model.named_parameters())
-        held = {id(parameter) for parameter in held_back}
+        frozen_ids = {id(parameter) for parameter in initially_frozen}
         self.now = {name for name, parameter in named.items() if parameter.requires_grad}
         self.later: set[str] = set()
         if settings.unfreeze_step is not None:
-            self.later = {name for name, parameter in named.items() if id(parameter) in held}
-        # Looked for before a smaller format could round a weight to zero.
+            self.later = {name for name, parameter in named.items() if id(parameter) in frozen_ids}
+        # Before casting: a smaller format could round a weight to zero.
         zeros = zeros_to_keep(model) if settings.keep_zeros else {}
         half = torch.bfloat16 if precision == "bf16" else None
         self._model, self._precision, self._device, self._world = model, precision, device, world
@@ -100,10 +90,10 @@ class TrainedWeights:
         self.master_weights.keep_zeros(zeros)
         self._zeros = sum(int(mask.sum()) for mask in zeros.values()) if settings.keep_zeros else None
         self.master_weights.set_training(self.now)
-        share, _ = world.share
-        if share > 0:
-            # The model is the same on all; what it draws from here on, such as dropout, is not.
-            seed_everything(settings.seed, share)
+        dp_rank, _ = world.data_parallel
+        if dp_rank > 0:
+            # The model is equal on all ranks; random numbers drawn from here on, such as dropout masks, differ.
+            seed_everything(settings.seed, dp_rank)
 
     def _put(self, frozen: Sequence[nn.Module], half_under: str | tuple[str, ...], half: torch.dtype | None) -> None:
         for module in (self._model, *frozen):
@@ -111,35 +101,35 @@ class TrainedWeights:
             if self._sharding is None:
                 module.to(self._device)
             elif module is self._model:
-                self._sharding.cut(module, lambda name: half if name.startswith(half_under) else None)
+                self._sharding.shard(module, lambda name: half if name.startswith(half_under) else None)
             else:
-                self._sharding.cut(module, lambda name: None)
+                self._sharding.shard(module, lambda name: None)
 
     def unfreeze(self) -> None:
-        """From now on what was held back trains too."""
+        """Trains the initially frozen parameters too."""
         self.master_weights.set_training(self.now | self.later)
 
     def summary(self) -> str:
-        """What trains, in words."""
-        kept = f", {self._zeros:,} zeros stay zero" if self._zeros is not None else ""
+        """One line: what trains, in which format and where."""
+        zeros = f", {self._zeros:,} zeros stay zero" if self._zeros is not None else ""
         shared = f"; {self._shared}" if self._shared else ""
         return (
-            f"trains {self._trained:,} of {self._every:,} parameters in {self._precision} on {self._device}{kept}"
+            f"trains {self._trained:,} of {self._every:,} parameters in {self._precision} on {self._device}{zeros}"
             f"{shared}"
         )
 
     def whole(self) -> AbstractContextManager[None]:
-        """Within, each process holds all weights, and may run the models without the others."""
+        """Within the context every process has all weights and may run the models without the others."""
         return nullcontext() if self._sharding is None else self._sharding.whole()
 
     def take_best(self, run_dir: Path, settings: TrainingSection) -> int | None:
-        """Loads the weights of the best checkpoint and returns its step; None, and nothing is loaded, without one. To
-        be called on every process.
+        """Loads the weights of the best checkpoint and returns its step; returns None without one. Call on every
+        process.
         """
         if not settings.keep_best:
             return None
         root = run_dir / "checkpoints"
-        # The first process's word, which comes after its last change to the folder: another might look in the middle.
+        # Rank 0 decides after its last change to the folder; another rank might read a half-changed folder.
         best = checkpoint.best(root) if self._world.is_first else None
         name = self._world.gather(best and best.name)[0]
         if name is None:
@@ -149,8 +139,8 @@ class TrainedWeights:
         return found.step
 
     def gather(self) -> bool:
-        """The trained model becomes whole on the first process; training is over. Whether this process is that one, and
-        is to write it. To be called on every process.
+        """Gathers the trained model on rank 0 after training. Returns whether this process is rank 0 and should write
+        the model. Call on every process.
         """
         if self._sharding is not None:
             self._sharding.gather(self._model)
@@ -158,7 +148,7 @@ class TrainedWeights:
 
 
 def _bytes_of(model: nn.Module, trained: int) -> int:
-    """Weights as they are, and of each that trains an fp32 gradient and the two moments of Adam."""
+    """Bytes of the weights, plus 12 per trained weight: an fp32 gradient and the two moments of Adam."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
 
 
@@ -174,9 +164,9 @@ def take_chosen(
     of_round: int | None = None,
     whole_run: Path | None = None,
 ) -> None:
-    """Loads the best checkpoint's weights, or leaves the last in place where none was kept; says which. To be called on
-    every process; the first writes the event. of_round: the round of self-improvement whose folder `run_dir` is, and
-    whole_run: the folder of the run that has several, whose log names the round.
+    """Loads the best checkpoint's weights, or keeps the last weights if there is none, and reports which. Call on every
+    process; rank 0 writes the event "export". of_round: the round of self-improvement that `run_dir` belongs to.
+    whole_run: the folder of the run with all rounds, whose log also gets the event.
     """
     step = trained.take_best(run_dir, settings)
     kind, sentence = _described(step, result)
@@ -193,9 +183,9 @@ def take_chosen(
 
 
 def _described(step: int | None, result: FitResult) -> tuple[str, str]:
-    """Kind and description of the weights of `step`, None for the last."""
+    """Kind and description of the weights of `step`; None means the last weights."""
     if step is None:
-        reason = "" if result.best_trained_step is None else ": no checkpoint of the best validation was kept"
+        reason = "" if result.best_trained_step is None else ": no checkpoint of the best validation was saved"
         return "last", f"the last weights{reason}"
     if step == 0:
         return "start", "the weights of the start (step 0): training did not beat them"

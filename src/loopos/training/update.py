@@ -1,10 +1,8 @@
-"""The one optimizer step of every method: accumulate, count, divide, clip, check, step.
+"""One optimizer step, for all methods: accumulate, count, divide, clip, check, step.
 
-Enters: the micro-batches of a step and a method's loss. Leaves: a `StepResult`, and changed weights. Left out: where
-batches come from, schedules, validation.
-
-A method's loss returns named sums. Each name's count over the whole step (all micro-batches, all ranks) is known
-before the first forward, and here alone sums are divided by counts, so a step is the same however its rows are split.
+A method's loss returns named sums. The count of each name over the whole step (all micro-batches, all ranks) is known
+before the first forward, and only this module divides sums by counts. The result does not depend on how rows are split
+into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -29,28 +27,28 @@ BatchT = TypeVar("BatchT", contravariant=True)
 
 
 class Objective(Protocol[BatchT]):
-    """What a method gives to `update`. Names without a weight are reported only."""
+    """What a method provides to `Update`. Names without a weight are only reported."""
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Name → weight in the sum that is trained."""
+        """Name → weight in the training loss."""
         ...
 
     def counts(self, batch: BatchT) -> Mapping[str, float]:
-        """The count of every name in this batch, without a forward pass."""
+        """The count of each name in this batch, without a forward pass."""
         ...
 
     def loss(self, batch: BatchT) -> Mapping[str, Tensor]:
-        """The sum of every name over this batch, scalars."""
+        """The sum of each name over this batch, as scalars."""
         ...
 
     def idle(self, batch: BatchT) -> Tensor:
-        """Zero, through the modules that `loss` runs: for a process that runs along without rows of its own."""
+        """Zero, computed through the same modules as `loss`: for a process without rows in this step."""
         ...
 
 
 class NonFiniteStep(UserError):
-    """A loss or gradient that is not a finite number. The weights are those before the step."""
+    """A loss or gradient is not finite. The weights are those before the step."""
 
     exit_code = 1
 
@@ -58,7 +56,7 @@ class NonFiniteStep(UserError):
 @dataclass(frozen=True)
 class StepResult:
     """`losses`: mean of each name over the step. `gradient_norm`: of all trained parameters, before clipping.
-    `skipped`: not finite, so not stepped on.
+    `skipped`: the step was not finite and was not applied.
     """
 
     losses: dict[str, float]
@@ -67,8 +65,8 @@ class StepResult:
 
 
 class Update:
-    """Holds what a step needs and applies it. In fp16 the loss is scaled by a dynamic factor (Micikevicius et al.
-    2018); an overflow lowers it and is no fault.
+    """Applies optimizer steps. In fp16 the loss is scaled by a dynamic factor (Micikevicius et al. 2018); an overflow
+    lowers the factor and is not an error.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class Update:
         world: World = World(),
         autocast: tuple[str, torch.dtype] | None = None,
     ) -> None:
-        """autocast: device type and format, for fp16 with fp32 weights; None where the weights have the format
+        """autocast: device type and number format, for fp16 with fp32 weights; None if the weights have the format
         themselves.
         """
         self.master_weights, self.optimizer, self.world = master_weights, optimizer, world
@@ -100,11 +98,11 @@ class Update:
         idle: Callable[[], BatchT] | None = None,
         before_step: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """One step over this rank's micro-batches (none, if this rank has no rows of the step). idle: gives a batch to
-        run along with, where the ranks share a model and this one has fewer micro-batches. before_step: called before
-        the weights change.
+        """One step over this rank's micro-batches, which may be none. idle: provides a batch for the extra passes of a
+        rank that has fewer micro-batches than others, if the model is sharded. before_step: called before the weights
+        change.
 
-        Raises `NonFiniteStep` when a loss or gradient is not finite and `on_nonfinite` is "stop".
+        Raises `NonFiniteStep` if a loss or gradient is not finite and `on_nonfinite` is "stop".
         """
         counts = self._counts(batches, objective)
         self.master_weights.begin()
@@ -112,8 +110,8 @@ class Update:
         for batch in batches:
             with self._format():
                 parts = objective.loss(batch)
-            share = weighted_mean(parts, counts, objective.weights)
-            torch.autograd.backward(share * self.loss_scale)
+            weighted_loss = weighted_mean(parts, counts, objective.weights)
+            torch.autograd.backward(weighted_loss * self.loss_scale)
             for name, part in parts.items():
                 # Summed where it is: reading a number waits for the device, so all are read together, once a step.
                 value = part.detach().to(torch.float32 if part.device.type == "mps" else torch.float64)
@@ -130,12 +128,12 @@ class Update:
     def _format(self) -> AbstractContextManager[object]:
         return torch.autocast(self._autocast[0], self._autocast[1]) if self._autocast else nullcontext()
 
-    def _run_along(self, done: int, objective: Objective[BatchT], idle: Callable[[], BatchT] | None) -> None:
-        """Where the ranks share a model, each must run as many passes as the one with the most."""
+    def _run_along(self, num_batches: int, objective: Objective[BatchT], idle: Callable[[], BatchT] | None) -> None:
+        """With a sharded model, runs as many passes as the rank with the most micro-batches."""
         if self.master_weights.sharding is None:
             return
-        assert idle is not None, "a shared model, and nothing to run along with"
-        for _ in range(done, self.world.most(done)):
+        assert idle is not None, "a sharded model needs batches for idle passes"
+        for _ in range(num_batches, self.world.all_reduce_max(num_batches)):
             with self._format():
                 nothing = objective.idle(idle())
             torch.autograd.backward(nothing)
@@ -157,14 +155,14 @@ class Update:
     def _apply(self, gradients: Sequence[Tensor], losses: dict[str, float], norm: float, factor: float) -> StepResult:
         finite = all(math.isfinite(loss) for loss in losses.values())
         if not (finite and math.isfinite(norm)):
-            # Below a scale of 1 the gradients themselves overflow: no smaller scale makes them finite numbers.
+            # At a scale of 1 the gradients themselves overflow: a smaller scale cannot make them finite.
             if finite and self.loss_scale > 1.0:
                 self.loss_scale, self.steps_since_overflow = self.loss_scale / 2, 0
                 return StepResult(losses, norm, skipped=True)
             if self.on_nonfinite == "skip":
                 return StepResult(losses, norm, skipped=True)
             named = ", ".join(f"{name} {loss}" for name, loss in losses.items())
-            raise NonFiniteStep(f"not a finite number: {named}, gradient norm {norm}; the step was not taken")
+            raise NonFiniteStep(f"not a finite number: {named}, gradient norm {norm}; the step was not applied")
         scale = 1.0 / self.loss_scale
         if self.max_gradient_norm is not None and norm > self.max_gradient_norm:
             scale *= self.max_gradient_norm / (norm + 1e-6)
@@ -194,9 +192,11 @@ def build_update(
     *,
     head: Collection[str],
 ) -> Update:
-    """The update that a config's `training` section asks for. head: names with the head's learning rate."""
+    """The update that a config's `training` section describes. head: names of parameters with the head's learning
+    rate.
+    """
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    # Shares may rest in the host's memory, away from where the model runs.
+    # Shards may be offloaded to host memory, so their device is not where the model runs.
     device = master_weights.sharding.device if master_weights.sharding is not None else next(model.parameters()).device
     return Update(
         master_weights,

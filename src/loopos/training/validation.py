@@ -1,8 +1,5 @@
-"""How a run is judged: what is measured, and what follows from it.
-
-Enters: the metrics of each validation. Leaves: whether these weights are the best so far, whether they beat the start,
-whether training has stopped getting better, the learning rate's scale at a plateau. Left out: the metrics themselves
-(`evaluation`).
+"""How a run is judged: the best validation so far, the comparison with the start, early stopping and the plateau
+schedule. The metrics are computed in `evaluation`.
 """
 
 from __future__ import annotations
@@ -20,10 +17,9 @@ from loopos.training.stopping import Best
 
 @dataclass(frozen=True)
 class Validation:
-    """`measure` gives the metrics, `metric` names the one that says what is best, `mode` whether less ("min") or more
-    ("max") is better. `watched` and `watched_mode` are those of early stopping and of the plateau schedule. `num_rows`:
-    rows that are measured, for the log. `rows`: a
-    digest of them. `own_metrics`: the user's own, with their directions, for the log.
+    """`measure` returns the metrics; `metric` is the deciding one, and `mode` whether less ("min") or more ("max") is
+    better. `watched` and `watched_mode`: those of early stopping and the plateau schedule. `num_rows`: number of rows,
+    for the log. `rows`: a digest of them. `own_metrics`: the user's metrics with their directions, for the log.
     """
 
     measure: Callable[[], Mapping[str, float]]
@@ -36,9 +32,9 @@ class Validation:
     own_metrics: Mapping[str, str] = field(default_factory=dict)
 
 
-class Judges:
-    """What remembers validations: the start and the best since, always; early stopping and the plateau schedule, which
-    count from the first validation after the start, where the config has them.
+class ValidationTracker:
+    """Tracks validations: always the start and the best since; with the config's settings also early stopping and the
+    plateau schedule, which count from the first validation after the start.
     """
 
     def __init__(self, validation: Validation, settings: TrainingSection) -> None:
@@ -57,13 +53,13 @@ class Judges:
         self.knows_start = False
 
     def observe_start(self, metrics: Mapping[str, float]) -> None:
-        """Takes the validation before the first update: what training has to beat."""
+        """Records the validation before the first update, which training has to beat."""
         self.knows_start = True
         self.start.observe(metrics.get(self.validation.metric, math.nan), 0, metrics.get("loss"))
 
     def observe(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Takes one validation after the start; whether it is the best of these. A metric that is absent counts as not
-        better; ties are broken by the loss.
+        """Records a validation after the start; returns whether it is the best of these. A missing metric counts as not
+        better; the loss breaks ties.
         """
         watched = metrics.get(self.validation.watched, math.nan)
         if self.watched is not None:
@@ -74,8 +70,8 @@ class Judges:
 
     @property
     def beat_start(self) -> bool | None:
-        """Whether the best validation after the start is better than the start; None where the start is not known, or
-        the metric was not defined there.
+        """Whether the best validation after the start beats the start; None if the start is unknown or its metric
+        undefined.
         """
         if self.start.metric is None:
             return None
@@ -84,11 +80,11 @@ class Judges:
 
     @property
     def gives_up(self) -> bool:
-        """Whether early stopping's patience is used up."""
+        """Whether the patience of early stopping is exhausted."""
         return self.watched is not None and self.patience is not None and self.watched.stale >= self.patience
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on; JSON."""
+        """State for a checkpoint, as JSON."""
         return {
             "best": self.best.state(),
             "start": self.start.state() if self.knows_start else None,
@@ -99,29 +95,28 @@ class Judges:
         }
 
     def load(self, state: Mapping[str, Any]) -> list[str]:
-        """Resumes from `state`; what it does not hold, such as the start in one of an older version, stays unknown, and
-        what was measured by another metric or on other rows, whose values cannot be compared, starts anew. Returns a
-        line for the user where that is so.
+        """Restores `state`. Missing parts, such as the start in checkpoints of older versions, stay unknown. Values of
+        another metric or of other rows cannot be compared and start anew. Returns a line for the user in that case.
         """
-        mine = self.state()
+        current = self.state()
         start = state.get("start")
-        if state.get("judged_by", mine["judged_by"]) == mine["judged_by"]:
+        if state.get("judged_by", current["judged_by"]) == current["judged_by"]:
             self.best.load(state["best"])
             self.knows_start = start is not None
             if start is not None:
                 self.start.load(start)
-        if state.get("watched_by", mine["watched_by"]) == mine["watched_by"]:
+        if state.get("watched_by", current["watched_by"]) == current["watched_by"]:
             if self.watched is not None and state["watched"] is not None:
                 self.watched.load(state["watched"])
             if self.plateau is not None and state["plateau"] is not None:
                 self.plateau.load_state_dict(state["plateau"])
-        if all(state.get(name, mine[name]) == mine[name] for name in ("judged_by", "watched_by")):
+        if all(state.get(name, current[name]) == current[name] for name in ("judged_by", "watched_by")):
             return []
-        return ["the metric or the validation rows have changed: what is best is judged anew from here on"]
+        return ["the metric or the validation rows have changed: the comparison of validations starts anew"]
 
 
 def best_of(metrics: Sequence[float | None], mode: Literal["min", "max"]) -> int:
-    """The place of the best of several runs' metrics, the earliest of equals; the last where none is known."""
+    """The index of the best of several runs' metrics: the earliest of equals, the last run if no metric is known."""
     known = [index for index, metric in enumerate(metrics) if metric is not None]
     sign = 1 if mode == "max" else -1
     return max(known, key=lambda index: (sign * (metrics[index] or 0.0), -index), default=len(metrics) - 1)

@@ -1,19 +1,10 @@
-"""A decoder layer of the Llama kind in few kernels: a step of few rows spends a third of its time between products.
+"""The kernel layout of a model's weights on a CPU, and a decoder layer of the Llama kind with fewer kernels.
 
-Enters: a layer of a model whose attention is our cache's, and its weights, packed. Leaves: what the layer's own
-forward gives, up to rounding in bf16. Left out: packing (`packed_weight.py`); all other kinds of layers, which run as
-transformers writes them.
+In the kernel layout, bf16 weights are stored in the blocks that oneDNN multiplies by, instead of being reordered in
+every product. A step with few rows otherwise spends a third of its time between products. Weights are restored bit for
+bit. Each weight's memory is freed as it moves, so there is one copy at any time, except for an output layer that is
+tied to the embedding. `decoders.py` checks that the logits stay equal.
 Letters: B rows, T new tokens of each, H query heads, K key-value heads, D head size, d hidden features.
-
-Weights in the layout of the CPU's matrix kernels, for as long as generation lasts.
-
-Enters: a model whose linear layers hold bf16 weights on a CPU. Leaves: the same layers, with each weight moved into
-the blocks that oneDNN multiplies by, instead of being reordered anew in every product, and decoder layers of the Llama
-kind in fewer kernels. Afterwards the weights are bit for bit what and where they were. A weight's memory is given back
-as it is moved, so that there is one copy at any time; only an output layer that is tied to the embedding, whose rows
-are still looked up, is copied for as long. Weights in codes are written out beside their codes, and forgotten
-afterwards. Left out: when it pays, and whether the logits stay the same (`decode_path.py`).
-Letters: K input features, N output features.
 """
 
 from __future__ import annotations
@@ -33,8 +24,8 @@ from loopos.generation.cache import PromptPass, TokenPass, cached_attention
 from loopos.generation.cpu.weights import AdaptedWeight, PackedWeight, low_rank_layers, own_layer, packed
 from loopos.models.quantized import QuantizedLinear
 
-# Layers of transformers that are, in this order: norm, attention with rotary positions, residual, norm, gated unit,
-# residual. Others may have the same parts and other formulas between them.
+# transformers' layers that are, in this order: norm, attention with rotary positions, residual, norm, gated unit,
+# residual. Other classes may combine the same parts differently.
 _CLASSES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 _SWISH = frozenset({"SiLU", "SiLUActivation"})
 _LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -42,8 +33,8 @@ _LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 
 def linear_layers(module: nn.Module) -> list[list[nn.Module]]:
-    """The layers whose weights a `DecoderLayer` of this module takes, in its order, plain or under LoRA; of another
-    kind of module none.
+    """The linear layers whose weights a `DecoderLayer` of this module uses, in its order, plain or under LoRA; empty
+    for other kinds of modules.
     """
     if type(module).__name__ not in _CLASSES or type(module.get_submodule("mlp.act_fn")).__name__ not in _SWISH:
         return []
@@ -58,7 +49,7 @@ def linear_layers(module: nn.Module) -> list[list[nn.Module]]:
 class DecoderLayer:
     """x + O·attention(norm x), then that + W_down (swish(W_gate y) ⊙ W_up y), y its norm (Touvron et al. 2023).
 
-    `together`: the weights of query, key and value; `gated`: of gate and up.
+    `together`: the weights of query, key and value. `gated`: of gate and up.
     """
 
     layer: Any
@@ -75,7 +66,7 @@ class DecoderLayer:
         cached_pass: PromptPass | TokenPass,
         **_of_other_attentions: object,
     ) -> Tensor:
-        """`[B, T, d]` → `[B, T, d]`; cosine and sine of the positions `[B, T, D]`."""
+        """`[B, T, d]` → `[B, T, d]`. position_embeddings: cosine and sine of the positions `[B, T, D]`."""
         attended = self._attended(self.layer.input_layernorm(hidden_states), position_embeddings, cached_pass)
         hidden_states = self.output.product_with(attended, hidden_states)
         gate, up = self.gated.product(self.layer.post_attention_layernorm(hidden_states)).chunk(2, -1)
@@ -101,14 +92,16 @@ class DecoderLayer:
 
 
 def _window(layer: Any) -> int | None:
-    """Mistral's layers have one window, in the config; Qwen's have each its own; Llama's none."""
+    """Mistral's layers take the window from the config, Qwen's have their own, Llama's have none."""
     by_config = type(layer).__name__ == "MistralDecoderLayer"
     window: int | None = getattr(layer.self_attn.config if by_config else layer.self_attn, "sliding_window", None)
     return window
 
 
 def _rotated(heads: Tensor, position_embeddings: tuple[Tensor, Tensor], cached_pass: PromptPass | TokenPass) -> Tensor:
-    """x ⊙ cos + (−x₂, x₁) ⊙ sin, x₁ and x₂ the halves of a head (Su et al. 2021). heads `[B, heads, T, D]`."""
+    """x ⊙ cos + (−x₂, x₁) ⊙ sin, where x₁ and x₂ are the halves of a head (Su et al. 2021). heads `[B, heads, T,
+    D]`.
+    """
     cosine, sine = position_embeddings
     half = heads.shape[-1] // 2
 
@@ -122,32 +115,32 @@ def _rotated(heads: Tensor, position_embeddings: tuple[Tensor, Tensor], cached_p
 
 @contextmanager
 def kernel_layout(model: nn.Module) -> Iterator[None]:
-    """Within, linear layers multiply by weights in the kernel's layout, and reading such a weight gives NaN.
+    """Within the context linear layers use weights in the kernel layout, and reading such a weight gives NaN.
 
-    Layers stay as they are where there is nothing to gain (another format or device) or the weight is not theirs alone:
-    shared with another layer than an embedding, part of a larger storage, or mapped from a file. Moving there and back
-    takes 0.1 s for 106 M parameters on two cores. Within a `kernel_layout` of the same model nothing is done.
+    A layer is left unchanged if its format or device does not benefit, or if its weight is shared with a layer other
+    than an embedding, part of a larger storage, or mapped from a file. Moving all weights there and back takes 0.1 s
+    for 106 M parameters on two cores. A nested `kernel_layout` of the same model does nothing.
     """
     changed: list[PackedWeight | AdaptedWeight | _WrittenOut | _Replaced] = []
     try:
-        # Tensors made in inference mode could never train again.
+        # Tensors created in inference mode could not be trained later.
         with torch.inference_mode(False), torch.no_grad():
-            alone, shared = _packable(model)
-            # Small, and read by what adds their product.
-            alone.difference_update(*map(low_rank_layers, model.modules()))
+            exclusive, shared = _packable(model)
+            # Small, and `AdaptedWeight` reads them.
+            exclusive.difference_update(*map(low_rank_layers, model.modules()))
             for module in model.modules():
                 groups = linear_layers(module)
-                own = {layer for layer in map(own_layer, itertools.chain(*groups)) if layer is not None}
-                if not groups or not alone.issuperset(own):
+                plain_layers = {layer for layer in map(own_layer, itertools.chain(*groups)) if layer is not None}
+                if not groups or not exclusive.issuperset(plain_layers):
                     continue
                 weights = []
                 for group in groups:
                     weights.append(packed(group))
                     changed.append(weights[-1])
-                alone -= own
+                exclusive -= plain_layers
                 changed.append(_Replaced(module, DecoderLayer(module, *weights).forward))
-            for layer in (*alone, *shared):
-                weight = PackedWeight([layer], moved=layer in alone)
+            for layer in (*exclusive, *shared):
+                weight = PackedWeight([layer], moved=layer in exclusive)
                 changed += [weight, _Replaced(layer, weight.product)]
             for codes in _writable(model):
                 changed.append(_WrittenOut(codes))
@@ -159,7 +152,7 @@ def kernel_layout(model: nn.Module) -> Iterator[None]:
 
 
 class _Replaced:
-    """A module that runs another function; an instance's own `forward` comes before its class's."""
+    """A module with another forward function: an instance's own `forward` takes precedence over its class's."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         self._module = module
@@ -170,8 +163,8 @@ class _Replaced:
 
 
 class _WrittenOut:
-    """A layer whose codes are written out, as bf16 weights in the kernel's layout: beyond a few rows a product with
-    them is faster than one with codes, and no slower than with the weights before they were quantized.
+    """A quantized layer with its weight dequantized to bf16 in the kernel layout. Beyond a few rows this is faster than
+    a product with codes, and as fast as the weights before quantization.
     """
 
     def __init__(self, layer: QuantizedLinear) -> None:
@@ -183,7 +176,7 @@ class _WrittenOut:
 
 
 def _writable(model: nn.Module) -> list[QuantizedLinear]:
-    """Layers in codes on a CPU that run in bf16 and do not multiply whole numbers."""
+    """Quantized layers on a CPU that run in bf16 and do not multiply integers."""
     if not _has_bf16_kernels():
         return []
     return [
@@ -202,21 +195,21 @@ def _has_bf16_kernels() -> bool:
 
 
 def _packable(model: nn.Module) -> tuple[set[nn.Linear], set[nn.Linear]]:
-    """Plain linear layers with a weight of their own, and those that share theirs with an embedding alone."""
-    alone: set[nn.Linear] = set()
+    """Plain linear layers with a weight of their own, and those that share theirs only with an embedding."""
+    exclusive: set[nn.Linear] = set()
     shared: set[nn.Linear] = set()
     if not _has_bf16_kernels():
-        return alone, shared
+        return exclusive, shared
     users = Counter(id(own) for module in model.modules() for own in vars(module)["_parameters"].values())
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for layer in model.modules():
         if type(layer) is not nn.Linear or "forward" in vars(layer) or not _has_its_own_memory(layer.weight):
             continue
         if users[id(layer.weight)] == 1:
-            alone.add(layer)
+            exclusive.add(layer)
         elif users[id(layer.weight)] == 2 and id(layer.weight) in looked_up:
             shared.add(layer)
-    return alone, shared
+    return exclusive, shared
 
 
 def _has_its_own_memory(weight: Tensor) -> bool:

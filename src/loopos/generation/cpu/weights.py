@@ -1,14 +1,6 @@
-"""A linear layer's weight in the blocks that oneDNN multiplies by.
+"""A linear layer's weight in oneDNN's blocks, also with LoRA beside it: W + s·B·A in two products (Hu et al. 2021).
 
-Enters: linear layers with bf16 weights on a CPU. Leaves: their product, alone or with what follows it in one kernel,
-and the weights back where they were, bit for bit. Left out: which layers (`kernel_layout.py`).
-Letters: K input features, N output features.
-
-A packed weight with low-rank changes beside it: W + s·B·A (Hu et al. 2021), in two products.
-
-Enters: linear layers under peft's LoRA, some of them plain. Leaves: what `PackedWeight` gives, with the change of the
-active adapters. The change is not added to the weight: in bf16 most of it would be rounded away. Left out: packing,
-and which layers (`kernel_layout.py`).
+The LoRA change is not added to the weight, because bf16 would round most of it away. `layers.py` chooses the layers.
 Letters: K input features, N output features, r rank.
 """
 
@@ -22,19 +14,19 @@ from torch import Tensor, nn
 
 
 class PackedWeight:
-    """The weight of one layer, or of several that read one input, `[N₁ + N₂ + …, K]`: a product of few rows costs a
-    fixed time beside that of its weights.
+    """The weight of one layer, or of several layers with the same input, `[N₁ + N₂ + …, K]`: combining them saves the
+    fixed cost of a product with few rows.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, below: Tensor | None = None, moved: bool = True) -> None:
-        """below: more rows under those of the layers, `[n, K]`. moved: the layers' own memory is given back, and
-        reading their weights gives NaN; otherwise this is a copy, of one layer.
+        """below: additional rows under those of the layers, `[n, K]`. moved: the layers' own memory is freed and
+        reading their weights gives NaN; otherwise this is a copy of one layer.
         """
         assert moved or len(layers) == 1, "a copy is of one layer"
         self._layers, self._moved = layers, moved
         self._owns = [layer.weight.data for layer in layers]
         reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_linear_weight
-        # The number of rows is a hint alone: measured, the layout is the same for 1 to 400.
+        # The number of rows is only a hint: the layout is the same for 1 to 400 rows (measured).
         rows = [*self._owns] if below is None else [*self._owns, below]
         self._packed = reorder(rows[0] if len(rows) == 1 else torch.cat(rows), None)
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
@@ -59,7 +51,7 @@ class PackedWeight:
         return multiply(input, other, self._packed, self._bias, "add")
 
     def back(self) -> None:
-        """The layers' weights are where and what they were."""
+        """Restores the layers' weights."""
         if not self._moved:
             return
         parts = self._packed.to_dense()
@@ -72,7 +64,7 @@ class PackedWeight:
 
 
 def own_layer(layer: nn.Module) -> nn.Linear | None:
-    """The plain layer that this one is, or that its adapter stands over; None for what does more than LoRA says."""
+    """The plain layer itself, or the one under its adapter; None if the adapter is more than plain LoRA."""
     if type(layer) is nn.Linear:
         return layer
     base = getattr(layer, "base_layer", None)
@@ -86,30 +78,30 @@ def own_layer(layer: nn.Module) -> nn.Linear | None:
 
 
 def _active(layer: Any) -> list[str]:
-    """The adapters that the layer adds to its product."""
+    """The active adapters of the layer."""
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def low_rank_layers(module: nn.Module) -> list[nn.Linear]:
-    """A and B of every adapter of a layer; of a module without any none."""
+    """A and B of every adapter of a layer; empty for a module without adapters."""
     pairs = [one for name in ("lora_A", "lora_B") for one in getattr(module, name, nn.ModuleDict()).children()]
     return [each for each in pairs if isinstance(each, nn.Linear)]
 
 
 def packed(layers: Sequence[nn.Module]) -> PackedWeight | AdaptedWeight:
-    """The weight of these layers, which `own_layer` knows, with their active adapters' changes where they have any."""
+    """The packed weight of these layers, with their active adapters, if any."""
     plain = [own for own in map(own_layer, layers) if own is not None]
     changed = any(type(layer) is not nn.Linear and _active(layer) for layer in layers)
     return AdaptedWeight(plain, layers) if changed else PackedWeight(plain)
 
 
 class AdaptedWeight:
-    """Several layers that read one input, as in `PackedWeight`: their A lie below their weights, `[ΣN + Σr, K]`, so
-    that A x comes with W x, and their s·B are blocks of one matrix `[ΣN, Σr]`.
+    """Several layers with the same input, as in `PackedWeight`. Their A are rows below their weights, `[ΣN + Σr, K]`,
+    so that one product gives W x and A x; their s·B are blocks of one matrix `[ΣN, Σr]`.
     """
 
     def __init__(self, plain: Sequence[nn.Linear], layers: Sequence[Any]) -> None:
-        """plain: the layers that the adapters of `layers` stand over."""
+        """plain: the layers under the adapters of `layers`."""
         downs, ups = [], []
         for layer in layers:
             names = [] if type(layer) is nn.Linear else _active(layer)
@@ -137,12 +129,12 @@ class AdaptedWeight:
         return both[..., : self._num_features], both[..., self._num_features :].contiguous()
 
     def back(self) -> None:
-        """The layers' weights are where and what they were."""
+        """Restores the layers' weights."""
         self._together.back()
 
 
 def _copied(weight: Tensor) -> PackedWeight:
-    """A matrix `[N, K]` as a packed weight of its own, in bf16."""
+    """A matrix `[N, K]` as its own packed weight, in bf16."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16, device="meta")
     layer.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
     return PackedWeight([layer], moved=False)

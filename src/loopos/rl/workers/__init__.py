@@ -1,1 +1,1 @@
-"""Rollouts written by other processes: Ray actors and vLLM engines."""
+"""Rollouts from other processes: Ray actors and vLLM engines."""

@@ -1,8 +1,4 @@
-"""From the section `rollout` to what writes the responses of a run.
-
-Enters: a config's sections, the policy's model, the process's place among those that train. Leaves: a `LocalRollouts`
-or a `RemoteRollouts`. Left out: both of them.
-"""
+"""Creates the rollout engine for the section `rollout`: `LocalRollouts`, or `RemoteRollouts` on Ray workers."""
 
 from __future__ import annotations
 
@@ -29,51 +25,55 @@ from loopos.rl.workers.worker import WorkerRecipe, packed, policy_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A process among those that train. `share`: (rank, ranks); `gather(value)`: the values of all ranks."""
+class DataParallel:
+    """The data-parallel group of a process. `rank_and_size`: of this process; `gather(value)`: the values of all
+    ranks.
+    """
 
-    share: tuple[int, int]
+    rank_and_size: tuple[int, int]
     gather: Callable[[object], list[object]]
 
 
 @dataclass(frozen=True)
 class RunView:
-    """What the writing of responses sees of a run: updates that the policy has had, how many iterations there are, and
-    what each asks for.
+    """What rollouts need to know of a run: the number of updates so far, the number of iterations, and each iteration's
+    request.
     """
 
     step: Callable[[], int]
     iterations: Callable[[], int]
-    asked: Callable[[int], Request]
+    request_for: Callable[[int], Request]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPolicy:
-    """The policy in training, as `remote.Policy` wants it."""
+    """The policy in training, as `remote.Policy`."""
 
     causal: PreTrainedModel
-    adapter_alone: bool
+    adapter_only: bool
     run: RunView
 
     def version(self) -> int:
         return self.run.step()
 
     def weights(self) -> bytes:
-        return packed(policy_weights(self.causal, adapter_alone=self.adapter_alone))
+        return packed(policy_weights(self.causal, adapter_only=self.adapter_only))
 
     def request(self, iteration: int) -> Request | None:
-        return self.run.asked(iteration) if iteration < self.run.iterations() else None
+        return self.run.request_for(iteration) if iteration < self.run.iterations() else None
 
 
 def check_installed(section: RolloutEngineSection) -> None:
-    """Raises `MissingRequirement` where this host lacks what the engine needs; vLLM is needed by the workers."""
+    """Raises `MissingRequirement` if this host lacks what the engine needs. With a cluster, only the workers need
+    vLLM.
+    """
     if section.is_remote and find_spec("ray") is None:
         raise MissingRequirement(
             f'rollout.engine: "{section.engine}" needs Ray, which is not installed; take "local", or run\n'
             f"  {install_command('cluster')}"
         )
     if section.engine == "vllm" and section.address is None:
-        # On a cluster the workers' hosts have both, not this one.
+        # On a cluster only the workers' hosts need both.
         if find_spec("vllm") is None:
             raise MissingRequirement('rollout.engine: got "vllm", which is not installed; expected: pip install vllm')
         if not torch.cuda.is_available():
@@ -84,38 +84,40 @@ def open_rollouts(
     config: PpoConfig,
     pretrained: Pretrained,
     *,
-    place: Place,
+    data_parallel: DataParallel,
     run: RunView,
     say: Callable[[str], None],
     trust_remote_code: bool,
 ) -> LocalRollouts | RemoteRollouts:
-    """What writes. pretrained: whose model is the policy by now. The first process starts the workers, and the others
-    hear from it. Raises `MissingRequirement`.
+    """The rollout engine. pretrained: its model is the policy. Rank 0 starts the workers; the other ranks receive
+    results from it. Raises `MissingRequirement`.
     """
     section, causal, tokenizer = config.rollout, pretrained.model, pretrained.tokenizer
     if not section.is_remote:
-        return LocalRollouts(Engine(causal, tokenizer), share=place.share)
+        return LocalRollouts(Engine(causal, tokenizer), data_parallel=data_parallel.rank_and_size)
     recipe = recipe_of(config, pretrained, trust_remote_code=trust_remote_code)
     dispatcher = None
-    if place.share[0] == 0:
+    if data_parallel.rank_and_size[0] == 0:
         transport = RayTransport(recipe, section)
         workers, restarts, timeout = section.workers, section.restarts, section.timeout
         dispatcher = Dispatcher(transport, workers=workers, restarts=restarts, timeout=timeout, say=say)
     return RemoteRollouts(
         dispatcher,
-        TrainedPolicy(causal=causal, adapter_alone=recipe.lora is not None, run=run),
+        TrainedPolicy(causal=causal, adapter_only=recipe.lora is not None, run=run),
         tokenizer,
         f"generation: {section.workers} workers of Ray"
         + (" with vLLM" if section.engine == "vllm" else "")
         + (f", up to {section.max_staleness} iterations behind" if section.max_staleness else ""),
         max_staleness=section.max_staleness,
-        share=place.share,
-        gather=place.gather,
+        data_parallel=data_parallel.rank_and_size,
+        gather=data_parallel.gather,
     )
 
 
 def recipe_of(config: PpoConfig, pretrained: Pretrained, *, trust_remote_code: bool) -> WorkerRecipe:
-    """What a worker makes its model of. Places on this machine are told in full: a worker may start elsewhere."""
+    """What a worker needs to build its model. Local paths are absolute, because a worker may start in another
+    folder.
+    """
     data, training, generation = config.data, config.training, config.generation
     is_half = pretrained.model.dtype is torch.bfloat16
     filters = generation.top_k is not None or generation.top_p < 1

@@ -1,12 +1,6 @@
-"""What is asked of whatever writes a policy's responses, and the writer in this very process.
+"""The interfaces between training and rollout workers, and the rollout engine in the training process.
 
-Enters: prompts with the settings of each. Leaves: completions of this process's share of them, and how far behind the
-policy the one that wrote was. Left out: workers elsewhere (`remote.py`).
-
-What workers are to the one who gives them work: orders out, answers and losses back.
-
-Enters: nothing. Leaves: the records and the protocol that `dispatch.py` speaks; `ray_transport.py` is one way to keep
-it. Left out: who gets which prompts.
+`dispatch.py` and `ray_transport.py` implement orders and events; `remote.py` uses them.
 """
 
 from __future__ import annotations
@@ -24,23 +18,21 @@ from loopos.generation.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class Request:
-    """`n` completions of every prompt; `settings`: those of each, whose seeds make its completions what they are
-    whoever writes them.
-    """
+    """`n` completions of every prompt. `settings`: one per prompt; their seeds fix the completions on any worker."""
 
     prompts: list[list[int]]
     settings: list[SamplingSettings]
     n: int = 1
 
-    def of(self, places: Sequence[int]) -> Request:
-        """The same of some of its prompts."""
-        return Request([self.prompts[place] for place in places], [self.settings[place] for place in places], self.n)
+    def of(self, indices: Sequence[int]) -> Request:
+        """The request for some of its prompts."""
+        return Request([self.prompts[index] for index in indices], [self.settings[index] for index in indices], self.n)
 
 
 @dataclass(frozen=True)
 class Written:
-    """Completions of a share of a request's prompts, whose `prompt_index` is the place in the whole request.
-    `staleness`: iterations that the policy which wrote them is behind.
+    """Completions of a part of a request's prompts; `prompt_index` refers to the whole request. `staleness`: number of
+    iterations by which the generating policy is older.
     """
 
     completions: list[Completion]
@@ -48,47 +40,47 @@ class Written:
 
 
 class RolloutEngine(Protocol):
-    """What writes responses with the weights as they are now."""
+    """Generates responses with the current weights."""
 
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def summary(self) -> str:
-        """What writes, in words."""
+        """One line that describes the engine."""
         ...
 
     def write(self, request: Request, *, iteration: int | None = None) -> Written:
-        """This process's share: every process of a run asks for the same. iteration: that of training whose responses
-        these are, which may have been begun before.
+        """This process's part of the completions; every process passes the same request. iteration: the training
+        iteration of these responses, which may have been requested earlier.
         """
         ...
 
     def timing(self) -> dict[str, float]:
-        """What a clock and chance made of the writing since it was last asked."""
+        """Timing metrics since the last call."""
         ...
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """Shuts the engine down."""
         ...
 
 
 class LocalRollouts:
-    """The engine over the very weights that train."""
+    """The engine over the weights in training."""
 
-    def __init__(self, engine: Engine, *, share: tuple[int, int] = (0, 1)) -> None:
-        """share: (rank, ranks): this process answers every `ranks`-th prompt."""
-        self.tokenizer, self._engine, self._share = engine.tokenizer, engine, share
+    def __init__(self, engine: Engine, *, data_parallel: tuple[int, int] = (0, 1)) -> None:
+        """data_parallel: (rank, size): this process answers every `size`-th prompt."""
+        self.tokenizer, self._engine, self._data_parallel = engine.tokenizer, engine, data_parallel
 
     @property
     def summary(self) -> str:
         return self._engine.summary
 
     def write(self, request: Request, *, iteration: int | None = None) -> Written:
-        rank, ranks = self._share
-        places = range(rank, len(request.prompts), ranks)
-        mine = request.of(places)
-        completions = self._engine.generate(mine.prompts, mine.settings, n=request.n)
-        return Written([replace(each, prompt_index=places[each.prompt_index]) for each in completions])
+        rank, ranks = self._data_parallel
+        indices = range(rank, len(request.prompts), ranks)
+        own = request.of(indices)
+        completions = self._engine.generate(own.prompts, own.settings, n=request.n)
+        return Written([replace(each, prompt_index=indices[each.prompt_index]) for each in completions])
 
     def timing(self) -> dict[str, float]:
         return {}
@@ -98,17 +90,19 @@ class LocalRollouts:
 
 @dataclass(frozen=True)
 class Order:
-    """Prompts for one worker. `batch`: what they are part of, `places`: where in it; `version`: of the weights."""
+    """Prompts for one worker. `batch`: the request they belong to; `indices`: of the prompts in it; `version`: of the
+    weights.
+    """
 
     batch: int
     version: int
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     request: Request
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A worker holds the model and wants work. `where`: process and host, in words."""
+class WorkerReady:
+    """A worker has loaded the model and is idle. `where`: process and host."""
 
     worker: int
     where: str
@@ -116,7 +110,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Answered:
-    """A worker's completions of an order, `prompt_index` counting the order's prompts; it wants work again."""
+    """A worker's completions of an order; `prompt_index` refers to the order's prompts. The worker is idle again."""
 
     worker: int
     order: Order
@@ -125,44 +119,44 @@ class Answered:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker is gone. `why`: in words."""
+    """A worker is gone. `why`: a short reason."""
 
     worker: int
     why: str
 
 
-Event: TypeAlias = Joined | Answered | Lost
+Event: TypeAlias = WorkerReady | Answered | Lost
 
 
 class Transport(Protocol):
-    """Workers somewhere, by number; no number comes twice."""
+    """Starts and reaches workers by number; numbers are not reused."""
 
     def start(self) -> int:
-        """Starts a worker; its number. It can be asked once it has `Joined`."""
+        """Starts a worker and returns its number. It accepts orders after its `WorkerReady` event."""
         ...
 
     def publish(self, version: int, weights: bytes) -> None:
-        """Keeps weights, a safetensors file's bytes, for workers to fetch until they are forgotten."""
+        """Stores weights (the bytes of a safetensors file) for workers to fetch until they are forgotten."""
         ...
 
     def forget(self, version: int) -> None:
-        """No further order is of this version."""
+        """Drops a version that no further order uses."""
         ...
 
-    def ask(self, worker: int, order: Order) -> None:
-        """Gives an idle worker an order, whose version has been published."""
+    def submit(self, worker: int, order: Order) -> None:
+        """Submits an order to an idle worker. The order's version must be published."""
         ...
 
     def events(self, seconds: float) -> list[Event]:
-        """All that has happened, waiting so long for the first. Raises `UserError` for a worker's mistake that every
-        worker would make.
+        """All events so far; waits at most `seconds` for the first. Raises `UserError` for an error that every worker
+        would make.
         """
         ...
 
     def end(self, worker: int) -> None:
-        """Ends a worker, of which nothing is heard again."""
+        """Ends a worker without further events."""
         ...
 
     def close(self) -> None:
-        """Ends all workers, and what was started for them."""
+        """Ends all workers and releases their resources."""
         ...

@@ -1,8 +1,4 @@
-"""Rollout workers as actors of Ray, on this machine alone or on a cluster.
-
-Enters: what a worker makes its model of, how many cores and GPUs it takes. Leaves: a `Transport`. Ray is imported here
-alone, when a run asks for it. Left out: who gets which prompts (`dispatch.py`), what a worker does (`worker.py`).
-"""
+"""Rollout workers as Ray actors, on this machine or on a cluster. Only this module imports Ray, when a run needs it."""
 
 from __future__ import annotations
 
@@ -15,25 +11,27 @@ from typing import Any
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.rl import RolloutEngineSection
 from loopos.generation.completions import Completion
-from loopos.rl.workers.protocol import Answered, Event, Joined, Lost, Order
+from loopos.rl.workers.protocol import Answered, Event, Lost, Order, WorkerReady
 from loopos.rl.workers.worker import RolloutWorker, WorkerRecipe
 
 
 class RayWorker:
-    """A `RolloutWorker` as an actor: orders come with a reference to their weights, fetched where they are new."""
+    """A `RolloutWorker` as an actor. Orders come with a reference to their weights, which is fetched only for a new
+    version.
+    """
 
     def __init__(self, recipe: WorkerRecipe) -> None:
-        # Loaded by a call of its own: what fails in here could not be told from a process that died.
+        # Loaded in a separate call: an exception in here would look like a process that died.
         self._recipe = recipe
         self._worker: RolloutWorker | None = None
 
     def load(self) -> str:
-        """Makes the model; says where it is."""
+        """Builds the model; returns process and host."""
         self._worker = RolloutWorker(self._recipe)
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def write(self, order: Order, weights: list[Any]) -> list[Completion]:
-        """weights: the reference in a list, which Ray leaves as it is."""
+        """weights: a reference inside a list, so that Ray does not resolve it."""
         import ray
 
         assert self._worker is not None
@@ -41,22 +39,24 @@ class RayWorker:
 
 
 class _Started:
-    """Ray raises the bare `Exception`, and no kind of it, where its processes do not come up within 30 s."""
+    """Turns the bare `Exception` that Ray raises if its processes do not start within 30 s into
+    `MissingRequirement`.
+    """
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
         if kind is Exception:
             raise MissingRequirement(
-                f"Ray does not start on this machine: {problem} Wanted a machine with cores to spare"
+                f"Ray does not start on this machine: {problem}; expected a machine with free cores"
             ) from problem
 
 
 class RayTransport:
-    """Starts Ray on this machine, reachable from it alone and without its dashboard and its statistics, or joins a
-    cluster, whose hosts must have LoopOS and the model's place. Raises `MissingRequirement`.
+    """Starts Ray on this machine (without dashboard, usage statistics or access from other machines), or joins a
+    cluster whose hosts must have LoopOS and the model's files. Raises `MissingRequirement`.
 
-    An actor that the cluster has no room for yet starts when there is.
+    Actors that do not fit on the cluster yet start when there is room.
     """
 
     def __init__(self, recipe: WorkerRecipe, section: RolloutEngineSection) -> None:
@@ -70,7 +70,7 @@ class RayTransport:
                 ray.init(address=section.address, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as problem:
                 raise MissingRequirement(
-                    f"rollout.address: no Ray cluster at {section.address} can be joined: {problem}"
+                    f"rollout.address: cannot join a Ray cluster at {section.address}: {problem}"
                 ) from problem
         else:
             cores = max(os.cpu_count() or 1, section.workers * section.cpus_per_worker)
@@ -84,7 +84,7 @@ class RayTransport:
         self._started = 0
         self._workers: dict[int, Any] = {}
         self._weights: dict[int, Any] = {}
-        # What each reference will tell: a worker that has loaded, or the answer to an order.
+        # Reference → (worker, its order), or (worker, None) while the worker loads.
         self._awaited: dict[Any, tuple[int, Order | None]] = {}
 
     def start(self) -> int:
@@ -99,7 +99,7 @@ class RayTransport:
     def forget(self, version: int) -> None:
         del self._weights[version]
 
-    def ask(self, worker: int, order: Order) -> None:
+    def submit(self, worker: int, order: Order) -> None:
         reference = self._workers[worker].write.remote(order, [self._weights[order.version]])
         self._awaited[reference] = (worker, order)
 
@@ -115,7 +115,7 @@ class RayTransport:
     def _event(self, reference: Any, worker: int, order: Order | None) -> Event:
         errors = self._ray.exceptions
         try:
-            told = self._ray.get(reference)
+            answer = self._ray.get(reference)
         except errors.RayTaskError as problem:
             if isinstance(problem.cause, UserError):
                 raise type(problem.cause)(f"rollout worker {worker}: {problem.cause}") from None
@@ -123,10 +123,10 @@ class RayTransport:
         except (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError) as problem:
             self.end(worker)
             return Lost(worker, _why(problem))
-        return Joined(worker, told) if order is None else Answered(worker, order, told)
+        return WorkerReady(worker, answer) if order is None else Answered(worker, order, answer)
 
     def end(self, worker: int) -> None:
-        self._awaited = {reference: asked for reference, asked in self._awaited.items() if asked[0] != worker}
+        self._awaited = {reference: entry for reference, entry in self._awaited.items() if entry[0] != worker}
         handle = self._workers.pop(worker, None)
         if handle is not None:
             self._ray.kill(handle)
@@ -138,7 +138,7 @@ class RayTransport:
 
 
 def _why(problem: Exception) -> str:
-    """Ray's reason in a line: the last sentences of its message are advice."""
+    """Ray's reason in one line, without the advice at the end of its message."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     detail = next((line for line in lines if "exit detail" in line or "killed" in line), lines[0] if lines else "")
     return detail.split(". ")[0].rstrip(".") or type(problem).__name__

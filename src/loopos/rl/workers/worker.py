@@ -1,13 +1,9 @@
-"""A rollout worker, wherever it runs: the policy's model, loaded once, weights taken as they come, orders answered.
+"""A rollout worker: loads the policy's model once, receives new weights, and answers orders with LoopOS's engine or
+vLLM.
 
-Enters: what the model is made of, weights as bytes of a safetensors file, orders. Leaves: completions with their
-log-probabilities. Left out: how orders get here (`ray_transport.py`), vLLM (`vllm_writer.py`).
-
-vLLM as a rollout worker's writer, on CUDA.
-
-Enters: the model's place, full weights, requests. Leaves: completions. Written to vLLM's documented interface (`LLM`,
-`worker_extension_cls`, `collective_rpc`, `logprobs_mode`). Left out: adapters, which the config refuses with it. Its
-seeds are its own: the texts are not those of the engine here.
+The vLLM writer needs CUDA and uses vLLM's documented interface (`LLM`, `worker_extension_cls`, `collective_rpc`,
+`logprobs_mode`). It has no adapters (the config refuses them) and its own random numbers: its texts differ from those
+of LoopOS's engine.
 """
 
 from __future__ import annotations
@@ -35,10 +31,10 @@ from loopos.storage.tensor_files import safetensors_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRecipe:
-    """What a worker makes the policy's model of. `writer`: what generates. `lora`: the adapter over it, if the policy
-    trains as one; the weights under it must then be those of `fingerprint`, as the adapter alone is sent.
-    `max_length`: the most tokens of a prompt with its response, None where the model's positions alone bound it.
-    `logprobs_mode`: vLLM's name of the log-probabilities to tell.
+    """What a worker needs to build the policy's model. `writer`: the generation engine. `lora`: the adapter, if the
+    policy trains as one; its base must have this `fingerprint`, because only the adapter is sent. `max_length`: maximum
+    tokens of prompt and response, None for the model's own limit. `logprobs_mode`: vLLM's name of the returned
+    log-probabilities.
     """
 
     writer: Literal["ray", "vllm"]
@@ -55,7 +51,7 @@ class WorkerRecipe:
 
 
 class Writer(Protocol):
-    """A model that takes weights and writes."""
+    """A model that receives weights and generates."""
 
     def take(self, weights: Mapping[str, Tensor]) -> None: ...
 
@@ -63,14 +59,16 @@ class Writer(Protocol):
 
 
 class RolloutWorker:
-    """Holds the weights of one version at a time. Raises `UserError` for a model that cannot be loaded here."""
+    """Stores the weights of one version at a time. Raises `UserError` for a model that cannot be loaded on this
+    host.
+    """
 
     def __init__(self, recipe: WorkerRecipe) -> None:
         self._writer = _writer_of(recipe)
         self._version: int | None = None
 
     def write(self, order: Order, fetch: Callable[[], bytes]) -> list[Completion]:
-        """The order's completions. fetch: gives the weights of its version, asked only where they are not held."""
+        """The order's completions. fetch: returns the weights of its version; called only for a new version."""
         if order.version != self._version:
             self._version = None
             self._writer.take(load(fetch()))
@@ -78,18 +76,18 @@ class RolloutWorker:
         return self._writer.write(order.request)
 
 
-def policy_weights(causal: PreTrainedModel, *, adapter_alone: bool) -> dict[str, Tensor]:
-    """Name → what a worker needs to write as this model does: every parameter, or those of its adapter."""
+def policy_weights(causal: PreTrainedModel, *, adapter_only: bool) -> dict[str, Tensor]:
+    """Name → tensor that a worker needs to generate like this model: all parameters, or only those of the adapter."""
     return {
         name: parameter.detach()
         for name, parameter in causal.named_parameters()
-        if not adapter_alone or (".lora_" in name and f".{ADAPTER}." in name)
+        if not adapter_only or (".lora_" in name and f".{ADAPTER}." in name)
     }
 
 
 def packed(weights: Mapping[str, Tensor]) -> bytes:
     """Weights as the bytes of a safetensors file."""
-    return b"".join(bytes(piece) for piece in safetensors_chunks({n: w.cpu() for n, w in weights.items()}))
+    return b"".join(bytes(chunk) for chunk in safetensors_chunks({n: w.cpu() for n, w in weights.items()}))
 
 
 def _writer_of(recipe: WorkerRecipe) -> Writer:
@@ -99,7 +97,7 @@ def _writer_of(recipe: WorkerRecipe) -> Writer:
 
 
 class EngineWriter:
-    """The engine that generates where training runs, over weights of its own."""
+    """LoopOS's engine with its own copy of the weights."""
 
     def __init__(self, recipe: WorkerRecipe) -> None:
         pretrained = load_pretrained(
@@ -113,7 +111,7 @@ class EngineWriter:
         if recipe.lora is not None:
             if pretrained.fingerprint != recipe.fingerprint:
                 raise UserError(
-                    f"a rollout worker finds other weights under {recipe.pretrained_weights} than the run: expected "
+                    f"a rollout worker found other weights under {recipe.pretrained_weights} than the run; expected "
                     "the same ones on every host"
                 )
             causal.requires_grad_(False)
@@ -126,7 +124,7 @@ class EngineWriter:
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        """In place: the engine looks at the model's own parameters."""
+        """Copies into the model's own parameters, which the engine reads."""
         for name, tensor in weights.items():
             self._parameters[name].copy_(tensor)
 
@@ -135,17 +133,17 @@ class EngineWriter:
 
 
 class TakesWeights:
-    """What vLLM adds to its own worker, which has `model_runner`."""
+    """Extension of vLLM's worker class, which has `model_runner`."""
 
     model_runner: Any
 
     def take_weights(self, weights: bytes) -> None:
-        """The tensors of a safetensors file, under transformers' names."""
+        """Loads the tensors of a safetensors file, under transformers' names."""
         self.model_runner.model.load_weights(weights=list(load(weights).items()))
 
 
 class VllmWriter:
-    """One `vllm.LLM`. Raises `MissingRequirement` without vLLM or without CUDA."""
+    """One `vllm.LLM`. Raises `MissingRequirement` without vLLM or CUDA."""
 
     def __init__(self, recipe: WorkerRecipe) -> None:
         if not torch.cuda.is_available():
@@ -166,7 +164,7 @@ class VllmWriter:
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         self._model.collective_rpc("take_weights", args=(packed(weights),))
-        # What was computed with the weights before is of no use.
+        # Cached prefixes belong to the old weights.
         self._model.reset_prefix_cache()
 
     def write(self, request: Request) -> list[Completion]:
@@ -198,9 +196,9 @@ def _sampling(settings: SamplingSettings, n: int) -> Any:
 
 
 def _completion(index: int, sample: int, output: Any) -> Completion:
-    """One `CompletionOutput`; `stop_reason` is the string or token that ended it, None for the model's end token."""
+    """One `CompletionOutput`. `stop_reason` is the stop string or token, None for the model's end token."""
     tokens = list(output.token_ids)
-    logprobs = [place[token].logprob for place, token in zip(output.logprobs, tokens, strict=True)]
+    logprobs = [candidates[token].logprob for candidates, token in zip(output.logprobs, tokens, strict=True)]
     reason: FinishReason = "length"
     if output.finish_reason == "stop":
         reason = "stop string" if isinstance(output.stop_reason, str) else "stop token"
