@@ -170,7 +170,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         return {"rows": rows, "tokens": tokens, "iterations": iterations}
 
     def collect(self, iteration: int) -> Experience:
-        """The experience of an iteration, from the policy as it is; its metrics are logged and the monitor checks them."""
+        """The experience of an iteration, from the policy as it is; its metrics are logged and monitored."""
         settings, began, cap = self.config.training, time.monotonic(), self.config.rollout.importance_cap
         request, coefficient = self.request(iteration), self.controller.coefficient
         with self.trained.whole():
