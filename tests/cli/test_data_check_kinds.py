@@ -39,9 +39,9 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     ),
     "texts": ([{"text": "a"}, {"text": "b"}], "texts", "no label column"),
     "reviews": ([{"review": "a"}], "texts", "no label column"),
-    "prompts": ([{"prompt": "a"}], "prompts", "they serve ppo"),
-    "questions": ([{"question": "a"}], "prompts", "they serve ppo"),
-    "samples": ([{"prompt": "a", "text": "b", "sample": 0, "tokens": 3}], "samples", "they serve ppo"),
+    "prompts": ([{"prompt": "a"}], "prompts", "only prompts: for ppo"),
+    "questions": ([{"question": "a"}], "prompts", "only prompts: for ppo"),
+    "samples": ([{"prompt": "a", "text": "b", "sample": 0, "tokens": 3}], "samples", "only prompts: for ppo"),
 }
 
 
@@ -53,7 +53,7 @@ def test_the_kind_is_found_and_what_trains_on_it(name: str, invoke: Invoke, tmp_
     assert result.exit_code == 0, result.stdout
     assert f"kind      {kind}: " in result.stdout
     assert serves in result.stdout.partition("\n")[2].partition("\n")[0]
-    assert "faults    none" in result.stdout
+    assert "problems  none" in result.stdout
     if kind not in ("texts",):
         assert "no label column" not in result.stdout
 

@@ -104,8 +104,8 @@ def test_check_lists_diagnostics_and_ends_with_2(tmp_path: Path, invoke: Invoke)
     result = invoke("data", "check", file)
     assert result.exit_code == 2
     assert f"{file}:3: text: given" in result.stdout
-    assert "faults    25" in result.stdout
-    assert result.stdout.splitlines()[-1] == "... and 5 more faults"
+    assert "problems  25" in result.stdout
+    assert result.stdout.splitlines()[-1] == "... and 5 more problems"
     found = json.loads(invoke("data", "check", file, "--json").stdout)
     assert (len(found["faults"]), found["num_faults"], found["rows"], found["used"]) == (20, 25, 27, 2)
 

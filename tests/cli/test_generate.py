@@ -162,7 +162,7 @@ CONTRADICTIONS = [
     ),
     (("-p", "x", "--reward-model", "y"), ["--reward-model: ranks the chains of --strategy best_of_n:N"]),
     (("-p", "x", "--raw", "--system", "y"), ["--system with --raw"]),
-    ((), ["no prompt: give -p TEXT"]),
+    ((), ["no prompt: use -p TEXT"]),
     (("-p", "x", "--input", "y.txt"), ["-p and --input"]),
     (("-p", " "), ["-p: got a blank text"]),
     (

@@ -1,13 +1,8 @@
-"""A conversation with a language model: what was said, and what of it the model still sees.
+"""`loopos chat`: a conversation with a language model on a terminal, or one line of standard input per turn.
 
-Enters: words of the user. Leaves: pieces of answers, and the messages. What is said before stays in the model's cache,
-so that a turn costs its own tokens alone. Where the history is longer than the model has positions for, the oldest
-turns are left out of what it sees, and said to be. Left out: the terminal (`chat`).
-
-`loopos chat`: a conversation with a language model on the terminal, or a line of standard input a turn.
-
-Enters: a model and lines. Leaves: answers on standard output as they come, notes on standard error. A line that begins
-with / is a command. Left out: the conversation itself (`conversation`).
+Answers stream to standard output, notes to standard error; a line that starts with / is a command. Earlier turns stay
+in the model's cache, so a turn costs only its own tokens. When the history exceeds the model's positions, the oldest
+turns are dropped from the prompt, with a note.
 """
 
 from __future__ import annotations
@@ -32,12 +27,12 @@ from loopos.generation.completions import Completion
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, chain_of
 
-# The least room for an answer, as a share of the model's positions.
-_ANSWER_SHARE = 8
+# Minimum room for an answer: this fraction (1/8) of the model's positions.
+_ANSWER_FRACTION = 8
 
 
 class Conversation:
-    """`messages`: all that was said; the first `forgotten` of them the model does not see any more."""
+    """`messages`: the whole history; the model no longer sees the first `forgotten` of them."""
 
     def __init__(self, reasoner: Reasoner, settings: SamplingSettings, system: str | None) -> None:
         self.reasoner, self.settings, self.system = reasoner, settings, system
@@ -46,90 +41,90 @@ class Conversation:
         self.last: Chain | None = None
 
     def clear(self) -> None:
-        """Begins anew; the system's words stay."""
+        """Starts anew; the system message stays."""
         self.messages, self.forgotten, self.last = [], 0, None
 
     def answer(self, text: str, *, interrupted: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
-        """The pieces of the answer to the user's words. When all are taken, both are part of the history; an answer
-        that was interrupted as far as it came. say: takes notes. Raises `UserError` for words that leave the model no
-        room, and messages that its template refuses; the history is then as before.
+        """Streams the answer to a user message, then adds both to the history; an interrupted answer as far as it got.
+        say: takes notes. Raises `UserError` for a message that leaves the model no room and for messages that its
+        template refuses; the history is then unchanged.
         """
         prompt = self._prompt(Message("user", text), say)
-        tokens, logprobs, told, reason = [], [], "", None
+        tokens, logprobs, written, reason = [], [], "", None
         stream = self.reasoner.engine.stream([prompt], self.reasoner.sampling(self.settings))
-        for piece in stream:
-            tokens.append(piece.token)
-            logprobs.append(piece.logprob)
-            told, reason = told + piece.text, piece.finish_reason
-            yield piece.text
+        for delta in stream:
+            tokens.append(delta.token)
+            logprobs.append(delta.logprob)
+            written, reason = written + delta.text, delta.finish_reason
+            yield delta.text
             if interrupted():
                 stream.close()  # type: ignore[attr-defined]
                 break
-        completion = Completion(0, 0, tokens, told, logprobs, None, (), reason or "guide")
+        completion = Completion(0, 0, tokens, written, logprobs, None, (), reason or "guide")
         self.last = chain_of(self.reasoner.tokenizer, completion, self.reasoner.step_format)
         if reason == "length":
             say(f"note: cut at {len(tokens)} tokens")
-        if told.strip():
-            self.messages += [Message("user", text), Message(ASSISTANT, told)]
+        if written.strip():
+            self.messages += [Message("user", text), Message(ASSISTANT, written)]
         else:
-            say("note: no answer; the turn is not kept")
+            say("note: no answer; the turn is not added to the history")
 
-    def _prompt(self, asked: Message, say: Callable[[str], None]) -> list[int]:
-        """The tokens of the history and the question, without the oldest turns where they leave no room."""
+    def _prompt(self, question: Message, say: Callable[[str], None]) -> list[int]:
+        """The tokens of the history and the question, without the oldest turns if they do not fit."""
         positions = self.reasoner.engine.max_positions
         system = [Message("system", self.system)] if self.system else []
         forgotten = self.forgotten
         while True:
-            prompt = self.reasoner.prompt([*system, *self.messages[forgotten:], asked])
+            prompt = self.reasoner.prompt([*system, *self.messages[forgotten:], question])
             room = (
-                None if positions is None else positions - min(self.settings.max_new_tokens, positions // _ANSWER_SHARE)
+                None
+                if positions is None
+                else positions - min(self.settings.max_new_tokens, positions // _ANSWER_FRACTION)
             )
             if room is None or len(prompt) <= room:
                 break
             if forgotten >= len(self.messages):
                 raise UserError(
                     f"{len(prompt)} tokens: the model has {positions} positions and its answer needs some of them; "
-                    "say it in fewer words"
+                    "write a shorter message"
                 )
             forgotten += 2
         if forgotten > self.forgotten:
             turns = (forgotten - self.forgotten) // 2
             say(
-                f"note: the history is longer than the model's {positions} positions: the oldest "
-                f"{turns} turn{'s' if turns > 1 else ''} left out from here on"
+                f"note: the history exceeds the model's {positions} positions: the oldest "
+                f"{turns} turn{'s' if turns > 1 else ''} no longer reach the model"
             )
             self.forgotten = forgotten
         return prompt
 
     def save(self, file: Path) -> int:
-        """Adds the conversation to a file of JSON Lines, which training reads; returns the number of its messages.
+        """Appends the conversation to a JSON Lines file that training can read; returns its number of messages.
 
-        Raises `UserError` where there is nothing to save, or the file cannot be written.
+        Raises `UserError` if there is nothing to save or the file cannot be written.
         """
         if not self.messages:
-            raise UserError("nothing has been said yet")
+            raise UserError("/save: the conversation is empty")
         if file.suffix.lower() != ".jsonl":
-            raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation a line")
+            raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation per line")
         system = [Message("system", self.system)] if self.system else []
-        told = [message.as_template() for message in (*system, *self.messages)]
+        messages = [message.as_template() for message in (*system, *self.messages)]
         try:
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json_lines([{"messages": told}]))
+                lines.write(json_lines([{"messages": messages}]))
         except OSError as error:
-            raise UserError(
-                f"/save: {file}: cannot be written ({error.strerror}); expected a writable place"
-            ) from error
-        return len(told)
+            raise UserError(f"/save: {file}: cannot be written ({error.strerror}); use a writable path") from error
+        return len(messages)
 
 
 HELP = """\
-/help         these lines
-/system TEXT  what the model is told first, from the next turn on; without TEXT nothing
-/temp X       temperature; 0 takes the likeliest token
-/clear        forget what was said
-/save FILE    add the conversation to FILE.jsonl, as training reads it
-/steps        show the steps of an answer with their logprobs, or no longer
-/quit         end (Ctrl-D too); Ctrl-C ends an answer"""
+/help         show these lines
+/system TEXT  set the system message from the next turn on; without TEXT remove it
+/temp X       set the temperature; 0: greedy decoding
+/clear        clear the history
+/save FILE    append the conversation to FILE.jsonl, as training reads it
+/steps        show or hide the steps of an answer with their logprobs
+/quit         end (also Ctrl-D); Ctrl-C interrupts an answer"""
 _PROMPT = "> "
 
 
@@ -146,7 +141,7 @@ class ChatOptions:
 
 
 def run(source: str, options: ChatOptions) -> int:
-    """Talks until the end of the input. Raises `UserError` for options and a model that will not do."""
+    """Chats until the input ends. Raises `UserError` for invalid options and an unsuitable model."""
     refuse([*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)])
     require_language_model(source)
     restart_with_settings()
@@ -163,7 +158,7 @@ def run(source: str, options: ChatOptions) -> int:
 
     talk = Talk(Conversation(reasoner, options.sampling.settings(), options.system))
     if sys.stdin.isatty():
-        note("a line is a turn; /help lists the commands, Ctrl-D ends")
+        note("one line is one turn; /help lists the commands, Ctrl-D ends the chat")
     with reasoner.engine.prefixes_kept():
         for line in lines():
             if not talk.take(line.strip()):
@@ -172,7 +167,7 @@ def run(source: str, options: ChatOptions) -> int:
 
 
 def lines() -> Iterator[str]:
-    """The lines of standard input; on a terminal with editing, and with Ctrl-C clearing the line."""
+    """The lines of standard input; on a terminal with line editing, where Ctrl-C clears the line."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -189,7 +184,7 @@ def lines() -> Iterator[str]:
 
 
 class Talk:
-    """Takes one line after another: turns and commands."""
+    """Handles lines: turns and commands."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
@@ -204,7 +199,7 @@ class Talk:
         }
 
     def take(self, line: str) -> bool:
-        """Does what a line wants; False where it ends the chat. A mistake is said, and the chat goes on."""
+        """Handles one line; False if it ends the chat. A mistake is reported and the chat continues."""
         name, _, rest = line.partition(" ")
         if name == "/quit":
             return False
@@ -212,7 +207,7 @@ class Talk:
             if name in self._commands:
                 self._commands[name](rest.strip())
             elif name.startswith("/"):
-                raise UserError(f"{name}: no such command; /help lists them")
+                raise UserError(f"{name}: unknown command; /help lists the commands")
             elif line:
                 return self._turn(line)
         except UserError as error:
@@ -226,19 +221,19 @@ class Talk:
         talk = self.conversation
         written, below = 0, list[str]()
 
-        def tell(sentence: str) -> None:
-            # A note stands on a line of its own, also where both streams go into one pipe.
+        def add_note(sentence: str) -> None:
+            # A note gets its own line, also where both streams go into one pipe.
             below.append(sentence) if written else note(sentence)
 
         with StopSignals() as signals:
-            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=tell):
-                write(piece)
-                written += len(piece)
+            for text_delta in talk.answer(text, interrupted=lambda: signals.received is not None, say=add_note):
+                write(text_delta)
+                written += len(text_delta)
         say()
         for sentence in below:
             note(sentence)
         if signals.received == "SIGINT":
-            note("(interrupted; what was said is kept)")
+            note("(interrupted; the history keeps the partial answer)")
         if self.shows_steps and talk.last is not None:
             say(described(talk.last, talk.reasoner.step_format))
         return signals.received != "SIGTERM"
@@ -257,7 +252,7 @@ class Talk:
 
     def _clear(self, _: str) -> None:
         self.conversation.clear()
-        note("forgotten")
+        note("history cleared")
 
     def _save(self, text: str) -> None:
         if not text:

@@ -1,13 +1,8 @@
-"""A language model measured on rows: answers to problems, and the loss of the tokens that training would train.
+"""`loopos evaluate` for language models: accuracy of answers to problems, and the loss of rows.
 
-Enters: a reasoner, what to measure, a source of rows. Leaves: a `LanguageReport`. A row that one metric has no room for
-is counted with the reason, and serves the others. Left out: options and printing (`evaluate_language`).
-
-`loopos evaluate` for language models: right answers to problems, and the loss of rows.
-
-Enters: a model, a data file, what to measure and how to generate. Leaves: one JSON object or a table on standard
-output, a record a problem in a file, lines of progress on standard error. Rows that the model has no positions for are
-left out and counted. Left out: task models (`evaluate`).
+Prints a table or one JSON object; with -o writes one record per problem; progress goes to standard error. Rows that
+exceed the model's positions are dropped and counted by reason; a row that one metric cannot use can still count for
+another.
 """
 
 from __future__ import annotations
@@ -56,13 +51,13 @@ from loopos.models.model_folder import remembered_columns
 from loopos.training.distributed import World
 from loopos.training.objectives import NextToken, mean_loss
 
-# Problems answered between two lines of progress: enough that refilled places hide the end of each group.
+# Problems answered between two lines of progress: enough that refilled slots hide the end of each group.
 _GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured; `metrics` may be empty: accuracy then where rows are problems with answers, else the loss."""
+    """What to measure. Empty `metrics`: accuracy if rows are problems with answers, else loss and perplexity."""
 
     metrics: Sequence[str]
     strategy: Strategy
@@ -74,8 +69,8 @@ class Plan:
 
 @dataclass
 class LanguageReport:
-    """What was found. `rows`: those that at least one metric is of; `dropped`: rows left out, by reason; `records`: one
-    a problem.
+    """The result. `rows`: rows that count for at least one metric; `dropped`: rows left out, by reason; `records`: one
+    per problem.
     """
 
     rows: int = 0
@@ -86,8 +81,8 @@ class LanguageReport:
     tokens_generated: int = 0
     seconds_generating: float = 0.0
 
-    def told(self) -> dict[str, Any]:
-        """All but the records, as one JSON object. tokens_per_second: generated tokens a second, None without any."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything except the records. tokens_per_second: generated tokens per second; None without any."""
         rate = self.tokens_generated / self.seconds_generating if self.tokens_generated else None
         return {
             "rows": self.rows,
@@ -100,7 +95,7 @@ class LanguageReport:
 
 
 class Evaluation:
-    """Reads the rows, then measures."""
+    """Reads rows, then measures."""
 
     def __init__(self, reasoner: Reasoner, plan: Plan, *, note: Callable[[str], None]) -> None:
         """note: takes a line of progress."""
@@ -118,7 +113,7 @@ class Evaluation:
         max_rows: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
-        """Reads the rows. Raises `DataError`; and `UserError` where accuracy is expected of rows without answers."""
+        """Reads the rows. Raises `DataError`; and `UserError` if accuracy is requested for rows without answers."""
         self.source, self.on_bad_row = source, on_bad_row
         reader = rows.read(source, max_rows=max_rows, on_bad_row=on_bad_row, rules=rules)
         self.examples, found = read_supervised(
@@ -136,7 +131,7 @@ class Evaluation:
             )
 
     def measure(self) -> LanguageReport:
-        """All metrics that are expected. Raises `UserError` where no row is left to measure."""
+        """All requested metrics. Raises `UserError` if no row is left to measure."""
         began = time.monotonic()
         used: set[int] = set()
         if "accuracy" in self.metrics:
@@ -148,16 +143,16 @@ class Evaluation:
         return self.report
 
     def _answers(self) -> set[int]:
-        """Accuracy and what goes with it; the places of the rows it is of."""
+        """Accuracy and related metrics; returns the indices of the rows used."""
         positions = self.reasoner.engine.max_positions
-        places, examples = [], []
+        indices, examples = [], []
         for index, example in enumerate(self.examples):
             assert isinstance(example, Demonstration), "a source holds rows of one format"
             # A prompt that fills all positions leaves none for an answer.
             if not self.reasoner.has_room(example):
                 self.report.dropped[_over(positions, "the problem")] += 1
             else:
-                places.append(index)
+                indices.append(index)
                 examples.append(example)
         if not examples:
             raise UserError(f"{self.source}: every problem is longer than the model's {positions} positions")
@@ -174,7 +169,7 @@ class Evaluation:
         verdicts = judge_all(answered, examples, step_format=self.reasoner.step_format, checker=plan.checker)
         self.report.metrics |= self._problem_metrics(answered, verdicts)
         self.report.records = [record(*each) for each in zip(answered, verdicts, examples, strict=True)]
-        return set(places)
+        return set(indices)
 
     def _problem_metrics(self, answered: Sequence[Answered], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
         voted = self.plan.strategy.kind in ("single", "self_consistency")
@@ -184,12 +179,12 @@ class Evaluation:
         return metrics
 
     def _loss(self) -> set[int]:
-        """Mean loss (nats a trained token, weighted as in training) and perplexity = exp(loss)."""
+        """Mean loss (nats per trained token, weighted as in training) and perplexity = exp(loss)."""
         reasoner = self.reasoner
         if reasoner.voters:
             raise UserError(
-                "--metric loss: an ensemble that votes over answers gives no distribution over tokens; expected "
-                "--metric accuracy, or one of method mean or logits"
+                "--metric loss: an ensemble that votes over answers has no distribution over tokens; use "
+                "--metric accuracy, or an ensemble with method mean or logits"
             )
         positions = reasoner.engine.max_positions
         encoded, found = encode_supervised(
@@ -206,8 +201,8 @@ class Evaluation:
             self.report.dropped[_over(positions, "the row") if reason == OVER_LENGTH else reason] += count
         self.note(f"loss of {found.trained_tokens:,} trained tokens in {found.used:,} rows")
         model = next_token_loss(reasoner.model)
-        kept = [row.encoded() for row in encoded]
-        loss = mean_loss(NextToken(model), kept, device=reasoner.model.device, world=World())
+        rows_encoded = [row.encoded() for row in encoded]
+        loss = mean_loss(NextToken(model), rows_encoded, device=reasoner.model.device, world=World())
         expected = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         self.report.metrics |= {name: value for name, value in expected.items() if name in self.metrics}
         return {row.index for row in encoded}
@@ -219,12 +214,12 @@ def _over(positions: int | None, what: str) -> str:
 
 METRICS = ("accuracy", "loss", "perplexity")
 OF_TEXT = ("window", "stride")
-"""Options of plain text alone."""
+"""Options that apply only to plain text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageOptions:
-    """The options of `loopos evaluate` that language models alone have."""
+    """The options of `loopos evaluate` that only language models have."""
 
     metrics: tuple[str, ...] = ()
     strategy: str = "single"
@@ -240,7 +235,7 @@ class LanguageOptions:
     limits: StepOptions = field(default_factory=StepOptions)
 
     def changed(self) -> list[str]:
-        """The options that were given, as they are written."""
+        """The options that differ from their defaults, as written on the command line."""
         names = {"metrics": "--metric", "output": "--output"}
         plain = ("metrics", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision", *OF_TEXT)
         default = LanguageOptions()
@@ -248,12 +243,12 @@ class LanguageOptions:
         return own + [option(name) for name in (*self.sampling.changed(), *self.limits.changed())]
 
     def reads_plain_text(self, source: str, rules: TextRules) -> bool:
-        """Whether a source is running text: by its content, or because an option of text alone was given."""
+        """Whether a source is running text: by its content, or because an option for text was used."""
         return any(getattr(self, name) is not None for name in OF_TEXT) or is_plain_text(source, rules)
 
 
 def checked(options: LanguageOptions, device: str) -> Strategy:
-    """The strategy; --samples alone is a vote of so many chains. Raises `UserError` with every fault at once."""
+    """The strategy; --samples without --strategy is a majority vote. Raises `UserError` with all problems at once."""
     diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
     strategy = parsed_strategy(options.strategy, diagnostics)
     diagnostics += place_diagnostics(device, options.precision)
@@ -269,13 +264,13 @@ def checked(options: LanguageOptions, device: str) -> Strategy:
     ]
     most = strategy.chains if strategy.kind == "self_consistency" else 1
     diagnostics += [
-        f"--pass-k: got {k}; expected 1 to the number of chains sampled for a problem ({most}): raise --samples"
+        f"--pass-k: got {k}; expected 1 to the number of chains sampled per problem ({most}): raise --samples"
         for k in options.pass_k
         if not 1 <= k <= most
     ]
     if options.metrics and "accuracy" not in options.metrics:
         diagnostics += [
-            f"{name} without --metric accuracy: it serves generated answers" for name in _of_answers(options)
+            f"{name} without --metric accuracy: it applies only to generated answers" for name in _of_answers(options)
         ]
     refuse(diagnostics)
     return strategy
@@ -334,7 +329,7 @@ def run(
     if options.output is not None:
         _write(options.output, report)
     if as_json:
-        say_json({"model": location, "data": source, **report.told()})
+        say_json({"model": location, "data": source, **report.to_dict()})
     else:
         _describe(location, source, report)
     return 0
@@ -346,10 +341,10 @@ def _write(file: Path, report: LanguageReport) -> None:
 
 
 def _describe(location: str, source: str, report: LanguageReport) -> None:
-    told: dict[str, Any] = report.told()
-    dropped = "".join(f", {count} dropped ({reason})" for reason, count in told["dropped"].items())
-    say(f"{location} on {source}: {told['rows']:,} rows{dropped}")
-    say(table(list(told["metrics"].items())))
-    rate = told["tokens_per_second"]
-    generated = f"; {told['tokens_generated']:,} tokens generated, {rate:,.0f} a second" if rate is not None else ""
-    say(f"  {as_time(told['seconds'])}{generated}")
+    result: dict[str, Any] = report.to_dict()
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in result["dropped"].items())
+    say(f"{location} on {source}: {result['rows']:,} rows{dropped}")
+    say(table(list(result["metrics"].items())))
+    rate = result["tokens_per_second"]
+    generated = f"; {result['tokens_generated']:,} tokens generated, {rate:,.0f} per second" if rate is not None else ""
+    say(f"  {as_time(result['seconds'])}{generated}")

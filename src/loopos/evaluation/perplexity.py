@@ -53,7 +53,7 @@ class TextLoss:
     def context(self) -> int:
         return self.window - self.stride
 
-    def told(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, float | int]:
         """Everything by name."""
         return {
             "perplexity": self.perplexity,

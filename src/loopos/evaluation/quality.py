@@ -131,7 +131,7 @@ def text_of(source: str) -> str:
 
 def _text_metrics(opened: OpenedModel, source: str, recipe: Recipe) -> dict[str, float]:
     found = text_loss(opened.model, opened.tokenizer, text_of(source), window=recipe.window, stride=recipe.stride)
-    return {name: value for name, value in found.told().items() if name not in ("window", "stride")}
+    return {name: value for name, value in found.to_dict().items() if name not in ("window", "stride")}
 
 
 def _task_metrics(location: str, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:

@@ -47,7 +47,7 @@ class Need:
         """held + the larger of update and rollout."""
         return sum(self.held.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
-    def told(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As one JSON object."""
         parts = {"held": self.held, "update": self.update, "rollout": self.rollout}
         return {"peak": self.peak, **parts, "host": self.host, "roles": self.roles}
@@ -206,7 +206,7 @@ class Transfer:
         """The time of it, with nothing else to do."""
         return cluster.ring_seconds(self.sent, size=self.group, stride=self.stride)
 
-    def told(self, cluster: Cluster) -> dict[str, object]:
+    def to_dict(self, cluster: Cluster) -> dict[str, object]:
         """As one JSON object."""
         return {
             "collective": self.collective,

@@ -17,7 +17,7 @@ from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_bytes, as_time
 from loopos.config.sections import WHOLE_MATRICES
 from loopos.planning.cluster.memory import Need, Transfer, iteration_transfers, need_of, step_transfers
-from loopos.planning.cluster.setting import Asked, Cluster, Setting, cheaper_in_memory
+from loopos.planning.cluster.setting import Cluster, RequestedSharding, Setting, cheaper_in_memory
 from loopos.planning.cluster.work import Load
 
 # Beyond so many times the GPUs that were asked for no cluster is looked at.
@@ -45,7 +45,7 @@ class PhasePlan:
     def fits(self) -> bool:
         return self.need.peak <= self.cluster.room
 
-    def told(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As one JSON object."""
         load, model = self.load, self.load.networks[0].model
         return {
@@ -70,10 +70,10 @@ class PhasePlan:
                 "gradient_checkpointing": self.setting.checkpointing,
             },
             "fits": self.fits,
-            "memory": {**self.need.told(), "there": self.cluster.memory, "room": self.cluster.room},
+            "memory": {**self.need.to_dict(), "there": self.cluster.memory, "room": self.cluster.room},
             "traffic": {
-                "step": [each.told(self.cluster) for each in self.step],
-                "iteration": [each.told(self.cluster) for each in self.iteration],
+                "step": [each.to_dict(self.cluster) for each in self.step],
+                "iteration": [each.to_dict(self.cluster) for each in self.iteration],
                 "steps_an_iteration": load.steps,
             },
             "smallest": self.words if self.smallest is not None else None,
@@ -81,7 +81,7 @@ class PhasePlan:
         }
 
 
-def plan_of(load: Load, asked: Asked, cluster: Cluster) -> PhasePlan:
+def plan_of(load: Load, asked: RequestedSharding, cluster: Cluster) -> PhasePlan:
     """The plan of one phase. Raises `UserError` for a layout that the cluster or the model does not allow."""
     setting = setting_of(load, asked, cluster)
     need = need_of(load, setting)
@@ -103,7 +103,7 @@ def plan_of(load: Load, asked: Asked, cluster: Cluster) -> PhasePlan:
     )
 
 
-def setting_of(load: Load, asked: Asked, cluster: Cluster) -> Setting:
+def setting_of(load: Load, asked: RequestedSharding, cluster: Cluster) -> Setting:
     """The setting that is asked for; "auto" shares weights where those in training, with gradients and moments, take
     more than half of a GPU. Raises `UserError`.
     """

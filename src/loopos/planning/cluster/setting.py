@@ -88,7 +88,7 @@ Mode = Literal["replicate", "shard"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestedSharding:
     """What config and options say of the layout. mode: "auto", "replicate" or "shard"; shard_size: None for all."""
 
     mode: str
