@@ -20,7 +20,7 @@ from loopos.planning.cluster.memory import (
     step_transfers,
 )
 from loopos.planning.cluster.plan import plan_of, setting_of
-from loopos.planning.cluster.setting import Asked, Cluster, Setting
+from loopos.planning.cluster.setting import Cluster, RequestedSharding, Setting
 from loopos.planning.cluster.work import Cache, Load, Network
 from loopos.planning.estimate import Architecture, Parameters
 from loopos.planning.shapes import Model, Units
@@ -183,20 +183,20 @@ def test_half_nodes_are_refused() -> None:
     assert cluster(gpus=3).gpus_a_node == 3
 
 
-AUTO = Asked("auto", None, 1, False, True)
+AUTO = RequestedSharding("auto", None, 1, False, True)
 
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (Asked("shard", 3, 1, False, True), "shard_size 3: 8 copies"),
-        (Asked("replicate", 4, 1, False, True), "expected mode shard"),
-        (Asked("replicate", None, 1, True, True), "cpu_offload"),
-        (Asked("auto", None, 3, False, True), "tensor_parallel 3"),
-        (Asked("auto", None, 8, False, True), "tensor_parallel 8"),
+        (RequestedSharding("shard", 3, 1, False, True), "shard_size 3: 8 copies"),
+        (RequestedSharding("replicate", 4, 1, False, True), "expected mode shard"),
+        (RequestedSharding("replicate", None, 1, True, True), "cpu_offload"),
+        (RequestedSharding("auto", None, 3, False, True), "tensor_parallel 3"),
+        (RequestedSharding("auto", None, 8, False, True), "tensor_parallel 8"),
     ],
 )
-def test_layouts_that_cannot_be(asked: Asked, expected: str) -> None:
+def test_layouts_that_cannot_be(asked: RequestedSharding, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         plan_of(load(), asked, cluster())
 
@@ -214,7 +214,7 @@ def test_optimizers_that_need_whole_matrices_share_nothing() -> None:
     assert setting_of(muon, AUTO, cluster(memory="1kB")).mode == "replicate"
     assert plan_of(muon, AUTO, cluster(memory="8kB")).smallest is None
     with pytest.raises(UserError, match="muon with mode shard"):
-        plan_of(muon, Asked("shard", None, 1, False, True), cluster())
+        plan_of(muon, RequestedSharding("shard", None, 1, False, True), cluster())
 
 
 @pytest.mark.parametrize(
@@ -243,12 +243,12 @@ def test_optimizers_that_need_whole_matrices_share_nothing() -> None:
     ],
 )
 def test_the_smallest_setting_that_fits_costs_no_more_than_it_must(memory: str, words: list[str]) -> None:
-    plan = plan_of(load(), Asked("replicate", None, 1, False, True), cluster(memory=memory))
+    plan = plan_of(load(), RequestedSharding("replicate", None, 1, False, True), cluster(memory=memory))
     assert plan.fits == (words == [])
     assert plan.words == words
 
 
 def test_where_nothing_fits_it_says_how_many_gpus_would_do() -> None:
     # At one row 2,688 + 1,024 + 2,600 stay on each GPU however many there are, and 16,000 over them in host or GPU.
-    plan = plan_of(load(), Asked("auto", None, 1, False, True), cluster(memory="6kB"))
+    plan = plan_of(load(), RequestedSharding("auto", None, 1, False, True), cluster(memory="6kB"))
     assert (plan.fits, plan.smallest, plan.gpus) == (False, None, None)

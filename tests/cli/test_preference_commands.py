@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loopos.cli.opened_models import use_of
-from loopos.cli.preference_preview import fates, spoken
+from loopos.cli.preference_preview import fates, preferences_of
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
@@ -307,7 +307,7 @@ def test_what_becomes_of_comparisons_that_are_too_long() -> None:
 
 
 def test_the_second_response_may_be_the_chosen_one() -> None:
-    assert [name for name, _ in spoken([Pair(1, 0)], 2)] == ["rejected", "chosen"]
+    assert [name for name, _ in preferences_of([Pair(1, 0)], 2)] == ["rejected", "chosen"]
 
 
 def test_preview_shows_what_is_cut_before_it_refuses(config: Write, invoke: Invoke) -> None:
