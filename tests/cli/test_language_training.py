@@ -115,7 +115,7 @@ def test_preview_of_pretraining(pretraining: Path, invoke: Invoke) -> None:
     result = invoke("data", "preview", pretraining / "config.json", "--rows", 2)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "piece 1, of document 1"
+    assert lines[0] == "chunk 1, of document 1"
     assert lines[2] == "8 tokens, 7 learned"
     # The second piece begins with the last token of the first, as context.
     assert lines[5].split("[")[0] == lines[1].rstrip("]").split("|")[-1]
