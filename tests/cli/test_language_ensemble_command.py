@@ -45,7 +45,7 @@ def joined(language_run: Path, other_run: Path, tmp_path_factory: pytest.TempPat
     words = ("-o", folder / "mean", "--weight", 1, "--weight", 3, "--test", folder / "held_out.txt", "--device", "cpu")
     result = invoke("ensemble", language_run, other_run, *words)
     assert result.exit_code == 0, result.stderr
-    assert "2 language models joined by mean" in result.stdout
+    assert "2 language models combined by mean" in result.stdout
     return folder / "mean"
 
 
@@ -203,9 +203,9 @@ def test_mistakes_of_joining(
     tokenizer.save_pretrained(grown)
     cases = [
         ((language_run, grown), 'other tokens than'),
-        ((language_run, language_run), "one model is given twice"),
+        ((language_run, language_run), "the same model occurs twice"),
         ((language_run,), "got 1 model; expected two"),
-        ((language_run, joined), "an ensemble already"),
+        ((language_run, joined), "already an ensemble"),
         ((language_run, other_run, "--weight", 1), "--weight: got 1 for 2 models"),
         ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: got 1, -1; expected numbers"),
         ((language_run, other_run, "--method", "majority"), "--method: got majority; expected one of mean, logits, vote"),

@@ -42,7 +42,9 @@ def test_prunes_and_tells(invoke: Invoke, language_run: Path, text: Path, tmp_pa
     assert told["before"]["metrics"]["tokens"] == told["after"][0]["metrics"]["tokens"]
     again = invoke("evaluate", tmp_path / "out", text, "--window", 64, "--json")
     assert json.loads(again.stdout)["metrics"]["perplexity"] == pytest.approx(told["after"][0]["metrics"]["perplexity"])
-    assert "zeros alone make a dense product no faster" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "zeros by themselves make a dense product no faster" in (tmp_path / "out" / "report.md").read_text(
+        encoding="utf-8"
+    )
     # The step format and end tokens of the run are still there.
     spoken = invoke("generate", tmp_path / "out", "-p", "a", "--max-new-tokens", 2)
     assert spoken.exit_code == 0, spoken.stderr

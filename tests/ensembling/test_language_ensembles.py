@@ -85,7 +85,7 @@ def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: 
     # The fitted mixture is no worse than any member, nor than the plain mean, on the rows that it was fitted on.
     made(members, tmp_path / "mean")
     plain = EnsemblePredictor.open(tmp_path / "mean").evaluate_file(str(tmp_path / "fit.jsonl"))["log_loss"]
-    best = min(*(alone["log_loss"] for alone in measured.alone), plain)
+    best = min(*(alone["log_loss"] for alone in measured.by_member), plain)
     assert measured.together["log_loss"] <= best + 1e-9
     assert "flatters" in (tmp_path / "all" / "report.md").read_text()
 
@@ -98,10 +98,10 @@ def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_p
         assert again == measured.together
         assert again["rows"] == 21
         assert sum(map(sum, again["confusion"])) == 21
-        for place, alone in zip(members, measured.alone, strict=True):
+        for place, alone in zip(members, measured.by_member, strict=True):
             single = loopos.load(place).evaluate_file(str(labelled))
             assert alone == {name: single[name] for name in alone}
-        assert measured.mean["accuracy"] == pytest.approx(sum(a["accuracy"] for a in measured.alone) / 3)
+        assert measured.mean["accuracy"] == pytest.approx(sum(a["accuracy"] for a in measured.by_member) / 3)
         report = (tmp_path / method / "report.md").read_text()
         assert "| mean of the members |" in report
         assert "| **ensemble** |" in report
@@ -188,12 +188,12 @@ def test_what_cannot_be_joined_is_refused(
     check_refused("got 1 model", members[:1], out)
     check_refused("given twice", [members[0], members[0]], out)
     check_refused("--method: got median", members, out, method="median")
-    check_refused("expected --fit DATA", members, out, method="weighted")
+    check_refused("add --fit DATA", members, out, method="weighted")
     check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))
     check_refused("expected one of mean, weighted", regressors, out, method="majority")
     check_refused("no trained model here", [members[0], str(tmp_path)], out)
     made(members[:2], tmp_path / "pair")
-    check_refused("an ensemble already", [str(tmp_path / "pair"), members[2]], out)
+    check_refused("already an ensemble", [str(tmp_path / "pair"), members[2]], out)
     check_refused("is there already", members, tmp_path / "pair")
 
 

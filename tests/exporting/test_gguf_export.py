@@ -222,7 +222,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path, pico_
     from transformers import GPT2Config, MistralConfig
 
     gpt2 = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    assert "architecture gpt2 is not exported" in refused(saved(gpt2, tmp_path / "gpt2", pico_tokenizer), tmp_path)
+    assert "architecture gpt2 cannot be exported" in refused(saved(gpt2, tmp_path / "gpt2", pico_tokenizer), tmp_path)
     scaled = LlamaConfig(**TINY, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
     assert "rope_type linear" in refused(saved(scaled, tmp_path / "scaled", pico_tokenizer), tmp_path)
     biased = LlamaConfig(**TINY, attention_bias=True)

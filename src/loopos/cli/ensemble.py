@@ -45,14 +45,16 @@ def run(members: Sequence[str], options: EnsembleOptions) -> int:
         raise UserError("--weight: only for language models; use --method weighted, which fits the weights on --fit")
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
-    from loopos.ensembling.heads import EnsembleSettings, join
+    from loopos.ensembling.heads import EnsembleSettings, combine
     from loopos.training.precision import pick_device
 
     settings = EnsembleSettings(
         method=options.method, fit=options.fit, test=options.test, copy=options.copy, columns=columns
     )
     with Bar("members") as bar:
-        ensemble = join(members, options.output, settings, device=pick_device(options.device).type, tell=bar.progress)
+        ensemble = combine(
+            members, options.output, settings, device=pick_device(options.device).type, on_progress=bar.progress
+        )
     if options.json:
         say_json(
             {
@@ -62,7 +64,7 @@ def run(members: Sequence[str], options: EnsembleOptions) -> int:
                 "measured": [
                     {
                         "source": each.source,
-                        "members": dict(zip(members, each.alone, strict=True)),
+                        "members": dict(zip(members, each.by_member, strict=True)),
                         "mean": each.mean,
                         "ensemble": {name: each.together[name] for name in each.mean},
                         "rows": each.together["rows"],
@@ -77,7 +79,8 @@ def run(members: Sequence[str], options: EnsembleOptions) -> int:
     for each in ensemble.measured:
         names = list(each.mean)
         rows: list[list[object]] = [
-            [member, *(metrics[name] for name in names)] for member, metrics in zip(members, each.alone, strict=True)
+            [member, *(metrics[name] for name in names)]
+            for member, metrics in zip(members, each.by_member, strict=True)
         ]
         rows += [["mean", *each.mean.values()], ["ensemble", *(each.together[name] for name in names)]]
         say(f"{each.source}: {each.together['rows']:,} rows")
@@ -92,7 +95,7 @@ def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
     refuse([f"{name}: {expected}" for name, actual in idle if actual])
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
-    from loopos.ensembling.language import LanguageEnsembleSettings, join_language
+    from loopos.ensembling.language import LanguageEnsembleSettings, combine_language
     from loopos.training.precision import pick_device
 
     settings = LanguageEnsembleSettings(
@@ -100,12 +103,12 @@ def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
     )
     with Bar("members") as bar:
         device = pick_device(options.device).type
-        ensemble = join_language(members, options.output, settings, device=device, tell=bar.progress)
+        ensemble = combine_language(members, options.output, settings, device=device, on_progress=bar.progress)
     for sentence in ensemble.notes:
         note(f"note: {sentence}")
     weights = dict(zip(members, ensemble.weights, strict=True))
     if options.json:
-        metrics = {"source": options.test, "members": dict(zip(members, ensemble.alone, strict=False)),
+        metrics = {"source": options.test, "members": dict(zip(members, ensemble.by_member, strict=False)),
                    "ensemble": ensemble.together}  # fmt: skip
         measured = [metrics] if options.test is not None else []
         say_json({"folder": str(ensemble.folder), "method": options.method, "weights": weights, "measured": measured})
@@ -116,7 +119,7 @@ def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
         names = list(ensemble.together)
         rows: list[list[object]] = [
             [member, *(metrics[name] for name in names)]
-            for member, metrics in zip(members, ensemble.alone, strict=True)
+            for member, metrics in zip(members, ensemble.by_member, strict=True)
         ]
         say(table([*rows, ["ensemble", *ensemble.together.values()]], head=("", *names)))
     return 0

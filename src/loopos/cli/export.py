@@ -45,7 +45,7 @@ def run(source: str, options: ExportOptions) -> int:
     from loopos.exporting.export import export
 
     with Bar("export") as bar:
-        exported = export(source, options.output, settings, tell=bar.progress)
+        exported = export(source, options.output, settings, on_progress=bar.progress)
     if options.json:
         check = exported.check
         say_json(

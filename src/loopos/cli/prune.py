@@ -20,11 +20,11 @@ def run(model: str, options: ChangeOptions) -> int:
     result = weight_change.run(model, options, read=read_pruning_recipe, counted="blocks", work=_prune)
     weight_change.print_figures(
         result,
-        [f"{each.told.sparsity:.3g}" for each in result.after],
+        [f"{each.details.sparsity:.3g}" for each in result.after],
         lambda each: {
-            "sparsity": each.told.sparsity,
-            "zeros": sum(kind.zeros for kind in each.told.zeros),
-            "block_weights": sum(kind.weights for kind in each.told.zeros),
+            "sparsity": each.details.sparsity,
+            "zeros": sum(kind.zeros for kind in each.details.zeros),
+            "block_weights": sum(kind.weights for kind in each.details.zeros),
         },
         as_json=options.json,
     )

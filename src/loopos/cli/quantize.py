@@ -21,7 +21,7 @@ def run(model: str, options: ChangeOptions) -> int:
     weight_change.print_figures(
         result,
         [result.recipe.method],
-        lambda each: {"share": each.share, "verdict": each.verdict},
+        lambda each: {"share": each.size_ratio, "verdict": each.verdict},
         as_json=options.json,
     )
     if not options.json:

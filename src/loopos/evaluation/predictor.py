@@ -35,7 +35,7 @@ from loopos.data.tokens import TokenReport, encode_labelled
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
 from loopos.evaluation.judgement import Judgement
 from loopos.evaluation.outputs import Meaning, interpret, measure, outputs_of
-from loopos.evaluation.progress import Tell, silent
+from loopos.evaluation.progress import OnProgress, silent
 from loopos.models.folders import open_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
@@ -171,11 +171,11 @@ class EnsemblePredictor:
         *,
         device: str = "cpu",
         precision: str | None = None,
-        tell: Tell | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """tell: is told of members done, members in all, and the one that is next, whenever they run over rows."""
         self.folder, self.description, self.device, self.precision = folder, description, device, precision
-        self.tell = tell or silent
+        self.on_progress = on_progress or silent
         self.tokens = TokenReport()
         self.space = space_of(description)
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
@@ -254,7 +254,7 @@ class EnsemblePredictor:
         """
         tally = Tally(self.space.task, self.method)
         for number, (place, weight) in enumerate(zip(self.places, self.weights, strict=True)):
-            self.tell(number, len(self.places), str(place))
+            self.on_progress(number, len(self.places), str(place))
             member = Predictor.open(place, device=self.device, precision=self.precision)
             outputs = member.outputs(examples)
             if self.space.task != "regression":
@@ -266,7 +266,7 @@ class EnsemblePredictor:
             self.tokens = member.tokens
             # Let go before the next one is opened.
             del member
-        self.tell(len(self.places), len(self.places), "")
+        self.on_progress(len(self.places), len(self.places), "")
         return tally.result()
 
     def predict_examples(self, examples: Sequence[Labelled]) -> list[dict[str, Any]]:

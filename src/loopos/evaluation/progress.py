@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-Tell: TypeAlias = Callable[[int, int, str], None]
+OnProgress: TypeAlias = Callable[[int, int, str], None]
 """Told of progress: parts done, parts in all, the name of the one that is next."""
 
 
