@@ -14,7 +14,7 @@ from pico_runs import class_rows, config_of, train, write_jsonl
 
 import loopos
 from loopos.config.diagnostics import UserError
-from loopos.ensembling.heads import EnsembleSettings, Joined, join
+from loopos.ensembling.heads import EnsembleResult, EnsembleSettings, combine
 from loopos.evaluation.predictor import EnsemblePredictor
 from loopos.models.folders import open_task_model
 
@@ -49,8 +49,8 @@ def labelled(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "held_out.jsonl", class_rows(21, ("a", "b", "c")))
 
 
-def made(members: list[str], out: Path, **settings: Any) -> Joined:
-    return join(members, out, EnsembleSettings(**settings))
+def made(members: list[str], out: Path, **settings: Any) -> EnsembleResult:
+    return combine(members, out, EnsembleSettings(**settings))
 
 
 def probabilities(source: str | Path) -> Any:
@@ -183,7 +183,7 @@ def test_what_cannot_be_joined_is_refused(
 ) -> None:
     out = tmp_path / "out"
     other = fine_tuned(tmp_path / "other", pico_folder, class_rows(18, ("a", "b", "d")), 1)
-    check_refused(r"other labels than .*: d here alone, c there alone", [members[0], other], out)
+    check_refused(r"other labels than .*: d only here, c only there", [members[0], other], out)
     check_refused("of task regression, .* of task classification", [members[0], regressors[0]], out)
     check_refused("got 1 model", members[:1], out)
     check_refused("given twice", [members[0], members[0]], out)

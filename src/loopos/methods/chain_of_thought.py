@@ -267,7 +267,7 @@ class ChainOfThought:
                 problems,
                 section,
                 number=number,
-                share=self.world.share,
+                shard=self.world.share,
                 gather=self.world.gather_shares,
                 say=self.progress.say,
             )
