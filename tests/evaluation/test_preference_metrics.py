@@ -208,7 +208,7 @@ def test_reliability_is_symmetric_and_counts_every_pair_twice() -> None:
         ({"better": [1], "worse": [1], "probabilities": [1.5]}, "expected 0 to 1"),
         ({"better": [1], "worse": [1], "probabilities": [1, 1]}, "probabilities: 2 values for 1 pairs"),
         ({"better": [1], "worse": [1], "margins": [1, 2]}, "margins: 2 values for 1 pairs"),
-        ({"better": [1], "worse": [1], "better_lengths": [1]}, "lengths of one side alone"),
+        ({"better": [1], "worse": [1], "better_lengths": [1]}, "lengths: got one side only"),
         ({"better": [1], "worse": [1], "better_lengths": [1], "worse_lengths": [1, 2]}, "worse_lengths: 2 values"),
     ],
 )
@@ -221,5 +221,5 @@ def test_bad_edges_and_bins_are_refused() -> None:
     for edges, summary in (([2, 1], "ascending"), ([1, 1], "ascending"), ([math.nan], "nan or inf"), ([], "no rows")):
         with pytest.raises(ValueError, match=summary):
             margin_buckets([1], [0], [1], edges=edges)
-    with pytest.raises(ValueError, match="0 bins"):
+    with pytest.raises(ValueError, match="bins: got 0"):
         reliability([1], [0], bins=0)

@@ -25,7 +25,7 @@ from loopos.data.formats import Labelled
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labelled
 from loopos.evaluation.outputs import interpret, outputs_of
-from loopos.evaluation.reward_predictor import Normalisation
+from loopos.evaluation.reward_predictor import Normalization
 from loopos.exporting import onnx as onnx_file
 from loopos.models.folders import open_task_model
 from loopos.models.load import load_pretrained
@@ -272,7 +272,7 @@ def answers_at(folder: Path) -> Tensor:
 def meaning(outputs: Tensor, description: dict[str, Any]) -> Tensor:
     """Outputs of a head `[N, C]` → probabilities, values or normalized scores `[N, O]`."""
     if description["task"] == "reward":
-        return Normalisation.read(description)(outputs).double()[:, None]
+        return Normalization.read(description)(outputs).double()[:, None]
     scaling = {f"target_{name}": description[f"target_{name}"] for name in ("mean", "std")}
     return torch.from_numpy(interpret(description["task"], outputs, **scaling)).reshape(len(outputs), -1)
 

@@ -30,7 +30,7 @@ from loopos.evaluation.own_metrics import OwnMetrics
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import bucket_tables, measured, preferred_scores
 from loopos.evaluation.report import write_report
-from loopos.evaluation.reward_predictor import Normalisation, comparison_scores
+from loopos.evaluation.reward_predictor import Normalization, comparison_scores
 from loopos.evaluation.run_claim import claim
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import FUSED_FROM
@@ -234,10 +234,10 @@ class RewardModelTrainer:
         take_chosen(
             self.trained, self.run_dir, settings, self.result, self.world, self.progress, callbacks=self.callbacks
         )
-        normalisation = Normalisation.none(heads)
+        normalisation = Normalization.none(heads)
         if self.config.reward.normalise:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
-            normalisation = Normalisation.of(torch.tensor(every))
+            normalisation = Normalization.of(torch.tensor(every))
             told = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(normalisation.mean, normalisation.std, strict=True))
             self.progress.say(f"scores of {len(every)} training responses before normalising: {told}")
         validation = self.scores(self.validation_rows) if self.validation_rows else []
@@ -269,7 +269,7 @@ class RewardModelTrainer:
         draw = np.random.Generator(np.random.PCG64(self.config.training.seed))
         return [self.train_rows[place] for place in sorted(draw.permutation(len(self.train_rows))[:most])]
 
-    def description(self, normalisation: Normalisation) -> dict[str, Any]:
+    def description(self, normalisation: Normalization) -> dict[str, Any]:
         """What the model folder says of its scores."""
         heads = self.config.reward.heads
         weights = self.config.data.pretrained_weights

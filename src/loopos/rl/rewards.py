@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.config.rl import PpoRewardSection, RolloutSection
 from loopos.evaluation.own_code import OwnFunction, called_for, numbers_of, own_function
-from loopos.evaluation.reward_predictor import Normalisation, Scorer, raw_scores
+from loopos.evaluation.reward_predictor import Normalization, Scorer, raw_scores
 from loopos.models.folders import check_same_tokens, open_reward_model
 
 RewardFunction: TypeAlias = Callable[[Sequence["Response"]], list[float]]
@@ -70,12 +70,12 @@ class ModelScores:
         self, model: Scorer, description: Mapping[str, Any], device: torch.device, *, ensemble_penalty: float = 0.0
     ) -> None:
         self.model, self.device, self.ensemble_penalty = model, device, ensemble_penalty
-        self.normalisation = Normalisation.read(description)
+        self.normalization = Normalization.read(description)
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:
         rows = [[*response.prompt_ids, *response.ids] for response in responses]
         raw = raw_scores(self.model, rows, self.device)
-        scores: list[float] = self.normalisation(raw, ensemble_penalty=self.ensemble_penalty).tolist()
+        scores: list[float] = self.normalization(raw, ensemble_penalty=self.ensemble_penalty).tolist()
         return scores
 
 
