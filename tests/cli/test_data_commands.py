@@ -103,7 +103,7 @@ def test_check_lists_diagnostics_and_ends_with_2(tmp_path: Path, invoke: Invoke)
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}, *bad])
     result = invoke("data", "check", file)
     assert result.exit_code == 2
-    assert f"{file}:3: text: given" in result.stdout
+    assert f"{file}:3: text: got" in result.stdout
     assert "problems  25" in result.stdout
     assert result.stdout.splitlines()[-1] == "... and 5 more problems"
     found = json.loads(invoke("data", "check", file, "--json").stdout)

@@ -157,4 +157,4 @@ def test_diagnostics_show_before_torch_is_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ), timeout=60
     )
     assert ended.returncode == 0, ended.stderr
-    assert "method: given" in ended.stderr
+    assert "method: got" in ended.stderr

@@ -211,7 +211,7 @@ def test_a_dry_run_of_ppo_counts_prompts_iterations_and_steps(
     parts = [plan["time"][name] for name in ("generation", "scoring", "updates")]
     assert plan["time"]["seconds"] == pytest.approx(sum(parts))
     assert min(parts) > 0
-    assert plan["time"]["left_out"] == ["sampling and the attention to what was written"]
+    assert plan["time"]["left_out"] == ["sampling and attention to generated tokens"]
     few = json.loads(invoke(*words, "training.max_steps=3").stdout)
     assert (few["iterations"], few["steps"]["all"]) == (1, 3)
     assert not (home / "steps").exists()
@@ -411,7 +411,7 @@ def test_the_last_line_of_a_run_says_what_the_model_is_for(
     rewards: dict[str, Any], reward_run: Path, home: Path, aligned: Any, language_run: Path, project: Path, trained: Any
 ) -> None:
     assert rewards["all"].stdout.splitlines()[-1] == f"  score with it: loopos score {reward_run} FILE"
-    assert aligned.stdout.splitlines()[-1] == f'  ask it: loopos generate {home / "aligned"} -p "..."'
+    assert aligned.stdout.splitlines()[-1] == f'  generate with it: loopos generate {home / "aligned"} -p "..."'
     assert use_of(str(language_run)).endswith('-p "..." --steps')
     assert trained.exit_code == 0
     assert use_of(str(project / "outputs" / "first")).startswith("predict with it: loopos predict ")

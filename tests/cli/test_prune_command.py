@@ -68,7 +68,7 @@ def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder
         (("--method", "wnda", "--sparsity", "half"), 'did you mean "wanda"'),
         (("--method", "magnitude", "--sparsity", "0.5,1.5"), "sparsity"),
         (("--sparsity", "0.5"), "method: got nothing"),
-        (("--method", "heads", "--sparsity", "0.5", "--calibration", "nowhere.txt"), "calibration: given"),
+        (("--method", "heads", "--sparsity", "0.5", "--calibration", "nowhere.txt"), "calibration: got"),
     ],
 )
 def test_mistakes_end_in_a_few_lines(
@@ -99,7 +99,7 @@ def test_evaluate_on_running_text(
     assert {"perplexity", "loss", "bits_per_byte"} <= set(result.stdout.split())
     plain = invoke("evaluate", language_run, text, "--json")
     assert json.loads(plain.stdout)["metrics"]["window"] == 256
-    assert "--samples: for rows of data" in invoke("evaluate", language_run, text, "--samples", 2).stderr
+    assert "--samples: only for rows" in invoke("evaluate", language_run, text, "--samples", 2).stderr
     assert "window: got 999" in invoke("evaluate", language_run, text, "--window", 999).stderr
     headed = invoke("evaluate", project / "outputs" / "first", text, "--window", 64)
-    assert "--window: for language models" in headed.stderr
+    assert "--window: only for language models" in headed.stderr

@@ -50,7 +50,7 @@ def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--method", "int5"), "method: given"),
+        (("--method", "int5"), "method: got"),
         (("--method", "int8", "--calibration", "gptq"), "calibration_text: got nothing"),
         (("--method", "int8", "--group-size", "64"), "group_size: got 64 with method int8"),
         ((), "method: got nothing"),

@@ -203,13 +203,13 @@ def test_reliability_is_symmetric_and_counts_every_pair_twice() -> None:
     [
         ({"better": [], "worse": []}, "better: no rows"),
         ({"better": [1, math.inf], "worse": [1, 2]}, "better: 1 of 2 values are nan or inf"),
-        ({"better": [1, 2], "worse": [1]}, "worse: 1 values for 2 pairs"),
+        ({"better": [1, 2], "worse": [1]}, "worse: got 1 values for 2 pairs"),
         ({"better": [[1]], "worse": [[1]]}, "expected 1 axes"),
         ({"better": [1], "worse": [1], "probabilities": [1.5]}, "expected 0 to 1"),
-        ({"better": [1], "worse": [1], "probabilities": [1, 1]}, "probabilities: 2 values for 1 pairs"),
-        ({"better": [1], "worse": [1], "margins": [1, 2]}, "margins: 2 values for 1 pairs"),
+        ({"better": [1], "worse": [1], "probabilities": [1, 1]}, "probabilities: got 2 values for 1 pairs"),
+        ({"better": [1], "worse": [1], "margins": [1, 2]}, "margins: got 2 values for 1 pairs"),
         ({"better": [1], "worse": [1], "better_lengths": [1]}, "lengths: got one side only"),
-        ({"better": [1], "worse": [1], "better_lengths": [1], "worse_lengths": [1, 2]}, "worse_lengths: 2 values"),
+        ({"better": [1], "worse": [1], "better_lengths": [1], "worse_lengths": [1, 2]}, "worse_lengths: got 2 values"),
     ],
 )
 def test_bad_input_is_refused(actual: dict[str, Any], summary: str) -> None:

@@ -242,7 +242,11 @@ def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: b
             {"place": diagnostic.place, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
             for diagnostic in shown_diagnostics
         ]
-        say_json({**asdict(found), "faults": diagnostics})
+        result = asdict(found)
+        del result["diagnostics"]
+        # The names that scripts read.
+        result |= {"said": result.pop("summary"), "num_faults": result.pop("num_diagnostics"), "faults": diagnostics}
+        say_json(result)
     else:
         say(described(found))
     return _FAULTY if found.num_diagnostics else 0

@@ -148,8 +148,8 @@ def _account(console: Console, inputs: PromptInputs, *, shows_legend: bool) -> N
     for sentence in (*([_PROMPT_LEGEND] if shows_legend else []), *inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
     console.print(Text(f"train: {encoder.prompts(inputs.data.train)[1].summary()}"))
-    if inputs.asked:
-        console.print(Text(f"validation: {encoder.prompts(inputs.asked)[1].summary()}"))
+    if inputs.validation:
+        console.print(Text(f"validation: {encoder.prompts(inputs.validation)[1].summary()}"))
 
 
 def _row_location(row: Row) -> Text:
