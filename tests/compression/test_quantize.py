@@ -217,12 +217,12 @@ def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"method": "int5"}, "method: given"),
+        ({"method": "int5"}, "method: got"),
         ({"group_size": 32}, "group_size: got 32 with method int8"),
         ({"method": "int4", "group_size": 48}, "group_size"),
         ({"calibration": "gptq"}, "calibration_text: got nothing with calibration gptq"),
         ({"calibration_text": "{text}"}, "calibration_text: got a text that nobody reads"),
-        ({"evaluate": "no/such.txt"}, "evaluate: given"),
+        ({"evaluate": "no/such.txt"}, "evaluate: got"),
         ({"window": 8, "stride": 8}, "a stride below the window"),
     ],
 )

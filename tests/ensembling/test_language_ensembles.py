@@ -87,7 +87,7 @@ def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: 
     plain = EnsemblePredictor.open(tmp_path / "mean").evaluate_file(str(tmp_path / "fit.jsonl"))["log_loss"]
     best = min(*(alone["log_loss"] for alone in measured.by_member), plain)
     assert measured.together["log_loss"] <= best + 1e-9
-    assert "flatters" in (tmp_path / "all" / "report.md").read_text()
+    assert "optimistic" in (tmp_path / "all" / "report.md").read_text()
 
 
 def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_path: Path, labelled: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_cannot_be_joined_is_refused(
     check_refused(r"other labels than .*: d only here, c only there", [members[0], other], out)
     check_refused("of task regression, .* of task classification", [members[0], regressors[0]], out)
     check_refused("got 1 model", members[:1], out)
-    check_refused("given twice", [members[0], members[0]], out)
+    check_refused("occurs twice", [members[0], members[0]], out)
     check_refused("--method: got median", members, out, method="median")
     check_refused("add --fit DATA", members, out, method="weighted")
     check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))

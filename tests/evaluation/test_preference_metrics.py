@@ -201,7 +201,7 @@ def test_reliability_is_symmetric_and_counts_every_pair_twice() -> None:
 @pytest.mark.parametrize(
     ("actual", "summary"),
     [
-        ({"better": [], "worse": []}, "better: no rows"),
+        ({"better": [], "worse": []}, "better: got no rows"),
         ({"better": [1, math.inf], "worse": [1, 2]}, "better: 1 of 2 values are nan or inf"),
         ({"better": [1, 2], "worse": [1]}, "worse: got 1 values for 2 pairs"),
         ({"better": [[1]], "worse": [[1]]}, "expected 1 axes"),

@@ -277,7 +277,7 @@ def test_numbers_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> 
         return tensor.index_fill(0, torch.tensor([0]), float("nan")) if "layers.1.mlp.up" in name else tensor
 
     bad = variant(base, tmp_path / "bad", 1, change=broken)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .* not finite"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .* non-finite"):
         run("linear", [base, bad], tmp_path / "out")
     assert nothing_under(tmp_path)
 

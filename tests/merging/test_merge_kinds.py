@@ -165,7 +165,7 @@ def test_a_greedy_soup_is_never_worse_than_its_best_model(
     assert len(result.trials) == 3
     assert 0 not in result.trials[-1].members
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
-    assert "left out" in (tmp_path / "out" / "report.md").read_text()
+    assert "rejected" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(UserError, match="metric: got bleu"):
         run("greedy_soup", classifiers, tmp_path / "more", validation_data=held_out, metric="bleu")
 

@@ -195,7 +195,7 @@ def quantity(text: str) -> Quantity | None:
 
 
 def boxed(text: str) -> str:
-    r"""The content of the text's last `\\boxed{...}`; the text itself if there is none, or an unclosed one."""
+    r"""The content of the text's last `\boxed{...}`; the text itself if there is none, or an unclosed one."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         bare = re.findall(r"\\boxed\s+(\S+)", text)
@@ -209,7 +209,7 @@ def boxed(text: str) -> str:
 
 
 def plain_latex(text: str) -> str:
-    r"""The text with LaTeX's text, spaces and plain fractions as plain text: `\\frac{3}{4}` becomes 3/4."""
+    r"""The text with LaTeX's text, spaces and plain fractions as plain text: `\frac{3}{4}` becomes 3/4."""
     plain = _LATEX_NOISE.sub(" ", _LATEX_TEXT.sub(r" \1", text))
     plain = _LATEX_FRACTION.sub(_fraction, plain)
     return re.sub(r"\^\s*\{?\\circ\}?|\\degree", "°", plain)
@@ -370,7 +370,7 @@ def exact(actual: str, expected: str) -> bool:
     if target in forms:
         return True
     if target in _YES_OR_NO:
-        return any(re.match(rf"{target}(?=[.,;:!?\n—-]|\\s+-|$)", each) is not None for each in forms)
+        return any(re.match(rf"{target}(?=[.,;:!?\n—-]|\s+-|$)", each) is not None for each in forms)
     return bool(_MATHEMATICAL.search(target)) and _squeezed(target) in map(_squeezed, forms)
 
 

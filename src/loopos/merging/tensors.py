@@ -58,7 +58,7 @@ class TensorMerger:
         if dtype.is_floating_point and not bool(torch.isfinite(made).all()):
             names = ", ".join(source.location for source in self.plan.models)
             raise UserError(
-                f"{planned.name}: the merged tensor holds non-finite numbers in {dtype}; check "
+                f"{planned.name}: the merged tensor has non-finite numbers in {dtype}; check "
                 f"{names}, or use another dtype or smaller weights"
             )
         self.on_progress(len(self.changes), len(self.plan.tensors))
