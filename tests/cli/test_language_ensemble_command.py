@@ -209,7 +209,7 @@ def test_mistakes_of_joining(
         ((language_run, other_run, "--weight", 1), "--weight: got 1 for 2 models"),
         ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: got 1, -1; expected non-negative numbers"),
         ((language_run, other_run, "--method", "majority"), "--method: got majority; expected one of mean, logits, vote"),
-        ((language_run, other_run, "--fit", "rows.jsonl"), "--fit: for classifiers and regressors"),
+        ((language_run, other_run, "--fit", "rows.jsonl"), "--fit: only for classifiers and regressors"),
         ((language_run, project / "outputs" / "first"), "a language model, which has no labels"),
     ]  # fmt: skip
     out = tmp_path / "out"

@@ -167,7 +167,7 @@ def test_a_member_that_is_gone_is_told(members: list[str], tmp_path: Path) -> No
     shutil.copytree(members[0], tmp_path / "mine")
     made([members[1], str(tmp_path / "mine")], tmp_path / "all")
     shutil.rmtree(tmp_path / "mine")
-    with pytest.raises(UserError, match="mine/model is gone"):
+    with pytest.raises(UserError, match="mine/model is missing"):
         loopos.load(tmp_path / "all")
 
 

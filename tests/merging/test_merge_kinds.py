@@ -65,7 +65,7 @@ def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) 
     result = run("linear", [pico_folder, pico_folder], tmp_path / "out", evaluate=[str(data)])
     [measured] = result.measured
     assert [values["dropped_rows"] for values in measured.values.values()] == [2.0, 2.0]
-    summary = f"{data}: 2 rows are over the positions of result"
+    summary = f"{data}: 2 rows exceed the positions of result"
     assert any(sentence.startswith(summary) for sentence in result.notes)
     assert summary in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     short = tmp_path / "short.jsonl"
