@@ -57,7 +57,7 @@ def answer(
     both = (result.before, after.measured)
     return {
         "case": case,
-        "size": round(after.share, 4),
+        "size": round(after.size_ratio, 4),
         "parameters": [each.parameters for each in both],
         "perplexity": [round(each.metrics["perplexity"], 4) for each in both],
         "bits_per_byte": [round(each.metrics["bits_per_byte"], 4) for each in both],

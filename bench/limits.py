@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import side_by_side as bench
 
-from loopos.cli.process import GUARD, MEMORY_SETTINGS, THREAD_SETTINGS
+from loopos.cli.process import MEMORY_SETTINGS, RESTARTED, THREAD_SETTINGS
 
 
 def main() -> None:
@@ -28,10 +28,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=445)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if GUARD not in os.environ:
+    if RESTARTED not in os.environ:
         # The settings of the command line's own process, which are fixed when a process starts.
         settings = {**MEMORY_SETTINGS, **THREAD_SETTINGS}
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings, GUARD: ",".join(settings)})
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings, RESTARTED: ",".join(settings)}
+        )
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -144,7 +144,7 @@ def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Ca
 @pytest.fixture
 def few_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruning and quantizing measure speed as ever, but fewer times: no test looks at how fast."""
-    monkeypatch.setattr("loopos.compression.pipeline.GOES", 1)
+    monkeypatch.setattr("loopos.compression.pipeline.NUM_RUNS", 1)
     monkeypatch.setattr("loopos.compression.pipeline.WRITTEN", 2)
 
 

@@ -115,6 +115,6 @@ def test_a_lossy_export_that_says_other_things_ends_with_a_code_of_its_own(
     monkeypatch.setattr("loopos.exporting.checks.LEAST_SAME", {"q8_0": 1.1})
     result = invoke("export", pico_folder, "--format", "gguf", "--type", "q8_0", "-o", tmp_path / "out")
     assert result.exit_code == 6, result.stderr
-    assert "warning: q8_0 says other things than the model: the likeliest token is the same in" in result.stderr
+    assert "warning: q8_0 changes the model's predictions: the top prediction is the same at" in result.stderr
     assert (tmp_path / "out" / "out-Q8_0.gguf").is_file()
-    assert "says other things than the model" in (tmp_path / "out" / "report.md").read_text()
+    assert "changes the model's predictions" in (tmp_path / "out" / "report.md").read_text()

@@ -76,7 +76,7 @@ def test_temperature_and_commands_that_are_none(chat: Any, greedy: Reference) ->
         "/temp hot", "/temp -1", "/nothing", "/save", "/save x.txt", "/temp 0", "my card", words=("--device", "cpu")
     )
     assert result.stdout.startswith(greedy([turn("user", "my card")], 8))
-    for summary in ("/temp: got hot", "temperature: got -1", "/nothing: no such command", "/save: no file"):
+    for summary in ("/temp: got hot", "temperature: got -1", "/nothing: unknown command", "/save: no file"):
         assert summary in result.stderr
 
 
@@ -123,7 +123,7 @@ def test_an_overlong_history_loses_its_oldest_turns_and_says_so(chat: Any) -> No
 
 def test_a_line_without_room_is_refused_and_the_chat_goes_on(chat: Any, greedy: Reference) -> None:
     result = chat("q " * 300, "my card")
-    assert "say it in fewer words" in result.stderr
+    assert "write a shorter message" in result.stderr
     assert result.stdout == greedy([turn("user", "my card")], 8) + "\n"
 
 

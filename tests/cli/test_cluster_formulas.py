@@ -14,13 +14,13 @@ from loopos.planning.cluster.memory import (
     REDUCE_SCATTER,
     Need,
     Transfer,
-    held_of,
     iteration_transfers,
     need_of,
+    persistent_of,
     step_transfers,
 )
 from loopos.planning.cluster.plan import plan_of, setting_of
-from loopos.planning.cluster.setting import Asked, Cluster, Setting
+from loopos.planning.cluster.setting import Cluster, RequestedSharding, Setting
 from loopos.planning.cluster.work import Cache, Load, Network
 from loopos.planning.estimate import Architecture, Parameters
 from loopos.planning.shapes import Model, Units
@@ -54,30 +54,30 @@ def sizes(transfers: list[Transfer]) -> dict[str, int]:
 
 
 def test_replicated_every_gpu_holds_all() -> None:
-    assert held_of(NETWORK, load(), setting()) == {
+    assert persistent_of(NETWORK, load(), setting()) == {
         "weights": 2000, "masters": 4000, "gradients": 4000, "optimizer": 8000
     }  # fmt: skip
 
 
 def test_sharded_the_master_weights_are_the_weights() -> None:
-    assert held_of(NETWORK, load(), setting(4)) == {
+    assert persistent_of(NETWORK, load(), setting(4)) == {
         "weights": 0, "masters": 1000, "gradients": 1000, "optimizer": 2000
     }  # fmt: skip
-    assert held_of(FROZEN, load(), setting(4)) == {"weights": 500, "masters": 0, "gradients": 0, "optimizer": 0}
-    assert held_of(NETWORK, load(precision="fp32"), setting(4))["weights"] == 1000
+    assert persistent_of(FROZEN, load(), setting(4)) == {"weights": 500, "masters": 0, "gradients": 0, "optimizer": 0}
+    assert persistent_of(NETWORK, load(precision="fp32"), setting(4))["weights"] == 1000
 
 
 def test_sharded_a_model_in_training_keeps_fp32_where_it_is_frozen_too() -> None:
     half_frozen = replace(NETWORK, parameters=replace(COUNTS, trained_matrices=400))
-    assert held_of(half_frozen, load(), setting(4)) == {
+    assert persistent_of(half_frozen, load(), setting(4)) == {
         "weights": 500, "masters": 500, "gradients": 500, "optimizer": 1000
     }  # fmt: skip
 
 
 def test_tensor_parallelism_divides_what_the_plan_names() -> None:
     # 640 of 1000 over 4: 160 + 360 stay.
-    assert held_of(NETWORK, load(), setting(tensor_parallel=4))["weights"] == 2 * 520
-    assert held_of(NETWORK, load(), setting(tensor_parallel=4))["optimizer"] == 8 * 520
+    assert persistent_of(NETWORK, load(), setting(tensor_parallel=4))["weights"] == 2 * 520
+    assert persistent_of(NETWORK, load(), setting(tensor_parallel=4))["optimizer"] == 8 * 520
 
 
 def test_a_layer_at_work_is_whole_and_the_next_one_beside_it() -> None:
@@ -99,7 +99,7 @@ def test_activations_by_rows_recomputation_and_tensor_parallelism() -> None:
 
 def test_offload_moves_to_the_host_what_is_held() -> None:
     kept, moved = need_of(load(), setting(8)), need_of(load(), setting(8, cpu_offload=True))
-    assert (moved.held, moved.host) == ({}, sum(kept.held.values()))
+    assert (moved.persistent, moved.host) == ({}, sum(kept.persistent.values()))
     assert moved.peak == sum(kept.update.values())
 
 
@@ -108,7 +108,7 @@ def test_responses_are_written_beside_what_is_held_but_not_beside_an_update() ->
     need = need_of(cached, setting(8))
     # 2·L·k·f a token, and both roles whole.
     assert need.rollout == {"cache": 8 * 32 * 2 * 8 * 2 * 2, "gathered": 4000}
-    assert need.peak == sum(need.held.values()) + max(sum(need.update.values()), 4000 + 16384)
+    assert need.peak == sum(need.persistent.values()) + max(sum(need.update.values()), 4000 + 16384)
     assert need_of(cached, setting()).rollout["gathered"] == 0
     assert need.roles == {"model": (4000 + 4000 + 8000) // 8, "reference": 2000 // 8}
 
@@ -183,20 +183,20 @@ def test_half_nodes_are_refused() -> None:
     assert cluster(gpus=3).gpus_a_node == 3
 
 
-AUTO = Asked("auto", None, 1, False, True)
+AUTO = RequestedSharding("auto", None, 1, False, True)
 
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (Asked("shard", 3, 1, False, True), "shard_size 3: 8 copies"),
-        (Asked("replicate", 4, 1, False, True), "expected mode shard"),
-        (Asked("replicate", None, 1, True, True), "cpu_offload"),
-        (Asked("auto", None, 3, False, True), "tensor_parallel 3"),
-        (Asked("auto", None, 8, False, True), "tensor_parallel 8"),
+        (RequestedSharding("shard", 3, 1, False, True), "shard_size 3: 8 copies"),
+        (RequestedSharding("replicate", 4, 1, False, True), "expected mode shard"),
+        (RequestedSharding("replicate", None, 1, True, True), "cpu_offload"),
+        (RequestedSharding("auto", None, 3, False, True), "tensor_parallel 3"),
+        (RequestedSharding("auto", None, 8, False, True), "tensor_parallel 8"),
     ],
 )
-def test_layouts_that_cannot_be(asked: Asked, expected: str) -> None:
+def test_layouts_that_cannot_be(asked: RequestedSharding, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         plan_of(load(), asked, cluster())
 
@@ -214,7 +214,7 @@ def test_optimizers_that_need_whole_matrices_share_nothing() -> None:
     assert setting_of(muon, AUTO, cluster(memory="1kB")).mode == "replicate"
     assert plan_of(muon, AUTO, cluster(memory="8kB")).smallest is None
     with pytest.raises(UserError, match="muon with mode shard"):
-        plan_of(muon, Asked("shard", None, 1, False, True), cluster())
+        plan_of(muon, RequestedSharding("shard", None, 1, False, True), cluster())
 
 
 @pytest.mark.parametrize(
@@ -243,12 +243,12 @@ def test_optimizers_that_need_whole_matrices_share_nothing() -> None:
     ],
 )
 def test_the_smallest_setting_that_fits_costs_no_more_than_it_must(memory: str, words: list[str]) -> None:
-    plan = plan_of(load(), Asked("replicate", None, 1, False, True), cluster(memory=memory))
+    plan = plan_of(load(), RequestedSharding("replicate", None, 1, False, True), cluster(memory=memory))
     assert plan.fits == (words == [])
-    assert plan.words == words
+    assert plan.overrides == words
 
 
 def test_where_nothing_fits_it_says_how_many_gpus_would_do() -> None:
     # At one row 2,688 + 1,024 + 2,600 stay on each GPU however many there are, and 16,000 over them in host or GPU.
-    plan = plan_of(load(), Asked("auto", None, 1, False, True), cluster(memory="6kB"))
+    plan = plan_of(load(), RequestedSharding("auto", None, 1, False, True), cluster(memory="6kB"))
     assert (plan.fits, plan.smallest, plan.gpus) == (False, None, None)

@@ -12,7 +12,7 @@ from tests.cli.conftest import Invoke, write_jsonl
 
 CHAT = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On its way."}]
 KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
-    "pairs": ([{"prompt": "a?", "chosen": "b", "rejected": "c"}], "pairs", "trains reward_model, and rlhf"),
+    "pairs": ([{"prompt": "a?", "chosen": "b", "rejected": "c"}], "pairs", "trains reward_model and rlhf"),
     "pairs with extra columns": (
         [{"prompt": "a?", "chosen": "b", "rejected": "c", "score": 3, "label": 1}],
         "pairs",
@@ -39,9 +39,9 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     ),
     "texts": ([{"text": "a"}, {"text": "b"}], "texts", "no label column"),
     "reviews": ([{"review": "a"}], "texts", "no label column"),
-    "prompts": ([{"prompt": "a"}], "prompts", "they serve ppo"),
-    "questions": ([{"question": "a"}], "prompts", "they serve ppo"),
-    "samples": ([{"prompt": "a", "text": "b", "sample": 0, "tokens": 3}], "samples", "they serve ppo"),
+    "prompts": ([{"prompt": "a"}], "prompts", "only prompts: for ppo"),
+    "questions": ([{"question": "a"}], "prompts", "only prompts: for ppo"),
+    "samples": ([{"prompt": "a", "text": "b", "sample": 0, "tokens": 3}], "samples", "only prompts: for ppo"),
 }
 
 
@@ -53,7 +53,7 @@ def test_the_kind_is_found_and_what_trains_on_it(name: str, invoke: Invoke, tmp_
     assert result.exit_code == 0, result.stdout
     assert f"kind      {kind}: " in result.stdout
     assert serves in result.stdout.partition("\n")[2].partition("\n")[0]
-    assert "faults    none" in result.stdout
+    assert "problems  none" in result.stdout
     if kind not in ("texts",):
         assert "no label column" not in result.stdout
 

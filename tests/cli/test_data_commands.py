@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.data_preview import CUT, KEPT, POOLED, pieces
+from loopos.cli.data_preview import CUT, POOLED, UNPOOLED, shown_tokens
 from tests.cli.conftest import Invoke, write_jsonl
 
 
@@ -21,7 +21,7 @@ class Letters:
 
 
 def fates(whole: list[int], kept: list[int], pooling: str) -> list[tuple[str, str]]:
-    return [(piece.text, piece.fate) for piece in pieces(Letters(), whole, kept, pooling)]
+    return [(piece.text, piece.fate) for piece in shown_tokens(Letters(), whole, kept, pooling)]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ def fates(whole: list[int], kept: list[int], pooling: str) -> list[tuple[str, st
     [
         ("mean", [POOLED, POOLED, POOLED]),
         ("max", [POOLED, POOLED, POOLED]),
-        ("first", [POOLED, KEPT, KEPT]),
-        ("last", [KEPT, KEPT, POOLED]),
+        ("first", [POOLED, UNPOOLED, UNPOOLED]),
+        ("last", [UNPOOLED, UNPOOLED, POOLED]),
     ],
 )
 def test_what_is_pooled(pooling: str, expected: list[str]) -> None:
@@ -38,7 +38,7 @@ def test_what_is_pooled(pooling: str, expected: list[str]) -> None:
 
 
 def test_what_is_cut_from_the_end_and_from_the_middle() -> None:
-    assert fates([0, 1, 2, 3], [0, 1], "last") == [("a", KEPT), ("b", POOLED), ("c", CUT), ("d", CUT)]
+    assert fates([0, 1, 2, 3], [0, 1], "last") == [("a", UNPOOLED), ("b", POOLED), ("c", CUT), ("d", CUT)]
     assert fates([0, 1, 2, 3], [0, 3], "mean") == [("a", POOLED), ("b", CUT), ("c", CUT), ("d", POOLED)]
 
 
@@ -104,7 +104,7 @@ def test_check_lists_diagnostics_and_ends_with_2(tmp_path: Path, invoke: Invoke)
     result = invoke("data", "check", file)
     assert result.exit_code == 2
     assert f"{file}:3: text: got" in result.stdout
-    assert "faults    25" in result.stdout
+    assert "problems  25" in result.stdout
     assert result.stdout.splitlines()[-1] == "... and 5 more problems"
     found = json.loads(invoke("data", "check", file, "--json").stdout)
     assert (len(found["faults"]), found["num_faults"], found["rows"], found["used"]) == (20, 25, 27, 2)

@@ -87,7 +87,7 @@ def test_docs_tell_no_option_that_is_gone() -> None:
 
 
 def test_docs_tell_the_environment_variables() -> None:
-    names = [*process.MEMORY_SETTINGS, *process.THREAD_SETTINGS, process.OPT_OUT, process.GUARD, "LOOPOS_CACHE"]
+    names = [*process.MEMORY_SETTINGS, *process.THREAD_SETTINGS, process.OPT_OUT, process.RESTARTED, "LOOPOS_CACHE"]
     assert [name for name in names if f"`{name}" not in DOCS] == []
 
 

@@ -102,7 +102,7 @@ def test_disk() -> None:
     }
 
 
-def seconds(*, tokens: int = 0, validation_tokens: int = 0, steps: int = 0, backward_share: float = 1.0) -> float:
+def seconds(*, tokens: int = 0, validation_tokens: int = 0, steps: int = 0, backward_fraction: float = 1.0) -> float:
     """With rates at which one operation at full efficiency, or one byte, takes a second."""
     return training_seconds(
         SMALL,
@@ -110,7 +110,7 @@ def seconds(*, tokens: int = 0, validation_tokens: int = 0, steps: int = 0, back
         validation_tokens=validation_tokens,
         steps=steps,
         optimizer_state=640,
-        backward_share=backward_share,
+        backward_fraction=backward_fraction,
         operations_a_second=1.0 / MATMUL_EFFICIENCY,
         bytes_a_second=1.0,
     )
@@ -126,7 +126,7 @@ def test_a_validated_token_costs_its_forward_pass() -> None:
 
 
 def test_frozen_lower_layers_save_their_share_of_the_backward_pass() -> None:
-    assert seconds(tokens=1) - seconds(tokens=1, backward_share=0.25) == pytest.approx(0.75 * 140)
+    assert seconds(tokens=1) - seconds(tokens=1, backward_fraction=0.25) == pytest.approx(0.75 * 140)
 
 
 def test_a_step_moves_weights_and_state() -> None:

@@ -147,5 +147,5 @@ def test_options_of_language_models_are_refused_elsewhere(trained: Any, project:
     words = ("--strategy", "best_of_n:2", "--temperature", 1)
     result = invoke("evaluate", project / "outputs" / "first", project / "test.jsonl", *words)
     assert result.exit_code == 2
-    assert "--strategy: for language models" in result.stderr
-    assert "--temperature: for language models" in result.stderr
+    assert "--strategy: only for language models" in result.stderr
+    assert "--temperature: only for language models" in result.stderr

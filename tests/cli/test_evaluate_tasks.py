@@ -27,13 +27,13 @@ def test_without_the_extra_it_says_how_to_get_it(
     ("words", "summary"),
     [
         ((), "got no data; expected a data file, or --tasks"),
-        (("--num-fewshot", 2), "--num-fewshot: of tasks; expected --tasks too"),
-        (("--chat",), "--chat: of tasks"),
+        (("--num-fewshot", 2), "--num-fewshot: only for tasks; add --tasks"),
+        (("--chat",), "--chat: only for tasks"),
         (("--tasks", "arc_easy", "--limit", 0), "--limit: got 0"),
         (("--tasks", "arc_easy", "--num-fewshot", -1), "--num-fewshot: got -1"),
-        (("--tasks", "arc_easy", "--task-folder", "nowhere"), "nowhere is no folder"),
-        (("--tasks", "arc_easy", "--metric", "loss"), "--metric: for rows of data"),
-        (("rows.jsonl", "--tasks", "arc_easy"), "rows.jsonl and --tasks: expected one of the two"),
+        (("--tasks", "arc_easy", "--task-folder", "nowhere"), "nowhere is not a folder"),
+        (("--tasks", "arc_easy", "--metric", "loss"), "--metric: only for rows of data"),
+        (("rows.jsonl", "--tasks", "arc_easy"), "rows.jsonl and --tasks: use only one of the two"),
     ],
 )
 def test_contradictions(language_run: Path, words: tuple[Any, ...], summary: str, invoke: Invoke) -> None:

@@ -162,7 +162,7 @@ CONTRADICTIONS = [
     ),
     (("-p", "x", "--reward-model", "y"), ["--reward-model: ranks the chains of --strategy best_of_n:N"]),
     (("-p", "x", "--raw", "--system", "y"), ["--system with --raw"]),
-    ((), ["no prompt: give -p TEXT"]),
+    ((), ["no prompt: use -p TEXT"]),
     (("-p", "x", "--input", "y.txt"), ["-p and --input"]),
     (("-p", " "), ["-p: got a blank text"]),
     (
@@ -222,4 +222,4 @@ def test_predict_sends_language_models_to_generate(language_run: Path, invoke: I
 def test_filters_without_effect_are_summary(language_run: Path, invoke: Invoke) -> None:
     result = invoke("generate", language_run, "-p", PROMPT, "--top-p", 0.5, *CPU)
     assert result.exit_code == 0
-    assert "--top-p without effect" in result.stderr
+    assert "--top-p has no effect" in result.stderr

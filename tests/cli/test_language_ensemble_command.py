@@ -45,7 +45,7 @@ def joined(language_run: Path, other_run: Path, tmp_path_factory: pytest.TempPat
     words = ("-o", folder / "mean", "--weight", 1, "--weight", 3, "--test", folder / "held_out.txt", "--device", "cpu")
     result = invoke("ensemble", language_run, other_run, *words)
     assert result.exit_code == 0, result.stderr
-    assert "2 language models joined by mean" in result.stdout
+    assert "2 language models combined by mean" in result.stdout
     return folder / "mean"
 
 
@@ -184,7 +184,7 @@ def test_what_a_vote_cannot_say(
 
 def test_a_vote_has_no_loss(voting: Path, tmp_path: Path, invoke: Invoke) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
-    assert "gives no distribution" in invoke("evaluate", voting, rows, "--device", "cpu").stderr
+    assert "has no distribution" in invoke("evaluate", voting, rows, "--device", "cpu").stderr
     (tmp_path / "held_out.txt").write_text(TEXT, encoding="utf-8")
     assert "gives no distribution" in invoke("evaluate", voting, tmp_path / "held_out.txt", "--device", "cpu").stderr
 
@@ -203,13 +203,13 @@ def test_mistakes_of_joining(
     tokenizer.save_pretrained(grown)
     cases = [
         ((language_run, grown), 'other tokens than'),
-        ((language_run, language_run), "one model is given twice"),
+        ((language_run, language_run), "the same model occurs twice"),
         ((language_run,), "got 1 model; expected two"),
-        ((language_run, joined), "an ensemble already"),
+        ((language_run, joined), "already an ensemble"),
         ((language_run, other_run, "--weight", 1), "--weight: got 1 for 2 models"),
-        ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: got 1, -1; expected numbers"),
+        ((language_run, other_run, "--weight", 1, "--weight", -1), "--weight: got 1, -1; expected non-negative numbers"),
         ((language_run, other_run, "--method", "majority"), "--method: got majority; expected one of mean, logits, vote"),
-        ((language_run, other_run, "--fit", "rows.jsonl"), "--fit: for classifiers and regressors"),
+        ((language_run, other_run, "--fit", "rows.jsonl"), "--fit: only for classifiers and regressors"),
         ((language_run, project / "outputs" / "first"), "a language model, which has no labels"),
     ]  # fmt: skip
     out = tmp_path / "out"

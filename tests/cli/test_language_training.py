@@ -115,7 +115,7 @@ def test_preview_of_pretraining(pretraining: Path, invoke: Invoke) -> None:
     result = invoke("data", "preview", pretraining / "config.json", "--rows", 2)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "piece 1, of document 1"
+    assert lines[0] == "chunk 1, of document 1"
     assert lines[2] == "8 tokens, 7 learned"
     # The second piece begins with the last token of the first, as context.
     assert lines[5].split("[")[0] == lines[1].rstrip("]").split("|")[-1]
@@ -172,7 +172,7 @@ def test_the_last_line_of_a_run_says_how_to_ask(reasoning: Path, invoke: Invoke)
     words = (f"data.output_dir={folder}", "training.max_steps=1", "evaluation.problems=0", "--quiet")
     result = invoke("train", reasoning / "config.json", *words)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f'  ask it: loopos generate {folder} -p "..." --steps'
+    assert result.stdout.splitlines()[-1] == f'  generate with it: loopos generate {folder} -p "..." --steps'
 
 
 def test_schema_knows_chain_of_thought(invoke: Invoke) -> None:
@@ -194,7 +194,7 @@ def test_keys_and_values_of_generated_rows() -> None:
 def test_targets_are_multiplied_with_the_output_embedding() -> None:
     def seconds(**more: Any) -> float:
         return training_seconds(
-            SMALL, tokens=0, validation_tokens=0, steps=0, optimizer_state=0, backward_share=1.0,
+            SMALL, tokens=0, validation_tokens=0, steps=0, optimizer_state=0, backward_fraction=1.0,
             operations_a_second=1 / 0.55, bytes_a_second=1.0, output=40, **more,
         )  # fmt: skip
 

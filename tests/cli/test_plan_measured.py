@@ -72,7 +72,7 @@ def test_what_training_holds_is_told_to_the_byte(training: dict[str, Any], tmp_p
     config = config_of(tmp_path, pico_folder, "fine_tuning", **training)
     train(config)
     saved = max((tmp_path / "run" / "checkpoints").glob("step-*"))
-    held = need_of(load_of(config), REPLICATE).held
+    held = need_of(load_of(config), REPLICATE).persistent
     assert held["gradients"] == bytes_of(saved / "weights.safetensors")
     assert held["optimizer"] == bytes_of(saved / "optimizer.safetensors")
 
@@ -85,7 +85,7 @@ def test_what_every_role_of_ppo_holds_is_told_to_the_byte(
     train(config)
     saved = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     load = load_of(config)
-    held = need_of(load, REPLICATE).held
+    held = need_of(load, REPLICATE).persistent
     assert held["gradients"] == bytes_of(saved / "weights.safetensors")
     assert held["optimizer"] == bytes_of(saved / "optimizer.safetensors")
     # Policy and reference are whole; the value model has a head of one number a feature, and no output embedding.
@@ -132,7 +132,7 @@ def test_the_most_that_a_run_holds_is_told_within_a_tenth(
     need = need_of(load, Setting(1, 1, False, True, checkpointing), longest=64)
     assert load.tokens == rows * 64
     # The steps make gradients and the optimizer's state, and whatever a pass keeps meanwhile; weights were there.
-    measured = live.peak + need.held["weights"] + need.held["masters"]
+    measured = live.peak + need.persistent["weights"] + need.persistent["masters"]
     assert measured == pytest.approx(need.peak, rel=0.1)
 
 

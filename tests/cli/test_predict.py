@@ -46,7 +46,7 @@ def test_files_of_every_format_give_the_same_predictions_in_order(
     ]
     assert results[0].stdout.count("\n") == 9
     assert results[0].stdout == results[1].stdout == results[2].stdout
-    assert "read as one text a line" in results[1].stderr
+    assert "read as one text per line" in results[1].stderr
 
 
 def test_a_txt_file_with_a_header_is_data(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:

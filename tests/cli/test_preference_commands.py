@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from loopos.cli.opened_models import use_of
-from loopos.cli.preference_preview import fates, spoken
-from loopos.config.methods import METHODS
+from loopos.cli.preference_preview import fates, preferences_of
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
@@ -211,7 +210,7 @@ def test_a_dry_run_of_ppo_counts_prompts_iterations_and_steps(
     parts = [plan["time"][name] for name in ("generation", "scoring", "updates")]
     assert plan["time"]["seconds"] == pytest.approx(sum(parts))
     assert min(parts) > 0
-    assert plan["time"]["left_out"] == ["sampling and the attention to what was written"]
+    assert plan["time"]["left_out"] == ["sampling and attention to generated tokens"]
     few = json.loads(invoke(*words, "training.max_steps=3").stdout)
     assert (few["iterations"], few["steps"]["all"]) == (1, 3)
     assert not (home / "steps").exists()
@@ -307,7 +306,7 @@ def test_what_becomes_of_comparisons_that_are_too_long() -> None:
 
 
 def test_the_second_response_may_be_the_chosen_one() -> None:
-    assert [name for name, _ in spoken([Pair(1, 0)], 2)] == ["rejected", "chosen"]
+    assert [name for name, _ in preferences_of([Pair(1, 0)], 2)] == ["rejected", "chosen"]
 
 
 def test_preview_shows_what_is_cut_before_it_refuses(config: Write, invoke: Invoke) -> None:
@@ -411,7 +410,7 @@ def test_the_last_line_of_a_run_says_what_the_model_is_for(
     rewards: dict[str, Any], reward_run: Path, home: Path, aligned: Any, language_run: Path, project: Path, trained: Any
 ) -> None:
     assert rewards["all"].stdout.splitlines()[-1] == f"  score with it: loopos score {reward_run} FILE"
-    assert aligned.stdout.splitlines()[-1] == f'  ask it: loopos generate {home / "aligned"} -p "..."'
+    assert aligned.stdout.splitlines()[-1] == f'  generate with it: loopos generate {home / "aligned"} -p "..."'
     assert use_of(str(language_run)).endswith('-p "..." --steps')
     assert trained.exit_code == 0
     assert use_of(str(project / "outputs" / "first")).startswith("predict with it: loopos predict ")

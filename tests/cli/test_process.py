@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from loopos.cli import process
-from loopos.cli.process import GUARD, MEMORY_SETTINGS, OPT_OUT, process_settings, settings_in_force, should_restart
+from loopos.cli.process import MEMORY_SETTINGS, OPT_OUT, RESTARTED, process_settings, settings_in_force, should_restart
 
 on_glibc = pytest.mark.skipif(not process.is_glibc(), reason="the settings are glibc's")
 
@@ -41,7 +41,9 @@ def test_a_process_without_the_settings_restarts() -> None:
 
 
 @on_glibc
-@pytest.mark.parametrize("environment", [{GUARD: ""}, {OPT_OUT: "1"}, {**MEMORY_SETTINGS, "OMP_PROC_BIND": "spread"}])
+@pytest.mark.parametrize(
+    "environment", [{RESTARTED: ""}, {OPT_OUT: "1"}, {**MEMORY_SETTINGS, "OMP_PROC_BIND": "spread"}]
+)
 def test_no_restart(environment: dict[str, str]) -> None:
     assert not should_restart(environment)
 
@@ -60,7 +62,7 @@ def test_settings_in_force_tell_values_and_who_set_them(monkeypatch: pytest.Monk
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
     monkeypatch.setenv("OMP_PROC_BIND", "close")
-    monkeypatch.setenv(GUARD, "OMP_PROC_BIND")
+    monkeypatch.setenv(RESTARTED, "OMP_PROC_BIND")
     assert settings_in_force() == {"MALLOC_TOP_PAD_": "7", "OMP_PROC_BIND": "close", "set_by_loopos": "OMP_PROC_BIND"}
 
 
@@ -73,7 +75,7 @@ def test_the_process_restarts_once_with_the_settings() -> None:
         "process.restart_with_settings()\n"
         "print(json.dumps([os.getpid(), process.settings_in_force(), sys.argv[1:]]))\n"
     )
-    hidden = {*process.REPORTED, GUARD, OPT_OUT, "WORLD_SIZE"}
+    hidden = {*process.REPORTED, RESTARTED, OPT_OUT, "WORLD_SIZE"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     started = subprocess.Popen(
         [sys.executable, "-c", program, "train", "run.json"], env=environment, stdout=subprocess.PIPE, text=True

@@ -42,7 +42,9 @@ def test_prunes_and_tells(invoke: Invoke, language_run: Path, text: Path, tmp_pa
     assert told["before"]["metrics"]["tokens"] == told["after"][0]["metrics"]["tokens"]
     again = invoke("evaluate", tmp_path / "out", text, "--window", 64, "--json")
     assert json.loads(again.stdout)["metrics"]["perplexity"] == pytest.approx(told["after"][0]["metrics"]["perplexity"])
-    assert "zeros alone make a dense product no faster" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "zeros by themselves make a dense product no faster" in (tmp_path / "out" / "report.md").read_text(
+        encoding="utf-8"
+    )
     # The step format and end tokens of the run are still there.
     spoken = invoke("generate", tmp_path / "out", "-p", "a", "--max-new-tokens", 2)
     assert spoken.exit_code == 0, spoken.stderr
@@ -97,7 +99,7 @@ def test_evaluate_on_running_text(
     assert {"perplexity", "loss", "bits_per_byte"} <= set(result.stdout.split())
     plain = invoke("evaluate", language_run, text, "--json")
     assert json.loads(plain.stdout)["metrics"]["window"] == 256
-    assert "--samples: for rows of data" in invoke("evaluate", language_run, text, "--samples", 2).stderr
+    assert "--samples: only for rows" in invoke("evaluate", language_run, text, "--samples", 2).stderr
     assert "window: got 999" in invoke("evaluate", language_run, text, "--window", 999).stderr
     headed = invoke("evaluate", project / "outputs" / "first", text, "--window", 64)
-    assert "--window: for language models" in headed.stderr
+    assert "--window: only for language models" in headed.stderr

@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path, language_r
     runs = {"language": language_run, "head": folder / "classes", "reward": folder / "rewards"}
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loopos.compression.pipeline.GOES", 1)
+        patch.setattr("loopos.compression.pipeline.NUM_RUNS", 1)
         patch.setattr("loopos.compression.pipeline.WRITTEN", 2)
         for kind, run in runs.items():
             made[kind] = folder / f"{kind}-small"
@@ -127,11 +127,11 @@ def test_the_folder_is_exported_as_it_is(kind: str, home: Home, tmp_path: Path, 
     [
         (
             ("--format", "gguf"),
-            "which --format gguf would round a second time; expected the model that it was made from",
+            "--format gguf would round its weights a second time; use the model before quantization",
         ),
-        (("--format", "modelfile"), "which --format modelfile would round a second time"),
-        (("--format", "onnx"), "which --format onnx would round a second time"),
-        (("--format", "adapter"), "which --format adapter would round a second time"),
+        (("--format", "modelfile"), "--format modelfile would round its weights a second time"),
+        (("--format", "onnx"), "--format onnx would round its weights a second time"),
+        (("--format", "adapter"), "--format adapter would round its weights a second time"),
         (("--format", "huggingface", "--type", "bf16"), "--type: got bf16 for"),
     ],
 )

@@ -139,5 +139,5 @@ def test_a_broken_run_does_not_end_the_list(
     result = invoke("runs", "list", tmp_path, "--json")
     assert result.exit_code == 0
     assert [each["run"] for each in json.loads(result.stdout)] == [str(tmp_path / "two")]
-    assert result.stderr.startswith(f"left out: {tmp_path / 'one' / file}")
+    assert result.stderr.startswith(f"skipped: {tmp_path / 'one' / file}")
     assert len(result.stderr.splitlines()) == 1

@@ -26,7 +26,7 @@ from tests.serving.conftest import Server, command, until
     [
         (("--host", "0.0.0.0"), "--host: got 0.0.0.0, which other machines can reach, without an API key"),
         (("--host", "models.example"), "without an API key"),
-        (("--api-key", " "), "--api-key: got a blank key"),
+        (("--api-key", " "), "--api-key: got a blank or non-ASCII key"),
         (("--port", 70000), "--port: got 70000; expected 0"),
         (("--max-rows", 0), "--max-rows: got 0; expected 1 to 4096"),
         (("--max-seconds", "nan"), "--max-seconds: got nan"),

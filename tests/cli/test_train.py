@@ -67,7 +67,7 @@ def test_the_summary_is_short_and_progress_is_on_standard_error(project: Path, i
     assert lines[0].startswith(f"{folder}: 2 steps at ")
     assert lines[0].endswith("stopped at max_steps 2")
     assert f"  predict with it: loopos predict {folder} INPUT" in lines
-    assert lines[1].startswith("  validation of step 2: loss ")
+    assert lines[1].startswith("  validation at step 2: loss ")
     assert "micro_f1" not in lines[1]
     assert len(lines) == 4
     assert "validation at step 2" in result.stderr

@@ -61,9 +61,9 @@ def test_counts_are_exact_and_the_rest_is_left_alone(
     share = keys.get("sparsity", 0.5)
     total = sum(tensor.numel() for tensor in weights.values())
     assert sum(int((tensor == 0).sum()) for tensor in weights.values()) == round(share * total)
-    assert [each.zeros for each in result.after[0].told.zeros] == [
+    assert [each.zeros for each in result.after[0].details.zeros] == [
         sum(int((t == 0).sum()) for n, t in weights.items() if f"{each.kind}." in n)
-        for each in result.after[0].told.zeros
+        for each in result.after[0].details.zeros
     ]
     for name, tensor in weights.items():
         if keys.get("scope") != "global":
@@ -164,14 +164,14 @@ def test_report_recipe_and_curve(pico_folder: Path, text: Path, tmp_path: Path) 
     for pruned in result.after:
         opened = open_model(str(tmp_path / "out" / pruned.name))
         zeros, weights = (sum(getattr(each, name) for each in zeros_of(opened.model)) for name in ("zeros", "weights"))
-        assert zeros == pruned.told.sparsity * weights
+        assert zeros == pruned.details.sparsity * weights
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     whole = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
     assert f"{whole // 4:,} of {whole:,} (25.00%)" in report
     assert f"{whole // 2:,} of {whole:,} (50.00%)" in report
     for measured in (result.before, *(pruned.measured for pruned in result.after)):
         assert f"{measured.metrics['perplexity']:.5g}" in report
-    assert "zeros alone make a dense product no faster" in report
+    assert "zeros by themselves make a dense product no faster" in report
     assert "`self_attn.q_proj` | 2,048 | 1,024 | 50.00%" in report
     assert (tmp_path / "out" / "perplexity.svg").read_text(encoding="utf-8").startswith("<?xml")
     assert read_pruning_recipe(str(tmp_path / "out" / "recipe.json"), []) == recipe
@@ -267,4 +267,4 @@ def test_calibration_rows(text: Path, pico_folder: Path, tmp_path: Path) -> None
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(3)), encoding="utf-8")
     talk = read_calibration(str(file), {}, tokenizer, num_rows=99, num_tokens=20, seed=0)
     assert "where is it?" in tokenizer.decode(talk.ids.flatten())
-    assert f"{len(talk.ids)} rows of 20 tokens, of 99 asked for" in talk.summary
+    assert f"{len(talk.ids)} rows of 20 tokens, of 99 requested" in talk.summary

@@ -100,9 +100,9 @@ def test_the_folder_says_what_the_weights_written_out_say(
     assert sum(name.endswith("_weight_qdata") for name in load_file(tmp_path / "out" / "model.safetensors")) == 16
     [after] = result.after
     assert after.measured.parameters == result.before.parameters == sum(p.numel() for p in model.parameters())
-    assert after.share < (0.75 if method == "int4" else 0.9)
-    assert sum(kind.weights for kind in after.told) == after.measured.parameters
-    assert sum(kind.num_bytes for kind in after.told) == after.measured.weight_bytes
+    assert after.size_ratio < (0.75 if method == "int4" else 0.9)
+    assert sum(kind.weights for kind in after.details) == after.measured.parameters
+    assert sum(kind.num_bytes for kind in after.details) == after.measured.weight_bytes
 
 
 def test_every_door_opens_it(pico_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
     assert all(torch.equal(after[name], before[name].bfloat16()) for name in kept)
     assert "embedding in eight bits" in result.after[0].summary
     assert len([name for name in after if name.endswith("_weight_qdata")]) == 13
-    with pytest.raises(UserError, match=r"keep: got \*\.mlp, which meets no layer"):
+    with pytest.raises(UserError, match=r"keep: got \*\.mlp, which matches no layer"):
         Quantizer(recipe_of(pico_folder, "int8", keep=["*.mlp"])).quantize(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -152,8 +152,8 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
 def test_a_group_that_does_not_fit_leaves_eight_bits(pico_folder: Path, tmp_path: Path) -> None:
     """32 inputs are no group of 64; the 64 of the MLP's last layer are."""
     result = Quantizer(recipe_of(pico_folder, "int4", group_size=64)).quantize(tmp_path / "out")
-    assert any("12 of them in eight bits, since a group of 64" in sentence for sentence in result.after[0].summary)
-    assert {kind.name: kind.layers for kind in result.after[0].told}["linear layers, 4 bits, groups of 64"] == 2
+    assert any("12 of them in eight bits, because a group of 64" in sentence for sentence in result.after[0].summary)
+    assert {kind.name: kind.layers for kind in result.after[0].details}["linear layers, 4 bits, groups of 64"] == 2
 
 
 def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> 
     model = open_model(str(tmp_path / "out"), quantized=True).model
     assert model.lm_head._weight_qdata is model.model.embed_tokens._weight_qdata
     stays = Quantizer(recipe_of(tmp_path / "tied", "int8", keep=["lm_head"])).quantize(tmp_path / "kept")
-    assert "embedding and output layer share one weight, and stay as they are" in stays.after[0].summary
+    assert "embedding and output layer share one weight, and are not quantized" in stays.after[0].summary
 
 
 def test_gpt2_and_a_classifier(text: Path, tmp_path: Path, pico_tokenizer: Path) -> None:
@@ -203,14 +203,14 @@ def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None
     result = Quantizer(recipe_of(pico_folder, "int8")).quantize(tmp_path / "out")
     [after] = result.after
     told = replace(after, rates=[Rate("reading", 10, 8, 0.8), Rate("writing", 9, 12, 1.3)])
-    assert told.verdict.startswith("no success where speed counts")
+    assert told.verdict.startswith("no success for speed")
     assert told.verdict.endswith("slower than before on this machine in reading (×0.80)")
     fine = replace(after, rates=[Rate("reading", 10, 9.8, 0.98)])
     assert "reading as fast (×0.98)" in fine.verdict
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert f"**{after.verdict}**" in report
     assert f"{after.measured.weight_bytes / 1e6:,.1f}" in report
-    assert "nothing was measured but size and speed" in report
+    assert "only size and speed were measured" in report
     assert read_quantization_recipe(str(tmp_path / "out" / "recipe.json"), []) == recipe_of(pico_folder, "int8")
 
 

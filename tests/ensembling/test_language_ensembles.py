@@ -14,7 +14,7 @@ from pico_runs import class_rows, config_of, train, write_jsonl
 
 import loopos
 from loopos.config.diagnostics import UserError
-from loopos.ensembling.heads import EnsembleSettings, Joined, join
+from loopos.ensembling.heads import EnsembleResult, EnsembleSettings, combine
 from loopos.evaluation.predictor import EnsemblePredictor
 from loopos.models.folders import open_task_model
 
@@ -49,8 +49,8 @@ def labelled(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "held_out.jsonl", class_rows(21, ("a", "b", "c")))
 
 
-def made(members: list[str], out: Path, **settings: Any) -> Joined:
-    return join(members, out, EnsembleSettings(**settings))
+def made(members: list[str], out: Path, **settings: Any) -> EnsembleResult:
+    return combine(members, out, EnsembleSettings(**settings))
 
 
 def probabilities(source: str | Path) -> Any:
@@ -85,9 +85,9 @@ def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: 
     # The fitted mixture is no worse than any member, nor than the plain mean, on the rows that it was fitted on.
     made(members, tmp_path / "mean")
     plain = EnsemblePredictor.open(tmp_path / "mean").evaluate_file(str(tmp_path / "fit.jsonl"))["log_loss"]
-    best = min(*(alone["log_loss"] for alone in measured.alone), plain)
+    best = min(*(alone["log_loss"] for alone in measured.by_member), plain)
     assert measured.together["log_loss"] <= best + 1e-9
-    assert "flatters" in (tmp_path / "all" / "report.md").read_text()
+    assert "optimistic" in (tmp_path / "all" / "report.md").read_text()
 
 
 def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_path: Path, labelled: Path) -> None:
@@ -98,10 +98,10 @@ def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_p
         assert again == measured.together
         assert again["rows"] == 21
         assert sum(map(sum, again["confusion"])) == 21
-        for place, alone in zip(members, measured.alone, strict=True):
+        for place, alone in zip(members, measured.by_member, strict=True):
             single = loopos.load(place).evaluate_file(str(labelled))
             assert alone == {name: single[name] for name in alone}
-        assert measured.mean["accuracy"] == pytest.approx(sum(a["accuracy"] for a in measured.alone) / 3)
+        assert measured.mean["accuracy"] == pytest.approx(sum(a["accuracy"] for a in measured.by_member) / 3)
         report = (tmp_path / method / "report.md").read_text()
         assert "| mean of the members |" in report
         assert "| **ensemble** |" in report
@@ -167,7 +167,7 @@ def test_a_member_that_is_gone_is_told(members: list[str], tmp_path: Path) -> No
     shutil.copytree(members[0], tmp_path / "mine")
     made([members[1], str(tmp_path / "mine")], tmp_path / "all")
     shutil.rmtree(tmp_path / "mine")
-    with pytest.raises(UserError, match="mine/model is gone"):
+    with pytest.raises(UserError, match="mine/model is missing"):
         loopos.load(tmp_path / "all")
 
 
@@ -183,17 +183,17 @@ def test_what_cannot_be_joined_is_refused(
 ) -> None:
     out = tmp_path / "out"
     other = fine_tuned(tmp_path / "other", pico_folder, class_rows(18, ("a", "b", "d")), 1)
-    check_refused(r"other labels than .*: d here alone, c there alone", [members[0], other], out)
+    check_refused(r"other labels than .*: d only here, c only there", [members[0], other], out)
     check_refused("of task regression, .* of task classification", [members[0], regressors[0]], out)
     check_refused("got 1 model", members[:1], out)
-    check_refused("given twice", [members[0], members[0]], out)
+    check_refused("occurs twice", [members[0], members[0]], out)
     check_refused("--method: got median", members, out, method="median")
-    check_refused("expected --fit DATA", members, out, method="weighted")
+    check_refused("add --fit DATA", members, out, method="weighted")
     check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))
     check_refused("expected one of mean, weighted", regressors, out, method="majority")
     check_refused("no trained model here", [members[0], str(tmp_path)], out)
     made(members[:2], tmp_path / "pair")
-    check_refused("an ensemble already", [str(tmp_path / "pair"), members[2]], out)
+    check_refused("already an ensemble", [str(tmp_path / "pair"), members[2]], out)
     check_refused("is there already", members, tmp_path / "pair")
 
 

@@ -111,7 +111,12 @@ def test_what_a_checker_returns_and_raises(monkeypatch: pytest.MonkeyPatch) -> N
     samples = [Sample("<think>\na\n</think>\n7", 5, True)]
     with pytest.raises(UserError) as told:
         judge(
-            samples, "8", {}, step_format=NAMED_FORMATS["think"], checker=checker("own_checks:own"), place="t.jsonl:3"
+            samples,
+            "8",
+            {},
+            step_format=NAMED_FORMATS["think"],
+            checker=checker("own_checks:own"),
+            location="t.jsonl:3",
         )
     first, second = str(told.value).splitlines()
     assert first.startswith("t.jsonl:3: checker own_checks:own: raised KeyError at ")

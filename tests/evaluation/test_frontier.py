@@ -85,5 +85,5 @@ def test_equal_points_give_equal_text() -> None:
 def test_without_a_finite_point_there_is_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="0 points"):
         frontier_svg([])
-    with pytest.raises(ValueError, match="1 points and none finite"):
+    with pytest.raises(ValueError, match="1 points, none of them finite"):
         frontier_svg([FrontierPoint("lost", math.nan, math.inf)])

@@ -15,7 +15,7 @@ from loopos.evaluation.policy_metrics import (
     best_of_n_expected,
     best_of_n_kl,
     distinct_n,
-    end_share,
+    eos_rate,
     explained_variance,
     length_mean,
     repetition,
@@ -44,8 +44,8 @@ def test_repetition_by_hand() -> None:
 def test_lengths_and_ends_by_hand() -> None:
     responses = [[3, 9], [9, 3, 3, 3], [], [3, 3, 3, 8]]
     assert length_mean(responses) == 10 / 4
-    assert end_share(responses, {9}) == 1 / 4
-    assert end_share(responses, {8, 9}) == 2 / 4
+    assert eos_rate(responses, {9}) == 1 / 4
+    assert eos_rate(responses, {8, 9}) == 2 / 4
 
 
 @pytest.mark.parametrize(("wins", "games"), [(0, 10), (10, 10), (7, 9), (1, 1), (480, 1000)])
@@ -120,18 +120,18 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="no responses"):
         repetition([])
     with pytest.raises(ValueError, match="no responses"):
-        end_share([], {1})
-    with pytest.raises(ValueError, match="0 tokens"):
+        eos_rate([], {1})
+    with pytest.raises(ValueError, match="n of 0"):
         distinct_n([[1]], 0)
-    with pytest.raises(ValueError, match="2 scores of ours for 3"):
+    with pytest.raises(ValueError, match="2 scores for 3"):
         win_rate([1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match="theirs: 1 of 1 values are nan"):
+    with pytest.raises(ValueError, match="baseline: 1 of 1 values are nan"):
         win_rate([1], [math.nan])
     with pytest.raises(ValueError, match="2 values for 1 returns"):
         explained_variance([1, 2], [1])
-    with pytest.raises(ValueError, match="0 given"):
+    with pytest.raises(ValueError, match="got 0;"):
         best_of_n_kl(0)
-    with pytest.raises(ValueError, match="best of 3 asked of 2 samples"):
+    with pytest.raises(ValueError, match="got 3 with 2 samples"):
         best_of_n_expected([[1, 2]], 3)
     for successes, trials in ((0, 0), (3, 2), (-1, 2)):
         with pytest.raises(ValueError, match="at least one trial"):

@@ -79,7 +79,7 @@ def test_curves_go_by_the_iterations_that_the_policy_had_been_trained_for(
         "validation": [(0.0, -0.95), (2.0, -0.7)],
     }
     # The mean over an iteration's updates: 0.1 and 0.3, 0.5 and 0.7, 0.2.
-    clipped = drawn["panels"]["Clipped share"]["training"]
+    clipped = drawn["panels"]["Clipped fraction"]["training"]
     assert [place for place, _ in clipped] == [0.0, 1.0, 2.0]
     assert [value for _, value in clipped] == pytest.approx([0.2, 0.6, 0.2])
     assert "Judge" not in drawn["panels"]
@@ -93,7 +93,7 @@ def test_every_guard_is_accounted_for(run: Path) -> None:
         "| guards.entropy_share | entropy at least 0.9 of its start | step 2: 1.5, limit 1.8 |",
         "| guards.length_ratio | mean length within a factor of 2 of its start | never |",
         "| guards.judge_drop | off |  |",
-        "An alarm ends the run.",
+        "An alert ends the run.",
         "Step 2: entropy 1.5 fell below 90% of its start (2).",
     ):
         assert expected in lines, expected

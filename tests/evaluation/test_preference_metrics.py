@@ -201,15 +201,15 @@ def test_reliability_is_symmetric_and_counts_every_pair_twice() -> None:
 @pytest.mark.parametrize(
     ("actual", "summary"),
     [
-        ({"better": [], "worse": []}, "better: no rows"),
+        ({"better": [], "worse": []}, "better: got no rows"),
         ({"better": [1, math.inf], "worse": [1, 2]}, "better: 1 of 2 values are nan or inf"),
-        ({"better": [1, 2], "worse": [1]}, "worse: 1 values for 2 pairs"),
+        ({"better": [1, 2], "worse": [1]}, "worse: got 1 values for 2 pairs"),
         ({"better": [[1]], "worse": [[1]]}, "expected 1 axes"),
         ({"better": [1], "worse": [1], "probabilities": [1.5]}, "expected 0 to 1"),
-        ({"better": [1], "worse": [1], "probabilities": [1, 1]}, "probabilities: 2 values for 1 pairs"),
-        ({"better": [1], "worse": [1], "margins": [1, 2]}, "margins: 2 values for 1 pairs"),
-        ({"better": [1], "worse": [1], "better_lengths": [1]}, "lengths of one side alone"),
-        ({"better": [1], "worse": [1], "better_lengths": [1], "worse_lengths": [1, 2]}, "worse_lengths: 2 values"),
+        ({"better": [1], "worse": [1], "probabilities": [1, 1]}, "probabilities: got 2 values for 1 pairs"),
+        ({"better": [1], "worse": [1], "margins": [1, 2]}, "margins: got 2 values for 1 pairs"),
+        ({"better": [1], "worse": [1], "better_lengths": [1]}, "lengths: got one side only"),
+        ({"better": [1], "worse": [1], "better_lengths": [1], "worse_lengths": [1, 2]}, "worse_lengths: got 2 values"),
     ],
 )
 def test_bad_input_is_refused(actual: dict[str, Any], summary: str) -> None:
@@ -221,5 +221,5 @@ def test_bad_edges_and_bins_are_refused() -> None:
     for edges, summary in (([2, 1], "ascending"), ([1, 1], "ascending"), ([math.nan], "nan or inf"), ([], "no rows")):
         with pytest.raises(ValueError, match=summary):
             margin_buckets([1], [0], [1], edges=edges)
-    with pytest.raises(ValueError, match="0 bins"):
+    with pytest.raises(ValueError, match="bins: got 0"):
         reliability([1], [0], bins=0)

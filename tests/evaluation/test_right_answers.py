@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from math_verify_differences import DIFFERENCES
 
 from loopos.data.step_format import NAMED_FORMATS
-from loopos.evaluation.answers import automatic, boxed, choice, exact, normalise, numeric, quantity, vote_key
+from loopos.evaluation.answers import automatic, boxed, choice, exact, normalize, numeric, quantity, vote_key
 from loopos.evaluation.checkers import checker
 
 
@@ -30,7 +30,7 @@ from loopos.evaluation.checkers import checker
     ],
 )
 def test_normal_forms(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert normalize(text) == expected
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -86,7 +86,7 @@ def test_runs_are_found_below_and_not_inside_one_another(tmp_path: Path) -> None
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_run(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_runs(tmp_path / "absent")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loopos.evaluation.run_folder import ending, outcome_of
+from loopos.evaluation.run_folder import end_reason, outcome_of
 
 
 def event(kind: str, step: int | None, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -126,4 +126,4 @@ def test_the_true_cause_of_the_end_is_named(
 ) -> None:
     earlier = [judged(), event("end", 2, {"stopped_by": "SIGTERM"})]
     events = [*earlier, judged(**facts), ALERT, *([event("end", 4, {"stopped_by": stopped_by})] if stopped_by else [])]
-    assert ending({"training": training}, events) == expected
+    assert end_reason({"training": training}, events) == expected

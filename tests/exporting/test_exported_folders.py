@@ -214,7 +214,7 @@ def test_shards_are_read_one_tensor_at_a_time(pico_folder: Path, tmp_path: Path)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     seen: list[tuple[int, int, str]] = []
     settings = ExportSettings(format="huggingface", check=False)
-    export(str(tmp_path / "shards"), tmp_path / "out", settings, tell=lambda *told: seen.append(told))
+    export(str(tmp_path / "shards"), tmp_path / "out", settings, on_progress=lambda *told: seen.append(told))
     names = list(folder_tensors(tmp_path / "shards"))
     assert sorted(name for _, _, name in seen[:-1]) == sorted(names)
     assert [done for done, _, _ in seen] == [*range(len(names)), len(names)]
@@ -314,7 +314,7 @@ def test_a_push_sends_the_finished_folder(pico_folder: Path, tmp_path: Path) -> 
 def test_a_push_that_fails_leaves_the_folder_and_says_so(pico_folder: Path, tmp_path: Path) -> None:
     hub = FakeHub(OSError("no route to host"))
     settings = ExportSettings(format="huggingface", push="owner/name", check=False)
-    with pytest.raises(MissingRequirement, match=r"no route to host; the export itself is whole in"):
+    with pytest.raises(MissingRequirement, match=r"no route to host; the export itself is complete in"):
         export(str(pico_folder), tmp_path / "out", settings, client=lambda: hub)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -381,7 +381,7 @@ def test_a_killed_export_leaves_no_half_folder(pico_folder: Path, tmp_path: Path
             if done == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        status = in_a_child(partial(export, str(pico_folder), out, settings, tell=die), None)
+        status = in_a_child(partial(export, str(pico_folder), out, settings, on_progress=die), None)
         assert status == -signal.SIGKILL
         assert not out.exists()
         assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == [".out.partial"]
@@ -399,7 +399,7 @@ def test_the_embedded_base_is_named_by_its_home(tmp_path: Path, pico_folder: Pat
     from loopos.exporting.model_card import model_card
 
     model = dataclasses.replace(find_model(str(pico_folder)), description={"pretrained_weights": "smollm2-135m"})
-    card = model_card(model, title="x", file="", output_format="huggingface", type_name="f32", licence=None)
+    card = model_card(model, title="x", file="", output_format="huggingface", type_name="f32", license=None)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "apache-2.0"
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -222,7 +222,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path, pico_
     from transformers import GPT2Config, MistralConfig
 
     gpt2 = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    assert "architecture gpt2 is not exported" in refused(saved(gpt2, tmp_path / "gpt2", pico_tokenizer), tmp_path)
+    assert "architecture gpt2 cannot be exported" in refused(saved(gpt2, tmp_path / "gpt2", pico_tokenizer), tmp_path)
     scaled = LlamaConfig(**TINY, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
     assert "rope_type linear" in refused(saved(scaled, tmp_path / "scaled", pico_tokenizer), tmp_path)
     biased = LlamaConfig(**TINY, attention_bias=True)
@@ -277,8 +277,8 @@ def test_the_pre_tokenizer_is_found_by_what_it_does(pico_folder: Path, tmp_path:
         (lambda d: d["model"].update(byte_fallback=True), "SentencePiece"),
         (lambda d: d.update(normalizer={"type": "Lowercase"}), "Lowercase"),
         (lambda d: d["model"].update(ignore_merges=True), "ignore_merges"),
-        (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "bytes"),
-        (lambda d: d["added_tokens"][0].update(lstrip=True), "takes spaces"),
+        (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "byte-level"),
+        (lambda d: d["added_tokens"][0].update(lstrip=True), "strips spaces"),
     ],
 )
 def test_a_tokenizer_without_a_name_is_refused(change: Any, told: str, pico_folder: Path, tmp_path: Path) -> None:
@@ -311,4 +311,4 @@ def test_numbers_that_f16_cannot_hold_are_refused(pico_folder: Path, tmp_path: P
         model.model.embed_tokens.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(pico_folder).save_pretrained(tmp_path / "model")
-    assert "f16 cannot" in refused(tmp_path / "model", tmp_path)
+    assert "too large for f16" in refused(tmp_path / "model", tmp_path)

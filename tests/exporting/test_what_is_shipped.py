@@ -68,7 +68,7 @@ def test_an_exact_export_that_differs_leaves_nothing(
         return tensor + 0.02 if name.endswith("0.mlp.up_proj.weight") else tensor
 
     spoiled(monkeypatch, change)
-    with pytest.raises(ExportDiffers, match="another model than the one it was made from") as told:
+    with pytest.raises(ExportDiffers, match="the export differs from the original model") as told:
         shipped(chatting, tmp_path / "out", type="f32")
     assert told.value.exit_code == 1
     assert "outputs differ by up to" in str(told.value)
@@ -88,7 +88,7 @@ def test_an_export_with_another_template_leaves_nothing(
 
     monkeypatch.setattr(hugging_face, "write_hugging_face", other)
     with pytest.raises(
-        ExportDiffers, match=r"tokens of the chat template, expected \d+; the first other one is number"
+        ExportDiffers, match=r"tokens of the chat template, expected \d+; the first difference is at token"
     ):
         shipped(chatting, tmp_path / "out", type="f32")
     assert not (tmp_path / "out").exists()
@@ -97,13 +97,13 @@ def test_an_export_with_another_template_leaves_nothing(
 def test_a_lossy_export_below_its_share_warns() -> None:
     """Its files stay; the command ends with a code of its own."""
     far, near = Check(3.0, 2.0, 0.42, texts=("greedy",)), Check(0.1, 2.0, 0.95)
-    assert "q4_0 says other things than the model: the likeliest token is the same in 42.0%" in judge(far, "q4_0", "m")
+    assert "q4_0 changes the model's predictions: the top prediction is the same at 42.0%" in judge(far, "q4_0", "m")
     assert judge(near, "q8_0", "m") == ""
-    assert "in 68.5% of places, expected at least 80%; take a wider" in judge(replace(far, same=0.685), "q4_0", "m")
+    assert "at 68.5% of positions, expected at least 80%; use a wider" in judge(replace(far, same=0.685), "q4_0", "m")
     assert judge(replace(far, same=0.8), "q4_0", "m") == ""
     assert judge(replace(far, diagnostics=("any",)), "q8_0", "m")
     assert judge(far, "f16", "m") == ""
-    with pytest.raises(ExportDiffers, match="m: the export is another model"):
+    with pytest.raises(ExportDiffers, match="m: the export differs from the original model"):
         judge(replace(near, diagnostics=("outputs differ",)), "f16", "m")
 
 
@@ -129,7 +129,7 @@ def test_what_llama_cpp_may_and_may_not_differ_by(chatting: Path) -> None:
     [diagnostic] = compared_with_llama_cpp(own, best, replace(answer, num_prompt=3), 0.01)[1]
     assert "llama.cpp makes 3 tokens of the prompt" in diagnostic
     [diagnostic] = compared_with_llama_cpp(own, best, replace(answer, text="no"), 0.01)[1]
-    assert "llama.cpp writes 'no'; expected a text that begins with" in diagnostic
+    assert "llama.cpp writes 'no'; expected a text that starts with" in diagnostic
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from loopos.compression.solvers import (
     DAMPING,
-    kept_above,
-    kept_of_all,
-    kept_of_groups,
-    kept_of_many,
-    kept_of_rows,
+    global_threshold,
+    keep_above,
+    keep_highest,
+    keep_highest_in_groups,
+    keep_highest_in_rows,
     magnitude_scores,
     num_zeros,
     sparse_gpt,
@@ -24,8 +24,8 @@ WEIGHT = torch.tensor([[1.0, -4.0, 2.0, -3.0], [-8.0, 0.5, 7.0, 6.0]])
 
 
 def test_magnitude_by_hand() -> None:
-    assert kept_of_all(magnitude_scores(WEIGHT), 3).tolist() == [[False, True, False, True], [True, False, True, True]]
-    assert kept_of_rows(magnitude_scores(WEIGHT), 2).tolist() == [
+    assert keep_highest(magnitude_scores(WEIGHT), 3).tolist() == [[False, True, False, True], [True, False, True, True]]
+    assert keep_highest_in_rows(magnitude_scores(WEIGHT), 2).tolist() == [
         [False, True, False, True],
         [True, False, True, False],
     ]
@@ -35,18 +35,18 @@ def test_wanda_by_hand() -> None:
     """‖X‖ = 10, 1, 1, 3: in row 0 the scores are 10, 4, 2, 9; in row 1 they are 80, 0.5, 7, 18."""
     scores = wanda_scores(WEIGHT, torch.tensor([100.0, 1.0, 1.0, 9.0]))
     assert scores.tolist() == [[10, 4, 2, 9], [80, 0.5, 7, 18]]
-    assert kept_of_rows(scores, 2).tolist() == [[True, False, False, True], [True, False, False, True]]
+    assert keep_highest_in_rows(scores, 2).tolist() == [[True, False, False, True], [True, False, False, True]]
 
 
 def test_equal_scores_lose_the_first() -> None:
-    assert kept_of_all(torch.ones(2, 3), 4).tolist() == [[False] * 3, [False, True, True]]
-    assert kept_of_rows(torch.ones(2, 3), 1).tolist() == [[False, True, True]] * 2
+    assert keep_highest(torch.ones(2, 3), 4).tolist() == [[False] * 3, [False, True, True]]
+    assert keep_highest_in_rows(torch.ones(2, 3), 1).tolist() == [[False, True, True]] * 2
 
 
 def test_groups_by_hand() -> None:
-    kept = kept_of_groups(torch.tensor([[1.0, 5, 3, 4, 9, 8, 7, 6]]), 2, 4)
+    kept = keep_highest_in_groups(torch.tensor([[1.0, 5, 3, 4, 9, 8, 7, 6]]), 2, 4)
     assert kept.tolist() == [[False, True, False, True, True, True, False, False]]
-    assert kept_of_groups(torch.tensor([[1.0, 5, 3, 4, 9, 8, 7, 6]]), 4, 8).sum() == 4
+    assert keep_highest_in_groups(torch.tensor([[1.0, 5, 3, 4, 9, 8, 7, 6]]), 4, 8).sum() == 4
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 1 / 3, 0.5, 0.777, 1.0])
@@ -54,8 +54,8 @@ def test_counts_are_exact(sparsity: float) -> None:
     scores = torch.rand(13, 29, generator=torch.Generator().manual_seed(1))
     zeros = num_zeros(scores.numel(), sparsity)
     assert abs(zeros - sparsity * scores.numel()) <= 0.5
-    assert (~kept_of_all(scores, zeros)).sum() == zeros
-    assert (~kept_of_rows(scores, 11)).sum(1).tolist() == [11] * 13
+    assert (~keep_highest(scores, zeros)).sum() == zeros
+    assert (~keep_highest_in_rows(scores, 11)).sum(1).tolist() == [11] * 13
 
 
 @pytest.mark.parametrize("zeros", [1, 2, 50, 77, 149, 150])
@@ -63,12 +63,12 @@ def test_a_threshold_over_many_is_that_of_all_of_them_together(zeros: int) -> No
     draw = torch.Generator().manual_seed(2)
     matrices = [torch.randn(size, generator=draw).abs() for size in ((5, 10), (10, 5), (7, 7))]
     matrices.append(matrices[0][0, :1].clone())  # an equal score elsewhere
-    threshold, at_threshold = kept_of_many([lambda m=m: m for m in matrices], zeros)  # type: ignore[misc]
+    threshold, at_threshold = global_threshold([lambda m=m: m for m in matrices], zeros)  # type: ignore[misc]
     together = torch.cat([m.flatten() for m in matrices]).sort().values
     assert threshold == float(together[zeros - 1])
     gone = 0
     for matrix in matrices:
-        kept, at_threshold = kept_above(matrix, threshold, at_threshold)
+        kept, at_threshold = keep_above(matrix, threshold, at_threshold)
         assert bool((matrix[~kept] <= threshold).all())
         gone += int((~kept).sum())
     assert gone == zeros
@@ -135,7 +135,7 @@ def test_sparse_gpt_with_unrelated_inputs_is_magnitude() -> None:
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
     for products in (torch.eye(12), torch.zeros(12, 12)):
         found, kept = sparse_gpt(weight, products, sparsity=0.4)
-        assert torch.equal(kept, kept_of_all(weight.abs(), 24))
+        assert torch.equal(kept, keep_highest(weight.abs(), 24))
         assert torch.equal(found, weight * kept)
 
 
@@ -146,7 +146,7 @@ def test_each_method_leaves_less_error_than_the_simpler_one(sparsity: float) -> 
     products, zeros = inputs @ inputs.T, num_zeros(192, sparsity)
     surgery, kept = sparse_gpt(weight, products, sparsity=sparsity)
     assert int((~kept).sum()) == num_zeros(weight.numel(), sparsity)
-    wanda = weight * kept_of_rows(wanda_scores(weight, products.diagonal()), zeros)
-    magnitude = weight * kept_of_rows(weight.abs(), zeros)
+    wanda = weight * keep_highest_in_rows(wanda_scores(weight, products.diagonal()), zeros)
+    magnitude = weight * keep_highest_in_rows(weight.abs(), zeros)
     errors = [float(((weight - pruned) @ inputs).norm()) for pruned in (surgery, wanda, magnitude)]
     assert errors[0] < errors[1] < errors[2]

@@ -65,7 +65,7 @@ def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) 
     result = run("linear", [pico_folder, pico_folder], tmp_path / "out", evaluate=[str(data)])
     [measured] = result.measured
     assert [values["dropped_rows"] for values in measured.values.values()] == [2.0, 2.0]
-    summary = f"{data}: 2 rows are over the positions of result"
+    summary = f"{data}: 2 rows exceed the positions of result"
     assert any(sentence.startswith(summary) for sentence in result.notes)
     assert summary in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     short = tmp_path / "short.jsonl"
@@ -89,7 +89,7 @@ def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=False)
     own, head = (load_file(each / "head.safetensors")["weight"] for each in (trained / "model", tmp_path / "out"))
     torch.testing.assert_close(head, own)
-    assert "averaged, since the base has none: head.weight" in (tmp_path / "out" / "report.md").read_text()
+    assert "averaged, because the base lacks them: head.weight" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -114,7 +114,7 @@ def test_a_classifier_and_a_language_model_share_their_layers(
     assert list(measured.values) == [str(classifiers[0]), "result"]
     head = load_file(classifiers[0] / "model" / "head.safetensors")["weight"]
     torch.testing.assert_close(load_file(labelled / "head.safetensors")["weight"], head)
-    assert any("a language model: what it says tokens with is left out" in each for each in result.notes)
+    assert any("a language model: its output embedding is ignored" in each for each in result.notes)
     one, two = tensors_of(labelled), tensors_of(spoken)
     for name in one.keys() - {"score.weight"}:
         torch.testing.assert_close(two[name], one[name], msg=name)
@@ -130,7 +130,7 @@ def test_a_classifier_and_a_language_model_share_their_layers(
 def test_a_soup_needs_models_of_one_kind(
     classifiers: list[Path], pico_folder: Path, held_out: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="no metric chooses between them"):
+    with pytest.raises(UserError, match="no metric compares them"):
         run("greedy_soup", [classifiers[0], pico_folder], tmp_path / "out", validation_data=held_out)
 
 
@@ -165,7 +165,7 @@ def test_a_greedy_soup_is_never_worse_than_its_best_model(
     assert len(result.trials) == 3
     assert 0 not in result.trials[-1].members
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
-    assert "left out" in (tmp_path / "out" / "report.md").read_text()
+    assert "rejected" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(UserError, match="metric: got bleu"):
         run("greedy_soup", classifiers, tmp_path / "more", validation_data=held_out, metric="bleu")
 
@@ -223,7 +223,7 @@ def test_adapters_into_the_base_and_with_each_other(pico_folder: Path, tmp_path:
         torch.testing.assert_close(tensor, exact[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match='got "adapter" with ties'):
         recipe_of("ties", [one, two], tmp_path / "out", result="adapter")
-    with pytest.raises(UserError, match="no adapter folder"):
+    with pytest.raises(UserError, match="not an adapter folder"):
         run("linear", [one, pico_folder], tmp_path / "out", result="adapter")
 
 

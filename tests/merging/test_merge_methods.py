@@ -230,7 +230,7 @@ def test_the_size_of_pieces_changes_nothing(method: str, monkeypatch: pytest.Mon
     parameters = Parameters(density=0.5, epsilon=0.2, drop_smallest=0.4, drop_largest=0.1)
     found = []
     for piece in (2**20, 256):
-        monkeypatch.setattr(methods, "PIECE", piece)
+        monkeypatch.setattr(methods, "CHUNK", piece)
         tensors = [random(64, 16, seed=1), random(64, 16, seed=2)]
         found.append(merged(method, tensors, [1, 2], parameters, base=random(64, 16), draws=draws))
     close(found[0], found[1])

@@ -14,7 +14,7 @@ from loopos.config.reward_model import RewardModelConfig
 from loopos.data.batches import ComparisonRows
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
-from loopos.evaluation.reward_predictor import Normalisation, raw_scores
+from loopos.evaluation.reward_predictor import Normalization, raw_scores
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.models.backbone import Backbone
 from loopos.models.folders import open_reward_model
@@ -88,7 +88,7 @@ def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_
     assert validations[-1]["loss"] < 0.2 < validations[0]["loss"]
     opened = open_reward_model(tmp_path / "run")
     responses = [[*row.prompt, *response] for row in method.train_rows for response in row.responses]
-    scores = Normalisation.read(opened.description)(raw_scores(opened.model, responses, torch.device("cpu")))
+    scores = Normalization.read(opened.description)(raw_scores(opened.model, responses, torch.device("cpu")))
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
     told = events_of(tmp_path / "run", "preferences")[0]
@@ -119,7 +119,7 @@ def test_adapters_or_the_head_train_alone(trainable: str, tmp_path: Path, pico_f
 def test_an_ensemble_has_heads_that_differ_and_a_spread_that_is_taken_off(tmp_path: Path, pico_folder: Path) -> None:
     trained(reward_config(tmp_path / "run", pico_folder, reward={"heads": 3}, training={"num_epochs": 1}))
     opened = open_reward_model(tmp_path / "run")
-    normalise = Normalisation.read(opened.description)
+    normalise = Normalization.read(opened.description)
     assert len(normalise.mean) == 3
     raw = raw_scores(opened.model, [[5, 6, 7, 2], [8, 9, 2]], torch.device("cpu"))
     assert raw.shape == (2, 3)

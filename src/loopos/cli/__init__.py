@@ -1,1 +1,1 @@
-"""The command line: the table of commands, and one small module a command."""
+"""The command line: the table of commands, and one small module per command."""

@@ -1,7 +1,6 @@
-"""Answers on standard output: aligned tables for people, one JSON value for scripts.
+"""Command output: aligned tables for people, one JSON value for scripts.
 
-Enters: rows of values, or a JSON value. Leaves: text. Plain text and no box drawing, so that an answer reads the same
-on a terminal, in a file and in a pipe.
+Plain text without box drawing reads the same on a terminal, in a file and in a pipe.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from loopos.storage.json_files import json_text
 
 
 def say(text: str = "") -> None:
-    """`text` on standard output; control characters in it are shown, not obeyed."""
+    """Prints `text` to standard output; control characters are shown, not interpreted."""
     typer.echo(printable(text))
 
 
 def say_json(value: object) -> None:
-    """`value` as JSON on standard output; nan and infinity, which JSON lacks, become null."""
+    """Prints `value` as JSON to standard output; nan and infinity, which JSON lacks, become null."""
     typer.echo(json_text(_finite(value), allow_nan=False, indent=2))
 
 
@@ -34,13 +33,13 @@ def json_lines(values: Iterable[object]) -> str:
 
 
 def write(text: str) -> None:
-    """`text` on standard output at once, without a line end: as it is into a file or pipe, as `say` on a terminal."""
+    """Writes `text` to standard output at once, without a newline; on a terminal control characters are shown."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), indent: str = "  ") -> str:
-    """`rows` as aligned columns: numbers to the right, all else to the left."""
+    """`rows` as aligned columns: numbers right-aligned, everything else left-aligned."""
     lines = [[shown(cell) for cell in row] for row in rows]
     if not lines:
         return ""
@@ -60,7 +59,7 @@ def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), indent:
 
 
 def confusion_table(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
-    """Counts with the true class in rows; columns are the predicted classes, by number to stay narrow."""
+    """A confusion matrix with the true class in rows; columns show class numbers to stay narrow."""
     lines = [["true class", "", *(str(number) for number in range(len(class_names)))]]
     for number, (name, counts) in enumerate(zip(class_names, matrix, strict=True)):
         lines.append([name, str(number), *(str(count) if count else "·" for count in counts)])
@@ -72,7 +71,7 @@ def confusion_table(class_names: Sequence[str], matrix: Sequence[Sequence[int]])
 
 
 def shown(value: object) -> str:
-    """A cell: four significant digits of a float, whole numbers grouped, nothing for None."""
+    """A table cell: floats with four significant digits, integers with thousands separators, empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool):

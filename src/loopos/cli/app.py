@@ -1,7 +1,4 @@
-"""The entry of `loopos` and `python -m loopos`.
-
-Enters: the words of the command line. Leaves: the exit code. The commands themselves are in `commands`.
-"""
+"""The entry point of `loopos` and `python -m loopos`."""
 
 from __future__ import annotations
 
@@ -10,14 +7,15 @@ import sys
 
 
 def main() -> None:
-    """Runs the command that the process was started with, and exits with its code."""
-    # The search for plugins reads the metadata of every installed package: a tenth of the time to a config's faults.
+    """Runs the requested command and exits with its code."""
+    # Searching for plugins reads the metadata of every installed package: a tenth of the time to a config's first
+    # error.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Several processes are bound to cores otherwise: `train` restarts each of them.
-    if sys.argv[1:2] == ["train"] and not any(word.startswith("--nproc") for word in sys.argv):
+    # `train --nproc` starts processes that are bound to cores; each of them restarts itself.
+    if sys.argv[1:2] == ["train"] and not any(argument.startswith("--nproc") for argument in sys.argv):
         from loopos.cli.process import restart_with_settings
 
-        # At once, and not after the checks: the rows that they read are those that training takes.
+        # Restart before the checks, so that rows read by the checks are those that training uses.
         restart_with_settings()
     from loopos.cli.commands import app
 

@@ -1,8 +1,4 @@
-"""A bar of progress on a terminal, lines elsewhere.
-
-Enters: things done and in all, sentences. Leaves: text on standard error. Left out: the bar of a training
-(`training.progress`).
-"""
+"""A progress bar on a terminal, progress lines elsewhere; both on standard error."""
 
 from __future__ import annotations
 
@@ -16,10 +12,10 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 class Bar:
-    """`with Bar("blocks") as bar:` shows `bar.progress(done, whole)`; what is counted is named once."""
+    """`with Bar("blocks") as bar:` shows `bar.progress(completed, total)`; `unit` names what is counted."""
 
-    def __init__(self, counted: str) -> None:
-        self._counted = counted
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._last_line = time.monotonic()
@@ -27,7 +23,7 @@ class Bar:
     def __enter__(self) -> Bar:
         if self._console.is_terminal:
             columns = (
-                TextColumn(self._counted),
+                TextColumn(self._unit),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -41,18 +37,18 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
-    def progress(self, done: int, whole: int, name: str = "") -> None:
-        """So many of so many are done, and which is next; done starts over with each new count."""
+    def progress(self, completed: int, total: int, name: str = "") -> None:
+        """Shows `completed` of `total` and the name of the current item; restarts when `completed` is 1 or less."""
         if self._bar is not None:
-            if not self._bar.task_ids or done <= 1:
+            if not self._bar.task_ids or completed <= 1:
                 for task in list(self._bar.task_ids):
                     self._bar.remove_task(task)
-                self._bar.add_task(self._counted, total=whole, name="")
-            self._bar.update(self._bar.task_ids[0], completed=done, name=name)
+                self._bar.add_task(self._unit, total=total, name="")
+            self._bar.update(self._bar.task_ids[0], completed=completed, name=name)
         elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"{self._counted} {done}/{whole}")
+            self.say(f"{self._unit} {completed}/{total}")
 
-    def say(self, sentence: str) -> None:
-        """A sentence on a line of its own."""
-        self._console.print(sentence, markup=False)
+    def say(self, line: str) -> None:
+        """Prints a line of its own."""
+        self._console.print(line, markup=False)

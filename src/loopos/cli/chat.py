@@ -1,13 +1,8 @@
-"""A conversation with a language model: what was said, and what of it the model still sees.
+"""`loopos chat`: a conversation with a language model on a terminal, or one line of standard input per turn.
 
-Enters: words of the user. Leaves: pieces of answers, and the messages. What is said before stays in the model's cache,
-so that a turn costs its own tokens alone. Where the history is longer than the model has positions for, the oldest
-turns are left out of what it sees, and said to be. Left out: the terminal (`chat`).
-
-`loopos chat`: a conversation with a language model on the terminal, or a line of standard input a turn.
-
-Enters: a model and lines. Leaves: answers on standard output as they come, notes on standard error. A line that begins
-with / is a command. Left out: the conversation itself (`conversation`).
+Answers stream to standard output, notes to standard error; a line that starts with / is a command. Earlier turns stay
+in the model's cache, so a turn costs only its own tokens. When the history exceeds the model's positions, the oldest
+turns are dropped from the prompt, with a note.
 """
 
 from __future__ import annotations
@@ -32,13 +27,13 @@ if TYPE_CHECKING:
     from loopos.cli.conversation import Conversation
 
 HELP = """\
-/help         these lines
-/system TEXT  what the model is told first, from the next turn on; without TEXT nothing
-/temp X       temperature; 0 takes the likeliest token
-/clear        forget what was said
-/save FILE    add the conversation to FILE.jsonl, as training reads it
-/steps        show the steps of an answer with their logprobs, or no longer
-/quit         end (Ctrl-D too); Ctrl-C ends an answer"""
+/help         show these lines
+/system TEXT  set the system message from the next turn on; without TEXT remove it
+/temp X       set the temperature; 0: greedy decoding
+/clear        clear the history
+/save FILE    append the conversation to FILE.jsonl, as training reads it
+/steps        show or hide the steps of an answer with their logprobs
+/quit         end (also Ctrl-D); Ctrl-C interrupts an answer"""
 _PROMPT = "> "
 
 
@@ -55,7 +50,7 @@ class ChatOptions:
 
 
 def run(source: str, options: ChatOptions) -> int:
-    """Talks until the end of the input. Raises `UserError` for options and a model that will not do."""
+    """Chats until the input ends. Raises `UserError` for invalid options and an unsuitable model."""
     refuse([*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)])
     require_language_model(source)
     restart_with_settings()
@@ -83,7 +78,7 @@ def run(source: str, options: ChatOptions) -> int:
 
 
 def lines() -> Iterator[str]:
-    """The lines of standard input; on a terminal with editing, and with Ctrl-C clearing the line."""
+    """The lines of standard input; on a terminal with line editing, where Ctrl-C clears the line."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -100,7 +95,7 @@ def lines() -> Iterator[str]:
 
 
 class Talk:
-    """Takes one line after another: turns and commands."""
+    """Handles lines: turns and commands."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
@@ -115,7 +110,7 @@ class Talk:
         }
 
     def take(self, line: str) -> bool:
-        """Does what a line wants; False where it ends the chat. A mistake is said, and the chat goes on."""
+        """Handles one line; False if it ends the chat. A mistake is reported and the chat continues."""
         name, _, rest = line.partition(" ")
         if name == "/quit":
             return False
@@ -123,7 +118,7 @@ class Talk:
             if name in self._commands:
                 self._commands[name](rest.strip())
             elif name.startswith("/"):
-                raise UserError(f"{name}: no such command; /help lists them")
+                raise UserError(f"{name}: unknown command; /help lists the commands")
             elif line:
                 return self._turn(line)
         except UserError as error:
@@ -137,19 +132,19 @@ class Talk:
         talk = self.conversation
         written, below = 0, list[str]()
 
-        def tell(sentence: str) -> None:
-            # A note stands on a line of its own, also where both streams go into one pipe.
+        def add_note(sentence: str) -> None:
+            # A note gets its own line, also where both streams go into one pipe.
             below.append(sentence) if written else note(sentence)
 
         with StopSignals() as signals:
-            for piece in talk.answer(text, interrupted=lambda: signals.received is not None, say=tell):
-                write(piece)
-                written += len(piece)
+            for text_delta in talk.answer(text, interrupted=lambda: signals.received is not None, say=add_note):
+                write(text_delta)
+                written += len(text_delta)
         say()
         for sentence in below:
             note(sentence)
         if signals.received == "SIGINT":
-            note("(interrupted; what was said is kept)")
+            note("(interrupted; the history keeps the partial answer)")
         if self.shows_steps and talk.last is not None:
             say(described(talk.last, talk.reasoner.step_format))
         return signals.received != "SIGTERM"
@@ -168,7 +163,7 @@ class Talk:
 
     def _clear(self, _: str) -> None:
         self.conversation.clear()
-        note("forgotten")
+        note("history cleared")
 
     def _save(self, text: str) -> None:
         if not text:

@@ -1,7 +1,4 @@
-"""The command that plans runs on clusters.
-
-Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
-"""
+"""The command `plan`: options and help texts."""
 
 from __future__ import annotations
 
@@ -14,28 +11,27 @@ from loopos.cli import option_types as of
 
 def plan(
     config: of.Config,
-    gpus: Annotated[int, typer.Option("--gpus", help="GPUs of all nodes.", show_default=False)],
-    memory: Annotated[str, typer.Option("--memory", help="Memory of a GPU, as 80GiB.", show_default=False)],
+    gpus: Annotated[int, typer.Option("--gpus", help="Total number of GPUs.", show_default=False)],
+    memory: Annotated[str, typer.Option("--memory", help="Memory per GPU, e.g. 80GiB.", show_default=False)],
     overrides: of.Overrides = None,
-    gpus_a_node: Annotated[int, typer.Option("--gpus-a-node", help="GPUs of a node.")] = 8,
+    gpus_a_node: Annotated[int, typer.Option("--gpus-a-node", help="GPUs per node.")] = 8,
     interconnect: Annotated[
-        str, typer.Option("--interconnect", help="What a node sends to others, by all its network cards a second.")
+        str,
+        typer.Option(
+            "--interconnect", help="Bandwidth per second of a node to other nodes, all network cards together."
+        ),
     ] = "400Gbit",
     node_link: Annotated[
-        str, typer.Option("--node-link", help="What a GPU sends to the others of its node a second.")
+        str, typer.Option("--node-link", help="Bandwidth per second of a GPU to the other GPUs of its node.")
     ] = "300GB",
-    mode: Annotated[
-        str | None, typer.Option("--mode", help="auto, replicate or shard; the config's when absent.")
-    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="auto, replicate or shard; default: the config's.")] = None,
     shard_size: Annotated[
-        int | None, typer.Option("--shard-size", help="GPUs that share one copy of the weights; all when absent.")
+        int | None, typer.Option("--shard-size", help="GPUs that shard one copy of the weights; default: all.")
     ] = None,
     tensor_parallel: Annotated[
-        int | None, typer.Option("--tensor-parallel", help="GPUs that share each layer's products; 1 when absent.")
+        int | None, typer.Option("--tensor-parallel", help="GPUs that share each layer's products; default: 1.")
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Tokens of a forward pass; full rows when absent.")
-    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens per forward pass; default: full rows.")] = None,
     trust_remote_code: of.TrustRemoteCode = False,
     json: of.Json = False,
     verbose: of.Verbose = False,

@@ -1,8 +1,7 @@
-"""The table of commands of `loopos`.
+"""The commands of `loopos`: names, options and help texts.
 
-Enters: the words of a command line. Leaves: the exit code. Here stand the names, options and help texts alone; what a
-command does is in its own module, imported when it runs, so that `--help` needs neither torch nor pydantic. Help is
-plain text (`rich_markup_mode=None`): rich's panels take three times as long to start.
+What a command does is in its own module, imported when it runs, so that `--help` needs neither torch nor pydantic. Help
+is plain text (`rich_markup_mode=None`): rich's panels take three times as long to start.
 """
 
 from __future__ import annotations
@@ -39,11 +38,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(
-    cls=Commands, help="Look at data before training on it.", no_args_is_help=True, rich_markup_mode=None
-)
+data_app = typer.Typer(cls=Commands, help="Inspect data before training.", no_args_is_help=True, rich_markup_mode=None)
 runs_app = typer.Typer(
-    cls=Commands, help="Look at finished and running runs.", no_args_is_help=True, rich_markup_mode=None
+    cls=Commands, help="Inspect finished and running runs.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
@@ -57,17 +54,17 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
-@app.command(help=f"Train as a config says.\n\n{methods_help()}")
+@app.command(help=f"Train a model from a config.\n\n{methods_help()}")
 def train(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print parameters, tokens, steps, memory, disk and time; start nothing.")
+        bool, typer.Option("--dry-run", help="Print parameters, tokens, steps, memory, disk and time; do not train.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, warnings alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only warnings.")] = False,
     nproc: Annotated[
-        int | None, typer.Option("--nproc", help="Processes of this machine, one a GPU. Several machines: torchrun.")
+        int | None, typer.Option("--nproc", help="Processes on this machine, one per GPU. Several machines: torchrun.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -81,7 +78,7 @@ def train(
 
 @app.command()
 def validate(config: Config, overrides: Overrides = None, json: Json = False) -> None:
-    """Check a config and report every fault at once, with its place."""
+    """Check a config and report all problems at once, each with its line and column."""
     from loopos.cli import configs as command
 
     raise typer.Exit(command.validate(config, overrides or [], as_json=json))
@@ -102,7 +99,7 @@ def list_variants(
 
 @app.command()
 def schema(
-    method: Annotated[str, typer.Option("--method", help="Method whose config is described.")] = "fine_tuning",
+    method: Annotated[str, typer.Option("--method", help="Method whose config schema to print.")] = "fine_tuning",
 ) -> None:
     """Print the JSON Schema of a config."""
     from loopos.cli import configs as command
@@ -117,23 +114,23 @@ def predict(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="Data file, .txt of one text a line, or - for one text a line from standard input.",
+            help="Data file, .txt with one text per line, or - for one text per line from standard input.",
             show_default=False,
             parser=expanded,
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.", parser=path)
+        Path | None, typer.Option("--output", "-o", help="Output file; default: standard output.", parser=path)
     ] = None,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="jsonl, csv or tsv; by the suffix of -o, else jsonl.")
+        str | None, typer.Option("--format", help="jsonl, csv or tsv; default: by the suffix of -o, else jsonl.")
     ] = None,
     columns: Columns = None,
     encoding: Encoding = None,
     device: Device = "auto",
     verbose: Verbose = False,
 ) -> None:
-    """Predict every row of the input, in its order."""
+    """Predict every row of the input, in order."""
     from loopos.cli import predict as command
 
     options = command.PredictOptions(output, file_format, tuple(columns or ()), encoding, device, verbose)
@@ -146,7 +143,7 @@ def score(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Output folder of a reward_model run, or its model/.",
+            help="Output folder of a reward_model run, or its model/ folder.",
             show_default=False,
             parser=expanded,
         ),
@@ -158,19 +155,20 @@ def score(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; standard output when absent.", parser=path)
+        Path | None, typer.Option("--output", "-o", help="Output file; default: standard output.", parser=path)
     ] = None,
     columns: Columns = None,
     encoding: Encoding = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip rows that cannot be used.")] = False,
     ensemble_penalty: Annotated[
-        float, typer.Option("--ensemble-penalty", min=0, help="Standard deviations of the heads taken off their mean.")
+        float,
+        typer.Option("--ensemble-penalty", min=0, help="Standard deviations of the heads to subtract from their mean."),
     ] = 0.0,
     device: Device = "auto",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score responses with a reward model; with --json print how it agrees with people alone."""
+    """Score responses with a reward model; with --json print only its agreement with people."""
     from loopos.cli import score as command
 
     options = command.ScoreOptions(
@@ -181,38 +179,38 @@ def score(
 
 @app.command()
 def merge(
-    words: Annotated[
+    arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="RECIPE | MODEL... [KEY=VALUE ...]",
-            help="Recipe, .json or .yaml, or the models themselves; and keys of the recipe.",
+            help="Recipe (.json or .yaml) or models, then recipe keys as KEY=VALUE.",
             show_default=False,
             parser=expanded,
         ),
     ],
-    method: Annotated[str | None, typer.Option("--method", help="How tensors are merged; see docs/merging.md.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Merge method; see docs/merging.md.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Model that the others were trained from.", parser=expanded)
+        str | None, typer.Option("--base", help="Base model that the others were trained from.", parser=expanded)
     ] = None,
-    weight: Annotated[list[float] | None, typer.Option("--weight", help="Factor of a model, in their order.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", parser=path)] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="Weight of each model, in order.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.", parser=path)] = None,
     evaluate: Annotated[
         list[str] | None,
         typer.Option(
-            "--evaluate", metavar="DATA", help="Rows to measure models and result on; may be repeated.", parser=expanded
+            "--evaluate", metavar="DATA", help="Data to evaluate inputs and result on; repeatable.", parser=expanded
         ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Merge trained models, or adapters, into one."""
+    """Merge models or adapters into one."""
     from loopos.cli import merge as command
 
     options = command.MergeOptions(
         method, base, tuple(weight or ()), output, tuple(evaluate or ()), device, json, verbose
     )
-    raise typer.Exit(command.run(words, options))
+    raise typer.Exit(command.run(arguments, options))
 
 
 app.command()(cluster_commands.plan)
@@ -231,15 +229,13 @@ app.command()(export_commands.ensemble)
 def data_check(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="FILE", help="File, folder, glob or hub id of rows.", show_default=False, parser=expanded
-        ),
+        typer.Argument(metavar="FILE", help="File, folder, glob or hub id.", show_default=False, parser=expanded),
     ],
     columns: Columns = None,
     encoding: Encoding = None,
     json: Json = False,
 ) -> None:
-    """Read a data file as training would, and report what is in it and what is wrong with it."""
+    """Check a data file as training would read it: contents, lengths, duplicates, problems."""
     from loopos.cli import data_check as command
 
     raise typer.Exit(command.run(source, columns or [], encoding=encoding, as_json=json))
@@ -249,11 +245,11 @@ def data_check(
 def data_preview(
     config: Config,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to show.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Number of rows to show.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the first training rows as tokens: what is learned or pooled, what is context, what is cut."""
+    """Show the first training rows as tokens: which are learned or pooled, context or cut."""
     from loopos.cli import data_preview as command
 
     raise typer.Exit(
@@ -263,9 +259,7 @@ def data_preview(
 
 @runs_app.command("list")
 def runs_list(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds runs.", parser=path)] = Path(
-        "outputs"
-    ),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs.", parser=path)] = Path("outputs"),
     json: Json = False,
 ) -> None:
     """List the runs in a folder with their state and best metrics."""
@@ -277,10 +271,10 @@ def runs_list(
 @runs_app.command("show")
 def runs_show(
     run: RunFolder,
-    every: Annotated[bool, typer.Option("--all", help="Show the settings at their defaults too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also show settings at their defaults.")] = False,
     json: Json = False,
 ) -> None:
-    """Show one run: its settings, its state, its validation against the start, its confusion table."""
+    """Show one run: settings, state, validation metrics against the start, confusion table."""
     from loopos.cli import runs as command
 
     raise typer.Exit(command.show(run, as_json=json, every_setting=every))
@@ -297,7 +291,7 @@ def runs_report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write report.md and report.html of a run, finished, running or killed."""
+    """Write report.md and report.html of a finished, running or killed run."""
     from loopos.cli import runs as command
 
     raise typer.Exit(command.report(run, output, as_json=json))
@@ -309,11 +303,11 @@ def runs_diff(
         Path, typer.Argument(metavar="A", help="Output folder of a run.", show_default=False, parser=path)
     ],
     second: Annotated[
-        Path, typer.Argument(metavar="B", help="Output folder of another.", show_default=False, parser=path)
+        Path, typer.Argument(metavar="B", help="Output folder of another run.", show_default=False, parser=path)
     ],
     json: Json = False,
 ) -> None:
-    """Compare two runs: settings that differ, metrics side by side."""
+    """Compare two runs: different settings, and metrics side by side."""
     from loopos.cli import runs as command
 
     raise typer.Exit(command.diff(first, second, as_json=json))
@@ -321,7 +315,7 @@ def runs_diff(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Say what this machine has: versions, cores, memory, devices, extras, settings in force."""
+    """Print versions, cores, memory, devices, extras and settings in force."""
     from loopos.cli import doctor as command
 
     raise typer.Exit(command.run(as_json=json))
@@ -329,7 +323,7 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(verbose: Verbose = False) -> None:
-    """Train a real model of 135M parameters on packaged data: fine-tuning, chain of thought, preferences."""
+    """Train a real 135M-parameter model on packaged data: fine-tuning, chain of thought, preferences."""
     from loopos.cli import demo as command
 
     raise typer.Exit(command.run(verbose=verbose))

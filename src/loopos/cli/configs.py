@@ -1,7 +1,4 @@
-"""`loopos validate` and `loopos schema`: a config checked, and described, without torch.
-
-Enters: a config file and overrides, or a method's name. Leaves: faults or a confirmation, or a JSON Schema.
-"""
+"""`loopos validate` and `loopos schema`: checks and describes a config without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from loopos.data.row_check import check_columns, check_rows
 
 
 def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
-    """The config, with its notes told. Raises `ConfigError`."""
+    """The config; prints its notes. Raises `ConfigError`."""
     loaded = load(path, overrides, config_classes())
     check_columns(loaded.config)
     print_notes(loaded)
@@ -29,13 +26,13 @@ def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
 
 
 def print_notes(loaded: LoadedConfig) -> None:
-    """What the user should know of a valid config, on standard error."""
+    """Prints the notes on a valid config to standard error."""
     for sentence in loaded.notes:
         note(f"note: {sentence}")
 
 
 def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
-    """Prints whether the config is valid; with `as_json` its faults and notes as data."""
+    """Prints whether the config is valid; with `as_json` its diagnostics and notes as JSON."""
     if not as_json:
         loaded = _loaded(path, overrides)
         print_notes(loaded)
@@ -54,7 +51,7 @@ def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
 
 
 def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
-    """A config of a training method, or the recipe of a merge."""
+    """The config of a training method or of a merge."""
     source = read_source(path)
     if is_merge_recipe(source.root):
         return load_recipe(source, overrides, MergeConfig)

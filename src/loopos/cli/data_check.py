@@ -1,14 +1,8 @@
-"""Examples of any kind → the numbers and repetitions that `loopos data check` tells of them.
+"""`loopos data check`: what a data file contains, read as training reads it, and what is wrong with it.
 
-Enters: examples as training reads them. Leaves: ranges by name (characters, turns, steps, responses), counts, groups of
-rows that repeat, groups that contradict each other. Left out: labels (`data_check`), printing.
-
-`loopos data check`: what is in a data file, read as training reads it, and what is wrong with it.
-
-Enters: a source of rows, or a text file with a prompt or text a line. Leaves: what kind of data it is and what trains
-on it; columns, labels, lengths, turns; rows that repeat, nearly repeat or contradict each other; every fault up to a
-limit; exit code 2 if there is any fault. Repeated rows are told, not counted as faults: training takes them. Left out:
-tokens (`loopos data preview`), for they need a model; what is measured (`measures`).
+Reports the kind of data and the methods that train on it; columns, labels, lengths, turns; rows that repeat, nearly
+repeat or contradict each other; and all problems up to a limit. The exit code is 2 if there is any problem. Repeated
+rows are reported, but are no problem: training accepts them. Token lengths need a model: see `loopos data preview`.
 """
 
 from __future__ import annotations
@@ -56,7 +50,7 @@ def spread(numbers: Iterable[float]) -> Range:
 
 
 def text_of(example: AnyExample) -> str:
-    """What is compared and shown of an example: its text or texts, or what it asks."""
+    """The text of an example that is compared and shown: its text or texts, or its prompt."""
     match example:
         case Labeled(text=text, text_pair=pair):
             return text if pair is None else f"{text}\n{pair}"
@@ -75,7 +69,7 @@ def text_of(example: AnyExample) -> str:
 
 
 def ranges(examples: Sequence[Any]) -> dict[str, Range]:
-    """The ranges of what examples of one kind have, by name."""
+    """Ranges of lengths and counts over examples of one kind, by name."""
     found: dict[str, list[float]] = defaultdict(list)
     for example in examples:
         found["characters"].append(len(text_of(example)))
@@ -99,15 +93,15 @@ def ranges(examples: Sequence[Any]) -> dict[str, Range]:
 
 
 def counts(examples: Sequence[Any]) -> dict[str, float]:
-    """What is counted over examples of one kind, by name."""
+    """Counts over examples of one kind, by name."""
     first = examples[0]
     prompts: dict[str, float] = {"different prompts": len({key_of_prompt(each) for each in examples})}
     if isinstance(first, Comparison):
         pairs = [(each, pair) for each in examples for pair in each.pairs]
         decided = [(each, pair) for each, pair in pairs if pair.probability != 0.5]
         longer = sum(_size(each.responses[pair.better]) > _size(each.responses[pair.worse]) for each, pair in decided)
-        shares = {"the longer response is preferred": round(longer / len(decided), 3)} if decided else {}
-        return {**prompts, "pairs": len(pairs), "ties": len(pairs) - len(decided), **shares}
+        fractions = {"the longer response is preferred": round(longer / len(decided), 3)} if decided else {}
+        return {**prompts, "pairs": len(pairs), "ties": len(pairs) - len(decided), **fractions}
     if any(isinstance(each, Conversation) for each in examples):
         chats = [each for each in examples if isinstance(each, Conversation)]
         with_system = sum(each.messages[0].role in ("system", "developer") for each in chats)
@@ -118,7 +112,7 @@ def counts(examples: Sequence[Any]) -> dict[str, float]:
 
 
 def repeated(examples: Sequence[Any], what: str) -> dict[str, int]:
-    """Texts (or prompts) that occur more than once and the rows that they are in; rows that say the same in all."""
+    """The number of texts (or prompts) that occur more than once, of their rows, and of exact repetitions."""
     groups = [group for group in grouped(examples) if len(group) > 1]
     found = {f"{what}s": len(groups), "rows": sum(len(group) for group in groups)}
     if what == "prompt" and not isinstance(examples[0], Prompt):
@@ -127,7 +121,7 @@ def repeated(examples: Sequence[Any], what: str) -> dict[str, int]:
 
 
 def grouped(examples: Sequence[Any]) -> list[list[Any]]:
-    """Examples that ask the same, in the order of the first of each."""
+    """Examples grouped by their prompt, in the order of the first of each group."""
     groups: dict[Hashable, list[Any]] = {}
     for example in examples:
         groups.setdefault(key_of_prompt(example), []).append(example)
@@ -135,8 +129,8 @@ def grouped(examples: Sequence[Any]) -> list[list[Any]]:
 
 
 def conflicts(examples: Sequence[Any]) -> list[dict[str, Any]]:
-    """Rows that contradict each other: one text with several labels, one problem with several answers, one pair of
-    responses preferred either way.
+    """Rows that contradict each other: one text with several labels, one problem with several answers, or one pair of
+    responses preferred both ways.
     """
     found = []
     for group in grouped(examples):
@@ -150,21 +144,21 @@ def conflicts(examples: Sequence[Any]) -> list[dict[str, Any]]:
         if isinstance(group[0], Comparison):
             name, values = "preferences", _turned(group)
         if len(values) > 1:
-            lines = [place_of(example) for example in group]
+            lines = [line_of(example) for example in group]
             found.append({"text": text_of(group[0]), name: list(values.values()), "lines": lines})
     return found
 
 
 def near(examples: Sequence[Any]) -> dict[str, Any]:
-    """Rows whose text is nearly that of an earlier row, of those whose texts differ; the first pairs by their lines."""
+    """Rows whose text nearly equals that of an earlier row without being equal; the lines of the first pairs."""
     firsts = [group[0] for group in grouped(examples)]
     found = near_duplicates([text_of(each) for each in firsts])
-    pairs = [[place_of(firsts[other]), place_of(firsts[place])] for place, other in found.pairs]
+    pairs = [[line_of(firsts[other]), line_of(firsts[index])] for index, other in found.pairs]
     return {"rows": len(pairs), "compared": found.compared, "lines": pairs[:5]}
 
 
-def place_of(example: Any) -> int | None:
-    """The line of an example, or its number where its file has no lines."""
+def line_of(example: Any) -> int | None:
+    """The line of an example, or its row number if its file has no lines."""
     if isinstance(example, str):
         return None
     row: Row = example.row
@@ -172,7 +166,7 @@ def place_of(example: Any) -> int | None:
 
 
 def _turned(group: Sequence[Comparison]) -> dict[str, str]:
-    """The responses that are the better one of a pair in one row and the worse one of the same pair in another."""
+    """The responses that are better in one row and worse in another row with the same pair."""
     ranked = {
         (_plain(each.responses[pair.better]), _plain(each.responses[pair.worse]))
         for each in group
@@ -183,12 +177,12 @@ def _turned(group: Sequence[Comparison]) -> dict[str, str]:
     return {each: each for each in both}
 
 
-def _plain(words: PromptContent) -> str:
-    return prompt_text(words).strip()
+def _plain(content: PromptContent) -> str:
+    return prompt_text(content).strip()
 
 
-def _size(words: PromptContent) -> int:
-    return len(words) if isinstance(words, str) else sum(len(message.content) for message in words)
+def _size(content: PromptContent) -> int:
+    return len(content) if isinstance(content, str) else sum(len(message.content) for message in content)
 
 
 _MOST_LISTED = 12
@@ -196,20 +190,20 @@ _FAULTY = 2
 _WORDING = OptionWording([COLUMNS, ENCODING])
 _SERVES = {
     "labelled": "trains fine_tuning",
-    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label, chain_of_thought and "
-    "pretraining learn a column text whole",
-    "language": "trains chain_of_thought; asks in loopos generate --input and loopos winrate",
-    "comparisons": "trains reward_model, and rlhf; its prompts serve ppo",
-    "prompts": "prompts alone: they serve ppo, loopos generate --input and loopos winrate",
-    "lines": "one text a line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos predict, "
-    "or running text for pretraining",
+    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; chain_of_thought and "
+    "pretraining learn whole texts from a column text",
+    "language": "trains chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
+    "comparisons": "trains reward_model and rlhf; its prompts work for ppo",
+    "prompts": "only prompts: for ppo, loopos generate --input and loopos winrate",
+    "lines": "one text per line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos "
+    "predict, or running text for pretraining",
 }
 
 
 @dataclass
 class CheckReport:
-    """All that the check found. `kind`: what the rows are; `labels`: rows by class, or for regression the least, mean
-    and greatest value; `ranges`: least, median, mean and greatest by name; `near`: rows nearly the same as another.
+    """Result of the check. `kind`: kind of the rows; `labels`: rows per class, or for regression the smallest, mean
+    and largest value; `ranges`: smallest, median, mean and largest by name; `near`: near-duplicate rows.
     """
 
     source: str
@@ -233,13 +227,13 @@ class CheckReport:
     num_diagnostics: int = 0
 
     def add_diagnostics(self, diagnostics: Sequence[Diagnostic], total: int) -> None:
-        """Notes faults, `total` of them in all."""
+        """Adds diagnostics, of which there are `total`."""
         self.diagnostics.extend(diagnostics)
         self.num_diagnostics += total
 
 
 def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: bool) -> int:
-    """Checks and prints. Raises `UserError` for a source that cannot be opened at all."""
+    """Checks and prints. Raises `UserError` for a source that cannot be opened."""
     hush_libraries(verbose=False)
     found = check(source, parse_columns(columns), text_rules(encoding))
     if as_json:
@@ -248,16 +242,18 @@ def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: b
             {"place": diagnostic.location, **asdict(diagnostic), "message": diagnostic.text(_WORDING)}
             for diagnostic in shown_diagnostics
         ]
-        values = asdict(found)
-        renamed = {"num_faults": values.pop("num_diagnostics"), "said": values.pop("summary")}
-        say_json({**values, **renamed, "faults": diagnostics})
+        result = asdict(found)
+        del result["diagnostics"]
+        # The names that scripts read.
+        result |= {"said": result.pop("summary"), "num_faults": result.pop("num_diagnostics"), "faults": diagnostics}
+        say_json(result)
     else:
         say(described(found))
     return _FAULTY if found.num_diagnostics else 0
 
 
 def check(source: str, columns: Mapping[str, str], rules: TextRules) -> CheckReport:
-    """Reads all rows. Raises `DataError` where nothing can be read."""
+    """Reads all rows. Raises `DataError` if nothing can be read."""
     if not columns and is_plain_text(source, rules):
         return _check_lines(source, rules)
     reader = read(source, on_bad_row="skip", rules=rules)
@@ -299,7 +295,9 @@ def _check_lines(source: str, rules: TextRules) -> CheckReport:
 
 
 def _kind(reader: RowReader, columns: Mapping[str, str], found: CheckReport) -> Kind | None:
-    """What the rows are, or None with the fault noted. A first pass, for columns may differ by row."""
+    """The kind of the rows; None, with a diagnostic added, if unknown. A first pass, because columns may differ by
+    row.
+    """
     names: dict[str, None] = {}
     for row in reader.rows():
         names.update(dict.fromkeys(row.values))
@@ -317,7 +315,7 @@ def _kind(reader: RowReader, columns: Mapping[str, str], found: CheckReport) -> 
 
 
 def _measure(found: CheckReport, examples: Sequence[Any], what: str) -> None:
-    """Lengths and counts, what repeats, nearly repeats or contradicts."""
+    """Lengths and counts; rows that repeat, nearly repeat or contradict each other."""
     found.ranges = ranges(examples)
     found.characters = found.ranges.pop("characters")
     found.counts = counts(examples)
@@ -349,7 +347,7 @@ def _label_counts(space: LabelSpace, examples: Sequence[Labeled]) -> dict[str, f
 
 
 def described(found: CheckReport) -> str:
-    """The findings in lines."""
+    """The report as lines of text."""
     lines = [f"{found.source}: {', '.join(found.formats)}, {found.rows:,} rows, {found.used:,} good"]
     if found.kind is not None:
         lines.append(f"kind      {found.kind}: {found.serves}")
@@ -366,10 +364,10 @@ def described(found: CheckReport) -> str:
     lines += _label_lines(found)
     lines += _repeat_lines(found)
     lines += [f"note      {sentence}" for sentence in found.summary]
-    lines.append(f"faults    {found.num_diagnostics:,}" if found.num_diagnostics else "faults    none")
+    lines.append(f"problems  {found.num_diagnostics:,}" if found.num_diagnostics else "problems  none")
     lines += [diagnostic.text(_WORDING) for diagnostic in found.diagnostics[:MAXIMUM_DIAGNOSTICS]]
     if found.num_diagnostics > len(found.diagnostics[:MAXIMUM_DIAGNOSTICS]):
-        lines.append(f"... and {found.num_diagnostics - len(found.diagnostics[:MAXIMUM_DIAGNOSTICS])} more faults")
+        lines.append(f"... and {found.num_diagnostics - len(found.diagnostics[:MAXIMUM_DIAGNOSTICS])} more problems")
     return "\n".join(lines)
 
 
@@ -377,14 +375,14 @@ def _label_lines(found: CheckReport) -> list[str]:
     if found.task is None:
         return []
     listed = list(found.labels.items())
-    share = [] if found.task == "regression" else [f"{count / found.used:.1%}" for _, count in listed]
-    rows = [(name, count, *share[index : index + 1]) for index, (name, count) in enumerate(listed[:_MOST_LISTED])]
+    fraction = [] if found.task == "regression" else [f"{count / found.used:.1%}" for _, count in listed]
+    rows = [(name, count, *fraction[index : index + 1]) for index, (name, count) in enumerate(listed[:_MOST_LISTED])]
     more = [f"{'':10}and {len(listed) - _MOST_LISTED} more classes"] if len(listed) > _MOST_LISTED else []
     return [f"task      {found.task}", table(rows, indent=" " * 10), *more]
 
 
 def _repeat_lines(found: CheckReport) -> list[str]:
-    """What repeats, nearly repeats and contradicts."""
+    """Lines about rows that repeat, nearly repeat or contradict each other."""
     if not found.repeated:
         return []
     (what, groups), (_, rows), *same = found.repeated.items()
@@ -399,7 +397,7 @@ def _repeat_lines(found: CheckReport) -> list[str]:
             + (f" (lines {pairs}{', ...' if found.near['rows'] > len(found.near['lines']) else ''})" if pairs else "")
         )
     if found.near["compared"] < found.used - rows + groups:
-        lines.append(f"{'':10}near rows were looked for among the first {found.near['compared']:,} different ones")
+        lines.append(f"{'':10}near duplicates were searched among the first {found.near['compared']:,} distinct rows")
     return lines
 
 

@@ -1,9 +1,8 @@
 """`loopos data preview`: the first training rows as the model will see them.
 
-Enters: a config. Leaves: for each row its tokens, which of them are pooled, what is cut, its length and its label's
-code; then the account of all rows: read = used + dropped. Colours carry nothing that the marks do not: pooled tokens
-stand in [brackets], others bare, cut ones in ~tildes~. Left out: language models (`language_preview`), comparisons and
-prompts (`preference_preview`).
+Prints the tokens of each row, which of them are pooled or cut, its length and its encoded label; then the counts of all
+rows: read = used + dropped. Marks carry all information that colors do: pooled tokens are in [brackets], others bare,
+cut ones in ~tildes~. Language models: `language_preview`; comparisons and prompts: `preference_preview`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig
 
-POOLED, KEPT, CUT = "pooled", "kept", "cut"
-_STYLES = {POOLED: "green", KEPT: "", CUT: "red strike"}
-_MARKS = {POOLED: ("[", "]"), KEPT: ("", " "), CUT: ("~", "~")}
+POOLED, UNPOOLED, CUT = "pooled", "unpooled", "cut"
+_STYLES = {POOLED: "green", UNPOOLED: "", CUT: "red strike"}
+_MARKS = {POOLED: ("[", "]"), UNPOOLED: ("", " "), CUT: ("~", "~")}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One token: its text, its id, and what becomes of it."""
+class ShownToken:
+    """One token: its text, its id and its fate."""
 
     text: str
     token: int
@@ -67,7 +66,7 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     ):
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
         console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
-        console.print(rendered(pieces(inputs.tokenizer, uncut.ids, encoded.ids, pooling)))
+        console.print(rendered(shown_tokens(inputs.tokenizer, uncut.ids, encoded.ids, pooling)))
         cut = f", {encoded.cut} cut at {inputs.max_length}" if encoded.cut else ""
         console.print(Text(f"{len(encoded.ids)} tokens{cut} · label {example.label!r} -> {target}\n"))
     console.print(Text(f"[pooled] by {pooling} · bare: read, not pooled · ~cut~"))
@@ -79,22 +78,22 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     return 0
 
 
-def pieces(tokenizer: Any, whole: Sequence[int], kept: Sequence[int], pooling: str) -> Iterator[Piece]:
-    """The tokens of one example in order. whole: ids before cutting; kept: ids after it, `whole` with some left out."""
-    pooled = {"first": {0}, "last": {len(kept) - 1}}.get(pooling, set(range(len(kept))))
+def shown_tokens(tokenizer: Any, whole: Sequence[int], used: Sequence[int], pooling: str) -> Iterator[ShownToken]:
+    """The tokens of one example in order. whole: ids before cutting; used: ids after it, a subsequence of `whole`."""
+    pooled = {"first": {0}, "last": {len(used) - 1}}.get(pooling, set(range(len(used))))
     position = 0
-    for kind, start, end, _, _ in SequenceMatcher(None, whole, kept, autojunk=False).get_opcodes():
-        assert kind in ("equal", "delete"), f"cutting only takes tokens away, met {kind}"
+    for kind, start, end, _, _ in SequenceMatcher(None, whole, used, autojunk=False).get_opcodes():
+        assert kind in ("equal", "delete"), f"cutting only removes tokens, met {kind}"
         for token in whole[start:end]:
-            fate = CUT if kind == "delete" else POOLED if position in pooled else KEPT
+            fate = CUT if kind == "delete" else POOLED if position in pooled else UNPOOLED
             position += kind == "equal"
-            yield Piece(token_text(tokenizer, token), token, fate)
+            yield ShownToken(token_text(tokenizer, token), token, fate)
 
 
-def rendered(tokens: Iterator[Piece]) -> Text:
-    """Tokens side by side, each with its marks and its colour."""
+def rendered(tokens: Iterator[ShownToken]) -> Text:
+    """Tokens side by side, each with its marks and color."""
     line = Text()
-    for piece in tokens:
-        before, after = _MARKS[piece.fate]
-        line.append(f"{before}{piece.text}{after}", style=_STYLES[piece.fate])
+    for token in tokens:
+        before, after = _MARKS[token.fate]
+        line.append(f"{before}{token.text}{after}", style=_STYLES[token.fate])
     return line

@@ -1,30 +1,12 @@
-"""What the demo's acts take from the package: files under their true paths, configs that name them, and new folders.
+"""`loopos demo`: trains a real model on packaged data, one act per method; run folders are in outputs/demo/.
 
-Enters: names of packaged files. Leaves: paths, loaded configs. Left out: what an act does with them.
+1. A classifier of customer messages.
+2. Chain of thought: one model trained twice on equally many tokens, with worked steps and with only answers. The tasks
+   are those of Wei et al. 2022, drawn by `loopos.demo.symbolic`.
+3. Preferences: the model learns to reply, a reward model learns which replies are good, and PPO writes such replies. A
+   second reward model, trained on other comparisons, is the judge. The replies were written for the project.
 
-The demo's first act: a classifier of customer messages, trained on packaged messages.
-
-Enters: the packaged config. Leaves: a run folder, and what was learned: accuracy before and after, the confusion table,
-predictions of messages never seen. Left out: the other acts (`demo`).
-
-The demo's second act: one model trained twice on equally many tokens, with worked steps and with answers alone.
-
-Enters: the packaged config. Leaves: two run folders, and what both answer to problems that neither has seen. The tasks
-are those of Wei et al. 2022, drawn by `loopos.demo.symbolic`. Left out: the other acts (`demo`).
-
-The demo's third act: what makes a reply a good one, learned by a reward model, then written by PPO.
-
-Enters: the packaged configs. Leaves: four run folders (replies, reward model, judge, policy), and what was learned.
-First the model learns to reply at all, from good and bad replies alike; then which are good. The judge is a second
-reward model, of comparisons that the first never saw; neither it nor its prompts train the policy. It is tested on
-comparisons of which the weights that it starts from have read one reply each, good and bad alike. The replies are
-authored for the project, not collected from people. Left out: the other acts (`demo`).
-
-`loopos demo`: real trainings of a real model on packaged data, one act a method.
-
-Enters: nothing. Leaves: run folders in outputs/demo/, and what each act shows. An act reads its config from the package
-(`loopos/demo/*.json`, the same as `configs/demo/*.json`) and does with it what the commands do. To add an act, add a
-file `demo_NAME.py` with a function, and a row here.
+Each act reads its config from the package (`loopos/demo/*.json`, the same as `configs/demo/*.json`).
 """
 
 from __future__ import annotations
@@ -58,7 +40,7 @@ _PACKAGE = "loopos.demo"
 
 
 def packaged_file(stack: ExitStack, name: str) -> Path:
-    """The true path of a packaged file, for as long as `stack` lasts."""
+    """The path of a packaged file while `stack` is open."""
     return stack.enter_context(as_file(files(_PACKAGE) / name))
 
 
@@ -67,7 +49,7 @@ def packaged_lines(name: str) -> list[str]:
 
 
 def packaged_config(stack: ExitStack, name: str, changes: Mapping[str, object] | None = None) -> Any:
-    """A packaged config with values changed, by key; packaged files that its `data` section names get their true paths.
+    """A packaged config with values changed by key; packaged files in its `data` section get their real paths.
     Raises `ConfigError`.
     """
     path = packaged_file(stack, name)
@@ -80,14 +62,14 @@ def packaged_config(stack: ExitStack, name: str, changes: Mapping[str, object] |
 
 @contextmanager
 def fresh_folder(folder: Path, *, run: str = ".") -> Iterator[Path]:
-    """`folder`, or with the first number from 2 under which no run lies in its part `run`, and which no other demo has:
-    no run is overwritten. It is held until the block ends.
+    """`folder`, or `folder-2`, `folder-3` … : the first without a run in its subfolder `run` and without another demo.
+    No run is overwritten. The folder stays locked until the block ends.
     """
     for number in count(1):
         fresh = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        with ExitStack() as held:
+        with ExitStack() as lock:
             try:
-                held.enter_context(only_writer(fresh))
+                lock.enter_context(only_writer(fresh))
             except FolderBusy:
                 continue
             if not holds_run(fresh / run):
@@ -100,7 +82,7 @@ _FINE_TUNING_FOLDER = Path("outputs/demo/fine_tuning")
 
 
 def fine_tuning() -> int:
-    """Trains, then shows accuracy before and after, the confusion table, and predictions of messages never seen."""
+    """Trains, then shows accuracy before and after, the confusion table, and predictions for unseen messages."""
     began = time.monotonic()
     with ExitStack() as stack:
         folder = stack.enter_context(fresh_folder(_FINE_TUNING_FOLDER))
@@ -114,7 +96,7 @@ def fine_tuning() -> int:
 
 
 def show_predictions(run: Run) -> None:
-    """Accuracy before and after, and which intents were taken for which."""
+    """Accuracy before and after, and the confusion table."""
     before, after = run.first_metrics["accuracy"], run.last_metrics["accuracy"]
     say(f"accuracy on validation messages: {before:.1%} before, {after:.1%} after {run.step} steps")
     if run.confusion is not None:
@@ -122,7 +104,7 @@ def show_predictions(run: Run) -> None:
 
 
 def predict_live(folder: Path, messages: Sequence[str]) -> None:
-    """What the trained model, opened from its folder, says of messages that it never saw."""
+    """Predictions of the trained model, opened from its folder, for unseen messages."""
     from loopos.evaluation.predictor import Predictor
 
     answers = Predictor.open(folder).predict(list(messages))
@@ -135,10 +117,10 @@ def predict_live(folder: Path, messages: Sequence[str]) -> None:
 
 
 REASONING_CONFIG = "chain_of_thought.json"
-# Additions take the most examples to learn, and a coin is guessed right every second time.
+# Additions need the most examples; a coin flip is guessed right half of the time.
 TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 60, "coin_flips": 40, "additions": 170}
 TEST_ITEMS: Mapping[Task, int] = {"last_letters": 80, "coin_flips": 30, "additions": 90}
-# Answers alone are short: so many times more problems make up for the tokens of the steps.
+# Answers without steps are short: this many times more problems have as many tokens.
 _MORE_PROBLEMS = 6
 _CHAINS_SHOWN = 2
 
@@ -151,7 +133,7 @@ def chain_of_thought() -> int:
         path = Path(written["reasoning_examples"]).parent
         folder = stack.enter_context(fresh_folder(path, run="with_chains"))
         tokens = write_data(folder, written)
-        say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, answers alone")
+        say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, only answers")
         answered = {}
         for name in ("chains", "answers"):
             data = {"reasoning_examples": folder / f"{name}.jsonl", "output_dir": folder / f"with_{name}"}
@@ -167,8 +149,8 @@ def chain_of_thought() -> int:
 
 
 def write_data(folder: Path, data: Mapping[str, Any]) -> dict[str, int]:
-    """Training problems with their steps, others with answers alone, of as many tokens, and test problems that are in
-    neither. data: the section of the config that says how rows become tokens. Returns the tokens of both trainings.
+    """Writes training problems with steps, others with only answers and as many tokens, and separate test problems.
+    data: the section of the config that sets how rows become tokens. Returns the tokens of both trainings.
     """
     write_items(folder / "test.jsonl", _mixed(TEST_ITEMS, "test", seed=3))
     chains = _mixed(TRAINING_ITEMS, "train", seed=1)
@@ -177,13 +159,13 @@ def write_data(folder: Path, data: Mapping[str, Any]) -> dict[str, int]:
     more = _mixed({task: _MORE_PROBLEMS * number for task, number in TRAINING_ITEMS.items()}, "train", seed=2)
     file = folder / "answers.jsonl"
     write_items(file, more, with_steps=False)
-    kept, tokens = 0, 0
+    num_used, tokens = 0, 0
     for length in _lengths(file, data):
         if tokens + length > most:
             break
-        kept, tokens = kept + 1, tokens + length
-    assert kept < len(more), "too few problems to make up for the tokens of the steps"
-    write_items(file, more[:kept], with_steps=False)
+        num_used, tokens = num_used + 1, tokens + length
+    assert num_used < len(more), "too few problems to make up for the tokens of the steps"
+    write_items(file, more[:num_used], with_steps=False)
     return {"chains": most, "answers": tokens}
 
 
@@ -194,7 +176,7 @@ def _mixed(numbers: Mapping[Task, int], split: Any, *, seed: int) -> list[Symbol
 
 
 def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
-    """Tokens of each row, as training makes them."""
+    """Tokens of each row, as training encodes it."""
     from loopos.config.chain_of_thought import ReasoningDataSection
     from loopos.data import rows
     from loopos.data.step_format import chosen_format
@@ -212,7 +194,7 @@ def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
 
 
 def answers(config: Any, file: Path) -> list[dict[str, Any]]:
-    """What a trained model, opened from its folder, says to the test problems, each with its task."""
+    """Answers of a trained model, opened from its folder, to the test problems, each with its task."""
     from loopos.data import rows
     from loopos.data.demonstrations import Demonstration
     from loopos.data.supervised_rows import read_supervised
@@ -224,29 +206,29 @@ def answers(config: Any, file: Path) -> list[dict[str, Any]]:
     problems = [example for example in examples if isinstance(example, Demonstration)]
     check = AnswerCheck(reasoner, config.generation, config.evaluation, seed=config.training.seed)
     _, records = check.measure(problems)
-    return [{**told, "task": item.row.values["task"]} for told, item in zip(records, problems, strict=True)]
+    return [{**answer, "task": item.row.values["task"]} for answer, item in zip(records, problems, strict=True)]
 
 
 def show_answers(answered: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Exact match of both by task, and chains of right answers."""
-    rows: list[tuple[str, ...]] = [("exact match on unseen problems", "answers alone", "with steps")]
+    """Exact match of both models by task, and chains of right answers."""
+    rows: list[tuple[str, ...]] = [("exact match on unseen problems", "only answers", "with steps")]
     for task in (*TASKS, "all"):
-        shares = []
+        scores = []
         for name in ("answers", "chains"):
-            right = [told["is_right"] for told in answered[name] if task in ("all", told["task"])]
-            shares.append(f"{sum(right)}/{len(right)} = {sum(right) / len(right):.0%}")
-        rows.append((task.replace("_", " "), *shares))
+            right = [answer["is_right"] for answer in answered[name] if task in ("all", answer["task"])]
+            scores.append(f"{sum(right)}/{len(right)} = {sum(right) / len(right):.0%}")
+        rows.append((task.replace("_", " "), *scores))
     say(table(rows))
     seen: set[str] = set()
-    for told in answered["chains"]:
-        if told["is_right"] and told["task"] not in seen and len(seen) < _CHAINS_SHOWN:
-            seen.add(told["task"])
-            say(f"{told['problem']}\n    " + told["text"].strip().replace("\n", "\n    "))
+    for answer in answered["chains"]:
+        if answer["is_right"] and answer["task"] not in seen and len(seen) < _CHAINS_SHOWN:
+            seen.add(answer["task"])
+            say(f"{answer['problem']}\n    " + answer["text"].strip().replace("\n", "\n    "))
 
 
 REPLIES_CONFIG, REWARD_CONFIG, PPO_CONFIG = "replies.json", "reward_model.json", "ppo.json"
 TRAINING, JUDGING = "replies_train.jsonl", "replies_judge.jsonl"
-# Each is tested on rows of the other; the judge has fewer to learn from, and takes fewer a step.
+# Each is tested on rows of the other; the judge has less data and uses smaller batches.
 TRAINED = (("reward_model", TRAINING, JUDGING, 8), ("judge", JUDGING, TRAINING, 4))
 _MOST_TESTED = 60
 _PREFERENCES_FOLDER = Path("outputs/demo/preferences")
@@ -255,11 +237,11 @@ _REPLIES_SHOWN = 3
 
 
 def preferences() -> int:
-    """Trains a model that replies, reward model and judge, each tested on the other's comparisons, and the policy;
-    shows what came of it.
+    """Trains a model that replies, a reward model and a judge, each tested on the other's comparisons, and the policy;
+    shows the results.
     """
     began = time.monotonic()
-    say("replies to customers, good and bad ones, written for LoopOS (none is collected from people)")
+    say("replies to customers, good and bad, written for LoopOS (none is collected from people)")
     with ExitStack() as stack:
         folder = stack.enter_context(fresh_folder(_PREFERENCES_FOLDER, run="reward_model"))
         replies = folder / "replies.jsonl"
@@ -290,7 +272,7 @@ def preferences() -> int:
 
 
 def write_replies(file: Path, comparisons: Path) -> None:
-    """One reply to each prompt of a file of comparisons, the better and the worse one in turn, as prompt and
+    """Writes one reply per prompt of a file of comparisons, alternately the better and the worse one, as prompt and
     completion.
     """
     rows = [json.loads(line) for line in comparisons.read_text(encoding="utf-8").splitlines()]
@@ -310,8 +292,8 @@ def _train(config: Any) -> int:
 
 
 def show_accuracy(run: Path, file: Path) -> None:
-    """How often a reward model, opened from its folder, scores the better reply of a comparison higher, on
-    comparisons that it was not trained on.
+    """How often a reward model, opened from its folder, scores the better reply higher, on comparisons that it was not
+    trained on.
     """
     from loopos.data import rows
     from loopos.data.preferences import read_comparisons
@@ -327,7 +309,7 @@ def show_accuracy(run: Path, file: Path) -> None:
 
 
 def show_policy(run: Run) -> None:
-    """Reward and KL by iteration, and what reward model and judge say of answers to unseen prompts."""
+    """Reward and KL by iteration, and scores of answers to unseen prompts by reward model and judge."""
     rollouts = [event["metrics"] for event in run.events if event["event"] == "rollout"]
     rows = [(each["iteration"] + 1, *(f"{each[name]:.2f}" for name in _SHOWN)) for each in rollouts]
     say(table(rows, head=("iteration", *_SHOWN)))
@@ -339,23 +321,23 @@ def show_policy(run: Run) -> None:
         )
 
 
-def show_replies(samples: Path) -> None:
-    """The first unseen prompts, answered before and after."""
-    told = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    steps = sorted({each["step"] for each in told})
-    before, after = (_answers(told, step) for step in (steps[0], steps[-1]))
+def show_replies(path: Path) -> None:
+    """Answers to the first unseen prompts, before and after."""
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = sorted({each["step"] for each in samples})
+    before, after = (_answers(samples, step) for step in (steps[0], steps[-1]))
     for one, other in list(zip(before, after, strict=True))[:_REPLIES_SHOWN]:
         say(" ".join(one["prompt"].split()))
         say(table([(name, " ".join(each["response"].split())) for name, each in (("before", one), ("after", other))]))
 
 
-def _answers(told: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    return [each for each in told if each["step"] == step]
+def _answers(samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    return [each for each in samples if each["step"] == step]
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """One part of the demo: its title, and what it does; 0 when it went to its end."""
+    """One part of the demo: its title, and what it runs; `perform` returns 0 on success."""
 
     title: str
     perform: Callable[[], int]
@@ -369,12 +351,12 @@ ACTS = (
 
 
 def run(*, verbose: bool) -> int:
-    """Performs the acts in order; ends at the first that did not go to its end. Raises `UserError`."""
+    """Performs the acts in order; stops at the first that fails or is interrupted. Raises `UserError`."""
     hush_libraries(verbose=verbose)
     embedded_model()
     restart_with_settings()
     if not any((cache_folder() / "gguf").glob("*/config.json")):
-        note("the embedded model is converted first, once: about half a minute")
+        note("converting the embedded model once: about half a minute")
     for number, act in enumerate(ACTS, start=1):
         say(f"act {number} of {len(ACTS)}: {act.title}")
         code = act.perform()

@@ -1,7 +1,4 @@
-"""The commands that make a trained model one that ships.
-
-Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
-"""
+"""The commands `prune` and `quantize`: options and help texts."""
 
 from __future__ import annotations
 
@@ -20,19 +17,17 @@ def prune(
         str | None, typer.Option("--method", help="magnitude, wanda, sparsegpt, heads, channels or layers.")
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option("--sparsity", help="Share that goes, or several with commas, each a model of its own.")
+        str | None, typer.Option("--sparsity", help="Fraction to remove; several with commas, each for its own model.")
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option("--pattern", help="2:4 keeps 2 of every 4 inputs of a row, 4:8 4 of every 8.")
+        str | None, typer.Option("--pattern", help="2:4 keeps 2 of every 4 inputs of a row; 4:8 keeps 4 of every 8.")
     ] = None,
     scope: Annotated[
-        str | None, typer.Option("--scope", help="magnitude: one threshold for each linear layer, or global.")
+        str | None, typer.Option("--scope", help="For magnitude: layer (a threshold per linear layer) or global.")
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(
-            "--calibration", metavar="FILE", help="Text or rows that the model reads to choose.", parser=expanded
-        ),
+        typer.Option("--calibration", metavar="FILE", help="Text or rows for calibration.", parser=expanded),
     ] = None,
     calibration_rows: of.CalibrationRows = None,
     calibration_tokens: of.CalibrationTokens = None,
@@ -45,12 +40,12 @@ def prune(
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Prune a model: set weights to zero, or take out heads, channels or layers."""
+    """Prune a model: set weights to zero, or remove heads, channels or layers."""
     from loopos.cli import prune as command
     from loopos.cli.weight_change import ChangeOptions
 
     recipe = {
-        "method": method, "sparsity": command.shares(sparsity), "pattern": pattern, "scope": scope,
+        "method": method, "sparsity": command.fractions(sparsity), "pattern": pattern, "scope": scope,
         "calibration": calibration, "calibration_rows": calibration_rows, "calibration_tokens": calibration_tokens,
         "evaluate": evaluate, "window": window, "stride": stride, "seed": seed, "device": device,
     }  # fmt: skip
@@ -64,22 +59,22 @@ def quantize(
         str | None, typer.Option("--method", help="int8; int8-dynamic, activations too; or int4, in groups.")
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", help="int4: inputs that share a scale: 32, 64, 128 or 256.")
+        int | None, typer.Option("--group-size", help="int4: inputs per scale: 32, 64, 128 or 256.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help="How weights are rounded: none, gptq or awq.")
+        str | None, typer.Option("--calibration", help="Rounding method: none, gptq or awq.")
     ] = None,
     calibration_text: Annotated[
         str | None,
         typer.Option(
-            "--calibration-text", metavar="FILE", help="Text or rows that gptq and awq read.", parser=expanded
+            "--calibration-text", metavar="FILE", help="Calibration text or rows for gptq and awq.", parser=expanded
         ),
     ] = None,
     calibration_rows: of.CalibrationRows = None,
     calibration_tokens: of.CalibrationTokens = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option("--keep", metavar="PATTERN", help="Layers that stay as they are, as *.down_proj; repeatable."),
+        typer.Option("--keep", metavar="PATTERN", help="Layers to leave unquantized, e.g. *.down_proj; repeatable."),
     ] = None,
     evaluate: of.EvaluatedOn = None,
     window: of.Window = None,
@@ -90,7 +85,7 @@ def quantize(
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Quantize a model: weights as codes of eight or four bits, smaller on disk and in memory."""
+    """Quantize a model to 8-bit or 4-bit weights: smaller on disk and in memory."""
     from loopos.cli import quantize as command
     from loopos.cli.weight_change import ChangeOptions
 

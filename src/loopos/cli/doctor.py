@@ -1,7 +1,6 @@
-"""`loopos doctor`: what this machine has, and what is missing with the line that installs it.
+"""`loopos doctor`: what this machine has, and what is missing with the command that installs it.
 
-Enters: nothing. Leaves: versions, cores, memory, disk, devices, extras, the embedded model, and the process settings in
-force; exit code 1 if LoopOS cannot train here. It works where torch cannot be imported, and then says why.
+The exit code is 1 if LoopOS cannot train here. Works if torch cannot be imported, and then prints why.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ EXTRAS = {
 
 
 def run(*, as_json: bool) -> int:
-    """Prints the findings; 0 if all that training needs is there, else 1."""
+    """Prints the report; 0 if everything that training needs is present, else 1."""
     hush_libraries(verbose=False)
-    found = findings()
+    found = inspect()
     if as_json:
         say_json(found)
     else:
@@ -53,8 +52,8 @@ def run(*, as_json: bool) -> int:
     return 0 if found["ready"] else 1
 
 
-def findings() -> dict[str, Any]:
-    """Everything, as one JSON object; `ready` says whether training can run."""
+def inspect() -> dict[str, Any]:
+    """The whole report as one JSON object; `ready`: whether training can run."""
     versions = {name: version_of(name) for name in REQUIRED}
     missing = [name for name, version in versions.items() if version is None]
     torch_found = inspect_torch()
@@ -78,7 +77,7 @@ def findings() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, without importing the package; None if it is not there."""
+    """The installed version, without importing the package; None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -86,13 +85,13 @@ def version_of(package: str) -> str | None:
 
 
 def memory() -> dict[str, int] | None:
-    """Bytes of memory, all and available; None where psutil is missing."""
+    """Total and available memory in bytes; None if psutil is missing."""
     try:
         import psutil
     except ImportError:
         return None
-    there = psutil.virtual_memory()
-    return {"all": there.total, "available": there.available}
+    found = psutil.virtual_memory()
+    return {"all": found.total, "available": found.available}
 
 
 def inspect_torch() -> dict[str, Any]:
@@ -122,7 +121,7 @@ def inspect_torch() -> dict[str, Any]:
 
 
 def inspect_embedded() -> dict[str, str]:
-    """Where the embedded model's file is, or {"error": how to install it}."""
+    """The path of the embedded model's file, or {"error": how to install it}."""
     try:
         return {"file": str(embedded_model())}
     except MissingRequirement as diagnostic:
@@ -130,14 +129,14 @@ def inspect_embedded() -> dict[str, str]:
 
 
 def described(found: dict[str, Any]) -> str:
-    """The findings in lines."""
-    there = found["memory"]
+    """The report as lines of text."""
+    total_memory = found["memory"]
     lines = [
         f"loopos {found['loopos']} · Python {found['python']} · {found['platform']}",
         table(sorted((name, version or "MISSING") for name, version in found["versions"].items())),
         f"cores     {found['cores']}",
-        f"memory    {as_bytes(there['all'])}, {as_bytes(there['available'])} available"
-        if there
+        f"memory    {as_bytes(total_memory['all'])}, {as_bytes(total_memory['available'])} available"
+        if total_memory
         else "memory    unknown",
         f"disk      {as_bytes(found['disk']['free'])} free in {found['disk']['folder']}",
         *_torch_lines(found["torch"]),
@@ -147,7 +146,7 @@ def described(found: dict[str, Any]) -> str:
     lines.append(f"embedded  {embedded['file'] if 'file' in embedded else embedded['error']}")
     for extra, packages in found["extras"].items():
         absent = [name for name, version in packages.items() if version is None]
-        summary = f"{install_command(extra)} ({', '.join(absent)} missing)" if absent else "there"
+        summary = f"{install_command(extra)} ({', '.join(absent)} missing)" if absent else "installed"
         lines.append(f"extra     {extra}: {summary}")
     if found["missing"]:
         lines.append(f"missing   {', '.join(found['missing'])}: {install_command()}")
@@ -170,9 +169,9 @@ def _settings_lines(found: dict[str, Any]) -> list[str]:
     """Process settings: those in force, and those that training adds."""
     force = {name: value for name, value in found["process_settings"].items() if name != "set_by_loopos"}
     added = found["process_settings_added_by_training"]
-    told = ", ".join(f"{name}={value}" for name, value in force.items()) or "none"
-    lines = [f"settings  in force: {told}"]
+    listed = ", ".join(f"{name}={value}" for name, value in force.items()) or "none"
+    lines = [f"settings  in force: {listed}"]
     if added:
         adding = ", ".join(f"{name}={value}" for name, value in added.items())
-        lines.append(f"settings  train, predict, evaluate and demo add: {adding} (LOOPOS_NO_REEXEC=1 turns that off)")
+        lines.append(f"settings  train, predict, evaluate and demo add: {adding} (turn off: LOOPOS_NO_REEXEC=1)")
     return lines

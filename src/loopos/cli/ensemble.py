@@ -1,7 +1,6 @@
-"""`loopos ensemble`: several classifiers, regressors or language models as one model.
+"""`loopos ensemble`: combines classifiers, regressors or language models into one model.
 
-Enters: MODELs, a method, a file to measure on. Leaves: the ensemble's folder, and on standard output the metrics of
-each member and the ensemble's. Left out: the work itself (`deploy.ensemble`, `deploy.language_ensemble`).
+Prints the metrics of each member and of the ensemble. The work is in `loopos.ensembling`.
 """
 
 from __future__ import annotations
@@ -38,47 +37,50 @@ class EnsembleOptions:
 
 
 def run(members: Sequence[str], options: EnsembleOptions) -> int:
-    """Joins and tells. Raises `UserError`."""
+    """Combines classifiers or regressors and prints the result. Raises `UserError`."""
     columns = parse_columns(options.columns)
     if members and not any(is_task_model(member) for member in members):
         return _run_language(members, options)
     if options.weights:
-        raise UserError("--weight: for language models; of these --method weighted fits the weights on --fit")
+        raise UserError("--weight: only for language models; use --method weighted, which fits the weights on --fit")
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
-    from loopos.ensembling.heads import EnsembleSettings, join
+    from loopos.ensembling.heads import EnsembleSettings, combine
     from loopos.training.precision import pick_device
 
     settings = EnsembleSettings(
         method=options.method, fit=options.fit, test=options.test, copy=options.copy, columns=columns
     )
     with Bar("members") as bar:
-        joined = join(members, options.output, settings, device=pick_device(options.device).type, tell=bar.progress)
+        ensemble = combine(
+            members, options.output, settings, device=pick_device(options.device).type, on_progress=bar.progress
+        )
     if options.json:
         say_json(
             {
-                "folder": str(joined.folder),
+                "folder": str(ensemble.folder),
                 "method": options.method,
-                "weights": dict(zip(members, joined.weights, strict=True)),
+                "weights": dict(zip(members, ensemble.weights, strict=True)),
                 "measured": [
                     {
                         "source": each.source,
-                        "members": dict(zip(members, each.alone, strict=True)),
+                        "members": dict(zip(members, each.by_member, strict=True)),
                         "mean": each.mean,
                         "ensemble": {name: each.together[name] for name in each.mean},
                         "rows": each.together["rows"],
                     }
-                    for each in joined.measured
+                    for each in ensemble.measured
                 ],
             }
         )
         return 0
-    say(f"{joined.folder}: {len(members)} members joined by {options.method}")
-    say(table(list(zip(members, joined.weights, strict=True)), head=("member", "weight")))
-    for each in joined.measured:
+    say(f"{ensemble.folder}: {len(members)} members combined by {options.method}")
+    say(table(list(zip(members, ensemble.weights, strict=True)), head=("member", "weight")))
+    for each in ensemble.measured:
         names = list(each.mean)
         rows: list[list[object]] = [
-            [member, *(alone[name] for name in names)] for member, alone in zip(members, each.alone, strict=True)
+            [member, *(metrics[name] for name in names)]
+            for member, metrics in zip(members, each.by_member, strict=True)
         ]
         rows += [["mean", *each.mean.values()], ["ensemble", *(each.together[name] for name in names)]]
         say(f"{each.source}: {each.together['rows']:,} rows")
@@ -87,13 +89,13 @@ def run(members: Sequence[str], options: EnsembleOptions) -> int:
 
 
 def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
-    """Joins language models and tells. Raises `UserError`."""
+    """Combines language models and prints the result. Raises `UserError`."""
     idle = (("--fit", options.fit is not None), ("--columns", bool(options.columns)))
-    expected = f"for classifiers and regressors; {members[0]} is a language model"
+    expected = f"only for classifiers and regressors; {members[0]} is a language model"
     refuse([f"{name}: {expected}" for name, actual in idle if actual])
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
-    from loopos.ensembling.language import LanguageEnsembleSettings, join_language
+    from loopos.ensembling.language import LanguageEnsembleSettings, combine_language
     from loopos.training.precision import pick_device
 
     settings = LanguageEnsembleSettings(
@@ -101,22 +103,23 @@ def _run_language(members: Sequence[str], options: EnsembleOptions) -> int:
     )
     with Bar("members") as bar:
         device = pick_device(options.device).type
-        joined = join_language(members, options.output, settings, device=device, tell=bar.progress)
-    for sentence in joined.notes:
+        ensemble = combine_language(members, options.output, settings, device=device, on_progress=bar.progress)
+    for sentence in ensemble.notes:
         note(f"note: {sentence}")
-    weights = dict(zip(members, joined.weights, strict=True))
+    weights = dict(zip(members, ensemble.weights, strict=True))
     if options.json:
-        told = {"source": options.test, "members": dict(zip(members, joined.alone, strict=False)),
-                "ensemble": joined.together}  # fmt: skip
-        measured = [told] if options.test is not None else []
-        say_json({"folder": str(joined.folder), "method": options.method, "weights": weights, "measured": measured})
+        metrics = {"source": options.test, "members": dict(zip(members, ensemble.by_member, strict=False)),
+                   "ensemble": ensemble.together}  # fmt: skip
+        measured = [metrics] if options.test is not None else []
+        say_json({"folder": str(ensemble.folder), "method": options.method, "weights": weights, "measured": measured})
         return 0
-    say(f"{joined.folder}: {len(members)} language models joined by {options.method}")
+    say(f"{ensemble.folder}: {len(members)} language models combined by {options.method}")
     say(table(list(weights.items()), head=("member", "weight")))
     if options.test is not None:
-        names = list(joined.together)
+        names = list(ensemble.together)
         rows: list[list[object]] = [
-            [member, *(alone[name] for name in names)] for member, alone in zip(members, joined.alone, strict=True)
+            [member, *(metrics[name] for name in names)]
+            for member, metrics in zip(members, ensemble.by_member, strict=True)
         ]
-        say(table([*rows, ["ensemble", *joined.together.values()]], head=("", *names)))
+        say(table([*rows, ["ensemble", *ensemble.together.values()]], head=("", *names)))
     return 0

@@ -1,8 +1,4 @@
-"""`loopos evaluate`: a trained model measured on data.
-
-Enters: a model and a data file. Leaves: the exit code. Left out: how each kind of model is measured (`evaluate_heads`,
-`evaluate_language`, `evaluate_text`, `evaluate_tasks`).
-"""
+"""`loopos evaluate`: evaluates a trained model on data; each kind of model has its own module `evaluate_*`."""
 
 from __future__ import annotations
 
@@ -38,12 +34,14 @@ def run(location: str, source: str | None, options: EvaluateOptions) -> int:
     """Measures and prints. Raises `UserError`."""
     if options.tasks.names:
         return _run_tasks(location, source, options)
-    refuse([f"{name}: of tasks; expected --tasks too" for name in options.tasks.changed()])
+    refuse([f"{name}: only for tasks; add --tasks" for name in options.tasks.changed()])
     if source is None:
-        raise UserError("got no data; expected a data file, or --tasks with names of lm-eval's tasks")
+        raise UserError("got no data; expected a data file, or --tasks with names of lm-eval tasks")
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if not is_task_model(location):
-        refuse([f"--report: for models with a head; {location} is a language model"] * (options.report is not None))
+        refuse(
+            [f"--report: only for models with a head; {location} is a language model"] * (options.report is not None)
+        )
         if options.language.reads_plain_text(source, rules):
             return _run_on_text(location, source, rules, options)
         return evaluate_language.run(
@@ -59,7 +57,7 @@ def run(location: str, source: str | None, options: EvaluateOptions) -> int:
         )
     refuse_reward_model(location)
     diagnostics = [name for name in options.language.changed() if name != "--output"]
-    refuse([f"{name}: for language models; {location} is a model with a head" for name in diagnostics])
+    refuse([f"{name}: only for language models; {location} is a model with a head" for name in diagnostics])
     return evaluate_heads.run(
         location,
         source,
@@ -75,14 +73,14 @@ def run(location: str, source: str | None, options: EvaluateOptions) -> int:
 
 
 def _run_tasks(location: str, source: str | None, options: EvaluateOptions) -> int:
-    """Tasks of lm-eval."""
-    language, mine = options.language, ("--limit", "--output", "--precision", "--seed")
-    idle = [name for name in language.changed() if name not in mine]
+    """Evaluates on lm-eval tasks."""
+    language, used = options.language, ("--limit", "--output", "--precision", "--seed")
+    idle = [name for name in language.changed() if name not in used]
     idle += ["--columns"] * bool(options.columns) + ["--skip-bad-rows"] * options.skip_bad_rows
     idle += ["--encoding"] * (options.encoding is not None) + ["--report"] * (options.report is not None)
-    diagnostics = [f"{name}: for rows of data; a task of lm-eval says itself what is asked and how" for name in idle]
+    diagnostics = [f"{name}: only for rows of data; an lm-eval task sets its own rows and prompts" for name in idle]
     if source is not None:
-        diagnostics.append(f"{source} and --tasks: expected one of the two")
+        diagnostics.append(f"{source} and --tasks: use only one of the two")
     refuse(diagnostics)
     return evaluate_tasks.run(
         location,
@@ -100,8 +98,8 @@ def _run_tasks(location: str, source: str | None, options: EvaluateOptions) -> i
 def _run_on_text(location: str, source: str, rules: TextRules, options: EvaluateOptions) -> int:
     """Perplexity of running text."""
     language = options.language
-    mine = ("--window", "--stride", "--precision")
-    refuse([f"{name}: for rows of data; {source} is plain text" for name in language.changed() if name not in mine])
+    used = ("--window", "--stride", "--precision")
+    refuse([f"{name}: only for rows; {source} is plain text" for name in language.changed() if name not in used])
     return evaluate_text.run(
         location,
         source,

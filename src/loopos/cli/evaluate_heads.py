@@ -1,8 +1,6 @@
-"""`loopos evaluate` for models with a head: metrics, figures of each class, and which rows are wrong.
+"""`loopos evaluate` for models with a head: metrics, per-class figures, and mistakes.
 
-Enters: a run and a file of labelled rows. Leaves: one JSON object or tables on standard output; with -o a row for each
-row of the file, the most confident mistakes first; with --report an HTML page. Left out: language models
-(`evaluate_language`).
+Prints one JSON object or tables; with -o writes every row, most confident mistakes first; with --report an HTML page.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ def run(
         from loopos.evaluation.blocks import as_html
 
         write_whole(report, as_html(f"{location} on {source}", judgement.blocks()), "--report")
-        note(f"{report}: the report")
+        note(f"{report}: report")
     return 0
 
 
@@ -88,7 +86,7 @@ def _describe(source: str, judgement: Judgement) -> None:
     worst = sorted(classes, key=lambda each: -1.0 if each.f1 is None else each.f1)
     is_long = len(classes) > _MOST_CLASSES_ON_SCREEN
     if is_long:
-        say(f"{len(classes)} classes, the {_MOST_CLASSES_ON_SCREEN} of lowest F1 (all with --json or --report)")
+        say(f"{len(classes)} classes; the {_MOST_CLASSES_ON_SCREEN} with the lowest F1 (all with --json or --report)")
     figures = [
         (each.name, each.precision, each.recall, each.f1, each.rows)
         for each in (worst[:_MOST_CLASSES_ON_SCREEN] if is_long else classes)

@@ -1,13 +1,8 @@
-"""A language model measured on rows: answers to problems, and the loss of the tokens that training would train.
+"""`loopos evaluate` for language models: accuracy of answers to problems, and the loss of rows.
 
-Enters: a reasoner, what to measure, a source of rows. Leaves: a `LanguageReport`. A row that one metric has no room for
-is counted with the reason, and serves the others. Left out: options and printing (`evaluate_language`).
-
-`loopos evaluate` for language models: right answers to problems, and the loss of rows.
-
-Enters: a model, a data file, what to measure and how to generate. Leaves: one JSON object or a table on standard
-output, a record a problem in a file, lines of progress on standard error. Rows that the model has no positions for are
-left out and counted. Left out: task models (`evaluate`).
+Prints a table or one JSON object; with -o writes one record per problem; progress goes to standard error. Rows that
+exceed the model's positions are dropped and counted by reason; a row that one metric cannot use can still count for
+another.
 """
 
 from __future__ import annotations
@@ -44,12 +39,12 @@ if TYPE_CHECKING:
 
 METRICS = ("accuracy", "loss", "perplexity")
 OF_TEXT = ("window", "stride")
-"""Options of plain text alone."""
+"""Options that apply only to plain text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageOptions:
-    """The options of `loopos evaluate` that language models alone have."""
+    """The options of `loopos evaluate` that only language models have."""
 
     metrics: tuple[str, ...] = ()
     strategy: str = "single"
@@ -65,7 +60,7 @@ class LanguageOptions:
     limits: StepOptions = field(default_factory=StepOptions)
 
     def changed(self) -> list[str]:
-        """The options that were given, as they are written."""
+        """The options that differ from their defaults, as written on the command line."""
         names = {"metrics": "--metric", "output": "--output"}
         plain = ("metrics", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision", *OF_TEXT)
         default = LanguageOptions()
@@ -73,12 +68,12 @@ class LanguageOptions:
         return own + [option(name) for name in (*self.sampling.changed(), *self.limits.changed())]
 
     def reads_plain_text(self, source: str, rules: TextRules) -> bool:
-        """Whether a source is running text: by its content, or because an option of text alone was given."""
+        """Whether a source is running text: by its content, or because an option for text was used."""
         return any(getattr(self, name) is not None for name in OF_TEXT) or is_plain_text(source, rules)
 
 
 def checked(options: LanguageOptions, device: str) -> Strategy:
-    """The strategy; --samples alone is a vote of so many chains. Raises `UserError` with every fault at once."""
+    """The strategy; --samples without --strategy is a majority vote. Raises `UserError` with all problems at once."""
     diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
     strategy = parsed_strategy(options.strategy, diagnostics)
     diagnostics += place_diagnostics(device, options.precision)
@@ -94,13 +89,13 @@ def checked(options: LanguageOptions, device: str) -> Strategy:
     ]
     most = strategy.chains if strategy.kind == "self_consistency" else 1
     diagnostics += [
-        f"--pass-k: got {k}; expected 1 to the number of chains sampled for a problem ({most}): raise --samples"
+        f"--pass-k: got {k}; expected 1 to the number of chains sampled per problem ({most}): raise --samples"
         for k in options.pass_k
         if not 1 <= k <= most
     ]
     if options.metrics and "accuracy" not in options.metrics:
         diagnostics += [
-            f"{name} without --metric accuracy: it serves generated answers" for name in _of_answers(options)
+            f"{name} without --metric accuracy: it applies only to generated answers" for name in _of_answers(options)
         ]
     refuse(diagnostics)
     return strategy
@@ -161,7 +156,7 @@ def run(
     if options.output is not None:
         _write(options.output, report)
     if as_json:
-        say_json({"model": location, "data": source, **report.told()})
+        say_json({"model": location, "data": source, **report.to_dict()})
     else:
         _describe(location, source, report)
     return 0
@@ -173,10 +168,10 @@ def _write(file: Path, report: LanguageReport) -> None:
 
 
 def _describe(location: str, source: str, report: LanguageReport) -> None:
-    told: dict[str, Any] = report.told()
-    dropped = "".join(f", {count} dropped ({reason})" for reason, count in told["dropped"].items())
-    say(f"{location} on {source}: {told['rows']:,} rows{dropped}")
-    say(table(list(told["metrics"].items())))
-    rate = told["tokens_per_second"]
-    generated = f"; {told['tokens_generated']:,} tokens generated, {rate:,.0f} a second" if rate is not None else ""
-    say(f"  {as_time(told['seconds'])}{generated}")
+    result: dict[str, Any] = report.to_dict()
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in result["dropped"].items())
+    say(f"{location} on {source}: {result['rows']:,} rows{dropped}")
+    say(table(list(result["metrics"].items())))
+    rate = result["tokens_per_second"]
+    generated = f"; {result['tokens_generated']:,} tokens generated, {rate:,.0f} per second" if rate is not None else ""
+    say(f"  {as_time(result['seconds'])}{generated}")

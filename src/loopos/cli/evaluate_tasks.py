@@ -1,8 +1,4 @@
-"""`loopos evaluate --tasks`: tasks of lm-eval, asked of a language model or an ensemble.
-
-Enters: a model, names of tasks. Leaves: one JSON object or a table on standard output, a record a document in a file.
-Left out: the engine as lm-eval's model (`evaluation.harness`).
-"""
+"""`loopos evaluate --tasks`: evaluates a language model or an ensemble on lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ from loopos.config.figures import as_time
 
 _PACKAGE = "lm_eval"
 _DEFAULT_FILTER = "none"
-# lm-eval's notes beside the metrics of a task.
+# lm-eval's fields beside the metrics of a task.
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 
 
@@ -42,7 +38,7 @@ class TaskOptions:
     chat: bool = False
 
     def changed(self) -> list[str]:
-        """The options besides the names that were given, as they are written."""
+        """The options other than the task names that differ from their defaults, as written on the command line."""
         actual = {"--task-folder": self.folder, "--num-fewshot": self.num_fewshot, "--chat": self.chat or None}
         return [name for name, value in actual.items() if value is not None]
 
@@ -59,14 +55,14 @@ def run(
     as_json: bool,
     verbose: bool,
 ) -> int:
-    """Asks and prints. Raises `UserError`."""
+    """Evaluates and prints. Raises `UserError`."""
     diagnostics = list(place_diagnostics(device, precision))
     if limit is not None and limit < 1:
         diagnostics.append(f"--limit: got {limit}; expected 1 or more")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         diagnostics.append(f"--num-fewshot: got {options.num_fewshot}; expected 0 or more")
     if options.folder is not None and not options.folder.is_dir():
-        diagnostics.append(f"--task-folder: {options.folder} is no folder; expected one with task files (.yaml)")
+        diagnostics.append(f"--task-folder: {options.folder} is not a folder; expected one with task files (.yaml)")
     refuse(diagnostics)
     if output is not None:
         refuse_unwritable(output)
@@ -86,7 +82,7 @@ def run(
     seconds = time.monotonic() - began
     if output is not None:
         _write(output, found["samples"])
-    tasks = {name: _metrics(told) for name, told in found["results"].items()}
+    tasks = {name: _metrics(results) for name, results in found["results"].items()}
     if as_json:
         version = importlib.metadata.version(_PACKAGE)
         say_json({"model": source, "tasks": tasks, "seconds": seconds, "lm_eval": version})
@@ -97,14 +93,14 @@ def run(
     return 0
 
 
-def _metrics(told: Mapping[str, Any]) -> dict[str, float]:
-    """Metric → value; lm-eval writes "metric,filter", and the filter is told where a task has one."""
+def _metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Metric → value. lm-eval's keys are "metric,filter"; the filter is dropped unless the task has one."""
     found = {}
-    for key, value in told.items():
-        metric, _, kept = key.partition(",")
+    for key, value in results.items():
+        metric, _, filter_name = key.partition(",")
         if key in _NOT_METRICS or isinstance(value, bool | str) or value is None or metric.endswith("_stderr"):
             continue
-        found[metric if kept in ("", _DEFAULT_FILTER) else key] = float(value)
+        found[metric if filter_name in ("", _DEFAULT_FILTER) else key] = float(value)
     return found
 
 

@@ -1,8 +1,4 @@
-"""`loopos evaluate` on running text: perplexity and bits a byte of a language model.
-
-Enters: a language model and a file of plain text. Leaves: one JSON object, or a table. Left out: the measuring
-(`evaluation.perplexity`), rows (`evaluate_language`).
-"""
+"""`loopos evaluate` on running text: perplexity and bits per byte of a language model."""
 
 from __future__ import annotations
 
@@ -45,20 +41,20 @@ def run(
 
     chosen = None if precision == "auto" else precision
     opened = open_generation_model(location, device=pick_device(device).type, precision=chosen)
-    began = summary = time.monotonic()
+    began = last_line = time.monotonic()
 
-    def progress(done: int, whole: int) -> None:
-        nonlocal summary
-        if (now := time.monotonic()) - summary > _LINE_EVERY_SECONDS:
-            summary = now
-            note(f"{done:,} of {whole:,} tokens · {done / (now - began):,.0f} tokens/s")
+    def progress(completed: int, total: int) -> None:
+        nonlocal last_line
+        if (now := time.monotonic()) - last_line > _LINE_EVERY_SECONDS:
+            last_line = now
+            note(f"{completed:,} of {total:,} tokens · {completed / (now - began):,.0f} tokens/s")
 
     found = text_loss(opened.model, opened.tokenizer, text, window=window, stride=stride, note=progress)
     seconds = time.monotonic() - began
     if as_json:
-        say_json({"model": location, "data": source, "metrics": found.told(), "seconds": seconds})
+        say_json({"model": location, "data": source, "metrics": found.to_dict(), "seconds": seconds})
     else:
         say(f"{location} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
-        say(table([(name, found.told()[name]) for name in ("perplexity", "loss", "bits_per_byte")]))
+        say(table([(name, found.to_dict()[name]) for name in ("perplexity", "loss", "bits_per_byte")]))
         say(f"  {as_time(seconds)}")
     return 0

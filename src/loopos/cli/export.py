@@ -1,8 +1,4 @@
-"""`loopos export`: a trained model as a folder that other programs open.
-
-Enters: MODEL, a format, a folder that is not there yet. Leaves: the folder, and on standard output what it holds and
-what was found when it was opened again. Left out: the work itself (`deploy.export`).
-"""
+"""`loopos export`: writes a trained model as a folder that other programs open, and prints the verification."""
 
 from __future__ import annotations
 
@@ -31,16 +27,16 @@ class ExportOptions:
     format: str
     type: str | None = None
     push: str | None = None
-    licence: str | None = None
+    license: str | None = None
     check: bool = True
     json: bool = False
     verbose: bool = False
 
 
 def run(source: str, options: ExportOptions) -> int:
-    """Exports and tells. Raises `UserError`."""
+    """Exports and prints. Raises `UserError`."""
     settings = ExportSettings(
-        format=options.format, type=options.type, push=options.push, licence=options.licence, check=options.check
+        format=options.format, type=options.type, push=options.push, licence=options.license, check=options.check
     )
     check_settings(settings)
     require_new_folder(options.output)
@@ -49,41 +45,41 @@ def run(source: str, options: ExportOptions) -> int:
     from loopos.exporting.export import export
 
     with Bar("export") as bar:
-        done = export(source, options.output, settings, tell=bar.progress)
+        exported = export(source, options.output, settings, on_progress=bar.progress)
     if options.json:
-        check = done.check
+        check = exported.check
         say_json(
             {
-                "folder": str(done.folder),
+                "folder": str(exported.folder),
                 "format": options.format,
-                "type": done.type,
-                "bytes_before": done.bytes_before,
-                "bytes_after": done.bytes_after,
+                "type": exported.type,
+                "bytes_before": exported.bytes_before,
+                "bytes_after": exported.bytes_after,
                 "largest_difference": check.largest if check else None,
                 "same_likeliest": check.same if check else None,
                 "greedy_texts": list(check.texts) if check else [],
-                "notes": list(done.notes),
-                "warning": done.warning or None,
-                "pushed": done.pushed,
+                "notes": list(exported.notes),
+                "warning": exported.warning or None,
+                "pushed": exported.pushed,
             }
         )
-        return _exit_code(done)
-    say(f"{done.folder}: {options.format}, {done.type.upper()}, {as_bytes(done.bytes_after)}")
-    say(f"  before {as_bytes(done.bytes_before)}")
-    for line in done.notes:
+        return _exit_code(exported)
+    say(f"{exported.folder}: {options.format}, {exported.type.upper()}, {as_bytes(exported.bytes_after)}")
+    say(f"  before {as_bytes(exported.bytes_before)}")
+    for line in exported.notes:
         say(f"  {line}")
-    if done.check is not None:
-        say(f"  verified: {done.check.summary()}")
-    if done.pushed is not None:
-        say(f"  sent to {done.pushed}")
-    return _exit_code(done)
+    if exported.check is not None:
+        say(f"  verified: {exported.check.summary()}")
+    if exported.pushed is not None:
+        say(f"  pushed to {exported.pushed}")
+    return _exit_code(exported)
 
 
-def _exit_code(done: Exported) -> int:
-    """0, or that of an export that was written and says other things than the model, after a warning."""
+def _exit_code(exported: Exported) -> int:
+    """0, or the exit code of an export whose outputs differ from the model's, after a warning."""
     from loopos.exporting.checks import UNLIKE_EXIT_CODE
 
-    if not done.warning:
+    if not exported.warning:
         return 0
-    note(f"warning: {done.warning}")
+    note(f"warning: {exported.warning}")
     return UNLIKE_EXIT_CODE

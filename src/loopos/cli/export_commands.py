@@ -1,7 +1,4 @@
-"""The commands `export` and `ensemble`.
-
-Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
-"""
+"""The commands `export` and `ensemble`: options and help texts."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from loopos.config.paths import expanded
 
 Output = Annotated[
     Path,
-    typer.Option("--output", "-o", help="Folder to write, which is not there yet.", show_default=False, parser=path),
+    typer.Option("--output", "-o", help="New output folder.", show_default=False, parser=path),
 ]
 
 
@@ -24,7 +21,7 @@ def export(
         str,
         typer.Argument(
             metavar="MODEL",
-            help='Run folder, model folder, adapter folder, checkpoint of transformers or "smollm2-135m".',
+            help='Run folder, model folder, adapter folder, transformers checkpoint or "smollm2-135m".',
             show_default=False,
             parser=expanded,
         ),
@@ -35,20 +32,22 @@ def export(
     ],
     number_type: Annotated[
         str | None,
-        typer.Option("--type", help="f32, f16 or bf16; of gguf and modelfile also q8_0 and q4_0 (f16 when absent)."),
+        typer.Option("--type", help="f32, f16 or bf16; for gguf and modelfile also q8_0 and q4_0; default: f16."),
     ] = None,
     push: Annotated[
-        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Send the folder to this repository of a hub.")
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload the folder to this hub repository.")
     ] = None,
-    licence: Annotated[str | None, typer.Option("--licence", help="Licence that the model card names.")] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not open the export again to compare it.")] = False,
+    license: Annotated[
+        str | None, typer.Option("--license", "--licence", help="License that the model card names.")
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not reopen the export to compare it.")] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Export a model for other programs: one folder, with a model card."""
+    """Export a model for other programs: one folder with a model card."""
     from loopos.cli import export as command
 
-    options = command.ExportOptions(output, file_format, number_type, push, licence, not no_check, json, verbose)
+    options = command.ExportOptions(output, file_format, number_type, push, license, not no_check, json, verbose)
     raise typer.Exit(command.run(model, options))
 
 
@@ -64,30 +63,30 @@ def ensemble(
     ],
     output: Output,
     method: Annotated[
-        str, typer.Option("--method", help="mean or logits; weighted or majority; of language models also vote.")
+        str, typer.Option("--method", help="mean, logits, weighted or majority; for language models also vote.")
     ] = "mean",
     weight: Annotated[
-        list[float] | None, typer.Option("--weight", help="Share of a language model, in their order; may be repeated.")
+        list[float] | None, typer.Option("--weight", help="Weight of each language model, in order; repeatable.")
     ] = None,
     fit: Annotated[
         str | None,
-        typer.Option("--fit", metavar="DATA", help="Labelled rows that weights are fitted on.", parser=expanded),
+        typer.Option("--fit", metavar="DATA", help="Labeled rows to fit the weights on.", parser=expanded),
     ] = None,
     test: Annotated[
         str | None,
         typer.Option(
-            "--test", metavar="DATA", help="Rows or text that members and ensemble are measured on.", parser=expanded
+            "--test", metavar="DATA", help="Rows or text to evaluate members and ensemble on.", parser=expanded
         ),
     ] = None,
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the members into the folder, not their paths alone.")
+        bool, typer.Option("--copy", help="Copy the members into the folder instead of storing their paths.")
     ] = False,
     columns: Columns = None,
     device: Device = "auto",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Join classifiers, regressors or language models to one model."""
+    """Combine classifiers, regressors or language models into one ensemble."""
     from loopos.cli import ensemble as command
 
     options = command.EnsembleOptions(

@@ -1,7 +1,6 @@
-"""`loopos generate`: what a language model says to prompts, as text, as a trace of steps, or as JSON lines.
+"""`loopos generate`: completions as text, as a trace of steps, or as JSON lines.
 
-Enters: a model and prompts. Leaves: text on standard output, as it comes for one prompt on a terminal; with --json or
--o one JSON object a completion. All that can be checked without torch is checked before torch is imported.
+One prompt on a terminal is streamed. Everything that can be checked without torch is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from loopos.data.decoding import TextRules
 from loopos.models.ensemble_recipe import read_ensemble
 
 if TYPE_CHECKING:
-    from loopos.cli.prompts import Asked
+    from loopos.cli.prompts import PromptInput
     from loopos.evaluation.reasoning import Ranker, Reasoner
 
 _MOST_ROWS = 64
@@ -77,7 +76,7 @@ def run(location: str, options: GenerateOptions) -> int:
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
-    asked = _asked(options, columns, rules)
+    prompts = _prompts(options, columns, rules)
     hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
         location,
@@ -88,21 +87,21 @@ def run(location: str, options: GenerateOptions) -> int:
         may_vote=True,
     )
     if (
-        len(asked) == 1
+        len(prompts) == 1
         and _is_plain(options, strategy)
         and not reasoner.voters
         and not _is_for_scripts(options)
         and sys.stdout.isatty()
     ):
-        for text in streamed(reasoner, asked[0], options.sampling):
+        for text in streamed(reasoner, prompts[0], options.sampling):
             write(text)
         say()
         return 0
-    records, texts = generated(reasoner, asked, options, strategy)
+    records, texts = generated(reasoner, prompts, options, strategy)
     if not _is_for_scripts(options):
         from loopos.cli.trace import blocks
 
-        write(blocks([each.text for each in asked], texts) + "\n")
+        write(blocks([each.text for each in prompts], texts) + "\n")
         return 0
     lines = json_lines(records)
     if options.output is None:
@@ -114,21 +113,23 @@ def run(location: str, options: GenerateOptions) -> int:
 
 
 def checked(options: GenerateOptions) -> Strategy:
-    """The strategy. Raises `UserError` with every fault of the options at once."""
+    """The strategy. Raises `UserError` with all problems of the options at once."""
     diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
     strategy = parsed_strategy(options.strategy, diagnostics)
     if not options.prompts and options.input is None:
-        diagnostics.append("no prompt: give -p TEXT, or --input with a file (- is standard input)")
+        diagnostics.append("no prompt: use -p TEXT, or --input FILE (- is standard input)")
     if options.prompts and options.input is not None:
-        diagnostics.append("-p and --input: expected one of the two")
+        diagnostics.append("-p and --input: use only one of the two")
     if options.encoding is not None and options.input is None:
-        diagnostics.append("--encoding without --input: it says how a file is read")
+        diagnostics.append("--encoding without --input: it sets how a file is read")
     if not options.raw and any(not prompt.strip() for prompt in options.prompts):
-        diagnostics.append("-p: got a blank text; expected words, or --raw to begin with nothing")
+        diagnostics.append("-p: got a blank text; expected a prompt, or --raw to start from nothing")
     if options.raw and options.system is not None:
-        diagnostics.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
+        diagnostics.append("--system with --raw: a raw prompt has no messages; put the text into the prompt")
     if options.reward_model is not None and strategy.kind != "best_of_n":
-        diagnostics.append("--reward-model: ranks the chains of --strategy best_of_n:N; give both, such as best_of_n:4")
+        diagnostics.append(
+            "--reward-model: ranks the chains of --strategy best_of_n:N; use both, for example best_of_n:4"
+        )
     diagnostics += place_diagnostics(options.device, options.precision)
     diagnostics += (
         chain_diagnostics(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
@@ -140,46 +141,46 @@ def checked(options: GenerateOptions) -> Strategy:
 
 
 def _check_votes(source: str, options: GenerateOptions) -> None:
-    """Raises `UserError` for options that an ensemble which votes has no answer to."""
+    """Raises `UserError` for options that a voting ensemble does not support."""
     recipe = read_ensemble(source)
     if recipe is None or not recipe.votes:
         return
     diagnostics = [
-        f"{option(name)}: {source} is an ensemble that votes over answers; expected one of method mean or logits"
+        f"{option(name)}: {source} is an ensemble that votes over answers; use one with method mean or logits"
         for name in ("num_beams", "raw")
         if getattr(options, name)
     ]
     if options.samples > 1:
         diagnostics.append(
-            f"--samples {options.samples}: {source} votes, and gives one answer; expected --strategy "
-            f"self_consistency:{options.samples} for as many chains of each member"
+            f"--samples {options.samples}: {source} votes and returns one answer; use --strategy "
+            f"self_consistency:{options.samples} to sample as many chains of each member"
         )
     refuse(diagnostics)
 
 
 def _beam_diagnostics(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
-    """What a beam search over tokens leaves no room for."""
+    """Options that conflict with a beam search over tokens."""
     width = options.num_beams
     assert width is not None
     if width < 1:
         yield f"--num-beams: got {width}; expected 1 or more"
     if not 1 <= options.samples <= max(width, 1):
-        yield f"--samples: got {options.samples}; expected 1 to --num-beams {width}: a search ends with so many beams"
+        yield f"--samples: got {options.samples}; expected 1 to --num-beams {width}, the number of beams"
     others = [name for name in options.sampling.changed() if name not in ("max_new_tokens", "seed")]
     others += options.limits.changed() + (["steps"] if options.steps else [])
     others += ["strategy"] if strategy.kind != "single" else []
     for name in others:
-        yield f"{option(name)} with --num-beams: a beam search takes the likeliest tokens alone; give one of the two"
+        yield f"{option(name)} with --num-beams: beam search takes only the most likely tokens; use one of the two"
 
 
-def _asked(options: GenerateOptions, columns: dict[str, str], rules: TextRules) -> list[Asked]:
+def _prompts(options: GenerateOptions, columns: dict[str, str], rules: TextRules) -> list[PromptInput]:
     from loopos.cli.prompts import of_text, read_prompts
 
     if options.input is not None:
-        asked = read_prompts(options.input, columns, raw=options.raw, rules=rules)
+        prompts = read_prompts(options.input, columns, raw=options.raw, rules=rules)
     else:
-        asked = [of_text(text, index, raw=options.raw) for index, text in enumerate(options.prompts)]
-    return [each.with_system(options.system) for each in asked]
+        prompts = [of_text(text, index, raw=options.raw) for index, text in enumerate(options.prompts)]
+    return [each.with_system(options.system) for each in prompts]
 
 
 def _is_for_scripts(options: GenerateOptions) -> bool:
@@ -187,58 +188,58 @@ def _is_for_scripts(options: GenerateOptions) -> bool:
 
 
 def _is_plain(options: GenerateOptions, strategy: Strategy) -> bool:
-    """Whether completions are expected as they come, without a look at their steps."""
+    """Whether completions are wanted as plain text, without steps."""
     reasons = options.steps or bool(options.limits.changed()) or strategy.kind != "single"
     return not reasons and options.num_beams is None and options.samples == 1
 
 
-def streamed(reasoner: Reasoner, asked: Asked, sampling: SamplingOptions) -> Iterator[str]:
-    """The completion of one prompt, piece by piece."""
+def streamed(reasoner: Reasoner, prompt: PromptInput, sampling: SamplingOptions) -> Iterator[str]:
+    """Streams the completion of one prompt."""
     settings = reasoner.sampling(sampling.settings())
-    for piece in reasoner.engine.stream([reasoner.prompt(asked.problem)], settings):
-        yield piece.text
+    for delta in reasoner.engine.stream([reasoner.prompt(prompt.problem)], settings):
+        yield delta.text
 
 
 def generated(
-    reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, strategy: Strategy
+    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, strategy: Strategy
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """A record a completion, and the texts of each prompt for people."""
+    """One record per completion, and the texts of each prompt for people."""
     if options.num_beams is not None:
-        return _beams(reasoner, asked, options, options.num_beams)
+        return _beams(reasoner, prompts, options, options.num_beams)
     if options.steps or options.limits.changed() or strategy.kind != "single" or reasoner.voters:
-        return _reasoned(reasoner, asked, options, strategy)
+        return _reasoned(reasoner, prompts, options, strategy)
     from loopos.cli.trace import completion_record
 
-    prompts = [reasoner.prompt(each.problem) for each in asked]
+    encoded = [reasoner.prompt(each.problem) for each in prompts]
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
-    completions = reasoner.engine.generate(prompts, settings, n=number)
-    recorded = [each.recorded for each in asked]
+    completions = reasoner.engine.generate(encoded, settings, n=number)
+    recorded = [each.recorded for each in prompts]
     records = [_numbered(completion_record(recorded[c.prompt_index], c), c.sample_index, number) for c in completions]
     texts = [[c.text for c in completions[first : first + number]] for first in range(0, len(completions), number)]
     return records, texts
 
 
 def _reasoned(
-    reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, strategy: Strategy
+    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, strategy: Strategy
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     from loopos.cli.trace import answered_record, chain_record, confidence_summary, described
 
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
-    problems = [each.problem for each in asked]
+    problems = [each.problem for each in prompts]
     if strategy.kind != "single" or reasoner.voters:
         ranker = _ranker(options)
         found = reasoner.answer(problems, settings, strategy=strategy, limits=limits, ranker=ranker)
         texts = []
         for answered in found:
             chosen = answered.chains[answered.chosen or 0]
-            told = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
-            texts.append([f"{told}\n({confidence_summary(answered)})"])
-        records = [answered_record(each.recorded, one, marks) for each, one in zip(asked, found, strict=True)]
+            text = described(chosen, marks) if options.steps else f"{chosen.text}\nanswer: {answered.answer}"
+            texts.append([f"{text}\n({confidence_summary(answered)})"])
+        records = [answered_record(each.recorded, one, marks) for each, one in zip(prompts, found, strict=True)]
         return records, texts
-    prompts = [reasoner.prompt(problem) for problem in problems]
-    found = reasoner.sample(prompts, settings, n=options.samples, limits=limits)
+    encoded = [reasoner.prompt(problem) for problem in problems]
+    found = reasoner.sample(encoded, settings, n=options.samples, limits=limits)
     records, texts = [], []
-    for each, answered in zip(asked, found, strict=True):
+    for each, answered in zip(prompts, found, strict=True):
         lines = [chain_record(each.recorded, chain, marks) for chain in answered.chains]
         records += [_numbered(line, number, options.samples) for number, line in enumerate(lines)]
         texts.append([described(chain, marks) if options.steps else chain.text for chain in answered.chains])
@@ -246,7 +247,7 @@ def _reasoned(
 
 
 def _ranker(options: GenerateOptions) -> Ranker | None:
-    """What best_of_n ranks by, if not by the model's own logprobs."""
+    """What best_of_n ranks by; None: the model's own logprobs."""
     if options.reward_model is None:
         return None
     from loopos.evaluation.reward_predictor import RewardPredictor
@@ -256,13 +257,13 @@ def _ranker(options: GenerateOptions) -> Ranker | None:
 
 
 def _beams(
-    reasoner: Reasoner, asked: Sequence[Asked], options: GenerateOptions, width: int
+    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, width: int
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     from loopos.generation.beam import BeamSettings, beam_search
 
     stop_tokens = reasoner.template.stop_tokens
     settings = BeamSettings(num_beams=width, max_new_tokens=options.sampling.max_new_tokens, stop_token_ids=stop_tokens)
-    found = beam_search(reasoner.engine, [reasoner.prompt(each.problem) for each in asked], settings)
+    found = beam_search(reasoner.engine, [reasoner.prompt(each.problem) for each in prompts], settings)
     ends = {*stop_tokens, *reasoner.engine.end_tokens}
     records = [
         _numbered(
@@ -276,12 +277,12 @@ def _beams(
             number,
             options.samples,
         )
-        for each, beams in zip(asked, found, strict=True)
+        for each, beams in zip(prompts, found, strict=True)
         for number, beam in enumerate(beams[: options.samples])
     ]
     return records, [[beam.text for beam in beams[: options.samples]] for beams in found]
 
 
 def _numbered(record: dict[str, Any], sample: int, samples: int) -> dict[str, Any]:
-    """The record with the number of its sample, where a prompt has several."""
+    """The record with its sample number, if a prompt has several."""
     return record if samples == 1 else {**record, "sample": sample}

@@ -1,7 +1,4 @@
-"""`loop_cli`: the guide's own command line, `loop_cli -c CONFIG`.
-
-Enters: the guide's options. Leaves: what `loopos train` and `loopos validate` do, with their messages and exit codes.
-"""
+"""`loop_cli -c CONFIG`: a second command line for `loopos train` and `loopos validate`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ CONFIGS = Path("configs")
 
 
 def main() -> None:
-    """The entry of `loop_cli`: exits with the command's code."""
+    """Entry point of `loop_cli`: exits with the command's code."""
     command = command_of(sys.argv[1:])
     if command == ["list"]:
         list_configs(CONFIGS)
@@ -27,13 +24,13 @@ def main() -> None:
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:
-    """The words of `loopos` that do what `arguments` ask, or ["list"]. Exits with 2 and the usage for other options."""
+    """The arguments of the equivalent `loopos` command, or ["list"]. Exits with 2 and the usage for other options."""
     parser = argparse.ArgumentParser(
         prog="loop_cli", description="Run, check or list configs. The same as loopos train and loopos validate."
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-c", "--config", metavar="CONFIG", help="train as this config says")
-    what.add_argument("--validate", metavar="CONFIG", help="check this config and report every fault")
+    what.add_argument("-c", "--config", metavar="CONFIG", help="train from this config")
+    what.add_argument("--validate", metavar="CONFIG", help="check this config and report all problems")
     what.add_argument("--list-configs", action="store_true", help="list the configs in the folder configs/")
     parser.add_argument(
         "overrides",
@@ -41,16 +38,16 @@ def command_of(arguments: Sequence[str]) -> list[str]:
         metavar="KEY.PATH=VALUE",
         help="overrides of config keys, e.g. training.learning_rate=1e-4",
     )
-    asked = parser.parse_args(arguments)
-    if asked.list_configs:
+    options = parser.parse_args(arguments)
+    if options.list_configs:
         return ["list"]
-    if asked.validate is not None:
-        return ["validate", asked.validate, *asked.overrides]
-    return ["train", asked.config, *asked.overrides]
+    if options.validate is not None:
+        return ["validate", options.validate, *options.overrides]
+    return ["train", options.config, *options.overrides]
 
 
 def list_configs(folder: Path) -> None:
-    """Prints each config of `folder` with its mode, method and description; a broken one with the first fault."""
+    """Prints each config of `folder` with its mode, method and description; a broken one with its first error."""
     from loopos.cli.answers import say, table
     from loopos.config.diagnostics import ConfigError
     from loopos.config.source import read_source

@@ -1,7 +1,6 @@
-"""What the installed torch was built for, read off its files: importing it takes seconds.
+"""What the installed torch was built for, read from its files, because importing torch takes seconds.
 
-Enters: the device and the number format that a run asks for. Leaves: nothing, or the error that torch would lead to.
-Left out: whether a device is there, which torch alone knows (`training.precision`).
+Whether a device is present only torch knows: see `training.precision`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ _LINE = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=]*= *(.+)$", re.MULTILINE)
 
 
 def refuse_absent_device(device: str, precision: str) -> None:
-    """Raises `SettingError` for a device that the installed torch has no code for, and for fp16 without CUDA. Says
-    nothing where the files do not tell.
+    """Raises `SettingError` for a device that the installed torch does not support, and for fp16 without CUDA. Passes
+    if the files do not tell.
     """
     found = _built_for()
     if found is None:
@@ -30,18 +29,18 @@ def refuse_absent_device(device: str, precision: str) -> None:
     if device == "mps" and sys.platform != "darwin":
         raise SettingError("training.device", "got mps, which only macOS has; use auto or cpu")
     if precision == "fp16" and (not has_cuda or device in ("cpu", "mps")):
-        where = device if device != "auto" else f"what torch {version} finds here"
+        where = device if device != "auto" else f"the default of torch {version}"
         problem = f"got fp16, but only CUDA trains in fp16, and the device is {where}; use auto, fp32 or bf16"
         raise SettingError("training.precision", problem)
 
 
 def _built_for() -> tuple[str, bool] | None:
-    """torch's version, and whether it has CUDA or its AMD twin; None where torch or its version.py is not there."""
+    """torch's version, and whether it supports CUDA or ROCm; None if torch or its version.py is missing."""
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
     if file is None or not file.is_file():
         return None
-    told = dict(_LINE.findall(file.read_text(encoding="utf-8")))
-    if "__version__" not in told or "cuda" not in told:
+    fields = dict(_LINE.findall(file.read_text(encoding="utf-8")))
+    if "__version__" not in fields or "cuda" not in fields:
         return None
-    return told["__version__"].strip("'\""), told["cuda"] != "None" or told.get("hip", "None") != "None"
+    return fields["__version__"].strip("'\""), fields["cuda"] != "None" or fields.get("hip", "None") != "None"

@@ -1,7 +1,4 @@
-"""The commands that speak with language models, `evaluate`, which measures every kind of model, and `serve`.
-
-Enters: the words of a command line. Leaves: the exit code. As in `commands`, here stand names, options and help alone.
-"""
+"""The commands for language models, and `evaluate` and `serve` for every kind of model: options and help texts."""
 
 from __future__ import annotations
 
@@ -83,7 +80,7 @@ def chat(
     trust_remote_code: of.TrustRemoteCode = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Talk with a language model; /help lists the commands there."""
+    """Chat with a language model; type /help for its commands."""
     from loopos.cli import chat as command
     from loopos.cli.sampling_options import SamplingOptions
 
@@ -132,7 +129,7 @@ def evaluate(
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Measure a model on data or tasks: predictions, answers to problems, or the loss of text."""
+    """Evaluate a model on data or tasks: predictions, answers to problems, or language-model loss."""
     from loopos.cli import evaluate as command
     from loopos.cli.evaluate_language import LanguageOptions
     from loopos.cli.evaluate_tasks import TaskOptions
@@ -176,7 +173,7 @@ def winrate(
     json: of.Json = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Compare the answers of two language models to the same prompts by a judge."""
+    """Compare the answers of two language models to the same prompts with a judge."""
     from loopos.cli import winrate as command
     from loopos.cli.sampling_options import SamplingOptions
 
@@ -215,7 +212,7 @@ def serve(
     trust_remote_code: of.TrustRemoteCode = False,
     verbose: of.Verbose = False,
 ) -> None:
-    """Serve a trained model over HTTP as OpenAI's interface: chat, completions, embeddings; labels; scores."""
+    """Serve a model over an OpenAI-compatible HTTP API: chat, completions, embeddings, classification, scores."""
     from loopos.cli import serve as command
     from loopos.serving.limits import ServingLimits
 

@@ -1,8 +1,8 @@
-"""`loopos data preview` of language models: tokens that are learned, tokens that are context, tokens that are cut.
+"""`loopos data preview` for language models: which tokens are learned, which are context, which are cut.
 
-Enters: the config of chain-of-thought training or pretraining. Leaves: for each row its tokens, its length, the weights
-that are not 1, and why it is cut or dropped; then the account of all rows: read = used + dropped. Colours carry nothing
-that the marks do not: runs of learned tokens stand in [brackets], context bare, cut tokens in ~tildes~.
+Prints the tokens of each row, its length, weights other than 1, and why it is cut or dropped; then the counts of all
+rows: read = used + dropped. Marks carry all information that colors do: runs of learned tokens are in [brackets],
+context is bare, cut tokens are in ~tildes~.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
 from loopos.planning.work import open_pretraining, open_reasoning
 
-_LEGEND = "[learned] · bare: context, read and not learned · ~cut~ · | parts tokens"
+_LEGEND = "[learned] · bare: context, not learned · ~cut~ · | separates tokens"
 
 
 def run(config: ChainOfThoughtConfig | PretrainingConfig, *, num_rows: int, trust_remote_code: bool) -> int:
@@ -41,7 +41,7 @@ def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *,
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"
         console.print(Text(printable(f"{example.row.source}{line}"), style="bold"))
         try:
-            # Whole, so that what is cut can be shown.
+            # Without a length limit, so that cut tokens can be shown.
             (row,), _ = encode_supervised(
                 encoder.tokenizer,
                 [example],
@@ -53,13 +53,13 @@ def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *,
         except DataError as error:
             console.print(Text(f"dropped: {error}\n", style="red"))
             continue
-        kept, fate = _fate(row, encoder.max_length, section.over_length)
-        console.print(rendered(encoder.tokenizer, row.ids, fates(row.mask, kept)))
-        console.print(Text(f"{_counts(row, kept)}{fate}\n"))
+        num_used, fate = _fate(row, encoder.max_length, section.over_length)
+        console.print(rendered(encoder.tokenizer, row.ids, fates(row.mask, num_used)))
+        console.print(Text(f"{_counts(row, num_used)}{fate}\n"))
     console.print(Text(_LEGEND))
     for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
-    # Last: where too many rows are dropped it raises, as training would.
+    # Last, because it raises if too many rows are dropped, as training would.
     for name, examples in (("train", inputs.data.train), ("validation", inputs.data.validation)):
         if examples and (name == "train" or config.validates):
             console.print(Text(f"{name}: {_account(encoder, examples)}"))
@@ -71,7 +71,7 @@ def _account(encoder: Any, examples: Sequence[Example]) -> str:
 
 
 def _fate(row: Supervised, max_length: int | None, over_length: str) -> tuple[int, str]:
-    """How many tokens of a row are kept, and what becomes of it in words, if it is too long."""
+    """The number of tokens used from a row, and a note if it is too long."""
     if max_length is None or len(row.ids) <= max_length:
         return len(row.ids), ""
     if over_length == "cut":
@@ -83,28 +83,28 @@ def _fate(row: Supervised, max_length: int | None, over_length: str) -> tuple[in
     return 0, f" · {why}: over max_length {max_length}"
 
 
-def _counts(row: Supervised, kept: int) -> str:
-    """Length, learned tokens, and the weights that are not 1."""
-    told = f"{len(row.ids)} tokens, {sum(row.mask[:kept])} learned"
+def _counts(row: Supervised, num_used: int) -> str:
+    """Length, learned tokens, and weights other than 1."""
+    summary = f"{len(row.ids)} tokens, {sum(row.mask[:num_used])} learned"
     if row.weights is not None:
-        others = sorted({weight for weight in row.weights[:kept] if weight not in (0.0, 1.0)})
-        told += "".join(f", {row.weights[:kept].count(weight)} with weight {weight:g}" for weight in others)
-    return told
+        others = sorted({weight for weight in row.weights[:num_used] if weight not in (0.0, 1.0)})
+        summary += "".join(f", {row.weights[:num_used].count(weight)} with weight {weight:g}" for weight in others)
+    return summary
 
 
-def fates(mask: Sequence[bool], kept: int) -> list[str]:
-    """What becomes of each token: of those behind the first `kept`, cut."""
-    return [CUT if index >= kept else LEARNED if learned else CONTEXT for index, learned in enumerate(mask)]
+def fates(mask: Sequence[bool], num_used: int) -> list[str]:
+    """The fate of each token; tokens after the first `num_used` are cut."""
+    return [CUT if index >= num_used else LEARNED if learned else CONTEXT for index, learned in enumerate(mask)]
 
 
 def _pretraining(config: PretrainingConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
     pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
-    for number, piece in enumerate(pretrainer.pieces[:num_rows], start=1):
-        console.print(Text(f"piece {number}, of document {piece.index + 1}", style="bold"))
-        mask = [position > 0 for position in range(len(piece.ids))]
-        console.print(rendered(pretrainer.tokenizer, piece.ids, fates(mask, len(mask))))
-        console.print(Text(f"{len(piece.ids)} tokens, {len(piece.ids) - 1} learned\n"))
+    for number, chunk in enumerate(pretrainer.pieces[:num_rows], start=1):
+        console.print(Text(f"chunk {number}, of document {chunk.index + 1}", style="bold"))
+        mask = [position > 0 for position in range(len(chunk.ids))]
+        console.print(rendered(pretrainer.tokenizer, chunk.ids, fates(mask, len(mask))))
+        console.print(Text(f"{len(chunk.ids)} tokens, {len(chunk.ids) - 1} learned\n"))
     console.print(Text(_LEGEND))
-    for name, pieces in (("train", pretrainer.pieces), ("validation", pretrainer.validation_pieces)):
-        tokens = sum(len(piece.ids) for piece in pieces)
-        console.print(Text(f"{name}: {len(pieces):,} pieces of at most {pretrainer.max_length}, {tokens:,} tokens"))
+    for name, chunks in (("train", pretrainer.pieces), ("validation", pretrainer.validation_pieces)):
+        tokens = sum(len(chunk.ids) for chunk in chunks)
+        console.print(Text(f"{name}: {len(chunks):,} chunks of at most {pretrainer.max_length}, {tokens:,} tokens"))

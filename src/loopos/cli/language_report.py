@@ -60,7 +60,7 @@ class LanguageReport:
     tokens_generated: int = 0
     seconds_generating: float = 0.0
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All but the records, as one JSON object. tokens_per_second: generated tokens a second, None without any."""
         rate = self.tokens_generated / self.seconds_generating if self.tokens_generated else None
         return {

@@ -1,7 +1,7 @@
-"""`loopos merge`: several models, or adapters, into one.
+"""`loopos merge`: merges models or adapters into one.
 
-Enters: a recipe, or models and options that make one. Leaves: the merged model's folder; what was written and measured
-on standard output, notes and a bar on standard error. Left out: merging (`deploy.merge`).
+Takes a recipe, or models and options that make one. Results go to standard output, notes and progress to standard
+error.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class MergeOptions:
     verbose: bool = False
 
 
-def run(words: Sequence[str], options: MergeOptions) -> int:
-    """Merges and tells. Raises `UserError`."""
-    recipe = read_recipe(words, options)
+def run(arguments: Sequence[str], options: MergeOptions) -> int:
+    """Merges and prints. Raises `UserError`."""
+    recipe = read_recipe(arguments, options)
     hush_libraries(verbose=options.verbose)
     from loopos.merging.merge import merge
     from loopos.training.precision import pick_device
@@ -57,32 +57,32 @@ def run(words: Sequence[str], options: MergeOptions) -> int:
     with Bar("tensors") as bar:
         result = merge(recipe, device=device, note=note, on_progress=bar.progress)
     if options.json:
-        say_json(_told(recipe, result))
+        say_json(_summary(recipe, result))
     else:
         _describe(recipe, result)
     return 0
 
 
-def read_recipe(words: Sequence[str], options: MergeOptions) -> MergeConfig:
-    """The recipe that a command line says. Raises `UserError` with every fault at once, without torch."""
-    places = [word for word in words if not _OVERRIDE.match(word) or Path(word).exists()]
-    overrides = [word for word in words if word not in places]
-    is_recipe = len(places) == 1 and places[0].lower().endswith(_RECIPES)
+def read_recipe(arguments: Sequence[str], options: MergeOptions) -> MergeConfig:
+    """The recipe of a command line. Raises `UserError` with all problems at once, without torch."""
+    locations = [argument for argument in arguments if not _OVERRIDE.match(argument) or Path(argument).exists()]
+    overrides = [argument for argument in arguments if argument not in locations]
+    is_recipe = len(locations) == 1 and locations[0].lower().endswith(_RECIPES)
     diagnostics = []
-    if not places:
+    if not locations:
         diagnostics.append(
             "got no model and no recipe; expected loopos merge RECIPE.json, or loopos merge A B --method …"
         )
-    if not is_recipe and options.weights and len(options.weights) != len(places):
-        diagnostics.append(f"--weight: got {len(options.weights)}; expected {len(places)}, one a model, in their order")
+    if not is_recipe and options.weights and len(options.weights) != len(locations):
+        diagnostics.append(f"--weight: got {len(options.weights)}; expected {len(locations)}, one per model, in order")
     if options.device not in DEVICES:
         diagnostics.append(f"--device: got {options.device}; expected one of {', '.join(DEVICES)}")
     refuse(diagnostics)
     if is_recipe:
-        source = read_source(places[0])
+        source = read_source(locations[0])
     else:
         source = Source(COMMAND_LINE, "", MappingNode({}, {}, Mark(COMMAND_LINE)))
-        overrides = [f"models={json.dumps([{'model': place} for place in places])}", *overrides]
+        overrides = [f"models={json.dumps([{'model': location} for location in locations])}", *overrides]
     loaded = load_recipe(
         source, [*_of_options(options), *overrides] if is_recipe else [*overrides, *_of_options(options)], MergeConfig
     )
@@ -92,7 +92,7 @@ def read_recipe(words: Sequence[str], options: MergeOptions) -> MergeConfig:
 
 
 def _of_options(options: MergeOptions) -> Iterator[str]:
-    """The options as keys of the recipe."""
+    """The options as recipe keys."""
     actual: dict[str, object] = {
         "method": options.method,
         "base": options.base,
@@ -103,7 +103,7 @@ def _of_options(options: MergeOptions) -> Iterator[str]:
     return (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in actual.items() if value is not None)
 
 
-def _told(recipe: MergeConfig, result: MergeResult) -> dict[str, Any]:
+def _summary(recipe: MergeConfig, result: MergeResult) -> dict[str, Any]:
     return {
         "model": str(result.folder),
         "method": recipe.method,
@@ -112,7 +112,7 @@ def _told(recipe: MergeConfig, result: MergeResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "notes": list(result.notes),
         "measured": {each.data: each.values for each in result.measured},
-        "soup": [recipe.models[place].model for place in result.trials[-1].members] if result.trials else None,
+        "soup": [recipe.models[location].model for location in result.trials[-1].members] if result.trials else None,
     }
 
 
@@ -122,6 +122,6 @@ def _describe(recipe: MergeConfig, result: MergeResult) -> None:
     for each in result.measured:
         names = list(dict.fromkeys(name for values in each.values.values() for name in values))
         say(f"measured on {each.data}")
-        rows = [[place, *(values.get(name) for name in names)] for place, values in each.values.items()]
+        rows = [[location, *(values.get(name) for name in names)] for location, values in each.values.items()]
         say(table(rows, head=["model", *names]))
     say(f"report: {result.folder / 'report.md'}")

@@ -1,8 +1,4 @@
-"""What a model's place names, told without torch, and the language model there, opened.
-
-Enters: the word MODEL of the command line. Leaves: which kind of model it is and what for, or a `Reasoner`. Left out:
-opening task models (`evaluation.predictor`) and reward models (`evaluation.reward_predictor`).
-"""
+"""The kind of model at a path or id, determined without torch; and opening a language model."""
 
 from __future__ import annotations
 
@@ -19,11 +15,11 @@ if TYPE_CHECKING:
     from loopos.evaluation.reasoning import Reasoner
 
 REWARD_RUN = "reward_model"
-"""The folder of the reward model's run in that of an rlhf run."""
+"""Folder of the reward-model run inside the folder of an rlhf run."""
 
 
 def is_task_model(model_source: str) -> bool:
-    """Whether a head says what the model's outputs mean. Raises `UserError` for a place that holds no model."""
+    """Whether the model has a head (no language model). Raises `UserError` if there is no model at the path or id."""
     if description := described(model_source):
         return kind_of(description) != "language"
     refuse_checkpoint(Path(model_source))
@@ -31,47 +27,47 @@ def is_task_model(model_source: str) -> bool:
         (Path(model_source) / name).is_file() for name in ("config.json", "model/config.json", ADAPTER_CONFIG)
     ):
         raise UserError(
-            f"{model_source}: no trained model here; expected the output_dir of a finished run, or a model's folder"
+            f"{model_source}: no trained model here; expected the output_dir of a finished run, or a model folder"
         )
     source = weights_source(model_source, looks_up=False)
     if source.kind == "new":
-        raise UserError(f'got "new", which has learned nothing; expected a trained model, such as "{EMBEDDED}"')
+        raise UserError(f'got "new", an untrained model; expected a trained model, for example "{EMBEDDED}"')
     return False
 
 
 def require_language_model(source: str) -> None:
-    """Raises `UserError` unless a language model may be there."""
+    """Raises `UserError` unless `source` may be a language model."""
     if not is_task_model(source):
-        # A hub id: whether the hub is there.
+        # A hub id: check that it exists.
         if not described(source):
             weights_source(source)
         return
     refuse_reward_model(source)
     raise UserError(
-        f"{source}: a classifier or regressor; it cannot generate text. Use loopos predict and loopos evaluate"
+        f"{source}: a classifier or regressor; it cannot generate text. Use loopos predict or loopos evaluate"
     )
 
 
 def refuse_reward_model(source: str) -> None:
-    """Raises `UserError` where a reward model is: it has neither labels nor text. Any other place is left to whoever
-    opens it.
+    """Raises `UserError` for a reward model, which predicts neither labels nor text. Other sources are checked when
+    they are opened.
     """
     if kind_of(described(source)) == "reward":
         raise UserError(
-            f"{source}: a reward model, which scores responses; expected a model that predicts labels or says text. "
-            f"Use it with: loopos score {source} FILE"
+            f"{source}: a reward model, which scores responses; expected a model that predicts labels or "
+            f"generates text. Use: loopos score {source} FILE"
         )
 
 
 def require_task_model(source: str) -> None:
-    """Raises `UserError` unless a model with a head that predicts labels or values is there."""
+    """Raises `UserError` unless `source` is a model with a head that predicts labels or values."""
     description = described(source)
     if not description and (source == EMBEDDED or not Path(source).exists()):
         raise UserError(
-            f"{source}: a base model without a head, which has learned no labels; train it first, with "
+            f"{source}: a base model without a trained head; train it first, with "
             f'"pretrained_weights": "{source}" and "method": "fine_tuning" in a config: loopos train CONFIG'
             if source == EMBEDDED or is_hub_id(source)
-            else f"{source}: no such folder; expected the output_dir of a finished run, or its folder model/"
+            else f"{source}: no such folder; expected the output_dir of a finished run, or its model/ folder"
         )
     description = read_description(model_folder(source))
     kind = kind_of(description)
@@ -84,7 +80,7 @@ def require_task_model(source: str) -> None:
 
 
 def require_reward_model(source: str) -> None:
-    """Raises `UserError` unless a reward model is there."""
+    """Raises `UserError` unless `source` is a reward model."""
     description = read_description(model_folder(source))
     kind = kind_of(description)
     if kind == "reward":
@@ -93,24 +89,24 @@ def require_reward_model(source: str) -> None:
     what = f"a model of task {description.get('task')}" if is_head else "a language model"
     use = "loopos predict and loopos evaluate" if is_head else "loopos generate and loopos chat"
     beside = Path(source) / REWARD_RUN
-    there = f"; the reward model of this run is {beside}" if (beside / "model" / MODEL_DESCRIPTION).is_file() else ""
+    hint = f"; the reward model of this run is {beside}" if (beside / "model" / MODEL_DESCRIPTION).is_file() else ""
     raise UserError(
         f'{source}: {what}, which scores no responses; expected a reward model, trained with "method": "reward_model"'
-        f"{there or f' (this one is for {use})'}"
+        f"{hint or f' (use {use} for this model)'}"
     )
 
 
 def use_of(source: str) -> str:
-    """What the trained model in a folder is for, as a command. Raises `UserError`."""
+    """The command that uses the trained model in a folder. Raises `UserError`."""
     description = read_description(model_folder(source))
     kind = kind_of(description)
     if kind == "reward":
         return f"score with it: loopos score {source} FILE"
     if kind != "language":
         return f"predict with it: loopos predict {source} INPUT"
-    # A policy answers; what was trained on chains reasons in steps.
+    # A PPO policy answers directly; models trained on chains reason in steps.
     steps = "" if description.get("method") == "ppo" else " --steps"
-    return f'ask it: loopos generate {source} -p "..."{steps}'
+    return f'generate with it: loopos generate {source} -p "..."{steps}'
 
 
 def open_reasoner(
@@ -122,7 +118,7 @@ def open_reasoner(
     trust_remote_code: bool = False,
     may_vote: bool = False,
 ) -> Reasoner:
-    """The language model, ready to generate; imports torch. may_vote: an ensemble that votes over answers will do.
+    """Opens a language model for generation; imports torch. may_vote: accept an ensemble that votes over answers.
     Raises `UserError`.
     """
     if not may_vote:

@@ -1,9 +1,8 @@
-"""How a command ends: the one place where errors become messages and exit codes.
+"""Turns errors into messages and exit codes, for all commands.
 
-Enters: what a command raises. Leaves: a few lines on standard error and the exit code: the error's own for a
-`UserError` (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a full disk), 74 for any
-other error of the file system, 1 when memory ran out, 130 for Ctrl-C (of another signal, what `Interrupted` says). A
-closed pipe (its reader went away) ends quietly. Any other exception is our bug and keeps its traceback.
+A `UserError` has its own exit code (2 for a mistake in config or data, 1 for a machine that lacks something, 74 for a
+full disk). Other file system errors: 74; out of memory: 1; Ctrl-C: 130; other signals: as in `Interrupted`. A closed
+pipe ends quietly. Any other exception is a bug of LoopOS and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from loopos.config.diagnostics import Interrupted, UserError, Wording, printable
 from loopos.storage.durable import StorageError, describe_os_error, is_of_files
 
 INTERRUPTED = 130
-# 128 + 13: what a shell reports of a program that SIGPIPE ended.
+# 128 + 13: the exit code that a shell reports for a program killed by SIGPIPE.
 CLOSED_PIPE = 141
 OUT_OF_MEMORY_ADVICE = (
     "lower training.batch_size (and raise training.gradient_accumulation by the same factor: the result stays), lower "
@@ -35,24 +34,24 @@ class Commands(TyperGroup):
     """A group of commands."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """The option --help, false when absent: typer imports pydantic to read the None that it is otherwise."""
+        """The option --help with default False: otherwise typer imports pydantic to read the default None."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.default = False
         return option
 
     def _wording(self, name: str | None) -> Wording:
-        """How the command called `name` names settings."""
+        """How the command `name` names settings."""
         return wording_of(*self._names_of(name))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that `args` begin with. Raises `UserError` for a key of a config that is written as an option."""
+        """The command that `args` start with. Raises `UserError` for a config key that is written as an option."""
         resolved = super().resolve_command(ctx, args)
         refuse_keys_as_options(args[1:], *self._names_of(args[0]))
         return resolved
 
     def _names_of(self, name: str | None) -> tuple[list[str], list[str]]:
-        """The options of a command, as they are written, and the names of its arguments."""
+        """The options of a command, as written, and the names of its arguments."""
         command = self.commands.get(name) if name is not None else None
         parameters = command.params if command is not None else []
         options = [option for each in parameters for option in (*each.opts, *each.secondary_opts)]
@@ -65,7 +64,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             message = error.message(self._wording(ctx.invoked_subcommand))
-            # Without words where another process of the run has told the reason.
+            # Empty if another process of the run has reported the reason.
             if message:
                 complain(message)
             raise typer.Exit(error.exit_code) from None
@@ -76,7 +75,7 @@ class Commands(TyperGroup):
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # What is still in the buffer has no reader: the interpreter must not try to write it at its end.
+            # The buffer has no reader any more: the interpreter must not try to flush it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(CLOSED_PIPE) from None
         except OSError as error:
@@ -93,14 +92,14 @@ class Commands(TyperGroup):
 
 
 def _take_any_text() -> None:
-    """What the terminal's encoding lacks is escaped on standard output, as Python does on standard error."""
+    """Escapes characters that the terminal's encoding lacks on standard output, as Python does on standard error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, the CPU's or an accelerator's. torch's errors are told by name and words, so
-    that torch need not be imported.
+    """Whether memory ran out: Python's, the CPU's or an accelerator's. torch's errors are recognized by name and text,
+    so that torch need not be imported.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -108,12 +107,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def complain(text: str) -> None:
-    """`text` on standard error, in red on a terminal."""
+    """Prints `text` to standard error, in red on a terminal."""
     typer.secho(
         printable(text), err=True, fg=typer.colors.RED if sys.stderr.isatty() and "NO_COLOR" not in os.environ else None
     )
 
 
 def note(text: str) -> None:
-    """`text` on standard error: what a person should know, and a script that reads the answer should not meet."""
+    """Prints `text` to standard error: information for people, not for scripts that read standard output."""
     typer.echo(printable(text), err=True)

@@ -1,8 +1,6 @@
-"""`loopos plan`: whether a run fits on a cluster, and what it sends, before anything is bought or queued.
+"""`loopos plan`: estimates whether a run fits on a cluster and its network traffic.
 
-Enters: a config and what a cluster is. Leaves: the plan on standard output, and the exit code: 0 where it fits, 1 where
-it does not. Data and weights are not read, and need not be there: the architecture alone is. Left out: the formulas
-(`cluster`).
+The exit code is 0 if it fits and 1 if not. Reads only the architecture; data and weights need not exist.
 """
 
 from __future__ import annotations
@@ -18,14 +16,14 @@ from loopos.config.diagnostics import UserError
 from loopos.config.load import load
 from loopos.config.methods import config_classes
 from loopos.config.sections import DistributedSection
-from loopos.planning.cluster.setting import Asked, Cluster
+from loopos.planning.cluster.setting import Cluster, RequestedSharding
 
 MODES = ("auto", "replicate", "shard")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """The options of `loopos plan`; None leaves a value to the config."""
+    """The options of `loopos plan`; None: the config's value."""
 
     gpus: int
     memory: str
@@ -57,10 +55,10 @@ def run(path: Path, overrides: Sequence[str], options: PlanOptions) -> int:
     from loopos.planning.cluster.work import loads_of
 
     loads = loads_of(config, tokens=options.tokens, trust_remote_code=options.trust_remote_code)
-    plans = [plan_of(each, _asked(config, options), cluster) for each in loads]
+    plans = [plan_of(each, _requested(config, options), cluster) for each in loads]
     fits = all(plan.fits for plan in plans)
     if options.json:
-        say_json({"fits": fits, "phases": [plan.told() for plan in plans]})
+        say_json({"fits": fits, "phases": [plan.to_dict() for plan in plans]})
     else:
         say(described(plans))
     return 0 if fits else 1
@@ -75,12 +73,12 @@ def _check(options: PlanOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')}: got {actual}; expected 1 or more")
 
 
-def _asked(config: Any, options: PlanOptions) -> Asked:
-    told: DistributedSection = config.distributed
-    return Asked(
-        mode=options.mode or told.mode,
-        shard_size=options.shard_size or told.shard_size,
-        tensor_parallel=options.tensor_parallel or told.tensor_parallel,
-        cpu_offload=told.cpu_offload,
-        reshard_after_forward=told.reshard_after_forward,
+def _requested(config: Any, options: PlanOptions) -> RequestedSharding:
+    section: DistributedSection = config.distributed
+    return RequestedSharding(
+        mode=options.mode or section.mode,
+        shard_size=options.shard_size or section.shard_size,
+        tensor_parallel=options.tensor_parallel or section.tensor_parallel,
+        cpu_offload=section.cpu_offload,
+        reshard_after_forward=section.reshard_after_forward,
     )

@@ -1,7 +1,6 @@
-"""`loopos predict`: a prediction for every row of the input, in its order and number.
+"""`loopos predict`: a prediction for every row of the input, in its order.
 
-Enters: a run and a data file, a text file of one text a line, or standard input. Leaves: JSON Lines, CSV or TSV. A row
-without text is an error and none is skipped, so that line n of the output always belongs to row n of the input.
+A row without text is an error and none is skipped, so that line n of the output always belongs to row n of the input.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from loopos.models.model_folder import remembered_columns
 
 STANDARD_INPUT = "-"
 TEXT = "text"
-"""The column of the input where it is one text a line."""
+"""Name of the input column for one text per line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +98,8 @@ def run(path: Path, source: str, options: PredictOptions) -> int:
 def beside(
     inputs: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The columns of each input row and then those of its prediction, and the new names of the latter that the input
-    has already: "label" becomes "predicted_label".
+    """Each input row followed by its prediction, and new names for prediction columns that the input already has:
+    "label" becomes "predicted_label".
     """
     taken = {name for row in inputs for name in row}
     names = dict.fromkeys(name for row in own for name in row)
@@ -121,20 +120,20 @@ def beside(
 def read_texts(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> list[str] | None:
     """The texts of standard input or of a .txt file of plain lines; None for a data file, which is read by columns.
 
-    A .txt file is data if `columns` are given, or if it holds JSON or a header that names a text column. Raises
-    `DataError` for a blank line: it has no prediction, and leaving it out would shift all that follow.
+    A .txt file is data if `columns` are set, or if it holds JSON or a header that names a text column. Raises
+    `DataError` for a blank line: it has no prediction, and skipping it would shift all following lines.
     """
     if not _holds_lines(source, columns, rules):
         return None
     if source == STANDARD_INPUT:
         return _checked("standard input", _standard_input_lines(rules))
-    note(f"{source}: read as one text a line")
+    note(f"{source}: read as one text per line")
     with closing(read_lines(source, rules)) as lines:
         return _checked(source, (line.rstrip("\r") for _, line in lines))
 
 
 def _holds_lines(source: str, columns: Mapping[str, str], rules: TextRules) -> bool:
-    """Whether a source is one text a line: standard input, or a .txt file that is no data."""
+    """Whether a source is one text per line: standard input, or a .txt file that is no table."""
     if source == STANDARD_INPUT:
         return True
     return source.lower().endswith(".txt") and not columns and os.path.isfile(source) and not _is_data(source, rules)
@@ -172,15 +171,15 @@ def _checked(source: str, lines: Iterable[str]) -> list[str]:
     blank = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if blank:
         raise DataError(
-            [Diagnostic(source, number, None, "text", "a blank line", "one text a line") for number in blank]
+            [Diagnostic(source, number, None, "text", "a blank line", "one text per line") for number in blank]
         )
     if not texts:
-        raise DataError([Diagnostic(source, None, None, "text", "no line", "one text a line")])
+        raise DataError([Diagnostic(source, None, None, "text", "no line", "one text per line")])
     return texts
 
 
 def _with_probability(prediction: Mapping[str, Any]) -> dict[str, Any]:
-    """The prediction with the probability of the label that was chosen."""
+    """The prediction with the probability of the predicted label."""
     if "label" not in prediction:
         return dict(prediction)
     return {

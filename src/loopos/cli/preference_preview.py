@@ -1,8 +1,8 @@
-"""`loopos data preview` of comparisons and prompts: a prompt once, its responses, which of them people preferred.
+"""`loopos data preview` for comparisons and prompts.
 
-Enters: the config of reward_model, ppo or rlhf. Leaves: for each comparison the tokens of the prompt and of each
-response, chosen or rejected, with probability and margin, and what is cut or dropped; for PPO the prompts; then the
-account of all rows: read = used + dropped. Marks are those of `token_marks`: responses stand in [brackets].
+Prints, for each comparison, the tokens of the prompt and of each response, chosen or rejected, with probability and
+margin, and what is cut or dropped; for PPO the prompts; then the counts of all rows: read = used + dropped. Marks are
+those of `token_marks`: responses are in [brackets].
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from loopos.data.preferences import Pair
 from loopos.data.rows import Row
 from loopos.planning.work import PromptInputs, open_comparisons, open_prompts
 
-_COMPARISON_LEGEND = "[response] · bare: prompt, which all responses share · ~cut~ · | parts tokens"
-_PROMPT_LEGEND = "bare: prompt, which the policy answers · ~dropped~ · | parts tokens"
+_COMPARISON_LEGEND = "[response] · bare: prompt, shared by all responses · ~cut~ · | separates tokens"
+_PROMPT_LEGEND = "bare: prompt, which the policy answers · ~dropped~ · | separates tokens"
 _INDENT = " " * 10
 
 
@@ -44,7 +44,7 @@ def run(config: RewardModelConfig | PpoConfig | RlhfConfig, *, num_rows: int, tr
     else:
         _comparisons(config.reward_model_config(), console, num_rows, trust_remote_code=trust_remote_code)
         console.print(Text("\nprompts that the policy answers", style="bold"))
-        # Prompts of the preferences were just shown.
+        # Prompts of the preference data were just shown.
         shown = num_rows if config.data.prompts is not None else 0
         _prompts(config.ppo_config(), console, shown, trust_remote_code=trust_remote_code)
     return 0
@@ -54,9 +54,9 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     encoder = inputs.encoder
     for example in inputs.data.train[:num_rows]:
-        console.print(_place(example.row))
+        console.print(_row_location(example.row))
         try:
-            # Whole, so that what is cut can be shown.
+            # Without a length limit, so that cut tokens can be shown.
             (whole,), _ = encode_comparisons(encoder.tokenizer, [example], template=encoder.template, max_length=None)
         except DataError as error:
             console.print(Text(f"dropped: {error}\n", style="red"))
@@ -65,20 +65,20 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
     console.print(Text(_COMPARISON_LEGEND))
     for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
-    # Last: where too many rows are dropped it raises, as training would.
+    # Last, because it raises if too many rows are dropped, as training would.
     console.print(Text(f"train: {encoder.comparisons(inputs.data.train)[1].summary()}"))
     if config.validates and inputs.data.validation:
         console.print(Text(f"validation: {encoder.comparisons(inputs.data.validation)[1].summary()}"))
 
 
 def _show(console: Console, tokenizer: Any, whole: EncodedComparison, max_length: int | None, over_length: str) -> None:
-    """One comparison: the prompt, then its responses, each with its length and what is known of it."""
-    kept, fate = fates(whole, max_length, over_length)
-    # A dropped comparison loses its prompt too.
-    context = CONTEXT if any(kept) else CUT
+    """One comparison: the prompt, then its responses, each with its length and its preference."""
+    num_used, fate = fates(whole, max_length, over_length)
+    # A dropped comparison drops its prompt too.
+    context = CONTEXT if any(num_used) else CUT
     console.print(_line("prompt", rendered(tokenizer, whole.prompt, [context] * len(whole.prompt))))
-    told = spoken(whole.pairs, len(whole.responses))
-    for (name, judged), response, length in zip(told, whole.responses, kept, strict=True):
+    names = preferences_of(whole.pairs, len(whole.responses))
+    for (name, judged), response, length in zip(names, whole.responses, num_used, strict=True):
         marks = [LEARNED] * length + [CUT] * (len(response) - length)
         console.print(_line(name, rendered(tokenizer, response, marks)))
         cut = f", {len(response) - length} cut" if 0 < length < len(response) else ""
@@ -89,7 +89,7 @@ def _show(console: Console, tokenizer: Any, whole: EncodedComparison, max_length
 
 
 def fates(whole: EncodedComparison, max_length: int | None, over_length: str) -> tuple[list[int], str]:
-    """How many tokens of each response are kept, and what becomes of the comparison in words, if it is too long."""
+    """The number of tokens used from each response, and a note if the comparison is too long."""
     lengths = list(map(len, whole.responses))
     none = [0] * len(lengths)
     if max_length is None or len(whole.prompt) + max(lengths) <= max_length:
@@ -105,9 +105,9 @@ def fates(whole: EncodedComparison, max_length: int | None, over_length: str) ->
     return [min(length, room) for length in lengths], f" · cut at {max_length}"
 
 
-def spoken(pairs: Sequence[Pair], num_responses: int) -> list[tuple[str, str]]:
-    """The name of each response, and what people made of it: of two, chosen or rejected; of more, which are in `_pair`,
-    its number alone.
+def preferences_of(pairs: Sequence[Pair], num_responses: int) -> list[tuple[str, str]]:
+    """The name and the preference of each response: chosen or rejected for two; a number for more, whose preferences
+    `_pair` shows.
     """
     if num_responses > 2:
         return [(f"response {number}", "") for number in range(1, num_responses + 1)]
@@ -115,12 +115,12 @@ def spoken(pairs: Sequence[Pair], num_responses: int) -> list[tuple[str, str]]:
     judged = f" · preferred with probability {pair.probability:g}, margin {pair.margin:g}"
     if pair.probability == 0.5:
         judged = f" · a tie: either with probability 0.5, margin {pair.margin:g}"
-    told = {pair.better: ("chosen", judged), pair.worse: ("rejected", "")}
-    return [told[index] for index in range(2)]
+    named = {pair.better: ("chosen", judged), pair.worse: ("rejected", "")}
+    return [named[index] for index in range(2)]
 
 
 def _pair(pair: Pair) -> str:
-    """One of the pairs of many responses in words."""
+    """One pair of many responses as text."""
     between = f"{pair.better + 1} {'=' if pair.probability == 0.5 else '>'} {pair.worse + 1}"
     return f"{between} (probability {pair.probability:g}, margin {pair.margin:g})"
 
@@ -129,7 +129,7 @@ def _prompts(config: PpoConfig, console: Console, num_rows: int, *, trust_remote
     inputs = open_prompts(config, trust_remote_code=trust_remote_code)
     encoder = inputs.encoder
     for example in inputs.data.train[:num_rows]:
-        console.print(_place(example.row))
+        console.print(_row_location(example.row))
         try:
             (ids,), _ = encode_prompts(encoder.tokenizer, [example], template=encoder.template, max_length=None)
         except DataError as error:
@@ -138,7 +138,7 @@ def _prompts(config: PpoConfig, console: Console, num_rows: int, *, trust_remote
         is_over = encoder.max_length is not None and len(ids) > encoder.max_length
         console.print(rendered(encoder.tokenizer, ids, [CUT if is_over else CONTEXT] * len(ids)))
         why = "an error" if config.data.over_length == "error" else "dropped"
-        fate = f" · {why}: over {encoder.max_length}, what leaves room for the response" if is_over else ""
+        fate = f" · {why}: over {encoder.max_length}, the maximum that leaves room for a response" if is_over else ""
         console.print(Text(f"{len(ids)} tokens, answered by at most {config.generation.max_new_tokens}{fate}\n"))
     _account(console, inputs, shows_legend=num_rows > 0)
 
@@ -148,15 +148,15 @@ def _account(console: Console, inputs: PromptInputs, *, shows_legend: bool) -> N
     for sentence in (*([_PROMPT_LEGEND] if shows_legend else []), *inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
     console.print(Text(f"train: {encoder.prompts(inputs.data.train)[1].summary()}"))
-    if inputs.asked:
-        console.print(Text(f"validation: {encoder.prompts(inputs.asked)[1].summary()}"))
+    if inputs.validation:
+        console.print(Text(f"validation: {encoder.prompts(inputs.validation)[1].summary()}"))
 
 
-def _place(row: Row) -> Text:
+def _row_location(row: Row) -> Text:
     line = f":{row.line}" if row.line is not None else f" (row {row.index})"
     return Text(printable(f"{row.source}{line}"), style="bold")
 
 
 def _line(name: str, summary: Text) -> Text:
-    """`summary` behind its name, in one column with the others."""
+    """`summary` after its name, in one column with the others."""
     return Text(f"{name:<{len(_INDENT)}}").append_text(summary)

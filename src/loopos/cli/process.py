@@ -1,10 +1,8 @@
-"""The settings of the process itself: how glibc keeps freed memory, and where OpenMP puts its threads.
+"""Process settings: how glibc keeps freed memory, and where OpenMP puts its threads.
 
-Enters: the environment, before torch is imported. Leaves: the same command, started once more with the settings where
-they are missing. A training step frees and asks for the same large buffers again and again; glibc returns each to the
-kernel, whose page faults then halve the speed on a CPU. The variables are read when a process starts, hence the
-restart; `mallopt` inside the process was measured and did little. A variable that the user has set is never changed.
-Left out: settings of a run (the config's).
+A training step frees and allocates the same large buffers again and again; glibc returns each to the kernel, whose page
+faults then halve the speed on a CPU. glibc reads the variables when a process starts, so the command restarts itself
+once; `mallopt` inside the process was measured and did little. A variable that the user has set is never changed.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections.abc import Mapping
 
 SCRIPTS = frozenset({"loopos", "loop_cli"})
 
-GUARD = "LOOPOS_PROCESS_SETTINGS"
+RESTARTED = "LOOPOS_PROCESS_SETTINGS"
 OPT_OUT = "LOOPOS_NO_REEXEC"
 MEMORY_SETTINGS: Mapping[str, str] = {
     # Buffers below 4 GiB come from the heap, the heap shrinks only above 8 GiB of free memory and grows by 256 MiB.
@@ -28,7 +26,7 @@ REPORTED = (*MEMORY_SETTINGS, *THREAD_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THRE
 
 
 def process_settings(environment: Mapping[str, str], *, binds_threads: bool = True) -> dict[str, str]:
-    """The variables to add to `environment`: none that it has, and no binding of threads beside other ranks, which
+    """The variables to add to `environment`. Skips those already set, and thread binding next to other ranks, which
     would all bind to the same cores.
     """
     settings = dict(MEMORY_SETTINGS)
@@ -38,33 +36,33 @@ def process_settings(environment: Mapping[str, str], *, binds_threads: bool = Tr
 
 
 def should_restart(environment: Mapping[str, str]) -> bool:
-    """Whether a process with this environment gains from a restart, and has had none."""
-    if GUARD in environment or environment.get(OPT_OUT, "") not in ("", "0"):
+    """Whether a process with this environment benefits from a restart and has not restarted yet."""
+    if RESTARTED in environment or environment.get(OPT_OUT, "") not in ("", "0"):
         return False
     return is_glibc() and bool(process_settings(environment))
 
 
 def restart_with_settings(*, binds_threads: bool = True) -> None:
-    """Starts this process once more with the settings, if it is the command line's own and gains from them.
+    """Restarts this process with the settings, if it is the `loopos` command line and benefits from them.
     binds_threads: each of the model's threads keeps its core.
 
-    Called by the commands that compute, when all that needs no torch is checked and before anything is printed; by
-    `train` first of all, since what its checks read is kept for training. Does not return where it restarts.
-    `sys.orig_argv` repeats the interpreter's own options too.
+    Commands that compute call this after the checks that need no torch and before printing anything; `train` calls it
+    first, because training reuses what its checks read. Does not return if it restarts. `sys.orig_argv` includes the
+    interpreter's own options.
     """
     if not is_own_process() or not should_restart(os.environ):
         return
     assert "torch" not in sys.modules, "the settings come too late: torch has been imported"
     added = process_settings(os.environ, binds_threads=binds_threads)
-    environment = {**os.environ, **added, GUARD: ",".join(added)}
+    environment = {**os.environ, **added, RESTARTED: ",".join(added)}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def is_own_process() -> bool:
-    """Whether this process was started as `loopos`, `loop_cli` or `python -m loopos`, and not by a test or a program
-    that embeds the command line.
+    """Whether this process was started as `loopos`, `loop_cli` or `python -m loopos`, not by a test or a program that
+    embeds the command line.
     """
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
@@ -75,7 +73,7 @@ def is_own_process() -> bool:
 
 
 def is_glibc() -> bool:
-    """Whether the C library is the one whose variables these are."""
+    """Whether the C library is glibc, which reads these variables."""
     try:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, OSError, ValueError):
@@ -83,6 +81,6 @@ def is_glibc() -> bool:
 
 
 def settings_in_force() -> dict[str, str]:
-    """The variables that are set, as they are, and under "set_by_loopos" the names of those that the restart added."""
+    """The variables that are set, and under "set_by_loopos" the names of those that the restart added."""
     found = {name: os.environ[name] for name in REPORTED if name in os.environ}
-    return {**found, "set_by_loopos": os.environ.get(GUARD, "")}
+    return {**found, "set_by_loopos": os.environ.get(RESTARTED, "")}

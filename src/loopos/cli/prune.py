@@ -1,8 +1,4 @@
-"""`loopos prune`: weights set to zero, or parts taken out, with what it cost.
-
-Enters: a model or a recipe file, and options. Leaves: a model's folder, and the figures on standard output. Left out:
-what it shares with `loopos quantize` (`weight_change.py`), the pruning (`deploy.prune`).
-"""
+"""`loopos prune`: sets weights to zero or removes parts of a model, and reports the effect."""
 
 from __future__ import annotations
 
@@ -19,16 +15,16 @@ if TYPE_CHECKING:
     from loopos.compression.prune import PruningResult
 
 
-def run(actual: str, options: ChangeOptions) -> int:
+def run(model: str, options: ChangeOptions) -> int:
     """Prunes, writes and prints. Raises `UserError`."""
-    result = weight_change.run(actual, options, read=read_pruning_recipe, counted="blocks", work=_prune)
-    weight_change.tell(
+    result = weight_change.run(model, options, read=read_pruning_recipe, counted="blocks", work=_prune)
+    weight_change.print_figures(
         result,
-        [f"{each.told.sparsity:.3g}" for each in result.after],
+        [f"{each.details.sparsity:.3g}" for each in result.after],
         lambda each: {
-            "sparsity": each.told.sparsity,
-            "zeros": sum(kind.zeros for kind in each.told.zeros),
-            "block_weights": sum(kind.weights for kind in each.told.zeros),
+            "sparsity": each.details.sparsity,
+            "zeros": sum(kind.zeros for kind in each.details.zeros),
+            "block_weights": sum(kind.weights for kind in each.details.zeros),
         },
         as_json=options.json,
     )
@@ -37,19 +33,19 @@ def run(actual: str, options: ChangeOptions) -> int:
     return 0
 
 
-def shares(actual: str | None) -> list[float | str] | float | str | None:
-    """The word after --sparsity: a share, or with commas several. What is no number is left to the recipe's checks."""
-    if actual is None:
+def fractions(text: str | None) -> list[float | str] | float | str | None:
+    """The value of --sparsity: a fraction, or several with commas. The recipe's checks reject what is no number."""
+    if text is None:
         return None
-    found = [_number(word) for word in actual.split(",")]
+    found = [_number(each) for each in text.split(",")]
     return found[0] if len(found) == 1 else found
 
 
-def _number(word: str) -> float | str:
+def _number(text: str) -> float | str:
     try:
-        return float(word)
+        return float(text)
     except ValueError:
-        return word
+        return text
 
 
 def _prune(recipe: PruningRecipe, device: str, output: Path, bar: Bar) -> PruningResult:

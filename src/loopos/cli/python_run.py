@@ -1,8 +1,4 @@
-"""`loopos.train`: a config and rows of a Python program, trained as `loopos train` trains a file.
-
-Enters: a config (file, dict, or checked) and rows. Leaves: a `FitResult`. Left out: the command's own words and exit
-codes (`cli.train`).
-"""
+"""`loopos.train`: trains on a config and rows of a Python program, as `loopos train` does on a file."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ from loopos.training.callbacks import Callbacks
 from loopos.training.run_state import FitResult
 
 ROWS = "rows"
-"""The folder of rows given in Python, in that of the run."""
+"""Subfolder of the run folder for rows passed in Python."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
 WrittenConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, object]
@@ -51,11 +47,13 @@ def train(
     seen_by, own = Callbacks([_named(callback) for callback in callbacks]), OwnMetrics.of(metrics)
     if isinstance(config, MethodConfig):
         if overrides or data is not None or validation_data is not None:
-            raise UserError("data and overrides go with a file or a dict: got a config that is checked already")
+            raise UserError(
+                "data and overrides need a config file or dict; got a config object that is already checked"
+            )
         _check_measured(config, own)
         check_columns(config)
         return train_config(config, options, seen_by, own)
-    actual = _Given.of(config, overrides, data, validation_data, tuple(own.functions))
+    actual = _Inputs.of(config, overrides, data, validation_data, tuple(own.functions))
     checked = actual.load(resume=options.resume)
     try:
         _check_measured(checked, own)
@@ -68,15 +66,15 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Given:
-    """A config and rows. `in_place`: rows that stand in the dict, by the key of `data`, where `config` has a stand-in;
-    `instead`: those that take the place of what the config names. `own_metrics`: names that the config may use.
+class _Inputs:
+    """A config and rows. `inline`: rows inside the dict, by key of `data`; `config` has a placeholder file name there.
+    `replacing`: rows that replace what the config names. `own_metrics`: names that the config may use.
     """
 
     config: WrittenConfig
     overrides: Sequence[str]
-    in_place: Mapping[str, InMemoryRows]
-    instead: Mapping[str, InMemoryRows]
+    inline: Mapping[str, InMemoryRows]
+    replacing: Mapping[str, InMemoryRows]
     own_metrics: Sequence[str]
     added: list[Path] = field(default_factory=list)
 
@@ -88,7 +86,7 @@ class _Given:
         data: InMemoryRows | None,
         validation_data: InMemoryRows | None,
         own_metrics: Sequence[str],
-    ) -> _Given:
+    ) -> _Inputs:
         section = config.get("data") if isinstance(config, Mapping) else None
         if isinstance(config, Mapping) and isinstance(section, Mapping):
             names, _ = method_config_class({**config, "data": {}}, overrides, config_classes())
@@ -97,59 +95,59 @@ class _Given:
             config = {**config, "data": {**section, **{key: f"{key}.jsonl" for key in keys}}}
         else:
             found = {}
-        instead = {} if validation_data is None else {"validation_data": validation_data}
+        replacing = {} if validation_data is None else {"validation_data": validation_data}
         if data is not None:
-            instead[_source_key(config, overrides)] = data
-        in_place = {key: rows for key, rows in found.items() if key not in instead}
-        return cls(config, overrides, in_place, instead, own_metrics)
+            replacing[_source_key(config, overrides)] = data
+        inline = {key: rows for key, rows in found.items() if key not in replacing}
+        return cls(config, overrides, inline, replacing, own_metrics)
 
     def load(self, *, resume: bool) -> MethodConfig:
-        """The config with the rows written into its run's folder; nothing is written beside another run."""
-        if not self.in_place and not self.instead:
+        """The config, with the rows written into its run folder; writes nothing into another run's folder."""
+        if not self.inline and not self.replacing:
             return self._loaded({}, self.config, check_files=True)
-        first: Any = self._loaded({key: f"{key}.jsonl" for key in self.instead}, self.config, check_files=False)
+        first: Any = self._loaded({key: f"{key}.jsonl" for key in self.replacing}, self.config, check_files=False)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("data: rows of a program are written by one process; got several; write a file and name it")
+            raise UserError("data: several processes cannot write rows passed from Python; name a file instead")
         for run in run_folders(first):
             refuse_busy(run)
             if not resume:
                 refuse_started(run)
-        folder, placed = Path(first.data.output_dir) / ROWS, {}
-        there = set(folder.glob("*"))
-        for key, rows in {**self.in_place, **self.instead}.items():
+        folder, row_files = Path(first.data.output_dir) / ROWS, {}
+        present = set(folder.glob("*"))
+        for key, rows in {**self.inline, **self.replacing}.items():
             if not resume:
                 remove_written(folder, key)
-            placed[key] = written(rows, folder, key)
-        self.added.extend(place for place in placed.values() if place not in there)
+                row_files[key] = written(rows, folder, key)
+            self.added.extend(file for file in row_files.values() if file not in present)
         config = self.config
-        if isinstance(config, Mapping) and self.in_place:
+        if isinstance(config, Mapping) and self.inline:
             section = config["data"]
             assert isinstance(section, Mapping), "rows were found in it"
-            config = {**config, "data": {**section, **{key: placed[key] for key in self.in_place}}}
-        return self._loaded({key: str(placed[key]) for key in self.instead}, config, check_files=True)
+            config = {**config, "data": {**section, **{key: row_files[key] for key in self.inline}}}
+        return self._loaded({key: str(row_files[key]) for key in self.replacing}, config, check_files=True)
 
-    def _loaded(self, placed: Mapping[str, str], config: WrittenConfig, *, check_files: bool) -> MethodConfig:
-        named = [f"data.{key}={place}" for key, place in placed.items()]
-        words, methods = [*self.overrides, *named], config_classes()
-        return load(config, words, methods, check_files=check_files, own_metrics=self.own_metrics).config
+    def _loaded(self, row_files: Mapping[str, str], config: WrittenConfig, *, check_files: bool) -> MethodConfig:
+        named = [f"data.{key}={file}" for key, file in row_files.items()]
+        overrides, methods = [*self.overrides, *named], config_classes()
+        return load(config, overrides, methods, check_files=check_files, own_metrics=self.own_metrics).config
 
     def forget(self, runs: Sequence[Path]) -> None:
-        """Removes what `load` wrote and no run has taken up: the rows of a run that was refused."""
+        """Removes files that `load` wrote and no run's config names: the rows of a run that was refused."""
         configs = [run / "config.json" for run in runs]
-        kept = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
-        for place in self.added:
-            if not any(place.name in config for config in kept):
-                remove(place)
+        run_configs = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
+        for file in self.added:
+            if not any(file.name in config for config in run_configs):
+                remove(file)
                 with suppress(OSError):
-                    place.parent.rmdir()
+                    file.parent.rmdir()
 
 
 def _check_measured(config: Any, own: OwnMetrics) -> None:
-    """Raises `UserError` where the metrics would never be measured."""
+    """Raises `UserError` if the metrics would never be measured."""
     if own and not config.validates:
         raise UserError(
-            f"metrics: got {', '.join(own.functions)}, but the config validates nothing; expected validation rows and "
-            'another training.validate_every than "never"'
+            f"metrics: got {', '.join(own.functions)}, but the config validates nothing; add validation rows and set "
+            'training.validate_every to something other than "never"'
         )
 
 
@@ -168,7 +166,7 @@ def _section(config: type[MethodConfig]) -> type[ReadingSection]:
 
 
 def _source_key(config: WrittenConfig, overrides: Sequence[str]) -> str:
-    """The key by which a config names its rows to train on; the method's own where it names none."""
+    """The key by which a config names its training rows; the method's default if it names none."""
     found, root = method_config_class(config, overrides, config_classes())
     keys = _section(found).source_keys
     nodes = {key: find(root, ("data", key)) for key in keys}

@@ -1,8 +1,4 @@
-"""`loopos quantize`: weights as codes of eight or four bits, with what it cost.
-
-Enters: a model or a recipe file, and options. Leaves: a model's folder, and the figures on standard output. Left out:
-what it shares with `loopos prune` (`weight_change.py`), the quantization (`deploy.quantize`).
-"""
+"""`loopos quantize`: quantizes weights to 8 or 4 bits, and reports the effect."""
 
 from __future__ import annotations
 
@@ -19,13 +15,13 @@ if TYPE_CHECKING:
     from loopos.compression.quantize import QuantizationResult
 
 
-def run(actual: str, options: ChangeOptions) -> int:
+def run(model: str, options: ChangeOptions) -> int:
     """Quantizes, writes and prints. Raises `UserError`."""
-    result = weight_change.run(actual, options, read=read_quantization_recipe, counted="layers", work=_quantize)
-    weight_change.tell(
+    result = weight_change.run(model, options, read=read_quantization_recipe, counted="layers", work=_quantize)
+    weight_change.print_figures(
         result,
         [result.recipe.method],
-        lambda each: {"share": each.share, "verdict": each.verdict},
+        lambda each: {"share": each.size_ratio, "verdict": each.verdict},
         as_json=options.json,
     )
     if not options.json:

@@ -1,7 +1,6 @@
-"""The libraries' own progress bars and chatter, switched off.
+"""Switches off the progress bars and log messages of transformers, datasets and huggingface-hub.
 
-Enters: whether the user wants them. Leaves: environment variables that transformers, datasets and huggingface-hub read
-at import, and the same said to those that are imported already; what the user has set stays.
+Sets environment variables that they read at import, and silences those already imported; the user's settings stay.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SILENCE = {
 
 
 def hush_libraries(*, verbose: bool) -> None:
-    """Silences the libraries, unless the user wants to see everything."""
+    """Silences the libraries, unless `verbose`."""
     if verbose:
         os.environ[VERBOSE] = "1"
         return

@@ -1,7 +1,4 @@
-"""Files of rows that commands write: JSON Lines, CSV or TSV, whole or not there.
-
-Enters: rows, a path. Leaves: text, a file. Left out: what the rows say.
-"""
+"""Output files of rows: JSON Lines, CSV or TSV, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ FORMATS = ("jsonl", "csv", "tsv")
 
 
 def output_format(output: Path | None, requested: str | None) -> str:
-    """The format requested, or the one of the output's suffix, or JSON Lines. Raises `UserError`."""
+    """The requested format, else the one of the output's suffix, else JSON Lines. Raises `UserError`."""
     suffix = output.suffix.lower().lstrip(".") if output is not None else ""
     found = requested or {"ndjson": "jsonl"}.get(suffix, suffix) or FORMATS[0]
     if found not in FORMATS:
@@ -32,13 +29,13 @@ def output_format(output: Path | None, requested: str | None) -> str:
 
 
 def as_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a user's file as a line of a table: lists and objects in JSON."""
+    """A row of a user's file as table cells: lists and objects as JSON."""
     return {name: json_text(value) if isinstance(value, list | dict) else value for name, value in row.items()}
 
 
 def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of ours as a line of a table: a column `probability_CLASS` for each class of "probabilities", `NAME_KEY`
-    for each key of another object; a list as one cell, its items parted by |.
+    """An output row as table cells: a column `probability_CLASS` for each class of "probabilities", `NAME_KEY` for each
+    key of another object; a list as one cell, its items separated by |.
     """
     flat: dict[str, Any] = {}
     for name, value in row.items():
@@ -54,7 +51,7 @@ def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rendered(rows: Sequence[Mapping[str, Any]], file_format: str) -> str:
-    """The rows as text, one a line; a table has the columns of all rows, in the order in which they come."""
+    """The rows as text, one per line; a table has the columns of all rows, in order of appearance."""
     if file_format == "jsonl":
         return json_lines(rows)
     flat = [flat_row(row) for row in rows]
@@ -67,25 +64,25 @@ def rendered(rows: Sequence[Mapping[str, Any]], file_format: str) -> str:
 
 
 def refuse_unwritable(path: Path, option: str = "--output", *, source: str | None = None) -> None:
-    """Raises `UserError` for a file that could not be written: said before the work, and not after it."""
+    """Raises `UserError` for a file that cannot be written: before the work, not after it."""
     if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
         raise UserError(f"{option}: got {path}, which is the input; expected another file")
     folder = path.absolute().parent
     if path.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a file")
     if not folder.is_dir():
-        raise UserError(f"{option}: {path}: there is no folder {folder}; make it, or name another place")
+        raise UserError(f"{option}: {path}: there is no folder {folder}; create it, or use another path")
     require_writable("data.output_dir", folder)
 
 
 def write_whole(path: Path, text: str, option: str = "--output") -> None:
-    """Writes a file that is whole or not there. Raises `UserError` for a folder that is not there or not writable."""
+    """Writes a file completely or not at all. Raises `UserError` if the folder is missing or not writable."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        # Where nothing can be written, nothing can be removed either, and nothing was left.
+        # If nothing can be written, nothing can be removed either, and nothing was left behind.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(f"{option}: {path}: cannot be written ({error.strerror}); name another place") from error
+        raise UserError(f"{option}: {path}: cannot be written ({error.strerror}); use another path") from error

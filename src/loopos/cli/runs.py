@@ -1,7 +1,4 @@
-"""`loopos runs list|show|diff|report`: finished and running runs, read from their folders.
-
-Enters: folders. Leaves: tables, JSON or a report; only `report` writes. torch is not imported.
-"""
+"""`loopos runs list|show|diff|report`: finished and running runs, read from their folders without torch."""
 
 from __future__ import annotations
 
@@ -18,20 +15,20 @@ from loopos.config.differences import differences
 from loopos.config.figures import as_time, once
 from loopos.evaluation.run_folder import Run, find_runs, read_run
 
-# The metrics worth a column in a list, best first; a run shows the first that it has.
+# The metrics for the list, most important first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
 
 
 def list_runs(folder: Path, *, as_json: bool) -> int:
-    """One line a run; one that is broken is named on standard error, and the others are listed. Raises `UserError` if
-    there is no such folder.
+    """Lists runs, one per line; a broken run is reported on standard error and skipped. Raises `UserError` if there is
+    no such folder.
     """
     found = []
     for path in find_runs(folder):
         try:
             found.append(read_run(path))
         except UserError as problem:
-            note(f"left out: {problem}")
+            note(f"skipped: {problem}")
     if as_json:
         say_json([run.summary() for run in found])
     elif not found:
@@ -47,8 +44,8 @@ def list_runs(folder: Path, *, as_json: bool) -> int:
 
 
 def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
-    """One run in full; of its settings those that are not at their defaults, or all. Raises `UserError` for a folder
-    without a run.
+    """Shows one run, with the settings that differ from their defaults or all. Raises `UserError` for a folder without
+    a run.
     """
     run = read_run(folder)
     if as_json:
@@ -56,13 +53,13 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
         say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
     say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.ended}")
-    say(f"begun {_when(run)}; " + ("model/ is there" if run.has_model else "no model yet"))
+    say(f"started {_when(run)}; " + ("model/ exists" if run.has_model else "no model yet"))
     every = {key: value for key, (value, _) in differences(run.config, {}).items() if value is not None}
     settings = every if every_setting else changed_settings(run.config)
-    say("settings" if every_setting else f"settings that are not at their defaults ({len(every)} with --all)")
-    say(table([(key, _told(value)) for key, value in settings.items()]))
+    say("settings" if every_setting else f"settings that differ from their defaults ({len(every)} with --all)")
+    say(table([(key, _cell(value)) for key, value in settings.items()]))
     if run.history():
-        say("settings that changed when the run was resumed")
+        say("settings changed on resume")
         say(table([(key, _over_steps(values)) for key, values in run.history().items()]))
     metrics = once(run.exported_metrics)
     if metrics:
@@ -78,7 +75,7 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
 
 
 def report(folder: Path, output: Path | None, *, as_json: bool) -> int:
-    """Writes a run's report as it stands now. Raises `UserError` for a folder without a run."""
+    """Writes a run's report as of now. Raises `UserError` for a folder without a run."""
     from loopos.evaluation.report import write_report
 
     run = read_run(folder)
@@ -91,15 +88,17 @@ def report(folder: Path, output: Path | None, *, as_json: bool) -> int:
 
 
 def diff(first: Path, second: Path, *, as_json: bool) -> int:
-    """Two runs side by side. Raises `UserError` for a folder without a run."""
+    """Compares two runs. Raises `UserError` for a folder without a run."""
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
-    # A setting that changed within a run differs from what the other has, whatever it is by now.
+    # A setting that changed within a run differs from the other run's, whatever its last value.
     over = {key: tuple(run.history().get(key) for run in (one, other)) for key in {**one.history(), **other.history()}}
     for key in over:
         settings.setdefault(key, (_value(one.config, key), _value(other.config, key)))
-    ours, theirs = one.exported_metrics, other.exported_metrics
-    metrics = {name: (ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])}
+    one_metrics, other_metrics = one.exported_metrics, other.exported_metrics
+    metrics = {
+        name: (one_metrics.get(name), other_metrics.get(name)) for name in dict.fromkeys([*one_metrics, *other_metrics])
+    }
     if as_json:
         say_json({"runs": [str(first), str(second)], "settings": settings, "changed": over, "metrics": metrics})
         return 0
@@ -109,7 +108,7 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
         rows = []
         for key, values in settings.items():
             steps = over.get(key, (None, None))
-            rows.append((key, *(_over_steps(s) if s else _told(v) for s, v in zip(steps, values, strict=True))))
+            rows.append((key, *(_over_steps(s) if s else _cell(v) for s, v in zip(steps, values, strict=True))))
         say(table(rows, head=head))
     if metrics:
         say("validation metrics of the exported weights")
@@ -136,7 +135,7 @@ def _when(run: Run) -> str:
 def _over_steps(values: Sequence[tuple[int, Any]]) -> str:
     """A setting's values over the steps of a run: "0.01, from step 6: 0.02"."""
     (_, first), *later = values
-    return ", ".join([_told(first), *(f"from step {step}: {_told(value)}" for step, value in later)])
+    return ", ".join([_cell(first), *(f"from step {step}: {_cell(value)}" for step, value in later)])
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
@@ -146,5 +145,5 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def _told(value: Any) -> str:
+def _cell(value: Any) -> str:
     return "-" if value is None else str(value)

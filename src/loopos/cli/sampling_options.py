@@ -1,8 +1,6 @@
-"""The options of generation as settings, and what they must not contradict.
+"""The sampling options of commands: their values as settings, and their conflicts.
 
-Enters: values of the command line. Leaves: `SamplingSettings`, a `Strategy`, `StepLimits`; or every fault at once, in
-the names of the options, before torch is imported. Left out: what one command alone knows (`generate`, `chat`,
-`evaluate_language`).
+All problems are reported at once, under the names of the options, before torch is imported.
 """
 
 from __future__ import annotations
@@ -20,18 +18,18 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-# What the choice of a token depends on only where it is drawn.
+# Options that matter only when tokens are sampled.
 _OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p")
 
 
 def option(name: str) -> str:
-    """The option of a field's name."""
+    """The option for a field name."""
     return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How tokens are chosen and when a completion ends; as `SamplingSettings`."""
+    """How tokens are sampled and when a completion ends; as `SamplingSettings`."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -51,7 +49,7 @@ class SamplingOptions:
         return SamplingSettings(**{each.name: getattr(self, each.name) for each in fields(self)})
 
     def changed(self) -> list[str]:
-        """Fields that are not as they are by default."""
+        """Fields that differ from their defaults."""
         return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
     def diagnostics(self) -> Iterator[str]:
@@ -67,12 +65,12 @@ class SamplingOptions:
         """Options that have no effect."""
         idle = [option(name) for name in self.changed() if name in _OF_DRAWS]
         if self.temperature == 0 and idle:
-            yield f"note: {', '.join(idle)} without effect: nothing is drawn at --temperature 0"
+            yield f"note: {', '.join(idle)} has no effect at --temperature 0, which takes the most likely token"
 
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """How long steps and chains may be (tokens, but for `max_steps`); None = no limit."""
+    """Limits on steps and chains (tokens, except `max_steps`); None = no limit."""
 
     max_steps: int | None = None
     max_step_tokens: int | None = None
@@ -80,11 +78,11 @@ class StepOptions:
     max_thinking_tokens: int | None = None
 
     def changed(self) -> list[str]:
-        """Fields that are not as they are by default."""
+        """Fields that differ from their defaults."""
         return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
     def diagnostics(self, max_new_tokens: int) -> Iterator[str]:
-        """Values out of their ranges or at odds with each other."""
+        """Values out of range or in conflict."""
         for name in self.changed():
             least = 0 if name == "min_thinking_tokens" else 1
             if getattr(self, name) < least:
@@ -107,7 +105,7 @@ class StepOptions:
 
 
 def parsed_strategy(text: str, diagnostics: list[str]) -> Strategy:
-    """The strategy of a name; for another form the single chain, with the fault noted."""
+    """The strategy `text`; for an invalid one `single`, with a message added to `diagnostics`."""
     try:
         return Strategy.parse(text)
     except ValueError as error:
@@ -116,25 +114,25 @@ def parsed_strategy(text: str, diagnostics: list[str]) -> Strategy:
 
 
 def chain_diagnostics(strategy: Strategy, name: str, *, samples: int, temperature: float) -> Iterator[str]:
-    """What a strategy, a number of samples and a temperature must not be together."""
+    """Conflicts between a strategy, a number of samples and a temperature."""
     if samples < 1:
         yield f"--samples: got {samples}; expected 1 or more"
     if samples > 1 and strategy.kind != "single":
-        yield f"--samples {samples} with --strategy {name}: the strategy says how many are sampled; give one of the two"
+        yield f"--samples {samples} with --strategy {name}: the strategy sets the number of samples; use one of the two"
     several = f"--strategy {name}" if strategy.chains > 1 else f"--samples {samples}" if samples > 1 else ""
     if several and temperature == 0:
-        yield f"{several} at --temperature 0: all chains would be the same; give a temperature above 0, such as 0.7"
+        yield f"{several} at --temperature 0: all chains would be equal; use a temperature above 0, for example 0.7"
 
 
 def place_diagnostics(device: str, precision: str) -> Iterator[str]:
-    """Devices and number formats that there are not."""
+    """Messages for an unknown device or precision."""
     for name, actual, known in (("--device", device, DEVICES), ("--precision", precision, PRECISIONS)):
         if actual not in known:
             yield f"{name}: got {actual}; expected one of {', '.join(known)}"
 
 
 def refuse(diagnostics: Sequence[str]) -> None:
-    """Raises `UserError` with all faults, if there are any."""
+    """Raises `UserError` with all messages, if there are any."""
     if diagnostics:
         raise UserError("\n".join(diagnostics))
 

@@ -1,8 +1,7 @@
-"""`loopos score`: what a reward model gives to responses, and how often it agrees with people.
+"""`loopos score`: scores responses with a reward model, and measures its agreement with people.
 
-Enters: a reward model and a file of responses: comparisons, prompts with a response or several, what `loopos generate`
-wrote, conversations. Leaves: JSON Lines with the score of every response, and the metrics on standard error, or with
-`--json` only the metrics as one object. Left out: training (`methods.reward_model`).
+Reads comparisons, prompts with one or several responses, output of `loopos generate`, and conversations. Prints scores
+as JSON Lines and metrics to standard error; with `--json` only the metrics, as one object.
 """
 
 from __future__ import annotations

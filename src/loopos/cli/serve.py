@@ -1,8 +1,4 @@
-"""`loopos serve`: a trained model behind OpenAI's HTTP interface.
-
-Enters: a model, an address, limits. Leaves: a server that runs until a signal, and where it is on standard error. The
-kind of the model decides what it answers. Left out: the server itself (`deploy.serve`).
-"""
+"""`loopos serve`: serves a trained model over an OpenAI-compatible HTTP API until a signal."""
 
 from __future__ import annotations
 
@@ -49,7 +45,7 @@ class ServeOptions:
 
 
 def run(source: str, options: ServeOptions) -> int:
-    """Serves until a signal. Raises `UserError`, before torch is imported where it can."""
+    """Serves until a signal. Raises `UserError`, if possible before torch is imported."""
     refuse(
         [
             *address_diagnostics(options.host, options.port, options.api_key),
@@ -63,13 +59,13 @@ def run(source: str, options: ServeOptions) -> int:
     has_head = is_task_model(source)
     if not has_head:
         require_language_model(source)
-    # The model runs in a thread beside the one that talks to clients: bound to one core they would wait for each other.
+    # The model runs in a thread beside the one that serves clients: bound to one core they would wait for each other.
     restart_with_settings(binds_threads=False)
     hush_libraries(verbose=options.verbose)
     from loopos.serving.metrics import ServingMetrics
     from loopos.serving.server import address_of, listening, serve
 
-    # Before the model is loaded: a port that is taken shows at once.
+    # Before the model is loaded, so that a port in use fails at once.
     with listening(options.host, options.port, options.limits) as bound:
         metrics = ServingMetrics()
         name = options.name or name_of(source)
@@ -79,14 +75,12 @@ def run(source: str, options: ServeOptions) -> int:
             note(f"{name}: {service.kind} at {address_of(bound)} ({', '.join(service.endpoints)}); Ctrl-C ends")
 
         serve(service, metrics, bound, options.limits, api_key=options.api_key, began=began)
-    note("ended")
+    note("stopped")
     return 0
 
 
 def name_of(source: str) -> str:
-    """The name that a model is served by: its folder's or file's (that of the run, not of its model/), or what is
-    given.
-    """
+    """The name of a served model: that of its file or folder (of the run, not of its model/ folder), else `source`."""
     path = Path(source)
     if not path.exists():
         return source
@@ -126,12 +120,12 @@ def _language(source: str, name: str, options: ServeOptions, metrics: ServingMet
     note(reasoner.template.summary)
     note(reasoner.engine.summary)
     most = sum(map(_keys_and_values, members_of(reasoner.model))) * service.context * options.limits.max_rows
-    note(f"{options.limits.max_rows} rows of {service.context} tokens: keys and values take at most {as_bytes(most)}")
+    note(f"{options.limits.max_rows} rows of {service.context} tokens: KV cache of at most {as_bytes(most)}")
     return service
 
 
 def _keys_and_values(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token; 0 for a model without attention."""
+    """Bytes of keys and values per token; 0 for a model without attention."""
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", 0)
     if not queries:

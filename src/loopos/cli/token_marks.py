@@ -1,6 +1,6 @@
-"""Tokens on a terminal: learned ones in [brackets], context bare, cut ones in ~tildes~, parted by |.
+"""Tokens on a terminal: learned ones in [brackets], context bare, cut ones in ~tildes~, separated by |.
 
-Colors repeat what the marks show. Shared by the previews of language models, comparisons and prompts.
+Colors repeat what the marks show. Used by the previews of language models, comparisons and prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MARKS = {LEARNED: ("[", "]"), CONTEXT: ("", ""), CUT: ("~", "~")}
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token as a person reads it; where its bytes are no whole characters, as the vocabulary writes it."""
+    """A token as readable text; if its bytes are no whole characters, as the vocabulary writes it."""
     text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         text = str(tokenizer.convert_ids_to_tokens(token))
@@ -27,10 +27,10 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def rendered(tokenizer: Any, ids: Sequence[int], token_fates: Sequence[str]) -> Text:
-    """Tokens side by side, parted by |, each run of one fate in its marks and its colour."""
+    """Tokens side by side, separated by |, each run of one fate in its marks and color."""
     line = Text()
     for fate, run_of in groupby(zip(ids, token_fates, strict=True), key=lambda pair: pair[1]):
         before, after = _MARKS[fate]
-        told = "|".join(token_text(tokenizer, token) for token, _ in run_of)
-        line.append(f"{before}{told}{after}", style=_STYLES[fate])
+        joined_text = "|".join(token_text(tokenizer, token) for token, _ in run_of)
+        line.append(f"{before}{joined_text}{after}", style=_STYLES[fate])
     return line

@@ -1,8 +1,4 @@
-"""Chains of reasoning as people and scripts read them.
-
-Enters: chains and how the answer was chosen. Leaves: numbered steps with their logprobs, or JSON records. Left out:
-making the chains (`evaluation.reasoning`).
-"""
+"""Chains of reasoning as text for people and as JSON records."""
 
 from __future__ import annotations
 
@@ -28,17 +24,17 @@ def described(chain: Chain, step_format: StepFormat) -> str:
             f"[{chain.answer.logprob:.2f}]" if chain.well_formed else "(the answer was not in the expected step format)"
         )
         return "\n".join([*lines, f"answer: {answer}  {where}"])
-    why = "the limit of tokens" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
+    why = "the token limit" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
     return "\n".join([*lines, f"answer: none (ended by {why})"])
 
 
 def steps_text(chain: Chain, step_format: StepFormat) -> tuple[Step, ...]:
-    """The steps of a chain; none where its text is an answer without reasoning."""
+    """The steps of a chain; none if its text is an answer without reasoning."""
     return chain.steps if chain.well_formed or step_format.parse(chain.text).steps else ()
 
 
 def confidence_summary(answered: Answered) -> str:
-    """How sure an answer of several chains is."""
+    """The confidence in an answer chosen from several chains."""
     num_chains = len(answered.chains)
     if answered.rewards:
         return f"best of {num_chains} chains, reward {answered.rewards[0]:.3f}"
@@ -50,7 +46,7 @@ def confidence_summary(answered: Answered) -> str:
 
 
 def completion_record(prompt: Recorded, completion: Completion) -> dict[str, Any]:
-    """One line of JSON for a completion."""
+    """The JSON record of a completion."""
     return {
         "prompt": prompt,
         "text": completion.text,
@@ -61,7 +57,7 @@ def completion_record(prompt: Recorded, completion: Completion) -> dict[str, Any
 
 
 def chain_record(prompt: Recorded, chain: Chain, step_format: StepFormat) -> dict[str, Any]:
-    """One line of JSON for a chain."""
+    """The JSON record of a chain."""
     steps = steps_text(chain, step_format)
     return {
         "prompt": prompt,
@@ -75,24 +71,24 @@ def chain_record(prompt: Recorded, chain: Chain, step_format: StepFormat) -> dic
 
 
 def answered_record(prompt: Recorded, answered: Answered, step_format: StepFormat) -> dict[str, Any]:
-    """One line of JSON for an answer that several chains gave: the chain that speaks for them, and all answers."""
+    """The JSON record of an answer chosen from several chains: the chosen chain, and all answers."""
     chosen = answered.chains[answered.chosen or 0]
-    told = chain_record(prompt, chosen, step_format)
-    told["answer"] = answered.answer
-    told["confidence"] = answered.confidence
-    told["answers"] = [step_format.parse(chain.text).answer for chain in answered.chains]
+    record = chain_record(prompt, chosen, step_format)
+    record["answer"] = answered.answer
+    record["confidence"] = answered.confidence
+    record["answers"] = [step_format.parse(chain.text).answer for chain in answered.chains]
     if answered.rewards:
-        # What has no room in the reward model has no reward.
-        told["rewards"] = [reward if math.isfinite(reward) else None for reward in answered.rewards]
-    return told
+        # Infinite: the chain did not fit into the reward model.
+        record["rewards"] = [reward if math.isfinite(reward) else None for reward in answered.rewards]
+    return record
 
 
 def blocks(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> str:
-    """The texts of each prompt, one below the other: a lone text bare, several under their numbers."""
+    """The texts of each prompt, one after the other: a single text bare, several under their numbers."""
     parts: list[str] = []
-    for number, (prompt, told) in enumerate(zip(prompts, texts, strict=True), start=1):
+    for number, (prompt, samples) in enumerate(zip(prompts, texts, strict=True), start=1):
         if len(prompts) > 1:
             parts.append(f"=== {number}: {' '.join(prompt.split())[:100]}")
-        for sample, text in enumerate(told, start=1):
-            parts.append(f"--- {sample}\n{text}" if len(told) > 1 else text)
+        for sample, text in enumerate(samples, start=1):
+            parts.append(f"--- {sample}\n{text}" if len(samples) > 1 else text)
     return "\n".join(parts)

@@ -1,8 +1,7 @@
-"""`loopos train`: config checked, run claimed, method run, outcome told.
+"""`loopos train`: checks the config, claims the run folder, runs the method and prints the outcome.
 
-Enters: a config file and overrides. Leaves: a run folder, a summary (or one JSON object) on standard output, progress
-on standard error, and an exit code: 0, also after SIGTERM, SIGHUP and SIGUSR1, 130 after Ctrl-C, 4 after a guard. What
-can be checked without torch is checked before torch is imported.
+The summary (or one JSON object) goes to standard output, progress to standard error. Exit codes: 0, also after SIGTERM,
+SIGHUP and SIGUSR1; 130 after Ctrl-C; 4 after a guard. Checks that need no torch run before torch is imported.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class TrainOptions:
     verbose: bool = False
     num_processes: int | None = None
 
-    def words(self) -> list[str]:
-        """The options as they are written on the command line, but for the number of processes."""
+    def arguments(self) -> list[str]:
+        """The options as written on the command line, except the number of processes."""
         actual = {
             "--resume": self.resume,
             "--quiet": self.quiet,
@@ -54,15 +53,15 @@ class TrainOptions:
             "--json": self.json,
             "--verbose": self.verbose,
         }
-        return [word for word, is_given in actual.items() if is_given]
+        return [option for option, is_set in actual.items() if is_set]
 
 
 def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
-    """Trains, or with `dry_run` only says what training would take. Raises `UserError`."""
+    """Trains, or with `dry_run` only prints what training would need. Raises `UserError`."""
     loaded = load(path, overrides, config_classes())
-    # Typed by what every method's config has; its own class is checked by `load`.
+    # Any: each method has its own config class, which `load` has checked.
     config: Any = loaded.config
-    # A model that is not installed, or a folder that is taken, is said now and not after the imports below.
+    # Report a model that is not installed or a folder in use now, not after the slow imports below.
     from loopos.evaluation.run_claim import refuse_started
     from loopos.models.resolve import check_tokenizer_source, weights_source
     from loopos.storage.durable import require_writable
@@ -72,7 +71,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     check_columns(config)
     for section in (config.training, getattr(config, "reward_training", None) or config.training):
         refuse_absent_device(section.device, section.precision)
-    # Of several processes of a run one is enough to say so, and it alone will hold the folder.
+    # One process of a run is enough to report this, and only the first will lock the folder.
     for folder in [] if options.dry_run or not is_first_process() else run_folders(config):
         refuse_busy(folder)
         if not options.resume:
@@ -94,7 +93,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     with run_ends_at_once():
         result = train(config, options)
     if is_first_process():
-        tell(run_summary(config), result, as_json=options.json)
+        print_outcome(run_summary(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
 
 
@@ -113,13 +112,13 @@ def _plan(config: Any, options: TrainOptions) -> int:
 
 
 def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
-    """The same command in several processes. Raises `UserError`."""
+    """Runs the same command in several processes. Raises `UserError`."""
     assert options.num_processes is not None
     if options.num_processes < 1:
         raise UserError(f"--nproc: got {options.num_processes}; expected 1 or more")
     from loopos.cli.launch import launch
 
-    return launch(["train", str(path), *overrides, *options.words()], options.num_processes)
+    return launch(["train", str(path), *overrides, *options.arguments()], options.num_processes)
 
 
 def train(
@@ -157,7 +156,7 @@ def run_folders(config: Any) -> list[Path]:
 
 
 def run_summary(config: Any) -> Path:
-    """The folder of the run that was last at work: of rlhf the reward model's where its phase was not over."""
+    """The folder of the run that was active last: the reward model's if rlhf stopped in that phase."""
     from loopos.evaluation.run_folder import holds_run
 
     folders = run_folders(config)
@@ -165,22 +164,22 @@ def run_summary(config: Any) -> Path:
 
 
 def exit_code(stopped_by: str) -> int:
-    """0, except for a run that Ctrl-C or a guard ended."""
+    """0, except for a run that ended by Ctrl-C or a guard."""
     from loopos.training.stopping import EXIT_CODES, GUARD, GUARD_EXIT_CODE
 
     if stopped_by == GUARD:
-        # A launcher ends every process once one has failed: only the first, which has reported by now, may fail.
+        # A launcher kills all processes once one has failed, so only the first, which has reported by now, may fail.
         return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run: all but rank 0 under torchrun are silent."""
+    """Whether this process reports for the run: under torchrun all ranks except 0 are silent."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
-    """How the run ended, on standard output."""
+def print_outcome(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
+    """Prints how the run ended to standard output."""
     from loopos.evaluation.run_folder import read_run
 
     found = read_run(run_dir)
@@ -188,20 +187,20 @@ def tell(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
         say_json(_as_json(run_dir, result, found))
         return
     rate_text = f" at {found.tokens_a_second:,.0f} tokens/s" if found.tokens_a_second is not None else ""
-    say(f"{run_dir}: {result.step} steps{rate_text}, {as_time(result.seconds)} in all; {found.ended}")
+    say(f"{run_dir}: {result.step} steps{rate_text}, {as_time(result.seconds)} total; {found.ended}")
     verdict, metrics = found.outcome.verdict(), once(found.exported_metrics)
     if metrics and found.exported_step is not None:
         figures = ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
-        say(f"  validation of step {found.exported_step}: {figures}")
+        say(f"  validation at step {found.exported_step}: {figures}")
     if found.outcome.beat_start is not False and verdict:
         say(f"  {verdict}")
     if result.interrupted:
-        say("  continue it: the same command with --resume")
-        say(f"  its report so far: loopos runs report {run_dir}")
+        say("  continue: the same command with --resume")
+        say(f"  report so far: loopos runs report {run_dir}")
     elif found.has_model:
         say(f"  {use_of(str(run_dir))}")
     if found.outcome.beat_start is False:
-        # Last, where it cannot be overlooked.
+        # Last, where it is not overlooked.
         say(f"  {verdict}")
 
 

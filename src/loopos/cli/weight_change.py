@@ -1,8 +1,7 @@
-"""What `loopos prune` and `loopos quantize` do alike: a recipe from the command line, the work, the figures.
+"""What `loopos prune` and `loopos quantize` share: reading a recipe from the command line, running it, printing
+figures.
 
-Enters: a model or a recipe file, and options, which win over the recipe. Leaves: a model's folder with recipe and
-report, and the figures on standard output. Left out: the work (`deploy.weight_change`), the recipes' checks (`config`),
-what one command alone tells (`prune.py`, `quantize.py`).
+Options take precedence over the recipe file. The work is in `loopos.compression`.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
     from loopos.evaluation.quality import Measured
 
 _RECIPES = (".json", ".yaml", ".yml")
-Given = TypeVar("Given", bound=Recipe)
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeOptions:
-    """The options of such a command; `recipe`: key → value of those that are keys of a recipe, None where not given."""
+    """The options of such a command. `recipe`: values by recipe key; None: not set on the command line."""
 
     output: Path
     recipe: Mapping[str, Any]
@@ -44,22 +43,23 @@ class ChangeOptions:
 
 
 def run(
-    actual: str,
+    model: str,
     options: ChangeOptions,
     *,
-    read: Callable[[str | None, Sequence[str]], Given],
+    read: Callable[[str | None, Sequence[str]], RecipeT],
     counted: str,
-    work: Callable[[Given, str, Path, Bar], Changed[Given, Any]],
-) -> Changed[Given, Any]:
-    """Changes the model and writes it. read: the recipe of a file, if one is named, and `key=value` words; counted:
-    what the bar counts; work: by a recipe, on a device, into a folder. Raises `UserError`.
+    work: Callable[[RecipeT, str, Path, Bar], Changed[RecipeT, Any]],
+) -> Changed[RecipeT, Any]:
+    """Changes the model and writes it. model: a model or a recipe file. read: makes the recipe from a file and
+    `key=value` overrides; counted: what the progress bar counts; work: runs a recipe on a device into a folder.
+    Raises `UserError`.
     """
-    is_recipe = actual.lower().endswith(_RECIPES) and not os.path.isdir(actual)
-    values: dict[str, Any] = {"model": None if is_recipe else actual, **options.recipe}
+    is_recipe = model.lower().endswith(_RECIPES) and not os.path.isdir(model)
+    values: dict[str, Any] = {"model": None if is_recipe else model, **options.recipe}
     if options.columns:
         values["columns"] = parse_columns(options.columns)
-    words = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-    recipe = read(actual if is_recipe else None, words)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    recipe = read(model if is_recipe else None, overrides)
     require_new_folder(options.output)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
@@ -70,14 +70,14 @@ def run(
         return work(recipe, pick_device(recipe.device).type, options.output, bar)
 
 
-def tell(
+def print_figures(
     changed: Changed[Any, Any],
     heads: Sequence[str],
     own: Callable[[ChangedModel[Any]], Mapping[str, Any]],
     *,
     as_json: bool,
 ) -> None:
-    """Prints the figures. heads: the models after, in words; own: what the object of such a model says besides."""
+    """Prints the figures. heads: column titles of the changed models; own: extra JSON fields of a changed model."""
     if as_json:
         after = [
             {

@@ -1,8 +1,7 @@
 """`loopos winrate`: how often one language model's answers are preferred to another's.
 
-Enters: two models, prompts, and a judge. Leaves: the rate with its interval as a table or one JSON object on standard
-output, and with -o a record a pair. The models are open one after the other. Left out: the rulings
-(`evaluation.pair_judges`), the sums (`evaluation.winrate`).
+Prints the rate with its interval as a table or JSON; with -o writes one record per pair. The models are open one after
+the other. Rulings are in `evaluation.pair_judges`, sums in `evaluation.winrate`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from loopos.cli.sampling_options import SamplingOptions, place_diagnostics, refu
 from loopos.config.diagnostics import UserError
 
 if TYPE_CHECKING:
-    from loopos.cli.prompts import Asked
+    from loopos.cli.prompts import PromptInput
     from loopos.data.prompts import PromptContent
     from loopos.evaluation.winrate import Pair, PairJudge, Reply
 
@@ -59,8 +58,8 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    for place in (first, second):
-        require_language_model(place)
+    for location in (first, second):
+        require_language_model(location)
     if not _is_function(options.judge):
         require_reward_model(options.judge)
     restart_with_settings()
@@ -68,32 +67,32 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
         note(sentence)
     from loopos.cli.prompts import read_prompts
 
-    asked, dropped = _distinct(read_prompts(source, columns, raw=options.raw, rules=rules), options)
+    prompts, dropped = _distinct(read_prompts(source, columns, raw=options.raw, rules=rules), options)
     hush_libraries(verbose=options.verbose)
-    # Before anything is generated: a judge that cannot be opened shows at once.
+    # Before anything is generated, so that a judge that cannot be opened fails at once.
     judge = _opened_judge(options)
-    answers = [_replies(place, asked, options) for place in (first, second)]
-    pairs = _judged(asked, answers[0], answers[1], judge, dropped)
+    answers = [_replies(location, prompts, options) for location in (first, second)]
+    pairs = _judged(prompts, answers[0], answers[1], judge, dropped)
     if options.output is not None:
         _write(options.output, pairs)
-    _tell(first, second, source, options, pairs, dropped)
+    _print_summary(first, second, source, options, pairs, dropped)
     return 0
 
 
 def _diagnostics(options: WinRateOptions) -> list[str]:
-    """What is wrong with the options, told without torch."""
+    """Messages for invalid options; without torch."""
     diagnostics = [*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)]
     if options.samples < 1:
         diagnostics.append(f"--samples: got {options.samples}; expected 1 or more")
     if options.samples > 1 and options.sampling.temperature == 0:
         diagnostics.append(
-            f"--samples {options.samples} at --temperature 0: all answers of a model would be the same; give a "
-            "temperature above 0, such as 0.7"
+            f"--samples {options.samples} at --temperature 0: all answers of a model would be equal; use a "
+            "temperature above 0, for example 0.7"
         )
     if options.limit is not None and options.limit < 1:
         diagnostics.append(f"--limit: got {options.limit}; expected 1 or more")
     if options.raw and options.system is not None:
-        diagnostics.append("--system with --raw: a raw prompt has no messages; write the words into the prompt")
+        diagnostics.append("--system with --raw: a raw prompt has no messages; put the text into the prompt")
     return diagnostics
 
 
@@ -102,7 +101,7 @@ def _is_function(judge: str) -> bool:
 
 
 def _opened_judge(options: WinRateOptions) -> Callable[[], PairJudge]:
-    """What opens the judge. A function is looked up at once; a reward model is opened when the models are gone."""
+    """Opens the judge when called: a function is resolved at once, a reward model only after the models are closed."""
     from loopos.evaluation import winrate as pair_judges
 
     if _is_function(options.judge):
@@ -115,37 +114,37 @@ def _opened_judge(options: WinRateOptions) -> Callable[[], PairJudge]:
     return lambda: pair_judges.by_reward(RewardPredictor.open(options.judge, device=device))
 
 
-def _distinct(asked: Sequence[Asked], options: WinRateOptions) -> tuple[list[Asked], Counter[str]]:
-    """The prompts, each once: a second answer to the same one would tell nothing new. What was left out is counted."""
+def _distinct(prompts: Sequence[PromptInput], options: WinRateOptions) -> tuple[list[PromptInput], Counter[str]]:
+    """The distinct prompts, and counts of what was left out: a second answer to the same prompt adds no information."""
     from loopos.data.prompts import REPEATED, prompt_key
 
-    seen: dict[str, Asked] = {}
-    for each in (one.with_system(options.system) for one in asked):
-        seen.setdefault(prompt_key(_words(each)), each)
-    repeated = len(asked) - len(seen)
+    seen: dict[str, PromptInput] = {}
+    for each in (one.with_system(options.system) for one in prompts):
+        seen.setdefault(prompt_key(_content(each)), each)
+    repeated = len(prompts) - len(seen)
     return list(seen.values())[: options.limit], Counter({REPEATED: repeated} if repeated else {})
 
 
-def _words(asked: Asked) -> PromptContent:
-    """Messages, or the text that is continued as it is."""
-    return asked.messages if asked.messages is not None else asked.text
+def _content(prompt: PromptInput) -> PromptContent:
+    """The messages, or the text to continue."""
+    return prompt.messages if prompt.messages is not None else prompt.text
 
 
-def _replies(source: str, asked: Sequence[Asked], options: WinRateOptions) -> list[list[Reply] | None]:
-    """The answers of one model to every prompt; None for a prompt that leaves it no room."""
+def _replies(source: str, requests: Sequence[PromptInput], options: WinRateOptions) -> list[list[Reply] | None]:
+    """The answers of one model to every prompt; None for a prompt that leaves no room for an answer."""
     from loopos.evaluation.winrate import Reply
 
     reasoner = open_reasoner(
         source, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
     )
-    prompts = [reasoner.prompt(each.problem) for each in asked]
+    prompts = [reasoner.prompt(each.problem) for each in requests]
     most = reasoner.engine.max_positions
     fits = [number for number, prompt in enumerate(prompts) if most is None or len(prompt) < most]
     if not fits:
         raise UserError(f"{source}: every prompt is longer than the model's {most} positions")
     note(f"{source}: answers {len(fits):,} prompts, {options.samples} each")
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
-    found: list[list[Reply] | None] = [None] * len(asked)
+    found: list[list[Reply] | None] = [None] * len(requests)
     for completion in reasoner.engine.generate([prompts[each] for each in fits], settings, n=number, logprobs=False):
         ended = completion.finish_reason in ("stop token", "stop string")
         prompt = fits[completion.prompt_index]
@@ -155,31 +154,31 @@ def _replies(source: str, asked: Sequence[Asked], options: WinRateOptions) -> li
 
 
 def _judged(
-    asked: Sequence[Asked],
+    prompts: Sequence[PromptInput],
     first: Sequence[list[Reply] | None],
     second: Sequence[list[Reply] | None],
     judge: Callable[[], PairJudge],
     dropped: Counter[str],
 ) -> list[Pair]:
-    """Every pair with a ruling. What has none is counted in `dropped`. Raises `UserError` where none is left."""
+    """All pairs with a ruling; those without are counted in `dropped`. Raises `UserError` if none is left."""
     from loopos.evaluation.winrate import Contest, Pair
 
     begun: list[tuple[int, int, Contest, Reply, Reply]] = []
-    for index, (each, ours, theirs) in enumerate(zip(asked, first, second, strict=True)):
-        if ours is None or theirs is None:
+    for index, (each, ours, others) in enumerate(zip(prompts, first, second, strict=True)):
+        if ours is None or others is None:
             dropped[NO_ROOM] += 1
             continue
-        for sample, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            begun.append((index, sample, Contest(_words(each), a.text, b.text), a, b))
+        for sample, (a, b) in enumerate(zip(ours, others, strict=True)):
+            begun.append((index, sample, Contest(_content(each), a.text, b.text), a, b))
     if not begun:
-        raise UserError("no prompt that both models have room for; expected shorter ones")
-    note(f"{len(begun):,} pairs are judged")
+        raise UserError("no prompt leaves both models room for an answer; use shorter prompts")
+    note(f"judging {len(begun):,} pairs")
     rulings = judge()([contest for _, _, contest, _, _ in begun])
     pairs = [Pair(*each, ruling) for each, ruling in zip(begun, rulings, strict=True) if ruling is not None]
     if len(pairs) < len(begun):
         dropped[TOO_LONG_TO_JUDGE] += len(begun) - len(pairs)
     if not pairs:
-        raise UserError(f"no pair could be judged: {TOO_LONG_TO_JUDGE}; expected a smaller --max-new-tokens")
+        raise UserError(f"no pair could be judged: {TOO_LONG_TO_JUDGE}; use a smaller --max-new-tokens")
     return pairs
 
 
@@ -191,7 +190,7 @@ def _write(file: Path, pairs: Sequence[Pair]) -> None:
     note(f"{file}: {len(pairs)} pairs")
 
 
-def _tell(
+def _print_summary(
     first: str, second: str, source: str, options: WinRateOptions, pairs: Sequence[Pair], dropped: Counter[str]
 ) -> None:
     from loopos.evaluation.winrate import LIKE_LENGTH, summary
@@ -213,9 +212,9 @@ def _tell(
     say(table([(name.upper(), *length.values()) for name, length in found["length"].items()],
               head=("", "characters", "tokens", "ended")))  # fmt: skip
     if "both_orders" in found:
-        told = found["both_orders"]
+        orders = found["both_orders"]
         say(
-            f"  asked in both orders: {told['contradictions']} of {told['asked']} rulings contradict themselves and "
-            f"count as ties; {told['first_favoured']} for whatever stood first, {told['second_favoured']} for "
-            "whatever stood second"
+            f"  judged in both orders: {orders['contradictions']} of {orders['asked']} rulings contradict themselves "
+            f"and count as ties; {orders['first_favoured']} prefer whichever came first, {orders['second_favoured']} "
+            "whichever came second"
         )

@@ -1,8 +1,4 @@
-"""How a command names the settings that a message speaks of: by its own options, where it has them.
-
-Enters: the options of a command; the words it was called with. Leaves: a `Wording` for its messages; the key of the
-config that a word meant which is no option. Left out: the messages (`config.diagnostics`), catching them (`outcome`).
-"""
+"""How a command names settings in messages: by its own options, if it has them, else by config keys."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from loopos.config.diagnostics import IN_CONFIG, Remedy, UserError, Wording
 
 COLUMNS, ENCODING, SKIP_BAD_ROWS = "--columns", "--encoding", "--skip-bad-rows"
 _ARGUMENTS = frozenset({"data.pretrained_weights", "data.training_data"})
-"""Keys that are arguments of the commands without a config: the message need not name them."""
+"""Keys that are positional arguments of commands without a config: messages need not name them."""
 _OPTIONS = {
     "data.columns": COLUMNS,
     "data.encoding": ENCODING,
@@ -28,7 +24,7 @@ _TAKES_KEYS = "overrides"
 
 
 class OptionWording(Wording):
-    """Settings as the options of a command that reads no config. options: those that it has."""
+    """Names settings by the options of a command that reads no config. options: those the command has."""
 
     def __init__(self, options: Collection[str]) -> None:
         self.options = frozenset(options)
@@ -39,15 +35,15 @@ class OptionWording(Wording):
         return self._option(key) or key
 
     def remedy(self, remedy: Remedy) -> str:
-        summary = []
+        parts = []
         for key, value in remedy.settings:
             option = self._option(key)
             if option is None:
                 return ""
             if option == COLUMNS:
                 value = f"{key.removeprefix('data.columns.')}={value}"
-            summary.append(option if option in _SWITCHES else f"{option} {_quoted(value)}")
-        return f"{remedy.lead}: {' '.join(summary)}"
+            parts.append(option if option in _SWITCHES else f"{option} {_quoted(value)}")
+        return f"{remedy.lead}: {' '.join(parts)}"
 
     def _option(self, key: str) -> str | None:
         option = _OPTIONS.get("data.columns" if key.startswith("data.columns.") else key)
@@ -55,29 +51,29 @@ class OptionWording(Wording):
 
 
 def wording_of(options: Collection[str], arguments: Collection[str]) -> Wording:
-    """The wording of a command with these options and arguments: one that takes keys of a config names keys."""
+    """The wording of a command with these options and arguments: a command that takes config keys names keys."""
     return IN_CONFIG if _TAKES_KEYS in arguments else OptionWording(options)
 
 
-def refuse_keys_as_options(words: Sequence[str], options: Collection[str], arguments: Collection[str]) -> None:
-    """Raises `UserError` for a word such as `--lr` that is no option of a command that takes keys, and means one."""
+def refuse_keys_as_options(tokens: Sequence[str], options: Collection[str], arguments: Collection[str]) -> None:
+    """Raises `UserError` for an argument such as `--lr` that is no option of the command but means a config key."""
     if _TAKES_KEYS not in arguments:
         return
     meant = []
-    for index, word in enumerate(words):
-        if word == "--":
+    for index, token in enumerate(tokens):
+        if token == "--":
             break
-        name, equals, value = word.partition("=")
-        if not word.startswith("-") or name in options:
+        name, equals, value = token.partition("=")
+        if not token.startswith("-") or name in options:
             continue
         key = _key_of(name)
         if key is not None:
-            following = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("-") else ""
+            following = tokens[index + 1] if index + 1 < len(tokens) and not tokens[index + 1].startswith("-") else ""
             meant.append((name, f"{key}={value if equals else following or 'VALUE'}"))
     if meant:
         names = ", ".join(name for name, _ in meant)
         raise UserError(
-            f"no option {names}: settings of the config are given as key=value\n    "
+            f"no option {names}: config settings are written as key=value\n    "
             f"write {' '.join(_quoted(setting) for _, setting in meant)}"
         )
 
@@ -98,8 +94,8 @@ def _key_of(option: str) -> str | None:
     return keys.get(name) or OTHER_KEYS.get(key if dot else name)
 
 
-def _quoted(word: str) -> str:
-    """`word` as a shell takes it; in double quotes where these are enough, for they work in every shell."""
-    if shlex.quote(word) == word:
-        return word
-    return shlex.quote(word) if set(word) & set('"$`\\!') else json.dumps(word, ensure_ascii=False)
+def _quoted(text: str) -> str:
+    """`text` quoted for a shell; in double quotes if they suffice, because these work in every shell."""
+    if shlex.quote(text) == text:
+        return text
+    return shlex.quote(text) if set(text) & set('"$`\\!') else json.dumps(text, ensure_ascii=False)

@@ -1,14 +1,9 @@
-"""A transformer run block by block, so that a pass over calibration text holds one block's inputs alone.
+"""Runs a transformer block by block on calibration text, and removes layers, key-value groups or MLP channels.
 
-Enters: a model of transformers and rows of tokens. Leaves: for each block its inputs, and the sums of products of what
-its linear layers see. Left out: what is done to a block between its two passes (`deploy`).
-Letters: N rows of L tokens each, d features of the hidden states, I inputs of a linear layer.
-
-A smaller model out of a larger one: whole layers, key-value groups of heads or MLP channels taken out for good.
-
-Enters: a model of transformers and what stays. Leaves: the same model with smaller weights and a config that says so,
-so that transformers opens what is saved of it as an ordinary model. Left out: the choice of what stays (`deploy`).
-Letters: G key-value groups of r query heads each, of h features a head; d_ff channels of the MLP.
+A pass holds only the inputs of one block, and sums the products of what its linear layers read. A smaller model has a
+matching config, so that transformers opens it as an ordinary model. Letters: N rows of L tokens each, d features of the
+hidden states, I inputs of a linear layer; G key-value groups of r query heads each, of h features a head; d_ff channels
+of the MLP.
 """
 
 from __future__ import annotations
@@ -29,24 +24,24 @@ _TOLERANCE = 1e-4
 
 
 class _FirstBlockReached(Exception):
-    """Ends a forward pass whose remainder nobody needs."""
+    """Ends a forward pass whose remainder is not needed."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block: `nn.Linear`, or the `Conv1D` of GPT-2, whose weight lies the other way round."""
+    """A linear layer of a block: `nn.Linear`, or GPT-2's `Conv1D`, whose weight is transposed."""
 
     name: str
     module: nn.Linear | Conv1D
 
     @property
     def weight(self) -> Tensor:
-        """W `[O, I]`, a view of the layer's own."""
+        """W `[O, I]`, a view of the layer's weight."""
         data: Tensor = self.module.weight.data
         return data if isinstance(self.module, nn.Linear) else data.t()
 
     def take(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
-        """Keeps these outputs and inputs alone (indices), of the bias too."""
+        """Keeps only these outputs and inputs (indices), of the bias too."""
         weight, bias = self.weight, self.module.bias
         if outputs is not None:
             weight = weight[outputs]
@@ -63,18 +58,18 @@ class Linear:
 
 
 def linears_of(block: nn.Module) -> list[Linear]:
-    """The linear layers of a block, in its order."""
+    """The linear layers of a block, in order."""
     return [Linear(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 class BlockPass:
-    """Walks through a model's blocks with calibration rows. Each block's outputs take the place of its inputs: what is
-    held is one tensor `[N, L, d]`.
+    """Walks through a model's blocks with calibration rows. Each block's outputs replace its inputs, so that only one
+    tensor `[N, L, d]` is stored.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, rows: Tensor) -> None:
-        """rows `[N, L]` int64, without pads. Raises `UserError` where the blocks, run one by one, give other hidden
-        states than the model: it passes something between them that depends on the text.
+        """rows `[N, L]` int64, without pads. Raises `UserError` if the blocks, run one by one, give other hidden states
+        than the model: it passes something between them that depends on the text.
         """
         self.blocks, self._device = blocks, model.device
         self._calls = _calls(model, blocks, rows[:1].to(model.device))
@@ -82,8 +77,8 @@ class BlockPass:
         self._check(model, rows[-1:].to(model.device))
 
     def blocks_in_order(self) -> Iterator[tuple[int, nn.Module]]:
-        """Each block with its place. While it is held, `hidden` is what enters it; then it is what leaves it, by the
-        weights that the block has then.
+        """Each block with its index. While it is current, `hidden` is its input; afterwards `hidden` becomes its
+        output, with the weights that the block has then.
         """
         for index, block in enumerate(self.blocks):
             yield index, block
@@ -91,8 +86,8 @@ class BlockPass:
                 self.hidden[row] = self._run(index, row)
 
     def products(self, index: int, expected: Sequence[Linear], *, diagonal: bool) -> dict[str, Tensor]:
-        """By layer name XXᵀ `[I, I]` over all tokens, or with `diagonal` its diagonal `[I]` alone, in fp32. Layers that
-        see the same input share one sum.
+        """By layer name XXᵀ `[I, I]` over all tokens, or with `diagonal` only its diagonal `[I]`, in fp32. Layers that
+        read the same input share one sum.
         """
         twins = self._twins(index, expected)
         sums: dict[str, Tensor] = {}
@@ -106,17 +101,17 @@ class BlockPass:
         with _Watched(leading, add):
             for row in range(len(self.hidden)):
                 self._run(index, row)
-        # A layer that no token reached (an expert that was never chosen) has seen nothing.
+        # A layer that no token reached (an expert that was never chosen) has no sums.
         nothing = {linear.name: linear for linear in expected if linear.name not in twins}
         empty = {name: _empty(linear.weight.shape[1], diagonal, self._device) for name, linear in nothing.items()}
         return {**{name: sums[twin] for name, twin in twins.items()}, **empty}
 
     def _twins(self, index: int, expected: Sequence[Linear]) -> dict[str, str]:
-        """By name of a layer that runs, the first one that sees the same input."""
+        """By name of a layer that runs, the first one that reads the same input."""
         seen: list[tuple[str, Tensor]] = []
         with _Watched(expected, lambda name, entered: seen.append((name, entered))):
             self._run(index, 0)
-        # All are held while they are told apart: the id of a tensor that is gone may be another's.
+        # All inputs stay alive while they are compared: the id of a freed tensor may be reused.
         first_of = {id(entered): name for name, entered in reversed(seen)}
         return {name: first_of[id(entered)] for name, entered in seen}
 
@@ -143,14 +138,14 @@ class BlockPass:
         if not difference <= _TOLERANCE:
             raise UserError(
                 f"{type(model).__name__}: its blocks, run one by one, give other hidden states than the model (by "
-                f"{difference:.1e}); expected a plain stack of blocks, as Llama, Qwen, Mistral, Gemma or GPT-2 have"
+                f"{difference:.1e}); expected a plain stack of blocks, like Llama, Qwen, Mistral, Gemma or GPT-2"
             )
 
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, blocks: nn.ModuleList, rows: Tensor) -> list[float]:
-    """How much each block turns the hidden states: 1 − E[cos(h_in, h_out)] over all tokens (Men et al. 2024, ShortGPT,
-    equation 1). rows `[N, L]`.
+    """How much each block changes the hidden states: 1 − E[cos(h_in, h_out)] over all tokens (Men et al. 2024,
+    ShortGPT, equation 1). rows `[N, L]`.
     """
     sums = [0.0] * len(blocks)
 
@@ -172,14 +167,14 @@ def block_influence(model: PreTrainedModel, blocks: nn.ModuleList, rows: Tensor)
 
 
 class _Watched:
-    """Inside the block of code, `tell(name, input)` is called with what each of these layers is given."""
+    """Within the context, `callback(name, input)` is called with the input of each of these layers."""
 
-    def __init__(self, linears: Sequence[Linear], tell: Callable[[str, Tensor], None]) -> None:
-        self._linears, self._tell = linears, tell
+    def __init__(self, linears: Sequence[Linear], callback: Callable[[str, Tensor], None]) -> None:
+        self._linears, self._callback = linears, callback
 
     def __enter__(self) -> None:
         def hook(name: str) -> Callable[..., None]:
-            return lambda _module, args: self._tell(name, args[0])
+            return lambda _module, args: self._callback(name, args[0])
 
         self._handles = [each.module.register_forward_pre_hook(hook(each.name)) for each in self._linears]
 
@@ -192,7 +187,7 @@ class _Watched:
 def _calls(
     model: PreTrainedModel, blocks: nn.ModuleList, row: Tensor
 ) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """What each block is given besides the hidden states."""
+    """The arguments of each block other than the hidden states."""
     found: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
 
     def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -207,14 +202,14 @@ def _calls(
             handle.remove()
     if len(found) != len(blocks):
         raise UserError(
-            f"{type(model).__name__}: runs {len(found)} blocks, and has {len(blocks)}; expected a plain stack of blocks"
+            f"{type(model).__name__}: runs {len(found)} of its {len(blocks)} blocks; expected a plain stack of blocks"
         )
     return found
 
 
 @torch.no_grad()
 def _first_input(model: PreTrainedModel, blocks: nn.ModuleList, row: Tensor) -> Tensor:
-    """What enters the first block, `[1, L, d]`."""
+    """The input of the first block, `[1, L, d]`."""
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -232,7 +227,7 @@ def _first_input(model: PreTrainedModel, blocks: nn.ModuleList, row: Tensor) -> 
 
 
 def _forward(model: PreTrainedModel, row: Tensor) -> None:
-    # The logits of a whole row would be the largest tensor of the pass.
+    # Skip the head: the logits of a whole row would be the largest tensor of the pass.
     base = getattr(model, model.base_model_prefix, model)
     extra = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     base(input_ids=row, **extra)
@@ -255,25 +250,25 @@ GPT2 = "gpt2"
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Of a model's attention: `groups` key-value heads, each read by `queries` query heads of `size` features."""
+    """Shape of a model's attention: `groups` key-value heads, each read by `queries` query heads of `size` features."""
 
     groups: int
     queries: int
     size: int
 
-    def outputs(self, kept: Sequence[int], heads_a_group: int) -> torch.Tensor:
+    def outputs(self, keep: Sequence[int], heads_a_group: int) -> torch.Tensor:
         """The rows of a projection that belong to these groups, in order."""
         width = heads_a_group * self.size
-        return torch.cat([torch.arange(group * width, (group + 1) * width) for group in kept])
+        return torch.cat([torch.arange(group * width, (group + 1) * width) for group in keep])
 
 
 def head_shape(model: PreTrainedModel) -> HeadShape:
-    """Raises `UserError` for a family whose heads cannot be taken out."""
+    """The head shape. Raises `UserError` for a family whose heads cannot be removed."""
     config = model.config.get_text_config()
     if config.model_type == GPT2:
         raise UserError(
             "gpt2: its config derives the size of a head from their number, so a model with fewer heads cannot be "
-            f"written; --method channels and layers work. Heads can be taken out of {', '.join(LLAMA_LIKE)}"
+            f"written; use --method channels or layers. Heads can be removed from {', '.join(LLAMA_LIKE)}"
         )
     _require(config, LLAMA_LIKE, "heads")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -282,8 +277,8 @@ def head_shape(model: PreTrainedModel) -> HeadShape:
 
 
 def possible_groups(model: PreTrainedModel) -> list[int]:
-    """How many key-value groups the family's config allows: Llama and Gemma 2 and 3 want a width that their heads
-    divide evenly, whatever the size of a head.
+    """The numbers of key-value groups that the family's config allows: for Llama and Gemma 2 and 3 the number of heads
+    must divide the width, whatever the size of a head.
     """
     config, shape = model.config.get_text_config(), head_shape(model)
     divides = config.model_type in ("llama", "gemma2", "gemma3_text")
@@ -308,12 +303,12 @@ def output_projection(block: nn.Module) -> Linear:
     return _linear(block.get_submodule("self_attn"), "self_attn.o_proj")
 
 
-def keep_groups(model: PreTrainedModel, block: nn.Module, kept: Sequence[int]) -> None:
-    """Keeps these key-value groups of one block, with the query heads that read them; the config is left to
-    `set_groups`.
+def keep_groups(model: PreTrainedModel, block: nn.Module, keep: Sequence[int]) -> None:
+    """Keeps these key-value groups of one block, with the query heads that read them; `set_groups` changes the
+    config.
     """
     shape, attention = head_shape(model), block.get_submodule("self_attn")
-    queries, keys = shape.outputs(kept, shape.queries), shape.outputs(kept, 1)
+    queries, keys = shape.outputs(keep, shape.queries), shape.outputs(keep, 1)
     _linear(attention, "q_proj").take(outputs=queries)
     _linear(attention, "k_proj").take(outputs=keys)
     _linear(attention, "v_proj").take(outputs=keys)
@@ -321,24 +316,22 @@ def keep_groups(model: PreTrainedModel, block: nn.Module, kept: Sequence[int]) -
 
 
 def set_groups(model: PreTrainedModel, groups: int) -> None:
-    """Tells the config that every block has `groups` key-value groups; the size of a head is said, for it can no longer
-    be derived.
-    """
+    """Sets the config to `groups` key-value groups per block, and to the size of a head."""
     shape, config = head_shape(model), model.config.get_text_config()
     config.head_dim = shape.size
     config.num_attention_heads, config.num_key_value_heads = groups * shape.queries, groups
 
 
-def keep_channels(model: PreTrainedModel, block: nn.Module, kept: torch.Tensor) -> None:
-    """Keeps these channels of one block's MLP; the config is left to `set_channels`."""
+def keep_channels(model: PreTrainedModel, block: nn.Module, keep: torch.Tensor) -> None:
+    """Keeps these channels of one block's MLP; `set_channels` changes the config."""
     makes, reads = channel_layers(model, block)
     for layer in makes:
-        layer.take(outputs=kept)
-    reads.take(inputs=kept)
+        layer.take(outputs=keep)
+    reads.take(inputs=keep)
 
 
 def set_channels(model: PreTrainedModel, channels: int) -> None:
-    """Tells the config that every block's MLP has so many channels."""
+    """Sets the config to this number of channels in every block's MLP."""
     config = model.config.get_text_config()
     if config.model_type == GPT2:
         config.n_inner = channels
@@ -347,36 +340,36 @@ def set_channels(model: PreTrainedModel, channels: int) -> None:
 
 
 def drop_layers(model: PreTrainedModel, dropped: Sequence[int]) -> None:
-    """Takes whole layers out, renumbers the others for the cache, and shortens the config's lists of layers. Works for
-    any family with one plain stack of layers. Raises `UserError` for another, or where no layer would be left.
+    """Removes whole layers, renumbers the others for the cache, and shortens the config's lists of layers. Works for
+    any family with one plain stack of layers. Raises `UserError` for others, or if no layer would be left.
     """
     layers = layer_list(model)
-    kept = [place for place in range(len(layers)) if place not in set(dropped)]
-    if not kept:
-        raise UserError(f"all {len(layers)} layers would go; expected at least one that stays")
+    keep = [index for index in range(len(layers)) if index not in set(dropped)]
+    if not keep:
+        raise UserError(f"all {len(layers)} layers would be removed; expected at least one to stay")
     name = next(name for name, module in model.named_modules() if module is layers)
-    for new, old in enumerate(kept):
+    for new, old in enumerate(keep):
         for module in layers[old].modules():
             if getattr(module, "layer_idx", None) == old:
                 module.layer_idx = new  # type: ignore[assignment]
     above, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(above), attribute, nn.ModuleList(layers[place] for place in kept))
-    _shorten(model.config.get_text_config(), len(layers), kept)
+    setattr(model.get_submodule(above), attribute, nn.ModuleList(layers[index] for index in keep))
+    _shorten(model.config.get_text_config(), len(layers), keep)
 
 
-def _shorten(config: PreTrainedConfig, num_layers: int, kept: Sequence[int]) -> None:
-    """The config's lists with an entry a layer lose those of dropped ones; lists of layer numbers are renumbered."""
+def _shorten(config: PreTrainedConfig, num_layers: int, keep: Sequence[int]) -> None:
+    """Removes the entries of dropped layers from the config's lists, and renumbers lists of layer numbers."""
     for name, value in list(vars(config).items()):
         if not isinstance(value, list | tuple) or "layer" not in name:
             continue
         if name.endswith("only_layers"):
-            setattr(config, name, [kept.index(place) for place in value if place in kept])
+            setattr(config, name, [keep.index(index) for index in value if index in keep])
         elif len(value) == num_layers:
-            setattr(config, name, [value[place] for place in kept])
-    # Qwen's number of lowest layers with full attention: their kinds are in layer_types already.
+            setattr(config, name, [value[index] for index in keep])
+    # Qwen's number of lowest layers with full attention: layer_types contains their kinds already.
     if getattr(config, "max_window_layers", None) is not None:
-        config.max_window_layers = sum(place < config.max_window_layers for place in kept)
-    config.num_hidden_layers = len(kept)
+        config.max_window_layers = sum(index < config.max_window_layers for index in keep)
+    config.num_hidden_layers = len(keep)
 
 
 def _linear(above: nn.Module, name: str) -> Linear:
@@ -388,6 +381,6 @@ def _linear(above: nn.Module, name: str) -> Linear:
 def _require(config: PreTrainedConfig, families: Sequence[str], what: str) -> None:
     if config.model_type not in families:
         raise UserError(
-            f"{config.model_type}: {what} cannot be taken out of this family; expected one of {', '.join(families)}. "
+            f"{config.model_type}: {what} of this family cannot be removed; expected one of {', '.join(families)}. "
             "--method layers, magnitude, wanda and sparsegpt work for any plain stack of layers"
         )

@@ -1,9 +1,7 @@
-"""Text that a model reads to show which of its weights matter: rows of tokens, all of one length.
+"""Calibration text: rows of tokens, all of one length.
 
-Enters: a file of text or of rows in any format that training reads, and the model's tokenizer. Leaves: `Calibration`.
-Documents are joined with the end token between them and cut into rows, as in pretraining, so that there are no pads.
-Left out: running the model.
-Letters: N rows of L tokens.
+Documents are concatenated with the end token between them and cut into rows, as in pretraining, so that there are no
+pads. Letters: N rows of L tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from loopos.data.templates import ChatTemplate
 
 @dataclass(frozen=True)
 class Calibration:
-    """`ids` `[N, L]` int64 on CPU. `summary`: what was read and drawn, in words."""
+    """`ids` `[N, L]` int64 on CPU. `summary`: what was read and drawn."""
 
     ids: Tensor
     summary: str
@@ -44,40 +42,40 @@ def read_calibration(
     seed: int,
     step_format: StepFormat = NAMED_FORMATS["think"],
 ) -> Calibration:
-    """At most `num_rows` rows of `num_tokens` tokens, drawn by the seed from all that the text gives.
+    """At most `num_rows` rows of `num_tokens` tokens, drawn with the seed from the whole text.
 
-    Conversations and other rows for language models are written by the tokenizer's chat template and `step_format`, as
-    training writes them. A text shorter than one row gives one row of all its tokens. Raises `DataError` for a file
-    that cannot be read or has fewer than two tokens.
+    The tokenizer's chat template and `step_format` render conversations and other training rows, as in training. A text
+    shorter than one row gives one row of all its tokens. Raises `DataError` for a file that cannot be read or has fewer
+    than two tokens.
     """
-    # A tokenizer without an end token is an encoder's, which reads texts and speaks in no template.
+    # A tokenizer without an end token is an encoder's, which has no chat template.
     if is_plain_text(source) or tokenizer.eos_token_id is None:
         documents = read_corpus(source, columns).documents
         batch = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pieces: list[list[int]] = [[*ids, *_end(tokenizer)] for ids in batch["input_ids"]]
+        token_lists: list[list[int]] = [[*ids, *_end(tokenizer)] for ids in batch["input_ids"]]
     else:
         examples, _ = read_supervised(rows.read(source), columns, step_format=step_format)
         encoded, _ = encode_supervised(
             tokenizer, examples, step_format=step_format, max_length=None, template=ChatTemplate(tokenizer)
         )
-        pieces = [row.ids for row in encoded]
+        token_lists = [row.ids for row in encoded]
     draw = random.Random(seed)
-    # Neighbours in a file are often alike: rows are cut from the documents in another order.
-    draw.shuffle(pieces)
-    stream = [token for piece in pieces for token in piece]
+    # Neighbors in a file are often alike: rows are cut from shuffled documents.
+    draw.shuffle(token_lists)
+    stream = [token for tokens in token_lists for token in tokens]
     if len(stream) < 2:
         raise DataError([Diagnostic(source, None, None, "text", f"{len(stream)} tokens", "at least two tokens")])
     length = min(num_tokens, len(stream))
     whole = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
     chosen = sorted(draw.sample(range(len(whole)), min(num_rows, len(whole))))
-    fewer = f", of {num_rows} asked for" if len(chosen) < num_rows else ""
+    fewer = f", of {num_rows} requested" if len(chosen) < num_rows else ""
     summary = (
-        f"calibration: {source}, {len(pieces):,} documents, {len(stream):,} tokens; {len(chosen)} rows of {length} "
-        f"tokens{fewer}, drawn with seed {seed}"
+        f"calibration: {source}, {len(token_lists):,} documents, {len(stream):,} tokens; {len(chosen)} rows of "
+        f"{length} tokens{fewer}, drawn with seed {seed}"
     )
     return Calibration(whole[torch.tensor(chosen)], summary)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between two documents; nothing where the tokenizer has no end token, as those of encoders."""
+    """The tokens between two documents; none if the tokenizer has no end token, as for encoders."""
     return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

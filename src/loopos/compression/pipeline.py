@@ -1,22 +1,9 @@
-"""Two models' speed, held against each other in turn.
+"""Changes a trained model's weights by a recipe, compares size, quality and speed, and writes model and report.
 
-Enters: a model before a change and after it, both on one device. Leaves: tokens a second of each and their ratio, for
-reading and for writing one text and sixteen at a time. They run in turn, A B A B, and the ratio is the median of the
-pairs', so that a machine that is busy for a while slows both. Left out: what is done about it.
+measure → open → change → write to a temporary folder → reopen, compare, measure → recipe, report → rename
 
-A trained model's weights changed by a recipe, and what it cost: the one road of pruning and quantizing.
-
-    measure → open → change → write beside → open again, compare, measure → recipe, report → rename
-
-Enters: a recipe, one change or several, a folder that is not there yet. Leaves: the folder, whole or not at all: each
-changed model as what it was before (a transformers folder, with LoopOS's description and head where it had them), what
-the report's writer adds, `recipe.json`. Left out: what is done to weights (`pruning/model.py`, `quantizing/model.py`),
-merging, which reads tensors and opens no model (`merge.py`).
-
-What the reports of changed models share, in Markdown.
-
-Enters: a `Changed`. Leaves: the table of before and after, the notes, the recipe. Left out: what one kind of change
-alone tells (`pruning/report.py`, `quantizing/report.py`), measuring.
+The folder is written completely or not at all; each changed model keeps its format. Speed is compared in turn, A B A B,
+and the ratio is the median of the pairs' ratios, so that other load on the machine slows both.
 """
 
 from __future__ import annotations
@@ -48,16 +35,16 @@ from loopos.models.quantized import exact_activations
 from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import REPORT, open_output_folder, require_new_folder
 
-GOES = 5
+NUM_RUNS = 5
 ROWS = (1, 16)
 READ, PROMPT, WRITTEN = 256, 16, 32
-# Less than this apart is what a machine that does other things too cannot tell.
-_TOLD_APART = 0.03
+# Differences below this fraction are noise on a machine with other load.
+_NOISE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One kind of work: its name, tokens a second before and after, and how many times as fast."""
+    """One kind of work: its name, tokens per second before and after, and the speedup."""
 
     name: str
     before: float
@@ -66,22 +53,22 @@ class Rate:
 
     @property
     def slower(self) -> bool:
-        return self.ratio < 1 - _TOLD_APART
+        return self.ratio < 1 - _NOISE
 
     @property
     def verdict(self) -> str:
         """faster, slower, or as fast."""
         if self.slower:
             return "slower"
-        return "faster" if self.ratio > 1 + _TOLD_APART else "as fast"
+        return "faster" if self.ratio > 1 + _NOISE else "as fast"
 
 
 @torch.no_grad()
 def compared_rates(
     before: PreTrainedModel, after: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, writes: bool
 ) -> list[Rate]:
-    """Reading a row of 256 tokens, or of the model's positions where they are fewer, and, where the model writes, 32
-    greedy tokens of 1 text and of 16 behind prompts of 16, which are read within the time.
+    """Reading a row of 256 tokens, or of the model's positions if fewer, and, if the model generates, 32 greedy tokens
+    for 1 prompt and for 16 prompts of 16 tokens, prefill included.
     """
     rates = [_compared("reading", _reading(before), _reading(after), before.device)]
     for rows in ROWS if writes else ():
@@ -92,14 +79,14 @@ def compared_rates(
 
 
 Work = tuple[int, Callable[[], object]]
-"""How many tokens are read or written, and what does it."""
+"""The number of tokens, and the function that reads or writes them."""
 
 
 def _compared(name: str, first: Work, second: Work, device: torch.device) -> Rate:
-    # The first go warms up.
-    goes = [[tokens / seconds for tokens, seconds in _pair(first, second, device)] for _ in range(GOES + 1)][1:]
-    before, after = (statistics.median(rates) for rates in zip(*goes, strict=True))
-    return Rate(name, before, after, statistics.median(pair[1] / pair[0] for pair in goes))
+    # The first run warms up.
+    runs = [[tokens / seconds for tokens, seconds in _pair(first, second, device)] for _ in range(NUM_RUNS + 1)][1:]
+    before, after = (statistics.median(rates) for rates in zip(*runs, strict=True))
+    return Rate(name, before, after, statistics.median(pair[1] / pair[0] for pair in runs))
 
 
 def _pair(first: Work, second: Work, device: torch.device) -> list[tuple[int, float]]:
@@ -139,16 +126,16 @@ def _tokens(model: PreTrainedModel, number: int) -> torch.Tensor:
 
 _TOLERANCE = 2e-4
 
-Given = TypeVar("Given", bound=Recipe)
-Told = TypeVar("Told")
-Told_co = TypeVar("Told_co", covariant=True)
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+DetailsT = TypeVar("DetailsT")
+DetailsT_co = TypeVar("DetailsT_co", covariant=True)
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
-class CompressionPipeline(Protocol[Told_co]):
-    """What is done to the weights of a model in memory. `name`: the changed model's folder inside the output, "" where
-    the output is it; `title`: what is done, said as it begins.
+class CompressionPipeline(Protocol[DetailsT_co]):
+    """A change of the weights of a model in memory. `name`: the changed model's folder inside the output, "" if it is
+    the output itself; `title`: printed at the start.
     """
 
     @property
@@ -158,88 +145,86 @@ class CompressionPipeline(Protocol[Told_co]):
     def title(self) -> str: ...
 
     def apply(self, model: PreTrainedModel, rows: Tensor | None, *, progress: Progress) -> list[str]:
-        """Changes the model in place; what was done, a sentence each. rows `[N, L]`: calibration text, if the recipe
-        reads some. Raises `UserError`.
+        """Changes the model in place; returns what was done, one sentence each. rows `[N, L]`: calibration text, if the
+        recipe needs it. Raises `UserError`.
         """
         ...
 
-    def told(self, model: PreTrainedModel) -> Told_co:
-        """What the report says of the changed weights."""
+    def details(self, model: PreTrainedModel) -> DetailsT_co:
+        """Facts about the changed weights for the report."""
         ...
 
 
 @dataclass(frozen=True)
-class ChangedModel(Generic[Told]):
-    """A changed model as it was written. `name`: its folder inside the output, "" where the output is it. `summary`:
-    what was done; `told`: what the weights are now; `rates`: its speed against that of the model before; `share`: its
-    bytes by those before.
+class ChangedModel(Generic[DetailsT]):
+    """A changed model as written. `name`: its folder inside the output, "" if it is the output itself. `summary`: what
+    was done; `details`: facts about the weights; `rates`: its speed compared with the model before; `size_ratio`: its
+    bytes divided by those before.
     """
 
     name: str
     summary: list[str]
-    told: Told
+    details: DetailsT
     measured: Measured
     rates: list[Rate]
-    share: float
+    size_ratio: float
 
     @property
     def verdict(self) -> str:
-        """What came of it, in a sentence: a model that is slower is no success, however small it is."""
-        size = f"{self.share:.1%} of the size in {self.measured.precision}"
+        """The result in a sentence: a slower model is no success, however small it is."""
+        size = f"{self.size_ratio:.1%} of the size in {self.measured.precision}"
         slower = [f"{rate.name} (×{rate.ratio:.2f})" for rate in self.rates if rate.slower]
         if slower:
-            return (
-                f"no success where speed counts: {size}, but slower than before on this machine in {', '.join(slower)}"
-            )
+            return f"no success for speed: {size}, but slower than before on this machine in {', '.join(slower)}"
         speeds = ", ".join(f"{rate.name} {rate.verdict} (×{rate.ratio:.2f})" for rate in self.rates)
-        return f"{size}; against the model before on this machine: {speeds}"
+        return f"{size}; compared with the model before on this machine: {speeds}"
 
 
 @dataclass(frozen=True)
-class Changed(Generic[Given, Told]):
-    """What a change left: `folder`, the model before, each model after in the order of the changes. `notes`: what the
-    reader of the figures must know.
+class Changed(Generic[RecipeT, DetailsT]):
+    """The result of a change: `folder`, the model before, each model after in the order of the changes. `notes`: what
+    the reader of the figures must know.
     """
 
     folder: Path
-    recipe: Given
+    recipe: RecipeT
     before: Measured
-    after: list[ChangedModel[Told]]
+    after: list[ChangedModel[DetailsT]]
     notes: list[str]
 
 
 @dataclass(eq=False)
-class WeightTransform(Generic[Given, Told]):
-    """Changes a model as a recipe says: `WeightTransform(recipe, …).run("outputs/new", changes)`.
+class WeightTransform(Generic[RecipeT, DetailsT]):
+    """Changes a model by a recipe: `WeightTransform(recipe, …).run("outputs/new", changes)`.
 
-    reads: the file of calibration text; None where none is read. precision: the format in which what is no code is kept
-    and both models run; the model's own when None. share: bytes of a changed model, at most, by those before. what: the
-    name of the changed model, such as "the pruned model"; expected: what kind of model would do where this one does not
-    open as it was written. report: writes report.md into a folder. device: "cpu", "cuda" or "mps".
+    reads: the file of calibration text; None if unused. precision: the format of unquantized weights, in which both
+    models run; None for the model's own. size_ratio: upper bound of a changed model's bytes, divided by those before.
+    what: the name of the changed model, such as "the pruned model"; expected: which kind of model works where this one
+    does not reopen correctly. report: writes report.md into a folder. device: "cpu", "cuda" or "mps".
     """
 
-    recipe: Given
+    recipe: RecipeT
     _: KW_ONLY
     reads: str | None
     precision: str | None
-    share: float
+    size_ratio: float
     what: str
     expected: str
-    report: Callable[[Path, Changed[Given, Told]], None]
+    report: Callable[[Path, Changed[RecipeT, DetailsT]], None]
     notes: list[str]
     device: str
     say: Say
     progress: Progress
     _calibration: Calibration | None = field(default=None, init=False)
 
-    def run(self, output: str | Path, changes: Sequence[CompressionPipeline[Told]]) -> Changed[Given, Told]:
-        """Measures, changes, writes. Raises `UserError` for a model, data or an output that will not do, and
-        `DiskFull`; nothing is left under the output's name then.
+    def run(self, output: str | Path, changes: Sequence[CompressionPipeline[DetailsT]]) -> Changed[RecipeT, DetailsT]:
+        """Measures, changes, writes. Raises `UserError` for an unsuitable model, data or output, and `DiskFull`;
+        nothing is left under the output's name then.
         """
         folder = Path(output)
         require_new_folder(folder)
         before = self._measured(self._running(open_model(self.recipe.model)), self.recipe.model, self.recipe.model)
-        needed = round(before.weight_bytes * self.share * len(changes))
+        needed = round(before.weight_bytes * self.size_ratio * len(changes))
         with open_output_folder(folder, needed, self.what) as partial:
             after = [self._one(change, partial / change.name, before) for change in changes]
             changed = Changed(folder, self.recipe, before, after, [*self._common_notes(), *self.notes])
@@ -247,7 +232,7 @@ class WeightTransform(Generic[Given, Told]):
             self.report(partial, changed)
         return changed
 
-    def _one(self, change: CompressionPipeline[Told], folder: Path, before: Measured) -> ChangedModel[Told]:
+    def _one(self, change: CompressionPipeline[DetailsT], folder: Path, before: Measured) -> ChangedModel[DetailsT]:
         """Opens the model anew, changes and writes it, and measures what was written."""
         opened = open_model(self.recipe.model)
         rows = self._rows(opened)
@@ -256,7 +241,7 @@ class WeightTransform(Generic[Given, Told]):
         summary = change.apply(opened.model, rows, progress=self.progress)
         for sentence in summary:
             self.say(sentence)
-        told = change.told(opened.model)
+        details = change.details(opened.model)
         if self.precision is not None:
             description = {**opened.description, "precision": self.precision} if opened.description else {}
             opened = replace(opened, precision=self.precision, description=description)
@@ -269,7 +254,7 @@ class WeightTransform(Generic[Given, Told]):
         again = self._running(again)
         rates = self._rates(again)
         measured = self._measured(again, str(folder), self.what)
-        return ChangedModel(change.name, summary, told, measured, rates, measured.weight_bytes / before.weight_bytes)
+        return ChangedModel(change.name, summary, details, measured, rates, measured.weight_bytes / before.weight_bytes)
 
     def _rows(self, opened: OpenedModel) -> Tensor | None:
         """Calibration rows `[N, L]`, read once."""
@@ -289,7 +274,7 @@ class WeightTransform(Generic[Given, Told]):
         return self._calibration.ids
 
     def _running(self, opened: OpenedModel) -> OpenedModel:
-        """The model as commands run it when nothing else is asked for."""
+        """The model as commands run it by default."""
         own = opened.precision if opened.description else "fp32"
         cast_parameters(opened.model, NUMBER_FORMATS[self.precision or own])
         opened.model.to(torch.device(self.device)).eval()  # type: ignore[arg-type]
@@ -297,51 +282,51 @@ class WeightTransform(Generic[Given, Told]):
 
     def _rates(self, after: OpenedModel) -> list[Rate]:
         before = self._running(open_model(self.recipe.model))
-        self.say("measuring how fast both are, in turn")
+        self.say("measuring the speed of both models, in turn")
         return compared_rates(before.model, after.model, before.tokenizer, writes=before.pooled is None)
 
-    def _measured(self, opened: OpenedModel, source: str, summary: str) -> Measured:
-        """place: where the model lies; said: what it is called. The last that is done with a model: perplexity leaves
-        the packed attention in it.
+    def _measured(self, opened: OpenedModel, source: str, name: str) -> Measured:
+        """source: path of the model; name: for messages. Must come last: perplexity leaves the packed attention in the
+        model.
         """
-        kept = self.precision or opened.precision
-        parameters, weight_bytes = sizes_of(opened, kept)
+        precision = self.precision or opened.precision
+        parameters, weight_bytes = sizes_of(opened, precision)
         if self.recipe.evaluate is not None:
-            self.say(f"measuring {summary} on {self.recipe.evaluate}")
+            self.say(f"measuring {name} on {self.recipe.evaluate}")
         metrics = metrics_of(opened, source, self.recipe, precision=self.precision)
-        return Measured(parameters, weight_bytes, kept, metrics)
+        return Measured(parameters, weight_bytes, precision, metrics)
 
     def _common_notes(self) -> list[str]:
         notes = [self._calibration.summary] if self._calibration is not None else []
         if self.recipe.evaluate is None:
-            kind = "labelled rows" if has_head(self.recipe.model) else "text"
-            notes.append(f"nothing was measured but size and speed: name {kind} with evaluate")
+            kind = "labeled rows" if has_head(self.recipe.model) else "text"
+            notes.append(f"only size and speed were measured: set evaluate to {kind} to measure quality")
         elif self.recipe.evaluate == self.reads:
-            notes.append("evaluate is the calibration text: the figures flatter the changed model")
+            notes.append("evaluate is the calibration text: the figures favor the changed model")
         return notes
 
     def _check_opens_as_it_was(self, expected: Tensor, found: Tensor) -> None:
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         if not difference <= _TOLERANCE:
             raise UserError(
-                f"{self.what} opens with other outputs than it was written with (by {difference:.1e}): this family's "
-                f"config cannot say what was changed; nothing was kept. Wanted {self.expected}"
+                f"{self.what} reopens with outputs that differ by {difference:.1e} from those written: this family's "
+                f"config cannot describe the change; nothing was written. Expected {self.expected}"
             )
 
 
 @torch.no_grad()
 def _outputs(opened: OpenedModel) -> Tensor:
-    """What the weights say as they are kept, computed in fp32 on the CPU."""
+    """Outputs of the stored weights, computed in fp32 on the CPU."""
     cast_parameters(opened.model, torch.float32)
-    # A code that falls to the other side of a half would look like another weight.
+    # A code rounded to the other side of a half would look like a changed weight.
     with exact_activations(opened.model):
         return probe(opened.model)
 
 
 _SPEED = (
-    "speed: the model before and the one after in turn (A B A B), in one number format, on this machine as busy as it "
-    "was; each figure is the median of 5 goes, the ratio the median of the pairs' ratios. Reading is a forward pass "
-    "over 256 tokens; writing is greedy, 32 tokens behind a prompt of 16. Less than 3% apart counts as as fast"
+    "speed: the models before and after in turn (A B A B), in one number format, on this machine with its load; "
+    "each figure is the median of 5 runs, the ratio the median of the pairs' ratios. Reading is a forward pass "
+    "over 256 tokens; writing is greedy, 32 tokens after a prompt of 16. Less than 3% apart counts as as fast"
 )
 
 
@@ -354,15 +339,15 @@ def write_parts(folder: Path, changed: Changed[Any, Any], parts: Sequence[str]) 
 
 
 def summary(changed: Changed[Any, Any], heads: Sequence[str], more: Sequence[Sequence[str]] = ()) -> str:
-    """Before and after, a column a model. heads: of the models after; more: rows besides, with an empty cell for the
-    model before.
+    """The table of before and after, one column per model. heads: titles of the models after; more: additional rows,
+    with an empty cell for the model before.
     """
     before, models = changed.before, [each.measured for each in changed.after]
     rows: list[Sequence[str]] = [
         ["parameters", f"{before.parameters:,}", *(f"{model.parameters:,}" for model in models)],
         *more,
         ["weights (MB)", megabytes(before.weight_bytes), *(
-            f"{megabytes(each.measured.weight_bytes)} ({each.share:.1%})" for each in changed.after
+            f"{megabytes(each.measured.weight_bytes)} ({each.size_ratio:.1%})" for each in changed.after
         )],
     ]  # fmt: skip
     for name, value in before.metrics.items():
@@ -371,18 +356,18 @@ def summary(changed: Changed[Any, Any], heads: Sequence[str], more: Sequence[Seq
     for number, first in enumerate(changed.after[0].rates):
         rates = [each.rates[number] for each in changed.after]
         was = statistics.median(rate.before for rate in rates)
-        told = [f"{rate.after:,.0f} (×{rate.ratio:.2f}, {rate.verdict})" for rate in rates]
-        rows.append([f"{first.name} (tokens/s)", f"{was:,.0f}", *told])
+        after_cells = [f"{rate.after:,.0f} (×{rate.ratio:.2f}, {rate.verdict})" for rate in rates]
+        rows.append([f"{first.name} (tokens/s)", f"{was:,.0f}", *after_cells])
     return table(("", f"before, in {before.precision}", *heads), rows)
 
 
 def listed(sentences: Sequence[str]) -> str:
-    """One under another."""
+    """The sentences as a Markdown list."""
     return "\n".join(f"- {cell(sentence)}" for sentence in sentences)
 
 
 def value_shown(value: float | None) -> str:
-    """A metric in a cell: counts in full, other numbers with five digits; empty for none."""
+    """A metric in a cell: counts in full, other numbers with five digits; empty for None."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e12 else f"{value:.5g}"

@@ -1,20 +1,8 @@
-"""Weights set to zero and parts taken out, on a model in memory.
+"""Pruning: sets weights to zero or removes parts of a model, and reports the effect.
 
-Enters: a model of transformers, a recipe, a share and, where the method reads text, calibration rows. Leaves: the same
-model, changed, and what was done in words. Blocks are pruned in order, each on what the pruned ones before it give.
-Left out: files and reports (`deploy.prune`), the scores themselves (`functional.sparsity`, `functional.sparse_gpt`).
-
-What a pruning did and cost, in Markdown and as a curve.
-
-Enters: a `PruningResult`. Leaves: `report.md`, and of several shares an SVG of the metric. Left out: what every changed
-model's report has (`deploy.change_report`), measuring.
-
-Pruning: a model's folder in, a sparser or smaller model's folder out, with what it cost.
-
-Enters: a `PruningRecipe` and a folder that is not there yet. Leaves: the folder, whole or not at all: the model,
-`recipe.json`, `report.md`; of several shares a folder `sparsity-0.5/` each, and `perplexity.svg` or another metric's.
-Left out: opening, writing and measuring (`weight_change.py`), the weights (`pruning/model.py`), the report's words
-(`pruning/report.py`).
+Blocks are pruned in order, each on the outputs of the pruned blocks before it. The output folder contains the model,
+`recipe.json` and `report.md`; with several sparsities a folder `sparsity-0.5/` each, and a curve such as
+`perplexity.svg`.
 """
 
 from __future__ import annotations
@@ -46,11 +34,11 @@ from loopos.compression.blocks import (
 )
 from loopos.compression.pipeline import Changed, Progress, Say, WeightTransform, listed, summary, write_parts
 from loopos.compression.solvers import (
-    kept_above,
-    kept_of_all,
-    kept_of_groups,
-    kept_of_many,
-    kept_of_rows,
+    global_threshold,
+    keep_above,
+    keep_highest,
+    keep_highest_in_groups,
+    keep_highest_in_rows,
     magnitude_scores,
     num_zeros,
     sparse_gpt,
@@ -68,7 +56,7 @@ LayerProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """Of the weights of one kind of linear layer, over all blocks: how many there are, and how many are zero."""
+    """Counts over all blocks for one kind of linear layer: weights, and zeros among them."""
 
     kind: str
     weights: int
@@ -77,7 +65,7 @@ class Zeros:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What the report says of a pruned model: the share that it was pruned to, and the zeros of its blocks."""
+    """Facts about a pruned model for the report: its target sparsity, and the zeros of its blocks."""
 
     sparsity: float
     zeros: list[Zeros]
@@ -90,7 +78,7 @@ def stack_of(model: PreTrainedModel) -> nn.ModuleList:
     except UserError as error:
         raise UserError(
             f"{type(model).__name__}: no plain stack of num_hidden_layers blocks found; expected a model that has one, "
-            "as Llama, Qwen, Mistral, Gemma, GPT-2 and BERT do"
+            "like Llama, Qwen, Mistral, Gemma, GPT-2 and BERT"
         ) from error
 
 
@@ -98,8 +86,9 @@ def stack_of(model: PreTrainedModel) -> nn.ModuleList:
 def prune_model(
     model: PreTrainedModel, recipe: PruningRecipe, sparsity: float, rows: Tensor | None, *, progress: LayerProgress
 ) -> list[str]:
-    """Prunes in place; what was done, a sentence each. rows `[N, L]`: calibration text, None for magnitude. progress:
-    takes blocks done and blocks in all. Raises `UserError` where the model's family or sizes do not allow it.
+    """Prunes in place; returns what was done, one sentence each. rows `[N, L]`: calibration text, None for magnitude.
+    progress: takes the numbers of finished blocks and of all. Raises `UserError` if the model's family or sizes do not
+    allow it.
     """
     model.train(False)
     blocks = stack_of(model)
@@ -135,10 +124,10 @@ def _magnitude(blocks: nn.ModuleList, recipe: PruningRecipe, sparsity: float, pr
         for linear in linears_of(block):
             weight, scores = linear.weight, magnitude_scores(linear.weight)
             if recipe.pattern_counts is not None:
-                kept = kept_of_groups(scores, *_fitting(recipe.pattern_counts, linear))
+                keep = keep_highest_in_groups(scores, *_fitting(recipe.pattern_counts, linear))
             else:
-                kept = kept_of_all(scores, num_zeros(weight.numel(), sparsity))
-            weight.masked_fill_(~kept, 0.0)
+                keep = keep_highest(scores, num_zeros(weight.numel(), sparsity))
+            weight.masked_fill_(~keep, 0.0)
         progress(index + 1, len(blocks))
     return [f"the smallest weights of each linear layer of {len(blocks)} blocks"]
 
@@ -146,10 +135,10 @@ def _magnitude(blocks: nn.ModuleList, recipe: PruningRecipe, sparsity: float, pr
 def _global_magnitude(blocks: nn.ModuleList, sparsity: float) -> list[str]:
     linears = [linear for block in blocks for linear in linears_of(block)]
     zeros = num_zeros(sum(linear.weight.numel() for linear in linears), sparsity)
-    threshold, at_threshold = kept_of_many([partial(_magnitudes, linear) for linear in linears], zeros)
+    threshold, at_threshold = global_threshold([partial(_magnitudes, linear) for linear in linears], zeros)
     for linear in linears:
-        kept, at_threshold = kept_above(_magnitudes(linear), threshold, at_threshold)
-        linear.weight.masked_fill_(~kept, 0.0)
+        keep, at_threshold = keep_above(_magnitudes(linear), threshold, at_threshold)
+        linear.weight.masked_fill_(~keep, 0.0)
     return [f"the smallest weights of {len(linears)} linear layers together: |weight| up to {threshold:.3g}"]
 
 
@@ -167,9 +156,9 @@ def _by_activations(
 ) -> list[str]:
     """Wanda and SparseGPT, block by block."""
     run = BlockPass(model, blocks, rows)
-    for place, block in run.blocks_in_order():
+    for index, block in run.blocks_in_order():
         linears = linears_of(block)
-        products = run.products(place, linears, diagonal=recipe.method == "wanda")
+        products = run.products(index, linears, diagonal=recipe.method == "wanda")
         for linear in linears:
             weight, seen = linear.weight, products.pop(linear.name)
             pattern = None if recipe.pattern_counts is None else _fitting(recipe.pattern_counts, linear)
@@ -178,11 +167,13 @@ def _by_activations(
                 continue
             scores = wanda_scores(weight, seen)
             zeros = num_zeros(weight.shape[1], sparsity)
-            kept = kept_of_groups(scores, *pattern) if pattern is not None else kept_of_rows(scores, zeros)
-            weight.masked_fill_(~kept, 0.0)
-        progress(place + 1, len(blocks))
+            keep = (
+                keep_highest_in_groups(scores, *pattern) if pattern is not None else keep_highest_in_rows(scores, zeros)
+            )
+            weight.masked_fill_(~keep, 0.0)
+        progress(index + 1, len(blocks))
     name = "|W|·‖X‖, compared within each row" if recipe.method == "wanda" else "SparseGPT, 128 columns at a time"
-    return [f"{len(blocks)} blocks in order, each on what the pruned ones before it give: {name}"]
+    return [f"{len(blocks)} blocks in order, each on the outputs of the pruned ones before it: {name}"]
 
 
 def _fitting(pattern: tuple[int, int], linear: Linear) -> tuple[int, int]:
@@ -199,14 +190,14 @@ def _layers(model: PreTrainedModel, blocks: nn.ModuleList, sparsity: float, rows
     expected = num_zeros(len(blocks), sparsity)
     if not 0 < expected < len(blocks):
         raise UserError(
-            f"sparsity: got {sparsity:g}, which drops {expected} of {len(blocks)} layers; expected a share that "
+            f"sparsity: got {sparsity:g}, which drops {expected} of {len(blocks)} layers; expected a fraction that "
             f"drops at least 1 and keeps at least 1: {1 / len(blocks):.3g} is one layer"
         )
-    dropped = sorted(sorted(range(len(blocks)), key=lambda place: (influence[place], place))[:expected])
+    dropped = sorted(sorted(range(len(blocks)), key=lambda index: (influence[index], index))[:expected])
     drop_layers(model, dropped)
-    told = ", ".join(f"{place} ({influence[place]:.3g})" for place in dropped)
+    listed_layers = ", ".join(f"{index} ({influence[index]:.3g})" for index in dropped)
     return [
-        f"layers dropped, from 0, with their block influence 1 − cos(h_in, h_out): {told}",
+        f"layers dropped, from 0, with their block influence 1 − cos(h_in, h_out): {listed_layers}",
         "block influence of all: " + " ".join(f"{value:.3g}" for value in influence),
     ]
 
@@ -214,50 +205,54 @@ def _layers(model: PreTrainedModel, blocks: nn.ModuleList, sparsity: float, rows
 def _heads(
     model: PreTrainedModel, blocks: nn.ModuleList, sparsity: float, rows: Tensor, progress: LayerProgress
 ) -> list[str]:
-    """Key-value groups by ‖W_S·X_S‖², the squared error of the attention's output where the group alone goes."""
+    """Key-value groups by ‖W_S·X_S‖², the squared error of the attention's output if only this group is removed."""
     shape = head_shape(model)
     expected = shape.groups - num_zeros(shape.groups, sparsity)
     possible = [groups for groups in possible_groups(model) if groups < shape.groups]
     if not possible:
-        raise UserError(f"heads: the model has {shape.groups} key-value group; expected a model with more to take from")
+        raise UserError(f"heads: the model has only {shape.groups} key-value group; expected a model with more")
     keeps = min(possible, key=lambda groups: (abs(groups - expected), -groups))
     run = BlockPass(model, blocks, rows)
-    for place, block in run.blocks_in_order():
+    for index, block in run.blocks_in_order():
         reads = output_projection(block)
-        [products] = run.products(place, [reads], diagonal=False).values()
+        [products] = run.products(index, [reads], diagonal=False).values()
         scores = []
         for group in range(shape.groups):
             inputs = shape.outputs([group], shape.queries).to(products.device)
             part = reads.weight[:, inputs]
             scores.append(float((part @ products[inputs][:, inputs] * part).sum()))
-        kept = sorted(sorted(range(shape.groups), key=lambda group: -scores[group])[:keeps])
-        keep_groups(model, block, kept)
-        progress(place + 1, len(blocks))
+        keep = sorted(sorted(range(shape.groups), key=lambda group: -scores[group])[:keeps])
+        keep_groups(model, block, keep)
+        progress(index + 1, len(blocks))
     set_groups(model, keeps)
-    told = f"{shape.groups - keeps} of {shape.groups} key-value groups of {shape.queries} query heads leave every block"
+    sentence = (
+        f"{shape.groups - keeps} of {shape.groups} key-value groups of {shape.queries} query heads leave every block"
+    )
     if keeps != expected:
-        told += f" (sparsity {sparsity:g} means {shape.groups - expected}; this is the nearest that can be written)"
-    return [told]
+        sentence += f" (sparsity {sparsity:g} means {shape.groups - expected}; this is the nearest that can be written)"
+    return [sentence]
 
 
 def _channels(
     model: PreTrainedModel, blocks: nn.ModuleList, sparsity: float, rows: Tensor, progress: LayerProgress
 ) -> list[str]:
-    """Channels by ‖W_j‖²·‖X_j‖², the squared error of the MLP's output where channel j alone goes (the column's sum of
-    squared Wanda scores; An et al. 2024, section 3).
+    """Channels by ‖W_j‖²·‖X_j‖², the squared error of the MLP's output if only channel j is removed (the column's sum
+    of squared Wanda scores; An et al. 2024, section 3).
     """
     channel_layers(model, blocks[0])
     run, keeps, width = BlockPass(model, blocks, rows), 0, 0
-    for place, block in run.blocks_in_order():
+    for index, block in run.blocks_in_order():
         _, reads = channel_layers(model, block)
-        [square_sums] = run.products(place, [reads], diagonal=True).values()
+        [square_sums] = run.products(index, [reads], diagonal=True).values()
         width = len(square_sums)
         keeps = width - num_zeros(width, sparsity)
         if not 0 < keeps < width:
-            raise UserError(f"sparsity: got {sparsity:g}, which keeps {keeps} of {width} channels; expected 1 or more")
+            raise UserError(
+                f"sparsity: got {sparsity:g}, which keeps {keeps} of {width} channels; expected 1 or more to stay"
+            )
         scores = reads.weight.square().sum(0) * square_sums
-        keep_channels(model, block, kept_of_all(scores, width - keeps).nonzero().squeeze(1))
-        progress(place + 1, len(blocks))
+        keep_channels(model, block, keep_highest(scores, width - keeps).nonzero().squeeze(1))
+        progress(index + 1, len(blocks))
     set_channels(model, keeps)
     return [f"{width - keeps} of {width} channels leave the MLP of every block"]
 
@@ -266,10 +261,10 @@ _MAIN = ("perplexity", "accuracy", "micro_f1", "mae", "pair_accuracy")
 
 
 def write_report(folder: Path, result: PruningResult) -> None:
-    """Writes `report.md`, and the curve beside it where there are several shares and a metric."""
+    """Writes `report.md`, and a curve if there are several sparsities and a metric."""
     recipe = result.recipe
-    heads = [f"sparsity {each.told.sparsity:g}" for each in result.after]
-    zeros = ["zeros in the blocks' linear layers", "", *(_share_of_zeros(each.told) for each in result.after)]
+    heads = [f"sparsity {each.details.sparsity:g}" for each in result.after]
+    zeros = ["zeros in the blocks' linear layers", "", *(_zero_fraction(each.details) for each in result.after)]
     parts = [f"# {recipe.model}, pruned by {recipe.method}", summary(result, heads, [zeros])]
     metric = main_metric(result.before)
     if metric is not None and len(result.after) > 1:
@@ -277,28 +272,28 @@ def write_report(folder: Path, result: PruningResult) -> None:
         (folder / file).write_text(curve_svg(result, metric), encoding="utf-8")
         parts += [f"## {metric} by sparsity", f"![{metric}]({file})"]
     for each in result.after:
-        parts += [f"## Sparsity {each.told.sparsity:g}" + (f": `{each.name}/`" if each.name else "")]
+        parts += [f"## Sparsity {each.details.sparsity:g}" + (f": `{each.name}/`" if each.name else "")]
         if recipe.structured:
             parts.append(f"**{cell(each.verdict)}**")
-        parts += [listed(each.summary), _zeros(each.told)]
+        parts += [listed(each.summary), _zeros(each.details)]
     write_parts(folder, result, parts)
 
 
 def main_metric(measured: Measured) -> str | None:
-    """The metric that a curve shows; None where nothing was measured."""
+    """The metric for the curve; None if nothing was measured."""
     names = [*(name for name in _MAIN if name in measured.metrics), *measured.metrics]
     return names[0] if names else None
 
 
 def curve_svg(result: PruningResult, metric: str) -> str:
-    """The metric over the share of the blocks' weights that is gone; the model before stands at 0."""
+    """The metric over the fraction of the blocks' weights removed; the model before is at 0."""
     points = [(0.0, result.before.metrics[metric])]
-    points += [(each.told.sparsity, each.measured.metrics[metric]) for each in result.after]
+    points += [(each.details.sparsity, each.measured.metrics[metric]) for each in result.after]
     with drawing(6.0, 4.0) as figure:
         axes = figure.add_subplot()
-        axes.plot([share for share, _ in points], [value for _, value in points], "-o", ms=4)
-        for share, value in points:
-            axes.annotate(shown(value), (share, value), (4, 4), textcoords="offset points", parse_math=False)
+        axes.plot([sparsity for sparsity, _ in points], [value for _, value in points], "-o", ms=4)
+        for sparsity, value in points:
+            axes.annotate(shown(value), (sparsity, value), (4, 4), textcoords="offset points", parse_math=False)
         axes.set_title(f"{metric} by sparsity: {result.recipe.method}", parse_math=False)
         axes.set_xlabel("sparsity")
         axes.set_ylabel(metric)
@@ -308,7 +303,7 @@ def curve_svg(result: PruningResult, metric: str) -> str:
         return svg_of(figure)
 
 
-def _share_of_zeros(pruned: Pruned) -> str:
+def _zero_fraction(pruned: Pruned) -> str:
     weights, zeros = sum(each.weights for each in pruned.zeros), sum(each.zeros for each in pruned.zeros)
     return f"{zeros:,} of {weights:,} ({zeros / weights:.2%})"
 
@@ -316,14 +311,14 @@ def _share_of_zeros(pruned: Pruned) -> str:
 def _zeros(pruned: Pruned) -> str:
     rows = [(f"`{each.kind}`", f"{each.weights:,}", f"{each.zeros:,}", f"{each.zeros / each.weights:.2%}")
             for each in pruned.zeros]  # fmt: skip
-    return table(("linear layers of all blocks", "weights", "zeros", "share"), rows)
+    return table(("linear layers of all blocks", "weights", "zeros", "fraction"), rows)
 
 
 PruningResult: TypeAlias = Changed[PruningRecipe, Pruned]
 
-_ZEROS_ALONE = (
-    "zeros alone make a dense product no faster and no file smaller: they are multiplied and written like any other "
-    "number. They pay where a kernel or a format leaves them out (2:4 on GPUs that have it, compression of the file)"
+_ZEROS_NOTE = (
+    "zeros by themselves make a dense product no faster and no file smaller: they are multiplied and stored like other "
+    "numbers. They pay off with a kernel or format that skips them (2:4 on GPUs that support it, file compression)"
 )
 
 
@@ -331,38 +326,37 @@ _ZEROS_ALONE = (
 class Pruner:
     """Prunes by a recipe: `Pruner(recipe).prune("outputs/sparse")`.
 
-    device: "cpu", "cuda" or "mps", found out by the caller. say: takes a sentence. progress: takes blocks done and
-    blocks in all.
+    device: "cpu", "cuda" or "mps". say: takes a message. progress: takes the numbers of finished blocks and of all.
     """
 
     recipe: PruningRecipe
     _: KW_ONLY
     device: str = "cpu"
     say: Say = lambda sentence: None
-    progress: Progress = lambda done, whole: None
+    progress: Progress = lambda completed, total: None
 
     def prune(self, output: str | Path) -> PruningResult:
-        """The models by rising share. Raises `UserError` as `WeightTransform.run` does."""
+        """The models by rising sparsity. Raises `UserError` as `WeightTransform.run` does."""
         recipe = self.recipe
-        decode_path = WeightTransform[PruningRecipe, Pruned](
+        transform = WeightTransform[PruningRecipe, Pruned](
             recipe,
             reads=recipe.calibration if recipe.needs_calibration else None,
             precision=None,
-            share=1.0,
+            size_ratio=1.0,
             what="the pruned model",
             expected="a Llama-like model or GPT-2, or an unstructured method",
             report=write_report,
-            notes=[] if recipe.structured else [_ZEROS_ALONE],
+            notes=[] if recipe.structured else [_ZEROS_NOTE],
             device=self.device,
             say=self.say,
             progress=self.progress,
         )
-        return decode_path.run(output, [_ToShare(recipe, sparsity) for sparsity in recipe.sparsities])
+        return transform.run(output, [_ToSparsity(recipe, sparsity) for sparsity in recipe.sparsities])
 
 
 @dataclass(frozen=True)
-class _ToShare:
-    """Pruning to one share of a recipe's."""
+class _ToSparsity:
+    """Pruning to one of a recipe's sparsities."""
 
     recipe: PruningRecipe
     sparsity: float
@@ -378,5 +372,5 @@ class _ToShare:
     def apply(self, model: PreTrainedModel, rows: Tensor | None, *, progress: Progress) -> list[str]:
         return prune_model(model, self.recipe, self.sparsity, rows, progress=progress)
 
-    def told(self, model: PreTrainedModel) -> Pruned:
+    def details(self, model: PreTrainedModel) -> Pruned:
         return Pruned(self.sparsity, zeros_of(model))

@@ -1,20 +1,7 @@
-"""The weights of a model in memory as codes.
+"""Quantization: replaces weights by codes of 8 or 4 bits, and reports the effect.
 
-Enters: a model of transformers in fp32, a recipe and, where it asks for calibration, rows of text. Leaves: the same
-model, with layers that hold codes where plain ones stood, and what was done in words. Left out: files and reports
-(`deploy.quantize`), the rounding itself (`functional.gptq`, `functional.awq`).
+Every command of LoopOS opens the resulting folder, which contains the model, `recipe.json` and `report.md`.
 Letters: N rows of L tokens, O outputs and I inputs of a layer.
-
-What a quantization did and cost, in Markdown.
-
-Enters: a `QuantizationResult`. Leaves: `report.md`. Left out: what every changed model's report has
-(`deploy.change_report`), measuring.
-
-Quantization: a model's folder in, a smaller folder of the same kind out, with what it cost.
-
-Enters: a `QuantizationRecipe` and a folder that is not there yet. Leaves: the folder, whole or not at all: the model,
-which every command of LoopOS opens, `recipe.json`, `report.md`. Left out: opening, writing and measuring
-(`weight_change.py`), the weights (`quantizing/model.py`), the report's words (`quantizing/report.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +33,7 @@ LayerProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Layers of one kind in a quantized model: what they are, how many, their weights, and the bytes of these."""
+    """Layers of one kind in a quantized model: description, number of layers, weights and bytes."""
 
     name: str
     layers: int
@@ -56,8 +43,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Rounded:
-    """codes `[O, I]` and their grid; factors `[I]` on the inputs before them, or None; `weight` `[O, I]`: what the
-    layer multiplies by, factors and all.
+    """codes `[O, I]` and their grid; factors `[I]` that scaled the inputs, or None; `weight` `[O, I]`: what the layer
+    multiplies by, with factors.
     """
 
     codes: Tensor
@@ -70,43 +57,44 @@ class _Rounded:
 def quantize_model(
     model: PreTrainedModel, recipe: QuantizationRecipe, rows: Tensor | None, *, progress: LayerProgress
 ) -> list[str]:
-    """Quantizes in place; what was done, a sentence each. rows `[N, L]`: calibration text, None for calibration none.
-    progress: takes layers done and layers in all. Raises `UserError` for a pattern of `keep` that meets no layer, a
-    model without a linear layer and, with calibration, one without a plain stack of blocks.
+    """Quantizes in place; returns what was done, one sentence each. rows `[N, L]`: calibration text, None for
+    calibration none. progress: takes the numbers of finished layers and of all. Raises `UserError` for a pattern of
+    `keep` that matches no layer, a model without a linear layer and, with calibration, one without a plain stack of
+    blocks.
     """
     model.train(False)
     entry, output = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    kept = _kept(model, recipe.keep)
+    skipped = _skipped(model, recipe.keep)
     linears = {
         name: Linear(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output and name not in kept
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and name not in skipped
     }
     if not linears:
         raise UserError(f"{type(model).__name__}: no linear layer is left to quantize; expected fewer patterns in keep")
     layers: dict[str, QuantizedLinear] = {}
     for linear, products in _with_products(model, linears, recipe, rows):
         rounded = _rounded(linear.weight.float(), products, recipe)
-        # The blocks behind are calibrated on what this one gives from now on.
+        # The following blocks are calibrated on this one's new outputs.
         linear.weight.copy_(rounded.weight)
         layers[linear.name] = _layer(linear.module, rounded, rounds=recipe.method == "int8-dynamic")
         progress(len(layers), len(linears))
     for name, layer in layers.items():
         _exchange(model, name, layer)
-    summary = [f"{len(layers)} linear layers: {_method_in_words(recipe)}"]
+    summary = [f"{len(layers)} linear layers: {_method_description(recipe)}"]
     if coarse := [name for name, layer in layers.items() if layer.bits > recipe.bits]:
         summary.append(
-            f"{len(coarse)} of them in eight bits, since a group of {recipe.group} does not divide their inputs: "
+            f"{len(coarse)} of them in eight bits, because a group of {recipe.group} does not divide their inputs: "
             + _some(coarse)
         )
-    summary += _embeddings(model, entry, output, kept)
-    if kept:
-        summary.append(f"{len(kept)} layers stay as they are: {_some(kept)}")
+    summary += _embeddings(model, entry, output, skipped)
+    if skipped:
+        summary.append(f"{len(skipped)} layers are not quantized: {_some(skipped)}")
     return summary
 
 
 def kinds_of(model: PreTrainedModel) -> list[Kind]:
-    """What the weights of a quantized model are kept as, tied ones once."""
+    """The storage of a quantized model's weights by kind, tied weights once."""
     found: dict[str, list[QuantizedWeight]] = {}
     seen: set[int] = set()
     for _, layer in quantized_layers(model):
@@ -132,29 +120,29 @@ def _bytes(layer: QuantizedWeight) -> int:
     return sum(p.numel() * formats.get(p.dtype, GRID_FORMAT.itemsize) for p in parameters)
 
 
-def _kept(model: PreTrainedModel, patterns: Sequence[str]) -> set[str]:
-    """Names of the layers that a pattern meets."""
+def _skipped(model: PreTrainedModel, patterns: Sequence[str]) -> set[str]:
+    """Names of the layers that match a pattern."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"keep: got {pattern}, which meets no layer; expected such as {_some(names[-2:])}")
+            raise UserError(f"keep: got {pattern}, which matches no layer; expected for example {_some(names[-2:])}")
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def _with_products(
     model: PreTrainedModel, linears: Mapping[str, Linear], recipe: QuantizationRecipe, rows: Tensor | None
 ) -> Iterator[tuple[Linear, Tensor | None]]:
-    """Every linear layer, with the sums of products of its inputs XXᵀ `[I, I]` where the recipe asks for them and the
-    layer is in a block. Blocks come in order, each read after those before it were quantized.
+    """Every linear layer, with the sums of products of its inputs XXᵀ `[I, I]` if the recipe needs them and the layer
+    is in a block. Blocks come in order, each run after those before it were quantized.
     """
     if rows is None:
         yield from ((linear, None) for linear in linears.values())
         return
     names = {id(linear.module): name for name, linear in linears.items()}
     run, seen = BlockPass(model, stack_of(model), rows), set()
-    for place, block in run.blocks_in_order():
+    for index, block in run.blocks_in_order():
         inside = [linear for linear in linears_of(block) if id(linear.module) in names]
-        products = run.products(place, inside, diagonal=False)
+        products = run.products(index, inside, diagonal=False)
         for linear in inside:
             name = names[id(linear.module)]
             seen.add(name)
@@ -167,12 +155,12 @@ def _fits(inputs: int, recipe: QuantizationRecipe) -> bool:
 
 
 def _rounded(weight: Tensor, products: Tensor | None, recipe: QuantizationRecipe) -> _Rounded:
-    """One weight `[O, I]` as codes. products: XXᵀ, or None to round to the nearest."""
+    """One weight `[O, I]` as codes. products: XXᵀ, or None to round to nearest."""
     inputs = weight.shape[1]
     bits, group = (recipe.bits, recipe.group or inputs) if _fits(inputs, recipe) else (8, inputs)
     if products is not None and recipe.calibration == "gptq":
-        codes, grid, settled = gptq(weight, products, bits=bits, group=group)
-        return _Rounded(codes, grid, None, settled)
+        codes, grid, values = gptq(weight, products, bits=bits, group=group)
+        return _Rounded(codes, grid, None, values)
     factors = None
     if products is not None and recipe.calibration == "awq":
         factors = awq_factors(weight, products, bits=bits, group=group)
@@ -193,16 +181,16 @@ def _layer(plain: nn.Linear | Conv1D, rounded: _Rounded, *, rounds: bool) -> Qua
     )
 
 
-def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | None, kept: set[str]) -> list[str]:
-    """The embedding of tokens and the output layer in eight bits, once where they are tied; in words."""
+def _embeddings(model: PreTrainedModel, entry: nn.Module, output: nn.Module | None, skipped: set[str]) -> list[str]:
+    """Quantizes the token embedding and the output layer to eight bits, once if tied; returns what was done."""
     names = {id(module): name for name, module in model.named_modules()}
     tied = output is not None and getattr(output, "weight", None) is getattr(entry, "weight", None)
-    expected = [each for each in (entry, output) if each is not None and names[id(each)] not in kept]
+    expected = [each for each in (entry, output) if each is not None and names[id(each)] not in skipped]
     if tied and len(expected) < 2:
-        return ["embedding and output layer share one weight, and stay as they are"]
+        return ["embedding and output layer share one weight, and are not quantized"]
     summary = []
     if entry in expected and type(entry) not in (nn.Embedding, TokenEmbedding):
-        return [f"the embedding stays as it is: {type(entry).__name__} does more than look up"]
+        return [f"the embedding is not quantized: {type(entry).__name__} does more than look up"]
     for module in expected:
         if module is output and tied:
             continue
@@ -229,7 +217,7 @@ def _exchange(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(above), last, layer)
 
 
-def _method_in_words(recipe: QuantizationRecipe) -> str:
+def _method_description(recipe: QuantizationRecipe) -> str:
     grid = "four bits, a scale and a zero for each group" if recipe.bits == 4 else "eight bits, a scale for each row"
     if recipe.group is not None:
         grid += f" of {recipe.group} inputs"
@@ -250,19 +238,19 @@ def _some(names: Sequence[str] | set[str]) -> str:
 def write_report(folder: Path, result: QuantizationResult) -> None:
     """Writes `report.md`."""
     recipe, [after] = result.recipe, result.after
-    kinds = [(kind.name, f"{kind.layers:,}", f"{kind.weights:,}", megabytes(kind.num_bytes)) for kind in after.told]
+    kinds = [(kind.name, f"{kind.layers:,}", f"{kind.weights:,}", megabytes(kind.num_bytes)) for kind in after.details]
     parts = [
         f"# {recipe.model}, quantized to {recipe.method}",
         f"**{cell(after.verdict)}**",
         summary(result, [f"after, {recipe.method}"]),
         "## Weights",
         listed(after.summary),
-        table(("kept as", "tensors", "weights", "MB"), kinds),
+        table(("stored as", "tensors", "weights", "MB"), kinds),
     ]
     write_parts(folder, result, parts)
 
 
-# What the weights that are no codes are kept in, what both models run in, and what the model before is measured in.
+# The format of weights that are no codes; both models run in it, and the model before is measured in it.
 PRECISION = "bf16"
 
 QuantizationResult: TypeAlias = Changed[QuantizationRecipe, list[Kind]]
@@ -273,38 +261,37 @@ QuantizationResult: TypeAlias = Changed[QuantizationRecipe, list[Kind]]
 class Quantizer:
     """Quantizes by a recipe: `Quantizer(recipe).quantize("outputs/small")`.
 
-    device: "cpu", "cuda" or "mps", found out by the caller. say: takes a sentence. progress: takes layers done and
-    layers in all.
+    device: "cpu", "cuda" or "mps". say: takes a message. progress: takes the numbers of finished layers and of all.
     """
 
     recipe: QuantizationRecipe
     _: KW_ONLY
     device: str = "cpu"
     say: Say = lambda sentence: None
-    progress: Progress = lambda done, whole: None
+    progress: Progress = lambda completed, total: None
 
     def quantize(self, output: str | Path) -> QuantizationResult:
-        """The one model after. Raises `UserError` as `WeightTransform.run` does."""
+        """The quantized model. Raises `UserError` as `WeightTransform.run` does."""
         recipe = self.recipe
-        decode_path = WeightTransform[QuantizationRecipe, list[Kind]](
+        transform = WeightTransform[QuantizationRecipe, list[Kind]](
             recipe,
             reads=recipe.calibration_text if recipe.needs_calibration else None,
             precision=PRECISION,
-            share=recipe.bits / 16,
+            size_ratio=recipe.bits / 16,
             what="the quantized model",
-            expected="a family whose weights transformers keeps under their own names",
+            expected="a family whose weights transformers stores under their own names",
             report=write_report,
             notes=[],
             device=self.device,
             say=self.say,
             progress=self.progress,
         )
-        return decode_path.run(output, [_ToCodes(recipe)])
+        return transform.run(output, [_ToCodes(recipe)])
 
 
 @dataclass(frozen=True)
 class _ToCodes:
-    """Quantization as a recipe says."""
+    """Quantization by a recipe."""
 
     recipe: QuantizationRecipe
     name: str = ""
@@ -316,5 +303,5 @@ class _ToCodes:
     def apply(self, model: PreTrainedModel, rows: Tensor | None, *, progress: Progress) -> list[str]:
         return quantize_model(model, self.recipe, rows, progress=progress)
 
-    def told(self, model: PreTrainedModel) -> list[Kind]:
+    def details(self, model: PreTrainedModel) -> list[Kind]:
         return kinds_of(model)

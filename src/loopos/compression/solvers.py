@@ -1,34 +1,10 @@
-"""A weight changed one column after another, while the columns behind make up for it.
+"""Solvers of pruning and quantization: score masks, SparseGPT, GPTQ and AWQ. Own code after the papers.
 
-Enters: the weight of a linear layer, the sums of products of its inputs, and what each column is to become. Leaves: the
-new weight. Pruning (`sparse_gpt.py`) and quantization (`gptq.py`) differ in the choice alone. Left out: that choice.
-Letters: O outputs, I inputs, W `[O, I]`, X `[I, tokens]` the calibration inputs, H = XXᵀ + λ·1.
-
-Which weights of a matrix are kept when a share of them is set to zero.
-
-Enters: scores, the larger the more a weight matters, and how many go. Leaves: masks of the scores' shape, True = kept.
-Counts are exact: of k weights to go, k go; of equal scores the first goes. Left out: SparseGPT, which changes the
-weights that stay (`sparse_gpt.py`), and where activations come from.
-Letters: O outputs, I inputs of a linear layer, W `[O, I]` its weight.
-
-AWQ: inputs that are large make their weights count, so these are scaled up before rounding and the inputs down.
-
-Enters: the weight of a linear layer and the sums of products of its inputs. Leaves: a factor for each input. After Lin
-et al. 2024 (arXiv:2306.00978, section 3.2), own code. Left out: clipping the grid; folding the factors into the layer
-before.
-Letters: O outputs, I inputs, g inputs of a group, W `[O, I]`, X `[I, tokens]` the calibration inputs.
-
-GPTQ: weights rounded to a grid one column after another, while the columns behind make up for the rounding.
-
-Enters: the weight of a linear layer and the sums of products of its inputs. Leaves: codes and their grid. After Frantar
-et al. 2023 (arXiv:2210.17323, algorithm 1), own code. Left out: collecting the inputs; another order of the columns.
-Letters: O outputs, I inputs, g inputs of a group, W `[O, I]`, X `[I, tokens]` the calibration inputs.
-
-SparseGPT: weights set to zero one column after another, while the columns behind make up for them.
-
-Enters: the weight of a linear layer and the sums of products of its inputs. Leaves: the new weight, and which of its
-entries are kept. After Frantar & Alistarh 2023 (algorithm 1), own code. Left out: collecting the inputs.
-Letters: O outputs, I inputs, W `[O, I]`, X `[I, tokens]` the calibration inputs.
+SparseGPT (Frantar & Alistarh 2023, algorithm 1) and GPTQ (Frantar et al. 2023, arXiv:2210.17323, algorithm 1) change a
+weight one column after another, while the remaining columns compensate (`settle_columns`). AWQ (Lin et al. 2024,
+arXiv:2306.00978, section 3.2) scales large inputs' weights up before rounding. Masks are True where a weight is kept.
+Counts are exact: of k weights to remove, k go; of equal scores the first goes.
+Letters: O outputs, I inputs, g inputs of a group, W `[O, I]`, X `[I, tokens]` the calibration inputs, H = XXᵀ + λ·1.
 """
 
 from __future__ import annotations
@@ -43,7 +19,7 @@ from loopos.functional.quantization import GRID_FORMAT, Grid, fitted_grid
 BLOCK = 128
 DAMPING = 0.01
 Choice = Callable[[Tensor, int, Tensor], Tensor]
-"""(the weight as it stands `[O, I]`, the column, √dᵢ of every column `[I]`) → what the column becomes, `[O]`."""
+"""(the current weight `[O, I]`, the column, √dᵢ of every column `[I]`) → the new column, `[O]`."""
 
 
 def settle_columns(
@@ -60,7 +36,7 @@ def settle_columns(
         products: XXᵀ `[I, I]`, fp32, on the weight's device.
         choose: called for every column in order. Columns of its own block and of those before are up to date.
         block: columns whose effect on later blocks is added in one product.
-        damping: λ as a share of the mean of XXᵀ's diagonal.
+            damping: λ as a fraction of the mean of XXᵀ's diagonal.
     """
     factor = _inverse_factor(products, damping)
     diagonal = factor.diagonal()
@@ -79,7 +55,7 @@ def settle_columns(
 
 
 def _inverse_factor(products: Tensor, damping: float) -> Tensor:
-    """R, upper triangular, with RᵀR = H⁻¹; H = `products` + λ·1. Inputs that are all zero leave H = 1."""
+    """R, upper triangular, with RᵀR = H⁻¹; H = `products` + λ·1. Inputs that are all zero give H = 1."""
     mean = products.diagonal().mean()
     hessian = products.clone()
     hessian.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
@@ -92,7 +68,7 @@ _HIGH_BITS, _LOW_BITS = 2**15, 2**16
 
 
 def num_zeros(number: int, sparsity: float) -> int:
-    """How many of `number` weights go at a share `sparsity`: the nearest whole number, halves up."""
+    """How many of `number` weights to remove at `sparsity`: the nearest integer, halves up."""
     return int(number * sparsity + 0.5)
 
 
@@ -109,69 +85,70 @@ def wanda_scores(weight: Tensor, square_sums: Tensor) -> Tensor:
     return weight.abs() * square_sums.sqrt()
 
 
-def kept_of_all(scores: Tensor, zeros: int) -> Tensor:
-    """All but the `zeros` lowest scores of the whole tensor."""
-    kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().sort(stable=True).indices[:zeros]] = False
-    return kept.view_as(scores)
+def keep_highest(scores: Tensor, zeros: int) -> Tensor:
+    """Mask of all but the `zeros` lowest scores of the whole tensor."""
+    keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    keep[scores.flatten().sort(stable=True).indices[:zeros]] = False
+    return keep.view_as(scores)
 
 
-def kept_of_rows(scores: Tensor, zeros: int) -> Tensor:
-    """All but the `zeros` lowest scores of each row; scores `[O, I]`."""
-    kept = torch.ones_like(scores, dtype=torch.bool)
-    return kept.scatter_(1, scores.sort(dim=1, stable=True).indices[:, :zeros], False)
+def keep_highest_in_rows(scores: Tensor, zeros: int) -> Tensor:
+    """Mask of all but the `zeros` lowest scores of each row; scores `[O, I]`."""
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    return keep.scatter_(1, scores.sort(dim=1, stable=True).indices[:, :zeros], False)
 
 
-def kept_of_groups(scores: Tensor, kept: int, group: int) -> Tensor:
-    """The `kept` highest scores of every `group` inputs in a row (Mishra et al. 2021: 2 of 4); scores `[O, I]`, I a
-    multiple of `group`.
+def keep_highest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
+    """Mask of the `keep` highest scores of every `group` inputs in a row (Mishra et al. 2021: 2 of 4); scores `[O, I]`,
+    I a multiple of `group`.
     """
     assert scores.shape[1] % group == 0, (scores.shape, group)
-    return kept_of_rows(scores.reshape(-1, group), group - kept).view_as(scores)
+    return keep_highest_in_rows(scores.reshape(-1, group), group - keep).view_as(scores)
 
 
-def kept_of_many(matrices: Iterable[Callable[[], Tensor]], zeros: int) -> tuple[float, int]:
-    """A threshold over many tensors at once: their `zeros`-th lowest score, and how many scores of just that value go.
+def global_threshold(matrices: Iterable[Callable[[], Tensor]], zeros: int) -> tuple[float, int]:
+    """A threshold over many tensors at once: their `zeros`-th lowest score, and how many scores of exactly that value
+    go.
 
-    matrices: give the scores, fp32 and not negative, one tensor at a time; each is asked for twice and none is held.
-    Floats that are not negative are ordered as their bit patterns are, so two counts (by the high bits, then by the
-    low bits of the one high pattern that holds the place) find the exact value.
+    matrices: return the scores, fp32 and not negative; each is called twice, so that one tensor is in memory at a time.
+    The bits of non-negative floats are ordered like their values, so two counts (of the high bits, then of the low bits
+    for that high pattern) find the exact value.
     """
     assert zeros >= 1, zeros
-    asked = list(matrices)
+    sources = list(matrices)
     high = torch.zeros(_HIGH_BITS, dtype=torch.int64)
-    for scores in asked:
+    for scores in sources:
         high += torch.bincount(_bits(scores()) >> 16, minlength=_HIGH_BITS).cpu()
-    place, before = _place_of(high, zeros)
+    high_bin, before = _bin_of(high, zeros)
     low = torch.zeros(_LOW_BITS, dtype=torch.int64)
-    for scores in asked:
+    for scores in sources:
         bits = _bits(scores())
-        low += torch.bincount(bits[bits >> 16 == place] & 0xFFFF, minlength=_LOW_BITS).cpu()
-    rest, before_rest = _place_of(low, zeros - before)
-    threshold = torch.tensor([place << 16 | rest], dtype=torch.int32).view(torch.float32)
+        low += torch.bincount(bits[bits >> 16 == high_bin] & 0xFFFF, minlength=_LOW_BITS).cpu()
+    rest, before_rest = _bin_of(low, zeros - before)
+    threshold = torch.tensor([high_bin << 16 | rest], dtype=torch.int32).view(torch.float32)
     return float(threshold), zeros - before - before_rest
 
 
-def kept_above(scores: Tensor, threshold: float, at_threshold: int) -> tuple[Tensor, int]:
-    """The scores above a threshold of `kept_of_many`, and of those just there all but the first `at_threshold`; with
-    the number of these that are left for the tensors behind.
+def keep_above(scores: Tensor, threshold: float, at_threshold: int) -> tuple[Tensor, int]:
+    """Mask of the scores above a threshold of `global_threshold`, and of those equal to it all but the first
+    `at_threshold`; and the number of these that remain to be removed from the following tensors.
     """
-    kept = scores > threshold
+    keep = scores > threshold
     equal = (scores == threshold).flatten().nonzero().squeeze(1)
-    kept.view(-1)[equal[at_threshold:]] = True
-    return kept, max(0, at_threshold - len(equal))
+    keep.view(-1)[equal[at_threshold:]] = True
+    return keep, max(0, at_threshold - len(equal))
 
 
 def _bits(scores: Tensor) -> Tensor:
-    # −0.0 would be a negative number of bits.
+    # −0.0 would have the sign bit set.
     return scores.float().abs().flatten().view(torch.int32).long()
 
 
-def _place_of(counts: Tensor, number: int) -> tuple[int, int]:
-    """The bin that holds the `number`-th entry, from 1, and how many entries lie before that bin."""
+def _bin_of(counts: Tensor, number: int) -> tuple[int, int]:
+    """The bin of the `number`-th entry, from 1, and how many entries come before that bin."""
     summed = counts.cumsum(0)
-    place = int((summed < number).sum())
-    return place, int(summed[place - 1]) if place else 0
+    index = int((summed < number).sum())
+    return index, int(summed[index - 1]) if index else 0
 
 
 STEPS = 10
@@ -188,12 +165,12 @@ def awq_factors(weight: Tensor, products: Tensor, *, bits: int, group: int, step
         weight: `[O, I]`, fp32. products: XXᵀ `[I, I]`, fp32. bits, group: of the grid.
     """
     sizes = products.diagonal().clamp_min(0.0).sqrt()
-    # An input that was never there says nothing: it stays as it is among the others.
+    # An input that never occurred has no information: it gets the largest size.
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(1e-12))
     best, least = None, _error(weight, products, None, bits, group)
     for step in range(1, steps + 1):
         powers = sizes ** (step / steps)
-        # What the layer keeps is 1/s, in half precision.
+        # The layer stores 1/s in half precision.
         factors = 1.0 / ((powers.max() * powers.min()).sqrt() / powers).to(GRID_FORMAT).to(weight.dtype)
         error = _error(weight, products, factors, bits, group)
         if error < least:
@@ -233,7 +210,7 @@ def gptq(
         codes[:, column : column + 1] = grids[-1].codes(one)
         return grids[-1].values(codes[:, column : column + 1])[:, 0]
 
-    # The columns of a group must be up to date when its grid is fitted: a block holds whole groups.
+    # The columns of a group must be up to date when its grid is fitted: a block contains whole groups.
     block = max(BLOCK, group) if inputs > group else BLOCK
     settled = settle_columns(weight, products, choose, block=block, damping=damping)
     zeros = [grid.zero for grid in grids if grid.zero is not None]
@@ -268,7 +245,7 @@ def sparse_gpt(
     Returns:
         Ŵ `[O, I]`, and the mask of the weights that are kept, True = kept. Ŵ is exactly 0 elsewhere.
     """
-    kept = torch.ones_like(weight, dtype=torch.bool)
+    keep = torch.ones_like(weight, dtype=torch.bool)
     outputs, inputs = weight.shape
     if pattern is not None:
         block = max(pattern[1], block // pattern[1] * pattern[1])
@@ -280,9 +257,9 @@ def sparse_gpt(
             scores = (left[:, group] / diagonal[group]) ** 2
             if pattern is None:
                 zeros = num_zeros(outputs * group.stop, sparsity) - num_zeros(outputs * column, sparsity)
-                kept[:, group] = kept_of_all(scores, zeros)
+                keep[:, group] = keep_highest(scores, zeros)
             else:
-                kept[:, group] = kept_of_groups(scores, *pattern)
-        return torch.where(kept[:, column], left[:, column], 0.0)
+                keep[:, group] = keep_highest_in_groups(scores, *pattern)
+        return torch.where(keep[:, column], left[:, column], 0.0)
 
-    return settle_columns(weight, products, choose, block=block, damping=damping), kept
+    return settle_columns(weight, products, choose, block=block, damping=damping), keep

@@ -1,8 +1,6 @@
-"""Language models, joined to one that speaks by all of their distributions, or answers by a vote.
+"""Combines language models into one that samples from their mixed distributions, or answers by a vote.
 
-Enters: places of language models, a way to join them, weights, a file to measure on. Leaves: a folder, whole or not at
-all, that generate, chat, evaluate and serve open as one model, with report.md and recipe.json. Left out: mixing
-(`functional.mixing`), voting (`evaluation.reasoning`), models with a head (`ensemble.py`).
+Writes a folder, with report.md and recipe.json, that generate, chat, evaluate and serve open as one model.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from loopos.config.paths import MODEL_DESCRIPTION, RECIPE, expanded
 from loopos.data.rows import is_plain_text, read_plain_text
 from loopos.evaluation.blocks import shown, table
 from loopos.evaluation.perplexity import text_loss
-from loopos.evaluation.progress import Tell
+from loopos.evaluation.progress import OnProgress
 from loopos.evaluation.quality import dropped_summary, row_metrics
 from loopos.models.ensemble_recipe import LANGUAGE_METHODS, VOTE, described_members, read_ensemble
 from loopos.models.language_ensemble import check_one_vocabulary
@@ -35,8 +33,8 @@ from loopos.storage.output_folder import REPORT, open_output_folder, require_new
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageEnsembleSettings:
-    """method: one of `LANGUAGE_METHODS`. weights: a number of at least 0 for each member, in proportion; empty for
-    equal ones. test: a file to measure on. copy: whether members in folders are copied.
+    """method: one of `LANGUAGE_METHODS`. weights: a non-negative number for each member, in proportion; empty: equal.
+    test: a file to measure on. copy: whether members in folders are copied.
     """
 
     method: str = "mean"
@@ -46,37 +44,37 @@ class LanguageEnsembleSettings:
 
 
 @dataclass(frozen=True)
-class JoinedLanguage:
-    """`weights` sum to 1. `alone` and `together`: metrics of each member and of the ensemble on the test; `notes`: what
-    the members differ in, and rows that were left out, in words.
+class LanguageEnsembleResult:
+    """`weights` sum to 1. `by_member` and `together`: metrics of each member and of the ensemble on the test; `notes`:
+    differences between the members, and rows left out.
     """
 
     folder: Path
     weights: tuple[float, ...]
-    alone: list[dict[str, float]]
+    by_member: list[dict[str, float]]
     together: dict[str, float]
     notes: list[str]
 
 
-def join_language(
+def combine_language(
     members: Sequence[str],
     out: Path,
     settings: LanguageEnsembleSettings,
     *,
     device: str = "cpu",
-    tell: Tell = lambda done, total, name: None,
-) -> JoinedLanguage:
-    """Makes the ensemble `out` of the language models in `members`. tell: is told of progress, model by model.
+    on_progress: OnProgress = lambda done, total, name: None,
+) -> LanguageEnsembleResult:
+    """Writes the ensemble `out` of the language models in `members`. on_progress: called for each model.
 
-    Raises `UserError` before anything is written: for fewer than two members, one that is given twice, weights that do
-    not suit, members whose tokens differ where distributions are mixed; `DiskFull`.
+    Raises `UserError` before anything is written: for fewer than two members, a member that occurs twice, unsuitable
+    weights, members with other tokens if distributions are mixed; `DiskFull`.
     """
     _check(members, settings)
     require_new_folder(out)
     sources = [_source(member, copy=settings.copy) for member in members]
     if len({_identity(source) for source in sources}) < len(sources):
         raise UserError(
-            "one model is given twice; expected different ones, or other --weight: it would only count twice"
+            "the same model occurs twice; use different models, or other --weight values: it would only count twice"
         )
     tokenizers = [open_tokenizer(source) for source in sources]
     if settings.method != VOTE:
@@ -85,33 +83,37 @@ def join_language(
     weights = _weights(settings.weights, len(members))
     templates = [getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers]
     notes = [
-        f"{member}: another chat template than {members[0]}, whose template the ensemble is asked by"
+        f"{member}: another chat template than {members[0]}, whose template the ensemble uses"
         for member, template in zip(members[1:], templates[1:], strict=True)
         if settings.method != VOTE and template != templates[0]
     ]
-    alone: list[dict[str, float]] = []
+    by_member: list[dict[str, float]] = []
     together: dict[str, float] = {}
     total = len(members) + 1
     for number, member in enumerate(members if settings.test is not None else ()):
-        tell(number, total, member)
-        alone.append(_measured(member, str(settings.test), device))
+        on_progress(number, total, member)
+        by_member.append(_measured(member, str(settings.test), device))
     needed = sum(_bytes(source) for source in sources) if settings.copy else 0
     with open_output_folder(out, needed, "the ensemble") as partial:
         paths = [_path(source, number, partial, out, copy=settings.copy) for number, source in enumerate(sources, 1)]
-        told = {"method": settings.method, "members": described_members(members, paths), "weights": list(weights)}
-        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, "method": "ensemble", LANGUAGE_ENSEMBLE: told})
+        description = {
+            "method": settings.method,
+            "members": described_members(members, paths),
+            "weights": list(weights),
+        }
+        save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, "method": "ensemble", LANGUAGE_ENSEMBLE: description})
         if settings.test is not None:
-            tell(len(members), total, out.name)
-            # It lies beside the final place, so that relative paths hold here too.
+            on_progress(len(members), total, out.name)
+            # The partial folder is beside the final one, so that relative paths are valid here too.
             together = _measured(str(partial), settings.test, device)
-            both = {**dict(zip(members, alone, strict=True)), "the ensemble": together}
+            both = {**dict(zip(members, by_member, strict=True)), "the ensemble": together}
             notes += dropped_summary(settings.test, both)
         recipe = {"command": "ensemble", "members": list(members), **asdict(settings), "weights": list(weights)}
         save_json(partial / RECIPE, recipe)
-        joined = JoinedLanguage(out, weights, alone, together, notes)
-        (partial / REPORT).write_text(_report(members, settings, joined), encoding="utf-8")
-    tell(total, total, "")
-    return joined
+        result = LanguageEnsembleResult(out, weights, by_member, together, notes)
+        (partial / REPORT).write_text(_report(members, settings, result), encoding="utf-8")
+    on_progress(total, total, "")
+    return result
 
 
 def _check(members: Sequence[str], settings: LanguageEnsembleSettings) -> None:
@@ -120,14 +122,14 @@ def _check(members: Sequence[str], settings: LanguageEnsembleSettings) -> None:
             f"--method: got {settings.method}; expected one of {', '.join(LANGUAGE_METHODS)} for language models"
         )
     if len(members) < 2:
-        raise UserError(f"got {len(members)} model; expected two or more to join")
+        raise UserError(f"got {len(members)} model; expected two or more to combine")
     for member in members:
         if read_ensemble(member) is not None:
-            raise UserError(f"{member}: an ensemble already; expected single models: name its members")
+            raise UserError(f"{member}: already an ensemble; expected single models: name its members")
     if settings.weights and settings.method == VOTE:
-        raise UserError("--weight: every chain has one vote under --method vote; expected --method mean or logits")
+        raise UserError("--weight: under --method vote every chain has one vote; use --method mean or logits")
     if settings.weights and len(settings.weights) != len(members):
-        raise UserError(f"--weight: got {len(settings.weights)} for {len(members)} models; expected one for each")
+        raise UserError(f"--weight: got {len(settings.weights)} for {len(members)} models; expected one per model")
 
 
 def _weights(actual: Sequence[float], number: int) -> tuple[float, ...]:
@@ -135,18 +137,18 @@ def _weights(actual: Sequence[float], number: int) -> tuple[float, ...]:
         return (1.0 / number,) * number
     total = math.fsum(actual)
     if not (all(weight >= 0 for weight in actual) and 0 < total < math.inf):
-        raise UserError(f"--weight: got {', '.join(f'{each:g}' for each in actual)}; expected numbers of at least 0, "
-                        "one of them above it")  # fmt: skip
+        raise UserError(f"--weight: got {', '.join(f'{each:g}' for each in actual)}; expected non-negative numbers, "
+                        "at least one above 0")  # fmt: skip
     return tuple(weight / total for weight in actual)
 
 
 def _source(member: str, *, copy: bool) -> WeightsSource:
     source = weights_source(member)
     if source.kind == "new":
-        raise UserError('got "new", which has learned nothing; expected trained models')
+        raise UserError('got "new", an untrained model; expected trained models')
     if copy and _has_path(source) and source.kind != "folder":
         what = "an adapter" if source.kind == "adapter" else "a file"
-        raise UserError(f"--copy: {member} is {what}; expected a model's folder, such as loopos export writes")
+        raise UserError(f"--copy: {member} is {what}; expected a model folder, for example from loopos export")
     return source
 
 
@@ -155,7 +157,7 @@ def _identity(source: WeightsSource) -> str:
 
 
 def _has_path(source: WeightsSource) -> bool:
-    """Whether the member is named by a path, and not as the embedded model or by a hub's id."""
+    """Whether the member is given by a path, and not as the embedded model or a hub id."""
     return source.path is not None and Path(expanded(source.name)).exists()
 
 
@@ -166,7 +168,9 @@ def _bytes(source: WeightsSource) -> int:
 
 
 def _path(source: WeightsSource, number: int, partial: Path, out: Path, *, copy: bool) -> str | None:
-    """Where a member is, seen from the ensemble's folder; None for one that is named. copy: it is copied there."""
+    """The path of a member, relative to the ensemble's folder; None for one without a path. copy: it is copied
+    there.
+    """
     if not _has_path(source):
         return None
     assert source.path is not None
@@ -174,9 +178,9 @@ def _path(source: WeightsSource, number: int, partial: Path, out: Path, *, copy:
         return os.path.relpath(source.path.resolve(), out.absolute())
     if source.path.is_dir():
         check_manifest(source.path)
-    place = f"members/{number}"
-    shutil.copytree(source.path, partial / place)
-    return place
+    path = f"members/{number}"
+    shutil.copytree(source.path, partial / path)
+    return path
 
 
 def _measured(location: str, source: str, device: str) -> dict[str, float]:
@@ -186,24 +190,24 @@ def _measured(location: str, source: str, device: str) -> dict[str, float]:
     recipe = read_ensemble(location)
     if recipe is not None and recipe.votes:
         raise UserError(
-            f"--test: {source} is running text, and a vote answers problems; expected problems with answers"
+            f"--test: {source} is running text, but a vote answers problems; expected problems with answers"
         )
     opened = open_generation_model(location, device=device)
     found = text_loss(opened.model, opened.tokenizer, read_plain_text(source))
     return {"perplexity": found.perplexity, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
 
 
-def _report(members: Sequence[str], settings: LanguageEnsembleSettings, joined: JoinedLanguage) -> str:
+def _report(members: Sequence[str], settings: LanguageEnsembleSettings, result: LanguageEnsembleResult) -> str:
     """report.md: the members with their weights, and the metrics of each and of the ensemble."""
     how = "a vote over answers" if settings.method == VOTE else f"the {settings.method} of their distributions"
-    weights = [[f"`{member}`", shown(weight)] for member, weight in zip(members, joined.weights, strict=True)]
-    parts = [f"# Ensemble {joined.folder.name}", f"{len(members)} language models, joined by {how}."]
+    weights = [[f"`{member}`", shown(weight)] for member, weight in zip(members, result.weights, strict=True)]
+    parts = [f"# Ensemble {result.folder.name}", f"{len(members)} language models, combined by {how}."]
     parts.append(table(["member", "weight"], weights))
-    parts += joined.notes
+    parts += result.notes
     if settings.test is None:
-        return "\n\n".join([*parts, "Not measured: no file was given (`--test`)."]) + "\n"
-    names = list(joined.together)
-    rows = [[f"`{member}`", *(shown(alone[name]) for name in names)]
-            for member, alone in zip(members, joined.alone, strict=True)]  # fmt: skip
-    rows.append(["**ensemble**", *(shown(joined.together[name]) for name in names)])
+        return "\n\n".join([*parts, "Not measured: no test file (`--test`)."]) + "\n"
+    names = list(result.together)
+    rows = [[f"`{member}`", *(shown(metrics[name]) for name in names)]
+            for member, metrics in zip(members, result.by_member, strict=True)]  # fmt: skip
+    rows.append(["**ensemble**", *(shown(result.together[name]) for name in names)])
     return "\n\n".join([*parts, f"## On `{os.path.basename(settings.test)}`", table(["", *names], rows)]) + "\n"

@@ -1,12 +1,7 @@
-"""Problems with known answers → metrics of a model's answers, and a record of each.
+"""Checks a model's answers to problems with known answers: metrics, and records for samples.jsonl; over all ranks.
 
-Enters: answered problems, their examples, a checker. Leaves: metrics by name, and records for samples.jsonl. Left out:
-the generation (`reasoning`), metrics of samples (`answer_metrics`).
-
-Validation by generated answers: problems → metrics and records, chats → records, over all ranks.
-
-Enters: a reasoner, validation rows, the `generation` and `evaluation` sections. Leaves: metrics by name, a record a
-row, and the settings that generation takes from a config. Left out: when it runs and where records go (`methods`).
+Conversations without a checkable answer only give records. Generation is in `reasoning`, metrics of samples in
+`checkers`.
 """
 
 from __future__ import annotations
@@ -39,7 +34,7 @@ def judge_all(
             example.row.values,
             step_format=step_format,
             checker=checker,
-            place=example.row.location,
+            location=example.row.location,
         )
         for found, example in zip(answered, examples, strict=True)
     ]
@@ -48,31 +43,31 @@ def judge_all(
 def problem_metrics(
     answered: Sequence[Answered], verdicts: Sequence[Sequence[Verdict]], *, voted: bool
 ) -> dict[str, float]:
-    """accuracy: share of problems whose answer, by the strategy, is right; then those of `answer_metrics` (its own
-    accuracy as sample_accuracy), and confidence, the mean share of votes, where answers were voted on.
+    """accuracy: fraction of problems with a correct answer under the strategy; the metrics of `answer_metrics` (its own
+    accuracy as sample_accuracy); and confidence, the mean fraction of votes, if answers were voted on.
     """
     samples = min(len(found.chains) for found in answered)
     ks = sorted({1, samples}) if samples > 1 and voted else []
     metrics = answer_metrics([list(found)[:samples] for found in verdicts], ks=ks)
     right = [is_right(found, judged) for found, judged in zip(answered, verdicts, strict=True)]
-    told = {"accuracy": sum(right) / len(right)}
+    found_metrics = {"accuracy": sum(right) / len(right)}
     if samples > 1:
-        told["sample_accuracy"] = metrics["accuracy"]
+        found_metrics["sample_accuracy"] = metrics["accuracy"]
     if voted and samples > 1:
-        told["confidence"] = sum(found.confidence or 0.0 for found in answered) / len(answered)
-    return told | {name: value for name, value in metrics.items() if name not in told}
+        found_metrics["confidence"] = sum(found.confidence or 0.0 for found in answered) / len(answered)
+    return found_metrics | {name: value for name, value in metrics.items() if name not in found_metrics}
 
 
 def is_right(answered: Answered, verdicts: Sequence[Verdict]) -> bool:
-    """Whether the answer that speaks for a problem's chains is right."""
+    """Whether the answer chosen from a problem's chains is correct."""
     return answered.chosen is not None and verdicts[answered.chosen].score >= RIGHT
 
 
 def record(answered: Answered, verdicts: Sequence[Verdict], example: Demonstration) -> dict[str, Any]:
-    """One line of samples.jsonl: what was asked, expected and said."""
+    """One line of samples.jsonl: problem, expected answer and the model's."""
     chosen = answered.chosen or 0
     chain = answered.chains[chosen]
-    told: dict[str, Any] = {
+    line: dict[str, Any] = {
         "problem": example.problem,
         "expected": example.answer,
         "answer": answered.answer,
@@ -82,17 +77,17 @@ def record(answered: Answered, verdicts: Sequence[Verdict], example: Demonstrati
         "finish_reason": chain.finish_reason,
     }
     if answered.confidence is not None:
-        told["confidence"] = answered.confidence
+        line["confidence"] = answered.confidence
     if len(answered.chains) > 1:
-        told["answers"] = [verdict.parsed.answer for verdict in verdicts]
-    return told
+        line["answers"] = [verdict.parsed.answer for verdict in verdicts]
+    return line
 
 
 Chat: TypeAlias = Conversation | Completion
 
 
 def chats_of(examples: Sequence[Example]) -> list[Chat]:
-    """Those that ask something and have no answer to check."""
+    """Conversations and completions that have a question, but no answer to check."""
     return [each for each in examples if isinstance(each, Completion | Conversation) and question_of(each)]
 
 
@@ -100,16 +95,16 @@ def question_of(chat: Chat) -> str:
     """The question: the prompt, or the last message before the answer."""
     if isinstance(chat, Completion):
         return chat.prompt
-    place = _answer_place(chat)
-    return chat.messages[place - 1].content if place > 0 else ""
+    index = _answer_index(chat)
+    return chat.messages[index - 1].content if index > 0 else ""
 
 
 def answer_of(chat: Chat) -> str:
-    """The data's answer."""
-    return chat.completion if isinstance(chat, Completion) else chat.messages[_answer_place(chat)].content
+    """The reference answer."""
+    return chat.completion if isinstance(chat, Completion) else chat.messages[_answer_index(chat)].content
 
 
-def _answer_place(chat: Conversation) -> int:
+def _answer_index(chat: Conversation) -> int:
     return max(index for index, message in enumerate(chat.messages) if message.role == ASSISTANT)
 
 
@@ -124,7 +119,7 @@ class AnswerCheck:
         *,
         seed: int,
     ) -> None:
-        """Raises `UserError` for a checker that is not there."""
+        """Raises `UserError` for an unknown checker."""
         self.reasoner, self.seed = reasoner, seed
         self.sampling, self.limits = sampling_of(generation, seed=seed), limits_of(generation)
         self.strategy = Strategy.parse(generation.strategy)
@@ -134,24 +129,26 @@ class AnswerCheck:
         self,
         problems: Sequence[Demonstration],
         chats: Sequence[Chat],
-        share: tuple[int, int],
+        shard: tuple[int, int],
         gather: Callable[[object], list[object]],
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """`measure` of the problems and `samples` of the chats, where there are any."""
-        metrics, records = self.measure(problems, share=share, gather=gather) if problems else ({}, [])
-        return metrics, [*records, *(self.samples(chats, share=share, gather=gather) if chats else ())]
+        """`measure` of the problems and `samples` of the conversations, if there are any."""
+        metrics, records = self.measure(problems, shard=shard, gather=gather) if problems else ({}, [])
+        return metrics, [*records, *(self.samples(chats, shard=shard, gather=gather) if chats else ())]
 
     def samples(
-        self, chats: Sequence[Chat], *, share: tuple[int, int], gather: Callable[[object], list[object]]
+        self, chats: Sequence[Chat], *, shard: tuple[int, int], gather: Callable[[object], list[object]]
     ) -> list[dict[str, Any]]:
-        """The model's own answer to each, beside that of the data; the same on every rank. One that the template cannot
-        ask, or that leaves no room for an answer, is left out.
+        """The model's answer to each, with the reference; the same on every rank. Skips those that the template refuses
+        or that leave no room for an answer.
         """
-        rank, ranks = share
-        answerable = [(chat, prompt) for chat in chats[rank::ranks] if (prompt := self._prompt_of(chat)) is not None]
+        rank, world_size = shard
+        answerable = [
+            (chat, prompt) for chat in chats[rank::world_size] if (prompt := self._prompt_of(chat)) is not None
+        ]
         prompts, sampling = [prompt for _, prompt in answerable], self.reasoner.sampling(self.sampling)
         completions = self.reasoner.engine.generate(prompts, sampling, logprobs=False) if prompts else []
-        mine = [
+        own = [
             {
                 "prompt": question_of(chat),
                 "reference": answer_of(chat),
@@ -160,7 +157,7 @@ class AnswerCheck:
             }
             for (chat, _), found in zip(answerable, completions, strict=True)
         ]
-        parts = [part for part in gather(mine) if isinstance(part, list)]
+        parts = [part for part in gather(own) if isinstance(part, list)]
         longest = max(map(len, parts))
         return [part[index] for index in range(longest) for part in parts if index < len(part)]
 
@@ -177,27 +174,27 @@ class AnswerCheck:
         self,
         problems: Sequence[Demonstration],
         *,
-        share: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and records of all problems, the same on every rank.
 
-        share: (rank, ranks): this process answers every `ranks`-th problem; gather(value) gives the values of all
-        ranks.
+        shard: (rank, world_size): this process answers every `world_size`-th problem; gather(value) returns the values
+        of all ranks.
         """
-        rank, ranks = share
-        mine = problems[rank::ranks]
-        answered = self.reasoner.answer(mine, self.sampling, strategy=self.strategy, limits=self.limits)
-        verdicts = judge_all(answered, mine, step_format=self.reasoner.step_format, checker=self.checker)
-        parts = [part for part in gather(list(zip(answered, verdicts, mine, strict=True))) if isinstance(part, list)]
-        told = [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
+        rank, world_size = shard
+        own = problems[rank::world_size]
+        answered = self.reasoner.answer(own, self.sampling, strategy=self.strategy, limits=self.limits)
+        verdicts = judge_all(answered, own, step_format=self.reasoner.step_format, checker=self.checker)
+        parts = [part for part in gather(list(zip(answered, verdicts, own, strict=True))) if isinstance(part, list)]
+        merged = [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
         voted = self.strategy.kind in ("single", "self_consistency")
-        metrics = problem_metrics([found for found, _, _ in told], [judged for _, judged, _ in told], voted=voted)
-        return metrics, [record(found, judged, example) for found, judged, example in told]
+        metrics = problem_metrics([found for found, _, _ in merged], [judged for _, judged, _ in merged], voted=voted)
+        return metrics, [record(found, judged, example) for found, judged, example in merged]
 
 
 def sampling_of(section: ReasoningGenerationSection, *, seed: int) -> SamplingSettings:
-    """How the tokens of a chain are chosen."""
+    """The sampling settings of a chain."""
     return SamplingSettings(
         temperature=section.temperature,
         top_k=section.top_k or 0,
@@ -208,7 +205,7 @@ def sampling_of(section: ReasoningGenerationSection, *, seed: int) -> SamplingSe
 
 
 def limits_of(section: ReasoningGenerationSection) -> StepLimits:
-    """How long steps and chains may be."""
+    """Limits on the length of steps and chains."""
     return StepLimits(
         max_steps=section.max_reasoning_steps,
         max_step_tokens=section.max_step_tokens,

@@ -1,22 +1,10 @@
-"""English numbers in words → digits, where they are all that a text says.
+"""Whether an answer is the expected one: as text, as a number, as a choice. Numbers are read in all common forms.
 
-Enters: a text. Leaves: it with its number in digits ("forty-two apples" → "42 apples"), or as it is: a text with a
-digit counts by its digits, and "one of them" is no number.
-
-Numbers in texts, in the forms that people and models write them.
-
-Enters: a text. Leaves: the `Quantity` that it states, or None. Read are signs and dashes of Unicode, separators of
-thousands (commas, points, apostrophes, thin and no-break spaces), decimals, fractions and mixed numbers (also LaTeX's
-and Unicode's), powers and exponents, percent, currencies, units, scales ("1.5 million") and numbers in words. An
-expression that would have to be worked out ("2 + 3"), an inequality, an interval and algebra ("2x", "√2") are no
-number. Left out: which numbers count as equal (`answers`).
-
-Whether an answer is the expected one: as text, as a number, as a choice.
-
-Enters: two answers, the model's and the expected one. Leaves: True or False. Of a text with `\boxed{...}` only the last
-box counts; words that lead to an answer ("the answer is") do not. Left out: where in a chain the answer stands
-(`data.step_format`), reading a number (`quantities`); checkers of other packages and of users (`checkers`); metrics
-(`answer_metrics`).
+A number may have signs and dashes of Unicode, thousands separators (commas, points, apostrophes, thin and no-break
+spaces), decimals, fractions and mixed numbers (also LaTeX's and Unicode's), powers and exponents, percent, currencies,
+units, scales ("1.5 million") and be written in words. An expression to evaluate ("2 + 3"), an inequality, an interval
+and algebra ("2x", "√2") are no number. Of a text with `\\boxed{...}` only the last box counts; a lead-in ("the answer
+is") does not.
 """
 
 from __future__ import annotations
@@ -46,54 +34,52 @@ _PARTS = {
     "eighth": 8,
     "tenth": 10,
 }
-_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-_WORD = "|".join((*_SMALL, *_TENS, *_WORD_SCALES))
-_PHRASE = re.compile(rf"(-|minus |negative )?((?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*)\b", re.IGNORECASE)
-_SHARE = re.compile(rf"(?:({'|'.join(_SMALL)}|a)[ -])?({'|'.join(_PARTS)})s?\b", re.IGNORECASE)
-_UNIT_AFTER_WORDS = re.compile(r"%?(?: [^\W\d]+){0,2}[.!]?")
+_SCALE_NAMES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_NUMBER_WORD = "|".join((*_SMALL, *_TENS, *_SCALE_NAMES))
+_PHRASE = re.compile(
+    rf"(-|minus |negative )?((?:{_NUMBER_WORD})(?:(?:[ -]| and )(?:{_NUMBER_WORD}))*)\b", re.IGNORECASE
+)
+_FRACTION_IN_WORDS = re.compile(rf"(?:({'|'.join(_SMALL)}|a)[ -])?({'|'.join(_PARTS)})s?\b", re.IGNORECASE)
+_SHORT_UNIT = re.compile(r"%?(?: [^\W\d]+){0,2}[.!]?")
 
 
 def in_digits(text: str) -> str:
-    """The text with the number that it begins with in digits, where at most a unit of two words follows."""
+    """The text with the number at its start in digits, if at most a unit of two words follows."""
     if re.search(r"\d", text):
         return text
-    share = _SHARE.match(text)
-    if share is not None and _UNIT_AFTER_WORDS.fullmatch(text[share.end() :]):
-        top = _SMALL.get((share[1] or "a").casefold(), 1)
-        return f"{top}/{_PARTS[share[2].casefold()]}{text[share.end() :]}"
+    fraction = _FRACTION_IN_WORDS.match(text)
+    if fraction is not None and _SHORT_UNIT.fullmatch(text[fraction.end() :]):
+        top = _SMALL.get((fraction[1] or "a").casefold(), 1)
+        return f"{top}/{_PARTS[fraction[2].casefold()]}{text[fraction.end() :]}"
     phrase = _PHRASE.match(text)
-    if (
-        phrase is None
-        or not _UNIT_AFTER_WORDS.fullmatch(text[phrase.end() :])
-        or text[phrase.end() :].startswith(" of ")
-    ):
+    if phrase is None or not _SHORT_UNIT.fullmatch(text[phrase.end() :]) or text[phrase.end() :].startswith(" of "):
         return text
-    value = _value_of_words(re.split(r"[ -]+", phrase[2].casefold()))
+    value = _spelled_value(re.split(r"[ -]+", phrase[2].casefold()))
     return text if value is None else f"{'-' if phrase[1] else ''}{value}{text[phrase.end() :]}"
 
 
-def _value_of_words(words: list[str]) -> int | None:
-    """The number of its words; None for words in an order that no number has ("two three")."""
+def _spelled_value(names: list[str]) -> int | None:
+    """The number that words spell; None for an order of words that no number has ("two three")."""
     total, part, last = 0, 0, ""
-    for word in words:
-        if word == "and":
+    for name in names:
+        if name == "and":
             continue
-        if word in _WORD_SCALES:
-            if word == "hundred":
+        if name in _SCALE_NAMES:
+            if name == "hundred":
                 part = max(part, 1) * 100
             else:
-                total, part = total + max(part, 1) * _WORD_SCALES[word], 0
-        elif (word in _SMALL and (last in _SMALL or part % 10)) or (word in _TENS and part % 100):
+                total, part = total + max(part, 1) * _SCALE_NAMES[name], 0
+        elif (name in _SMALL and (last in _SMALL or part % 10)) or (name in _TENS and part % 100):
             return None
         else:
-            part += _SMALL.get(word, _TENS.get(word, 0))
-        last = word
+            part += _SMALL.get(name, _TENS.get(name, 0))
+        last = name
     return total + part
 
 
 AROUND = " \t\r\n\"'“”‘’`*_$"
 ENDINGS = ".,;:!?"
-# Longer runs of digits are a model that repeats itself, and Python refuses to read them.
+# Longer runs of digits come from a model that repeats itself, and Python refuses to parse them.
 _MOST_CHARACTERS = 1000
 _MOST_DIGITS = 1000
 
@@ -104,7 +90,7 @@ _BEFORE_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−﹣－", "-"))
 # Spaces that typesetting puts between groups of three digits.
 _FIXED_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2007-\u200a\u202f]|\\[,;:!])(?=\d{3}(?!\d))")
-_LATEX_WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|emph)\s*\{([^{}]*)\}")
+_LATEX_TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|emph)\s*\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d)|(\d)\s*\{([^{}]+)\})")
 _LATEX_NOISE = re.compile(r"\\left|\\right|\\displaystyle|\\[,!;: ]|\\\(|\\\)|\\\[|\\\]|\\quad")
 TAG = re.compile(r"</?[A-Za-z][\w-]*>")
@@ -116,7 +102,7 @@ _SPACES = re.compile(r"^([-+$€£¥₹ ]*\d{1,3}(?: \d{3})+)(?![\d]|\s*/|\s+\d)
 _SEPARATOR = re.compile(r"(?<=\d)['’_](?=\d{3}(?!\d))")
 _PERCENT = re.compile(r"\s?(?:per\s?cent\b|pct\b|percentage\s+points?\b)", re.IGNORECASE)
 _NEGATIVE = re.compile(r"\b(?:minus|negative)\s+(?=\d)", re.IGNORECASE)
-_DASH_OF_WORDS = re.compile(r"(?<=[^\W\d]{2}) - (?=\S)")
+_SPACED_DASH = re.compile(r"(?<=[^\W\d]{2}) - (?=\S)")
 _CURRENCY_CODE = re.compile(r"\b(?:US|USD|AU|CA|A|C)\s?(?=\$)|\b(USD|EUR|GBP|JPY|INR|Rs)\b\.?\s?(?=\d)", re.IGNORECASE)
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent"}
 _CODES = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥", "INR": "₹", "RS": "₹"}
@@ -151,7 +137,7 @@ LEAD = re.compile(
     r"^(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is|=|:)+\s*",
     re.IGNORECASE,
 )
-"""Words that lead to an answer."""
+"""Lead-ins of an answer."""
 _ASSIGNMENT = re.compile(r"^(?:[^\W\d]\w?|\\?[A-Za-z]+_\{?\w+\}?)\s*=\s*(?=[^=]*$)", re.IGNORECASE)
 _CONCLUSION = re.compile(
     r"\banswer\b[^\w\n]*(?:(?:is|would be|must be|equals)\b)?[^\w\n+\-$€£¥₹.√\\]*|\b(?:so|thus|therefore|hence)\b,?",
@@ -169,23 +155,23 @@ _SYNONYMS = {
 
 
 class Quantity(NamedTuple):
-    """A number in a text. `alone`: the text holds nothing else but its unit and words that lead to an answer. `unit`:
-    the currency or the words of it, in the singular. 50% has the value 50. `scale`: what the word behind the number
-    multiplies it by, which `value` has been; 1 without one.
+    """A number in a text. `is_only`: the text contains nothing else but its unit and a lead-in. `unit`: the currency or
+    the words of the unit, in the singular. 50% has the value 50. `scale`: the factor from a word after the number,
+    already contained in `value`; 1 without one.
     """
 
     value: Fraction
     is_percent: bool
     unit: frozenset[str]
-    alone: bool
+    is_only: bool
     scale: int = 1
 
 
 def quantity(text: str) -> Quantity | None:
-    """The number that a text states; None where it states none, or several.
+    """The number that a text states; None if it states none, or several.
 
-    Of several numbers the one counts that stands alone in the first line; else the one behind the last "answer is",
-    "so" or "therefore"; else the one behind the last "=". A fraction over 0 is no number.
+    Of several numbers the one counts that is alone on the first line; else the one after the last "answer is", "so" or
+    "therefore"; else the one after the last "=". A fraction over 0 is no number.
     """
     if len(text) > 20 * _MOST_CHARACTERS:
         return None
@@ -194,22 +180,22 @@ def quantity(text: str) -> Quantity | None:
     if found is not None or not re.search(r"\d", plain):
         return found
     first, newline, _ = plain.partition("\n")
-    if newline and (found := _only(first)) is not None and found.alone:
+    if newline and (found := _only(first)) is not None and found.is_only:
         return found
     conclusions = list(_CONCLUSION.finditer(plain))
     if conclusions and (found := _only(_REASON.split(plain[conclusions[-1].end() :].strip())[0])) is not None:
-        return found._replace(alone=False)
+        return found._replace(is_only=False)
     if len(set(_ASSIGNED.findall(plain))) > 1:
         return None
     for part in reversed(_EQUALS.split(plain)[1:]):
         if _NUMBER.search(part):
             found = _only(part.strip())
-            return None if found is None else found._replace(alone=found.alone and newline == "")
+            return None if found is None else found._replace(is_only=found.is_only and newline == "")
     return None
 
 
 def boxed(text: str) -> str:
-    r"""What the last `\boxed{...}` of the text holds; the text itself where there is none, or one that does not end."""
+    r"""The content of the text's last `\boxed{...}`; the text itself if there is none, or an unclosed one."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         bare = re.findall(r"\\boxed\s+(\S+)", text)
@@ -223,21 +209,21 @@ def boxed(text: str) -> str:
 
 
 def plain_latex(text: str) -> str:
-    r"""The text with LaTeX's text, spaces and plain fractions as they are read: `\frac{3}{4}` is 3/4."""
-    plain = _LATEX_NOISE.sub(" ", _LATEX_WORDS.sub(r" \1", text))
+    r"""The text with LaTeX's text, spaces and plain fractions as plain text: `\frac{3}{4}` becomes 3/4."""
+    plain = _LATEX_NOISE.sub(" ", _LATEX_TEXT.sub(r" \1", text))
     plain = _LATEX_FRACTION.sub(_fraction, plain)
     return re.sub(r"\^\s*\{?\\circ\}?|\\degree", "°", plain)
 
 
 def plain_unicode(text: str) -> str:
-    """The text in Unicode's compatible forms, without losing what they mean: 10⁶ is 10^6, 1½ is 1 1/2."""
+    """The text in Unicode's compatibility forms, without losing meaning: 10⁶ becomes 10^6, 1½ becomes 1 1/2."""
     plain = _BUILT_FRACTION.sub(lambda found: f" {unicodedata.normalize('NFKC', found[0])}", text)
     plain = _SUPERSCRIPT.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPTS), _BEFORE_VULGAR.sub(" ", plain))
     return unicodedata.normalize("NFKC", plain).replace("⁄", "/").replace("∕", "/").translate(_DASHES)
 
 
 def plain_number(text: str) -> str:
-    """The text with its numbers as `_NUMBER` reads them, and without marks and words that only lead to them."""
+    """The text with its numbers as `_NUMBER` reads them, and without marks and lead-ins."""
     plain = plain_unicode(_FIXED_SPACE.sub("", TAG.sub(" ", boxed(text))))
     plain = plain_latex(plain.replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ","))
     plain = re.sub(r"\\times\b|\\cdot\b|·", "*", re.sub(r"(?<=\d)\*\*(?=[-\d])", "^", plain))
@@ -246,7 +232,7 @@ def plain_number(text: str) -> str:
     plain = re.sub(r"^\s*\{([^{}]*)\}\s*$", r"\1", plain)
     plain = _QUOTED.sub("", plain).replace("°C", " celsius").replace("°F", " fahrenheit").replace("°", " degree")
     plain = _CURRENCY_CODE.sub(lambda found: _CODES[found[1].upper()] if found[1] else "", plain)
-    plain = _DASH_OF_WORDS.sub(" : ", _NEGATIVE.sub("-", _PERCENT.sub("%", plain))).strip(AROUND.replace("$", ""))
+    plain = _SPACED_DASH.sub(" : ", _NEGATIVE.sub("-", _PERCENT.sub("%", plain))).strip(AROUND.replace("$", ""))
     plain = _ASSIGNMENT.sub("", LEAD.sub("", plain)).strip(AROUND.replace("$", ""))
     plain = _COMMAS.sub(lambda found: found[0].replace(",", ""), plain)
     plain = _POINTS.sub(lambda found: found[0].replace(".", "").replace(",", "."), plain)
@@ -263,7 +249,7 @@ def _fraction(found: re.Match[str]) -> str:
 
 
 def _only(plain: str) -> Quantity | None:
-    """The one number of a text; None where it holds none, several of different values, or mathematics around it."""
+    """The only number of a text; None if there is none, several of different values, or mathematics around it."""
     found = list(_NUMBER.finditer(plain := _UNIT_POWER.sub(lambda power: "²³"[int(power[1]) - 2], plain)))
     if not found or (len(found) > 1 and not _all_the_same(found, plain)):
         return None
@@ -275,18 +261,18 @@ def _only(plain: str) -> Quantity | None:
     if _ALGEBRA.match(after.lstrip()) and not match["percent"]:
         return None
     led, unit = before.strip(AROUND + ENDINGS + "([~"), after.strip(AROUND + ENDINGS + ")]")
-    alone = len(found) == 1 and not led and (not unit or _UNIT.fullmatch(unit) is not None)
-    words = [_unit_word(word) for word in re.split(r"[ /.-]+", unit.casefold()) if word] if alone else []
-    words += [_CURRENCIES[symbol] for symbol in (match["currency"], match["currency_after"]) if symbol]
+    is_only = len(found) == 1 and not led and (not unit or _UNIT.fullmatch(unit) is not None)
+    names = [_singular(name) for name in re.split(r"[ /.-]+", unit.casefold()) if name] if is_only else []
+    names += [_CURRENCIES[symbol] for symbol in (match["currency"], match["currency_after"]) if symbol]
     scale = _SCALES[match["scale"].casefold()] if match["scale"] else 1000 if match["kilo"] else 1
-    return Quantity(value * scale, bool(match["percent"]), frozenset(words) - _FILLERS, alone, scale)
+    return Quantity(value * scale, bool(match["percent"]), frozenset(names) - _FILLERS, is_only, scale)
 
 
 def _all_the_same(found: list[re.Match[str]], plain: str) -> bool:
-    """Whether a text says one number again, in words: "42 apples. She has 42"."""
+    """Whether a text repeats one number, with words between: "42 apples. She has 42"."""
     between = [plain[one.end() : other.start()] for one, other in pairwise(found)]
-    words = [set(re.findall(r"[^\W\d]{2,}", each.casefold())) - {"and", "or", "to"} for each in between]
-    return len({_value_of_match(match) for match in found}) == 1 and all(words)
+    names = [set(re.findall(r"[^\W\d]{2,}", each.casefold())) - {"and", "or", "to"} for each in between]
+    return len({_value_of_match(match) for match in found}) == 1 and all(names)
 
 
 def _value_of_match(match: re.Match[str]) -> Fraction | None:
@@ -309,19 +295,19 @@ def _value_of_match(match: re.Match[str]) -> Fraction | None:
 
 
 def _power(base: Fraction, exponent: int) -> Fraction | None:
-    """base ^ exponent; None where it has more than `_MOST_DIGITS` digits, and for 0 to a negative power."""
+    """base ^ exponent; None if it has more than `_MOST_DIGITS` digits, and for 0 to a negative power."""
     digits = len(str(max(abs(base.numerator), base.denominator)))
     if abs(exponent) * digits > _MOST_DIGITS * 2 or (base == 0 and exponent < 0):
         return None
     return base**exponent
 
 
-def _unit_word(word: str) -> str:
-    singular = word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+def _singular(name: str) -> str:
+    singular = name[:-1] if len(name) > 3 and name.endswith("s") and not name.endswith("ss") else name
     return _SYNONYMS.get(singular, singular)
 
 
-__all__ = ["automatic", "boxed", "choice", "exact", "normalise", "numeric", "quantity", "vote_key"]
+__all__ = ["automatic", "boxed", "choice", "exact", "normalize", "numeric", "quantity", "vote_key"]
 
 _PYTHON_POWER = re.compile(r"(?<=[\w)])\*\*(?=-?\d)")
 _LATEX_SIGNS = {
@@ -333,7 +319,7 @@ _MATHEMATICAL = re.compile(r"[\d=+*/^<>≤≥≠±√π∞|{}\[\]()]")
 _YES_OR_NO = ("yes", "no", "true", "false")
 
 _LONE_CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?|\(([a-z])\)")
-_LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])\))\s+(\S.*)", re.DOTALL)
+_LABELED = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])\))\s+(\S.*)", re.DOTALL)
 _LETTER = r"[\[({<\"'*]*([A-Z])[\])}>\"'*]*"
 _ANY_CASE = r"[\[({<\"'*]*([A-Za-z])[\])}>\"'*]*"
 _BEHIND_LETTER = r"(?:[.:,;]|\s*$|\s+(?:because|since|as|for|is)\b|\s+[-–—]\s)"
@@ -346,7 +332,7 @@ _CHOICE_FORMS = (
         rf"{_LETTER}(?:,?\s+(?:because|since|as|for|is\s+(?:the\s+)?(?:correct|right|true))\b|\s+[-–—]\s).*", re.DOTALL
     ),
 )
-_CHOICE_SAID = re.compile(
+_CHOICE_STATED = re.compile(
     r"\b(?i:answer|option|choice|choose|pick|select)s?\b[\s:=*\"'–—-]*"
     r"(?i:(?:is|would\s+be|must\s+be|should\s+be|was)\b[\s:=*\"']*)?"
     r"(?i:(?:the\s+)?(?:option|choice|letter|answer)\b[\s:=*\"']*)?"
@@ -357,13 +343,13 @@ _NOT_CHOSEN = re.compile(
     r"\b(?:not|isn't|never|wrong|incorrect|rather\s+than|instead\s+of)\b[^.\n]{0,12}$", re.IGNORECASE
 )
 
-# Another letter beside the first one: "A or B", "A, B and C".
+# Another letter next to the first one: "A or B", "A, B and C".
 _SEVERAL = re.compile(r"[\[({*]*[A-Z][\])}*]*\s*(?:,|/|&|\b(?:or|and)\b)\s*[\[({*]*[A-Z](?![\w'’])")
 
 
-def normalise(text: str) -> str:
-    """The text without what does not change an answer: letter case, white space, Unicode's compatible forms, quotes,
-    Markdown's and LaTeX's marks around it, words that lead to it, punctuation at its end.
+def normalize(text: str) -> str:
+    """The text without what does not change an answer: letter case, white space, Unicode's compatibility forms, quotes,
+    Markdown and LaTeX marks around it, lead-ins, punctuation at the end.
     """
     plain = plain_unicode(plain_latex(TAG.sub(" ", boxed(text)))).casefold()
     plain = _PYTHON_POWER.sub("^", plain).replace("**", "")
@@ -374,90 +360,88 @@ def normalise(text: str) -> str:
 
 
 def exact(actual: str, expected: str) -> bool:
-    """Equal after `normalise`, of mathematics also without its spaces. Where one line is expected, the first line of
-    several counts; where yes, no, true or false is, the first word of a sentence does.
+    """Equal after `normalize`, mathematics also without spaces. If one line is expected, the first line of several
+    counts; if yes, no, true or false is, the first word of a sentence counts.
     """
-    asked = normalise(expected)
-    summary = [normalise(actual)]
+    target = normalize(expected)
+    forms = [normalize(actual)]
     if "\n" not in expected.strip() and "\n" in actual.strip():
-        summary.append(normalise(actual.strip().partition("\n")[0]))
-    if asked in summary:
+        forms.append(normalize(actual.strip().partition("\n")[0]))
+    if target in forms:
         return True
-    if asked in _YES_OR_NO:
-        return any(re.match(rf"{asked}(?=[.,;:!?\n—-]|\s+-|$)", each) is not None for each in summary)
-    return bool(_MATHEMATICAL.search(asked)) and _squeezed(asked) in map(_squeezed, summary)
+    if target in _YES_OR_NO:
+        return any(re.match(rf"{target}(?=[.,;:!?\n—-]|\s+-|$)", each) is not None for each in forms)
+    return bool(_MATHEMATICAL.search(target)) and _squeezed(target) in map(_squeezed, forms)
 
 
 def numeric(actual: str, expected: str, *, tolerance: float = 1e-6) -> bool:
-    """|given − expected| <= tolerance · |expected| (for an expected 0: <= tolerance), for two texts with one number
+    """|actual − expected| <= tolerance · |expected| (for an expected 0: <= tolerance), for two texts with one number
     each.
 
-    Where both name a unit they must share a word of it. 50% equals 0.5, and 50 too, since the sign is often left out;
-    so is "million" of 1.5 million. 50 cents are 0.5 dollars.
+    If both have a unit, they must share a word of it. 50% equals 0.5, and 50 too, since the sign is often omitted;
+    likewise "million" of 1.5 million. 50 cents are 0.5 dollars.
     """
-    summary, asked = quantity(actual), quantity(expected)
-    if summary is None or asked is None:
+    found, target = quantity(actual), quantity(expected)
+    if found is None or target is None:
         return False
-    # Through its decimal form: 0.03 as a binary number is a little less, and 103 must be within 0.03 of 100.
+    # By its decimal form: 0.03 as a binary number is slightly less, and 103 must be within 0.03 of 100.
     allowed = Fraction(str(tolerance))
-    return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in _comparable(summary, asked))
+    return any(abs(one - other) <= allowed * (abs(other) or 1) for one, other in _comparable(found, target))
 
 
 def choice(actual: str, expected: str) -> bool:
     """The same letter of a multiple choice: "B", "(b)", "B) because ...", "the answer is: **B**"."""
-    summary = _letter(actual)
-    return summary is not None and summary == _letter(expected)
+    letter = _letter(actual)
+    return letter is not None and letter == _letter(expected)
 
 
 def automatic(actual: str, expected: str, *, tolerance: float = 1e-6) -> bool:
-    """`numeric` where a number is expected, `choice` where a lone capital letter is, else `exact`. Of a labelled choice
-    such as "(B) Paris", label and text are both right.
+    """`numeric` if a number is expected, `choice` for a single capital letter, else `exact`. For a labeled choice such
+    as "(B) Paris", label and text are both correct.
     """
-    asked = quantity(expected)
-    if asked is not None and asked.alone:
+    target = quantity(expected)
+    if target is not None and target.is_only:
         return numeric(actual, expected, tolerance=tolerance) or exact(actual, expected)
     bare = boxed(expected).strip()
     if _LONE_CHOICE.fullmatch(bare):
         return choice(actual, expected)
     if exact(actual, expected):
         return True
-    labelled = _LABELLED.fullmatch(bare)
-    return labelled is not None and (choice(actual, f"({labelled[1] or labelled[2]})") or exact(actual, labelled[3]))
+    labeled = _LABELED.fullmatch(bare)
+    return labeled is not None and (choice(actual, f"({labeled[1] or labeled[2]})") or exact(actual, labeled[3]))
 
 
 def vote_key(answer: str) -> str:
-    """What answers that mean the same share when chains vote: the value of a number, the letter of a labelled choice,
-    else the normal form.
+    """The key that equal answers share when chains vote: the value of a number, the letter of a labeled choice, else
+    the normal form.
     """
     found = quantity(answer)
-    if found is not None and found.alone:
+    if found is not None and found.is_only:
         return f"{found.value}%" if found.is_percent else str(found.value)
     bare = boxed(answer).strip(AROUND)
-    lone = _LONE_CHOICE.fullmatch(bare) or _LABELLED.fullmatch(bare)
-    return normalise(answer) if lone is None else str(lone[1] or lone[2]).casefold()
+    lone = _LONE_CHOICE.fullmatch(bare) or _LABELED.fullmatch(bare)
+    return normalize(answer) if lone is None else str(lone[1] or lone[2]).casefold()
 
 
-def _comparable(summary: Quantity, asked: Quantity) -> list[tuple[Fraction, Fraction]]:
-    """The values to compare, in the ways that the two may be meant; none where their units differ."""
-    if summary.unit and asked.unit and not summary.unit & asked.unit:
-        if {"cent"} <= summary.unit and {"dollar"} <= asked.unit:
-            return [(summary.value / 100, asked.value)]
-        if {"dollar"} <= summary.unit and {"cent"} <= asked.unit:
-            return [(summary.value * 100, asked.value)]
+def _comparable(found: Quantity, target: Quantity) -> list[tuple[Fraction, Fraction]]:
+    """The pairs of values to compare, for all possible meanings of the two; none if their units differ."""
+    if found.unit and target.unit and not found.unit & target.unit:
+        if {"cent"} <= found.unit and {"dollar"} <= target.unit:
+            return [(found.value / 100, target.value)]
+        if {"dollar"} <= found.unit and {"cent"} <= target.unit:
+            return [(found.value * 100, target.value)]
         return []
-    pairs = [(summary.value, asked.value)]
-    if summary.is_percent != asked.is_percent:
-        hundred = (summary.value / 100, asked.value) if summary.is_percent else (summary.value, asked.value / 100)
+    pairs = [(found.value, target.value)]
+    if found.is_percent != target.is_percent:
+        hundred = (found.value / 100, target.value) if found.is_percent else (found.value, target.value / 100)
         pairs.append(hundred)
-    if (summary.scale == 1) != (asked.scale == 1):
-        pairs.append((summary.value / summary.scale, asked.value / asked.scale))
+    if (found.scale == 1) != (target.scale == 1):
+        pairs.append((found.value / found.scale, target.value / target.scale))
     return pairs
 
 
 def _squeezed(normal: str) -> str:
-    """Mathematics in one way of writing: without spaces, signs of LaTeX as those of Unicode, brackets around one token
-    left out.
-    """
+    """Mathematics in one notation: without spaces, LaTeX symbols as Unicode, no brackets around single tokens."""
     plain = re.sub(r"\\[a-z]+|\\[{}]", lambda found: _LATEX_SIGNS.get(found[0], found[0]), normal)
     plain = re.sub(r"\bsqrt\b", "√", re.sub(r"\bpi\b", "π", plain))
     plain = re.sub(
@@ -469,7 +453,7 @@ def _squeezed(normal: str) -> str:
 
 
 def _letter(text: str) -> str | None:
-    """The letter that a text chooses; None where it chooses none, or several."""
+    """The letter that a text chooses; None if it chooses none, or several."""
     plain = TAG.sub(" ", plain_latex(boxed(text))).strip(AROUND)
     first = plain.partition("\n")[0].strip(AROUND)
     for each in (plain, first):
@@ -477,11 +461,11 @@ def _letter(text: str) -> str | None:
             found = form.fullmatch(each)
             if found is not None and not _SEVERAL.match(each):
                 return found[1].upper()
-    summary = list(_CHOICE_SAID.finditer(plain)) or list(_CHOICE_BRACKETED.finditer(plain))
+    matches = list(_CHOICE_STATED.finditer(plain)) or list(_CHOICE_BRACKETED.finditer(plain))
     chosen = {
         found[1].upper()
-        for found in summary
+        for found in matches
         if not _NOT_CHOSEN.search(plain, max(0, found.start(1) - 40), found.start(1))
     }
-    are_one = len(chosen) == 1 and not any(_SEVERAL.match(plain, found.start(1)) for found in summary)
+    are_one = len(chosen) == 1 and not any(_SEVERAL.match(plain, found.start(1)) for found in matches)
     return chosen.pop() if are_one else None

@@ -1,17 +1,7 @@
-"""Values and tables of a report in Markdown.
+"""Blocks of a report, rendered as Markdown and as one HTML file; and the opening of a run's report.
 
-Enters: values. Leaves: text. Left out: what they mean.
-
-Parts of a report, as Markdown and as one HTML file.
-
-Enters: headings, paragraphs, tables, pictures. Leaves: the text of report.md, whose pictures lie in files beside it,
-and of report.html, which holds them all and needs no network and no script. Equal parts give equal text. Left out:
-what a report says.
-
-The opening of a run's report: how it ended, against its start, when and where it ran, and with which settings.
-
-Enters: a `Run`. Leaves: blocks. Left out: validations and curves (`report`), what one method reports (`policy_report`,
-`preference_report`, `task_report`).
+Pictures of report.md are files beside it; report.html contains them and needs no network and no script. Equal blocks
+give equal text.
 """
 
 from __future__ import annotations
@@ -30,14 +20,14 @@ from loopos.evaluation.run_folder import Run
 
 
 def number(value: object) -> float | None:
-    """A number, or the text that stands for nan or inf in JSON; None for all else."""
+    """A number, or the text that represents nan or inf in JSON; None for everything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with a head."""
+    """A Markdown table with a head."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -61,7 +51,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph of plain text; `is_important` sets it apart."""
+    """One paragraph of plain text; `is_important` highlights it."""
 
     text: str
     is_important: bool = False
@@ -76,7 +66,7 @@ class Quotation:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of plain texts; columns in `numbers` are aligned to the right."""
+    """A table of plain texts; columns in `numbers` are right-aligned."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -85,7 +75,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG; `name` is that of its file without ending."""
+    """An SVG; `name` is its file name without suffix."""
 
     name: str
     svg: str
@@ -146,8 +136,8 @@ def _html_row(cells: Sequence[str], tag: str, numbers: Sequence[int]) -> str:
 
 
 def inline_svg(svg: str, prefix: str) -> str:
-    """An SVG file's text as an element of a page: black follows the page's colour, white is see-through, and ids begin
-    with `prefix`, since those of two drawings may be the same.
+    """An SVG file's text as an element of a page: black follows the page's color, white is transparent, and ids get
+    `prefix`, because those of two drawings may be equal.
     """
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
@@ -192,7 +182,7 @@ _TRAINED = "rows trained on"
 
 
 def opening(run: Run) -> list[Block]:
-    """The sentences that matter most, facts, settings."""
+    """The most important sentences, facts, and settings."""
     description = str(run.config.get("description") or run.config.get("computation", {}).get("description") or "")
     parts: list[Block] = [Paragraph(description)] if description else []
     parts.append(Heading("Summary"))
@@ -208,7 +198,7 @@ def opening(run: Run) -> list[Block]:
         rows = [(key, "null" if value is None else str(value)) for key, value in changed.items()]
         parts += [
             Heading("Settings"),
-            Paragraph("Those that are not at their defaults."),
+            Paragraph("Settings that differ from their defaults."),
             Grid(("setting", "value"), rows),
         ]
     return parts
@@ -245,7 +235,7 @@ def _times(run: Run) -> Iterator[tuple[str, str]]:
         again = f", resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed > 0 else ""
         yield "begun", _date(times[0]) + again
         yield "last event", _date(times[-1])
-    # Of the whole run: what was trained before a checkpoint counts once, however often it was resumed.
+    # For the whole run: steps before a checkpoint count once, however often it was resumed.
     ended = [event for event in run.events if event["event"] == "end"]
     seconds = number(ended[-1]["timing"].get("seconds")) if ended else None
     if seconds is None:
@@ -298,6 +288,6 @@ def _span(seconds: float) -> str:
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly spread and counted from the end, so that the last is always there."""
+    """At most `most` of the items, evenly spread and counted from the end, so that the last is always included."""
     stride = max(1, -(-len(items) // most))
     return list(items[::-1][::stride][::-1])

@@ -1,13 +1,8 @@
-"""The checkers of answers by name: ours, those of other packages, and a user's own function.
+"""Checkers of answers by name, built-in or a user's function; and metrics of sampled chains: accuracy, pass@k,
+majority@k.
 
-Enters: the name that a config or a command gives. Leaves: a `Checker`, which scores one answer from 0 to 1; 1 is right.
-A user's code runs only where it is asked for by name ("module:function"). Left out: what ours do (`answers`).
-
-Sampled chains → metrics: accuracy, pass@k, majority@k, and how the chains look.
-
-Enters: the samples of each problem, the expected answers, the format of the chains and a checker. Leaves: a verdict on
-each sample, and a dict of name → float. Left out: sampling (`generation`), what a right answer is (`checkers`).
-Letters: n samples of a problem, c of them right, k of them drawn.
+A checker scores an answer from 0 to 1, where 1 is correct. A user's code runs only if named ("module:function").
+Letters: n samples of a problem, c of them correct, k of them drawn.
 """
 
 from __future__ import annotations
@@ -33,14 +28,14 @@ Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]
 
 NAMES = ("auto", "exact", "numeric", "choice", "math_verify", "reasoning_gym")
 RIGHT = 1.0
-"""The score from which an answer counts as right."""
+"""The score from which an answer counts as correct."""
 
 
 def checker(name: str, *, tolerance: float = 1e-6) -> Checker:
-    """The checker of a name: one of `NAMES`, or "module:function", called as `function(answer, expected, row)`.
+    """The checker called `name`: one of `NAMES`, or "module:function", called as `function(answer, expected, row)`.
 
-    tolerance: relative error at which numbers count as equal (auto and numeric). Raises `UserError` for a name of no
-    checker, `MissingRequirement` for a package that is not installed.
+    tolerance: relative error at which numbers count as equal (auto and numeric). Raises `UserError` for an unknown
+    name, `MissingRequirement` for a package that is not installed.
     """
     match name:
         case "auto":
@@ -60,16 +55,18 @@ def checker(name: str, *, tolerance: float = 1e-6) -> Checker:
     raise UserError(f"checker: got {name}, expected one of {', '.join(NAMES)}, or module:function")
 
 
-# Words of three letters and more, other than functions: a sentence, in which an expression has to be found.
+# Words of three letters and more, other than functions: a sentence, which may contain an expression.
 _SENTENCE = re.compile(r"(?<!\\)\b(?!(?:sqrt|sin|cos|tan|log|exp|frac|pi)\b)[^\W\d]{3,}|\$|\\[(\[]|\\boxed")
 
 
 def _math_verify() -> Checker:
-    """Equality of mathematical expressions, by the package math-verify; what it cannot read is compared as text."""
+    """Equality of mathematical expressions, by the package math-verify; texts that it cannot parse are compared as
+    text.
+    """
     package = _extra("math_verify", "math-verify")
 
     def parsed(text: str) -> list[Any]:
-        # Of "x + 1" without marks around it the package reads 1 only.
+        # From "x + 1" without marks around it the package reads only 1.
         forms = (text, f"${text}$") if _SENTENCE.search(text) else (f"${text}$", text)
         found: list[Any] = package.parse(forms[0]) or package.parse(forms[1])
         return found
@@ -83,7 +80,7 @@ def _math_verify() -> Checker:
 
 
 def _reasoning_gym() -> Checker:
-    """The scorer that belongs to a row's task, by the package reasoning-gym; rows need its column metadata."""
+    """The scorer of a row's task, by the package reasoning-gym; rows need its column metadata."""
     package = _extra("reasoning_gym", "reasoning-gym")
 
     def check(answer: str, expected: str, row: Mapping[str, object]) -> float:
@@ -92,8 +89,8 @@ def _reasoning_gym() -> Checker:
         task = metadata.get("source_dataset") if isinstance(metadata, dict) else None
         if not isinstance(task, str):
             raise UserError(
-                "checker reasoning_gym: got a row without metadata.source_dataset, expected rows as reasoning-gym "
-                "writes them; keep the column metadata, or take another checker"
+                "checker reasoning_gym: got a row without metadata.source_dataset, expected rows as written by "
+                "reasoning-gym; keep the column metadata, or use another checker"
             )
         entry = {**row, "answer": expected, "metadata": metadata}
         return float(package.get_score_answer_fn(task)(answer, entry))
@@ -128,7 +125,7 @@ def _users(name: str) -> Checker:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One text that a model said. `num_tokens` with the end token; `ended`: by an end token, not by a limit."""
+    """One generated text. `num_tokens` includes the end token; `ended`: by an end token, not by a limit."""
 
     text: str
     num_tokens: int
@@ -137,7 +134,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One sample, taken apart and checked."""
+    """One sample, parsed and checked."""
 
     sample: Sample
     parsed: Parsed
@@ -155,9 +152,9 @@ def judge(
     *,
     step_format: StepFormat,
     checker: Checker,
-    place: str = "",
+    location: str = "",
 ) -> list[Verdict]:
-    """A verdict on each sample of one problem; a sample without an answer scores 0. place: of the row, for messages.
+    """A verdict on each sample of one problem; a sample without an answer scores 0. location: of the row, for messages.
     Raises `UserError` as the checker does.
     """
     verdicts = []
@@ -166,17 +163,17 @@ def judge(
         try:
             score = checker(parsed.answer, expected, row) if parsed.answer else 0.0
         except UserError as error:
-            raise UserError(f"{place}: {error}" if place else str(error)) from error
+            raise UserError(f"{location}: {error}" if location else str(error)) from error
         verdicts.append(Verdict(sample, parsed, score))
     return verdicts
 
 
 def answer_metrics(problems: Sequence[Sequence[Verdict]], *, ks: Sequence[int] = ()) -> dict[str, float]:
-    """Means over problems, each with as many samples.
+    """Means over problems, each with the same number of samples.
 
-    accuracy: share of samples that are right · pass@k and majority@k for each of `ks` · format_rate: share that keeps
-    to the step format · mean_steps · mean_tokens · end_rate: share that ends by an end token. Raises ValueError where
-    there is no problem, and for a k above the number of samples.
+    accuracy: fraction of correct samples · pass@k and majority@k for each of `ks` · format_rate: fraction in the step
+    format · mean_steps · mean_tokens · end_rate: fraction ended by an end token. Raises ValueError if there is no
+    problem, and for a k above the number of samples.
     """
     if not problems or not problems[0]:
         raise ValueError("no samples to measure")
@@ -197,7 +194,7 @@ def answer_metrics(problems: Sequence[Sequence[Verdict]], *, ks: Sequence[int] =
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """1 − C(n−c, k) / C(n, k): the chance that one of k of the n samples is right, without bias (Chen et al. 2021,
+    """1 − C(n−c, k) / C(n, k): the unbiased probability that one of k of the n samples is correct (Chen et al. 2021,
     section 2.1).
     """
     assert 0 <= num_right <= num_samples, (num_right, num_samples)
@@ -206,10 +203,10 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str]) -> tuple[int, float] | None:
-    """The place of the first of the answers that most agree on (Wang et al. 2022), and their share of all.
+    """The index of the first of the answers that most chains agree on (Wang et al. 2022), and their fraction of all.
 
-    Answers agree when their `vote_key` is equal; blank ones have no voice but count in the share; of equally many, the
-    group that comes first wins. None where all are blank.
+    Answers agree if their `vote_key` is equal; blank ones have no vote but count in the total; on a tie the group that
+    comes first wins. None if all are blank.
     """
     return plurality([vote_key(answer) or None for answer in answers])
 

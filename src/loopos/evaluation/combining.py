@@ -1,17 +1,9 @@
-"""Weights of a mixture, fitted: numbers that are at least 0, sum to 1, and make a convex loss least.
+"""Combines predictions of several models, measures their disagreement, and fits the weights of a mixture.
 
-Enters: what each member says of the truth, row by row. Leaves: the weights. Left out: where predictions come from.
-Letters: M rows, K members.
-
-Solved by a barrier method (Boyd and Vandenberghe 2004, sections 11.3 and 10.2): for growing t, Newton's method
-minimises t·f(w) − Σ log w under Σ w = 1. The result is held against the gap ⟨∇f, w⟩ − min ∇f, which bounds how far f(w)
-lies above the least value of a convex f (Jaggi 2013, section 2).
-
-What several models say of the same rows → what they say together, and how much they disagree.
-
-Enters: the outputs of one member after the other. Leaves: probabilities or values, uncertainty, votes. Sums are kept,
-not outputs, so that memory does not grow with the number of members. Left out: models and files (`ensemble.py`).
-Letters: N rows, C classes or labels, K members.
+Weights are non-negative, sum to 1 and minimize a convex loss. They are found by a barrier method (Boyd and Vandenberghe
+2004, sections 11.3 and 10.2): for growing t, Newton's method minimizes t·f(w) − Σ log w under Σ w = 1. The result is
+checked by the gap ⟨∇f, w⟩ − min ∇f, which bounds how far f(w) is above the minimum of a convex f (Jaggi 2013, section
+2). Letters: M or N rows, K members, C classes or labels.
 """
 
 from __future__ import annotations
@@ -32,18 +24,18 @@ Derivatives: TypeAlias = Callable[[Floats], tuple[float, Floats, Floats]]
 """w `[K]` → value, gradient `[K]` and Hessian `[K, K]` of a convex function."""
 
 GAP = 1e-9
-"""How far the loss may lie above its least value, in nats or in variances of the target."""
+"""Maximum distance of the loss from its minimum, in nats or in variances of the target."""
 
 _SMALLEST_PROBABILITY = float(numpy.finfo(numpy.float64).eps)
 _GROWTH = 20.0
 _MOST_STEPS = 200
-# Weights that the barrier alone keeps above 0.
+# Weights that only the barrier keeps above 0.
 _NOTHING = 1e-8
 
 
 def log_loss_weights(truths: Floats) -> Floats:
-    """Weights `[K]` that minimise −Σ log(Σ_k w_k p_k) / M. truths `[M, K]`: the probability that each member gives to
-    what is true of a row.
+    """Weights `[K]` that minimize −Σ log(Σ_k w_k p_k) / M. truths `[M, K]`: the probability that each member assigns to
+    the true outcome of a row.
     """
     actual = numpy.maximum(truths, _SMALLEST_PROBABILITY)
 
@@ -52,30 +44,30 @@ def log_loss_weights(truths: Floats) -> Floats:
         ratios = actual / mixed[:, None]
         return float(-numpy.log(mixed).mean()), -ratios.mean(0), ratios.T @ ratios / len(actual)
 
-    return least(derivatives, actual.shape[1])
+    return minimum(derivatives, actual.shape[1])
 
 
 def squared_error_weights(values: Floats, targets: Floats) -> Floats:
-    """Weights `[K]` that minimise Σ (Σ_k w_k v_k − y)² / M. values `[M, K]`, targets `[M]`."""
+    """Weights `[K]` that minimize Σ (Σ_k w_k v_k − y)² / M. values `[M, K]`, targets `[M]`."""
     # In units of the target's variance, so that the gap means the same for every unit.
     scale = float(targets.std()) or 1.0
     errors = (values - targets[:, None]) / scale
     products = errors.T @ errors / len(errors)
 
     def derivatives(weights: Floats) -> tuple[float, Floats, Floats]:
-        # Since the weights sum to 1, the error of the mixture is the mixture of the errors.
+        # Because the weights sum to 1, the error of the mixture is the mixture of the errors.
         return float(weights @ products @ weights), 2.0 * products @ weights, 2.0 * products
 
-    return least(derivatives, values.shape[1])
+    return minimum(derivatives, values.shape[1])
 
 
-def least(derivatives: Derivatives, size: int) -> Floats:
-    """The point of the simplex where a convex function is least, to within `GAP`."""
+def minimum(derivatives: Derivatives, size: int) -> Floats:
+    """The point of the simplex that minimizes a convex function, to within `GAP`."""
     weights = numpy.full(size, 1.0 / size)
     pressure = 1.0
     while size / pressure > GAP / 10:
         pressure *= _GROWTH
-        weights = _centred(derivatives, weights, pressure)
+        weights = _centered(derivatives, weights, pressure)
     gap = _gap(derivatives, weights)
     assert gap <= GAP, f"the weights are {gap:.1e} above the least loss"
     weights = numpy.where(weights < _NOTHING, 0.0, weights)
@@ -88,8 +80,8 @@ def _gap(derivatives: Derivatives, weights: Floats) -> float:
     return float(gradient @ weights - gradient.min())
 
 
-def _centred(derivatives: Derivatives, weights: Floats, pressure: float) -> Floats:
-    """Where pressure·f(w) − Σ log w is least, by Newton's method from `weights`."""
+def _centered(derivatives: Derivatives, weights: Floats, pressure: float) -> Floats:
+    """The minimum of pressure·f(w) − Σ log w, by Newton's method from `weights`."""
     for _ in range(_MOST_STEPS):
         value, gradient, curvature = derivatives(weights)
         # In units of the weights themselves, the barrier's curvature is the identity however small a weight is.
@@ -104,7 +96,7 @@ def _centred(derivatives: Derivatives, weights: Floats, pressure: float) -> Floa
         while True:
             moved = weights * (1.0 + length * step)
             after = pressure * derivatives(moved)[0] - float(numpy.log(moved).sum())
-            # At high pressure what is left to win falls below what a float64 of this size can show.
+            # At high pressure the remaining gain is below what a float64 of this size can represent.
             if after <= before - 0.25 * length * decrement + 1e-14 * abs(before) or length < 1e-10:
                 break
             length *= 0.5
@@ -128,7 +120,7 @@ METHODS = ("mean", "logits", "weighted", "majority")
 @dataclass(frozen=True)
 class Combined:
     """meaning: probabilities `[N, C]` or values `[N]`. uncertainty: name → `[N]`. votes `[N, C]`: how many members
-    chose each class; None but for a majority.
+    chose each class; None except for a majority.
     """
 
     meaning: Meaning
@@ -137,15 +129,15 @@ class Combined:
 
 
 class Tally:
-    """Sums over the members of an ensemble.
+    """Sums over the members of an ensemble; memory does not grow with their number.
 
-    mean: Σ w p, with equal weights. weighted: the same with weights of its own. logits: the softmax or sigmoid of
-    Σ w z. majority: each member has a vote for its class (or for or against each label), and one vote more is shared
-    out by mean probability, (votes + Σ w p) / (K + 1): it decides between classes of as many votes, and no other.
+    mean: Σ w p, with equal weights. weighted: the same with fitted weights. logits: the softmax or sigmoid of Σ w z.
+    majority: each member votes for its class (or for or against each label), and one more vote is divided by mean
+    probability, (votes + Σ w p) / (K + 1): it only breaks ties.
 
-    Uncertainty, by the weighted members: of probabilities their variance, Σ w (p − p̄)² averaged over classes, the
-    entropy H(p̄) and the mutual information H(p̄) − Σ w H(p) in nats, which is what they disagree by (Smith and Gal 2018,
-    section 2.2), summed over labels where there may be several; of values their standard deviation.
+    Uncertainty, over the weighted members: for probabilities their variance, Σ w (p − p̄)² averaged over classes, the
+    entropy H(p̄) and the mutual information H(p̄) − Σ w H(p) in nats, which measures disagreement (Smith and Gal 2018,
+    section 2.2), summed over labels if there may be several; for values their standard deviation.
     """
 
     def __init__(self, task: str, method: str) -> None:
@@ -161,12 +153,12 @@ class Tally:
         self._votes: Any = 0
 
     def add(self, outputs: Tensor, meaning: Meaning, *, weight: float, threshold: float = 0.5) -> None:
-        """One member's outputs `[N, C]` and their meaning. Weights must sum to 1 over the members. threshold: the
-        probability from which the member says that a label applies.
+        """Adds one member's outputs `[N, C]` and their meaning. Weights must sum to 1 over the members. threshold: the
+        probability from which the member predicts a label.
         """
         self._members += 1
         self._first = meaning if self._first is None else self._first
-        # From the first member's, so that the variance of values far from 0 keeps its digits.
+        # Relative to the first member's, so that the variance of values far from 0 keeps its precision.
         away = meaning - self._first
         self._sum = self._sum + weight * meaning
         self._deviations = self._deviations + weight * away
@@ -181,7 +173,7 @@ class Tally:
             self._votes = self._votes + (meaning >= threshold).astype(numpy.int64)
 
     def result(self) -> Combined:
-        """What all members that were added say together."""
+        """The combined prediction of all added members."""
         variance = numpy.maximum(self._squares - self._deviations**2, 0.0)
         if self.task == "regression":
             return Combined(self._sum, {"std": numpy.sqrt(variance)}, None)
@@ -190,7 +182,7 @@ class Tally:
         uncertainty = {
             "variance": variance.mean(1),
             "entropy": entropy,
-            # Rounding may leave it a hair below 0 where all agree.
+            # Rounding may leave it slightly below 0 where all agree.
             "mutual_information": numpy.maximum(entropy - self._entropies, 0.0),
         }
         if self.method == "logits":
@@ -216,17 +208,17 @@ def _surprise(probabilities: Floats) -> Floats:
 
 
 def tied(votes: NDArray[numpy.int64], num_members: int, *, task: str) -> list[list[int]]:
-    """Of each row the classes that share the most votes, or the labels that half of the members are for; none where
-    the vote is clear. votes `[N, C]`.
+    """The classes of each row that share the most votes, or the labels with votes of half of the members; none if the
+    vote is clear. votes `[N, C]`.
     """
     if task == "multi_label":
-        return [[int(place) for place in numpy.flatnonzero(2 * row == num_members)] for row in votes]
-    places = [numpy.flatnonzero(row == row.max()) for row in votes]
-    return [[int(place) for place in row] if len(row) > 1 else [] for row in places]
+        return [[int(index) for index in numpy.flatnonzero(2 * row == num_members)] for row in votes]
+    indices = [numpy.flatnonzero(row == row.max()) for row in votes]
+    return [[int(index) for index in row] if len(row) > 1 else [] for row in indices]
 
 
 def in_order(outputs: Tensor, order: Sequence[int]) -> Tensor:
-    """Outputs `[N, C]` with the columns that `order` lists, so that members with the same classes in another order
-    agree on which is which.
+    """Outputs `[N, C]` with columns in the order `order`, so that members with the same classes in another order
+    match.
     """
     return outputs[:, torch.tensor(order)] if list(order) != list(range(outputs.shape[1])) else outputs

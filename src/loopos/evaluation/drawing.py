@@ -1,8 +1,4 @@
-"""Figures as SVG, the same bytes for the same values.
-
-Enters: numbers: series of points, a confusion matrix, true and predicted values. Leaves: the text of an SVG. matplotlib
-is imported here and nowhere else. Left out: what the numbers mean, files.
-"""
+"""Figures as SVG, with equal bytes for equal values. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.patches import Rectangle
 
 Series: TypeAlias = Sequence[tuple[float, float]]
-"""Points (x, y); where y is not finite the line has a gap."""
+"""Points (x, y); the line has a gap where y is not finite."""
 
 _MOST_MARKED = 40
 _MOST_NAMED_CLASSES = 40
@@ -25,7 +21,7 @@ _MOST_NAMED_CLASSES = 40
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches, to be filled and taken by `svg_of` within."""
+    """A figure of this size in inches; fill it and call `svg_of` within the context."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -34,14 +30,14 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
 
 
 def svg_of(figure: Figure) -> str:
-    """The figure's text: no date and no random names, so that equal values give equal bytes."""
+    """The figure as SVG text, without date and random names, so that equal values give equal bytes."""
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None})
     return written.getvalue()
 
 
 def curves_svg(panels: Mapping[str, Mapping[str, Series]], *, axis: str) -> str:
-    """One panel a title, in it one line a name; axis: what x counts."""
+    """One panel per title with one line per name; axis: label of x."""
     num_columns = min(len(panels), 2)
     num_rows = math.ceil(len(panels) / num_columns)
     with drawing(4.5 * num_columns + 1.5, 2.6 * num_rows + 0.4) as figure:
@@ -60,8 +56,8 @@ def curves_svg(panels: Mapping[str, Mapping[str, Series]], *, axis: str) -> str:
 
 
 def confusion_svg(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
-    """Counts `[C, C]`, row = true class, column = predicted class, as a picture: the deeper a cell's colour, the larger
-    its share of the row. Names stand beside up to 40 classes, counts in the cells of up to 20.
+    """A confusion matrix `[C, C]`, row = true class, column = predicted class: the deeper a cell's color, the larger
+    its fraction of the row. Up to 40 classes are named; up to 20 have counts in their cells.
     """
     num_classes = len(class_names)
     size = min(12.0, 2.5 + 0.42 * num_classes)
@@ -73,9 +69,9 @@ def confusion_svg(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -
                 if count == 0:
                     continue
                 corner = (column - 0.5, row - 0.5)
-                # Colour by opacity, so that the figure reads on light and dark paper.
-                colour, share = "tab:blue" if row == column else "tab:orange", count / total
-                axes.add_patch(_rectangle(corner, colour, 0.1 + 0.7 * share))
+                # Color by opacity, so that the figure works on light and dark paper.
+                color, fraction = "tab:blue" if row == column else "tab:orange", count / total
+                axes.add_patch(_rectangle(corner, color, 0.1 + 0.7 * fraction))
                 if num_classes <= 20:
                     axes.text(column, row, f"{count:,}", ha="center", va="center")
         axes.set_xlim(-0.5, num_classes - 0.5)
@@ -90,9 +86,7 @@ def confusion_svg(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -
 
 
 def residuals_svg(true: Sequence[float], predicted: Sequence[float]) -> str:
-    """Predicted over true values, with the line on which they are equal; and the errors predicted − true over the true
-    values.
-    """
+    """Predicted over true values, with the line of equality; and the errors predicted − true over the true values."""
     with drawing(9.0, 3.8) as figure:
         left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
         ends = [min(*true, *predicted), max(*true, *predicted)] if true else [0.0, 1.0]
@@ -108,10 +102,10 @@ def residuals_svg(true: Sequence[float], predicted: Sequence[float]) -> str:
         return svg_of(figure)
 
 
-def _rectangle(corner: tuple[float, float], colour: str, opacity: float) -> Rectangle:
+def _rectangle(corner: tuple[float, float], color: str, opacity: float) -> Rectangle:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, 1, 1, facecolor=colour, alpha=opacity, linewidth=0)
+    return Rectangle(corner, 1, 1, facecolor=color, alpha=opacity, linewidth=0)
 
 
 def _short(name: str) -> str:

@@ -1,8 +1,5 @@
-"""What a task model predicts for labelled rows, held against their labels row by row.
+"""Predictions of a task model compared with the labels of rows: metrics, per-class figures, and rows by mistake.
 
-Enters: examples, their encoded labels, and what the model's outputs mean. Leaves: metrics, figures of each class, a
-record of each row with the most confident mistakes first, and blocks of a report. Left out: running the model
-(`predictor.py`), files.
 Letters: N rows, C outputs.
 """
 
@@ -31,9 +28,9 @@ _CHARACTERS_IN_REPORT = 500
 
 @dataclass(frozen=True)
 class Judgement:
-    """`meaning` (probabilities `[N, C]` or values `[N]`) against `targets`; both in the order of `examples`.
+    """`meaning` (probabilities `[N, C]` or values `[N]`) and `targets`, both in the order of `examples`.
 
-    `report` and `tokens`: what was dropped and what was cut. `threshold`: the probability from which a label applies.
+    `report` and `tokens`: what was dropped and cut. `threshold`: the probability from which a label is predicted.
     """
 
     space: LabelSpace
@@ -46,8 +43,8 @@ class Judgement:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """The metrics, "rows", what was dropped or cut; of classes and labels "classes", the figures of each; of
-        classification "class_names" and "confusion" `[C, C]`, row = true class.
+        """The metrics, "rows", and what was dropped or cut; for classes and labels also "classes", the figures of each;
+        for classification "class_names" and "confusion" `[C, C]`, row = true class.
         """
         space = self.space
         metrics: dict[str, Any] = dict(measure(space.task, self.meaning, self.targets, threshold=self.threshold))
@@ -63,7 +60,7 @@ class Judgement:
         return metrics
 
     def classes(self) -> list[ClassFigures]:
-        """The figures of each class, or of each label; none of a regressor."""
+        """The figures of each class or label; none for a regressor."""
         if self.space.task == "regression":
             return []
         if self.space.task == "classification":
@@ -76,17 +73,17 @@ class Judgement:
         ]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A record of each row, the most confident mistakes first and the surest right rows last; of a regressor the
+        """A record of each row, most confident mistakes first and most confident correct rows last; for a regressor the
         largest errors first.
         """
         verdicts = [self._of_value, self._of_class, self._of_labels][
             ("regression", "classification", "multi_label").index(self.space.task)
         ]()
-        order = sorted(range(len(verdicts)), key=lambda place: (-verdicts[place][0], place))
-        return [{**_named(self.examples[place]), **verdicts[place][1]} for place in order]
+        order = sorted(range(len(verdicts)), key=lambda index: (-verdicts[index][0], index))
+        return [{**_named(self.examples[index]), **verdicts[index][1]} for index in order]
 
     def blocks(self) -> list[Block]:
-        """Metrics, classes, confusion or residuals, and the rows that the model is most wrong about."""
+        """Metrics, classes, confusion or residuals, and the rows with the worst mistakes."""
         figures = [(name, figure(value)) for name, value in self.metrics.items() if isinstance(value, float)]
         lost = [f"{count} dropped ({reason})" for reason, count in self.report.dropped.items()]
         lost += [f"{self.tokens.truncated} cut at the model's length"] if self.tokens.truncated else []
@@ -138,7 +135,7 @@ class Judgement:
         for truth, predicted, probabilities in zip(truths, chosen, sure, strict=True):
             wrong = truth != predicted
             is_right = not wrong.any()
-            # The surest wrong decision, or the least sure of all that are right.
+            # The most confident wrong decision, or the least confident of all if they are correct.
             probability = float(probabilities.min() if is_right else probabilities[wrong].max())
             verdict = {
                 "true": self.space.decode(truth.tolist()),
@@ -152,18 +149,18 @@ class Judgement:
 
 
 def _named(example: Labeled) -> dict[str, Any]:
-    """Where a row stands and what it says: its line, or its number from 0 where its file has no lines."""
+    """A row's location and text: its line, or its number from 0 if its file has no lines."""
     row = example.row
-    place = {"line": row.line} if row.line is not None else {"row": row.index}
+    location = {"line": row.line} if row.line is not None else {"row": row.index}
     pair = {} if example.text_pair is None else {"text_pair": example.text_pair}
-    return {"file": row.source, **place, "text": example.text, **pair}
+    return {"file": row.source, **location, "text": example.text, **pair}
 
 
 def _worst_blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     wrong = [row for row in rows if not row.get("correct", False)]
     title = "Largest errors" if rows and "error" in rows[0] else "Most confident mistakes"
     if not wrong:
-        return [Heading(title), Paragraph("None: every row is right.")]
+        return [Heading(title), Paragraph("None: every row is correct.")]
     names = [name for name in wrong[0] if name not in ("file", "correct")]
     numbers = [index for index, name in enumerate(names) if isinstance(wrong[0][name], int | float)]
     lines = [[_cell(row.get(name)) for name in names] for row in wrong[:_ROWS_IN_REPORT]]

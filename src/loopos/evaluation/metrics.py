@@ -1,8 +1,8 @@
-"""Predictions and truths enter as NumPy arrays, metrics leave as a dict of name → float.
+"""Metrics of classification, multi-label classification and regression, in NumPy: arrays → dict of name → float.
 
-A metric that is not defined for its input (AUROC of one class, correlation with a constant) is absent, never nan.
-Written out in NumPy, so that validation imports nothing heavy; tests hold every figure against scikit-learn and SciPy.
-Letters: N rows, C classes, L labels. Left out: models, devices, and averaging over processes (gather rows first).
+A metric that is not defined for its input (AUROC of one class, correlation with a constant) is absent, never nan. NumPy
+keeps validation free of heavy imports; tests compare every figure with scikit-learn and SciPy.
+Letters: N rows, C classes, L labels.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ METRIC_DIRECTION: Mapping[str, Literal["min", "max"]] = {
 
 # For readers of reports; docs/metrics.md has the definitions.
 METRIC_MEANING: Mapping[str, str] = {
-    "accuracy": "share of rows that are right",
-    "macro_f1": "balance of precision and recall, every class counting the same",
+    "accuracy": "fraction of correct rows",
+    "macro_f1": "balance of precision and recall, with equal weight for every class",
     "micro_f1": "balance of precision and recall over all decisions together",
     "auroc": "chance that a row of a class gets a higher probability for it than a row of another; 0.5 is guessing",
     "log_loss": "how surprising the right answers are to the model, nats; 0 is certainty",
-    "ece": "how far the stated probabilities are from the shares that are right; 0 is perfect",
-    "subset_accuracy": "share of rows with every label right",
+    "ece": "difference between stated probabilities and the fraction that is correct; 0 is perfect",
+    "subset_accuracy": "fraction of rows with every label correct",
     "mae": "mean size of the errors, in the unit of the targets",
-    "rmse": "as mae, with large errors counting more",
-    "r2": "share of the targets' variance that is explained; 0 is no better than their mean",
+    "rmse": "like mae, with more weight on large errors",
+    "r2": "fraction of the targets' variance that is explained; 0 is no better than their mean",
     "pearson": "linear correlation of predictions and targets",
     "spearman": "correlation of their ranks",
-    "perplexity": "exp(loss): tokens that the model wavers between",
-    "pair_accuracy": "share of pairs whose preferred response scores higher",
-    "score_gap": "mean distance of the preferred response's score from the other's",
+    "perplexity": "exp(loss): effective number of tokens that the model hesitates between",
+    "pair_accuracy": "fraction of pairs whose preferred response scores higher",
+    "score_gap": "mean difference between the scores of the preferred and the other response",
 }
 
 NUM_CALIBRATION_BINS = 15
@@ -106,9 +106,9 @@ def multi_label_metrics(probabilities: ArrayLike, labels: ArrayLike, threshold: 
     scores = finite_floats("probabilities", probabilities, num_axes=2)
     actual = numpy.asarray(labels)
     if actual.shape != scores.shape:
-        raise ValueError(f"labels of shape {actual.shape} given, expected the shape of probabilities, {scores.shape}")
+        raise ValueError(f"labels: got shape {actual.shape}; expected the shape of probabilities, {scores.shape}")
     if not numpy.isin(actual, (0, 1)).all():
-        raise ValueError("labels hold other values than 0 and 1")
+        raise ValueError("labels: got values other than 0 and 1")
     truth = actual.astype(bool)
     predicted = scores >= threshold
     likelihood = _away_from_zero(numpy.where(truth, scores, 1.0 - scores))
@@ -132,7 +132,7 @@ def regression_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, 
     predicted = finite_floats("predictions", predictions, num_axes=1)
     truth = finite_floats("targets", targets, num_axes=1)
     if predicted.shape != truth.shape:
-        raise ValueError(f"{len(predicted)} predictions for {len(truth)} targets given, expected one for each")
+        raise ValueError(f"got {len(predicted)} predictions for {len(truth)} targets; expected one for each")
     errors = predicted - truth
     metrics = {"mae": float(numpy.abs(errors).mean()), "rmse": float(numpy.sqrt(numpy.square(errors).mean()))}
     if numpy.ptp(truth) > 0:
@@ -146,14 +146,14 @@ def regression_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, 
 
 
 def finite_floats(name: str, values: ArrayLike, num_axes: int) -> Floats:
-    """The values as 64-bit floats with `num_axes` axes. Raises ValueError, which calls them `name`, on another number
-    of axes, no values, nan or inf.
+    """The values as 64-bit floats with `num_axes` axes. Raises ValueError, with `name`, for another number of axes, no
+    values, nan or inf.
     """
     array = numpy.asarray(values, dtype=numpy.float64)
     if array.ndim != num_axes:
-        raise ValueError(f"{name} of shape {array.shape} given, expected {num_axes} axes")
+        raise ValueError(f"{name}: got shape {array.shape}; expected {num_axes} axes")
     if array.size == 0:
-        raise ValueError(f"{name}: no rows given, expected at least one")
+        raise ValueError(f"{name}: got no rows; expected at least one")
     num_bad = int((~numpy.isfinite(array)).sum())
     if num_bad:
         raise ValueError(f"{name}: {num_bad} of {array.size} values are nan or inf")
@@ -163,15 +163,15 @@ def finite_floats(name: str, values: ArrayLike, num_axes: int) -> Floats:
 def _class_indices(labels: ArrayLike, num_rows: int, num_classes: int) -> Integers:
     array = numpy.asarray(labels)
     if array.shape != (num_rows,):
-        raise ValueError(f"labels of shape {array.shape} given, expected ({num_rows},)")
+        raise ValueError(f"labels: got shape {array.shape}; expected ({num_rows},)")
     if num_rows == 0:
-        raise ValueError("labels: no rows given, expected at least one")
+        raise ValueError("labels: got no rows; expected at least one")
     if num_classes < 2:
-        raise ValueError(f"{num_classes} classes given, expected at least 2")
+        raise ValueError(f"got {num_classes} classes; expected at least 2")
     if not numpy.issubdtype(array.dtype, numpy.integer):
-        raise ValueError(f"labels of type {array.dtype} given, expected whole numbers")
+        raise ValueError(f"labels: got type {array.dtype}; expected integers")
     if array.min() < 0 or array.max() >= num_classes:
-        raise ValueError(f"labels from {array.min()} to {array.max()} given, expected 0 to {num_classes - 1}")
+        raise ValueError(f"labels: got values from {array.min()} to {array.max()}; expected 0 to {num_classes - 1}")
     return array.astype(numpy.int64)
 
 
@@ -206,7 +206,7 @@ def _add_auroc(metrics: dict[str, float], truth: NDArray[numpy.bool_], scores: F
 
 
 def _auroc(truth: NDArray[numpy.bool_], scores: Floats) -> float:
-    """Chance that a true row's score lies above a false row's, ties half (Mann and Whitney 1947)."""
+    """Probability that a true row's score is above a false row's, ties half (Mann and Whitney 1947)."""
     num_true = int(truth.sum())
     rank_sum = _ranks(scores)[truth].sum()
     return float((rank_sum - num_true * (num_true + 1) / 2) / (num_true * (len(truth) - num_true)))

@@ -1,8 +1,4 @@
-"""A trained model of any kind, opened by what its folder says it is.
-
-Enters: a place. Leaves: a `Predictor`, an `EnsemblePredictor`, a `RewardPredictor` or a `Reasoner`. Left out: what each
-of them does.
-"""
+"""Opens a trained model of any kind, as its folder describes it."""
 
 from __future__ import annotations
 
@@ -23,8 +19,8 @@ _USES = {"head": "predict", "language": "generate", "reward": "score_texts"}
 
 
 def open_model(source: str, kind: Kind | None = None, *, device: str = "cpu") -> Opened:
-    """The model at a place. kind: the only one that will do. Raises `UserError` for a place without a model, or with
-    another kind of model.
+    """Opens the model at a path or id. kind: the only accepted kind. Raises `UserError` if there is no model, or one of
+    another kind.
     """
     found = _kind_at(source)
     if kind is not None and kind not in _USES:
@@ -46,5 +42,5 @@ def _kind_at(source: str) -> Kind:
     names = ("config.json", "model/config.json", ADAPTER_CONFIG)
     is_model = source == EMBEDDED or Path(source).is_file() or any((Path(source) / name).is_file() for name in names)
     if not is_model and not is_hub_id(source):
-        model_folder(source)  # says what is missing
+        model_folder(source)  # raises an error that names what is missing
     return "language"

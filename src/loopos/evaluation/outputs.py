@@ -1,7 +1,5 @@
-"""Outputs of a task model over many examples, and what they mean.
+"""Outputs of a task model over many examples, and their meaning: probabilities, values, metrics.
 
-Enters: a `PooledModel` and encoded examples. Leaves: outputs in the examples' order, probabilities or values, metrics.
-Left out: files and folders (`predictor.py`).
 Letters: N examples, C outputs.
 """
 
@@ -21,14 +19,14 @@ from loopos.data.tokens import Encoded
 from loopos.evaluation.metrics import classification_metrics, confusion_matrix, multi_label_metrics, regression_metrics
 from loopos.models.heads import PooledModel
 
-# Tokens of one forward pass without gradients: enough to keep the matrix products busy, little enough for small memory.
+# Tokens of one forward pass without gradients: enough for efficient matrix products, few enough for small memory.
 _TOKENS = 2048
 Meaning: TypeAlias = NDArray[np.float64]
 """Probabilities `[N, C]`, or values `[N]` in the user's unit."""
 
 
 class NonFiniteOutputs(UserError):
-    """A model whose outputs are no finite numbers: nothing can be read off them."""
+    """Outputs that are not finite numbers and so have no meaning."""
 
     exit_code = 1
 
@@ -37,8 +35,8 @@ class NonFiniteOutputs(UserError):
 def outputs_of(
     model: PooledModel, examples: Sequence[Encoded], device: torch.device, *, rank: int = 0, world: int = 1
 ) -> Tensor:
-    """Logits or standardised predictions `[N, C]` in fp32 on CPU, in the order of `examples`. Of several ranks
-    each fills its share; the other rows are 0.
+    """Logits or standardized predictions `[N, C]` in fp32 on CPU, in the order of `examples`. With several ranks each
+    fills its part; the other rows are 0.
     """
     was_training = model.training
     model.eval()
@@ -52,13 +50,13 @@ def outputs_of(
 
 
 def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_std: float = 1.0) -> Meaning:
-    """What outputs `[N, C]` say: probabilities `[N, C]` (softmax, or a sigmoid each), or values `[N]` in the
+    """The meaning of outputs `[N, C]`: probabilities `[N, C]` (softmax, or a sigmoid each), or values `[N]` in the
     user's unit: mean + std·output. Raises `NonFiniteOutputs`.
     """
     if bad := int((~outputs.isfinite().all(-1)).sum()):
         raise NonFiniteOutputs(
-            f"the model's outputs for {bad} of {len(outputs)} rows are not finite numbers; expected finite ones: lower "
-            "training.learning_rate if this is a run, use precision fp32 if it is a trained model"
+            f"the model's outputs for {bad} of {len(outputs)} rows are not finite: lower "
+            "training.learning_rate if this is a run; use precision fp32 if it is a trained model"
         )
     if task == "classification":
         return torch.softmax(outputs.double(), -1).numpy()
@@ -68,7 +66,7 @@ def interpret(task: str, outputs: Tensor, *, target_mean: float = 0.0, target_st
 
 
 def measure(task: str, meaning: Meaning, targets: Sequence[Any], *, threshold: float = 0.5) -> dict[str, float]:
-    """The task's metrics of `interpret`'s result against encoded targets."""
+    """The task's metrics of `interpret`'s result and encoded targets."""
     if task == "classification":
         return classification_metrics(meaning, targets)
     if task == "multi_label":

@@ -1,8 +1,6 @@
-"""A user's own function, by the name that a config or a command gives: found, called, and what it returns read.
+"""A user's own function, named by a config or a command: found, called, and its result converted to numbers.
 
-Enters: "module:function". Leaves: the function, as a call whose errors name it and the row that it was called for; and
-the numbers of what it returned, be they Python's, NumPy's or torch's. It runs only where it is named. Left out: what it
-is called with (`checkers`, `rewards`, `pair_judges`).
+Errors name the function and the row that it was called for. It runs only if named.
 """
 
 from __future__ import annotations
@@ -21,28 +19,28 @@ from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
 
 LARGEST = 1e18
-"""The largest size of a number that is taken: its square must fit into fp32."""
+"""The largest accepted size of a number: its square must fit into fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnFunction:
-    """`label`: what it is for, and its name."""
+    """`label`: its purpose and name."""
 
     label: str
     function: Callable[..., Any]
 
     def __call__(self, *arguments: object, about: str) -> Any:
-        """What the function returns; of a generator its list. about: what it is called for, in words. Raises
-        `UserError` for whatever the function raises.
+        """The result of the function; for a generator a list. about: describes the call in messages. Raises `UserError`
+        for whatever the function raises.
         """
         try:
             returned = self.function(*arguments)
             return list(returned) if inspect.isgenerator(returned) else returned
         except UserError:
             raise
-        # It is the user's code: anything may rise from it.
+        # The user's code may raise anything.
         except Exception as problem:
-            raise self.error(f"raised {_told(problem)}\n    for {about}") from problem
+            raise self.error(f"raised {_exception_summary(problem)}\n    for {about}") from problem
 
     def error(self, what: str) -> UserError:
         """A `UserError` that names the function."""
@@ -50,18 +48,18 @@ class OwnFunction:
 
 
 def own_function(name: str, kind: str) -> OwnFunction:
-    """The function of a name "module:function". kind: what it is for, in words. Raises `UserError`."""
+    """The function called "module:function". kind: its purpose, for messages. Raises `UserError`."""
     module_name, _, function_name = name.partition(":")
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as problem:
         raise UserError(
-            f"{kind} {name}: cannot import {module_name} ({problem}); expected a module that Python finds from here: "
+            f"{kind} {name}: cannot import {module_name} ({problem}); expected a module that Python can find: "
             "set PYTHONPATH to its folder"
         ) from problem
-    # It is the user's code: anything may rise from it.
+    # The user's code may raise anything.
     except Exception as problem:
-        raise UserError(f"{kind} {name}: importing {module_name} raised {_told(problem)}") from problem
+        raise UserError(f"{kind} {name}: importing {module_name} raised {_exception_summary(problem)}") from problem
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{kind} {name}: {module_name} has no function {function_name}")
@@ -69,7 +67,7 @@ def own_function(name: str, kind: str) -> OwnFunction:
 
 
 def number_of(value: object) -> float | None:
-    """A number of Python, NumPy or torch (an array or a tensor of one element too) as a float; None for anything else,
+    """A number of Python, NumPy or torch (also an array or a tensor of one element) as a float; None for anything else,
     for NaN, for an infinity, and for one larger than `LARGEST`.
     """
     value = plain(value)
@@ -84,9 +82,9 @@ def number_of(value: object) -> float | None:
     return number if math.isfinite(number) and abs(number) <= LARGEST else None
 
 
-def numbers_of(returned: object, places: Sequence[str], function: OwnFunction) -> list[float]:
-    """One number for each of `places`, which name the responses. Raises `UserError`."""
-    count, found = len(places), plain(returned)
+def numbers_of(returned: object, locations: Sequence[str], function: OwnFunction) -> list[float]:
+    """One number for each of `locations`, which describe the responses in messages. Raises `UserError`."""
+    count, found = len(locations), plain(returned)
     expected = f"expected one number per response, here a list of {count}"
     if found is None:
         raise function.error(f"returned None; {expected} (is a return missing?)")
@@ -98,37 +96,37 @@ def numbers_of(returned: object, places: Sequence[str], function: OwnFunction) -
     if len(values) != count:
         raise function.error(f"returned {len(values)} numbers for {count} responses; {expected}")
     numbers: list[float] = []
-    for value, place in zip(values, places, strict=True):
+    for value, location in zip(values, locations, strict=True):
         number = number_of(value)
         if number is None:
             raise function.error(
-                f"returned {_short(value)}; expected a finite number of at most {LARGEST:g} in size\n    for {place}"
+                f"returned {_short(value)}; expected a finite number of at most {LARGEST:g} in size\n    for {location}"
             )
         numbers.append(number)
     return numbers
 
 
 def called_for(prompt: str, source: str = "") -> str:
-    """A prompt, and where it is from, for a message."""
-    words = f"the prompt {shown(prompt)}"
-    return f"{source}, {words}" if source else words
+    """A prompt and its source, for a message."""
+    text = f"the prompt {shown(prompt)}"
+    return f"{source}, {text}" if source else text
 
 
 def plain(value: object) -> object:
-    """What NumPy's and torch's numbers, arrays and tensors hold, as Python's."""
+    """Numbers, arrays and tensors of NumPy and torch as Python values."""
     tolist = getattr(value, "tolist", None)
     return tolist() if callable(tolist) else value
 
 
 def _short(value: object) -> str:
-    held = plain(value)
-    return str(held) if isinstance(held, Real | Decimal) else shown(held)
+    converted = plain(value)
+    return str(converted) if isinstance(converted, Real | Decimal) else shown(converted)
 
 
-def _told(problem: Exception) -> str:
-    """An exception in one line, with the place of the code that raised it."""
+def _exception_summary(problem: Exception) -> str:
+    """An exception on one line, with the location of the code that raised it."""
     frames = traceback.extract_tb(problem.__traceback__)
     own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    place = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    location = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
     text = " ".join(str(problem).split())
-    return f"{type(problem).__name__}{place}" + (f": {text}" if text else "")
+    return f"{type(problem).__name__}{location}" + (f": {text}" if text else "")

@@ -1,8 +1,6 @@
-"""Metrics of a Python program: functions of what the model gives and what it is held against, beside our own metrics.
+"""Metrics of a Python program: functions of predictions and targets, added to LoopOS's own metrics.
 
-Enters: functions by name, each with its direction; predictions and targets, as `docs/post_training.md` says for each
-method. Leaves: the metrics with theirs among them. They are computed by one process, for all. Left out: predictions
-(`outputs`, `answer_check`, `reward_scores`, `policy_check`), what follows from a metric (`training.validation`).
+`docs/post_training.md` describes predictions and targets for each method. One process computes the metrics for all.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from loopos.evaluation.run_folder import FLAGS
 Direction: TypeAlias = Literal["min", "max"]
 MetricFunction: TypeAlias = Callable[[Any, Any], SupportsFloat]
 MetricFunctions: TypeAlias = Mapping[str, MetricFunction | tuple[MetricFunction, Direction]]
-"""Name → function, or (function, "min") where less is better."""
+"""Name → function, or (function, "min") if lower is better."""
 
 _OURS = {*METRIC_DIRECTION, *METRIC_MEANING, *PREFERENCE_METRIC_DIRECTION, *POLICY_METRIC_DIRECTION}
 _EXPECTED = 'a function of (predictions, targets), or a pair of it and "min" or "max"'
@@ -40,13 +38,13 @@ class OwnMetrics:
 
     @classmethod
     def of(cls, actual: MetricFunctions) -> OwnMetrics:
-        """Raises `UserError` for what is no metric."""
+        """Raises `UserError` for invalid entries."""
         functions: dict[str, OwnFunction] = {}
         directions: dict[str, Direction] = {}
         for name, value in actual.items():
             parts: tuple[Any, ...] = value if isinstance(value, tuple) else (value, "max")
             if not isinstance(name, str) or not name or name in FLAGS:
-                raise UserError(f"metrics: got the name {shown(name)}; expected text that names a metric of your own")
+                raise UserError(f"metrics: got the name {shown(name)}; expected a name for a metric of your own")
             if name in _OURS:
                 raise UserError(f'metrics: got the name "{name}", which is a metric of LoopOS; choose another name')
             if len(parts) != 2 or not callable(parts[0]) or parts[1] not in ("min", "max"):
@@ -59,7 +57,7 @@ class OwnMetrics:
         return bool(self.functions)
 
     def direction(self, name: str, known: Mapping[str, Direction]) -> Direction:
-        """That of a metric: one of these, or of `known`. Raises `UserError` for any other."""
+        """The direction of a metric: one of these, or of `known`. Raises `UserError` for any other."""
         found = self.directions.get(name) or known.get(name)
         if found is None:
             raise UserError(f'training.metric: got "{name}"; expected one of {", ".join([*known, *self.directions])}')
@@ -74,9 +72,9 @@ class OwnMetrics:
         is_first: bool,
         gather: Callable[[object], list[object]],
     ) -> dict[str, float]:
-        """`metrics` and those of the functions, the same on every rank; one that is not finite is left out. is_first:
-        this rank computes them. Raises `UserError`, which names the function, for what it raises and for a result that
-        is no number.
+        """`metrics` and those of the functions, the same on every rank; non-finite values are omitted. is_first: this
+        rank computes them. Raises `UserError` with the function's name, for what it raises and for a result that is no
+        number.
         """
         if not self.functions:
             return dict(metrics)
@@ -102,12 +100,12 @@ class OwnMetrics:
 
 
 def name_of(function: object) -> str:
-    """What a function is called in its code."""
+    """The name of a function in its code."""
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
 
 
 def _copied(values: Any) -> Any:
-    """A copy: what a function does to it stays with it."""
+    """A copy, so that a function cannot change the original."""
     return numpy.array(values) if isinstance(values, numpy.ndarray) else list(values)
 
 

@@ -1,8 +1,6 @@
-"""How well a language model foretells a text: perplexity and bits a byte, over a sliding window.
+"""Perplexity and bits per byte of a language model on running text, over a sliding window.
 
-Enters: a causal language model or an ensemble of several, its tokenizer, a text. Leaves: a `TextLoss`. Every token but
-the first is counted once, whatever the stride. Left out: rows of examples (`training.language_objective`), reading the
-file (`data.plain_text`).
+Every token except the first counts once, whatever the stride. Rows of examples: `training.language_objective`.
 Letters: T tokens of the text.
 """
 
@@ -24,8 +22,8 @@ WINDOW = 1024
 
 @dataclass(frozen=True, slots=True)
 class TextLoss:
-    """`nats`: Σ −log p over the `tokens` that were foretold; `num_bytes`: those of their text in UTF-8. `context`: the
-    fewest tokens that stood before a token in its window, but for the text's beginning.
+    """`nats`: Σ −log p over the `tokens` predicted; `num_bytes`: those of their text in UTF-8. `context`: the minimum
+    number of tokens before a token in its window, except at the beginning of the text.
     """
 
     nats: float
@@ -53,8 +51,8 @@ class TextLoss:
     def context(self) -> int:
         return self.window - self.stride
 
-    def told(self) -> dict[str, float | int]:
-        """Everything by name."""
+    def to_dict(self) -> dict[str, float | int]:
+        """All values by name."""
         return {
             "perplexity": self.perplexity,
             "loss": self.loss,
@@ -67,8 +65,8 @@ class TextLoss:
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first, last, counted from) of each window over T tokens: ids[first:last] go through the model, and the tokens
-    from `counted from` on are those that no window before has counted. Token 0 is context alone.
+    """(first, last, counted from) of each window over T tokens: ids[first:last] are the input, and the tokens from
+    `counted from` on are new in this window. Token 0 is only context.
     """
     counted = 1
     for first in range(0, tokens, stride):
@@ -88,14 +86,14 @@ def text_loss(
     *,
     window: int | None = None,
     stride: int | None = None,
-    note: Callable[[int, int], None] = lambda done, whole: None,
+    note: Callable[[int, int], None] = lambda completed, total: None,
 ) -> TextLoss:
-    """−log p of every token of a text given up to `window` tokens of it, in steps of `stride`.
+    """−log p of every token of a text, with up to `window` tokens of context, in steps of `stride`.
 
-    A begin token that the tokenizer puts before a text by itself is context; the first token of the text has none
-    before it otherwise, and neither it nor its bytes count. window: 1024, or the model's positions where they are
-    fewer, when absent; stride: half of it. note: takes tokens done and tokens in all. Raises `UserError` for a window
-    over the positions, a stride over the window, or a text of fewer than two tokens.
+    A begin token that the tokenizer adds is context; without one the first token of the text has no context, and
+    neither it nor its bytes count. window: default 1024, or the model's positions if fewer; stride: default half of it.
+    note: takes the numbers of finished tokens and of all. Raises `UserError` for a window over the positions, a stride
+    over the window, or a text of fewer than two tokens.
     """
     window, stride = _checked(model, window, stride)
     begin: list[int] = _leading(tokenizer)
@@ -103,7 +101,7 @@ def text_loss(
     own: list[int] = batch["input_ids"]
     ids = torch.tensor([*begin, *own], device=model.device)
     if len(ids) < 2:
-        raise UserError(f"a text of {len(own)} tokens; expected 2 or more: one to foretell another")
+        raise UserError(f"got a text of {len(own)} tokens; expected 2 or more: one to predict another")
     num_bytes = len(text.encode()) if begin else len(text.encode()) - _bytes_of_first(tokenizer, text, own)
     language_model = next_token_loss(model)
     nats, counted = 0.0, 0
@@ -124,24 +122,22 @@ def _checked(model: PreTrainedModel | LanguageEnsemble, window: int | None, stri
     if chosen < 2 or (positions is not None and chosen > positions):
         expected = f"2 to {positions}, the model's positions" if positions is not None else "2 or more"
         raise UserError(f"window: got {chosen} tokens; expected {expected}")
-    # A step as wide as the window would leave the first token of each window without a token before it.
+    # A stride as wide as the window would leave the first token of each window without context.
     if not 1 <= step < chosen:
         raise UserError(f"stride: got {step} tokens; expected 1 to {chosen - 1}, below the window")
     return chosen, step
 
 
 def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The begin token, where the tokenizer puts it before a text by itself."""
+    """The begin token, if the tokenizer adds it to a text."""
     begun: list[int] = tokenizer("a")["input_ids"][:1]
     return begun if tokenizer.bos_token_id is not None and begun == [tokenizer.bos_token_id] else []
 
 
 def _bytes_of_first(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> int:
-    """Bytes of the text before its second token. A slow tokenizer does not tell where tokens lie: its own reading of
-    the first is counted.
-    """
+    """Bytes of the text before its second token. A slow tokenizer has no offsets: there the first token is decoded."""
     if not tokenizer.is_fast:
         return len(str(tokenizer.decode(ids[:1])).encode())
-    # The beginning is enough, and the offsets of a long text are not held.
+    # Only the beginning, so that the offsets of a long text are not stored.
     offsets = tokenizer(text[:4096], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return len(text[: offsets[1][0]].encode()) if len(offsets) > 1 else 0

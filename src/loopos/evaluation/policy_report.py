@@ -1,15 +1,7 @@
-"""What a policy's reward cost in KL → one SVG.
+"""A policy's part of a report: curves by iteration, reward over KL compared with best-of-n, and monitors.
 
-Enters: points of KL and reward, all measured on the same prompts: the policy by iteration, and best-of-n sampling for
-comparison. Leaves: the text of an
-SVG; equal points give equal text. Left out: measuring the points (`policy_metrics` has best-of-n's) and a run's other
-curves (`report`).
-
-What a report says of a policy: curves by iteration, reward over KL beside best-of-n, guards.
-
-Enters: a run with events "rollout", "validation", "best_of_n" and "alarm". Leaves: blocks. Points that are compared are
-measured on the same prompts, those of validation; what an iteration wrote to its own training prompts is drawn beside
-them and named so. Left out: measuring, samples (`samples_report`).
+Compared points are measured on the same prompts, those of validation; figures on an iteration's own training prompts
+are drawn beside them and labeled so.
 """
 
 from __future__ import annotations
@@ -28,7 +20,7 @@ from loopos.evaluation.run_folder import Run
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """`kl` to the reference in nats, and the mean `reward` there."""
+    """`kl` to the reference in nats, and the mean `reward`."""
 
     name: str
     kl: float
@@ -42,12 +34,12 @@ def frontier_svg(
     title: str = "Reward over KL",
     label: str = "policy",
 ) -> str:
-    """Reward over KL: the policy's `points` in the order of iterations as a line called `label`, named at both ends; of
-    `best_of_n` each with its name. A point that is not finite leaves a gap and has no name. Raises ValueError without a
+    """Reward over KL: the policy's `points` in the order of iterations as a line called `label`, named at both ends;
+    points of `best_of_n` with their names. A non-finite point leaves a gap and has no name. Raises ValueError without a
     finite point.
     """
     if not any(_is_finite(point) for point in [*points, *best_of_n]):
-        raise ValueError(f"{len(points) + len(best_of_n)} points and none finite given, expected at least one")
+        raise ValueError(f"got {len(points) + len(best_of_n)} points, none of them finite; expected at least one")
     with drawing(6.0, 4.0) as figure:
         axes = figure.add_subplot()
         for name, series, style, named in (
@@ -66,9 +58,9 @@ def frontier_svg(
             )
             for point in named:
                 if _is_finite(point):
-                    place = (point.kl, point.reward)
-                    # A name may hold dollar signs, which would else begin a formula.
-                    axes.annotate(point.name, place, (4, 4), textcoords="offset points", parse_math=False)
+                    position = (point.kl, point.reward)
+                    # A name may contain dollar signs, which would start a formula.
+                    axes.annotate(point.name, position, (4, 4), textcoords="offset points", parse_math=False)
         axes.set_title(title, parse_math=False)
         axes.set_xlabel("KL to the reference, nats")
         axes.set_ylabel("reward")
@@ -86,18 +78,18 @@ def _ends(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
     return finite if len(finite) < 2 else [finite[0], finite[-1]]
 
 
-# In the order of the panels; what of these was not measured is left out.
+# In the order of the panels; figures that were not measured are left out.
 _PANELS = {
     "reward": "Reward",
-    "kl": "KL to the reference, nats a response",
+    "kl": "KL to the reference, nats per response",
     "judge": "Judge",
     "win_rate": "Win rate against the start, by the judge",
     "reward_win_rate": "Win rate against the start, by the reward",
-    "entropy": "Entropy, nats a token",
+    "entropy": "Entropy, nats per token",
     "response_length": "Response length, tokens",
-    "end_share": "Share of finished responses",
+    "end_share": "Fraction of finished responses",
     "repetition": "Repetition",
-    "clip_share": "Clipped share",
+    "clip_share": "Clipped fraction",
     "approximate_kl": "Approximate KL of the updates",
     "policy_loss": "Policy loss",
     "value_loss": "Value loss",
@@ -116,20 +108,20 @@ _LISTED = (
     "explained_variance",
 )
 _MOST_ITERATIONS_LISTED = 40
-# Key of `guards` → the metric that it watches, and the limit in words.
-_GUARDS = {
-    "kl": ("kl", "KL at most {limit} nats a response"),
+# Key of `guards` → the metric that it watches, and its limit as text.
+_MONITORS = {
+    "kl": ("kl", "KL at most {limit} nats per response"),
     "entropy_share": ("entropy", "entropy at least {limit} of its start"),
     "length_ratio": ("response_length", "mean length within a factor of {limit} of its start"),
     "repetition": ("repetition", "repetition at most {limit}"),
-    "end_share_drop": ("end_share", "share of finished responses at most {limit} below its start"),
+    "end_share_drop": ("end_share", "fraction of finished responses at most {limit} below its start"),
     "judge_drop": ("judge", "judge at most {limit} below its best while the reward has risen"),
 }
 
 
 @dataclass
 class _Iteration:
-    """What one iteration wrote, and what its updates gave."""
+    """The rollouts and updates of one iteration."""
 
     rollout: Mapping[str, Any]
     steps: list[Mapping[str, Any]] = field(default_factory=list)
@@ -143,26 +135,28 @@ class _Iteration:
 
 
 def policy_blocks(run: Run) -> list[Block]:
-    """The report of a run with rollouts; nothing for another."""
+    """The report of a run with rollouts; nothing for other runs."""
     iterations, validations = _by_iteration(run.events)
     if not iterations:
         return []
     parts: list[Block] = [Heading("Iterations"), Picture("iterations", _curves(iterations, validations))]
     if validations:
-        sources = "validation: the same prompts every time. training: the prompts of the iteration, others each time."
+        sources = (
+            "validation: the same prompts every time. training: the prompts of the iteration, different each time."
+        )
         parts.append(Paragraph(sources))
     names = [name for name in _LISTED if any(each.of(name) is not None for each in iterations)]
     listed = spread(iterations, _MOST_ITERATIONS_LISTED)
     rows = [(str(each.rollout["iteration"] + 1), *(_cell(each.of(name)) for name in names)) for each in listed]
     parts.append(Grid(("iteration", *names), rows, numbers=range(len(names) + 1)))
     best = [event["metrics"] for event in run.events if event["event"] == "best_of_n"]
-    return [*parts, *_frontier(iterations, validations, best), *_guards(run)]
+    return [*parts, *_frontier(iterations, validations, best), *_monitor_blocks(run)]
 
 
 def _by_iteration(
     events: Sequence[Mapping[str, Any]],
 ) -> tuple[list[_Iteration], list[tuple[int, Mapping[str, Any]]]]:
-    """The iterations in order, and each validation with the number of iterations that were done before it."""
+    """The iterations in order, and each validation with the number of iterations before it."""
     iterations: list[_Iteration] = []
     validations = []
     for event in events:
@@ -176,13 +170,13 @@ def _by_iteration(
 
 
 def _curves(iterations: Sequence[_Iteration], validations: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
-    """One panel a figure, over the iterations that the policy had been trained for when it was measured."""
+    """One panel per figure, over the number of iterations trained when it was measured."""
     panels = {}
     for name, title in _PANELS.items():
         written = [(float(each.rollout["iteration"]), each.of(name)) for each in iterations]
-        judged = [(float(done), number(metrics.get(name))) for done, metrics in validations]
+        judged = [(float(num_done), number(metrics.get(name))) for num_done, metrics in validations]
         lines = {
-            source: [(done, value) for done, value in points if value is not None]
+            source: [(num_done, value) for num_done, value in points if value is not None]
             for source, points in (("training", written), ("validation", judged))
         }
         if any(lines.values()):
@@ -195,13 +189,15 @@ def _frontier(
     validations: Sequence[tuple[int, Mapping[str, Any]]],
     best: Sequence[Mapping[str, Any]],
 ) -> list[Block]:
-    """Reward over KL on the validation prompts, and best-of-n on the same prompts as the baseline without training; of
+    """Reward over KL on the validation prompts, and best-of-n on the same prompts as the baseline without training; for
     a run without validation, on the prompts of each iteration.
     """
     measured = validations or [(int(each.rollout["iteration"]), each.rollout) for each in iterations]
     path = [
-        FrontierPoint("start" if done == 0 else f"iteration {done}", _or_nan(metrics, "kl"), _or_nan(metrics, "reward"))
-        for done, metrics in measured
+        FrontierPoint(
+            "start" if num_done == 0 else f"iteration {num_done}", _or_nan(metrics, "kl"), _or_nan(metrics, "reward")
+        )
+        for num_done, metrics in measured
     ]
     points = [FrontierPoint(f"best of {each['n']}", each["kl"], each["reward"]) for each in best]
     if not any(math.isfinite(point.kl) and math.isfinite(point.reward) for point in path):
@@ -210,7 +206,7 @@ def _frontier(
         label, sentence = "policy, validation prompts", "Policy and best-of-n answer the same validation prompts."
     else:
         label = "policy, training prompts"
-        sentence = "There was no validation: each point stands on the training prompts of its iteration."
+        sentence = "There was no validation: each point is measured on the training prompts of its iteration."
     parts: list[Block] = [Heading("Reward over KL"), Picture("frontier", frontier_svg(path, points, label=label))]
     parts.append(Paragraph(sentence))
     if best:
@@ -224,31 +220,31 @@ def _frontier(
     return parts
 
 
-def _guards(run: Run) -> list[Block]:
-    """Every guard with its limit, whether it was on, and when it sounded."""
+def _monitor_blocks(run: Run) -> list[Block]:
+    """All monitors with their limits, and when they alerted."""
     section: Mapping[str, Any] = run.config.get("guards") or {}
     alerts = [event for event in run.events if event["event"] == "alarm"]
     if not section and not alerts:
         return []
-    rows = [_guard_row(key, section.get(key), alerts) for key in _GUARDS]
-    ends = "An alarm ends the run." if section.get("stop") else "An alarm does not end the run (guards.stop is false)."
-    parts: list[Block] = [Heading("Guards"), Grid(("guard", "limit", "sounded"), rows), Paragraph(ends)]
+    rows = [_monitor_row(key, section.get(key), alerts) for key in _MONITORS]
+    ends = "An alert ends the run." if section.get("stop") else "An alert does not end the run (guards.stop is false)."
+    parts: list[Block] = [Heading("Guards"), Grid(("guard", "limit", "alerts"), rows), Paragraph(ends)]
     messages = [
         f"Step {each['step']}: {each['metrics']['message']}." for each in alerts if "message" in each["metrics"]
     ]
     return [*parts, *map(Paragraph, messages)]
 
 
-def _guard_row(key: str, limit: float | None, alerts: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    metric, words = _GUARDS[key]
-    sounded = list(_sounded(metric, alerts))
-    if limit is None and not sounded:
+def _monitor_row(key: str, limit: float | None, alerts: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    metric, template = _MONITORS[key]
+    times = list(_alerts_of(metric, alerts))
+    if limit is None and not times:
         return f"guards.{key}", "off", ""
-    allowed = "" if limit is None else words.format(limit=figure(limit))
-    return f"guards.{key}", allowed, "; ".join(sounded) or "never"
+    allowed = "" if limit is None else template.format(limit=figure(limit))
+    return f"guards.{key}", allowed, "; ".join(times) or "never"
 
 
-def _sounded(metric: str, alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _alerts_of(metric: str, alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for each in alerts:
         found = each["metrics"]
         if found["name"] == metric:

@@ -1,17 +1,6 @@
-"""A trained task model, opened to predict and to be judged.
+"""Opens a trained task model, or an ensemble of them, to predict and to be evaluated.
 
-Enters: a run's folder, and texts or a data file. Leaves: a prediction a row, in order, and metrics. Left out: training.
-
-An ensemble's folder, opened to predict and to be judged as a single model is.
-
-Enters: a folder that `loopos ensemble` wrote, and texts or a data file. Leaves: a prediction a row with what the
-members disagree by, and metrics. Members are opened one after another over all rows, so that memory does not grow with
-their number. Left out: making such a folder (`deploy.ensemble`), sums (`combining.py`).
-
-A labelled file, held against what a task model or an ensemble says of its rows.
-
-Enters: a model, a file and the choice of columns. Leaves: a `Judgement`. Left out: running the model (`predictor`,
-`ensemble`), metrics and reports (`judgement`).
+The members of an ensemble are opened one after another over all rows, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -35,7 +24,7 @@ from loopos.data.tokens import TokenReport, encode_labeled
 from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
 from loopos.evaluation.judgement import Judgement
 from loopos.evaluation.outputs import Meaning, interpret, measure, outputs_of
-from loopos.evaluation.progress import Tell, silent
+from loopos.evaluation.progress import OnProgress, silent
 from loopos.models.folders import open_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
@@ -45,7 +34,7 @@ from loopos.models.model_folder import ENSEMBLE, model_folder, read_description,
 class Predictor:
     """Opens the result of `FineTuner`: `loopos.load("outputs/run").predict(["some text"])`.
 
-    `tokens` is the account of the last call: how many examples were cut at the length that the model was trained with.
+    `tokens` reports on the last call: how many examples were cut at the length that the model was trained with.
     """
 
     def __init__(
@@ -62,8 +51,8 @@ class Predictor:
 
     @classmethod
     def open(cls, source: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
-        """place: a run's output folder or its model folder. precision: fp32, bf16 or fp16; that of the training
-        when absent. Raises `UserError`, for a reward model too: its scores mean no labels.
+        """source: a run's output folder or its model folder. precision: fp32, bf16 or fp16; default: that of the
+        training. Raises `UserError`, also for a reward model, whose scores are no labels.
         """
         model, tokenizer, description = open_task_model(source)
         if "label_space" not in description:
@@ -78,13 +67,13 @@ class Predictor:
         return cls(model.to(device), tokenizer, description, torch.device(device))
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
-        """One prediction a text or text pair, in order: {"label", "probabilities"}, {"labels", "probabilities"} or
+        """One prediction per text or text pair, in order: {"label", "probabilities"}, {"labels", "probabilities"} or
         {"value"}.
         """
         return self.predict_examples(examples_of(texts))
 
     def predict_file(self, source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-        """One prediction a row of a data file, in its order. Raises `DataError` for a row without text: none is
+        """One prediction per row of a data file, in order. Raises `DataError` for a row without text: none is
         skipped.
         """
         examples, _ = read_labeled(rows.read(source), columns or {}, require_label=False, remembered=self.columns)
@@ -93,11 +82,11 @@ class Predictor:
     def evaluate_file(
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> dict[str, Any]:
-        """`Judgement.metrics` of a labelled data file."""
+        """`Judgement.metrics` of a labeled data file."""
         return judge_file(self, source, columns, on_bad_row=on_bad_row).metrics
 
     def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target] = ()) -> Meaning:
-        """What the outputs for examples say; their labels are not looked at."""
+        """The meaning of the outputs for examples; ignores their labels."""
         return self.meaning(self.outputs(examples))
 
     def outputs(self, examples: Sequence[Labeled]) -> Tensor:
@@ -106,7 +95,7 @@ class Predictor:
         return outputs_of(self.model, encoded, self.device)
 
     def meaning(self, outputs: Tensor) -> Meaning:
-        """What outputs `[N, C]` of this model say."""
+        """The meaning of outputs `[N, C]` of this model."""
         return interpret(
             self.space.task,
             outputs,
@@ -115,12 +104,12 @@ class Predictor:
         )
 
     def predict_examples(self, examples: Sequence[Labeled]) -> list[dict[str, Any]]:
-        """As `predict`, of examples; their labels are not looked at."""
+        """As `predict`, for examples; ignores their labels."""
         return answers_of(self.space, self.meaning_of(examples), threshold=self.description["threshold"])
 
 
 def space_of(description: Mapping[str, Any]) -> LabelSpace:
-    """The label space that a model's description tells."""
+    """The label space in a model's description."""
     space = description["label_space"]
     return label_space_of(space)
 
@@ -139,29 +128,29 @@ def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labeled]:
 
 
 def answers_of(space: LabelSpace, meaning: Meaning, *, threshold: float) -> list[dict[str, Any]]:
-    """A prediction a row. threshold: the probability from which a label applies."""
+    """One prediction per row. threshold: the probability from which a label is predicted."""
     if space.task == "regression":
         return [{"value": float(value)} for value in meaning]
     answers: list[dict[str, Any]] = []
     for row in meaning:
-        told: dict[str, Any] = {
+        probabilities: dict[str, Any] = {
             "probabilities": {name: float(p) for name, p in zip(space.class_names, row, strict=True)}
         }
         if space.task == "classification":
-            answers.append({"label": space.decode(int(row.argmax())), **told})
+            answers.append({"label": space.decode(int(row.argmax())), **probabilities})
         else:
-            answers.append({"labels": space.decode([int(p >= threshold) for p in row]), **told})
+            answers.append({"labels": space.decode([int(p >= threshold) for p in row]), **probabilities})
     return answers
 
 
 Visit: TypeAlias = Callable[[Meaning, float], None]
-"""Is shown what a member says, and the probability from which it says that a label applies."""
+"""Receives the meaning of a member's outputs, and the member's threshold."""
 
 
 class EnsemblePredictor:
     """Several task models as one: `loopos.load("outputs/ensemble").predict(["some text"])`.
 
-    `tokens` is the account of the last member's last call.
+    `tokens` reports on the last call of the last member.
     """
 
     def __init__(
@@ -171,42 +160,44 @@ class EnsemblePredictor:
         *,
         device: str = "cpu",
         precision: str | None = None,
-        tell: Tell | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
-        """tell: is told of members done, members in all, and the one that is next, whenever they run over rows."""
+        """on_progress: called with the numbers of finished members and of all, and the name of the next."""
         self.folder, self.description, self.device, self.precision = folder, description, device, precision
-        self.tell = tell or silent
+        self.on_progress = on_progress or silent
         self.tokens = TokenReport()
         self.space = space_of(description)
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
-        told = description[ENSEMBLE]
-        self.method = str(told["method"])
-        self.places = [folder / place for place in told["members"]]
-        self.weights = [float(weight) for weight in told["weights"]]
+        settings = description[ENSEMBLE]
+        self.method = str(settings["method"])
+        self.member_folders = [folder / member_folder for member_folder in settings["members"]]
+        self.weights = [float(weight) for weight in settings["weights"]]
 
     @classmethod
     def open(cls, source: str | Path, *, device: str = "cpu", precision: str | None = None) -> EnsemblePredictor:
-        """place: an ensemble's folder. precision: as `Predictor.open`, of every member. Raises `UserError` for another
-        folder, or where a member is gone.
+        """source: an ensemble's folder. precision: as in `Predictor.open`, for every member. Raises `UserError` for
+        other folders, and for a missing member.
         """
         folder = model_folder(source)
         description = read_description(folder)
-        told = description.get(ENSEMBLE)
-        if not isinstance(told, dict) or told.get("method") not in METHODS:
-            raise UserError(f"{source}: no ensemble; make one: loopos ensemble A B -o OUT")
-        if len(told["members"]) != len(told["weights"]):
-            raise UserError(f"{source}: broken: {len(told['members'])} members and {len(told['weights'])} weights")
+        settings = description.get(ENSEMBLE)
+        if not isinstance(settings, dict) or settings.get("method") not in METHODS:
+            raise UserError(f"{source}: not an ensemble; make one: loopos ensemble A B -o OUT")
+        if len(settings["members"]) != len(settings["weights"]):
+            raise UserError(
+                f"{source}: broken: {len(settings['members'])} members and {len(settings['weights'])} weights"
+            )
         opened = cls(folder, description, device=device, precision=precision)
-        for member in opened.places:
+        for member in opened.member_folders:
             if not member.is_dir():
                 raise UserError(
-                    f"{source}: its member {member} is gone; put it back, or make the ensemble again with --copy"
+                    f"{source}: its member {member} is missing; restore it, or make the ensemble again with --copy"
                 )
         return opened
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
-        """As `Predictor.predict`, and of every row "variance", "entropy" and "mutual_information" (of regressors
-        "std"), of a majority "votes" and "tied" too.
+        """As `Predictor.predict`, with "variance", "entropy" and "mutual_information" for every row (for regressors
+        "std"), for a majority also "votes" and "tied".
         """
         return self.predict_examples(examples_of(texts))
 
@@ -225,23 +216,23 @@ class EnsemblePredictor:
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> tuple[list[dict[str, float]], dict[str, Any]]:
         """The metrics of each member, and those of the ensemble, from one pass over the members."""
-        alone: list[dict[str, float]] = []
+        by_member: list[dict[str, float]] = []
 
         def together(examples: Sequence[Labeled], targets: Sequence[Target]) -> Meaning:
             def visit(meaning: Meaning, threshold: float) -> None:
-                alone.append(measure(self.space.task, meaning, targets, threshold=threshold))
+                by_member.append(measure(self.space.task, meaning, targets, threshold=threshold))
 
             return self.combined(examples, visit).meaning
 
         judgement = judge_file(self, source, columns, on_bad_row=on_bad_row, meaning_of=together)
-        return alone, judgement.metrics
+        return by_member, judgement.metrics
 
     def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target] = ()) -> Meaning:
-        """As `Predictor.meaning_of`, of all members together."""
+        """As `Predictor.meaning_of`, of all members combined."""
         return self.combined(examples).meaning
 
     def truths(self, source: str, columns: Mapping[str, str] | None = None) -> tuple[list[Meaning], list[Target]]:
-        """What every member says of the rows of a labelled file, and their encoded labels."""
+        """The predictions of every member for the rows of a labeled data file, and the encoded labels."""
         read, report = read_labeled(rows.read(source), columns or {}, remembered=self.columns)
         examples, targets, _ = encode_all(self.space, read, report, on_bad_row="error")
         summary: list[Meaning] = []
@@ -249,13 +240,13 @@ class EnsemblePredictor:
         return summary, targets
 
     def combined(self, examples: Sequence[Labeled], visit: Visit | None = None) -> Combined:
-        """What the members say together. visit: is shown the meaning of each member in turn, classes in this
-        ensemble's order.
+        """The combined prediction. visit: called with the meaning of each member in turn, classes in this ensemble's
+        order.
         """
         tally = Tally(self.space.task, self.method)
-        for number, (place, weight) in enumerate(zip(self.places, self.weights, strict=True)):
-            self.tell(number, len(self.places), str(place))
-            member = Predictor.open(place, device=self.device, precision=self.precision)
+        for number, (member_folder, weight) in enumerate(zip(self.member_folders, self.weights, strict=True)):
+            self.on_progress(number, len(self.member_folders), str(member_folder))
+            member = Predictor.open(member_folder, device=self.device, precision=self.precision)
             outputs = member.outputs(examples)
             if self.space.task != "regression":
                 outputs = in_order(outputs, [member.space.keys.index(key) for key in self.space.keys])
@@ -264,13 +255,13 @@ class EnsemblePredictor:
                 visit(meaning, member.description["threshold"])
             tally.add(outputs, meaning, weight=weight, threshold=member.description["threshold"])
             self.tokens = member.tokens
-            # Let go before the next one is opened.
+            # Freed before the next one is opened.
             del member
-        self.tell(len(self.places), len(self.places), "")
+        self.on_progress(len(self.member_folders), len(self.member_folders), "")
         return tally.result()
 
     def predict_examples(self, examples: Sequence[Labeled]) -> list[dict[str, Any]]:
-        """As `predict`, of examples; their labels are not looked at."""
+        """As `predict`, for examples; ignores their labels."""
         found = self.combined(examples)
         answers = answers_of(self.space, found.meaning, threshold=self.description["threshold"])
         for name, values in found.uncertainty.items():
@@ -278,28 +269,28 @@ class EnsemblePredictor:
                 answer[name] = float(value)
         if found.votes is not None:
             names = self.space.class_names
-            ties = tied(found.votes, len(self.places), task=self.space.task)
-            for answer, votes, places in zip(answers, found.votes, ties, strict=True):
+            ties = tied(found.votes, len(self.member_folders), task=self.space.task)
+            for answer, votes, indices in zip(answers, found.votes, ties, strict=True):
                 answer["votes"] = dict(zip(names, map(int, votes), strict=True))
-                answer["tied"] = [names[place] for place in places]
+                answer["tied"] = [names[index] for index in indices]
         return answers
 
 
 def open_predictor(
     source: str | Path, *, device: str = "cpu", precision: str | None = None
 ) -> Predictor | EnsemblePredictor:
-    """A task model, or an ensemble of them. Raises `UserError`."""
+    """Opens a task model, or an ensemble of them. Raises `UserError`."""
     if ENSEMBLE in read_description(model_folder(source)):
         return EnsemblePredictor.open(source, device=device, precision=precision)
     return Predictor.open(source, device=device, precision=precision)
 
 
 MeaningOf: TypeAlias = Callable[[Sequence[Labeled], Sequence[Target]], Meaning]
-"""Says what a model's outputs for examples mean; their encoded labels are not for it to look at."""
+"""Computes the meaning of a model's outputs for examples; must not use their encoded labels."""
 
 
 class TaskModel(Protocol):
-    """What a `Predictor` and an `EnsemblePredictor` have in common. `tokens`: the account of the last call."""
+    """The common interface of `Predictor` and `EnsemblePredictor`. `tokens`: report on the last call."""
 
     description: Mapping[str, Any]
     space: LabelSpace
@@ -318,11 +309,11 @@ def judge_file(
     rules: TextRules = PLAIN_RULES,
     meaning_of: MeaningOf | None = None,
 ) -> Judgement:
-    """What the model predicts for the rows of a labelled data file, held against their labels. Raises `DataError`.
+    """Predictions for the rows of a labeled data file, compared with their labels. Raises `DataError`.
 
     Args:
-        columns: role → column, before those that the run was trained with.
-        meaning_of: takes the place of the model's own.
+        columns: role → column; takes precedence over those of the training.
+        meaning_of: replaces the model's own.
     """
     reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
     read, report = read_labeled(reader, columns or {}, remembered=model.columns)

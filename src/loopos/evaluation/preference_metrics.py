@@ -1,10 +1,8 @@
-"""Scores of the better and the worse response of each pair → how well a reward model knows what people prefer.
+"""Metrics of a reward model on pairs of a better and a worse response.
 
-Enters: scores as arrays, with what else is known of the pairs. Leaves: a dict of name → float, buckets by margin, bins
-of calibration. A metric that is not defined for its input is absent, never nan. Left out: scoring (`models`), the
-training loss (`functional`), and averaging over processes (gather pairs first).
-Letters: P pairs; Δ = score of the better − score of the worse; σ(Δ) = 1 / (1 + e^−Δ), the chance that Bradley and Terry
-(1952) give to the better one; p = the chance that it is better, by people's labels.
+A metric that is not defined for its input is absent, never nan. Letters: P pairs; Δ = score of the better − score of
+the worse; σ(Δ) = 1 / (1 + e^−Δ), the probability by Bradley and Terry (1952) that the better one is preferred; p = that
+probability by people's labels.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """Orders of pairs whose σ(Δ) is `confidence` on average; the first was preferred in a share of `frequency`."""
+    """Ordered pairs whose mean σ(Δ) is `confidence`; the first was preferred with `frequency`."""
 
     confidence: float
     frequency: float
@@ -57,16 +55,16 @@ def preference_metrics(
     better_lengths: ArrayLike | None = None,
     worse_lengths: ArrayLike | None = None,
 ) -> dict[str, float]:
-    """Metrics of the scores `better` [P] and `worse` [P]; all else, where given, is [P] too.
+    """Metrics of the scores `better` [P] and `worse` [P]; the optional arguments are [P] too.
 
-    `probabilities`: p, 1 where not given; below 0.5 the worse is the preferred one. pair_accuracy: share of pairs whose
-    preferred response scores higher, ties half, pairs of p = 0.5 left out, with its Wilson 95% interval from
+    `probabilities`: p, default 1; below 0.5 the worse is the preferred one. pair_accuracy: fraction of pairs whose
+    preferred response scores higher, ties half, without pairs of p = 0.5, with its Wilson 95% interval from
     pair_accuracy_low to pair_accuracy_high · num_pairs · loss: mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats ·
     score_gap: mean Δ · ece: over 15 bins of equal width (a, b] of the confidence max(σ(Δ), σ(−Δ)) in (0.5, 1],
-    |bin| / P · |confidence − share preferred| (Guo et al. 2017, section 2), the chances p as they are; a tie is right
-    by half · margin_correlation: Pearson's r of Δ with the margins · length_correlation: Pearson's r of all 2P scores
-    with the lengths, and longer_wins: the accuracy of "the longer one is better", the yardstick of a model that knows
-    nothing else. Correlations with a constant are absent. Raises ValueError on empty, non-finite or misshapen input.
+    |bin| / P · |confidence − fraction preferred| (Guo et al. 2017, section 2), probabilities p unrounded; a tie is half
+    correct · margin_correlation: Pearson's r of Δ with the margins · length_correlation: Pearson's r of all 2P scores
+    with the lengths, and longer_wins: the accuracy of "the longer one is better", the baseline of a model that knows
+    only lengths. Correlations with a constant are absent. Raises ValueError on empty, non-finite or misshapen input.
     """
     high, low = _scores(better, worse)
     gap = high - low
@@ -85,7 +83,7 @@ def preference_metrics(
     if margins is not None:
         _add_correlation(metrics, "margin_correlation", gap, _column("margins", margins, len(gap)))
     if (better_lengths is None) != (worse_lengths is None):
-        raise ValueError("lengths of one side alone given, expected better_lengths and worse_lengths, or neither")
+        raise ValueError("lengths: got one side only; expected better_lengths and worse_lengths, or neither")
     if better_lengths is not None and worse_lengths is not None:
         lengths = [
             _column("better_lengths", better_lengths, len(gap)),
@@ -100,10 +98,10 @@ def preference_metrics(
 def margin_buckets(
     better: ArrayLike, worse: ArrayLike, margins: ArrayLike, *, edges: ArrayLike | None = None
 ) -> list[Bucket]:
-    """Accuracy by how clear the preference was: scores and `margins` [P], cut at the inner `edges` (ascending; without
-    them, at the quartiles of the margins) into [edge, next edge).
+    """Accuracy by how clear the preference was: scores and `margins` [P], cut at the inner `edges` (ascending; default:
+    the quartiles of the margins) into [edge, next edge).
 
-    The first bucket begins at the smallest margin and the last ends with the largest; empty ones are left out. Raises
+    The first bucket begins at the smallest margin and the last ends with the largest; empty ones are omitted. Raises
     ValueError on empty, non-finite or misshapen input.
     """
     high, low = _scores(better, worse)
@@ -113,36 +111,36 @@ def margin_buckets(
     else:
         cuts = finite_floats("edges", edges, num_axes=1)
         if (numpy.diff(cuts) <= 0).any():
-            raise ValueError(f"edges {cuts.tolist()} given, expected ascending ones")
-    places = numpy.searchsorted(cuts, margin, side="right")
+            raise ValueError(f"edges: got {cuts.tolist()}; expected ascending ones")
+    indices = numpy.searchsorted(cuts, margin, side="right")
     ends = [float(margin.min()), *cuts.tolist(), float(margin.max())]
     buckets = []
-    for place in numpy.unique(places):
-        held = places == place
-        found = win_rate(high[held], low[held])
-        begin, end = max(ends[place], ends[0]), min(ends[place + 1], ends[-1])
-        buckets.append(Bucket(begin, end, int(held.sum()), found.rate, found.low, found.high))
+    for index in numpy.unique(indices):
+        selected = indices == index
+        found = win_rate(high[selected], low[selected])
+        begin, end = max(ends[index], ends[0]), min(ends[index + 1], ends[-1])
+        buckets.append(Bucket(begin, end, int(selected.sum()), found.rate, found.low, found.high))
     return buckets
 
 
 def reliability(
     better: ArrayLike, worse: ArrayLike, probabilities: ArrayLike | None = None, bins: int = 10
 ) -> list[ReliabilityBin]:
-    """σ(Δ) against the share preferred, each pair in both orders (Δ with p, −Δ with 1 − p), so 2P in all, in `bins` of
-    equal width [a, b) over 0 to 1, the last one closed; empty ones are left out. Scores and `probabilities` [P]. Raises
-    ValueError on empty, non-finite or misshapen input.
+    """σ(Δ) compared with the fraction preferred, each pair in both orders (Δ with p, −Δ with 1 − p), so 2P in all, in
+    `bins` of equal width [a, b) over 0 to 1, the last one closed; empty ones are omitted. Scores and `probabilities`
+    [P]. Raises ValueError on empty, non-finite or misshapen input.
     """
     high, low = _scores(better, worse)
     chance = _chances(probabilities, len(high))
     if bins < 1:
-        raise ValueError(f"{bins} bins given, expected at least 1")
+        raise ValueError(f"bins: got {bins}; expected at least 1")
     gaps = numpy.concatenate([high - low, low - high])
     preferred = numpy.concatenate([chance, 1 - chance])
     confidence = _sigmoid(gaps)
-    places = numpy.minimum((confidence * bins).astype(numpy.int64), bins - 1)
+    indices = numpy.minimum((confidence * bins).astype(numpy.int64), bins - 1)
     return [
-        ReliabilityBin(float(confidence[held].mean()), float(preferred[held].mean()), int(held.sum()))
-        for held in (places == place for place in numpy.unique(places))
+        ReliabilityBin(float(confidence[selected].mean()), float(preferred[selected].mean()), int(selected.sum()))
+        for selected in (indices == index for index in numpy.unique(indices))
     ]
 
 
@@ -154,7 +152,7 @@ def _scores(better: ArrayLike, worse: ArrayLike) -> tuple[Floats, Floats]:
 def _column(name: str, values: ArrayLike, num_pairs: int) -> Floats:
     column = finite_floats(name, values, num_axes=1)
     if len(column) != num_pairs:
-        raise ValueError(f"{name}: {len(column)} values for {num_pairs} pairs given, expected one for each")
+        raise ValueError(f"{name}: got {len(column)} values for {num_pairs} pairs; expected one for each")
     return column
 
 
@@ -163,7 +161,7 @@ def _chances(probabilities: ArrayLike | None, num_pairs: int) -> Floats:
         return numpy.ones(num_pairs)
     chance = _column("probabilities", probabilities, num_pairs)
     if chance.min() < 0 or chance.max() > 1:
-        raise ValueError(f"probabilities from {chance.min()} to {chance.max()} given, expected 0 to 1")
+        raise ValueError(f"probabilities: got {chance.min()} to {chance.max()}; expected 0 to 1")
     return chance
 
 
@@ -174,11 +172,11 @@ def _sigmoid(gap: Floats) -> Floats:
 
 def _calibration_error(gap: Floats, chance: Floats) -> float:
     confidence = _sigmoid(numpy.abs(gap))
-    # A tie prefers neither; in both orders of the pair it would be right by half.
+    # A tie prefers neither; in both orders of the pair it would be half correct.
     preferred = numpy.where(gap > 0, chance, numpy.where(gap < 0, 1 - chance, 0.5))
-    places: Integers = numpy.ceil((2 * confidence - 1) * NUM_CALIBRATION_BINS).astype(numpy.int64) - 1
-    places = numpy.clip(places, 0, NUM_CALIBRATION_BINS - 1)
-    surplus = numpy.bincount(places, weights=confidence - preferred, minlength=NUM_CALIBRATION_BINS)
+    indices: Integers = numpy.ceil((2 * confidence - 1) * NUM_CALIBRATION_BINS).astype(numpy.int64) - 1
+    indices = numpy.clip(indices, 0, NUM_CALIBRATION_BINS - 1)
+    surplus = numpy.bincount(indices, weights=confidence - preferred, minlength=NUM_CALIBRATION_BINS)
     return float(numpy.abs(surplus).sum() / len(gap))
 
 

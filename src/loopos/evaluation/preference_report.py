@@ -1,8 +1,4 @@
-"""Scores of comparisons → the metrics of a reward model, and its tables for the log and the report.
-
-Enters: encoded comparisons and the raw scores of their responses. Leaves: metrics by name; accuracy by margin and the
-curve of calibration as JSON. Left out: the formulas (`preference_metrics`), scoring (`reward_scores`).
-"""
+"""Metrics of a reward model from scored comparisons, and their tables for the log and the report."""
 
 from __future__ import annotations
 
@@ -19,12 +15,12 @@ from loopos.evaluation.metrics import Floats
 from loopos.evaluation.preference_metrics import margin_buckets, preference_metrics, reliability
 
 Scores = Sequence[Sequence[Sequence[float]]]
-"""Of every comparison, of every response: a score of each head."""
+"""For every comparison and every response: a score from each head."""
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Every pair of every comparison, a column each."""
+    """Every pair of every comparison, one column each."""
 
     better: list[float]
     worse: list[float]
@@ -35,7 +31,7 @@ class _Pairs:
 
 
 def measured(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, float]:
-    """The metrics of `preference_metrics`; the score of a response is the mean of its heads'."""
+    """The metrics of `preference_metrics`; the score of a response is the mean over its heads."""
     pairs = _pairs(rows, scores)
     return preference_metrics(
         pairs.better,
@@ -56,7 +52,7 @@ def preferred_scores(rows: Sequence[EncodedComparison], scores: Scores) -> tuple
 
 
 def bucket_tables(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str, Any]:
-    """Accuracy by margin (where the rows have margins) and the calibration curve of σ(Δ)."""
+    """Accuracy by margin (if the rows have margins) and the calibration curve of σ(Δ)."""
     pairs = _pairs(rows, scores)
     buckets = margin_buckets(pairs.better, pairs.worse, pairs.margins) if any(pairs.margins) else []
     curve = reliability(pairs.better, pairs.worse, pairs.probabilities)
@@ -67,7 +63,7 @@ def bucket_tables(rows: Sequence[EncodedComparison], scores: Scores) -> dict[str
 
 
 def preference_blocks(events: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """What a report says of a reward model, from the last event "preferences"; nothing without one."""
+    """A reward model's part of a report, from the last event "preferences"; nothing without one."""
     found = [event["metrics"] for event in events if event["event"] == "preferences"]
     if not found:
         return []
@@ -90,9 +86,9 @@ def preference_blocks(events: Sequence[Mapping[str, Any]]) -> list[Block]:
         for each in found[-1]["calibration"]
     ]
     parts.append(
-        Paragraph("Calibration: how often the first of two is preferred where the model gives it that chance.")
+        Paragraph("Calibration: how often the first of two is preferred at the probability that the model predicts.")
     )
-    return [*parts, Grid(("chance given", "preferred", "pairs, both orders"), rows, numbers=range(3))]
+    return [*parts, Grid(("predicted probability", "preferred", "pairs, both orders"), rows, numbers=range(3))]
 
 
 def _pairs(rows: Sequence[EncodedComparison], scores: Scores) -> _Pairs:

@@ -1,16 +1,13 @@
-"""How long work tells how far it is.
-
-Left out: drawing bars (`cli.bar`).
-"""
+"""The type of progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeAlias
 
-Tell: TypeAlias = Callable[[int, int, str], None]
-"""Told of progress: parts done, parts in all, the name of the one that is next."""
+OnProgress: TypeAlias = Callable[[int, int, str], None]
+"""Called with the numbers of finished parts and of all, and the name of the next part."""
 
 
-def silent(done: int, total: int, name: str) -> None:
-    """Tells nobody."""
+def silent(completed: int, total: int, name: str) -> None:
+    """Ignores progress."""

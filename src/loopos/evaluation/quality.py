@@ -1,10 +1,8 @@
-"""A model folder measured: size, and what it can do.
+"""Measures a model folder: size and quality.
 
-Enters: the place of a model, and data. Leaves: metrics by name, or `Measured`. The model is opened as anyone would open
-it, so that the figures are those of the files. A model with a head gives its own metrics (accuracy, mae …), a reward
-model its agreement with people; a language model the perplexity of running text, or, of rows, the loss of what training
-would learn and how many problems it solves. Left out: speed (`rates.py`), what was done to the model; options and
-records (`cli.evaluate`).
+The model is opened as any user would open it, so that the figures are those of the files. A model with a head has its
+own metrics (accuracy, mae …), a reward model its agreement with people, a language model the perplexity of running
+text, or for rows the loss of the learned tokens and the fraction of problems solved.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from loopos.models.opened import OpenedModel
 from loopos.models.quantized import num_weights
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
-# The metric that speaks for a model where none is named: the first of these that it has.
+# The metric that represents a model by default: the first of these that it has.
 _USUAL = ("accuracy", "pair_accuracy", "subset_accuracy", "mae", "loss")
 DROPPED = "dropped_rows"
 # Tokens of one forward pass.
@@ -48,9 +46,7 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class Measured:
-    """`weight_bytes`: of the parameters in the format they are kept in. `metrics`: of the evaluation data; empty
-    without any.
-    """
+    """`weight_bytes`: of the parameters as stored. `metrics`: of the evaluation data; empty without any."""
 
     parameters: int
     weight_bytes: int
@@ -59,7 +55,7 @@ class Measured:
 
 
 def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
-    """Parameters, and the bytes of what they are kept as: codes as codes, everything else in the format `precision`."""
+    """Number of parameters, and their bytes as stored: codes as codes, everything else in the format `precision`."""
     head = 0 if opened.pooled is None else opened.pooled.head.weight.numel()
     parameters = list(opened.model.parameters())
     codes = sum(each.numel() for each in parameters if not each.is_floating_point())
@@ -68,9 +64,9 @@ def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
 
 
 def metrics_of(opened: OpenedModel, source: str, recipe: Recipe, *, precision: str | None) -> dict[str, float]:
-    """What the model at a place can do, on the data that the recipe names: labelled rows, comparisons, or of a language
-    model running text, read in windows; empty without any. precision: of a model with a head, which is opened once
-    more; its own when None. Raises `UserError` for data that does not fit the model.
+    """The model's metrics on the data that the recipe names: labeled rows, comparisons, or running text for a language
+    model; empty without data. precision: of a model with a head, which is opened again; None for its own. Raises
+    `UserError` for data that does not fit the model.
     """
     if recipe.evaluate is None:
         return {}
@@ -83,9 +79,8 @@ def metrics_of(opened: OpenedModel, source: str, recipe: Recipe, *, precision: s
 
 
 def row_metrics(source: str, data: str, *, device: str = "cpu") -> dict[str, float]:
-    """The metrics of a model on rows: labelled, comparisons, or what a language model could be trained on. Of the last,
-    rows that the loss leaves out are counted as `dropped_rows` (see `dropped_summary`). Raises `UserError` and
-    `DataError`.
+    """The metrics of a model on rows: labeled, comparisons, or training rows of a language model. For the last, rows
+    that the loss skips are counted as `dropped_rows` (see `dropped_summary`). Raises `UserError` and `DataError`.
     """
     if kind_of(described(source)) == "language":
         return _language_metrics(Reasoner.open(source, device=device), data)
@@ -94,23 +89,25 @@ def row_metrics(source: str, data: str, *, device: str = "cpu") -> dict[str, flo
 
 
 def dropped_summary(data: str, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A sentence for each model, by its name, whose loss leaves rows of the data out."""
+    """A sentence for each model, by name, whose loss skips rows of the data."""
     return [
-        f"{data}: {values[DROPPED]:,.0f} rows are over the positions of {name} or have nothing to learn; its loss and "
-        "perplexity leave them out"
+        f"{data}: {values[DROPPED]:,.0f} rows exceed the positions of {name} or have nothing to learn; its loss and "
+        "perplexity skip them"
         for name, values in measured.items()
         if DROPPED in values
     ]
 
 
 def usual_metric(metrics: Mapping[str, float]) -> str:
-    """The metric by which models are chosen where none is named."""
+    """The metric by which models are compared by default."""
     return next((name for name in _USUAL if name in metrics), next(iter(metrics)))
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> torch.Tensor:
-    """What a model says to a fixed row of tokens, `[L, V]` or `[L, d]` in fp32, to tell whether it opens as it was."""
+    """The model's output for a fixed row of tokens, `[L, V]` or `[L, d]` in fp32, to check that it reopens
+    unchanged.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 9), generator=draw).to(model.device)
@@ -123,7 +120,7 @@ def probe(model: PreTrainedModel) -> torch.Tensor:
 
 
 def text_of(source: str) -> str:
-    """A file of running text, or the texts of a file of rows, parted by blank lines. Raises `DataError`."""
+    """Running text from a file, or the texts of rows, separated by blank lines. Raises `DataError`."""
     if is_plain_text(source):
         return read_plain_text(source)
     return "\n\n".join(read_corpus(source, {}).documents)
@@ -131,11 +128,11 @@ def text_of(source: str) -> str:
 
 def _text_metrics(opened: OpenedModel, source: str, recipe: Recipe) -> dict[str, float]:
     found = text_loss(opened.model, opened.tokenizer, text_of(source), window=recipe.window, stride=recipe.stride)
-    return {name: value for name, value in found.told().items() if name not in ("window", "stride")}
+    return {name: value for name, value in found.to_dict().items() if name not in ("window", "stride")}
 
 
 def _task_metrics(location: str, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:
-    """All that is told of a model with a head, names and tables too."""
+    """All metrics of a model with a head, names and tables included."""
     if kind_of(described(location)) == "reward":
         return RewardPredictor.open(location, device=device).score_file(source, {}).metrics
     return Predictor.open(location, device=device, precision=precision).evaluate_file(source)
@@ -158,8 +155,8 @@ def _language_metrics(reasoner: Reasoner, data: str) -> dict[str, float]:
 
 
 def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> tuple[float, int]:
-    """Mean negative log-likelihood of the learned tokens, nats, and how many rows are left out: those over the model's
-    positions, and those without a token to learn.
+    """Mean negative log-likelihood of the learned tokens, nats, and the number of rows skipped: those that exceed the
+    model's positions, and those without a token to learn.
     """
     encoded, report = encode_supervised(
         reasoner.tokenizer,
@@ -171,7 +168,7 @@ def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> tuple[f
         template=reasoner.template,
     )
     if not encoded:
-        raise UserError(f"{data}: no row that fits the model's {reasoner.engine.max_positions} positions")
+        raise UserError(f"{data}: no row fits the model's {reasoner.engine.max_positions} positions")
     model = next_token_loss(reasoner.model)
     total, count = 0.0, 0.0
     for batch in in_order(PackedRows([row.encoded() for row in encoded], None, reasoner.model.device), tokens=_TOKENS):

@@ -1,8 +1,6 @@
 """Problems → chains of reasoning → answers, by a language model and a strategy.
 
-Enters: a model with its tokenizer, the chat template and step format that it speaks, problems. Leaves: an `Answered` a
-problem. The same prompts as in training, by the same code. Left out: whether answers are right (`answer_metrics`,
-`problem_metrics`).
+The code that encodes training prompts encodes these prompts too. Answers are checked in `answer_check`.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ from loopos.models.language_ensemble import LanguageEnsemble
 from loopos.models.opened import open_generation_model
 
 Ranker: TypeAlias = Callable[[Sequence[tuple[PromptContent, str]]], list[float]]
-"""Prompts with a response each → a score each; a higher one is better."""
+"""Pairs of prompt and response → a score each; higher is better."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What was said to one problem. `chains`: all of them; `chosen`: the place of the one that speaks for them, None
-    where none has an answer; `confidence`: its share of the votes (`is_voted`), or its mean logprob; None for a single
-    chain. `rewards`: what a reward model gives to the chains, where one ranked them.
+    """The answer to one problem. `chains`: all sampled chains; `chosen`: the index of the one whose answer counts, None
+    if none has an answer; `confidence`: its fraction of the votes (`is_voted`), or its mean logprob; None for a single
+    chain. `rewards`: scores of a reward model, if one ranked the chains.
     """
 
     chains: tuple[Chain, ...]
@@ -51,12 +49,12 @@ class Answered:
     rewards: tuple[float, ...] = ()
 
     def samples(self) -> list[Sample]:
-        """The chains as `answer_metrics` judges them."""
+        """The chains as `answer_metrics` takes them."""
         return [Sample(c.text, len(c.token_ids), c.finish_reason == "stop token") for c in self.chains]
 
 
 class Reasoner:
-    """Answers problems in steps, and speaks: `loopos.load("outputs/run").answer(["What is 17 + 26?"])`."""
+    """Answers problems in steps, and chats: `loopos.load("outputs/run").answer(["What is 17 + 26?"])`."""
 
     def __init__(
         self,
@@ -68,8 +66,8 @@ class Reasoner:
         max_rows: int = 64,
         voters: Sequence[Reasoner] = (),
     ) -> None:
-        """The model is used as it is, also while it trains: no second copy. voters: others that `answer` asks too, and
-        whose answers have as much of a vote.
+        """The model is used as it is, also while it trains: no copy is made. voters: other models whose answers to
+        `answer` have equal votes.
         """
         self.voters = tuple(voters)
         self.model, self.tokenizer, self.template, self.step_format = model, tokenizer, template, step_format
@@ -87,15 +85,15 @@ class Reasoner:
         max_rows: int = 64,
         trust_remote_code: bool = False,
     ) -> Reasoner:
-        """place: the output folder of a run, whatever `data.pretrained_weights` may name, or the folder of an ensemble.
-        precision: fp32, bf16 or fp16; that of the training when absent, bf16 for quantized models and fp32 for others.
-        step_format: that of the training when absent, "think" for other models. Raises `UserError`.
+        """source: the output folder of a run, a value of `data.pretrained_weights`, or the folder of an ensemble.
+        precision: fp32, bf16 or fp16; default: that of the training, bf16 for quantized models and fp32 for others.
+        step_format: default: that of the training, "think" for other models. Raises `UserError`.
         """
         recipe = read_ensemble(source)
-        places = recipe.members if recipe is not None and recipe.votes else (source,)
+        members = recipe.members if recipe is not None and recipe.votes else (source,)
         voters: list[Reasoner] = []
-        # The first is opened last, and takes the others in.
-        for each in reversed(places):
+        # The first is opened last, and gets the others as voters.
+        for each in reversed(members):
             opened = open_generation_model(
                 each, device=device, precision=precision, trust_remote_code=trust_remote_code
             )
@@ -105,26 +103,26 @@ class Reasoner:
                 template=ChatTemplate(opened.tokenizer, chat_template),
                 step_format=step_format or format_of(opened.description),
                 max_rows=max_rows,
-                voters=voters if each is places[0] else (),
+                voters=voters if each is members[0] else (),
             )
             if voters and voters[0].step_format != reasoner.step_format:
                 raise UserError(
-                    f"{source}: its members write their steps and answers in several ways ({voters[0].step_format} and "
-                    f"{reasoner.step_format}); expected members of one step format, so that their answers can be "
+                    f"{source}: its members use different step formats ({voters[0].step_format} and "
+                    f"{reasoner.step_format}); expected members with one step format, so that their answers can be "
                     "compared"
                 )
             voters.insert(0, reasoner)
         return reasoner
 
     def prompt(self, problem: Problem) -> list[int]:
-        """The tokens that generation starts from. Raises `UserError` where the chat template refuses the messages."""
+        """The prompt tokens. Raises `UserError` if the chat template refuses the messages."""
         try:
             return prompt_tokens(self.tokenizer, problem, template=self.template)
         except TemplateRefusal as refusal:
             raise UserError(f"{refusal}; {refusal.hint}" if refusal.hint else str(refusal)) from refusal
 
     def sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """The settings with the tokens that end a turn of this model's template."""
+        """The settings with the stop tokens of this model's template."""
         return replace(settings, stop_token_ids=(*settings.stop_token_ids, *self.template.stop_tokens))
 
     def answer(
@@ -136,10 +134,9 @@ class Reasoner:
         limits: StepLimits = StepLimits(),
         ranker: Ranker | None = None,
     ) -> list[Answered]:
-        """An answer to every problem, in order: where others vote too, the one that most of all chains give, or of all
-        best chains for a strategy that chooses one. ranker: what `best_of_n` ranks by, in place of the chains' mean
-        logprob. Raises `UserError` for prompts that the model cannot take, and for
-        several chains at temperature 0.
+        """An answer to every problem, in order. With voters: the most frequent answer of all chains, or of all best
+        chains for a strategy that chooses one. ranker: ranks for `best_of_n`, instead of the chains' mean logprob.
+        Raises `UserError` for prompts that the model cannot take, and for several chains at temperature 0.
         """
         assert ranker is None or strategy.kind == "best_of_n", "a ranker ranks the chains of best_of_n"
         found = self._answer(problems, settings, strategy, limits, ranker)
@@ -152,8 +149,8 @@ class Reasoner:
     def generate(
         self, prompts: Sequence[Problem], settings: SamplingSettings = SamplingSettings(), *, n: int = 1
     ) -> list[str]:
-        """n texts for every prompt, in order: all of the first prompt, then all of the second. A prompt is a user's
-        message or the messages so far; a `loopos.data.supervised_rows.Completion` is continued without a template.
+        """n texts for every prompt, in order: all of the first prompt, then all of the second. A prompt is a user
+        message or a list of messages; a `loopos.data.supervised_rows.Completion` is continued without a template.
         Raises `UserError` for prompts that the model cannot take, and for an ensemble that votes.
         """
         self._refuse_voters()
@@ -163,20 +160,20 @@ class Reasoner:
     def chat(
         self, messages: str | Sequence[Mapping[str, object]], settings: SamplingSettings = SamplingSettings()
     ) -> str:
-        """The reply to a user's message, or to messages {"role", "content"}. Raises as `generate`."""
+        """The reply to a user message, or to messages {"role", "content"}. Raises as `generate`."""
         return self.generate([_messages(messages)], settings)[0]
 
     def stream(
         self, messages: str | Sequence[Mapping[str, object]], settings: SamplingSettings = SamplingSettings()
     ) -> Iterator[str]:
-        """The pieces of the reply, as they come; together they are the text of `chat`."""
+        """Streams the reply; the deltas together are the text of `chat`."""
         self._refuse_voters()
         tokens = self.prompt(_messages(messages))
-        return (piece.text for piece in self.engine.stream([tokens], self.sampling(settings)))
+        return (delta.text for delta in self.engine.stream([tokens], self.sampling(settings)))
 
     def _refuse_voters(self) -> None:
         if self.voters:
-            raise UserError("an ensemble that votes over answers, and gives no distribution over tokens; use answer()")
+            raise UserError("an ensemble that votes over answers has no distribution over tokens; use answer()")
 
     def has_room(self, problem: Problem) -> bool:
         """Whether the problem leaves every model a position for an answer."""
@@ -193,7 +190,7 @@ class Reasoner:
         limits: StepLimits,
         ranker: Ranker | None,
     ) -> list[Answered]:
-        """By this model only."""
+        """Answers by this model only."""
         prompts = [self.prompt(problem) for problem in problems]
         sampling, marks = self.sampling(settings), self.step_format
         if strategy.kind == "step_beam":
@@ -218,18 +215,18 @@ class Reasoner:
         n: int,
         limits: StepLimits = StepLimits(),
     ) -> list[Answered]:
-        """n chains of every prompt, with the answer that most of them give. Raises `UserError` as `answer` does."""
+        """n chains for every prompt, with their most frequent answer. Raises `UserError` as `answer` does."""
         if n > 1 and settings.greedy:
-            raise UserError(f"{n} chains at temperature 0 are all the same: give a temperature above 0")
+            raise UserError(f"{n} chains at temperature 0 would be equal: use a temperature above 0")
         sampled = reason(self.engine, prompts, self.step_format, self.sampling(settings), limits=limits, n=n)
         return [self._voted(chains) for chains in sampled]
 
     def _ranked(
         self, problems: Sequence[Problem], sampled: Sequence[Sequence[Chain]], ranker: Ranker
     ) -> list[Answered]:
-        """The chains of each problem in the order of their rewards, the first of which speaks for them."""
-        asked = [_words(problem) for problem in problems]
-        pairs = [(words, chain.text) for words, chains in zip(asked, sampled, strict=True) for chain in chains]
+        """The chains of each problem in the order of their rewards; the first gives the answer."""
+        prompts = [_content(problem) for problem in problems]
+        pairs = [(content, chain.text) for content, chains in zip(prompts, sampled, strict=True) for chain in chains]
         rewards = iter(ranker(pairs))
         found = []
         for chains in sampled:
@@ -241,7 +238,7 @@ class Reasoner:
         return found
 
     def _best(self, chains: Sequence[Chain]) -> Answered:
-        """The first of chains that come best first."""
+        """The answer of chains that are sorted best first."""
         chosen = chains[0]
         summary = len(chosen.token_ids) - len(chosen.forced)
         mean = sum(chosen.logprobs) / summary if summary else None
@@ -255,7 +252,7 @@ class Reasoner:
 
 
 def _messages(actual: str | Sequence[Mapping[str, object]]) -> Problem:
-    """A user's message as it is, or messages of dicts. Raises `UserError` for one without role or content."""
+    """A user message as it is, or messages from dicts. Raises `UserError` for one without role or content."""
     if isinstance(actual, str):
         return actual
     messages = []
@@ -268,8 +265,8 @@ def _messages(actual: str | Sequence[Mapping[str, object]]) -> Problem:
     return messages
 
 
-def _words(problem: Problem) -> PromptContent:
-    """What was asked, as a reward model reads it."""
+def _content(problem: Problem) -> PromptContent:
+    """The prompt as a reward model reads it."""
     match problem:
         case str():
             return (Message("user", problem),)
@@ -279,17 +276,17 @@ def _words(problem: Problem) -> PromptContent:
             return tuple(prompt_messages(problem))
         case Question():
             if problem.tools:
-                raise UserError("a reward model ranks answers to prompts without tools; leave --reward-model out")
+                raise UserError("a reward model cannot rank answers to prompts with tools; remove --reward-model")
             return problem.messages
         case Conversation() | PlainText():
-            raise UserError("a reward model ranks the answers to prompts; these rows hold whole conversations or texts")
+            raise UserError("a reward model ranks answers to prompts, but these rows are whole conversations or texts")
         case _:
             return tuple(problem)
 
 
 def _together(speakers: Sequence[Reasoner], found: Sequence[Answered]) -> Answered:
-    """The answers of several models to one problem as one: every chain has a vote, or, where a strategy chose the best
-    of several by their logprobs, that one alone.
+    """The combined answer of several models to one problem: every chain has a vote, or only the best one if a strategy
+    chose it by logprob.
     """
     chains: list[Chain] = []
     answers: list[str] = []
@@ -303,7 +300,7 @@ def _together(speakers: Sequence[Reasoner], found: Sequence[Answered]) -> Answer
 
 
 def _of_most(chains: Sequence[Chain], answers: Sequence[str]) -> Answered:
-    """The answer that most chains give."""
+    """The most frequent answer of the chains."""
     winner = majority(answers)
     if winner is None:
         return Answered(tuple(chains), None, "", 0.0, is_voted=True)
@@ -311,6 +308,6 @@ def _of_most(chains: Sequence[Chain], answers: Sequence[str]) -> Answered:
 
 
 def format_of(description: Mapping[str, Any]) -> StepFormat:
-    """The step format of a model folder's description; "think" where it names none."""
+    """The step format of a model folder's description; "think" if it names none."""
     marks = description.get("step_format")
     return NAMED_FORMATS["think"] if marks is None else StepFormat(**marks)

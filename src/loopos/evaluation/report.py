@@ -1,13 +1,6 @@
-"""What a language model wrote at validation, as a report shows it: the same prompts before training and last.
+"""Writes a run's report.md and report.html from its folder, at any moment: while it trains, after a kill, at its end.
 
-Enters: a run's samples.jsonl. Leaves: blocks. The records of policies, of chats and of problems with answers differ in
-their keys, and read alike here.
-
-A run's folder enters (`config.json`, `events.jsonl`, `samples.jsonl`), report.md and report.html leave, at any
-moment of the run: while it trains, after a kill, at its end.
-
-report.html is one file with all pictures in it; those of report.md lie in `curves/`. Equal events give equal bytes.
-Left out: judging what the figures mean, beyond how the run did against its start (`outcome`).
+report.html contains all pictures; those of report.md are in `curves/`. Equal events give equal bytes.
 """
 
 from __future__ import annotations
@@ -44,13 +37,13 @@ from loopos.evaluation.task_report import task_blocks
 from loopos.storage.durable import write_whole
 
 SAMPLES = "samples.jsonl"
-# Where the config has no evaluation.samples.
+# Default number of samples.
 _SHOWN = 3
 _MOST_CHARACTERS = 2000
 
 
 def samples_blocks(run: Run) -> list[Block]:
-    """The first prompts, with the answers before training and of the last validation; nothing without samples."""
+    """The first prompts, with the answers before training and at the last validation; nothing without samples."""
     records = _records(run.path / SAMPLES)
     steps = sorted({each["step"] for each in records})
     if not steps:
@@ -89,7 +82,7 @@ def _short(text: str) -> str:
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
-    """Every record; a last line that a killed process left torn is left out."""
+    """All records; ignores a last line that a killed process left incomplete."""
     if not file.is_file():
         return []
     found = []
@@ -99,7 +92,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{file}:{index}: not JSON ({error}); expected one object a line") from error
+            raise UserError(f"{file}:{index}: not JSON ({error}); expected one object per line") from error
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             found.append(record)
     return found
@@ -119,9 +112,9 @@ _MOST_VALIDATIONS_LISTED = 40
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
-    """Writes report.md, report.html and `curves/*.svg` into `output`, the run's own folder when absent; returns the
-    path of report.md. Each file is whole or the one before. Raises `UserError` for a folder without a run, or with a
-    broken config or event.
+    """Writes report.md, report.html and `curves/*.svg` into `output`, by default the run folder; returns the path of
+    report.md. Each file is replaced atomically. Raises `UserError` for a folder without a run, or with a broken config
+    or event.
     """
     run = read_run(run_dir)
     title, blocks = f"Run {run_dir.resolve().name}", report_blocks(run)
@@ -156,14 +149,14 @@ def _series(events: Iterable[Event], name: str) -> Series:
 
 
 def metric_names(events: Sequence[Event]) -> list[str]:
-    """Names of the numbers in the order in which they first occur, each figure under one name."""
+    """Names of the numeric metrics in order of first occurrence, each figure under one name."""
     names = [name for event in events for name, value in event["metrics"].items() if number(value) is not None]
-    kept = {name for event in events for name in once(event["metrics"])}
-    return [name for name in dict.fromkeys(names) if name in kept and name not in FLAGS]
+    numeric = {name for event in events for name in once(event["metrics"])}
+    return [name for name in dict.fromkeys(names) if name in numeric and name not in FLAGS]
 
 
 def _against_start(run: Run, validations: Sequence[Event]) -> Grid:
-    """Every metric before training, at its best after it, and of the weights that are exported."""
+    """Every metric before training, at its best after it, and for the exported weights."""
     rows = []
     sessions = [event["metrics"] for event in run.events if event["event"] == "session"]
     directions = {**_DIRECTIONS, **(sessions[-1].get("own_metrics", {}) if sessions else {})}
@@ -200,7 +193,7 @@ def _cell(value: float | None) -> str:
 
 
 def _curves(steps: Sequence[Event], validations: Sequence[Event]) -> list[Block]:
-    """One picture for each step curve that has points, and one with a panel a validation metric."""
+    """One picture per step curve that has points, and one with a panel per validation metric."""
     drawn: list[Block] = []
     for name, title in STEP_CURVES.items():
         lines = {"training": _series(steps, name)}

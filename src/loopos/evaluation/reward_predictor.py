@@ -1,13 +1,6 @@
-"""Scores of responses by a reward model, and what they say of it.
+"""Scores responses with a trained reward model, and measures its agreement with people.
 
-Enters: a scoring model, encoded comparisons or token ids. Leaves: raw scores of every head, normalised scores, metrics.
-Left out: training, the model's folder (`models.task_folder`).
 Letters: N responses, P pairs, k heads.
-
-A trained reward model, asked: scores of responses, and how they agree with people.
-
-Enters: the place of a reward model, a data file. Leaves: normalised scores and metrics. Left out: the command
-(`cli.score`), training.
 """
 
 from __future__ import annotations
@@ -49,31 +42,31 @@ _TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """Raw scores → (raw − mean) / std of each head, `[k]`: reference responses have mean 0 and standard deviation 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, scores: Tensor) -> Normalisation:
-        """That of raw scores `[N, k]`."""
+    def of(cls, scores: Tensor) -> Normalization:
+        """The normalization of raw scores `[N, k]`."""
         scores = scores.double()
         std = scores.std(0, correction=0).clamp_min(1e-8)
         return cls(tuple(scores.mean(0).tolist()), tuple(std.tolist()))
 
     @classmethod
-    def none(cls, heads: int) -> Normalisation:
+    def none(cls, heads: int) -> Normalization:
         return cls((0.0,) * heads, (1.0,) * heads)
 
     @classmethod
-    def read(cls, description: Mapping[str, Any]) -> Normalisation:
-        """That of a model folder's description."""
+    def read(cls, description: Mapping[str, Any]) -> Normalization:
+        """The normalization in a model folder's description."""
         return cls(tuple(description["score_mean"]), tuple(description["score_std"]))
 
     def __call__(self, raw: Tensor, *, ensemble_penalty: float = 0.0) -> Tensor:
-        """Raw scores `[N, k]` → scores `[N]` fp32: the heads' mean, less `ensemble_penalty` standard deviations of them
-        (Coste et al. 2024, section 3: uncertainty-weighted optimization).
+        """Raw scores `[N, k]` → scores `[N]` fp32: the heads' mean minus `ensemble_penalty` times their standard
+        deviation (Coste et al. 2024, section 3: uncertainty-weighted optimization).
         """
         scores = (raw.float() - torch.tensor(self.mean, device=raw.device)) / torch.tensor(self.std, device=raw.device)
         mean = scores.mean(-1)
@@ -84,7 +77,7 @@ class Normalisation:
 
 @torch.no_grad()
 def raw_scores(model: Scorer, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Raw scores `[N, k]` on CPU of token rows, each prompt and response, in their order. Raises `NonFiniteOutputs`."""
+    """Raw scores `[N, k]` on CPU of token rows (prompt and response), in order. Raises `NonFiniteOutputs`."""
     encoded = PackedRows([Encoded(list(ids), None, index) for index, ids in enumerate(rows)], None, device)
     found: dict[int, Tensor] = {}
     for batch in in_order(encoded, tokens=_TOKENS):
@@ -96,7 +89,7 @@ def raw_scores(model: Scorer, rows: Sequence[Sequence[int]], device: torch.devic
 def comparison_scores(
     model: Scorer, rows: ComparisonRows, *, rank: int = 0, world: int = 1
 ) -> dict[int, list[list[float]]]:
-    """The place of each comparison of this rank's share → raw scores of its responses, a list of k each. Raises
+    """Index of each comparison of this rank → raw scores of its responses, a list of k each. Raises
     `NonFiniteOutputs`.
     """
     found: dict[int, list[list[float]]] = {}
@@ -115,7 +108,9 @@ def comparison_scores(
 
 
 def _finite(scores: Tensor) -> Tensor:
-    """The raw scores `[N, k]`. Raises `NonFiniteOutputs`: a mean or a rank of what is no number says nothing."""
+    """The raw scores `[N, k]`. Raises `NonFiniteOutputs`, because a mean or rank of non-finite scores has no
+    meaning.
+    """
     if bad := int((~scores.isfinite().all(-1)).sum()):
         raise NonFiniteOutputs(
             f"the reward model's scores of {bad} of {len(scores)} responses are not finite numbers; lower "
@@ -127,19 +122,17 @@ def _finite(scores: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Scored:
     """`rows`: for each row its `line` and the `scores` of its responses in order, with `spread`, the heads' standard
-    deviation, where there are several; where each row has one response only, also `prompt` and `response`, with `score`
-    in place of `scores`. `metrics`: those of `preference_metrics` where rows say which response is better, else the
-    number of responses and mean and standard deviation of the scores.
+    deviation, if there are several heads; if each row has only one response, also `prompt` and `response`, with `score`
+    instead of `scores`. `metrics`: those of `preference_metrics` if rows have preferences, else the number of responses
+    and mean and standard deviation of the scores.
     """
 
     rows: list[dict[str, Any]]
     metrics: dict[str, float]
 
 
-def judged_words(prompt: PromptContent, response: str, *, as_text: bool) -> tuple[PromptContent, PromptContent]:
-    """What a reward model reads of a prompt and a response. as_text: it was trained on texts as they stand, without a
-    template.
-    """
+def judged_content(prompt: PromptContent, response: str, *, as_text: bool) -> tuple[PromptContent, PromptContent]:
+    """Prompt and response as a reward model reads them. as_text: it was trained on plain texts, without a template."""
     if as_text and (isinstance(prompt, str) or len(prompt) == 1):
         return text_of(prompt), response
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
@@ -148,7 +141,7 @@ def judged_words(prompt: PromptContent, response: str, *, as_text: bool) -> tupl
 
 @dataclass(frozen=True)
 class Judged:
-    """`score`: normalised. `spread`: the heads' standard deviation, None of a single one. `tokens`: of prompt and
+    """`score`: normalized. `spread`: the heads' standard deviation, None for a single one. `tokens`: of prompt and
     response.
     """
 
@@ -158,17 +151,17 @@ class Judged:
 
 
 class RewardPredictor:
-    """Scores by one reward model."""
+    """Scores with one reward model."""
 
     def __init__(self, opened: OpenedReward, device: torch.device, *, ensemble_penalty: float = 0.0) -> None:
         self.opened, self.device, self.ensemble_penalty = opened, device, ensemble_penalty
         self.model = opened.model.requires_grad_(False).to(device).eval()
         self.template = ChatTemplate(opened.tokenizer)
-        self.normalisation = Normalisation.read(opened.description)
+        self.normalization = Normalization.read(opened.description)
 
     @classmethod
     def open(cls, source: str, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
-        """place: the output folder of a reward_model run, or its folder model/. Raises `UserError`."""
+        """source: the output folder of a reward_model run, or its model/ folder. Raises `UserError`."""
         return cls(open_reward_model(source), torch.device(device), ensemble_penalty=ensemble_penalty)
 
     def score_file(
@@ -179,7 +172,7 @@ class RewardPredictor:
         on_bad_row: Literal["error", "skip"] = "error",
         rules: TextRules = PLAIN_RULES,
     ) -> Scored:
-        """Every response of a file: comparisons, prompts with one response or several, conversations. Raises
+        """Scores every response of a file: comparisons, prompts with one response or several, conversations. Raises
         `DataError`.
         """
         reader = rows.read(source, on_bad_row=on_bad_row, rules=rules)
@@ -187,7 +180,7 @@ class RewardPredictor:
         return self.score(examples, on_bad_row=on_bad_row)
 
     def score(self, examples: Sequence[Comparison], *, on_bad_row: Literal["error", "skip"] = "error") -> Scored:
-        """Scores of the responses of rows, in their order; what is longer than the model was trained on is an error."""
+        """Scores of the responses of rows, in order; a row longer than the model's maximum length is an error."""
         encoded, _ = encode_comparisons(
             self.opened.tokenizer,
             examples,
@@ -197,23 +190,22 @@ class RewardPredictor:
             on_bad_row=on_bad_row,
         )
         raw = comparison_scores(self.model, self._rows(encoded))
-        scores = [self.normalisation(torch.tensor(raw[position]), ensemble_penalty=self.ensemble_penalty).tolist()
+        scores = [self.normalization(torch.tensor(raw[position]), ensemble_penalty=self.ensemble_penalty).tolist()
                   for position in range(len(encoded))]  # fmt: skip
         is_single = all(len(example.responses) == 1 for example in examples)
         found = []
         for row, each, heads in zip(encoded, scores, (raw[position] for position in range(len(encoded))), strict=True):
             example, rounded = examples[row.index], [round(score, 6) for score in each]
-            told: dict[str, Any] = {"line": example.row.line}
+            record: dict[str, Any] = {"line": example.row.line}
             spread = [round(value, 6) for value in self._spread(heads)] if len(heads[0]) > 1 else None
             if is_single:
                 response = example.responses[0]
-                words = response if isinstance(response, str) else response[-1].content
-                told |= {"prompt": text_of(example.prompt), "response": words, "score": rounded[0]}
-            else:
-                told["scores"] = rounded
+                content = response if isinstance(response, str) else response[-1].content
+                record |= {"prompt": text_of(example.prompt), "response": content, "score": rounded[0]}
+                record["scores"] = rounded
             if spread is not None:
-                told["spread"] = spread[0] if is_single else spread
-            found.append(told)
+                record["spread"] = spread[0] if is_single else spread
+            found.append(record)
         if any(example.pairs for example in examples):
             return Scored(found, measured(encoded, [[[score] for score in each] for each in scores]))
         flat = [score for each in scores for score in each]
@@ -221,37 +213,34 @@ class RewardPredictor:
         return Scored(found, summary)
 
     def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The score of each response after its prompt: (prompt, response) each. Raises as `judge`."""
+        """The score of each response after its prompt: (prompt, response) pairs. Raises as `judge`."""
         as_text = bool(self.opened.description["text"])
-        judged = self.judge([judged_words(prompt, response, as_text=as_text) for prompt, response in pairs])
+        judged = self.judge([judged_content(prompt, response, as_text=as_text) for prompt, response in pairs])
         return [each.score for each in judged]
 
     def rank(self, conversations: Sequence[tuple[PromptContent, str]]) -> list[float]:
-        """The score of each response, a text, after its prompt; −∞ for what is longer than the model was trained on.
-        Raises `UserError` where nothing fits.
+        """The score of each response, a text, after its prompt; −∞ for those longer than the model's maximum length.
+        Raises `UserError` if nothing fits.
         """
         as_text = bool(self.opened.description["text"])
-        pairs = [judged_words(prompt, response, as_text=as_text) for prompt, response in conversations]
+        pairs = [judged_content(prompt, response, as_text=as_text) for prompt, response in conversations]
         return [-math.inf if found is None else found.score for found in self.judge_what_fits(pairs)]
 
     def judge(self, conversations: Sequence[tuple[PromptContent, PromptContent]]) -> list[Judged]:
-        """Each response, after its prompt, by itself: messages for the chat template, both of them, or texts that stand
-        as they are. Raises `UserError` for messages that the template refuses and what is longer than the model was
-        trained on.
+        """Judges each response after its prompt: both messages for the chat template, or both plain texts. Raises
+        `UserError` for messages that the template refuses and for pairs longer than the model's maximum length.
         """
         return list(self._judged(conversations, "error").values())
 
     def judge_what_fits(self, conversations: Sequence[tuple[PromptContent, PromptContent]]) -> list[Judged | None]:
-        """As `judge`, but None for what is longer than the model was trained on. Raises `UserError` where nothing
-        fits.
-        """
+        """As `judge`, but None for pairs longer than the model's maximum length. Raises `UserError` if nothing fits."""
         found = self._judged(conversations, "drop")
         return [found.get(index) for index in range(len(conversations))]
 
     def _judged(
         self, conversations: Sequence[tuple[PromptContent, PromptContent]], over_length: OverLength
     ) -> dict[int, Judged]:
-        """Place → what is said of it."""
+        """Index → judgment."""
         examples = [
             Comparison(prompt, (response,), (), Row({}, "responses", None, position))
             for position, (prompt, response) in enumerate(conversations)
@@ -268,14 +257,14 @@ class RewardPredictor:
         judged = {}
         for position, row in enumerate(encoded):
             heads = raw[position]
-            score = float(self.normalisation(torch.tensor(heads), ensemble_penalty=self.ensemble_penalty)[0])
+            score = float(self.normalization(torch.tensor(heads), ensemble_penalty=self.ensemble_penalty)[0])
             spread = self._spread(heads)[0] if len(heads[0]) > 1 else None
             judged[row.index] = Judged(score, spread, row.num_tokens)
         return judged
 
     def _spread(self, heads: Sequence[Sequence[float]]) -> list[float]:
-        """Standard deviation over the heads of each response's normalised scores."""
-        mean, std = torch.tensor(self.normalisation.mean), torch.tensor(self.normalisation.std)
+        """Standard deviation over the heads of each response's normalized scores."""
+        mean, std = torch.tensor(self.normalization.mean), torch.tensor(self.normalization.std)
         spread: list[float] = ((torch.tensor(heads) - mean) / std).std(-1, correction=0).tolist()
         return spread
 

@@ -1,8 +1,4 @@
-"""A run's folder, claimed: one run writes there at a time, and none over another.
-
-Enters: the folder, and whether its run is resumed. Leaves: the folder, held until the run ends. Left out: the lock
-itself (`storage.folder_lock`), what a folder holds (`run_folder`). torch is not imported.
-"""
+"""Claims a run folder: only one run at a time writes there, and none overwrites another. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from loopos.storage.whole_folder import clear_leftovers
 
 _FILES = (CONFIG, EVENTS, "samples.jsonl", "report.md")
 _FOLDERS = ("checkpoints", "model", "adapter", "curves", "rounds")
-# What a folder needs of the disk: an entry and a block.
+# Bytes that a folder needs on the disk: an entry and a block.
 _NEEDED_BYTES = 4096
 
 
@@ -33,7 +29,7 @@ class Processes(Protocol):
 
 
 def refuse_started(folder: Path) -> None:
-    """Raises `UserError` if a run has begun in `folder`: nothing of it is overwritten."""
+    """Raises `UserError` if `folder` contains a run: nothing is overwritten."""
     if holds_run(folder):
         raise UserError(
             f"data.output_dir: {folder} already contains a run; continue it with --resume or choose another output_dir"
@@ -42,25 +38,25 @@ def refuse_started(folder: Path) -> None:
 
 @contextmanager
 def claim(folder: Path, world: Processes, *, resume: bool, note: Callable[[str], None]) -> Iterator[None]:
-    """Holds a run's folder for this process, or for all processes of a run, of which the first one holds it, and clears
-    what killed processes left half done there. note: receives sentences for the user.
+    """Locks a run folder for this process, or for all processes of a run by the first one, and removes incomplete files
+    of killed processes. note: receives messages for the user.
 
-    Raises, on every process, `UserError` if another process holds the folder, if it contains a run or checkpoints that
-    are not resumed, or something of another kind than a run writes; `DiskFull`.
+    Raises, on every process, `UserError` if another process holds the lock, if the folder contains a run or checkpoints
+    that are not resumed, or a file of an unexpected kind; `DiskFull`.
     """
-    with ExitStack() as held:
+    with ExitStack() as lock:
         problem: UserError | None = None
         if world.is_first:
             try:
                 with explain_disk_full(folder, _NEEDED_BYTES, "the run's folder"):
-                    held.enter_context(only_writer(folder, note=note))
+                    lock.enter_context(only_writer(folder, note=note))
                     _check(folder, resume=resume)
                     for line in clear_leftovers(folder):
                         note(line)
             except UserError as found:
                 problem = found
-        told = world.gather(None if problem is None else (str(problem), isinstance(problem, DiskFull)))
-        first = told[0]
+        problems = world.gather(None if problem is None else (str(problem), isinstance(problem, DiskFull)))
+        first = problems[0]
         if problem is not None:
             raise problem
         if isinstance(first, tuple):

@@ -1,12 +1,6 @@
-"""How a run did against its start, what it exported, and why it ended: one account for every command and report.
+"""Reads a run folder: its config and events, how far it came, how it did against its start, and why it ended.
 
-Enters: a run's config and events. Leaves: an `Outcome` and its sentences. Left out: reading the folder (`run_folder`),
-tables and curves (`report`). Imports neither torch nor, for runs of this version, numpy.
-
-A run's folder, read: what it is, how far it came, how well it did.
-
-Enters: a folder that holds `config.json` and `events.jsonl`. Leaves: a `Run`. Only files are read, and torch is not
-imported. Left out: checkpoints and weights.
+Imports neither torch nor, for runs of this version, numpy. Checkpoints and weights are not read.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from loopos.storage.json_files import read_object
 
 Event: TypeAlias = Mapping[str, Any]
 
-# What a validation event holds beside metrics.
+# Keys of a validation event other than metrics.
 FLAGS = ("best", "best_trained")
 
 
@@ -41,7 +35,7 @@ class Measured:
     metrics: Mapping[str, Any]
 
     def of(self, name: str | None) -> float | None:
-        """The number of a metric; None where it is absent or not finite."""
+        """The value of a metric; None if it is absent or not finite."""
         value = self.metrics.get(name) if name is not None else None
         return float(value) if isinstance(value, int | float) else None
 
@@ -49,9 +43,9 @@ class Measured:
 @dataclass(frozen=True)
 class Outcome:
     """`metric` and `mode` decide what is best. `start`: the validation before the first update; `best_trained`: the
-    best one after it; `beat_start`: None where that is not known. `exported`: the validation of the weights that are
-    exported, or would be if the run ended here; `weights`: "best", "best trained", "start" or "last", None before the
-    export. `of_round`: the round of self-improvement that they come from, which has a folder and a log of its own.
+    best one after it; `beat_start`: None if unknown. `exported`: the validation of the weights that are exported, or
+    would be if the run ended now; `weights`: "best", "best trained", "start" or "last", None before the export.
+    `of_round`: their round of self-improvement, which has its own folder and log.
     """
 
     metric: str | None
@@ -65,11 +59,11 @@ class Outcome:
 
     @property
     def best(self) -> Measured | None:
-        """The best validation; None where training did not beat the start."""
+        """The best validation; None if training did not beat the start."""
         return None if self.beat_start is False else self.best_trained
 
     def verdict(self) -> str:
-        """In one sentence; empty where nothing was validated."""
+        """The outcome in one sentence; empty without validation."""
         if self.metric is None or (self.best_trained is None and self.beat_start is None):
             return ""
         if self.best_trained is None:
@@ -97,7 +91,7 @@ class Outcome:
         if self.weights is None or self.exported is None:
             return ""
         step = self.exported.step
-        # Weights of a log that did not know its start were called the best whether they beat it or not.
+        # Logs of older versions called weights the best even if they did not beat the start.
         weights = "best trained" if self.weights == "best" and self.beat_start is False else self.weights
         return {
             "best": f"exported: the best weights, of step {step}",
@@ -112,7 +106,7 @@ def outcome_of(config: Mapping[str, Any], events: Sequence[Event]) -> Outcome:
     validations = [event for event in events if event["event"] == "validation" and event["step"] is not None]
     measured = [Measured(event["step"], _metrics(event)) for event in validations]
     start = next((each for each in measured if each.step == 0), None)
-    # The newest one that was marked: each is better than those before it. Older versions have no "best_trained".
+    # The newest marked one: each is better than those before it. Older versions have no "best_trained".
     marked = [
         each
         for each, event in zip(measured, validations, strict=True)
@@ -144,8 +138,8 @@ def _metrics(event: Event) -> dict[str, Any]:
 def _judged_by(
     config: Mapping[str, Any], events: Sequence[Event], validations: Sequence[Event]
 ) -> tuple[str | None, str]:
-    """The metric that decides and its direction: as the log says, or by the method's default in logs of older versions,
-    which do not say.
+    """The metric that decides and its direction: from the log, or the method's default for older versions, which did
+    not log it.
     """
     for event in reversed(events):
         if event["event"] == "session" and "judged_by" in event["metrics"]:
@@ -164,8 +158,8 @@ def _judged_by(
     return name, str(directions.get(name or "", "max"))
 
 
-def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
-    """Why the last session ended, in words; "still running, or killed" where the log does not say."""
+def end_reason(config: Mapping[str, Any], events: Sequence[Event]) -> str:
+    """Why the last session ended, as text; "still running, or killed" if the log does not say."""
     settings: Mapping[str, Any] = config.get("training", {})
     session: Mapping[str, Any] = {}
     stopped_by, callback = None, "a callback"
@@ -191,7 +185,7 @@ def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
             return f"stopped early: {watched} did not improve in {early.get('patience')} validations"
         case "guard":
             alerts = [event["metrics"] for event in events if event["event"] == "alarm"]
-            alert = alerts[-1].get("message") or alerts[-1]["name"] if alerts else "an alarm"
+            alert = alerts[-1].get("message") or alerts[-1]["name"] if alerts else "an alert"
             return f"stopped by a guard: {alert}"
         case "callback":
             return f"stopped by {callback}"
@@ -205,7 +199,7 @@ def ending(config: Mapping[str, Any], events: Sequence[Event]) -> str:
 
 def _finished(settings: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     if "iterations" in session and "versions" not in session:
-        # Older versions wrote "epochs" also where max_iterations was the cause.
+        # Older versions logged "epochs" even if max_iterations was the cause.
         return f"finished all {session['iterations']} iterations"
     number = settings.get("num_epochs")
     unit = "pass over the prompts" if "iterations" in session else "epoch"
@@ -216,12 +210,12 @@ def _finished(settings: Mapping[str, Any], session: Mapping[str, Any]) -> str:
 
 RunFolderEvent: TypeAlias = dict[str, Any]
 State: TypeAlias = Literal["running", "finished", "interrupted", "killed", "failed", "unknown"]
-"""running: a process holds the folder. finished: ended by itself. interrupted: ended by a signal, after a checkpoint.
-killed: its process is gone and could not say so. failed: ended by an error. unknown: of an older version, which left no
-sign: still running, or killed."""
+"""running: a process holds the folder's lock. finished: ended by itself. interrupted: ended by a signal, after a
+checkpoint. killed: its process is gone without a log entry. failed: ended by an error. unknown: an older version, which
+left no lock: still running, or killed."""
 
 CONFIG, EVENTS = "config.json", "events.jsonl"
-# Deep enough for outputs/project/run; a whole disk is not searched.
+# Deep enough for outputs/project/run, without searching a whole disk.
 _DEEPEST = 4
 
 
@@ -240,8 +234,8 @@ class Run:
 
     @property
     def ended_by(self) -> str | None:
-        """How the last session ended: "epochs", "max_steps", "max_time", "early stopping", a signal's name; None where
-        it has not, or could not say.
+        """How the last session ended: "epochs", "max_steps", "max_time", "early stopping", a signal's name; None if it
+        has not, or did not log it.
         """
         for event in reversed(self.events):
             if event["event"] == "end":
@@ -252,10 +246,10 @@ class Run:
 
     @cached_property
     def state(self) -> State:
-        """What is known of the run's process now: `State` tells the values apart."""
+        """The state of the run's process; see `State`."""
         lock = lock_state(self.path)
         if lock is not None:
-            # Whoever ends in order lets go of the folder; what is left of a lock tells that its process could not.
+            # A process that ends in order releases the lock; a leftover lock file means that it could not.
             return "running" if lock.is_active else "killed"
         if self.ended_by is not None:
             if self.ended_by == "callback error":
@@ -266,21 +260,21 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`state` in a word or two, with the reason where one is known."""
+        """`state` in a word or two, with the reason if known."""
         if self.state == "unknown":
             return "still running, or killed"
         return f"{self.state} ({self.ended_by})" if self.state in ("finished", "interrupted") else self.state
 
     @property
     def settings(self) -> list[tuple[int, Mapping[str, Any]]]:
-        """The step at which each session began, with its settings, oldest first; those of an older version, which did
-        not log them, are those of config.json.
+        """The step at which each session began, with its settings, oldest first; those of config.json for an older
+        version, which did not log them.
         """
         sessions = [event for event in self.events if event["event"] == "session"]
         return [(event["step"] or 0, event["metrics"].get("settings", self.config)) for event in sessions]
 
     def history(self) -> dict[str, list[tuple[int, Any]]]:
-        """Dotted key → (step, value from there on), of every setting that differs between the run's sessions."""
+        """Dotted key → [(step, value from then on)], for every setting that differs between the run's sessions."""
         found: dict[str, list[tuple[int, Any]]] = {}
         for (_, before), (step, after) in itertools.pairwise(self.settings):
             for key, (was, now) in changes(before, after).items():
@@ -289,22 +283,22 @@ class Run:
 
     @property
     def has_model(self) -> bool:
-        """Whether the trained model is there to predict with."""
+        """Whether the trained model exists."""
         return (self.path / "model" / "config.json").is_file()
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps so far."""
         return max((event["step"] for event in self.events if event["step"] is not None), default=0)
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps planned."""
+        """Number of optimizer steps planned."""
         return next((event["metrics"].get("total_steps") for event in self._of("session")), None)
 
     @property
     def began(self) -> float | None:
-        """When the run began (seconds since 1970); what was resumed began before."""
+        """When the run began (seconds since 1970), before any resume."""
         sessions = (event for event in self.events if event["event"] == "session")
         return next((event["timing"].get("time") for event in sessions), None)
 
@@ -315,8 +309,8 @@ class Run:
 
     @property
     def tokens_a_second(self) -> float | None:
-        """Real tokens trained on a second of optimizer steps, the first two left out where there are more: they warm
-        up. None without a timed step.
+        """Tokens per second of optimizer steps, without the first two if there are more, because they warm up. None
+        without a timed step.
         """
         rates = [(event["timing"]["tokens_per_second"], event["timing"]["seconds"]) for event in self._timed_steps()]
         seconds = sum(spent for _, spent in rates)
@@ -343,12 +337,12 @@ class Run:
 
     @property
     def ended(self) -> str:
-        """Why the last session ended, in words."""
-        return ending(self.config, self.events)
+        """Why the last session ended, as text."""
+        return end_reason(self.config, self.events)
 
     @cached_property
     def exported_metrics(self) -> dict[str, Any]:
-        """Validation metrics of the weights that are exported, or would be if the run ended here; empty without."""
+        """Validation metrics of the weights that are exported, or would be if the run ended now; empty without."""
         return dict(self.outcome.exported.metrics) if self.outcome.exported is not None else {}
 
     @property
@@ -358,7 +352,7 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """Optimizer step of the best validation; None where none beat the start."""
+        """Optimizer step of the best validation; None if none beat the start."""
         return self.outcome.best.step if self.outcome.best is not None else None
 
     @cached_property
@@ -372,7 +366,7 @@ class Run:
         return (event for event in reversed(self.events) if event["event"] == kind)
 
     def summary(self) -> dict[str, Any]:
-        """The run in one flat JSON object."""
+        """The run as one flat JSON object."""
         return {
             "run": str(self.path),
             "method": self.method,
@@ -396,7 +390,7 @@ def _unflagged(event: RunFolderEvent) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun in `folder`."""
+    """Whether `folder` contains a run."""
     return (folder / EVENTS).is_file()
 
 
@@ -406,19 +400,19 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: no such folder; expected the output_dir of a run (loopos runs list finds them)")
     for name in (CONFIG, EVENTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: no run: it holds no {name}; expected the output_dir of a run")
+            raise UserError(f"{folder}: no run: no {name}; expected the output_dir of a run")
     config = read_object(folder / CONFIG, advice="expected the config that the run wrote")
     return Run(folder, config, list(read_events(folder / EVENTS)))
 
 
 def run_of(model: Path) -> Run | None:
-    """The run whose folder model/, or adapter/, this is; None where it lies in none. Raises `UserError`."""
+    """The run that owns this model/ or adapter/ folder; None if there is none. Raises `UserError`."""
     return read_run(model.parent) if all((model.parent / name).is_file() for name in (CONFIG, EVENTS)) else None
 
 
 def read_events(path: Path) -> Iterator[RunFolderEvent]:
-    """Every event in order. A torn last line, as a killed process leaves it, is left out; any other broken line raises
-    `UserError` with its place.
+    """Every event in order. Ignores an incomplete last line, which a killed process leaves; any other broken line
+    raises `UserError` with its line number.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -427,7 +421,9 @@ def read_events(path: Path) -> Iterator[RunFolderEvent]:
             try:
                 event = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not an event ({error}); expected one JSON object a line") from error
+                raise UserError(
+                    f"{path}:{number}: not an event ({error}); expected one JSON object per line"
+                ) from error
             if not isinstance(event, dict) or not {"event", "step", "metrics", "timing"} <= set(event):
                 raise UserError(f"{path}:{number}: not an event; expected the keys event, step, metrics and timing")
             yield event
@@ -438,10 +434,10 @@ def find_runs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a folder with runs in it, such as outputs")
     found = []
-    for place, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder):
         if EVENTS in files and CONFIG in files:
-            found.append(Path(place))
+            found.append(Path(path))
             folders.clear()
-        elif len(Path(place).relative_to(folder).parts) >= _DEEPEST:
+        elif len(Path(path).relative_to(folder).parts) >= _DEEPEST:
             folders.clear()
     return sorted(found)

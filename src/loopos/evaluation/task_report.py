@@ -1,8 +1,4 @@
-"""What a report says of classes and numbers: per-class table, confusion, residuals.
-
-Enters: class names and counts, or true and predicted values, from a run's events or an evaluation. Leaves: blocks. Left
-out: which rows were wrong.
-"""
+"""Per-class tables, confusion and residuals as blocks of a report, from a run's events or an evaluation."""
 
 from __future__ import annotations
 
@@ -21,8 +17,8 @@ _MOST_CONFUSIONS_LISTED = 20
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class: `precision` = right / predicted and `recall` = right / rows, None where that is 0 / 0; `f1` = 2·right
-    / (rows + predicted), None for a class that neither occurs nor is predicted.
+    """One class: `precision` = correct / predicted and `recall` = correct / rows, None for 0 / 0; `f1` = 2·correct /
+    (rows + predicted), None for a class that neither occurs nor is predicted.
     """
 
     name: str
@@ -64,7 +60,9 @@ def class_figures(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -
 
 
 def confusion_blocks(class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[Block]:
-    """Per-class table, the confusion as a picture and, of few classes, as a table; of many the largest confusions."""
+    """Per-class table, the confusion matrix as a picture and as a table for few classes; for many the largest
+    confusions.
+    """
     parts: list[Block] = [Heading("Classes"), class_grid(class_figures(class_names, matrix)), Heading("Confusion")]
     if len(class_names) <= _MOST_CLASSES_IN_PICTURE:
         parts.append(Picture("confusion", confusion_svg(class_names, matrix), "Row: true class. Column: predicted."))
@@ -78,9 +76,9 @@ def confusion_blocks(class_names: Sequence[str], matrix: Sequence[Sequence[int]]
 
 
 def class_grid(figures: Sequence[ClassFigures], *, name: str = "class") -> Grid:
-    """A table of one line for each class or label."""
+    """A table of one line per class or label."""
     rows = [
-        (each.name, f"{each.rows:,}", f"{each.predicted:,}", *map(_share, (each.precision, each.recall, each.f1)))
+        (each.name, f"{each.rows:,}", f"{each.predicted:,}", *map(_ratio, (each.precision, each.recall, each.f1)))
         for each in figures
     ]
     return Grid((name, "rows", "predicted", "precision", "recall", "F1"), rows, numbers=range(1, 6))
@@ -98,7 +96,7 @@ def largest_confusions(matrix: Sequence[Sequence[int]], most: int) -> tuple[list
 
 
 def residual_blocks(true: Sequence[float], predicted: Sequence[float], *, rows: int) -> list[Block]:
-    """Predicted over true values and the errors; rows: how many there are, of which these are the first."""
+    """Predicted over true values and the errors; rows: number of all rows, of which these are the first."""
     errors = sorted((abs(p - t) for t, p in zip(true, predicted, strict=True)), reverse=True)
     shown = "" if rows == len(true) else f"The first {len(true):,} of {rows:,} rows. "
     median = (
@@ -108,7 +106,7 @@ def residual_blocks(true: Sequence[float], predicted: Sequence[float], *, rows: 
 
 
 def task_blocks(events: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """From the last events "confusion" and "residuals" of a run; nothing without."""
+    """Blocks from the last events "confusion" and "residuals" of a run; nothing without."""
     parts: list[Block] = []
     for kind in ("confusion", "residuals"):
         found = [event["metrics"] for event in events if event["event"] == kind]
@@ -119,5 +117,5 @@ def task_blocks(events: Sequence[Mapping[str, Any]]) -> list[Block]:
     return parts
 
 
-def _share(value: float | None) -> str:
+def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"

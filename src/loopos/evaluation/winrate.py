@@ -1,13 +1,7 @@
-"""Which of two answers is better: a reward model, or a user's function that is asked in both orders.
+"""Win rates: a judge compares answers of two models to the same prompts; the rate has an interval over prompts.
 
-Enters: pairs of answers to one prompt each. Leaves: a `Ruling` a pair, None for one that a reward model has no room
-for. Left out: the answers, and what all rulings say together (`winrate`).
-
-How often one model's answers are preferred to another's, prompt by prompt.
-
-Enters: the answers of two models to the same prompts, and a ruling on each pair. Leaves: the rate with its interval, by
-what it was decided, and the same among answers of like length; a record a pair. Left out: generating, judging
-(`pair_judges`).
+A judge is a reward model, or a user's function, which is called in both orders. The same is reported among answers of
+similar length.
 Letters: P prompts.
 """
 
@@ -23,17 +17,17 @@ from loopos.data.prompts import PromptContent, prompt_text
 from loopos.data.record import shown
 from loopos.evaluation.own_code import OwnFunction, called_for, number_of, own_function, plain
 from loopos.evaluation.policy_metrics import WinRate, wilson_interval
-from loopos.evaluation.reward_predictor import RewardPredictor, judged_words
+from loopos.evaluation.reward_predictor import RewardPredictor, judged_content
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
 
-PLACES: tuple[str, ...] = ("first", "second", "tie")
-"""What a judge function may say."""
+OUTCOMES: tuple[str, ...] = ("first", "second", "tie")
+"""What a judge function may return."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """One prompt and the answers of A and of B. `prompt`: messages, or a text that was continued as it is."""
+    """One prompt and the answers of A and of B. `prompt`: messages, or a text to continue."""
 
     prompt: PromptContent
     a: str
@@ -42,9 +36,9 @@ class Contest:
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """`winner`: "tie" where the judge contradicts itself. `orders`: the winner with A's answer first, and with B's
-    first; None where answers are scored one by one, so that there is no order. `scores`: of A and of B, None where
-    there are none; means over both orders.
+    """`winner`: "tie" if the judge contradicts itself. `orders`: the winner with A's answer first, and with B's first;
+    None if answers are scored separately, without an order. `scores`: of A and of B, None without scores; means over
+    both orders.
     """
 
     winner: Winner
@@ -56,12 +50,14 @@ PairJudge: TypeAlias = Callable[[Sequence[Contest]], list[Ruling | None]]
 
 
 def by_reward(predictor: RewardPredictor) -> PairJudge:
-    """The higher score of a reward model wins."""
+    """The answer with the higher score of a reward model wins."""
     as_text = bool(predictor.opened.description["text"])
 
     def judge(contests: Sequence[Contest]) -> list[Ruling | None]:
-        asked = [judged_words(each.prompt, answer, as_text=as_text) for each in contests for answer in (each.a, each.b)]
-        scores = [None if found is None else found.score for found in predictor.judge_what_fits(asked)]
+        pairs = [
+            judged_content(each.prompt, answer, as_text=as_text) for each in contests for answer in (each.a, each.b)
+        ]
+        scores = [None if found is None else found.score for found in predictor.judge_what_fits(pairs)]
         return [
             None if a is None or b is None else Ruling(_higher(a, b, "a", "b"), scores=(a, b))
             for a, b in zip(scores[::2], scores[1::2], strict=True)
@@ -71,21 +67,21 @@ def by_reward(predictor: RewardPredictor) -> PairJudge:
 
 
 def by_function(name: str) -> PairJudge:
-    """A user's `function(prompt, first, second)`, all texts, by its name "module:function". It says "first", "second"
-    or "tie", or gives two scores. It is asked twice, the second time with the answers in the other order: what wins
-    once alone is a tie (Zheng et al. 2023, Judging LLM-as-a-Judge, section 3.4). Raises `UserError` for a function that
-    is not there, and for anything else that it says.
+    """A user's `function(prompt, first, second)`, all texts, by its name "module:function". It returns "first",
+    "second" or "tie", or two scores. It is called twice, the second time with the answers swapped: an answer that wins
+    only once is a tie (Zheng et al. 2023, Judging LLM-as-a-Judge, section 3.4). Raises `UserError` for a missing
+    function and for any other result.
     """
     function = own_function(name, "judge")
 
     def judge(contests: Sequence[Contest]) -> list[Ruling | None]:
         found: list[Ruling | None] = []
         for each in contests:
-            asked = prompt_text(each.prompt)
-            about = called_for(asked)
-            place, scores = _ruling(function, function(asked, each.a, each.b, about=about), about)
-            swapped, scores_swapped = _ruling(function, function(asked, each.b, each.a, about=about), about)
-            orders = (_winner(place, "a", "b"), _winner(swapped, "b", "a"))
+            text = prompt_text(each.prompt)
+            about = called_for(text)
+            position, scores = _ruling(function, function(text, each.a, each.b, about=about), about)
+            swapped, scores_swapped = _ruling(function, function(text, each.b, each.a, about=about), about)
+            orders = (_winner(position, "a", "b"), _winner(swapped, "b", "a"))
             winner = orders[0] if orders[0] == orders[1] else "tie"
             mean = None
             if scores is not None and scores_swapped is not None:
@@ -97,10 +93,10 @@ def by_function(name: str) -> PairJudge:
 
 
 def _ruling(function: OwnFunction, returned: Any, about: str) -> tuple[str, tuple[float, float] | None]:
-    """The place of the better answer, and the scores if it gave some. Raises `UserError`."""
+    """The position of the better answer, and the scores if the function returned some. Raises `UserError`."""
     found = plain(returned)
     if isinstance(found, str):
-        if found in PLACES:
+        if found in OUTCOMES:
             return str(found), None
     elif isinstance(found, Sequence):
         scores = [number_of(score) for score in found]
@@ -120,14 +116,14 @@ def _winner(source: str, first: Winner, second: Winner) -> Winner:
 
 
 LIKE_LENGTH = 0.8
-"""Answers are of like length where the shorter has at least this share of the longer one's characters."""
+"""Answers are of similar length if the shorter has at least this fraction of the longer one's characters."""
 
 _WORTH = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer. `tokens` with the end token; `ended`: by itself, not at the limit of tokens."""
+    """One answer. `tokens` includes the end token; `ended`: by itself, not at the token limit."""
 
     text: str
     tokens: int
@@ -136,9 +132,11 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The answers of A and B to prompt number `place`, and which is better. `sample`: which of the prompt's pairs."""
+    """The answers of A and B to prompt `prompt_index`, and which is better. `sample`: number of the pair for this
+    prompt.
+    """
 
-    place: int
+    prompt_index: int
     sample: int
     contest: Contest
     a: Reply
@@ -154,10 +152,10 @@ class Pair:
 def rate_of(pairs: Sequence[Pair]) -> WinRate:
     """A's wins, ties half: the mean over prompts of the mean over their pairs.
 
-    The interval is Wilson's, over prompts: each is one trial, whatever number of pairs it has, since pairs of one
-    prompt are not independent of each other (Miller 2024, Adding Error Bars to Evals, section 2.2). Ties and several
-    pairs only lower a trial's variance below q (1 − q), so that it is rather too wide than too narrow; and unlike a
-    bootstrap's or the normal interval it has a width where one side wins all. Raises ValueError without pairs.
+    The interval is Wilson's, over prompts: each is one trial, whatever its number of pairs, because pairs of one prompt
+    are not independent (Miller 2024, Adding Error Bars to Evals, section 2.2). Ties and several pairs only lower a
+    trial's variance below q (1 − q), so the interval is conservative; and unlike a bootstrap or normal interval it has
+    a width when one side wins all. Raises ValueError without pairs.
     """
     means = _prompt_means(pairs)
     winners = [pair.ruling.winner for pair in pairs]
@@ -172,13 +170,13 @@ def standard_error(pairs: Sequence[Pair]) -> float | None:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Everything by name, as docs/evaluation.md defines it. Raises ValueError without pairs."""
+    """All figures by name, as docs/evaluation.md defines them. Raises ValueError without pairs."""
     like = [pair for pair in pairs if pair.is_of_like_length]
     orders = [pair.ruling.orders for pair in pairs if pair.ruling.orders is not None]
     found: dict[str, Any] = {
-        "win_rate": _told(pairs),
+        "win_rate": _rate_figures(pairs),
         "standard_error": standard_error(pairs),
-        "like_length": _told(like) if like else None,
+        "like_length": _rate_figures(like) if like else None,
         "identical": sum(pair.a.text == pair.b.text for pair in pairs),
         "length": {"a": _lengths([pair.a for pair in pairs]), "b": _lengths([pair.b for pair in pairs])},
     }
@@ -186,7 +184,7 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
         found["both_orders"] = {
             "asked": len(orders),
             "contradictions": sum(one != other for one, other in orders),
-            # With A first A won, with B first B: whatever stood first.
+            # A won when first, and B won when first: whichever came first.
             "first_favoured": orders.count(("a", "b")),
             "second_favoured": orders.count(("b", "a")),
         }
@@ -194,9 +192,9 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def record(pair: Pair, prompt: str) -> dict[str, Any]:
-    """One line of the file of answers."""
+    """One line of the file of pairs."""
     ruling = pair.ruling
-    told: dict[str, Any] = {
+    line: dict[str, Any] = {
         "prompt": prompt,
         "sample": pair.sample,
         "a": pair.a.text,
@@ -206,21 +204,21 @@ def record(pair: Pair, prompt: str) -> dict[str, Any]:
         "winner": ruling.winner,
     }
     if ruling.orders is not None:
-        told["orders"] = list(ruling.orders)
+        line["orders"] = list(ruling.orders)
     if ruling.scores is not None:
-        told["scores"] = list(ruling.scores)
-    return told
+        line["scores"] = list(ruling.scores)
+    return line
 
 
 def _prompt_means(pairs: Sequence[Pair]) -> list[float]:
     """The mean outcome of each prompt's pairs, `[P]`."""
     outcomes: dict[int, list[float]] = {}
     for pair in pairs:
-        outcomes.setdefault(pair.place, []).append(_WORTH[pair.ruling.winner])
+        outcomes.setdefault(pair.prompt_index, []).append(_WORTH[pair.ruling.winner])
     return [statistics.fmean(each) for each in outcomes.values()]
 
 
-def _told(pairs: Sequence[Pair]) -> dict[str, Any]:
+def _rate_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     rate = rate_of(pairs)
     return {
         "rate": rate.rate,
@@ -229,7 +227,7 @@ def _told(pairs: Sequence[Pair]) -> dict[str, Any]:
         "wins": rate.wins,
         "losses": rate.losses,
         "ties": rate.ties,
-        "prompts": len({pair.place for pair in pairs}),
+        "prompts": len({pair.prompt_index for pair in pairs}),
     }
 
 

@@ -1,19 +1,8 @@
-"""What a check of an export found, and whether the export may be shipped.
+"""Checks of an export: opens it again on probe texts and compares its outputs with the model's, in fp32 on CPU.
 
-Enters: outputs and texts of the model and of its export. Leaves: a `Check`; a refusal of an exact export that differs,
-or the warning of a lossy one. Left out: opening either (`reopened.py`, `language_check.py`, `task_check.py`).
-
-What was exported, opened again on a probe text: encoders, models with a head, and adapters.
-
-Enters: a place of a model. Leaves: its outputs, in fp32 on CPU. Left out: language models (`language_check.py`), what
-is made of two outputs (`verdict.py`), quality on data (`loopos evaluate`).
-Letters: T tokens, V vocabulary, d features, C outputs.
-
-An exported model with a head, opened again by the program that it is for, and held against LoopOS's own answers.
-
-Enters: the folder that was exported and the export. Leaves: the largest difference of probabilities, values or scores
-on probe texts of unlike lengths, in padded batches and in fp32. Left out: other kinds of model (`reopened.py`).
-Letters: N texts, O outputs.
+An exact export that differs is refused; a lossy one that differs too much gets a warning. Language models:
+`language_check.py`.
+Letters: T tokens, V vocabulary, d features, C or O outputs, N texts.
 """
 
 from __future__ import annotations
@@ -36,7 +25,7 @@ from loopos.data.formats import Labeled
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labeled
 from loopos.evaluation.outputs import interpret, outputs_of
-from loopos.evaluation.reward_predictor import Normalisation
+from loopos.evaluation.reward_predictor import Normalization
 from loopos.exporting import onnx as onnx_file
 from loopos.models.folders import open_task_model
 from loopos.models.load import load_pretrained
@@ -46,15 +35,15 @@ from loopos.models.resolve import ModelKind
 from loopos.models.task_layout import layout_in
 
 LEAST_SAME: Mapping[str, float] = {"q8_0": 0.9, "q4_0": 0.8}
-"""Lossy number format → the least share of places where the export's likeliest token is the model's."""
+"""Lossy number format → minimum fraction of positions where the export's top prediction equals the model's."""
 UNLIKE_EXIT_CODE = 6
-"""Of a lossy export below that share, which is written all the same."""
-# Two runs of the same numbers in fp32 differ by less than a tenth of this share of the largest output.
+"""For a lossy export below that fraction, which is written nevertheless."""
+# Two runs of the same computation in fp32 differ by less than a tenth of this fraction of the largest output.
 _ROUNDING = 1e-4
 
 
 class ExportDiffers(UserError):
-    """An export in an exact number format that is not the model that it was made from."""
+    """An export in an exact number format whose outputs differ from the model's."""
 
     exit_code: int = 1
 
@@ -62,11 +51,11 @@ class ExportDiffers(UserError):
 @dataclass(frozen=True)
 class Check:
     """largest: the largest difference of the outputs (logits, or hidden states of an encoder). scale: the largest
-    output of the original. same: the share of places where the likeliest token or class is the same.
+    output of the original. same: the fraction of positions with the same top prediction.
 
-    beyond: the largest difference from the original after its weights were rounded to the export's number format: what
-    the format does not explain. None where that was not looked at. texts: what was found of greedy text, a program
-    each. faults: what no rounding explains.
+    beyond: the largest difference from the original with its weights rounded to the export's number format, which
+    rounding does not explain; None if not computed. texts: results for greedy text, one per program. diagnostics:
+    differences that no rounding explains.
     """
 
     largest: float
@@ -91,8 +80,8 @@ def compared(
     *,
     tolerance: float = _ROUNDING,
 ) -> Check:
-    """Outputs `[..., C]` of the original, of the export, and of the original with rounded weights; or several of each,
-    in one order. tolerance: the share of the largest output that arithmetic explains.
+    """Compares outputs `[..., C]` of the original, of the export, and of the original with rounded weights; or several
+    of each, in the same order. tolerance: the fraction of the largest output that arithmetic explains.
     """
     first, second = _several(original), _several(again)
     third = first if rounded is original else [] if rounded is None else _several(rounded)
@@ -106,8 +95,8 @@ def compared(
     diagnostics = []
     if beyond is not None and not beyond <= tolerance * scale:
         diagnostics.append(
-            f"outputs differ by up to {beyond:.3g}; expected at most {tolerance * scale:.2g}, since the "
-            "same weights were rounded alike"
+            f"outputs differ by up to {beyond:.3g}; expected at most {tolerance * scale:.2g}, because the "
+            "weights were rounded in the same way"
         )
     return Check(largest, scale, same, beyond, diagnostics=tuple(diagnostics))
 
@@ -120,23 +109,23 @@ def _largest(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     return max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))
 
 
-def judge(check: Check, type_name: str, place: str) -> str:
-    """The warning about an export, empty where there is none. type_name: its number format. Raises `ExportDiffers` for
-    an exact format whose outputs or texts differ by more than its rounding.
+def judge(check: Check, type_name: str, model: str) -> str:
+    """The warning about an export, or "". type_name: its number format. Raises `ExportDiffers` for an exact format
+    whose outputs or texts differ by more than rounding explains.
     """
     least = LEAST_SAME.get(type_name)
     if least is None:
         if check.diagnostics:
             raise ExportDiffers(
-                f"{place}: the export is another model than the one it was made from:\n"
+                f"{model}: the export differs from the original model:\n"
                 + "".join(f"  {diagnostic}\n" for diagnostic in check.diagnostics)
                 + "nothing was written"
             )
         return ""
     if check.same < least:
         return (
-            f"{type_name} says other things than the model: the likeliest token is the same in {check.same:.1%} of "
-            f"places, expected at least {least:.0%}; take a wider --type: q8_0, f16 or bf16"
+            f"{type_name} changes the model's predictions: the top prediction is the same at {check.same:.1%} of "
+            f"positions, expected at least {least:.0%}; use a wider --type: q8_0, f16 or bf16"
         )
     return ""
 
@@ -149,8 +138,8 @@ PROBE = (
 
 @torch.no_grad()
 def outputs_at(folder: Path, kind: ModelKind, rounded_to: torch.dtype | None = None) -> Tensor:
-    """Outputs of a model folder for the probe: hidden states `[T, d]`, or `[1, C]` of a head. rounded_to: a
-    number format that the weights, but for a head's, are rounded to first.
+    """Outputs of a model folder for the probe: hidden states `[T, d]`, or `[1, C]` of a head. rounded_to: a number
+    format to which the weights, except a head's, are rounded first.
     """
     if kind in ("head", "reward"):
         model, tokenizer, description = open_task_model(folder)
@@ -168,8 +157,8 @@ def outputs_at(folder: Path, kind: ModelKind, rounded_to: torch.dtype | None = N
 
 @torch.no_grad()
 def adapter_outputs(adapter: Path, base: str, folder: Path, rounded_to: torch.dtype | None = None) -> Tensor:
-    """Logits `[T, V]`, or hidden states `[T, d]`, of an adapter that peft puts over its base. folder: the model's, for
-    the tokenizer. rounded_to: a number format that the adapter's own weights are rounded to first.
+    """Logits `[T, V]`, or hidden states `[T, d]`, of a PEFT adapter over its base. folder: the model's, for the
+    tokenizer. rounded_to: a number format to which the adapter's weights are rounded first.
     """
     from peft import PeftConfig, PeftModel
 
@@ -177,7 +166,7 @@ def adapter_outputs(adapter: Path, base: str, folder: Path, rounded_to: torch.dt
     opened = load_pretrained(base, causal=causal)
     of_base = {id(parameter) for parameter in opened.model.parameters()}
     with warnings.catch_warnings():
-        # peft 0.21 reads a name of transformers that 5.23 deprecates.
+        # peft 0.21 uses a name that transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model = PeftModel.from_pretrained(opened.model, str(adapter)).eval()
     if rounded_to is not None:
@@ -189,18 +178,20 @@ def adapter_outputs(adapter: Path, base: str, folder: Path, rounded_to: torch.dt
 
 @torch.no_grad()
 def round_weights(model: torch.nn.Module, dtype: torch.dtype, *, matrices_only: bool = False) -> None:
-    """Rounds the weights to a number format and back, in place. matrices_only: vectors stay, as in a GGUF file."""
+    """Rounds the weights to a number format and back, in place. matrices_only: not vectors, as in a GGUF file."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and (parameter.dim() > 1 or not matrices_only):
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def probe_ids(folder: Path, config: Any) -> Tensor:
-    """The probe's tokens `[1, T]`, at most as many as the model has positions for."""
+    """The probe's tokens `[1, T]`, limited to the model's positions."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     ids = tokenizer(PROBE)["input_ids"][: getattr(config.get_text_config(), "max_position_embeddings", None)]
     if not ids:
-        raise UserError(f"{folder}: its tokenizer makes no token of the probe text; expected one that fits the model")
+        raise UserError(
+            f"{folder}: its tokenizer makes no token of the probe text; use the tokenizer that fits the model"
+        )
     return torch.tensor([ids])
 
 
@@ -211,28 +202,28 @@ def _run(model: Any, ids: Tensor) -> Tensor:
 
 
 PROBES = (PROBE, "Thank you.", f"{PROBE} {PROBE} {PROBE}", "It broke after two days!")
-# Of two programs that compute the same in fp32; of values, as a share of the largest one and of the targets' spread.
+# Fractions of the largest value and of the targets' spread for values; two programs computing the same in fp32.
 
 
 @dataclass(frozen=True)
 class TaskCheck(Check):
-    """largest: the largest difference of the answers. scale: the largest answer. unit: what they are. program: what
-    opened the export.
+    """largest: the largest difference of the answers. scale: the largest answer. unit: what the answers are. program:
+    the program that opened the export.
     """
 
     unit: str = ""
     program: str = ""
 
     def summary(self) -> str:
-        reach = f" (they reach {self.scale:.3g})" if self.unit != "probabilities" else ""
-        likeliest = f", the same likeliest class of {self.same:.0%} of texts" if self.unit == "probabilities" else ""
-        return f"largest difference of the {self.unit} {self.largest:.3g}{reach}{likeliest}; opened by {self.program}"
+        reach = f" (largest value {self.scale:.3g})" if self.unit != "probabilities" else ""
+        likeliest = f", same top class for {self.same:.0%} of texts" if self.unit == "probabilities" else ""
+        return f"{self.unit} differ by at most {self.largest:.3g}{reach}{likeliest}; opened by {self.program}"
 
 
 def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> TaskCheck:
     """Compares the export `out`, of --format huggingface or onnx, with the model in `folder`. exact: whether it keeps
-    every number. A fault: the program that the export is for answers otherwise than LoopOS does on the same weights, or
-    an exact export otherwise than the model.
+    all numbers. A diagnostic: the export's program answers differently from LoopOS on the same weights, or an exact
+    export differs from the model.
     """
     description = read_description(folder)
     original, program, diagnostics = answers_at(folder), "LoopOS", list[str]()
@@ -240,7 +231,7 @@ def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> Task
         program, found = "onnxruntime", _onnx_answers(out, folder)
     else:
         found = answers_at(out)
-        # Codes need torchao there, and a bare folder opens by LoopOS only.
+        # Quantized codes would need torchao, and a bare folder opens only in LoopOS.
         if _opens_in_transformers(out):
             program, own = "transformers' pipeline", found
             found = transformers_answers(out)
@@ -260,7 +251,7 @@ def checked(folder: Path, out: Path, output_format: str, *, exact: bool) -> Task
 
 
 def _diagnostic(program: str, found: Tensor, expected: Tensor, description: dict[str, Any]) -> list[str]:
-    """What no rounding explains; empty where there is nothing."""
+    """A difference that no rounding explains; empty if there is none."""
     scale = 1.0
     if description["task"] == "regression":
         scale = max(float(expected.abs().max()), float(description["target_std"]))
@@ -279,9 +270,9 @@ def answers_at(folder: Path) -> Tensor:
 
 
 def meaning(outputs: Tensor, description: dict[str, Any]) -> Tensor:
-    """Outputs of a head `[N, C]` → probabilities, values or normalised scores `[N, O]`."""
+    """Outputs of a head `[N, C]` → probabilities, values or normalized scores `[N, O]`."""
     if description["task"] == "reward":
-        return Normalisation.read(description)(outputs).double()[:, None]
+        return Normalization.read(description)(outputs).double()[:, None]
     scaling = {f"target_{name}": description[f"target_{name}"] for name in ("mean", "std")}
     return torch.from_numpy(interpret(description["task"], outputs, **scaling)).reshape(len(outputs), -1)
 
@@ -295,7 +286,7 @@ def _holds_codes(folder: Path) -> bool:
 
 
 def transformers_answers(folder: Path) -> Tensor:
-    """What `pipeline("text-classification")` says of the probe texts in one padded batch `[N, O]`."""
+    """Answers of `pipeline("text-classification")` to the probe texts in one padded batch `[N, O]`."""
     own = layout_in(folder) == "own"
     opener: Any = LoopOSForSequenceClassification if own else AutoModelForSequenceClassification
     longest = read_description(folder)["max_length"]
@@ -311,7 +302,7 @@ def transformers_answers(folder: Path) -> Tensor:
 
 
 def _onnx_answers(out: Path, folder: Path) -> Tensor:
-    """What onnxruntime says of the probe texts, padded on either side `[N, O]`."""
+    """Answers of onnxruntime to the probe texts, padded on the right `[N, O]`."""
     description = read_description(folder)
     longest = description["max_length"]
     limits: dict[str, Any] = {} if longest is None else {"truncation": True, "max_length": longest}
@@ -326,7 +317,7 @@ def _onnx_answers(out: Path, folder: Path) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' words about a class that is none of its own are for other users of it."""
+    """Silences transformers' message about a class that is not its own."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
     try:

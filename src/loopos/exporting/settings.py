@@ -1,12 +1,4 @@
-"""A finished folder, sent to a hub. Nothing here runs unless it was asked for.
-
-Enters: a folder and the name `owner/name`. Leaves: the address. Left out: making the folder (`deploy.export`).
-
-What an export may be asked for, checked without torch.
-
-Enters: a format, a number format, a repository. Leaves: `ExportSettings`, or every fault in words. Left out: the work
-(`export.py`).
-"""
+"""Settings of an export, checked without torch; and the upload of a finished folder to a hub, only on request."""
 
 from __future__ import annotations
 
@@ -20,7 +12,7 @@ from loopos.config.paths import is_hub_id
 
 
 class HubClient(Protocol):
-    """The two calls of huggingface_hub's `HfApi` that a push makes."""
+    """The two calls of huggingface_hub's `HfApi` that an upload makes."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
 
@@ -34,24 +26,24 @@ def check_name(name: str) -> None:
 
 
 def push(folder: Path, name: str, client: HubClient) -> str:
-    """Makes the repository if it is not there, private, and uploads every file of the folder in one commit; returns
-    where it is. Raises `MissingRequirement` where the hub refuses or cannot be reached: the folder stays as it is.
+    """Creates the repository, private, if it does not exist, and uploads all files of the folder in one commit; returns
+    its URL. Raises `MissingRequirement` if the hub refuses or cannot be reached; the folder is unchanged.
     """
-    # The base of all that its HTTP library raises, which the hub imports under this name.
+    # HTTPError is the base class of all errors of the hub's HTTP library.
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
         client.create_repo(name, private=True, exist_ok=True)
-        done = client.upload_folder(
+        commit = client.upload_folder(
             repo_id=name, folder_path=str(folder), commit_message="Upload of a model exported by LoopOS"
         )
     except (OSError, ValueError, HTTPError, HFValidationError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise MissingRequirement(
-            f"--push: {name}: {first}; the export itself is whole in {folder}. Set HF_TOKEN to a token that may write "
-            f"there, and send it again: hf upload {name} {folder}"
+            f"--push: {name}: {first}; the export itself is complete in {folder}. Set HF_TOKEN to a token with "
+            f"write access and upload it: hf upload {name} {folder}"
         ) from problem
-    return str(getattr(done, "commit_url", None) or name)
+    return str(getattr(commit, "commit_url", None) or name)
 
 
 def own_client() -> HubClient:
@@ -64,7 +56,7 @@ def own_client() -> HubClient:
 
 FLOATS = ("f32", "f16", "bf16")
 GGUF_TYPES = (*FLOATS, "q8_0", "q4_0")
-# The number formats that each format of files takes; the first is taken where none is asked for, "" the model's own.
+# The number formats that each file format supports; the first is the default, "" the model's own.
 _TYPES: Mapping[str, tuple[str, ...]] = {
     "huggingface": ("", *FLOATS),
     "gguf": ("f16", *GGUF_TYPES),
@@ -78,8 +70,8 @@ FORMATS = tuple(_TYPES)
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """format: one of `FORMATS`. type: the number format of the weights; None for that of the model, and f16 for GGUF.
-    push: the repository to send the folder to; None sends nothing. licence: what the card says; None for what is known.
-    check: whether the folder is opened again and compared.
+    push: the repository to upload the folder to; None: no upload. licence: the license in the card; None for what is
+    known. check: whether the export is opened again and compared.
     """
 
     format: str
@@ -90,7 +82,7 @@ class ExportSettings:
 
 
 def check_settings(settings: ExportSettings) -> str:
-    """The number format to take, "" for the model's own. Raises `UserError` with every fault."""
+    """The number format to use, "" for the model's own. Raises `UserError` with all problems."""
     diagnostics = []
     if settings.format not in FORMATS:
         diagnostics.append(f"--format: got {settings.format}; expected one of {', '.join(FORMATS)}")

@@ -1,12 +1,9 @@
 """Adapters in a merge: one over its base as a model, or several summed into one adapter.
 
-Enters: PEFT adapter folders. Leaves: a `Source` whose tensors hold the adapter's change, or the tensors and config of
-an adapter whose change is exactly the weighted sum of the others'. Plain LoRA is read a tensor at a time; an adapter of
-another kind is folded into its base by peft first, and the changed weights lie in a scratch folder until they are read.
-Letters: r rank, A `[r, in]`, B `[out, r]`, s = alpha/r (with rslora alpha/√r).
+Plain LoRA is read a tensor at a time; peft first folds an adapter of another kind into its base, and the changed
+weights stay in a scratch folder until they are read. Letters: r rank, A `[r, in]`, B `[out, r]`, s = alpha/r (with
+rslora alpha/√r).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,42 +21,42 @@ from loopos.models.load import load_adapted
 from loopos.storage.tensor_files import StoredTensor
 
 _Pairs = Mapping[str, tuple[StoredTensor, StoredTensor, float]]
-# What a sum of adapters keeps of the first one's config; the rest is of that adapter's own weights.
-_KEPT = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout")
+# The keys that the summed adapter takes from the first one's config; the others depend on that adapter's own weights.
+_COPIED_KEYS = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout")
 
 
 def open_summable(source: str) -> AdapterFolder:
-    """The adapter in a folder. Raises `UserError` for one that is broken, or whose change is not scale·B·A alone."""
+    """The adapter in a folder. Raises `UserError` for one that is broken, or whose change is not only scale·B·A."""
     adapter = open_adapter_folder(source)
     if beyond := adapter.beyond_lora:
         raise UserError(
             f"{source}: an adapter with {', '.join(beyond[:3])}; expected plain LoRA on linear layers: to merge it "
-            "as a "
-            'model, leave out "result": "adapter"'
+            "as a model, remove "
+            '"result": "adapter"'
         )
     return adapter
 
 
 def adapted_source(source: str, base: str | None, scratch: Callable[[], Path]) -> Source:
-    """An adapter over `base`, or without one over the model that it names, as a model. scratch: makes an empty folder
-    that stays until the source has been read. Raises `UserError`.
+    """An adapter over `base`, or by default over the model that it names, as a model. scratch: makes an empty folder
+    that exists until the source has been read. Raises `UserError`.
     """
     adapter = open_adapter_folder(source)
     named = base or adapter.base
     if named is None:
-        raise UserError(f"{source}: an adapter that names no base model; name one in base")
+        raise UserError(f"{source}: an adapter that names no base model; set base")
     if adapter.beyond_lora or is_adapter(named):
         return _folded_source(adapter, named, scratch())
     return _low_rank_source(adapter, open_source(named), named)
 
 
 def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
-    """An adapter of any kind over its base: weights that it leaves as they are keep the base's number format."""
+    """An adapter of any kind over its base; unchanged weights keep the base's number format."""
     folded = load_adapted(adapter, base=base)
     save_pretrained(scratch, folded.model, folded.tokenizer)
     whole = open_source(str(scratch))
     if is_adapter(base):
-        return replace(whole, place=adapter.source)
+        return replace(whole, location=adapter.source)
     under, stored, changes = open_source(base), dict[str, StoredTensor](), dict[str, Change]()
     for name, tensor in whole.stored.items():
         own = under.stored.get(name)
@@ -69,7 +66,7 @@ def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
         stored[name] = own
         if not torch.equal(own.read().to(tensor.spec.dtype), tensor.read()):
             changes[name] = Replaced(tensor)
-    return replace(whole, place=adapter.source, stored=stored, changes=changes)
+    return replace(whole, location=adapter.source, stored=stored, changes=changes)
 
 
 def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Source:
@@ -82,19 +79,19 @@ def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Sourc
         shape = (up.spec.shape[0], down.spec.shape[1])
         expected = shape[::-1] if transposed else shape
         if name is None:
-            wrong.append(f"{module} is no layer of it")
+            wrong.append(f"the base has no layer {module}")
         elif under.stored[name].spec.shape != expected:
             wrong.append(f"{name} is {list(under.stored[name].spec.shape)}, the adapter's change {list(expected)}")
         else:
             changes[name] = LowRank(down, up, scale, transposed)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{adapter.source}: an adapter of another model than {named}: {'; '.join(wrong[:3])}{more}")
-    return replace(under, place=adapter.source, changes=changes)
+        raise UserError(f"{adapter.source}: does not fit {named}: {'; '.join(wrong[:3])}{more}")
+    return replace(under, location=adapter.source, changes=changes)
 
 
 def _name_in(source: Source, name: str) -> str | None:
-    """The name of an adapter's layer in a model that has, or lacks, the base model's prefix."""
+    """The name of an adapter's layer in a model with or without the base model's prefix."""
     candidates = [name, *(f"{prefix}{name}" for prefix in _prefixes(source))]
     candidates += [name.removeprefix(f"{name.partition('.')[0]}.")]
     return next((each for each in candidates if each in source.stored), None)
@@ -106,7 +103,7 @@ def _prefixes(source: Source) -> list[str]:
 
 
 def check_summable(adapters: Sequence[AdapterFolder]) -> list[str]:
-    """What keeps adapters from being summed: other bases, layers of other shapes; every fault."""
+    """Why adapters cannot be summed: different bases, or layers of different shapes; all reasons."""
     diagnostics = []
     shapes = [{name: _shape(pair) for name, pair in adapter.lora_pairs().items()} for adapter in adapters]
     first = adapters[0]
@@ -114,7 +111,9 @@ def check_summable(adapters: Sequence[AdapterFolder]) -> list[str]:
         if other.base != first.base:
             diagnostics.append(f"{other.source} was trained on {other.base}, {first.source} on {first.base}")
         if bool(other.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
-            diagnostics.append(f"{other.source} keeps its weights transposed, {first.source} does not, or the reverse")
+            diagnostics.append(
+                f"{other.source} and {first.source}: one stores its weights transposed, the other does not"
+            )
         diagnostics += [
             f"{name}: {first.source} changes {list(shapes[0][name])}, {other.source} {list(shape)}"
             for name, shape in own.items()
@@ -130,8 +129,8 @@ def _shape(pair: tuple[StoredTensor, StoredTensor, float]) -> tuple[int, int]:
 
 
 def summed(adapters: Sequence[AdapterFolder], weights: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config of the adapter with ΔW = Σ w_i s_i B_i A_i: the A_i one over the other, the B_i, each times
-    w_i s_i, side by side. Its rank is the sum of the ranks, its scale 1; an adapter that lacks a layer adds zeros.
+    """Tensors and config of the adapter with ΔW = Σ w_i s_i B_i A_i: the A_i stacked, the B_i, each times w_i s_i, side
+    by side. Its rank is the sum of the ranks, its scale 1; an adapter without a layer adds zeros there.
     """
     parts: list[_Pairs] = [adapter.lora_pairs() for adapter in adapters]
     names = list(dict.fromkeys(name for pairs in parts for name in pairs))
@@ -151,6 +150,6 @@ def summed(adapters: Sequence[AdapterFolder], weights: Sequence[float]) -> tuple
             ups.append(up)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat(downs)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(ups, dim=1)
-    config = {key: adapters[0].config[key] for key in _KEPT if key in adapters[0].config}
-    # Whole names: the last part of one may be that of a layer in another place, which no adapter changes.
+    config = {key: adapters[0].config[key] for key in _COPIED_KEYS if key in adapters[0].config}
+    # Full names: the last part of a name may also be that of another layer, which no adapter changes.
     return tensors, {**config, "r": sum(ranks), "lora_alpha": sum(ranks), "target_modules": sorted(names)}

@@ -1,13 +1,7 @@
-"""Stacking layers of several models into one deeper, or shallower, model.
+"""The folder of a merged model without its weights (config, tokenizer, description), and stacks of layers.
 
-Enters: a recipe with ranges of layers and its opened sources. Leaves: a `Plan` of copies, and the config of the stack.
-Layers keep their order; what lies outside them (embeddings, final norm, heads) comes from the first model. Left out:
-training the seams.
-
-The folder of a merged model, all but its weights: config, tokenizer, description.
-
-Enters: a plan and a recipe. Leaves: files, so that the result opens as the models did. Left out: weights
-(`deploy.merge`), the report (`report.py`).
+A stack (`passthrough`) takes ranges of layers from several models. Layers keep their order; tensors outside the layers
+(embeddings, final norm, heads) come from the first model.
 """
 
 from __future__ import annotations
@@ -29,19 +23,19 @@ from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import REPORT
 from loopos.storage.tensor_files import NAMED_WEIGHTS
 
-# The names of the number of layers in configs of transformers.
+# Keys of the number of layers in transformers configs.
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def ranges_of(recipe: MergeConfig, models: Sequence[Source]) -> list[tuple[int, int]]:
-    """First layer and the one after the last of each model. Raises `UserError` for layers that a model lacks."""
+    """The first layer and the one after the last, of each model. Raises `UserError` for layers that a model lacks."""
     found, diagnostics = [], []
     for number, (each, source) in enumerate(zip(recipe.models, models, strict=True)):
         start, end = each.layers or (0, source.num_layers)
         if end > source.num_layers:
             diagnostics.append(
                 f"models.{number}.layers: got [{start}, {end}]; expected at most {source.num_layers}, the layers of "
-                f"{source.place}"
+                f"{source.location}"
             )
         found.append((start, end))
     if diagnostics:
@@ -50,7 +44,7 @@ def ranges_of(recipe: MergeConfig, models: Sequence[Source]) -> list[tuple[int, 
 
 
 def stacked(recipe: MergeConfig, models: Sequence[Source]) -> Plan:
-    """The plan of a stack. Raises `UserError` with every fault: other architectures, shapes or vocabularies."""
+    """The plan of a stack. Raises `UserError` with all reasons: other architectures, shapes or vocabularies."""
     ranges, first = ranges_of(recipe, models), models[0]
     diagnostics = [*config_diagnostics(models), *vocabulary_diagnostics(models)]
     tensors = {name: _copy(name, None, 0, name, first) for name in first.specs if first.layer_of(name) is None}
@@ -62,16 +56,16 @@ def stacked(recipe: MergeConfig, models: Sequence[Source]) -> Plan:
             if layer is None or not start <= layer < end:
                 continue
             rest = name.removeprefix(source.stack).partition(".")[2]
-            named, shape = seen.setdefault(rest, (source.place, spec.shape))
+            named, shape = seen.setdefault(rest, (source.location, spec.shape))
             if shape != spec.shape:
-                diagnostics.append(f"{source.place}: {name} is {list(spec.shape)} where {named} has {list(shape)}")
+                diagnostics.append(f"{source.location}: {name} is {list(spec.shape)} where {named} has {list(shape)}")
             target = f"{first.stack}{depth + layer - start}.{rest}"
             tensors[target] = _copy(target, depth + layer - start, index, name, source)
         depth += end - start
     if diagnostics:
         raise UserError("\n".join(diagnostics))
     summary = ", ".join(
-        f"{source.place} {start} to {end - 1}" for source, (start, end) in zip(models, ranges, strict=True)
+        f"{source.location} {start} to {end - 1}" for source, (start, end) in zip(models, ranges, strict=True)
     )
     return Plan(models, None, tensors, None, [f"{depth} layers: {summary}"])
 
@@ -81,8 +75,8 @@ def _copy(name: str, layer: int | None, index: int, own: str, source: Source) ->
 
 
 def stacked_config(recipe: MergeConfig, models: Sequence[Source]) -> dict[str, Any]:
-    """The first model's config with the stack's number of layers; a list with a value a layer (such as layer_types) is
-    put together of the models' lists as the layers are.
+    """The first model's config with the stack's number of layers. A list with one value per layer (such as layer_types)
+    is composed from the models' lists like the layers.
     """
     ranges = ranges_of(recipe, models)
     config: dict[str, Any] = copy.deepcopy(dict(models[0].config))
@@ -102,14 +96,14 @@ def stacked_config(recipe: MergeConfig, models: Sequence[Source]) -> dict[str, A
     return config
 
 
-# What stands beside a model and says nothing of the merged one.
+# Files of a model folder that do not describe the merged model.
 _LEFT = frozenset({MANIFEST, RECIPE, MODEL_DESCRIPTION, "config.json", "README.md", REPORT, "events.jsonl"})
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 
 
 def write_beside(folder: Path, plan: Plan, recipe: MergeConfig) -> None:
-    """Writes everything but weights and report."""
+    """Writes everything except weights and report."""
     first, named = plan.models[0], _tokenizer_source(plan, recipe)
     for file in _files(first):
         if not _is_of_tokenizer(file):
@@ -135,11 +129,11 @@ def _tokenizer_source(plan: Plan, recipe: MergeConfig) -> Source:
     if recipe.tokenizer == "base" and plan.base is not None:
         return plan.base
     sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
-    return next((each for each in sources if each.place == recipe.tokenizer), plan.models[0])
+    return next((each for each in sources if each.location == recipe.tokenizer), plan.models[0])
 
 
 def _files(source: Source) -> list[Path]:
-    """The files of a model's folder that belong to the model, without weights and their indices."""
+    """The files of a model folder that belong to the model, without weights and their indices."""
     return [
         file
         for file in sorted(source.folder.iterdir())
@@ -171,7 +165,7 @@ def _config(plan: Plan, recipe: MergeConfig) -> dict[str, Any]:
 
 
 def _description(first: Source, recipe: MergeConfig) -> Mapping[str, Any]:
-    """What the first model says of itself. It is no longer an adapter over the weights that `base` tells."""
+    """The first model's description. The result is not an adapter over the weights in `base` any more."""
     description = {key: value for key, value in first.description.items() if key != "base"}
     if recipe.dtype != "auto":
         description["precision"] = recipe.dtype

@@ -1,14 +1,8 @@
-"""The report of a merge: what was merged how, what it weighs, how far it went, how good it is.
+"""Merges models by a recipe, tensor by tensor, and writes the report.
 
-Enters: a recipe, its plan, the changes of its tensors, metrics. Leaves: Markdown. Left out: the recipe itself
-(`recipe.json` beside it).
-
-Merging models: the recipe, run tensor by tensor.
-
-Enters: a `MergeConfig`. Leaves: a model folder, whole or not at all, with `recipe.json` and `report.md`. At any moment
-one tensor of each model is in memory, with the base's and the result; what comes out depends neither on the order of
-tensors nor on how they are spread over files. Left out: the mathematics (`merging/methods.py`), checks
-(`merging/plan.py`).
+The result is a model folder with `recipe.json` and `report.md`, written completely or not at all. At any time one
+tensor of each model, of the base and of the result is in memory; the result depends neither on the order of tensors nor
+on their distribution over files.
 """
 
 from __future__ import annotations
@@ -49,7 +43,7 @@ _MOST_GROUPS = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """`values`: metrics by the place of a model, those of the merged one under "result"."""
+    """`values`: metrics by model, those of the merged one under "result"."""
 
     data: str
     values: dict[str, Mapping[str, float]]
@@ -91,9 +85,9 @@ def _models(recipe: MergeConfig, plan: Plan) -> str:
     rows = []
     for each, source in zip(recipe.models, plan.models, strict=True):
         size = [f"{source.num_parameters:,}", f"{source.num_bytes:,}"]
-        rows.append([cell(source.place), cell(each.layers or each.weight), *size])
+        rows.append([cell(source.location), cell(each.layers or each.weight), *size])
     if plan.base is not None:
-        rows.append([cell(plan.base.place), "base", f"{plan.base.num_parameters:,}", f"{plan.base.num_bytes:,}"])
+        rows.append([cell(plan.base.location), "base", f"{plan.base.num_parameters:,}", f"{plan.base.num_bytes:,}"])
     return table(["model", "layers" if recipe.method == "passthrough" else "weight", "parameters", "bytes"], rows)
 
 
@@ -108,18 +102,19 @@ def _result(recipe: MergeConfig, plan: Plan, seconds: float) -> str:
 
 def _soup(plan: Plan, trials: Sequence[Trial]) -> str:
     rows = [
-        [cell(plan.models[each.added].place), shown(each.value), "kept" if each.kept else "left out"] for each in trials
+        [cell(plan.models[each.added].location), shown(each.value), "accepted" if each.accepted else "rejected"]
+        for each in trials
     ]
     return table(["model tried", trials[0].metric, ""], rows)
 
 
 def _change_summary(recipe: MergeConfig) -> str:
     origin = "the base" if recipe.base is not None and recipe.method not in ("linear", "slerp") else "the first model"
-    return f"Norm of the change from {origin}, and its share of the norm of what it changed."
+    return f"Norm of the change from {origin}, and as a fraction of the norm of {origin}."
 
 
 def _groups(changes: Sequence[Change], num_layers: int) -> str:
-    """Norms of the changes, layers in at most so many groups of neighbours."""
+    """Norms of the changes, with layers in at most `_MOST_GROUPS` groups of neighbors."""
     step = max(1, math.ceil(num_layers / _MOST_GROUPS))
     sums: dict[str, tuple[float, float]] = {}
     for change in sorted(changes, key=lambda each: -1 if each.layer is None else each.layer):
@@ -132,34 +127,34 @@ def _groups(changes: Sequence[Change], num_layers: int) -> str:
         sums[name] = before[0] + change.squared, before[1] + change.squared_before
     rows = []
     for name, (squared, squared_before) in sums.items():
-        share = math.sqrt(squared / squared_before) if squared_before > 0 else 0.0
-        rows.append([name, shown(math.sqrt(squared)), f"{share:.2%}"])
-    return table(["tensors", "norm of the change", "share"], rows)
+        fraction = math.sqrt(squared / squared_before) if squared_before > 0 else 0.0
+        rows.append([name, shown(math.sqrt(squared)), f"{fraction:.2%}"])
+    return table(["tensors", "norm of the change", "fraction"], rows)
 
 
 def _metrics(measured: Measured) -> str:
     names = list(dict.fromkeys(name for values in measured.values.values() for name in values))
     rows = [
-        [cell(place), *(shown(values[name]) if name in values else "" for name in names)]
-        for place, values in measured.values.items()
+        [cell(location), *(shown(values[name]) if name in values else "" for name in names)]
+        for location, values in measured.values.items()
     ]
     return table(["model", *names], rows)
 
 
 def adapter_report(adapters: Sequence[AdapterFolder], factors: Sequence[float], config: Mapping[str, object]) -> str:
-    """The report of adapters that were summed into one."""
+    """The report of adapters summed into one."""
     rows = [
         [cell(each.source), shown(factor), cell(each.config.get("r")), str(len(each.lora_pairs()))]
         for each, factor in zip(adapters, factors, strict=True)
     ]
-    told = f"One adapter of rank {config['r']} whose change is the sum of the others', each times its factor."
-    return "\n\n".join(["# Merge of adapters", told, table(["adapter", "factor", "rank", "layers"], rows)]) + "\n"
+    text = f"One adapter of rank {config['r']} whose change is the weighted sum of the adapters' changes."
+    return "\n\n".join(["# Merge of adapters", text, table(["adapter", "factor", "rank", "layers"], rows)]) + "\n"
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """`folder`: what was written; `notes`: what a user should know; `measured`: metrics of all models and the result,
-    by data file; `trials`: the steps of a greedy soup.
+    """`folder`: the result; `notes`: what a user should know; `measured`: metrics of all models and the result, by data
+    file; `trials`: the steps of a greedy soup.
     """
 
     folder: Path
@@ -178,9 +173,9 @@ def merge(
     note: Callable[[str], None] = lambda sentence: None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> MergeResult:
-    """Merges as a recipe says. device: where models are measured; merging itself is done on the CPU.
+    """Merges by a recipe. device: where models are evaluated; merging itself runs on the CPU.
 
-    Raises `UserError` with every fault of every model, before anything is written, and for numbers that are not finite.
+    Raises `UserError` with all problems of all models, before anything is written, and for non-finite numbers.
     """
     began = time.monotonic()
     if recipe.result == "adapter":
@@ -208,14 +203,14 @@ def _merge_models(
     with explain_disk_full(folder, needed, "the merged model", NOTHING_WRITTEN):
         if recipe.method == "greedy_soup":
             trials = choose(
-                recipe, plan, lambda place, chosen: _write(place, plan, recipe, chosen), device=device, note=note
+                recipe, plan, lambda target, chosen: _write(target, plan, recipe, chosen), device=device, note=note
             )
             weights = trials[-1].weights(len(models))
         measured = [Measured(data, _before(models, data, device, note)) for data in recipe.evaluate]
         with whole_folder(folder) as partial:
             changes = _write(partial, plan, recipe, weights, on_progress)
             for each in measured:
-                note(f"measuring the result on {each.data}")
+                note(f"evaluating the result on {each.data}")
                 each.values["result"] = row_metrics(str(partial), each.data, device=device)
             notes = [
                 *plan.notes,
@@ -231,8 +226,8 @@ def _merge_models(
 
 
 def open_models(recipe: MergeConfig, scratch: ExitStack) -> tuple[list[Source], Source | None]:
-    """The models and the base. scratch: keeps the folders of adapters that had to be folded until all has been read.
-    Raises `UserError` with the fault of each that cannot be opened.
+    """The models and the base. scratch: keeps the folders of folded adapters until everything has been read. Raises
+    `UserError` with the problem of each that cannot be opened.
     """
     diagnostics: list[str] = []
     out = Path(recipe.output_dir).absolute()
@@ -263,8 +258,8 @@ def _write(
     weights: Sequence[float] | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Change]:
-    """Writes all of a model but its report; how far each tensor went from the base, or from the first model. weights:
-    those of a soup's models, instead of the recipe's.
+    """Writes a model except its report; returns the change of each tensor from the base, or from the first model.
+    weights: those of a soup's models, instead of the recipe's.
     """
     write_beside(folder, plan, recipe)
     merger = TensorMerger(plan, recipe, weights, on_progress)
@@ -295,27 +290,27 @@ def _write(
 def _before(
     models: Sequence[Source], data: str, device: str, note: Callable[[str], None]
 ) -> dict[str, Mapping[str, float]]:
-    """The metrics of each model by its place. An adapter, which is no model by itself, has none, nor has a model of
-    another kind than the first, and than the result.
+    """The metrics of each model. An adapter, which is no model by itself, has none, nor has a model of another kind
+    than the first, which is that of the result.
     """
     found: dict[str, Mapping[str, float]] = {}
     for source in models:
         if source.changes:
-            note(f"{source.place}: not measured: an adapter")
+            note(f"{source.location}: not evaluated: an adapter")
         elif source.is_task_model != models[0].is_task_model:
-            note(f"{source.place}: not measured: another kind of model than the result")
-        elif source.place not in found:
-            note(f"measuring {source.place} on {data}")
-            found[source.place] = row_metrics(source.place, data, device=device)
+            note(f"{source.location}: not evaluated: another kind of model than the result")
+        elif source.location not in found:
+            note(f"evaluating {source.location} on {data}")
+            found[source.location] = row_metrics(source.location, data, device=device)
     return found
 
 
 def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
-    """Adapters summed into one. Raises `UserError` with every fault."""
+    """Adapters summed into one. Raises `UserError` with all problems."""
     diagnostics, adapters = [], list[AdapterFolder]()
     for each in recipe.models:
         if not is_adapter(each.model):
-            diagnostics.append(f"{each.model}: no adapter folder; expected one with {ADAPTER_CONFIG}")
+            diagnostics.append(f"{each.model}: not an adapter folder; expected one with {ADAPTER_CONFIG}")
             continue
         try:
             adapters.append(open_summable(each.model))
@@ -323,7 +318,9 @@ def _merge_adapters(recipe: MergeConfig, began: float) -> MergeResult:
             diagnostics.append(str(problem))
     weights = [each.weight for each in recipe.models if isinstance(each.weight, float)]
     if len(weights) < len(recipe.models) or recipe.patterns or isinstance(recipe.scale, list):
-        diagnostics.append('"result": "adapter" takes one weight a model and one scale: no lists and no patterns')
+        diagnostics.append(
+            '"result": "adapter" takes one weight per model and one scale; lists and patterns are not supported'
+        )
     if adapters:
         diagnostics += check_summable(adapters)
     if diagnostics:

@@ -1,14 +1,9 @@
-"""The largest elements of a tensor by magnitude, found exactly and in little memory.
+"""The math of merging: several tensors of the same name, and perhaps a base, to one tensor. Pure torch, fp32.
 
-Enters: tensors in fp32. Leaves: the same with the largest, or all but them, set to 0. Sorting would make an index twice
-as large as the tensor; counting needs none. Torch alone.
-
-The mathematics of merging: several tensors of one place, perhaps a base, to one tensor.
-
-Enters: tensors in fp32 of one shape, weights, the parameters at this place. Leaves: the merged tensor. Torch alone; no
-files, names or layers. Most functions write into what they are given, and work through it in pieces: a tensor may be a
-tenth of a model, and copies of it are what memory goes to.
-Letters: θ_i the tensor of model i of N, w_i its weight, θ_0 the base, δ_i = θ_i − θ_0 its delta, n elements.
+Most functions write into their arguments and work in chunks, because a tensor may be a tenth of a model and copies
+would dominate memory. The largest elements are found exactly by counting: sorting would make an index twice as large as
+the tensor. Letters: θ_i the tensor of model i of N, w_i its weight, θ_0 the base, δ_i = θ_i − θ_0 its delta, n
+elements.
 """
 
 from __future__ import annotations
@@ -23,20 +18,20 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-PIECE = 2**20
-"""Elements that are worked on at a time."""
+CHUNK = 2**20
+"""Elements processed at a time."""
 
 
 def keep_largest(values: Tensor, count: int) -> None:
-    """Sets all but the `count` elements of largest magnitude to 0, in place; of equal ones the first stay."""
+    """Sets all except the `count` elements of largest magnitude to 0, in place; of equal ones the first stay."""
     if count >= values.numel():
         return
     if count == 0:
         values.zero_()
         return
     threshold, above = magnitude_at(values, count)
-    for piece in pieces(values):
-        piece.mul_(piece.abs() >= threshold)
+    for chunk in chunks(values):
+        chunk.mul_(chunk.abs() >= threshold)
     _zero_equal(values, threshold, slice(count - above, None))
 
 
@@ -45,58 +40,58 @@ def zero_largest(values: Tensor, count: int) -> None:
     if count == 0:
         return
     threshold, above = magnitude_at(values, count)
-    for piece in pieces(values):
-        piece.mul_(piece.abs() <= threshold)
+    for chunk in chunks(values):
+        chunk.mul_(chunk.abs() <= threshold)
     _zero_equal(values, threshold, slice(0, count - above))
 
 
 def _zero_equal(values: Tensor, magnitude: float, which: slice) -> None:
-    """Sets those elements of exactly this magnitude to 0 that `which` says, in their order."""
+    """Sets the elements of exactly this magnitude that `which` selects to 0, in their order."""
     if magnitude > 0:
         flat = values.view(-1)
         flat[(flat.abs() == magnitude).nonzero().squeeze(1)[which]] = 0.0
 
 
 def magnitude_at(values: Tensor, count: int) -> tuple[float, int]:
-    """The magnitude of the element at place `count` (from 1) by falling magnitude, and how many are larger.
+    """The magnitude of the element with rank `count` (from 1) by falling magnitude, and how many are larger.
 
-    The bits of positive floats are ordered as they are: two counts of 16 and 15 of them find it exactly, without the
-    index that sorting makes.
+    The bits of positive floats are ordered like their values: two counts, of 16 and 15 bits, find it exactly, without
+    the index that sorting makes.
     """
-    high, above = _bucket_at((_bits(piece) >> 15 for piece in pieces(values)), 2**16, count)
-    low_bits = (bits[(bits >> 15) == high] & 0x7FFF for bits in map(_bits, pieces(values)))
+    high, above = _bucket_at((_bits(chunk) >> 15 for chunk in chunks(values)), 2**16, count)
+    low_bits = (bits[(bits >> 15) == high] & 0x7FFF for bits in map(_bits, chunks(values)))
     low, more = _bucket_at(low_bits, 2**15, count - above)
     found = torch.tensor([(high << 15) | low], dtype=torch.int32).view(torch.float32)
     return float(found), above + more
 
 
 def _bucket_at(numbers: Iterable[Tensor], size: int, count: int) -> tuple[int, int]:
-    """Of whole numbers below `size` the one at place `count` by falling size, and how many are larger."""
+    """Of integers below `size` the one with rank `count` by falling value, and how many are larger."""
     counts = torch.zeros(size, dtype=torch.int64)
     for part in numbers:
         counts += torch.bincount(part, minlength=size)
     reached = counts.flip(0).cumsum(0)
-    place = int((reached < count).sum())
-    return size - 1 - place, int(reached[place - 1]) if place else 0
+    rank = int((reached < count).sum())
+    return size - 1 - rank, int(reached[rank - 1]) if rank else 0
 
 
-def _bits(piece: Tensor) -> Tensor:
-    return piece.abs().view(torch.int32)
+def _bits(chunk: Tensor) -> Tensor:
+    return chunk.abs().view(torch.int32)
 
 
-def pieces(values: Tensor) -> Iterator[Tensor]:
-    """Parts of a tensor as flat views, at most `PIECE` elements each."""
-    # torch leaves the annotations of this method out.
-    yield from values.view(-1).split(PIECE)  # type: ignore[no-untyped-call]
+def chunks(values: Tensor) -> Iterator[Tensor]:
+    """Parts of a tensor as flat views of at most `CHUNK` elements."""
+    # torch has no annotations for this method.
+    yield from values.view(-1).split(CHUNK)  # type: ignore[no-untyped-call]
 
 
 COLINEAR = 0.9995
-"""Cosine above which `slerp` is linear: sin Ω, which it divides by, is then below 0.032."""
+"""Cosine above which `slerp` interpolates linearly: sin Ω, by which it divides, is then below 0.032."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """The parameters of a merge at one tensor; `config.merge` says what each is. Drop shares are of the elements."""
+    """The parameters of a merge for one tensor; see `config.merge`. The drop_* values are fractions of the elements."""
 
     t: float = 0.5
     scale: float = 1.0
@@ -109,7 +104,7 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class DeltaRow:
-    """A method on deltas: how each is thinned out, and whether their signs are elected before they are added."""
+    """A method on deltas: how each is sparsified, and whether signs are elected before the sum."""
 
     thin: Literal["none", "trim", "drop", "ranked_drop", "breadcrumbs"]
     elects: bool
@@ -127,11 +122,11 @@ DELTA_METHODS: Mapping[str, DeltaRow] = {
 }
 
 Draws: TypeAlias = Callable[[int], torch.Generator]
-"""The generator of a model, by its place among the models."""
+"""The random generator of a model, by its index among the models."""
 
 
 def generator_of(seed: int, name: str, index: int) -> torch.Generator:
-    """The random numbers of one tensor of one model: neither the order of tensors nor their files change them."""
+    """The random numbers of one tensor of one model; independent of the order of tensors and of their files."""
     digest = hashlib.sha256(f"{seed}\0{name}\0{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -145,8 +140,8 @@ def merged(
     base: Tensor | None = None,
     draws: Draws | None = None,
 ) -> Tensor:
-    """One tensor by the method of this name. `tensors` is read once, in order; sums keep one of them at a time.
-    base: of all methods but linear and slerp; draws: of those that drop at random.
+    """One tensor by the method `method`. `tensors` is read once, in order; sums keep one of them at a time. base: for
+    all methods except linear and slerp; draws: for those that drop at random.
     """
     if method == "linear":
         return linear(tensors, weights, normalize=parameters.normalize)
@@ -173,7 +168,7 @@ def linear(tensors: Iterable[Tensor], weights: Sequence[float], *, normalize: bo
     """
     total = sum(weights) if normalize else 1.0
     assert total != 0, "weights that sum to 0"
-    # No name is given to what is read: it would live on while the next is read.
+    # Tensors read are not bound to a name: they would stay in memory while the next is read.
     source = iter(tensors)
     found = next(source).mul_(weights[0] / total)
     for weight in weights[1:]:
@@ -192,7 +187,7 @@ def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     if abs(cosine) > COLINEAR:
         return first.mul_(1 - t).add_(second, alpha=t)
     angle = math.acos(cosine)
-    one, two = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
+    one, two = (math.sin(fraction * angle) / math.sin(angle) for fraction in (1 - t, t))
     return first.mul_(one).add_(second, alpha=two)
 
 
@@ -204,8 +199,8 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
     often makes them, the paper leaves the sign open; here it is plus: one change stays, not neither.
     """
     flat = [delta.view(-1) for delta in deltas]
-    for start in range(0, flat[0].numel(), PIECE):
-        parts = [each[start : start + PIECE] * weight for each, weight in zip(flat, weights, strict=True)]
+    for start in range(0, flat[0].numel(), CHUNK):
+        parts = [each[start : start + CHUNK] * weight for each, weight in zip(flat, weights, strict=True)]
         sign = torch.where(torch.stack(parts).sum(0) < 0, -1.0, 1.0)
         total, mass = torch.zeros_like(sign), torch.zeros_like(sign)
         for part, weight in zip(parts, weights, strict=True):
@@ -214,7 +209,7 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
             mass += agrees * abs(weight)
         if normalize:
             total = torch.where(mass > 0, total / mass.clamp_min(1e-30), 0.0)
-        flat[0][start : start + PIECE] = total
+        flat[0][start : start + CHUNK] = total
     return deltas[0]
 
 
@@ -237,22 +232,24 @@ def model_stock(base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """δ with all but the share `density` of its elements of largest magnitude set to 0, in place; at least one stays.
+    """δ with all except the fraction `density` of its elements of largest magnitude set to 0, in place; at least one
+    stays.
 
-    Yadav et al. 2023, section 3 (trim). Of equal magnitudes the first are kept.
+    Yadav et al. 2023, section 3 (trim). Of equal magnitudes the first stay.
     """
     keep_largest(delta, max(1, round(density * delta.numel())))
     return delta
 
 
 def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """δ with each element kept with probability `density` and then divided by it, in place: its expectation stays.
+    """δ with each element kept with probability `density` and then divided by it, in place: its expectation is
+    unchanged.
 
     Yu et al. 2024, "Language models are Super Mario", section 3.2 (DARE; its drop rate p is 1 − density).
     """
-    for piece in pieces(delta):
-        kept = torch.rand(piece.shape, generator=generator) < density
-        piece.mul_(kept).div_(density)
+    for chunk in chunks(delta):
+        keep = torch.rand(chunk.shape, generator=generator) < density
+        chunk.mul_(keep).div_(density)
     return delta
 
 
@@ -266,20 +263,20 @@ def drop_by_rank(delta: Tensor, density: float, epsilon: float, generator: torch
     rows = delta.view(-1, delta.shape[-1] if delta.ndim else 1)
     length = rows.shape[1]
     least = (1 - density) - epsilon / 2
-    step = max(1, PIECE // length)
+    step = max(1, CHUNK // length)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         order = part.abs().argsort(dim=1, descending=True, stable=True)
-        places = torch.arange(length, dtype=torch.float32).expand_as(part)
-        ranks = torch.empty_like(part).scatter_(1, order, places)
+        positions = torch.arange(length, dtype=torch.float32).expand_as(part)
+        ranks = torch.empty_like(part).scatter_(1, order, positions)
         probability = ranks.mul_(epsilon / length).add_(least)
-        kept = torch.rand(part.shape, generator=generator) >= probability
-        part.mul_(kept).div_(1 - probability)
+        keep = torch.rand(part.shape, generator=generator) >= probability
+        part.mul_(keep).div_(1 - probability)
     return delta
 
 
 def breadcrumbs(delta: Tensor, drop_smallest: float, drop_largest: float) -> Tensor:
-    """δ without the shares of its elements of smallest and of largest magnitude, in place.
+    """δ without given fractions of its elements of smallest and of largest magnitude, in place.
 
     Davari & Belilovsky 2023, "Model Breadcrumbs", section 3 (β: drop_smallest; 1 − γ: drop_largest).
     """
@@ -312,5 +309,5 @@ def _thinned(row: DeltaRow, delta: Tensor, parameters: Parameters, index: int, d
 
 def _dot(one: Tensor, other: Tensor) -> float:
     """The inner product of two tensors as flat vectors, summed in fp64."""
-    pairs = zip(pieces(one), pieces(other), strict=True)
+    pairs = zip(chunks(one), chunks(other), strict=True)
     return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)

@@ -1,12 +1,6 @@
-"""The values of a recipe at one tensor: per-layer lists interpolated, patterns applied.
+"""The plan of a merge: which tensors the result has, where each comes from, and the weights and parameters for each.
 
-Enters: a recipe, a tensor's name and its layer. Leaves: the models' weights and the parameters there. Left out: what
-they do (`methods.py`).
-
-The plan of a merge: which tensors the result has and where each comes from; all that keeps models from being merged.
-
-Enters: a recipe and its opened sources. Leaves: a `Plan`, or one `UserError` with every fault of every model, before
-anything is written. Left out: reading numbers (`tensors.py`), stacking layers (`layers.py`).
+All reasons why models cannot be merged are reported in one `UserError`, before anything is written.
 """
 
 from __future__ import annotations
@@ -24,25 +18,25 @@ from loopos.merging.methods import Parameters
 from loopos.merging.sources import HEAD_TENSOR, OUTPUTS, Source, UnitedVocabulary, unite, vocabulary_diagnostics
 from loopos.storage.tensor_files import TensorSpec
 
-# Input embeddings come before the layers; all else outside them comes after.
+# Input embeddings come before the layers; everything else outside the layers comes after.
 _BEFORE = re.compile(r"embed(?!_out)|\bwte\b|\bwpe\b")
 
 
 def at_depth(value: LayerValues, depth: float) -> float:
-    """A number as it is; a list as anchors at equal distances from depth 0, the first layer, to 1, the last, and linear
-    between them.
+    """A number as it is; a list as anchors at equal distances from depth 0, the first layer, to 1, the last, with
+    linear interpolation between them.
     """
     if not isinstance(value, list):
         return value
-    place = depth * (len(value) - 1)
-    below = min(math.floor(place), max(0, len(value) - 2))
+    position = depth * (len(value) - 1)
+    below = min(math.floor(position), max(0, len(value) - 2))
     above = min(below + 1, len(value) - 1)
-    return value[below] + (value[above] - value[below]) * (place - below)
+    return value[below] + (value[above] - value[below]) * (position - below)
 
 
 def depth_of(name: str, layer: int | None, num_layers: int) -> float:
-    """Where a tensor stands from 0, the first layer, to 1, the last. Input embeddings stand with the first layer; the
-    final norm, output embeddings and heads with the last.
+    """The depth of a tensor from 0, the first layer, to 1, the last. Input embeddings have depth 0; the final norm,
+    output embeddings and heads depth 1.
     """
     if layer is None:
         return 0.0 if _BEFORE.search(name) else 1.0
@@ -50,7 +44,7 @@ def depth_of(name: str, layer: int | None, num_layers: int) -> float:
 
 
 class Values:
-    """What a recipe says of each tensor."""
+    """The recipe's values for each tensor."""
 
     def __init__(self, recipe: MergeConfig, *, num_layers: int) -> None:
         self.recipe, self.num_layers = recipe, num_layers
@@ -86,8 +80,8 @@ class Values:
         ]
 
 
-_MOST_TOLD = 4
-# What a model computes with beside its weights: where these differ, equal names do not mean equal places.
+_MOST_LISTED = 4
+# Settings that change what a model computes with its weights: where they differ, equal names do not mean equal roles.
 _COMPUTING = (
     "model_type",
     "hidden_size",
@@ -99,19 +93,19 @@ _COMPUTING = (
     "head_dim",
     "position_embedding_type",
 )
-# What one of two kinds of model has and the other need not: a head, an output embedding of its own.
+# Tensors that one kind of model has and another need not have: a head, or an output embedding of its own.
 _OF_ONE_KIND = frozenset({HEAD_TENSOR, *OUTPUTS})
 _KINDS = {True: "a model with a head", False: "a language model"}
-# Where these differ the models may still be merged; it is said.
-_TOLD = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "layer_types",
+# Differences that allow a merge, with a note.
+_NOTED = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "layer_types",
          "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor of the result. `layer`: None outside the layers; `origins`: its name in each model that it is made of,
-    by the model's place, of heads and output embeddings in those that have one; `base`: its name in the base, None
-    where the base has none; `has_tokens`: a row a token.
+    """A tensor of the result. `layer`: None outside the layers; `origins`: its name in each model that contributes, by
+    the model's index (for heads and output embeddings only models that have one); `base`: its name in the base, None if
+    the base has none; `has_tokens`: one row per token.
     """
 
     name: str
@@ -124,7 +118,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """`tensors`: by name; `vocabulary`: where tokens are united; `notes`: what a user should know."""
+    """`tensors`: by name; `vocabulary`: if tokens are united; `notes`: what a user should know."""
 
     models: Sequence[Source]
     base: Source | None
@@ -138,7 +132,7 @@ class Plan:
 
 
 def planned(recipe: MergeConfig, models: Sequence[Source], base: Source | None) -> Plan:
-    """Checks everything. Raises `UserError` with all faults."""
+    """Checks everything. Raises `UserError` with all problems."""
     sources = [*models, *([base] if base is not None else [])]
     diagnostics = [*config_diagnostics(sources), *_head_diagnostics(models), *_soup_diagnostics(recipe, models)]
     vocabulary = None
@@ -150,7 +144,7 @@ def planned(recipe: MergeConfig, models: Sequence[Source], base: Source | None) 
     diagnostics += _tensor_diagnostics(models, base, names, united=vocabulary is not None)
     values = Values(recipe, num_layers=models[0].num_layers)
     diagnostics += [
-        f"patterns: {actual} matches no tensor of {models[0].place}; its names are such as {_example(models[0])}"
+        f"patterns: {actual} matches no tensor of {models[0].location}; its names look like {_example(models[0])}"
         for actual in values.unmatched(list(models[0].specs))
     ]
     if diagnostics:
@@ -167,7 +161,7 @@ def _example(source: Source) -> str:
 def config_diagnostics(sources: Sequence[Source]) -> list[str]:
     first = sources[0]
     diagnostics = [
-        f"{source.place}: quantized weights, which are codes and no numbers to average; expected the model before it"
+        f"{source.location}: quantized weights cannot be averaged; expected the model before quantization"
         for source in sources
         if source.config.get("quantization_config")
     ]
@@ -176,13 +170,13 @@ def config_diagnostics(sources: Sequence[Source]) -> list[str]:
             one, two = (source.text_config.get(key) for source in (first, other))
             if one != two and (key == "model_type" or None not in (one, two)):
                 diagnostics.append(
-                    f"{other.place}: {key} {two}, but {first.place} has {one}: models of one architecture merge"
+                    f"{other.location}: {key} {two}, but {first.location} has {one}: the architectures differ"
                 )
     return diagnostics
 
 
 def _names(source: Source, sources: Sequence[Source]) -> dict[str, str]:
-    """A name that all models share → the model's own: headless models lack the base model's prefix."""
+    """Common name → the model's own name: models without a head lack the base model's prefix."""
     shortest = min((each.stack for each in sources), key=len)
     prefix = source.stack.removesuffix(shortest) if source.stack.endswith(shortest) else ""
     return {name.removeprefix(prefix): name for name in source.specs}
@@ -197,31 +191,33 @@ def _tensor_diagnostics(
     for number, other in enumerate([*models[1:], *([base] if base is not None else [])], start=1):
         if other.text_config.get("model_type") != first.text_config.get("model_type"):
             continue
-        theirs, is_base = names[number], other is base
+        other_names, is_base = names[number], other is base
         spared = _OF_ONE_KIND if first.is_task_model != other.is_task_model else frozenset()
-        absent = [name for name in own if name not in theirs and not (is_base and first.layer_of(own[name]) is None)]
+        absent = [
+            name for name in own if name not in other_names and not (is_base and first.layer_of(own[name]) is None)
+        ]
         absent = [name for name in absent if name not in spared]
-        surplus = [] if is_base else [name for name in theirs if name not in own and name not in spared]
+        surplus = [] if is_base else [name for name in other_names if name not in own and name not in spared]
         shapes = []
         for name in own:
-            if name not in theirs:
+            if name not in other_names:
                 continue
-            one, two = first.specs[own[name]].shape, other.specs[theirs[name]].shape
-            if united and has_tokens(first, own[name]) and has_tokens(other, theirs[name]):
+            one, two = first.specs[own[name]].shape, other.specs[other_names[name]].shape
+            if united and has_tokens(first, own[name]) and has_tokens(other, other_names[name]):
                 one, two = one[1:], two[1:]
             if one != two:
-                shapes.append(f"{own[name]} {list(two)} where {first.place} has {list(one)}")
+                shapes.append(f"{own[name]} {list(two)} where {first.location} has {list(one)}")
         if absent:
-            diagnostics.append(f"{other.place}: lacks tensors that {first.place} has: {_some(absent)}")
+            diagnostics.append(f"{other.location}: lacks tensors that {first.location} has: {_some(absent)}")
         if surplus:
-            diagnostics.append(f"{other.place}: has tensors that {first.place} lacks: {_some(surplus)}")
+            diagnostics.append(f"{other.location}: has tensors that {first.location} lacks: {_some(surplus)}")
         if shapes:
-            diagnostics.append(f"{other.place}: of another shape: {_some(shapes)}")
+            diagnostics.append(f"{other.location}: different shapes: {_some(shapes)}")
     return diagnostics
 
 
 def has_tokens(source: Source, name: str) -> bool:
-    """Whether a tensor has a row for each token: an input or output embedding, or the bias of one."""
+    """Whether a tensor has one row per token: an input or output embedding, or the bias of one."""
     size = source.text_config.get("vocab_size")
     spec = source.specs[name]
     named = any(part in name for part in ("embed", "wte", "lm_head", "decoder", "predictions"))
@@ -229,7 +225,7 @@ def has_tokens(source: Source, name: str) -> bool:
 
 
 def _head_diagnostics(models: Sequence[Source]) -> list[str]:
-    """Heads whose outputs do not mean the same. Language models have none that could differ."""
+    """Heads whose outputs differ in meaning. Language models have none."""
     if any(each.is_task_model for each in models):
         models = [each for each in models if each.is_task_model]
     first, diagnostics = models[0], []
@@ -238,7 +234,7 @@ def _head_diagnostics(models: Sequence[Source]) -> list[str]:
             one, two = first.description.get(key), other.description.get(key)
             if first.is_task_model and one != two:
                 diagnostics.append(
-                    f"{other.place}: {key} {two}, but {first.place} has {one}: their outputs differ in meaning"
+                    f"{other.location}: {key} {two}, but {first.location} has {one}: their outputs differ in meaning"
                 )
         diagnostics += _label_diagnostics(first, other)
     return diagnostics
@@ -250,8 +246,8 @@ def _soup_diagnostics(recipe: MergeConfig, models: Sequence[Source]) -> list[str
     if recipe.method != "greedy_soup":
         return []
     return [
-        f"{other.place}: {_KINDS[other.is_task_model]}, but {first.place} is {_KINDS[first.is_task_model]}: no metric "
-        "chooses between them; expected models of one kind, or another method"
+        f"{other.location}: {_KINDS[other.is_task_model]}, but {first.location} is {_KINDS[first.is_task_model]}: no "
+        "metric compares them; use models of one kind, or another method"
         for other in models[1:]
         if other.is_task_model != first.is_task_model
     ]
@@ -263,11 +259,14 @@ def _label_diagnostics(first: Source, other: Source) -> list[str]:
         return []
     lacks = [label for label in one if label not in two]
     more = [label for label in two if label not in one]
-    told = [f"it lacks {_some(lacks)}"] * bool(lacks) + [f"{first.place} lacks {_some(more)}"] * bool(more)
-    if not told:
-        place = next(number for number, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
-        told = [f'the same in another order: number {place} is "{two[place]}", there "{one[place]}"']
-    return [f"{other.place}: other labels than {first.place}: {'; '.join(told)}; expected heads of one label space"]
+    differences = [f"it lacks {_some(lacks)}"] * bool(lacks) + [f"{first.location} lacks {_some(more)}"] * bool(more)
+    if not differences:
+        number = next(number for number, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+        differences = [f'the same in another order: number {number} is "{two[number]}" instead of "{one[number]}"']
+    return [
+        f"{other.location}: other labels than {first.location}: {'; '.join(differences)}; "
+        "use heads with the same labels"
+    ]
 
 
 def _labels(source: Source) -> list[str]:
@@ -302,29 +301,29 @@ def _tensors(
 def _notes(sources: Sequence[Source], tensors: Mapping[str, PlannedTensor], base: Source | None) -> list[str]:
     first, notes = sources[0], []
     for other in sources[1:]:
-        for key in _TOLD:
+        for key in _NOTED:
             one, two = (source.text_config.get(key) for source in (first, other))
             if one != two:
-                notes.append(f"{other.place}: {key} {two}, {first.place} has {one}; the result takes that of the first")
+                notes.append(f"{other.location}: {key} {two}, {first.location} has {one}; the result uses the first")
         if other is not base and other.is_task_model != first.is_task_model:
-            left = "its head is left out" if other.is_task_model else "what it says tokens with is left out"
+            left = "its head is ignored" if other.is_task_model else "its output embedding is ignored"
             notes.append(
-                f"{other.place}: {_KINDS[other.is_task_model]}: {left}, for the result is what {first.place} is"
+                f"{other.location}: {_KINDS[other.is_task_model]}: {left}, as the result is what {first.location} is"
             )
             continue
         for key in ("step_format", "stop_tokens", "max_length", "threshold", "score_mean", "score_std"):
             if other is not base and other.description.get(key, first.description.get(key)) != first.description.get(
                 key
             ):
-                notes.append(f"{other.place}: another {key} than {first.place}; the result takes that of the first")
+                notes.append(f"{other.location}: another {key} than {first.location}; the result uses the first")
     without = [name for name, each in tensors.items() if base is not None and each.base is None]
     if without:
-        notes.append(f"averaged, since the base has none: {_some(without)}")
+        notes.append(f"averaged, because the base lacks them: {_some(without)}")
     if HEAD_TENSOR in tensors and len(tensors[HEAD_TENSOR].origins) > 1:
         notes.append("the heads are merged with the weights")
     return notes
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_TOLD:,} more" if len(names) > _MOST_TOLD else ""
-    return ", ".join(names[:_MOST_TOLD]) + more
+    more = f" and {len(names) - _MOST_LISTED:,} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more

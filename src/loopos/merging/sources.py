@@ -1,12 +1,6 @@
-"""The models of a merge, opened without their numbers: what each holds, and its tensors one at a time.
+"""The models of a merge: their tensors, read one at a time, and their vocabularies, compared or united.
 
-Enters: what a recipe names: a run, a model folder, a weights file, a GGUF file, the embedded model, a hub id, a LoRA
-adapter. Leaves: a `Source`. Left out: whether several fit each other (`plan.py`), adapters (`adapters.py`).
-
-The vocabularies of a merge: compared, or united on request.
-
-Enters: sources with their tokenizers. Leaves: faults that name the tokens that differ; or a `UnitedVocabulary`, with
-the tokenizer that holds all tokens and the row of each token in each model. Left out: tensors without a row a token.
+A recipe names a run, a model folder, a weights file, the embedded model, a hub id or an adapter.
 Letters: V tokens of the united vocabulary, d width.
 """
 
@@ -42,12 +36,12 @@ from loopos.storage.tensor_files import (
 )
 
 HEAD_TENSOR = "head.weight"
-"""The name here of a task model's head, which has a file of its own."""
-# Narrower floats and most unsigned numbers have no arithmetic in torch.
+"""The name in a merge of a task model's head, which has its own file."""
+# torch has no arithmetic for narrower floats and most unsigned integers.
 _COMPUTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                        torch.int16, torch.int8, torch.uint8, torch.bool})  # fmt: skip
 _EXPECTED = "f64, f32, f16 or bf16 weights"
-# Output embeddings, which a model with tied embeddings need not hold.
+# Output embeddings, which a model with tied embeddings need not store.
 OUTPUTS = frozenset({"lm_head.weight", "embed_out.weight"})
 _STACK = re.compile(r"((?:[^.]*\.)*?)(\d+)\.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -55,7 +49,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A change of one tensor, scale·B·A: A `[r, in]`, B `[out, r]`; transposed where the layer keeps its weight so."""
+    """A change of one tensor, scale·B·A: A `[r, in]`, B `[out, r]`; transposed if the layer stores its weight so."""
 
     down: StoredTensor
     up: StoredTensor
@@ -70,12 +64,12 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """A change of one tensor that is known as what the tensor becomes, of its shape."""
+    """A change of one tensor to another tensor of the same shape."""
 
     whole: StoredTensor
 
     def applied(self, weight: Tensor) -> Tensor:
-        """What the weight becomes, fp32."""
+        """The changed weight, fp32."""
         return self.whole.read().float()
 
 
@@ -84,13 +78,12 @@ Change: TypeAlias = LowRank | Replaced
 
 @dataclass(frozen=True)
 class Source:
-    """One model. `place`: its name in the recipe; `folder`: where its config and tokenizer are; `config`: its
-    config.json, of a model with a head the backbone's part; `description`: its loopos.json, empty for other models;
-    `stored`: its tensors by their own names, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter
-    over them.
+    """One model. `location`: its name in the recipe; `folder`: of its config and tokenizer; `config`: its config.json,
+    for a model with a head the backbone's part; `description`: its loopos.json, empty for other models; `stored`: its
+    tensors by name, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter over them.
     """
 
-    place: str
+    location: str
     folder: Path
     config: Mapping[str, Any]
     description: Mapping[str, Any]
@@ -99,8 +92,8 @@ class Source:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """The tensors that are merged: without an output embedding that is tied to the input's, and without the copy
-        of the head that transformers reads, which is made from the head.
+        """The tensors to merge: without an output embedding that is tied to the input's, and without the copy of the
+        head for transformers, which is made from the head.
         """
         left = set(OUTPUTS) if self.text_config.get("tie_word_embeddings") else set()
         if HEAD_TENSOR in self.stored:
@@ -123,17 +116,17 @@ class Source:
 
     @cached_property
     def stack(self) -> str:
-        """What the names of the layers begin with, such as "model.layers."; "" for a model without layers."""
+        """The prefix of the names of layers, such as "model.layers."; "" for a model without layers."""
         stacks = [match[1] for name in self.stored if (match := _STACK.match(name)) and name != HEAD_TENSOR]
         return max(set(stacks), key=lambda stack: (stacks.count(stack), stack)) if stacks else ""
 
     @cached_property
     def num_layers(self) -> int:
-        """Layers of the stack."""
+        """Number of layers of the stack."""
         return 1 + max((layer for name in self.stored if (layer := self.layer_of(name)) is not None), default=-1)
 
     def layer_of(self, name: str) -> int | None:
-        """The layer that a tensor belongs to, from 0; None for those outside the stack."""
+        """The layer of a tensor, from 0; None outside the stack."""
         rest = name.removeprefix(self.stack)
         number = rest.partition(".")[0]
         return int(number) if self.stack and rest != name and number.isdigit() else None
@@ -154,12 +147,12 @@ class Source:
         return tensor
 
     def read_float(self, name: str) -> Tensor:
-        """A tensor in fp32 and in memory of its own."""
+        """A tensor in fp32, in its own memory."""
         return self.read(name).to(torch.float32)
 
 
 def open_source(source: str) -> Source:
-    """The model that a recipe names. Raises `UserError` for a place that holds none, or none in safetensors."""
+    """The model that a recipe names. Raises `UserError` if there is none, or none in safetensors."""
     folder, file = local_path(source)
     if file is not None and file.suffix != ".safetensors":
         raise UserError(_torch_file(source, file.name))
@@ -171,17 +164,17 @@ def open_source(source: str) -> Source:
     if "pooling" in description:
         stored[HEAD_TENSOR] = _head(source, folder)
     if not stored:
-        raise UserError(f"{source}: its files of weights hold no tensor")
+        raise UserError(f"{source}: its weight files contain no tensor")
     for name, each in stored.items():
         if each.spec.dtype not in _COMPUTED:
-            raise UserError(f"{source}: {name} is {each.spec.dtype}, which is not computed with; expected {_EXPECTED}")
+            raise UserError(f"{source}: {name} is {each.spec.dtype}, which cannot be merged; expected {_EXPECTED}")
     return Source(source, folder, config, description, stored)
 
 
 def _torch_file(source: str, name: str) -> str:
     return (
-        f"{source}: {name} is a pickle of torch, which cannot be read a tensor at a time; expected safetensors: open "
-        "it with transformers and save it again with save_pretrained"
+        f"{source}: {name} is a torch pickle, which cannot be read a tensor at a time; expected safetensors: open "
+        "it with transformers and save it with save_pretrained"
     )
 
 
@@ -192,20 +185,20 @@ def _tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     if (entry := weights_entry(folder)) is not None:
         raise UserError(_torch_file(source, entry.name))
     others = sorted(file.name for file in folder.glob("*.safetensors") if file.name != HEAD)
-    hint = f"; to take another file, name it: {folder / others[0]}" if others else ""
-    raise UserError(f"{source}: {folder} holds no weights; expected {WEIGHTS} beside config.json{hint}")
+    hint = f"; to use another file, name it: {folder / others[0]}" if others else ""
+    raise UserError(f"{source}: {folder} contains no weights; expected {WEIGHTS} beside config.json{hint}")
 
 
 def _head(source: str, folder: Path) -> StoredTensor:
     stored = stored_tensors([folder / HEAD])
     if "weight" not in stored:
-        raise UserError(f"{source}: {HEAD} holds no tensor weight; make it again: loopos train CONFIG --resume")
+        raise UserError(f"{source}: {HEAD} contains no tensor weight; write it again: loopos train CONFIG --resume")
     return stored["weight"]
 
 
 TOKENIZER = "tokenizer.json"
 _NO_ROW = -1
-# Parts of tokenizer.json that must be equal for tokens of two tokenizers to mean the same.
+# Parts of tokenizer.json that must be equal for equal tokens to mean the same.
 _RULES = ("normalizer", "pre_tokenizer", "decoder")
 
 
@@ -213,25 +206,25 @@ def tokens_of(source: Source) -> dict[str, int]:
     """Token → id. Raises `UserError` for a tokenizer that cannot be read."""
     file = source.folder / TOKENIZER
     if not file.is_file():
-        place = WeightsSource(source.place, "folder", source.folder)
-        return dict(open_tokenizer(place).get_vocab())
+        origin = WeightsSource(source.location, "folder", source.folder)
+        return dict(open_tokenizer(origin).get_vocab())
     content = _content(file)
     vocabulary = content["model"].get("vocab", {})
     if isinstance(vocabulary, list):
-        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
     return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
 
 
 def _content(file: Path) -> dict[str, Any]:
     content = read_object(file)
     if not isinstance(content.get("model"), dict):
-        raise UserError(f"{file}: describes no tokenizer")
+        raise UserError(f"{file}: does not describe a tokenizer")
     return content
 
 
 def vocabulary_diagnostics(sources: Sequence[Source]) -> list[str]:
-    """A sentence for each model whose tokens differ from the first's, with the first few and their number. Models
-    without a tokenizer are taken to have the right one.
+    """A message for each model whose tokens differ from the first's, with some of them and their number. Models without
+    a tokenizer are assumed to match.
     """
     known = [source for source in sources if source.has_tokenizer]
     if not known:
@@ -241,11 +234,11 @@ def vocabulary_diagnostics(sources: Sequence[Source]) -> list[str]:
     for other in known[1:]:
         if _same_file(first.folder / TOKENIZER, other.folder / TOKENIZER):
             continue
-        theirs = tokens_of(other)
-        told = vocabulary_difference(own, theirs, first.place)
-        if told:
+        difference = vocabulary_difference(own, tokens_of(other), first.location)
+        if difference:
             diagnostics.append(
-                f'{other.place}: other tokens than {first.place}: {told}; expected one vocabulary, or tokenizer "union"'
+                f"{other.location}: other tokens than {first.location}: {difference}; use models with one "
+                'vocabulary, or tokenizer "union"'
             )
     return diagnostics
 
@@ -256,8 +249,8 @@ def _same_file(one: Path, other: Path) -> bool:
 
 @dataclass(frozen=True)
 class UnitedVocabulary:
-    """`tokenizer`: the content of its tokenizer.json. `rows`: for each source the row of every id `[V]`, −1 where it
-    has none.
+    """`tokenizer`: the content of its tokenizer.json. `rows`: for each source the row of every id `[V]`, −1 if it has
+    none.
     """
 
     tokenizer: Mapping[str, Any]
@@ -268,19 +261,19 @@ class UnitedVocabulary:
         return len(self.rows[0])
 
     def united(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> list[Tensor]:
-        """Tensors with a row a token, one a source, each with V rows: its own where it has the token, else the mean of
-        those of the models that have it. sources: their places among `rows`.
+        """Tensors with one row per token, one per source, each expanded to V rows: its own row if it has the token,
+        else the mean over the models that have it. sources: their indices in `rows`.
         """
-        rows = [self.rows[place] for place in sources]
+        rows = [self.rows[index] for index in sources]
         absent = torch.stack([row == _NO_ROW for row in rows]).any(0).nonzero().squeeze(1)
         total = tensors[0].new_zeros((len(absent), *tensors[0].shape[1:]))
         count = torch.zeros(len(absent))
         found = []
         for tensor, row in zip(tensors, rows, strict=True):
             wide = tensor[row.clamp_min(0)]
-            there = row[absent] != _NO_ROW
-            total[there] += wide[absent[there]]
-            count += there
+            present = row[absent] != _NO_ROW
+            total[present] += wide[absent[present]]
+            count += present
             found.append(wide)
         mean = total / count.clamp_min(1).view(-1, *([1] * (total.ndim - 1)))
         for wide, row in zip(found, rows, strict=True):
@@ -290,12 +283,12 @@ class UnitedVocabulary:
 
 
 def unite(sources: Sequence[Source]) -> UnitedVocabulary:
-    """The vocabulary of all: ids of the first model stay, tokens of the others follow in their order, and merge rules
-    of the others come after those before. Raises `UserError` for tokenizers that cut texts by other rules.
+    """The union of vocabularies: ids of the first model stay, new tokens of the others follow in their order, and their
+    merge rules come after the earlier ones. Raises `UserError` for tokenizers that split text by other rules.
     """
-    diagnostics = [f"{each.place}: no {TOKENIZER}" for each in sources if not (each.folder / TOKENIZER).is_file()]
+    diagnostics = [f"{each.location}: no {TOKENIZER}" for each in sources if not (each.folder / TOKENIZER).is_file()]
     if diagnostics:
-        raise UserError("\n".join([*diagnostics, 'tokenizer "union" unites tokenizers that are kept in that file']))
+        raise UserError("\n".join([*diagnostics, 'tokenizer "union" needs that file']))
     contents = [_content(source.folder / TOKENIZER) for source in sources]
     first = contents[0]
     for source, content in zip(sources[1:], contents[1:], strict=True):
@@ -304,16 +297,16 @@ def unite(sources: Sequence[Source]) -> UnitedVocabulary:
             wrong.insert(0, "model.type")
         if wrong:
             diagnostics.append(
-                f"{source.place}: its {TOKENIZER} differs from that of {sources[0].place} in {', '.join(wrong)}"
+                f"{source.location}: its {TOKENIZER} differs from that of {sources[0].location} in {', '.join(wrong)}"
             )
     if diagnostics:
-        raise UserError("\n".join([*diagnostics, "tokens that are cut by other rules cannot be united"]))
+        raise UserError("\n".join([*diagnostics, "tokenizers that split text by different rules cannot be united"]))
     ids = [tokens_of(source) for source in sources]
     for source, tokens in zip(sources, ids, strict=True):
         rows = int(source.text_config.get("vocab_size", 0))
         if tokens and max(tokens.values()) >= rows:
             diagnostics.append(
-                f"{source.place}: token {max(tokens.values())} has no row among the {rows} of its embedding"
+                f"{source.location}: token {max(tokens.values())} has no row among the {rows} of its embedding"
             )
     if diagnostics:
         raise UserError("\n".join(diagnostics))
@@ -326,40 +319,40 @@ def unite(sources: Sequence[Source]) -> UnitedVocabulary:
                 following += 1
     num_rows = max(following, int(sources[0].text_config.get("vocab_size", 0)))
     return UnitedVocabulary(
-        _joined(contents, united), [_rows(tokens, united, num_rows, own=index == 0) for index, tokens in enumerate(ids)]
+        _union(contents, united), [_rows(tokens, united, num_rows, own=index == 0) for index, tokens in enumerate(ids)]
     )
 
 
 def _rows(tokens: Mapping[str, int], united: Mapping[str, int], num_rows: int, *, own: bool) -> Tensor:
-    """own: rows of the first model that no token has stay its own."""
+    """own: rows of the first model without a token stay its own."""
     rows = torch.arange(num_rows) if own else torch.full((num_rows,), _NO_ROW)
     for token, number in united.items():
         rows[number] = tokens.get(token, _NO_ROW)
     return rows
 
 
-def _joined(contents: Sequence[Mapping[str, Any]], united: Mapping[str, int]) -> dict[str, Any]:
+def _union(contents: Sequence[Mapping[str, Any]], united: Mapping[str, int]) -> dict[str, Any]:
     """The first tokenizer's content with the tokens and merge rules of all."""
-    joined: dict[str, Any] = json.loads(json.dumps(contents[0]))
-    model = joined["model"]
-    added = {token["content"]: token for token in joined.get("added_tokens", [])}
+    union: dict[str, Any] = json.loads(json.dumps(contents[0]))
+    model = union["model"]
+    added = {token["content"]: token for token in union.get("added_tokens", [])}
     for content in contents[1:]:
         for token in content.get("added_tokens", []):
             added.setdefault(token["content"], {**token, "id": united[token["content"]]})
-        pieces = content["model"].get("vocab", {})
-        if isinstance(pieces, list):
-            known = {piece for piece, _ in model["vocab"]}
-            model["vocab"] += [[piece, score] for piece, score in pieces if piece not in known]
+        new = content["model"].get("vocab", {})
+        if isinstance(new, list):
+            known = {token for token, _ in model["vocab"]}
+            model["vocab"] += [[token, score] for token, score in new if token not in known]
         else:
-            for piece in sorted(pieces, key=pieces.__getitem__):
-                model["vocab"].setdefault(piece, united[piece])
+            for token in sorted(new, key=new.__getitem__):
+                model["vocab"].setdefault(token, united[token])
         if "merges" in model:
             have = {_pair(rule) for rule in model["merges"]}
             model["merges"] += [rule for rule in content["model"].get("merges", []) if _pair(rule) not in have]
-    joined["added_tokens"] = sorted(added.values(), key=lambda token: int(token["id"]))
-    return joined
+    union["added_tokens"] = sorted(added.values(), key=lambda token: int(token["id"]))
+    return union
 
 
 def _pair(rule: Sequence[str] | str) -> tuple[str, ...]:
-    """A merge rule, which older files hold as one text."""
+    """A merge rule; older files store it as one text."""
     return tuple(rule.split(" ")) if isinstance(rule, str) else tuple(rule)

@@ -1,8 +1,4 @@
-"""One tensor of a merge after the other: read from the models, merged, checked.
-
-Enters: a plan and its recipe. Leaves: tensors of the result in their formats, and how far each went. Left out: files
-(`storage.tensor_files`), the mathematics (`methods.py`).
-"""
+"""The tensors of a merge, one after the other: read from the models, merged, checked."""
 
 from __future__ import annotations
 
@@ -21,13 +17,13 @@ from loopos.merging.plan import Plan, PlannedTensor, Values
 from loopos.models.load import NUMBER_FORMATS
 
 OnProgress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of tensors done, and of all."""
+"""Called with the number of finished tensors, and of all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How far a tensor went from the base, or without one from the first model: the squared norm of the change, and of
-    what it is from. Copies went nowhere.
+    """How far a tensor moved from the base, or without one from the first model: the squared norm of the change, and of
+    the tensor it started from. 0 for copies.
     """
 
     name: str
@@ -38,7 +34,7 @@ class Change:
 
 @dataclass
 class TensorMerger:
-    """weights: those of a soup's models, which are then averaged, instead of what the recipe says."""
+    """weights: those of a soup's models, which are averaged, instead of the recipe's."""
 
     plan: Plan
     recipe: MergeConfig
@@ -50,35 +46,35 @@ class TensorMerger:
         self._values = Values(self.recipe, num_layers=self.plan.num_layers)
 
     def dtype_of(self, planned: PlannedTensor) -> torch.dtype:
-        """The number format that a tensor is written in."""
+        """The number format in which a tensor is written."""
         if self.recipe.dtype == "auto" or not planned.spec.dtype.is_floating_point:
             return planned.spec.dtype
         return NUMBER_FORMATS[self.recipe.dtype]
 
     def tensor(self, planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
-        """The tensor of the result. Raises `UserError` where it holds numbers that are not finite."""
+        """The tensor of the result. Raises `UserError` if it holds non-finite numbers."""
         made = self._merged(planned) if self._has_values(planned) else self._copied(planned)
         made = made.to(dtype)
         if dtype.is_floating_point and not bool(torch.isfinite(made).all()):
-            places = ", ".join(source.place for source in self.plan.models)
+            names = ", ".join(source.location for source in self.plan.models)
             raise UserError(
-                f"{planned.name}: the merged tensor holds numbers that are not finite in {dtype}; look for them in "
-                f"{places}, or take another dtype or smaller weights"
+                f"{planned.name}: the merged tensor has non-finite numbers in {dtype}; check "
+                f"{names}, or use another dtype or smaller weights"
             )
         self.on_progress(len(self.changes), len(self.plan.tensors))
         return made
 
     def _has_values(self, planned: PlannedTensor) -> bool:
-        """Whether the method says the numbers: not where they are whole, nor where layers are copied."""
+        """Whether the method computes the numbers: not for integers, nor where layers are copied."""
         return planned.spec.dtype.is_floating_point and self.recipe.method != "passthrough"
 
     def _copied(self, planned: PlannedTensor) -> Tensor:
-        (place, name), *others = planned.origins.items()
-        made = self.plan.models[place].read(name)
+        (index, name), *others = planned.origins.items()
+        made = self.plan.models[index].read(name)
         for other, own in others:
             if not torch.equal(self.plan.models[other].read(own), made):
-                first, second = self.plan.models[place].place, self.plan.models[other].place
-                raise UserError(f"{planned.name}: whole numbers that differ between {first} and {second}")
+                first, second = self.plan.models[index].location, self.plan.models[other].location
+                raise UserError(f"{planned.name}: integers that differ between {first} and {second}")
         self.changes.append(Change(planned.name, planned.layer, 0.0, 0.0))
         return made
 
@@ -88,13 +84,13 @@ class TensorMerger:
         weights = weights if self.weights is None else list(self.weights)
         tensors, base = self._inputs(planned)
         if len(planned.origins) < len(weights):
-            weights = [weights[place] for place in planned.origins]
+            weights = [weights[index] for index in planned.origins]
             if method in ("slerp", "model_stock"):
                 method, weights, parameters = "linear", [1.0] * len(weights), Parameters()
             elif method == "linear":
                 parameters = replace(parameters, normalize=True)
         if base is None and method not in ("linear", "slerp"):
-            # What the base lacks (a head) has no delta: the models' own are averaged.
+            # A tensor that the base lacks (a head) has no delta: the models' own are averaged.
             method, weights, parameters = "linear", [1.0] * len(weights), Parameters()
         if method == "linear" and parameters.normalize and math.isclose(sum(weights), 0.0, abs_tol=1e-12):
             raise UserError(
@@ -106,14 +102,14 @@ class TensorMerger:
             weights,
             parameters,
             base=base,
-            draws=lambda place: generator_of(self.recipe.seed, planned.name, place),
+            draws=lambda index: generator_of(self.recipe.seed, planned.name, index),
         )
         self.changes.append(self._change(planned, made, base))
         return made
 
     def _inputs(self, planned: PlannedTensor) -> tuple[Iterator[Tensor], Tensor | None]:
-        """The models' tensors in fp32, each read when its turn comes, and the base's. Where tokens are united all are
-        read at once, with a row for each token.
+        """The models' tensors in fp32, each read when needed, and the base's. If tokens are united, all are read at
+        once, with one row per token.
         """
         base = None
         if planned.base is not None and self.plan.base is not None:
@@ -121,15 +117,15 @@ class TensorMerger:
         if not planned.has_tokens:
             return self._tensors(planned), base
         assert self.plan.vocabulary is not None
-        tensors, places = list(self._tensors(planned)), list(planned.origins)
+        tensors, indices = list(self._tensors(planned)), list(planned.origins)
         if base is None:
-            return iter(self.plan.vocabulary.united(tensors, places)), None
-        *united, base = self.plan.vocabulary.united([*tensors, base], [*places, len(self.plan.models)])
+            return iter(self.plan.vocabulary.united(tensors, indices)), None
+        *united, base = self.plan.vocabulary.united([*tensors, base], [*indices, len(self.plan.models)])
         return iter(united), base
 
     def _tensors(self, planned: PlannedTensor) -> Iterator[Tensor]:
-        for place, name in planned.origins.items():
-            yield self.plan.models[place].read_float(name)
+        for index, name in planned.origins.items():
+            yield self.plan.models[index].read_float(name)
 
     def _change(self, planned: PlannedTensor, made: Tensor, base: Tensor | None) -> Change:
         before = base if base is not None else next(self._inputs(planned)[0])

@@ -202,7 +202,7 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
                 problems,
                 section,
                 number=number,
-                share=self.world.data_parallel,
+                shard=self.world.data_parallel,
                 gather=self.world.gather_data_parallel,
                 say=self.progress.say,
             )

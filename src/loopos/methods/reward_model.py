@@ -22,7 +22,7 @@ from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.reading import account
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import bucket_tables, measured, preferred_scores
-from loopos.evaluation.reward_predictor import Normalisation, comparison_scores
+from loopos.evaluation.reward_predictor import Normalization, comparison_scores
 from loopos.methods.base import Trainer
 from loopos.models.adapters import merge_lora, save_lora, set_trained
 from loopos.models.attention import prompt_runs_once
@@ -149,10 +149,10 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
 
     def before_writing(self) -> None:
         """Normalizes the scores over training responses, and scores the validation comparisons for the report."""
-        self.normalisation = Normalisation.none(self.config.reward.heads)
+        self.normalization = Normalization.none(self.config.reward.heads)
         if self.config.reward.normalise:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
-            self.normalisation = found = Normalisation.of(torch.tensor(every))
+            self.normalization = found = Normalization.of(torch.tensor(every))
             spread = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(found.mean, found.std, strict=True))
             self.progress.say(f"scores of {len(every)} training responses before normalizing: {spread}")
         self.validation_scores = self.scores(self.validation_rows) if self.validation_rows else []
@@ -191,8 +191,8 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
             "task": "reward",
             "pooling": "last",
             "class_names": [] if heads == 1 else [f"reward_{index}" for index in range(heads)],
-            "score_mean": list(self.normalisation.mean),
-            "score_std": list(self.normalisation.std),
+            "score_mean": list(self.normalization.mean),
+            "score_std": list(self.normalization.std),
             "base": self.pretrained.fingerprint,
             "text": self.config.data.chat_template == "none",
             "max_length": self.max_length,

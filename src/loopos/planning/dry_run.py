@@ -1,13 +1,8 @@
-"""The plan of a dry run in lines for people.
+"""`loopos train --dry-run`: what a run would need, without starting or writing anything.
 
-Enters: the plan as one JSON object. Leaves: text. Left out: the figures (`dry_run`, `policy_plan`).
-
-`loopos train --dry-run`: what a run would take, with nothing started and nothing written.
-
-Enters: a config. Leaves: counts of parameters, rows, tokens and steps, all exact, and estimates of memory, disk and
-time (see `estimate` for the formulas). The model is built on the "meta" device, as shapes without numbers; the two
-rates of the time estimate are measured here, for about a second. Left out: several processes; the time that generated
-answers take.
+Counts of parameters, rows, tokens and steps are exact; memory, disk and time are estimates (formulas: `estimate`). The
+model is built on the "meta" device, as shapes without numbers; the two rates of the time estimate are measured for
+about a second. Several processes and the time of generated answers are not covered.
 """
 
 from __future__ import annotations
@@ -46,7 +41,7 @@ def fits(plan: Mapping[str, Any]) -> bool:
 
 
 def _lacking(plan: Mapping[str, Any]) -> list[str]:
-    """What a run needs more of than there is, with how much."""
+    """Resources that a run needs more of than available, with the missing amount."""
     memory, disk = plan["memory"], plan["disk"]
     short = {"memory": memory["peak"] - memory["there"], "disk": disk["all"] - disk["free"]}
     return [f"{as_bytes(missing)} more {name}" for name, missing in short.items() if missing > 0]
@@ -70,7 +65,7 @@ def _aligned(lines: Mapping[str, str]) -> str:
 def _offline(plan: Mapping[str, Any]) -> dict[str, str]:
     model, rows, tokens, steps = (plan[name] for name in ("model", "rows", "tokens", "steps"))
     with_head = "" if "learned" in tokens else " with its head"
-    learned = f"{tokens['learned']:,} of an epoch learned; " if "learned" in tokens else ""
+    learned = f"{tokens['learned']:,} per epoch learned; " if "learned" in tokens else ""
     times = f", {steps['trainings']} trainings" if steps.get("trainings", 1) > 1 else ""
     compared = ""
     if "pairs" in rows:
@@ -80,8 +75,8 @@ def _offline(plan: Mapping[str, Any]) -> dict[str, str]:
         "trains": _trains(model),
         "data": "; ".join(plan["data"]["said"]),
         "rows": f"{rows['train']:,} train, {rows['validation']:,} validation{compared}",
-        "tokens": f"{tokens['epoch']:,} an epoch, {tokens['all']:,} in all; {learned}{tokens['said']}",
-        "steps": f"{steps['epoch']:,} an epoch, {steps['all']:,} in all{times}; "
+        "tokens": f"{tokens['epoch']:,} per epoch, {tokens['all']:,} total; {learned}{tokens['said']}",
+        "steps": f"{steps['epoch']:,} per epoch, {steps['all']:,} total{times}; "
         f"at most {tokens['largest_forward']:,} tokens in one forward pass",
         **_cost(plan),
     }
@@ -97,19 +92,19 @@ def _policy(plan: Mapping[str, Any]) -> dict[str, str]:
         "trains": _trains(model),
         "data": "; ".join(plan["data"]["said"]),
         "prompts": f"{prompts['train']:,} train, {prompts['validation']:,} validation; {prompts['said']}",
-        "tokens": f"with responses of {tokens['response']:,} tokens, the longest: about {tokens['iteration']:,} an "
-        f"iteration, {tokens['trained']:,} trained on in all",
+        "tokens": f"with responses of the maximum length, {tokens['response']:,} tokens: about {tokens['iteration']:,} "
+        f"per iteration, {tokens['trained']:,} trained on in total",
         "steps": f"{plan['iterations']:,} iterations of {prompts['iteration']:,} responses, "
-        f"{steps['iteration']:,} optimizer steps each, {steps['all']:,} in all; "
+        f"{steps['iteration']:,} optimizer steps each, {steps['all']:,} total; "
         f"at most {tokens['largest_forward']:,} tokens in one forward pass",
         **_cost(plan),
     }
 
 
 def _trains(model: Mapping[str, Any]) -> str:
-    share = f"{model['trained'] / model['parameters']:.1%}"
+    fraction = f"{model['trained'] / model['parameters']:.1%}"
     return (
-        f"{model['trained']:,} ({model['trainable']}, {share}), frozen {model['frozen']:,}; "
+        f"{model['trained']:,} ({model['trainable']}, {fraction}), frozen {model['frozen']:,}; "
         f"{model['precision']} on {model['device']}"
     )
 
@@ -122,7 +117,7 @@ def _cost(plan: Mapping[str, Any]) -> dict[str, str]:
     left_out = "".join(f", {each}" for each in spent.get("left_out", ()))
     return {
         "memory": f"about {as_bytes(memory['peak'])} at the peak, of {as_bytes(memory['there'])}\n{'':10}({parts})",
-        "disk": f"about {as_bytes(disk['all'])} at the most (a checkpoint {as_bytes(disk['checkpoint'])}, the model "
+        "disk": f"about {as_bytes(disk['all'])} at most (a checkpoint {as_bytes(disk['checkpoint'])}, the model "
         f"{as_bytes(disk['model'])}); {as_bytes(disk['free'])} free",
         "time": f"about {as_time(spent['seconds'])} of training{of_parts}, without loading and saving{left_out} "
         f"(measured now: {spent['operations_a_second'] / 1e9:,.0f} GFLOP/s, {spent['bytes_a_second'] / 1e9:.0f} GB/s)",
@@ -131,15 +126,15 @@ def _cost(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 DOES_NOT_FIT = 3
-"""The exit code of a run that needs more memory or disk than there is."""
-# Enough steps of the first epoch to meet its largest batch, or one near it.
+"""The exit code of a run that needs more memory or disk than available."""
+# Enough steps of the first epoch to include its largest batch, or one of similar size.
 _MOST_STEPS_LOOKED_AT = 2000
 # Problems that validation answers together.
 _GENERATED_TOGETHER = 64
 
 
 def plan_of(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
-    """All figures of the dry run, as one JSON object; of rlhf one for each phase, "reward_model" and "policy". Raises
+    """All figures of the dry run, as one JSON object; for rlhf one for each phase, "reward_model" and "policy". Raises
     `UserError`, as the run would.
     """
     # Before the rows are read.
@@ -153,7 +148,9 @@ def plan_of(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bo
 
 
 def machine_of(training: TrainingSection) -> Machine:
-    """Where training would run; asked after the data is read, which memory holds then. Raises `UserError`."""
+    """The machine that training would use; call after the data is read, which then occupies memory. Raises
+    `UserError`.
+    """
     device = pick_device(training.device)
     precision = resolve(training.precision, device)
     return Machine.now(device, precision, measured_rates(device, half=precision != "fp32"))
@@ -167,7 +164,7 @@ def _policy_plan(config: PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> 
         if isinstance(config, RlhfConfig)
         else trained_reward_shapes(config, inputs.encoder.tokenizer)
     )
-    prompts = policy_plan.tokenised(inputs)
+    prompts = policy_plan.tokenized(inputs)
     machine = machine_of(ppo.training)
     return policy_plan.plan_of(ppo, prompts, rewards, machine, trust_remote_code=trust_remote_code)
 
@@ -190,7 +187,7 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
         validation_tokens=validations * count_tokens(work.validation) + work.final_tokens,
         steps=steps,
         optimizer_state=estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters),
-        backward_share=model.shape.layers / model.num_layers,
+        backward_fraction=model.shape.layers / model.num_layers,
         operations_a_second=machine.operations_a_second,
         bytes_a_second=machine.bytes_a_second,
         output=model.output,
@@ -219,7 +216,7 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
 
 
 def token_facts(work: Work, epochs: float, largest: int) -> dict[str, Any]:
-    """Tokens of one training; of a language model also those that are learned."""
+    """Tokens of one training; for a language model also the number learned."""
     epoch = count_tokens(work.train)
     learned = {} if work.head is not None else {"learned": count_targets(work.train)}
     return {
@@ -243,7 +240,7 @@ def count_targets(rows: Sequence[Encoded]) -> int:
 
 
 def model_facts(config: AnyConfig, model: Model, machine: Machine) -> dict[str, Any]:
-    """What trains, in which format, where."""
+    """What trains, in which format, on which device."""
     return {
         "name": model.name,
         "parameters": model.parameters.total,
@@ -297,7 +294,7 @@ def storage(
 
 
 def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes: int) -> int:
-    """Keys and values while validation answers problems: in the room that training's buffers have left."""
+    """Keys and values while validation answers problems; they use the memory that training's buffers have freed."""
     if not isinstance(config, ChainOfThoughtConfig) or not config.generates:
         return 0
     rows = generated_rows(config)
@@ -308,7 +305,7 @@ def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes
 
 
 def generated_rows(config: ChainOfThoughtConfig) -> int:
-    """Chains that validation writes together."""
+    """Chains that validation generates together."""
     return min(_GENERATED_TOGETHER, config.evaluation.problems * config.generation.chains)
 
 
@@ -321,7 +318,7 @@ def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:
 
 
 def count_validations(config: AnyConfig, steps: int, steps_an_epoch: int) -> int:
-    """Validations of a whole run: before the first step, if any, then as `validate_every` says, and at the end."""
+    """Validations of a whole run: before the first step, if any, then by `validate_every`, and at the end."""
     every = config.training.validate_every
     if every == "never":
         return 0

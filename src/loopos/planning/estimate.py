@@ -1,7 +1,6 @@
-"""What a run will take, reckoned from shapes: memory, disk and time.
+"""Estimates of memory, disk and time of a run from shapes. Pure arithmetic; `dry_run` finds the counts.
 
-Enters: counts of parameters and tokens, the number format, two measured rates. Leaves: bytes and seconds by name. Pure
-arithmetic; `dry_run` finds the counts. Left out: several processes (`cluster`), and time for reading data and saving.
+Several processes: `planning.cluster`. Time for reading data and saving is not included.
 Letters: P parameters, of which R train; T tokens of the largest forward pass; L layers that keep activations; d width,
 k width of keys (or values), m feed-forward width, h heads, f bytes of a number in the run's format (2 or 4).
 """
@@ -10,17 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Forward and backward passes reach this share of the rate of large matrix products: the rest goes to norms, softmax,
+# Forward and backward passes reach this fraction of the rate of large matrix products: the rest goes to norms, softmax,
 # attention over short sequences and small layers. Whole runs measured 0.41 to 0.68 on two cores.
 MATMUL_EFFICIENCY = 0.55
 # Passes over an fp32 copy of the trained weights in one optimizer step, reads and writes: gradients collected (1.5),
 # their norm (1), clipping (2), the weights updated (2) and rounded back (1.5).
 STEP_PASSES = 8.0
-# Buffers of ever other sizes are freed and kept for reuse (`process`), so the heap grows beyond the largest step: to
+# Buffers of varying sizes are freed and kept for reuse (`process`), so the heap grows beyond the largest step: to
 # this many times its activations after 60 to 80 steps of SmolLM2-135M on a CPU. Other devices were not measured.
 HEAP_GROWTH = 3.0
 _FP32 = 4
-# Rows whose logits a language model's loss holds at once.
+# Rows whose logits a language model's loss computes at once.
 _LOGIT_ROWS = 256
 
 
@@ -37,9 +36,9 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Counts. `trained` is matrices (2 dimensions, neither embedding nor head) and rest; `matrix_sides` is the sum of
-    rows and columns of the trained matrices and embeddings; `multiplied` counts those of linear layers, trained or not;
-    `largest` those of the largest trained tensor.
+    """Counts. `trained` is the sum of matrices (2 dimensions, neither embedding nor head) and rest; `matrix_sides` is
+    the sum of rows and columns of the trained matrices and embeddings; `multiplied` counts weights of linear layers,
+    trained or not; `largest` those of the largest trained tensor.
     """
 
     total: int
@@ -56,8 +55,8 @@ class Parameters:
 
 
 def optimizer_bytes(optimizer: str, momentum: float, parameters: Parameters) -> int:
-    """State of the optimizer in fp32. sgd: none, or a momentum each; adam, adamw: two moments each; adafactor: a number
-    a row and a column; muon: one momentum each for matrices, two moments for the rest.
+    """State of the optimizer in fp32. sgd: none, or one momentum; adam, adamw: two moments; adafactor: one number per
+    row and column; muon: one momentum for matrices, two moments for the rest.
     """
     if optimizer == "sgd":
         return _FP32 * parameters.trained if momentum > 0 else 0
@@ -73,11 +72,11 @@ def activation_bytes(
 ) -> int:
     """Kept from the forward for the backward pass: T · L · (f·(8d + 2k + 4m + h·n) + e).
 
-    8d: twice what a norm gives and gets (4d), the query, what attention gives, and both residual sums; 2k: keys and
-    values; 4m: gate, its activation, its partner and their product; h·n: attention probabilities over at most n
-    (`longest`) tokens, 0 where a fused kernel keeps none. e = 8d where the numbers are of 2 bytes: norms keep their
-    input in fp32. With recomputation each layer keeps its input alone, and one layer at a time is whole. Tensor
-    parallelism divides all but norms and residual sums (6d and e).
+    8d: twice a norm's input and output (4d), the query, attention's output, and both residual sums; 2k: keys and
+    values; 4m: gate, its activation, the up projection and their product; h·n: attention probabilities over at most n
+    (`longest`) tokens, 0 if a fused kernel keeps none. e = 8d for numbers of 2 bytes: norms keep their input in fp32.
+    With recomputation each layer keeps only its input, and one layer at a time has all activations. Tensor parallelism
+    divides all except norms and residual sums (6d and e).
     """
     upcast = 8 * shape.width if number_bytes == 2 else 0
     inside = 2 * shape.width + 2 * shape.key_width + 4 * shape.feed_forward + shape.heads * longest
@@ -89,8 +88,7 @@ def activation_bytes(
 
 def logit_bytes(*, width: int, vocabulary: int, number_bytes: int, trains_output: bool) -> int:
     """A language model's loss over V tokens: 256 · V · (4 + 2f) for the logits of a chunk of targets in fp32, their
-    product and gradient; where the output embedding trains, its gradient in fp32 and that of one chunk:
-    (4 + f) · V · d.
+    product and gradient; if the output embedding trains, its gradient in fp32 and that of one chunk: (4 + f) · V · d.
     """
     chunk = _LOGIT_ROWS * vocabulary * (_FP32 + 2 * number_bytes)
     return chunk + ((_FP32 + number_bytes) * vocabulary * width if trains_output else 0)
@@ -101,9 +99,9 @@ def cache_bytes(shape: Architecture, *, layers: int, rows: int, columns: int, nu
     return rows * columns * 2 * layers * shape.key_width * number_bytes
 
 
-def held_bytes(parameters: Parameters, *, half_precision: bool, optimizer_state: int) -> dict[str, int]:
-    """What training holds all the time, by part: weights f·P, masters 4·R beside weights of 2 bytes, gradients 4·R, and
-    the optimizer's state as `optimizer_bytes`.
+def persistent_bytes(parameters: Parameters, *, half_precision: bool, optimizer_state: int) -> dict[str, int]:
+    """Memory that training occupies all the time, by part: weights f·P, masters 4·R beside weights of 2 bytes,
+    gradients 4·R, and the optimizer's state as in `optimizer_bytes`.
     """
     trained = _FP32 * parameters.trained
     return {
@@ -126,22 +124,22 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Bytes by part; their sum is the peak, which comes at the end, when the model is exported from a full heap.
 
-    process: the interpreter with its libraries and the data. weights to optimizer: as `held_bytes`. buffers:
+    process: the interpreter with its libraries and the data. weights to optimizer: as in `persistent_bytes`. buffers:
     `HEAP_GROWTH` times the activations, and the gradient of the largest tensor. export: the best checkpoint read back,
-    4·R (`reloads_best`), and the weights brought from 2 to 4 bytes for adapters to be folded in, 2·P (`merges`).
+    4·R (`reloads_best`), and the weights converted from 2 to 4 bytes to merge adapters, 2·P (`merges`).
     """
     trained = _FP32 * parameters.trained
     return {
         "process": process,
-        **held_bytes(parameters, half_precision=half_precision, optimizer_state=optimizer_state),
+        **persistent_bytes(parameters, half_precision=half_precision, optimizer_state=optimizer_state),
         "buffers": round(HEAP_GROWTH * activations) + gradient_bytes(parameters.largest, half_precision=half_precision),
         "export": (trained if reloads_best else 0) + (2 * parameters.total if merges and half_precision else 0),
     }
 
 
 def gradient_bytes(largest: int, *, half_precision: bool) -> int:
-    """The gradient of so many parameters while it is made: in the run's format, and in fp32 beside weights of 2 bytes
-    before it is added to the sum.
+    """The gradient of this many parameters while it is computed: in the run's format, and in fp32 beside weights of 2
+    bytes before it is added to the sum.
     """
     return (2 + _FP32 if half_precision else _FP32) * largest
 
@@ -149,8 +147,8 @@ def gradient_bytes(largest: int, *, half_precision: bool) -> int:
 def disk_bytes(
     parameters: Parameters, *, half_precision: bool, optimizer_state: int, checkpoints: int
 ) -> dict[str, int]:
-    """Bytes by part: each checkpoint holds 4·R and the optimizer's state; one more is written before the oldest goes.
-    The model folder holds f·P.
+    """Bytes by part: each checkpoint contains 4·R and the optimizer's state; one more is written before the oldest is
+    removed. The model folder contains f·P.
     """
     return {
         "checkpoint": _FP32 * parameters.trained + optimizer_state,
@@ -166,7 +164,7 @@ def training_seconds(
     validation_tokens: int,
     steps: int,
     optimizer_state: int,
-    backward_share: float,
+    backward_fraction: float,
     operations_a_second: float,
     bytes_a_second: float,
     output: int = 0,
@@ -174,15 +172,15 @@ def training_seconds(
     validation_targets: int = 0,
     trains_output: bool = True,
 ) -> float:
-    """Time of the optimizer steps and validations (s), without answers that are generated.
+    """Time of the optimizer steps and validations (s), without generated answers.
 
-    A token costs 2 operations a multiplied parameter forward, 2 for the gradient of its input where the backward pass
-    comes by (`backward_share` of the layers), 2 for its own gradient where it trains. A language model multiplies its
-    output embedding (`output` parameters) for the targets alone. A step moves the trained weights `STEP_PASSES` times
-    and the optimizer's state twice.
+    A token costs 2 operations per multiplied parameter forward, 2 for the gradient of its input in layers that the
+    backward pass reaches (`backward_fraction` of the layers), 2 for its own gradient if it trains. A language model
+    multiplies its output embedding (`output` parameters) only for the targets. A step moves the trained weights
+    `STEP_PASSES` times and the optimizer's state twice.
     """
     forward = 2.0 * parameters.multiplied
-    backward = forward * backward_share + 2.0 * min(parameters.trained, parameters.multiplied)
+    backward = forward * backward_fraction + 2.0 * min(parameters.trained, parameters.multiplied)
     operations = tokens * (forward + backward) + validation_tokens * forward
     operations += targets * 2.0 * output * (3 if trains_output else 2) + validation_targets * 2.0 * output
     moved = steps * (STEP_PASSES * _FP32 * parameters.trained + 2.0 * optimizer_state)
@@ -201,10 +199,10 @@ def generation_seconds(
     operations_a_second: float,
     bytes_a_second: float,
 ) -> float:
-    """Time to write `responses` of `new_tokens` tokens each (s), without sampling and attention to what was written.
+    """Time to generate `responses` of `new_tokens` tokens each (s), without sampling and attention to generated tokens.
 
-    Of at most `together` rows each gets a token in the time that it takes to read the multiplied weights, f·(P + V·d),
-    or to multiply them, 2·(P + V·d) a row, if that is longer. Prompts, `prompt_tokens` in all, are multiplied before.
+    Of at most `together` rows each gets a token in the time to read the multiplied weights, f·(P + V·d), or to multiply
+    them, 2·(P + V·d) per row, if that is longer. Prompts, `prompt_tokens` in all, are multiplied before.
     """
     multiplied = parameters.multiplied + output
     rate = operations_a_second * MATMUL_EFFICIENCY

@@ -1,12 +1,7 @@
-"""What a dry run must know of the machine: where training would run, how much room there is, how fast it is.
+"""The machine for a dry run: device, memory, free disk, and the speed of products and copies, measured in about a
+second.
 
-Enters: a device, a number format, two measured rates. Leaves: `Machine`, free bytes on a disk. Left out: measuring the
-rates (`rates`), several processes.
-
-How fast this machine multiplies and copies, measured in about a second.
-
-Enters: a device and a number format. Leaves: operations and bytes a second. The figures are those of now: another
-program on the same cores shows in them.
+Other programs on the same cores lower the measured rates.
 """
 
 from __future__ import annotations
@@ -24,8 +19,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`process`: bytes that this process has taken, which training would have too. `memory`: bytes of the device that
-    trains. `operations_a_second`: of a large matrix product; `bytes_a_second`: of a copy, read and write counted.
+    """`process`: bytes that this process uses, which training would use too. `memory`: bytes of the training device.
+    `operations_a_second`: of a large matrix product; `bytes_a_second`: of a copy, reads and writes counted.
     """
 
     device: torch.device
@@ -37,7 +32,7 @@ class Machine:
 
     @classmethod
     def now(cls, device: torch.device, precision: str, rates: tuple[float, float]) -> Machine:
-        """This machine as it is, with what this process has imported and read; a CUDA device has memory of its own."""
+        """This machine now, with what this process has imported and read; a CUDA device has its own memory."""
         process = psutil.Process().memory_info().rss if device.type != "cuda" else 0
         return cls(device, precision, process, _memory_of(device), *rates)
 
@@ -59,7 +54,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def free_bytes(folder: str) -> int:
-    """Free bytes on the disk that `folder` is, or would be, on."""
+    """Free bytes on the disk of `folder`, which need not exist."""
     location = Path(folder).absolute()
     existing = next(each for each in (location, *location.parents) if os.path.exists(each))
     return shutil.disk_usage(existing).free
@@ -69,8 +64,8 @@ _MEASURE_SECONDS = 0.5
 
 
 def measured_rates(device: torch.device, *, half: bool) -> tuple[float, float]:
-    """Operations a second of a large matrix product in the run's format, and bytes a second of a copy, read and write
-    counted.
+    """Operations per second of a large matrix product in the run's format, and bytes per second of a copy, reads and
+    writes counted.
     """
     dtype = torch.bfloat16 if half else torch.float32
     left = torch.ones(1024, 1024, dtype=dtype, device=device)
@@ -83,15 +78,15 @@ def measured_rates(device: torch.device, *, half: bool) -> tuple[float, float]:
 
 
 def _repeats(work: Callable[[], object], device: torch.device) -> float:
-    """How many times a second `work` can be done."""
+    """How many times per second `work` can run."""
     work()
     _wait(device)
-    began, done = time.monotonic(), 0
+    began, completed = time.monotonic(), 0
     while time.monotonic() - began < _MEASURE_SECONDS:
         work()
         _wait(device)
-        done += 1
-    return done / (time.monotonic() - began)
+        completed += 1
+    return completed / (time.monotonic() - began)
 
 
 def _wait(device: torch.device) -> None:

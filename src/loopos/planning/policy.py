@@ -1,8 +1,7 @@
-"""What a run of PPO would take: prompts, iterations, the parameters of every role, memory, disk and time.
+"""The plan of a PPO run: prompts, iterations, parameters of every role, memory, disk and time.
 
-Enters: a config with its prompts, the shapes of its reward models, the machine. Leaves: the plan as one JSON object.
-Counts of prompts, steps and parameters are exact. How long responses will be is not known: every one is taken to be as
-long as `generation.max_new_tokens` lets it. Left out, and said: the time of sampling, of functions and of judges.
+Counts of prompts, steps and parameters are exact. The length of responses is unknown: each is assumed to be as long as
+`generation.max_new_tokens` allows. The plan lists what its time leaves out: sampling, reward functions and judges.
 Letters: B responses of an iteration.
 """
 
@@ -21,14 +20,14 @@ from loopos.planning.shapes import Model, RoleShapes, role_shapes
 from loopos.planning.work import PromptInputs, RewardShape
 from loopos.rl.rollouts import RolloutPlan
 
-# Rows that the engine writes together at most.
+# Maximum rows that the engine generates together.
 _WRITTEN_TOGETHER = 64
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Lengths of the prompts to train on and of those that validation answers (tokens); `summary`: what was decided,
-    `tokens_summary`: the account of the first.
+    """Lengths of the training prompts and of the validation prompts (tokens); `summary`: what was decided,
+    `tokens_summary`: the report on the training prompts.
     """
 
     train: list[int]
@@ -40,8 +39,9 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much work a run is, every response at its longest. `prompt_tokens`, `response_tokens`: mean of an iteration,
-    all of a validation. `largest`: tokens of the largest forward pass of an update, `longest`: of one row.
+    """The amount of work of a run, with every response at its maximum length. `prompt_tokens`, `response_tokens`: mean
+    of an iteration, sum of a validation. `largest`: tokens of the largest forward pass of an update, `longest`: of one
+    row.
     """
 
     iterations: int
@@ -59,12 +59,12 @@ class Amounts:
     longest: int
 
 
-def tokenised(inputs: PromptInputs) -> Prompts:
+def tokenized(inputs: PromptInputs) -> Prompts:
     """The prompts of a run as lengths. Raises `DataError`, as training does."""
     train, report = inputs.encoder.prompts(inputs.data.train)
-    asked = inputs.encoder.prompts(inputs.asked)[0] if inputs.asked else []
+    validation = inputs.encoder.prompts(inputs.validation)[0] if inputs.validation else []
     summary = [*inputs.data.summary, inputs.encoder.template.summary]
-    return Prompts(list(map(len, train)), list(map(len, asked)), summary, report.summary(), inputs.architecture)
+    return Prompts(list(map(len, train)), list(map(len, validation)), summary, report.summary(), inputs.architecture)
 
 
 def plan_of(
@@ -121,7 +121,7 @@ def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
     iterations = -(-steps // steps_an_iteration)
     validations = 0
     if prompts.validation and training.validate_every != "never":
-        # Before the first step, then every so many iterations, and at the end.
+        # Before the first step, then every `validate_every` iterations, and at the end.
         validations = int(training.validate_at_start) + -(-iterations // training.validate_every)
     rows = -(-plan.batch_size // (plan.minibatches * plan.accumulation))
     by_length = sorted(prompts.train, reverse=True)
@@ -171,7 +171,7 @@ def storage(
         merges=False,
     )
     if training.trainable == "lora" and half:
-        # The policy alone is exported: its weights are brought from 2 to 4 bytes.
+        # Only the policy is exported: its weights are converted from 2 to 4 bytes.
         memory["export"] += 2 * policy.parameters.total
     cache = estimate.cache_bytes(
         policy.shape,
@@ -198,12 +198,12 @@ def storage(
 
 
 def written_together(responses: int) -> int:
-    """Rows of so many responses that the engine writes together."""
+    """Rows of `responses` responses that the engine generates together."""
     return min(_WRITTEN_TOGETHER, responses)
 
 
 def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Machine) -> dict[str, Any]:
-    """Seconds of writing responses, of the passes that score them, and of the updates; what they leave out."""
+    """Seconds of generating responses, of the passes that score them, and of the updates; and what they leave out."""
     rates = {"operations_a_second": machine.operations_a_second, "bytes_a_second": machine.bytes_a_second}
     policy = shapes.policy
 
@@ -225,11 +225,11 @@ def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Ma
         written += amounts.validations * writing(amounts.validation_prompts, amounts.validation_prompt_tokens)
     responses = amounts.iterations * amounts.response_tokens + amounts.validations * amounts.validation_response_tokens
     prompts = amounts.iterations * amounts.prompt_tokens + amounts.validations * amounts.validation_prompt_tokens
-    # The policy and the reference pass over the same tokens; the reference's numbers may be the policy's.
+    # Policy and reference process the same tokens; the reference may share the policy's weights.
     scorers = [policy, policy, *shapes.rewards, *([shapes.critic] if shapes.critic is not None else [])]
     scored = sum(_forward(model, prompts + responses, responses, machine) for model in scorers)
     updated = sum(_updates(config, model, amounts, machine) for model in (policy, shapes.critic) if model is not None)
-    left_out = ["sampling and the attention to what was written"]
+    left_out = ["sampling and attention to generated tokens"]
     left_out += ["the reward functions"] if config.reward.functions else []
     left_out += ["the judge"] if config.evaluation.judge is not None and amounts.validations else []
     left_out += ["the responses of evaluation.best_of"] if config.evaluation.best_of and amounts.validations else []
@@ -244,7 +244,7 @@ def _forward(model: Model, tokens: int, targets: int, machine: Machine) -> float
         validation_tokens=tokens,
         steps=0,
         optimizer_state=0,
-        backward_share=0.0,
+        backward_fraction=0.0,
         operations_a_second=machine.operations_a_second,
         bytes_a_second=machine.bytes_a_second,
         output=model.output,
@@ -260,7 +260,7 @@ def _updates(config: PpoConfig, model: Model, amounts: Amounts, machine: Machine
         validation_tokens=0,
         steps=amounts.steps,
         optimizer_state=estimate.optimizer_bytes(training.optimizer, training.momentum, model.parameters),
-        backward_share=model.shape.layers / model.num_layers,
+        backward_fraction=model.shape.layers / model.num_layers,
         operations_a_second=machine.operations_a_second,
         bytes_a_second=machine.bytes_a_second,
         output=model.output,

@@ -1,12 +1,6 @@
-"""The model of a run as shapes without numbers, and its parameters counted.
+"""Models as shapes without numbers, with their parameters counted; and the four models of PPO.
 
-Enters: what trains, and the architecture of the weights. Leaves: `Model`. It is built on torch's "meta" device, so no
-weight is read and no memory taken.
-
-The four models of PPO as shapes: what each has of its own, what of it trains, how many copies of the weights.
-
-Enters: a config, the policy's architecture, the shapes of the reward models. Leaves: `RoleShapes`, by the rules of
-`models.roles`. Left out: numbers, memory and time (`policy_plan`).
+Models are built on torch's "meta" device, so no weight is read and no memory used. The roles follow `models.roles`.
 """
 
 from __future__ import annotations
@@ -28,7 +22,7 @@ from loopos.models.backbone import headless
 from loopos.planning import estimate
 from loopos.planning.work import RewardShape
 
-# Styles of transformers' tensor-parallel plans by which each process holds a part of the weight.
+# Styles of transformers' tensor-parallel plans that divide a weight among processes.
 _DIVIDED = frozenset(
     {"colwise", "colwise_gather_output", "packed_colwise", "rowwise", "rowwise_split_input", "packed_rowwise"}
 )
@@ -36,9 +30,9 @@ _DIVIDED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """Parameters by how a cluster divides them. `layer`: of the largest layer, `outside`: of none, embeddings and
-    heads; a model without a plain stack of layers is one layer. `split`: what the model's tensor-parallel plan
-    divides, of which `split_trained` train; 0 where it carries no plan.
+    """Parameters by how a cluster divides them. `layer`: of the largest layer, `outside`: outside of layers, embeddings
+    and heads; a model without a plain stack of layers is one layer. `split`: what the model's tensor-parallel plan
+    divides, of which `split_trained` train; 0 without a plan.
     """
 
     layer: int
@@ -50,7 +44,7 @@ class Units:
 @dataclass(frozen=True)
 class Model:
     """The model as shapes: its parameters counted, and the layers that keep activations. `output`: numbers of the
-    output embedding, 0 where there is a head instead; `trains_output`: whether they train.
+    output embedding, 0 if there is a head instead; `trains_output`: whether they train.
     """
 
     name: str
@@ -63,7 +57,7 @@ class Model:
 
     @property
     def output(self) -> int:
-        """Parameters that a trained target is multiplied with."""
+        """Parameters that each trained target is multiplied with."""
         return self.vocabulary * self.shape.width
 
 
@@ -100,8 +94,8 @@ def meta_model(
 
 
 def units_of(model: PreTrainedModel, num_layers: int, later: set[int], *, total: int) -> Units:
-    """The parameters by layer and by the model's tensor-parallel plan. total: its head's included; later: those that
-    train some day.
+    """The parameters by layer and by the model's tensor-parallel plan. total: with those of its head; later: those that
+    train from some step on.
     """
     stack = find_layers(model, num_layers)
     layers = [sum(each.numel() for each in layer.parameters()) for layer in stack or [model]]
@@ -119,8 +113,8 @@ def units_of(model: PreTrainedModel, num_layers: int, later: set[int], *, total:
 def counted(
     model: PreTrainedModel, output: nn.Parameter | None, later: set[int], *, head: tuple[int, int] | None
 ) -> estimate.Parameters:
-    """The parameters by what becomes of them. output: the output embedding; later: those that train some day; head:
-    the shape of a head that the model has not yet.
+    """The parameters by use. output: the output embedding; later: those that train from some step on; head: the shape
+    of a head that the model does not have yet.
     """
     numbers, sides = (head[0] * head[1], sum(head)) if head is not None else (0, 0)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -147,9 +141,9 @@ def counted(
 def architecture(settings: TrainingSection, described: PreTrainedConfig, num_layers: int) -> estimate.Architecture:
     """The sizes that activations depend on; frozen lower layers keep none, unless they train later."""
     text = described.get_text_config()
-    kept = 0 if settings.trainable == "head" else num_layers
+    num_kept = 0 if settings.trainable == "head" else num_layers
     if settings.unfreeze_step is None:
-        kept = max(0, kept - settings.freeze_layers)
+        num_kept = max(0, num_kept - settings.freeze_layers)
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return estimate.Architecture(
@@ -157,16 +151,16 @@ def architecture(settings: TrainingSection, described: PreTrainedConfig, num_lay
         key_width=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
         feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=heads,
-        layers=kept,
+        layers=num_kept,
     )
 
 
-_OWN = "an own copy of the weights"
+_OWN = "its own copy of the weights"
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """`parameters`: those that the role alone has; `trained` of them train; `summary`: what the role is."""
+    """`parameters`: those that only this role has; `trained` of them train; `summary`: a description."""
 
     parameters: int
     trained: int
@@ -175,8 +169,8 @@ class Role:
 
 @dataclass(frozen=True)
 class RoleShapes:
-    """`critic`: None where it is a head on the policy's hidden states; `rewards`: of each reward model.
-    `trained`: the parameters of policy and values together, with those of all roles as their total.
+    """`critic`: None if it is a head on the policy's hidden states; `rewards`: of each reward model. `trained`: the
+    parameters of policy and value model together, with those of all roles as their total.
     """
 
     policy: Model
@@ -227,7 +221,7 @@ class _Builder:
         return meta_model(settings, described, head=head, trust_remote_code=self.trust_remote_code)
 
     def adapted(self, lora: LoraSection, head: int) -> Model:
-        """The policy's trunk with an adapter and a head, which alone are its own: they are what trains of it."""
+        """The policy's backbone with an adapter and a head, which are its only own parameters and train."""
         return self.model(self.settings.model_copy(update={"trainable": "lora", "lora": lora}), self.described, head)
 
     def reward(self, reward: RewardShape, adapter: LoraSection | None) -> tuple[Model, Role]:
@@ -249,9 +243,9 @@ class _Builder:
                 model.parameters.trained, model.parameters.trained, "an adapter over the policy's weights"
             )
         assert source == "policy" or reward is not None, "checked by PpoConfig.check"
-        trunk = self.described if source == "policy" or reward is None else reward.architecture
-        # The value model's frozen layers stay so: `unfreeze_step` is of the policy's.
-        model = self.model(settings.model_copy(update={"unfreeze_step": None}), trunk, 1)
+        backbone = self.described if source == "policy" or reward is None else reward.architecture
+        # The value model's frozen layers stay frozen: `unfreeze_step` applies to the policy.
+        model = self.model(settings.model_copy(update={"unfreeze_step": None}), backbone, 1)
         return model, Role(model.parameters.total, model.parameters.trained, _OWN)
 
     def _whole(self) -> TrainingSection:

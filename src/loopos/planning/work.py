@@ -1,17 +1,6 @@
-"""What a run would read, opened without the weights: rows, tokenizer, architecture, tokens.
+"""The data of a run of any method, opened without weights: rows, tokenizer, tokens, architecture.
 
-Enters: a fine-tuning config. Leaves: `Inputs`. The parts are those that the method itself uses, so that counts of
-tokens and steps are true. Left out: the model's numbers.
-
-What reward_model, ppo and rlhf would read, opened without the weights: comparisons, prompts, their tokens' rules.
-
-Enters: a config. Leaves: `ComparisonInputs` or `PromptInputs`, and what a reward model is before it is opened. The
-parts are those that the methods themselves use. Left out: the models' numbers.
-
-What a run of any method would do, opened without the weights: rows and their tokens, and the architecture.
-
-Enters: a config. Leaves: `Work`. The parts are those that the methods themselves use, so that counts of rows, tokens
-and steps are true. Left out: the model's numbers.
+The code is that of the methods themselves, so that counts of rows, tokens and steps are exact.
 """
 
 from __future__ import annotations
@@ -53,7 +42,7 @@ from loopos.training.progress import RunProgress
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows and their tokens; `max_length` is where examples are cut (tokens)."""
+    """Rows and their tokens; `max_length`: where examples are cut (tokens)."""
 
     data: LabeledData
     tokenizer: PreTrainedTokenizerBase
@@ -66,7 +55,7 @@ class Inputs:
 
 
 def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
-    """Reads and tokenises what the config names. Raises `UserError`, as training does."""
+    """Reads and tokenizes the config's data. Raises `UserError`, as training does."""
     section, model = config.data, config.model
     data = load_labeled(section, model, seed=config.training.seed)
     sizes = Sizes.of(model, max_length=config.training.max_length)
@@ -86,7 +75,7 @@ def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
 
 @dataclass(frozen=True)
 class ComparisonInputs:
-    """Comparisons, what makes their tokens, and the architecture that scores them."""
+    """Comparisons, their encoder, and the architecture that scores them."""
 
     data: PreferenceData[Comparison]
     encoder: PreferenceEncoder
@@ -95,17 +84,17 @@ class ComparisonInputs:
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """Prompts, those of them that validation answers, what makes their tokens, and the policy's architecture."""
+    """Prompts, the validation prompts, their encoder, and the policy's architecture."""
 
     data: PreferenceData[Prompt]
-    asked: list[Prompt]
+    validation: list[Prompt]
     encoder: PreferenceEncoder
     architecture: PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class RewardShape:
-    """A reward model's architecture and heads. `adapter`: its adapters, where it is one over the policy's weights."""
+    """A reward model's architecture and heads. `adapter`: its adapters, if it is one over the policy's weights."""
 
     architecture: PreTrainedConfig
     heads: int
@@ -113,47 +102,47 @@ class RewardShape:
 
 
 def open_comparisons(config: RewardModelConfig, *, trust_remote_code: bool) -> ComparisonInputs:
-    """The comparisons of a config, with nothing tokenised yet. Raises `UserError`, as training does."""
+    """The comparisons of a config, not tokenized yet. Raises `UserError`, as training does."""
     data = load_comparisons(config.data, config.data.source, seed=config.training.seed)
     architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     return ComparisonInputs(data, PreferenceEncoder(config.data, tokenizer, max_length=max_length), architecture)
 
 
 def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
-    """The prompts of a config, with nothing tokenised yet. Raises `UserError`, as training does."""
+    """The prompts of a config, not tokenized yet. Raises `UserError`, as training does."""
     section = config.data
     data = load_prompts(section, section.source, seed=config.training.seed)
     architecture, tokenizer, whole = _opened(config, trust_remote_code)
     room = None if whole is None else whole - config.generation.max_new_tokens
     limit = min((each for each in (room, section.max_prompt_tokens) if each is not None), default=None)
     encoder = PreferenceEncoder(section, tokenizer, max_length=limit)
-    asked = data.validation[: config.evaluation.prompts] if config.validates else []
-    return PromptInputs(data, asked, encoder, architecture)
+    validation = data.validation[: config.evaluation.prompts] if config.validates else []
+    return PromptInputs(data, validation, encoder, architecture)
 
 
 def _opened(
     config: RewardModelConfig | PpoConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
-    """Architecture, tokenizer, and the longest sequence."""
-    section, asked = config.data, config.training.max_length
-    sizes = Sizes.of(config.model, max_length=asked)
+    """Architecture, tokenizer, and the maximum sequence length."""
+    section, max_length = config.data, config.training.max_length
+    sizes = Sizes.of(config.model, max_length=max_length)
     architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
     source = weights_source(section.pretrained_weights)
     tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    return architecture, tokenizer, longest(tokenizer, positions, asked)
+    return architecture, tokenizer, longest(tokenizer, positions, max_length)
 
 
 def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> list[RewardShape]:
-    """The shapes of the reward models that a config names. An adapter is taken to be over the policy's weights where
-    the names of the weights are the same: training compares the weights themselves. Raises `UserError`.
+    """The shapes of a config's reward models. An adapter is assumed to be over the policy's weights if the names of the
+    weights match: training compares the weights themselves. Raises `UserError`.
     """
     policy, found = Path(config.data.pretrained_weights.rstrip("/")).name, []
-    for place in config.data.reward_models:
-        folder = model_folder(place)
+    for location in config.data.reward_models:
+        folder = model_folder(location)
         description = read_description(folder)
         own = open_tokenizer(weights_source(str(folder)), None)
-        check_same_tokens(tokenizer, own, f"data.reward_model: {place}")
+        check_same_tokens(tokenizer, own, f"data.reward_model: {location}")
         adapter = folder.parent / "adapter"
         lora = _adapter(adapter) if adapter.is_dir() and description.get("pretrained_weights") == policy else None
         found.append(RewardShape(load_config(str(folder)), len(description["score_mean"]), lora))
@@ -174,19 +163,19 @@ def _adapter(folder: Path) -> LoraSection:
         found = json.loads(file.read_text(encoding="utf-8"))
         return LoraSection(rank=found["r"], target_modules=sorted(found["target_modules"]))
     except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise UserError(f"{file}: no adapter that can be read: {problem}") from problem
+        raise UserError(f"{file}: not a readable adapter: {problem}") from problem
 
 
 AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig | RewardModelConfig
-"""The configs of methods that pass over rows of a data set; PPO, which writes its own, is in `policy_plan`."""
+"""The configs of methods that train on rows of a data set; PPO, which generates its own, is in `policy`."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """`head`: outputs of the head, None for a language model; `trainings`: how often the rows are trained on anew;
-    `summary` and `tokens_summary`: what was read and decided. `final_tokens`: those that go through the model once more
-    when training has ended; `row_facts`: what the rows hold, counted by name; `longest`: tokens that one token sees at
-    most, those of the longest row where it is None.
+    """`head`: outputs of the head, None for a language model; `trainings`: how often training on the rows starts anew;
+    `summary` and `tokens_summary`: what was read and decided. `final_tokens`: tokens of the forward passes after
+    training; `row_facts`: counts of the rows by name; `longest`: maximum tokens that one token attends to, None for
+    those of the longest row.
     """
 
     architecture: PreTrainedConfig
@@ -204,7 +193,7 @@ class Work:
 
 @dataclass(frozen=True)
 class ReasoningInputs:
-    """The examples of chain-of-thought training, what makes their tokens, and the architecture."""
+    """The examples of chain-of-thought training, their encoder, and the architecture."""
 
     data: SupervisedData
     encoder: SupervisedEncoder
@@ -212,7 +201,7 @@ class ReasoningInputs:
 
 
 def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
-    """Reads and tokenises what the config names. Raises `UserError`, as training does."""
+    """Reads and tokenizes the config's data. Raises `UserError`, as training does."""
     if isinstance(config, FineTuningConfig):
         inputs = open_inputs(config, trust_remote_code=trust_remote_code)
         report = inputs.train_report
@@ -228,8 +217,8 @@ def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
     if isinstance(config, PretrainingConfig):
         pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
         architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
-        tokens = sum(len(piece.ids) for piece in pretrainer.pieces)
-        summary = f"{len(pretrainer.pieces):,} pieces, {tokens:,} tokens; none cut"
+        tokens = sum(len(chunk.ids) for chunk in pretrainer.pieces)
+        summary = f"{len(pretrainer.pieces):,} chunks, {tokens:,} tokens; none cut"
         return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
     if isinstance(config, RewardModelConfig):
         return _reward_work(config, trust_remote_code=trust_remote_code)
@@ -261,13 +250,13 @@ def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) ->
 def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     examples, report = inputs.encoder.comparisons(inputs.data.train)
-    kept: list[EncodedComparison] = []
+    validation_pairs: list[EncodedComparison] = []
     if config.validates and inputs.data.validation:
-        kept, _ = inputs.encoder.comparisons(inputs.data.validation)
+        validation_pairs, _ = inputs.encoder.comparisons(inputs.data.validation)
     on_cpu = pick_device(config.training.device).type == "cpu" and config.model.attention != "padded"
-    train, validation = _rows(examples, on_cpu=on_cpu), _rows(kept, on_cpu=on_cpu)
-    # Before export the training responses are scored to normalise by, then those of validation for the report.
-    normalised = sum(len(row.ids) for row in train) if config.reward.normalise else 0
+    train, validation = _rows(examples, on_cpu=on_cpu), _rows(validation_pairs, on_cpu=on_cpu)
+    # Before export the training responses are scored for normalization, then the validation responses for the report.
+    normalization_tokens = sum(len(row.ids) for row in train) if config.reward.normalise else 0
     return Work(
         inputs.architecture,
         train,
@@ -276,27 +265,27 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         report.summary(),
         report.tokens_cut,
         config.reward.heads,
-        final_tokens=normalised + sum(len(row.ids) for row in validation),
+        final_tokens=normalization_tokens + sum(len(row.ids) for row in validation),
         row_facts={"responses": report.responses, "pairs": report.pairs},
         longest=max(report.lengths),
     )
 
 
 def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encoded]:
-    """Comparisons as the tokens that a forward pass takes: on CPU a prompt once for all its responses, unless one is so
-    long that the fused kernel serves it.
+    """Comparisons as the tokens of a forward pass: on CPU a prompt once for all its responses, unless one is so long
+    that the fused kernel is used.
     """
-    shares = prompt_runs_once((each.num_tokens for each in examples), on_cpu=on_cpu)
+    shares_prompts = prompt_runs_once((each.num_tokens for each in examples), on_cpu=on_cpu)
     found = []
     for each in examples:
         once = [*each.prompt, *(token for response in each.responses for token in response)]
         anew = [token for response in each.responses for token in (*each.prompt, *response)]
-        found.append(Encoded(once if shares else anew, None, each.index))
+        found.append(Encoded(once if shares_prompts else anew, None, each.index))
     return found
 
 
 def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:
-    """The examples of a chain-of-thought config, with nothing tokenised yet. Raises `UserError`, as training does."""
+    """The examples of a chain-of-thought config, not tokenized yet. Raises `UserError`, as training does."""
     section, settings = config.data, config.training
     data = load_supervised(section, seed=settings.seed)
     sizes = Sizes.of(config.model, max_length=settings.max_length)
@@ -310,7 +299,7 @@ def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> 
 
 
 def open_pretraining(config: PretrainingConfig, *, trust_remote_code: bool) -> Pretrainer:
-    """Pretraining with its documents read, its tokenizer trained and its pieces cut; it says so on standard error."""
+    """Pretraining with its documents read, its tokenizer trained and its chunks cut; notes go to standard error."""
     pretrainer = Pretrainer(config, progress=RunProgress(), trust_remote_code=trust_remote_code)
     pretrainer.load_data()
     return pretrainer

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.config.rl import PpoRewardSection, RolloutSection
 from loopos.evaluation.own_code import OwnFunction, called_for, numbers_of, own_function
-from loopos.evaluation.reward_predictor import Normalisation, Scorer, raw_scores
+from loopos.evaluation.reward_predictor import Normalization, Scorer, raw_scores
 from loopos.models.folders import check_same_tokens, open_reward_model
 
 RewardFunction: TypeAlias = Callable[[Sequence["Response"]], list[float]]
@@ -71,7 +71,7 @@ class ModelScores:
         self, model: Scorer, description: Mapping[str, Any], device: torch.device, *, ensemble_penalty: float = 0.0
     ) -> None:
         self.model, self.device, self.ensemble_penalty = model, device, ensemble_penalty
-        self.normalization = Normalisation.read(description)
+        self.normalization = Normalization.read(description)
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:
         rows = [[*response.prompt_ids, *response.ids] for response in responses]

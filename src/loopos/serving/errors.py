@@ -1,7 +1,4 @@
-"""Errors of a server in OpenAI's form.
-
-Enters: what went wrong with a request. Leaves: a status and {"error": {"message", "type", "param", "code"}}.
-"""
+"""Errors of a server in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -9,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 GONE = 499
-"""The status that logs and metrics give a request whose client went away; nobody receives it."""
+"""The status for a request whose client disconnected, in logs and metrics; nobody receives it."""
 
 
 class ApiError(Exception):
-    """A request that is not answered. `param`: the name of the parameter at fault; `code`: for programs."""
+    """A request that is refused or failed. `param`: the name of the invalid parameter; `code`: for programs."""
 
     def __init__(
         self,
@@ -50,8 +47,10 @@ def stopping() -> ApiError:
 
 
 def gone() -> ApiError:
-    return ApiError(GONE, "the client went away", code="client_gone")
+    return ApiError(GONE, "the client disconnected", code="client_gone")
 
 
-def unknown_model(asked: str, served: str) -> ApiError:
-    return ApiError(404, f"model: no {asked!r} here; this server has {served!r}", param="model", code="model_not_found")
+def unknown_model(requested: str, served: str) -> ApiError:
+    return ApiError(
+        404, f"model: no {requested!r} here; this server has {served!r}", param="model", code="model_not_found"
+    )

@@ -1,8 +1,4 @@
-"""A model with a head, served: classification and regression, or the scores of a reward model.
-
-Enters: checked requests. Leaves: responses. Left out: training and folders (`evaluation.predictor`,
-`evaluation.reward_predictor`), HTTP (`http.py`).
-"""
+"""Serves a model with a head: classification and regression, or the scores of a reward model."""
 
 from __future__ import annotations
 
@@ -23,16 +19,16 @@ from loopos.serving.decoder import ModelThread
 from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits
 from loopos.serving.metrics import ServingMetrics
-from loopos.serving.requests import Asked, ClassifyRequest, ScoreRequest, read_for
+from loopos.serving.requests import ClassifyRequest, ModelRequest, ScoreRequest, read_for
 from loopos.serving.responses import until_disconnected
 
-Body = TypeVar("Body", bound=Asked)
+Body = TypeVar("Body", bound=ModelRequest)
 Question = TypeVar("Question")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """An object a question, in their order; the tokens that were read; what the response tells besides."""
+    """One object per question, in order; the number of tokens read; additional fields of the response."""
 
     data: list[dict[str, Any]]
     tokens: int
@@ -40,8 +36,8 @@ class Answers:
 
 
 class Head(Protocol[Body, Question]):
-    """What a kind of head makes of a request. `kind`: what the model is, in words. `param`: the parameter that is at
-    fault where the model refuses a question, if there is one alone.
+    """How a kind of head answers requests. `kind`: describes the model. `param`: the parameter to name when the model
+    refuses a question, if there is only one.
     """
 
     endpoint: str
@@ -49,8 +45,8 @@ class Head(Protocol[Body, Question]):
     param: str | None
     body: type[Body]
 
-    def questions(self, asked: Body) -> Sequence[Question]:
-        """What is asked. Raises `ApiError`."""
+    def questions(self, request: Body) -> Sequence[Question]:
+        """The questions of a request. Raises `ApiError`."""
         ...
 
     def answers(self, questions: Sequence[Question]) -> Answers:
@@ -69,8 +65,8 @@ class ClassifyHead:
         self._predictor = predictor
         self.kind = f"a {predictor.space.task} model"
 
-    def questions(self, asked: ClassifyRequest) -> Sequence[str | tuple[str, str]]:
-        texts = asked.texts()
+    def questions(self, request: ClassifyRequest) -> Sequence[str | tuple[str, str]]:
+        texts = request.texts()
         if not texts:
             raise ApiError(400, "input: an empty list; expected at least one text", param="input", code="invalid_value")
         return texts
@@ -92,8 +88,8 @@ class ScoreHead:
     def __init__(self, predictor: RewardPredictor) -> None:
         self._predictor = predictor
 
-    def questions(self, asked: ScoreRequest) -> Sequence[tuple[PromptContent, PromptContent]]:
-        return _pairs(asked, as_text=bool(self._predictor.opened.description["text"]))
+    def questions(self, request: ScoreRequest) -> Sequence[tuple[PromptContent, PromptContent]]:
+        return _pairs(request, as_text=bool(self._predictor.opened.description["text"]))
 
     def answers(self, questions: Sequence[tuple[PromptContent, PromptContent]]) -> Answers:
         judged = self._predictor.judge(questions)
@@ -105,7 +101,7 @@ class ScoreHead:
 
 
 class HeadService(Generic[Body, Question]):
-    """Answers by one model with a head under the name `name`."""
+    """Answers requests by one model with a head under the name `name`."""
 
     def __init__(self, head: Head[Body, Question], name: str, limits: ServingLimits, metrics: ServingMetrics) -> None:
         self.name, self.kind = name, head.kind
@@ -116,7 +112,7 @@ class HeadService(Generic[Body, Question]):
 
     @property
     def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
-        """Path → what answers it."""
+        """Path → its handler."""
         return {self._head.endpoint: self._answer}
 
     @property
@@ -124,10 +120,10 @@ class HeadService(Generic[Body, Question]):
         return True
 
     async def open(self) -> None:
-        """The model is ready as it is."""
+        """The model needs no preparation."""
 
     async def end(self) -> None:
-        """A call that runs cannot be ended; its request is, with its connection."""
+        """A running call cannot be ended; its request ends with its connection."""
 
     async def close(self) -> None:
         self._thread.close()
@@ -140,8 +136,8 @@ class HeadService(Generic[Body, Question]):
         found = await until_disconnected(request, work, deadline=deadline, seconds=self._limits.max_seconds)
         self._metrics.prompt_tokens += found.tokens
         usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
-        told = {"object": "list", "model": self.name, **found.more, "data": found.data, "usage": usage}
-        return JSONResponse(told)
+        content = {"object": "list", "model": self.name, **found.more, "data": found.data, "usage": usage}
+        return JSONResponse(content)
 
     def _run(self, questions: Sequence[Question]) -> Answers:
         try:
@@ -150,37 +146,37 @@ class HeadService(Generic[Body, Question]):
             raise ApiError(500, str(error), code="model_failed") from error
         except UserError as error:
             param = self._head.param
-            told = f"{param}: {error}" if param else str(error)
-            raise ApiError(400, told, param=param, code="invalid_value") from error
+            message = f"{param}: {error}" if param else str(error)
+            raise ApiError(400, message, param=param, code="invalid_value") from error
 
 
-def _pairs(asked: ScoreRequest, *, as_text: bool) -> list[tuple[PromptContent, PromptContent]]:
-    """Prompts with a response each. as_text: the model was trained on texts as they stand, without a template."""
-    if (asked.messages is None) == (asked.prompt is None) or (asked.prompt is None) != (asked.response is None):
+def _pairs(request: ScoreRequest, *, as_text: bool) -> list[tuple[PromptContent, PromptContent]]:
+    """Pairs of prompt and response. as_text: the model was trained on texts as they are, without a template."""
+    if (request.messages is None) == (request.prompt is None) or (request.prompt is None) != (request.response is None):
         raise ApiError(
             400,
-            "expected messages whose last one is the assistant's, or prompt and response",
-            param="messages" if asked.messages is not None else "prompt",
+            "expected messages that end with the assistant's, or prompt and response",
+            param="messages" if request.messages is not None else "prompt",
             code="invalid_value",
         )
-    if asked.messages is not None:
-        summary = tuple(message.message() for message in asked.messages)
-        if summary[-1].role != ASSISTANT:
+    if request.messages is not None:
+        messages = tuple(message.message() for message in request.messages)
+        if messages[-1].role != ASSISTANT:
             raise ApiError(
                 400,
-                f"messages: the last one is the {summary[-1].role}'s; expected the assistant's, which is judged",
+                f"messages: the last message has role {messages[-1].role}; expected the assistant's response to score",
                 param="messages",
                 code="invalid_value",
             )
-        return [(summary[:-1], summary[-1:])]
-    assert asked.prompt is not None
-    assert asked.response is not None
-    responses = [asked.response] if isinstance(asked.response, str) else asked.response
-    if isinstance(asked.prompt, str) and as_text:
-        return [(asked.prompt, response) for response in responses]
-    asking = (
-        (Message("user", asked.prompt),)
-        if isinstance(asked.prompt, str)
-        else tuple(message.message() for message in asked.prompt)
+        return [(messages[:-1], messages[-1:])]
+    assert request.prompt is not None
+    assert request.response is not None
+    responses = [request.response] if isinstance(request.response, str) else request.response
+    if isinstance(request.prompt, str) and as_text:
+        return [(request.prompt, response) for response in responses]
+    prompt = (
+        (Message("user", request.prompt),)
+        if isinstance(request.prompt, str)
+        else tuple(message.message() for message in request.prompt)
     )
-    return [(asking, (Message(ASSISTANT, response),)) for response in responses]
+    return [(prompt, (Message(ASSISTANT, response),)) for response in responses]

@@ -1,9 +1,8 @@
-"""The HTTP side of a server: routes, keys, bodies, errors, health and metrics.
+"""The HTTP side of a server: routes, API keys, bodies, errors, health and metrics.
 
-Enters: requests. Leaves: OpenAI's JSON, also for every error. What a request must be is checked in this order: the
-server takes requests (503), the key (401), the path (404) and method (405), the type of the body (415) and its size
-(413), then its content. Left out: what a model answers (`language.py`, `heads.py`), sockets and signals
-(`deploy.serve`).
+All responses, errors included, are OpenAI's JSON. A request is checked in this order: the server accepts requests
+(503), the API key (401), the path (404) and method (405), the content type (415), the size of the body (413), its
+content.
 """
 
 from __future__ import annotations
@@ -33,22 +32,22 @@ ENDPOINTS = {
     "/v1/classify": "a model that was fine-tuned with a head",
     "/v1/score": "a reward model",
 }
-"""What a model answers → the kind that does."""
+"""Endpoint → the kind of model that answers it."""
 _OPEN = frozenset({"/health", "/health/ready"})
-# A body over the limit is read and thrown away up to so many times the limit, so that its sender gets the answer.
-_THROWN_AWAY = 32
+# A body over the limit is read and discarded, up to this many times the limit, so that its sender gets the response.
+_DISCARD_FACTOR = 32
 Answer = Callable[[Request, bytes, float], Awaitable[Response]]
 
 
 class Service(Protocol):
-    """A model that answers requests. `kind`: what it is, in words."""
+    """A model that answers requests. `kind`: describes it."""
 
     name: str
     kind: str
 
     @property
     def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
-        """Path → what answers it: (request, its body, deadline by the event loop's clock)."""
+        """Path → its handler: (request, its body, deadline by the event loop's clock)."""
         ...
 
     @property
@@ -57,16 +56,16 @@ class Service(Protocol):
     async def open(self) -> None: ...
 
     async def end(self) -> None:
-        """Ends what still runs; it is answered by an error."""
+        """Ends what still runs; its requests get an error."""
         ...
 
     async def close(self) -> None: ...
 
 
-class Gate:
-    """The outermost layer: who may ask and whether anybody may, and the account of what was asked.
+class Middleware:
+    """The outermost layer: checks keys, refuses requests when stopping, and counts requests.
 
-    `num_running`: requests that are not over. `is_stopping`: new ones are refused.
+    `num_running`: requests in progress. `is_stopping`: new ones are refused.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServingMetrics, *, api_key: str | None) -> None:
@@ -109,28 +108,29 @@ class Gate:
             return stopping()
         headers = dict(scope["headers"])
         if self._key is None:
-            # Without a key a page in a browser could come in by a name of its own that leads to this machine.
+            # Without a key, a web page could reach this server through a host name of its own that resolves to this
+            # machine.
             host = headers.get(b"host", b"").decode("latin-1")
             if _name_in(host) not in LOOPBACK_NAMES:
-                return ApiError(403, f"host {host!r}: without an API key this server answers to localhost alone")
+                return ApiError(403, f"host {host!r}: without an API key this server answers only to localhost")
             return None
-        word, _, actual = headers.get(b"authorization", b"").partition(b" ")
-        if word.lower() == b"bearer" and hmac.compare_digest(actual.strip(), self._key):
+        scheme, _, actual = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(actual.strip(), self._key):
             return None
-        told = "wrong API key" if actual else "no API key; expected the header Authorization: Bearer KEY"
-        return ApiError(401, told, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        message = "wrong API key" if actual else "no API key; expected the header Authorization: Bearer KEY"
+        return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def application(service: Service, limits: ServingLimits, metrics: ServingMetrics) -> Starlette:
-    """Everything behind the gate."""
+    """Everything behind the middleware."""
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
     async def model(request: Request) -> Response:
-        asked = request.path_params["name"]
-        if asked != service.name:
-            raise ApiError(404, f"model: no {asked!r} here", param="model", code="model_not_found")
+        requested = request.path_params["name"]
+        if requested != service.name:
+            raise ApiError(404, f"model: no {requested!r} here", param="model", code="model_not_found")
         return JSONResponse(_model(service))
 
     async def health(request: Request) -> Response:
@@ -153,26 +153,30 @@ def application(service: Service, limits: ServingLimits, metrics: ServingMetrics
         finally:
             await service.close()
 
-    asked = [
+    endpoints = [
         Route(path, _endpoint(path, service.endpoints.get(path), service, limits), methods=["POST"])
         for path in ENDPOINTS
     ]
     return Starlette(
         routes=[
-            *asked,
+            *endpoints,
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
             Route("/health/ready", ready),
             Route("/metrics", numbers),
         ],
-        exception_handlers={ApiError: _told, HTTPException: _told_http, Exception: _told_broken},
+        exception_handlers={
+            ApiError: _api_error_response,
+            HTTPException: _http_error_response,
+            Exception: _internal_error_response,
+        },
         lifespan=lifespan,
     )
 
 
 def _name_in(host: str) -> str:
-    """The name in a header Host, without its port."""
+    """The host name in a Host header, without its port."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -194,8 +198,8 @@ def _endpoint(
         if answer is None:
             raise ApiError(
                 404,
-                f"{path}: {service.name!r} is {service.kind}, which answers {', '.join(service.endpoints)}; "
-                f"{path} is answered by {ENDPOINTS[path]}",
+                f"{path}: {service.name!r} is {service.kind}, which serves {', '.join(service.endpoints)}; "
+                f"{path} needs {ENDPOINTS[path]}",
                 code="wrong_kind_of_model",
             )
         deadline = request.scope["state"]["began"] + limits.max_seconds
@@ -212,13 +216,13 @@ def _endpoint(
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body. Raises `ApiError`: 415 for another type than JSON, 413 for more than `most` bytes."""
+    """The body. Raises `ApiError`: 415 for a type other than JSON, 413 for more than `most` bytes."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # A page in a browser may send any other type to a server on the same machine without asking it first.
+    # A web page can send any other type to a server on the same machine without a preflight request.
     if kind != "application/json":
         raise ApiError(415, f"Content-Type: got {kind or 'none'}; expected application/json", code="wrong_type")
-    told = request.headers.get("content-length", "0")
-    over = told.isdecimal() and int(told) > most
+    length = request.headers.get("content-length", "0")
+    over = length.isdecimal() and int(length) > most
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -228,25 +232,25 @@ async def read_body(request: Request, most: int) -> bytes:
             parts.clear()
         else:
             parts.append(part)
-        if size > most * _THROWN_AWAY:
+        if size > most * _DISCARD_FACTOR:
             break
     if over:
         raise ApiError(
             413,
-            f"a body of more than {most:,} bytes, this server's limit",
+            f"the body exceeds this server's limit of {most:,} bytes",
             code="body_too_large",
             headers={"Connection": "close"},
         )
     return b"".join(parts)
 
 
-async def _told(_: Request, error: Exception) -> Response:
+async def _api_error_response(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_response(error)
 
 
-async def _told_http(request: Request, error: Exception) -> Response:
-    """Paths and methods that there are not."""
+async def _http_error_response(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     message = f"{path}: there is no such path" if error.status_code == 404 else f"{method} {path}: not allowed"
@@ -254,6 +258,6 @@ async def _told_http(request: Request, error: Exception) -> Response:
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
 
 
-async def _told_broken(_: Request, __: Exception) -> Response:
-    """An error of ours: its traceback goes to the server's log, not to the client."""
-    return error_response(ApiError(500, "the server made a mistake; its log has the reason", code="internal_error"))
+async def _internal_error_response(_: Request, __: Exception) -> Response:
+    """A bug: its traceback goes to the server's log, not to the client."""
+    return error_response(ApiError(500, "internal server error; see the server's log", code="internal_error"))

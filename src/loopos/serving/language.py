@@ -1,13 +1,7 @@
-"""Messages and texts → tokens, beside the event loop.
+"""A language model, served: chat, completions and embeddings; and tokenization of requests beside the event loop.
 
-Enters: what requests ask. Leaves: the ids that generation starts from, made by the code that training makes them with,
-but for control tokens in the words of users and of the system: text that spells one is text. Left out: whether the ids
-fit (`language.py`).
-
-A language model, served: chat, completions and embeddings.
-
-Enters: checked requests. Leaves: responses. Left out: prompts (`prompts.py`), the rows (`decoder.py`),
-what answers look like (`forms.py`), HTTP (`http.py`).
+The code that encodes training data also encodes prompts, except that control tokens spelled in user and system messages
+are encoded as text.
 """
 
 from __future__ import annotations
@@ -37,19 +31,19 @@ from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingSettings
-from loopos.serving.decoder import Decoder, ModelThread, Ticket
+from loopos.serving.decoder import Decoder, ModelThread, PendingRequest
 from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits, check_rows
 from loopos.serving.metrics import ServingMetrics
-from loopos.serving.requests import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, Generation, read_for
-from loopos.serving.responses import EventStream, Form, event, until_disconnected
+from loopos.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, ModelRequest, read_for
+from loopos.serving.responses import EventStream, ResponseFormatter, event, until_disconnected
 
 Result = TypeVar("Result")
 
 
 class Prompts:
-    """A chat template and a tokenizer with a thread of their own: tokenizers are not made for two threads, and the
-    model's thread uses the engine's.
+    """A chat template and a tokenizer with a thread of their own: tokenizers are not thread-safe, and the model's
+    thread uses the engine's.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -65,11 +59,11 @@ class Prompts:
         return self._template.tokenizer
 
     async def of_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that the next turn starts from. Raises `ApiError` for what the template refuses."""
+        """The ids that the next turn starts from. Raises `ApiError` if the template refuses the messages."""
         return await self.run(self._of_chat, messages)
 
     async def of_texts(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
-        """The ids of texts that go on, as `loopos generate --raw` makes them; lists of ids stay as they are."""
+        """The ids of texts to continue, as `loopos generate --raw` encodes them; lists of ids are unchanged."""
         return await self.run(self._of_texts, inputs)
 
     async def run(self, function: Callable[..., Result], *arguments: object) -> Result:
@@ -88,10 +82,10 @@ class Prompts:
             raise ApiError(400, f"messages: {refusal}", param="messages", code="invalid_value") from refusal
 
     def _with_spelled_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The ids where users or the system spell control tokens: what they spell is tokenised apart, as text. The
-        assistant's earlier words are the model's own, whose step markers may be control tokens.
+        """The ids when user or system messages spell control tokens: these are tokenized separately, as text. Assistant
+        messages are the model's own, and their step markers may be control tokens.
         """
-        # Nobody can write the stand-ins of a request whose mark he does not know.
+        # Clients cannot forge the placeholders, because the mark is random for each request.
         mark = secrets.token_hex(8)
         spelled: list[str] = []
 
@@ -110,18 +104,18 @@ class Prompts:
             if mark in str(refusal):
                 raise TemplateRefusal(changed) from refusal
             raise
-        # Every second part of a piece is the number of a token.
-        parts = [(piece, re.split(f"\ue000{mark}-([0-9]+)\ue001", piece.text)) for piece in rendered]
+        # Every second part of a segment is the number of a spelled token.
+        parts = [(segment, re.split(f"\ue000{mark}-([0-9]+)\ue001", segment.text)) for segment in rendered]
         numbers = {int(number) for _, texts in parts for number in texts[1::2]}
         if len(numbers) < len(spelled):
             raise TemplateRefusal(changed)
         row = [
             Segment(
                 "" if index % 2 else text,
-                begins=piece.begins and index == 0,
-                closes=piece.closes and index == len(texts) - 1,
+                begins=segment.begins and index == 0,
+                closes=segment.closes and index == len(texts) - 1,
             )
-            for piece, texts in parts
+            for segment, texts in parts
             for index, text in enumerate(texts)
         ]
         (encoded,) = SegmentTokenizer(self.tokenizer).encode([row])
@@ -132,7 +126,7 @@ class Prompts:
         return ids
 
     def _as_text(self, spelled: str) -> list[int]:
-        """The ids of a control token's spelling that are no control tokens. Raises `TemplateRefusal`."""
+        """The ids of a control token's spelling, none of which is a control token. Raises `TemplateRefusal`."""
         ids: list[int] = self.tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if set(ids) & set(self.tokenizer.all_special_ids):
             raise TemplateRefusal(f"the tokenizer cannot read {shown(spelled)}, a control token, as text")
@@ -147,13 +141,13 @@ class Prompts:
         ]
 
 
-Body = TypeVar("Body", bound=Asked)
-# Tokens of one forward pass of embeddings: rows that decode wait for no more.
+Body = TypeVar("Body", bound=ModelRequest)
+# Tokens of one forward pass of embeddings; decoding rows wait no longer than that.
 _EMBEDDED_TOKENS = 2048
 
 
 class LanguageService:
-    """Answers by one language model under the name `name`."""
+    """Answers requests by one language model under the name `name`."""
 
     kind = "a language model"
 
@@ -170,7 +164,7 @@ class LanguageService:
 
     @property
     def endpoints(self) -> dict[str, Callable[[Request, bytes, float], Any]]:
-        """Path → what answers it."""
+        """Path → its handler."""
         answers: dict[str, Callable[[Request, bytes, float], Any]]
         answers = {"/v1/chat/completions": self._chat, "/v1/completions": self._complete}
         return {**answers, "/v1/embeddings": self._embed} if self._engine.embeds else answers
@@ -191,36 +185,36 @@ class LanguageService:
         self._prompts.close()
 
     async def _chat(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = self._read(ChatRequest, raw)
-        if asked.top_logprobs:
+        body = self._read(ChatRequest, raw)
+        if body.top_logprobs:
             raise ApiError(
                 400,
-                "top_logprobs: other tokens' logprobs are not kept; logprobs alone gives the chosen tokens'",
+                "top_logprobs: logprobs of other tokens are not available; logprobs returns those of the chosen tokens",
                 param="top_logprobs",
                 code="unsupported_parameter",
             )
-        messages = [message.message() for message in asked.messages]
+        messages = [message.message() for message in body.messages]
 
         async def prompts() -> list[list[int]]:
             return [await self._prompts.of_chat(messages)]
 
-        return await self._answer(request, asked, prompts, 1, "messages", deadline, logprobs=asked.logprobs)
+        return await self._answer(request, body, prompts, 1, "messages", deadline, logprobs=body.logprobs)
 
     async def _complete(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = self._read(CompletionRequest, raw)
-        if asked.logprobs:
+        body = self._read(CompletionRequest, raw)
+        if body.logprobs:
             raise ApiError(
                 400,
-                "logprobs: other tokens' logprobs are not kept; 0 gives those of the chosen tokens",
+                "logprobs: logprobs of other tokens are not available; 0 returns those of the chosen tokens",
                 param="logprobs",
                 code="unsupported_parameter",
             )
-        texts = asked.prompts()
+        texts = body.prompts()
 
         async def prompts() -> list[list[int]]:
             return await self._prompts.of_texts(texts)
 
-        return await self._answer(request, asked, prompts, len(texts), "prompt", deadline, logprobs=asked.logprobs == 0)
+        return await self._answer(request, body, prompts, len(texts), "prompt", deadline, logprobs=body.logprobs == 0)
 
     def _read(self, kind: type[Body], raw: bytes) -> Body:
         return read_for(kind, raw, self.name, max_messages=self._limits.max_messages)
@@ -228,92 +222,94 @@ class LanguageService:
     async def _answer(
         self,
         request: Request,
-        asked: ChatRequest | CompletionRequest,
-        tokenised: Callable[[], Coroutine[Any, Any, list[list[int]]]],
+        body: ChatRequest | CompletionRequest,
+        tokenized: Callable[[], Coroutine[Any, Any, list[list[int]]]],
         count: int,
         param: str,
         deadline: float,
         *,
         logprobs: bool,
     ) -> Response:
-        """tokenised: makes the ids of the `count` prompts, once all that can be checked without them is."""
-        if asked.stream_options is not None and not asked.stream:
+        """tokenized: makes the ids of the `count` prompts, after all checks that do not need them."""
+        if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
-        general, most = self._general(asked, count)
-        prompts = await until_disconnected(request, tokenised(), deadline=deadline, seconds=self._limits.max_seconds)
+        general, most = self._general(body, count)
+        prompts = await until_disconnected(request, tokenized(), deadline=deadline, seconds=self._limits.max_seconds)
         self._check(prompts, param)
-        # The last token is never fed, so it needs no position.
+        # The last token is never an input, so it needs no position.
         settings = [replace(general, max_new_tokens=min(most, self.context + 1 - len(prompt))) for prompt in prompts]
-        ticket = Ticket(prompts, settings, n=asked.n, streams=asked.stream, max_lag=self._limits.max_lag)
-        form = Form(
-            "chat" if isinstance(asked, ChatRequest) else "text",
+        pending = PendingRequest(prompts, settings, n=body.n, streams=body.stream, max_lag=self._limits.max_lag)
+        form = ResponseFormatter(
+            "chat" if isinstance(body, ChatRequest) else "text",
             self.name,
-            asked.n,
+            body.n,
             logprobs,
-            asked.includes_usage,
+            body.includes_usage,
             self._prompts.tokenizer,
         )
         seconds = self._limits.max_seconds
         num_prompt = sum(map(len, prompts))
         try:
-            self._decoder.submit(ticket)
+            self._decoder.submit(pending)
             self._metrics.prompt_tokens += num_prompt
-            if not asked.stream:
+            if not body.stream:
                 completions = await until_disconnected(
-                    request, ticket.completions(), deadline=deadline, seconds=seconds
+                    request, pending.completions(), deadline=deadline, seconds=seconds
                 )
                 self._metrics.generated_tokens += sum(len(completion.token_ids) for completion in completions)
                 return JSONResponse(await self._prompts.run(form.whole, completions, num_prompt))
-            chunks = self._chunks(ticket, form, num_prompt, request.scope["state"]["began"])
+            chunks = self._chunks(pending, form, num_prompt, request.scope["state"]["began"])
             first = await until_disconnected(request, _next(chunks), deadline=deadline, seconds=seconds)
-        # Cancelled too, as when the client is gone: its rows must not go on.
+        # Also on cancellation, as when the client disconnects: its rows must be freed.
         except BaseException:
-            self._decoder.leave(ticket)
+            self._decoder.leave(pending)
             raise
         finally:
-            if not asked.stream:
-                self._decoder.leave(ticket)
+            if not body.stream:
+                self._decoder.leave(pending)
 
         def cut(reason: str) -> None:
             self._metrics.cut[reason] += 1
 
         return EventStream(
             _after(first, chunks),
-            overflowed=ticket.overflowed,
-            ended=lambda: self._decoder.leave(ticket),
+            overflowed=pending.overflowed,
+            ended=lambda: self._decoder.leave(pending),
             cut=cut,
             deadline=deadline,
             seconds=seconds,
         )
 
-    async def _chunks(self, ticket: Ticket, form: Form, num_prompt: int, began: float) -> AsyncIterator[bytes]:
-        """The events of a stream but for the last."""
+    async def _chunks(
+        self, pending: PendingRequest, form: ResponseFormatter, num_prompt: int, began: float
+    ) -> AsyncIterator[bytes]:
+        """The events of a stream except the last."""
         offsets: dict[tuple[int, int], int] = {}
         made = 0
-        async for piece in ticket.pieces():
+        async for delta in pending.deltas():
             if not made:
                 self._metrics.first_token.observe(asyncio.get_running_loop().time() - began)
-                for chunk in form.opening(ticket.count):
+                for chunk in form.opening(pending.count):
                     yield event(chunk)
             made += 1
             self._metrics.generated_tokens += 1
-            choice = (piece.prompt_index, piece.sample_index)
-            found = form.chunks(piece, offsets.get(choice, 0))
-            offsets[choice] = offsets.get(choice, 0) + len(piece.text)
+            choice = (delta.prompt_index, delta.sample_index)
+            found = form.chunks(delta, offsets.get(choice, 0))
+            offsets[choice] = offsets.get(choice, 0) + len(delta.text)
             for chunk in found:
                 yield event(chunk)
         if form.includes_usage:
             yield event(form.last(num_prompt, made))
 
-    def _general(self, asked: Generation, count: int) -> tuple[SamplingSettings, int]:
-        """The settings of each of `count` prompts, and the most new tokens. Raises `ApiError` for what the model or
-        this server cannot take.
+    def _general(self, body: Generation, count: int) -> tuple[SamplingSettings, int]:
+        """The settings for each of `count` prompts, and the maximum of new tokens. Raises `ApiError` for values that
+        the model or this server does not accept.
         """
         try:
-            check_rows(count * asked.n, self._limits)
+            check_rows(count * body.n, self._limits)
         except UserError as error:
             raise ApiError(400, str(error), param="n", code="invalid_value") from error
-        most, name = asked.new_tokens()
+        most, name = body.new_tokens()
         if most is not None and most > self._limits.max_tokens:
             raise ApiError(
                 400,
@@ -321,12 +317,12 @@ class LanguageService:
                 param=name,
                 code="invalid_value",
             )
-        settings = self._stops(asked.settings())
+        settings = self._stops(body.settings())
         for token in settings.logit_bias:
             if token >= self._engine.vocab_size:
                 raise ApiError(
                     400,
-                    f"logit_bias for token {token}: the model has {self._engine.vocab_size} tokens",
+                    f"logit_bias for token {token}: the model has only {self._engine.vocab_size} tokens",
                     param="logit_bias",
                     code="invalid_value",
                 )
@@ -347,8 +343,8 @@ class LanguageService:
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
     async def _embed(self, request: Request, raw: bytes, deadline: float) -> Response:
-        asked = self._read(EmbeddingRequest, raw)
-        inputs, seconds = asked.inputs(), self._limits.max_seconds
+        body = self._read(EmbeddingRequest, raw)
+        inputs, seconds = body.inputs(), self._limits.max_seconds
         sequences = await until_disconnected(
             request, self._prompts.of_texts(inputs), deadline=deadline, seconds=seconds
         )
@@ -356,21 +352,21 @@ class LanguageService:
         num_tokens = sum(map(len, sequences))
         self._metrics.prompt_tokens += num_tokens
         vectors = await until_disconnected(request, self._vectors(sequences), deadline=deadline, seconds=seconds)
-        told = [
+        data = [
             {
                 "object": "embedding",
                 "index": index,
                 "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
-                if asked.encoding_format == "base64"
+                if body.encoding_format == "base64"
                 else vector.tolist(),
             }
             for index, vector in enumerate(vectors)
         ]
         count = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        return JSONResponse({"object": "list", "data": told, "model": self.name, "usage": count})
+        return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": count})
 
     async def _vectors(self, sequences: Sequence[list[int]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-        """The vector of each sequence, in packs between which rows decode."""
+        """The vector of each sequence, in batches between which other rows decode."""
         vectors: list[np.ndarray[Any, np.dtype[np.float32]]] = []
         for pack in _packs(sequences):
             found = await self._thread.call(self._engine.embed, pack)
@@ -379,7 +375,7 @@ class LanguageService:
 
 
 def _packs(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Sequences, in order, in packs of so many tokens at most; a longer one is alone."""
+    """Batches of sequences, in order, each of at most `_EMBEDDED_TOKENS` tokens; a longer sequence gets its own."""
     packs: list[list[list[int]]] = []
     room = 0
     for sequence in sequences:

@@ -1,8 +1,4 @@
-"""What a server takes on at most, and where it may listen.
-
-Enters: numbers, a host and a key from the command line. Leaves: `ServingLimits`, checked. Imports neither torch nor
-starlette, so that faults come at once. Left out: enforcing them (`http.py`, `decoder.py`).
-"""
+"""Limits of a server, and where it may listen. Imports neither torch nor starlette, so that mistakes show at once."""
 
 from __future__ import annotations
 
@@ -18,13 +14,12 @@ _MOST_ROWS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingLimits:
-    """`max_rows`: completions that decode together. `max_context`: tokens of a prompt and its completion. `max_tokens`:
-    new tokens of one completion. `max_queue`: completions, or calls of a head, that wait. `max_body`: bytes of a
-    request. `max_messages`: messages of a request. `max_seconds`: a request from its first byte to the last of its
-    answer. `max_lag`: tokens that a reader of a stream may be behind. `max_connections`: open ones; others wait.
-    `header_seconds`: from the begin of a connection, or the first byte of a later request, to the end of its header.
-    `idle_seconds`: a connection between two requests. `grace_seconds`: what running requests get when the server is to
-    stop.
+    """`max_rows`: completions decoded together. `max_context`: tokens of a prompt and its completion. `max_tokens`: new
+    tokens of one completion. `max_queue`: waiting completions, or waiting calls of a head. `max_body`: bytes of a
+    request. `max_messages`: messages of a request. `max_seconds`: from the first byte of a request to the last of its
+    response. `max_lag`: tokens that a streaming client may lag. `max_connections`: open connections; others wait.
+    `header_seconds`: from the start of a connection, or the first byte of a later request, to the end of its header.
+    `idle_seconds`: a connection between two requests. `grace_seconds`: time for running requests at shutdown.
     """
 
     max_rows: int = 16
@@ -41,7 +36,7 @@ class ServingLimits:
     grace_seconds: float = 30.0
 
     def diagnostics(self) -> list[str]:
-        """What is out of its range, by the option's name."""
+        """Values out of range, by option name."""
         ranges = (
             ("--max-rows", self.max_rows, 1 <= self.max_rows <= _MOST_ROWS, f"1 to {_MOST_ROWS}"),
             ("--max-context", self.max_context, self.max_context >= 2, "2 or more"),
@@ -68,20 +63,20 @@ def is_loopback(host: str) -> bool:
 
 
 def address_diagnostics(host: str, port: int, api_key: str | None) -> list[str]:
-    """Why a server must not listen there."""
+    """Why a server must not listen on this address."""
     diagnostics = [] if 0 <= port <= 65535 else [f"--port: got {port}; expected 0 (any free one) to 65535"]
     if api_key is not None and (not api_key.strip() or not api_key.isascii()):
-        diagnostics.append("--api-key: got a blank key, or one that is not ASCII; expected letters, digits and marks")
+        diagnostics.append("--api-key: got a blank or non-ASCII key; expected ASCII letters, digits and punctuation")
     elif api_key is None and not is_loopback(host):
         diagnostics.append(
-            f"--host: got {host}, which other machines can reach, without an API key; expected one in LOOPOS_API_KEY "
-            "(or --api-key), or --host 127.0.0.1"
+            f"--host: got {host}, which other machines can reach, without an API key; set LOOPOS_API_KEY "
+            "(or --api-key), or use --host 127.0.0.1"
         )
     return diagnostics
 
 
-def check_rows(asked: int, limits: ServingLimits) -> None:
-    """Raises `UserError` for more completions in one request than can ever be taken."""
+def check_rows(requested: int, limits: ServingLimits) -> None:
+    """Raises `UserError` for more completions in one request than the server can ever take."""
     most = limits.max_rows + limits.max_queue
-    if asked > most:
-        raise UserError(f"{asked} completions in one request; this server takes at most {most}")
+    if requested > most:
+        raise UserError(f"{requested} completions in one request; this server takes at most {most}")

@@ -1,7 +1,6 @@
-"""A server's numbers in Prometheus' text format (version 0.0.4).
+"""A server's metrics in Prometheus' text format (version 0.0.4), for /metrics.
 
-Enters: requests as they end, tokens, gauges that are read when asked for. Leaves: the text of /metrics. Written by
-hand: the format is a dozen lines, and a library would be a dependency with a registry of its own for the process.
+The format is a dozen lines; a library would be a dependency with a registry of its own for the process.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 @dataclass
 class Histogram:
-    """Seconds by upper bound; the last count is of those above every bound."""
+    """Seconds by upper bound; the last count is of values above every bound."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(_BUCKETS) + 1))
     total: float = 0.0
@@ -30,18 +29,18 @@ class Histogram:
         self.total += seconds
 
     def lines(self, name: str, labels: str) -> list[str]:
-        """Its lines; labels: `name="value"` pairs with commas between, or nothing."""
+        """Lines of the format; labels: `name="value"` pairs with commas between, or nothing."""
         before = f"{labels}," if labels else ""
         own = f"{{{labels}}}" if labels else ""
-        told, below = [], 0
+        lines, below = [], 0
         for bound, count in zip((*map(str, _BUCKETS), "+Inf"), self.counts, strict=True):
             below += count
-            told.append(f'{name}_bucket{{{before}le="{bound}"}} {below}')
-        return [*told, f"{name}_sum{own} {self.total:.6f}", f"{name}_count{own} {below}"]
+            lines.append(f'{name}_bucket{{{before}le="{bound}"}} {below}')
+        return [*lines, f"{name}_sum{own} {self.total:.6f}", f"{name}_count{own} {below}"]
 
 
 class ServingMetrics:
-    """Counts since the server began. `gauges`: name → what it is, and the function that reads it now."""
+    """Counts since the server started. `gauges`: name → its help text, and a function that reads its value."""
 
     def __init__(self) -> None:
         self.prompt_tokens, self.generated_tokens = 0, 0
@@ -52,12 +51,12 @@ class ServingMetrics:
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
 
     def ended(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request to an endpoint that is over."""
+        """Counts a finished request to an endpoint."""
         self.requests[endpoint, status] += 1
         self.seconds.setdefault(endpoint, Histogram()).observe(seconds)
 
     def text(self) -> str:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus' format."""
         counters: Mapping[str, tuple[str, Mapping[str, int]]] = {
             "loopos_requests_total": (
                 "Requests that are over, by endpoint and status.",
@@ -71,13 +70,13 @@ class ServingMetrics:
             "loopos_generated_tokens_total": ("Tokens generated.", {"": self.generated_tokens}),
         }
         lines: list[str] = []
-        for name, (told, values) in counters.items():
-            lines += _head(name, told, "counter")
+        for name, (description, values) in counters.items():
+            lines += _head(name, description, "counter")
             lines += [
                 f"{name}{{{labels}}} {count}" if labels else f"{name} {count}" for labels, count in values.items()
             ]
-        for name, (told, read) in self.gauges.items():
-            lines += [*_head(name, told, "gauge"), f"{name} {read():g}"]
+        for name, (description, read) in self.gauges.items():
+            lines += [*_head(name, description, "gauge"), f"{name} {read():g}"]
         lines += _head("process_resident_memory_bytes", "Memory of the process.", "gauge")
         lines.append(f"process_resident_memory_bytes {psutil.Process().memory_info().rss}")
         lines += _head("loopos_request_seconds", "Seconds from a request to the end of its answer.", "histogram")
@@ -88,5 +87,5 @@ class ServingMetrics:
         return "\n".join(lines) + "\n"
 
 
-def _head(name: str, told: str, kind: str) -> list[str]:
-    return [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+def _head(name: str, description: str, kind: str) -> list[str]:
+    return [f"# HELP {name} {description}", f"# TYPE {name} {kind}"]

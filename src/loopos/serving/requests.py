@@ -1,14 +1,7 @@
-"""What requests may say: a class for each kind of body.
+"""JSON bodies → checked requests: one pydantic class per kind of body.
 
-Enters: JSON without what asks for nothing. Leaves: frozen requests, checked by pydantic, and the settings of generation
-that they ask for. Left out: reading the bytes and refusing them (`requests.py`), whether the model can take it
-(`language.py`, `heads.py`).
-
-JSON bodies → checked requests.
-
-Enters: the bytes of a body. Leaves: a frozen request (`bodies.py`), or an `ApiError` that names the parameter. A
-parameter that is not supported is refused, unless its value asks for nothing; null is the same as absent, and as no
-words in a message of the assistant. Left out: whether the model can take it (`language.py`, `heads.py`).
+An unsupported parameter is refused, unless its value has no effect; null is the same as absent, and as empty content in
+an assistant message. `language.py` and `heads.py` check whether the model can take the request.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ from loopos.data.conversations import Message
 from loopos.generation.settings import SamplingSettings
 from loopos.serving.errors import ApiError, unknown_model
 
-# What OpenAI's own default is when completions name no number.
+# OpenAI's default when a completions request sets no number.
 COMPLETION_TOKENS = 16
 
 
@@ -45,7 +38,7 @@ def _kind_of_content(value: object) -> str:
 
 
 def _kind_of_inputs(value: object) -> str:
-    """By the first of them: a list is then read once, and its first fault ends it, however long it is."""
+    """By the first item: so a list is validated once, and its first error ends it, however long it is."""
     if not isinstance(value, list):
         return "text"
     first = value[0] if value else ""
@@ -64,7 +57,7 @@ Inputs = Annotated[
 
 
 class ChatMessage(Body):
-    """One message. `name` stands in the prompt, so that it may hold no control token."""
+    """One message. The prompt contains `name`, so it may hold no control token."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -74,25 +67,25 @@ class ChatMessage(Body):
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
 
     def message(self) -> Message:
-        """As the chat template takes it."""
+        """The message as the chat template takes it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return Message(self.role, content, more={} if self.name is None else {"name": self.name})
 
 
 class StreamOptions(Body):
-    """What a stream holds besides."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
-class Asked(Body):
-    """What every request says."""
+class ModelRequest(Body):
+    """The fields of every request."""
 
     model: str
 
 
-class Generation(Asked):
-    """What chat and completions share."""
+class Generation(ModelRequest):
+    """The fields that chat and completions share."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: float = 1.0
@@ -112,7 +105,7 @@ class Generation(Asked):
     stream_options: StreamOptions | None = None
 
     def settings(self) -> SamplingSettings:
-        """How tokens are chosen, with the number of new ones left open; without a seed any. Raises `ApiError`."""
+        """The sampling settings, without the number of new tokens; a random seed if none is set. Raises `ApiError`."""
         try:
             return SamplingSettings(
                 temperature=self.temperature,
@@ -133,7 +126,7 @@ class Generation(Asked):
             raise ApiError(400, first, param=first.partition(":")[0], code="invalid_value") from error
 
     def new_tokens(self) -> tuple[int | None, str]:
-        """The most new tokens that were asked for, and the parameter that did."""
+        """The requested maximum of new tokens, and the parameter that sets it."""
         return self.max_tokens, "max_tokens"
 
     @property
@@ -156,7 +149,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    """POST /v1/completions. `logprobs`: 0 gives those of the tokens themselves."""
+    """POST /v1/completions. `logprobs`: 0 returns those of the chosen tokens."""
 
     prompt: Inputs
     logprobs: int | None = None
@@ -168,7 +161,7 @@ class CompletionRequest(Generation):
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens, "max_tokens"
 
 
-class EmbeddingRequest(Asked):
+class EmbeddingRequest(ModelRequest):
     """POST /v1/embeddings."""
 
     input: Inputs
@@ -178,8 +171,8 @@ class EmbeddingRequest(Asked):
         return several(self.input, "input")
 
 
-class ClassifyRequest(Asked):
-    """POST /v1/classify: a text, or several, each a text or a pair of texts."""
+class ClassifyRequest(ModelRequest):
+    """POST /v1/classify: one text or several, each a text or a pair of texts."""
 
     input: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]]
 
@@ -188,8 +181,8 @@ class ClassifyRequest(Asked):
         return [each if isinstance(each, str) else (each[0], each[1]) for each in actual]
 
 
-class ScoreRequest(Asked):
-    """POST /v1/score: a conversation whose last message is judged, or a prompt with one response or several."""
+class ScoreRequest(ModelRequest):
+    """POST /v1/score: a conversation whose last message is scored, or a prompt with one or more responses."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=2)] | None = None
     prompt: str | Annotated[list[ChatMessage], Field(min_length=1)] | None = None
@@ -211,14 +204,14 @@ def several(actual: str | list[str] | list[int] | list[list[int]], param: str) -
 _MOST_BIASES = 4096
 _TEXT = object()
 _TRUTH = object()
-# Values of parameters that are not supported which ask for nothing; `_TEXT`, `_TRUTH`: any text, true and false.
+# Values of unsupported parameters that have no effect; `_TEXT`, `_TRUTH`: any text, true and false.
 _NO_EFFECT: Mapping[str, tuple[object, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "tools": ([],),
     "functions": ([],),
-    # Without tools there is nothing to choose or to call at once.
+    # Without tools there is nothing to choose or call.
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (_TRUTH,),
@@ -227,7 +220,7 @@ _NO_EFFECT: Mapping[str, tuple[object, ...]] = {
     "store": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
-    # Names of the end user, which decide nothing here.
+    # Identifiers of the end user, which have no effect here.
     "user": (_TEXT,),
     "safety_identifier": (_TEXT,),
     "prompt_cache_key": (_TEXT,),
@@ -241,15 +234,15 @@ _NO_EFFECT_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
 _NO_EFFECT_IN_STREAM_OPTIONS: Mapping[str, tuple[object, ...]] = {"include_obfuscation": (False,)}
 
 
-Request = TypeVar("Request", bound=Asked)
+Request = TypeVar("Request", bound=ModelRequest)
 
 
 def read_for(kind: type[Request], raw: bytes, served: str, *, max_messages: int) -> Request:
-    """The request to the model of that name that a body holds. Raises `ApiError`: 400, or 404 for another model."""
-    asked = _read(kind, raw, max_messages)
-    if asked.model != served:
-        raise unknown_model(asked.model, served)
-    return asked
+    """The request in a body, for the model `served`. Raises `ApiError`: 400, or 404 for another model."""
+    request = _read(kind, raw, max_messages)
+    if request.model != served:
+        raise unknown_model(request.model, served)
+    return request
 
 
 def _read(kind: type[Request], raw: bytes, max_messages: int) -> Request:
@@ -270,7 +263,7 @@ def _read(kind: type[Request], raw: bytes, max_messages: int) -> Request:
 
 
 def _bounded(name: str, number: int, most: int, what: str) -> None:
-    """Raises `ApiError` for more of them than there may be, before anything is made of them."""
+    """Raises `ApiError` for more items than allowed, before anything is built from them."""
     if number > most:
         raise ApiError(
             400, f"{name}: {number:,} {what}; this server's limit is {most:,}", param=name, code="invalid_value"
@@ -278,29 +271,29 @@ def _bounded(name: str, number: int, most: int, what: str) -> None:
 
 
 def _object(raw: bytes) -> dict[str, Any]:
-    """A JSON object. Lone surrogates, which no text holds, are refused with the rest."""
+    """A JSON object. Refuses lone surrogates too, which no text contains."""
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
         if b"\\ud" in raw.lower():
             json.dumps(body, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, f"the body is no JSON: {error.msg} at {place}", code="invalid_json") from error
+        position = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"the body is not valid JSON: {error.msg} at {position}", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {str(error).splitlines()[0]}", code="invalid_json") from error
+        raise ApiError(400, f"the body is not valid JSON: {str(error).splitlines()[0]}", code="invalid_json") from error
     if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object; expected {...}", code="invalid_json")
+        raise ApiError(400, "the body is not a JSON object; expected {...}", code="invalid_json")
     return body
 
 
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number of JSON")
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _effective(values: Mapping[str, Any], no_effect: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
-    """The values that ask for something: neither null nor one of `no_effect`."""
+    """The values that have an effect: neither null nor one of `no_effect`."""
 
-    def asks_nothing(name: str, value: object) -> bool:
+    def has_no_effect(name: str, value: object) -> bool:
         return any(
             isinstance(value, str)
             if nothing is _TEXT
@@ -310,12 +303,12 @@ def _effective(values: Mapping[str, Any], no_effect: Mapping[str, tuple[object, 
             for nothing in no_effect.get(name, ())
         )
 
-    return {name: value for name, value in values.items() if value is not None and not asks_nothing(name, value)}
+    return {name: value for name, value in values.items() if value is not None and not has_no_effect(name, value)}
 
 
 def _effective_message(message: Any) -> Any:
-    """A message without what asks for nothing. The assistant's content may be null, as OpenAI's is where it called a
-    tool or refused.
+    """A message without values that have no effect. The assistant's content may be null, as OpenAI's is after a tool
+    call or refusal.
     """
     if not isinstance(message, dict):
         return message
@@ -328,10 +321,10 @@ def _effective_message(message: Any) -> Any:
 
 
 def _refuse(error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]) -> NoReturn:
-    """The first error as an `ApiError`; what is not supported comes before what is wrong."""
+    """The first error as an `ApiError`; unsupported parameters come before invalid values."""
     errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
     first = errors[0]
-    param = _place(first["loc"], body)
+    param = _dotted_path(first["loc"], body)
     where, code, message = f"{param}: " if param else "", "invalid_value", first["msg"]
     if first["type"] == "extra_forbidden":
         code = "unsupported_parameter"
@@ -351,7 +344,7 @@ def _short(value: object) -> str:
 
 
 def _fields_at(path: Sequence[str | int], kind: type[BaseModel]) -> list[str]:
-    """The fields of the object that the end of a path stands in."""
+    """The fields of the object at the end of a path."""
     fields = kind.model_fields
     for part in path[:-1]:
         if isinstance(part, str) and part in fields:
@@ -361,22 +354,22 @@ def _fields_at(path: Sequence[str | int], kind: type[BaseModel]) -> list[str]:
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The class of objects that a field's type holds."""
+    """The pydantic class inside a field's type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for each in get_args(annotation) if (found := _model_in(each)) is not None), None)
 
 
-def _place(path: Sequence[str | int], body: Mapping[str, Any]) -> str:
-    """The dotted name of a fault's place in the body: pydantic's path without the names of its union's members."""
-    told: list[str] = []
+def _dotted_path(path: Sequence[str | int], body: Mapping[str, Any]) -> str:
+    """The dotted path of an error in the body: pydantic's location without the names of its union's members."""
+    parts: list[str] = []
     value: Any = body
     for part in path:
-        if isinstance(value, dict) and isinstance(part, str) and (part in value or not told):
+        if isinstance(value, dict) and isinstance(part, str) and (part in value or not parts):
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
         elif part != path[-1] or not isinstance(value, dict):
             continue
-        told.append(str(part))
-    return ".".join(told)
+        parts.append(str(part))
+    return ".".join(parts)

@@ -1,11 +1,6 @@
-"""Answers that wait for a model: with a time limit, and with an eye on whether anybody still reads.
+"""Responses: work with a time limit that stops when the client disconnects, and completions in OpenAI's JSON.
 
-Enters: the work of a request, or the chunks of a stream. Leaves: the answer, or an `ApiError`; of a stream, server-sent
-events. A client that goes away, or reads more slowly than it may, ends the work at once. Left out: the work itself.
-
-Completions in OpenAI's JSON: whole, and as the chunks of a stream.
-
-Enters: completions or their tokens. Leaves: dictionaries for JSON. Pure: no model, no HTTP.
+A client that disconnects, or reads a stream too slowly, ends the work at once.
 """
 
 from __future__ import annotations
@@ -38,8 +33,8 @@ def event(chunk: dict[str, Any]) -> bytes:
 async def until_disconnected(
     request: Request, work: Coroutine[Any, Any, Result], *, deadline: float, seconds: float
 ) -> Result:
-    """What `work` gives. Raises `ApiError`: 408 at the deadline (of the event loop's clock; `seconds` names the limit),
-    499 where the client went away. The work is then cancelled, and over when this returns.
+    """The result of `work`. Raises `ApiError`: 408 at the deadline (of the event loop's clock; `seconds` names the
+    limit), 499 if the client disconnected. The work is then cancelled, and has ended when this returns.
     """
     task = asyncio.ensure_future(work)
     left = asyncio.ensure_future(_until_gone(request.receive))
@@ -53,7 +48,7 @@ async def until_disconnected(
 
 
 class EventStream(Response):
-    """A stream of server-sent events, whose first one is there already."""
+    """A stream of server-sent events, the first of which is available already."""
 
     media_type = "text/event-stream"
 
@@ -67,8 +62,8 @@ class EventStream(Response):
         deadline: float,
         seconds: float,
     ) -> None:
-        """overflowed: set where the reader is too far behind. ended: called when nothing is sent any more. cut: told
-        the reason when the connection is cut, which the scope's state must be able to (`abort`).
+        """overflowed: set when the client lags too far behind. ended: called when nothing more is sent. cut: called
+        with the reason when the connection is cut by `abort` in the scope's state.
         """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -90,7 +85,7 @@ class EventStream(Response):
                 self._cut("slow_reader" if slow.done() else "timeout")
                 scope["state"]["ended_as"] = 408
                 scope["state"]["abort"]()
-                # The server learns of the cut in its next turns.
+                # The server notices the cut within its next iterations.
                 await asyncio.wait([left], timeout=1)
             else:
                 scope["state"]["ended_as"] = 408
@@ -122,27 +117,27 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def _first_of(tasks: list[asyncio.Future[Any]], deadline: float) -> None:
-    """Waits until one is done, or the deadline has come."""
+    """Waits until one task is done, or the deadline has passed."""
     timeout = max(0.0, deadline - asyncio.get_running_loop().time())
     await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _ended(*tasks: asyncio.Future[Any]) -> None:
-    """Cancels them, and waits until they are over."""
+    """Cancels the tasks, and waits until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def finish(reason: str | None) -> str | None:
-    """OpenAI's word for the end of a completion."""
+    """OpenAI's finish reason of a completion."""
     if reason is None:
         return None
     return "length" if reason == "length" else "stop"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Each prompt counts once, however many completions it has; the token that ends a completion counts."""
+    """Each prompt counts once, however many completions it has; the stop token of a completion counts."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -151,8 +146,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How one request is answered. `n`: completions of each prompt, which number the choices."""
+class ResponseFormatter:
+    """Formats the response of one request. `n`: completions per prompt, which number the choices."""
 
     kind: Literal["chat", "text"]
     model: str
@@ -164,40 +159,40 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, completions: Sequence[Completion], prompt_tokens: int) -> dict[str, Any]:
-        """The answer to a request without a stream."""
+        """The response to a request without a stream."""
         made = sum(len(completion.token_ids) for completion in completions)
         choices = [self._choice(completion) for completion in completions]
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self._frame(kind, choices), "usage": usage(prompt_tokens, made)}
 
     def opening(self, number: int) -> list[dict[str, Any]]:
-        """What stands before the first token of each of `number` choices: in a chat, who speaks."""
+        """The chunks before the first token of each of `number` choices: in a chat, the role."""
         if self.kind == "text":
             return []
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, None, None) for index in range(number)]
 
-    def chunks(self, piece: TokenDelta, offset: int) -> list[dict[str, Any]]:
-        """The chunks of one token: what it says, if anything, and behind the last one, without words, why it was the
-        last. offset: characters of the choice's text before it.
+    def chunks(self, delta: TokenDelta, offset: int) -> list[dict[str, Any]]:
+        """The chunks of one token: its text, if any, and after the last token an empty chunk with the finish reason.
+        offset: characters of the choice's text before it.
         """
-        index, found = self._index(piece), []
-        is_told = self.logprobs and piece.finish_reason != "stop token"
-        if piece.text or is_told:
-            logprobs = self._logprobs([piece.token], [piece.logprob], [offset]) if is_told else None
-            found.append(self._chunk(index, self._summary(piece.text), logprobs, None))
-        if piece.finish_reason is not None:
-            found.append(self._chunk(index, self._summary(""), None, finish(piece.finish_reason)))
+        index, found = self._index(delta), []
+        has_logprob = self.logprobs and delta.finish_reason != "stop token"
+        if delta.text or has_logprob:
+            logprobs = self._logprobs([delta.token], [delta.logprob], [offset]) if has_logprob else None
+            found.append(self._chunk(index, self._content(delta.text), logprobs, None))
+        if delta.finish_reason is not None:
+            found.append(self._chunk(index, self._content(""), None, finish(delta.finish_reason)))
         return found
 
-    def _summary(self, text: str) -> dict[str, Any]:
-        """What a chunk says."""
+    def _content(self, text: str) -> dict[str, Any]:
+        """The part of a chunk that holds text."""
         if self.kind == "text":
             return {"text": text}
         return {"delta": {"content": text} if text else {}}
 
     def last(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-        """The chunk without choices that tells the usage."""
+        """The chunk without choices that reports the usage."""
         return {**self._frame(self._chunk_kind, []), "usage": usage(prompt_tokens, completion_tokens)}
 
     @property
@@ -226,16 +221,16 @@ class Form:
             for token in tokens:
                 text.add(token)
             logprobs = self._logprobs(tokens, completion.logprobs[: len(tokens)], [0, *text.ends][: len(tokens)])
-        summary: dict[str, Any] = {"text": completion.text}
+        content: dict[str, Any] = {"text": completion.text}
         if self.kind == "chat":
-            summary = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+            content = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
         reason = finish(completion.finish_reason)
-        return {"index": self._index(completion), **summary, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index(completion), **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(
-        self, index: int, summary: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
+        self, index: int, content: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
     ) -> dict[str, Any]:
-        choice = {"index": index, **summary, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
         frame = self._frame(self._chunk_kind, [choice])
         return {**frame, "usage": None} if self.includes_usage else frame
 
@@ -249,7 +244,7 @@ class Form:
                 "text_offset": list(offsets),
             }
         content = [
-            # Bytes that are no whole character have no text, and so no bytes that could be told.
+            # Bytes that are no complete character have no text, and so no bytes to report.
             {
                 "token": text,
                 "logprob": logprob,

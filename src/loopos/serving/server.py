@@ -1,12 +1,7 @@
-"""A server's open connections: how many there may be, and how long a request's header may take.
+"""A model behind HTTP, from the socket to an orderly shutdown; with limits on connections and slow headers.
 
-Enters: sockets that clients opened. Leaves: requests to the application, by uvicorn's own protocol; or the end of a
-connection that is slow or idle. Apart from `deploy.serve`, which takes them: what a connection may do is decided here.
-
-A model behind HTTP, from the socket to the orderly end.
-
-Enters: a service, limits, an address. Leaves: answers, until a signal; then no new requests, what runs is finished
-within a time of grace, and the process may end. Left out: opening models and options (`cli.serve`).
+Serves until a signal. Then it refuses new requests, finishes running ones within a grace period, and ends. A connection
+that is slow or idle is closed.
 """
 
 from __future__ import annotations
@@ -31,16 +26,16 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loopos.config.diagnostics import UserError
-from loopos.serving.http import Gate, Service, application
+from loopos.serving.http import Middleware, Service, application
 from loopos.serving.limits import ServingLimits
 from loopos.serving.metrics import ServingMetrics
 from loopos.storage.terminals import leave_the_terminal
 
-# Descriptors that are left to files and libraries.
+# Descriptors reserved for files and libraries.
 _OTHER_DESCRIPTORS = 64
 
 
-class Room:
+class ConnectionLimit:
     """The open connections, at most `most`."""
 
     def __init__(self, most: int) -> None:
@@ -49,7 +44,7 @@ class Room:
         self._has_room = asyncio.Event()
 
     async def wait(self) -> None:
-        """Until there is room; connections between two requests are closed to make some."""
+        """Waits for room; closes idle connections to make some."""
         while len(self.open) >= self._most:
             self._has_room.clear()
             self.close_idle()
@@ -68,30 +63,30 @@ class Room:
 
 
 class Connection(H11Protocol):
-    """One client's connection, which the application can cut (`abort` in the scope's state). It is closed where a
-    request's header is not there in time, be it the first or a later one.
+    """One client's connection, which the application can cut (`abort` in the scope's state). It is closed if a request
+    header, the first or a later one, does not arrive in time.
     """
 
-    def __init__(self, *, room: Room, header_seconds: float, **settings: Any) -> None:
+    def __init__(self, *, limit: ConnectionLimit, header_seconds: float, **settings: Any) -> None:
         super().__init__(**settings)
-        self._room, self._header_seconds = room, header_seconds
+        self._limit, self._header_seconds = limit, header_seconds
         self._header_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for another request, of which nothing has come."""
+        """Whether it waits for another request, of which nothing has arrived."""
         return self.timeout_keep_alive_task is not None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._room.add(self)
+        self._limit.add(self)
         self.app_state = {**self.app_state, "abort": transport.abort}
         self._time_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_timer()
-        self._room.remove(self)
+        self._limit.remove(self)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -99,12 +94,12 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # What came of the next request while this one was answered.
+        # Part of the next request arrived while this one was answered.
         if self.conn.trailing_data[0]:
             self._time_header()
 
     def _time_header(self) -> None:
-        """Has the timer run while a header is awaited, from its first byte on, however slowly the others come."""
+        """Runs the timer while a header is awaited, from its first byte on, however slowly the others arrive."""
         if self.conn.their_state is not h11.IDLE:
             self._stop_timer()
         elif self._header_timer is None:
@@ -117,25 +112,25 @@ class Connection(H11Protocol):
 
 
 def most_descriptors() -> int:
-    """Connections that this process has descriptors for."""
+    """Maximum connections that this process has descriptors for."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(1, soft - _OTHER_DESCRIPTORS)
 
 
-# A reader that does not read is noticed after so many bytes in the kernel, not after the megabytes it would grow to.
+# A client that does not read is noticed after this many bytes in the kernel, not after the megabytes it would grow to.
 _SEND_BUFFER = 1 << 16
 _CONNECTIONS_WAITING = 512
-# Until the next try where there are no descriptors left: seconds.
+# Seconds until the next try when no descriptors are left.
 _NO_DESCRIPTORS = 0.5
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# For the errors of what the end cuts short: seconds.
+# Seconds for the error responses of requests that the shutdown ends.
 _LAST_ANSWERS = 1.0
 
 
 def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
-    """A socket that listens there. Raises `UserError` where it cannot."""
+    """A socket that listens on the address. Raises `UserError` if it cannot."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -145,7 +140,7 @@ def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
         ) from error
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-    # An answer that nobody fetches does not hold its connection for ever. Linux alone has this.
+    # A response that nobody reads does not keep its connection forever. Only Linux has this option.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * limits.max_seconds))
     try:
@@ -153,8 +148,8 @@ def listening(host: str, port: int, limits: ServingLimits) -> socket.socket:
     except OSError as error:
         bound.close()
         raise UserError(
-            f"{host}:{port}: cannot listen there ({error.strerror}); expected a free port of this machine, such as "
-            "--port 0 for any"
+            f"{host}:{port}: cannot listen there ({error.strerror}); use a free port of this machine, or "
+            "--port 0 for any free port"
         ) from error
     return bound
 
@@ -174,16 +169,16 @@ def serve(
     api_key: str | None,
     began: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Serves until SIGTERM, SIGINT or SIGHUP; a second signal ends at once. began: called when requests are taken, with
-    a function that does what the signals do, for a server that runs in another thread than the main one.
+    """Serves until SIGTERM, SIGINT or SIGHUP; a second signal ends at once. began: called when requests are accepted,
+    with a function that does what the signals do, for a server outside the main thread.
     """
-    gate = Gate(application(service, limits, metrics), metrics, api_key=api_key)
-    room = Room(min(limits.max_connections, most_descriptors()))
-    metrics.gauges["loopos_connections"] = ("Open connections.", lambda: len(room.open))
+    middleware = Middleware(application(service, limits, metrics), metrics, api_key=api_key)
+    limit = ConnectionLimit(min(limits.max_connections, most_descriptors()))
+    metrics.gauges["loopos_connections"] = ("Open connections.", lambda: len(limit.open))
     config = uvicorn.Config(
-        gate,
-        # Called with keywords, as the class that uvicorn expects is.
-        http=partial(Connection, room=room, header_seconds=limits.header_seconds),  # type: ignore[arg-type]
+        middleware,
+        # Called with keywords, like the class that uvicorn expects.
+        http=partial(Connection, limit=limit, header_seconds=limits.header_seconds),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -194,31 +189,31 @@ def serve(
         timeout_graceful_shutdown=1,
         backlog=_CONNECTIONS_WAITING,
     )
-    _Server(config, gate, service, limits, began, room, bound).run(sockets=[bound])
+    _Server(config, middleware, service, limits, began, limit, bound).run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
-    """Between the signal and the end there is time: what runs is finished while new requests are refused."""
+    """Drains between the signal and the end: running requests finish while new ones are refused."""
 
     def __init__(
         self,
         config: uvicorn.Config,
-        gate: Gate,
+        middleware: Middleware,
         service: Service,
         limits: ServingLimits,
         began: Callable[[Callable[[], None]], None],
-        room: Room,
+        limit: ConnectionLimit,
         bound: socket.socket,
     ) -> None:
         super().__init__(config)
-        self._gate, self._service, self._limits, self._began = gate, service, limits, began
-        self._room, self._bound = room, bound
+        self._middleware, self._service, self._limits, self._began = middleware, service, limits, began
+        self._limit, self._bound = limit, bound
         self._accepting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # Connections are taken by `_accept`: asyncio's own way knows no bound, and spins where descriptors run out.
+        # `_accept` takes connections: asyncio's own way has no limit, and spins when descriptors run out.
         await super().startup([])
         self._loop = asyncio.get_running_loop()
         self._bound.listen(_CONNECTIONS_WAITING)
@@ -234,11 +229,11 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept(self) -> None:
-        """Takes connections, as long as there is room for them and a descriptor."""
+        """Accepts connections while there is room and a descriptor."""
         loop = asyncio.get_running_loop()
         was_full = False
         while True:
-            await self._room.wait()
+            await self._limit.wait()
             try:
                 connection, _ = await loop.sock_accept(self._bound)
             except ConnectionAbortedError:
@@ -249,14 +244,14 @@ class _Server(uvicorn.Server):
                 if not was_full:
                     logging.getLogger("uvicorn.error").warning("%s: new connections wait", error.strerror)
                 was_full = True
-                self._room.close_idle()
+                self._limit.close_idle()
                 await asyncio.sleep(_NO_DESCRIPTORS)
                 continue
             was_full = False
             try:
                 await loop.connect_accepted_socket(self._protocol, connection)
             except OSError:
-                # Its client has gone already.
+                # Its client has disconnected already.
                 connection.close()
 
     def _protocol(self) -> asyncio.Protocol:
@@ -266,15 +261,15 @@ class _Server(uvicorn.Server):
         return made
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._gate.is_stopping or self._loop is None:
+        if self._middleware.is_stopping or self._loop is None:
             self.should_exit = self.force_exit = True
             return
-        self._gate.is_stopping = True
+        self._middleware.is_stopping = True
         self._loop.call_soon_threadsafe(self._drain)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # A terminal that is closed ends the server as SIGTERM does, unless it was started to ignore that (nohup).
+        # A closed terminal ends the server as SIGTERM does, unless it was started to ignore that (nohup).
         hangs_up = threading.current_thread() is threading.main_thread()
         hangs_up = hangs_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
         before = signal.signal(signal.SIGHUP, self._hang_up) if hangs_up else None
@@ -300,5 +295,5 @@ class _Server(uvicorn.Server):
 
     async def _until_none_runs(self, seconds: float) -> None:
         last = asyncio.get_running_loop().time() + seconds
-        while self._gate.num_running and asyncio.get_running_loop().time() < last:
+        while self._middleware.num_running and asyncio.get_running_loop().time() < last:
             await asyncio.sleep(0.05)

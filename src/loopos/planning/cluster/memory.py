@@ -1,19 +1,12 @@
-"""Memory of one GPU under a setting, by part and by role.
+"""Memory of one GPU under a setting, by part and role; and the traffic of each GPU, with its time at given bandwidths.
 
-Enters: a load and a setting. Leaves: `Need`. Replicated, each GPU holds all that training holds
-(`estimate.held_bytes`). Sharded by FSDP2 over S GPUs, it holds 1/S of it: a model in training in fp32, so that weights
-are their own masters, a frozen role in the run's format; a layer is gathered in the run's format while it is at work,
-the next one beside it, and what lies outside of layers for the whole pass. Tensor parallelism divides the weights of
-the model's plan, and most activations. Left out: what NCCL and the allocator take (`hardware.FREE_SHARE`), data,
-checkpoints, and that a head keeps fp32 (2 bytes a number too little).
-Letters: f bytes of a number in the run's format.
-
-What each GPU sends in an optimizer step, and how long that takes at given bandwidths.
-
-Enters: a load, a setting, a cluster. Leaves: `Transfer`s. Bytes are those of the tensors that go into a collective; on
-a ring of S GPUs each GPU sends (S − 1)/S of them in an all-gather or a reduce-scatter, twice that in an all-reduce
-(Patarasu & Yuan 2009). Left out: latency, what is hidden behind computation, counts and metrics (less than a kilobyte a
-step).
+Replicated, each GPU holds everything (`estimate.persistent_bytes`). Sharded by FSDP2 over S GPUs, it holds 1/S: a model
+in training in fp32, so that weights are their own masters, a frozen role in the run's format; a layer is gathered in
+the run's format while it runs, with the next one, and weights outside of layers for the whole pass. Tensor parallelism
+divides the weights of the model's plan, and most activations. Not included: memory of NCCL and the allocator
+(`FREE_FRACTION`), data, checkpoints. On a ring of S GPUs each GPU sends (S − 1)/S of the bytes of a collective in an
+all-gather or reduce-scatter, twice that in an all-reduce (Patarasu & Yuan 2009). Not included: latency, overlap with
+computation, counts and metrics. Letters: f bytes of a number in the run's format.
 """
 
 from __future__ import annotations
@@ -31,12 +24,12 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one GPU. `held`: all the time; `update`: beside that in a forward and backward pass; `rollout`: beside
-    it while responses are generated. `host`: bytes of the host's memory for each GPU. `roles`: what of `held` (or
-    `host`) is whose.
+    """Bytes of one GPU. `persistent`: all the time; `update`: in addition in a forward and backward pass; `rollout`: in
+    addition while responses are generated. `host`: bytes of the host's memory per GPU. `roles`: `persistent` (or
+    `host`) by role.
     """
 
-    held: dict[str, int]
+    persistent: dict[str, int]
     update: dict[str, int]
     rollout: dict[str, int]
     host: int
@@ -44,17 +37,17 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """held + the larger of update and rollout."""
-        return sum(self.held.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
+        """persistent + the larger of update and rollout."""
+        return sum(self.persistent.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
-    def told(self) -> dict[str, object]:
-        """As one JSON object."""
-        parts = {"held": self.held, "update": self.update, "rollout": self.rollout}
+    def to_dict(self) -> dict[str, object]:
+        """All figures as one JSON object."""
+        parts = {"held": self.persistent, "update": self.update, "rollout": self.rollout}
         return {"peak": self.peak, **parts, "host": self.host, "roles": self.roles}
 
 
 def number_bytes(load: Load) -> int:
-    """f of weights: 2 in bf16, which a GPU takes where precision is auto; with fp16 weights stay in fp32."""
+    """f of weights: 2 in bf16, which a GPU uses for precision auto; with fp16 weights stay in fp32."""
     return 2 if load.training.precision in ("auto", "bf16") else _FP32
 
 
@@ -64,42 +57,42 @@ def activation_number_bytes(load: Load) -> int:
 
 
 def need_of(load: Load, setting: Setting, *, longest: int = 0) -> Need:
-    """What one GPU needs. longest: tokens of a row whose attention probabilities are kept: 0 on a GPU, whose fused
-    kernels keep none. Raises `UserError` for tensor parallelism of a model without a plan.
+    """The memory that one GPU needs. longest: tokens of a row whose attention probabilities are kept: 0 on a GPU, whose
+    fused kernels keep none. Raises `UserError` for tensor parallelism of a model without a plan.
     """
-    held, roles = Counter[str](), dict[str, int]()
+    persistent, roles = Counter[str](), dict[str, int]()
     for network in load.networks:
-        parts = held_of(network, load, setting)
-        held.update(parts)
+        parts = persistent_of(network, load, setting)
+        persistent.update(parts)
         roles[network.role] = sum(parts.values())
     update = _update(load, setting, longest)
     rollout = _rollout(load, setting)
     if setting.cpu_offload:
-        return Need({}, update, rollout, sum(held.values()), roles)
-    return Need(dict(held), update, rollout, 0, roles)
+        return Need({}, update, rollout, sum(persistent.values()), roles)
+    return Need(dict(persistent), update, rollout, 0, roles)
 
 
-def held_of(network: Network, load: Load, setting: Setting) -> dict[str, int]:
+def persistent_of(network: Network, load: Load, setting: Setting) -> dict[str, int]:
     """Weights, masters, gradients and optimizer's state of a role on one GPU."""
     half, training = number_bytes(load) == 2, load.training
     parameters = divided(network, setting.tensor_parallel)
     state = estimate.optimizer_bytes(training.optimizer, training.momentum, parameters)
-    held = estimate.held_bytes(parameters, half_precision=half, optimizer_state=state)
+    persistent = estimate.persistent_bytes(parameters, half_precision=half, optimizer_state=state)
     if setting.mode == "replicate":
-        return held
+        return persistent
     if half and parameters.trained:
-        held["weights"] = _FP32 * (parameters.total - parameters.trained)
-    return {part: -(-size // setting.shard_size) for part, size in held.items()}
+        persistent["weights"] = _FP32 * (parameters.total - parameters.trained)
+    return {part: -(-size // setting.shard_size) for part, size in persistent.items()}
 
 
 def divided(network: Network, tensor_parallel: int) -> estimate.Parameters:
-    """The parameters that one of `tensor_parallel` GPUs holds of a role. Raises `UserError`."""
+    """The parameters that one of `tensor_parallel` GPUs has of a role. Raises `UserError`."""
     parameters, units, shape = network.parameters, network.model.units, network.model.shape
     if tensor_parallel == 1 or not network.has_own_weights:
         return parameters
     if units.split == 0:
         raise UserError(
-            f"tensor_parallel {tensor_parallel}: transformers carries no plan for {network.model.name}; expected 1, or "
+            f"tensor_parallel {tensor_parallel}: transformers has no plan for {network.model.name}; expected 1, or "
             "mode shard"
         )
     if shape.heads % tensor_parallel:
@@ -107,7 +100,7 @@ def divided(network: Network, tensor_parallel: int) -> estimate.Parameters:
             f"tensor_parallel {tensor_parallel}: {network.model.name} has {shape.heads} attention heads; expected a "
             "divisor"
         )
-    # Frozen roles share the model's shapes, not what of it trains.
+    # Frozen roles have the model's shapes, but other trained parameters.
     trained = min(units.split_trained, parameters.trained_matrices)
     saved, saved_trained = (part - -(-part // tensor_parallel) for part in (units.split, trained))
     return replace(
@@ -119,21 +112,21 @@ def divided(network: Network, tensor_parallel: int) -> estimate.Parameters:
 
 
 def gathered_bytes(network: Network, load: Load, setting: Setting) -> int:
-    """Weights that are whole while a role's passes run, where they are sharded: f · (outside + 2 · layer), or f of all
-    with `reshard_after_forward` off; and the gradients of one layer and of what lies outside, before they are divided.
+    """Whole weights while a role's passes run, if they are sharded: f · (outside + 2 · layer), or f of all with
+    `reshard_after_forward` off; and the gradients of one layer and of weights outside, before they are divided.
     """
     if setting.mode == "replicate":
         return estimate.gradient_bytes(network.parameters.largest, half_precision=number_bytes(load) == 2)
     units, size = network.model.units, number_bytes(load)
-    share = divided(network, setting.tensor_parallel).total / max(1, network.parameters.total)
+    fraction = divided(network, setting.tensor_parallel).total / max(1, network.parameters.total)
     whole = network.parameters.total if network.has_own_weights else 0
-    kept = min(whole, units.outside + 2 * units.layer) if setting.reshard_after_forward else whole
+    gathered = min(whole, units.outside + 2 * units.layer) if setting.reshard_after_forward else whole
     if not network.parameters.trained:
-        # One that scores has left its layers behind when an update runs.
-        return round(share * size * min(whole, units.outside))
+        # A role that scores has released its layers when an update runs.
+        return round(fraction * size * min(whole, units.outside))
     gradient = min(network.parameters.trained, units.outside + units.layer)
     made = estimate.gradient_bytes(gradient, half_precision=size == 2)
-    return round(share * (size * kept + made))
+    return round(fraction * (size * gathered + made))
 
 
 def _update(load: Load, setting: Setting, longest: int) -> dict[str, int]:
@@ -180,14 +173,14 @@ def _rollout(load: Load, setting: Setting) -> dict[str, int]:
 
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-# Collectives of activations in a layer under tensor parallelism: behind attention and behind the feed-forward layers.
+# Collectives of activations in a layer under tensor parallelism: after attention and after the feed-forward layers.
 _JOINTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """`size`: bytes of the tensors that one GPU brings through this collective; among `group` GPUs, every `stride`-th
-    one. `what`: whose bytes.
+    """`size`: bytes of the tensors that one GPU passes to this collective; among `group` GPUs, every `stride`-th one.
+    `what`: the content.
     """
 
     collective: str
@@ -203,11 +196,11 @@ class Transfer:
         return ways * self.size * (self.group - 1) / self.group
 
     def seconds(self, cluster: Cluster) -> float:
-        """The time of it, with nothing else to do."""
+        """The time of this transfer without other work."""
         return cluster.ring_seconds(self.sent, size=self.group, stride=self.stride)
 
-    def told(self, cluster: Cluster) -> dict[str, object]:
-        """As one JSON object."""
+    def to_dict(self, cluster: Cluster) -> dict[str, object]:
+        """All figures as one JSON object."""
         return {
             "collective": self.collective,
             "what": self.what,
@@ -228,8 +221,8 @@ def step_transfers(load: Load, setting: Setting, cluster: Cluster) -> list[Trans
 
 
 def iteration_transfers(load: Load, setting: Setting, cluster: Cluster) -> list[Transfer]:
-    """Those of an iteration of PPO beside its optimizer steps: every role is gathered once, and kept while responses
-    are written and scored.
+    """The collectives of a PPO iteration other than those of its optimizer steps: every role is gathered once, and
+    stays so while responses are generated and scored.
     """
     if not load.writes_responses:
         return []
@@ -255,9 +248,9 @@ def divided_whole(network: Network, setting: Setting) -> int:
 
 
 def _of_weights(network: Network, load: Load, setting: Setting, cluster: Cluster, passes: int) -> list[Transfer]:
-    """Weights gathered, gradients summed. Replicated, gradients are summed once a step, in fp32: 4·R. Sharded, every
-    pass gathers the weights, f·P, and the layers again for its backward half unless they were kept, and reduces 4·R;
-    groups that share weights sum their parts of the gradients, 4·R/S.
+    """Weights gathered, gradients summed. Replicated, gradients are summed once per step, in fp32: 4·R. Sharded, every
+    pass gathers the weights, f·P, and the layers again for its backward half unless they stayed gathered, and reduces
+    4·R; groups with the same shards sum their parts of the gradients, 4·R/S.
     """
     stride, copies = setting.tensor_parallel, setting.copies(cluster)
     trained = _FP32 * divided(network, setting.tensor_parallel).trained
@@ -278,7 +271,7 @@ def _of_weights(network: Network, load: Load, setting: Setting, cluster: Cluster
 
 
 def _of_activations(network: Network, load: Load, setting: Setting) -> Transfer:
-    """Hidden states and their gradients, T · d · f, summed behind attention and feed-forward layers of each layer."""
+    """Hidden states and their gradients, T · d · f, summed after attention and feed-forward layers of each layer."""
     tokens = load.tokens // setting.splits
     times = _JOINTS * (3 if setting.checkpointing else 2) * network.model.num_layers
     size = tokens * network.model.shape.width * activation_number_bytes(load)

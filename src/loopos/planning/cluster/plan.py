@@ -1,11 +1,5 @@
-"""A run on a cluster, reckoned: does it fit, what does it send, and which smallest setting fits.
-
-Enters: the loads of a method's phases, the setting that is asked for, the cluster. Leaves: a `PhasePlan` each. Left
-out: finding the loads (`work`), words (`text`).
-
-A plan for people.
-
-Enters: a `PhasePlan`. Leaves: text. Left out: the figures (`plan`).
+"""The plan of a run on a cluster: whether it fits, what it sends, and the smallest setting that fits; as data and
+text.
 """
 
 from __future__ import annotations
@@ -17,18 +11,18 @@ from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_bytes, as_time
 from loopos.config.sections import WHOLE_MATRICES
 from loopos.planning.cluster.memory import Need, Transfer, iteration_transfers, need_of, step_transfers
-from loopos.planning.cluster.setting import Asked, Cluster, Setting, cheaper_in_memory
+from loopos.planning.cluster.setting import Cluster, RequestedSharding, Setting, cheaper_in_memory
 from loopos.planning.cluster.work import Load
 
-# Beyond so many times the GPUs that were asked for no cluster is looked at.
+# No cluster larger than this many times the requested GPUs is considered.
 _MOST_GROWTH = 1024
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase under `setting`. `smallest`: the first setting that fits, cheapest first, with its words of a config
-    (none where `setting` fits itself); None where none does, and then `gpus`: how many of these GPUs would do, None
-    where no number does.
+    """One phase under `setting`. `smallest`: the first setting that fits, cheapest first, with its config `overrides`
+    (none if `setting` fits); None if none does, and then `gpus`: how many of these GPUs would fit the run, None if no
+    number does.
     """
 
     load: Load
@@ -38,15 +32,15 @@ class PhasePlan:
     step: list[Transfer]
     iteration: list[Transfer]
     smallest: Setting | None
-    words: list[str]
+    overrides: list[str]
     gpus: int | None
 
     @property
     def fits(self) -> bool:
         return self.need.peak <= self.cluster.room
 
-    def told(self) -> dict[str, object]:
-        """As one JSON object."""
+    def to_dict(self) -> dict[str, object]:
+        """All figures as one JSON object."""
         load, model = self.load, self.load.networks[0].model
         return {
             "phase": load.phase,
@@ -70,26 +64,26 @@ class PhasePlan:
                 "gradient_checkpointing": self.setting.checkpointing,
             },
             "fits": self.fits,
-            "memory": {**self.need.told(), "there": self.cluster.memory, "room": self.cluster.room},
+            "memory": {**self.need.to_dict(), "there": self.cluster.memory, "room": self.cluster.room},
             "traffic": {
-                "step": [each.told(self.cluster) for each in self.step],
-                "iteration": [each.told(self.cluster) for each in self.iteration],
+                "step": [each.to_dict(self.cluster) for each in self.step],
+                "iteration": [each.to_dict(self.cluster) for each in self.iteration],
                 "steps_an_iteration": load.steps,
             },
-            "smallest": self.words if self.smallest is not None else None,
+            "smallest": self.overrides if self.smallest is not None else None,
             "gpus": self.gpus,
         }
 
 
-def plan_of(load: Load, asked: Asked, cluster: Cluster) -> PhasePlan:
+def plan_of(load: Load, requested: RequestedSharding, cluster: Cluster) -> PhasePlan:
     """The plan of one phase. Raises `UserError` for a layout that the cluster or the model does not allow."""
-    setting = setting_of(load, asked, cluster)
+    setting = setting_of(load, requested, cluster)
     need = need_of(load, setting)
     smallest = smallest_that_fits(load, setting, cluster)
-    words: list[str] = []
+    overrides: list[str] = []
     if smallest is not None:
         rows = load.rows if load.batch_is_rows else None
-        words = smallest.words(setting, cluster, rows=rows, accumulation=load.accumulation)
+        overrides = smallest.overrides(setting, cluster, rows=rows, accumulation=load.accumulation)
     return PhasePlan(
         load,
         cluster,
@@ -98,26 +92,28 @@ def plan_of(load: Load, asked: Asked, cluster: Cluster) -> PhasePlan:
         step_transfers(load, setting, cluster),
         iteration_transfers(load, setting, cluster),
         smallest,
-        words,
+        overrides,
         enough_gpus(load, setting, cluster) if smallest is None else None,
     )
 
 
-def setting_of(load: Load, asked: Asked, cluster: Cluster) -> Setting:
-    """The setting that is asked for; "auto" shares weights where those in training, with gradients and moments, take
-    more than half of a GPU. Raises `UserError`.
+def setting_of(load: Load, requested: RequestedSharding, cluster: Cluster) -> Setting:
+    """The requested setting; "auto" shards weights if those in training, with gradients and moments, take more than
+    half of a GPU. Raises `UserError`.
     """
-    plain = Setting(1, asked.tensor_parallel, False, asked.reshard_after_forward, load.training.gradient_checkpointing)
-    if cluster.gpus % asked.tensor_parallel == 0:
-        shard_size = asked.shard_size or plain.copies(cluster)
+    plain = Setting(
+        1, requested.tensor_parallel, False, requested.reshard_after_forward, load.training.gradient_checkpointing
+    )
+    if cluster.gpus % requested.tensor_parallel == 0:
+        shard_size = requested.shard_size or plain.copies(cluster)
     else:
         shard_size = 1
-    shared = replace(plain, shard_size=shard_size, cpu_offload=asked.cpu_offload)
-    if asked.mode == "replicate":
-        if asked.shard_size not in (None, 1):
-            raise UserError(f"shard_size {asked.shard_size}: the mode is replicate; expected mode shard")
-        chosen = replace(plain, cpu_offload=asked.cpu_offload)
-    elif asked.mode == "shard":
+    shared = replace(plain, shard_size=shard_size, cpu_offload=requested.cpu_offload)
+    if requested.mode == "replicate":
+        if requested.shard_size not in (None, 1):
+            raise UserError(f"shard_size {requested.shard_size}: the mode is replicate; expected mode shard")
+        chosen = replace(plain, cpu_offload=requested.cpu_offload)
+    elif requested.mode == "shard":
         chosen = shared
     else:
         needed = sum(4 * each.parameters.total + 12 * each.parameters.trained for each in load.trained)
@@ -125,21 +121,21 @@ def setting_of(load: Load, asked: Asked, cluster: Cluster) -> Setting:
         chosen = plain if whole else shared
     if chosen.mode == "shard" and load.training.optimizer in WHOLE_MATRICES:
         raise UserError(
-            f"training.optimizer: {load.training.optimizer} with mode shard; its rule needs whole matrices, of which a "
-            "GPU holds some rows: expected sgd, adam or adamw, or mode replicate"
+            f"training.optimizer: {load.training.optimizer} with mode shard; its rule needs whole matrices, but a "
+            "sharded GPU has only some rows: use sgd, adam or adamw, or mode replicate"
         )
     chosen.check(cluster)
     return chosen
 
 
 def smallest_that_fits(load: Load, setting: Setting, cluster: Cluster) -> Setting | None:
-    """The first setting that fits, from the one asked for to those that cost more time."""
+    """The first setting that fits, from the requested one to slower ones."""
     tried = cheaper_in_memory(setting, cluster, rows=load.rows, optimizer=load.training.optimizer)
     return next((each for each in tried if need_of(load, each).peak <= cluster.room), None)
 
 
 def enough_gpus(load: Load, setting: Setting, cluster: Cluster) -> int | None:
-    """How many times over, by doubling, the cluster would have to be for some setting to fit; as a number of GPUs."""
+    """The number of GPUs, by doubling the cluster, with which some setting fits; None if there is none."""
     growth = 2
     while growth <= _MOST_GROWTH:
         larger = replace(cluster, gpus=cluster.gpus * growth, gpus_a_node=cluster.gpus_a_node)
@@ -153,7 +149,7 @@ _INDENT = f"\n{'':10}"
 
 
 def described(plans: list[PhasePlan]) -> str:
-    """All phases, one below the other."""
+    """All phases, one after the other."""
     titled = len(plans) > 1
     blocks = []
     for number, plan in enumerate(plans, start=1):
@@ -172,11 +168,11 @@ def _lines(plan: PhasePlan) -> dict[str, str]:
         "model": f"{networks[0].model.name}, {total:,} parameters, {trained:,} train",
         "roles": _INDENT.join(roles) if len(roles) > 1 else "",
         "forward": f"{load.rows} rows of {load.row_tokens:,} tokens, {load.tokens:,} in all; "
-        f"{load.accumulation} an optimizer step",
+        f"{load.accumulation} per optimizer step",
         "setting": setting.summary(cluster),
         "memory": _memory(plan),
-        "traffic": _traffic(plan.step, cluster, "an optimizer step"),
-        "rollouts": _traffic(plan.iteration, cluster, f"an iteration of {load.steps} steps, beside them")
+        "traffic": _traffic(plan.step, cluster, "per optimizer step"),
+        "rollouts": _traffic(plan.iteration, cluster, f"per iteration of {load.steps} steps, in addition")
         if load.writes_responses
         else "",
         "verdict": _verdict(plan),
@@ -194,13 +190,13 @@ def _cluster(cluster: Cluster) -> str:
 
 def _memory(plan: PhasePlan) -> str:
     need = plan.need
-    lines = [f"about {as_bytes(need.peak)} of a GPU at the peak, of {as_bytes(plan.cluster.room)} that may be filled"]
-    for name, parts in (("held", need.held), ("update", need.update), ("rollout", need.rollout)):
+    lines = [f"about {as_bytes(need.peak)} of a GPU at the peak, of {as_bytes(plan.cluster.room)} usable"]
+    for name, parts in (("persistent", need.persistent), ("update", need.update), ("rollout", need.rollout)):
         if any(parts.values()):
             lines.append(f"{name}: {_sum(parts)}")
     if need.host:
-        held = need.host * plan.cluster.gpus_a_node
-        lines.append(f"in the host's memory: {as_bytes(held)} a node")
+        host_bytes = need.host * plan.cluster.gpus_a_node
+        lines.append(f"in the host's memory: {as_bytes(host_bytes)} per node")
     if len(need.roles) > 1:
         lines.append(f"by role: {_sum(need.roles)}")
     return _INDENT.join(lines)
@@ -236,11 +232,11 @@ def _verdict(plan: PhasePlan) -> str:
     gpus = _count_gpus(plan.cluster.gpus)
     more = f"(needs {as_bytes(plan.need.peak - plan.cluster.room)} more as configured)"
     if plan.smallest is not None:
-        return f"does not fit {more}; fits with{_INDENT}{' '.join(plan.words)}"
+        return f"does not fit {more}; fits with{_INDENT}{' '.join(plan.overrides)}"
     if plan.gpus is not None:
         return f"does not fit on {gpus} with any setting {more}; fits on {_count_gpus(plan.gpus)} like these"
     return (
-        f"does not fit on any number of such GPUs with any setting {more}; take GPUs with more memory, or fewer tokens "
+        f"does not fit on any number of such GPUs with any setting {more}; use GPUs with more memory, or fewer tokens "
         "a row"
     )
 

@@ -1,13 +1,4 @@
-"""A cluster as numbers: how many GPUs, what each holds, how fast they speak.
-
-Enters: the words of options. Leaves: `Cluster`, and the time of a transfer in a group of its GPUs. Left out: what is
-sent (`traffic`).
-
-How a run is laid over a cluster, and the settings that cost more time for less memory, in order.
-
-Enters: what the config or the options ask for. Leaves: `Setting`s, and the words of a config that ask for one. Left
-out: what a setting takes (`memory`, `traffic`).
-"""
+"""A cluster as numbers, the layout of a run on it, and the order of settings that trade time for memory."""
 
 from __future__ import annotations
 
@@ -19,9 +10,9 @@ from typing import Literal
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import WHOLE_MATRICES
 
-FREE_SHARE = 0.1
-"""Share of a GPU's memory that is left to the driver, to the communication's own buffers and to the gaps between
-tensors: reckoned, not measured."""
+FREE_FRACTION = 0.1
+"""Fraction of a GPU's memory left to the driver, to communication buffers and to gaps between tensors: an assumption,
+not measured."""
 _BYTES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 
 
@@ -39,7 +30,7 @@ class Cluster:
 
     @classmethod
     def of(cls, *, gpus: int, memory: str, gpus_a_node: int, inside: str, between: str) -> Cluster:
-        """A cluster of options. Raises `UserError`."""
+        """The cluster of command line options. Raises `UserError`."""
         if gpus < 1 or gpus_a_node < 1:
             raise UserError(f"--gpus {gpus}, --gpus-a-node {gpus_a_node}: expected 1 or more of each")
         if gpus > gpus_a_node and gpus % gpus_a_node:
@@ -56,14 +47,14 @@ class Cluster:
 
     @property
     def room(self) -> int:
-        """Bytes of a GPU that a run may fill."""
-        return round((1 - FREE_SHARE) * self.memory)
+        """Bytes of a GPU that a run may use."""
+        return round((1 - FREE_FRACTION) * self.memory)
 
     def ring_seconds(self, sent: float, *, size: int, stride: int) -> float:
-        """Time in which each GPU of a group of `size`, every `stride`-th GPU, sends so many bytes to the next.
+        """Time in which each GPU of a group of `size`, every `stride`-th GPU, sends this many bytes to the next.
 
-        Where the group spans nodes, the groups that have a GPU on a node share its network cards, and a ring leaves a
-        node once: seconds = sent · groups on the node / between. Inside a node: sent / inside.
+        If the group spans nodes, the groups that have a GPU on a node share its network cards, and a ring leaves a node
+        once: seconds = sent · groups on the node / between. Inside a node: sent / inside.
         """
         if size == 1:
             return 0.0
@@ -88,8 +79,8 @@ Mode = Literal["replicate", "shard"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What config and options say of the layout. mode: "auto", "replicate" or "shard"; shard_size: None for all."""
+class RequestedSharding:
+    """The layout that config and options request. mode: "auto", "replicate" or "shard"; shard_size: None for all."""
 
     mode: str
     shard_size: int | None
@@ -100,8 +91,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`shard_size`: GPUs that share one copy of the weights, 1 where each has its own. `splits`: parts that a forward
-    pass of the config is cut into, each with so many rows less and so many passes a step more.
+    """`shard_size`: GPUs that shard one copy of the weights, 1 if each has its own. `splits`: parts into which a
+    forward pass of the config is cut, each with fewer rows, for more passes per step.
     """
 
     shard_size: int
@@ -116,70 +107,75 @@ class Setting:
         return "replicate" if self.shard_size == 1 else "shard"
 
     def copies(self, cluster: Cluster) -> int:
-        """GPUs, or groups of them under tensor parallelism, that see data of their own."""
+        """GPUs, or tensor-parallel groups of them, with data of their own."""
         return cluster.gpus // self.tensor_parallel
 
     def check(self, cluster: Cluster) -> None:
-        """Raises `UserError` where the cluster cannot be divided so."""
+        """Raises `UserError` if the cluster cannot be divided so."""
         if cluster.gpus % self.tensor_parallel or self.tensor_parallel > cluster.gpus_a_node:
             raise UserError(
-                f"tensor_parallel {self.tensor_parallel}: {cluster.gpus} GPUs, {cluster.gpus_a_node} a node; "
-                "expected a divisor of the GPUs that is not more than a node has"
+                f"tensor_parallel {self.tensor_parallel}: {cluster.gpus} GPUs, {cluster.gpus_a_node} per node; "
+                "expected a divisor of the GPUs, at most the GPUs per node"
             )
         if self.copies(cluster) % self.shard_size:
             raise UserError(
-                f"shard_size {self.shard_size}: {self.copies(cluster)} copies to share among; expected a divisor"
+                f"shard_size {self.shard_size}: {self.copies(cluster)} copies to divide; expected a divisor"
             )
         if self.cpu_offload and self.mode == "replicate":
-            raise UserError("cpu_offload: the mode is replicate; expected mode shard, which alone moves weights out")
+            raise UserError("cpu_offload: the mode is replicate; only mode shard offloads weights")
 
     def summary(self, cluster: Cluster) -> str:
-        """In words."""
-        shared = f"weights shared by {self.shard_size}" if self.mode == "shard" else "a copy of the weights a GPU"
+        """A description of the setting."""
+        shared = (
+            f"weights sharded over {self.shard_size}" if self.mode == "shard" else "one copy of the weights per GPU"
+        )
         if self.mode == "shard" and self.shard_size < self.copies(cluster):
             shared += f", {self.copies(cluster) // self.shard_size} times"
         parts = [self.mode, shared]
         parts += [f"tensor_parallel {self.tensor_parallel}"] if self.tensor_parallel > 1 else []
         parts += ["cpu_offload"] if self.cpu_offload else []
         if self.mode == "shard":
-            parts.append("weights gathered twice a pass" if self.reshard_after_forward else "gathered once a pass")
+            parts.append("weights gathered twice per pass" if self.reshard_after_forward else "gathered once per pass")
         parts.append("activations computed twice" if self.checkpointing else "activations kept")
         return "; ".join(parts)
 
-    def words(self, asked: Setting, cluster: Cluster, *, rows: int | None, accumulation: int) -> list[str]:
-        """The words of a config, KEY=VALUE, that make this setting of the one that was asked for. rows: `batch_size`
-        where it is the rows of a forward pass.
+    def overrides(self, requested: Setting, cluster: Cluster, *, rows: int | None, accumulation: int) -> list[str]:
+        """The config overrides, KEY=VALUE, that turn the requested setting into this one. rows: `batch_size` if it is
+        the rows of a forward pass.
         """
         changed = []
-        if self.splits != asked.splits:
+        if self.splits != requested.splits:
             changed += [f"training.batch_size={rows // self.splits}"] if rows is not None else []
             changed.append(f"training.gradient_accumulation={accumulation * self.splits}")
-        if self.checkpointing != asked.checkpointing:
+        if self.checkpointing != requested.checkpointing:
             changed.append(f"training.gradient_checkpointing={str(self.checkpointing).lower()}")
-        if self.mode != asked.mode or self.shard_size != asked.shard_size:
+        if self.mode != requested.mode or self.shard_size != requested.shard_size:
             changed.append(f"distributed.mode={self.mode}")
             if self.mode == "shard" and self.shard_size < self.copies(cluster):
                 changed.append(f"distributed.shard_size={self.shard_size}")
-        if self.cpu_offload != asked.cpu_offload:
+        if self.cpu_offload != requested.cpu_offload:
             changed.append(f"distributed.cpu_offload={str(self.cpu_offload).lower()}")
         return changed
 
 
-def cheaper_in_memory(asked: Setting, cluster: Cluster, *, rows: int, optimizer: str) -> Iterator[Setting]:
-    """The setting asked for, then others by what they cost: fewer rows at a time, activations computed twice, weights
-    shared inside a node, among all, and kept in the host's memory.
+def cheaper_in_memory(requested: Setting, cluster: Cluster, *, rows: int, optimizer: str) -> Iterator[Setting]:
+    """The requested setting, then others by cost: fewer rows at a time, activations recomputed, weights sharded inside
+    a node, over all GPUs, and offloaded to the host's memory.
     """
-    copies = asked.copies(cluster)
-    node = cluster.gpus_a_node // asked.tensor_parallel
-    sizes = [asked.shard_size, *(size for size in (node, copies) if size > asked.shard_size and copies % size == 0)]
-    layouts = [(size, asked.cpu_offload) for size in dict.fromkeys(sizes)]
-    if not asked.cpu_offload and copies > 1:
+    copies = requested.copies(cluster)
+    node = cluster.gpus_a_node // requested.tensor_parallel
+    sizes = [
+        requested.shard_size,
+        *(size for size in (node, copies) if size > requested.shard_size and copies % size == 0),
+    ]
+    layouts = [(size, requested.cpu_offload) for size in dict.fromkeys(sizes)]
+    if not requested.cpu_offload and copies > 1:
         layouts.append((copies, True))
     if optimizer in WHOLE_MATRICES:
         layouts = layouts[:1]
     for shard_size, offload in layouts:
-        for checkpointing in dict.fromkeys((asked.checkpointing, True)):
+        for checkpointing in dict.fromkeys((requested.checkpointing, True)):
             for splits in (number for number in range(1, rows + 1) if rows % number == 0):
                 yield replace(
-                    asked, shard_size=shard_size, cpu_offload=offload, checkpointing=checkpointing, splits=splits
+                    requested, shard_size=shard_size, cpu_offload=offload, checkpointing=checkpointing, splits=splits
                 )

@@ -1,8 +1,7 @@
-"""What a method asks of each GPU, known from its config and the shapes of its models alone.
+"""The load of a method on each GPU, from only its config and the shapes of its models.
 
-Enters: a config. Leaves: a `Load` for each phase: the models of every role, the tokens of a forward pass, the passes of
-a step. No row is read: a forward pass is taken to be full, `batch_size` sequences of `max_length` tokens, unless the
-tokens are told. Left out: how the load is laid over GPUs (`memory`, `traffic`).
+No row is read: a forward pass is assumed to be full, `batch_size` sequences of `max_length` tokens, unless the tokens
+are specified.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from loopos.planning.policy import written_together
 from loopos.planning.shapes import Model, meta_model, role_shapes, value_head
 from loopos.planning.work import RewardShape, planned_reward_shape, trained_reward_shapes
 
-# Where neither the config nor the labels are there to say how many classes there are; a head is small.
+# The default number of classes if neither the config nor the labels give it; a head is small.
 _UNKNOWN_CLASSES = 2
-# A comparison has two responses at least, and a prompt before each.
+# A comparison has at least two responses, with a prompt before each.
 _RESPONSES = 2
 
 
 @dataclass(frozen=True)
 class Network:
-    """A role. `parameters`: those that only it has; `model`: what its passes go through; `summary`: what it is."""
+    """A role. `parameters`: those that only it has; `model`: the model of its passes; `summary`: a description."""
 
     role: str
     parameters: estimate.Parameters
@@ -64,9 +63,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class Load:
-    """One phase. `rows` of a forward pass, each of `row_tokens`; `accumulation`: passes of an optimizer step;
-    `steps`: optimizer steps of an iteration of PPO, 1 else; `writes_responses`: whether it is PPO. `batch_is_rows`:
-    whether training.batch_size is `rows`.
+    """One phase. `rows` of a forward pass, each of `row_tokens`; `accumulation`: passes per optimizer step; `steps`:
+    optimizer steps of a PPO iteration, else 1; `writes_responses`: whether it is PPO. `batch_is_rows`: whether
+    training.batch_size is `rows`.
     """
 
     phase: str
@@ -91,7 +90,7 @@ class Load:
 
 
 def loads_of(config: Any, *, tokens: int | None, trust_remote_code: bool) -> list[Load]:
-    """The phases of a config's method. tokens: of a forward pass, where they are known. Raises `UserError`."""
+    """The phases of a config's method. tokens: of a forward pass, if known. Raises `UserError`."""
     if isinstance(config, RlhfConfig):
         first = loads_of(config.reward_model_config(), tokens=tokens, trust_remote_code=trust_remote_code)[0]
         ppo = config.ppo_config()
@@ -178,7 +177,7 @@ def _policy_load(
 
 
 def _own(total: int, trained: int, whole: estimate.Parameters) -> estimate.Parameters:
-    """The counts of a role that has `total` parameters of its own, of which `trained` train."""
+    """The counts of a role with `total` parameters of its own, of which `trained` train."""
     if trained == 0:
         return replace(whole, total=total, trained_matrices=0, trained_rest=0, matrix_sides=0, largest=0)
     if trained == whole.trained:
@@ -187,16 +186,16 @@ def _own(total: int, trained: int, whole: estimate.Parameters) -> estimate.Param
 
 
 def longest_row(training: TrainingSection, described: PreTrainedConfig) -> int:
-    """Tokens of the longest sequence. Raises `UserError` where nothing bounds it."""
+    """Maximum tokens of a sequence. Raises `UserError` if nothing limits it."""
     positions = getattr(described.get_text_config(), "max_position_embeddings", None)
     found = [limit for limit in (training.max_length, positions) if limit is not None]
     if not found:
-        raise UserError("training.max_length: nothing bounds a sequence; expected a number of tokens, or --tokens")
+        raise UserError("training.max_length: nothing limits a sequence; set a number of tokens, or --tokens")
     return int(min(found))
 
 
 def _sequence(config: PpoConfig, described: PreTrainedConfig) -> int:
-    """Tokens of a prompt and its response at their longest."""
+    """Maximum tokens of a prompt and its response."""
     whole, response = longest_row(config.training, described), config.generation.max_new_tokens
     prompt = config.data.max_prompt_tokens
     return whole if prompt is None else min(whole, prompt + response)
