@@ -14,6 +14,7 @@ import torch
 
 from loopos.cli.opened_models import use_of
 from loopos.cli.preference_preview import fates, preferences_of
+from loopos.config.methods import BUILTIN
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.preferences import Pair
@@ -437,7 +438,7 @@ def test_a_first_phase_that_has_begun_is_not_overwritten(
     assert f"{home / 'begun' / 'reward_model'} already contains a run" in result.stderr
 
 
-@pytest.mark.parametrize("method", [name for _, name in METHODS])
+@pytest.mark.parametrize("method", list(BUILTIN))
 def test_schema_of_every_method(method: str, invoke: Invoke) -> None:
     result = invoke("schema", "--method", method)
     assert result.exit_code == 0
@@ -446,4 +447,4 @@ def test_schema_of_every_method(method: str, invoke: Invoke) -> None:
 
 
 def test_there_are_six_methods() -> None:
-    assert len(METHODS) == 6
+    assert len(BUILTIN) == 6

@@ -70,7 +70,7 @@ def test_ppo_reads_them(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_generate_and_winrate_read_them(name: str, tmp_path: Path) -> None:
     found = read_prompts(str(_write(tmp_path, name)), {}, raw=False)
-    assert [told(each.content) for each in found] == EXPECTED.get(name, ASKED)
+    assert [prompt_text(each.content) for each in found] == EXPECTED.get(name, ASKED)
 
 
 def test_blank_lines_between_prompts_are_counted_by_ppo(tmp_path: Path) -> None:
