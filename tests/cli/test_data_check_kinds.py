@@ -69,7 +69,7 @@ def test_texts_of_worked_problems_comparisons_and_prompts(invoke: Invoke, tmp_pa
         assert (found["kind"], found["num_faults"]) == (kind, 0)
     assert (found["rows"], found["repeated"]) == (3, {"texts": 1, "rows": 2})
     assert found["said"] == ["1 blank lines"]
-    assert "prompts for ppo" in found["also has the role"]
+    assert "prompts for ppo" in found["serves"]
 
 
 def test_pairs_are_counted(invoke: Invoke, tmp_path: Path) -> None:

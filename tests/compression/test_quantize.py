@@ -195,7 +195,7 @@ def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: P
     with pytest.raises(UserError, match="damaged or changed"):
         load_pretrained(str(tmp_path / "out"), causal=True, quantized=True)
     (tmp_path / "out" / "loopos-manifest.json").unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors: no whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
         load_pretrained(str(tmp_path / "out"), causal=True, quantized=True)
 
 
@@ -221,7 +221,7 @@ def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None
         ({"group_size": 32}, "group_size: got 32 with method int8"),
         ({"method": "int4", "group_size": 48}, "group_size"),
         ({"calibration": "gptq"}, "calibration_text: got nothing with calibration gptq"),
-        ({"calibration_text": "{text}"}, "calibration_text: got a text that nobody reads"),
+        ({"calibration_text": "{text}"}, "calibration_text: got a text that is not used"),
         ({"evaluate": "no/such.txt"}, "evaluate: got"),
         ({"window": 8, "stride": 8}, "a stride below the window"),
     ],

@@ -194,7 +194,7 @@ def test_what_cannot_be_joined_is_refused(
     check_refused("no trained model here", [members[0], str(tmp_path)], out)
     made(members[:2], tmp_path / "pair")
     check_refused("already an ensemble", [str(tmp_path / "pair"), members[2]], out)
-    check_refused("is there already", members, tmp_path / "pair")
+    check_refused("which exists", members, tmp_path / "pair")
 
 
 def test_an_ensemble_is_no_single_model(members: list[str], tmp_path: Path) -> None:

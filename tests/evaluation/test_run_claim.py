@@ -39,7 +39,7 @@ def claimed(folder: Path, *, resume: bool = False, world: Processes | None = Non
 @pytest.mark.parametrize("kind", ["folder", "fifo"])
 def test_something_else_in_the_place_of_a_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir() if kind == "folder" else os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: expected a file"):
+    with pytest.raises(UserError, match=f"{name}: expected a (regular )?file"):
         claimed(tmp_path, resume=True)
 
 
@@ -86,5 +86,5 @@ def test_a_full_disk_and_a_place_that_cannot_be_written_are_told(
     with pytest.raises(DiskFull, match="the run's folder needs"):
         claimed(tmp_path / "run")
     fail(errno.EROFS)
-    with pytest.raises(UserError, match=r"run: cannot be written: Read-only file system; choose another folder"):
+    with pytest.raises(UserError, match=r"run: not writable: Read-only file system; choose another folder"):
         claimed(tmp_path / "run")

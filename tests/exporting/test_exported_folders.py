@@ -366,7 +366,7 @@ def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, 
     check_refused("which has learned nothing|expected the folder", "new", out, format="huggingface")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
-    check_refused("is there already", pico_folder, tmp_path / "there", format="huggingface")
+    check_refused("which exists", pico_folder, tmp_path / "there", format="huggingface")
 
 
 def test_a_killed_export_leaves_no_half_folder(pico_folder: Path, tmp_path: Path) -> None:

@@ -129,9 +129,9 @@ def _nested(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_outside, r"names \.\./outside\.safetensors, which is outside of the folder"),
+        (_outside, r"names \.\./outside\.safetensors, which is outside the folder"),
         (_overlapping, "overlaps|belong to no tensor|cannot load|InvalidOffset"),
-        (_not_named, "no weight_map of tensors' files"),
+        (_not_named, "no weight_map from tensors to files"),
         (_nested, "broken: nested too deeply"),
     ],
 )

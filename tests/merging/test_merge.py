@@ -248,7 +248,7 @@ def test_missing_tensors_and_pickles_are_refused(base: Path, one: Path, tmp_path
     with pytest.raises(UserError) as told:
         run("linear", [base, pickled, cut], tmp_path / "out")
     assert "pytorch_model.bin is a torch pickle" in str(told.value)
-    assert "no whole safetensors file" in str(told.value)
+    assert "not a complete safetensors file" in str(told.value)
     assert nothing_under(tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_numbers_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> 
 def test_an_ordinary_folder_is_never_replaced(one: Path, two: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letters.txt").write_text("mine")
-    with pytest.raises(UserError, match="files of something else than a merge"):
+    with pytest.raises(UserError, match="files that no merge wrote"):
         recipe_of("linear", [one, two], tmp_path / "out")
 
 

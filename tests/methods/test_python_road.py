@@ -142,7 +142,9 @@ def test_a_run_resumes_with_its_rows_and_refuses_others_by_key(tmp_path: Path, p
     first = loopos.train(config, ["training.max_steps=2"], quiet=True)
     config["data"]["preference_data"] = comparisons(12)
     before = sorted((tmp_path / "run").rglob("*"))
-    with pytest.raises(UserError, match=r"another run(?s:.*)data\.preference_data: was .*/rows/preference_data-"):
+    with pytest.raises(
+        UserError, match=r"does not belong to the run(?s:.*)data\.preference_data: was .*/rows/preference_data-"
+    ):
         loopos.train(config, resume=True, quiet=True)
     assert sorted((tmp_path / "run").rglob("*")) == before
     config["data"]["preference_data"] = pandas.DataFrame(comparisons(16))

@@ -80,7 +80,7 @@ def test_one_flipped_bit_is_found_in_every_file(saved: Path, tmp_path: Path) -> 
             flip(file, index)
             with pytest.raises(UserError) as caught:
                 open_language_model(str(folder))
-            assert str(caught.value).startswith(f"{file}: damaged or changed: its SHA-256 is not the one")
+            assert str(caught.value).startswith(f"{file}: damaged or changed: its SHA-256 differs from the saved one")
             assert "\n" not in str(caught.value)
             assert f"delete {MANIFEST}" in str(caught.value)
             flip(file, index)
@@ -323,7 +323,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"model\.safetensors: not a complete safetensors file",
     ),
     "an index to a file outside": (outside, r"index\.json: names \.\./other\.safetensors, which is outside"),
-    "an index to a file that is gone": (lambda folder: index(folder, {NORM: "no.safetensors"}), "no.safetensors is missing"),
+    "an index to a file that is gone": (lambda folder: index(folder, {NORM: "no.safetensors"}), "no.safetensors, named by model.safetensors.index.json, is missing"),
     "an index to a tensor that is gone": (
         lambda folder: index(folder, {"nowhere": "model-00001-of-00001.safetensors"}),
         "names the tensor nowhere, which is in no file",

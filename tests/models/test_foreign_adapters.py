@@ -279,7 +279,7 @@ def test_broken_weights_of_an_adapter_are_reported(plain: Path, tmp_path: Path) 
             ({first: torch.zeros(4, 7)}, "size mismatch|of another model"),
             ({first: torch.zeros(4)}, "cannot be put into|the tensor"),
             ({first: torch.full((4, 32), float("nan"))}, "NaNs detected|otherwise than beside it"),
-            ({"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}, "no place|one of its two"),
+            ({"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}, "does not have|one of its two"),
         ]
     ):
         target = tmp_path / str(number)

@@ -48,7 +48,7 @@ def test_files_are_durable_before_they_have_their_names(
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_what_a_killed_writer_left_goes(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = load_pretrained(str(pico_folder), causal=True)
-    monkeypatch.setattr(folders, "fsync_place", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(folders, "fsync_path", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     assert in_a_child(lambda: save_pretrained(tmp_path, opened.model, opened.tokenizer), None) == -signal.SIGKILL
     assert not (tmp_path / "model.safetensors").exists()
     assert [path.name.startswith(".model.safetensors.partial-") for path in tmp_path.glob(".*")] == [True]
