@@ -117,8 +117,8 @@ class _Inputs:
         for key, rows in {**self.inline, **self.replacing}.items():
             if not resume:
                 remove_written(folder, key)
-                row_files[key] = written(rows, folder, key)
-            self.added.extend(file for file in row_files.values() if file not in present)
+            row_files[key] = written(rows, folder, key)
+        self.added.extend(file for file in row_files.values() if file not in present)
         config = self.config
         if isinstance(config, Mapping) and self.inline:
             section = config["data"]

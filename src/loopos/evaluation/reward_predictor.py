@@ -202,6 +202,7 @@ class RewardPredictor:
                 response = example.responses[0]
                 content = response if isinstance(response, str) else response[-1].content
                 record |= {"prompt": text_of(example.prompt), "response": content, "score": rounded[0]}
+            else:
                 record["scores"] = rounded
             if spread is not None:
                 record["spread"] = spread[0] if is_single else spread
