@@ -123,7 +123,7 @@ def test_an_overlong_history_loses_its_oldest_turns_and_says_so(chat: Any) -> No
 
 def test_a_line_without_room_is_refused_and_the_chat_goes_on(chat: Any, greedy: Reference) -> None:
     result = chat("q " * 300, "my card")
-    assert "write a shorter message" in result.stderr
+    assert "say it in fewer words" in result.stderr
     assert result.stdout == greedy([turn("user", "my card")], 8) + "\n"
 
 

@@ -184,7 +184,7 @@ def test_what_a_vote_cannot_say(
 
 def test_a_vote_has_no_loss(voting: Path, tmp_path: Path, invoke: Invoke) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
-    assert "has no distribution" in invoke("evaluate", voting, rows, "--device", "cpu").stderr
+    assert "gives no distribution" in invoke("evaluate", voting, rows, "--device", "cpu").stderr
     (tmp_path / "held_out.txt").write_text(TEXT, encoding="utf-8")
     assert "gives no distribution" in invoke("evaluate", voting, tmp_path / "held_out.txt", "--device", "cpu").stderr
 

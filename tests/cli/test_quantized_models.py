@@ -141,7 +141,7 @@ def test_codes_are_written_out_nowhere(
     result = invoke("export", home["language"], *words, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert told in result.stderr
-    assert f"the model that it was made from ({language_run})" in result.stderr
+    assert f"the model before quantization ({language_run})" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,4 +153,4 @@ def test_codes_of_other_programs_are_refused(home: Home, tmp_path: Path, invoke:
     (foreign / "loopos-manifest.json").unlink()
     result = invoke("export", foreign, "--format", "huggingface", "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "codes of gptq, which LoopOS does not read" in result.stderr
+    assert "quantized with gptq, which LoopOS does not read" in result.stderr

@@ -122,7 +122,7 @@ def test_in_words(language_run: Path, other_run: Path, prompts: Path, longer: st
     result = invoke("winrate", language_run, other_run, prompts, "--judge", longer, "--limit", 2, *WORDS[:-1])
     assert result.exit_code == 0
     assert f"{prompts}: 2 prompts, 2 pairs" in result.stdout
-    assert "asked in both orders: 0 of 2" in result.stdout
+    assert "judged in both orders: 0 of 2" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,10 @@ def test_what_cannot_be_shrunk_is_refused() -> None:
     gpt2 = pico_model("gpt2")
     with pytest.raises(UserError, match="gpt2: its config derives the size of a head"):
         head_shape(gpt2)
-    with pytest.raises(UserError, match="all 2 layers would go"):
+    with pytest.raises(UserError, match="all 2 layers would be removed"):
         drop_layers(gpt2, [0, 1])
     gpt2.config.model_type = "falcon"
-    with pytest.raises(UserError, match="falcon: channels cannot be taken out of this family; expected one of llama"):
+    with pytest.raises(UserError, match="falcon: channels of this family cannot be removed; expected one of llama"):
         channel_layers(gpt2, layer_list(gpt2)[0])
 
 
