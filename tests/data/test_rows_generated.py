@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loopos.config.diagnostics import DataError
@@ -28,6 +28,8 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 def test_whatever_csv_writes_reads_back_with_its_lines(
     rows: list[list[str]], delimiter: str, line_end: str, quoting: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    # Python 3.11 writes a lone carriage return without quotes where rows end in \n; no reader can tell it from a line end.
+    assume(quoting == csv.QUOTE_ALL or not any("\r" in cell for row in rows for cell in row))
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, delimiter=delimiter, lineterminator=line_end, quoting=quoting)  # type: ignore[arg-type]
     writer.writerow(["text", "label"])
