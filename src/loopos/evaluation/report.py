@@ -59,7 +59,7 @@ def samples_blocks(run: Run) -> list[Block]:
         if index < len(first) and len(steps) > 1:
             rows.append(_row("before training" if steps[0] == 0 else f"step {steps[0]}", first[index]))
         rows.append(_row(f"step {steps[-1]}", record))
-        reference = _first_of(record, "reference", "expected")
+        reference = _first_of(record, "reference", "expected", "wanted")
         if reference:
             rows.append(("in the data", "", _short(reference)))
         named = next((name for name in ("reward", "is_right") if name in record), "")
