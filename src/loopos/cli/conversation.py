@@ -1,8 +1,8 @@
-"""A conversation with a language model: what was said, and what of it the model still sees.
+"""A conversation with a language model, and which of its turns the model still sees. Apart from `chat`, which starts
+without torch.
 
-Enters: words of the user. Leaves: pieces of answers, and the messages. What is said before stays in the model's cache,
-so that a turn costs its own tokens alone. Where the history is longer than the model has positions for, the oldest
-turns are left out of what it sees, and said to be. Left out: the terminal (`chat`).
+Earlier turns stay in the model's cache, so a turn costs only its own tokens. When the history exceeds the model's
+positions, the oldest turns are dropped from the prompt, with a note.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from loopos.generation.completions import Completion
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, chain_of
 
-# The least room for an answer, as a share of the model's positions.
-_ANSWER_SHARE = 8
+# An answer gets at least one of so many parts of the model's positions.
+_ANSWER_FRACTION = 8
 
 
 class Conversation:
-    """`messages`: all that was said; the first `forgotten` of them the model does not see any more."""
+    """`messages`: the whole history; the model no longer sees the first `forgotten` of them."""
 
     def __init__(self, reasoner: Reasoner, settings: SamplingSettings, system: str | None) -> None:
         self.reasoner, self.settings, self.system = reasoner, settings, system
@@ -32,43 +32,45 @@ class Conversation:
         self.last: Chain | None = None
 
     def clear(self) -> None:
-        """Begins anew; the system's words stay."""
+        """Starts over; the system message stays."""
         self.messages, self.forgotten, self.last = [], 0, None
 
     def answer(self, text: str, *, interrupted: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
-        """The pieces of the answer to the user's words. When all are taken, both are part of the history; an answer
-        that was interrupted as far as it came. say: takes notes. Raises `UserError` for words that leave the model no
-        room, and messages that its template refuses; the history is then as before.
+        """The text of the answer as it is generated. Afterwards the history has both turns; of an interrupted answer
+        what was generated. say: receives notes. Raises `UserError` for a text that leaves no room for an answer, and
+        for messages that the template refuses; the history is then unchanged.
         """
         prompt = self._prompt(Message("user", text), say)
-        tokens, logprobs, told, reason = [], [], "", None
+        tokens, logprobs, answer, reason = [], [], "", None
         stream = self.reasoner.engine.stream([prompt], self.reasoner.sampling(self.settings))
-        for piece in stream:
-            tokens.append(piece.token)
-            logprobs.append(piece.logprob)
-            told, reason = told + piece.text, piece.finish_reason
-            yield piece.text
+        for delta in stream:
+            tokens.append(delta.token)
+            logprobs.append(delta.logprob)
+            answer, reason = answer + delta.text, delta.finish_reason
+            yield delta.text
             if interrupted():
                 stream.close()  # type: ignore[attr-defined]
                 break
-        completion = Completion(0, 0, tokens, told, logprobs, None, (), reason or "guide")
+        completion = Completion(0, 0, tokens, answer, logprobs, None, (), reason or "guide")
         self.last = chain_of(self.reasoner.tokenizer, completion, self.reasoner.step_format)
         if reason == "length":
             say(f"note: cut at {len(tokens)} tokens")
-        if told.strip():
-            self.messages += [Message("user", text), Message(ASSISTANT, told)]
+        if answer.strip():
+            self.messages += [Message("user", text), Message(ASSISTANT, answer)]
         else:
             say("note: no answer; the turn is not kept")
 
-    def _prompt(self, asked: Message, say: Callable[[str], None]) -> list[int]:
+    def _prompt(self, question: Message, say: Callable[[str], None]) -> list[int]:
         """The tokens of the history and the question, without the oldest turns where they leave no room."""
         positions = self.reasoner.engine.max_positions
         system = [Message("system", self.system)] if self.system else []
         forgotten = self.forgotten
         while True:
-            prompt = self.reasoner.prompt([*system, *self.messages[forgotten:], asked])
+            prompt = self.reasoner.prompt([*system, *self.messages[forgotten:], question])
             room = (
-                None if positions is None else positions - min(self.settings.max_new_tokens, positions // _ANSWER_SHARE)
+                None
+                if positions is None
+                else positions - min(self.settings.max_new_tokens, positions // _ANSWER_FRACTION)
             )
             if room is None or len(prompt) <= room:
                 break
@@ -88,7 +90,7 @@ class Conversation:
         return prompt
 
     def save(self, file: Path) -> int:
-        """Adds the conversation to a file of JSON Lines, which training reads; returns the number of its messages.
+        """Appends the conversation to a JSON Lines file that training reads; returns the number of messages.
 
         Raises `UserError` where there is nothing to save, or the file cannot be written.
         """
@@ -97,12 +99,12 @@ class Conversation:
         if file.suffix.lower() != ".jsonl":
             raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation a line")
         system = [Message("system", self.system)] if self.system else []
-        told = [message.as_template() for message in (*system, *self.messages)]
+        messages = [message.as_template() for message in (*system, *self.messages)]
         try:
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json_lines([{"messages": told}]))
+                lines.write(json_lines([{"messages": messages}]))
         except OSError as error:
             raise UserError(
                 f"/save: {file}: cannot be written ({error.strerror}); expected a writable place"
             ) from error
-        return len(told)
+        return len(messages)

@@ -1,7 +1,7 @@
-"""A language model measured on rows: answers to problems, and the loss of the tokens that training would train.
+"""A language model measured on rows: answers to problems, and the loss of the tokens that training would learn. Apart
+from `evaluate_language`, which starts without torch.
 
-Enters: a reasoner, what to measure, a source of rows. Leaves: a `LanguageReport`. A row that one metric has no room for
-is counted with the reason, and serves the others. Left out: options and printing (`evaluate_language`).
+A row too long for one metric is counted with the reason, and still measured by the others.
 """
 
 from __future__ import annotations
@@ -122,16 +122,16 @@ class Evaluation:
         return self.report
 
     def _answers(self) -> set[int]:
-        """Accuracy and what goes with it; the places of the rows it is of."""
+        """Measures accuracy and what belongs to it; the indices of the rows that were measured."""
         positions = self.reasoner.engine.max_positions
-        places, examples = [], []
+        indices, examples = [], []
         for index, example in enumerate(self.examples):
             assert isinstance(example, Demonstration), "a source holds rows of one format"
             # A prompt that fills all positions leaves none for an answer.
             if not self.reasoner.has_room(example):
                 self.report.dropped[_over(positions, "the problem")] += 1
             else:
-                places.append(index)
+                indices.append(index)
                 examples.append(example)
         if not examples:
             raise UserError(f"{self.source}: every problem is longer than the model's {positions} positions")
@@ -148,7 +148,7 @@ class Evaluation:
         verdicts = judge_all(answered, examples, step_format=self.reasoner.step_format, checker=plan.checker)
         self.report.metrics |= self._problem_metrics(answered, verdicts)
         self.report.records = [record(*each) for each in zip(answered, verdicts, examples, strict=True)]
-        return set(places)
+        return set(indices)
 
     def _problem_metrics(self, answered: Sequence[Answered], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
         voted = self.plan.strategy.kind in ("single", "self_consistency")

@@ -55,12 +55,12 @@ def last_letters(names: Sequence[str]) -> SymbolicItem:
 def coin_flips(people: Sequence[tuple[str, bool]]) -> SymbolicItem:
     """Which way a coin lies that each person flips or does not: one step a person, with the side that is up."""
     heads = True
-    told, steps = [], ["The coin starts heads up."]
+    sentences, steps = [], ["The coin starts heads up."]
     for name, flips in people:
         heads ^= flips
-        told.append(f"{name} {'flips' if flips else 'does not flip'} the coin.")
+        sentences.append(f"{name} {'flips' if flips else 'does not flip'} the coin.")
         steps.append(f"{name} {'flips' if flips else 'does not flip'}: {'heads' if heads else 'tails'} up.")
-    problem = f"A coin is heads up. {' '.join(told)} Is the coin still heads up?"
+    problem = f"A coin is heads up. {' '.join(sentences)} Is the coin still heads up?"
     return SymbolicItem("coin_flips", problem, tuple(steps), "yes" if heads else "no")
 
 

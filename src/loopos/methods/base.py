@@ -99,9 +99,9 @@ class Trainer(ABC, Generic[ConfigT]):
     def build_fit(self) -> Fit[Any]:
         """Optimizer, update, batches, objective and loop; most of them through `fit_of`."""
 
+    @abstractmethod
     def validate(self) -> dict[str, float]:
         """The metrics of the validation rows, by name."""
-        raise NotImplementedError(f"{type(self).__name__} validates nothing")
 
     @abstractmethod
     def exported(self) -> nn.Module:

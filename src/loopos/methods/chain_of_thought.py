@@ -81,8 +81,8 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
             self.progress.say(f"validation generates answers to {len(self.problems)} problems")
 
     def _worked(self) -> list[Example]:
-        """The training rows that show how. Under self-improvement, problems whose steps are not told are there for
-        chains to be found: learned as they stand, they would teach to answer without reasoning.
+        """The training rows to learn from. Under self-improvement, problems without steps are left out: chains are
+        sampled for them, and learning them as they are would teach the model to answer without reasoning.
         """
         worked = [e for e in self.data.train if not isinstance(e, Demonstration) or e.steps]
         return worked if self.config.self_improvement is not None and worked else self.data.train
