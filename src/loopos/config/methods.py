@@ -50,6 +50,26 @@ def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows) -> Me
     return MethodRow(mode, Reference(f"loopos.config.{config}"), Reference(f"loopos.methods.{trainer}"), summary, reads)
 
 
+PREFERENCE_METHODS: Mapping[str, str] = {
+    "dpo": "DPO, or any loss of preference.loss",
+    "ipo": "IPO",
+    "simpo": "SimPO (no reference)",
+    "orpo": "ORPO (no reference)",
+    "cpo": "CPO (no reference)",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
+    "aot": "AOT",
+    "bco": "BCO of pairs",
+    "exo": "EXO",
+    "nca": "NCA",
+    "sppo": "SPPO",
+    "slic": "SLiC (hinge)",
+    "discopop": "DiscoPOP",
+    "robust_dpo": "robust DPO",
+    "mpo": "MPO (sigmoid, bco and sft)",
+}
+"""The presets of preference optimization (`config.preference.PRESETS`)."""
+
 BUILTIN: Mapping[str, MethodRow] = {
     "fine_tuning": _row(
         "posttraining",
@@ -72,6 +92,16 @@ BUILTIN: Mapping[str, MethodRow] = {
         "a score of responses, learned from preferences",
         "comparisons",
     ),
+    **{
+        name: _row(
+            "posttraining",
+            "preference:PreferenceConfig",
+            "preference:PreferenceTrainer",
+            f"a policy from comparisons, without reinforcement learning: {summary}",
+            "comparisons",
+        )
+        for name, summary in PREFERENCE_METHODS.items()
+    },
     "ppo": _row(
         "posttraining",
         "ppo:PpoConfig",

@@ -18,6 +18,7 @@ from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.differences import shown
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.ppo import PpoConfig
+from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import TrainingSection
@@ -181,7 +182,9 @@ def _short(value: object) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
-_Config: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PpoConfig | PretrainingConfig
+_Config: TypeAlias = (
+    FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PreferenceConfig | PpoConfig | PretrainingConfig
+)
 
 
 def of_task(
@@ -230,6 +233,31 @@ def of_preferences(
         **_learned_from(config, key, comparisons_digest(rows), encoder.tokenizer, encoder.max_length, base),
         **_template(encoder.template.source),
         **{f"reward.{name}": Trait(getattr(config.reward, name), (f"reward.{name}",)) for name in learned},
+    }
+
+
+def of_comparisons(
+    config: PreferenceConfig, rows: Sequence[EncodedComparison], encoder: PreferenceEncoder, *, base: str
+) -> Identity:
+    """Identity of a policy trained on comparisons: the comparisons with their pairs, and the losses."""
+    key = "preference_data" if config.data.preference_data else "training_data"
+    section = config.preference
+    learned = (
+        "label_smoothing",
+        "simpo_margin",
+        "discopop_temperature",
+        "divergence",
+        "divergence_alpha",
+        "length_alpha",
+        "margins",
+        "soft_labels",
+    )
+    return {
+        **_learned_from(config, key, comparisons_digest(rows), encoder.tokenizer, encoder.max_length, base),
+        **_template(encoder.template.source),
+        **setting("preference.loss", dict(config.losses)),
+        **setting("preference.beta", config.beta),
+        **{f"preference.{name}": Trait(getattr(section, name), (f"preference.{name}",)) for name in learned},
     }
 
 

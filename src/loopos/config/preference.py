@@ -1,0 +1,195 @@
+"""The config of preference optimization (`PreferenceConfig`): DPO and its relatives, each method name a preset of
+`preference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from loopos.config import checks
+from loopos.config.diagnostics import Problem
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Section, Text
+from loopos.config.preferences import check_text_files, text_effects, validation_notes
+from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
+from loopos.config.sections import (
+    ComputationSection,
+    DistributedSection,
+    EarlyStoppingSection,
+    LanguageModelSection,
+    LanguageTrainingSection,
+    MethodConfig,
+    check_distributed,
+)
+
+PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin"], MAY_BE_OWN, AS_IT_IS]
+"""Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, and the mean
+difference of the rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a method name stands for. `losses`: loss → weight."""
+
+    losses: Mapping[str, float]
+    beta: float = 0.1
+
+
+PRESETS: Mapping[str, Preset] = {
+    "dpo": Preset({"sigmoid": 1.0}),
+    "ipo": Preset({"ipo": 1.0}),
+    "simpo": Preset({"simpo": 1.0}, beta=2.0),
+    "orpo": Preset({"orpo": 1.0, "sft": 1.0}),
+    "cpo": Preset({"cpo": 1.0, "sft": 1.0}),
+    "apo_zero": Preset({"apo_zero": 1.0}),
+    "apo_down": Preset({"apo_down": 1.0}),
+    "aot": Preset({"aot": 1.0}),
+    "bco": Preset({"bco": 1.0}),
+    "exo": Preset({"exo": 1.0}),
+    "nca": Preset({"nca": 1.0}),
+    "sppo": Preset({"sppo": 1.0}),
+    "slic": Preset({"hinge": 1.0}),
+    "discopop": Preset({"discopop": 1.0}),
+    "robust_dpo": Preset({"robust": 1.0}),
+    "mpo": Preset({"sigmoid": 0.8, "bco": 0.2, "sft": 1.0}),
+}
+"""Method name → preset. beta is that of the paper's or its authors' code where they give one."""
+
+SFT = "sft"
+REFERENCE_FREE = ("simpo", "cpo", "orpo", SFT)
+
+
+class PreferenceSection(Section):
+    """What is learned from a comparison."""
+
+    loss: Text | dict[Text, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="name of a loss, or names with weights; the method's own when absent"
+    )
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="strength of the pull to the reference; the method's own when absent"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="probability that a row's order is wrong (cDPO, robust DPO, EXO, AOT)"
+    )
+    simpo_margin: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="margin of SimPO between the mean log-probabilities, times beta"
+    )
+    discopop_temperature: Annotated[float, Field(gt=0)] = Field(
+        default=0.05, description="temperature of the mix in DiscoPOP"
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = Field(
+        default="reverse_kl", description="divergence that keeps the policy near the reference"
+    )
+    divergence_alpha: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="alpha of divergence alpha")
+    length_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0,
+        description="weight of the tokens beyond the length of a pair's shorter response (LD-DPO); 1 is all",
+    )
+    margins: bool = Field(default=False, description="subtract the rows' margins from the difference of the rewards")
+    soft_labels: bool = Field(
+        default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
+    )
+    reference: Literal["auto", "adapter", "cached"] = Field(
+        default="auto",
+        description="log-probabilities of the reference: adapter (the weights without the adapters that train, in each "
+        "step), cached (computed once and kept on disk), or auto (adapter with trainable lora, else cached)",
+    )
+    reference_cache: Location | None = Field(
+        default=None, description="folder of the cached log-probabilities; the run's own when absent"
+    )
+
+
+class PreferenceEarlyStoppingSection(EarlyStoppingSection):
+    """When to stop before the last epoch."""
+
+    metric: PreferenceMetric | None = Field(  # type: ignore[assignment]
+        default=None, description="metric to monitor; training.metric when absent"
+    )
+
+
+class PreferenceTrainingSection(LanguageTrainingSection):
+    """The optimizer, its schedule, what trains, and when to validate, save and stop; a sequence is a comparison."""
+
+    early_stopping: PreferenceEarlyStoppingSection | None = Field(
+        default=None, description="when to stop early; null is never"
+    )
+    metric: PreferenceMetric | None = Field(  # type: ignore[assignment]
+        default=None, description="metric that selects the best checkpoint; accuracy when absent"
+    )
+
+
+class PreferenceConfig(MethodConfig):
+    """Config of a run of preference optimization."""
+
+    description: str = Field(default="", description="free text")
+    model: LanguageModelSection = Field(default_factory=LanguageModelSection, description="the model's sizes")
+    computation: ComputationSection = Field(description="the method")
+    training: PreferenceTrainingSection = Field(description="optimizer, schedule and checkpoints")
+    preference: PreferenceSection = Field(
+        default_factory=PreferenceSection, description="what is learned from a comparison"
+    )
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="how the run is distributed over processes"
+    )
+    data: PreferenceDataSection = Field(description="weights, rows and output folder")
+
+    @property
+    def preset(self) -> Preset:
+        """The preset of the method's name; `preference` is DPO."""
+        return PRESETS.get(self.computation.method, PRESETS["dpo"])
+
+    @property
+    def losses(self) -> Mapping[str, float]:
+        """Name of each loss → weight."""
+        chosen = self.preference.loss
+        if chosen is None:
+            return self.preset.losses
+        return {chosen: 1.0} if isinstance(chosen, str) else chosen
+
+    @property
+    def beta(self) -> float:
+        """Strength of the pull to the reference."""
+        return self.preset.beta if self.preference.beta is None else self.preference.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss reads the reference."""
+        return any(name not in REFERENCE_FREE for name in self.losses)
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation ever runs."""
+        return self.data.has_validation and self.training.validate_every != "never"
+
+    def check(self) -> Iterator[Problem]:
+        model, training, data = self.model, self.training, self.data
+        yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
+        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_no_head(training)
+        yield from checks.check_steps(training)
+        yield from checks.check_optimizer(training)
+        yield from check_distributed(self.distributed, training.optimizer)
+        yield from checks.check_validation(training, has_validation=data.has_validation)
+        yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
+        yield from checks.check_reading(
+            streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
+        )
+        if self.preference.reference == "adapter" and training.trainable != "lora":
+            fields = ("preference.reference", "training.trainable")
+            yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')
+
+    def check_files(self) -> Iterator[Problem]:
+        rows = (EXAMPLE_ROW, EXAMPLE_LINES)
+        yield from check_text_files(
+            self.data, {"preference_data": rows, "training_data": rows, "validation_data": rows}
+        )
+
+    def notes(self) -> list[str]:
+        data, training = self.data, self.training
+        effects = {**checks.effects(training), **text_effects(data)}
+        notes = checks.without_effect(self, effects) + checks.rate_notes(training)
+        source = data.preference_data or data.training_data
+        return notes + validation_notes(training, data, source, validates=self.validates)

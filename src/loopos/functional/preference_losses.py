@@ -1,0 +1,306 @@
+"""Losses of preference optimization: DPO and its relatives, in one table.
+
+Each takes a `Pairs` and `LossSettings` and returns one loss per pair, `[P]`, in nats unless stated; the objective
+weighs and sums them, and `training.update` divides. A loss is added with one function and one decorator.
+Letters: P pairs of a chosen response c and a rejected response r; π the policy, ρ the reference. All in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]
+
+# exp(80) is close to the fp32 maximum; larger ratios would give gradients of nan.
+_LARGEST_EXPONENT = 80.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """What the losses share. `beta`: the strength β of the pull to the reference (ORPO: of the odds ratio; SimPO: of
+    the mean log-probability). `label_smoothing`: the probability ε that a pair's order is wrong. `simpo_margin`: γ.
+    `discopop_temperature`: τ of DiscoPOP.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_margin: float = 0.5
+    discopop_temperature: float = 0.05
+    divergence: Divergence = "reverse_kl"
+    divergence_alpha: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Log-probabilities of both responses of each pair, all `[P]`, in nats.
+
+    `chosen`, `rejected`: log π(y|x), summed over the tokens of the response. `chosen_reference`,
+    `rejected_reference`: log ρ(y|x), without gradient; 0 for losses without a reference. `chosen_tokens`,
+    `rejected_tokens`: numbers of tokens. `probabilities`: how likely the chosen response is the better one (1 for a
+    certain pair). `margins`: what β times the difference must exceed. `sorted_reference`: for each pair, the
+    reference's difference of the same rank within the optimizer step (used by AOT).
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_reference: Tensor
+    rejected_reference: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    probabilities: Tensor
+    margins: Tensor
+    sorted_reference: Tensor | None = None
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """log π(c|x) − log ρ(c|x), `[P]`."""
+        return self.chosen - self.chosen_reference
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """log π(r|x) − log ρ(r|x), `[P]`."""
+        return self.rejected - self.rejected_reference
+
+    def gap(self, settings: LossSettings) -> Tensor:
+        """β·(f'(ratio of c) − f'(ratio of r)) − margin, `[P]`: what a pairwise loss reads; f is the divergence."""
+        chosen, rejected = (divergence_slope(ratio, settings) for ratio in (self.chosen_ratio, self.rejected_ratio))
+        return settings.beta * (chosen - rejected) - self.margins
+
+
+def divergence_slope(ratio: Tensor, settings: LossSettings) -> Tensor:
+    """f'(t) at t = exp(ratio), up to a constant, for the divergence that keeps the policy near the reference (Wang et
+    al. 2023, "Beyond reverse KL", table 1): log t for the reverse KL, −1/t for the forward KL, log(2t/(1+t)) for Jensen
+    and Shannon, (1 − t^−α)/α for α. Constants cancel between the two responses. `[P]` → `[P]`.
+    """
+    if settings.divergence == "reverse_kl":
+        return ratio
+    if settings.divergence == "forward_kl":
+        return -torch.exp((-ratio).clamp(max=_LARGEST_EXPONENT))
+    if settings.divergence == "jensen_shannon":
+        return math.log(2.0) + F.logsigmoid(ratio)
+    alpha = settings.divergence_alpha
+    return (1.0 - torch.exp((-alpha * ratio).clamp(max=_LARGEST_EXPONENT))) / alpha
+
+
+PairLoss: TypeAlias = Callable[[Pairs, LossSettings], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LossRow:
+    """One loss. `equation`, `source`: for the docs. `needs_reference`: whether it reads the reference's
+    log-probabilities. `needs_ranks`: whether it compares ranks within the optimizer step.
+    """
+
+    function: PairLoss
+    equation: str
+    source: str
+    needs_reference: bool = True
+    needs_ranks: bool = False
+
+
+PREFERENCE_LOSSES: dict[str, LossRow] = {}
+
+
+def preference_loss(
+    name: str, *, equation: str, source: str, needs_reference: bool = True, needs_ranks: bool = False
+) -> Callable[[PairLoss], PairLoss]:
+    """Adds the decorated function to the table under `name`."""
+
+    def added(function: PairLoss) -> PairLoss:
+        PREFERENCE_LOSSES[name] = LossRow(function, equation, source, needs_reference, needs_ranks)
+        return function
+
+    return added
+
+
+def _cross_entropy(gap: Tensor, probabilities: Tensor, smoothing: float) -> Tensor:
+    """−p·log σ(gap) − (1 − p)·log σ(−gap), with p moved from the label towards its opposite by ε. `[P]`."""
+    p = probabilities * (1.0 - smoothing) + (1.0 - probabilities) * smoothing
+    return -p * F.logsigmoid(gap) - (1.0 - p) * F.logsigmoid(-gap)
+
+
+@preference_loss(
+    "sigmoid",
+    equation="−log σ(Δ), Δ = β·(log π/ρ(c) − log π/ρ(r))",
+    source="DPO: Rafailov et al. 2023, equation 7; with label_smoothing cDPO: Mitchell 2023",
+)
+def sigmoid(pairs: Pairs, settings: LossSettings) -> Tensor:
+    return _cross_entropy(pairs.gap(settings), pairs.probabilities, settings.label_smoothing)
+
+
+@preference_loss(
+    "robust",
+    equation="(−(1 − ε)·log σ(Δ) + ε·log σ(−Δ)) / (1 − 2ε)",
+    source="Chowdhury et al. 2024, equation 7",
+)
+def robust(pairs: Pairs, settings: LossSettings) -> Tensor:
+    gap, epsilon = pairs.gap(settings), settings.label_smoothing
+    clean = _cross_entropy(gap, pairs.probabilities, 0.0)
+    flipped = _cross_entropy(-gap, pairs.probabilities, 0.0)
+    return ((1.0 - epsilon) * clean - epsilon * flipped) / (1.0 - 2.0 * epsilon)
+
+
+@preference_loss(
+    "ipo",
+    equation="(log π/ρ(c)/|c| − log π/ρ(r)/|r| − 1/(2β))²",
+    source="IPO: Azar et al. 2023, equation 17, per token as its authors corrected",
+)
+def ipo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    chosen = divergence_slope(pairs.chosen_ratio, settings) / pairs.chosen_tokens
+    rejected = divergence_slope(pairs.rejected_ratio, settings) / pairs.rejected_tokens
+    return (chosen - rejected - 1.0 / (2.0 * settings.beta)).square()
+
+
+@preference_loss("hinge", equation="max(0, 1 − Δ)", source="SLiC: Zhao et al. 2023; Liu et al. 2023 (RSO), equation 3")
+def hinge(pairs: Pairs, settings: LossSettings) -> Tensor:
+    return torch.relu(1.0 - pairs.gap(settings))
+
+
+@preference_loss(
+    "exo",
+    equation="σ(Δ)·(log σ(Δ) − log(1 − ε)) + σ(−Δ)·(log σ(−Δ) − log ε)",
+    source="EXO: Ji et al. 2024, equation 16; ε of 0 is read as 0.001",
+)
+def exo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    gap, epsilon = pairs.gap(settings), settings.label_smoothing or 1e-3
+    better, worse = F.logsigmoid(gap), F.logsigmoid(-gap)
+    return better.exp() * (better - math.log1p(-epsilon)) + worse.exp() * (worse - math.log(epsilon))
+
+
+@preference_loss(
+    "nca",
+    equation="−log σ(β·log π/ρ(c)) − ½·log σ(−β·log π/ρ(c)) − ½·log σ(−β·log π/ρ(r))",
+    source="NCA: Chen et al. 2024, algorithm 1 for two responses",
+)
+def nca(pairs: Pairs, settings: LossSettings) -> Tensor:
+    chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@preference_loss(
+    "bco",
+    equation="−log σ(β·log π/ρ(c)) − log σ(−β·log π/ρ(r))",
+    source="BCO: Jung et al. 2024, for pairs, without the shift δ",
+)
+def bco(pairs: Pairs, settings: LossSettings) -> Tensor:
+    return -F.logsigmoid(settings.beta * pairs.chosen_ratio) - F.logsigmoid(-settings.beta * pairs.rejected_ratio)
+
+
+@preference_loss(
+    "sppo",
+    equation="(log π/ρ(c) − 1/(2β))² + (log π/ρ(r) + 1/(2β))²",
+    source="SPPO: Wu et al. 2024, equation 4.7 with certain preferences",
+)
+def sppo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    half = 0.5 / settings.beta
+    return (pairs.chosen_ratio - half).square() + (pairs.rejected_ratio + half).square()
+
+
+@preference_loss(
+    "aot",
+    equation="−log σ(β·(d_(k) − e_(k))), d = log π(c) − log π(r), e = log ρ(c) − log ρ(r), (k) the rank in the step",
+    source="AOT: Melnyk et al. 2024, paired",
+    needs_ranks=True,
+)
+def aot(pairs: Pairs, settings: LossSettings) -> Tensor:
+    assert pairs.sorted_reference is not None, "ranks are computed before the loss"
+    gap = settings.beta * (pairs.chosen - pairs.rejected - pairs.sorted_reference)
+    return _cross_entropy(gap, pairs.probabilities, settings.label_smoothing)
+
+
+@preference_loss(
+    "apo_zero",
+    equation="1 − σ(β·log π/ρ(c)) + σ(β·log π/ρ(r))",
+    source="APO-zero: D'Oosterlinck et al. 2024, equation 7",
+)
+def apo_zero(pairs: Pairs, settings: LossSettings) -> Tensor:
+    chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+@preference_loss(
+    "apo_down",
+    equation="σ(β·log π/ρ(c)) + 1 − σ(Δ)",
+    source="APO-down: D'Oosterlinck et al. 2024, equation 8",
+)
+def apo_down(pairs: Pairs, settings: LossSettings) -> Tensor:
+    chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+@preference_loss(
+    "discopop",
+    equation="−(1 − m)·log σ(Δ) + m·exp(−Δ), m = σ(Δ/τ)",
+    source="DiscoPOP (log-ratio modulated loss): Lu et al. 2024, equation 5",
+)
+def discopop(pairs: Pairs, settings: LossSettings) -> Tensor:
+    gap = pairs.gap(settings)
+    mix = torch.sigmoid(gap / settings.discopop_temperature)
+    return -(1.0 - mix) * F.logsigmoid(gap) + mix * torch.exp((-gap).clamp(max=_LARGEST_EXPONENT))
+
+
+@preference_loss(
+    "simpo",
+    equation="−log σ(β·(log π(c)/|c| − log π(r)/|r|) − γ)",
+    source="SimPO: Meng et al. 2024, equation 6",
+    needs_reference=False,
+)
+def simpo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    gap = settings.beta * (pairs.chosen / pairs.chosen_tokens - pairs.rejected / pairs.rejected_tokens)
+    return _cross_entropy(gap - settings.simpo_margin - pairs.margins, pairs.probabilities, settings.label_smoothing)
+
+
+@preference_loss(
+    "cpo",
+    equation="−log σ(β·(log π(c) − log π(r)))",
+    source="CPO: Xu et al. 2024, equation 3 (its likelihood term is the loss sft)",
+    needs_reference=False,
+)
+def cpo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    gap = settings.beta * (pairs.chosen - pairs.rejected) - pairs.margins
+    return _cross_entropy(gap, pairs.probabilities, settings.label_smoothing)
+
+
+@preference_loss(
+    "orpo",
+    equation="−β·log σ(log odds(c) − log odds(r)), odds = p/(1 − p), p = exp(log π(y)/|y|)",
+    source="ORPO: Hong et al. 2024, equation 7 (its likelihood term is the loss sft)",
+    needs_reference=False,
+)
+def orpo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    odds = chosen - rejected - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
+    return settings.beta * _cross_entropy(odds, pairs.probabilities, settings.label_smoothing)
+
+
+def _log_one_minus_exp(value: Tensor) -> Tensor:
+    """log(1 − exp(v)) for v < 0, exact near 0 and far from it (Mächler 2012). `[P]` → `[P]`."""
+    value = value.clamp(max=-1e-7)
+    near = value > -math.log(2.0)
+    safe_near, safe_far = torch.where(near, value, -1.0), torch.where(near, -1.0, value)
+    return torch.where(near, torch.log(-torch.expm1(safe_near)), torch.log1p(-torch.exp(safe_far)))
+
+
+def kto_losses(
+    ratios: Tensor,
+    desirable: Tensor,
+    baseline: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor:
+    """λ_D·(1 − σ(β·ratio − z)) for desirable answers, λ_U·(1 − σ(z − β·ratio)) for others, with z = β·`baseline`
+    (KTO: Ethayarajh et al. 2024, equation 8). ratios log π/ρ(y|x) `[N]`, desirable `[N]` bool, baseline: the
+    estimate of KL(π ‖ ρ), nats, scalar without gradient, at least 0 → `[N]`.
+    """
+    gap = beta * (ratios - baseline)
+    good, bad = desirable_weight * torch.sigmoid(-gap), undesirable_weight * torch.sigmoid(gap)
+    return torch.where(desirable, good, bad)

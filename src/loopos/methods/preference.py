@@ -1,0 +1,248 @@
+"""Preference optimization: a policy learns from comparisons directly, without a reward model or sampling.
+
+    comparisons → chat template → tokens → log π and log ρ of both responses → a loss of `functional.preference_losses`
+
+DPO (Rafailov et al. 2023) and its relatives; the method's name is a preset of `preference.loss` and `preference.beta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loopos.config.preference import PreferenceConfig
+from loopos.data.batches import ComparisonRows, StepBatches, in_step
+from loopos.data.digest import comparisons_digest
+from loopos.data.preference_data import load_comparisons
+from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
+from loopos.data.reading import account
+from loopos.data.response_batches import PreferenceBatch, PreferenceRows
+from loopos.functional.packing import PackedLayout
+from loopos.functional.preference_losses import LossSettings
+from loopos.methods.base import Direction, Trainer
+from loopos.models.adapters import AdapterView, set_trained_language_model
+from loopos.models.attention import prompt_runs_once
+from loopos.models.backbone import Backbone
+from loopos.models.folders import export_language_model
+from loopos.models.language_model import LanguageModel
+from loopos.rl.roles import without_dropout
+from loopos.training.fit import Fit
+from loopos.training.identity import of_comparisons
+from loopos.training.objectives import with_router_loss
+from loopos.training.preference_batches import PreferenceBatches, ranked
+from loopos.training.preference_objective import PreferenceObjective
+from loopos.training.reference import ReferenceCache, cached_logprobs
+from loopos.training.validation import Validation
+
+DIRECTIONS: dict[str, Direction] = {"loss": "min", "accuracy": "max", "reward_margin": "max"}
+# Tokens of one forward pass of validation.
+_TOKENS = 2048
+
+
+class Policy(nn.Module):
+    """A language model as log-probabilities of chosen tokens."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `targets` `[M]` after `positions` `[M]`, and entropies, nats. ids `[T]` → two `[M]`."""
+        return self.logprobs(self.model.backbone, ids, layout, positions, targets)
+
+    def logprobs(
+        self, backbone: Backbone | AdapterView, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with another view of the backbone."""
+        return self.model.logprobs(backbone(ids, layout)[positions], targets)
+
+
+class PreferenceTrainer(Trainer[PreferenceConfig]):
+    """Trains a policy on comparisons: `PreferenceTrainer(config).train()`."""
+
+    def load_data(self) -> None:
+        """Reads the comparisons, loads the model, and tokenizes by its template."""
+        config, data = self.config, self.config.data
+        self.data = load_comparisons(data, data.source, seed=config.training.seed)
+        self.pretrained = self.load_pretrained(causal=True)
+        self.max_length = self.longest_of(self.pretrained)
+        self.encoder = PreferenceEncoder(data, self.pretrained.tokenizer, max_length=self.max_length)
+        self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
+        self.validation_rows: list[EncodedComparison] = []
+        lines = [
+            self.pretrained.summary,
+            *self.data.summary,
+            self.encoder.template.summary,
+            f"tokens: {self.train_tokens.summary()}",
+        ]
+        if config.validates and self.data.validation:
+            self.validation_rows, self.validation_tokens = self.encoder.comparisons(self.data.validation)
+            lines.append(f"validation tokens: {self.validation_tokens.summary()}")
+        self.progress.say(*lines)
+
+    def build_model(self) -> Policy:
+        """The policy, what trains, the number format, and where the reference comes from."""
+        settings = self.config.training
+        self.choose_precision()
+        language_model = LanguageModel(self.pretrained.model, attention=self.config.model.attention)
+        self.backbone = backbone = language_model.backbone
+        self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
+        self.print_attention(backbone)
+        initially_frozen = set_trained_language_model(language_model.causal, backbone.model, settings)
+        if settings.gradient_checkpointing:
+            language_model.causal.activation_checkpointing_enable()
+        without_dropout(language_model)
+        self.model = Policy(language_model)
+        self.train_weights(self.model, initially_frozen=initially_frozen)
+        self.progress.say(self.trained.summary())
+        self.objective = self._objective()
+        return self.model
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed once and kept."""
+        chosen = self.config.preference.reference
+        return self.config.needs_reference and (chosen == "cached" or (chosen == "auto" and self.lora is None))
+
+    def _objective(self) -> PreferenceObjective:
+        section, config = self.config.preference, self.config
+        without_adapters = AdapterView(self.backbone, None)
+
+        @torch.no_grad()
+        def reference(batch: PreferenceBatch) -> Tensor:
+            tokens = (batch.ids, batch.layout, batch.positions, batch.targets)
+            return self.model.logprobs(without_adapters, *tokens)[0]
+
+        settings = LossSettings(
+            beta=config.beta,
+            label_smoothing=section.label_smoothing,
+            simpo_margin=section.simpo_margin,
+            discopop_temperature=section.discopop_temperature,
+            divergence=section.divergence,
+            divergence_alpha=section.divergence_alpha,
+        )
+        with_adapters = config.needs_reference and not self.caches_reference
+        return PreferenceObjective(
+            self.model,
+            config.losses,
+            settings,
+            reference=reference if with_adapters else None,
+            length_alpha=section.length_alpha,
+        )
+
+    def rows(self, examples: list[EncodedComparison]) -> PreferenceRows:
+        """Comparisons as batches take them, with the reference's log-probabilities if these are cached."""
+        section = self.config.preference
+        runs_once = prompt_runs_once((each.num_tokens for each in examples), on_cpu=self.device.type == "cpu")
+        comparisons = ComparisonRows(
+            examples,
+            self.device,
+            share_prompts=self.shares_prompts and runs_once,
+            margins=section.margins,
+            soft_labels=section.soft_labels,
+        )
+        rows = PreferenceRows(comparisons)
+        if not self.caches_reference:
+            return rows
+        cache = ReferenceCache(self._cache_folder())
+        key = cache.key(examples, weights=self.pretrained.fingerprint, precision=self.precision)
+        was_training = self.model.training
+        self.model.eval()
+        found = cached_logprobs(cache, key, self.model, rows, self.world, say=self.progress.say)
+        self.model.train(was_training)
+        return PreferenceRows(comparisons, found)
+
+    def _cache_folder(self) -> Path:
+        chosen = self.config.preference.reference_cache
+        return self.run_dir / "reference" if chosen is None else Path(chosen)
+
+    def build_fit(self) -> Fit[PreferenceBatch]:
+        """Optimizer, update, batches and loop."""
+        settings, (rank, size) = self.config.training, self.world.data_parallel
+        batches = StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size)
+        if self.validation_rows:
+            self.validation_batches = self.rows(self.validation_rows)
+        return self.fit_of(
+            update=self.update_of(self.model),
+            batches=PreferenceBatches(batches, self.objective, self.world),
+            objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
+            validation=self._validation() if self.validation_rows else None,
+            identity=of_comparisons(self.config, self.train_rows, self.encoder, base=self.pretrained.fingerprint),
+            facts=self._facts(),
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """The account of rows and tokens, for the log."""
+        return {
+            "rows": [account(report) for report in self.data.reports],
+            "tokens": {"training": self.train_tokens.counts()},
+            "shared prompts": self.shares_prompts,
+        }
+
+    def _validation(self) -> Validation:
+        return self.validation_of(
+            self.watched("accuracy"),
+            DIRECTIONS,
+            num_rows=len(self.validation_rows),
+            digest=comparisons_digest(self.validation_rows),
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The losses and implicit rewards of the validation comparisons."""
+        rank, size = self.world.data_parallel
+        was_training = self.model.training
+        self.model.eval()
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for batch, counted in self._validation_batches(rank, size):
+            found, number = self.objective.loss(batch), self.objective.counts(batch)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + (float(value) if counted else 0.0)
+                counts[name] = counts.get(name, 0.0) + (number[name] if counted else 0.0)
+        self.model.train(was_training)
+        total, number = self.world.sum_floats(sums), self.world.sum_floats(counts)
+        metrics = {name: total[name] / number[name] for name in total}
+        if "loss" not in metrics:
+            metrics["loss"] = sum(weight * metrics[name] for name, weight in self.objective.weights.items())
+        return self.with_own_metrics(metrics, [], [])
+
+    def _validation_batches(self, rank: int, size: int) -> Iterator[tuple[PreferenceBatch, bool]]:
+        """This rank's batches, and whether they count; with the ranks that AOT compares, over all that count."""
+        batches = in_step(self.validation_batches, tokens=_TOKENS, rank=rank, world=size)
+        if not self.objective.needs_ranks:
+            yield from batches
+            return
+        found = list(batches)
+        counted = iter(ranked([batch for batch, counts in found if counts], self.objective, self.world))
+        for batch, counts in found:
+            yield (next(counted), True) if counts else (replace(batch, sorted_reference=batch.pairs.margins), False)
+
+    def exported(self) -> LanguageModel:
+        return self.model.model
+
+    def write_model(self) -> None:
+        tokenizer = self.pretrained.tokenizer
+        tokenizer.chat_template = self.encoder.template.source
+        export_language_model(
+            self.run_dir,
+            self.model.model.causal,
+            tokenizer,
+            self.description(),
+            lora=self.lora,
+            base=self.config.data.pretrained_weights,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What the model folder records."""
+        return {
+            "method": self.config.computation.method,
+            "stop_tokens": list(self.encoder.template.stop_tokens),
+            "max_length": self.max_length,
+            **super().description(),
+        }

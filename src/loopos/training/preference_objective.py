@@ -1,0 +1,173 @@
+"""The objective of preference optimization: losses of pairs of responses as named sums and counts, and what is reported
+beside them.
+
+Letters: T tokens of a packed row, M tokens of responses, N responses, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loopos.data.response_batches import PreferenceBatch
+from loopos.functional.packing import PackedLayout
+from loopos.functional.preference_losses import PREFERENCE_LOSSES, LossSettings, Pairs
+
+Logprobs = Callable[[Tensor, PackedLayout, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(ids `[T]`, layout, positions `[M]`, targets `[M]`) → log-probabilities and entropies of the targets, `[M]` each."""
+
+SFT = "sft"
+"""The loss −log π(c|x), the mean over the tokens of all chosen responses of a step."""
+
+_BY_PAIR = ("rewards_chosen", "rewards_rejected", "reward_margin", "accuracy", "ties")
+_BY_RESPONSE = ("logprob_chosen", "logprob_rejected", "length_chosen", "length_rejected")
+_BY_TOKEN = ("logprob_per_token_chosen", "logprob_per_token_rejected")
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """Σ_k w_k·L_k, each L_k the weighted mean over the pairs of a step (`sft`: over the tokens of chosen responses).
+
+    `losses`: name → weight; a name is a row of `PREFERENCE_LOSSES`, or "sft". `reference`: computes the
+    log-probabilities of the reference for batches that hold none. In the first step the policy is the reference: its
+    log-probabilities are then the policy's own, so that all rewards are exactly 0 in any packing. `length_alpha`:
+    weight of the tokens beyond the length of a pair's shorter response (LD-DPO: Liu et al. 2024, equation 8).
+    """
+
+    policy: Logprobs
+    losses: Mapping[str, float]
+    settings: LossSettings
+    reference: Callable[[PreferenceBatch], Tensor] | None = None
+    length_alpha: float = 1.0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss reads the reference."""
+        return any(name != SFT and PREFERENCE_LOSSES[name].needs_reference for name in self.losses)
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether any loss compares ranks within the step."""
+        return any(name != SFT and PREFERENCE_LOSSES[name].needs_ranks for name in self.losses)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"loss": 1.0} if len(self.losses) == 1 else dict(self.losses)
+
+    def counts(self, batch: PreferenceBatch) -> Mapping[str, float]:
+        pairs = batch.pairs
+        weight = float(pairs.weights.sum())
+        chosen_tokens, rejected_tokens = (
+            float((batch.lengths[side] * pairs.weights).sum()) for side in (pairs.better, pairs.worse)
+        )
+        counts = dict.fromkeys((*_BY_PAIR, *_BY_RESPONSE), weight)
+        counts |= {"logprob_per_token_chosen": chosen_tokens, "logprob_per_token_rejected": rejected_tokens}
+        counts["entropy"] = float(len(batch.targets))
+        for name in self.losses:
+            counts[self._name(name)] = chosen_tokens if name == SFT else weight
+        return counts
+
+    def _name(self, loss: str) -> str:
+        return "loss" if len(self.losses) == 1 else loss
+
+    def loss(self, batch: PreferenceBatch) -> Mapping[str, Tensor]:
+        logprobs, entropies = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        reference = self._reference(batch, logprobs)
+        found = self.pairs(batch, logprobs, reference)
+        sums = {self._name(name): self._sum(name, batch, found, logprobs) for name in self.losses}
+        return sums | self._reported(batch, found, logprobs.detach()) | {"entropy": entropies.detach().sum()}
+
+    def idle(self, batch: PreferenceBatch) -> Tensor:
+        outputs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        if self.needs_reference and batch.reference is None and self.reference is not None:
+            self.reference(batch)
+        return torch.stack([each.sum() for each in outputs]).sum() * 0.0
+
+    def score(self, batch: PreferenceBatch) -> Pairs:
+        """The pairs of a batch under the current weights."""
+        logprobs, _ = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        return self.pairs(batch, logprobs, self._reference(batch, logprobs))
+
+    def _reference(self, batch: PreferenceBatch, logprobs: Tensor) -> Tensor | None:
+        if not self.needs_reference:
+            return None
+        if batch.is_first:
+            return logprobs.detach()
+        if batch.reference is not None:
+            return batch.reference
+        assert self.reference is not None, "a loss with a reference has one"
+        return self.reference(batch)
+
+    def pairs(self, batch: PreferenceBatch, logprobs: Tensor, reference: Tensor | None) -> Pairs:
+        """The pairs of a batch from log-probabilities `[M]`."""
+        data, lengths = batch.pairs, batch.lengths
+        chosen, rejected = self._sides(batch, logprobs)
+        if reference is None:
+            chosen_reference, rejected_reference = torch.zeros_like(chosen), torch.zeros_like(rejected)
+        else:
+            chosen_reference, rejected_reference = self._sides(batch, reference)
+        return Pairs(
+            chosen,
+            rejected,
+            chosen_reference,
+            rejected_reference,
+            lengths[data.better],
+            lengths[data.worse],
+            data.probabilities,
+            data.margins,
+            batch.sorted_reference,
+        )
+
+    def _sides(self, batch: PreferenceBatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the chosen and the rejected response of each pair, `[P]`."""
+        data = batch.pairs
+        whole = batch.per_response(logprobs)
+        if self.length_alpha == 1.0:
+            return whole[data.better], whole[data.worse]
+        shorter = torch.minimum(batch.lengths[data.better], batch.lengths[data.worse])
+        cumulated = torch.cat([logprobs.new_zeros(1), logprobs.float().cumsum(0)])
+        ends = batch.lengths.long().cumsum(0)
+        starts = ends - batch.lengths.long()
+        sides = []
+        for side in (data.better, data.worse):
+            first = starts[side]
+            head = cumulated[first + shorter.long()] - cumulated[first]
+            sides.append(head + self.length_alpha * (whole[side] - head))
+        return sides[0], sides[1]
+
+    def _sum(self, name: str, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor) -> Tensor:
+        weights = batch.pairs.weights
+        if name == SFT:
+            return -(batch.per_response(logprobs)[batch.pairs.better] * weights).sum()
+        return (PREFERENCE_LOSSES[name].function(pairs, self.settings) * weights).sum()
+
+    @torch.no_grad()
+    def _reported(self, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor) -> dict[str, Tensor]:
+        """What is logged beside the losses: implicit rewards β·log π/ρ (β·log π/|y| without a reference), the share of
+        pairs whose chosen response has the larger one, log-probabilities and lengths.
+        """
+        weights, beta = batch.pairs.weights, self.settings.beta
+        whole = batch.per_response(logprobs)
+        chosen_logprob, rejected_logprob = whole[batch.pairs.better], whole[batch.pairs.worse]
+        if self.needs_reference:
+            chosen, rejected = beta * pairs.chosen_ratio, beta * pairs.rejected_ratio
+        else:
+            chosen, rejected = beta * pairs.chosen / pairs.chosen_tokens, beta * pairs.rejected / pairs.rejected_tokens
+        gap = chosen - rejected
+        values = {
+            "rewards_chosen": chosen,
+            "rewards_rejected": rejected,
+            "reward_margin": gap,
+            "accuracy": (torch.sign(gap) + 1.0) / 2.0,
+            "ties": (gap == 0).float(),
+            "logprob_chosen": chosen_logprob,
+            "logprob_rejected": rejected_logprob,
+            "logprob_per_token_chosen": chosen_logprob,
+            "logprob_per_token_rejected": rejected_logprob,
+            "length_chosen": pairs.chosen_tokens,
+            "length_rejected": pairs.rejected_tokens,
+        }
+        return {name: (value * weights).sum() for name, value in values.items()}

@@ -1,0 +1,214 @@
+"""Preference optimization through its real entry point, on the pico model, beside plain padded computations."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from preference_runs import comparisons, events_of, write_rows
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from loopos.config.preference import PRESETS, PreferenceConfig
+from loopos.methods.preference import PreferenceTrainer
+from loopos.training.distributed import World
+from loopos.training.preference_batches import ranked
+from loopos.training.progress import RunProgress
+
+
+def config(
+    run: Path, weights: Path, method: str = "dpo", *, rows: Sequence[Mapping[str, Any]] | None = None,
+    **sections: Mapping[str, Any],
+) -> PreferenceConfig:  # fmt: skip
+    file = write_rows(run.parent / f"{run.name}.jsonl", comparisons(40) if rows is None else rows)
+    training = {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 4, "precision": "fp32", "seed": 5}
+    data = {"pretrained_weights": str(weights), "preference_data": str(file), "output_dir": str(run)}
+    return PreferenceConfig.model_validate(
+        {
+            "computation": {"mode": "posttraining", "method": method},
+            "training": {**training, **sections.get("training", {})},
+            "data": {**data, "validation_share": 0.2, **sections.get("data", {})},
+            "preference": sections.get("preference", {}),
+        }
+    )
+
+
+def trained(settings: PreferenceConfig) -> PreferenceTrainer:
+    method = PreferenceTrainer(settings, progress=RunProgress(quiet=True))
+    method.train()
+    return method
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return events_of(run, "step")
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_first_loss_of_dpo_is_log_2_and_all_rewards_are_0(
+    tmp_path: Path, pico_folder: Path, trainable: str
+) -> None:
+    training = {"trainable": trainable, "max_steps": 2, "shuffle": False}
+    trained(config(tmp_path / "run", pico_folder, training=training))
+    first, second = steps(tmp_path / "run")[:2]
+    assert first["loss"] == pytest.approx(float(-torch.nn.functional.logsigmoid(torch.zeros(()))), abs=0)
+    assert (first["rewards_chosen"], first["rewards_rejected"], first["reward_margin"], first["ties"]) == (0, 0, 0, 1)
+    assert second["loss"] < math.log(2) or second["rewards_chosen"] != 0
+
+
+def plain_logprobs(model: Any, prompt: Sequence[int], response: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of a response's tokens, one sequence at a time."""
+    ids = torch.tensor([[*prompt, *response]])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def _log_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return -torch.log1p(torch.exp(-x))
+
+
+# Each from its paper, of sums (c, r), the reference's sums (rc, rr), token numbers (nc, nr) and beta, in fp64.
+PAPERS: dict[str, Any] = {
+    "dpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) - (r - rr))),
+    "robust_dpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) - (r - rr))),
+    "ipo": lambda c, r, rc, rr, nc, nr, b: ((c - rc) / nc - (r - rr) / nr - 1 / (2 * b)) ** 2,
+    "slic": lambda c, r, rc, rr, nc, nr, b: torch.clamp(1 - b * ((c - rc) - (r - rr)), min=0),
+    "simpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * (c / nc - r / nr) - 0.5),
+    "exo": lambda c, r, rc, rr, nc, nr, b: _kl2(b * ((c - rc) - (r - rr)), 1e-3),
+    "nca": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * (c - rc)) - (_log_sigmoid(-b * (c - rc)) + _log_sigmoid(-b * (r - rr))) / 2,
+    "bco": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * (c - rc)) - _log_sigmoid(-b * (r - rr)),
+    "sppo": lambda c, r, rc, rr, nc, nr, b: ((c - rc) - 1 / (2 * b)) ** 2 + ((r - rr) + 1 / (2 * b)) ** 2,
+    "apo_zero": lambda c, r, rc, rr, nc, nr, b: 1 - _sigmoid(b * (c - rc)) + _sigmoid(b * (r - rr)),
+    "apo_down": lambda c, r, rc, rr, nc, nr, b: _sigmoid(b * (c - rc)) + 1 - _sigmoid(b * ((c - rc) - (r - rr))),
+    "discopop": lambda c, r, rc, rr, nc, nr, b: _discopop(b * ((c - rc) - (r - rr))),
+}  # fmt: skip
+
+
+def _kl2(gap: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """KL of (σ(gap), σ(−gap)) to (1 − ε, ε)."""
+    p = _sigmoid(gap)
+    return p * torch.log(p / (1 - epsilon)) + (1 - p) * torch.log((1 - p) / epsilon)
+
+
+def _discopop(gap: torch.Tensor) -> torch.Tensor:
+    m = _sigmoid(gap / 0.05)
+    return -(1 - m) * _log_sigmoid(gap) + m * torch.exp(-gap)
+
+
+def _of_pairs(name: str, model: Any, reference: Any, rows: Sequence[Any], beta: float) -> torch.Tensor:
+    """The mean loss of rows, one sequence at a time."""
+    losses, log_odds, chosen_sum, chosen_tokens = [], [], [], 0
+    for row in rows:
+        both = [plain_logprobs(model, row.prompt, response).double() for response in row.responses]
+        with torch.no_grad():
+            start = [plain_logprobs(reference, row.prompt, response).double() for response in row.responses]
+        (c, r), (rc, rr), (nc, nr) = [x.sum() for x in both], [x.sum() for x in start], [len(x) for x in both]
+        chosen_sum.append(c)
+        chosen_tokens += nc
+        if name in PAPERS:
+            losses.append(PAPERS[name](c, r, rc, rr, nc, nr, beta))
+        elif name == "orpo":
+            p, q = torch.exp(c / nc), torch.exp(r / nr)
+            log_odds.append(-beta * _log_sigmoid(torch.log(p / (1 - p)) - torch.log(q / (1 - q))))
+        elif name == "cpo":
+            log_odds.append(-_log_sigmoid(beta * (c - r)))
+        elif name == "mpo":
+            log_odds.append(
+                0.8 * PAPERS["dpo"](c, r, rc, rr, nc, nr, beta) + 0.2 * PAPERS["bco"](c, r, rc, rr, nc, nr, beta)
+            )
+    if losses:
+        return torch.stack(losses).mean()
+    return torch.stack(log_odds).mean() - torch.stack(chosen_sum).sum() / chosen_tokens
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"aot"}))
+def test_losses_and_gradients_equal_a_plain_computation(name: str, tmp_path: Path, pico_folder: Path) -> None:
+    method = trained(config(tmp_path / "run", pico_folder, name, training={"max_steps": 2, "learning_rate": 1e-3}))
+    rows = method.train_rows[:6]
+    batch = method.rows(method.train_rows)([0, 1, 2, 3, 4, 5])
+    parameters = dict(method.model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    sums, counts, weights = method.objective.loss(batch), method.objective.counts(batch), method.objective.weights
+    loss = sum(weights[part] * sums[part] / counts[part] for part in weights)
+    embedding = next(value for part, value in parameters.items() if "embed_tokens" in part)
+    own = torch.autograd.grad(loss, embedding)[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
+    plain = _of_pairs(name, model, reference, rows, PRESETS[name].beta)
+    theirs = torch.autograd.grad(plain, model.get_input_embeddings().weight)[0]
+    assert loss.item() == pytest.approx(plain.item(), abs=2e-5, rel=1e-5)
+    scale = float(theirs.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(own, theirs, atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_aot_compares_ranks_over_the_whole_step(tmp_path: Path, pico_folder: Path) -> None:
+    """The k-th largest difference of the policy meets the k-th largest of the reference, in any micro-batches."""
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        training = {"max_steps": 3, "batch_size": size, "gradient_accumulation": accumulation, "learning_rate": 1e-3}
+        method = trained(config(tmp_path / f"run{size}", pico_folder, "aot", training={**training, "shuffle": False}))
+        found.append([step["loss"] for step in steps(tmp_path / f"run{size}")])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run2" / "model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
+    rows = method.train_rows[:8]
+    with torch.no_grad():
+        own, start = (
+            torch.stack([plain_logprobs(each, r.prompt, r.responses[0]).sum() - plain_logprobs(each, r.prompt, r.responses[1]).sum() for r in rows])
+            for each in (model, reference)
+        )  # fmt: skip
+    expected = -_log_sigmoid(0.1 * (own.sort().values - start.sort().values)).mean()
+    batches = [method.rows(method.train_rows)(part) for part in ([0, 1, 2], [3, 4, 5, 6], [7])]
+    with torch.no_grad():
+        loss = sum(method.objective.loss(each)["loss"] for each in ranked(batches, method.objective, World())) / 8
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "trainable"), [("dpo", "all"), ("dpo", "lora"), ("mpo", "all"), ("simpo", "all")])
+def test_micro_batches_change_nothing(name: str, trainable: str, tmp_path: Path, pico_folder: Path) -> None:
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        training = {"max_steps": 4, "batch_size": size, "gradient_accumulation": accumulation, "trainable": trainable}
+        run = tmp_path / f"run{size}"
+        trained(config(run, pico_folder, name, training={**training, "learning_rate": 1e-3}))
+        found.append(
+            [(step.get("loss", step.get("sft")), step["gradient_norm"], step["reward_margin"]) for step in steps(run)]
+        )
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=2e-5, rel=2e-4)
+
+
+def test_it_learns_what_is_preferred_and_validates(tmp_path: Path, pico_folder: Path) -> None:
+    trained(config(tmp_path / "run", pico_folder, "dpo", training={"learning_rate": 3e-3}))
+    first, *_, last = events_of(tmp_path / "run", "validation")
+    assert (first["loss"], first["accuracy"], first["ties"]) == (pytest.approx(math.log(2), abs=1e-6), 0.5, 1.0)
+    assert last["accuracy"] > 0.9
+    assert last["reward_margin"] > 0.5
+
+
+def test_the_cache_of_the_reference_is_read_again(tmp_path: Path, pico_folder: Path) -> None:
+    shared = {"reference_cache": str(tmp_path / "reference")}
+    one = config(tmp_path / "one", pico_folder, preference=shared, training={"max_steps": 3})
+    trained(one)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "reference").iterdir()}
+    assert len(files) == 2, "one of the training rows, one of the validation rows"
+    said = _lines(config(tmp_path / "two", pico_folder, preference=shared, training={"max_steps": 3}))
+    assert sum("read from" in line for line in said) == 2
+    assert {file.name: file.read_bytes() for file in (tmp_path / "reference").iterdir()} == files
+    assert [s["loss"] for s in steps(tmp_path / "one")] == [s["loss"] for s in steps(tmp_path / "two")]
+
+
+def _lines(settings: PreferenceConfig) -> list[str]:
+    stream = io.StringIO()
+    PreferenceTrainer(settings, progress=RunProgress(console=Console(file=stream, width=300))).train()
+    return stream.getvalue().splitlines()
