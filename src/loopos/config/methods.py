@@ -102,6 +102,13 @@ BUILTIN: Mapping[str, MethodRow] = {
         )
         for name, summary in PREFERENCE_METHODS.items()
     },
+    "kto": _row(
+        "posttraining",
+        "preference:PreferenceConfig",
+        "kto:KtoTrainer",
+        "a policy from single answers with a thumb, up or down: KTO",
+        "comparisons",
+    ),
     "ppo": _row(
         "posttraining",
         "ppo:PpoConfig",

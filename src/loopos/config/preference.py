@@ -58,6 +58,7 @@ PRESETS: Mapping[str, Preset] = {
 }
 """Method name → preset. beta is that of the paper's or its authors' code where they give one."""
 
+KTO = "kto"
 SFT = "sft"
 REFERENCE_FREE = ("simpo", "cpo", "orpo", SFT)
 
@@ -87,6 +88,12 @@ class PreferenceSection(Section):
     length_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         default=1.0,
         description="weight of the tokens beyond the length of a pair's shorter response (LD-DPO); 1 is all",
+    )
+    desirable_weight: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="weight of desirable answers in KTO"
+    )
+    undesirable_weight: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="weight of undesirable answers in KTO"
     )
     margins: bool = Field(default=False, description="subtract the rows' margins from the difference of the rewards")
     soft_labels: bool = Field(
@@ -157,7 +164,7 @@ class PreferenceConfig(MethodConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether any loss reads the reference."""
-        return any(name not in REFERENCE_FREE for name in self.losses)
+        return self.computation.method == KTO or any(name not in REFERENCE_FREE for name in self.losses)
 
     @property
     def validates(self) -> bool:
@@ -177,6 +184,9 @@ class PreferenceConfig(MethodConfig):
         yield from checks.check_reading(
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
         )
+        if self.computation.method == KTO and self.preference.loss is not None:
+            fields = ("preference.loss", "computation.method")
+            yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
         if self.preference.reference == "adapter" and training.trainable != "lora":
             fields = ("preference.reference", "training.trainable")
             yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')

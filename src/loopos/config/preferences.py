@@ -28,6 +28,9 @@ CHAT_TEMPLATES = ("auto", "plain", "none")
 
 PreferenceRole: TypeAlias = Literal[
     "prompt",
+    "completion",
+    "label",
+    "messages",
     "chosen",
     "rejected",
     "responses",

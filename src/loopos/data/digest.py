@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loopos.data.answer_batches import EncodedAnswer
 from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.tokens import Encoded
 
@@ -39,6 +40,17 @@ def comparisons_digest(comparisons: Iterable[EncodedComparison]) -> str:
             digest.update(array("i", ids).tobytes())
         for pair in each.pairs:
             digest.update(array("d", [pair.better, pair.worse, pair.probability, pair.margin]).tobytes())
+    return digest.hexdigest()
+
+
+def answers_digest(answers: Iterable[EncodedAnswer]) -> str:
+    """Prompts, answers, thumbs and mismatched answers in their order."""
+    digest = hashlib.sha256()
+    for each in answers:
+        texts = (each.prompt, each.response, each.mismatched)
+        digest.update(array("q", [each.desirable, *map(len, texts)]).tobytes())
+        for ids in texts:
+            digest.update(array("i", ids).tobytes())
     return digest.hexdigest()
 
 

@@ -19,8 +19,9 @@ from loopos.data.reading import FormatReport, account, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
 from loopos.data.split import split_off
+from loopos.data.thumbs import Thumbs, read_thumbs
 
-ExampleT = TypeVar("ExampleT", Comparison, Prompt)
+ExampleT = TypeVar("ExampleT", Comparison, Prompt, Thumbs)
 _Read = Callable[..., tuple[list[ExampleT], FormatReport]]
 
 
@@ -40,6 +41,12 @@ def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> 
     fraction of the training rows. Raises `DataError`.
     """
     return _load(data, source, read_comparisons, seed=seed)
+
+
+@reusable
+def load_thumbs(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Thumbs]:
+    """`load_comparisons` for single answers with a thumb."""
+    return _load(data, source, read_thumbs, seed=seed)
 
 
 @reusable

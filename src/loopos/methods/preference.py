@@ -7,7 +7,7 @@ DPO (Rafailov et al. 2023) and its relatives; the method's name is a preset of `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loopos.config.preference import PreferenceConfig
 from loopos.data.batches import ComparisonRows, StepBatches, in_step
 from loopos.data.digest import comparisons_digest
-from loopos.data.preference_data import load_comparisons
+from loopos.data.preference_data import PreferenceData, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.reading import account
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
@@ -41,7 +41,7 @@ from loopos.training.validation import Validation
 
 DIRECTIONS: dict[str, Direction] = {"loss": "min", "accuracy": "max", "reward_margin": "max"}
 # Tokens of one forward pass of validation.
-_TOKENS = 2048
+VALIDATION_TOKENS = 2048
 
 
 class Policy(nn.Module):
@@ -64,6 +64,8 @@ class Policy(nn.Module):
 
 class PreferenceTrainer(Trainer[PreferenceConfig]):
     """Trains a policy on comparisons: `PreferenceTrainer(config).train()`."""
+
+    data: PreferenceData[Any]
 
     def load_data(self) -> None:
         """Reads the comparisons, loads the model, and tokenizes by its template."""
@@ -100,7 +102,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         self.model = Policy(language_model)
         self.train_weights(self.model, initially_frozen=initially_frozen)
         self.progress.say(self.trained.summary())
-        self.objective = self._objective()
+        self.objective = self.build_objective()
         return self.model
 
     @property
@@ -109,15 +111,21 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         chosen = self.config.preference.reference
         return self.config.needs_reference and (chosen == "cached" or (chosen == "auto" and self.lora is None))
 
-    def _objective(self) -> PreferenceObjective:
-        section, config = self.config.preference, self.config
-        without_adapters = AdapterView(self.backbone, None)
+    def without_adapters(self) -> Callable[[Any], Tensor] | None:
+        """Computes the reference's log-probabilities of a batch; None where they are cached or not needed."""
+        if self.caches_reference or not self.config.needs_reference:
+            return None
+        view = AdapterView(self.backbone, None)
 
         @torch.no_grad()
-        def reference(batch: PreferenceBatch) -> Tensor:
-            tokens = (batch.ids, batch.layout, batch.positions, batch.targets)
-            return self.model.logprobs(without_adapters, *tokens)[0]
+        def reference(batch: Any) -> Tensor:
+            return self.model.logprobs(view, batch.ids, batch.layout, batch.positions, batch.targets)[0]
 
+        return reference
+
+    def build_objective(self) -> Any:
+        """The losses and what is reported beside them."""
+        section, config = self.config.preference, self.config
         settings = LossSettings(
             beta=config.beta,
             label_smoothing=section.label_smoothing,
@@ -126,12 +134,11 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             divergence=section.divergence,
             divergence_alpha=section.divergence_alpha,
         )
-        with_adapters = config.needs_reference and not self.caches_reference
         return PreferenceObjective(
             self.model,
             config.losses,
             settings,
-            reference=reference if with_adapters else None,
+            reference=self.without_adapters(),
             length_alpha=section.length_alpha,
         )
 
@@ -149,13 +156,18 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         rows = PreferenceRows(comparisons)
         if not self.caches_reference:
             return rows
+        sizes = [sum(map(len, each.responses)) for each in examples]
+        return PreferenceRows(comparisons, self.cached_reference(rows, sizes, comparisons_digest(examples)))
+
+    def cached_reference(self, rows: Any, sizes: Sequence[int], digest: str) -> list[Tensor]:
+        """The reference's log-probabilities of rows, read or computed. digest: of the rows."""
         cache = ReferenceCache(self._cache_folder())
-        key = cache.key(examples, weights=self.pretrained.fingerprint, precision=self.precision)
+        key = cache.key(digest, weights=self.pretrained.fingerprint, precision=self.precision)
         was_training = self.model.training
         self.model.eval()
-        found = cached_logprobs(cache, key, self.model, rows, self.world, say=self.progress.say)
+        found = cached_logprobs(cache, key, self.model, rows, sizes, self.world, say=self.progress.say)
         self.model.train(was_training)
-        return PreferenceRows(comparisons, found)
+        return found
 
     def _cache_folder(self) -> Path:
         chosen = self.config.preference.reference_cache
@@ -172,11 +184,13 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             batches=PreferenceBatches(batches, self.objective, self.world),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
-            identity=of_comparisons(self.config, self.train_rows, self.encoder, base=self.pretrained.fingerprint),
-            facts=self._facts(),
+            identity=of_comparisons(
+                self.config, comparisons_digest(self.train_rows), self.encoder, base=self.pretrained.fingerprint
+            ),
+            facts=self.facts(),
         )
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
         return {
             "rows": [account(report) for report in self.data.reports],
@@ -195,26 +209,29 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The losses and implicit rewards of the validation comparisons."""
-        rank, size = self.world.data_parallel
         was_training = self.model.training
         self.model.eval()
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        for batch, counted in self._validation_batches(rank, size):
-            found, number = self.objective.loss(batch), self.objective.counts(batch)
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + (float(value) if counted else 0.0)
-                counts[name] = counts.get(name, 0.0) + (number[name] if counted else 0.0)
+        metrics = self.means(self._validation_batches(*self.world.data_parallel))
         self.model.train(was_training)
-        total, number = self.world.sum_floats(sums), self.world.sum_floats(counts)
-        metrics = {name: total[name] / number[name] for name in total}
         if "loss" not in metrics:
             metrics["loss"] = sum(weight * metrics[name] for name, weight in self.objective.weights.items())
         return self.with_own_metrics(metrics, [], [])
 
+    def means(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:
+        """What the objective computes of batches, as means over all ranks. Batches marked False do not count."""
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for batch, counted in batches:
+            found, number = self.objective.loss(batch), self.objective.counts(batch)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + (float(value) if counted else 0.0)
+                counts[name] = counts.get(name, 0.0) + (number[name] if counted else 0.0)
+        total, number = self.world.sum_floats(sums), self.world.sum_floats(counts)
+        return {name: total[name] / number[name] if number[name] else 0.0 for name in total}
+
     def _validation_batches(self, rank: int, size: int) -> Iterator[tuple[PreferenceBatch, bool]]:
         """This rank's batches, and whether they count; with the ranks that AOT compares, over all that count."""
-        batches = in_step(self.validation_batches, tokens=_TOKENS, rank=rank, world=size)
+        batches = in_step(self.validation_batches, tokens=VALIDATION_TOKENS, rank=rank, world=size)
         if not self.objective.needs_ranks:
             yield from batches
             return

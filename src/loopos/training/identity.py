@@ -236,10 +236,8 @@ def of_preferences(
     }
 
 
-def of_comparisons(
-    config: PreferenceConfig, rows: Sequence[EncodedComparison], encoder: PreferenceEncoder, *, base: str
-) -> Identity:
-    """Identity of a policy trained on comparisons: the comparisons with their pairs, and the losses."""
+def of_comparisons(config: PreferenceConfig, rows: str, encoder: PreferenceEncoder, *, base: str) -> Identity:
+    """Identity of a policy trained on comparisons or thumbs, and the losses. rows: their digest."""
     key = "preference_data" if config.data.preference_data else "training_data"
     section = config.preference
     learned = (
@@ -249,11 +247,13 @@ def of_comparisons(
         "divergence",
         "divergence_alpha",
         "length_alpha",
+        "desirable_weight",
+        "undesirable_weight",
         "margins",
         "soft_labels",
     )
     return {
-        **_learned_from(config, key, comparisons_digest(rows), encoder.tokenizer, encoder.max_length, base),
+        **_learned_from(config, key, rows, encoder.tokenizer, encoder.max_length, base),
         **_template(encoder.template.source),
         **setting("preference.loss", dict(config.losses)),
         **setting("preference.beta", config.beta),
