@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.config.ppo import PpoConfig
+from loopos.config.preference import PreferenceConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.storage.events import read
 
@@ -49,6 +50,32 @@ def reward_config(
             "reward": sections.get("reward", {}),
         }
     )
+
+
+def preference_config(
+    run: Path, weights: Path, method: str = "dpo", *, rows: Sequence[Mapping[str, Any]] | None = None,
+    **sections: Mapping[str, Any],
+) -> PreferenceConfig:  # fmt: skip
+    file = write_rows(run.parent / f"{run.name}.jsonl", comparisons(40) if rows is None else rows)
+    training = {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 4, "precision": "fp32", "seed": 5}
+    data = {"pretrained_weights": str(weights), "preference_data": str(file), "output_dir": str(run)}
+    return PreferenceConfig.model_validate(
+        {
+            "computation": {"mode": "posttraining", "method": method},
+            "training": {**training, **sections.get("training", {})},
+            "data": {**data, "validation_share": 0.2, **sections.get("data", {})},
+            "preference": sections.get("preference", {}),
+        }
+    )
+
+
+def thumbs(number: int) -> list[dict[str, Any]]:
+    """Single answers: the kind ones are good."""
+    rows = comparisons(number)
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+        for i, row in enumerate(rows)
+    ]
 
 
 def ppo_config(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pico_runs import WORDS, class_rows, config_of, text_of
-from preference_runs import ppo_config, reward_config
+from preference_runs import ppo_config, preference_config, reward_config, thumbs
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.pretraining import PretrainingConfig
@@ -90,11 +91,19 @@ def _ppo(run: Path, weights: Path, settings: dict[str, Any]) -> Any:
     return ppo_config(run, weights, functions=functions, training=training)
 
 
+def _preference(method: str, run: Path, weights: Path, settings: dict[str, Any]) -> Any:
+    rows = thumbs(40) if method == "kto" else None
+    training = {"learning_rate": 0.05, "num_epochs": 2, **settings}
+    return preference_config(run, weights, method, rows=rows, training=training)
+
+
 _MADE: Mapping[str, Any] = {
     "fine_tuning": _fine_tuning,
     "pretraining": _pretraining,
     "chain_of_thought": _chain_of_thought,
     "reward_model": _reward_model,
+    "dpo": partial(_preference, "dpo"),
+    "kto": partial(_preference, "kto"),
     "ppo": _ppo,
 }
 METHODS = tuple(_MADE)

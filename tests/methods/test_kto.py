@@ -8,23 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from preference_runs import comparisons, events_of
-from test_preference import config, plain_logprobs
+from preference_runs import comparisons, events_of, thumbs
+from preference_runs import preference_config as config
+from test_preference import plain_logprobs
 from transformers import AutoModelForCausalLM
 
 from loopos.config.diagnostics import DataError
 from loopos.data.batches import Cursor
 from loopos.methods.kto import KtoTrainer
 from loopos.training.progress import RunProgress
-
-
-def thumbs(number: int) -> list[dict[str, Any]]:
-    """Single answers: the kind ones are good."""
-    rows = comparisons(number)
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
-        for i, row in enumerate(rows)
-    ]
 
 
 def trained(tmp_path: Path, weights: Path, rows: Sequence[Mapping[str, Any]], **sections: Any) -> KtoTrainer:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from preference_runs import comparisons, events_of, write_rows
+from preference_runs import events_of
+from preference_runs import preference_config as config
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -19,23 +20,6 @@ from loopos.methods.preference import PreferenceTrainer
 from loopos.training.distributed import World
 from loopos.training.preference_batches import ranked
 from loopos.training.progress import RunProgress
-
-
-def config(
-    run: Path, weights: Path, method: str = "dpo", *, rows: Sequence[Mapping[str, Any]] | None = None,
-    **sections: Mapping[str, Any],
-) -> PreferenceConfig:  # fmt: skip
-    file = write_rows(run.parent / f"{run.name}.jsonl", comparisons(40) if rows is None else rows)
-    training = {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 4, "precision": "fp32", "seed": 5}
-    data = {"pretrained_weights": str(weights), "preference_data": str(file), "output_dir": str(run)}
-    return PreferenceConfig.model_validate(
-        {
-            "computation": {"mode": "posttraining", "method": method},
-            "training": {**training, **sections.get("training", {})},
-            "data": {**data, "validation_share": 0.2, **sections.get("data", {})},
-            "preference": sections.get("preference", {}),
-        }
-    )
 
 
 def trained(settings: PreferenceConfig) -> PreferenceTrainer:

@@ -165,7 +165,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         key = cache.key(digest, weights=self.pretrained.fingerprint, precision=self.precision)
         was_training = self.model.training
         self.model.eval()
-        found = cached_logprobs(cache, key, self.model, rows, sizes, self.world, say=self.progress.say)
+        found = cached_logprobs(
+            cache, key, self.model, rows, sizes, self.world, say=self.progress.say, started=hasattr(self, "fit")
+        )
         self.model.train(was_training)
         return found
 

@@ -96,7 +96,9 @@ class ReferenceCache:
         tensor = torch.cat(list(values))
         with explain_disk_full(self.folder, tensor.numel() * 4, "the reference's log-probabilities"):
             partial = self.folder / f".{key}.{os.getpid()}"
-            partial.unlink(missing_ok=True)
+            for left in self.folder.glob(f".{key}.*"):
+                # Of a process that was killed while it wrote.
+                left.unlink()
             save_tensors(partial, {"logprobs": tensor})
             os.replace(partial, self._file(key))
             fsync_path(self.folder)
@@ -114,14 +116,18 @@ def cached_logprobs(
     world: World,
     *,
     say: Callable[[str], None],
+    started: bool,
 ) -> list[Tensor]:
-    """The reference's log-probabilities of rows: read where they were computed before, else computed and kept."""
+    """The reference's log-probabilities of rows: read where they were computed before, else computed and kept.
+    started: whether training may have changed the policy, which is then no longer the reference.
+    """
     found = world.gather(cache.read(key, sizes) is not None if world.is_first else None)[0]
     if found:
         values = cache.read(key, sizes)
         assert values is not None
         say(f"reference: log-probabilities of {len(values):,} rows read from {cache.folder}")
         return values
+    assert not started, "the policy is no longer the reference"
     values = response_logprobs(policy, rows, sizes, world)
     if world.is_first:
         cache.write(key, values)

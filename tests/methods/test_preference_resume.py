@@ -1,0 +1,56 @@
+"""Law 4 for preference optimization: killed at any instant, also while the reference is computed, and resumed, a run ends
+with the very bits of the run that was left alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
+from preference_runs import preference_config, thumbs
+
+from loopos.config.methods import method_row
+from loopos.storage.events import fingerprint, read
+from loopos.training.progress import RunProgress
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("dpo", {}),
+    "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}),
+    "kto": ("kto", {}),
+}
+
+
+def bits_of(run: Path) -> dict[str, str]:
+    """SHA-256 of the last checkpoint, the exported model, the cached reference and the metrics."""
+    last = max((run / "checkpoints").glob("step-*"))
+    files = [*sorted(last.glob("*.safetensors")), run / "model" / "model.safetensors"]
+    files += sorted((run / "reference").glob("*"))
+    return {**{f"{f.parent.name}/{f.name}": digest(f) for f in files}, "metrics": fingerprint(run / "events.jsonl")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Path) -> None:
+    method, training = VARIANTS[variant]
+    settings = {"num_epochs": 4, "save_every": 2, "validate_every": 3, "keep_last": 2, "schedule": "cosine", **training}
+    rows = thumbs(60) if method == "kto" else None
+
+    def build(name: str) -> Any:
+        return preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings)
+
+    def train(config: Any, *, resume: bool) -> None:
+        method_row(method).trainer_class(config, progress=RunProgress(quiet=True)).train(resume=resume)
+
+    began = time.monotonic()
+    train(build("whole"), resume=False)
+    seconds = time.monotonic() - began
+    expected = bits_of(tmp_path / "whole")
+    assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 16
+    assert any("reference" in name for name in expected) == (variant != "lora")
+    config = build("killed")
+    check_kills_leave_no_trace(
+        lambda: train(config, resume=True), tmp_path / "killed", bits_of, expected,
+        kills=NUM_KILLS, seconds=seconds, latest=0.7, seed=f"{variant} preferences",
+    )  # fmt: skip
