@@ -196,3 +196,22 @@ def _lines(settings: PreferenceConfig) -> list[str]:
     stream = io.StringIO()
     PreferenceTrainer(settings, progress=RunProgress(console=Console(file=stream, width=300))).train()
     return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
+    """From a folder of adapters: rewards are 0 in the first step, and the run equals one from the merged weights."""
+    first = trained(config(tmp_path / "first", pico_folder, training={"trainable": "lora", "max_steps": 6}))
+    assert first.lora is not None
+    found = {}
+    for name in ("adapter", "model"):
+        run = tmp_path / f"from_{name}"
+        training = {"max_steps": 4, "trainable": trainable, "learning_rate": 1e-3}
+        trained(config(run, tmp_path / "first" / name, training=training))
+        found[name] = [(step["loss"], step["reward_margin"], step["logprob_chosen"]) for step in steps(run)]
+    assert found["adapter"][0][:2] == (pytest.approx(math.log(2), abs=1e-7), 0)
+    plain = trained(config(tmp_path / "plain", pico_folder, training={"max_steps": 1}))
+    assert plain is not None
+    assert steps(tmp_path / "plain")[0]["logprob_chosen"] != pytest.approx(found["adapter"][0][2], abs=0.5)
+    for one, other in zip(found["adapter"], found["model"], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
