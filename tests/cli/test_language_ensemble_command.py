@@ -45,7 +45,7 @@ def joined(language_run: Path, other_run: Path, tmp_path_factory: pytest.TempPat
     words = ("-o", folder / "mean", "--weight", 1, "--weight", 3, "--test", folder / "held_out.txt", "--device", "cpu")
     result = invoke("ensemble", language_run, other_run, *words)
     assert result.exit_code == 0, result.stderr
-    assert "2 language models combined by mean" in result.stdout
+    assert "2 members combined by mean" in result.stdout
     return folder / "mean"
 
 
@@ -230,4 +230,4 @@ def test_a_member_that_is_gone(language_run: Path, other_run: Path, tmp_path: Pa
     shutil.rmtree(moved)
     result = invoke("generate", tmp_path / "out", "-p", "x", "--device", "cpu")
     assert result.exit_code == 2
-    assert "is gone" in result.stderr
+    assert "is missing; restore it" in result.stderr

@@ -20,7 +20,7 @@ from loopos.compression.prune import Pruner, prune_model, zeros_of
 from loopos.config.compression import PruningRecipe, read_pruning_recipe
 from loopos.config.diagnostics import ConfigError, UserError
 from loopos.models.adapters import layer_list
-from loopos.models.opened import open_model
+from loopos.models.folders import open_model
 
 pytestmark = pytest.mark.usefixtures("few_goes")
 

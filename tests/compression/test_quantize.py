@@ -23,8 +23,8 @@ from loopos.config.diagnostics import ConfigError, UserError
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.decoders import probed
 from loopos.generation.settings import SamplingSettings
+from loopos.models.folders import open_model
 from loopos.models.load import load_pretrained
-from loopos.models.opened import open_model
 from loopos.models.quantized import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("few_goes")

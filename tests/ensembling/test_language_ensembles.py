@@ -14,7 +14,7 @@ from pico_runs import class_rows, config_of, train, write_jsonl
 
 import loopos
 from loopos.config.diagnostics import UserError
-from loopos.ensembling.heads import EnsembleResult, EnsembleSettings, combine
+from loopos.ensembling.ensemble import EnsembleResult, EnsembleSettings, combine
 from loopos.evaluation.predictor import EnsemblePredictor
 from loopos.models.folders import open_task_model
 

@@ -31,7 +31,7 @@ from loopos.exporting.export import Exported, export
 from loopos.exporting.settings import ExportSettings
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.models.folders import open_language_model
-from loopos.models.resolve import find_model
+from loopos.models.resolve import resolve
 from loopos.storage.tensor_files import folder_tensors
 from loopos.training.progress import RunProgress
 
@@ -202,7 +202,7 @@ def test_a_foreign_adapter_is_merged_over_the_base_that_it_names(
 def test_encoders_are_copied_as_they_are(tmp_path: Path, pico_tokenizer: Path) -> None:
     folder = save_pico("bert", tmp_path / "bert", pico_tokenizer)
     exported = as_folder(folder, tmp_path / "out", "bf16")
-    assert find_model(str(folder)).kind == "encoder"
+    assert resolve(str(folder)).architecture == "encoder"
     assert exported.check is not None
     assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
@@ -362,7 +362,7 @@ def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, 
     check_refused("--push: got name; expected owner/name", pico_folder, out, format="gguf", push="name")
     check_refused("holds only language models", head_run, out, format="gguf")
     check_refused("no adapter here", head_run, out, format="adapter")
-    check_refused("holds no model", tmp_path, out, format="huggingface")
+    check_refused("no trained model here", tmp_path, out, format="huggingface")
     check_refused("which has learned nothing|expected the folder", "new", out, format="huggingface")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
@@ -394,11 +394,12 @@ def test_a_killed_export_leaves_no_half_folder(pico_folder: Path, tmp_path: Path
 
 def test_the_embedded_base_is_named_by_its_home(tmp_path: Path, pico_folder: Path) -> None:
     """The licence and the home of the embedded weights are known."""
-    import dataclasses
-
     from loopos.exporting.model_card import model_card
 
-    model = dataclasses.replace(find_model(str(pico_folder)), description={"pretrained_weights": "smollm2-135m"})
+    shutil.copytree(pico_folder, tmp_path / "model")
+    described = {"format": 1, "precision": "fp32", "stop_tokens": [2], "pretrained_weights": "smollm2-135m"}
+    (tmp_path / "model" / "loopos.json").write_text(json.dumps(described))
+    model = resolve(tmp_path / "model")
     card = model_card(model, title="x", file="", output_format="huggingface", type_name="f32", license=None)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "apache-2.0"

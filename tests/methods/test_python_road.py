@@ -209,7 +209,7 @@ def test_another_kind_is_refused(of_a_file: Path, pico_folder: Path, tmp_path: P
         loopos.load(of_a_file, "language")
     with pytest.raises(UserError, match='got a model of kind "language"'):
         loopos.load(pico_folder, "reward")
-    for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no trained model here"):
+    for place, summary in ((tmp_path, "no trained model here"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(UserError, match=summary):
             loopos.load(place)
     assert open_predictor(of_a_file).columns == {"text": "text", "label": "label"}

@@ -362,11 +362,10 @@ def test_every_file_of_a_run_has_the_mode_of_the_umask(first_run: Path) -> None:
 
 def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: Path, pico_folder: Path) -> None:
     from loopos.cli.opened_models import is_task_model
-    from loopos.models.model_folder import model_folder
-    from loopos.models.resolve import weights_source
+    from loopos.models.resolve import resolve
 
     for path in (copied / "checkpoints" / "step-00000002", copied / "checkpoints"):
-        for opened in (is_task_model, model_folder, weights_source):
+        for opened in (is_task_model, resolve):
             with pytest.raises(UserError, match=r"not a model; .* loopos train CONFIG --resume training\.max_steps=2"):
                 opened(str(path))
     shutil.rmtree(copied / "model")

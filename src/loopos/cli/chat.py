@@ -52,13 +52,13 @@ class ChatOptions:
 def run(source: str, options: ChatOptions) -> int:
     """Chats until the input ends. Raises `UserError` for invalid options and an unsuitable model."""
     refuse([*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)])
-    require_language_model(source)
+    model = require_language_model(source)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
     hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
-        source,
+        model,
         device=options.device,
         precision=options.precision,
         max_rows=1,

@@ -182,12 +182,11 @@ def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
     from loopos.data.step_format import chosen_format
     from loopos.data.supervised_rows import read_supervised
     from loopos.data.supervised_tokens import SupervisedEncoder
-    from loopos.models.resolve import weights_source
     from loopos.models.tokenizers import open_tokenizer
 
     section = ReasoningDataSection.model_validate(data)
     step_format = chosen_format(section.step_format)
-    tokenizer = open_tokenizer(weights_source(section.pretrained_weights))
+    tokenizer = open_tokenizer(section.pretrained_weights)
     examples, _ = read_supervised(rows.read(str(file)), {}, step_format=step_format)
     encoded, _ = SupervisedEncoder(section, step_format, tokenizer, max_length=None)(examples)
     return [len(row.ids) for row in encoded]

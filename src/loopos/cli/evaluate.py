@@ -13,6 +13,7 @@ from loopos.cli.opened_models import is_task_model, refuse_reward_model
 from loopos.cli.sampling_options import refuse
 from loopos.config.diagnostics import UserError
 from loopos.data.decoding import TextRules
+from loopos.models.resolve import ModelRef, resolve_trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,15 @@ def run(location: str, source: str | None, options: EvaluateOptions) -> int:
     if source is None:
         raise UserError("got no data; expected a data file, or --tasks with names of lm-eval tasks")
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
-    if not is_task_model(location):
+    model = resolve_trained(location)
+    if not is_task_model(model):
         refuse(
             [f"--report: only for models with a head; {location} is a language model"] * (options.report is not None)
         )
         if options.language.reads_plain_text(source, rules):
-            return _run_on_text(location, source, rules, options)
+            return _run_on_text(model, source, rules, options)
         return evaluate_language.run(
-            location,
+            model,
             source,
             columns,
             rules,
@@ -55,11 +57,11 @@ def run(location: str, source: str | None, options: EvaluateOptions) -> int:
             as_json=options.json,
             verbose=options.verbose,
         )
-    refuse_reward_model(location)
+    refuse_reward_model(model)
     diagnostics = [name for name in options.language.changed() if name != "--output"]
     refuse([f"{name}: only for language models; {location} is a model with a head" for name in diagnostics])
     return evaluate_heads.run(
-        location,
+        model,
         source,
         columns,
         rules,
@@ -95,13 +97,13 @@ def _run_tasks(location: str, source: str | None, options: EvaluateOptions) -> i
     )
 
 
-def _run_on_text(location: str, source: str, rules: TextRules, options: EvaluateOptions) -> int:
+def _run_on_text(model: ModelRef, source: str, rules: TextRules, options: EvaluateOptions) -> int:
     """Perplexity of running text."""
     language = options.language
     used = ("--window", "--stride", "--precision")
     refuse([f"{name}: only for rows; {source} is plain text" for name in language.changed() if name not in used])
     return evaluate_text.run(
-        location,
+        model,
         source,
         rules,
         window=language.window,

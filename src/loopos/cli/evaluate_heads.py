@@ -17,7 +17,7 @@ from loopos.cli.row_files import output_format, refuse_unwritable, rendered, wri
 from loopos.config.diagnostics import UserError
 from loopos.data.decoding import TextRules
 from loopos.data.row_check import check_labeled
-from loopos.models.model_folder import remembered_columns
+from loopos.models.resolve import ModelRef
 
 if TYPE_CHECKING:
     from loopos.evaluation.judgement import Judgement
@@ -27,7 +27,7 @@ _MOST_CONFUSIONS_ON_SCREEN = 10
 
 
 def run(
-    location: str,
+    model: ModelRef,
     source: str,
     columns: Mapping[str, str],
     rules: TextRules,
@@ -46,13 +46,13 @@ def run(
             refuse_unwritable(file, option, source=source)
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report: got {report}; expected a file that ends in .html")
-    check_labeled(source, columns, require_label=True, remembered=remembered_columns(location), rules=rules)
+    check_labeled(source, columns, require_label=True, remembered=model.columns, rules=rules)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.predictor import judge_file, open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = open_predictor(location, device=pick_device(device).type)
+    predictor = open_predictor(model, device=pick_device(device).type)
     judgement = judge_file(predictor, source, columns, on_bad_row="skip" if skip_bad_rows else "error", rules=rules)
     if as_json:
         say_json(judgement.metrics)
@@ -64,7 +64,7 @@ def run(
     if report is not None:
         from loopos.evaluation.blocks import as_html
 
-        write_whole(report, as_html(f"{location} on {source}", judgement.blocks()), "--report")
+        write_whole(report, as_html(f"{model.name} on {source}", judgement.blocks()), "--report")
         note(f"{report}: report")
     return 0
 

@@ -32,7 +32,7 @@ from loopos.config.keys import Strategy
 from loopos.data.decoding import TextRules
 from loopos.data.row_check import check_supervised
 from loopos.data.rows import is_plain_text
-from loopos.models.model_folder import remembered_columns
+from loopos.models.resolve import ModelRef
 
 if TYPE_CHECKING:
     from loopos.cli.language_report import LanguageReport
@@ -106,7 +106,7 @@ def _of_answers(options: LanguageOptions) -> Iterator[str]:
 
 
 def run(
-    location: str,
+    model: ModelRef,
     source: str,
     columns: Mapping[str, str],
     rules: TextRules,
@@ -124,8 +124,8 @@ def run(
     found_checker = checker(options.checker)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_language_model(location)
-    remembered = remembered_columns(location)
+    require_language_model(model)
+    remembered = model.columns
     check_supervised(source, columns, remembered=remembered, rules=rules)
     restart_with_settings()
     for sentence in options.sampling.notes():
@@ -142,7 +142,7 @@ def run(
         settings=options.sampling.settings(),
         limits=options.limits.limits(),
     )
-    reasoner = open_reasoner(location, device=device, precision=options.precision, may_vote=True)
+    reasoner = open_reasoner(model, device=device, precision=options.precision, may_vote=True)
     evaluation = Evaluation(reasoner, plan, note=note)
     evaluation.read(
         source,
@@ -156,9 +156,9 @@ def run(
     if options.output is not None:
         _write(options.output, report)
     if as_json:
-        say_json({"model": location, "data": source, **report.to_dict()})
+        say_json({"model": model.name, "data": source, **report.to_dict()})
     else:
-        _describe(location, source, report)
+        _describe(model.name, source, report)
     return 0
 
 

@@ -66,12 +66,12 @@ def run(
     refuse(diagnostics)
     if output is not None:
         refuse_unwritable(output)
-    require_language_model(source)
+    opened = require_language_model(source)
     if importlib.util.find_spec(_PACKAGE) is None:
         raise MissingRequirement(f"--tasks needs lm_eval; run\n  {install_command('eval')}")
     restart_with_settings()
     hush_libraries(verbose=verbose)
-    reasoner = open_reasoner(source, device=device, precision=precision)
+    reasoner = open_reasoner(opened, device=device, precision=precision)
     from loopos.evaluation.harness import EngineModel, run_tasks
 
     model, began = EngineModel(reasoner, seed=seed, note=note), time.monotonic()

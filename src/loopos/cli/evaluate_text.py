@@ -13,12 +13,13 @@ from loopos.cli.sampling_options import place_diagnostics, refuse
 from loopos.config.figures import as_time
 from loopos.data.decoding import TextRules
 from loopos.data.rows import read_plain_text
+from loopos.models.resolve import ModelRef
 
 _LINE_EVERY_SECONDS = 10.0
 
 
 def run(
-    location: str,
+    model: ModelRef,
     source: str,
     rules: TextRules,
     *,
@@ -32,15 +33,15 @@ def run(
     """Measures and prints. Raises `UserError`."""
     refuse(list(place_diagnostics(device, precision)))
     text = read_plain_text(source, rules)
-    require_language_model(location)
+    require_language_model(model)
     restart_with_settings()
     hush_libraries(verbose=verbose)
     from loopos.evaluation.perplexity import text_loss
-    from loopos.models.opened import open_generation_model
+    from loopos.models.folders import open_generation_model
     from loopos.training.precision import pick_device
 
     chosen = None if precision == "auto" else precision
-    opened = open_generation_model(location, device=pick_device(device).type, precision=chosen)
+    opened = open_generation_model(model, device=pick_device(device).type, precision=chosen)
     began = last_line = time.monotonic()
 
     def progress(completed: int, total: int) -> None:
@@ -52,9 +53,9 @@ def run(
     found = text_loss(opened.model, opened.tokenizer, text, window=window, stride=stride, note=progress)
     seconds = time.monotonic() - began
     if as_json:
-        say_json({"model": location, "data": source, "metrics": found.to_dict(), "seconds": seconds})
+        say_json({"model": model.name, "data": source, "metrics": found.to_dict(), "seconds": seconds})
     else:
-        say(f"{location} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
+        say(f"{model.name} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
         say(table([(name, found.to_dict()[name]) for name in ("perplexity", "loss", "bits_per_byte")]))
         say(f"  {as_time(seconds)}")
     return 0

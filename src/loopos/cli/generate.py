@@ -29,7 +29,7 @@ from loopos.cli.sampling_options import (
 )
 from loopos.config.keys import Strategy
 from loopos.data.decoding import TextRules
-from loopos.models.ensemble_recipe import read_ensemble
+from loopos.models.resolve import ModelRef
 
 if TYPE_CHECKING:
     from loopos.cli.prompts import PromptInput
@@ -69,17 +69,16 @@ def run(location: str, options: GenerateOptions) -> int:
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=options.input)
-    require_language_model(location)
-    if options.reward_model is not None:
-        require_reward_model(options.reward_model)
-    _check_votes(location, options)
+    model = require_language_model(location)
+    reward_model = None if options.reward_model is None else require_reward_model(options.reward_model)
+    _check_votes(model, options)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
     prompts = _prompts(options, columns, rules)
     hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
-        location,
+        model,
         device=options.device,
         precision=options.precision,
         max_rows=max(_MOST_ROWS, options.num_beams or 0),
@@ -97,7 +96,7 @@ def run(location: str, options: GenerateOptions) -> int:
             write(text)
         say()
         return 0
-    records, texts = generated(reasoner, prompts, options, strategy)
+    records, texts = generated(reasoner, prompts, options, strategy, reward_model)
     if not _is_for_scripts(options):
         from loopos.cli.trace import blocks
 
@@ -140,10 +139,10 @@ def checked(options: GenerateOptions) -> Strategy:
     return strategy
 
 
-def _check_votes(source: str, options: GenerateOptions) -> None:
+def _check_votes(model: ModelRef, options: GenerateOptions) -> None:
     """Raises `UserError` for options that a voting ensemble does not support."""
-    recipe = read_ensemble(source)
-    if recipe is None or not recipe.votes:
+    source = model.name
+    if model.ensemble is None or not model.ensemble.votes:
         return
     diagnostics = [
         f"{option(name)}: {source} is an ensemble that votes over answers; use one with method mean or logits"
@@ -201,13 +200,17 @@ def streamed(reasoner: Reasoner, prompt: PromptInput, sampling: SamplingOptions)
 
 
 def generated(
-    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, strategy: Strategy
+    reasoner: Reasoner,
+    prompts: Sequence[PromptInput],
+    options: GenerateOptions,
+    strategy: Strategy,
+    reward_model: ModelRef | None,
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """One record per completion, and the texts of each prompt for people."""
     if options.num_beams is not None:
         return _beams(reasoner, prompts, options, options.num_beams)
     if options.steps or options.limits.changed() or strategy.kind != "single" or reasoner.voters:
-        return _reasoned(reasoner, prompts, options, strategy)
+        return _reasoned(reasoner, prompts, options, strategy, reward_model)
     from loopos.cli.trace import completion_record
 
     encoded = [reasoner.prompt(each.problem) for each in prompts]
@@ -220,14 +223,18 @@ def generated(
 
 
 def _reasoned(
-    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, strategy: Strategy
+    reasoner: Reasoner,
+    prompts: Sequence[PromptInput],
+    options: GenerateOptions,
+    strategy: Strategy,
+    reward_model: ModelRef | None,
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     from loopos.cli.trace import answered_record, chain_record, confidence_summary, described
 
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
     problems = [each.problem for each in prompts]
     if strategy.kind != "single" or reasoner.voters:
-        ranker = _ranker(options)
+        ranker = _ranker(reward_model, options)
         found = reasoner.answer(problems, settings, strategy=strategy, limits=limits, ranker=ranker)
         texts = []
         for answered in found:
@@ -246,14 +253,14 @@ def _reasoned(
     return records, texts
 
 
-def _ranker(options: GenerateOptions) -> Ranker | None:
+def _ranker(reward_model: ModelRef | None, options: GenerateOptions) -> Ranker | None:
     """What best_of_n ranks by; None: the model's own logprobs."""
-    if options.reward_model is None:
+    if reward_model is None:
         return None
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.training.precision import pick_device
 
-    return RewardPredictor.open(options.reward_model, device=pick_device(options.device).type).rank
+    return RewardPredictor.open(reward_model, device=pick_device(options.device).type).rank
 
 
 def _beams(

@@ -34,7 +34,6 @@ from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, split_lines
 from loopos.data.formats import detect, read_labeled
 from loopos.data.row_check import check_labeled
 from loopos.data.rows import read
-from loopos.models.model_folder import remembered_columns
 
 STANDARD_INPUT = "-"
 TEXT = "text"
@@ -60,16 +59,16 @@ def run(path: Path, source: str, options: PredictOptions) -> int:
     file_format = output_format(options.output, options.format)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_task_model(str(path))
+    model = require_task_model(str(path))
     if not _holds_lines(source, columns, rules):
-        check_labeled(source, columns, require_label=False, remembered=remembered_columns(path), rules=rules)
+        check_labeled(source, columns, require_label=False, remembered=model.columns, rules=rules)
     restart_with_settings()
     texts = read_texts(source, columns, rules)
     hush_libraries(verbose=options.verbose)
     from loopos.evaluation.predictor import open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = open_predictor(path, device=pick_device(options.device).type)
+    predictor = open_predictor(model, device=pick_device(options.device).type)
     if texts is not None:
         inputs: list[dict[str, object]] = [{TEXT: text} for text in texts]
         predictions = predictor.predict(texts)

@@ -38,7 +38,7 @@ def run(location: str, source: str, options: ScoreOptions) -> int:
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_reward_model(location)
+    model = require_reward_model(location)
     check_responses(source, columns, rules)
     restart_with_settings()
     hush_libraries(verbose=options.verbose)
@@ -46,7 +46,7 @@ def run(location: str, source: str, options: ScoreOptions) -> int:
     from loopos.training.precision import pick_device
 
     predictor = RewardPredictor.open(
-        location, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
+        model, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
     )
     scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules)
     if options.json:

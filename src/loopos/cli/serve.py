@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopos.cli.opened_models import is_task_model, open_reasoner, require_language_model
+from loopos.cli.opened_models import open_reasoner
 from loopos.cli.outcome import note
 from loopos.cli.process import restart_with_settings
 from loopos.cli.quiet import hush_libraries
@@ -16,7 +16,7 @@ from loopos.cli.sampling_options import place_diagnostics, refuse
 from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
-from loopos.models.model_folder import described, kind_of
+from loopos.models.resolve import ModelRef, resolve_trained
 from loopos.serving.limits import ServingLimits, address_diagnostics
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ def run(source: str, options: ServeOptions) -> int:
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise MissingRequirement(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
-    has_head = is_task_model(source)
-    if not has_head:
-        require_language_model(source)
+    model = resolve_trained(source)
     # The model runs in a thread beside the one that serves clients: bound to one core they would wait for each other.
     restart_with_settings(binds_threads=False)
     hush_libraries(verbose=options.verbose)
@@ -69,7 +67,7 @@ def run(source: str, options: ServeOptions) -> int:
     with listening(options.host, options.port, options.limits) as bound:
         metrics = ServingMetrics()
         name = options.name or name_of(source)
-        service = _service(source, name, has_head, options, metrics)
+        service = _service(model, name, options, metrics)
 
         def began(_: Callable[[], None]) -> None:
             note(f"{name}: {service.kind} at {address_of(bound)} ({', '.join(service.endpoints)}); Ctrl-C ends")
@@ -88,29 +86,29 @@ def name_of(source: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def _service(source: str, name: str, has_head: bool, options: ServeOptions, metrics: ServingMetrics) -> Service:
+def _service(model: ModelRef, name: str, options: ServeOptions, metrics: ServingMetrics) -> Service:
     from loopos.training.precision import pick_device
 
-    if not has_head:
-        return _language(source, name, options, metrics)
+    if model.kind == "language":
+        return _language(model, name, options, metrics)
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.serving.heads import ClassifyHead, HeadService, ScoreHead
 
     device = pick_device(options.device).type
-    if kind_of(described(source)) == "reward":
-        return HeadService(ScoreHead(RewardPredictor.open(source, device=device)), name, options.limits, metrics)
+    if model.kind == "reward":
+        return HeadService(ScoreHead(RewardPredictor.open(model, device=device)), name, options.limits, metrics)
     precision = None if options.precision == "auto" else options.precision
-    predictor = Predictor.open(source, device=device, precision=precision)
+    predictor = Predictor.open(model, device=device, precision=precision)
     return HeadService(ClassifyHead(predictor), name, options.limits, metrics)
 
 
-def _language(source: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
+def _language(model: ModelRef, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
     from loopos.models.language_ensemble import members_of
     from loopos.serving.language import LanguageService
 
     reasoner = open_reasoner(
-        source,
+        model,
         device=options.device,
         precision=options.precision,
         max_rows=options.limits.max_rows,

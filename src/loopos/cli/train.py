@@ -63,7 +63,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     config: Any = loaded.config
     # Report a model that is not installed or a folder in use now, not after the slow imports below.
     from loopos.evaluation.run_claim import refuse_started
-    from loopos.models.resolve import check_tokenizer_source, weights_source
+    from loopos.models.resolve import check_tokenizer_source, resolve
     from loopos.storage.durable import require_writable
     from loopos.storage.folder_lock import refuse_busy
     from loopos.training.stopping import run_ends_at_once
@@ -81,7 +81,7 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     check_tokenizer_source(config.data.tokenizer)
     named = getattr(config.data, "pretrained_weights", None)
     if named is not None:
-        weights_source(named)
+        resolve(named)
     if options.num_processes is not None and not options.dry_run:
         check_rows(config)
         return _launch(path, overrides, options)

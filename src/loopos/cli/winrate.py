@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loopos.cli.prompts import PromptInput
     from loopos.data.prompts import PromptContent
     from loopos.evaluation.winrate import Pair, PairJudge, Reply
+    from loopos.models.resolve import ModelRef
 
 NO_ROOM = "the prompt leaves a model no position for an answer"
 TOO_LONG_TO_JUDGE = "an answer is longer than what the reward model was trained on"
@@ -58,10 +59,8 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    for location in (first, second):
-        require_language_model(location)
-    if not _is_function(options.judge):
-        require_reward_model(options.judge)
+    models = [require_language_model(each) for each in (first, second)]
+    reward_model = None if _is_function(options.judge) else require_reward_model(options.judge)
     restart_with_settings()
     for sentence in options.sampling.notes():
         note(sentence)
@@ -70,8 +69,8 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
     prompts, dropped = _distinct(read_prompts(source, columns, raw=options.raw, rules=rules), options)
     hush_libraries(verbose=options.verbose)
     # Before anything is generated, so that a judge that cannot be opened fails at once.
-    judge = _opened_judge(options)
-    answers = [_replies(location, prompts, options) for location in (first, second)]
+    judge = _opened_judge(options, reward_model)
+    answers = [_replies(model, prompts, options) for model in models]
     pairs = _judged(prompts, answers[0], answers[1], judge, dropped)
     if options.output is not None:
         _write(options.output, pairs)
@@ -100,18 +99,18 @@ def _is_function(judge: str) -> bool:
     return ":" in judge and not os.path.exists(judge)
 
 
-def _opened_judge(options: WinRateOptions) -> Callable[[], PairJudge]:
+def _opened_judge(options: WinRateOptions, reward_model: ModelRef | None) -> Callable[[], PairJudge]:
     """Opens the judge when called: a function is resolved at once, a reward model only after the models are closed."""
     from loopos.evaluation import winrate as pair_judges
 
-    if _is_function(options.judge):
+    if reward_model is None:
         judge = pair_judges.by_function(options.judge)
         return lambda: judge
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.training.precision import pick_device
 
     device = pick_device(options.device).type
-    return lambda: pair_judges.by_reward(RewardPredictor.open(options.judge, device=device))
+    return lambda: pair_judges.by_reward(RewardPredictor.open(reward_model, device=device))
 
 
 def _distinct(prompts: Sequence[PromptInput], options: WinRateOptions) -> tuple[list[PromptInput], Counter[str]]:
@@ -130,19 +129,19 @@ def _content(prompt: PromptInput) -> PromptContent:
     return prompt.messages if prompt.messages is not None else prompt.text
 
 
-def _replies(source: str, requests: Sequence[PromptInput], options: WinRateOptions) -> list[list[Reply] | None]:
+def _replies(model: ModelRef, requests: Sequence[PromptInput], options: WinRateOptions) -> list[list[Reply] | None]:
     """The answers of one model to every prompt; None for a prompt that leaves no room for an answer."""
     from loopos.evaluation.winrate import Reply
 
     reasoner = open_reasoner(
-        source, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
+        model, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
     )
     prompts = [reasoner.prompt(each.problem) for each in requests]
     most = reasoner.engine.max_positions
     fits = [number for number, prompt in enumerate(prompts) if most is None or len(prompt) < most]
     if not fits:
-        raise UserError(f"{source}: every prompt is longer than the model's {most} positions")
-    note(f"{source}: answers {len(fits):,} prompts, {options.samples} each")
+        raise UserError(f"{model.name}: every prompt is longer than the model's {most} positions")
+    note(f"{model.name}: answers {len(fits):,} prompts, {options.samples} each")
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
     found: list[list[Reply] | None] = [None] * len(requests)
     for completion in reasoner.engine.generate([prompts[each] for each in fits], settings, n=number, logprobs=False):

@@ -26,9 +26,9 @@ from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, step_beam_search
 from loopos.generation.settings import SamplingSettings
 from loopos.generation.steps import Chain, StepLimits, reason
-from loopos.models.ensemble_recipe import read_ensemble
+from loopos.models.folders import open_generation_model
 from loopos.models.language_ensemble import LanguageEnsemble
-from loopos.models.opened import open_generation_model
+from loopos.models.resolve import ModelRef, resolve_trained
 
 Ranker: TypeAlias = Callable[[Sequence[tuple[PromptContent, str]]], list[float]]
 """Pairs of prompt and response → a score each; higher is better."""
@@ -76,7 +76,7 @@ class Reasoner:
     @classmethod
     def open(
         cls,
-        source: str,
+        source: str | ModelRef,
         *,
         device: str = "cpu",
         precision: str | None = None,
@@ -89,8 +89,10 @@ class Reasoner:
         precision: fp32, bf16 or fp16; default: that of the training, bf16 for quantized models and fp32 for others.
         step_format: default: that of the training, "think" for other models. Raises `UserError`.
         """
-        recipe = read_ensemble(source)
-        members = recipe.members if recipe is not None and recipe.votes else (source,)
+        ref = resolve_trained(source)
+        members: Sequence[str | ModelRef] = (
+            ref.ensemble.members if ref.ensemble is not None and ref.ensemble.votes else (ref,)
+        )
         voters: list[Reasoner] = []
         # The first is opened last, and gets the others as voters.
         for each in reversed(members):
@@ -107,7 +109,7 @@ class Reasoner:
             )
             if voters and voters[0].step_format != reasoner.step_format:
                 raise UserError(
-                    f"{source}: its members use different step formats ({voters[0].step_format} and "
+                    f"{ref.name}: its members use different step formats ({voters[0].step_format} and "
                     f"{reasoner.step_format}); expected members with one step format, so that their answers can be "
                     "compared"
                 )

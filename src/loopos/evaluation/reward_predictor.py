@@ -33,6 +33,7 @@ from loopos.functional.packing import PackedLayout
 from loopos.models.attention import prompt_runs_once
 from loopos.models.backbone import Backbone
 from loopos.models.folders import OpenedReward, open_reward_model
+from loopos.models.resolve import ModelRef
 
 Scorer = Callable[[Tensor, PackedLayout], Tensor]
 """ids `[T]`, layout → raw scores `[N, k]`."""
@@ -160,7 +161,7 @@ class RewardPredictor:
         self.normalization = Normalization.read(opened.description)
 
     @classmethod
-    def open(cls, source: str, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
+    def open(cls, source: str | ModelRef, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
         """source: the output folder of a reward_model run, or its model/ folder. Raises `UserError`."""
         return cls(open_reward_model(source), torch.device(device), ensemble_penalty=ensemble_penalty)
 

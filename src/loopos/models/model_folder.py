@@ -1,12 +1,11 @@
-"""The folder of a trained model: where it is, and its description (`loopos.json`), which is checked before use. Unknown
-keys of other versions are ignored.
+"""The description of a trained model (`loopos.json`), which is checked before use. Unknown keys of other versions are
+ignored. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from loopos.config.diagnostics import UserError
 from loopos.config.extras import install_command
 from loopos.config.keys import Pooling
-from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION, expanded
+from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION
 from loopos.config.preferences import REWARD_TASK
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest
@@ -162,20 +161,6 @@ Kind: TypeAlias = Literal["language", "head", "reward", "ensemble"]
 """A language model; a model with a head that predicts labels or values; a reward model; several with a head as one."""
 
 
-def model_folder(source: str | Path) -> Path:
-    """The folder of a trained model: `source` itself, or `model/` in a run's output folder. Raises `UserError` if there
-    is none.
-    """
-    actual = Path(expanded(os.fspath(source)))
-    for folder in (actual, actual / "model"):
-        if (folder / MODEL_DESCRIPTION).is_file():
-            return folder
-    refuse_checkpoint(actual)
-    if (actual / "events.jsonl").is_file():
-        raise UserError(f"{source}: this run has no finished model yet; continue with loopos train CONFIG --resume")
-    raise UserError(f"{source}: no trained model here; expected the output_dir of a finished run, or its folder model/")
-
-
 def refuse_checkpoint(path: Path) -> None:
     """Raises `UserError` for a checkpoint folder, which contains the state for resuming but no model."""
     steps = [path] if _CHECKPOINT.fullmatch(path.name) else sorted(path.glob("step-*"))
@@ -186,16 +171,6 @@ def refuse_checkpoint(path: Path) -> None:
         f"{path}: a checkpoint holds weights and optimizer for --resume, not a model; to get the model of the newest "
         f"checkpoint, end its run there: loopos train CONFIG --resume training.max_steps={step}"
     )
-
-
-def described(source: str | Path) -> dict[str, Any]:
-    """What LoopOS wrote about the model at `source`; empty for models of other programs or if there is none. Raises
-    `UserError` for a run without a finished model, and as `read_description` does.
-    """
-    names = (MODEL_DESCRIPTION, f"model/{MODEL_DESCRIPTION}", "events.jsonl")
-    if any((Path(expanded(os.fspath(source))) / name).is_file() for name in names):
-        return read_description(model_folder(source))
-    return {}
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -214,22 +189,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     # A head file marks a model with a head, even if the description lacks the key.
     check_description(file, description, "head" if kind == "language" and (folder / HEAD_FILE).is_file() else kind)
     return description
-
-
-def remembered_columns(source: str | Path) -> dict[str, str | None]:
-    """Role → column of the rows that the model was trained on: recorded with the model, or for older runs and language
-    models taken from the run's config. Empty without a record.
-    """
-    description = described(source)
-    if "columns" in description:
-        return dict(description["columns"])
-    if not description:
-        return {}
-    config = model_folder(source).parent / "config.json"
-    if not config.is_file():
-        return {}
-    data = read_object(config, advice="restore it").get("data", {})
-    return dict(data.get("columns") or {})
 
 
 def kind_of(description: Mapping[str, Any]) -> Kind:

@@ -33,8 +33,7 @@ from loopos.methods.pretraining import Pretrainer
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
 from loopos.models.load import Sizes, load_config, new_config
-from loopos.models.model_folder import model_folder, read_description
-from loopos.models.resolve import weights_source
+from loopos.models.resolve import resolve, resolve_trained
 from loopos.models.tokenizers import open_tokenizer
 from loopos.training.precision import pick_device
 from loopos.training.progress import RunProgress
@@ -56,14 +55,9 @@ class Inputs:
 
 def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
     """Reads and tokenizes the config's data. Raises `UserError`, as training does."""
-    section, model = config.data, config.model
-    data = load_labeled(section, model, seed=config.training.seed)
-    sizes = Sizes.of(model, max_length=config.training.max_length)
-    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
-    source = weights_source(section.pretrained_weights)
-    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    max_length = longest(tokenizer, positions, config.training.max_length)
+    section = config.data
+    data = load_labeled(section, config.model, seed=config.training.seed)
+    architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     train, train_report = encode_labeled(
         tokenizer, data.train, max_length=max_length, on_truncation=section.on_truncation
     )
@@ -121,14 +115,13 @@ def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
 
 
 def _opened(
-    config: RewardModelConfig | PpoConfig, trust_remote_code: bool
+    config: FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PpoConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
     """Architecture, tokenizer, and the maximum sequence length."""
     section, max_length = config.data, config.training.max_length
-    sizes = Sizes.of(config.model, max_length=max_length)
-    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
-    source = weights_source(section.pretrained_weights)
-    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
+    sizes, weights = Sizes.of(config.model, max_length=max_length), resolve(section.pretrained_weights)
+    architecture = load_config(weights, sizes=sizes, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(weights, section.tokenizer, trust_remote_code=trust_remote_code)
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     return architecture, tokenizer, longest(tokenizer, positions, max_length)
 
@@ -139,13 +132,11 @@ def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase)
     """
     policy, found = Path(config.data.pretrained_weights.rstrip("/")).name, []
     for location in config.data.reward_models:
-        folder = model_folder(location)
-        description = read_description(folder)
-        own = open_tokenizer(weights_source(str(folder)), None)
-        check_same_tokens(tokenizer, own, f"data.reward_model: {location}")
-        adapter = folder.parent / "adapter"
-        lora = _adapter(adapter) if adapter.is_dir() and description.get("pretrained_weights") == policy else None
-        found.append(RewardShape(load_config(str(folder)), len(description["score_mean"]), lora))
+        model = resolve_trained(location)
+        check_same_tokens(tokenizer, open_tokenizer(model), f"data.reward_model: {location}")
+        over_policy = model.adapter is not None and model.description.get("pretrained_weights") == policy
+        lora = _adapter(model.adapter) if model.adapter is not None and over_policy else None
+        found.append(RewardShape(load_config(model), len(model.description["score_mean"]), lora))
     return found
 
 
@@ -286,14 +277,9 @@ def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encode
 
 def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:
     """The examples of a chain-of-thought config, not tokenized yet. Raises `UserError`, as training does."""
-    section, settings = config.data, config.training
-    data = load_supervised(section, seed=settings.seed)
-    sizes = Sizes.of(config.model, max_length=settings.max_length)
-    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
-    source = weights_source(section.pretrained_weights)
-    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    max_length = longest(tokenizer, positions, settings.max_length)
+    section = config.data
+    data = load_supervised(section, seed=config.training.seed)
+    architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     encoder = SupervisedEncoder(section, data.step_format, tokenizer, max_length=max_length)
     return ReasoningInputs(data, encoder, architecture)
 

@@ -19,7 +19,6 @@ from loopos.config.reward_model import RewardModelConfig
 from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import TrainingSection
 from loopos.models.load import Sizes, load_config, new_config
-from loopos.models.resolve import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.planning import estimate
 from loopos.planning.dry_run import generated_rows
@@ -99,8 +98,9 @@ def loads_of(config: Any, *, tokens: int | None, trust_remote_code: bool) -> lis
         return [first, _policy_load(ppo, described, rewards, tokens, trust_remote_code)]
     described = _architecture(config, trust_remote_code)
     if isinstance(config, PpoConfig):
-        source = weights_source(config.data.pretrained_weights)
-        tokenizer = open_tokenizer(source, config.data.tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer = open_tokenizer(
+            config.data.pretrained_weights, config.data.tokenizer, trust_remote_code=trust_remote_code
+        )
         rewards = trained_reward_shapes(config, tokenizer)
         return [_policy_load(config, described, rewards, tokens, trust_remote_code)]
     return [_offline_load(config, described, tokens, trust_remote_code)]
