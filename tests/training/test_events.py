@@ -7,11 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loopos.config.diagnostics import MissingRequirement
+from loopos.evaluation.run_folder import read_run
+from loopos.storage import events
 from loopos.storage.durable import JSON, DiskFull
 from loopos.storage.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
 
@@ -83,6 +86,30 @@ def test_a_broken_line_elsewhere_is_named(tmp_path: Path, broken: bytes) -> None
     path.write_bytes(path.read_bytes() + broken + path.read_bytes())
     with pytest.raises(EventLogError, match=rf"{path}:2: "):
         list(read(path))
+
+
+def test_names_of_older_versions_are_read_under_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every reader; the file keeps its names."""
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.write("check", step=1, metrics={"loss": 2.0, "size": 3}, timing={"seconds": 0.5})
+        log.write("check", step=2, metrics={"size": 3, "tokens": 4}, timing={})
+    monkeypatch.setattr(events, "_KINDS", {"check": "validation"})
+    monkeypatch.setattr(events, "_METRICS", {"size": "tokens"})
+    (tmp_path / "config.json").write_text("{}")
+    first, second = read_run(tmp_path).events
+    expected = {"event": "validation", "step": 1, "metrics": {"loss": 2.0, "tokens": 3}, "timing": {"seconds": 0.5}}
+    assert first == expected
+    assert second["metrics"]["tokens"] == 4
+    assert read_run(tmp_path).last_metrics == second["metrics"]
+    assert "check" in (tmp_path / "events.jsonl").read_text()
+
+
+@pytest.mark.parametrize("reader", [lambda folder: list(read(folder / "events.jsonl")), read_run])
+def test_a_line_nested_too_deeply_is_named(reader: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "events.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(EventLogError, match=r"events\.jsonl:1: not an event"):
+        reader(tmp_path)
 
 
 def test_rewinding_makes_the_resumed_log_equal_the_uninterrupted(tmp_path: Path) -> None:

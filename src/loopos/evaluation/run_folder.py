@@ -6,7 +6,6 @@ Imports neither torch nor, for runs of this version, numpy. Checkpoints and weig
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from loopos.config.diagnostics import UserError
 from loopos.config.differences import changes
 from loopos.config.figures import figure
 from loopos.functional.comparing import is_better
+from loopos.storage.events import read as read_events
 from loopos.storage.folder_lock import lock_state
 from loopos.storage.json_files import read_object
 
@@ -208,7 +208,6 @@ def _finished(settings: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     return f"finished all {number} {'passes over the prompts' if 'iterations' in session else 'epochs'}"
 
 
-RunFolderEvent: TypeAlias = dict[str, Any]
 State: TypeAlias = Literal["running", "finished", "interrupted", "killed", "failed", "unknown"]
 """running: a process holds the folder's lock. finished: ended by itself. interrupted: ended by a signal, after a
 checkpoint. killed: its process is gone without a log entry. failed: ended by an error. unknown: an older version, which
@@ -225,7 +224,7 @@ class Run:
 
     path: Path
     config: Mapping[str, Any]
-    events: list[RunFolderEvent]
+    events: list[Event]
 
     @property
     def method(self) -> str:
@@ -316,7 +315,7 @@ class Run:
         seconds = sum(spent for _, spent in rates)
         return sum(rate * spent for rate, spent in rates) / seconds if seconds > 0 else None
 
-    def _timed_steps(self) -> list[RunFolderEvent]:
+    def _timed_steps(self) -> list[Event]:
         steps = [event for event in self.events if event["event"] == "step" and "tokens_per_second" in event["timing"]]
         return steps[2:] if len(steps) > 2 else steps
 
@@ -361,7 +360,7 @@ class Run:
         found = next((event["metrics"] for event in self._of("confusion")), None)
         return None if found is None else (list(found["class_names"]), [list(row) for row in found["matrix"]])
 
-    def _of(self, kind: str) -> Iterator[RunFolderEvent]:
+    def _of(self, kind: str) -> Iterator[Event]:
         """Events of a kind, newest first."""
         return (event for event in reversed(self.events) if event["event"] == kind)
 
@@ -385,7 +384,7 @@ class Run:
         }
 
 
-def _unflagged(event: RunFolderEvent) -> dict[str, Any]:
+def _unflagged(event: Event) -> dict[str, Any]:
     return {name: value for name, value in event["metrics"].items() if name not in FLAGS}
 
 
@@ -408,25 +407,6 @@ def read_run(folder: Path) -> Run:
 def run_of(model: Path) -> Run | None:
     """The run that owns this model/ or adapter/ folder; None if there is none. Raises `UserError`."""
     return read_run(model.parent) if all((model.parent / name).is_file() for name in (CONFIG, EVENTS)) else None
-
-
-def read_events(path: Path) -> Iterator[RunFolderEvent]:
-    """Every event in order. Ignores an incomplete last line, which a killed process leaves; any other broken line
-    raises `UserError` with its line number.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number}: not an event ({error}); expected one JSON object per line"
-                ) from error
-            if not isinstance(event, dict) or not {"event", "step", "metrics", "timing"} <= set(event):
-                raise UserError(f"{path}:{number}: not an event; expected the keys event, step, metrics and timing")
-            yield event
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -4,7 +4,8 @@
 
 `metrics` holds what a resumed run must repeat exactly, `timing` what depends on the clock. Resume truncates the log to
 the offset in the checkpoint, so that it equals the log of the uninterrupted run except for timing and session events.
-`TensorBoardAdapter` has the same `write`. torch is not imported.
+`TensorBoardAdapter` has the same `write`. `read` is the one reader: resuming, reports, `loopos runs` and trackers get
+every event from it, under the names of this version. torch is not imported.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class TensorBoardAdapter:
 
 
 def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the events in order, only of the first `num_bytes` if set.
+    """Yield the events in order, `normalized`; only those of the first `num_bytes` if set.
 
     An incomplete last line is skipped; a broken line elsewhere raises `EventLogError`.
     """
@@ -181,11 +182,23 @@ def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]
                 return
             try:
                 event = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _broken(path, number, f"({error})") from error
             if not isinstance(event, dict) or not event.keys() >= _KEYS or not isinstance(event["metrics"], dict):
                 raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
-            yield event
+            yield normalized(event)
+
+
+_KINDS: Mapping[str, str] = {}
+_METRICS: Mapping[str, str] = {}
+"""Names of events, and of metrics, that older versions wrote → the names of this version."""
+
+
+def normalized(event: dict[str, Any]) -> dict[str, Any]:
+    """The event under the names of this version; a metric that already has its new name keeps its value."""
+    metrics = event["metrics"]
+    renamed = {_METRICS.get(name, name): value for name, value in metrics.items() if _METRICS.get(name) not in metrics}
+    return {**event, "event": _KINDS.get(event["event"], event["event"]), "metrics": renamed}
 
 
 def _broken(path: Path, number: int, why: str) -> EventLogError:
