@@ -81,8 +81,8 @@ def test_preview_marks_what_is_learned(reasoning: Path, invoke: Invoke) -> None:
     assert context.replace("|", "").endswith("###·Assistant:\\n")
     assert learned.replace("|", "") == "<think>\\ntwice·0\\ndone\\n</think>\\n0<eos>]"
     assert lines[2] == f"{lines[1].count('|') + 2} tokens, {learned.count('|') + 1} learned"
-    assert "train: 9 examples, 9 used" in result.stdout
-    assert "validation: 3 examples, 3 used" in result.stdout
+    assert "train: 9 rows read, 9 used" in result.stdout
+    assert "validation: 3 rows read, 3 used" in result.stdout
 
 
 def test_preview_of_the_answer_alone(reasoning: Path, invoke: Invoke) -> None:

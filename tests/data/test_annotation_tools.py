@@ -12,7 +12,6 @@ from loopos.config.diagnostics import DataError
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import Pair, read_comparisons
 from loopos.data.prompts import read_prompts
-from loopos.data.reading import account
 from loopos.data.rows import read
 
 FIRST, SECOND, TIE = Pair(0, 1), Pair(1, 0), Pair(0, 1, 0.5)
@@ -107,7 +106,7 @@ def test_label_studio_s_classes_and_ratings(tmp_path: Path) -> None:
     file.write_text(json.dumps([good, bad]))
     examples, report = read_labeled(read(str(file)), {})
     assert [(each.text, each.label) for each in examples] == [("a", "good"), ("b", "bad")]
-    assert account(report) == "2 rows read, 2 used; not read: source"
+    assert report.summary() == "2 rows read, 2 used; not read: source"
     file.write_text(json.dumps([task({"text": "a"}, {"rating": 4}, kind="rating", name="stars")]))
     examples, _ = read_labeled(read(str(file)), {})
     assert [each.label for each in examples] == [4]

@@ -15,12 +15,12 @@ from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation, Message
 from loopos.data.preference_tokens import (
     EncodedComparison,
-    PreferenceReport,
     encode_comparisons,
     encode_prompts,
 )
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion
@@ -149,9 +149,7 @@ def test_the_tokenizer_s_own_template_is_the_default(pico: PreTrainedTokenizerBa
 LENGTHS = [texts("hi", "hi", " hi"), texts("hi", "hi", "hi hi hi", line=4), texts("hi", "hi hi", "hi hi kind", line=5)]
 
 
-def cut_at(
-    max_length: int, over_length: OverLength, share: float = 0.01
-) -> tuple[list[EncodedComparison], PreferenceReport]:
+def cut_at(max_length: int, over_length: OverLength, share: float = 0.01) -> tuple[list[EncodedComparison], DataReport]:
     return encode_comparisons(
         word_tokenizer(),
         LENGTHS,
@@ -246,7 +244,7 @@ def test_rows_that_the_template_refuses() -> None:
 def test_prompts_over_max_length_are_never_cut() -> None:
     prompts = [Prompt("hi hi", ROW), Prompt("hi hi hi", Row({}, "rows.jsonl", 9, 8)), Prompt("hi", ROW)]
 
-    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[list[int]], PreferenceReport]:
+    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[list[int]], DataReport]:
         return encode_prompts(
             word_tokenizer(), prompts, template=None, max_length=3, over_length=over_length, max_dropped_share=share
         )

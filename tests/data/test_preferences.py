@@ -219,8 +219,9 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     assert (text.prompt, text.responses) == ("2+2=", (" 4\n", " 5"))
     assert shown(messages.prompt) == [("user", "2+3=")]
     assert shown(messages.responses[1]) == [("assistant", "6")]
-    assert report.summary[-1] == "text without a chat template: 1 of 2"
-    assert not any("as it stands" in sentence for sentence in read_comparisons(read(path), {})[1].summary)
+    assert report.notes[-1] == "text without a chat template: 1 of 2"
+    untouched = read_comparisons(read(path), {})[1].notes
+    assert not any("without a chat template" in sentence for sentence in untouched)
     group = {"instruction": "a", "input": "x", "responses": ["b", "c"], "ranking": [1, 0]}
     (found,) = comparisons_of(tmp_path, group, as_text=True)
     assert (found.prompt, found.responses, found.pairs) == ("a\nx", ("b", "c"), (Pair(1, 0),))

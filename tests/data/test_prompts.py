@@ -74,7 +74,7 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "2+2= "}, {"prompt": turns("a")}])
     found, report = read_prompts(read(path), {}, as_text=True)
     assert [shown(prompt.prompt) for prompt in found] == ["2+2= ", ASKED]
-    assert report.summary[-1] == "text without a chat template: 1 of 2"
+    assert report.notes[-1] == "text without a chat template: 1 of 2"
     assert shown(prompts_of(tmp_path, {"instruction": "a", "input": "x"}, as_text=True)[0].prompt) == "a\nx"
 
 

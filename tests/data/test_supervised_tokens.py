@@ -14,13 +14,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loopos.config.diagnostics import DataError, UserError
 from loopos.data.conversations import Conversation, Message
 from loopos.data.demonstrations import Demonstration
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.supervised_tokens import (
     OverLength,
     Supervised,
-    SupervisedReport,
     TrainOn,
     encode_supervised,
     prompt_tokens,
@@ -327,7 +327,7 @@ def test_rows_over_max_length() -> None:
     short, long = PlainText("hi there", ROW), PlainText("hi hi hi hi", Row({}, "rows.jsonl", 9, 8))
     examples: list[Example] = [short, long, short, short]
 
-    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[Supervised], SupervisedReport]:
+    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[Supervised], DataReport]:
         return encode_supervised(
             tokenizer, examples, step_format=THINK, max_length=4, over_length=over_length, max_dropped_share=share
         )
@@ -355,7 +355,7 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
     assert (report.read, report.used, report.dropped) == (3, 1, {"no trained token": 2})
     assert report.tokens == len(rows[0].ids) == 17
     assert report.trained_tokens == sum(rows[0].mask) == 6
-    assert "3 examples, 1 used, 2 dropped (no trained token); 17 tokens, 6 trained (35%)" in report.summary()
+    assert "3 rows read, 1 used, 2 dropped (no trained token); 17 tokens, 6 trained (35%)" in report.summary()
     with pytest.raises(DataError, match="at least one row with a token to learn"):
         encode_supervised(tokenizer, [silent], step_format=THINK, max_length=None)
 

@@ -134,7 +134,7 @@ def test_labelled_rows_are_those_of_the_tokenizer(
             expected = tokenizer(_text(4), second, truncation=True, max_length=length, verbose=False)["input_ids"]
             (encoded,), report = encode_labeled(tokenizer, [Labeled(_text(4), second, 1, ROW)], max_length=length)
             assert encoded.ids == expected
-            assert report.truncated == 1
+            assert report.cut == 1
             assert ("at least" in report.summary()) is (side == "right")
     finally:
         tokenizer.truncation_side = "right"

@@ -12,9 +12,8 @@ from sklearn.metrics import precision_recall_fscore_support
 from loopos.data.formats import Labeled
 from loopos.data.label_space import LabelSpace
 from loopos.data.labels import infer_task
-from loopos.data.reading import FormatReport
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
-from loopos.data.tokens import TokenReport
 from loopos.evaluation.judgement import Judgement
 
 
@@ -22,8 +21,8 @@ def judgement(labels: Sequence[Any], meaning: Any, *, task: Any, space: LabelSpa
     examples = [Labeled(f"text {i}", None, label, Row({}, "rows.jsonl", i + 1, i)) for i, label in enumerate(labels)]
     space = space or infer_task(examples, task)
     targets = [space.encode(example.label, example.row, "label") for example in examples]
-    report = FormatReport(len(examples), len(examples), {}, ())
-    return Judgement(space, examples, targets, np.asarray(meaning, dtype=float), report, TokenReport(), 0.5)
+    report = DataReport(read=len(examples), used=len(examples))
+    return Judgement(space, examples, targets, np.asarray(meaning, dtype=float), report, DataReport(), 0.5)
 
 
 def test_the_figures_of_classes_are_scikit_learn_s() -> None:

@@ -29,7 +29,6 @@ from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.near_duplicates import near_duplicates
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
-from loopos.data.reading import left_out
 from loopos.data.record import MAXIMUM_DIAGNOSTICS
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
 from loopos.data.rows import Row, RowReader, is_plain_text, read
@@ -270,9 +269,8 @@ def check(source: str, columns: Mapping[str, str], rules: TextRules) -> CheckRep
             reader.report.diagnostics or error.diagnostics, reader.report.num_diagnostics or len(error.diagnostics)
         )
         return found
-    found.rows, found.used, found.summary = report.read, report.used, list(report.summary)
-    found.summary += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
-    found.summary += left_out(report)
+    found.rows, found.used, found.summary = report.read, report.used, list(report.notes)
+    found.summary.append(report.summary())
     found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
     _measure(found, examples, "text" if isinstance(examples[0], Labeled) else "prompt")
     if kind.family == "labelled":

@@ -51,7 +51,6 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
         from loopos.cli import language_preview
 
         return language_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)
-    from loopos.data.reading import account
     from loopos.data.tokens import encode_labeled
     from loopos.models.task_layout import default_pooling
     from loopos.planning.work import open_inputs
@@ -74,7 +73,7 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     if inputs.validation:
         console.print(Text(f"validation: {inputs.validation_report.summary()}"))
     for report in inputs.data.reports:
-        console.print(Text(account(report)))
+        console.print(Text(report.summary()))
     return 0
 
 

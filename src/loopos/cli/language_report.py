@@ -99,13 +99,13 @@ class Evaluation:
             reader, columns, step_format=self.reasoner.step_format, remembered=remembered
         )
         self.report.dropped.update(found.dropped)
-        for sentence in (*found.summary, *left_out(found)):
+        for sentence in (*found.notes, *left_out(found)):
             self.note(sentence)
         problems = sum(isinstance(example, Demonstration) for example in self.examples)
         self.metrics = tuple(self.plan.metrics) or (("accuracy",) if problems else ("loss", "perplexity"))
         if "accuracy" in self.metrics and not problems:
             raise UserError(
-                f"--metric accuracy: no row of {source} is a problem with an answer ({found.summary[-1]}); expected "
+                f"--metric accuracy: no row of {source} is a problem with an answer ({found.notes[-1]}); expected "
                 "rows with problem and answer, or --metric loss"
             )
 

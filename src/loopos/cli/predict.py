@@ -77,7 +77,7 @@ def run(path: Path, source: str, options: PredictOptions) -> int:
             read(source, rules=rules), columns, require_label=False, remembered=predictor.columns
         )
         inputs, predictions = [example.row.values for example in examples], predictor.predict_examples(examples)
-        for sentence in report.summary:
+        for sentence in report.notes:
             note(f"{source}: {sentence}")
     own = [_with_probability(prediction) for prediction in predictions]
     if file_format != "jsonl":

@@ -17,7 +17,7 @@ from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_text
 from loopos.data.formats import read_labeled
 from loopos.data.read_ahead import reusable
-from loopos.data.reading import account, text_rules
+from loopos.data.reading import text_rules
 
 _TEXT_FILES = (".txt", ".md", ".text")
 _BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
@@ -54,7 +54,7 @@ def read_corpus(
         reader = rows.read(source, max_rows=max_rows, rules=rules)
         examples, report = read_labeled(reader, dict(columns), require_label=False)
         documents = tuple(example.text for example in examples)
-        summary = f"{source}: {len(documents)} documents; {'; '.join(report.summary)}; {account(report)}"
+        summary = f"{source}: {len(documents)} documents; {'; '.join(report.notes)}; {report.summary()}"
     if not documents:
         raise DataError([Diagnostic(source, None, None, "text", "no text", "at least one document")])
     return Corpus(documents, summary)

@@ -20,7 +20,7 @@ from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, lis
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
-from loopos.data.reading import FormatReport
+from loopos.data.reading import DataReport
 from loopos.data.rows import RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import read_supervised
@@ -80,7 +80,7 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
     raise _no_kind(columns, overrides, refused, source)
 
 
-def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], FormatReport]:
+def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], DataReport]:
     """The examples, read as the method that trains on them reads them. Raises `DataError`."""
     match kind.family:
         case "labelled" | "texts":

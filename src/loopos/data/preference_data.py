@@ -15,13 +15,13 @@ from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts
 from loopos.data.read_ahead import reusable
-from loopos.data.reading import FormatReport, account, opened, validation_source
+from loopos.data.reading import DataReport, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
 from loopos.data.split import split_off
 
 ExampleT = TypeVar("ExampleT", Comparison, Prompt)
-_Read = Callable[..., tuple[list[ExampleT], FormatReport]]
+_Read = Callable[..., tuple[list[ExampleT], DataReport]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PreferenceData(Generic[ExampleT]):
     train: list[ExampleT]
     validation: list[ExampleT]
     summary: list[str]
-    reports: list[FormatReport]
+    reports: list[DataReport]
 
 
 @reusable
@@ -51,18 +51,18 @@ def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> Pref
 def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:
     columns: Overrides = {str(role): column for role, column in data.columns.items()}
 
-    def examples(reader: RowReader) -> tuple[list[ExampleT], FormatReport]:
+    def examples(reader: RowReader) -> tuple[list[ExampleT], DataReport]:
         return read(reader, columns, as_text=data.chat_template == "none")
 
     train: list[ExampleT]
-    report: FormatReport
+    report: DataReport
     train, report = examples(opened(data, source, data.training_split))
-    summary, reports = [*report.summary, account(report)], [report]
+    summary, reports = [*report.notes, report.summary()], [report]
     validation: list[ExampleT] = []
     own = validation_source(data, source)
     if own is not None:
         validation, validation_report = examples(opened(data, *own))
-        summary.append(f"validation: {own[0]}, {account(validation_report)}")
+        summary.append(f"validation: {own[0]}, {validation_report.summary()}")
         reports.append(validation_report)
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +21,10 @@ from loopos.config.preferences import PreferenceTextSection
 from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
-from loopos.data.reading import FormatReport, account
+from loopos.data.reading import DataReport
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_length_diagnostic
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
-from loopos.data.tokens import length_spread
 from loopos.data.tool_schemas import Tool
 
 PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same tokens"
@@ -46,42 +45,6 @@ class EncodedComparison:
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-@dataclass
-class PreferenceReport:
-    """Counts of tokenizing: `read` = `used` + the sum of `dropped`, which counts rows by reason.
-
-    `responses` and `pairs` are of the used rows (0 for prompts); `tokens` counts each prompt once. `cut`: truncated
-    responses; `tokens_cut`: tokens they lost. `lengths`: of each prompt with its longest response; `indices`: of the
-    used rows among the read ones.
-    """
-
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    responses: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    cut: int = 0
-    tokens_cut: int = 0
-    max_length: int | None = None
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list, repr=False)
-    indices: list[int] = field(default_factory=list, repr=False)
-
-    def counts(self) -> dict[str, object]:
-        """The counts as values for logs."""
-        values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("diagnostics", "lengths", "indices")}
-
-    def summary(self) -> str:
-        """The counts as text."""
-        spread = length_spread(self.lengths) or "no rows"
-        pair_counts = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
-        cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
-        values = account(FormatReport(self.read, self.used, self.dropped, ()))
-        return f"{values}; {pair_counts}{self.tokens:,} tokens, {spread}{cut}"
-
-
 def encode_comparisons(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Comparison],
@@ -91,7 +54,7 @@ def encode_comparisons(
     over_length: OverLength = "drop",
     max_dropped_share: float = 0.01,
     on_bad_row: Literal["error", "skip"] = "error",
-) -> tuple[list[EncodedComparison], PreferenceReport]:
+) -> tuple[list[EncodedComparison], DataReport]:
     """Tokenize prompts and their responses.
 
     Args:
@@ -105,7 +68,7 @@ def encode_comparisons(
         DataError: refused messages, rows over `max_length` with "error", too many of them with "drop", or no rows left;
             each diagnostic has file and line.
     """
-    report = PreferenceReport(read=len(examples), max_length=max_length)
+    report = DataReport(read=len(examples), max_length=max_length)
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -142,7 +105,7 @@ def encode_prompts(
     over_length: OverLength = "drop",
     max_dropped_share: float = 0.01,
     on_bad_row: Literal["error", "skip"] = "error",
-) -> tuple[list[list[int]], PreferenceReport]:
+) -> tuple[list[list[int]], DataReport]:
     """Tokenize prompts: the ids that generation starts from.
 
     Args:
@@ -152,7 +115,7 @@ def encode_prompts(
     Raises:
         DataError: as `encode_comparisons`.
     """
-    report = PreferenceReport(read=len(prompts), max_length=max_length)
+    report = DataReport(read=len(prompts), max_length=max_length)
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -165,6 +128,7 @@ def encode_prompts(
         report.indices.append(index)
     report.lengths = list(map(len, rows))
     report.tokens = sum(report.lengths)
+    report.responses = report.pairs = 0
     _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
     return rows, report
 
@@ -173,7 +137,7 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Comparison] | Sequence[Prompt],
     template: ChatTemplate | None,
-    report: PreferenceReport,
+    report: DataReport,
 ) -> Iterator[tuple[int, list[list[int]], bool]]:
     """Yield the index of each rendered example, the ids of its prompt and responses, and whether a text was shortened.
 
@@ -220,7 +184,7 @@ def _groups(
 
 
 def _finish(
-    report: PreferenceReport,
+    report: DataReport,
     dropped: Counter[str],
     over: Sequence[Diagnostic],
     over_length: OverLength,
@@ -229,7 +193,7 @@ def _finish(
 ) -> None:
     """Complete the report, and raise if the policies are violated or no row is left."""
     dropped.update({REFUSED: len(report.diagnostics)} if report.diagnostics else {})
-    report.used, report.dropped = len(report.lengths), dict(dropped)
+    report.used, report.dropped = len(report.lengths or ()), dict(dropped)
     assert report.read == report.used + sum(report.dropped.values()), report
     if report.diagnostics and on_bad_row == "error":
         raise BadRows(report.diagnostics, len(report.diagnostics), "correct the rows", SKIP_ROWS)
@@ -259,7 +223,7 @@ class PreferenceEncoder:
         self.origins: dict[tuple[int, ...], Origin] = {}
         """The source of each tokenized prompt, by its ids."""
 
-    def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
+    def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], DataReport]:
         """Raises `DataError` as `encode_comparisons`."""
         data = self.data
         return encode_comparisons(
@@ -272,7 +236,7 @@ class PreferenceEncoder:
             on_bad_row=data.on_bad_row,
         )
 
-    def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], PreferenceReport]:
+    def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], DataReport]:
         """Raises `DataError` as `encode_prompts`."""
         data = self.data
         ids, report = encode_prompts(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.data.read_ahead import reusable
-from loopos.data.reading import FormatReport, account, opened, validation_source
+from loopos.data.reading import DataReport, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
 from loopos.data.step_format import StepFormat, chosen_format
@@ -26,7 +26,7 @@ class SupervisedData:
     train: list[Example]
     validation: list[Example]
     summary: list[str]
-    reports: list[FormatReport]
+    reports: list[DataReport]
 
 
 @reusable
@@ -40,12 +40,12 @@ def load_supervised(data: ReasoningDataSection, *, seed: int) -> SupervisedData:
     columns = {str(role): column for role, column in data.columns.items()}
     reader = opened(data, data.source, data.training_split)
     train, report = read_supervised(reader, columns, step_format=step_format)
-    summary, reports = [*report.summary, account(report)], [report]
+    summary, reports = [*report.notes, report.summary()], [report]
     validation: list[Example] = []
     own = validation_source(data, data.source)
     if own is not None:
         validation, validation_report = read_supervised(opened(data, *own), columns, step_format=step_format)
-        summary.append(f"validation: {own[0]}, {account(validation_report)}")
+        summary.append(f"validation: {own[0]}, {validation_report.summary()}")
         reports.append(validation_report)
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]

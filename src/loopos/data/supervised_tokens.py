@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -24,13 +24,14 @@ from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import SegmentTokenizer
+from loopos.data.reading import DataReport
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.template_checks import check_reasoning
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
-from loopos.data.tokens import Encoded, length_spread
+from loopos.data.tokens import Encoded
 from loopos.data.tool_schemas import Tool
 
 TrainOn: TypeAlias = Literal["all", "assistant", "answer"]
@@ -115,41 +116,6 @@ class Supervised:
         return Encoded(self.ids, None, self.index, weights=weights)
 
 
-@dataclass
-class SupervisedReport:
-    """Counts of tokenizing: `read` = `used` + the sum of `dropped`, which counts rows by reason.
-
-    `cut`: rows truncated to `max_length`; `tokens_cut`: the tokens that they lost.
-    """
-
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    trained_tokens: int = 0
-    cut: int = 0
-    tokens_cut: int = 0
-    max_length: int | None = None
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list, repr=False)
-
-    def counts(self) -> dict[str, object]:
-        """The counts as values for logs."""
-        values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("diagnostics", "lengths")}
-
-    def summary(self) -> str:
-        """The counts as text."""
-        spread = length_spread(self.lengths) or "no rows"
-        dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
-        cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
-        trained_fraction = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
-        return (
-            f"{self.read} examples, {self.used} used{dropped}; {self.tokens:,} tokens, {self.trained_tokens:,} "
-            f"trained{trained_fraction}, {spread}{cut}"
-        )
-
-
 def encode_supervised(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -161,7 +127,7 @@ def encode_supervised(
     max_dropped_share: float = 0.01,
     on_bad_row: Literal["error", "skip"] = "error",
     template: ChatTemplate | None = None,
-) -> tuple[list[Supervised], SupervisedReport]:
+) -> tuple[list[Supervised], DataReport]:
     """Tokenize examples and mark the trained tokens.
 
     Args:
@@ -177,7 +143,7 @@ def encode_supervised(
     """
     template = template or ChatTemplate(tokenizer)
     encoder = SegmentTokenizer(tokenizer)
-    report = SupervisedReport(max_length=max_length)
+    report = DataReport(max_length=max_length)
     rows: list[Supervised] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -263,7 +229,7 @@ def _chunk_parts(
     template: ChatTemplate,
     step_format: StepFormat,
     train_on: TrainOn,
-    report: SupervisedReport,
+    report: DataReport,
 ) -> tuple[list[list[Part]], list[int]]:
     """The parts of a chunk's examples and their indices; refused examples become diagnostics of the report."""
     found, indices = [], []
@@ -303,9 +269,10 @@ def _truncated(row: Supervised, length: int) -> Supervised:
     return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
 
 
-def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
-    report.lengths = [len(row.ids) for row in rows]
-    report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
+def _fill(report: DataReport, rows: Sequence[Supervised]) -> None:
+    lengths = [len(row.ids) for row in rows]
+    report.lengths, report.tokens = lengths, sum(lengths)
+    report.trained_tokens = sum(sum(row.mask) for row in rows)
 
 
 def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:
@@ -352,7 +319,7 @@ class SupervisedEncoder:
         self.data, self.step_format, self.tokenizer, self.max_length = data, step_format, tokenizer, max_length
         self.template = ChatTemplate(tokenizer, data.chat_template)
 
-    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], SupervisedReport]:
+    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], DataReport]:
         """Raises `DataError` like `encode_supervised`."""
         return encode_supervised(
             self.tokenizer,

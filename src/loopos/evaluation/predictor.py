@@ -19,8 +19,9 @@ from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labeled, read_labeled
 from loopos.data.label_space import LabelSpace, label_space_of
 from loopos.data.labelled import Target, encode_all
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
-from loopos.data.tokens import TokenReport, encode_labeled
+from loopos.data.tokens import encode_labeled
 from loopos.evaluation.combining import Combined, Tally, in_order, tied
 from loopos.evaluation.judgement import Judgement
 from loopos.evaluation.outputs import Meaning, interpret, measure, outputs_of
@@ -45,7 +46,7 @@ class Predictor:
         device: torch.device,
     ) -> None:
         self.model, self.tokenizer, self.description, self.device = model.eval(), tokenizer, description, device
-        self.tokens = TokenReport()
+        self.tokens = DataReport()
         self.space = space_of(description)
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
 
@@ -166,7 +167,7 @@ class EnsemblePredictor:
         """As `open`."""
         self.recipe, self.description, self.device, self.precision = recipe, description, device, precision
         self.on_progress = on_progress
-        self.tokens = TokenReport()
+        self.tokens = DataReport()
         self.space = space_of(description)
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
         self.members = [resolve_trained(member) for member in recipe.members]
@@ -290,7 +291,7 @@ class TaskModel(Protocol):
     description: Mapping[str, Any]
     space: LabelSpace
     columns: dict[str, str | None]
-    tokens: TokenReport
+    tokens: DataReport
 
     def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target]) -> Meaning: ...
 

@@ -21,7 +21,7 @@ from loopos.storage.events import read as read_events
 from loopos.storage.folder_lock import lock_state
 from loopos.storage.json_files import read_object
 
-Event: TypeAlias = Mapping[str, Any]
+Event: TypeAlias = dict[str, Any]
 
 # Keys of a validation event other than metrics.
 FLAGS = ("best", "best_trained")

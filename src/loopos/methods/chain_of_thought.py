@@ -19,10 +19,10 @@ from loopos.config.diagnostics import UserError
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.demonstrations import Demonstration
 from loopos.data.digest import rows_digest
-from loopos.data.reading import account
+from loopos.data.reading import DataReport
 from loopos.data.supervised import load_supervised
 from loopos.data.supervised_rows import Example
-from loopos.data.supervised_tokens import SupervisedEncoder, SupervisedReport
+from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded
 from loopos.evaluation.answer_check import AnswerCheck, chats_of
 from loopos.evaluation.found_chains import find_chains
@@ -69,7 +69,7 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
         self.template = self.encoder.template
         self.train_rows, self.train_tokens = self.encode(self._worked())
         self.validation_rows: list[Encoded] = []
-        self.validation_tokens = SupervisedReport()
+        self.validation_tokens = DataReport(trained_tokens=0)
         if config.validates and self.data.validation:
             self.validation_rows, self.validation_tokens = self.encode(self.data.validation)
         problems = [example for example in self.data.validation if isinstance(example, Demonstration)]
@@ -87,7 +87,7 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
         worked = [e for e in self.data.train if not isinstance(e, Demonstration) or e.steps]
         return worked if self.config.self_improvement is not None and worked else self.data.train
 
-    def encode(self, examples: Sequence[Example]) -> tuple[list[Encoded], SupervisedReport]:
+    def encode(self, examples: Sequence[Example]) -> tuple[list[Encoded], DataReport]:
         """Tokens and weights of examples, by the config's rules. Raises `DataError`."""
         rows, report = self.encoder(examples)
         return [row.encoded() for row in rows], report
@@ -135,7 +135,10 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
         reports = {"training": self.train_tokens, "validation": self.validation_tokens}
-        rows, tokens = list(map(account, self.data.reports)), {name: each.counts() for name, each in reports.items()}
+        rows, tokens = (
+            [report.summary() for report in self.data.reports],
+            {name: each.counts() for name, each in reports.items()},
+        )
         return {"rows": rows, "tokens": tokens}
 
     def _validation(self) -> Validation:

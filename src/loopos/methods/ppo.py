@@ -21,7 +21,6 @@ from loopos.config.ppo import PpoConfig
 from loopos.data.digest import prompts_digest
 from loopos.data.preference_data import load_prompts
 from loopos.data.preference_tokens import PreferenceEncoder
-from loopos.data.reading import account
 from loopos.functional.advantages import KlController
 from loopos.methods.base import Trainer
 from loopos.models.folders import (
@@ -166,7 +165,7 @@ class PpoTrainer(Trainer[PpoConfig]):
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
-        rows, tokens = list(map(account, self.data.reports)), self.tokens.counts()
+        rows, tokens = [report.summary() for report in self.data.reports], self.tokens.counts()
         return {"rows": rows, "tokens": tokens, "iterations": iterations}
 
     def collect(self, iteration: int) -> Experience:

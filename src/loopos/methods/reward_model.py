@@ -19,7 +19,6 @@ from loopos.data.batches import ComparisonBatch, ComparisonRows, StepBatches
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_data import load_comparisons
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
-from loopos.data.reading import account
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import bucket_tables, measured, preferred_scores
 from loopos.evaluation.reward_predictor import Normalization, comparison_scores
@@ -114,7 +113,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
         return {
-            "rows": [account(report) for report in self.data.reports],
+            "rows": [report.summary() for report in self.data.reports],
             "tokens": {"training": self.train_tokens.counts()},
             "shared prompts": self.shares_prompts,
         }

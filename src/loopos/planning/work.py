@@ -26,9 +26,10 @@ from loopos.data.preference_data import PreferenceData, load_comparisons, load_p
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt
+from loopos.data.reading import DataReport
 from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
-from loopos.data.tokens import Encoded, TokenReport, encode_labeled, longest
+from loopos.data.tokens import Encoded, encode_labeled, longest
 from loopos.methods.pretraining import Pretrainer
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
@@ -48,9 +49,9 @@ class Inputs:
     architecture: PreTrainedConfig
     max_length: int | None
     train: list[Encoded]
-    train_report: TokenReport
+    train_report: DataReport
     validation: list[Encoded]
-    validation_report: TokenReport
+    validation_report: DataReport
 
 
 def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
@@ -257,8 +258,8 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         report.tokens_cut,
         config.reward.heads,
         final_tokens=normalization_tokens + sum(len(row.ids) for row in validation),
-        row_facts={"responses": report.responses, "pairs": report.pairs},
-        longest=max(report.lengths),
+        row_facts={"responses": report.responses or 0, "pairs": report.pairs or 0},
+        longest=max(report.lengths or ()),
     )
 
 
