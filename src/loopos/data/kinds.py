@@ -5,7 +5,7 @@ Each kind is detected as its method detects it; if several fit, the more specifi
     comparisons > demonstrations, conversations, instructions, completions > labelled > prompts > texts
 
 But a question and an answer with a column "label" are a labeled pair of texts, and a text next to a prompt is a
-generated response.
+generated response. Apart from `data check`, its only user, because it knows the formats and prints nothing.
 """
 
 from __future__ import annotations

@@ -16,14 +16,13 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.diagnostics import Diagnostic
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import DataReport
-from loopos.data.record import SKIP_ROWS, BadRows
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_length_diagnostic
+from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, OverLength, RowPolicy, finish, over_length_diagnostic
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.data.tool_schemas import Tool
 
@@ -92,7 +91,7 @@ def encode_comparisons(
     report.tokens = sum(row.num_tokens for row in rows)
     report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
     report.indices = [row.index for row in rows]
-    _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    finish(report, dropped, over, RowPolicy(over_length, max_dropped_share, on_bad_row), "at least one row that fits")
     return rows, report
 
 
@@ -129,7 +128,7 @@ def encode_prompts(
     report.lengths = list(map(len, rows))
     report.tokens = sum(report.lengths)
     report.responses = report.pairs = 0
-    _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    finish(report, dropped, over, RowPolicy(over_length, max_dropped_share, on_bad_row), "at least one row that fits")
     return rows, report
 
 
@@ -181,25 +180,6 @@ def _groups(
         assert segments[:start] == groups[0], "a turn starts at the end of the generation prompt"
         groups.append(segments[start : turns[-1] + 1])
     return groups
-
-
-def _finish(
-    report: DataReport,
-    dropped: Counter[str],
-    over: Sequence[Diagnostic],
-    over_length: OverLength,
-    max_dropped_share: float,
-    on_bad_row: Literal["error", "skip"],
-) -> None:
-    """Complete the report, and raise if the policies are violated or no row is left."""
-    dropped.update({REFUSED: len(report.diagnostics)} if report.diagnostics else {})
-    report.used, report.dropped = len(report.lengths or ()), dict(dropped)
-    assert report.read == report.used + sum(report.dropped.values()), report
-    if report.diagnostics and on_bad_row == "error":
-        raise BadRows(report.diagnostics, len(report.diagnostics), "correct the rows", SKIP_ROWS)
-    check_over(over, report.read, report.max_length, over_length, max_dropped_share)
-    if not report.used:
-        raise DataError([Diagnostic("data", None, None, "rows", report.summary(), "at least one row that fits")])
 
 
 class Origin(NamedTuple):

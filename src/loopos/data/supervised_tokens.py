@@ -143,7 +143,7 @@ def encode_supervised(
     """
     template = template or ChatTemplate(tokenizer)
     encoder = SegmentTokenizer(tokenizer)
-    report = DataReport(max_length=max_length)
+    report = DataReport(read=len(examples), max_length=max_length)
     rows: list[Supervised] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -167,18 +167,10 @@ def encode_supervised(
                 dropped[UNTRAINED] += 1
                 continue
             rows.append(row)
-    refused = list(report.diagnostics)
-    dropped.update({REFUSED: len(refused)} if refused else {})
-    report.read, report.used, report.dropped = len(examples), len(rows), dict(dropped)
-    _fill(report, rows)
-    assert report.read == report.used + sum(report.dropped.values()), report
-    if refused and on_bad_row == "error":
-        raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
-    check_over(over, len(examples), max_length, over_length, max_dropped_share)
-    if not rows:
-        raise DataError(
-            [Diagnostic("data", None, None, "rows", report.summary(), "at least one row with a token to learn")]
-        )
+    report.lengths = [len(row.ids) for row in rows]
+    report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
+    policy = RowPolicy(over_length, max_dropped_share, on_bad_row)
+    finish(report, dropped, over, policy, "at least one row with a token to learn")
     return rows, report
 
 
@@ -269,10 +261,34 @@ def _truncated(row: Supervised, length: int) -> Supervised:
     return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
 
 
-def _fill(report: DataReport, rows: Sequence[Supervised]) -> None:
-    lengths = [len(row.ids) for row in rows]
-    report.lengths, report.tokens = lengths, sum(lengths)
-    report.trained_tokens = sum(sum(row.mask) for row in rows)
+@dataclass(frozen=True)
+class RowPolicy:
+    """What happens to rows that do not fit. over_length, max_dropped_share: rows over the maximum length, see
+    `check_over`. on_bad_row: messages that the template refuses, "error" or "skip".
+    """
+
+    over_length: OverLength
+    max_dropped_share: float
+    on_bad_row: Literal["error", "skip"]
+
+
+def finish(
+    report: DataReport, dropped: Counter[str], over: Sequence[Diagnostic], policy: RowPolicy, expected: str
+) -> None:
+    """Complete a report that has its lengths and its diagnostics of refused rows: read = used + dropped.
+
+    over: rows over the maximum length. expected: of which there must be one. Raise `DataError` if a policy is violated
+    or no row is left.
+    """
+    refused = report.diagnostics
+    dropped.update({REFUSED: len(refused)} if refused else {})
+    report.used, report.dropped = len(report.lengths or ()), dict(dropped)
+    assert report.read == report.used + sum(report.dropped.values()), report
+    if refused and policy.on_bad_row == "error":
+        raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
+    check_over(over, report.read, report.max_length, policy.over_length, policy.max_dropped_share)
+    if not report.used:
+        raise DataError([Diagnostic("data", None, None, "rows", report.summary(), expected)])
 
 
 def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:

@@ -1,4 +1,6 @@
-"""Opens a trained model of any kind, as its folder describes it."""
+"""Opens a trained model of any kind, as its folder describes it. Apart from the three kinds, which do not know each
+other.
+"""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ class ChainOfThought(Trainer[ChainOfThoughtConfig]):
             self.pretrained = self.load_pretrained(causal=True)
             self.build_model()
         folder, of_round = self._folder_of(number), number if len(self.results) > 1 else None
-        chosen = (self.trained, folder, settings, self.results[number], self.world, self.progress)
+        chosen = (self.trained, folder, settings, self.results[number], self.progress)
         take_chosen(*chosen, callbacks=self.callbacks, of_round=of_round, whole_run=self.run_dir)
 
     def exported(self) -> LanguageModel:

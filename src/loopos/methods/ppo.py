@@ -49,7 +49,7 @@ from loopos.rl.rollouts import RolloutBatches, RolloutPlan
 from loopos.rl.workers.opening import DataParallel, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
-from loopos.training.fit import Fit
+from loopos.training.fit import Fit, RunPlan
 from loopos.training.identity import of_policy
 from loopos.training.progress import write_samples
 from loopos.training.run_state import FitResult
@@ -156,11 +156,13 @@ class PpoTrainer(Trainer[PpoConfig]):
             validation=self._validation() if self.check is not None else None,
             identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
             facts=self._facts(plan.iterations),
-            planned_steps=plan.iterations * self.batches.steps_an_epoch,
-            planned_end=plan.planned_end,
-            validation_unit=self.batches.steps_an_epoch,
+            plan=RunPlan(
+                steps=plan.iterations * self.batches.steps_an_epoch,
+                end=plan.planned_end,
+                validation_unit=self.batches.steps_an_epoch,
+                gives_up=lambda: GUARD if self.config.guards.stop and self.state.alerts else None,
+            ),
             method_state=self.state,
-            gives_up=lambda: GUARD if self.config.guards.stop and self.state.alerts else None,
         )
 
     def _facts(self, iterations: int) -> dict[str, Any]:
