@@ -26,10 +26,10 @@ from loopos.exporting.export import ExportSettings, export
 from loopos.models.adapter_folder import open_adapter_folder
 from loopos.models.adapters import add_lora, save_lora
 from loopos.models.config_check import OWN_MODEL_TYPE, check_config
+from loopos.models.description import read_description
 from loopos.models.folders import open_language_model, save_language_model, save_pretrained
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
-from loopos.models.model_folder import read_description
 from loopos.models.modeling_loopos import LoopOSConfig
 from loopos.storage.json_files import save_json
 from loopos.storage.manifest import check_manifest

@@ -26,10 +26,10 @@ from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.predictor import EnsemblePredictor
 from loopos.evaluation.progress import OnProgress, silent
 from loopos.evaluation.quality import DROPPED, dropped_summary, row_metrics
+from loopos.models.description import ENSEMBLE, FORMAT, LANGUAGE_ENSEMBLE
 from loopos.models.folders import open_generation_model
 from loopos.models.language_ensemble import check_one_vocabulary
 from loopos.models.load import load_config
-from loopos.models.model_folder import ENSEMBLE, FORMAT, LANGUAGE_ENSEMBLE
 from loopos.models.resolve import (
     HEAD_METHODS,
     LANGUAGE_METHODS,
@@ -161,8 +161,8 @@ def combine(
         paths = [_path(member, number, partial, out, settings.copy) for number, member in enumerate(run.members, 1)]
         save_json(partial / MODEL_DESCRIPTION, {"format": FORMAT, **kind.description(run, weights, paths)})
         # The partial folder is beside the final one, so that the members' relative paths are valid here too.
-        written = resolve_trained(partial)
-        measured = [kind.measure(run, source, written) for source in dict.fromkeys(tested)]
+        written = resolve_trained(partial) if tested else None
+        measured = [kind.measure(run, source, written) for source in dict.fromkeys(tested) if written is not None]
         for each in measured:
             by_name = {**dict(zip(members, each.by_member, strict=True)), "the ensemble": each.together}
             notes += dropped_summary(each.source, by_name)

@@ -27,9 +27,9 @@ from loopos.data.tokens import encode_labeled
 from loopos.evaluation.outputs import interpret, outputs_of
 from loopos.evaluation.reward_predictor import Normalization
 from loopos.exporting import onnx as onnx_file
+from loopos.models.description import read_description
 from loopos.models.folders import open_task_model
 from loopos.models.load import load_pretrained
-from loopos.models.model_folder import read_description
 from loopos.models.modeling_loopos import LoopOSForSequenceClassification
 from loopos.models.resolve import Architecture
 from loopos.models.task_layout import layout_in

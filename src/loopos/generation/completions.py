@@ -158,28 +158,35 @@ class Guide(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SampleId:
+    """Which completion of a call: the index of its prompt and its own among those of the prompt. key: of its stream of
+    uniform numbers.
+    """
+
+    prompt_index: int
+    sample_index: int
+    key: int
+
+
 class Running:
     """A completion in progress."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        prompt_index: int,
-        sample_index: int,
+        sample: SampleId,
         prompt: list[int],
         settings: SamplingSettings,
         *,
         choice: SamplingSettings,
         limit: int,
-        key: int,
         stop_ids: frozenset[int],
     ) -> None:
-        """choice: `settings.of_choice()`, the same object for all rows where it is equal. limit: maximum new tokens.
-        key: of its stream of uniform numbers.
-        """
+        """choice: `settings.of_choice()`, the same object for all rows where it is equal. limit: maximum new tokens."""
         self._tokenizer, self._settings, self._stop_ids = tokenizer, settings, stop_ids
-        self.prompt_index, self.sample_index = prompt_index, sample_index
-        self.prompt, self.choice, self.limit, self.key = prompt, choice, limit, key
+        self.prompt_index, self.sample_index, self.key = sample.prompt_index, sample.sample_index, sample.key
+        self.prompt, self.choice, self.limit = prompt, choice, limit
         self.draws = 0
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.generation.completions import Completion, Guide, Running, TokenDelta
+from loopos.generation.completions import Completion, Guide, Running, SampleId, TokenDelta
 from loopos.generation.decoders import runner_of
 from loopos.generation.rows import Rows
 from loopos.generation.sampling import stream_key
@@ -218,9 +218,8 @@ class Engine:
             for sample in range(n):
                 key = stream_key(setting.seed, ids, same[setting.seed, tuple(ids)])
                 same[setting.seed, tuple(ids)] += 1
-                running = Running(
-                    self.tokenizer, index, sample, ids, setting, choice=choice, limit=limit, key=key, stop_ids=stop_ids
-                )
+                identity = SampleId(index, sample, key)
+                running = Running(self.tokenizer, identity, ids, setting, choice=choice, limit=limit, stop_ids=stop_ids)
                 running.watch(watch_text or bool(setting.stop), guide(index, sample) if guide else None)
                 runs.append(running)
         return runs

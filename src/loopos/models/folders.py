@@ -27,10 +27,10 @@ from loopos.functional.mixing import MixtureMethod
 from loopos.functional.packing import PackedLayout
 from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.backbone import Backbone
+from loopos.models.description import FORMAT
 from loopos.models.heads import PooledModel
 from loopos.models.language_ensemble import LanguageEnsemble, check_one_vocabulary
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
-from loopos.models.model_folder import FORMAT
 from loopos.models.quantized import is_quantized
 from loopos.models.quantized_folder import save_weights
 from loopos.models.resolve import ModelRef, refuse_votes, resolve_trained

@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeAlias
 from loopos.config.diagnostics import MissingRequirement, SettingError, UserError
 from loopos.config.paths import MODEL_DESCRIPTION, NEW_WEIGHTS, expanded, is_hub_id, looks_like_path
 from loopos.models.config_check import check_config
+from loopos.models.description import ENSEMBLE, LANGUAGE_ENSEMBLE, Kind, kind_of, read_description, refuse_checkpoint
 from loopos.models.gguf import converted_folder
-from loopos.models.model_folder import ENSEMBLE, LANGUAGE_ENSEMBLE, Kind, kind_of, read_description, refuse_checkpoint
 from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest
